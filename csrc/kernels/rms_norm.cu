@@ -1,0 +1,2 @@
+#include "common/nvtx.h"
+#include "common/check.h"

@@ -1,0 +1,59 @@
+// What every torch binding needs: dtype, row view, stream. Header-only, stable ABI only.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "common/dtype.h"
+
+namespace cs336 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::F32;
+    case ScalarType::Half:
+      return Dtype::F16;
+    case ScalarType::BFloat16:
+      return Dtype::BF16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+// (M, N) with the last dim contiguous; rows may be strided.
+inline void check_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must have 2 dims (rows, features), got ", t.dim());
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must be contiguous in its last dim");
+}
+
+inline void check_rows_like(const Tensor& t, const char* name, const Tensor& x, const char* x_name) {
+  check_rows(t, name);
+  STD_TORCH_CHECK(t.size(0) == x.size(0) && t.size(1) == x.size(1), name, " must have the shape of ", x_name);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of ", x_name);
+}
+
+// (N,) contiguous, in x's dtype or float32 (master weights).
+inline void check_features(const Tensor& w, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == x.size(1), name, " must have shape (", x.size(1), ",)");
+  STD_TORCH_CHECK(w.size(0) <= 1 || w.stride(0) == 1, name, " must be contiguous");
+  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() || w.scalar_type() == ScalarType::Float, name,
+                  " must be in x's dtype or float32");
+}
+
+#ifdef USE_CUDA
+inline void* current_stream(const Tensor& t) {  // a cudaStream_t
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+#endif
+
+}  // namespace cs336

@@ -1,0 +1,11 @@
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(int(os.environ.get("SEED", "0")))
