@@ -19,16 +19,20 @@ def require(program: str, *candidates: str, install: str) -> None:
 
 class CMakeBuild(build_ext):
     def run(self):
-        require("a C++20 compiler", os.environ.get("CXX", ""), "c++", "g++", "clang++", install="Debian/Ubuntu: apt install g++")
+        cxx = os.environ.get("CXX", "")
+        require("a C++20 compiler", cxx, "c++", "g++", "clang++", install="On Debian or Ubuntu: apt install g++")
         require("cmake", "cmake", install="pip install cmake")
         require("ninja", "ninja", install="pip install ninja")
         build = ROOT / "build"
-        python = f"-DPython_EXECUTABLE={sys.executable}"
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        # An isolated build's interpreter and ninja live in a folder that is gone afterwards: never trust the cache.
+        here = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         try:
-            subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", python])
+            subprocess.check_call([*configure, *here])
             subprocess.check_call(["cmake", "--build", build, "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"building cs336 failed: `{' '.join(map(str, error.cmd))}`; the compiler's message is above") from None
+            command = " ".join(map(str, error.cmd))
+            raise SystemExit(f"building cs336 failed in `{command}`; the compiler's message is above") from None
 
 
 class BinaryDistribution(Distribution):

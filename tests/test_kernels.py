@@ -1,0 +1,40 @@
+"""What the compiler made of the CUDA kernels: no spills, no stack frames, machine code for every promised GPU."""
+
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+LIBRARY = pathlib.Path(__file__).parents[1] / "cs336" / "_C_cuda.so"
+
+
+def cuobjdump(*args):
+    tool = shutil.which("cuobjdump")
+    if tool is None and (triton := importlib.util.find_spec("triton")):
+        bundled = pathlib.Path(triton.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
+        tool = str(bundled) if bundled.exists() else None
+    if tool is None:
+        pytest.skip("cuobjdump is not here: install the CUDA toolkit or triton")
+    return subprocess.run([tool, *args, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    if not LIBRARY.exists():
+        pytest.skip("_C_cuda.so is not built: nvcc was not found")
+
+
+def test_no_spills():
+    used = re.findall(r"Function (\S+):\s*\n\s*(REG:\S+ STACK:(\d+) .*?LOCAL:(\d+).*)", cuobjdump("-res-usage"))
+    assert used
+    spilled = [f"{name}: {line}" for name, line, stack, local in used if int(stack) or int(local)]
+    assert not spilled, "\n".join(spilled)
+
+
+def test_architectures():
+    listed = cuobjdump("--list-elf") + cuobjdump("--list-ptx")
+    for target in ("sm_80.cubin", "sm_90.cubin", "sm_90.ptx"):
+        assert target in listed, f"{target} is missing in:\n{listed}"
