@@ -41,12 +41,10 @@ def fetch_wheels(names: list[str], version: str, out: pathlib.Path) -> None:
     platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34, 35)]
     target = ["--only-binary=:all:", f"--python-version={version}", "--implementation=cp", *platforms]
     with tempfile.TemporaryDirectory() as wheels:
-        subprocess.check_call(
-            [sys.executable, "-m", "pip", "download", "-q", "-d", wheels, *target, "--no-deps", *names]
-        )
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheels]
+        subprocess.check_call([*pip, *target, *names])
         for wheel in pathlib.Path(wheels).glob("*.whl"):
-            if not wheel.name.startswith(PRESENT):
-                subprocess.check_call([sys.executable, "-m", "zipfile", "-e", wheel, out])
+            subprocess.check_call([sys.executable, "-m", "zipfile", "-e", wheel, out])
 
 
 def main() -> None:
