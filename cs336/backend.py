@@ -8,7 +8,7 @@ and under torch.compile, and no other torch function becomes slower. Arguments t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,32 @@ def _floats(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in tensors)
 
 
+def _normalises(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether our norms take these arguments and return what torch would."""
+    return (
+        weight is not None
+        and _plain(input, weight, bias)
+        and tuple(normalized_shape) == tuple(input.shape[-1:]) == tuple(weight.shape)
+        and input.numel() > 0
+        and _floats(input)
+        and all(p is None or p.dtype == input.dtype and p.shape == weight.shape for p in (weight, bias))
+        and not torch.is_autocast_enabled(input.device.type)
+    )
+
+
 def _rms_norm(original, input, normalized_shape, weight=None, eps=None):
-    takes = len(normalized_shape) == 1 and weight is not None and _plain(input, weight) and _floats(input, weight)
-    if not takes or weight.dtype != input.dtype or torch.is_autocast_enabled(input.device.type):
+    if not _normalises(input, normalized_shape, weight, None):
         return original(input, normalized_shape, weight, eps)
     return ops.rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
 
 
-REPLACEMENTS: dict[str, Callable] = {"rms_norm": _rms_norm}
+def _layer_norm(original, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    if not _normalises(input, normalized_shape, weight, bias):
+        return original(input, normalized_shape, weight, bias, eps)
+    return ops.layer_norm(input, weight, bias, eps)
+
+
+REPLACEMENTS: dict[str, Callable] = {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
 
 
 def enable() -> None:

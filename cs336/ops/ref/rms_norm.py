@@ -14,9 +14,7 @@ def residual_fwd(x_MN: Tensor, residual_MN: Tensor, w_N: Tensor, eps: float) -> 
     return *fwd(sum_MN, w_N, eps), sum_MN
 
 
-def bwd(
-    dy_MN: Tensor, dsum_MN: Tensor | None, x_MN: Tensor, w_N: Tensor, rstd_M: Tensor
-) -> tuple[Tensor, Tensor]:
+def bwd(dy_MN: Tensor, dsum_MN: Tensor | None, x_MN: Tensor, w_N: Tensor, rstd_M: Tensor) -> tuple[Tensor, Tensor]:
     xhat_MN = x_MN.float() * rstd_M[:, None]
     wdy_MN = dy_MN.float() * w_N.float()
     dx_MN = (wdy_MN - xhat_MN * (xhat_MN * wdy_MN).mean(-1, keepdim=True)) * rstd_M[:, None]

@@ -1,0 +1,84 @@
+"""What rms_norm and layer_norm share: checks, rows, and one autograd.Function over their raw ops.
+
+For a norm NAME with parameters p = (weight,) or (weight, bias) and per-row statistics s:
+    NAME_fwd(x, *p, eps) -> (y, *s)
+    NAME_residual_fwd(x, residual, *p, eps) -> (y, *s, sum)
+    NAME_bwd(dy, dsum, x, weight, *s) -> (dx, *dp)      dsum: None, or the gradient of sum, added to dx
+"""
+
+import torch
+from torch import Tensor
+
+from cs336.ops import registry
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, x_MN, residual_MN, eps, *params):
+        y_MN, *stats, sum_MN = _forward(name, x_MN, residual_MN, eps, params)
+        ctx.save_for_backward(x_MN if sum_MN is None else sum_MN, params[0], *stats)
+        ctx.set_materialize_grads(False)
+        ctx.name, ctx.has_residual, ctx.has_param = name, sum_MN is not None, [p is not None for p in params]
+        return y_MN if sum_MN is None else (y_MN, sum_MN)
+
+    @staticmethod
+    def backward(ctx, dy_MN, dsum_MN=None):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable misses a constant dy
+            raise RuntimeError(f"{ctx.name} is differentiable once; create_graph=True needs torch's own F.{ctx.name}")
+        if dy_MN is None:
+            dx_MN, dparams = dsum_MN, [None for _ in ctx.has_param]
+        else:
+            dsum_MN = None if dsum_MN is None else rows(dsum_MN)
+            dx_MN, *dparams = registry.call(f"{ctx.name}_bwd", rows(dy_MN), dsum_MN, *ctx.saved_tensors)
+        dparams = [dp if has else None for dp, has in zip(dparams, ctx.has_param, strict=True)]
+        return None, dx_MN, dx_MN if ctx.has_residual else None, None, *dparams
+
+
+def _forward(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: tuple) -> tuple:
+    """y, the rows' statistics, and the sum or None."""
+    if residual_MN is None:
+        return *registry.call(f"{name}_fwd", x_MN, *params, eps), None
+    return registry.call(f"{name}_residual_fwd", x_MN, residual_MN, *params, eps)
+
+
+def norm(
+    name: str, x: Tensor, residual: Tensor | None, eps: float, weight: Tensor, *bias: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The public functions' body: y, or (y, sum) with a residual, shaped like x."""
+    params = (weight, *bias)
+    check(x, residual, weight, *bias)
+    x_MN, residual_MN = rows(x), None if residual is None else rows(residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *params)):
+        out = _Norm.apply(name, x_MN, residual_MN, eps, *params)
+    else:
+        y_MN, *_, sum_MN = _forward(name, x_MN, residual_MN, eps, params)
+        out = y_MN if sum_MN is None else (y_MN, sum_MN)
+    if residual is None:
+        return out.view(x.shape)
+    return out[0].view(x.shape), out[1].view(x.shape)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (..., N) as (M, N) rows with the last dim contiguous; copies only where the strides do not allow a view."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., N) with N >= 1, got shape {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if weight.dtype != x.dtype and weight.dtype != torch.float32:
+        raise ValueError(f"weight must be float32 or x's {x.dtype}, got {weight.dtype}")
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(f"weight must be ({x.shape[-1]},) on {x.device} to fit x, got {_like(weight)}")
+    if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype or bias.device != x.device):
+        raise ValueError(f"bias must be like weight, {_like(weight)}, got {_like(bias)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(f"residual must be like x, {_like(x)}, got {_like(residual)}")
+
+
+def _like(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
