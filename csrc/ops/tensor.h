@@ -28,24 +28,41 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// (M, N) with the last dim contiguous; rows may be strided.
+inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(
+      t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), name,
+      " must be on the device of the other tensors");
+}
+
+// (M, N), N >= 1, with the last dim contiguous; rows may be strided.
 inline void check_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must have 2 dims (rows, features), got ", t.dim());
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must be contiguous in its last dim");
+  STD_TORCH_CHECK(t.size(1) >= 1, name, " must have at least one feature");
+  STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, name, " must be contiguous in its last dim");
 }
 
 inline void check_rows_like(const Tensor& t, const char* name, const Tensor& x, const char* x_name) {
   check_rows(t, name);
   STD_TORCH_CHECK(t.size(0) == x.size(0) && t.size(1) == x.size(1), name, " must have the shape of ", x_name);
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of ", x_name);
+  check_device(t, name, x);
 }
 
 // (N,) contiguous, in x's dtype or float32 (master weights).
 inline void check_features(const Tensor& w, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == x.size(1), name, " must have shape (", x.size(1), ",)");
-  STD_TORCH_CHECK(w.size(0) <= 1 || w.stride(0) == 1, name, " must be contiguous");
+  STD_TORCH_CHECK(w.size(0) == 1 || w.stride(0) == 1, name, " must be contiguous");
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() || w.scalar_type() == ScalarType::Float, name,
                   " must be in x's dtype or float32");
+  check_device(w, name, x);
+}
+
+// (M,) contiguous float32: what a forward kept of each row of x.
+inline void check_row_stat(const Tensor& s, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(s.dim() == 1 && s.size(0) == x.size(0), name, " must have shape (", x.size(0), ",)");
+  STD_TORCH_CHECK(s.size(0) <= 1 || s.stride(0) == 1, name, " must be contiguous");
+  STD_TORCH_CHECK(s.scalar_type() == ScalarType::Float, name, " must be float32");
+  check_device(s, name, x);
 }
 
 #ifdef USE_CUDA
