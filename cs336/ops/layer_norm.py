@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.norm import norm
+from cs336.ops.norm import check_raw, norm
 from cs336.ops.ref import layer_norm as ref
 
 
@@ -22,18 +22,23 @@ registry.define(
     "layer_norm_fwd(Tensor x, Tensor w, Tensor? b, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake_fwd,
     ref=ref.fwd,
+    check=lambda x, w, b, eps: check_raw(x, w, b, rows={}, stats={}),
 )
 registry.define(
     "layer_norm_residual_fwd(Tensor x, Tensor residual, Tensor w, Tensor? b, float eps)"
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor sum)",
     fake=lambda x, residual, w, b, eps: (*_fake_fwd(x, w, b, eps), x.new_empty(x.shape)),
     ref=ref.residual_fwd,
+    check=lambda x, residual, w, b, eps: check_raw(x, w, b, rows={"residual": residual}, stats={}),
 )
 registry.define(
     "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor w, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     fake=lambda dy, dsum, x, w, mean, rstd: (x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape)),
     ref=ref.bwd,
+    check=lambda dy, dsum, x, w, mean, rstd: check_raw(
+        x, w, rows={"dy": dy, "dsum": dsum}, stats={"mean": mean, "rstd": rstd}
+    ),
 )
 
 

@@ -66,6 +66,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> None:
+    """What the public functions and the raw ops both ask of their arguments."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., N) with N >= 1, got shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -74,10 +75,33 @@ def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | Non
         raise ValueError(f"weight must be float32 or x's {x.dtype}, got {weight.dtype}")
     if weight.shape != x.shape[-1:] or weight.device != x.device:
         raise ValueError(f"weight must be ({x.shape[-1]},) on {x.device} to fit x, got {_like(weight)}")
-    if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype or bias.device != x.device):
-        raise ValueError(f"bias must be like weight, {_like(weight)}, got {_like(bias)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
-        raise ValueError(f"residual must be like x, {_like(x)}, got {_like(residual)}")
+    if bias is not None:
+        _check_like("bias", bias, "weight", weight)
+    if residual is not None:
+        _check_like("residual", residual, "x", x)
+
+
+def check_raw(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows: dict[str, Tensor | None], stats: dict[str, Tensor]
+) -> None:
+    """What the raw ops ask beyond `check`: the other rows are like x, all have a layout that kernels can walk."""
+    check(x, None, weight, bias)
+    for name, t in {"x": x, **rows}.items():
+        if t is not None:
+            _check_like(name, t, "x", x)
+            if t.dim() != 2 or (t.shape[1] > 1 and t.stride(1) != 1):
+                raise ValueError(f"{name} must be (M, N) with its last dim contiguous, got {_like(t)}")
+    for name, t in stats.items():
+        if t.shape != x.shape[:1] or t.dtype != torch.float32 or t.device != x.device:
+            raise ValueError(f"{name} must be ({x.shape[0]},) torch.float32 on {x.device}, got {_like(t)}")
+    for name, t in {"weight": weight, "bias": bias, **stats}.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {t.stride()}")
+
+
+def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.shape != other.shape or t.dtype != other.dtype or t.device != other.device:
+        raise ValueError(f"{name} must be like {other_name}, {_like(other)}, got {_like(t)}")
 
 
 def _like(t: Tensor) -> str:

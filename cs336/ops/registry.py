@@ -20,7 +20,7 @@ import torch
 from cs336 import _load
 
 NAMESPACE = {"native": "cs336", "triton": "cs336_triton", "ref": "cs336_ref"}  # in order of preference
-KEY = {"cpu": "CPU", "cuda": "CUDA"}
+KEY = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'cs336[cuda]'"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -47,6 +47,7 @@ def define(
     fake: Callable,
     ref: Callable,
     triton: str | None = None,
+    check: Callable[..., None] | None = None,
     supports: dict[str, Supports] | None = None,
 ) -> None:
     """Register one op under every namespace.
@@ -56,9 +57,10 @@ def define(
         fake: shapes and dtypes of the outputs, for torch.compile.
         ref: the definition, in plain torch.
         triton: "STEM.FUNCTION" under cs336/ops/triton, imported at the first call (triton is slow to import).
-        supports: per variant, a checker that returns why it refuses the op's arguments, or None.
+        check: raises for arguments that no variant takes; runs before all of the above.
+        supports: per variant, a checker that returns why it refuses arguments that others take, or None.
 
-    Native kernels register themselves when their library loads.
+    Native kernels register themselves when their library loads, and check for themselves.
     """
     name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
     supports = supports or {}
@@ -66,18 +68,29 @@ def define(
     devices: dict[str, frozenset[str]] = {}
     for variant, namespace in NAMESPACE.items():
         qualname = f"{namespace}::{name}"
-        torch.library.define(qualname, signature)
-        torch.library.register_fake(qualname, fake)
+        torch.library.define(qualname, signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(qualname, _checked(check, fake))
         if variant == "ref":
-            torch.library.impl(qualname, "CompositeExplicitAutograd")(ref)
+            torch.library.impl(qualname, "CompositeExplicitAutograd")(_checked(check, ref))
         elif variant == "triton" and triton is not None and TRITON_MISSING is None:
             for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-                torch.library.impl(qualname, key)(_at_first_call(triton))
+                torch.library.impl(qualname, key)(_checked(check, _at_first_call(triton)))
         has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
         devices[variant] = frozenset(d for d, key in KEY.items() if has_kernel(qualname, key))
         overloads[variant] = getattr(getattr(torch.ops, namespace), name).default
     ranked = {d: [(overloads[v], supports.get(v)) for v in NAMESPACE if d in devices[v]] for d in KEY}
     OPS[name] = Op(schema, overloads, devices, supports, ranked)
+
+
+def _checked(check: Callable[..., None] | None, implementation: Callable) -> Callable:
+    if check is None:
+        return implementation
+
+    def run(*args):
+        check(*args)
+        return implementation(*args)
+
+    return run
 
 
 def _at_first_call(path: str) -> Callable:
@@ -133,6 +146,11 @@ def use(variant: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced() -> str | None:
+    """The variant in force, for ops that have no kernels of their own yet and only know "ref" from torch's."""
+    return _forced
 
 
 def _valid(variant: str | None) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.norm import norm
+from cs336.ops.norm import check_raw, norm
 from cs336.ops.ref import rms_norm as ref
 
 
@@ -21,16 +21,19 @@ registry.define(
     "rms_norm_fwd(Tensor x, Tensor w, float eps) -> (Tensor y, Tensor rstd)",
     fake=_fake_fwd,
     ref=ref.fwd,
+    check=lambda x, w, eps: check_raw(x, w, rows={}, stats={}),
 )
 registry.define(
     "rms_norm_residual_fwd(Tensor x, Tensor residual, Tensor w, float eps) -> (Tensor y, Tensor rstd, Tensor sum)",
     fake=lambda x, residual, w, eps: (*_fake_fwd(x, w, eps), x.new_empty(x.shape)),
     ref=ref.residual_fwd,
+    check=lambda x, residual, w, eps: check_raw(x, w, rows={"residual": residual}, stats={}),
 )
 registry.define(
     "rms_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor w, Tensor rstd) -> (Tensor dx, Tensor dw)",
     fake=lambda dy, dsum, x, w, rstd: (x.new_empty(x.shape), w.new_empty(w.shape)),
     ref=ref.bwd,
+    check=lambda dy, dsum, x, w, rstd: check_raw(x, w, rows={"dy": dy, "dsum": dsum}, stats={"rstd": rstd}),
 )
 
 
