@@ -1,0 +1,37 @@
+"""Attention in plain torch, fp32 inside, any device: the whole (B, Hq, S, T) score matrix."""
+
+import torch
+from torch import Tensor
+
+
+def fwd(
+    q_BHSD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> Tensor:
+    Hq, S = q_BHSD.shape[1:3]
+    Hkv, T = k_BHTD.shape[1:3]
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHSD, k_BHTD, v_BHTD))
+    # Query head h reads key head h // G. Batched matmuls, so that FLOP counters see them.
+    k, v = (x.repeat_interleave(Hq // Hkv, dim=1) if Hq != Hkv else x for x in (k, v))
+    scores_BHST = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores_BHST = softcap * torch.tanh(scores_BHST / softcap)
+    allowed = visible(S, T, causal, mask, q.device)
+    if allowed is None:
+        return (torch.softmax(scores_BHST, -1) @ v).to(q_BHSD.dtype)
+    scores_BHST = scores_BHST.masked_fill(~allowed, torch.finfo(q.dtype).min)
+    p_BHST = torch.softmax(scores_BHST, -1).masked_fill(~allowed, 0.0)  # a row that sees nothing is zero, not NaN
+    return (p_BHST @ v).to(q_BHSD.dtype)
+
+
+def visible(S: int, T: int, causal: bool, mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys each query may attend to, broadcastable to (B, Hq, S, T), or None for all of them."""
+    if causal and S > 1:
+        triangle_ST = torch.ones(S, T, dtype=torch.bool, device=device).tril(T - S)
+        return triangle_ST if mask is None else triangle_ST & mask
+    return mask
