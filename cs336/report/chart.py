@@ -1,0 +1,196 @@
+"""Charts as inline SVG: no scripts, no fonts, colours from the page's CSS variables.
+
+One chart unit is one CSS pixel on a 390-pixel phone, so that text stays readable there and grows on a desktop.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 34
+MAX_POINTS = 360  # one a unit of width: more cannot be seen
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `style` is a CSS class: "main", "second" or "faint"."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: str = "main"
+    dots: bool = False
+
+
+def compact(value: float) -> str:
+    """1234567 -> "1.23M", 0.0003 -> "3e-4": at most three digits that matter."""
+    if not math.isfinite(value):
+        return str(value)
+    for power, suffix in ((12, "T"), (9, "B"), (6, "M"), (3, "k")):
+        if abs(value) >= 0.9995 * 10**power:
+            return f"{value / 10**power:.3g}{suffix}"
+    if value and abs(value) < 0.001:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.3g}"
+
+
+def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], at most `most` of them."""
+    raw = (high - low) / (most - 1)
+    scale = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """1, 2, 3 ... 9 times powers of ten, thinned until at most `most` are left."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 6, 8), (1, 2, 5), (1,)):
+        ticks = [d * 10.0**e for e in decades for d in digits if low * 0.999 <= d * 10.0**e <= high * 1.001]
+        if len(ticks) <= most:
+            break
+    return ticks[:: math.ceil(len(ticks) / most)] if ticks else [low, high]
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """The finite points, averaged in runs of equal length so that at most `most` are left."""
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    run = math.ceil(len(points) / most) or 1
+    runs = (points[i : i + run] for i in range(0, len(points), run))
+    return [(sum(x for x, _ in r) / len(r), sum(y for _, y in r) / len(r)) for r in runs]
+
+
+def smooth(ys: Sequence[float], reach: int) -> list[float]:
+    """Mean over the neighbours on both sides: up to `reach` of them, fewer near the start, where curves are steep."""
+    out = []
+    for i in range(len(ys)):
+        half = min(reach, i // 8, len(ys) - 1 - i)
+        near = [y for y in ys[i - half : i + half + 1] if math.isfinite(y)]
+        out.append(sum(near) / len(near) if near else math.nan)
+    return out
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    log_y: bool = False,
+    from_zero: bool = False,
+    rules: Sequence[tuple[str, float]] = (),
+) -> Markup:
+    """Lines over a shared x axis, with labelled horizontal `rules`; empty Markup where no series has a point.
+
+    Args:
+        log_y: logarithmic y where all values are positive and span more than a factor of 1.5.
+        from_zero: the y axis starts at zero (for rates, where the distance to zero has a meaning).
+    """
+    drawn = [(s, points) for s in series if (points := thin(s.xs, s.ys))]
+    if not drawn:
+        return Markup("")
+    all_x = [x for _, points in drawn for x, _ in points]
+    all_y = [y for _, points in drawn for _, y in points] + [value for _, value in rules]
+    log_y = log_y and min(all_y) > 0 and max(all_y) > 1.5 * min(all_y)
+    low, high = _span(min(0.0, *all_y) if from_zero else min(all_y), max(all_y), log_y)
+    x_low, x_high = min(all_x), max(all_x)
+    x_high = x_high if x_high > x_low else x_low + 1
+
+    def x_at(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y_at(y: float) -> float:
+        f = math.log(y / low) / math.log(high / low) if log_y else (y - low) / (high - low)
+        return HEIGHT - BOTTOM - f * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_axes(x_at, y_at, linear_ticks(x_low, x_high, 5), (log_ticks if log_y else linear_ticks)(low, high))]
+    for s, points in drawn:
+        at = [f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points]
+        if len(at) > 1:
+            parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.style, " ".join(at)))
+        if s.dots or len(at) == 1:
+            dots = Markup("").join(
+                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(x_at(x), y_at(y)) for x, y in points[-40:]
+            )
+            parts.append(Markup('<g class="dots {}">{}</g>').format(s.style, dots))
+    parts += _rules(y_at, rules)
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, x_label, "end"))
+    return _svg(title, Markup("").join(parts))
+
+
+def bar_chart(labels: Sequence[str], values: Sequence[float], *, title: str, x_label: str) -> Markup:
+    """Vertical bars from zero; empty Markup where there are no values."""
+    if not values:
+        return Markup("")
+    high = max(*values, 1) * 1.04
+    pitch = (WIDTH - LEFT - RIGHT) / len(values)
+    every = math.ceil(len(values) / 16)
+
+    def y_at(y: float) -> float:
+        return HEIGHT - BOTTOM - y / high * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_axes(float, y_at, [], linear_ticks(0, high))]
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        x = LEFT + i * pitch
+        parts.append(
+            Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                x + pitch * 0.12, y_at(value), pitch * 0.76, HEIGHT - BOTTOM - y_at(value)
+            )
+        )
+        if i % every == 0:
+            parts.append(_text(x + pitch / 2, HEIGHT - BOTTOM + 14, label, "middle"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, x_label, "end"))
+    return _svg(title, Markup("").join(parts))
+
+
+def _span(low: float, high: float, log: bool) -> tuple[float, float]:
+    if log:
+        pad = (high / low) ** 0.04
+        return low / pad, high * pad
+    if high <= low:
+        return low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+    pad = (high - low) * 0.04
+    return (low if low == 0 else low - pad), high + pad
+
+
+def _axes(x_at: Callable[[float], float], y_at: Callable[[float], float], xs: list[float], ys: list[float]) -> Markup:
+    line = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format
+    parts = []
+    for y in ys:
+        parts.append(line("grid", LEFT, WIDTH - RIGHT, y_at(y), y_at(y)))
+        parts.append(_text(LEFT - 6, y_at(y) + 3.5, compact(y), "end"))
+    for x in xs:
+        parts.append(line("grid", x_at(x), x_at(x), HEIGHT - BOTTOM, HEIGHT - BOTTOM + 4))
+        anchor = "middle" if x_at(x) < WIDTH - RIGHT - 12 else "end"
+        parts.append(_text(min(x_at(x), WIDTH - RIGHT), HEIGHT - BOTTOM + 15, compact(x), anchor))
+    parts.append(line("axis", LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, HEIGHT - BOTTOM))
+    return Markup("").join(parts)
+
+
+def _rules(y_at: Callable[[float], float], rules: Sequence[tuple[str, float]]) -> list[Markup]:
+    """Dashed lines, their names above the right end, or below where the name would cover the one before."""
+    parts, last = [], -math.inf
+    for label, value in sorted(rules, key=lambda rule: -rule[1]):
+        y = y_at(value)
+        text_y = y - 4 if y - 4 >= last + 11 else y + 11
+        last = text_y
+        parts.append(
+            Markup('<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
+        )
+        parts.append(_text(WIDTH - RIGHT, text_y, f"{label} {value:.2f}", "end", "rule-name"))
+    return parts
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(style, x, y, anchor, text)
+
+
+def _svg(title: str, body: Markup) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, escape(title), body
+    )

@@ -1,0 +1,187 @@
+"""The report of a run: whole, partial, torn and hostile run directories, parsed as a browser would."""
+
+import html.parser
+import json
+import math
+
+import pytest
+
+from cs336.report import write_report
+from cs336.report.chart import Series, bar_chart, compact, line_chart, linear_ticks, log_ticks, smooth, thin
+
+SECTIONS = {"evaluation", "training", "samples", "tokenizer", "stages", "config"}
+VOID = {"meta", "link", "br", "img", "input", "hr", "line", "rect", "circle", "polyline"}
+HOSTILE = '</pre><script>alert("x")</script><img src=http://example.com/x.png onerror=alert(1)>&amp;'
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.ids, self.text, self.open = [], [], set(), [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids |= {value for name, value in attrs if name == "id"}
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def report(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir.resolve() / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert not {"link", "iframe", "img", "object", "embed"} & set(page.tags)
+    for name, value in page.attributes:
+        assert name not in ("src", "href", "srcset", "action", "data"), (name, value)
+        assert not name.startswith("on"), (name, value)
+    style = path.read_text().split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert page.ids >= SECTIONS
+    return page, " ".join(" ".join(page.text).split())
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A finished run whose every free text is hostile."""
+    d = tmp_path / "a<b>&run"
+    d.mkdir()
+    d.joinpath("config.toml").write_text(f"seed = 7\n[optimizer]\nlr = 0.003\nnote = {json.dumps(HOSTILE)}\n")
+    d.joinpath("run.json").write_text(
+        json.dumps({"parameters": 5_802_240, "device": HOSTILE, "versions": {"torch": "2.11"}})
+    )
+    lines = [
+        {"step": s, "tokens": s * 4096, "seconds": s / 4, "train/loss": 8 / s + 2, "train/grad_norm": 1 / s, "lr": 1e-3}
+        | {"train/tok_per_sec": 16000 + s, "train/mfu": 0.25}
+        for s in range(1, 1001)
+    ]
+    lines += [{"step": s, "tokens": s * 4096, "val/loss": 8 / s + 2.1, "val/bpb": 8 / s + 1} for s in (1, 500, 1000)]
+    d.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = [{"step": s, "prompt": HOSTILE, "text": f"{HOSTILE} at {s}\0\x1b"} for s in (0, 500, 1000)]
+    d.joinpath("samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    baselines = [{"name": HOSTILE, "bits_per_byte": 2.0, "how": HOSTILE}, {"name": "gzip", "bits_per_byte": 2.5}]
+    d.joinpath("evaluation.json").write_text(
+        json.dumps({"loss": 2.25, "bits_per_byte": 1.5, "how": HOSTILE, "baselines": baselines})
+    )
+    stats = {"vocab_size": 4096, "pattern": HOSTILE, "length_histogram": {"1": 256, "2": 99, "70": 3}}
+    d.joinpath("tokenizer_stats.json").write_text(json.dumps(stats | {"longest_tokens": [HOSTILE, " \n\t", "\ud800"]}))
+    d.joinpath("stages.json").write_text(json.dumps({"pretrain": {"seconds": 241.2, "summary": HOSTILE}}))
+    return d
+
+
+def test_whole_run(run_dir):
+    page, text = report(run_dir)
+    assert "missing" not in page.ids
+    assert page.tags.count("svg") == 7
+    for number in ("1.500", "2.250", "5.8M", "4.1M", "4 min 10 s", "16.5k", "25.0%", "4 min 01 s", "4,096", "0.003"):
+        assert number in text, number
+    assert "1.50 bits for each byte of text it has never seen, 25% fewer than" in text
+    assert text.count(HOSTILE) == 14  # shown everywhere, as text
+    assert "1 more between" in text
+    raw = run_dir.joinpath("report.html").read_text()
+    assert "\0" not in raw
+    assert "\x1b" not in raw
+    assert "␀␛" in raw
+
+
+def test_phone_first(run_dir):
+    page, _ = report(run_dir)
+    assert ("content", "width=device-width, initial-scale=1") in page.attributes
+    assert not [v for name, v in page.attributes if name == "width" and float(v) > 100]  # svg scales with the page
+
+
+def test_same_input_same_page(run_dir):
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+
+
+@pytest.mark.parametrize("kept", ["config.toml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "stages.json"])
+def test_partial_run_says_what_is_missing(run_dir, kept):
+    names = {path.name for path in run_dir.iterdir()}
+    for name in names - {kept}:
+        run_dir.joinpath(name).unlink()
+    page, text = report(run_dir)
+    assert "missing" in page.ids
+    for name in names - {kept}:
+        assert f"{name} is not there yet" in text
+    assert f"{kept} is not" not in text
+
+
+def test_torn_and_wrong_lines(run_dir):
+    with run_dir.joinpath("metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"step": null}\n{"step": 1001, "train/loss": NaN}\n{"step": 1002, "train/lo')
+    run_dir.joinpath("evaluation.json").write_text("{")
+    run_dir.joinpath("stages.json").write_text('["a list"]')
+    run_dir.joinpath("tokenizer_stats.json").write_text('{"length_histogram": 3, "longest_tokens": null}')
+    _, text = report(run_dir)
+    assert "1 line of metrics.jsonl cannot be read" in text
+    assert "evaluation.json cannot be read" in text
+    assert "Not evaluated yet" in text
+
+
+def test_resumed_run_counts_each_step_once(tmp_path):
+    lines = [{"step": s, "train/loss": 9.0} for s in (1, 2, 3, 4)] + [{"step": s, "train/loss": 5.0} for s in (3, 4, 5)]
+    tmp_path.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from cs336.report.run import read_run
+
+    assert read_run(tmp_path).column("train/loss") == ([1, 2, 3, 4, 5], [9, 9, 5, 5, 5])
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="not a run directory"):
+        write_report(tmp_path)
+
+
+def test_ticks_lie_inside():
+    for low, high in ((0, 1), (-3, 17.5), (1e-9, 2e-9), (0, 3.69e6), (2.4, 2.41)):
+        ticks = linear_ticks(low, high)
+        assert 2 <= len(ticks) <= 6
+        assert all(low - 1e-9 * (high - low) <= t <= high + 1e-9 * (high - low) for t in ticks)
+    for low, high in ((2.1, 9.5), (1e-5, 3e2), (0.4, 4.5), (1, 1e9)):
+        ticks = log_ticks(low, high)
+        assert 2 <= len(ticks) <= 7, (low, high, ticks)
+        assert ticks == sorted(ticks)
+
+
+def test_compact():
+    shown = {0: "0", 0.25: "0.25", 3e-4: "3e-4", 999: "999", 999_950: "1M", 15_400: "15.4k", 2e9: "2B", -0.5: "-0.5"}
+    assert {value: compact(value) for value in shown} == shown
+    assert compact(math.nan) == "nan"
+
+
+def test_curves_survive_what_training_does():
+    assert line_chart([Series("a", [], [])], title="t", x_label="x") == ""
+    assert line_chart([Series("a", [1, 2], [math.nan, math.inf])], title="t", x_label="x") == ""
+    for ys in ([3.0], [0.0, 0.0], [-1.0, 2.0], [1e-30, 1e30], [1.0, math.nan, 2.0]):
+        chart = line_chart([Series("a", list(range(len(ys))), ys)], title="t", x_label="x", log_y=True)
+        assert "nan" not in chart
+        assert "inf" not in chart
+    assert bar_chart([], [], title="t", x_label="x") == ""
+
+
+def test_thin_and_smooth():
+    points = thin(list(range(10_000)), [5.0] * 10_000)
+    assert len(points) <= 360
+    assert {y for _, y in points} == {5.0}
+    assert smooth([4.0] * 50, 10) == [4.0] * 50
+    noisy = smooth([1.0, -1.0] * 200, 10)
+    assert max(map(abs, noisy[100:300])) < 0.1
