@@ -1,0 +1,135 @@
+"""RMSNorm: rows of 128 ... 131072, x of 1 MB ... 1 GB; torch, torch.compile, Liger and QuACK beside ours.
+
+pytest benchmarks/ops/bench_rms_norm.py
+python -m benchmarks.run ops rms_norm --out FILE [--quick]
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from benchmarks.ops.norms import DTYPE, EPS, host_rows, is_compiled, normal, shapes
+from cs336 import ops
+from cs336.ops.ref import rms_norm as ref
+
+
+def cases(size: str) -> Iterator[harness.Case]:
+    for m, n in shapes(size):
+        nbytes = m * n * DTYPE.itemsize
+        for pass_, inputs, contenders, moved in (
+            ("fwd", fwd_inputs, FWD, 2),
+            ("residual_fwd", residual_inputs, RESIDUAL, 4),
+            ("bwd", bwd_inputs, BWD, 3),
+        ):
+            everyone = contenders if is_compiled(m, n) else {k: v for k, v in contenders.items() if k != "compile"}
+            draw = lambda device, inputs=inputs, m=m, n=n: inputs(m, n, device)  # noqa: E731
+            yield harness.Case("rms_norm", pass_, (m, n), DTYPE, draw, everyone, bytes=moved * nbytes)
+
+
+def fwd_inputs(m: int, n: int, device: torch.device) -> tuple:
+    return normal(m, n, device=device), normal(n, device=device), EPS
+
+
+def residual_inputs(m: int, n: int, device: torch.device) -> tuple:
+    return normal(m, n, device=device), *fwd_inputs(m, n, device)
+
+
+def bwd_inputs(m: int, n: int, device: torch.device) -> tuple:
+    x, w, eps = fwd_inputs(m, n, device)
+    return normal(m, n, device=device), None, x, w, ref.fwd(x, w, eps)[1]
+
+
+# ---- torch ----
+
+
+def eager_fwd(x, w, eps):
+    return (F.rms_norm(x, w.shape, w, eps),)
+
+
+def eager_residual(x, residual, w, eps):
+    total = x + residual
+    return F.rms_norm(total, w.shape, w, eps), total
+
+
+def eager_bwd(dy, dsum, x, w, rstd):
+    return torch.ops.aten._fused_rms_norm_backward(dy, x, w.shape, rstd[:, None], w, [True, True])
+
+
+# ---- Liger ----
+
+
+def liger_fwd(x, w, eps):
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    return lambda: rms_norm_forward(x, w, eps, 0.0, "llama", None)[:1]
+
+
+def liger_residual(x, residual, w, eps):
+    from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+
+    return lambda: fused_add_rms_norm_forward(x, residual, w, eps, 0.0, "llama")[:2]
+
+
+def liger_bwd(dy, dsum, x, w, rstd):
+    """In place as by default: dy becomes dx, so the first call is checked and the later ones run on what it left."""
+    from liger_kernel.ops.rms_norm import rms_norm_backward
+    from liger_kernel.ops.utils import calculate_settings
+
+    dy, (block, warps), llama = dy.clone(), calculate_settings(w.shape[0]), 0
+    return lambda: rms_norm_backward(dy, x, w, rstd, 0.0, llama, block, warps, True, None)
+
+
+# ---- QuACK ----
+
+
+def quack_fwd(x, w, eps):
+    from quack.rmsnorm import rmsnorm_fwd
+
+    return lambda: rmsnorm_fwd(x, w, eps=eps, store_rstd=True)[:1]
+
+
+def quack_residual(x, residual, w, eps):
+    from quack.rmsnorm import rmsnorm_fwd
+
+    return lambda: rmsnorm_fwd(x, w, residual=residual, eps=eps, store_rstd=True)[:2]
+
+
+def quack_bwd(dy, dsum, x, w, rstd):
+    from quack.rmsnorm import rmsnorm_bwd
+
+    return lambda: rmsnorm_bwd(x, w, dy, rstd)[:2]
+
+
+FWD = harness.variants("rms_norm_fwd", keep=(0,)) | {
+    "eager": harness.eager(eager_fwd),
+    "compile": harness.compiled(eager_fwd),
+    "liger": liger_fwd,
+    "quack": quack_fwd,
+}
+RESIDUAL = harness.variants("rms_norm_residual_fwd", keep=(0, 2)) | {
+    "eager": harness.eager(eager_residual),
+    "compile": harness.compiled(eager_residual),
+    "liger": liger_residual,
+    "quack": quack_residual,
+}
+BWD = harness.variants("rms_norm_bwd", keep=(0, 1)) | {
+    "eager": harness.eager(eager_bwd),
+    "compile": harness.compiled(ref.bwd),
+    "liger": liger_bwd,
+    "quack": quack_bwd,
+}
+
+
+def host(device: torch.device, **blocks: int) -> list[dict[str, Any]]:
+    return host_rows("rms_norm", ops.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, EPS), device, **blocks)
+
+
+def bench_rms_norm(benchmark, case):
+    harness.bench(benchmark, case)
+
+
+def bench_rms_norm_host(benchmark):
+    harness.bench_host(benchmark, host)

@@ -1,0 +1,57 @@
+"""What the benchmarks of rms_norm and layer_norm share: shapes, inputs, and host time of the public call."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+
+EPS = 1e-5
+DTYPE = torch.bfloat16
+WIDTHS = [1 << p for p in range(7, 18)]  # 128 ... 131072
+MEGABYTES = {
+    "quick": [64],
+    "standard": [64],
+    "full": [64, 256, 16, 1024, 4, 1],
+}  # of x; what a time limit may cut, last
+COMPILED = 64  # MB at which torch.compile runs: it compiles anew for each shape
+
+
+def shapes(size: str) -> Iterator[tuple[int, int]]:
+    """(M, N) of a "tiny" (CPU), "standard" (pytest on a GPU), "quick" or "full" sweep."""
+    if size == "tiny":
+        yield from [(4, 128), (3, 257)]
+        return
+    widths = {"quick": WIDTHS[1::3], "standard": WIDTHS[::5], "full": WIDTHS}[size]
+    for megabytes in MEGABYTES[size]:
+        yield from (((megabytes << 20) // (n * DTYPE.itemsize), n) for n in widths)
+
+
+def is_compiled(m: int, n: int) -> bool:
+    return m * n * DTYPE.itemsize == COMPILED << 20
+
+
+def normal(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device, dtype=DTYPE)
+
+
+def host_rows(
+    op: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], device: torch.device, **blocks: int
+) -> list[dict[str, Any]]:
+    """Host seconds of the public call `ours(x, w)` and of torch's, on a size whose device time hides behind it."""
+    x, w, dy = (normal(*shape, device=device) for shape in ((8, 512), (512,), (8, 512)))
+    xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
+    passes: dict[str, Callable[[Callable[..., Tensor]], Callable[[], Any]]] = {
+        "host fwd": lambda f: lambda: f(x, w),
+        "host fwd, grad": lambda f: lambda: f(xg, wg),
+        "host fwd + bwd": lambda f: lambda: torch.autograd.grad(f(xg, wg), (xg, wg), dy),
+    }
+    rows = []
+    for name, make in passes.items():
+        timings = harness.host_seconds({"native": make(ours), "eager": make(torchs)}, device, **blocks)
+        for variant, timing in timings.items():
+            row = {"op": op, "pass": name, "variant": variant, "shape": [8, 512], "dtype": harness.dtype_name(DTYPE)}
+            rows.append(row | {"seconds": timing.seconds, "spread": round(timing.spread, 4), "method": timing.method})
+    return rows
