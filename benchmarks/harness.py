@@ -8,6 +8,7 @@ ratios within one run mean anything. Data is random, never zeros: zeros switch f
 """
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -195,14 +196,14 @@ def sample(batch: Batch, device: torch.device, count: int) -> list[float]:
         for _ in range(count):
             batch.run()
             stamps.append(time.perf_counter())
-        return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(stamps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
         batch.run()
         event.record()
     events[-1].synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
 
 
 def synchronize(device: torch.device) -> None:
