@@ -1,0 +1,130 @@
+"""Fixed-length windows over token shards, packed: documents follow one another and a window may hold several.
+
+Window i holds tokens i * T ... i * T + T, T the context length: T + 1 tokens, the last of them shared with the next
+window, so that every token but the first is a target exactly once. Windows run across shard files.
+"""
+
+import bisect
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cs336.data.shards import TokenMeta, open_tokens
+from cs336.utils.files import Paths
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """The windows of a directory of shards, a .bin file, or a list of either.
+
+    Args:
+        paths: see cs336.data.shards.open_tokens.
+        context_length: T.
+        vocab_size: rows of the embedding that will read the tokens.
+        tokenizer: fingerprint of the tokenizer in use.
+
+    Raises ValueError if the data are too short for one window, were made by another tokenizer, or hold a token that
+    the embedding does not.
+    """
+
+    def __init__(
+        self, paths: Paths, context_length: int, *, vocab_size: int | None = None, tokenizer: str | None = None
+    ):
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
+        self.paths, self.context_length = paths, context_length
+        self._shards, self.meta = open_tokens(paths)
+        self._ends = list(itertools.accumulate(len(s) for s in self._shards))
+        self.num_tokens = self._ends[-1] if self._ends else 0
+        if len(self) < 1:
+            raise ValueError(
+                f"{paths} holds {self.num_tokens} tokens; one window of context_length {context_length} needs "
+                f"{context_length + 1}: give more data or a shorter context"
+            )
+        self._check(self.meta, vocab_size, tokenizer)
+
+    def __len__(self) -> int:
+        return max(0, self.num_tokens - 1) // self.context_length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (T,) int64 each, of window `index`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        window_T1 = self.windows(np.array([index % len(self)]))[0]
+        return window_T1[:-1], window_T1[1:]
+
+    def windows(self, index_B: np.ndarray) -> Tensor:
+        """The windows index_B (B,), each in 0..len-1, as (B, T + 1) int64."""
+        T = self.context_length
+        out = np.empty((len(index_B), T + 1), np.int64)
+        for row, index in zip(out, index_B, strict=True):
+            self._read(int(index) * T, row)
+        return torch.from_numpy(out)
+
+    def _read(self, start: int, out: np.ndarray) -> None:
+        """Fill out with the tokens from `start` on."""
+        shard = bisect.bisect_right(self._ends, start)
+        filled = 0
+        while filled < len(out):
+            begin = start + filled - (self._ends[shard] - len(self._shards[shard]))
+            part = self._shards[shard][begin : begin + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+
+    def _check(self, meta: TokenMeta | None, vocab_size: int | None, tokenizer: str | None) -> None:
+        if meta and tokenizer and meta.tokenizer != tokenizer:
+            raise ValueError(
+                f"{self.paths} was made by tokenizer {meta.tokenizer[:12]}, the one in use is {tokenizer[:12]}: "
+                "load the tokenizer that made the data, or tokenize the corpus again"
+            )
+        if vocab_size is None:
+            return
+        needed = meta.vocab_size if meta else 1 + max(int(s.max(initial=0)) for s in self._shards)
+        if needed > vocab_size:
+            raise ValueError(
+                f"{self.paths} needs a vocabulary of {needed}, the model's embedding has {vocab_size} rows: "
+                f"set the model's vocab_size to at least {needed}"
+            )
+
+
+def get_batch(
+    tokens: np.ndarray | Tensor,
+    batch_size: int,
+    context_length: int,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Windows of `tokens` (N,) at random places, every place with a target equally likely.
+
+    Args:
+        tokens: integers, an array (a memory-map too) or a tensor; only the windows are read.
+        generator: a CPU generator; torch's own if None.
+
+    Returns x and y, (batch_size, context_length) int64 on device; y is x one token later.
+    Raises ValueError if there are fewer than context_length + 1 tokens.
+    """
+    if tokens.ndim != 1 or context_length < 1:
+        raise ValueError(
+            f"expected tokens (N,) and context_length >= 1, got {tuple(tokens.shape)} and {context_length}"
+        )
+    if len(tokens) <= context_length:
+        raise ValueError(
+            f"a window of context_length {context_length} needs {context_length + 1} tokens, got {len(tokens)}"
+        )
+    start_B1 = torch.randint(len(tokens) - context_length, (batch_size, 1), generator=generator)
+    index_BT1 = start_B1 + torch.arange(context_length + 1)
+    if isinstance(tokens, Tensor):
+        window_BT1 = tokens[index_BT1.to(tokens.device)].long()
+    else:
+        window_BT1 = torch.from_numpy(tokens[index_BT1.numpy()].astype(np.int64))
+    return to_device(window_BT1, device)
+
+
+def to_device(window_BT1: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Windows (B, T + 1) as inputs and targets (B, T) on the device; a copy to a GPU does not wait for it."""
+    if torch.device(device).type == "cuda" and window_BT1.device.type == "cpu":
+        window_BT1 = window_BT1.pin_memory()
+    window_BT1 = window_BT1.to(device, non_blocking=True)
+    return window_BT1[:, :-1].contiguous(), window_BT1[:, 1:].contiguous()

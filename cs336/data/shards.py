@@ -1,0 +1,238 @@
+"""Token shards: llm.c's .bin files, memory-mapped, and a sidecar that says which tokenizer made them.
+
+    DIR/00000.bin, 00001.bin, ...  a header of 256 int32 (magic, version, number of tokens), then the tokens
+    DIR/meta.json                  written last: a directory without it is unfinished
+
+Everything is little-endian. Tokens are uint16 where the vocabulary fits, else uint32.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from typing import IO
+
+import numpy as np
+
+from cs336.utils.files import Paths, path_list, replacing
+
+HEADER = 256  # int32
+FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+MAGIC = {dtype: (magic, version) for magic, (version, dtype) in FORMATS.items()}
+META = "meta.json"
+SHARD_TOKENS = 100_000_000
+MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMeta:
+    """What meta.json says of a directory of shards."""
+
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    vocab_size: int
+    """Every token is below it."""
+    eot_id: int
+    """Stands after each document."""
+    documents: int
+    tokens: int
+    """End-of-text tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
+    shards: tuple[str, ...]
+    """File names, in order."""
+    format: int = 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smaller of uint16 and uint32 that holds every id below vocab_size."""
+    if not 0 < vocab_size <= 2**32:
+        raise ValueError(f"vocab_size must be in 1..2**32, got {vocab_size}")
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def read_shard(path: str | os.PathLike) -> np.ndarray:
+    """Memory-map one shard: (tokens,) uint16 or uint32, read-only.
+
+    Raises ValueError, naming the file, if its header, version or length is wrong.
+    """
+    size = os.path.getsize(path)
+    if size < 4 * HEADER:
+        raise ValueError(f"{path}: a token shard begins with a header of {4 * HEADER} bytes, the file has {size}")
+    magic, version, count = (int(v) for v in np.fromfile(path, "<i4", 3))
+    if magic not in FORMATS:
+        raise ValueError(
+            f"{path}: not a token shard: its magic number is {magic}, expected {' or '.join(map(str, FORMATS))}"
+        )
+    wanted, dtype = FORMATS[magic]
+    if version != wanted:
+        raise ValueError(f"{path}: version {version} of the shard format, expected {wanted}")
+    expected = 4 * HEADER + count * dtype.itemsize
+    if count < 0 or size != expected:
+        raise ValueError(f"{path}: the header promises {count} tokens, {expected} bytes in all; the file has {size}")
+    if count == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r", offset=4 * HEADER, shape=(count,))
+
+
+def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
+    """Write tokens (N,) uint16 or uint32 as one shard, atomically. Raises ValueError for another dtype or shape."""
+    tokens = np.asarray(tokens)
+    dtype = tokens.dtype.newbyteorder("<")
+    if tokens.ndim != 1 or dtype not in MAGIC:
+        raise ValueError(f"tokens must be 1-D uint16 or uint32, got shape {tokens.shape} {tokens.dtype}")
+    with replacing(path, "wb") as file:
+        file.write(_header(dtype, len(tokens)))
+        file.write(np.ascontiguousarray(tokens, dtype).data)
+
+
+def _header(dtype: np.dtype, count: int) -> bytes:
+    if count > MAX_SHARD_TOKENS:
+        raise ValueError(f"a shard holds at most {MAX_SHARD_TOKENS} tokens, got {count}: split it")
+    header = np.zeros(HEADER, "<i4")
+    header[:3] = *MAGIC[dtype], count
+    return header.tobytes()
+
+
+class ShardWriter:
+    """Write a stream of tokens as a directory of shards.
+
+        with ShardWriter("tokens/train", vocab_size=50257, tokenizer=fingerprint, eot_id=50256) as writer:
+            writer.write(ids, documents=1, text_bytes=len(text.encode()))
+        writer.meta
+
+    A directory that already holds shards is emptied of them first. If the block raises, the new shards are removed.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        vocab_size: int,
+        tokenizer: str,
+        eot_id: int,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
+            raise ValueError(f"shard_tokens must be in 1..{MAX_SHARD_TOKENS}, got {shard_tokens}")
+        self.dtype = token_dtype(vocab_size)
+        self.directory = pathlib.Path(directory)
+        self.shard_tokens = shard_tokens
+        self.meta = TokenMeta(tokenizer, vocab_size, eot_id, documents=0, tokens=0, text_bytes=0, shards=())
+        self._shard = contextlib.ExitStack()  # the file being written, under its temporary name
+        self._file: IO[bytes] | None = None
+        self._filled = 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_shards()
+
+    def write(self, ids: np.ndarray, *, documents: int = 0, text_bytes: int = 0) -> None:
+        """Append ids (N,), which hold `documents` documents of `text_bytes` bytes of text.
+
+        Raises ValueError if an id is negative or not below vocab_size.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise ValueError(f"ids must be 1-D integers, got shape {ids.shape} {ids.dtype}")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab_size:
+            raise ValueError(f"ids must be in 0..{self.meta.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
+        rest = ids.astype(self.dtype)
+        while len(rest):
+            head, rest = np.split(rest, [self.shard_tokens - self._filled])
+            self._begin_shard().write(head.data)
+            self._filled += len(head)
+            if self._filled == self.shard_tokens:
+                self._finish_shard()
+        self.meta = dataclasses.replace(
+            self.meta,
+            documents=self.meta.documents + documents,
+            tokens=self.meta.tokens + len(ids),
+            text_bytes=self.meta.text_bytes + text_bytes,
+        )
+
+    def close(self) -> TokenMeta:
+        """Finish the last shard and write meta.json."""
+        if self._file is not None:
+            self._finish_shard()
+        with replacing(self.directory / META) as file:
+            json.dump(dataclasses.asdict(self.meta), file, indent=2)
+        return self.meta
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._shard.__exit__(kind, error, trace)
+        self._remove_shards()
+
+    def _begin_shard(self) -> IO[bytes]:
+        if self._file is None:
+            name = f"{len(self.meta.shards):05d}.bin"
+            self._file = self._shard.enter_context(replacing(self.directory / name, "wb"))
+            self._file.write(_header(self.dtype, 0))
+            self.meta = dataclasses.replace(self.meta, shards=(*self.meta.shards, name))
+        return self._file
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.write(_header(self.dtype, self._filled))
+        self._shard.close()
+        self._file, self._filled = None, 0
+
+    def _remove_shards(self) -> None:
+        (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
+        for path in self.directory.glob("[0-9]*.bin"):
+            path.unlink()
+
+
+def read_meta(directory: str | os.PathLike) -> TokenMeta:
+    """The sidecar of a directory of shards. Raises ValueError if it is missing, damaged or of another version."""
+    path = pathlib.Path(directory) / META
+    if not path.exists():
+        raise ValueError(f"{directory} has no {META}: it is unfinished or holds no tokens; tokenize the corpus again")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("format") != TokenMeta.format:
+            raise ValueError(f"format {found.get('format')!r}, expected {TokenMeta.format}")
+        return TokenMeta(**(found | {"shards": tuple(found["shards"])}))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be used ({error}); tokenize the corpus again") from None
+
+
+def open_tokens(paths: Paths) -> tuple[list[np.ndarray], TokenMeta | None]:
+    """Map every shard of a directory, a .bin file, or a list of either.
+
+    Returns the shards in order, and one TokenMeta for all of them: None if some are bare .bin files.
+    Raises ValueError if a directory does not hold the tokens its meta.json names, or if tokenizers differ.
+    """
+    shards: list[np.ndarray] = []
+    metas: list[TokenMeta | None] = []
+    for path in path_list(paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: expected a directory of token shards or a .bin file")
+        meta = read_meta(path) if path.is_dir() else None
+        found = [read_shard(path / name) for name in meta.shards] if meta else [read_shard(path)]
+        if meta and sum(map(len, found)) != meta.tokens:
+            raise ValueError(f"{path}: {META} counts {meta.tokens} tokens, the shards hold {sum(map(len, found))}")
+        shards += found
+        metas.append(meta)
+    return shards, _merge(metas)
+
+
+def _merge(metas: list[TokenMeta | None]) -> TokenMeta | None:
+    known = [m for m in metas if m is not None]
+    if len({m.tokenizer for m in known}) > 1:
+        raise ValueError("these token directories were made by different tokenizers; tokenize them with one")
+    if not known or len(known) < len(metas):
+        return None
+    return dataclasses.replace(
+        known[0],
+        documents=sum(m.documents for m in known),
+        tokens=sum(m.tokens for m in known),
+        text_bytes=sum(m.text_bytes for m in known),
+        shards=tuple(name for m in known for name in m.shards),
+    )

@@ -1,0 +1,158 @@
+"""Documents, as str, from files: text, JSON lines, parquet, compressed or not, or a directory of them.
+
+The order is that of the sorted paths, and of the lines in a file: the same on every machine.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from cs336.utils.files import Paths, path_list
+
+END_OF_TEXT = "<|endoftext|>"
+PIECE_CHARS = 8192
+BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+JSON_LINES = {".jsonl", ".ndjson"}
+
+
+def read_documents(paths: Paths, separator: str = END_OF_TEXT) -> Iterator[str]:
+    """Yield the documents of a file, of every file below a directory, or of a list of either.
+
+    - `.jsonl`, `.ndjson`: the field "text" of each line.
+    - `.parquet`: the column "text". Needs pyarrow: pip install 'cs336[data]'.
+    - any other file is text: its parts between separators, or the whole file. A text file named on its own that has
+      no separator is cut at line ends into pieces of about 8192 characters, so that it can be split and shuffled.
+    - `.gz`, `.xz` and `.bz2` around text or JSON lines are unpacked on the way.
+
+    In a directory hidden files, `__pycache__` and binary files are passed over. Bytes that are not UTF-8 become U+FFFD.
+    Documents without a visible character are dropped.
+
+    Raises FileNotFoundError, or ValueError that names the file and the line.
+    """
+    for path in path_list(paths):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: expected a text, JSON lines or parquet file, or a directory"
+            )
+        for text in _read_directory(path, separator) if path.is_dir() else _read_file(path, separator, alone=True):
+            if text and not text.isspace():
+                yield text
+
+
+def _read_directory(directory: pathlib.Path, separator: str) -> Iterator[str]:
+    for root, folders, names in os.walk(directory, onerror=_raise):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        for path in (pathlib.Path(root, n) for n in sorted(names) if not n.startswith(".")):
+            if path.is_file():
+                yield from _read_file(path, separator, alone=False)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
+    suffixes = [s.lower() for s in path.suffixes]
+    suffix = next((s for s in reversed(suffixes) if s not in COMPRESSED), "")
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(path)
+        elif suffix in JSON_LINES:
+            yield from _read_json_lines(path)
+        elif not _is_binary(path):
+            yield from _read_text(path, separator, alone)
+        elif alone:
+            raise ValueError(f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2)")
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from None  # what gzip and bz2 raise
+
+
+def _open(path: pathlib.Path) -> IO[bytes]:
+    return COMPRESSED.get(path.suffix.lower(), open)(path, "rb")  # type: ignore[operator]
+
+
+def _is_binary(path: pathlib.Path) -> bool:
+    with _open(path) as file:
+        return b"\0" in file.read(8192)
+
+
+def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
+    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
+        separated = separator in file.read(BLOCK_CHARS)
+        file.seek(0)
+        if separated:
+            yield from _split(file, separator)
+        elif alone:
+            yield from _cut(file)
+        else:
+            yield file.read()
+
+
+def _split(file: IO[str], separator: str) -> Iterator[str]:
+    document: list[str] = []
+    tail = ""  # may hold the beginning of a separator
+    while block := file.read(BLOCK_CHARS):
+        *whole, rest = (tail + block).split(separator)
+        for text in whole:
+            yield "".join(document) + text
+            document = []
+        end = max(0, len(rest) - len(separator) + 1)
+        document.append(rest[:end])
+        tail = rest[end:]
+    yield "".join(document) + tail
+
+
+def _cut(file: IO[str]) -> Iterator[str]:
+    piece: list[str] = []
+    chars = 0
+    while line := file.readline(BLOCK_CHARS):
+        piece.append(line)
+        chars += len(line)
+        if chars >= PIECE_CHARS:
+            yield "".join(piece)
+            piece, chars = [], 0
+    yield "".join(piece)
+
+
+def _read_json_lines(path: pathlib.Path) -> Iterator[str]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line.decode("utf-8", "replace"))["text"]
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f'{path}:{number}: expected an object like {{"text": "..."}} ({error!r})') from None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}:{number}: "text" must be a string, got {type(text).__name__}')
+            yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # "\ud800" is valid JSON
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ImportError(f"reading {path} needs pyarrow: pip install 'cs336[data]'") from None
+    try:
+        table = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from None
+    if "text" not in table.schema_arrow.names:
+        raise ValueError(f'{path} has no column "text", only: {", ".join(table.schema_arrow.names)}')
+    for batch in table.iter_batches(columns=["text"]):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str | None):
+                raise ValueError(f'{path}: the column "text" must hold strings, got {type(text).__name__}')
+            yield text or ""

@@ -1,0 +1,43 @@
+"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def path_list(paths: Paths) -> list[pathlib.Path]:
+    """One path, or several, as a list."""
+    return [pathlib.Path(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a file that takes `path`'s place when the block ends; if the block raises, `path` stays as it was.
+
+    mode is "w" (UTF-8 text) or "wb".
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Flush one file, or one directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

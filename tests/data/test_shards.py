@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cs336.data import shards
+from cs336.data.shards import ShardWriter, open_tokens, read_meta, read_shard, token_dtype, write_shard
+
+
+def write(directory, ids, vocab_size=1000, tokenizer="t", **kwargs):
+    with ShardWriter(directory, vocab_size=vocab_size, tokenizer=tokenizer, eot_id=0, **kwargs) as writer:
+        writer.write(np.array(ids, np.int64), documents=1, text_bytes=10)
+    return writer.meta
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 999), max_size=40), st.integers(1, 41), st.sampled_from([1000, 70_000]))
+def test_round_trip(tmp_path_factory, ids, shard_tokens, vocab_size):
+    directory = tmp_path_factory.mktemp("tokens")
+    meta = write(directory, ids, vocab_size, shard_tokens=shard_tokens)
+    found, read = open_tokens(directory)
+    assert read == meta == read_meta(directory)
+    assert meta.tokens == len(ids)
+    assert [len(s) for s in found] == [len(ids[i : i + shard_tokens]) for i in range(0, len(ids), shard_tokens)]
+    assert [int(t) for s in found for t in s] == ids
+    assert all(s.dtype == token_dtype(vocab_size) for s in found)
+    assert not list(directory.glob(".*"))
+
+
+def test_header_is_llm_c(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(5, dtype=np.uint16))
+    write_shard(tmp_path / "b.bin", np.arange(5, dtype=np.uint32))
+    for name, magic, version, width in (("a.bin", 20240520, 1, 2), ("b.bin", 20240801, 7, 4)):
+        data = (tmp_path / name).read_bytes()
+        assert len(data) == 256 * 4 + 5 * width
+        assert np.frombuffer(data, "<i4", 3).tolist() == [magic, version, 5]
+        assert read_shard(tmp_path / name).tolist() == list(range(5))
+    assert isinstance(read_shard(tmp_path / "a.bin"), np.memmap)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:100], "header of 1024 bytes, the file has 100"),
+        (lambda b: b[:-1], "promises 5 tokens, 1034 bytes in all; the file has 1033"),
+        (lambda b: b + b"\0", "the file has 1035"),
+        (lambda b: b"\0" + b[1:], "not a token shard"),
+        (lambda b: b[:4] + b"\2" + b[5:], "version 2 of the shard format, expected 1"),
+        (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "promises -1 tokens"),
+    ],
+)
+def test_damaged_shard_is_named(tmp_path, damage, message):
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(5, dtype=np.uint16))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        read_shard(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("ids", [[-1], [1000], [3, 70_000]])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path, ids):
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.999"):
+        write(tmp_path, ids)
+
+
+def test_shape_and_dtype_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="1-D uint16 or uint32"):
+        write_shard(tmp_path / "a.bin", np.arange(5))
+    writer = ShardWriter(tmp_path, vocab_size=9, tokenizer="t", eot_id=0)
+    with pytest.raises(ValueError, match="1-D integers"):
+        writer.write(np.zeros(3))
+    with pytest.raises(ValueError, match="shard_tokens"):
+        ShardWriter(tmp_path, vocab_size=9, tokenizer="t", eot_id=0, shard_tokens=0)
+
+
+def test_a_failed_write_leaves_no_tokens(tmp_path):
+    write(tmp_path, range(20), shard_tokens=4)
+
+    def fail():
+        with ShardWriter(tmp_path, vocab_size=9, tokenizer="t", eot_id=0, shard_tokens=2) as writer:
+            writer.write(np.ones(5, int))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="unfinished"):
+        open_tokens(tmp_path)
+
+
+def test_a_shorter_rewrite_forgets_the_longer(tmp_path):
+    write(tmp_path, range(20), shard_tokens=4)
+    write(tmp_path, range(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.bin", shards.META]
+    assert open_tokens(tmp_path)[0][0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 99}', '{"format": 1, "tokenizer": "t", "shards": []}'])
+def test_damaged_sidecar_is_named(tmp_path, text):
+    write(tmp_path, range(20))
+    (tmp_path / shards.META).write_text(text)
+    with pytest.raises(ValueError, match=r"meta\.json cannot be used"):
+        open_tokens(tmp_path)
+
+
+def test_sidecar_and_shards_must_agree(tmp_path):
+    write(tmp_path, range(20))
+    write_shard(tmp_path / "00000.bin", np.arange(5, dtype=np.uint16))
+    with pytest.raises(ValueError, match="counts 20 tokens, the shards hold 5"):
+        open_tokens(tmp_path)
+
+
+def test_several_directories_are_one_set(tmp_path):
+    write(tmp_path / "a", range(20))
+    write(tmp_path / "b", range(7))
+    write(tmp_path / "c", range(7), tokenizer="another")
+    found, meta = open_tokens([tmp_path / "a", tmp_path / "b"])
+    assert (sum(map(len, found)), meta.tokens, meta.documents, meta.text_bytes) == (27, 27, 2, 20)
+    assert open_tokens([tmp_path / "a", tmp_path / "b/00000.bin"])[1] is None
+    with pytest.raises(ValueError, match="different tokenizers"):
+        open_tokens([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(FileNotFoundError, match="token shards"):
+        open_tokens(tmp_path / "nowhere")
+
+
+def test_sidecar_is_plain_json(tmp_path):
+    meta = write(tmp_path, range(20))
+    found = json.loads((tmp_path / shards.META).read_text())
+    assert found["tokens"] == meta.tokens == 20
+    assert set(found) == {"tokenizer", "vocab_size", "eot_id", "documents", "tokens", "text_bytes", "shards", "format"}

@@ -1,0 +1,126 @@
+import bz2
+import gzip
+import json
+import lzma
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cs336.data import sources
+from cs336.data.sources import END_OF_TEXT, read_documents
+
+
+def put(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": t}) + "\n" for t in texts)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text("ab\n<|", min_size=1).filter(str.strip), min_size=1, max_size=8), st.integers(1, 30))
+def test_separators_are_found_across_blocks(tmp_path_factory, texts, block):
+    path = put(tmp_path_factory.mktemp("s") / "a.txt", END_OF_TEXT.join(["x" * block, *texts]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_CHARS", block + len(END_OF_TEXT))
+        assert list(read_documents(path)) == ["x" * block, *texts]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text("ab \n\r", max_size=300))
+def test_a_lone_text_file_is_cut_at_line_ends(tmp_path_factory, text):
+    path = put(tmp_path_factory.mktemp("s") / "a.txt", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "PIECE_CHARS", 20)
+        pieces = list(sources._read_file(path, END_OF_TEXT, alone=True))
+    assert "".join(pieces) == text
+    assert all(len(p) >= 20 and p[-1] in "\n\r" for p in pieces[:-2])
+
+
+def test_a_text_file_in_a_directory_is_one_document(tmp_path):
+    text = "line\n" * 10_000
+    put(tmp_path / "d/a.txt", text)
+    put(tmp_path / "d/b.md", f"one{END_OF_TEXT}two")
+    assert list(read_documents(tmp_path / "d")) == [text, "one", "two"]
+    assert len(list(read_documents(tmp_path / "d/a.txt"))) == 7
+
+
+def test_a_directory_is_read_in_sorted_order(tmp_path):
+    put(tmp_path / "b/2.txt", "b2")
+    put(tmp_path / "b/1.jsonl", jsonl("b1", "b1 again"))
+    put(tmp_path / "a/z.py", "az")
+    put(tmp_path / "top.txt", "top")
+    put(tmp_path / ".hidden", "no")
+    put(tmp_path / ".git/config", "no")
+    put(tmp_path / "a/__pycache__/z.txt", "no")
+    put(tmp_path / "a/image.png", b"\x89PNG\0\0")
+    put(tmp_path / "a/empty.txt", " \n")
+    (tmp_path / "a/dangling").symlink_to("nowhere")
+    assert list(read_documents(tmp_path)) == ["top", "az", "b1", "b1 again", "b2"]
+    assert list(read_documents([tmp_path / "b/2.txt", tmp_path / "a"])) == ["b2", "az"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+)
+def test_compressed(tmp_path, suffix, compress):
+    assert list(read_documents(put(tmp_path / f"a.txt{suffix}", compress(b"hello")))) == ["hello"]
+    whole = compress(jsonl("one", "two" * 9999).encode())
+    path = put(tmp_path / f"a.jsonl{suffix}", whole)
+    assert list(read_documents(path)) == ["one", "two" * 9999]
+    for damaged in (whole[:-20], whole[:20] + b"\x55" * 20 + whole[40:], b"nonsense"):
+        put(path, damaged)
+        with pytest.raises(ValueError, match=r"damaged|expected an object") as error:
+            list(read_documents(path))
+        assert str(path) in str(error.value)
+
+
+def test_bad_utf8_is_replaced(tmp_path):
+    assert list(read_documents(put(tmp_path / "a.txt", b"caf\xe9\r\n"))) == ["caf\ufffd\r\n"]
+    assert list(read_documents(put(tmp_path / "a.jsonl", b'{"text": "caf\xe9"}'))) == ["caf\ufffd"]
+    (text,) = read_documents(put(tmp_path / "a.jsonl", rb'{"text": "a\ud800b"}'))
+    text.encode()
+    assert text[0] + text[-1] == "ab"
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"txt": "a"}', '{"text": 3}', "[" * 100_000])
+def test_a_bad_json_line_is_named(tmp_path, line):
+    path = put(tmp_path / "a.jsonl", jsonl("fine") + "\n" + line + "\n")
+    documents = read_documents(path)
+    assert next(documents) == "fine"
+    with pytest.raises(ValueError, match=r"a\.jsonl:3"):
+        next(documents)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "three"]}), path)
+    assert list(read_documents(path)) == ["one", "three"]
+    parquet.write_table(pyarrow.table({"body": ["one"]}), path)
+    with pytest.raises(ValueError, match='no column "text", only: body'):
+        list(read_documents(path))
+    parquet.write_table(pyarrow.table({"text": [1]}), path)
+    with pytest.raises(ValueError, match="must hold strings, got int"):
+        list(read_documents(path))
+    with pytest.raises(ValueError, match="not a parquet file"):
+        list(read_documents(put(path, b"nonsense")))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'cs336\[data\]'"):
+        list(read_documents(put(tmp_path / "a.parquet", b"")))
+
+
+def test_missing_and_binary(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist: expected a text"):
+        list(read_documents(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="is binary"):
+        list(read_documents(put(tmp_path / "a.png", b"\x89PNG\0\0")))

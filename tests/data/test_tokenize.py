@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from cs336.data import in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
+from cs336.data.shards import open_tokens
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes; 256 ends a text."""
+
+    vocab_size = 257
+    fingerprint = "bytes"
+    special_tokens = {"<|endoftext|>": 256}  # noqa: RUF012
+
+    def encode_batch_numpy(self, texts):
+        data = [t.encode() for t in texts]
+        return np.frombuffer(b"".join(data), np.uint8).astype(np.uint16), np.cumsum([0, *map(len, data)])
+
+
+def text_of(directory):
+    shards, _ = open_tokens(directory)
+    ids = np.concatenate(shards).tolist()
+    return "".join("|" if i == 256 else chr(i) for i in ids)
+
+
+@pytest.mark.parametrize("batch_chars", [1, 7, 1 << 20])
+def test_documents_end_with_the_end_of_text(tmp_path, monkeypatch, batch_chars):
+    monkeypatch.setattr(tokenize, "BATCH_CHARS", batch_chars)
+    meta = tokenize_documents(iter(["one", "", "three"]), Bytes(), tmp_path, shard_tokens=4, progress=True)
+    assert text_of(tmp_path) == "one||three|"
+    assert (meta.documents, meta.tokens, meta.text_bytes, meta.eot_id) == (3, 11, 8, 256)
+    assert meta == read_meta(tmp_path)
+
+
+def test_text_bytes_are_utf8(tmp_path):
+    assert tokenize_documents(["é€😀"], Bytes(), tmp_path).text_bytes == 9
+
+
+def test_corpus_is_split_by_document(tmp_path):
+    documents = [f"document {i}" for i in range(500)]
+    train, val = tokenize_corpus(documents, Bytes(), tmp_path, val_fraction=0.1)
+    assert train.documents + val.documents == 500
+    assert 20 < val.documents < 80
+    for name, validation in (("train", False), ("val", True)):
+        assert text_of(tmp_path / name).split("|")[:-1] == list(select(documents, 0.1, validation=validation))
+
+
+def test_split_is_a_function_of_the_text():
+    documents = [str(i) for i in range(1000)]
+    held = {f: {d for d in documents if in_validation(d, f)} for f in (0, 0.1, 0.5, 1)}
+    assert held[0] < held[0.1] < held[0.5] < held[1] == set(documents)
+    assert held[0.1] != {d for d in documents if in_validation(d, 0.1, seed=1)}
+    assert in_validation("a fixed document", 0.5) == in_validation("a fixed document", 0.5)
+    with pytest.raises(ValueError, match="fraction"):
+        in_validation("a", 1.5)
+
+
+def test_empty_corpora_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no documents"):
+        tokenize_documents([], Bytes(), tmp_path / "a")
+    with pytest.raises(ValueError, match="no validation document: 3 documents"):
+        tokenize_corpus(["a", "b", "c"], Bytes(), tmp_path / "b", val_fraction=0)
+    with pytest.raises(ValueError, match="no training document"):
+        tokenize_corpus(["a"], Bytes(), tmp_path / "b", val_fraction=1)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_tokenizer_without_end_of_text(tmp_path):
+    with pytest.raises(ValueError, match=r"no special token '<\|end\|>' \(it has: <\|endoftext\|>\)"):
+        tokenize_documents(["a"], Bytes(), tmp_path, eot_token="<|end|>")

@@ -1,0 +1,31 @@
+import pytest
+
+from cs336.utils.files import path_list, replacing
+
+
+def test_replaces_whole(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("one", "é"):
+        with replacing(path) as file:
+            file.write(text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def fail():
+        with replacing(path, "wb") as file:
+            file.write(b"new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_path_list(tmp_path):
+    assert path_list("a") == path_list(["a"]) == path_list(path_list("a"))
