@@ -1,4 +1,4 @@
-"""Each bench_* that takes a `case` runs once for every case of its module: full size on a GPU, tiny on a CPU."""
+"""Each bench_* that takes a `case` runs once for every case of its module: 64 MB on a GPU, tiny on a CPU."""
 
 import os
 
@@ -9,5 +9,5 @@ import torch
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        size = "standard" if torch.cuda.is_available() else "tiny"
+        size = "quick" if torch.cuda.is_available() else "tiny"
         metafunc.parametrize("case", list(metafunc.module.cases(size)), ids=str)

@@ -211,20 +211,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def host_seconds(
-    calls: dict[str, Callable[[], Any]], device: torch.device, blocks: int = 30, repeats: int = 200
-) -> dict[str, Timing]:
+def host_seconds(calls: dict[str, Callable[[], Any]], device: torch.device, blocks: int = 30) -> dict[str, Timing]:
     """Host time of one call of each, in alternating blocks: the device's work must be shorter than the call."""
+    for call in calls.values():
+        call()
+    repeats = math.ceil(10 * SAMPLE / max(_host_time(call, 10) for call in calls.values()))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for block in range(-2, blocks):
         for name, call in calls.items():
             synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
+            seconds = _host_time(call, repeats)
             if block >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: summary(samples, repeats, "perf_counter") for name, samples in times.items()}
+
+
+def _host_time(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
 
 
 def summary(samples: list[float], calls: int, method: str) -> Timing:
@@ -241,7 +247,7 @@ def copy_roof(device: torch.device) -> float:
     """Bytes a second, read plus written, of the device's own copy: 1 GiB on a GPU, 64 MiB on a CPU."""
     source = torch.randn((1 << 28) if device.type == "cuda" else (1 << 24), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / measure([lambda: (target.copy_(source),)], device).seconds
+    return 2 * source.nbytes / _best(lambda: (target.copy_(source),), device)
 
 
 @functools.cache
@@ -249,7 +255,12 @@ def matmul_roof(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> fl
     """FLOP a second of torch's matrix product: 8192^3 on a GPU, 512^3 on a CPU."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / measure([lambda: (a @ b,)], device).seconds
+    return 2 * n**3 / _best(lambda: (a @ b,), device)
+
+
+def _best(call: Call, device: torch.device) -> float:
+    """Of three medians: the first may still see the clocks rise."""
+    return min(measure([call], device).seconds for _ in range(3))
 
 
 # ---- rows ----
@@ -257,6 +268,8 @@ def matmul_roof(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> fl
 
 def rows(case: Case, device: torch.device, only: set[str] | None = None, timed: bool = True) -> list[dict[str, Any]]:
     """One row a contender: its time, or why it has none ("skipped": not here; "failed": broken, or wrong)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # every graph has its own pool
     sets = draw(case, device) if timed else [case.inputs(device)]
     expected = case.contenders["ref"](*sets[0])()
     return [
@@ -331,8 +344,7 @@ def bench(benchmark: Any, case: Case) -> None:
 
 
 def bench_host(benchmark: Any, host: Callable[..., list[dict[str, Any]]]) -> None:
-    """Body of bench_*_host: microseconds of a public call and of torch's."""
-    blocks = {"blocks": 1, "repeats": 1} if benchmark.disabled else {}
-    rows = benchmark.pedantic(host, args=(default_device(),), kwargs=blocks)
+    """Body of bench_*_host: microseconds of a public call and of torch's; `host(device, blocks)` returns rows."""
+    rows = benchmark.pedantic(host, args=(default_device(), 1 if benchmark.disabled else 30))
     if not benchmark.disabled:
         benchmark.extra_info |= {f"{r['pass']} {r['variant']} us": round(r["seconds"] * 1e6, 2) for r in rows}

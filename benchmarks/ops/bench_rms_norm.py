@@ -11,22 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import harness
-from benchmarks.ops.norms import DTYPE, EPS, host_rows, is_compiled, normal, shapes
+from benchmarks.ops import norms
+from benchmarks.ops.norms import EPS, normal
 from cs336 import ops
 from cs336.ops.ref import rms_norm as ref
-
-
-def cases(size: str) -> Iterator[harness.Case]:
-    for m, n in shapes(size):
-        nbytes = m * n * DTYPE.itemsize
-        for pass_, inputs, contenders, moved in (
-            ("fwd", fwd_inputs, FWD, 2),
-            ("residual_fwd", residual_inputs, RESIDUAL, 4),
-            ("bwd", bwd_inputs, BWD, 3),
-        ):
-            everyone = contenders if is_compiled(m, n) else {k: v for k, v in contenders.items() if k != "compile"}
-            draw = lambda device, inputs=inputs, m=m, n=n: inputs(m, n, device)  # noqa: E731
-            yield harness.Case("rms_norm", pass_, (m, n), DTYPE, draw, everyone, bytes=moved * nbytes)
 
 
 def fwd_inputs(m: int, n: int, device: torch.device) -> tuple:
@@ -103,28 +91,51 @@ def quack_bwd(dy, dsum, x, w, rstd):
     return lambda: rmsnorm_bwd(x, w, dy, rstd)[:2]
 
 
-FWD = harness.variants("rms_norm_fwd", keep=(0,)) | {
-    "eager": harness.eager(eager_fwd),
-    "compile": harness.compiled(eager_fwd),
-    "liger": liger_fwd,
-    "quack": quack_fwd,
-}
-RESIDUAL = harness.variants("rms_norm_residual_fwd", keep=(0, 2)) | {
-    "eager": harness.eager(eager_residual),
-    "compile": harness.compiled(eager_residual),
-    "liger": liger_residual,
-    "quack": quack_residual,
-}
-BWD = harness.variants("rms_norm_bwd", keep=(0, 1)) | {
-    "eager": harness.eager(eager_bwd),
-    "compile": harness.compiled(ref.bwd),
-    "liger": liger_bwd,
-    "quack": quack_bwd,
+PASSES = {
+    "fwd": norms.Pass(
+        fwd_inputs,
+        harness.variants("rms_norm_fwd", keep=(0,))
+        | {
+            "eager": harness.eager(eager_fwd),
+            "compile": harness.compiled(eager_fwd),
+            "liger": liger_fwd,
+            "quack": quack_fwd,
+        },
+        moved=2,
+    ),
+    "residual_fwd": norms.Pass(
+        residual_inputs,
+        harness.variants("rms_norm_residual_fwd", keep=(0, 2))
+        | {
+            "eager": harness.eager(eager_residual),
+            "compile": harness.compiled(eager_residual),
+            "liger": liger_residual,
+            "quack": quack_residual,
+        },
+        moved=4,
+    ),
+    "bwd": norms.Pass(
+        bwd_inputs,
+        harness.variants("rms_norm_bwd", keep=(0, 1))
+        | {
+            "eager": harness.eager(eager_bwd),
+            "compile": harness.compiled(ref.bwd),
+            "liger": liger_bwd,
+            "quack": quack_bwd,
+        },
+        moved=3,
+    ),
 }
 
 
-def host(device: torch.device, **blocks: int) -> list[dict[str, Any]]:
-    return host_rows("rms_norm", ops.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, EPS), device, **blocks)
+def cases(size: str) -> Iterator[harness.Case]:
+    return norms.cases("rms_norm", PASSES, size)
+
+
+def host(device: torch.device, blocks: int = 30) -> list[dict[str, Any]]:
+    return norms.host_rows(
+        "rms_norm", lambda x, w: ops.rms_norm(x, w, EPS), lambda x, w: F.rms_norm(x, w.shape, w, EPS), device, blocks
+    )
 
 
 def bench_rms_norm(benchmark, case):

@@ -1,6 +1,8 @@
 """What the benchmarks of rms_norm and layer_norm share: shapes, inputs, and host time of the public call."""
 
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +13,35 @@ from benchmarks import harness
 EPS = 1e-5
 DTYPE = torch.bfloat16
 WIDTHS = [1 << p for p in range(7, 18)]  # 128 ... 131072
-MEGABYTES = {
-    "quick": [64],
-    "standard": [64],
-    "full": [64, 256, 16, 1024, 4, 1],
-}  # of x; what a time limit may cut, last
+MEGABYTES = {"quick": [64], "full": [64, 256, 16, 1024, 4, 1]}  # of x; last what a time limit may cut
 COMPILED = 64  # MB at which torch.compile runs: it compiles anew for each shape
 
 
+@dataclass(frozen=True)
+class Pass:
+    inputs: Callable[[int, int, torch.device], tuple]  # M, N, device -> arguments of the raw op
+    contenders: dict[str, harness.Bind]
+    moved: int  # elements, in units of x
+
+
 def shapes(size: str) -> Iterator[tuple[int, int]]:
-    """(M, N) of a "tiny" (CPU), "standard" (pytest on a GPU), "quick" or "full" sweep."""
+    """(M, N) of a "tiny" (CPU), "quick" or "full" sweep."""
     if size == "tiny":
         yield from [(4, 128), (3, 257)]
         return
-    widths = {"quick": WIDTHS[1::3], "standard": WIDTHS[::5], "full": WIDTHS}[size]
+    widths = {"quick": WIDTHS[1::3], "full": WIDTHS}[size]
     for megabytes in MEGABYTES[size]:
         yield from (((megabytes << 20) // (n * DTYPE.itemsize), n) for n in widths)
 
 
-def is_compiled(m: int, n: int) -> bool:
-    return m * n * DTYPE.itemsize == COMPILED << 20
+def cases(op: str, passes: dict[str, Pass], size: str) -> Iterator[harness.Case]:
+    for m, n in shapes(size):
+        nbytes = m * n * DTYPE.itemsize
+        dropped = set() if nbytes == COMPILED << 20 else {"compile"}
+        for name, p in passes.items():
+            contenders = {k: bind for k, bind in p.contenders.items() if k not in dropped}
+            inputs = functools.partial(p.inputs, m, n)
+            yield harness.Case(op, name, (m, n), DTYPE, inputs, contenders, bytes=p.moved * nbytes)
 
 
 def normal(*shape: int, device: torch.device) -> Tensor:
@@ -38,7 +49,7 @@ def normal(*shape: int, device: torch.device) -> Tensor:
 
 
 def host_rows(
-    op: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], device: torch.device, **blocks: int
+    op: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], device: torch.device, blocks: int
 ) -> list[dict[str, Any]]:
     """Host seconds of the public call `ours(x, w)` and of torch's, on a size whose device time hides behind it."""
     x, w, dy = (normal(*shape, device=device) for shape in ((8, 512), (512,), (8, 512)))
@@ -50,7 +61,7 @@ def host_rows(
     }
     rows = []
     for name, make in passes.items():
-        timings = harness.host_seconds({"native": make(ours), "eager": make(torchs)}, device, **blocks)
+        timings = harness.host_seconds({"cs336": make(ours), "eager": make(torchs)}, device, blocks)
         for variant, timing in timings.items():
             row = {"op": op, "pass": name, "variant": variant, "shape": [8, 512], "dtype": harness.dtype_name(DTYPE)}
             rows.append(row | {"seconds": timing.seconds, "spread": round(timing.spread, 4), "method": timing.method})

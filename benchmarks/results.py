@@ -1,0 +1,68 @@
+"""Results on disk: one JSON file a kind of machine, {name: {"header": where, when and with what, "rows": [...]}}."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from cs336.utils import device as devices
+
+ROOT = pathlib.Path(__file__).parents[1]
+PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl")
+
+
+def header(device: torch.device, command: str, commit: str | None = None) -> dict[str, Any]:
+    """What a reader needs to judge and repeat the rows. A GPU's names are those that NVIDIA's tools print."""
+    on_gpu = device.type == "cuda"
+    return {
+        "command": command,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "driver": devices.driver_version() if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "peers": {name: version(name) for name in PEERS if version(name)},
+        "commit": commit or describe_commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "roofs": {
+            "copy_gbps": round(harness.copy_roof(device) / 1e9, 1),
+            "matmul_bf16_tflops": round(harness.matmul_roof(device) / 1e12, 1) if on_gpu else None,
+        },
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_commit() -> str | None:
+    """Short hash, with "+" if the tree differs from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(path: pathlib.Path, name: str, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Put one run into the file, in place of the last run of that name; a line a row, so that diffs can be read."""
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    runs[name] = {"header": header, "rows": rows}
+    body = ",\n".join(
+        f' {json.dumps(name)}: {{\n  "header": {json.dumps(run["header"])},\n  "rows": [\n'
+        + ",\n".join(f"   {json.dumps(row)}" for row in run["rows"])
+        + "\n  ]\n }"
+        for name, run in sorted(runs.items())
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{{\n{body}\n}}\n")

@@ -1,0 +1,126 @@
+"""Run benchmarks outside pytest, print a compact table, and write results for benchmarks/report.py.
+
+python -m benchmarks.run ops                                # every op, whole sweep
+python -m benchmarks.run ops rms_norm --quick --only native,eager
+python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchmarks/report.py
+"""
+
+import argparse
+import importlib
+import itertools
+import pathlib
+import shlex
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import harness, results
+from cs336.ops import registry
+
+OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).parent / "ops").glob("bench_*.py"))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__.splitlines()[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    ops = kinds.add_parser("ops", help="kernels beside their peers and the roof")
+    ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")
+    ops.add_argument("--quick", action="store_true", help="a few shapes of one size")
+    ops.add_argument(
+        "--only", metavar="A,B", help="these contenders (native, triton, ref, eager, compile, liger, quack)"
+    )
+    ops.add_argument(
+        "--limit", type=float, default=300, metavar="SECONDS", help="start nothing new after this (%(default)s)"
+    )
+    ops.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
+    ops.add_argument("--commit", help="commit to record where there is no git checkout")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.names if name not in OPS]:
+        parser.error(f"no benchmark of {', '.join(unknown)}: expected some of {', '.join(OPS)}")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 1 if one of our own variants failed or disagreed with ref."""
+    options = parse(argv)
+    device = harness.default_device()
+    size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
+    command = shlex.join(["python", "-m", "benchmarks.run", *argv])
+    start, names = time.monotonic(), options.names or OPS
+    header = results.header(device, command, options.commit)
+    print(
+        f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
+    )
+    failed = []
+    for i, name in enumerate(names, 1):
+        deadline = start + options.limit * i / len(names)
+        module = importlib.import_module(f"benchmarks.ops.bench_{name}")
+        rows = sweep(module, size, device, options.only and set(options.only.split(",")), deadline)
+        if options.out:
+            results.write(options.out, name, header, rows)
+        failed += [row for row in rows if "failed" in row and row["variant"] in registry.NAMESPACE]
+        print("\n".join(summary(rows)), flush=True)
+    for row in failed:
+        print(f"FAILED {label(row)} {row['variant']}: {row['failed']}")
+    return 1 if failed else 0
+
+
+def sweep(
+    module: ModuleType, size: str, device: torch.device, only: set[str] | None, deadline: float
+) -> list[dict[str, Any]]:
+    """Rows of the cases that start before the deadline, then of the public call's host time."""
+    rows: list[dict[str, Any]] = []
+    cases = list(module.cases(size))
+    for i, case in enumerate(cases):
+        if time.monotonic() > deadline:
+            print(f"time limit: {len(cases) - i} of {len(cases)} cases not run, from {case} on")
+            break
+        rows += (found := harness.rows(case, device, only))
+        print(line(found) if found else f"{case}: none of {only}")
+    host = module.host(device) if hasattr(module, "host") else []
+    for _, group in itertools.groupby(host, label):
+        print(line(list(group)))
+    return rows + host
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['op']} {row['pass']} {'x'.join(map(str, row['shape']))} {row['dtype']}"
+
+
+def line(rows: list[dict[str, Any]]) -> str:
+    """One case: the first contender's time, rate and percent of roof, then how many times slower the others are."""
+    timed = [row for row in rows if "seconds" in row]
+    if not timed:
+        return f"{label(rows[0]):44} nothing ran: {rows[0].get('skipped') or rows[0].get('failed')}"
+    first = timed[0]
+    rate = f" {first['percent_of_roof']:5.1f} %" if "percent_of_roof" in first else ""
+    ratios = "".join(f"  {row['variant']} {row['seconds'] / first['seconds']:.2f}x" for row in timed[1:])
+    return f"{label(first):44} {first['variant']} {first['seconds'] * 1e6:9.2f} us{rate}{ratios}"
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Who is not here, what broke, and where native is behind by more than the noise of both."""
+    lines = []
+    for kind in ("skipped", "failed"):
+        reasons: dict[tuple[str, str], int] = {}
+        for row in rows:
+            if kind in row:
+                key = row["variant"], row[kind]
+                reasons[key] = reasons.get(key, 0) + 1
+        lines += [f"{kind} {variant} in {count} cases: {reason}" for (variant, reason), count in reasons.items()]
+    for _, group in itertools.groupby(rows, label):
+        timed = {row["variant"]: row for row in group if "seconds" in row}
+        native = timed.pop("native", None)
+        for variant, row in timed.items() if native else ():
+            if row["seconds"] * (1 + row["spread"] + native["spread"]) < native["seconds"]:
+                lines.append(
+                    f"native behind {variant}: {label(row)}, {native['seconds'] / row['seconds']:.2f}x its time"
+                )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
