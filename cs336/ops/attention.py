@@ -48,7 +48,10 @@ def attention(
     triangle = causal and mask is None and S == T
     allowed = None if triangle else ref.visible(S, T, causal, mask, q.device)
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=triangle, scale=scale, enable_gqa=gqa)
+    o = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=triangle, scale=scale, enable_gqa=gqa)
+    if allowed is None or (mask is None and S <= T):
+        return o
+    return o.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # cuDNN's backend gives such rows the mean of v
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: Tensor | None) -> None:
@@ -76,7 +79,7 @@ def _check_mask(mask: Tensor, scores_shape: tuple[int, ...], device: torch.devic
         raise ValueError(
             f"mask must be bool on {device}, True where a query may attend; got {mask.dtype} {mask.device}"
         )
-    fits = mask.dim() <= 4 and all(
+    fits = 1 <= mask.dim() <= 4 and all(
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores_shape), strict=False)
     )
     if not fits:

@@ -1,0 +1,5 @@
+"""Language models: their description, the model, its cache, and the Hugging Face layout on disk."""
+
+from cs336.models.cache import KVCache as KVCache
+from cs336.models.config import TransformerConfig as TransformerConfig
+from cs336.models.transformer import Transformer as Transformer

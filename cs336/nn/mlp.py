@@ -1,0 +1,34 @@
+import torch
+from torch import Tensor, nn
+
+from cs336 import ops
+from cs336.nn.linear import Linear
+
+
+def default_d_ff(d_model: int) -> int:
+    """8/3 d_model, which gives SwiGLU the parameters of a plain MLP of 4 d_model, rounded up to a multiple of 64."""
+    return -(-8 * d_model // (3 * 64)) * 64
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv:2002.05202.  x (..., d_model) -> (..., d_model).
+
+    gate_proj and up_proj are (d_ff, d_model), down_proj (d_model, d_ff); d_ff is default_d_ff(d_model) if None.
+    """
+
+    # One matmul for gate and up was no faster on an H200, forward and backward, compiled: 22.0 ms to 21.6 for 6 layers.
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        d_ff = default_d_ff(d_model) if d_ff is None else d_ff
+        self.gate_proj = Linear(d_model, d_ff, device=device, dtype=dtype)
+        self.up_proj = Linear(d_model, d_ff, device=device, dtype=dtype)
+        self.down_proj = Linear(d_ff, d_model, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
