@@ -13,7 +13,7 @@ DATA = MODELS | {"cs336.parallel", "cs336.data"}
 TRAINING = DATA | {"cs336.training"}
 INFERENCE = TRAINING | {"cs336.inference"}
 EVALUATION = INFERENCE | {"cs336.evaluation"}
-TOP = EVALUATION | {"cs336.scaling", "cs336.alignment", "cs336.report"}
+TOP = EVALUATION | {"cs336.scaling", "cs336.alignment", "cs336.report", "cs336.env"}
 
 # folder or file -> what it may import from cs336 (a package may always import itself)
 MAY_IMPORT = {
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "cs336/ops/triton": set(),
     "cs336/ops": BASE,
     "cs336/backend.py": BASE | {"cs336.ops"},
+    "cs336/env.py": OPS | {"cs336._text"},
     "cs336/nn": OPS,
     "cs336/optim": OPS,
     "cs336/models": NN,

@@ -1,0 +1,89 @@
+import importlib.metadata
+import io
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from cs336 import _load, env
+from cs336.ops import registry
+from cs336.utils import device as devices
+from cs336.utils.device import Gpu
+
+H200 = Gpu("NVIDIA H200", (9, 0), 132, 1980e6, 3201e6, 6144, 60 << 20, 141 << 30)
+
+
+def printed():
+    console = Console(file=io.StringIO(), width=100)
+    env.print_env(console)
+    return console.file.getvalue()
+
+
+def find(lines, what):
+    return next((here, sentence) for name, here, sentence in lines if what in name)
+
+
+def test_one_screen_names_every_op():
+    text = printed()
+    assert len(text.splitlines()) <= 50
+    assert all(name in text for name in registry.OPS)
+    assert torch.__version__ in text
+
+
+def test_a_gpu_is_described(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "gpu", lambda index: H200)
+    here, sentence = find(env.gpus(), "NVIDIA H200")
+    assert here
+    assert all(fact in sentence for fact in ("9.0", "132 SMs", "141 GiB", "4.92 TB/s", "60 MiB L2", "989 TFLOP/s"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_is_said():
+    here, sentence = find(env.gpus(), "none")
+    assert not here
+    assert "torch sees no CUDA device" in sentence
+
+
+def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
+    monkeypatch.setattr(env, "HERE", tmp_path)
+    monkeypatch.setattr(_load, "CUDA_MISSING", "_C_cuda.so is not built: run `pip install -e .` where nvcc is on PATH")
+    monkeypatch.setattr(env.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cs336._text", None)
+    here, sentence = find(env.compiled(), "_C_cuda")
+    assert not here
+    assert "nvcc is not on PATH" in sentence
+    here, sentence = find(env.compiled(), "_text")
+    assert not here
+    assert "pip install -e ." in sentence
+
+
+def test_extras_come_from_the_package_metadata(monkeypatch):
+    wanted = ["torch>=2.11", 'pytest; extra == "dev"', 'no-such-package-xyz>=1; extra == "serve"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
+    lines = list(env.extras())
+    assert find(lines, "core")[0]
+    assert find(lines, "dev")[0]
+    here, sentence = find(lines, "serve")
+    assert not here
+    assert sentence == "missing no-such-package-xyz: pip install 'cs336[serve]'"
+
+
+def test_a_source_tree_without_metadata(monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    here, sentence = find(env.extras(), "cs336")
+    assert not here
+    assert "pip install -e ." in sentence
+
+
+def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {v: frozenset() for v in registry.NAMESPACE}, {}, {})
+    only_ref.devices["ref"] = frozenset({"cpu"})
+    monkeypatch.setattr(registry, "OPS", {"f": only_ref})
+    assert list(env.variants()) == [("cpu: ref", False, "f")]
