@@ -9,3 +9,10 @@ import pytest
 def _seed():
     torch = pytest.importorskip("torch")
     torch.manual_seed(int(os.environ.get("SEED", "0")))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device that this machine's kernels are for."""
+    torch = pytest.importorskip("torch")
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,8 @@ For a norm NAME with parameters p = (weight,) or (weight, bias) and per-row stat
     NAME_bwd(dy, dsum, x, weight, *s) -> (dx, *dp)      dsum: None, or the gradient of sum, added to dx
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class _Norm(torch.autograd.Function):
         return None, dx_MN, dx_MN if ctx.has_residual else None, None, *dparams
 
 
-def _forward(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: tuple) -> tuple:
+def _forward(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: Sequence) -> tuple:
     """y, the rows' statistics, and the sum or None."""
     if residual_MN is None:
         return *registry.call(f"{name}_fwd", x_MN, *params, eps), None
@@ -45,8 +47,8 @@ def norm(
     name: str, x: Tensor, residual: Tensor | None, eps: float, weight: Tensor, *bias: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The public functions' body: y, or (y, sum) with a residual, shaped like x."""
-    params = (weight, *bias)
     check(x, residual, weight, *bias)
+    params = [p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, *bias)]
     x_MN, residual_MN = rows(x), None if residual is None else rows(residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *params)):
         out = _Norm.apply(name, x_MN, residual_MN, eps, *params)
