@@ -1,0 +1,160 @@
+"""Generation with a key-value cache: prompts of different lengths together, text or plain token ids.
+
+The batch is padded on the left, and a row leaves it when it ends. A row does not depend on the others, but for
+floating-point rounding: matmuls of another size add in another order. B = batch, S = tokens, V = vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cs336.inference.sampling import SamplingParams, generator_of, sample
+from cs336.inference.text import TextStream
+from cs336.models import Transformer
+from cs336.utils import nvtx
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    text: str
+    """What follows the prompt, without the stop string."""
+    token_ids: list[int]
+    """The tokens that were sampled, without the end of text."""
+    finish_reason: str
+    """"stop" at the end of text or a stop string, "length" at max_tokens or the model's context_length."""
+
+
+def generate(
+    model: Transformer, tokenizer, prompts: str | Sequence[str], params: SamplingParams | None = None
+) -> list[Completion]:
+    """Continue each prompt until the end of text, a stop string, max_tokens or the end of the model's context.
+
+    Special tokens written in a prompt are taken as such; an empty prompt begins a new document.
+    Raises ValueError for a tokenizer with more tokens than the model, and for a prompt that fills its context.
+    """
+    params = params or SamplingParams()
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    texts = [TextStream(tokenizer, params.stop) for _ in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+    finished: set[int] = set()
+    for row, token_id in _decode(model, _encode(model, tokenizer, prompts), params, tokenizer.vocab_size, finished):
+        if token_id == end:
+            finished.add(row)
+            continue
+        ids[row].append(token_id)
+        pieces[row].append(texts[row].push(token_id))
+        if texts[row].stopped:
+            finished.add(row)
+    return [
+        Completion(prompt, "".join(pieces[i]) + texts[i].close(), ids[i], "stop" if i in finished else "length")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+    """Continue one prompt, piece by piece: whole characters, none of a stop string. Joined, they are generate's text.
+
+    Raises what generate does.
+    """
+    params = params or SamplingParams()
+    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    text = TextStream(tokenizer, params.stop)
+    for _, token_id in _decode(model, _encode(model, tokenizer, [prompt]), params, tokenizer.vocab_size, set()):
+        if token_id == end:
+            break
+        if piece := text.push(token_id):
+            yield piece
+        if text.stopped:
+            return
+    if piece := text.close():
+        yield piece
+
+
+def generate_ids(
+    model: Transformer,
+    token_ids: Tensor | Sequence[Sequence[int]],
+    params: SamplingParams | None = None,
+    end_id: int | None = None,
+) -> list[list[int]]:
+    """Continue rows of token ids, without a tokenizer: each until end_id, max_tokens or the end of the model's context.
+
+    token_ids: a tensor (B, S), or B sequences of any lengths but 0. Returns the new ids of each row, end_id included.
+    Raises ValueError for ids outside the model's vocabulary, stop strings, empty rows, and rows that fill the context.
+    """
+    params = params or SamplingParams()
+    if params.stop:
+        raise ValueError("stop strings need a tokenizer: use generate, or end_id")
+    prompts = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
+    ids: list[list[int]] = [[] for _ in prompts]
+    finished: set[int] = set()
+    for row, token_id in _decode(model, prompts, params, model.config.vocab_size, finished):
+        ids[row].append(token_id)
+        if token_id == end_id:
+            finished.add(row)
+    return ids
+
+
+def _encode(model: Transformer, tokenizer, prompts: list[str]) -> list[list[int]]:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            "use the tokenizer that the model was trained with"
+        )
+    encoded = [tokenizer.encode(prompt, allowed_special="all") for prompt in prompts]
+    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    if end is None and not all(encoded):
+        raise ValueError(
+            f"an empty prompt begins a document after {END_OF_TEXT}, which this tokenizer lacks: give a text"
+        )
+    return [ids or [end] for ids in encoded]
+
+
+@torch.inference_mode()
+def _decode(
+    model: Transformer, prompts: list[list[int]], params: SamplingParams, vocab_size: int, finished: set[int]
+) -> Iterator[tuple[int, int]]:
+    """(row, token id) as they are sampled, each row once a step. The caller adds rows that shall end to `finished`."""
+    _check(model, prompts)
+    if not prompts:
+        return
+    longest = max(map(len, prompts))
+    limits = [min(params.max_tokens, model.config.context_length - len(prompt)) for prompt in prompts]
+    padding = [longest - len(prompt) for prompt in prompts]
+    cache = model.new_cache(len(prompts), longest + max(limits), padding)
+    ids_BS = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
+    generator = generator_of(params)
+    rows = list(range(len(prompts)))
+    for step in range(1, max(limits) + 1):
+        with nvtx.annotate("prefill" if step == 1 else "decode"):
+            logits_BV = model.logits(model.features(ids_BS, cache)[:, -1])[:, :vocab_size]
+            ids_B = sample(logits_BV, params, generator)
+        yield from zip(rows, ids_B.tolist(), strict=True)
+        kept = [i for i, row in enumerate(rows) if row not in finished and step < limits[row]]
+        if not kept:
+            return
+        if len(kept) < len(rows):
+            rows, ids_B = [rows[i] for i in kept], ids_B[kept]
+            cache.select(kept)
+        ids_BS = ids_B[:, None]
+
+
+def _check(model: Transformer, prompts: list[list[int]]) -> None:
+    vocab_size, context_length = model.config.vocab_size, model.config.context_length
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty: give it at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            bad = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ValueError(f"prompt {i} has token id {bad}, the model's are 0 to {vocab_size - 1}")
+        if len(prompt) >= context_length:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, which leaves no room in the model's context of "
+                f"{context_length}: shorten it"
+            )

@@ -1,0 +1,107 @@
+"""How the next token is drawn from logits (B, V): pure functions, a row apart from the others.
+
+A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. Raises ValueError for values out of range."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the fewest likeliest tokens that together reach this probability (arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)."""
+    max_tokens: int = 128
+    seed: int | None = None
+    """Same seed, same continuation, whatever else is in the batch. None: torch's global generator."""
+    stop: Sequence[str] | str = ()
+    """Strings that end the text; they are not part of it."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which would end every text at once")
+
+
+def top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits of each row."""
+    kept = logits_BV.topk(min(k, logits_BV.shape[-1]))
+    return torch.full_like(logits_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
+
+
+def top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Keep the fewest largest logits of each row whose probabilities reach p."""
+    ordered_BV, index_BV = logits_BV.sort(descending=True, stable=True)
+    probs_BV = ordered_BV.softmax(-1, dtype=torch.float64)
+    excluded_BV = probs_BV.cumsum(-1) - probs_BV >= p  # what comes before has reached p
+    excluded_BV[..., 0] = False
+    return logits_BV.masked_fill(excluded_BV.scatter(-1, index_BV, excluded_BV), -torch.inf)
+
+
+def min_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Keep the logits of each row whose probability is at least p times the largest."""
+    probs_BV = logits_BV.softmax(-1, dtype=torch.float32)
+    return logits_BV.masked_fill(probs_BV < p * probs_BV.amax(-1, keepdim=True), -torch.inf)
+
+
+def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
+    """Apply temperature, then top-k, top-p and min-p, each to what the one before left. Temperature must not be 0."""
+    logits_BV = logits_BV.float() / params.temperature
+    if params.top_k is not None:
+        logits_BV = top_k(logits_BV, params.top_k)
+    if params.top_p is not None and params.top_p < 1:
+        logits_BV = top_p(logits_BV, params.top_p)
+    if params.min_p is not None:
+        logits_BV = min_p(logits_BV, params.min_p)
+    return logits_BV
+
+
+def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the running sum of a row's probabilities passes its uniform number in [0, 1): ids (B,)."""
+    sums_BV = probs_BV.double().cumsum(-1)
+    target_B1 = uniform_B.double()[:, None] * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, target_B1, right=True)[:, 0]
+
+
+def generator_of(params: SamplingParams) -> torch.Generator | None:
+    return None if params.seed is None else torch.Generator().manual_seed(params.seed)
+
+
+def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token for each row of logits (B, V): ids (B,) int64.
+
+    generator: on the CPU, gives one number that decides for every row, so that a row's token does not depend on the
+        batch; if None, one made from params.seed. Without a seed either, each row has its own from torch's global one.
+
+    Raises ValueError where a row is not finite: NaN, +inf, or -inf throughout.
+    """
+    if not logits_BV.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
+    if params.temperature == 0:
+        return logits_BV.argmax(-1)
+    generator = generator or generator_of(params)
+    B = logits_BV.shape[0]
+    uniform_B = torch.rand(B, device="cpu") if generator is None else torch.rand(1, generator=generator).expand(B)
+    probs_BV = filter_logits(logits_BV, params).softmax(-1)
+    return draw(probs_BV, uniform_B.to(probs_BV.device))

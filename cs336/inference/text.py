@@ -1,0 +1,45 @@
+"""Tokens to text as they come."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Text of tokens as they come: whole characters, cut before the first stop string.
+
+    What may yet become a stop string is held back until it does or cannot.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain. Sets `stopped` once a stop string is complete; then push no more."""
+        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def close(self) -> str:
+        """What was held back; bytes that never became a character are U+FFFD."""
+        if self.stopped:
+            return ""
+        text = self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            self._held = ""
+            return text[: min(ends)]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that begins stop, short of all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
