@@ -180,13 +180,13 @@ def _run(calls: list[Call], rounds: int) -> None:
 
 
 def warm_up(batch: Batch, device: torch.device) -> float:
-    """Run for WARM_UP seconds; seconds a run."""
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < WARM_UP:
+    """Run for WARM_UP seconds, at least once; seconds a run."""
+    start, runs, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < WARM_UP:
         batch.run()
         synchronize(device)
-        runs += 1
-    return (time.perf_counter() - start) / runs
+        runs, elapsed = runs + 1, time.perf_counter() - start
+    return elapsed / runs
 
 
 def sample(batch: Batch, device: torch.device, count: int) -> list[float]:

@@ -1,0 +1,174 @@
+"""Rewrite README.md's tables from benchmarks/results/*.json:  python benchmarks/report.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, where NAME is a run of the results.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
+SIZES = (64, 256)  # MB of x that the README shows; the file has more
+LOSSES_SHOWN = 12
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+Row = dict[str, Any]
+Results = dict[str, dict[str, Any]]  # machine -> {run name: {"header", "rows"}}
+
+
+def load(folder: pathlib.Path = ROOT / "benchmarks/results") -> Results:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def render(text: str, results: Results) -> str:
+    """The README with every table written anew. Raises ValueError where a marker is missing or left open."""
+    opened, whole = text.count("<!-- table: "), len(MARKED.findall(text))
+    if not opened:
+        raise ValueError("README.md has no tables: write `<!-- table: NAME -->` and `<!-- /table -->` on two lines")
+    if opened != whole or text.count("<!-- /table -->") != whole:
+        raise ValueError(
+            f"README.md opens {opened} tables and {whole} are whole: each needs a NAME and `<!-- /table -->`"
+        )
+    return MARKED.sub(lambda m: m[1] + table(m[2], results) + m[4], text)
+
+
+def table(name: str, results: Results) -> str:
+    """Markdown for one run on every machine that has it."""
+    runs = [machine[name] for machine in results.values() if name in machine]
+    if not runs:
+        return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
+    body = train if name == "train" else op
+    return "\n".join("\n".join([*body(run["rows"]), "", where(run["header"])]) + "\n" for run in runs)
+
+
+def where(header: dict[str, Any]) -> str:
+    versions = {
+        "driver": header["driver"],
+        "CUDA": header["cuda"],
+        "torch": header["torch"],
+        "triton": header["triton"],
+    }
+    versions |= header["peers"]
+    roofs = [f"copy {header['roofs']['copy_gbps'] / 1e3:.2f} TB/s"]
+    if header["roofs"]["matmul_bf16_tflops"]:
+        roofs.append(f"bf16 matmul {header['roofs']['matmul_bf16_tflops']:.0f} TFLOP/s")
+    facts = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return (
+        f"<sub>{header['gpu'] or 'CPU'}, {facts}; roofs measured in the same run: {', '.join(roofs)}; "
+        f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`</sub>"
+    )
+
+
+# ---- ops ----
+
+
+def op(rows: list[Row]) -> Iterator[str]:
+    """A table a pass: N by percent of the roof and how many times longer each peer takes, at both sizes."""
+    cases = [{row["variant"]: row for row in group} for _, group in itertools.groupby(rows, case)]
+    timed = [c for c in cases if "seconds" in c.get("native", {})]
+    present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
+    for name in dict.fromkeys(row["pass"] for row in rows if not row["pass"].startswith("host")):
+        shown = {(c["native"]["shape"][-1], megabytes(c["native"])): c for c in timed if c["native"]["pass"] == name}
+        yield f"`{rows[0]['op']}_{name}`, native: its share of the copy roof, and how many times as fast as each peer"
+        yield ""
+        yield "| N | % of roof | " + " | ".join(PEERS[p] for p in present) + " |"
+        yield "| ---: " * (2 + len(present)) + "|"
+        for width in sorted({n for n, _ in shown}):
+            pair = [shown.get((width, size), {}) for size in SIZES]
+            cells = [both(c.get("native", {}).get("percent_of_roof") for c in pair)]
+            cells += [both((ratio(c, p) for c in pair), ".2f") for p in present]
+            yield f"| {width} | " + " | ".join(cells) + " |"
+        yield ""
+    yield f"Two numbers: x of {SIZES[0]} MB / {SIZES[1]} MB. {losses(timed)}"
+    yield from host(c for c in cases if "cs336" in c)
+
+
+def case(row: Row) -> tuple:
+    return row["op"], row["pass"], tuple(row["shape"]), row["dtype"]
+
+
+def megabytes(row: Row) -> float:
+    return math.prod(row["shape"]) * ITEMSIZE[row["dtype"]] / 2**20
+
+
+def ratio(c: dict[str, Row], peer: str) -> float | None:
+    """How many times as fast as the peer native is."""
+    ours, theirs = (c.get(v, {}).get("seconds") for v in ("native", peer))
+    return theirs / ours if ours and theirs else None
+
+
+def both(values: Iterable[float | None], form: str = ".1f") -> str:
+    cells = ["–" if value is None else format(value, form) for value in values]
+    return "–" if set(cells) == {"–"} else " / ".join(cells)
+
+
+def losses(cases: list[dict[str, Row]]) -> str:
+    """Where a peer is faster by more than the noise of both, in the whole sweep."""
+    found = []
+    for c in cases:
+        native = c["native"]
+        for peer in PEERS:
+            faster = ratio(c, peer)
+            if faster is not None and faster * (1 + native["spread"] + c[peer]["spread"]) < 1:
+                shape = "x".join(map(str, native["shape"]))
+                found.append(
+                    (faster, f"{PEERS[peer]} in {native['pass']} {shape} ({megabytes(native):g} MB): {faster:.2f}")
+                )
+    if not cases:
+        return "Native did not run."
+    sizes = [megabytes(c["native"]) for c in cases]
+    sweep = f"the sweep's {len(cases)} cases, x of {min(sizes):g} MB to {max(sizes):g} MB"
+    if not found:
+        return f"In none of {sweep} is a peer faster by more than the noise."
+    shown = "; ".join(sentence for _, sentence in sorted(found)[:LOSSES_SHOWN])
+    more = f"; and {len(found) - LOSSES_SHOWN} more in the file" if len(found) > LOSSES_SHOWN else ""
+    return f"Of {sweep}, native loses to {shown}{more}."
+
+
+def host(cases: Iterable[dict[str, Row]]) -> Iterator[str]:
+    """Host time of the public call, where it was measured."""
+    calls = []
+    for c in cases:
+        ours, torchs = (1e6 * c[variant]["seconds"] for variant in ("cs336", "eager"))
+        calls.append(f"{c['cs336']['pass'].removeprefix('host ')} {ours:.1f} us (torch {torchs:.1f})")
+    if calls:
+        yield ""
+        yield f"Host time of the public call: {'; '.join(calls)}."
+
+
+# ---- end to end ----
+
+
+def train(rows: list[Row]) -> Iterator[str]:
+    yield "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for name, group in itertools.groupby(rows, lambda row: row["model"]):
+        by_variant = {row["variant"]: row for row in group}
+        ours, plain = by_variant["cs336"], by_variant["plain"]
+        speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s" + mfu(r) for r in (ours, plain)]
+        faster = ours["tokens_per_second"] / plain["tokens_per_second"]
+        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {ours['loss']:.4f} / {plain['loss']:.4f} |"
+
+
+def mfu(row: Row) -> str:
+    return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    try:
+        text = render(readme.read_text(), load())
+    except ValueError as error:
+        raise SystemExit(f"benchmarks/report.py: {error}") from None
+    readme.write_text(text)
+    print(f"README.md: {', '.join(m[1] for m in MARKED.findall(text))}")
+
+
+if __name__ == "__main__":
+    main()

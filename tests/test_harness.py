@@ -1,0 +1,187 @@
+"""The benchmark harness: what is timed, what is refused, and what is written down."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import harness, results, run
+from benchmarks.ops import norms
+
+CPU = torch.device("cpu")
+
+
+def case(contenders, bytes=64):
+    double = {"ref": lambda x: lambda: (2 * x,)}
+    return harness.Case(
+        "double", "fwd", (4, 8), torch.float32, lambda d: (torch.randn(4, 8),), double | contenders, bytes
+    )
+
+
+def only_row(contender):
+    rows = harness.rows(case({"peer": contender}), CPU, {"peer"}, timed=False)
+    assert [r["variant"] for r in rows] == ["peer"]
+    return rows[0]
+
+
+def test_calls_are_taken_in_turn():
+    seen = []
+    calls = [lambda i=i: seen.append(i) or (i,) for i in range(3)]
+    harness._run(calls, 2)
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_batch_is_whole_rounds_and_long_enough():
+    batch = harness.prepare([lambda: (torch.randn(100),)] * 3, CPU)
+    assert batch.calls % 3 == 0
+    assert batch.calls > 3  # a call takes microseconds, a sample lasts a millisecond
+    assert batch.calls <= harness.MAX_CALLS
+    assert batch.method == "perf_counter"
+
+
+def test_slow_calls_are_timed_one_by_one(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: float(next(clock)))
+    timing = harness.measure([lambda: ()], CPU)
+    assert timing == harness.Timing(seconds=1.0, spread=0.0, method="perf_counter")
+
+
+def test_summary_is_median_and_quartiles():
+    timing = harness.summary([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 100.0], 2, "perf_counter")
+    assert timing.seconds == 4.0 / 2
+    assert timing.spread == (9.0 - 2.0) / 4.0
+
+
+def test_host_seconds_names_every_call():
+    timings = harness.host_seconds({"fast": lambda: None, "slow": lambda: sum(range(2000))}, CPU, blocks=3)
+    assert 0 < timings["fast"].seconds < timings["slow"].seconds
+
+
+def test_a_right_contender_is_timed():
+    rows = {r["variant"]: r for r in harness.rows(case({"peer": lambda x: lambda: (x + x,)}), CPU)}
+    for variant in ("ref", "peer"):
+        row = rows[variant]
+        assert row["bytes"] == 64
+        assert row["shape"] == [4, 8]
+        assert row["gbps"] == pytest.approx(64 / row["seconds"] / 1e9, abs=0.1)
+        assert row["percent_of_roof"] == pytest.approx(100 * 64 / row["seconds"] / harness.copy_roof(CPU), abs=0.1)
+
+
+def test_flops_are_measured_against_the_matrix_product():
+    row = harness.result(dataclasses.replace(case({}), bytes=0, flops=1000), harness.Timing(1e-6, 0.0, "x"), CPU)
+    assert row["tflops"] == 0.0
+    assert row["percent_of_roof"] == pytest.approx(100 * 1e9 / harness.matmul_roof(CPU, torch.float32), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "reason"),
+    [
+        (lambda x: (3 * x,), "disagrees with ref"),
+        (lambda x: (2 * x * float("nan"),), "disagrees with ref"),
+        (lambda x: (2 * x, x), "returns 2 outputs, ref 1"),
+        (lambda x: (2 * x[:2],), "has shape (2, 8)"),
+    ],
+)
+def test_a_wrong_contender_is_not_timed(outputs, reason):
+    row = only_row(lambda x: lambda: outputs(x))
+    assert reason in row["failed"]
+    assert "seconds" not in row
+
+
+def test_a_missing_peer_is_skipped_by_name():
+    def peer(x):
+        import no_such_package_xyz
+
+        return no_such_package_xyz
+
+    assert only_row(peer)["skipped"] == "No module named 'no_such_package_xyz'"
+
+
+def test_a_breaking_peer_is_a_failed_row():
+    def peer(x):
+        raise AssertionError("weight must be\nfloat32")
+
+    assert only_row(peer)["failed"] == "AssertionError: weight must be float32"
+
+
+def test_a_variant_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(harness.registry, "why_not", lambda op, variant, *args: f"{op} {variant} {len(args)}")
+    with pytest.raises(NotImplementedError, match="rms_norm_fwd native 3"):
+        harness.variants("rms_norm_fwd", keep=(0,))["native"](torch.empty(2, 4), torch.empty(4), 1e-5)
+
+
+def test_variants_return_what_the_pass_promises():
+    x, w = torch.randn(2, 4), torch.randn(4)
+    (y,) = harness.variants("rms_norm_fwd", keep=(0,))["ref"](x, w, 1e-5)()
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (4,), w, 1e-5))
+
+
+@pytest.mark.parametrize("op", run.OPS)
+def test_cases_hold_what_they_say(op):
+    module = run.importlib.import_module(f"benchmarks.ops.bench_{op}")
+    for c in module.cases("tiny"):
+        assert "ref" in c.contenders
+        assert "compile" not in c.contenders  # compiling takes seconds
+        assert c.bytes or c.flops
+    full = {(c.pass_, c.shape) for c in module.cases("full")}
+    assert full > {(c.pass_, c.shape) for c in module.cases("quick")}
+
+
+def test_norm_shapes_have_the_size_they_are_named_for():
+    shapes = list(norms.shapes("full"))
+    assert len(set(shapes)) == len(shapes)
+    assert {m * n * 2 >> 20 for m, n in shapes} == {1, 4, 16, 64, 256, 1024}
+    assert {n for _, n in shapes} == {2**p for p in range(7, 18)}
+
+
+def test_results_replace_the_run_of_the_same_name(tmp_path):
+    path = tmp_path / "results" / "machine.json"
+    for name, rows in (("b", [{"x": 1}]), ("a", [{"x": 2}, {"x": 3}]), ("b", [{"x": 4}])):
+        results.write(path, name, {"date": name}, rows)
+    runs = json.loads(path.read_text())
+    assert runs == {
+        "a": {"header": {"date": "a"}, "rows": [{"x": 2}, {"x": 3}]},
+        "b": {"header": {"date": "b"}, "rows": [{"x": 4}]},
+    }
+    assert list(runs) == ["a", "b"]
+    assert '   {"x": 3}\n' in path.read_text()  # a line a row
+
+
+def test_header_says_with_what():
+    header = results.header(CPU, "a command", commit="abc")
+    assert header["command"] == "a command"
+    assert header["commit"] == "abc"
+    assert header["torch"] == torch.__version__
+    assert header["gpu"] is None
+    assert header["roofs"]["copy_gbps"] > 0
+
+
+def test_the_driver_prints_and_writes(tmp_path, capsys):
+    out = tmp_path / "cpu.json"
+    assert run.main(["ops", "rms_norm", "--only", "ref,eager", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(out.read_text())["rms_norm"]["rows"]
+    assert {r["variant"] for r in rows if not r["pass"].startswith("host")} == {"ref", "eager"}
+    assert {r["variant"] for r in rows if r["pass"].startswith("host")} == {"cs336", "eager"}
+    for c in ("rms_norm fwd 4x128", "rms_norm bwd 3x257", "rms_norm host fwd"):
+        assert c in printed
+
+
+def test_the_driver_stops_at_its_limit(capsys):
+    assert run.main(["ops", "rms_norm", "--limit", "0"]) == 0
+    assert "time limit: 6 of 6 cases not run, from rms_norm fwd 4x128 bfloat16 on" in capsys.readouterr().out
+
+
+def test_our_own_failure_is_the_exit_status(monkeypatch, capsys):
+    broken = lambda x: lambda: (3 * x,)  # noqa: E731
+    module = type("module", (), {"cases": staticmethod(lambda size: [case({"native": broken})])})
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    assert run.main(["ops", "rms_norm"]) == 1
+    assert "FAILED double fwd 4x8 float32 native: output 0 disagrees with ref" in capsys.readouterr().out
+
+
+def test_unknown_ops_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["ops", "rms_nrom"])
+    assert "no benchmark of rms_nrom: expected some of layer_norm, rms_norm" in capsys.readouterr().err

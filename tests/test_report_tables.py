@@ -1,0 +1,102 @@
+"""The README's tables are what benchmarks/report.py makes of benchmarks/results."""
+
+import pytest
+
+from benchmarks import report
+
+HEADER = {
+    "command": "python -m benchmarks.run ops",
+    "gpu": "NVIDIA H200",
+    "driver": "580.1",
+    "cuda": "13.0",
+    "torch": "2.11.0",
+    "triton": None,
+    "python": "3.12.3",
+    "peers": {"liger-kernel": "0.8.5"},
+    "commit": "abc1234",
+    "date": "2026-01-02",
+    "roofs": {"copy_gbps": 4290.0, "matmul_bf16_tflops": 794.0},
+}
+
+
+def row(pass_, variant, shape, seconds, **more):
+    timed = {"seconds": seconds, "spread": 0.01} if seconds else {"skipped": "No module named 'x'"}
+    return {"op": "norm", "pass": pass_, "variant": variant, "shape": shape, "dtype": "bfloat16", **timed, **more}
+
+
+def results(*rows):
+    return {"h200": {"norm": {"header": HEADER, "rows": list(rows)}}}
+
+
+SMALL, LARGE = [8192, 4096], [32768, 4096]  # 64 MB, 256 MB
+ROWS = (
+    row("fwd", "native", SMALL, 10e-6, percent_of_roof=95.04),
+    row("fwd", "eager", SMALL, 25e-6),
+    row("fwd", "liger", SMALL, 9e-6),
+    row("fwd", "quack", SMALL, None),
+    row("fwd", "native", LARGE, 40e-6, percent_of_roof=96.0),
+    row("fwd", "eager", LARGE, 100e-6),
+    row("fwd", "liger", LARGE, 39.9e-6),
+)
+TEXT = "before\n<!-- table: norm -->\nold\n<!-- /table -->\nafter\n"
+
+
+def test_readme_is_current():
+    readme = (report.ROOT / "README.md").read_text()
+    if "<!-- table: " not in readme:
+        pytest.skip("README.md has no tables")
+    assert report.render(readme, report.load()) == readme, "run `python benchmarks/report.py`"
+
+
+def test_a_table_shows_roof_ratios_and_losses():
+    text = report.render(TEXT, results(*ROWS))
+    assert "| N | % of roof | eager | Liger |" in text  # QuACK never ran: no column
+    assert "| 4096 | 95.0 / 96.0 | 2.50 / 2.50 | 0.90 / 1.00 |" in text
+    assert "native loses to Liger in fwd 8192x4096 (64 MB): 0.90." in text  # 256 MB is within the noise
+    assert text.startswith("before\n<!-- table: norm -->\n")
+    assert text.endswith("<!-- /table -->\nafter\n")
+    for fact in (
+        "NVIDIA H200",
+        "driver 580.1",
+        "liger-kernel 0.8.5",
+        "4.29 TB/s",
+        "abc1234",
+        "2026-01-02",
+        "python -m",
+    ):
+        assert fact in text
+    assert "triton" not in text
+
+
+def test_rendering_again_changes_nothing():
+    once = report.render(TEXT, results(*ROWS))
+    assert report.render(once, results(*ROWS)) == once != TEXT
+
+
+def test_no_loss_is_said():
+    assert "In none of the sweep's 1 cases" in report.render(TEXT, results(*ROWS[:2]))
+
+
+def test_host_time():
+    rows = (*ROWS, row("host fwd", "cs336", [8, 512], 4e-6), row("host fwd", "eager", [8, 512], 5e-6))
+    assert "fwd 4.0 us (torch 5.0)" in report.render(TEXT, results(*rows))
+
+
+def test_training():
+    shared = {"op": "train", "model": "124M"}
+    rows = [
+        {**shared, "variant": "cs336", "tokens_per_second": 600e3, "mfu": 50.0, "loss": 5.25},
+        {**shared, "variant": "plain", "tokens_per_second": 500e3, "mfu": None, "loss": 5.251},
+    ]
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 |" in text
+
+
+def test_absent_results_are_said():
+    assert "Not measured yet: `norm`" in report.render(TEXT, {})
+
+
+@pytest.mark.parametrize("text", ["nothing", "<!-- table: norm -->\n", "<!-- table: -->\n<!-- /table -->\n"])
+def test_missing_markers_are_an_error(text):
+    with pytest.raises(ValueError, match=r"<!-- /table -->"):
+        report.render(text, {})
