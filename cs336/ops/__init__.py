@@ -1,5 +1,6 @@
 """One function an op, plain tensors in and out. Each runs the best variant for its arguments: see registry.py."""
 
+from cs336.ops.adamw import adamw_ as adamw_
 from cs336.ops.attention import attention as attention
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.layer_norm import layer_norm as layer_norm

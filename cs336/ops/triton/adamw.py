@@ -1,0 +1,42 @@
+"""AdamW: one launch a parameter, which is read and written once. The formula is csrc/common/adamw.h's."""
+
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    difference = end - start
+    return tl.where(weight < 0.5, start + weight * difference, end + (weight - 1.0) * difference)
+
+
+@triton.jit
+def _adamw_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, numel,
+    decay, one_minus_beta1, one_minus_beta2, step_size, rsqrt_bias2, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < numel
+    p = tl.load(p_ptr + i, mask).to(tl.float32)
+    g = tl.load(g_ptr + i, mask).to(tl.float32)
+    if scale_ptr is not None:
+        g *= tl.load(scale_ptr)
+    m = _lerp(tl.load(m_ptr + i, mask), g, one_minus_beta1)
+    v = _lerp(tl.load(v_ptr + i, mask), g * g, one_minus_beta2)
+    update = tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_bias2 + eps)
+    tl.store(m_ptr + i, m, mask)
+    tl.store(v_ptr + i, v, mask)
+    tl.store(p_ptr + i, (p - (decay * p + step_size * update)).to(p_ptr.dtype.element_ty), mask)
+
+
+def step_(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+    step_size, rsqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        if p.numel():
+            _adamw_kernel[(triton.cdiv(p.numel(), BLOCK),)](
+                p, g, m, v, grad_scale, p.numel(),
+                lr * weight_decay, 1 - beta1, 1 - beta2, step_size, rsqrt_bias2, eps, BLOCK,
+            )  # fmt: skip

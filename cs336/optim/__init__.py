@@ -1,0 +1,11 @@
+"""Optimizers, clipping, and schedules as pure functions of the step."""
+
+from cs336.optim.adamw import AdamW as AdamW
+from cs336.optim.adamw import param_groups as param_groups
+from cs336.optim.clipping import clip_grad_norm_ as clip_grad_norm_
+from cs336.optim.clipping import clip_scale as clip_scale
+from cs336.optim.clipping import grad_norm as grad_norm
+from cs336.optim.schedules import constant_schedule as constant_schedule
+from cs336.optim.schedules import cosine_schedule as cosine_schedule
+from cs336.optim.schedules import linear_schedule as linear_schedule
+from cs336.optim.schedules import wsd_schedule as wsd_schedule

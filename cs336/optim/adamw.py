@@ -1,0 +1,161 @@
+"""AdamW (Loshchilov & Hutter, arXiv:1711.05101): one fused pass, cs336.ops.adamw_, over the parameters of a group."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.ops import adamw_
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TORCH_ONLY = {  # keys of torch.optim.AdamW's groups that change nothing here
+    "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay",
+}  # fmt: skip
+
+
+def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices (2 dims or more, embeddings too) decay; gains and biases do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class AdamW(torch.optim.Optimizer):
+    """A torch.optim.Optimizer; its state_dict and torch.optim.AdamW's load into each other.
+
+    Args:
+        params: tensors or groups, float32, float16 or bfloat16. The moments are float32 whatever the parameters are.
+        lr: learning rate; the decay of one step is lr * weight_decay.
+        betas: of the first and the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: see also `param_groups`.
+
+    Raises ValueError for numbers or dtypes that do not fit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
+    ) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the gradients and returns the loss, which step returns.
+            grad_scale: one float32 element that multiplies the gradients on their way, e.g. clip_scale(norm, 1.0).
+
+        Raises ValueError for sparse gradients, before any parameter of their group is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for (device, step), params in self._by_device_and_step(group).items():
+                states = [self.state[p] for p in params]
+                adamw_(
+                    params,
+                    [_gradient(p) for p in params],
+                    [s["exp_avg"] for s in states],
+                    [s["exp_avg_sq"] for s in states],
+                    lr=float(group["lr"]),
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=step,
+                    grad_scale=None if grad_scale is None else grad_scale.to(device),
+                )
+                torch._foreach_add_([s["step"] for s in states], 1)
+        return loss
+
+    def _by_device_and_step(self, group: dict[str, Any]) -> dict[tuple[torch.device, int], list[Tensor]]:
+        """The parameters that have a gradient, by the number of their coming step; their state exists afterwards."""
+        buckets = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise ValueError(
+                    f"AdamW takes dense gradients, and one of shape {tuple(p.shape)} is {p.grad.layout}: "
+                    "make it dense, e.g. Embedding(sparse=False)"
+                )
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                state |= {name: torch.zeros_like(p, dtype=torch.float32) for name in MOMENTS}
+            buckets[p.device, int(state["step"]) + 1].append(p)
+        return buckets
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this class or torch.optim.AdamW saved; the moments are copied, in float32.
+
+        Raises ValueError, before anything is changed, for a state that is not AdamW's (amsgrad, maximize, other
+        optimizers) or whose shapes do not fit.
+        """
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        for flag in ("amsgrad", "maximize"):
+            if any(group.get(flag) for group in groups):
+                raise ValueError(f"the state was saved with {flag}=True, which this AdamW does not have")
+        indices = itertools.chain.from_iterable(group["params"] for group in groups)
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        pairs = [(p, states[i]) for i, p in zip(indices, params, strict=False) if states.get(i)]
+        for p, state in pairs:
+            _check_state(state, p)
+        ours = [{k: v for k, v in group.items() if k not in TORCH_ONLY} for group in groups]
+        super().load_state_dict({**state_dict, "param_groups": ours})
+        for p, state in pairs:  # torch has cast the moments to the parameter's dtype
+            self.state[p] = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
+            for name in MOMENTS:
+                self.state[p][name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """p's gradient in p's memory order; a copy where it has another."""
+    g = p.grad
+    assert g is not None
+    return g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    for p in group["params"]:
+        if p.dtype not in DTYPES:
+            raise ValueError(f"parameters must be float32, float16 or bfloat16, got {p.dtype} {tuple(p.shape)}")
+
+
+def _check_state(state: dict[str, Any], p: Tensor) -> None:
+    if missing := {"step", *MOMENTS} - state.keys():
+        raise ValueError(f"the state has no {', '.join(sorted(missing))}: it was not saved by AdamW")
+    for name in MOMENTS:
+        if state[name].shape != p.shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(p.shape)}")

@@ -1,0 +1,60 @@
+// One step of AdamW (Loshchilov & Hutter, arXiv:1711.05101), shared by the CPU and the CUDA kernel:
+//   m += (1 - beta1)(g - m)      v += (1 - beta2)(g^2 - v)
+//   p -= lr weight_decay p + lr/(1 - beta1^t) * m / (sqrt(v)/sqrt(1 - beta2^t) + eps)
+// Interpolating rounds 1 - beta alone; beta*v + (1 - beta)*g^2 rounds both, which biases v by 1e-5 at beta2 = 0.999.
+// Subtracting decay and update together rounds p once.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#ifdef __CUDACC__
+#define ADAMW_INLINE __host__ __device__ __forceinline__
+#else
+#define ADAMW_INLINE [[gnu::always_inline]] inline
+#endif
+
+namespace cs336 {
+
+struct AdamwTensor {  // one parameter: four dense arrays of numel elements in one order
+  void* p;
+  const void* g;
+  float* m;
+  float* v;
+  int64_t numel;
+  Dtype p_dtype, g_dtype;
+};
+
+struct AdamwCoefficients {
+  float decay;  // lr * weight_decay
+  float one_minus_beta1, one_minus_beta2;
+  float step_size;    // lr / (1 - beta1^t)
+  float rsqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+};
+
+inline AdamwCoefficients adamw_coefficients(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                            int64_t step) {
+  const double t = static_cast<double>(step);
+  return {.decay = static_cast<float>(lr * weight_decay),
+          .one_minus_beta1 = static_cast<float>(1 - beta1),
+          .one_minus_beta2 = static_cast<float>(1 - beta2),
+          .step_size = static_cast<float>(lr / (1 - std::pow(beta1, t))),
+          .rsqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
+          .eps = static_cast<float>(eps)};
+}
+
+// Exact at both ends, as torch.lerp.
+ADAMW_INLINE float adamw_lerp(float from, float to, float weight) {
+  const float difference = to - from;
+  return weight < 0.5f ? from + weight * difference : to + (weight - 1.f) * difference;
+}
+
+ADAMW_INLINE void adamw_update(float& p, float g, float& m, float& v, const AdamwCoefficients& c) {
+  m = adamw_lerp(m, g, c.one_minus_beta1);
+  v = adamw_lerp(v, g * g, c.one_minus_beta2);
+  p -= c.decay * p + c.step_size * (m / (std::sqrt(v) * c.rsqrt_bias2 + c.eps));
+}
+
+}  // namespace cs336

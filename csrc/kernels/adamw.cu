@@ -1,0 +1,139 @@
+// AdamW over a list of tensors in one launch. The list travels by value in the kernel's parameters (32764 bytes since
+// CUDA 12.1), so nothing is copied to the device first; a block finds its tensor by binary search.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/check.h"
+#include "common/nvtx.h"
+#include "kernels/adamw.h"
+
+namespace cs336 {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVec = 4;       // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
+constexpr int kChunk = 4096;  // elements of a block
+constexpr int kMaxTensors = 736;
+
+struct AdamwTable {
+  void* p[kMaxTensors];
+  const void* g[kMaxTensors];
+  float* m[kMaxTensors];
+  float* v[kMaxTensors];
+  int64_t numel[kMaxTensors];
+  uint32_t first_chunk[kMaxTensors];  // ascending; tensor i owns chunks first_chunk[i] .. first_chunk[i + 1] - 1
+  int num_tensors;
+  const float* grad_scale;
+  AdamwCoefficients coefficients;
+};
+static_assert(sizeof(AdamwTable) <= 32764, "kernel parameters end at 32764 bytes");
+
+// ---- kernels ----
+
+template <typename T>
+struct alignas(kVec * sizeof(T)) Vec {
+  T x[kVec];
+};
+
+__device__ int find_tensor(const AdamwTable& table, uint32_t chunk) {
+  int low = 0;
+  for (int high = table.num_tensors; high - low > 1;) {
+    const int mid = (low + high) / 2;
+    (table.first_chunk[mid] <= chunk ? low : high) = mid;
+  }
+  return low;
+}
+
+template <typename... T>
+__device__ bool aligned(const T*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % sizeof(Vec<T>) == 0) && ...);
+}
+
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ AdamwTable table) {
+  const int t = find_tensor(table, blockIdx.x);
+  const int64_t start = static_cast<int64_t>(blockIdx.x - table.first_chunk[t]) * kChunk;
+  const int n = static_cast<int>(min(table.numel[t] - start, static_cast<int64_t>(kChunk)));
+  P* p = static_cast<P*>(table.p[t]) + start;
+  const G* g = static_cast<const G*>(table.g[t]) + start;
+  float* m = table.m[t] + start;
+  float* v = table.v[t] + start;
+  const float scale = table.grad_scale ? *table.grad_scale : 1.f;
+
+  const int vectorized = aligned(p, g, m, v) ? n / kVec * kVec : 0;
+  for (int i = threadIdx.x * kVec; i < vectorized; i += kThreads * kVec) {
+    Vec<P> p_i = *reinterpret_cast<Vec<P>*>(p + i);
+    const Vec<G> g_i = *reinterpret_cast<const Vec<G>*>(g + i);
+    Vec<float> m_i = *reinterpret_cast<Vec<float>*>(m + i);
+    Vec<float> v_i = *reinterpret_cast<Vec<float>*>(v + i);
+#pragma unroll
+    for (int k = 0; k < kVec; k++) {
+      float p_k = float(p_i.x[k]);
+      adamw_update(p_k, float(g_i.x[k]) * scale, m_i.x[k], v_i.x[k], table.coefficients);
+      p_i.x[k] = P(p_k);
+    }
+    *reinterpret_cast<Vec<P>*>(p + i) = p_i;
+    *reinterpret_cast<Vec<float>*>(m + i) = m_i;
+    *reinterpret_cast<Vec<float>*>(v + i) = v_i;
+  }
+  for (int i = vectorized + threadIdx.x; i < n; i += kThreads) {
+    float p_i = float(p[i]);
+    adamw_update(p_i, float(g[i]) * scale, m[i], v[i], table.coefficients);
+    p[i] = P(p_i);
+  }
+}
+
+// ---- launchers ----
+
+template <typename P, typename G>
+void launch(AdamwTable& table, uint32_t num_chunks, cudaStream_t stream) {
+  if (num_chunks == 0) return;
+  adamw_kernel<P, G><<<num_chunks, kThreads, 0, stream>>>(table);
+  CUDA_CHECK(cudaGetLastError());
+  table.num_tensors = 0;
+}
+
+template <typename P, typename G>
+void adamw_of(Dtype p_dtype, Dtype g_dtype, std::span<const AdamwTensor> tensors, AdamwTable& table,
+              cudaStream_t stream) {
+  constexpr uint32_t kMaxChunks = 0x7fffffff;  // of a grid
+  uint32_t num_chunks = 0;
+  for (const AdamwTensor& tensor : tensors) {
+    if (tensor.p_dtype != p_dtype || tensor.g_dtype != g_dtype) continue;
+    const int64_t chunks = (tensor.numel + kChunk - 1) / kChunk;
+    if (table.num_tensors == kMaxTensors || num_chunks + chunks > kMaxChunks) {
+      launch<P, G>(table, num_chunks, stream);
+      num_chunks = 0;
+    }
+    const int i = table.num_tensors++;
+    table.p[i] = tensor.p;
+    table.g[i] = tensor.g;
+    table.m[i] = tensor.m;
+    table.v[i] = tensor.v;
+    table.numel[i] = tensor.numel;
+    table.first_chunk[i] = num_chunks;
+    num_chunks += static_cast<uint32_t>(chunks);
+  }
+  launch<P, G>(table, num_chunks, stream);
+}
+
+}  // namespace
+
+void adamw(std::span<const AdamwTensor> tensors, const float* grad_scale, const AdamwCoefficients& coefficients,
+           cudaStream_t stream) {
+  NVTX_FN();
+  AdamwTable table;
+  table.num_tensors = 0;
+  table.grad_scale = grad_scale;
+  table.coefficients = coefficients;
+  const auto of_params = [&]<typename P>(Dtype dtype, P) {
+    adamw_of<P, float>(dtype, Dtype::F32, tensors, table, stream);
+    adamw_of<P, __half>(dtype, Dtype::F16, tensors, table, stream);
+    adamw_of<P, __nv_bfloat16>(dtype, Dtype::BF16, tensors, table, stream);
+  };
+  of_params(Dtype::F32, float{});
+  of_params(Dtype::F16, __half{});
+  of_params(Dtype::BF16, __nv_bfloat16{});
+}
+
+}  // namespace cs336
