@@ -48,8 +48,10 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name in ("rope_theta", "norm_eps", "init_std", "logit_softcap"):
             value = getattr(self, name)
-            if not (value is None and name == "logit_softcap") and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+            if value is None and name == "logit_softcap":
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
         if self.head_dim is None and self.d_model % self.num_heads != 0:
             raise ValueError(
                 f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"

@@ -1,0 +1,221 @@
+"""Models on disk in the Hugging Face layout: Llama's, or Qwen3's where queries and keys are normalised.
+
+A directory holds config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json)
+and, with a tokenizer, its tokenizer.json. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cs336.models.config import TransformerConfig
+from cs336.models.transformer import Transformer
+from cs336.utils.files import replacing
+
+END_OF_TEXT = "<|endoftext|>"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# ours -> theirs, by the start of the name; layers.N stays
+NAMES = {
+    "embedding.": "model.embed_tokens.",
+    "norm.": "model.norm.",
+    "head.": "lm_head.",
+    "attention_norm.": "input_layernorm.",
+    "attention.": "self_attn.",
+    "mlp_norm.": "post_attention_layernorm.",
+    "mlp.": "mlp.",
+}
+# our field -> theirs; what a config.json may leave out has a default, as transformers gives it
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "head_dim": "head_dim",
+}
+DEFAULTS = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "head_dim": None,
+}
+# what the model cannot do: their field -> the values that mean "not used"
+UNUSED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
+}
+
+
+def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=None) -> None:
+    """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
+
+    Each file replaces its predecessor once all are written. A model with interleaved rotary positions is written with
+    its query and key rows reordered for the half-split ones of this layout.
+    Raises ValueError for a soft-cap, which the layout has no place for, and for a tokenizer that exceeds the model.
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model must be a cs336.models.Transformer, got {type(model).__name__}")
+    config = model.config
+    if config.logit_softcap is not None:
+        raise ValueError("the Llama and Qwen3 layouts have no logit soft-cap: this model cannot be written in them")
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    end = None if tokenizer is None else tokenizer.special_tokens.get(END_OF_TEXT)
+    special_ids = {"bos_token_id": end, "eos_token_id": end}
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as renames:
+        if tokenizer is not None:
+            tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
+        for name, content in (
+            ("config.json", _their_config(model) | special_ids),
+            ("generation_config.json", special_ids),
+        ):
+            file = renames.enter_context(replacing(directory / name))
+            file.write(json.dumps(content, indent=2) + "\n")
+        weights = {_theirs(name): _half_split(name, t, config) for name, t in model.state_dict().items()}
+        file = renames.enter_context(replacing(directory / "model.safetensors", "wb"))
+        save_file(weights, file.name, metadata={"format": "pt"})
+
+
+def from_pretrained(
+    directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
+    """Read a Llama or Qwen3 model from a directory in the Hugging Face layout.
+
+    dtype: of the weights; as they are stored if None.
+    Raises FileNotFoundError where a file is missing, ValueError for a model of another kind and for damaged files.
+    """
+    directory = pathlib.Path(directory)
+    config = _our_config(_read_json(directory / "config.json"))
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+                state |= {_ours(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    for name in [
+        n for n in state if n.endswith("rotary_emb.inv_freq") or (n == "head.weight" and config.tie_embeddings)
+    ]:
+        del state[name]
+    model = Transformer(config, device="meta")
+    _check_weights(directory, state, {name: t.shape for name, t in model.state_dict().items()})
+    dtype = state["embedding.weight"].dtype if dtype is None else dtype
+    model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    model.rope.to_empty(device=model.device).reset_parameters()
+    return model
+
+
+def _their_config(model: Transformer) -> dict[str, Any]:
+    config = model.config
+    kind = "qwen3" if config.qk_norm else "llama"
+    known = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    return known | {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.ff_size,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": config.rope_theta,
+        "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+    }
+
+
+def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
+    kind = theirs.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+    for name, unused in UNUSED.items():
+        if theirs.get(name) is not None and theirs[name] not in unused:
+            raise ValueError(f"config.json has {name} = {theirs[name]!r}, which cs336.models.Transformer does not do")
+    rope = {"rope_theta": theirs.get("rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):  # the second since transformers 5
+        rope |= theirs.get(name) or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(
+            f"config.json scales its rotary positions ({rope}), which cs336.models.Transformer does not do"
+        )
+    defaults = DEFAULTS | ({"head_dim": 128} if kind == "qwen3" else {})
+    if missing := [name for name in FIELDS.values() if name not in theirs and name not in defaults]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    values: dict[str, Any] = {ours: theirs.get(name, defaults.get(name)) for ours, name in FIELDS.items()}
+    return TransformerConfig(**values, rope_theta=rope["rope_theta"], qk_norm=kind == "qwen3")
+
+
+def _theirs(name: str) -> str:
+    layer = re.match(r"layers\.\d+\.", name)
+    rest = name[layer.end() :] if layer else name
+    ours = rest[: rest.index(".") + 1]
+    return (f"model.{layer[0]}" if layer else "") + NAMES[ours] + rest[len(ours) :]
+
+
+def _ours(name: str) -> str:
+    layer = re.match(r"model\.(layers\.\d+\.)", name)
+    rest = name[layer.end() :] if layer else name
+    for ours, theirs in NAMES.items():
+        if rest.startswith(theirs):
+            return (layer[1] if layer else "") + ours + rest[len(theirs) :]
+    return name
+
+
+def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
+    """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
+    if config.rope_interleaved and re.search(r"\.[qk]_(proj|norm)\.", name):
+        pairs = t.unflatten(0, (-1, config.head_size // 2, 2))
+        t = pairs.transpose(1, 2).flatten(0, 2)
+    return t.contiguous()
+
+
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists() and not (directory / names[0]).exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if bad := [name for name in names if pathlib.PurePath(name).name != name]:
+            raise ValueError(f"{index} names files outside its directory: {', '.join(bad)}")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")
+    return [directory / name for name in names]
+
+
+def _check_weights(directory: pathlib.Path, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{directory} {what} weights: {', '.join(sorted(names))}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{_theirs(name)} has shape {tuple(found[name].shape)}, config.json means {tuple(shape)}")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a model's directory?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
