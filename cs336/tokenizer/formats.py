@@ -1,0 +1,212 @@
+"""Files of tokenizers: tokenizer.json, GPT-2's vocab.json and merges.txt, tiktoken's ranks.
+
+A tokenizer.json is what Hugging Face's tokenizers reads, with one section more, model.cs336:
+    {"format": 1, "pattern": a name or an expression, "merges": "listed" or "ranks", "fingerprint": sha256}
+Token bytes are spelled in GPT-2's alphabet, one printable character a byte, so that they are readable and lossless.
+"""
+
+import base64
+import binascii
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cs336.tokenizer.patterns import PATTERNS
+
+FORMAT = 1
+
+
+class Parts(NamedTuple):
+    """What the constructor of Tokenizer takes."""
+
+    vocab: dict[int, bytes]
+    merges: list[tuple[bytes, bytes]] | None
+    special_tokens: dict[str, int]
+    pattern: str
+
+
+def _alphabet() -> list[str]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+_CHAR_OF = _alphabet()
+_BYTE_OF = {char: byte for byte, char in enumerate(_CHAR_OF)}
+
+
+def spell(token: bytes) -> str:
+    """Bytes in GPT-2's alphabet: b" the" is "Ġthe"."""
+    return "".join([_CHAR_OF[byte] for byte in token])
+
+
+def unspell(token: str) -> bytes:
+    """The inverse of `spell`. Raises ValueError for a character outside the alphabet."""
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError as error:
+        raise ValueError(
+            f"token {token!r} has {error.args[0]!r}, which stands for no byte in GPT-2's alphabet"
+        ) from None
+
+
+def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, bytes]], fingerprint: str) -> None:
+    """Write a tokenizer.json, whole or not at all. `merges`: those that another reader needs if parts.merges is None."""
+    special_ids = set(parts.special_tokens.values())
+    vocab = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
+    for text, i in parts.special_tokens.items():
+        vocab.setdefault(text, i)
+    bytes_of_chars = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": PATTERNS.get(parts.pattern, parts.pattern)}, "behavior": "Isolated"}
+    if parts.pattern == "gpt2":  # ByteLevel has this one built in
+        pre_tokenizer = bytes_of_chars | {"use_regex": True}
+    else:
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [cut | {"invert": False}, bytes_of_chars]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **flags}
+            for text, i in sorted(parts.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": bytes_of_chars,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": parts.merges is None,
+            "cs336": {
+                "format": FORMAT,
+                "pattern": parts.pattern,
+                "merges": "ranks" if parts.merges is None else "listed",
+                "special_tokens": list(parts.special_tokens),
+                "fingerprint": fingerprint,
+            },
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [[spell(left), spell(right)] for left, right in merges],
+        },
+    }
+    _replace(Path(path), json.dumps(document, ensure_ascii=False, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
+    """The parts of a tokenizer.json that `write_json` wrote, and its fingerprint. Raises ValueError for any other."""
+    document = _load_json(path)
+    try:
+        model = document["model"]
+        section = model["cs336"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} was not written by Tokenizer.save: it has no section model.cs336") from None
+    with _reading(path):
+        if section["format"] != FORMAT:
+            raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads {FORMAT}")
+        added = {token["content"]: token["id"] for token in document["added_tokens"]}
+        specials = {text: added[text] for text in section["special_tokens"]}
+        vocab = {i: text.encode() for text, i in specials.items()}
+        for token, i in model["vocab"].items():
+            if specials.get(token) == i:
+                continue
+            if i in vocab:
+                raise ValueError(f"id {i} is given to two tokens")
+            vocab[i] = unspell(token)
+        merges = None
+        if section["merges"] == "listed":
+            merges = [(unspell(left), unspell(right)) for left, right in model["merges"]]
+        elif section["merges"] != "ranks":
+            raise ValueError(f'model.cs336.merges is {section["merges"]!r}, expected "listed" or "ranks"')
+        return Parts(vocab, merges, specials, section["pattern"]), section["fingerprint"]
+
+
+def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, special_tokens: list[str] | None) -> Parts:
+    """GPT-2's files. None for the special tokens: <|endoftext|> if the vocabulary has it."""
+    ids = _load_json(vocab_json)
+    with _reading(vocab_json):
+        if not isinstance(ids, dict):
+            raise ValueError("it is not an object of tokens and ids")
+        if special_tokens is None:
+            special_tokens = ["<|endoftext|>"] if "<|endoftext|>" in ids else []
+        vocab: dict[int, bytes] = {}
+        for token, i in ids.items():
+            if i in vocab:
+                raise ValueError(f"id {i} is given to two tokens")
+            vocab[i] = token.encode() if token in special_tokens else unspell(token)
+    merges = []
+    with _reading(merges_txt):
+        for number, line in enumerate(Path(merges_txt).read_text(encoding="utf-8").split("\n"), 1):
+            if not line or (number == 1 and line.startswith("#version")):
+                continue
+            halves = line.removesuffix("\r").split(" ")
+            if len(halves) != 2:
+                raise ValueError(f"line {number} is {line[:80]!r}, expected two tokens with one space between them")
+            merges.append((unspell(halves[0]), unspell(halves[1])))
+    given = {text: ids[text] for text in special_tokens if text in ids}
+    return Parts(vocab, merges, given, "gpt2")
+
+
+def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
+    """tiktoken's ranks: a line is the base64 of a token, a space, and its rank."""
+    vocab: dict[int, bytes] = {}
+    with _reading(path):
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            if not line:
+                continue
+            try:
+                token, rank = line.split()
+                i = int(rank)
+                vocab_size = len(vocab)
+                vocab[i] = base64.b64decode(token, validate=True)
+            except (ValueError, binascii.Error):
+                raise ValueError(f"line {number} is {line[:80]!r}, expected a token in base64, and its rank") from None
+            if len(vocab) == vocab_size:
+                raise ValueError(f"line {number} gives rank {i} a second time")
+    return vocab
+
+
+def _load_json(path: str | os.PathLike) -> Any:
+    with _reading(path):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+class _reading:
+    """Turns what a broken file makes Python raise into a ValueError that names the file."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, KeyError):
+            raise ValueError(f"{self.path} is not what it should be: it lacks {error}") from None
+        if isinstance(error, (ValueError, TypeError, AttributeError, RecursionError)):
+            raise ValueError(f"{self.path} is not what it should be: {error}") from None

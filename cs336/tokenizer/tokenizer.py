@@ -1,0 +1,404 @@
+"""Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
+
+import codecs
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+
+from cs336 import _text
+from cs336.tokenizer import formats
+from cs336.tokenizer.formats import Parts
+from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.training import Source, train
+
+Specials = Literal["all"] | Iterable[str]
+MAX_ID = (1 << 24) - 1
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once.
+
+    Args:
+        vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.
+        merges: pairs of tokens, first merge first; the two together must be in the vocabulary too. None: any two tokens
+            that together are a token merge, the lowest id first, and a piece that is a token is that token: the rule
+            of tiktoken, where ids are ranks.
+        special_tokens: texts that stand for one id and are never merged; a dict gives the ids. One that the vocabulary
+            does not have, or has only as an ordinary token, gets the next id after the largest. Ordinary text never
+            encodes to a special token.
+        pattern: "gpt2", "cl100k", "o200k", or a regular expression for the `regex` package.
+
+    Text is str, or bytes, which need not be UTF-8. A lone surrogate in a str becomes U+FFFD.
+    Raises ValueError if the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[int, bytes],
+        merges: Iterable[tuple[bytes, bytes]] | None,
+        special_tokens: Iterable[str] | dict[str, int] | None = None,
+        pattern: str = "gpt2",
+    ):
+        self._vocab = _checked_vocab(vocab)
+        self._listed_merges = None if merges is None else _checked_merges(merges)
+        self._pattern = canonical(pattern)
+        made = None if self._listed_merges is None else {left + right for left, right in self._listed_merges}
+        self._specials = _place_specials(self._vocab, special_tokens, made)
+        special_ids = set(self._specials.values())
+        id_of: dict[bytes, int] = {}
+        for i, token in self._vocab.items():
+            if i not in special_ids and id_of.setdefault(token, i) != i:
+                raise ValueError(f"ids {id_of[token]} and {i} are the same token {token!r}")
+        self._core = _text.Encoder(
+            tokens=list(self._vocab.items()),
+            merges=_merge_ids(self._listed_merges or [], id_of),
+            any_split=self._listed_merges is None,
+            byte_ids=[id_of.get(bytes([byte]), _text.NO_ID) for byte in range(256)],
+            specials=[(text.encode(), i) for text, i in self._specials.items()],
+            pattern=for_core(self._pattern),
+        )
+        self._policy = lru_cache(maxsize=64)(self._make_policy)
+
+    # ---- making one ----
+
+    @classmethod
+    def train(
+        cls,
+        source: Source,
+        vocab_size: int,
+        special_tokens: Sequence[str] = (),
+        pattern: str = "gpt2",
+        num_threads: int | None = None,
+        progress: bool = False,
+    ) -> "Tokenizer":
+        """Train byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909).
+
+        Ids: the 256 bytes, then the merges in order, then the special tokens. Each merge is of the most frequent pair;
+        of equally frequent ones, the pair whose byte strings are greatest. The result does not depend on the number
+        of threads, nor on how a file is read.
+
+        Args:
+            source: a path; a list of `pathlib.Path`, read as streams of bytes; or an iterable of documents, str or
+                bytes. A str alone is a path. Nothing is merged across documents, files or special tokens.
+            vocab_size: the size wanted, special tokens included; at least 256 and one for each of them.
+                Fewer are made, with a warning, where the text has no pair left to merge.
+            special_tokens: the text is split at these first (the longest that fits), and they are not counted.
+            num_threads: None for as many as this process may run on.
+            progress: show a bar.
+
+        Raises ValueError for a vocab_size that is too small and for a source that is neither of the above.
+        Memory is bounded by the distinct pieces of the text, and 32 MB or the longest piece.
+        """
+        pattern = canonical(pattern)
+        specials = _checked_specials(special_tokens)
+        merges = train(source, vocab_size, specials, pattern, num_threads or _num_cpus(), progress)
+        tokens = [bytes([byte]) for byte in range(256)]
+        pairs = []
+        for left, right in merges:
+            pairs.append((tokens[left], tokens[right]))
+            tokens.append(tokens[left] + tokens[right])
+        vocab = dict(enumerate(tokens)) | {len(tokens) + i: text.encode() for i, text in enumerate(specials)}
+        return cls(vocab, pairs, {text: len(tokens) + i for i, text in enumerate(specials)}, pattern)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read what `save` wrote. Raises ValueError if the file is another kind, damaged or altered."""
+        parts, fingerprint = formats.read_json(path)
+        tokenizer = cls(*parts)
+        if tokenizer.fingerprint != fingerprint:
+            raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
+        return tokenizer
+
+    @classmethod
+    def from_gpt2(
+        cls,
+        vocab_json: str | os.PathLike,
+        merges_txt: str | os.PathLike,
+        special_tokens: Iterable[str] | None = None,
+        pattern: str = "gpt2",
+    ) -> "Tokenizer":
+        """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
+        specials = None if special_tokens is None else _checked_specials(special_tokens)
+        vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
+        return cls(vocab, merges, given if specials is None else specials, pattern)
+
+    @classmethod
+    def from_tiktoken(
+        cls, ranks: str | os.PathLike, pattern: str, special_tokens: Iterable[str] | dict[str, int] | None = None
+    ) -> "Tokenizer":
+        """Read a .tiktoken file of ranks, which are the ids. The file does not know its pattern nor its special tokens."""
+        return cls(formats.read_tiktoken(ranks), None, special_tokens, pattern)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
+        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
+        formats.write_json(path, parts, self.merges, self.fingerprint)
+
+    # ---- encoding ----
+
+    def encode(
+        self,
+        text: str | bytes,
+        allowed_special: Specials = (),
+        disallowed_special: Specials = "all",
+        num_threads: int = 1,
+    ) -> list[int]:
+        """The ids of text.
+
+        A special token in the text becomes its id if allowed ("all", or a set of them), raises ValueError if
+        disallowed ("all" means all that are not allowed), and is ordinary text otherwise.
+        """
+        return self._core.encode(text, self._get_policy(allowed_special, disallowed_special), num_threads)
+
+    def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
+        """The ids of text in which special tokens are text like any other."""
+        return self._core.encode(text, self._get_policy((), ()), num_threads)
+
+    def encode_batch(
+        self,
+        texts: Iterable[str | bytes],
+        num_threads: int | None = None,
+        allowed_special: Specials = (),
+        disallowed_special: Specials = "all",
+    ) -> list[list[int]]:
+        """`encode` for many texts, on several threads (None: as many as this process may run on)."""
+        policy = self._get_policy(allowed_special, disallowed_special)
+        return self._core.encode_batch(list(texts), policy, num_threads or _num_cpus())
+
+    def encode_batch_numpy(
+        self,
+        texts: Iterable[str | bytes],
+        num_threads: int | None = None,
+        allowed_special: Specials = (),
+        disallowed_special: Specials = "all",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of many texts one after the other, (N,) uint16 or uint32 by vocab_size, and where each text begins
+        and the last ends, (len(texts) + 1,) int64."""
+        policy = self._get_policy(allowed_special, disallowed_special)
+        return self._core.encode_batch_numpy(list(texts), policy, num_threads or _num_cpus())
+
+    def encode_iterable(
+        self,
+        chunks: Iterable[str | bytes],
+        allowed_special: Specials = "all",
+        disallowed_special: Specials = "all",
+    ) -> Iterator[int]:
+        """The ids of one text that comes in chunks, the same wherever it is cut.
+
+        Lazy. Holds some 64 KB of text, or a few times its longest piece if that is more; with a pattern that is a
+        regular expression, all of the text between two special tokens.
+        """
+        stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special))
+        held = ""  # the first half of a surrogate pair
+        for chunk in chunks:
+            if isinstance(chunk, str):
+                chunk = held + chunk
+                held = chunk[-1:] if "\ud800" <= chunk[-1:] <= "\udbff" else ""
+                chunk = chunk[: len(chunk) - len(held)]
+            yield from stream.feed(chunk, False)
+        yield from stream.feed(held, True)
+
+    # ---- decoding ----
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids. Raises ValueError for an id that is not in the vocabulary."""
+        return self._core.decode(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id not in the vocabulary."""
+        return self._core.decode(ids).decode("utf-8", "replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            if text := decoder.decode(self._core.decode((i,))):
+                yield text
+        if text := decoder.decode(b"", True):
+            yield text
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one id. Raises ValueError if it is not in the vocabulary."""
+        return self._core.decode((id,))
+
+    # ---- what it is made of ----
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id and one: the rows that an embedding needs."""
+        return max(self._vocab, default=-1) + 1
+
+    @property
+    def vocab(self) -> dict[int, bytes]:
+        """id -> bytes, special tokens included; a copy."""
+        return dict(self._vocab)
+
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The merges in order. Where ids are ranks, the last merge of each token that merges lead to."""
+        if self._listed_merges is not None:
+            return list(self._listed_merges)
+        found = []
+        special_ids = set(self._specials.values())
+        for i, token in sorted(self._vocab.items()):
+            halves = self._core.merge_piece(token, i) if len(token) > 1 and i not in special_ids else ()
+            if len(halves) == 2:
+                found.append((self._vocab[halves[0]], self._vocab[halves[1]]))
+        return found
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id; a copy."""
+        return dict(self._specials)
+
+    @property
+    def pattern(self) -> str:
+        """The name of the pattern, or its regular expression."""
+        return self._pattern
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides how text encodes, in hex."""
+        digest = hashlib.sha256()
+
+        def add(*fields: bytes) -> None:
+            for field in fields:
+                digest.update(len(field).to_bytes(8, "little") + field)
+
+        add(b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed")
+        for i, token in sorted(self._vocab.items()):
+            add(str(i).encode(), token)
+        add(b"merges")
+        for left, right in self._listed_merges or []:
+            add(left, right)
+        add(b"special")
+        for text, i in sorted(self._specials.items()):
+            add(text.encode(), str(i).encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, pattern={self._pattern!r}, special_tokens={self._specials}, "
+            f"fingerprint={self.fingerprint[:12]})"
+        )
+
+    def __reduce__(self):
+        return Tokenizer, (self._vocab, self._listed_merges, self._specials, self._pattern)
+
+    def _get_policy(self, allowed: Specials, disallowed: Specials) -> _text.Policy:
+        return self._policy(_frozen(allowed), _frozen(disallowed))
+
+    def _make_policy(self, allowed: Specials, disallowed: Specials) -> _text.Policy:
+        named = {name for specials in (allowed, disallowed) if specials != "all" for name in specials}
+        if unknown := named - self._specials.keys():
+            raise ValueError(f"{unknown} are not special tokens of this tokenizer, which has {list(self._specials)}")
+        is_allowed = [allowed == "all" or text in allowed for text in self._specials]
+        is_disallowed = [
+            not ok if disallowed == "all" else text in disallowed
+            for text, ok in zip(self._specials, is_allowed, strict=True)
+        ]
+        return _text.Policy(is_allowed, is_disallowed)
+
+
+def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:
+    if specials == "all":
+        return "all"
+    if isinstance(specials, str):
+        raise ValueError(f'expected "all" or a set of special tokens, got the str {specials!r}')
+    return frozenset(specials)
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
+    for i, token in vocab.items():
+        if type(i) is not int or not 0 <= i <= MAX_ID:
+            raise ValueError(f"ids must be integers from 0 to {MAX_ID}, got {i!r}")
+        if not isinstance(token, bytes) or not token:
+            raise ValueError(f"tokens must be bytes, at least one, got {token!r} for id {i}")
+    return dict(vocab)
+
+
+def _checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    pairs = [tuple(pair) for pair in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(token, bytes) for token in pair):
+            raise ValueError(f"a merge must be a pair of bytes, got {pair!r}")
+    if len(set(pairs)) < len(pairs):
+        twice = next(pair for i, pair in enumerate(pairs) if pair in pairs[:i])
+        raise ValueError(f"the merge {twice!r} is listed twice")
+    return pairs
+
+
+def _checked_specials(special_tokens: Iterable[str]) -> list[str]:
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special_tokens must be a list of str, got the str {special_tokens!r}")
+    specials = list(special_tokens)
+    for text in specials:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"a special token must be a str, not empty, got {text!r}")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"the special token {text!r} has a lone surrogate, which UTF-8 cannot hold")
+    if len(set(specials)) < len(specials):
+        raise ValueError(f"a special token is listed twice: {specials}")
+    return specials
+
+
+def _place_specials(
+    vocab: dict[int, bytes], special_tokens: Iterable[str] | dict[str, int] | None, made: set[bytes] | None
+) -> dict[str, int]:
+    """The ids of the special tokens; new ones are added to the vocabulary. made: what merges make, None for ranks."""
+    specials = _checked_specials(special_tokens or ())
+    given = special_tokens if isinstance(special_tokens, dict) else {}
+    wanted = {text.encode() for text in specials}
+    ids_of: dict[bytes, list[int]] = {}
+    for i, token in sorted(vocab.items()):
+        if token in wanted:
+            ids_of.setdefault(token, []).append(i)
+    placed: dict[str, int] = {}
+    new = max([*vocab, *given.values()], default=-1) + 1
+    for text in specials:
+        token = text.encode()
+        candidates = ids_of.get(token, [])
+        # A byte, or the result of a merge, is an ordinary token: its first id is no candidate.
+        if len(token) == 1 or (made is not None and token in made):
+            candidates = candidates[1:]
+        if text in given:
+            i = given[text]
+            if vocab.get(i, token) != token:
+                raise ValueError(f"the special token {text!r} cannot have id {i}, which is {vocab[i]!r}")
+        elif candidates:
+            i = candidates[-1]
+        else:
+            i, new = new, new + 1
+        vocab.update(_checked_vocab({i: token}))
+        placed[text] = i
+    return placed
+
+
+def _merge_ids(merges: list[tuple[bytes, bytes]], id_of: dict[bytes, int]) -> list[tuple[int, int, int, int]]:
+    ids = []
+    for rank, (left, right) in enumerate(merges):
+        try:
+            ids.append((id_of[left], id_of[right], id_of[left + right], rank))
+        except KeyError as error:
+            raise ValueError(
+                f"merge {rank}, of {left!r} and {right!r}, needs the token {error.args[0]!r}, "
+                "which is not an ordinary token of the vocabulary"
+            ) from None
+    return ids

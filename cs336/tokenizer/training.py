@@ -1,0 +1,96 @@
+"""From a source of text to merges: files and documents are fed to the counter of the C++ core in bounded memory."""
+
+import contextlib
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cs336 import _text
+from cs336.tokenizer.patterns import for_core
+
+Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
+BLOCK = 16 << 20  # bytes
+
+
+def train(
+    source: Source, vocab_size: int, specials: list[str], pattern: str, num_threads: int, progress: bool
+) -> list[tuple[int, int]]:
+    """The merges as pairs of ids: 0..255 are the bytes, 256 + i is the result of merge i. See Tokenizer.train."""
+    num_merges = vocab_size - 256 - len(specials)
+    if num_merges < 0:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need "
+            f"{256 + len(specials)}"
+        )
+    counter = _text.WordCounter(for_core(pattern), [text.encode() for text in specials], num_threads)
+    with _bar(progress) as show:
+        count = 0
+        for size in _count(counter, source):
+            count += size
+            show(f"read {count / 1e6:,.0f} MB", 0, None)
+        merges = counter.train(num_merges, lambda done: show(f"{done:,} merges", done, num_merges))
+    if len(merges) < num_merges:
+        warnings.warn(
+            f"no pair is left to merge after {len(merges)} merges: the vocabulary has "
+            f"{256 + len(merges) + len(specials)} tokens, not {vocab_size}; give more text or ask for fewer",
+            stacklevel=3,
+        )
+    return merges
+
+
+def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
+    """Count all of a source, and yield the size of each part of it."""
+    if isinstance(source, bytes):
+        raise ValueError("source is bytes: give a path, or a list of documents")
+    if isinstance(source, (str, os.PathLike)):
+        source = [Path(source)]
+    items = iter(source)
+    for first in items:
+        if isinstance(first, os.PathLike):
+            yield from _count_file(counter, first)
+            continue
+        if isinstance(first, str) and "\n" not in first[:256] and len(first) < 256 and os.path.isfile(first):
+            raise ValueError(
+                f"source has the document {first!r}, which is the name of a file: give pathlib.Path objects to train on "
+                "what files contain"
+            )
+        yield from _count_documents(counter, itertools.chain([first], items))
+
+
+def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:
+    with open(path, "rb") as file:
+        rest = b""
+        while block := file.read(max(BLOCK, len(rest))):
+            text = rest + block
+            rest = text[counter.add_front(text) :]
+            yield len(block)
+    counter.add_documents([rest])
+
+
+def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes]) -> Iterator[int]:
+    batch: list[str | bytes] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BLOCK or len(batch) >= 1 << 16:
+            counter.add_documents(batch)
+            yield size
+            batch, size = [], 0
+    counter.add_documents(batch)
+    yield size
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    if not shown:
+        yield lambda text, done, total: None
+        return
+    columns = (TextColumn("training the tokenizer"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

@@ -1,0 +1,354 @@
+#include "cpu/text/bpe_encode.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <queue>
+#include <set>
+#include <span>
+#include <stdexcept>
+
+#include "cpu/text/parallel.h"
+
+namespace cs336::text {
+namespace {
+
+constexpr size_t kFew = 128;             // bytes of a piece up to which a scan for the next merge beats a heap
+constexpr size_t kPartSize = 256 << 10;  // bytes of text that one thread takes at a time
+
+using Tokens = std::vector<std::pair<uint32_t, std::string>>;
+
+// Every way to make an ordinary token of two others.
+std::vector<Merge> all_splits(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
+  std::unordered_map<std::string_view, uint32_t> id_of;
+  std::set<size_t> sizes;
+  for (const auto& [id, bytes] : tokens) {
+    if (std::find(special_ids.begin(), special_ids.end(), id) != special_ids.end()) continue;
+    id_of.emplace(bytes, id);
+    sizes.insert(bytes.size());
+  }
+  std::vector<Merge> merges;
+  for (const auto& [bytes, id] : id_of) {
+    for (const size_t size : sizes) {
+      if (size >= bytes.size()) break;
+      if (!sizes.contains(bytes.size() - size)) continue;
+      const auto left = id_of.find(bytes.substr(0, size));
+      if (left == id_of.end()) continue;
+      const auto right = id_of.find(bytes.substr(size));
+      if (right != id_of.end()) merges.push_back({left->second, right->second, id, id});
+    }
+  }
+  return merges;
+}
+
+}  // namespace
+
+Ids& Ids::operator=(Ids&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  std::swap(capacity_, other.capacity_);
+  return *this;
+}
+
+void Ids::append(const uint32_t* ids, size_t count) {
+  if (count == 0) return;
+  std::memcpy(room(count), ids, count * sizeof(uint32_t));
+  size_ += count;
+}
+
+void Ids::grow(size_t least) {
+  const size_t capacity = std::max<size_t>({least, capacity_ * 2, 64});
+  void* data = std::realloc(data_, capacity * sizeof(uint32_t));
+  if (data == nullptr) throw std::bad_alloc();
+  data_ = static_cast<uint32_t*>(data);
+  capacity_ = capacity;
+}
+
+TokenBytes::TokenBytes(const Tokens& tokens) {
+  uint32_t last = 0;
+  for (const auto& [id, bytes] : tokens) last = std::max(last, id);
+  offsets_.resize(size_t{last} + 2);
+  for (const auto& [id, bytes] : tokens) offsets_[id + 1] = bytes.size();
+  for (size_t i = 1; i < offsets_.size(); ++i) offsets_[i] += offsets_[i - 1];
+  bytes_.resize(offsets_.back());
+  for (const auto& [id, bytes] : tokens) std::copy(bytes.begin(), bytes.end(), bytes_.begin() + offsets_[id]);
+}
+
+MergeTable::MergeTable(const std::vector<Merge>& merges) {
+  const size_t capacity = std::bit_ceil(std::max<size_t>(merges.size() * 2, 16));
+  entries_.assign(capacity, {0, kNoId, kNoId});
+  mask_ = capacity - 1;
+  shift_ = 64 - std::countr_zero(capacity);
+  for (const Merge& m : merges) {
+    const uint64_t pair = static_cast<uint64_t>(m.left) << 32 | m.right;
+    size_t i = hash(pair);
+    while (entries_[i].rank != kNoId && entries_[i].pair != pair) i = (i + 1) & mask_;
+    if (entries_[i].rank == kNoId) entries_[i] = {pair, m.rank, m.result};  // the first of a merge listed twice
+  }
+}
+
+// Takes a cache out for one call, a new one where all are in use.
+class Encoder::Lease {
+ public:
+  explicit Lease(const Encoder& encoder) : encoder_(encoder) {
+    for (auto& slot : encoder_.caches_) {
+      if (slot.load(std::memory_order_relaxed) == nullptr) continue;
+      cache_.reset(slot.exchange(nullptr, std::memory_order_acquire));
+      if (cache_) return;
+    }
+    cache_ = std::make_unique<WordCache>();
+  }
+  ~Lease() {
+    for (auto& slot : encoder_.caches_) {
+      WordCache* none = nullptr;
+      if (slot.compare_exchange_strong(none, cache_.get(), std::memory_order_release)) {
+        cache_.release();
+        return;
+      }
+    }
+  }
+  Lease(const Lease&) = delete;
+  WordCache& operator*() const { return *cache_; }
+
+ private:
+  const Encoder& encoder_;
+  std::unique_ptr<WordCache> cache_;
+};
+
+Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids, std::vector<Merge> merges,
+                 bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids,
+                 Splitter splitter)
+    : tokens_(tokens),
+      byte_ids_(byte_ids),
+      merges_(any_split ? all_splits(tokens, special_ids) : merges),
+      specials_(std::move(specials)),
+      special_ids_(std::move(special_ids)),
+      splitter_(std::move(splitter)) {
+  collect_whole_words(any_split);
+}
+
+Encoder::~Encoder() {
+  for (auto& slot : caches_) delete slot.load();
+}
+
+void Encoder::collect_whole_words(bool any_split) {
+  const size_t capacity = std::bit_ceil(tokens_.size() * 2);
+  short_words_.assign(capacity, {{}, kNoId});
+  short_mask_ = capacity - 1;
+  std::vector<bool> is_special(tokens_.size());
+  for (const uint32_t id : special_ids_) is_special[id] = true;
+  std::vector<uint32_t> ids;
+  for (uint32_t id = 0; id < tokens_.size(); ++id) {
+    if (!tokens_.contains(id) || is_special[id]) continue;
+    const std::string_view bytes = tokens_[id];
+    if (!any_split) {
+      const bool has_bytes =
+          std::all_of(bytes.begin(), bytes.end(), [&](char c) { return byte_ids_[uint8_t(c)] != kNoId; });
+      ids.resize(bytes.size());
+      if (!has_bytes || merge_piece(bytes, kNoId, ids.data()) != 1 || ids[0] != id) continue;
+    }
+    if (bytes.size() > kMaxShort) {
+      long_words_.emplace(bytes, id);
+      continue;
+    }
+    const ShortWord word = pack_word(bytes.data(), bytes.size(), bytes.data() + bytes.size());
+    size_t i = hash_word(word) & short_mask_;
+    while (short_words_[i].id != kNoId) i = (i + 1) & short_mask_;
+    short_words_[i] = {word, id};
+  }
+}
+
+uint32_t Encoder::whole_word(const ShortWord& word) const {
+  size_t i = hash_word(word) & short_mask_;
+  while (short_words_[i].id != kNoId && short_words_[i].word != word) i = (i + 1) & short_mask_;
+  return short_words_[i].id;
+}
+
+uint32_t Encoder::byte_id(uint8_t byte) const {
+  const uint32_t id = byte_ids_[byte];
+  if (id == kNoId) {
+    char message[96];
+    std::snprintf(message, sizeof(message), "the byte 0x%02X of the text is not in the vocabulary", byte);
+    throw std::invalid_argument(message);
+  }
+  return id;
+}
+
+// Rank, then result: the order of merges. Equal ranks have equal results.
+uint64_t Encoder::merge_key(uint32_t left, uint32_t right, uint32_t below) const {
+  const MergeTable::Entry& e = merges_.find(left, right);
+  return e.rank < below ? static_cast<uint64_t>(e.rank) << 32 | e.result : UINT64_MAX;
+}
+
+size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
+  return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
+                              : merge_many(bytes, piece.size(), below, out);
+}
+
+// `out` holds the tokens as they are; keys[i] is the merge of tokens i and i + 1.
+size_t Encoder::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
+  uint64_t keys[kFew];
+  for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
+  for (size_t i = 0; i + 1 < size; ++i) keys[i] = merge_key(out[i], out[i + 1], below);
+  while (size > 1) {
+    size_t best = 0;
+    for (size_t i = 1; i + 1 < size; ++i) best = keys[i] < keys[best] ? i : best;
+    if (keys[best] == UINT64_MAX) break;
+    out[best] = static_cast<uint32_t>(keys[best]);
+    --size;
+    std::copy(out + best + 2, out + size + 1, out + best + 1);
+    std::copy(keys + best + 1, keys + size, keys + best);
+    if (best > 0) keys[best - 1] = merge_key(out[best - 1], out[best], below);
+    if (best + 1 < size) keys[best] = merge_key(out[best], out[best + 1], below);
+  }
+  return size;
+}
+
+// O(n log n): a heap of merges over a linked list of tokens.
+size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
+  if (size >= kNoId) throw std::length_error("a piece of text without a break must be shorter than 4 GB");
+  struct Node {
+    uint32_t id, previous, next;
+    uint64_t key;  // of the merge with the next
+  };
+  struct Candidate {
+    uint64_t key;
+    uint32_t position;
+    bool operator>(const Candidate& o) const { return key != o.key ? key > o.key : position > o.position; }
+  };
+  std::vector<Node> nodes(size);
+  std::vector<Candidate> candidates;
+  const auto last = static_cast<uint32_t>(size - 1);
+  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, UINT64_MAX};
+  for (uint32_t i = 0; i < last; ++i) {
+    nodes[i].key = merge_key(nodes[i].id, nodes[i + 1].id, below);
+    if (nodes[i].key != UINT64_MAX) candidates.push_back({nodes[i].key, i});
+  }
+  std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
+  const auto update = [&](uint32_t i) {
+    Node& node = nodes[i];
+    node.key = node.next <= last ? merge_key(node.id, nodes[node.next].id, below) : UINT64_MAX;
+    if (node.key != UINT64_MAX) queue.push({node.key, i});
+  };
+  while (!queue.empty()) {
+    const Candidate top = queue.top();
+    queue.pop();
+    Node& node = nodes[top.position];
+    if (node.key != top.key) continue;  // one of the two has been merged since
+    Node& gone = nodes[node.next];
+    gone.key = UINT64_MAX;
+    node.id = static_cast<uint32_t>(top.key);
+    node.next = gone.next;
+    if (node.next <= last) nodes[node.next].previous = top.position;
+    update(top.position);
+    if (top.position > 0) update(node.previous);
+  }
+  size_t count = 0;
+  for (uint32_t i = 0; i <= last; i = nodes[i].next) out[count++] = nodes[i].id;
+  return count;
+}
+
+size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const ShortWord& word, uint32_t* out) const {
+  const uint32_t whole = whole_word(word);
+  size_t count = 1;
+  if (whole != kNoId) {
+    out[0] = whole;
+  } else {
+    count = merge_few(reinterpret_cast<const uint8_t*>(piece.data()), piece.size(), kNoId, out);
+  }
+  if (count <= WordCache::kIds) cache.put(word, out, count);
+  return count;
+}
+
+size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const {
+  const bool cached = piece.size() <= WordCache::kLongBytes;
+  const uint64_t hash = cached ? hash_bytes(piece) : 0;
+  if (cached) {
+    if (const WordCache::Long* hit = cache.find(hash, piece)) {
+      std::copy_n(hit->ids, hit->count, out);
+      return hit->count;
+    }
+  }
+  size_t count = 1;
+  if (const auto whole = long_words_.find(piece); whole != long_words_.end()) {
+    out[0] = whole->second;
+  } else {
+    count = merge_piece(piece, kNoId, out);
+  }
+  if (cached && count <= WordCache::kLongIds) cache.put(hash, piece, out, count);
+  return count;
+}
+
+void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const {
+  const char* limit = text.data() + text.size();
+  splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
+    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kIds);
+    uint32_t* next = first;
+    for (size_t i = 0; i < count; begin = ends[i++]) {
+      const std::string_view piece = text.substr(begin, ends[i] - begin);
+      if (piece.size() > kMaxShort) {
+        next += encode_long(cache, piece, next);
+        continue;
+      }
+      const ShortWord word = pack_word(piece.data(), piece.size(), limit);
+      if (const WordCache::Short* hit = cache.find(word)) {
+        std::memcpy(next, hit->ids, sizeof(hit->ids));
+        next += 1 + (hit->ids[1] != kNoId) + (hit->ids[2] != kNoId) + (hit->ids[3] != kNoId);
+      } else {
+        next += encode_short(cache, piece, word, next);
+      }
+    }
+    out.advance(static_cast<size_t>(next - first));
+  });
+}
+
+void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const {
+  const Lease cache(*this);
+  for (const Segment& s : std::span(segments, count)) {
+    if (s.special != kNotFound) {
+      out.push(special_ids_[s.special]);
+    } else {
+      encode_ordinary(*cache, text.substr(s.begin, s.end - s.begin), out);
+    }
+  }
+}
+
+void Encoder::encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads) const {
+  std::vector<Segment> segments;
+  if (num_threads <= 1 || text.size() < 2 * kPartSize) {
+    cut(text, true, kNotFound, splitter_, specials_, allowed, segments);
+    encode_segments(text, segments.data(), segments.size(), out);
+    return;
+  }
+  cut(text, true, kPartSize, splitter_, specials_, allowed, segments);
+  // Neighbouring segments go together into parts of about one size.
+  std::vector<size_t> starts{0};
+  for (size_t i = 0, bytes = 0; i < segments.size(); ++i) {
+    bytes += segments[i].end - segments[i].begin;
+    if (bytes >= kPartSize || i + 1 == segments.size()) {
+      starts.push_back(i + 1);
+      bytes = 0;
+    }
+  }
+  std::vector<Ids> parts(starts.size() - 1);
+  parallel_for(parts.size(), num_threads, [&](size_t i, size_t) {
+    encode_segments(text, &segments[starts[i]], starts[i + 1] - starts[i], parts[i]);
+  });
+  for (const Ids& part : parts) out.append(part.data(), part.size());
+}
+
+void Encoder::decode(const uint32_t* ids, size_t count, std::string& out) const {
+  size_t size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (!tokens_.contains(ids[i])) {
+      throw std::invalid_argument("id " + std::to_string(ids[i]) + " is not in the vocabulary, whose ids are below " +
+                                  std::to_string(tokens_.size()));
+    }
+    size += tokens_[ids[i]].size();
+  }
+  out.reserve(out.size() + size);
+  for (size_t i = 0; i < count; ++i) out.append(tokens_[ids[i]]);
+}
+
+}  // namespace cs336::text

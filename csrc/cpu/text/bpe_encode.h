@@ -1,0 +1,150 @@
+// Byte-level BPE: text to token ids and back.
+#pragma once
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "cpu/text/pretokenize.h"
+#include "cpu/text/special.h"
+#include "cpu/text/word.h"
+#include "cpu/text/word_cache.h"
+
+namespace cs336::text {
+
+// A growing array of ids whose memory can be handed over; free it with std::free.
+class Ids {
+ public:
+  Ids() = default;
+  Ids(Ids&& other) noexcept { *this = std::move(other); }
+  Ids& operator=(Ids&& other) noexcept;
+  ~Ids() { std::free(data_); }
+
+  const uint32_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  void clear() { size_ = 0; }
+  // Room for `more` ids at the end: write there, then call advance.
+  uint32_t* room(size_t more) {
+    if (size_ + more > capacity_) grow(size_ + more);
+    return data_ + size_;
+  }
+  void advance(size_t count) { size_ += count; }
+  void push(uint32_t id) {
+    *room(1) = id;
+    ++size_;
+  }
+  void append(const uint32_t* ids, size_t count);
+
+ private:
+  void grow(size_t least);
+  uint32_t* data_ = nullptr;
+  size_t size_ = 0, capacity_ = 0;
+};
+
+// The bytes of each token, by id. No token is empty, so an id with no bytes is not a token.
+class TokenBytes {
+ public:
+  explicit TokenBytes(const std::vector<std::pair<uint32_t, std::string>>& tokens);
+  size_t size() const { return offsets_.size() - 1; }
+  bool contains(uint64_t id) const { return id < size() && offsets_[id] != offsets_[id + 1]; }
+  std::string_view operator[](uint32_t id) const {
+    return {bytes_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
+  }
+
+ private:
+  std::string bytes_;
+  std::vector<size_t> offsets_;
+};
+
+struct Merge {
+  uint32_t left, right, result, rank;
+};
+
+// (left, right) -> rank and result.
+class MergeTable {
+ public:
+  explicit MergeTable(const std::vector<Merge>& merges);
+  struct Entry {
+    uint64_t pair;
+    uint32_t rank, result;
+  };
+  // The entry, or one whose rank is kNoId.
+  const Entry& find(uint32_t left, uint32_t right) const {
+    const uint64_t pair = static_cast<uint64_t>(left) << 32 | right;
+    size_t i = hash(pair);
+    while (entries_[i].pair != pair && entries_[i].rank != kNoId) i = (i + 1) & mask_;
+    return entries_[i];
+  }
+
+ private:
+  size_t hash(uint64_t pair) const { return (pair * 0x9E3779B97F4A7C15u) >> shift_; }
+  std::vector<Entry> entries_;
+  size_t mask_;
+  int shift_;
+};
+
+class Encoder {
+ public:
+  // tokens: id and bytes of each, special tokens too; the ids of special tokens are never the result of a merge.
+  // byte_ids: the token of each byte, or kNoId.
+  // any_split: merge any two tokens that together are a token, and take the id for the rank (tiktoken's rule);
+  // `merges` is then empty. A whole piece that is a token is then that token, whatever its merges say.
+  Encoder(const std::vector<std::pair<uint32_t, std::string>>& tokens, const std::array<uint32_t, 256>& byte_ids,
+          std::vector<Merge> merges, bool any_split, std::vector<std::string> specials,
+          std::vector<uint32_t> special_ids, Splitter splitter);
+  ~Encoder();
+
+  // Appends the ids of text, the special tokens of `allowed` as such and everything else as ordinary text.
+  // Throws std::invalid_argument for a byte that has no token.
+  void encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads = 1) const;
+  // The same for text already cut.
+  void encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const;
+  // The ids of one piece, by merges of a rank lower than `below` alone. Returns how many; out has room for
+  // piece.size().
+  size_t merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const;
+
+  // Throws std::invalid_argument for an id that has no token.
+  void decode(const uint32_t* ids, size_t count, std::string& out) const;
+
+  const TokenBytes& tokens() const { return tokens_; }
+  const SpecialTokens& specials() const { return specials_; }
+  const Splitter& splitter() const { return splitter_; }
+
+ private:
+  class Lease;
+  void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
+  size_t encode_short(WordCache& cache, std::string_view piece, const ShortWord& word, uint32_t* out) const;
+  size_t encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const;
+  size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
+  size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
+  uint32_t byte_id(uint8_t byte) const;
+  uint64_t merge_key(uint32_t left, uint32_t right, uint32_t below) const;
+  void collect_whole_words(bool any_split);
+  uint32_t whole_word(const ShortWord& word) const;
+
+  TokenBytes tokens_;
+  std::array<uint32_t, 256> byte_ids_;
+  MergeTable merges_;
+  SpecialTokens specials_;
+  std::vector<uint32_t> special_ids_;
+  Splitter splitter_;
+
+  // Pieces that are one token.
+  struct WholeWord {
+    ShortWord word;
+    uint32_t id;
+  };
+  std::vector<WholeWord> short_words_;
+  size_t short_mask_ = 0;
+  std::unordered_map<std::string_view, uint32_t> long_words_;
+
+  // Caches at rest; a call takes one out and puts it back, without a lock.
+  mutable std::array<std::atomic<WordCache*>, 64> caches_{};
+};
+
+}  // namespace cs336::text

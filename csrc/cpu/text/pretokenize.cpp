@@ -1,0 +1,221 @@
+#include "cpu/text/pretokenize.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+
+#include "cpu/text/unicode.h"
+
+namespace cs336::text {
+namespace {
+
+using Ptr = const uint8_t*;
+
+constexpr uint8_t kSymbol = kOther | kMark;  // [^\s\p{L}\p{N}]
+
+// Past the characters of the classes in `mask`.
+inline Ptr run(Ptr p, Ptr end, uint8_t mask) {
+  while (p < end) {
+    const Char c = char_at(p, end);
+    if (!(c.cls & mask)) break;
+    p += c.size;
+  }
+  return p;
+}
+
+// Up to three numbers.
+inline Ptr few_numbers(Ptr p, Ptr end) {
+  for (int i = 0; i < 3 && p < end; ++i) {
+    const Char c = char_at(p, end);
+    if (!(c.cls & kNumber)) break;
+    p += c.size;
+  }
+  return p;
+}
+
+struct Spaces {
+  Ptr end;
+  Ptr last;          // start of the last character
+  Ptr last_newline;  // past the last \r or \n, or null
+};
+
+inline Spaces spaces(Ptr p, Ptr end) {
+  Spaces s{p, p, nullptr};
+  while (s.end < end) {
+    const Char c = char_at(s.end, end);
+    if (!(c.cls & kSpace)) break;
+    s.last = s.end;
+    s.end += c.size;
+    if (c.cls & kNewline) s.last_newline = s.end;
+  }
+  return s;
+}
+
+// \s+(?!\S)|\s+: all of a run at the end of the text, else all but its last character, else that character.
+inline Ptr leave_one(const Spaces& s, Ptr begin, Ptr end) { return s.end == end || s.last == begin ? s.end : s.last; }
+
+// Past 's 't 'm 'd 're 've 'll, or p if there is none. Any case includes U+017F, the long s, which folds to s.
+template <bool kAnyCase>
+inline Ptr contraction(Ptr p, Ptr end) {
+  if (end - p < 2 || *p != '\'') return p;
+  const auto letter = [&](int i) -> uint8_t { return kAnyCase && p[i] >= 'A' && p[i] <= 'Z' ? p[i] | 0x20 : p[i]; };
+  const uint8_t a = letter(1);
+  if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
+  if (end - p < 3) return p;
+  const uint8_t b = letter(2);
+  if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
+  if (kAnyCase && p[1] == 0xC5 && p[2] == 0xBF) return p + 3;
+  return p;
+}
+
+struct Gpt2 {
+  static inline Ptr next(Ptr p, Ptr end) {
+    if (const Ptr q = contraction<false>(p, end); q != p) return q;
+    Char c = char_at(p, end);
+    Ptr q = p;
+    if (*p == ' ' && p + 1 < end) {
+      const Char after = char_at(p + 1, end);
+      if (!(after.cls & kSpace)) {
+        c = after;
+        ++q;
+      }
+    }
+    q += c.size;
+    if (c.cls & kLetter) return run(q, end, kLetter);
+    if (c.cls & kNumber) return run(q, end, kNumber);
+    if (c.cls & kSymbol) return run(q, end, kSymbol);
+    return leave_one(spaces(p, end), p, end);
+  }
+};
+
+struct Cl100k {
+  static inline Ptr next(Ptr p, Ptr end) {
+    if (const Ptr q = contraction<true>(p, end); q != p) return q;
+    const Char c = char_at(p, end);
+    const Ptr q = p + c.size;
+    if (c.cls & kLetter) return run(q, end, kLetter);
+    if (c.cls & kNumber) return few_numbers(p, end);
+    const Char after = q < end ? char_at(q, end) : Char{0, 0};
+    if (after.cls & kLetter && !(c.cls & kNewline)) return run(q + after.size, end, kLetter);
+    if (c.cls & kSymbol) return run(run(q, end, kSymbol), end, kNewline);
+    if (after.cls & kSymbol && *p == ' ') return run(run(q + after.size, end, kSymbol), end, kNewline);
+    const Spaces s = spaces(p, end);
+    if (s.end == end) return end;
+    return s.last_newline != nullptr ? s.last_newline : leave_one(s, p, end);
+  }
+};
+
+struct O200k {
+  static constexpr uint8_t kCapital = kUpper | kCaseless | kMark;
+  static constexpr uint8_t kSmall = kLower | kCaseless | kMark;
+
+  // Past [capital]*[small]+ (kNeedSmall) or, where that fails, [capital]+[small]*; p if neither matches.
+  // A caseless letter or a mark is of both classes: the first form may give back capitals up to the last of them.
+  template <bool kNeedSmall>
+  static inline Ptr word(Ptr p, Ptr end) {
+    Ptr q = p, last_of_both = p;
+    while (q < end) {
+      const Char c = char_at(q, end);
+      if (!(c.cls & kCapital)) {
+        if (c.cls & kLower) return run(q + c.size, end, kSmall);
+        break;
+      }
+      q += c.size;
+      if (c.cls & kSmall) last_of_both = q;
+    }
+    return kNeedSmall ? last_of_both : q;
+  }
+
+  static inline Ptr next(Ptr p, Ptr end) {
+    const Char c = char_at(p, end);
+    const Ptr q = p + c.size;
+    const bool can_lead = !(c.cls & (kNewline | kLetter | kNumber));
+    const bool can_start = c.cls & (kLetter | kMark);
+    if (can_lead && q < end) {
+      if (const Ptr e = word<true>(q, end); e != q) return contraction<true>(e, end);
+    }
+    if (can_start) {
+      if (const Ptr e = word<true>(p, end); e != p) return contraction<true>(e, end);
+    }
+    if (can_lead && q < end) {
+      if (const Ptr e = word<false>(q, end); e != q) return contraction<true>(e, end);
+    }
+    if (can_start) return contraction<true>(word<false>(p, end), end);
+    if (c.cls & kNumber) return few_numbers(p, end);
+    if (c.cls & kSymbol) return symbols(q, end);
+    if (*p == ' ' && q < end) {
+      if (const Char after = char_at(q, end); after.cls & kSymbol) return symbols(q + after.size, end);
+    }
+    const Spaces s = spaces(p, end);
+    return s.last_newline != nullptr ? s.last_newline : leave_one(s, p, end);
+  }
+
+  // [^\s\p{L}\p{N}]*[\r\n/]*
+  static inline Ptr symbols(Ptr p, Ptr end) {
+    p = run(p, end, kSymbol);
+    while (p < end && (*p == '\r' || *p == '\n' || *p == '/')) ++p;
+    return p;
+  }
+};
+
+template <class Scanner>
+size_t split_with(std::string_view text, size_t begin, size_t* ends, size_t capacity) {
+  const Ptr base = reinterpret_cast<Ptr>(text.data()), end = base + text.size();
+  Ptr p = base + begin;
+  size_t count = 0;
+  while (p < end && count < capacity) {
+    p = Scanner::next(p, end);
+    ends[count++] = static_cast<size_t>(p - base);
+  }
+  return count;
+}
+
+// The class of the character that ends just before p.
+uint8_t class_before(Ptr begin, Ptr p, Ptr end) {
+  for (Ptr q = p - 1; q >= begin && p - q <= 4; --q) {
+    if (const Char c = char_at(q, end); q + c.size == p) return c.cls;
+    if ((*q & 0xC0) != 0x80) break;
+  }
+  return kOther;
+}
+
+}  // namespace
+
+size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends, size_t capacity) {
+  switch (pattern) {
+    case Pattern::kGpt2:
+      return split_with<Gpt2>(text, begin, ends, capacity);
+    case Pattern::kCl100k:
+      return split_with<Cl100k>(text, begin, ends, capacity);
+    case Pattern::kO200k:
+      return split_with<O200k>(text, begin, ends, capacity);
+  }
+  throw std::logic_error("unknown pattern");
+}
+
+size_t stable_prefix(Pattern pattern, std::string_view text) {
+  const Ptr base = reinterpret_cast<Ptr>(text.data()), end = base + text.size();
+  // Nearly always there is a space after something else nearby: no piece goes across.
+  const Ptr nearby = end - std::min<ptrdiff_t>(end - base, 4096);
+  for (Ptr p = end; --p > nearby;) {
+    if (*p != ' ' && *p != '\n') continue;
+    const uint8_t before = class_before(base, p, end);
+    if (before & (kLetter | kNumber) || (*p == ' ' && !(before & kSpace))) return static_cast<size_t>(p - base);
+  }
+  // Else the last piece that is sure to end where it does. What a pattern looks at past the end of a piece is a run of
+  // white space, a run of letters and marks, or at most four bytes (a contraction, a character).
+  constexpr size_t kLookahead = 4;
+  std::array<size_t, 256> ends;
+  size_t stable = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t count = split(pattern, text, begin, ends.data(), ends.size());
+    for (size_t i = 0; i < count && ends[i] + kLookahead <= text.size(); ++i) {
+      const bool runs_on = char_at(base + ends[i], end).cls & (kLetter | kMark);
+      if (!runs_on && !(class_before(base, base + ends[i], end) & kSpace)) stable = ends[i];
+    }
+    begin = ends[count - 1];
+  }
+  return stable;
+}
+
+}  // namespace cs336::text

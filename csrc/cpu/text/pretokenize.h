@@ -1,0 +1,54 @@
+// The pre-tokenization patterns, scanned by hand. cs336/tokenizer/patterns.py holds them as regular expressions.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <functional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace cs336::text {
+
+enum class Pattern { kGpt2, kCl100k, kO200k };
+
+// Writes where each piece of text[begin:] ends, up to `capacity` pieces, and returns how many it wrote. The pieces
+// cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
+size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends, size_t capacity);
+
+// An offset p such that, whatever follows `text`, its pieces are those of text[:p] and then those of the rest.
+// Zero if there is none: text is then one piece, a run of white space or a run of letters.
+size_t stable_prefix(Pattern pattern, std::string_view text);
+
+// One of the patterns, or any function from a text to the ends of its pieces.
+class Splitter {
+ public:
+  using Function = std::function<std::vector<size_t>(std::string_view)>;
+
+  explicit Splitter(Pattern pattern) : pattern_(pattern) {}
+  explicit Splitter(Function function) : function_(std::move(function)) {}
+
+  // batch(begin, ends, count) for a few pieces at a time, in order.
+  template <class Batch>
+  void for_each_batch(std::string_view text, Batch&& batch) const {
+    if (function_) {
+      const std::vector<size_t> ends = function_(text);
+      if (!ends.empty()) batch(size_t{0}, ends.data(), ends.size());
+      return;
+    }
+    std::array<size_t, 256> ends;
+    for (size_t begin = 0; begin < text.size();) {
+      const size_t count = split(pattern_, text, begin, ends.data(), ends.size());
+      batch(begin, static_cast<const size_t*>(ends.data()), count);
+      begin = ends[count - 1];
+    }
+  }
+
+  // Nothing is known of a function, so it sees the whole of a text.
+  size_t stable_prefix(std::string_view text) const { return function_ ? 0 : text::stable_prefix(pattern_, text); }
+
+ private:
+  Pattern pattern_ = Pattern::kGpt2;
+  Function function_;
+};
+
+}  // namespace cs336::text
