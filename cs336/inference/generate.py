@@ -43,7 +43,9 @@ def generate(
     pieces: list[list[str]] = [[] for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     finished: set[int] = set()
-    for row, token_id in _decode(model, _encode(model, tokenizer, prompts), params, tokenizer.vocab_size, finished):
+    for row, token_id in _decode(
+        model, _encode(model, tokenizer, prompts), params, finished, _unused(model, tokenizer)
+    ):
         if token_id == end:
             finished.add(row)
             continue
@@ -65,7 +67,7 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
     params = params or SamplingParams()
     end = tokenizer.special_tokens.get(END_OF_TEXT)
     text = TextStream(tokenizer, params.stop)
-    for _, token_id in _decode(model, _encode(model, tokenizer, [prompt]), params, tokenizer.vocab_size, set()):
+    for _, token_id in _decode(model, _encode(model, tokenizer, [prompt]), params, set(), _unused(model, tokenizer)):
         if token_id == end:
             break
         if piece := text.push(token_id):
@@ -93,7 +95,7 @@ def generate_ids(
     prompts = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
     ids: list[list[int]] = [[] for _ in prompts]
     finished: set[int] = set()
-    for row, token_id in _decode(model, prompts, params, model.config.vocab_size, finished):
+    for row, token_id in _decode(model, prompts, params, finished):
         ids[row].append(token_id)
         if token_id == end_id:
             finished.add(row)
@@ -115,11 +117,20 @@ def _encode(model: Transformer, tokenizer, prompts: list[str]) -> list[list[int]
     return [ids or [end] for ids in encoded]
 
 
+def _unused(model: Transformer, tokenizer) -> list[int]:
+    """Rows of the embedding that are no token: holes in the vocabulary, and padding to a round size."""
+    vocab = tokenizer.vocab
+    return [i for i in range(model.config.vocab_size) if i not in vocab]
+
+
 @torch.inference_mode()
 def _decode(
-    model: Transformer, prompts: list[list[int]], params: SamplingParams, vocab_size: int, finished: set[int]
+    model: Transformer, prompts: list[list[int]], params: SamplingParams, finished: set[int], unused: Sequence[int] = ()
 ) -> Iterator[tuple[int, int]]:
-    """(row, token id) as they are sampled, each row once a step. The caller adds rows that shall end to `finished`."""
+    """(row, token id) as they are sampled, each row once a step; never an id in `unused`.
+
+    The caller adds the rows that shall end to `finished`.
+    """
     _check(model, prompts)
     if not prompts:
         return
@@ -128,12 +139,13 @@ def _decode(
     padding = [longest - len(prompt) for prompt in prompts]
     cache = model.new_cache(len(prompts), longest + max(limits), padding)
     ids_BS = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
+    unused_ids = torch.tensor(unused, dtype=torch.int64, device=model.device)
     generator = generator_of(params)
     rows = list(range(len(prompts)))
     for step in range(1, max(limits) + 1):
         with nvtx.annotate("prefill" if step == 1 else "decode"):
-            logits_BV = model.logits(model.features(ids_BS, cache)[:, -1])[:, :vocab_size]
-            ids_B = sample(logits_BV, params, generator)
+            logits_BV = model.logits(model.features(ids_BS, cache)[:, -1])
+            ids_B = sample(logits_BV.index_fill(1, unused_ids, -torch.inf), params, generator)
         yield from zip(rows, ids_B.tolist(), strict=True)
         kept = [i for i, row in enumerate(rows) if row not in finished and step < limits[row]]
         if not kept:

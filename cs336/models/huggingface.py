@@ -1,7 +1,7 @@
 """Models on disk in the Hugging Face layout: Llama's, or Qwen3's where queries and keys are normalised.
 
 A directory holds config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json)
-and, with a tokenizer, its tokenizer.json. Nothing is ever unpickled.
+and, with a tokenizer, tokenizer.json and tokenizer_config.json. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -83,15 +83,14 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
     special_ids = {"bos_token_id": end, "eos_token_id": end}
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    files = {"config.json": _their_config(model) | special_ids, "generation_config.json": special_ids}
+    if tokenizer is not None:
+        files["tokenizer_config.json"] = _tokenizer_config(config, end)
     with contextlib.ExitStack() as renames:
+        for name, content in files.items():
+            renames.enter_context(replacing(directory / name)).write(json.dumps(content, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
-        for name, content in (
-            ("config.json", _their_config(model) | special_ids),
-            ("generation_config.json", special_ids),
-        ):
-            file = renames.enter_context(replacing(directory / name))
-            file.write(json.dumps(content, indent=2) + "\n")
         weights = {_theirs(name): _half_split(name, t, config) for name, t in model.state_dict().items()}
         file = renames.enter_context(replacing(directory / "model.safetensors", "wb"))
         save_file(weights, file.name, metadata={"format": "pt"})
@@ -141,6 +140,11 @@ def _their_config(model: Transformer) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
     }
+
+
+def _tokenizer_config(config: TransformerConfig, end: int | None) -> dict[str, Any]:
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
+    return known if end is None else known | {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
 
 def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
