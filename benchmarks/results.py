@@ -54,10 +54,22 @@ def describe_commit() -> str | None:
         return None
 
 
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """The runs of a file, none if there is no file yet. Raises ValueError if it holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        runs = json.loads(path.read_text())
+        if all({"header", "rows"} <= run.keys() for run in runs.values()):
+            return runs
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path} holds something else than benchmark results: name another file")
+
+
 def write(path: pathlib.Path, name: str, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Put one run into the file, in place of the last run of that name; a line a row, so that diffs can be read."""
-    runs = json.loads(path.read_text()) if path.exists() else {}
-    runs[name] = {"header": header, "rows": rows}
+    runs = read(path) | {name: {"header": header, "rows": rows}}
     body = ",\n".join(
         f' {json.dumps(name)}: {{\n  "header": {json.dumps(run["header"])},\n  "rows": [\n'
         + ",\n".join(f"   {json.dumps(row)}" for row in run["rows"])

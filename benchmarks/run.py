@@ -30,31 +30,44 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")
     ops.add_argument("--quick", action="store_true", help="a few shapes of one size")
     ops.add_argument(
-        "--only", metavar="A,B", help="these contenders (native, triton, ref, eager, compile, liger, quack)"
+        "--only", metavar="A,B", help="these contenders: native, triton, ref, eager, compile, liger, quack"
     )
-    ops.add_argument(
-        "--limit", type=float, default=300, metavar="SECONDS", help="start nothing new after this (%(default)s)"
-    )
-    ops.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
-    ops.add_argument("--commit", help="commit to record where there is no git checkout")
+    ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
+    train = kinds.add_parser("train", help="tokens a second of training against plain PyTorch")
+    train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
+    train.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    train.add_argument("--blocks", type=int, default=8, help="alternating blocks of each, one of them untimed")
+    train.add_argument("--steps", type=int, default=20, help="in a block")
+    train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
+    train.add_argument("--no-compile", action="store_true")
+    for kind in (ops, train):
+        kind.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
+        kind.add_argument("--commit", help="to record where there is no git checkout")
     options = parser.parse_args(argv)
-    if unknown := [name for name in options.names if name not in OPS]:
+    if options.kind == "ops" and (unknown := [name for name in options.names if name not in OPS]):
         parser.error(f"no benchmark of {', '.join(unknown)}: expected some of {', '.join(OPS)}")
+    try:
+        if options.out:
+            results.read(options.out)  # before the work, not after it
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 1 if one of our own variants failed or disagreed with ref."""
+    """The exit status: 1 if one of our own variants failed or disagreed with what it is compared with."""
     options = parse(argv)
     device = harness.default_device()
-    size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
-    command = shlex.join(["python", "-m", "benchmarks.run", *argv])
-    start, names = time.monotonic(), options.names or OPS
-    header = results.header(device, command, options.commit)
+    header = results.header(device, shlex.join(["python", "-m", "benchmarks.run", *argv]), options.commit)
     print(
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
-    failed = []
+    return (ops if options.kind == "ops" else train)(options, device, header)
+
+
+def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
+    size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
+    start, names, failed = time.monotonic(), options.names or OPS, []
     for i, name in enumerate(names, 1):
         deadline = start + options.limit * i / len(names)
         module = importlib.import_module(f"benchmarks.ops.bench_{name}")
@@ -65,6 +78,35 @@ def main(argv: list[str]) -> int:
         print("\n".join(summary(rows)), flush=True)
     for row in failed:
         print(f"FAILED {label(row)} {row['variant']}: {row['failed']}")
+    return 1 if failed else 0
+
+
+def train(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
+    from benchmarks.end_to_end import bench_train
+
+    if unknown := [name for name in options.models if name not in bench_train.MODELS]:
+        raise SystemExit(f"no model {', '.join(unknown)}: expected some of {', '.join(bench_train.MODELS)}")
+    if options.blocks < 2:
+        raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
+    settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
+    rows, failed = [], False
+    for name in options.models:
+        try:
+            ours, plain = bench_train.compare(name, **settings, compile=not options.no_compile)
+        except ValueError as error:
+            print(f"FAILED {name}: {error}")
+            failed = True
+            continue
+        rows += [ours, plain]
+        for row in (ours, plain):
+            mfu = f"{row['mfu']:.1f} % MFU" if row["mfu"] else "MFU unknown"
+            print(
+                f"{name} {row['variant']:6} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a"
+                f" step (spread {row['spread']:.1%})  {mfu}  loss {row['loss']:.4f}"
+            )
+        print(f"{name} cs336 / plain {ours['tokens_per_second'] / plain['tokens_per_second']:.3f}x", flush=True)
+    if options.out and rows:
+        results.write(options.out, "train", header, rows)
     return 1 if failed else 0
 
 

@@ -148,6 +148,18 @@ def test_results_replace_the_run_of_the_same_name(tmp_path):
     assert '   {"x": 3}\n' in path.read_text()  # a line a row
 
 
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"a": 1}', '{"a": {"rows": []}}'])
+def test_a_file_of_something_else_is_kept(tmp_path, capsys, text):
+    path = tmp_path / "notes.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="something else than benchmark results"):
+        results.write(path, "a", {}, [])
+    with pytest.raises(SystemExit):
+        run.main(["ops", "rms_norm", "--out", str(path)])
+    assert "name another file" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
 def test_header_says_with_what():
     header = results.header(CPU, "a command", commit="abc")
     assert header["command"] == "a command"

@@ -1,0 +1,75 @@
+"""The opponent of the training benchmark is the same model, and a broken one is noticed."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.end_to_end import bench_train
+from benchmarks.end_to_end.plain import PlainTransformer
+from cs336.data import read_shard
+from cs336.models import Transformer, TransformerConfig
+
+TINY = bench_train.MODELS["tiny"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_is_the_same_model(tied):
+    config = TransformerConfig(64, 16, 2, 32, 2, tie_embeddings=tied)
+    ours, plain = Transformer(config), PlainTransformer(config)
+    plain.copy_weights(ours)
+    assert sum(p.numel() for p in plain.parameters()) == config.num_parameters()
+    ids, targets = torch.randint(64, (2, 16)), torch.randint(64, (2, 16))
+    losses = [model.loss(ids, targets) for model in (ours, plain)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(plain.embedding.weight.grad, ours.embedding.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plain.layers[0].out.weight.grad, ours.layers[0].attention.o_proj.weight.grad)
+
+
+def test_plain_refuses_what_it_does_not_have():
+    with pytest.raises(ValueError, match="no grouped queries"):
+        PlainTransformer(TransformerConfig(64, 16, 2, 32, 2, qk_norm=True))
+
+
+def test_gpt2_shapes_have_their_parameters():
+    for name, millions in (("124M", 124), ("350M", 354), ("774M", 774), ("1.5B", 1558)):
+        assert bench_train.MODELS[name].num_parameters() / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_zipf_tokens(tmp_path):
+    tokens = read_shard(bench_train.zipf_tokens(tmp_path / "zipf.bin", 1000, 50_000))
+    counts = np.bincount(tokens, minlength=1000)
+    assert len(tokens) == 50_000
+    assert len(counts) == 1000
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
+
+
+def test_rows_hold_speed_and_curves():
+    rows = bench_train.compare("tiny", batch_size=2, blocks=2, steps=2, compile=False)
+    assert [r["variant"] for r in rows] == ["cs336", "plain"]
+    for r in rows:
+        assert r["shape"] == [2, TINY.context_length]
+        assert r["tokens_per_second"] == pytest.approx(2 * TINY.context_length / r["seconds"], rel=0.01)
+        assert len(r["curve"]) == 2
+        assert r["loss"] == r["curve"][-1]
+
+
+def test_curves_that_disagree_are_an_error(monkeypatch, capsys):
+    ours = torch.full((2, 3), 5.0)
+    bench_train.check_curves(ours, ours * 1.005)
+    for wrong in (ours * 1.02, ours * float("nan")):
+        with pytest.raises(ValueError, match="the loss curves disagree"):
+            bench_train.check_curves(wrong, ours)
+    monkeypatch.setattr(bench_train.PlainTransformer, "copy_weights", lambda self, ours: None)
+    arguments = ["train", "tiny", "--batch", "2", "--blocks", "2", "--steps", "2", "--no-compile"]
+    monkeypatch.setattr(bench_train, "DISAGREES", 1e-4)
+    assert run.main(arguments) == 1
+    assert "FAILED tiny: the loss curves disagree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["7T"], "no model 7T"), (["tiny", "--blocks", "1"], "2 or more")])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run.main(["train", *arguments])
