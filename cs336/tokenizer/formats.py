@@ -47,13 +47,11 @@ def unspell(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF[char] for char in token])
     except KeyError as error:
-        raise ValueError(
-            f"token {token!r} has {error.args[0]!r}, which stands for no byte in GPT-2's alphabet"
-        ) from None
+        raise ValueError(f"token {token!r} has {error.args[0]!r}, which GPT-2's alphabet does not have") from None
 
 
 def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, bytes]], fingerprint: str) -> None:
-    """Write a tokenizer.json, whole or not at all. `merges`: those that another reader needs if parts.merges is None."""
+    """Write a tokenizer.json, whole or not at all. merges: parts.merges, or what others need where that is None."""
     special_ids = set(parts.special_tokens.values())
     vocab = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
     for text, i in parts.special_tokens.items():

@@ -4,6 +4,7 @@ The named patterns are scanned by csrc/cpu/text/pretokenize.cpp, which gives wha
 expression runs in the `regex` package: slower, and with the whole of a text between two special tokens in memory.
 """
 
+import itertools
 from collections.abc import Callable
 
 import regex
@@ -25,9 +26,10 @@ PATTERNS = {
 _OTHER_SPELLINGS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": (
-        "cl100k"
-    ),
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ): "cl100k",
 }
 _NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_SPELLINGS
 
@@ -51,7 +53,7 @@ def canonical(pattern: str) -> str:
 
 
 def for_core(pattern: str) -> str | Callable[[bytes], list[int]]:
-    """What the C++ core takes for a canonical pattern: its name, or a function from a text to the ends of its pieces."""
+    """What the core takes for a canonical pattern: its name, or a function from a text to the ends of its pieces."""
     if pattern in PATTERNS:
         return pattern
     find = regex.compile(pattern).finditer
@@ -66,7 +68,7 @@ def for_core(pattern: str) -> str | Callable[[bytes], list[int]]:
         if len(text) == len(data):
             return edges[1:]
         ends, size = [], 0
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             size += len(text[begin:end].encode("utf-8", "surrogateescape"))
             ends.append(size)
         return ends

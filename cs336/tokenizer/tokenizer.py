@@ -130,7 +130,7 @@ class Tokenizer:
     def from_tiktoken(
         cls, ranks: str | os.PathLike, pattern: str, special_tokens: Iterable[str] | dict[str, int] | None = None
     ) -> "Tokenizer":
-        """Read a .tiktoken file of ranks, which are the ids. The file does not know its pattern nor its special tokens."""
+        """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
         return cls(formats.read_tiktoken(ranks), None, special_tokens, pattern)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -209,7 +209,7 @@ class Tokenizer:
         return self._core.decode(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id not in the vocabulary."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
         return self._core.decode(ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -245,7 +245,9 @@ class Tokenizer:
         found = []
         special_ids = set(self._specials.values())
         for i, token in sorted(self._vocab.items()):
-            halves = self._core.merge_piece(token, i) if len(token) > 1 and i not in special_ids else ()
+            if i in special_ids or len(token) == 1:
+                continue
+            halves = self._core.merge_piece(token, i)
             if len(halves) == 2:
                 found.append((self._vocab[halves[0]], self._vocab[halves[1]]))
         return found
@@ -335,14 +337,14 @@ def _checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
 
 
 def _checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    pairs = [tuple(pair) for pair in merges]
-    for pair in pairs:
-        if len(pair) != 2 or not all(isinstance(token, bytes) for token in pair):
-            raise ValueError(f"a merge must be a pair of bytes, got {pair!r}")
-    if len(set(pairs)) < len(pairs):
-        twice = next(pair for i, pair in enumerate(pairs) if pair in pairs[:i])
-        raise ValueError(f"the merge {twice!r} is listed twice")
-    return pairs
+    pairs: dict[tuple[bytes, bytes], None] = {}
+    for left, right in merges:
+        if not (isinstance(left, bytes) and isinstance(right, bytes)):
+            raise ValueError(f"a merge must be a pair of bytes, got {(left, right)!r}")
+        if (left, right) in pairs:
+            raise ValueError(f"the merge {(left, right)!r} is listed twice")
+        pairs[left, right] = None
+    return list(pairs)
 
 
 def _checked_specials(special_tokens: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -55,10 +56,10 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
             continue
         if isinstance(first, str) and "\n" not in first[:256] and len(first) < 256 and os.path.isfile(first):
             raise ValueError(
-                f"source has the document {first!r}, which is the name of a file: give pathlib.Path objects to train on "
-                "what files contain"
+                f"source has the document {first!r}, which is the name of a file: give pathlib.Path objects to train "
+                "on what files contain"
             )
-        yield from _count_documents(counter, itertools.chain([first], items))
+        yield from _count_documents(counter, itertools.chain([first], cast(Iterator[str | bytes], items)))
 
 
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:

@@ -20,14 +20,19 @@ CLASSES = {  # in the order of the bits in unicode.h; the first match wins, so \
 }
 
 
-def main() -> None:
+def classify() -> list[int]:
+    """The class of every code point, an index into CLASSES, or 0."""
     every_char = "".join(map(chr, range(0x110000)))
-    class_of = [0] * 0x110000  # 0: everything else
+    class_of = [0] * 0x110000
     for index, pattern in reversed(list(enumerate(CLASSES.values(), 1))):
         for match in regex.finditer(pattern, every_char):
             class_of[match.start()] = index
+    return class_of
+
+
+def main() -> None:
     runs, start = [], 0
-    for index, group in itertools.groupby(class_of):
+    for index, group in itertools.groupby(classify()):
         runs.append(f"0x{start << 4 | index:x},")
         start += len(list(group))
     lines = [" ".join(runs[i : i + 12]) for i in range(0, len(runs), 12)]
@@ -38,7 +43,8 @@ def main() -> None:
 #include <cstdint>
 
 namespace cs336::text {{
-// Each run of code points as first << 4 | class; classes: 0 other, {names}.
+// Each run of code points as first << 4 | class. Classes:
+// 0 other, {names}.
 // clang-format off
 inline constexpr uint32_t kUnicodeRuns[] = {{
 {chr(10).join("    " + line for line in lines)}

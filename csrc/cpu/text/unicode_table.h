@@ -3,7 +3,8 @@
 #include <cstdint>
 
 namespace cs336::text {
-// Each run of code points as first << 4 | class; classes: 0 other, 1 newline, 2 space, 3 number, 4 upper, 5 lower, 6 caseless, 7 mark, 8 unassigned.
+// Each run of code points as first << 4 | class. Classes:
+// 0 other, 1 newline, 2 space, 3 number, 4 upper, 5 lower, 6 caseless, 7 mark, 8 unassigned.
 // clang-format off
 inline constexpr uint32_t kUnicodeRuns[] = {
     0x0, 0x92, 0xa1, 0xb2, 0xd1, 0xe0, 0x202, 0x210, 0x303, 0x3a0, 0x414, 0x5b0,

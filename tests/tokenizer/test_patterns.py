@@ -1,0 +1,128 @@
+"""The hand-written scanners against the `regex` package."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cs336 import _text
+from cs336.tokenizer import PATTERNS, patterns
+
+TABLE = pathlib.Path(__file__).parents[2] / "csrc/cpu/text/unicode_table.h"
+
+
+def classes_in_header():
+    runs = [int(run, 16) for run in re.findall(r"\b0x([0-9a-f]+),", TABLE.read_text())]
+    classes = []
+    for run, following in zip(runs, [*runs[1:], 0x110000 << 4], strict=True):
+        classes += [run & 15] * ((following >> 4) - (run >> 4))
+    return classes
+
+
+def classes_in_regex():
+    spec = importlib.util.spec_from_file_location("make_unicode_table", TABLE.with_name("make_unicode_table.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.classify(), list(module.CLASSES).index("unassigned") + 1
+
+
+OURS, (THEIRS, UNASSIGNED) = classes_in_header(), classes_in_regex()
+# Another version of the regex package may know more characters, or fewer.
+AGREED = [a == b for a, b in zip(OURS, THEIRS, strict=True)]
+
+
+def test_table_is_that_of_regex():
+    """Where the two differ, one of them holds the code point for unassigned: run make_unicode_table.py again."""
+    assert len(OURS) == 0x110000
+    differing = [i for i, same in enumerate(AGREED) if not same]
+    assert not [hex(i) for i in differing if UNASSIGNED not in (OURS[i], THEIRS[i])]
+    assert len(differing) < 10_000
+
+
+ASCII = [chr(i) for i in range(128)]
+FEW = [
+    *"aAzZ 's't're've'm'll'd'S'LL'Re\n\r\t09.,!?/'\"_-\\(",
+    *"\u017f\u212a\u0131\u0130",  # long s, Kelvin sign, dotless i, dotted I
+    *"\u00a0\u0085\u1680\u2003\u2028\u2029\u202f\u3000\u200b\u180e\ufeff\x1c\x1f\x0b\x0c",  # white space, and not
+    *"\u01c5\u02b0\u00aa\u4e2d\u3042\u05d0\u0e01\u1f88",  # Lt, Lm, Lo
+    *"\u0301\u0903\u20dd\u200d\ufe0f",  # M, joiner, selector
+    *"\u00b2\u00bd\u2160\u0664\U0001d7d8\u3007",  # N
+    *"\U0001f600\U0001f1e6\u20ac\u00ad\u0378\ue000\U0010ffff\x00",  # S, Cf, Cn, Co
+]
+CHARS = st.one_of(
+    st.sampled_from(FEW),
+    st.sampled_from(ASCII),
+    st.characters(codec="utf-8").filter(lambda c: AGREED[ord(c)]),
+)
+TEXTS = st.one_of(st.text(CHARS, max_size=40), st.text(st.sampled_from(FEW[:40]), max_size=12))
+
+
+def pieces(pattern, data):
+    ends = _text.split(pattern, data)
+    assert ends == sorted(set(ends))
+    return [data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def expected(pattern, data):
+    found = regex.findall(PATTERNS[pattern], data.decode("utf-8", "surrogateescape"))
+    return [piece.encode("utf-8", "surrogateescape") for piece in found]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=500, deadline=None)
+@given(text=TEXTS)
+@example("it's IT'S it'\u017ft 'll'LL 're  x\n\n  y \r\n ")
+@example("\u4e2d\u0301ABCdefGH'\u017f!\n/\n/ \u0301a \u0301A")
+@example("   \n \n  ")
+def test_equal_to_regex(pattern, text):
+    assert pieces(pattern, text.encode()) == expected(pattern, text.encode())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=150, deadline=None)
+@given(parts=st.lists(st.one_of(TEXTS.map(str.encode), st.binary(max_size=4)), max_size=6))
+@example([b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xe4\xb8", b"a", b"\xe4\xb8\xad", b"\xf0\x9f\x98"])
+def test_broken_utf8_is_one_character_a_byte(pattern, parts):
+    data = b"".join(parts)
+    assert pieces(pattern, data) == expected(pattern, data)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_code_point(pattern):
+    for first in range(0, 0x110000, 0x4000):
+        chars = [chr(i) for i in range(first, first + 0x4000) if AGREED[i] and not 0xD800 <= i < 0xE000]
+        data = "".join(f"{c}a {c}1{c}{c}Z{c} " for c in chars).encode()
+        assert pieces(pattern, data) == expected(pattern, data), hex(first)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=100, deadline=None)
+@given(head=TEXTS, tail=TEXTS)
+def test_expression_as_function_gives_the_same(pattern, head, tail):
+    data = (head + tail).encode()
+    split = patterns.for_core(f"(?:{PATTERNS[pattern]})")
+    assert split(data) == _text.split(pattern, data)
+
+
+def test_what_an_expression_leaves_out_is_a_piece():
+    split = patterns.for_core(r"\d+")
+    assert split("ab12é3".encode()) == [2, 4, 6, 7]
+    assert split(b"") == []
+    assert split(b"\xff1\xff") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("spelling", [*PATTERNS.values(), *patterns._OTHER_SPELLINGS])
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_spellings_are_of_one_pattern(spelling, text):
+    assert regex.findall(spelling, text) == regex.findall(PATTERNS[patterns.canonical(spelling)], text)
+
+
+@pytest.mark.parametrize("bad", ["(", "[z-a]", "gpt3("])
+def test_bad_pattern(bad):
+    with pytest.raises(ValueError, match="neither one of gpt2"):
+        patterns.canonical(bad)
