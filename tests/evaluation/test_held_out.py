@@ -1,0 +1,65 @@
+import gzip
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cs336.data import ShardWriter, TokenDataset
+from cs336.evaluation import baselines, bits_per_byte, mean_loss
+from cs336.models import Transformer, TransformerConfig
+
+
+def write(directory, documents, vocab_size=257):
+    """Bytes as tokens, 256 after each document."""
+    with ShardWriter(directory, vocab_size=vocab_size, tokenizer="bytes", eot_id=256) as writer:
+        for document in documents:
+            ids = np.array([*document.encode(), 256])
+            writer.write(ids, documents=1, text_bytes=len(ids) - 1)
+    return directory
+
+
+def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary():
+    assert bits_per_byte(math.log(256), tokens=100, num_bytes=100) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), tokens=100, num_bytes=400) == pytest.approx(2)
+
+
+def test_mean_loss_is_over_every_window(tmp_path):
+    torch.manual_seed(0)
+    data = TokenDataset(write(tmp_path / "t", ["how do you train the best model?" * 3] * 5), 16)
+    model = Transformer(TransformerConfig(257, 16, 1, 32, 2)).train()
+    losses = [model.loss(x[None], y[None]).item() for x, y in (data[i] for i in range(len(data)))]
+    assert len(losses) % 7 != 0  # the last batch is a smaller one
+    assert mean_loss(model, data, batch_size=7) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert model.training
+
+
+def test_baselines_by_hand(tmp_path):
+    train, held_out = ["aab" * 100], ["ab" * 50, "b"]
+    found = {
+        b.name: b
+        for b in baselines(train, held_out, write(tmp_path / "train", train), write(tmp_path / "val", held_out))
+    }
+    a, b = 201 / (300 + 256), 101 / (300 + 256)
+    expected = -(50 * math.log2(a) + 51 * math.log2(b)) / 101
+    assert found["byte unigram"].bits_per_byte == pytest.approx(expected)
+    a, b, end = 201 / (301 + 257), 101 / (301 + 257), 2 / (301 + 257)
+    expected = -(50 * math.log2(a) + 51 * math.log2(b) + 2 * math.log2(end)) / 101
+    assert found["token unigram"].bits_per_byte == pytest.approx(expected)
+    assert found["gzip -9"].bits_per_byte == 8 * len(gzip.compress("".join(held_out).encode(), 9)) / 101
+    assert found["xz -9e"].bits_per_byte > 0
+
+
+def test_counting_in_chunks(tmp_path, monkeypatch):
+    documents = ["how do you train the best model with a fixed set of resources?"] * 3
+    whole = baselines(documents, documents, write(tmp_path / "t", documents), tmp_path / "t")
+    monkeypatch.setattr("cs336.evaluation.held_out.CHUNK", 10)
+    assert baselines(documents, documents, tmp_path / "t", tmp_path / "t") == whole
+
+
+def test_nothing_to_measure(tmp_path):
+    write(tmp_path / "t", ["a"])
+    with pytest.raises(ValueError, match="no held-out text"):
+        baselines(["a"], [], tmp_path / "t", tmp_path / "t")
+    with pytest.raises(ValueError, match=r"meta\.json"):
+        baselines(["a"], ["a"], tmp_path / "t", tmp_path / "t" / "00000.bin")
