@@ -41,6 +41,7 @@ def attention(
     Runs torch's scaled_dot_product_attention, and the reference with a soft-cap or where "ref" is forced.
     """
     _check(q, k, v, softcap, mask)
+    mask = None if mask is None else torch.atleast_2d(mask)  # torch's kernels take no fewer dims
     S, T = q.shape[2], k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if softcap is not None or registry.forced() == "ref":
@@ -79,7 +80,7 @@ def _check_mask(mask: Tensor, scores_shape: tuple[int, ...], device: torch.devic
         raise ValueError(
             f"mask must be bool on {device}, True where a query may attend; got {mask.dtype} {mask.device}"
         )
-    fits = 1 <= mask.dim() <= 4 and all(
+    fits = mask.dim() <= 4 and all(
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores_shape), strict=False)
     )
     if not fits:

@@ -1,0 +1,176 @@
+import itertools
+
+import pytest
+import torch
+from close import assert_close_to_ref
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cs336 import ops
+from cs336.ops import registry
+
+F32, BF16 = torch.float32, torch.bfloat16
+SHAPES = [  # (B, Hq, Hkv, S, T, D)
+    (2, 4, 4, 33, 33, 16),
+    (2, 4, 2, 33, 33, 16),  # grouped queries
+    (1, 6, 1, 5, 37, 8),  # continues a cache
+    (3, 2, 2, 1, 7, 4),  # decodes
+    (1, 2, 1, 7, 3, 4),  # the first queries see nothing
+    (1, 1, 1, 1, 1, 1),
+    (0, 2, 1, 3, 3, 4),
+    (1, 2, 1, 0, 3, 4),
+    (1, 2, 1, 3, 0, 4),
+]
+
+
+@pytest.fixture(params=[None, "ref"])
+def forced(request):
+    with registry.use(request.param):
+        yield request.param
+
+
+def inputs(shape, dtype, device):
+    B, Hq, Hkv, S, T, D = shape
+    return [
+        torch.randn(B, H, n, D, dtype=dtype, device=device, requires_grad=True)
+        for H, n in ((Hq, S), (Hkv, T), (Hkv, T))
+    ]
+
+
+def definition(q, k, v, causal=True, scale=None, softcap=None, mask=None):
+    """Attention in q's dtype, each group of queries against its own keys."""
+    _, Hq, S, D = q.shape
+    Hkv, T = k.shape[1:3]
+    scores = torch.einsum("bhgsd,bhtd->bhgst", q.unflatten(1, (Hkv, Hq // Hkv)), k).flatten(1, 2)
+    scores = scores * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    sees = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
+    if causal:
+        sees = sees & (torch.arange(T, device=q.device) <= torch.arange(S, device=q.device)[:, None] + T - S)
+    e = torch.where(sees, torch.exp(scores - scores.detach().amax(-1, keepdim=True) if T else scores), 0)
+    p = e / e.sum(-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("bhgst,bhtd->bhgsd", p.unflatten(1, (Hkv, Hq // Hkv)), v).flatten(1, 2)
+
+
+def check(leaves, **options):
+    out = ops.attention(*leaves, **options)
+    do = torch.randn_like(out)
+    got = (out, *torch.autograd.grad(out, leaves, do))
+
+    def plain(dtype):
+        again = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        o = definition(*again, **options)
+        return (o, *torch.autograd.grad(o, again, do.to(dtype)))
+
+    for name, *three in zip(("o", "dq", "dk", "dv"), got, plain(torch.float64), plain(leaves[0].dtype), strict=True):
+        try:
+            assert_close_to_ref(*three)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_definition(forced, device, shape, causal, dtype):
+    check(inputs(shape, dtype, device), causal=causal)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 1.5}, {"softcap": 2.0, "scale": 1.0}])
+def test_scale_and_softcap(forced, device, options):
+    check(inputs((2, 4, 2, 9, 13, 8), F32, device), **options)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask_shape", [(2, 1, 1, 13), (9, 13), (2, 4, 9, 13), (1, 13), (13,)])
+def test_mask(forced, device, mask_shape, causal, dtype):
+    mask = torch.rand(mask_shape, device=device) > 0.6
+    mask[..., -13:].view(-1, 13)[0] = False  # a query, or several, see nothing
+    check(inputs((2, 4, 2, 9, 13, 8), dtype, device), causal=causal, mask=mask)
+
+
+@pytest.mark.parametrize("S", [1, 4])
+def test_a_query_that_sees_nothing_gives_zeros(forced, device, S):
+    q, k, v = inputs((2, 2, 1, S, 6, 8), F32, device)
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool, device=device)
+    mask[1] = False
+    o = ops.attention(q, k, v, mask=mask)
+    dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
+    assert torch.equal(o[1], torch.zeros_like(o[1]))
+    assert o[0].abs().min() > 0
+    for g in (dq, dk, dv):
+        assert torch.equal(g[1], torch.zeros_like(g[1]))
+
+
+def test_later_keys_do_not_matter(forced, device):
+    q, k, v = inputs((1, 2, 2, 6, 9, 8), F32, device)
+    with torch.no_grad():
+        before = ops.attention(q, k, v)
+        k[:, :, 7:] = 100.0
+        v[:, :, 7:] = 100.0
+        after = ops.attention(q, k, v)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])  # query s stands at key s + 3
+    assert (before[:, :, 4:] != after[:, :, 4:]).any(-1).all()
+
+
+def test_query_heads_share_keys_in_order(forced, device):
+    q, k, v = inputs((1, 4, 2, 3, 3, 4), F32, device)
+    o = ops.attention(q, k, v)
+    alone = [ops.attention(q[:, h : h + 1], k[:, h // 2 : h // 2 + 1], v[:, h // 2 : h // 2 + 1]) for h in range(4)]
+    torch.testing.assert_close(o, torch.cat(alone, 1))
+
+
+def test_large_scores_do_not_overflow(forced, device):
+    q, k, v = (1e3 * t for t in inputs((1, 1, 1, 5, 5, 8), F32, device))
+    assert ops.attention(q, k, v).isfinite().all()
+
+
+def test_strided_inputs(forced, device):
+    packed = torch.randn(2, 7, 3, 4, 8, device=device)
+    q, k, v = packed.unbind(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    torch.testing.assert_close(ops.attention(q, k, v), ops.attention(*(t.contiguous() for t in (q, k, v))))
+
+
+def test_uses_torchs_kernels(device):
+    """With every kernel of torch's but one forbidden, that one runs; the reference would not notice."""
+    q, k, v = (t.detach() for t in inputs((1, 2, 2, 4, 4, 8), F32, device))
+    with sdpa_kernel(SDPBackend.OVERRIDEABLE), pytest.raises(RuntimeError):
+        ops.attention(q, k, v)
+    with sdpa_kernel(SDPBackend.OVERRIDEABLE), registry.use("ref"):
+        ops.attention(q, k, v)
+
+
+@pytest.mark.parametrize(("options", "forced"), itertools.product(({}, {"softcap": 5.0}), (None, "ref")))
+def test_compiles_whole(device, options, forced):
+    q, k, v = inputs((2, 4, 2, 5, 9, 8), F32, device)
+    with registry.use(forced):
+        compiled = torch.compile(ops.attention, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, v, **options), ops.attention(q, k, v, **options))
+
+
+Q = torch.zeros(2, 4, 3, 8)
+KV = torch.zeros(2, 2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": Q[0]}, r"q must be \(B, Hq, S, D\)"),
+        ({"q": Q.int()}, "floating point"),
+        ({"q": Q[:1]}, "k must have q's batch"),
+        ({"q": Q[..., :4]}, "head dim"),
+        ({"q": Q[:, :3]}, "multiple of key-value heads, got 3 and 2"),
+        ({"v": KV[:, :, :4]}, "v must have k's shape"),
+        ({"k": KV.bfloat16()}, "k must be torch.float32"),
+        ({"v": KV.to("meta")}, "v must be torch.float32 on cpu"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"mask": torch.ones(3, 5)}, "mask must be bool"),
+        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, r"broadcast to \(B, Hq, S, T\) = \(2, 4, 3, 5\), got \(3, 4\)"),
+        ({"mask": torch.ones(1, 1, 1, 3, 5, dtype=torch.bool)}, "mask must broadcast"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention(**({"q": Q, "k": KV, "v": KV} | change))
