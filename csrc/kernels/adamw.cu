@@ -11,7 +11,7 @@ namespace cs336 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVec = 4;       // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
+constexpr int kPack = 4;      // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
 constexpr int kChunk = 4096;  // elements of a block
 constexpr int kMaxTensors = 736;
 
@@ -30,9 +30,9 @@ static_assert(sizeof(AdamwTable) <= 32764, "kernel parameters end at 32764 bytes
 
 // ---- kernels ----
 
-template <typename T>
-struct alignas(kVec * sizeof(T)) Vec {
-  T x[kVec];
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Pack {
+  T x[kWidth];
 };
 
 __device__ int find_tensor(const AdamwTable& table, uint32_t chunk) {
@@ -44,9 +44,28 @@ __device__ int find_tensor(const AdamwTable& table, uint32_t chunk) {
   return low;
 }
 
-template <typename... T>
+template <int kWidth, typename... T>
 __device__ bool aligned(const T*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % sizeof(Vec<T>) == 0) && ...);
+  return ((reinterpret_cast<uintptr_t>(pointers) % alignof(Pack<T, kWidth>) == 0) && ...);
+}
+
+template <int kWidth, typename P, typename G>
+__device__ __forceinline__ void update(P* p, const G* g, float* m, float* v, float scale, const AdamwCoefficients& c) {
+  auto& p_pack = *reinterpret_cast<Pack<P, kWidth>*>(p);
+  auto& m_pack = *reinterpret_cast<Pack<float, kWidth>*>(m);
+  auto& v_pack = *reinterpret_cast<Pack<float, kWidth>*>(v);
+  const auto g_k = *reinterpret_cast<const Pack<G, kWidth>*>(g);
+  auto p_k = p_pack;
+  auto m_k = m_pack, v_k = v_pack;
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) {
+    float x = float(p_k.x[k]);
+    adamw_update(x, float(g_k.x[k]) * scale, m_k.x[k], v_k.x[k], c);
+    p_k.x[k] = P(x);
+  }
+  p_pack = p_k;
+  m_pack = m_k;
+  v_pack = v_k;
 }
 
 template <typename P, typename G>
@@ -60,27 +79,11 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   float* v = table.v[t] + start;
   const float scale = table.grad_scale ? *table.grad_scale : 1.f;
 
-  const int vectorized = aligned(p, g, m, v) ? n / kVec * kVec : 0;
-  for (int i = threadIdx.x * kVec; i < vectorized; i += kThreads * kVec) {
-    Vec<P> p_i = *reinterpret_cast<Vec<P>*>(p + i);
-    const Vec<G> g_i = *reinterpret_cast<const Vec<G>*>(g + i);
-    Vec<float> m_i = *reinterpret_cast<Vec<float>*>(m + i);
-    Vec<float> v_i = *reinterpret_cast<Vec<float>*>(v + i);
-#pragma unroll
-    for (int k = 0; k < kVec; k++) {
-      float p_k = float(p_i.x[k]);
-      adamw_update(p_k, float(g_i.x[k]) * scale, m_i.x[k], v_i.x[k], table.coefficients);
-      p_i.x[k] = P(p_k);
-    }
-    *reinterpret_cast<Vec<P>*>(p + i) = p_i;
-    *reinterpret_cast<Vec<float>*>(m + i) = m_i;
-    *reinterpret_cast<Vec<float>*>(v + i) = v_i;
-  }
-  for (int i = vectorized + threadIdx.x; i < n; i += kThreads) {
-    float p_i = float(p[i]);
-    adamw_update(p_i, float(g[i]) * scale, m[i], v[i], table.coefficients);
-    p[i] = P(p_i);
-  }
+  const int packed = aligned<kPack>(p, g, m, v) ? n / kPack * kPack : 0;
+  for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack)
+    update<kPack>(p + i, g + i, m + i, v + i, scale, table.coefficients);
+  for (int i = packed + threadIdx.x; i < n; i += kThreads)
+    update<1>(p + i, g + i, m + i, v + i, scale, table.coefficients);
 }
 
 // ---- launchers ----

@@ -19,7 +19,7 @@ def step_(
     step_size = lr / (1 - beta1**step)
     rsqrt_bias2 = (1 - beta2**step) ** -0.5
     for p, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        g = grad.float() if grad_scale is None else grad.float() * grad_scale
+        g = grad.float() if grad_scale is None else grad.float() * grad_scale.reshape(())
         m.lerp_(g, 1 - beta1)
         v.lerp_(g.square(), 1 - beta2)
         update = m / (v.sqrt() * rsqrt_bias2 + eps)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from cs336.ops.triton.cast import cast
+
 BLOCK = 1024
 
 
@@ -29,7 +31,7 @@ def _adamw_kernel(
     update = tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_bias2 + eps)
     tl.store(m_ptr + i, m, mask)
     tl.store(v_ptr + i, v, mask)
-    tl.store(p_ptr + i, (p - (decay * p + step_size * update)).to(p_ptr.dtype.element_ty), mask)
+    tl.store(p_ptr + i, cast(p - (decay * p + step_size * update), p_ptr.dtype.element_ty), mask)
 
 
 def step_(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step):

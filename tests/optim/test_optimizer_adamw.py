@@ -1,0 +1,350 @@
+import copy
+import io
+import math
+
+import pytest
+import torch
+from close import assert_close_to_ref
+from torch import nn
+
+from cs336.optim import AdamW, param_groups
+
+HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def model(dtype=torch.float32, device="cpu"):
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 11)).to(device, dtype)
+
+
+def train(net, optimizer, steps, seed=0):
+    """Learn y = 3x + 1 mod 11; the losses."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        x = torch.randint(11, (32,), generator=generator).to(net[1].weight.device)
+        loss = nn.functional.cross_entropy(net(x).float(), (3 * x + 1) % 11)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def through_a_file(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def moments(optimizer):
+    return [
+        optimizer.state[p][key]
+        for g in optimizer.param_groups
+        for p in g["params"]
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+
+
+# ---- results ----
+
+
+def test_equals_torch(device):
+    """As close to torch in fp64 as torch in fp32 is, over 30 steps of the same gradients."""
+    ours, torchs, exact = (model(dtype, device) for dtype in (torch.float32, torch.float32, torch.float64))
+    a, b, c = AdamW(ours.parameters(), **HYPER), *(torch.optim.AdamW(m.parameters(), **HYPER) for m in (torchs, exact))
+    for _ in range(30):
+        for p, q, r in zip(ours.parameters(), torchs.parameters(), exact.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad, r.grad = p.grad.clone(), p.grad.double()
+        for optimizer in (a, b, c):
+            optimizer.step()
+    for p, q, r in zip(ours.parameters(), torchs.parameters(), exact.parameters(), strict=True):
+        assert_close_to_ref(p.detach(), r.detach(), q.detach())
+
+
+def test_trains_as_torch(device):
+    ours, torchs = model(device=device), model(device=device)
+    losses = train(ours, AdamW(ours.parameters(), **HYPER), 40)
+    want = train(torchs, torch.optim.AdamW(torchs.parameters(), **HYPER), 40)
+    assert losses == pytest.approx(want, rel=1e-4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_groups_have_their_own_numbers(device):
+    ours, torchs = model(device=device), model(device=device)
+
+    def groups(net):
+        return [
+            {"params": net[0].parameters(), "lr": 0.1, "weight_decay": 0.0},
+            {"params": net[1].parameters(), "betas": (0.5, 0.6)},
+            {"params": [*net[2].parameters(), *net[3].parameters()], "eps": 1e-2},
+        ]
+
+    train(ours, AdamW(groups(ours), **HYPER), 5)
+    train(torchs, torch.optim.AdamW(groups(torchs), **HYPER), 5)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_without_gradient_keep_their_own_count(device):
+    """One parameter joins later and one pauses: each is corrected for the bias of its own steps."""
+    ours, torchs = ([nn.Parameter(torch.ones(5, device=device)) for _ in range(3)] for _ in range(2))
+    a, b = AdamW(ours, **HYPER), torch.optim.AdamW(torchs, **HYPER)
+    for step in range(8):
+        for i, (p, q) in enumerate(zip(ours, torchs, strict=True)):
+            joins_late, pauses = i == 1 and step < 3, i == 2 and step % 2
+            p.grad = None if joins_late or pauses else torch.randn(5, device=device)
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step()
+        b.step()
+    assert [a.state[p]["step"].item() for p in ours] == [8, 5, 4]
+    for p, q in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_never_used_parameter_has_no_state():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p])
+    optimizer.step()
+    assert torch.equal(p, torch.ones(2))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_has_float32_moments(device, dtype):
+    net = model(dtype, device)
+    optimizer = AdamW(net.parameters(), **HYPER)
+    train(net, optimizer, 3)
+    assert {m.dtype for m in moments(optimizer)} == {torch.float32}
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+def test_gradient_in_another_memory_order(device):
+    p, q = (nn.Parameter(torch.ones(3, 4, device=device)) for _ in range(2))
+    g = torch.randn(4, 3, device=device)
+    p.grad, q.grad = g.t(), g.t().contiguous()
+    AdamW([p]).step()
+    AdamW([q]).step()
+    assert torch.equal(p, q)
+
+
+def test_memory_order_of_moments_follows_the_parameter(device):
+    p = nn.Parameter(torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=torch.channels_last))
+    p.grad = torch.randn_like(p)
+    optimizer = AdamW([p])
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+
+
+def test_grad_scale(device):
+    ours, scaled = (nn.Parameter(torch.ones(5, device=device)) for _ in range(2))
+    g = torch.randn(5, device=device)
+    ours.grad, scaled.grad = g * 0.25, g.clone()
+    AdamW([ours]).step()
+    AdamW([scaled]).step(grad_scale=torch.tensor(0.25, device=device))
+    assert torch.equal(ours, scaled)
+    assert torch.equal(scaled.grad, g)
+
+
+def test_closure():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 2.0
+    torch.testing.assert_close(p.detach(), torch.full((2,), 0.9))
+
+
+def test_torch_scheduler_drives_it():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bitwise(device, dtype):
+    net = model(dtype, device)
+    optimizer = AdamW(param_groups(net, 0.1), lr=3e-3)
+    train(net, optimizer, 5)
+    weights, state = through_a_file(net.state_dict()), through_a_file(optimizer.state_dict())
+    losses = train(net, optimizer, 5, seed=1)
+
+    resumed = model(dtype, device)
+    resumed.load_state_dict(weights)
+    other = AdamW(param_groups(resumed, 0.7), lr=0.5)
+    other.load_state_dict(state)
+    assert train(resumed, other, 5, seed=1) == losses
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(m, n) for m, n in zip(moments(optimizer), moments(other), strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_from_torch(device, fused):
+    torchs, ours = model(device=device), model(device=device)
+    before = torch.optim.AdamW(torchs.parameters(), **HYPER, fused=fused)
+    train(torchs, before, 5)
+    ours.load_state_dict(torchs.state_dict())
+    after = AdamW(ours.parameters())
+    after.load_state_dict(through_a_file(before.state_dict()))
+    assert set(after.param_groups[0]) == {"params", *HYPER}
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert list(after.state[p]) == list(before.state[q])
+        assert after.state[p]["step"].device.type == "cpu"
+    assert train(ours, after, 5) == pytest.approx(train(torchs, before, 5), rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_to_torch(device, fused):
+    ours, torchs = model(device=device), model(device=device)
+    before = AdamW(ours.parameters(), **HYPER)
+    train(ours, before, 5)
+    torchs.load_state_dict(ours.state_dict())
+    after = torch.optim.AdamW(torchs.parameters(), fused=fused)
+    after.load_state_dict(through_a_file(before.state_dict()))
+    assert {key: after.param_groups[0][key] for key in HYPER} == HYPER
+    assert all(state["step"] == 5 for state in after.state.values())
+    assert train(torchs, after, 5) == pytest.approx(train(ours, before, 5), rel=1e-4)
+
+
+def test_state_layout_is_torchs():
+    ours, torchs = model(), model()
+    a, b = AdamW(ours.parameters()), torch.optim.AdamW(torchs.parameters())
+    train(ours, a, 1)
+    train(torchs, b, 1)
+    for index, state in b.state_dict()["state"].items():
+        mine = a.state_dict()["state"][index]
+        assert list(mine) == list(state)
+        for key, value in state.items():
+            assert (mine[key].dtype, mine[key].shape, mine[key].device) == (value.dtype, value.shape, value.device)
+
+
+def test_loaded_state_shares_no_memory():
+    net = model()
+    a, b = AdamW(net.parameters()), AdamW(net.parameters())
+    train(net, a, 2)
+    b.load_state_dict(a.state_dict())
+    before = copy.deepcopy(a.state_dict()["state"])
+    train(net, b, 2)
+    for index, state in before.items():
+        assert all(torch.equal(state[key], a.state_dict()["state"][index][key]) for key in state)
+
+
+def test_copies_and_pickles():
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=0.25)
+    train(net, optimizer, 1)
+    twin = copy.deepcopy(optimizer)
+    assert twin.param_groups[0]["lr"] == 0.25
+    assert len(twin.state) == len(optimizer.state)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        ("lr must not be negative", {"lr": -1.0}),
+        ("lr must not be negative, got nan", {"lr": math.nan}),
+        ("eps must not be negative", {"eps": -1.0}),
+        ("weight_decay must not be negative", {"weight_decay": -1.0}),
+        ("betas must be two numbers in", {"betas": (0.9, 1.0)}),
+        ("betas must be two numbers in", {"betas": (-0.1, 0.9)}),
+        ("betas must be two numbers in", {"betas": (0.9,)}),
+    ],
+)
+def test_bad_numbers(message, changed):
+    p, q = torch.zeros(2), torch.zeros(3)
+    with pytest.raises(ValueError, match=message):
+        AdamW([p], **changed)
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [q], **changed})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_bad_dtype(dtype):
+    with pytest.raises(ValueError, match="parameters must be float32, float16 or bfloat16"):
+        AdamW([torch.zeros(2, dtype=dtype)])
+
+
+def test_sparse_gradients_are_refused_before_anything_changes():
+    p, embedding = nn.Parameter(torch.ones(2)), nn.Embedding(5, 2, sparse=True)
+    (embedding(torch.tensor([1])).sum() + p.sum()).backward()
+    with pytest.raises(ValueError, match=r"shape \(5, 2\) is torch.sparse_coo"):
+        AdamW([p, embedding.weight]).step()
+    assert torch.equal(p, torch.ones(2))
+
+
+def test_failed_step_does_not_count():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match="grad_scale"):
+        optimizer.step(grad_scale=torch.ones(2))
+    assert optimizer.state[p]["step"] == 0
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "maximize"])
+def test_other_algorithms_are_refused(flag):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    theirs = torch.optim.AdamW([p], **{flag: True})
+    theirs.step()
+    with pytest.raises(ValueError, match=f"saved with {flag}=True"):
+        AdamW([p]).load_state_dict(theirs.state_dict())
+
+
+def test_state_that_does_not_fit_changes_nothing():
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = AdamW([p], lr=0.25)
+    optimizer.step()
+    sgd = torch.optim.SGD([p], momentum=0.9)
+    sgd.step()
+    small = nn.Parameter(torch.ones(1))
+    small.grad = torch.ones(1)
+    other = AdamW([small])
+    other.step()
+    two = AdamW([nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))])
+    for message, state in [
+        ("the state has no exp_avg, exp_avg_sq, step", sgd.state_dict()),
+        (r"exp_avg has shape \(1,\), its parameter \(4,\)", other.state_dict()),
+        ("doesn't match the size of optimizer's group", two.state_dict()),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        assert optimizer.state[p]["step"] == 1
+
+
+# ---- param_groups ----
+
+
+def test_param_groups():
+    net = model()
+    net[3].weight = net[0].weight  # tied: counted once
+    net[1].bias.requires_grad_(False)
+    decay, rest = param_groups(net, 0.3)
+    assert decay == {"params": [net[0].weight, net[1].weight], "weight_decay": 0.3}
+    assert rest == {"params": [net[2].weight, net[2].bias, net[3].bias], "weight_decay": 0.0}
+    assert [len(g["params"]) for g in AdamW([decay, rest]).param_groups] == [2, 3]
+
+
+def test_param_groups_of_matrices_alone():
+    assert [g["weight_decay"] for g in param_groups(nn.Linear(2, 3, bias=False), 0.3)] == [0.3]
