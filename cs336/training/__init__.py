@@ -1,0 +1,12 @@
+"""Pre-training: configuration, budgets, the trainer, checkpoints, metrics."""
+
+from cs336.training.budget import Budget as Budget
+from cs336.training.checkpoint import load_checkpoint as load_checkpoint
+from cs336.training.checkpoint import save_checkpoint as save_checkpoint
+from cs336.training.config import DataConfig as DataConfig
+from cs336.training.config import OptimizerConfig as OptimizerConfig
+from cs336.training.config import ScheduleConfig as ScheduleConfig
+from cs336.training.config import TrainConfig as TrainConfig
+from cs336.training.guard import NonFiniteError as NonFiniteError
+from cs336.training.trainer import Trainer as Trainer
+from cs336.training.trainer import TrainResult as TrainResult

@@ -1,0 +1,259 @@
+"""Checkpoints: a directory that is whole or absent, whatever happens while it is written.
+
+    PATH/model.safetensors      parameters and buffers
+    PATH/optimizer.safetensors  the optimizer's tensors, named PARAMETER.NAME: 0.exp_avg
+    PATH/state.json             the iteration, the optimizer's numbers, and what the caller added
+
+They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled.
+"""
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cs336.utils.files import sync
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 1
+
+
+def save_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    path: str | os.PathLike,
+    *,
+    extra: dict[str, Any] | None = None,
+) -> pathlib.Path:
+    """Write a checkpoint directory at `path`, in place of one that is already there.
+
+    Args:
+        model: any module (a compiled one is saved under its own names, tied weights once).
+        optimizer: any optimizer whose state is tensors and numbers, or None.
+        iteration: steps done.
+        extra: JSON values to keep beside it; `read_extra` returns them.
+
+    Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
+    beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
+    """
+    path = pathlib.Path(os.path.abspath(path))
+    if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, model, optimizer, iteration, extra or {})
+        _put_in_place(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"checkpoint {path} was not written ({error}); earlier checkpoints are whole") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(
+    path: str | os.PathLike, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """Load a checkpoint into `model` and `optimizer`, each unless None, and return its iteration.
+
+    Raises FileNotFoundError if there is no checkpoint at `path`, ValueError if it is damaged or does not fit.
+    """
+    path, state = _read_state(path)
+    if model is not None:
+        tensors = _read_tensors(path / MODEL)
+        tensors |= {name: tensors[same] for name, same in state["tied"].items()}
+        try:
+            _unwrapped(model).load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint {path} does not fit the model: {error}") from None
+    if optimizer is not None:
+        if state["optimizer"] is None:
+            raise ValueError(f"checkpoint {path} was saved without an optimizer")
+        _load_optimizer(optimizer, state["optimizer"], _read_tensors(path / OPTIMIZER), path)
+    return state["iteration"]
+
+
+def read_extra(path: str | os.PathLike) -> dict[str, Any]:
+    """What the caller of save_checkpoint added."""
+    return _read_state(path)[1]["extra"]
+
+
+# ---- a run's checkpoints ----
+
+
+def step_path(directory: pathlib.Path, step: int) -> pathlib.Path:
+    return directory / f"step_{step:08d}"
+
+
+def list_checkpoints(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """The checkpoints step_* of a directory, oldest first."""
+    return sorted(p for p in pathlib.Path(directory).glob("step_*") if (p / STATE).exists())
+
+
+def prune_checkpoints(directory: str | os.PathLike, keep: int) -> None:
+    """Remove all but the `keep` newest, and what a killed writer left."""
+    for path in list_checkpoints(directory)[:-keep]:
+        doomed = path.with_name(f".{path.name}.tmp")
+        path.rename(doomed)  # a half-removed checkpoint must not look like one
+        shutil.rmtree(doomed)
+    for path in pathlib.Path(directory).glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+# ---- random numbers ----
+
+
+def rng_state() -> dict[str, Any]:
+    """torch's generators, of the CPU and of every GPU in use, as JSON values."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": _to_text(torch.get_rng_state()), "cuda": [_to_text(s) for s in cuda]}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(_from_text(state["cpu"]))
+    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_from_text(saved), device)
+
+
+def _to_text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+# ---- writing ----
+
+
+def _write(
+    path: pathlib.Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    extra: dict[str, Any],
+) -> None:
+    tensors, tied = _distinct(_unwrapped(model).state_dict())
+    save_file(tensors, path / MODEL)
+    numbers = None
+    if optimizer is not None:
+        optimizer_tensors, numbers = _split_optimizer(optimizer.state_dict())
+        save_file(_distinct(optimizer_tensors, tie=False)[0], path / OPTIMIZER)
+    state = {"format": FORMAT, "iteration": iteration, "tied": tied, "optimizer": numbers, "extra": extra}
+    (path / STATE).write_text(json.dumps(state), encoding="utf-8")
+    for file in path.iterdir():
+        sync(file)
+    sync(path)
+
+
+def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    previous = _previous(path)
+    if (path / STATE).exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)  # a crash between the two renames: load_checkpoint finds it there
+    temporary.rename(path)
+    sync(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name
+
+
+def _distinct(tensors: dict[str, Any], tie: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that share no memory, as safetensors wants them, and name -> name for those that are one, tied."""
+    distinct: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cannot save {name}: expected a tensor, got {type(tensor).__name__}")
+        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tie and tensor.numel() and view in first:
+            tied[name] = first[view]
+            continue
+        first[view] = name
+        storage = tensor.untyped_storage().data_ptr()
+        distinct[name] = (tensor.detach().clone() if storage in storages else tensor.detach()).contiguous()
+        storages.add(storage)
+    return distinct, tied
+
+
+def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for parameter, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value
+            elif value is None or isinstance(value, int | float | str):
+                numbers.setdefault(str(parameter), {})[name] = value
+            else:
+                raise TypeError(
+                    f"cannot save the optimizer's {name}: expected a tensor or number, got {type(value).__name__}"
+                )
+    groups = [
+        {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"numbers": numbers, "groups": groups}
+
+
+# ---- reading ----
+
+
+def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
+    path = pathlib.Path(os.path.abspath(path))
+    found = next((p for p in (path, _previous(path)) if (p / STATE).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}")
+    try:
+        state = json.loads((found / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}, expected {FORMAT}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {found} cannot be read: {STATE}: {error}") from None
+    return found, state
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], tensors: dict[str, Tensor], path: pathlib.Path
+) -> None:
+    state: dict[int, dict[str, Any]] = {int(parameter): dict(v) for parameter, v in saved["numbers"].items()}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.partition(".")
+        state.setdefault(int(parameter), {})[key] = tensor
+    mine = optimizer.state_dict()["param_groups"]
+    groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in zip(saved["groups"], mine, strict=False)]
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} does not fit the optimizer: {error}") from None
+
+
+def _like(mine: Any, saved: Any) -> Any:
+    """A JSON value as the type that the optimizer holds: a tuple of betas, a learning rate in a tensor."""
+    if isinstance(mine, tuple):
+        return tuple(saved)
+    return torch.tensor(saved, dtype=mine.dtype, device=mine.device) if isinstance(mine, Tensor) else saved

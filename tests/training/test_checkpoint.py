@@ -1,0 +1,227 @@
+import json
+import os
+import pathlib
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from cs336.optim import AdamW
+from cs336.training import checkpoint, load_checkpoint, save_checkpoint
+from cs336.training.checkpoint import MODEL, OPTIMIZER, STATE, list_checkpoints, prune_checkpoints, read_extra
+
+
+def model(width=8):
+    return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
+
+
+def step(net, optimizer, seed):
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+    loss = net(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+OPTIMIZERS = {
+    "ours": lambda p: AdamW(p, lr=0.01),
+    "torch AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW, lr in a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, kind):
+    net = model()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    for seed in range(3):
+        step(net, optimizer, seed)
+    save_checkpoint(net, optimizer, 3, tmp_path / "c", extra={"note": [1, None, 0.1]})
+    ahead = [step(net, optimizer, seed) for seed in range(3, 6)]
+
+    net = model()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    assert load_checkpoint(tmp_path / "c", net, optimizer) == 3
+    assert read_extra(tmp_path / "c") == {"note": [1, None, 0.1]}
+    assert [step(net, optimizer, seed) for seed in range(3, 6)] == ahead
+
+
+def test_weights_alone(tmp_path):
+    net, other = model(), model()
+    assert save_checkpoint(net, None, 7, str(tmp_path / "c")) == tmp_path / "c"
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [MODEL, STATE]
+    assert load_checkpoint(str(tmp_path / "c")) == load_checkpoint(tmp_path / "c", other) == 7
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="without an optimizer"):
+        load_checkpoint(tmp_path / "c", other, AdamW(other.parameters()))
+
+
+def test_tied_and_overlapping_tensors(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+            self.register_buffer("whole", torch.randn(6))
+            self.register_buffer("part", self.whole[3:])
+            self.register_buffer("across", self.whole.view(2, 3).T)
+            self.register_buffer("none", torch.zeros(0, 3))
+
+    net, other = Tied(), Tied()
+    save_checkpoint(net, None, 0, tmp_path / "c")
+    assert "head.weight" not in checkpoint._read_tensors(tmp_path / "c" / MODEL)
+    load_checkpoint(tmp_path / "c", other)
+    assert other.head.weight is other.embedding.weight
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_a_compiled_model_has_its_own_names(tmp_path):
+    net = model()
+    save_checkpoint(torch.compile(net), None, 0, tmp_path / "c")
+    load_checkpoint(tmp_path / "c", model())
+    load_checkpoint(tmp_path / "c", torch.compile(model()))
+
+
+def test_saving_again_replaces(tmp_path):
+    net = model()
+    for iteration in (1, 2):
+        save_checkpoint(net, None, iteration, tmp_path / "c")
+    assert load_checkpoint(tmp_path / "c") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(net, None, 3, tmp_path / "empty")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/file").write_text("mine")
+    for occupied in ("file", "d"):
+        with pytest.raises(FileExistsError, match="is not a checkpoint"):
+            save_checkpoint(net, None, 1, tmp_path / occupied)
+
+
+def full_disk(monkeypatch, call):
+    """The given call of the writer raises what a full disk raises."""
+    calls = {"save_file": checkpoint.save_file, "write_text": pathlib.Path.write_text, "sync": checkpoint.sync}
+    count = dict.fromkeys(calls, 0)
+
+    def wrap(name):
+        def wrapped(*args, **kwargs):
+            count[name] += 1
+            if (name, count[name]) == call:
+                raise OSError(28, os.strerror(28))
+            return calls[name](*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(checkpoint, "save_file", wrap("save_file"))
+    monkeypatch.setattr(checkpoint, "sync", wrap("sync"))
+    monkeypatch.setattr(pathlib.Path, "write_text", wrap("write_text"))
+
+
+@pytest.mark.parametrize("call", [("save_file", 1), ("save_file", 2), ("write_text", 1), ("sync", 1), ("sync", 4)])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, call):
+    net = model()
+    optimizer = AdamW(net.parameters())
+    step(net, optimizer, 0)
+    save_checkpoint(net, optimizer, 1, tmp_path / "c")
+    save_checkpoint(net, optimizer, 1, tmp_path / "beside")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    step(net, optimizer, 1)
+    with monkeypatch.context() as patch:
+        full_disk(patch, call)
+        with pytest.raises(OSError, match=r"c was not written \(.*No space left.*earlier checkpoints are whole"):
+            save_checkpoint(net, optimizer, 2, tmp_path / "c")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert load_checkpoint(tmp_path / "c", net, optimizer) == 1
+    save_checkpoint(net, optimizer, 2, tmp_path / "c")
+    assert load_checkpoint(tmp_path / "c", net, optimizer) == 2
+
+
+def test_a_write_that_the_system_refuses(tmp_path):
+    """No mock: past the limit of a file's size every write fails, as on a full disk."""
+    net, big = model(), nn.Linear(100, 1000)
+    save_checkpoint(net, None, 1, tmp_path / "c")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"was not written \(.*File too large"):
+            save_checkpoint(big, None, 2, tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert load_checkpoint(tmp_path / "c", net) == 1
+
+
+def test_crash_between_the_two_renames(tmp_path, monkeypatch):
+    net = model()
+    save_checkpoint(net, None, 1, tmp_path / "c")
+    (tmp_path / "c").rename(tmp_path / ".c.previous")  # what a kill there leaves, with .c.tmp
+    (tmp_path / ".c.tmp").mkdir()
+    assert load_checkpoint(tmp_path / "c", net) == 1
+    save_checkpoint(net, None, 2, tmp_path / "c")
+    assert load_checkpoint(tmp_path / "c", net) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    net = model()
+    optimizer = AdamW(net.parameters())
+    step(net, optimizer, 0)
+    path = save_checkpoint(net, optimizer, 1, tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a checkpoint: it has no state\.json"):
+        load_checkpoint(tmp_path / "nowhere", net)
+    with pytest.raises(ValueError, match=r"does not fit the model: (?s:.*)size mismatch"):
+        load_checkpoint(path, model(width=9))
+    with pytest.raises(ValueError, match="does not fit the optimizer"):
+        load_checkpoint(path, net, AdamW([net[0].weight]))
+    data = (path / OPTIMIZER).read_bytes()
+    (path / OPTIMIZER).write_bytes(data[:-5])
+    with pytest.raises(ValueError, match=r"is damaged: optimizer\.safetensors"):
+        load_checkpoint(path, net, optimizer)
+    (path / OPTIMIZER).unlink()
+    with pytest.raises(ValueError, match=r"is damaged: optimizer\.safetensors"):
+        load_checkpoint(path, net, optimizer)
+    for text in ("{", "[]", json.dumps({"format": 9})):
+        (path / STATE).write_text(text)
+        with pytest.raises(ValueError, match=r"cannot be read: state\.json"):
+            load_checkpoint(path)
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    net = model()
+    optimizer = torch.optim.LBFGS(net.parameters())
+
+    def closure():
+        loss = net(torch.randn(16, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(TypeError, match="cannot save the optimizer's"):
+        save_checkpoint(net, optimizer, 1, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    net = model()
+    for iteration in (9, 10, 100):
+        save_checkpoint(net, None, iteration, checkpoint.step_path(tmp_path, iteration))
+    (tmp_path / "step_00000200").mkdir()  # not a checkpoint
+    (tmp_path / ".step_00000300.tmp").mkdir()
+    assert [load_checkpoint(p) for p in list_checkpoints(tmp_path)] == [9, 10, 100]
+    prune_checkpoints(tmp_path, keep=2)
+    assert [load_checkpoint(p) for p in list_checkpoints(tmp_path)] == [10, 100]
+    assert not (tmp_path / ".step_00000300.tmp").exists()
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_random_numbers_continue():
+    state = json.loads(json.dumps(checkpoint.rng_state()))
+    first = torch.rand(5)
+    checkpoint.set_rng_state(state)
+    assert torch.equal(torch.rand(5), first)
