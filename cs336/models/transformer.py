@@ -135,7 +135,7 @@ class Transformer(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """Autocast's dtype inside torch.autocast, the weights' outside."""
         kind, dtype = self.device.type, self.embedding.weight.dtype
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # is_autocast_available: a graph break in 2.11
         return torch.get_autocast_dtype(kind) if autocast else dtype
 
     def new_cache(self, batch_size: int, max_len: int | None = None, padding: list[int] | None = None) -> KVCache:
