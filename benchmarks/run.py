@@ -8,6 +8,7 @@ python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchm
 import argparse
 import importlib
 import itertools
+import multiprocessing
 import pathlib
 import shlex
 import sys
@@ -31,6 +32,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument("--quick", action="store_true", help="a few shapes of one size")
     ops.add_argument(
         "--only", metavar="A,B", help="these contenders: native, triton, ref, eager, compile, liger, quack"
+    )
+    ops.add_argument(
+        "--workers", type=int, default=8, help="processes that compile before the clock starts (%(default)s)"
     )
     ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
     train = kinds.add_parser("train", help="tokens a second of training against plain PyTorch")
@@ -58,20 +62,53 @@ def main(argv: list[str]) -> int:
     """The exit status: 1 if one of our own variants failed or disagreed with what it is compared with."""
     options = parse(argv)
     device = harness.default_device()
-    header = results.header(device, shlex.join(["python", "-m", "benchmarks.run", *argv]), options.commit)
+    header = results.header(device, command(argv), options.commit)
     print(
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
     return (ops if options.kind == "ops" else train)(options, device, header)
 
 
+def command(argv: list[str]) -> str:
+    """What a reader would type: without this machine's paths."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        name, joined, _ = word.partition("=")
+        if name in ("--out", "--commit", "--data"):
+            words += ["--data", "TOKENS"] if name == "--data" else []
+            joined or next(rest)
+        else:
+            words.append(word)
+    return shlex.join(["python", "-m", "benchmarks.run", *words])
+
+
+def compile_cases(names: list[str], size: str, workers: int) -> None:
+    """Fill the compilers' caches on disk from several processes: one after another, compiling is most of a sweep."""
+    jobs = [
+        (name, size, i)
+        for name in names
+        for i, case in enumerate(importlib.import_module(f"benchmarks.ops.bench_{name}").cases(size))
+        if "compile" in case.contenders
+    ]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(_compile_case, jobs, chunksize=1)
+    print(f"compiled {len(jobs)} cases in {workers} processes", flush=True)
+
+
+def _compile_case(name: str, size: str, index: int) -> None:
+    cases = importlib.import_module(f"benchmarks.ops.bench_{name}").cases(size)
+    harness.rows(next(itertools.islice(cases, index, None)), harness.default_device(), timed=False)
+
+
 def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
     size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
+    only = set(options.only.split(",")) if options.only else None
     start, names, failed = time.monotonic(), options.names or OPS, []
+    if size == "full" and options.workers and (only is None or only & {"compile", "quack"}):
+        compile_cases(names, size, options.workers)
     for i, name in enumerate(names, 1):
         deadline = start + options.limit * i / len(names)
-        module = importlib.import_module(f"benchmarks.ops.bench_{name}")
-        rows = sweep(module, size, device, options.only and set(options.only.split(",")), deadline)
+        rows = sweep(importlib.import_module(f"benchmarks.ops.bench_{name}"), size, device, only, deadline)
         if options.out:
             results.write(options.out, name, header, rows)
         failed += [row for row in rows if "failed" in row and row["variant"] in registry.NAMESPACE]

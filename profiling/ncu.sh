@@ -36,5 +36,5 @@ done
 sections=(SpeedOfLight SpeedOfLight_RooflineChart MemoryWorkloadAnalysis Occupancy LaunchStats WarpStateStats)
 
 cd "$(dirname "$0")/.."
-exec ncu --clock-control none --nvtx --nvtx-include "${RANGE:-profile}/" "${sections[@]/#/--section=}" "$@" \
+exec ncu --clock-control none --print-details all --nvtx --nvtx-include "${RANGE:-profile}/" "${sections[@]/#/--section=}" "$@" \
   "${PYTHON:-python3}" -m profiling.case "${case[@]}"

@@ -193,7 +193,13 @@ def test_our_own_failure_is_the_exit_status(monkeypatch, capsys):
     assert "FAILED double fwd 4x8 float32 native: output 0 disagrees with ref" in capsys.readouterr().out
 
 
+def test_the_recorded_command_has_no_paths():
+    argv = ["train", "tiny", "--out=/home/me/x.json", "--data", "/data/mine", "--commit", "abc", "--batch", "4"]
+    assert run.command(argv) == "python -m benchmarks.run train tiny --data TOKENS --batch 4"
+    assert run.command(["ops", "--out", "x.json"]) == "python -m benchmarks.run ops"
+
+
 def test_unknown_ops_are_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["ops", "rms_nrom"])
-    assert "no benchmark of rms_nrom: expected some of layer_norm, rms_norm" in capsys.readouterr().err
+    assert f"no benchmark of rms_nrom: expected some of {', '.join(run.OPS)}" in capsys.readouterr().err

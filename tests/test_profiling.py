@@ -55,7 +55,8 @@ def test_ncu_leaves_the_clocks_alone_and_filters(tools):
     answer = run("ncu.sh", "rms_norm", "bwd", "--shape", "8192x4096", "--", "--set", "full", path=tools)
     assert answer.returncode == 0, answer.stderr
     said = answer.stdout.split("\n")
-    assert said[:5] == ["--clock-control", "none", "--nvtx", "--nvtx-include", "profile/"]
+    assert said[:2] == ["--clock-control", "none"]
+    assert said[said.index("--nvtx-include") + 1] == "profile/"
     assert "--section=SpeedOfLight_RooflineChart" in said
     tail = ["--set", "full", sys.executable, "-m", "profiling.case", "rms_norm", "bwd", "--shape", "8192x4096"]
     assert said[-len(tail) - 1 : -1] == tail
@@ -81,7 +82,7 @@ def test_cases_are_found_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rms_nrom", "fwd", None), "no benchmark of rms_nrom: expected one of layer_norm, rms_norm"),
+        (("rms_nrom", "fwd", None), "no benchmark of rms_nrom: expected one of .*layer_norm, rms_norm"),
         (("rms_norm", "forward", None), "has no pass forward: expected one of fwd"),
         (("rms_norm", "fwd", "3x3"), "no shape 3x3: expected one of .*8192x4096"),
     ],
