@@ -15,6 +15,7 @@ class LayerKV:
     def append(self, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, H, S, D) behind the tokens so far, in place; returns views of all (B, H, T, D).
 
+        Without their gradients: a cache is for generation.
         Raises ValueError past max_len, or for a shape or dtype that is not the storage's.
         """
         B, H, max_len, D = self.keys.shape
@@ -28,8 +29,8 @@ class LayerKV:
             )
         if k_BHSD.dtype != self.keys.dtype:
             raise ValueError(f"k is {k_BHSD.dtype}, the cache {self.keys.dtype}: make it where the model runs")
-        self.keys[:, :, self.length : end] = k_BHSD
-        self.values[:, :, self.length : end] = v_BHSD
+        self.keys[:, :, self.length : end] = k_BHSD.detach()
+        self.values[:, :, self.length : end] = v_BHSD.detach()
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 

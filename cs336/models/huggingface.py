@@ -106,21 +106,18 @@ def from_pretrained(
     """
     directory = pathlib.Path(directory)
     config = _our_config(_read_json(directory / "config.json"))
-    state: dict[str, Tensor] = {}
+    model = Transformer(config, device="meta")
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
             with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-                state |= {_ours(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    for name in [
-        n for n in state if n.endswith("rotary_emb.inv_freq") or (n == "head.weight" and config.tie_embeddings)
-    ]:
-        del state[name]
-    model = Transformer(config, device="meta")
-    _check_weights(directory, state, {name: t.shape for name, t in model.state_dict().items()})
-    dtype = state["embedding.weight"].dtype if dtype is None else dtype
-    model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    _check_weights(directory, found, {_theirs(name): shape for name, shape in shapes.items()})
+    dtype = found[_theirs("embedding.weight")].dtype if dtype is None else dtype
+    model.load_state_dict({name: found[_theirs(name)].to(dtype) for name in shapes}, assign=True)
     model.rope.to_empty(device=model.device).reset_parameters()
     return model
 
@@ -175,15 +172,6 @@ def _theirs(name: str) -> str:
     return (f"model.{layer[0]}" if layer else "") + NAMES[ours] + rest[len(ours) :]
 
 
-def _ours(name: str) -> str:
-    layer = re.match(r"model\.(layers\.\d+\.)", name)
-    rest = name[layer.end() :] if layer else name
-    for ours, theirs in NAMES.items():
-        if rest.startswith(theirs):
-            return (layer[1] if layer else "") + ours + rest[len(theirs) :]
-    return name
-
-
 def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
     """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
     if config.rope_interleaved and re.search(r"\.[qk]_(proj|norm)\.", name):
@@ -205,12 +193,17 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _check_weights(directory: pathlib.Path, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if names:
-            raise ValueError(f"{directory} {what} weights: {', '.join(sorted(names))}")
+    if missing := expected.keys() - found.keys():
+        raise ValueError(f"{directory} lacks weights: {', '.join(sorted(missing))}")
+    # A tied head may be written twice, and old files hold rotary tables.
+    unknown = [
+        n for n in found if n not in expected and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")
+    ]
+    if unknown:
+        raise ValueError(f"{directory} has unknown weights: {', '.join(sorted(unknown))}")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise ValueError(f"{_theirs(name)} has shape {tuple(found[name].shape)}, config.json means {tuple(shape)}")
+            raise ValueError(f"{name} has shape {tuple(found[name].shape)}, config.json means {tuple(shape)}")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cs336.models import Transformer, TransformerConfig
+from cs336.ops import registry
+
+SMALL = TransformerConfig(97, 24, num_layers=3, d_model=32, num_heads=4, init_std=0.15)
+VARIANTS = {
+    "plain": {},
+    "interleaved": {"rope_interleaved": True, "rope_theta": 50.0},
+    "grouped": {"num_kv_heads": 2, "tie_embeddings": True},
+    "everything": {"num_kv_heads": 1, "head_dim": 12, "qk_norm": True, "logit_softcap": 2.0, "d_ff": 40},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request):
+    return dataclasses.replace(SMALL, **VARIANTS[request.param])
+
+
+def make(config, **options):
+    model = Transformer(config, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1.5)  # norm weights of 1 would hide a norm that is not applied
+    return model
+
+
+def ids(config, B=2, S=17):
+    return torch.randint(0, config.vocab_size, (B, S))
+
+
+def definition(config, weights, token_ids):
+    """The same model from its weights alone, in float64, layer by layer."""
+    w = {name: t.double() for name, t in weights.items()}
+    norm = lambda x, name: F.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], config.norm_eps)  # noqa: E731
+    B, S = token_ids.shape
+    D = config.head_size
+    angles = torch.outer(torch.arange(S).double(), config.rope_theta ** (-torch.arange(0, D, 2).double() / D))
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(x):
+        if config.rope_interleaved:
+            return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        turned = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = w["embedding.weight"][token_ids]
+    for i in range(config.num_layers):
+        layer = f"layers.{i}"
+        h = norm(x, f"{layer}.attention_norm")
+        q, k, v = ((h @ w[f"{layer}.attention.{n}_proj.weight"].T).view(B, S, -1, D).transpose(1, 2) for n in "qkv")
+        if config.qk_norm:
+            q, k = norm(q, f"{layer}.attention.q_norm"), norm(k, f"{layer}.attention.k_norm")
+        k, v = (t.repeat_interleave(config.num_heads // config.kv_heads, 1) for t in (k, v))
+        scores = rotate(q.contiguous()) @ rotate(k.contiguous()).transpose(-1, -2) / D**0.5
+        scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -torch.inf)
+        o = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, S, -1)
+        x = x + o @ w[f"{layer}.attention.o_proj.weight"].T
+        h = norm(x, f"{layer}.mlp_norm")
+        gate, up = (h @ w[f"{layer}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (F.silu(gate) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
+    logits = norm(x, "norm") @ w["embedding.weight" if config.tie_embeddings else "head.weight"].T
+    cap = config.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@pytest.mark.parametrize("forced", [None, "ref"])
+def test_logits_loss_and_gradients_against_fp64(config, forced):
+    model, x, y = make(config), ids(config), ids(config)
+    y[0, :3] = -100
+    weights = {name: t.detach().double().requires_grad_() for name, t in model.state_dict().items()}
+    want = definition(config, weights, x)
+    want_loss = F.cross_entropy(want.flatten(0, 1), y.flatten())
+    want_loss.backward()
+    with registry.use(forced):
+        logits, loss = model(x), model.loss(x, y)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    close = lambda a, b: torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)  # noqa: E731
+    close(logits, want)
+    close(loss, want_loss)
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0, name
+        close(p.grad, weights[name].grad)
+
+
+def test_cached_decode_equals_the_full_forward(config):
+    model, x = make(config), ids(config, S=24)
+    want = model(x)
+    for cuts in ([0, 24], [0, 7, 8, 9, 20, 24], range(25)):
+        cache = model.new_cache(2)
+        for layer in cache.layers:
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
+        parts = [model(x[:, a:b], cache) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+
+
+def test_left_padding_changes_nothing(config):
+    model, x, padding = make(config), ids(config, 3, 10), [0, 4, 9]
+    cache = model.new_cache(3, 14, padding)
+    padded = torch.stack([torch.cat((torch.zeros(n).long(), row[: 10 - n])) for n, row in zip(padding, x, strict=True)])
+    more = ids(config, 3, 4)
+    got = torch.cat((model(padded, cache), model(more[:, :1], cache), model(more[:, 1:], cache)), 1)
+    for row, n in enumerate(padding):
+        alone = model(torch.cat((padded[row, n:], more[row]))[None])[0]
+        torch.testing.assert_close(got[row, n:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_later_tokens_do_not_matter(config):
+    model, x = make(config), ids(config)
+    changed = x.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % config.vocab_size
+    before, after = model(x), model(changed)
+    torch.testing.assert_close(after[:, :9], before[:, :9])
+    assert (after[:, 9:] != before[:, 9:]).any(-1).all()
+
+
+def test_autocast_runs_the_stream_in_bf16(config):
+    model, x = make(config), ids(config)
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(x), model.loss(x, x)
+    loss.backward()
+    assert set(seen.values()) == {torch.bfloat16}
+    assert logits.dtype == (torch.bfloat16 if config.logit_softcap is None else torch.float32)
+    assert loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(loss, model.loss(x, x), atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2)
+        parts = torch.cat((model(x[:, :9], cache), model(x[:, 9:], cache)), 1)
+    torch.testing.assert_close(parts, logits, atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize(("variant", "autocast"), [("plain", False), ("everything", True)])
+def test_compiles_whole(variant, autocast):
+    config = dataclasses.replace(SMALL, **VARIANTS[variant], num_layers=2)
+    model, x = make(config), ids(config)
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = model.loss(x, x)
+        loss = compiled(x, x)
+    torch.testing.assert_close(loss, want)
+    params = list(model.parameters())
+    for got, grad in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params), strict=True):
+        torch.testing.assert_close(got, grad, atol=1e-3 if autocast else 1e-6, rtol=0.1 if autocast else 1e-4)
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(config):
+    model, x = make(config), ids(config)
+    params = list(model.parameters())
+
+    def run():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model.loss(x, x)
+        return sum(kept), torch.autograd.grad(loss, params)
+
+    before, want = run()
+    model.gradient_checkpointing = True
+    after, got = run()
+    assert after < before / 2
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_starts_as_the_field_does():
+    config = dataclasses.replace(SMALL, d_model=256, num_layers=8, init_std=0.02, qk_norm=True)
+    model = Transformer(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert abs(p.std() / std - 1) < 0.03, name
+    x = ids(config)
+    assert abs(model.loss(x, ids(config)) - torch.tensor(97.0).log()) < 0.1
+
+
+def test_seed_decides_the_weights():
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(Transformer(SMALL).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert not torch.equal(states[0]["embedding.weight"], states[2]["embedding.weight"])
+
+
+def test_tied_head_is_the_embedding():
+    model = Transformer(dataclasses.replace(SMALL, tie_embeddings=True))
+    assert model.head is None
+    assert not any("head" in name for name in model.state_dict())
+
+
+def test_device_and_dtype():
+    model = Transformer(SMALL, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.rope.cos.dtype == torch.float32
+    assert model(ids(SMALL)).dtype == torch.bfloat16
+    meta = Transformer(SMALL, device="meta")
+    assert {t.device.type for t in (*meta.parameters(), *meta.buffers())} == {"meta"}
+    real = meta.to_empty(device="cpu")
+    real.reset_parameters()
+    assert real.loss(ids(SMALL), ids(SMALL)).isfinite()
+
+
+def test_bad_arguments():
+    model = Transformer(SMALL)
+    with pytest.raises(ValueError, match=r"token_ids must be \(batch, tokens\), got shape \(5,\)"):
+        model(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="ids must be int64 or int32"):
+        model(torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="25 tokens do not fit the model's context_length of 24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+    cache = model.new_cache(1, 30)
+    model(torch.zeros(1, 20, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="25 tokens do not fit"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"targets must be \(1, 5\)"):
+        model.loss(torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))

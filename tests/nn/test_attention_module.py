@@ -1,0 +1,70 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cs336.models.cache import LayerKV
+from cs336.nn import Attention, RotaryEmbedding
+
+
+def test_is_torchs_multi_head_attention():
+    ours = Attention(16, 4, bias=True, causal=False)
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    projections = [getattr(ours, f"{name}_proj") for name in "qkv"]
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([p.weight for p in projections]),
+            "in_proj_bias": torch.cat([p.bias for p in projections]),
+            "out_proj.weight": ours.o_proj.weight,
+            "out_proj.bias": ours.o_proj.bias,
+        }
+    )
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+    ours.causal = True
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    want = theirs(x, x, x, attn_mask=later, need_weights=False)[0]
+    torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(None, None), (2, 6), (1, None)])
+def test_grouped_queries_qk_norm_and_rope(num_kv_heads, head_dim):
+    rope = RotaryEmbedding(head_dim or 4, 16)
+    layer = Attention(16, 4, num_kv_heads, head_dim, qk_norm=True, norm_eps=1e-3, rope=rope)
+    torch.nn.init.normal_(layer.q_norm.weight)
+    torch.nn.init.normal_(layer.k_norm.weight)
+    x, D, Hkv = torch.randn(2, 7, 16), head_dim or 4, num_kv_heads or 4
+    assert (layer.q_proj.weight.shape, layer.k_proj.weight.shape) == ((4 * D, 16), (Hkv * D, 16))
+    heads = lambda proj, n: (x @ proj.weight.T).view(2, 7, n, D)  # noqa: E731
+    q = F.rms_norm(heads(layer.q_proj, 4), (D,), layer.q_norm.weight, 1e-3).transpose(1, 2)
+    k = F.rms_norm(heads(layer.k_proj, Hkv), (D,), layer.k_norm.weight, 1e-3).transpose(1, 2)
+    k, v = (t.repeat_interleave(4 // Hkv, 1) for t in (k, heads(layer.v_proj, Hkv).transpose(1, 2)))
+    o = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
+    torch.testing.assert_close(layer(x), o.transpose(1, 2).reshape(2, 7, 4 * D) @ layer.o_proj.weight.T)
+
+
+def test_cache_continues():
+    layer = Attention(16, 4, 2, rope=RotaryEmbedding(4, 16))
+    x = torch.randn(2, 9, 16)
+    cache = LayerKV(*(torch.full((2, 2, 9, 4), torch.nan) for _ in range(2)))  # NaN past the end
+    parts = [layer(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x))
+
+
+def test_positions_and_mask():
+    layer = Attention(16, 4, rope=RotaryEmbedding(4, 16))
+    x = torch.randn(1, 5, 16)
+    padded = torch.cat((torch.randn(1, 3, 16), x), 1)
+    mask = torch.arange(8) >= 3
+    y = layer(padded, positions=(torch.arange(8) - 3).clamp(min=0), mask=mask)
+    torch.testing.assert_close(y[:, 3:], layer(x))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="d_model 16 is not a multiple of num_heads 3"):
+        Attention(16, 3)
+    with pytest.raises(ValueError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
+        Attention(16, 4, 3)
+    with pytest.raises(ValueError, match="rope rotates heads of 8 features, these have 4"):
+        Attention(16, 4, rope=RotaryEmbedding(8, 16))

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from cs336.nn import RotaryEmbedding
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_turns_pairs_by_position_times_frequency(interleaved):
+    rope = RotaryEmbedding(8, 32, theta=100.0, interleaved=interleaved)
+    x = torch.randn(2, 3, 20, 8)
+    y = rope(x)
+    for pair in range(4):
+        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 4)
+        turned = torch.complex(x[..., i], x[..., j]) * torch.exp(1j * torch.arange(20) * 100 ** (-2 * pair / 8))
+        torch.testing.assert_close(torch.complex(y[..., i], y[..., j]), turned)
+
+
+def test_explicit_positions():
+    rope = RotaryEmbedding(8, 32)
+    x = torch.randn(2, 3, 5, 8)
+    assert torch.equal(rope(x, torch.arange(5)), rope(x))
+    positions = torch.randint(0, 32, (2, 5))
+    y = rope(x, positions)
+    assert torch.equal(rope(x, positions[:, None].expand(2, 3, 5)), y)
+    for b in range(2):
+        assert torch.equal(rope(x[b], positions[b]), y[b])
+        assert torch.equal(rope(x[b, 0], positions[b]), y[b, 0])
+    assert torch.equal(rope(x[:, 0], positions), y[:, 0])
+
+
+def test_far_positions_keep_their_angle():
+    rope = RotaryEmbedding(2, 100_001)
+    want = torch.tensor(100_000.0, dtype=torch.float64)
+    torch.testing.assert_close(rope.cos[100_000, 0].double(), want.cos(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(rope.sin[100_000, 0].double(), want.sin(), atol=1e-7, rtol=0)
+
+
+def test_tables_are_float32_and_no_state():
+    rope = RotaryEmbedding(8, 32)
+    cos = rope.cos.clone()
+    assert rope.state_dict() == {}
+    assert torch.equal(rope.bfloat16().cos, cos)
+    assert torch.equal(rope.double().float().cos, cos)
+    assert rope(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert torch.equal(RotaryEmbedding(8, 32, device="meta").to_empty(device="cpu").reset_parameters() or cos, cos)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="even"):
+        RotaryEmbedding(7, 32)
+    rope = RotaryEmbedding(8, 4)
+    with pytest.raises(ValueError, match="5 positions, the tables have 4: raise max_seq_len"):
+        rope(torch.zeros(5, 8))
+    for bad in (torch.zeros(3), torch.arange(2), torch.zeros(1, 1, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="positions must be integers"):
+            rope(torch.zeros(2, 3, 8), bad)
