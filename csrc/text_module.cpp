@@ -306,5 +306,9 @@ PYBIND11_MODULE(_text, m) {
           py::arg("text"))
       .def("train", &train, py::arg("num_merges"), py::arg("progress"));
 
-  m.def("split", &split_all, py::arg("pattern"), py::arg("text"));
+  m.def("split", &split_all, py::arg("pattern"), py::arg("text"), "The ends of the pieces of a text.");
+  m.def(
+      "stable_prefix",
+      [](const std::string& pattern, py::handle text) { return make_splitter(pattern).stable_prefix(Text(text).view); },
+      py::arg("pattern"), py::arg("text"), "Where a text may be cut, whatever follows it.");
 }

@@ -76,6 +76,8 @@ def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes
     batch: list[str | bytes] = []
     size = 0
     for document in documents:
+        if not isinstance(document, (str, bytes)):
+            raise TypeError(f"a document must be str or bytes, got {type(document).__name__}")
         batch.append(document)
         size += len(document)
         if size >= BLOCK or len(batch) >= 1 << 16:

@@ -172,11 +172,10 @@ size_t split_with(std::string_view text, size_t begin, size_t* ends, size_t capa
 
 // The class of the character that ends just before p.
 uint8_t class_before(Ptr begin, Ptr p, Ptr end) {
-  for (Ptr q = p - 1; q >= begin && p - q <= 4; --q) {
-    if (const Char c = char_at(q, end); q + c.size == p) return c.cls;
-    if ((*q & 0xC0) != 0x80) break;
-  }
-  return kOther;
+  Ptr q = p - 1;
+  while (q > begin && p - q < 4 && (*q & 0xC0) == 0x80) --q;
+  const Char c = char_at(q, end);
+  return q + c.size == p ? c.cls : uint8_t{kOther};
 }
 
 }  // namespace
