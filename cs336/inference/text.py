@@ -30,11 +30,11 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        if ends:
-            self.stopped = True
-            self._held = ""
-            return text[: min(ends)]
+        found = [(at + len(s), at) for s, at in ((s, text.find(s)) for s in self._stop) if at >= 0]
+        if found:
+            _, at = min(found)  # the first to be complete, however the text came in tokens
+            self.stopped, self._held = True, ""
+            return text[:at]
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
