@@ -9,6 +9,7 @@ import argparse
 import importlib
 import itertools
 import multiprocessing
+import os
 import pathlib
 import shlex
 import sys
@@ -33,9 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument(
         "--only", metavar="A,B", help="these contenders: native, triton, ref, eager, compile, liger, quack"
     )
-    ops.add_argument(
-        "--workers", type=int, default=8, help="processes that compile before the clock starts (%(default)s)"
-    )
+    ops.add_argument("--workers", type=int, metavar="N", help="processes that compile first, before a whole sweep")
     ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
     train = kinds.add_parser("train", help="tokens a second of training against plain PyTorch")
     train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
@@ -82,6 +81,12 @@ def command(argv: list[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks.run", *words])
 
 
+def default_workers(device: torch.device) -> int:
+    """Each takes a core or two, and up to 4 GiB of the GPU."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return min(8, (os.cpu_count() or 1) // 2, memory // (4 << 30))
+
+
 def compile_cases(names: list[str], size: str, workers: int) -> None:
     """Fill the compilers' caches on disk from several processes: one after another, compiling is most of a sweep."""
     jobs = [
@@ -104,8 +109,9 @@ def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any
     size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
     only = set(options.only.split(",")) if options.only else None
     start, names, failed = time.monotonic(), options.names or OPS, []
-    if size == "full" and options.workers and (only is None or only & {"compile", "quack"}):
-        compile_cases(names, size, options.workers)
+    workers = default_workers(device) if options.workers is None else options.workers
+    if size == "full" and workers and (only is None or only & {"compile", "quack"}):
+        compile_cases(names, size, workers)
     for i, name in enumerate(names, 1):
         deadline = start + options.limit * i / len(names)
         rows = sweep(importlib.import_module(f"benchmarks.ops.bench_{name}"), size, device, only, deadline)
