@@ -49,12 +49,12 @@ def normal(*shape: int, device: torch.device) -> Tensor:
 
 
 def host_rows(
-    op: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], device: torch.device, blocks: int
+    op: str, ours: Callable[..., Any], torchs: Callable[..., Any], device: torch.device, blocks: int
 ) -> list[dict[str, Any]]:
     """Host seconds of the public call `ours(x, w)` and of torch's, on a size whose device time hides behind it."""
     x, w, dy = (normal(*shape, device=device) for shape in ((8, 512), (512,), (8, 512)))
     xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
-    passes: dict[str, Callable[[Callable[..., Tensor]], Callable[[], Any]]] = {
+    passes: dict[str, Callable[[Callable[..., Any]], Callable[[], Any]]] = {
         "host fwd": lambda f: lambda: f(x, w),
         "host fwd, grad": lambda f: lambda: f(xg, wg),
         "host fwd + bwd": lambda f: lambda: torch.autograd.grad(f(xg, wg), (xg, wg), dy),
