@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import BrokenExecutor
 
 import pytest
 import torch
@@ -183,6 +184,19 @@ def test_the_driver_prints_and_writes(tmp_path, capsys):
 def test_the_driver_stops_at_its_limit(capsys):
     assert run.main(["ops", "rms_norm", "--limit", "0"]) == 0
     assert "time limit: 6 of 6 cases not run, from rms_norm fwd 4x128 bfloat16 on" in capsys.readouterr().out
+
+
+def test_compiling_ahead_only_saves_time(monkeypatch, capsys):
+    class BrokenPool(run.ProcessPoolExecutor):
+        def map(self, function, *jobs):
+            assert jobs[0] == ("rms_norm",) * len(jobs[2])
+            raise BrokenExecutor("a worker died")
+
+    monkeypatch.setattr(run, "ProcessPoolExecutor", BrokenPool)
+    run.compile_cases(["rms_norm"], "tiny", 1)  # nothing to compile
+    assert capsys.readouterr().out == ""
+    run.compile_cases(["rms_norm"], "full", 1)
+    assert "compiling ahead stopped: a worker died" in capsys.readouterr().out
 
 
 def test_our_own_failure_is_the_exit_status(monkeypatch, capsys):
