@@ -16,6 +16,8 @@ TORCH_ONLY = {  # keys of torch.optim.AdamW's groups that change nothing here
     "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay",
 }  # fmt: skip
 
+Buckets = dict[tuple[torch.device, float], list[tuple[Tensor, ...]]]
+
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for AdamW: matrices (2 dims or more, embeddings too) decay; gains and biases do not."""
@@ -76,40 +78,45 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for (device, step), params in self._by_device_and_step(group).items():
-                states = [self.state[p] for p in params]
+            for (device, done), bucket in self._by_device_and_step(group).items():
+                params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
                 adamw_(
                     params,
-                    [_gradient(p) for p in params],
-                    [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states],
+                    grads,
+                    exp_avgs,
+                    exp_avg_sqs,
                     lr=float(group["lr"]),
                     beta1=beta1,
                     beta2=beta2,
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    step=step,
+                    step=int(done) + 1,
                     grad_scale=None if grad_scale is None else grad_scale.to(device),
                 )
-                torch._foreach_add_([s["step"] for s in states], 1)
+                # a fifth of the host time of adding 1 to each
+                torch._foreach_copy_(steps, [torch.tensor(done + 1, dtype=torch.float32)] * len(steps))
         return loss
 
-    def _by_device_and_step(self, group: dict[str, Any]) -> dict[tuple[torch.device, int], list[Tensor]]:
-        """The parameters that have a gradient, by the number of their coming step; their state exists afterwards."""
-        buckets = defaultdict(list)
+    def _by_device_and_step(self, group: dict[str, Any]) -> Buckets:
+        """(parameter, gradient, moments, step) of those that have a gradient, by device and number of steps done."""
+        buckets: Buckets = defaultdict(list)
         for p in group["params"]:
-            if p.grad is None:
+            g = p.grad
+            if g is None:
                 continue
-            if p.grad.layout != torch.strided:
+            if g.is_sparse:
                 raise ValueError(
-                    f"AdamW takes dense gradients, and one of shape {tuple(p.shape)} is {p.grad.layout}: "
+                    f"AdamW takes dense gradients, and the one of a parameter of shape {tuple(p.shape)} is sparse: "
                     "make it dense, e.g. Embedding(sparse=False)"
                 )
+            if g.stride() != p.stride():
+                g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             state = self.state[p]
             if not state:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state |= {name: torch.zeros_like(p, dtype=torch.float32) for name in MOMENTS}
-            buckets[p.device, int(state["step"]) + 1].append(p)
+            step = state["step"]
+            buckets[p.device, step.item()].append((p, g, state["exp_avg"], state["exp_avg_sq"], step))
         return buckets
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,13 +140,6 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
             for name in MOMENTS:
                 self.state[p][name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
-
-
-def _gradient(p: Tensor) -> Tensor:
-    """p's gradient in p's memory order; a copy where it has another."""
-    g = p.grad
-    assert g is not None
-    return g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
 
 
 def _check(group: dict[str, Any]) -> None:

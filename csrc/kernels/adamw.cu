@@ -11,9 +11,9 @@ namespace cs336 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPack = 4;      // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
-constexpr int kChunk = 4096;  // elements of a block
-constexpr int kMaxTensors = 736;
+constexpr int kPack = 4;          // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
+constexpr int kChunk = 4096;      // elements of a block
+constexpr int kMaxTensors = 736;  // as many as fit
 
 struct AdamwTable {
   void* p[kMaxTensors];

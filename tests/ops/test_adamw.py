@@ -269,6 +269,23 @@ def test_deterministic(variant, device):
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
 
 
+def test_threads_change_nothing():
+    """The CPU kernel cuts the list at any element: inside tensors, and between them."""
+    lists = make([(3,), (50_001,), (0,), (7,), (70_000,)], "cpu")
+    if reason := registry.why_not("adamw_", "native", *raw_args(lists)):
+        pytest.skip(reason)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            with registry.use("native"):
+                results.append(check_step(lists, scale=0.5))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(flat(results[0]), flat(other), strict=True))
+
+
 # ---- torch ----
 
 
