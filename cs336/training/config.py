@@ -191,11 +191,13 @@ def _hints(kind: type) -> dict[str, Any]:
 def _nearest(key: str, prefix: str) -> str:
     """The known key that looks most like an unknown one, of its own table or of any other."""
     known = list(_keys(TrainConfig, ""))
-    near = difflib.get_close_matches(prefix + key, known, 1, 0.7)
-    near = near or [k for k in known if k.split(".")[-1] in difflib.get_close_matches(key, [k.split(".")[-1]], 1, 0.7)]
-    return (
-        f"; did you mean {near[0]}?" if near else f": known are {', '.join(k for k in known if k.startswith(prefix))}"
-    )
+    own = [k.removeprefix(prefix) for k in known if k.rpartition(".")[0] == prefix[:-1]]
+    if near := difflib.get_close_matches(key, own, 1, 0.7):
+        return f"; did you mean {prefix}{near[0]}?"
+    elsewhere = {k.rpartition(".")[2]: k for k in known}
+    if near := difflib.get_close_matches(key, elsewhere, 1, 0.7):
+        return f"; did you mean {elsewhere[near[0]]}?"
+    return f": known are {', '.join(prefix + k for k in own)}"
 
 
 def _keys(kind: type, prefix: str) -> Iterator[str]:

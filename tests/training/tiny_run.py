@@ -30,7 +30,8 @@ def write_data(root):
 def config(root, name="run", **changes):
     data = DataConfig(root / "train", root / "val") if (root / "train").exists() else write_data(root)
     settings = {"batch_size": 4, "budget": "12steps", "log_interval": 1, "checkpoint_interval": 4, "eval_interval": 5}
-    return TrainConfig(run_dir=root / name, data=data, model=MODEL, **(settings | {"compile": False} | changes))
+    settings |= {"device": "cpu", "compile": False, "data": data, "model": MODEL}
+    return TrainConfig(run_dir=root / name, **(settings | changes))
 
 
 def quiet():

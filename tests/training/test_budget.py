@@ -1,0 +1,120 @@
+import json
+
+import pytest
+
+from cs336.training import Budget
+from cs336.training.budget import Plan
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("90m", "seconds", 5400),
+        ("90min", "seconds", 5400),
+        ("1.5h", "seconds", 5400),
+        ("20s", "seconds", 20),
+        ("2d", "seconds", 172_800),
+        ("2e18flops", "flops", 2e18),
+        ("3Eflops", "flops", 3e18),
+        ("500Mtok", "tokens", 5e8),
+        (" 10 Btokens ", "tokens", 1e10),
+        ("1000steps", "steps", 1000),
+        ("1step", "steps", 1),
+        ("2.5ksteps", "steps", 2500),
+    ],
+)
+def test_parse(text, kind, amount):
+    assert Budget.parse(text) == Budget(kind, amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "90", "90M", "m", "-5m", "1e999flops", "0steps", "5 apples", "500mtok", "nanm", "1m30s", "1kh"]
+)
+def test_parse_refuses(text):
+    with pytest.raises(ValueError, match="budget"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("7steps", 7), ("1000tok", 15), ("64tok", 1), ("1e6flops", 100), ("1.9e4flops", 1)]
+)
+def test_steps_of_a_countable_budget(text, steps):
+    plan = Plan(Budget.parse(text), tokens_per_step=64, flops_per_step=1e4)
+    assert (plan.total_steps, plan.decisions) == (steps, [[0, steps]])
+    assert not plan.measuring
+    assert not plan.observe(3, 1e9)
+    assert plan.total_steps == steps
+
+
+def test_less_than_a_step_is_refused():
+    with pytest.raises(ValueError, match="the budget is 63 tokens, and one step takes 64"):
+        Plan(Budget.parse("63tok"), tokens_per_step=64, flops_per_step=1)
+
+
+class Clock:
+    """Runs a plan against a speed: a function step -> seconds of that step."""
+
+    def __init__(self, budget, speed, interval=10):
+        self.plan = Plan(Budget.parse(budget), tokens_per_step=1, flops_per_step=1)
+        self.speed, self.interval, self.step, self.seconds = speed, interval, 0, 0.0
+
+    def run(self, until=None):
+        while (total := self.plan.total_steps) is None or self.step < (until or total):
+            self.step += 1
+            self.seconds += self.speed(self.step)
+            if self.plan.measuring or self.step % self.interval == 0:
+                self.plan.observe(self.step, self.seconds)
+        return self
+
+
+def test_a_steady_run_is_planned_once_and_lands():
+    clock = Clock("100s", lambda step: 30.0 if step == 1 else 0.1).run()  # the first step compiles
+    assert 98 < clock.seconds <= 100
+    assert len(clock.plan.decisions) == 1
+    assert clock.plan.decisions[0][0] < 15  # known early
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        lambda step: 0.1 if step < 300 else 0.2,
+        lambda step: 0.1 if step < 300 else 0.03,
+        lambda step: 0.1 + (3.0 if step % 50 == 0 else 0.0),  # validations
+        lambda step: 0.1 + step * 0.0002,
+        lambda step: 0.1 * (1 + (step * 7919 % 101) / 100),  # noise
+    ],
+)
+def test_drift_is_planned_for(speed):
+    clock = Clock("100s", speed).run()
+    assert clock.seconds == pytest.approx(100, rel=0.05)
+    assert len(clock.plan.decisions) <= 21
+    totals = [total for _, total in clock.plan.decisions]
+    assert clock.step == totals[-1]
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("1s", 5.0), ("10s", 3.0)])
+def test_steps_longer_than_the_budget_allows_still_end(budget, seconds):
+    clock = Clock(budget, lambda step: seconds).run()
+    assert clock.step == -(-clock.plan.budget.amount // seconds)
+    assert clock.plan.total_steps == clock.step
+
+
+def test_decisions_survive_a_resume():
+    clock = Clock("100s", lambda step: 0.1).run(until=200)
+    state = json.loads(json.dumps(clock.plan.state_dict()))
+    resumed = Clock("100s", lambda step: 0.1)
+    resumed.plan.load_state_dict(state)
+    assert resumed.plan.decisions == clock.plan.decisions
+    resumed.step, resumed.seconds = 200, clock.seconds
+    resumed.run()
+    assert resumed.seconds == pytest.approx(100, rel=0.03)
+
+
+def test_another_budget_voids_the_decisions():
+    state = Clock("100s", lambda step: 0.1).run(until=50).plan.state_dict()
+    plan = Plan(Budget.parse("200s"), tokens_per_step=1, flops_per_step=1)
+    plan.load_state_dict(state)
+    assert plan.measuring
+    plan = Plan(Budget.parse("70steps"), tokens_per_step=1, flops_per_step=1)
+    plan.load_state_dict(state)
+    assert plan.total_steps == 70

@@ -1,0 +1,328 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+
+from cs336.data import ShardWriter
+from cs336.models import Transformer, from_pretrained
+from cs336.training import DataConfig, NonFiniteError, OptimizerConfig, ScheduleConfig, Trainer, checkpoint
+from cs336.training.learner import Learner
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    tiny = tiny_run.config(root, budget="40steps", log_interval=10, eval_interval=None, sample_interval=20)
+    tiny = tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.02), checkpoint_interval=None, keep_checkpoints=3)
+    return tiny, tiny_run.train(tiny)
+
+
+def test_it_learns(finished):
+    _, result = finished
+    assert result.finished
+    assert (result.step, result.tokens) == (40, 40 * 4 * 8)
+    assert result.val["val/loss"] < 0.75 * math.log(tiny_run.VOCAB)
+    assert result.val["val/bpb"] == pytest.approx(result.val["val/loss"] / math.log(2) / 2)  # two bytes a token
+    assert result.seconds > 0
+
+
+def test_what_it_leaves(finished):
+    tiny, result = finished
+    run = tiny.run_dir
+    kept = [int(p.name[5:]) for p in checkpoint.list_checkpoints(run / "checkpoints")]
+    assert kept == [32, 36, 40]
+    assert result.checkpoint == run / "checkpoints/step_00000040"
+    model, exported = Transformer(tiny.model), from_pretrained(result.export)
+    checkpoint.load_checkpoint(result.checkpoint, model)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids), exported(ids))
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["tokens_per_step"] == 32
+
+
+def test_metrics(finished):
+    tiny, _ = finished
+    rows = [json.loads(line) for line in (tiny.run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [r for r in rows if "train/loss" in r]
+    names = {"step", "tokens", "seconds", "train/loss", "train/grad_norm", "train/tok_per_sec", "train/mfu", "lr"}
+    assert all(set(r) == names for r in trained)
+    assert [r["step"] for r in trained] == [10, 20, 30, 40]
+    assert [r["step"] for r in rows if "val/bpb" in r] == list(range(2, 41, 2))
+    assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
+    assert all(r["tokens"] == 32 * r["step"] for r in rows)
+    assert trained[-1]["lr"] == pytest.approx(0.002)
+    assert [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
+
+
+def test_samples_are_drawn_in_eval_mode_without_gradients(finished):
+    samples = [json.loads(line) for line in (finished[0].run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [20, 40]
+    assert all(s["text"].endswith("False False") for s in samples)
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+    tiny, result = finished
+    before = (tiny.run_dir / "metrics.jsonl").read_bytes()
+    again = tiny_run.train(tiny)
+    assert (again.finished, again.step, again.val, again.checkpoint) == (True, 40, result.val, result.checkpoint)
+    assert again.seconds == pytest.approx(result.seconds, abs=1)
+    assert (tiny.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_larger_budget_continues(tmp_path):
+    tiny_run.train(tiny_run.config(tmp_path, budget="6steps"))
+    result = tiny_run.train(tiny_run.config(tmp_path, budget="384tok"))
+    assert (result.finished, result.step) == (True, 12)
+    assert [r["step"] for r in tiny_run.rows(tmp_path / "run", of="train/loss")] == list(range(1, 13))
+
+
+def test_another_configuration_is_refused(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="3steps")
+    tiny_run.train(tiny)
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.001 -> 0\.5.*use another run_dir"):
+        tiny_run.train(tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.5)))
+
+
+def test_a_trainer_can_be_asked_again(tmp_path):
+    trainer = Trainer(tiny_run.config(tmp_path), display=tiny_run.quiet())
+    trainer.train()
+    weights = trainer.learner.model.state_dict()
+    assert trainer.train().finished
+    assert all(torch.equal(v, weights[k]) for k, v in trainer.learner.model.state_dict().items())
+
+
+def batch(tiny, seed=0):
+    x_BT1 = torch.randint(tiny_run.VOCAB, (tiny.batch_size, 9), generator=torch.Generator().manual_seed(seed))
+    return x_BT1[:, :-1], x_BT1[:, 1:]
+
+
+def test_accumulated_gradients_equal_the_large_batch(tmp_path):
+    tiny = tiny_run.config(tmp_path, batch_size=12)
+    gradients = []
+    for size in (12, 4, 1):
+        learner = Learner(tiny_run.changed(tiny, micro_batch_size=size))
+        kept = {}
+        for name, parameter in learner.model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p, n=name, k=kept: k.__setitem__(n, p.grad.clone()))
+        loss, norm = learner.update(*batch(tiny), lr=0.0)
+        gradients.append(kept | {"loss": loss, "norm": norm})
+    for other in gradients[1:]:
+        for name, value in gradients[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
+    learner = Learner(tiny_run.config(tmp_path, optimizer=OptimizerConfig(max_grad_norm=0.01)))
+    scales = []
+    step = learner.optimizer.step
+    monkeypatch.setattr(
+        learner.optimizer, "step", lambda grad_scale: (scales.append(grad_scale), step(grad_scale=grad_scale))
+    )
+    _, norm = learner.update(*batch(learner.config), lr=1e-3)
+    assert norm > 0.01
+    assert scales[0] * norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_only_matrices_decay(tmp_path):
+    learner = Learner(tiny_run.config(tmp_path))
+    decays = {p: g["weight_decay"] for g in learner.optimizer.param_groups for p in g["params"]}
+    assert {p.dim() >= 2 for p in decays} == {True, False}
+    assert all(decay == (0.1 if p.dim() >= 2 else 0.0) for p, decay in decays.items())
+
+
+def test_learning_rate_lands(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="100steps", schedule=ScheduleConfig(warmup_steps=10, min_lr_ratio=0.2))
+    trainer = Trainer(tiny, display=tiny_run.quiet())
+    rates = [trainer._lr(step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == 1e-3
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(("budget", "warmup"), [("10steps", 10), ("320tok", 99)])
+def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget, warmup):
+    tiny = tiny_run.config(tmp_path, budget=budget, schedule=ScheduleConfig(warmup_steps=warmup))
+    with pytest.raises(
+        ValueError, match=f"cannot land: {warmup} warm-up steps, and the budget of {budget} makes 10 steps"
+    ):
+        Trainer(tiny)
+    assert not tiny.run_dir.exists()
+
+
+def test_guards_before_training(tmp_path):
+    tiny = tiny_run.config(tmp_path)
+
+    class Other:
+        fingerprint = "other"
+
+    with pytest.raises(ValueError, match="made by tokenizer t, the one in use is other"):
+        Trainer(tiny, tokenizer=Other())
+    with pytest.raises(ValueError, match="needs a vocabulary of 32, the model's embedding has 31 rows"):
+        Trainer(tiny_run.changed(tiny, model=dataclasses.replace(tiny.model, vocab_size=31)))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        Trainer(tiny_run.changed(tiny, data=DataConfig(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="the budget is 31 tokens, and one step takes 32"):
+        Trainer(tiny_run.changed(tiny, budget="31tok"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no GPU"):
+            Trainer(tiny_run.changed(tiny, device="cuda"))
+    assert not tiny.run_dir.exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        Trainer(tiny_run.config(tmp_path))
+
+
+def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch):
+    trainer = Trainer(
+        tiny_run.config(
+            tmp_path, budget="3s", checkpoint_interval=0, eval_interval=0, log_interval=5, keep_checkpoints=99
+        ),
+        display=tiny_run.quiet(),
+    )
+    result = trainer.train()
+    decisions = trainer.plan.decisions
+    saved = [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")]
+    assert result.finished
+    assert saved == sorted({step for step, _ in decisions} | {result.step})
+    assert decisions[-1][1] == result.step
+    assert 2.5 < result.seconds < 5
+    newest = checkpoint.read_extra(result.checkpoint)["plan"]
+    assert newest["decisions"] == decisions
+    assert tiny_run.rows(tmp_path / "run", of="lr")[-1]["lr"] == pytest.approx(1e-4)
+
+
+def spoil_step(monkeypatch, step):
+    """Make the MLP of layer 0 overflow in one step, whenever that step is made."""
+    trainers = []
+    build = Trainer._restore
+
+    def restore(self):
+        build(self)
+        trainers.append(self)
+        self.learner.model.layers[0].mlp.register_forward_hook(
+            lambda module, inputs, output: output * (torch.inf if self.step + 1 == step else 1.0)
+        )
+
+    monkeypatch.setattr(Trainer, "_restore", restore)
+
+
+@pytest.mark.parametrize("log_interval", [1, 3])
+def test_a_loss_that_is_not_finite_names_its_module(tmp_path, monkeypatch, log_interval):
+    """The host sees it after the update, and in rows of three after further ones: the weights are spoilt by then."""
+    spoil_step(monkeypatch, 7)
+    trainer = Trainer(tiny_run.config(tmp_path, log_interval=log_interval, eval_interval=0), display=tiny_run.quiet())
+    with pytest.raises(NonFiniteError, match=r"step 7: loss nan.*output of layers\.0\.mlp \(SwiGLU\).*step_00000004"):
+        trainer.train()
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
+    bad = tiny_run.rows(tmp_path / "run", of="train/loss")[-1]
+    assert bad["step"] == 7
+    assert math.isnan(bad["train/loss"])
+
+
+def test_divergence_before_the_first_checkpoint(tmp_path):
+    tiny = tiny_run.config(tmp_path, optimizer=OptimizerConfig(lr=1e30), log_interval=2)
+    with pytest.raises(NonFiniteError, match=r"step 2: .* the first that is not finite is the .*checkpoint: none yet"):
+        tiny_run.train(tiny)
+
+
+def test_no_checkpoint_is_made_of_spoilt_weights(tmp_path, monkeypatch):
+    spoil_step(monkeypatch, 8)
+    with pytest.raises(NonFiniteError, match="step 8"):
+        tiny_run.train(tiny_run.config(tmp_path, log_interval=50, eval_interval=0))
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, monkeypatch):
+    whole = tiny_run.config(tmp_path, "whole")
+    tiny_run.train(whole)
+    tiny = tiny_run.config(tmp_path)
+    save = checkpoint.save_file
+
+    def fail(tensors, path):
+        if "step_00000008" in str(path) and path.name == checkpoint.OPTIMIZER:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fail)
+        with pytest.raises(OSError, match=r"No space left on device.*earlier checkpoints are whole"):
+            tiny_run.train(tiny)
+    assert [p.name for p in (tiny.run_dir / "checkpoints").iterdir()] == ["step_00000004"]
+    tiny_run.train(tiny)
+    assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(whole.run_dir)
+
+
+def test_validation_reads_whole_batches_spread_over_the_set(tmp_path):
+    with ShardWriter(tmp_path / "data", vocab_size=tiny_run.VOCAB, tokenizer="t", eot_id=0) as writer:
+        writer.write(np.arange(8 * 10 + 1) % tiny_run.VOCAB)
+    tiny = tiny_run.config(
+        tmp_path, eval_tokens=50, batch_size=2, data=DataConfig(tmp_path / "data", tmp_path / "data")
+    )
+    trainer = Trainer(tiny, display=tiny_run.quiet())
+    read = []
+    windows = trainer.val_data.windows
+    trainer.val_data.windows = lambda index: (read.append(index), windows(index))[1]
+    value = trainer.learner.evaluate(trainer.val_data)
+    assert [index.tolist() for index in read] == [[0, 1], [3, 5], [6, 8]]
+    x_BT1 = windows(np.concatenate(read))
+    assert value == {"val/loss": pytest.approx(trainer.learner.model.loss(x_BT1[:, :-1], x_BT1[:, 1:]).item())}
+    assert trainer.learner.model.training
+
+
+def test_bf16_keeps_fp32_weights(tmp_path):
+    tiny = tiny_run.config(tmp_path, precision="bf16", budget="4steps", checkpoint_interval=2)
+    seen = []
+    trainer = Trainer(tiny, display=tiny_run.quiet())
+    trainer.learner.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(o[0].dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in trainer.learner.model.parameters())
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = {"device": "cuda", "compile": True, "log_interval": 5, "micro_batch_size": 2}
+
+
+@gpu
+def test_gpu_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    tiny_run.train(tiny_run.config(tmp_path, "whole", **GPU))
+    tiny = tiny_run.config(tmp_path, **GPU)
+    update = Trainer._update
+
+    def killed(self):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run.train(tiny)
+    tiny_run.train(tiny)
+    assert tiny_run.rows(tmp_path / "run") == tiny_run.rows(tmp_path / "whole")
+
+
+@gpu
+def test_gpu_steps_do_not_wait_for_the_device(tmp_path, monkeypatch):
+    update = Trainer._update
+
+    def watched(self):
+        if self.step < 3:  # compiling, and the memory of pinned buffers
+            return update(self)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return update(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    assert tiny_run.train(tiny_run.config(tmp_path, **GPU)).finished
