@@ -85,13 +85,13 @@ class Attention(nn.Module):
         mask: boolean, broadcastable to (B, H, S, T), True where a query may attend; combined with causal.
         cache: the tokens before x; x's keys and values are appended to it.
         """
+        if x_BSM.dim() != 3:
+            raise ValueError(f"x must be (batch, tokens, d_model), got shape {tuple(x_BSM.shape)}")
         B, S, _ = x_BSM.shape
-        q_BHSD, k_BHTD, v_BHTD = (
-            proj(x_BSM).view(B, S, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x_BSM).view(B, S, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BHSD, k_BHTD = self.q_norm(q_BHSD), self.k_norm(k_BHTD)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BHSD, k_BHTD, v_BHTD = (t.transpose(1, 2) for t in (q, k, v))
         if self.rope is not None:
             if positions is None and cache is not None:
                 positions = torch.arange(cache.length, cache.length + S, device=x_BSM.device)

@@ -68,3 +68,5 @@ def test_bad_arguments():
         Attention(16, 4, 3)
     with pytest.raises(ValueError, match="rope rotates heads of 8 features, these have 4"):
         Attention(16, 4, rope=RotaryEmbedding(8, 16))
+    with pytest.raises(ValueError, match=r"x must be \(batch, tokens, d_model\), got shape \(7, 16\)"):
+        Attention(16, 4)(torch.zeros(7, 16))

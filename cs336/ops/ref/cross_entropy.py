@@ -9,20 +9,26 @@ def fwd(logits_NV: Tensor, targets_N: Tensor, ignore_index: int, softcap: float 
     z_NV = _capped(logits_NV, softcap)
     lse_N = torch.logsumexp(z_NV, -1)
     kept_N = targets_N != ignore_index
-    picked_N = z_NV.gather(-1, torch.where(kept_N, targets_N, 0)[:, None])[:, 0]
+    picked_N = z_NV.gather(1, torch.where(kept_N, targets_N, 0)[:, None])[:, 0]
     return torch.where(kept_N, lse_N - picked_N, 0.0), lse_N
 
 
 def bwd(
     dloss_N: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, ignore_index: int, softcap: float | None
 ) -> Tensor:
-    z_NV = _capped(logits_NV, softcap)
-    onehot_NV = torch.arange(z_NV.shape[1], device=z_NV.device) == targets_N[:, None]
-    dz_NV = (z_NV - lse_N[:, None]).exp_().add_(onehot_NV, alpha=-1)  # in place: eager would hold six of these
-    dz_NV.mul_(torch.where(targets_N != ignore_index, dloss_N, 0.0)[:, None])
-    if softcap is not None:
-        dz_NV.mul_(1 - (z_NV / softcap).square())
-    return dz_NV.to(logits_NV.dtype)
+    z_NV, lse_N1 = _capped(logits_NV, softcap), lse_N[:, None]
+    kept_N = targets_N != ignore_index
+    index_N1 = torch.where(kept_N, targets_N, 0)[:, None]
+    dloss_N1 = torch.where(kept_N, dloss_N, 0.0)[:, None]
+
+    def through_cap(z: Tensor) -> Tensor:
+        return dloss_N1 if softcap is None else dloss_N1 * (1 - (z / softcap).square())
+
+    # p everywhere, then p - 1 at the targets: no (N, V) one-hot. In place, to hold fewer of these in eager mode.
+    dlogits_NV = (z_NV - lse_N1).exp_().mul_(through_cap(z_NV)).to(logits_NV.dtype)
+    picked_N1 = z_NV.gather(1, index_N1)
+    at_target_N1 = torch.expm1(picked_N1 - lse_N1) * through_cap(picked_N1)
+    return dlogits_NV.scatter_(1, index_N1, at_target_N1.to(logits_NV.dtype))
 
 
 def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
