@@ -3,7 +3,6 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ class SamplingParams:
     max_tokens: int = 128
     seed: int | None = None
     """Same seed, same continuation, whatever else is in the batch. None: torch's global generator."""
-    stop: Sequence[str] | str = ()
+    stop: tuple[str, ...] | str = ()
     """Strings that end the text; they are not part of it."""
 
     def __post_init__(self):

@@ -132,6 +132,17 @@ def from_torch(properties: Any, note: str | None) -> Gpu:
     )
 
 
+def pick(name: str) -> torch.device:
+    """The device of a setting: "auto" is a GPU if there is one. Raises ValueError for one that is not here."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: expected auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
 def driver_version() -> str | None:
     """As nvidia-smi prints it; None where there is no NVIDIA driver."""
     if smi := shutil.which("nvidia-smi"):

@@ -1,0 +1,411 @@
+"""`cs336 VERB`: one thin function a verb.
+
+A verb is made when it is asked for: its imports are inside, so that `cs336 --help` does not wait for torch.
+"""
+
+import inspect
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, Annotated, Any
+
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+from cs336 import __version__
+
+DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
+END_OF_TEXT = "<|endoftext|>"
+ROOT = pathlib.Path(__file__).parents[1]
+
+Path = pathlib.Path
+MaybePath = DisallowNone[Path | None]
+Paths = Annotated[tuple[Path, ...], arg(metavar="[PATH ...]")]
+Run = Callable[..., int | None]
+
+
+class Stopped(Exception):
+    """A signal stopped a run that can be continued."""
+
+
+def quickstart(arguments: list[str]) -> Run:
+    """Text to report in minutes: train a tokenizer and a language model, evaluate, generate.
+
+    Stages whose output is current are skipped; after Ctrl-C the same command continues.
+    """
+    from cs336.quickstart import Interrupted, Quickstart
+    from cs336.quickstart import quickstart as main_job
+
+    def run(settings: Annotated[Quickstart, arg(name="")]) -> None:
+        try:
+            main_job(settings)
+        except Interrupted:
+            raise Stopped from None
+
+    return run
+
+
+def train(arguments: list[str]) -> Run:
+    """Train a model on token shards, or continue the run that is in --run-dir.
+
+    Settings come from --config FILE and from options, which win. `cs336 tokenizer encode --shards` makes the data.
+    """
+    from cs336.quickstart import sampler
+    from cs336.report import write_report
+    from cs336.tokenizer import Tokenizer
+    from cs336.training import TrainConfig, Trainer
+
+    file = _option(arguments, "--config")
+    default: Any = tyro.MISSING_NONPROP if file is None else TrainConfig.from_toml(file)
+
+    def run(
+        settings: Annotated[TrainConfig, arg(name="")] = default,
+        config: MaybePath = None,
+        tokenizer: MaybePath = None,
+        prompt: tuple[str, ...] = ("",),
+        print_config: bool = False,
+    ) -> None:
+        """
+        Args:
+            config: TOML file of settings, as --print-config writes it.
+            tokenizer: tokenizer.json of the data: the run then writes samples, and exports it with the model. Kept in
+                the run directory.
+            prompt: what samples begin with; an empty one begins a document.
+            print_config: print the settings as TOML, and do nothing else.
+        """
+        if print_config:
+            print(settings.to_toml(), end="")
+            return
+        kept = settings.run_dir / "tokenizer.json"
+        loaded = Tokenizer.load(tokenizer or kept) if tokenizer or kept.exists() else None
+        trainer = Trainer(
+            settings, tokenizer=loaded, sample=None if loaded is None else sampler(loaded, prompt, settings.seed)
+        )
+        if tokenizer is not None and tokenizer.resolve() != kept.resolve():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tokenizer, kept)
+        finished = trainer.train().finished
+        print(f"report: {write_report(settings.run_dir)}")
+        if not finished:
+            raise Stopped
+
+    return run
+
+
+def generate(arguments: list[str]) -> Run:
+    """Continue a prompt with a trained model, as it is written."""
+    from cs336.inference import SamplingParams, stream
+    from cs336.inference.load import find_model, find_tokenizer, load_model
+    from cs336.tokenizer import Tokenizer
+
+    def run(
+        model: Positional[Path],
+        prompt: str = "",
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            prompt: text to continue; - reads it from standard input, an empty one begins a document.
+            tokenizer: tokenizer.json, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+        """
+        found = find_model(model)
+        loaded = Tokenizer.load(tokenizer or find_tokenizer(found))
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        network = load_model(found, device)
+        write = _visibly if sys.stdout.isatty() else sys.stdout.write
+        write(prompt)
+        for piece in stream(network, loaded, prompt, sampling):
+            write(piece)
+            sys.stdout.flush()
+        write("\n")
+
+    return run
+
+
+def report(arguments: list[str]) -> Run:
+    """Write a run directory's report.html."""
+    from cs336.report import write_report
+
+    def run(run_dir: Positional[Path]) -> None:
+        """
+        Args:
+            run_dir: of a training run, finished or not.
+        """
+        print(write_report(run_dir))
+
+    return run
+
+
+def env(arguments: list[str]) -> Run:
+    """What is installed, what is compiled, and what is missing."""
+    from cs336.env import print_env
+
+    def run() -> None:
+        print_env()
+
+    return run
+
+
+def bench(arguments: list[str]) -> Run:
+    """Time the kernels and training beside their peers: `cs336 bench ops`, `cs336 bench train`."""
+    if not (ROOT / "benchmarks" / "run.py").exists():
+        raise FileNotFoundError(
+            "the benchmarks are in the repository, not in an installed package: run this in a clone"
+        )
+
+    def run() -> int:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "benchmarks.run", *arguments]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+
+    return run
+
+
+# ---- tokenizer ----
+
+
+def tokenizer_train(
+    inputs: Positional[Paths],
+    output: Path = Path("tokenizer.json"),  # noqa: B008 (immutable)
+    vocab_size: int = 4096,
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,),
+    pattern: str = "gpt2",
+    num_threads: DisallowNone[int | None] = None,
+) -> None:
+    """Train byte-pair encoding on text, JSON lines, parquet, or directories of them.
+
+    Args:
+        inputs: files or directories; standard input if there are none.
+        output: where the tokenizer goes.
+        vocab_size: tokens, the 256 bytes and the special ones included.
+        special_tokens: texts that stand for one id.
+        pattern: how text is split first: gpt2, cl100k, o200k or a regular expression.
+        num_threads: as many as there are, if not given.
+    """
+    from cs336.tokenizer import Tokenizer
+
+    trained = Tokenizer.train(
+        _texts(inputs), vocab_size, special_tokens, pattern, num_threads, progress=sys.stderr.isatty()
+    )
+    trained.save(output)
+    print(f"{output}: {trained.vocab_size} tokens, fingerprint {trained.fingerprint[:16]}")
+
+
+def tokenizer_encode(
+    tokenizer: Positional[Path],
+    inputs: Positional[Paths] = (),
+    shards: MaybePath = None,
+    val_fraction: float = 0.02,
+    ordinary: bool = False,
+) -> None:
+    """Text to token ids: as numbers on standard output, or as token shards to train on.
+
+    Args:
+        tokenizer: tokenizer.json.
+        inputs: files or directories; standard input if there are none.
+        shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
+        val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself.
+        ordinary: numbers alone: read special tokens in the text as ordinary text, not as their ids.
+    """
+    from cs336.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    if shards is not None:
+        from cs336.data import read_documents, tokenize_corpus, tokenize_documents
+
+        if not inputs:
+            raise ValueError("--shards needs files or directories to read")
+        documents = read_documents(inputs)
+        if val_fraction > 0:
+            train, val = tokenize_corpus(documents, loaded, shards, val_fraction=val_fraction, progress=True)
+            written = {shards / "train": train, shards / "val": val}
+        else:
+            written = {shards: tokenize_documents(documents, loaded, shards, progress=True)}
+        for place, meta in written.items():
+            print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
+        return
+    for i, token_id in enumerate(loaded.encode_iterable(_blocks(inputs), () if ordinary else "all", ())):
+        sys.stdout.write(f"{token_id}\n" if i % 16 == 15 else f"{token_id} ")
+    sys.stdout.write("\n")
+
+
+def tokenizer_decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()) -> None:
+    """Token ids to the bytes they stand for, on standard output.
+
+    Args:
+        tokenizer: tokenizer.json.
+        inputs: files of numbers, or .bin token shards; standard input if there are none.
+    """
+    from cs336.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    for ids in _ids(inputs):
+        sys.stdout.buffer.write(loaded.decode_bytes(ids))
+
+
+def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
+    """What a tokenizer is made of, or how it splits a text.
+
+    Args:
+        tokenizer: tokenizer.json.
+        text: show the tokens of this text instead.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer.statistics import statistics
+
+    loaded = Tokenizer.load(tokenizer)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    if text is None:
+        for key, value in statistics(loaded).items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{length}: {count}" for length, count in value.items())
+            table.add_row(key.replace("_", " "), repr(value)[1:-1] if isinstance(value, list) else str(value))
+    else:
+        ids = loaded.encode(text, allowed_special="all")
+        for token_id in ids:
+            table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
+        table.add_row(f"{len(ids)} tokens", f"{len(text.encode())} bytes")
+    Console(highlight=False, markup=False).print(table)
+
+
+def _texts(inputs: tuple[Path, ...]) -> Any:
+    """What Tokenizer.train reads: .txt files as they are, without torch; anything else as documents."""
+    if all(path.suffix == ".txt" for path in inputs):
+        return list(inputs) or [Path("/dev/stdin")]
+    from cs336.data import read_documents
+
+    return read_documents(inputs)
+
+
+def _open(inputs: tuple[Path, ...]) -> Iterator[IO[bytes]]:
+    for path in inputs:
+        with open(path, "rb") as file:
+            yield file
+    if not inputs:
+        yield sys.stdin.buffer
+
+
+def _blocks(inputs: tuple[Path, ...]) -> Iterator[bytes]:
+    for file in _open(inputs):
+        while block := file.read(1 << 16):
+            yield block
+
+
+def _ids(inputs: tuple[Path, ...]) -> Iterator[list[int]]:
+    if any(path.suffix == ".bin" for path in inputs):
+        from cs336.data.shards import open_tokens
+
+        for shard in open_tokens(inputs)[0]:
+            yield from (shard[i : i + (1 << 16)].tolist() for i in range(0, len(shard), 1 << 16))
+        return
+    for file in _open(inputs):
+        for number, line in enumerate(file, 1):
+            try:
+                yield [int(word) for word in line.split()]
+            except ValueError as error:
+                raise ValueError(f"line {number} of the token ids: expected numbers between spaces ({error})") from None
+
+
+# ---- the program ----
+
+VERBS: dict[str, Callable[[list[str]], Run]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "generate": generate,
+    "report": report,
+    "env": env,
+    "bench": bench,
+}
+TOKENIZER_VERBS: dict[str, Run] = {
+    "train": tokenizer_train,
+    "encode": tokenizer_encode,
+    "decode": tokenizer_decode,
+    "inspect": tokenizer_inspect,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb. The exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except (Stopped, KeyboardInterrupt) as stop:
+        if isinstance(stop, KeyboardInterrupt):
+            print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `cs336 ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("CS336_DEBUG") == "1":
+            raise
+        print(f"cs336: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb == "--version":
+        print(f"cs336 {__version__}")
+        return 0
+    if verb == "bench":
+        return bench(rest)() or 0
+    app = tyro.extras.SubcommandApp()
+    for name, make in VERBS.items():
+        app.command(name=name)(_described(make, rest) if name == verb else _named(make))
+    nested = tyro.extras.SubcommandApp()
+    for name, run in TOKENIZER_VERBS.items():
+        nested.command(name=name)(run)
+    app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    return (
+        app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
+    )
+
+
+def _named(make: Callable) -> Run:
+    """In the list of verbs: the first line of its description."""
+
+    def run() -> None:
+        raise AssertionError(f"{make.__name__} was not made")
+
+    run.__doc__ = (make.__doc__ or "").partition("\n")[0]
+    return run
+
+
+def _described(make: Callable[[list[str]], Run], rest: list[str]) -> Run:
+    """The verb itself: its description, then that of its arguments."""
+    run = make(rest)
+    run.__doc__ = inspect.cleandoc(make.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
+    return run
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option that decides what the others are."""
+    for i, word in enumerate(arguments):
+        if word == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
+
+
+def _visibly(text: str) -> None:
+    """Write to a terminal what a model made up: without control characters, which terminals obey."""
+    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
