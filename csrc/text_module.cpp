@@ -177,8 +177,9 @@ py::bytes decode(const Encoder& encoder, const py::object& object) {
 // Text that comes in chunks.
 class StreamEncoder {
  public:
-  StreamEncoder(std::shared_ptr<Encoder> encoder, Policy policy)
-      : encoder_(std::move(encoder)), policy_(std::move(policy)) {}
+  // `least`: bytes of text that are worth a call to the encoder.
+  StreamEncoder(std::shared_ptr<Encoder> encoder, Policy policy, size_t least)
+      : encoder_(std::move(encoder)), policy_(std::move(policy)), least_(least), wanted_(least) {}
 
   // The ids that are certain by now; with `last` all that are left.
   py::list feed(py::handle chunk, bool last) {
@@ -193,8 +194,6 @@ class StreamEncoder {
   }
 
  private:
-  static constexpr size_t kLeast = 64 << 10;
-
   void encode_pending(bool last, Ids& ids) {
     policy_.check(encoder_->specials(), pending_);
     std::vector<Segment> segments;
@@ -203,13 +202,13 @@ class StreamEncoder {
     encoder_->encode_segments(pending_, segments.data(), segments.size(), ids);
     pending_.erase(0, done);
     wanted_ =
-        std::max(kLeast, 2 * pending_.size());  // what is left was looked at in vain: next time with twice as much
+        std::max(least_, 2 * pending_.size());  // what is left was looked at in vain: next time with twice as much
   }
 
   std::shared_ptr<Encoder> encoder_;
   Policy policy_;
   std::string pending_;
-  size_t wanted_ = kLeast;
+  size_t least_, wanted_;
 };
 
 std::shared_ptr<Encoder> make_encoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
@@ -277,7 +276,8 @@ PYBIND11_MODULE(_text, m) {
           py::arg("piece"), py::arg("below"));
 
   py::class_<StreamEncoder>(m, "StreamEncoder")
-      .def(py::init<std::shared_ptr<Encoder>, Policy>(), py::arg("encoder"), py::arg("policy"))
+      .def(py::init<std::shared_ptr<Encoder>, Policy, size_t>(), py::arg("encoder"), py::arg("policy"),
+           py::arg("least"))
       .def("feed", &StreamEncoder::feed, py::arg("chunk"), py::arg("last"));
 
   py::class_<WordCounter>(m, "WordCounter")

@@ -17,6 +17,7 @@ from cs336.tokenizer.training import Source, train
 
 Specials = Literal["all"] | Iterable[str]
 MAX_ID = (1 << 24) - 1
+STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 
 
 class Tokenizer:
@@ -192,7 +193,7 @@ class Tokenizer:
         Lazy. Holds some 64 KB of text, or a few times its longest piece if that is more; with a pattern that is a
         regular expression, all of the text between two special tokens.
         """
-        stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special))
+        stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special), STREAM_STEP)
         held = ""  # the first half of a surrogate pair
         for chunk in chunks:
             if isinstance(chunk, str):

@@ -92,11 +92,38 @@ def test_broken_utf8_is_one_character_a_byte(pattern, parts):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_code_point(pattern):
-    for first in range(0, 0x110000, 0x4000):
-        chars = [chr(i) for i in range(first, first + 0x4000) if AGREED[i] and not 0xD800 <= i < 0xE000]
-        data = "".join(f"{c}a {c}1{c}{c}Z{c} " for c in chars).encode()
-        assert pieces(pattern, data) == expected(pattern, data), hex(first)
+def test_both_ends_of_every_run_of_code_points(pattern):
+    edges = [i for i in range(1, 0x110000) if OURS[i] != OURS[i - 1]]
+    points = sorted({*range(0x300), *edges, *(i - 1 for i in edges), 0x10FFFF} - {*range(0xD800, 0xE000)})
+    for c in (chr(i) for i in points if AGREED[i]):
+        data = f"{c}a {c}1{c}{c}Z{c} ".encode()
+        assert pieces(pattern, data) == expected(pattern, data), ascii(c)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_no_piece_goes_across_a_stable_prefix(pattern, text):
+    data = text.encode()
+    whole = pieces(pattern, data)
+    for seen in range(len(data) + 1):
+        stable = _text.stable_prefix(pattern, data[:seen])
+        assert stable <= seen
+        assert pieces(pattern, data[:stable]) + pieces(pattern, data[stable:]) == whole, (seen, stable)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_stable_prefix_is_found(pattern):
+    for text in (
+        "a b c",
+        "aa\nb",
+        "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u518d\u89c1" * 5,
+        "12,34,56789",
+        "x=1;" * 2000,
+    ):
+        assert _text.stable_prefix(pattern, text) > len(text.encode()) // 4
+    for text in ("", "a", " " * 10_000, "a" * 10_000):
+        assert _text.stable_prefix(pattern, text) == 0
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

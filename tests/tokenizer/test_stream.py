@@ -1,0 +1,106 @@
+"""Text in chunks encodes as the whole; ids decode to text without half a character."""
+
+import itertools
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cs336 import _text
+from cs336.tokenizer import PATTERNS, Tokenizer
+
+PARTS = [
+    "<|end|>",
+    "<|end|><|of|>",
+    "<|endoftext|>",
+    "<|",
+    "|>",
+    "I'm",
+    "'ll",
+    "  ",
+    "\n",
+    " x",
+    "don",
+    "1234",
+    "\u4e2d\u6587",
+]
+TEXTS = st.one_of(
+    st.lists(st.sampled_from([*PARTS, "\U0001f600", "\u3000", "!\n/"]), max_size=20).map("".join),
+    st.text(st.characters(codec="utf-8"), max_size=30),
+)
+
+
+@pytest.fixture(scope="module", params=[*PATTERNS, r"\w+|\W+"])
+def stream_tokenizer(request, text):
+    specials = ["<|endoftext|>", "<|end|>", "<|end|><|of|>", "n <|"]
+    return Tokenizer.train([text], 600, specials, pattern=request.param)
+
+
+def ids_of_chunks(tokenizer, chunks, least):
+    stream = _text.StreamEncoder(tokenizer._core, tokenizer._get_policy("all", "all"), least)
+    return [i for chunk in chunks for i in stream.feed(chunk, False)] + stream.feed("", True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=8))
+@example(text="a  <|end|><|of|> I'm  \n x", cuts=[])
+def test_any_chunking_gives_the_same(stream_tokenizer, text, cuts):
+    expected = stream_tokenizer.encode(text, allowed_special="all")
+    assert list(stream_tokenizer.encode_iterable(text)) == expected  # one character at a time
+    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
+    assert list(stream_tokenizer.encode_iterable(chunks)) == expected
+    assert ids_of_chunks(stream_tokenizer, text, 1) == expected  # encodes what it can after every character
+    data = text.encode()
+    one_byte_each = (data[i : i + 1] for i in range(len(data)))
+    assert ids_of_chunks(stream_tokenizer, one_byte_each, 1) == expected
+
+
+def test_long_texts_in_small_chunks(tokenizer, text):
+    long = (text + "<|end|>") * 3
+    expected = tokenizer.encode(long, allowed_special="all")
+    for size in (10, 1000, 65_537):
+        chunks = (long[i : i + size] for i in range(0, len(long), size))
+        assert list(tokenizer.encode_iterable(chunks)) == expected
+
+
+def test_lazy(tokenizer):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "some words " * 100
+
+    first = list(itertools.islice(tokenizer.encode_iterable(endless()), 1000))
+    assert first == tokenizer.encode("some words " * 1000)[:1000]
+    assert taken < 200
+
+
+def test_a_special_token_cut_in_two_still_raises(tokenizer):
+    with pytest.raises(ValueError, match="not allowed here"):
+        list(tokenizer.encode_iterable(["<|endof", "text|>"], allowed_special=()))
+    stream = _text.StreamEncoder(tokenizer._core, tokenizer._get_policy((), "all"), 1)
+    for char in "some text, and some more text <|end|":
+        stream.feed(char, False)
+    with pytest.raises(ValueError, match="not allowed here"):
+        stream.feed(">", True)
+    assert list(tokenizer.encode_iterable("<|endoftext|>", (), ())) == tokenizer.encode_ordinary("<|endoftext|>")
+
+
+def test_a_long_piece_in_small_chunks_is_not_quadratic(tokenizer):
+    chunks = itertools.repeat("x", 300_000)
+    assert tokenizer.decode(list(tokenizer.encode_iterable(chunks))) == "x" * 300_000
+
+
+def test_decode_stream_gives_whole_characters(tokenizer):
+    text = "a\u00e9\u4e2d\U0001f600!"
+    parts = list(tokenizer.decode_stream(text.encode()))
+    assert parts == list(text)
+    assert list(tokenizer.decode_stream(b"\xe4\xb8")) == ["\ufffd"]
+    assert list(tokenizer.decode_stream(b"\xe4a")) == ["\ufffda"]
+    stream = tokenizer.decode_stream(iter([97, 5000]))
+    assert next(stream) == "a"
+    with pytest.raises(ValueError, match="id 5000"):
+        next(stream)

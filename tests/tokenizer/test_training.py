@@ -1,0 +1,177 @@
+"""Training against an independent, naive trainer: a full recount before every merge."""
+
+import collections
+import itertools
+import warnings
+
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cs336 import _text
+from cs336.tokenizer import PATTERNS, Tokenizer, training
+
+
+def split_at_specials(text, specials):
+    if not specials:
+        return [text]
+    longest_first = sorted(specials, key=len, reverse=True)
+    return regex.split("|".join(regex.escape(special) for special in longest_first), text)
+
+
+def naive_merges(documents, num_merges, specials=(), pattern="gpt2"):
+    words = collections.Counter()
+    for document in documents:
+        for part in split_at_specials(document, specials):
+            for piece in regex.findall(PATTERNS[pattern], part):
+                words[tuple(bytes([byte]) for byte in piece.encode())] += 1
+    merges = []
+    while len(merges) < num_merges:
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        merged = collections.Counter()
+        for word, count in words.items():
+            tokens, i = [], 0
+            while i < len(word):
+                size = 2 if word[i : i + 2] == best else 1
+                tokens.append(b"".join(word[i : i + size]))
+                i += size
+            merged[tuple(tokens)] += count
+        words = merged
+    return merges
+
+
+def train(documents, vocab_size, specials=(), **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return Tokenizer.train(documents, vocab_size, specials, **options)
+
+
+DOCUMENTS = st.lists(
+    st.one_of(
+        st.text("ab", max_size=30),
+        st.text("aab  \n", max_size=30),
+        st.text("abcAB1'st .\u00e9\u4e2d\U0001f600|<>", max_size=30),
+        st.text(
+            st.characters(codec="utf-8", categories=["Ll", "Lu", "Nd", "Zs", "Po"], max_codepoint=0x250), max_size=20
+        ),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(documents=DOCUMENTS, num_merges=st.integers(0, 30), threads=st.sampled_from([1, 2, 7]))
+@example(documents=["aaaaaaaaaaaaa"], num_merges=6, threads=1)
+@example(documents=["abababab ababa baba", "aab abb aab"], num_merges=20, threads=2)
+def test_equal_to_naive(documents, num_merges, threads):
+    tokenizer = train(documents, 256 + num_merges, num_threads=threads)
+    assert tokenizer.merges == naive_merges(documents, num_merges)
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=DOCUMENTS, specials=st.lists(st.sampled_from(["<|", "<||>", "ab", "a", "|>b", " "]), unique=True))
+@example(documents=["<||>ab<|ab<||>"], specials=["<|", "<||>"])
+def test_specials_split_first_and_are_not_counted(documents, specials):
+    tokenizer = train(documents, 270 + len(specials), specials)
+    merges = naive_merges(documents, 14, specials)
+    assert tokenizer.merges == merges
+    first = 256 + len(merges)
+    assert tokenizer.special_tokens == {special: first + i for i, special in enumerate(specials)}
+    assert [tokenizer.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns(pattern, text):
+    sample = text[:3000] + text[-9000:-7000]
+    assert Tokenizer.train([sample], 300, pattern=pattern).merges == naive_merges([sample], 44, pattern=pattern)
+    as_expression = Tokenizer.train([sample], 300, pattern=f"(?:{PATTERNS[pattern]})")
+    assert as_expression.merges == Tokenizer.train([sample], 300, pattern=pattern).merges
+
+
+def test_any_number_of_threads_gives_the_same(text):
+    documents = [text[i : i + 5000] for i in range(0, len(text), 5000)] * 3 + [text * 12]  # the last is cut into parts
+    first, *others = (Tokenizer.train(documents, 1000, ["def", "\n\n"], num_threads=n).fingerprint for n in (1, 2, 7))
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 5000])
+def test_files_are_streams(block, text, tmp_path, monkeypatch):
+    """However a file is read, it trains as the text it holds; the second file does not continue the first."""
+    sample = ("<|end|>" + text[-12_000:] + text[:4000] + "<|end|><|of|>" + "\u4e2d" * 100 + "a b " * 50)[
+        : 400 * block + 8000
+    ]
+    specials = ["<|end|>", "<|end|><|of|>"]
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_bytes(sample.encode())
+    monkeypatch.setattr(training, "BLOCK", block)
+    assert train(paths, 600, specials) == train([sample, sample], 600, specials)
+    assert train(str(paths[0]), 600, specials) == train([sample], 600, specials)
+
+
+def test_merges_never_cross_documents():
+    assert train(["ab", "ab", "b", "a"], 300).merges == [(b"a", b"b")]
+    assert train(["ab", b"ab"], 300).merges == [(b"a", b"b")]
+
+
+def test_stops_when_no_pair_is_left():
+    with pytest.warns(UserWarning, match="after 2 merges: the vocabulary has 259 tokens, not 500"):
+        tokenizer = Tokenizer.train(["abc"], 500, ["<|x|>"])
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.special_tokens == {"<|x|>": 258}
+    with pytest.warns(UserWarning, match="after 0 merges"):
+        assert Tokenizer.train([], 257).vocab_size == 256
+
+
+def test_invalid_utf8_is_kept(tmp_path):
+    path = tmp_path / "broken.bin"
+    path.write_bytes(b"\xff\xfe\xff\xfe \xff\xfe")
+    assert train(path, 257).merges == [(b"\xff", b"\xfe")]
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256, 257])
+def test_vocab_size_too_small(size):
+    with pytest.raises(ValueError, match=f"vocab_size {size} is too small: 256 bytes and 2 special tokens need 258"):
+        Tokenizer.train(["text"], size, ["<|a|>", "<|b|>"])
+
+
+def test_bad_sources(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    with pytest.raises(ValueError, match=r"is the name of a file: give pathlib\.Path"):
+        Tokenizer.train([str(path)], 300)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.train("no such file", 300)
+    with pytest.raises(ValueError, match="source is bytes"):
+        Tokenizer.train(b"text", 300)
+    with pytest.raises(TypeError, match="a document must be str or bytes, got int"):
+        Tokenizer.train([1], 300)
+    with pytest.raises(ZeroDivisionError):
+        Tokenizer.train((str(1 // i) for i in (1, 0)), 300)
+
+
+@pytest.mark.parametrize("specials", [["<|a|>", "<|a|>"], [""], [b"x"], "abc", ["\ud800"]])
+def test_bad_specials(specials):
+    with pytest.raises(ValueError, match="special"):
+        Tokenizer.train(["text"], 300, specials)
+
+
+def test_progress_and_interrupt(capsys):
+    Tokenizer.train(["some text here"], 260, progress=True)
+    assert "4 merges" in capsys.readouterr().out
+    counter = _text.WordCounter("gpt2", [], 1)
+    counter.add_documents(["some text"])
+
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        counter.train(5, interrupt)
