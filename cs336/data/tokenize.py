@@ -19,11 +19,14 @@ BATCH_CHARS = 8 << 20  # enough work for every thread, little enough memory
 class Encoder(Protocol):
     """What is needed of a tokenizer: cs336.tokenizer.Tokenizer has it."""
 
-    vocab_size: int
-    fingerprint: str
-    special_tokens: dict[str, int]
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
 
-    def encode_batch_numpy(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch_numpy(self, texts: list[str], *, disallowed_special: tuple) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, and (len(texts) + 1,) offsets of each text in them."""
 
 
@@ -96,7 +99,7 @@ def _writer(directory: str | os.PathLike, tokenizer: Encoder, eot_token: str, sh
 def _write(writer: ShardWriter, tokenizer: Encoder, texts: list[str]) -> None:
     if not texts:
         return
-    ids, offsets = tokenizer.encode_batch_numpy(texts)
+    ids, offsets = tokenizer.encode_batch_numpy(texts, disallowed_special=())  # in a document it is text
     ids = np.insert(ids, offsets[1:], writer.meta.eot_id)
     writer.write(ids, documents=len(texts), text_bytes=sum(len(t.encode()) for t in texts))
 

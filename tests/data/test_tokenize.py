@@ -3,6 +3,7 @@ import pytest
 
 from cs336.data import in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
 from cs336.data.shards import open_tokens
+from cs336.tokenizer import Tokenizer
 
 
 class Bytes:
@@ -12,7 +13,7 @@ class Bytes:
     fingerprint = "bytes"
     special_tokens = {"<|endoftext|>": 256}  # noqa: RUF012
 
-    def encode_batch_numpy(self, texts):
+    def encode_batch_numpy(self, texts, disallowed_special):
         data = [t.encode() for t in texts]
         return np.frombuffer(b"".join(data), np.uint8).astype(np.uint16), np.cumsum([0, *map(len, data)])
 
@@ -68,3 +69,14 @@ def test_empty_corpora_are_refused(tmp_path):
 def test_tokenizer_without_end_of_text(tmp_path):
     with pytest.raises(ValueError, match=r"no special token '<\|end\|>' \(it has: <\|endoftext\|>\)"):
         tokenize_documents(["a"], Bytes(), tmp_path, eot_token="<|end|>")
+
+
+def test_with_our_tokenizer(tmp_path):
+    documents = ["the cat and the hat " * 20, "a document that says <|endoftext|> in it", "naïve 😀"]
+    tokenizer = Tokenizer.train(documents, 290, special_tokens=["<|endoftext|>"])
+    meta = tokenize_documents(documents, tokenizer, tmp_path)
+    ids = np.concatenate(open_tokens(tmp_path)[0])
+    assert (meta.tokenizer, meta.vocab_size) == (tokenizer.fingerprint, tokenizer.vocab_size)
+    ends = np.flatnonzero(ids == meta.eot_id)
+    assert len(ends) == len(documents)
+    assert [tokenizer.decode(part[part != meta.eot_id]) for part in np.split(ids, ends)[:-1]] == documents
