@@ -14,6 +14,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
+PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -43,7 +44,7 @@ def table(name: str, results: Results) -> str:
     runs = [machine[name] for machine in results.values() if name in machine]
     if not runs:
         return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
-    body = train if name == "train" else op
+    body = {"train": train, "adamw": optimizer}.get(name, op)
     return "\n".join("\n".join([*body(run["rows"]), "", where(run["header"])]) + "\n" for run in runs)
 
 
@@ -86,6 +87,22 @@ def op(rows: list[Row]) -> Iterator[str]:
             yield f"| {width} | " + " | ".join(cells) + " |"
         yield ""
     yield f"Two numbers: x of {SIZES[0]} MB / {SIZES[1]} MB. {losses(timed)}"
+    yield from host(c for c in cases if "cs336" in c)
+
+
+def optimizer(rows: list[Row]) -> Iterator[str]:
+    """A row for each list of parameters: percent of the roof and how many times longer each peer takes."""
+    cases = [{row["variant"]: row for row in group} for _, group in itertools.groupby(rows, case)]
+    timed = [c for c in cases if "seconds" in c.get("native", {})]
+    present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
+    yield "One step, native: its share of the copy roof, and how many times as fast as each peer"
+    yield ""
+    yield "| parameters | % of roof | " + " | ".join(PEERS[p] for p in present) + " |"
+    yield "| --- | ---: " + "| ---: " * len(present) + "|"
+    for c in timed:
+        native = c["native"]
+        cells = [both([native.get("percent_of_roof")]), *(both([ratio(c, p)], ".2f") for p in present)]
+        yield f"| {native['shape'][0] / 1e6:.0f} M {native['dtype']} | " + " | ".join(cells) + " |"
     yield from host(c for c in cases if "cs336" in c)
 
 

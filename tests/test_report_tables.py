@@ -100,3 +100,16 @@ def test_absent_results_are_said():
 def test_missing_markers_are_an_error(text):
     with pytest.raises(ValueError, match=r"<!-- /table -->"):
         report.render(text, {})
+
+
+def test_the_optimizer_has_a_row_for_each_list_of_parameters():
+    rows = [
+        {**row("step", "native", [124_000_000], 1e-3, percent_of_roof=91.0), "dtype": "float32"},
+        {**row("step", "fused", [124_000_000], 1.2e-3), "dtype": "float32"},
+        {**row("host step", "cs336", [148], 2e-4), "dtype": "float32"},
+        {**row("host step", "eager", [148], 3e-4), "dtype": "float32"},
+    ]
+    text = report.render(TEXT.replace("norm", "adamw"), {"h200": {"adamw": {"header": HEADER, "rows": rows}}})
+    assert "| parameters | % of roof | torch fused |" in text
+    assert "| 124 M float32 | 91.0 | 1.20 |" in text
+    assert "step 200.0 us (torch 300.0)" in text
