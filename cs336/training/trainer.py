@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import cs336
+from cs336 import __version__
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import Transformer, save_pretrained
 from cs336.optim import cosine_schedule
@@ -77,6 +77,7 @@ class Trainer:
     val: dict[str, float]
     """The last validation."""
     _restored: pathlib.Path | None  # the checkpoint this continues
+    _started: float  # on the clock; 0 before `train`
     _pending: list[tuple[Tensor, Tensor]]  # loss and gradient norm of the steps the host has not waited for
     _losses: list[float]  # of the steps since the last row
     _row_steps: int
@@ -122,7 +123,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.run_dir))
-            if self._newest() != self._restored:  # another process, or an earlier call, went on since
+            if self._started or self._newest() != self._restored:  # an earlier call, or another process, went on
                 del self.learner
                 self._restore()
             self._write_setup()
@@ -152,6 +153,8 @@ class Trainer:
     def _lr(self, step: int) -> float:
         """Of a step counted from 1, so that the first is above zero and the last is the lowest."""
         top, total = self.config.optimizer.lr, self.plan.total_steps
+        if total is None and self._restored:  # a longer time budget: as it was, until it is planned
+            return self.learner.optimizer.param_groups[0]["lr"]
         if total is None:
             return top * min(1.0, step / (self.config.schedule.warmup_steps or UNPLANNED_WARMUP))
         low = top * self.config.schedule.min_lr_ratio
@@ -171,7 +174,8 @@ class Trainer:
         if self.plan.measuring or self._finished or self.step % self.config.log_interval == 0:
             self._settle()
             planned = self.plan.observe(self.step, self.seconds)
-            self._check_schedule()
+            if planned:
+                self._check_schedule()
             self._log()
         if self.val_data is not None and self._due(self.config.eval_interval, EVALS):
             self._validate(self.val_data)
@@ -343,7 +347,7 @@ class Trainer:
             "train_tokens": self.train_data.num_tokens,
             "precision": str(self.learner.dtype).removeprefix("torch."),
             "compiled": self.learner.compiled,
-            "cs336": cs336.__version__,
+            "cs336": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
