@@ -270,7 +270,7 @@ PYBIND11_MODULE(_text, m) {
           [](const Encoder& encoder, const py::bytes& piece, uint32_t below) {
             const std::string_view view = piece;
             std::vector<uint32_t> ids(view.size());
-            ids.resize(encoder.merge_piece(view, below, ids.data()));
+            ids.resize(encoder.has_bytes(view) ? encoder.merge_piece(view, below, ids.data()) : 0);
             return ids;
           },
           py::arg("piece"), py::arg("below"));

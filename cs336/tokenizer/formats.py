@@ -1,19 +1,25 @@
 """Files of tokenizers: tokenizer.json, GPT-2's vocab.json and merges.txt, tiktoken's ranks.
 
 A tokenizer.json is what Hugging Face's tokenizers reads, with one section more, model.cs336:
-    {"format": 1, "pattern": a name or an expression, "merges": "listed" or "ranks", "fingerprint": sha256}
+    format          1
+    pattern         a name or an expression
+    merges          "listed", or "ranks" if ids are ranks; the merges are then there for other readers alone
+    special_tokens  those of added_tokens, in our order
+    fingerprint     checked on loading
 Token bytes are spelled in GPT-2's alphabet, one printable character a byte, so that they are readable and lossless.
 """
 
 import base64
 import binascii
+import contextlib
 import json
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs336.tokenizer.patterns import PATTERNS
+from cs336.utils.files import replacing
 
 FORMAT = 1
 
@@ -95,25 +101,8 @@ def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, 
             "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
-    _replace(Path(path), json.dumps(document, ensure_ascii=False, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(path) as file:
+        json.dump(document, file, ensure_ascii=False, indent=1)
 
 
 def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
@@ -124,9 +113,9 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
         section = model["cs336"]
     except (KeyError, TypeError):
         raise ValueError(f"{path} was not written by Tokenizer.save: it has no section model.cs336") from None
-    with _reading(path):
+    with reading(path):
         if section["format"] != FORMAT:
-            raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads {FORMAT}")
+            raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads format {FORMAT}")
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
         specials = {text: added[text] for text in section["special_tokens"]}
         vocab = {i: text.encode() for text, i in specials.items()}
@@ -147,7 +136,7 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
 def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, special_tokens: list[str] | None) -> Parts:
     """GPT-2's files. None for the special tokens: <|endoftext|> if the vocabulary has it."""
     ids = _load_json(vocab_json)
-    with _reading(vocab_json):
+    with reading(vocab_json):
         if not isinstance(ids, dict):
             raise ValueError("it is not an object of tokens and ids")
         if special_tokens is None:
@@ -158,7 +147,7 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
                 raise ValueError(f"id {i} is given to two tokens")
             vocab[i] = token.encode() if token in special_tokens else unspell(token)
     merges = []
-    with _reading(merges_txt):
+    with reading(merges_txt):
         for number, line in enumerate(Path(merges_txt).read_text(encoding="utf-8").split("\n"), 1):
             if not line or (number == 1 and line.startswith("#version")):
                 continue
@@ -173,7 +162,7 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
 def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
     """tiktoken's ranks: a line is the base64 of a token, a space, and its rank."""
     vocab: dict[int, bytes] = {}
-    with _reading(path):
+    with reading(path):
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             if not line:
                 continue
@@ -190,21 +179,16 @@ def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
 
 
 def _load_json(path: str | os.PathLike) -> Any:
-    with _reading(path):
+    with reading(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-class _reading:
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
     """Turns what a broken file makes Python raise into a ValueError that names the file."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, KeyError):
-            raise ValueError(f"{self.path} is not what it should be: it lacks {error}") from None
-        if isinstance(error, (ValueError, TypeError, AttributeError, RecursionError)):
-            raise ValueError(f"{self.path} is not what it should be: {error}") from None
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} is not a file of this kind: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of this kind, or it is damaged: {error}") from None

@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import regex
 
+# As tiktoken has them. cl100k takes white space at the end of a text whole; $ would not do for that, since to some
+# engines it means the end of a line.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "cl100k": (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
+        r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
     ),
     "o200k": (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"

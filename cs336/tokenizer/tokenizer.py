@@ -109,7 +109,8 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read what `save` wrote. Raises ValueError if the file is another kind, damaged or altered."""
         parts, fingerprint = formats.read_json(path)
-        tokenizer = cls(*parts)
+        with formats.reading(path):
+            tokenizer = cls(*parts)
         if tokenizer.fingerprint != fingerprint:
             raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
         return tokenizer
@@ -238,20 +239,20 @@ class Tokenizer:
         """id -> bytes, special tokens included; a copy."""
         return dict(self._vocab)
 
-    @cached_property
+    @property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merges in order. Where ids are ranks, the last merge of each token that merges lead to."""
-        if self._listed_merges is not None:
-            return list(self._listed_merges)
-        found = []
+        """The merges in order; a copy. Where ids are ranks, the last merge of each token that merges lead to."""
+        return list(self._found_merges if self._listed_merges is None else self._listed_merges)
+
+    @cached_property
+    def _found_merges(self) -> list[tuple[bytes, bytes]]:
         special_ids = set(self._specials.values())
-        for i, token in sorted(self._vocab.items()):
-            if i in special_ids or len(token) == 1:
-                continue
-            halves = self._core.merge_piece(token, i)
-            if len(halves) == 2:
-                found.append((self._vocab[halves[0]], self._vocab[halves[1]]))
-        return found
+        halves = (
+            self._core.merge_piece(token, i)
+            for i, token in sorted(self._vocab.items())
+            if i not in special_ids and len(token) > 1
+        )
+        return [(self._vocab[pair[0]], self._vocab[pair[1]]) for pair in halves if len(pair) == 2]
 
     @property
     def special_tokens(self) -> dict[str, int]:

@@ -124,15 +124,15 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)) {
-  collect_whole_words(any_split);
+  collect_whole_words(tokens.size(), any_split);
 }
 
 Encoder::~Encoder() {
   for (auto& slot : caches_) delete slot.load();
 }
 
-void Encoder::collect_whole_words(bool any_split) {
-  const size_t capacity = std::bit_ceil(tokens_.size() * 2);
+void Encoder::collect_whole_words(size_t num_tokens, bool any_split) {
+  const size_t capacity = std::bit_ceil(num_tokens * 2 + 1);
   short_words_.assign(capacity, {{}, kNoId});
   short_mask_ = capacity - 1;
   std::vector<bool> is_special(tokens_.size());
@@ -142,10 +142,8 @@ void Encoder::collect_whole_words(bool any_split) {
     if (!tokens_.contains(id) || is_special[id]) continue;
     const std::string_view bytes = tokens_[id];
     if (!any_split) {
-      const bool has_bytes =
-          std::all_of(bytes.begin(), bytes.end(), [&](char c) { return byte_ids_[uint8_t(c)] != kNoId; });
       ids.resize(bytes.size());
-      if (!has_bytes || merge_piece(bytes, kNoId, ids.data()) != 1 || ids[0] != id) continue;
+      if (!has_bytes(bytes) || merge_piece(bytes, kNoId, ids.data()) != 1 || ids[0] != id) continue;
     }
     if (bytes.size() > kMaxShort) {
       long_words_.emplace(bytes, id);
@@ -162,6 +160,10 @@ uint32_t Encoder::whole_word(const ShortWord& word) const {
   size_t i = hash_word(word) & short_mask_;
   while (short_words_[i].id != kNoId && short_words_[i].word != word) i = (i + 1) & short_mask_;
   return short_words_[i].id;
+}
+
+bool Encoder::has_bytes(std::string_view piece) const {
+  return std::all_of(piece.begin(), piece.end(), [&](char c) { return byte_ids_[static_cast<uint8_t>(c)] != kNoId; });
 }
 
 uint32_t Encoder::byte_id(uint8_t byte) const {

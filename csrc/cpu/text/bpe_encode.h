@@ -106,7 +106,9 @@ class Encoder {
   void encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const;
   // The ids of one piece, by merges of a rank lower than `below` alone. Returns how many; out has room for
   // piece.size().
+  // Throws std::invalid_argument for a byte that has no token.
   size_t merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const;
+  bool has_bytes(std::string_view piece) const;
 
   // Throws std::invalid_argument for an id that has no token.
   void decode(const uint32_t* ids, size_t count, std::string& out) const;
@@ -124,7 +126,7 @@ class Encoder {
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;
   uint64_t merge_key(uint32_t left, uint32_t right, uint32_t below) const;
-  void collect_whole_words(bool any_split);
+  void collect_whole_words(size_t num_tokens, bool any_split);
   uint32_t whole_word(const ShortWord& word) const;
 
   TokenBytes tokens_;
