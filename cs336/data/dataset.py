@@ -34,7 +34,8 @@ class TokenDataset(torch.utils.data.Dataset):
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.paths, self.context_length = paths, context_length
-        self._shards, self.meta = open_tokens(paths)
+        shards, self.meta = open_tokens(paths)
+        self._shards = [np.asarray(s) for s in shards]  # slicing a memmap costs ten times as much
         self._ends = list(itertools.accumulate(len(s) for s in self._shards))
         self.num_tokens = self._ends[-1] if self._ends else 0
         if len(self) < 1:

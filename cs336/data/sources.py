@@ -90,14 +90,12 @@ def _is_binary(path: pathlib.Path) -> bool:
 
 def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
     with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
-        separated = separator in file.read(BLOCK_CHARS)
+        head = file.read(BLOCK_CHARS)
+        if separator not in head and not alone:
+            yield head + file.read()
+            return
         file.seek(0)
-        if separated:
-            yield from _split(file, separator)
-        elif alone:
-            yield from _cut(file)
-        else:
-            yield file.read()
+        yield from _split(file, separator) if separator in head else _cut(file)
 
 
 def _split(file: IO[str], separator: str) -> Iterator[str]:
