@@ -150,10 +150,10 @@ def test_compiles_whole(variant, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         want = model.loss(x, x)
         loss = compiled(x, x)
-    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(loss, want, atol=0.01 if autocast else 1e-5, rtol=0)
     params = list(model.parameters())
     for got, grad in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params), strict=True):
-        torch.testing.assert_close(got, grad, atol=1e-3 if autocast else 1e-6, rtol=0.1 if autocast else 1e-4)
+        assert (got - grad).norm() <= (0.05 if autocast else 1e-5) * grad.norm()
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(config):
@@ -183,8 +183,8 @@ def test_starts_as_the_field_does():
         else:
             std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert abs(p.std() / std - 1) < 0.03, name
-    x = ids(config)
-    assert abs(model.loss(x, ids(config)) - torch.tensor(97.0).log()) < 0.1
+    x = ids(config, 32, 24)
+    assert abs(model.loss(x, ids(config, 32, 24)) - torch.tensor(97.0).log()) < 0.1
 
 
 def test_seed_decides_the_weights():

@@ -142,6 +142,14 @@ def test_uses_torchs_kernels(device):
         ops.attention(q, k, v)
 
 
+def test_the_reference_keeps_fp32_under_autocast(device):
+    q, k, v = (t.detach().bfloat16() for t in inputs((2, 4, 2, 9, 13, 8), F32, device))
+    with registry.use("ref"):
+        want = ops.attention(q, k, v)
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(ops.attention(q, k, v), want)
+
+
 @pytest.mark.parametrize(("options", "forced"), itertools.product(({}, {"softcap": 5.0}), (None, "ref")))
 def test_compiles_whole(device, options, forced):
     q, k, v = inputs((2, 4, 2, 5, 9, 8), F32, device)

@@ -1,5 +1,7 @@
 """Attention in plain torch, fp32 inside, any device: the whole (B, Hq, S, T) score matrix."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,23 @@ def fwd(
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHSD, k_BHTD, v_BHTD))
     # Query head h reads key head h // G. Batched matmuls, so that FLOP counters see them.
     k, v = (x.repeat_interleave(Hq // Hkv, dim=1) if Hq != Hkv else x for x in (k, v))
-    scores_BHST = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores_BHST = softcap * torch.tanh(scores_BHST / softcap)
-    allowed = visible(S, T, causal, mask, q.device)
-    if allowed is None:
-        return (torch.softmax(scores_BHST, -1) @ v).to(q_BHSD.dtype)
-    scores_BHST = scores_BHST.masked_fill(~allowed, torch.finfo(q.dtype).min)
-    p_BHST = torch.softmax(scores_BHST, -1).masked_fill(~allowed, 0.0)  # a row that sees nothing is zero, not NaN
-    return (p_BHST @ v).to(q_BHSD.dtype)
+    with _full_precision(q.device):
+        scores_BHST = q @ k.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores_BHST = softcap * torch.tanh(scores_BHST / softcap)
+        allowed = visible(S, T, causal, mask, q.device)
+        if allowed is None:
+            return (torch.softmax(scores_BHST, -1) @ v).to(q_BHSD.dtype)
+        scores_BHST = scores_BHST.masked_fill(~allowed, torch.finfo(q.dtype).min)
+        p_BHST = torch.softmax(scores_BHST, -1).masked_fill(~allowed, 0.0)  # a row that sees nothing is zero, not NaN
+        return (p_BHST @ v).to(q_BHSD.dtype)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast would cast the operands of a matmul back to 16 bits."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def visible(S: int, T: int, causal: bool, mask: Tensor | None, device: torch.device) -> Tensor | None:
