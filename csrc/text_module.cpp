@@ -84,50 +84,6 @@ Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
   });
 }
 
-py::list to_list(const uint32_t* ids, size_t count) {
-  py::list list(count);
-  for (size_t i = 0; i < count; ++i) PyList_SET_ITEM(list.ptr(), i, PyLong_FromUnsignedLong(ids[i]));
-  return list;
-}
-
-py::list encode(const Encoder& encoder, py::handle object, const Policy& policy, size_t num_threads) {
-  const Text text(object);
-  Ids ids;
-  {
-    const py::gil_scoped_release release;
-    policy.check(encoder.specials(), text.view);
-    encoder.encode(text.view, policy.allowed, ids, num_threads);
-  }
-  return to_list(ids.data(), ids.size());
-}
-
-std::vector<Ids> encode_texts(const Encoder& encoder, const std::vector<Text>& texts, const Policy& policy,
-                              size_t num_threads) {
-  const py::gil_scoped_release release;
-  std::vector<Ids> ids(texts.size());
-  if (texts.size() < num_threads) {  // a few long ones
-    for (size_t i = 0; i < texts.size(); ++i) {
-      policy.check(encoder.specials(), texts[i].view);
-      encoder.encode(texts[i].view, policy.allowed, ids[i], num_threads);
-    }
-    return ids;
-  }
-  parallel_for(texts.size(), num_threads, [&](size_t i, size_t) {
-    policy.check(encoder.specials(), texts[i].view);
-    encoder.encode(texts[i].view, policy.allowed, ids[i]);
-  });
-  return ids;
-}
-
-py::list encode_batch(const Encoder& encoder, const py::list& objects, const Policy& policy, size_t num_threads) {
-  const std::vector<Ids> ids = encode_texts(encoder, texts_of(objects), policy, num_threads);
-  py::list result(ids.size());
-  for (size_t i = 0; i < ids.size(); ++i) {
-    PyList_SET_ITEM(result.ptr(), i, to_list(ids[i].data(), ids[i].size()).release().ptr());
-  }
-  return result;
-}
-
 template <class Id>
 py::tuple concatenate(const std::vector<Ids>& parts) {
   py::array_t<int64_t> offsets(parts.size() + 1);
@@ -140,45 +96,141 @@ py::tuple concatenate(const std::vector<Ids>& parts) {
   return py::make_tuple(ids, offsets);
 }
 
-py::tuple encode_batch_numpy(const Encoder& encoder, const py::list& objects, const Policy& policy,
-                             size_t num_threads) {
-  const std::vector<Ids> ids = encode_texts(encoder, texts_of(objects), policy, num_threads);
-  return encoder.tokens().size() <= 1 << 16 ? concatenate<uint16_t>(ids) : concatenate<uint32_t>(ids);
-}
-
-// The bytes of ids from any iterable of integers, arrays of numpy included.
-py::bytes decode(const Encoder& encoder, const py::object& object) {
-  std::vector<uint32_t> ids;
-  const auto add = [&](auto id) {
-    if (id < 0 || static_cast<uint64_t>(id) >= kNoId) {
-      throw std::invalid_argument("id " + std::to_string(id) + " is not in the vocabulary, whose ids are below " +
-                                  std::to_string(encoder.tokens().size()));
+class PyEncoder {
+ public:
+  PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
+            const std::vector<std::array<uint32_t, 4>>& merges, bool any_split,
+            const std::array<uint32_t, 256>& byte_ids, const std::vector<std::pair<py::bytes, uint32_t>>& specials,
+            const std::variant<std::string, py::function>& pattern) {
+    std::vector<std::pair<uint32_t, std::string>> token_bytes;
+    for (const auto& [id, bytes] : tokens) token_bytes.emplace_back(id, bytes);
+    std::vector<std::string> special_texts;
+    std::vector<uint32_t> special_ids;
+    for (const auto& [bytes, id] : specials) {
+      special_texts.emplace_back(bytes);
+      special_ids.push_back(id);
     }
-    ids.push_back(static_cast<uint32_t>(id));
-  };
-  if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) {
-    ids.reserve(py::len(object));
+    std::vector<Merge> merge_list;
+    for (const auto& [left, right, result, rank] : merges) merge_list.push_back({left, right, result, rank});
+    const Splitter splitter = make_splitter(pattern);
+    {
+      const py::gil_scoped_release release;
+      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, std::move(merge_list), any_split,
+                                        std::move(special_texts), std::move(special_ids), splitter);
+    }
+    ints_.resize(core_->tokens().size());
   }
-  for (const py::handle item : object) {
-    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
-    if (!index) throw py::error_already_set();
-    int overflow;
-    const long long id = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-    add(overflow != 0 ? -1LL : id);
+
+  const Encoder& core() const { return *core_; }
+
+  py::list encode(py::handle object, const Policy& policy, size_t num_threads) {
+    const Text text(object);
+    Ids ids;
+    {
+      const py::gil_scoped_release release;
+      policy.check(core_->specials(), text.view);
+      core_->encode(text.view, policy.allowed, ids, num_threads);
+    }
+    return to_list(ids);
   }
-  std::string bytes;
-  {
+
+  py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) {
+    const std::vector<Ids> ids = encode_texts(texts_of(objects), policy, num_threads);
+    py::list result(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(result.ptr(), i, to_list(ids[i]).release().ptr());
+    return result;
+  }
+
+  py::tuple encode_batch_numpy(const py::list& objects, const Policy& policy, size_t num_threads) const {
+    const std::vector<Ids> ids = encode_texts(texts_of(objects), policy, num_threads);
+    return core_->tokens().size() <= 1 << 16 ? concatenate<uint16_t>(ids) : concatenate<uint32_t>(ids);
+  }
+
+  py::bytes decode(const py::object& object) const {
+    const std::vector<uint32_t> ids = ids_of(object);
+    const size_t size = core_->decoded_size(ids.data(), ids.size());
+    auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!bytes) throw py::error_already_set();
+    char* out = PyBytes_AS_STRING(bytes.ptr());
     const py::gil_scoped_release release;
-    encoder.decode(ids.data(), ids.size(), bytes);
+    core_->decode(ids.data(), ids.size(), out, out + size);
+    return bytes;
   }
-  return {bytes.data(), bytes.size()};
-}
+
+  std::vector<uint32_t> merge_piece(const py::bytes& piece, uint32_t below) const {
+    const std::string_view view = piece;
+    std::vector<uint32_t> ids(view.size());
+    ids.resize(core_->has_bytes(view) ? core_->merge_piece(view, below, ids.data()) : 0);
+    return ids;
+  }
+
+  // One Python int an id, made when it is first needed: most of the time of a list is in making ints.
+  py::list to_list(const Ids& ids) {
+    py::list list(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) {
+      py::object& made = ints_[ids.data()[i]];
+      if (!made) made = py::int_(ids.data()[i]);
+      PyList_SET_ITEM(list.ptr(), i, made.inc_ref().ptr());
+    }
+    return list;
+  }
+
+ private:
+  std::vector<Ids> encode_texts(const std::vector<Text>& texts, const Policy& policy, size_t num_threads) const {
+    const py::gil_scoped_release release;
+    std::vector<Ids> ids(texts.size());
+    if (texts.size() < num_threads) {  // a few long ones
+      for (size_t i = 0; i < texts.size(); ++i) {
+        policy.check(core_->specials(), texts[i].view);
+        core_->encode(texts[i].view, policy.allowed, ids[i], num_threads);
+      }
+      return ids;
+    }
+    parallel_for(texts.size(), num_threads, [&](size_t i, size_t) {
+      policy.check(core_->specials(), texts[i].view);
+      core_->encode(texts[i].view, policy.allowed, ids[i]);
+    });
+    return ids;
+  }
+
+  // From an array of integers, or any iterable of what is an integer to Python.
+  std::vector<uint32_t> ids_of(const py::object& object) const {
+    std::vector<uint32_t> ids;
+    const auto add = [&](int64_t id) {
+      if (id < 0 || !core_->tokens().contains(static_cast<uint64_t>(id))) core_->refuse(std::to_string(id));
+      ids.push_back(static_cast<uint32_t>(id));
+    };
+    if (py::isinstance<py::array>(object)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      const char kind = array.dtype().kind();
+      if ((kind != 'i' && kind != 'u') || array.ndim() != 1) throw py::type_error("ids must be one row of integers");
+      const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(object);
+      if (!wide) throw py::error_already_set();
+      ids.reserve(wide.size());
+      for (py::ssize_t i = 0; i < wide.size(); ++i) add(wide.data()[i]);
+      return ids;
+    }
+    if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) ids.reserve(py::len(object));
+    for (const py::handle item : object) {
+      const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
+      if (!index) throw py::error_already_set();
+      int overflow;
+      const long long id = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+      if (overflow != 0) core_->refuse(py::str(index));
+      add(id);
+    }
+    return ids;
+  }
+
+  std::unique_ptr<const Encoder> core_;
+  std::vector<py::object> ints_;
+};
 
 // Text that comes in chunks.
 class StreamEncoder {
  public:
   // `least`: bytes of text that are worth a call to the encoder.
-  StreamEncoder(std::shared_ptr<Encoder> encoder, Policy policy, size_t least)
+  StreamEncoder(std::shared_ptr<PyEncoder> encoder, Policy policy, size_t least)
       : encoder_(std::move(encoder)), policy_(std::move(policy)), least_(least), wanted_(least) {}
 
   // The ids that are certain by now; with `last` all that are left.
@@ -190,46 +242,26 @@ class StreamEncoder {
       pending_.append(text.view);
       if (last || pending_.size() >= wanted_) encode_pending(last, ids);
     }
-    return to_list(ids.data(), ids.size());
+    return encoder_->to_list(ids);
   }
 
  private:
   void encode_pending(bool last, Ids& ids) {
-    policy_.check(encoder_->specials(), pending_);
+    const Encoder& core = encoder_->core();
+    policy_.check(core.specials(), pending_);
     std::vector<Segment> segments;
-    const size_t done =
-        cut(pending_, last, kNotFound, encoder_->splitter(), encoder_->specials(), policy_.allowed, segments);
-    encoder_->encode_segments(pending_, segments.data(), segments.size(), ids);
+    const size_t done = cut(pending_, last, kNotFound, core.splitter(), core.specials(), policy_.allowed, segments);
+    core.encode_segments(pending_, segments.data(), segments.size(), ids);
     pending_.erase(0, done);
-    wanted_ =
-        std::max(least_, 2 * pending_.size());  // what is left was looked at in vain: next time with twice as much
+    // What is left was looked at in vain: next time with twice as much.
+    wanted_ = std::max(least_, 2 * pending_.size());
   }
 
-  std::shared_ptr<Encoder> encoder_;
+  std::shared_ptr<PyEncoder> encoder_;
   Policy policy_;
   std::string pending_;
   size_t least_, wanted_;
 };
-
-std::shared_ptr<Encoder> make_encoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
-                                      const std::vector<std::array<uint32_t, 4>>& merges, bool any_split,
-                                      const std::array<uint32_t, 256>& byte_ids,
-                                      const std::vector<std::pair<py::bytes, uint32_t>>& specials,
-                                      const std::variant<std::string, py::function>& pattern) {
-  std::vector<std::pair<uint32_t, std::string>> token_bytes;
-  for (const auto& [id, bytes] : tokens) token_bytes.emplace_back(id, bytes);
-  std::vector<std::string> special_texts;
-  std::vector<uint32_t> special_ids;
-  for (const auto& [bytes, id] : specials) {
-    special_texts.emplace_back(bytes);
-    special_ids.push_back(id);
-  }
-  std::vector<Merge> merge_list;
-  for (const auto& [left, right, result, rank] : merges) merge_list.push_back({left, right, result, rank});
-  const Splitter splitter = make_splitter(pattern);
-  const py::gil_scoped_release release;
-  return std::make_shared<Encoder>(token_bytes, byte_ids, merge_list, any_split, special_texts, special_ids, splitter);
-}
 
 std::vector<size_t> split_all(const std::string& pattern, py::handle object) {
   const Text text(object);
@@ -258,25 +290,21 @@ PYBIND11_MODULE(_text, m) {
   py::class_<Policy>(m, "Policy")
       .def(py::init<std::vector<bool>, std::vector<bool>>(), py::arg("allowed"), py::arg("forbidden"));
 
-  py::class_<Encoder, std::shared_ptr<Encoder>>(m, "Encoder")
-      .def(py::init(&make_encoder), py::arg("tokens"), py::arg("merges"), py::arg("any_split"), py::arg("byte_ids"),
-           py::arg("specials"), py::arg("pattern"))
-      .def("encode", &encode, py::arg("text"), py::arg("policy"), py::arg("num_threads"))
-      .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
-      .def("encode_batch_numpy", &encode_batch_numpy, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
-      .def("decode", &decode, py::arg("ids"))
-      .def(
-          "merge_piece",
-          [](const Encoder& encoder, const py::bytes& piece, uint32_t below) {
-            const std::string_view view = piece;
-            std::vector<uint32_t> ids(view.size());
-            ids.resize(encoder.has_bytes(view) ? encoder.merge_piece(view, below, ids.data()) : 0);
-            return ids;
-          },
-          py::arg("piece"), py::arg("below"));
+  py::class_<PyEncoder, std::shared_ptr<PyEncoder>>(m, "Encoder")
+      .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&, const std::vector<std::array<uint32_t, 4>>&,
+                    bool, const std::array<uint32_t, 256>&, const std::vector<std::pair<py::bytes, uint32_t>>&,
+                    const std::variant<std::string, py::function>&>(),
+           py::arg("tokens"), py::arg("merges"), py::arg("any_split"), py::arg("byte_ids"), py::arg("specials"),
+           py::arg("pattern"))
+      .def("encode", &PyEncoder::encode, py::arg("text"), py::arg("policy"), py::arg("num_threads"))
+      .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
+      .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
+           py::arg("num_threads"))
+      .def("decode", &PyEncoder::decode, py::arg("ids"))
+      .def("merge_piece", &PyEncoder::merge_piece, py::arg("piece"), py::arg("below"));
 
   py::class_<StreamEncoder>(m, "StreamEncoder")
-      .def(py::init<std::shared_ptr<Encoder>, Policy, size_t>(), py::arg("encoder"), py::arg("policy"),
+      .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t>(), py::arg("encoder"), py::arg("policy"),
            py::arg("least"))
       .def("feed", &StreamEncoder::feed, py::arg("chunk"), py::arg("last"));
 

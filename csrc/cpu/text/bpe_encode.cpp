@@ -70,7 +70,7 @@ TokenBytes::TokenBytes(const Tokens& tokens) {
   offsets_.resize(size_t{last} + 2);
   for (const auto& [id, bytes] : tokens) offsets_[id + 1] = bytes.size();
   for (size_t i = 1; i < offsets_.size(); ++i) offsets_[i] += offsets_[i - 1];
-  bytes_.resize(offsets_.back());
+  bytes_.resize(offsets_.back() + kPadding);
   for (const auto& [id, bytes] : tokens) std::copy(bytes.begin(), bytes.end(), bytes_.begin() + offsets_[id]);
 }
 
@@ -124,6 +124,11 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)) {
+  byte_merges_.assign(1 << 16, UINT64_MAX);
+  for (size_t i = 0; i < byte_merges_.size(); ++i) {
+    const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
+    if (left != kNoId && right != kNoId) byte_merges_[i] = merge_key(left, right, kNoId);
+  }
   collect_whole_words(tokens.size(), any_split);
 }
 
@@ -156,8 +161,8 @@ void Encoder::collect_whole_words(size_t num_tokens, bool any_split) {
   }
 }
 
-uint32_t Encoder::whole_word(const ShortWord& word) const {
-  size_t i = hash_word(word) & short_mask_;
+uint32_t Encoder::whole_word(const ShortWord& word, uint64_t hash) const {
+  size_t i = hash & short_mask_;
   while (short_words_[i].id != kNoId && short_words_[i].word != word) i = (i + 1) & short_mask_;
   return short_words_[i].id;
 }
@@ -182,6 +187,11 @@ uint64_t Encoder::merge_key(uint32_t left, uint32_t right, uint32_t below) const
   return e.rank < below ? static_cast<uint64_t>(e.rank) << 32 | e.result : UINT64_MAX;
 }
 
+uint64_t Encoder::byte_merge_key(const uint8_t* two, uint32_t below) const {
+  const uint64_t key = byte_merges_[two[0] << 8 | two[1]];
+  return key >> 32 < below ? key : UINT64_MAX;
+}
+
 size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const {
   const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
   return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
@@ -192,7 +202,7 @@ size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* ou
 size_t Encoder::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
   uint64_t keys[kFew];
   for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
-  for (size_t i = 0; i + 1 < size; ++i) keys[i] = merge_key(out[i], out[i + 1], below);
+  for (size_t i = 0; i + 1 < size; ++i) keys[i] = byte_merge_key(piece + i, below);
   while (size > 1) {
     size_t best = 0;
     for (size_t i = 1; i + 1 < size; ++i) best = keys[i] < keys[best] ? i : best;
@@ -224,7 +234,7 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   const auto last = static_cast<uint32_t>(size - 1);
   for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, UINT64_MAX};
   for (uint32_t i = 0; i < last; ++i) {
-    nodes[i].key = merge_key(nodes[i].id, nodes[i + 1].id, below);
+    nodes[i].key = byte_merge_key(piece + i, below);
     if (nodes[i].key != UINT64_MAX) candidates.push_back({nodes[i].key, i});
   }
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
@@ -251,15 +261,22 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   return count;
 }
 
-size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const ShortWord& word, uint32_t* out) const {
-  const uint32_t whole = whole_word(word);
-  size_t count = 1;
-  if (whole != kNoId) {
-    out[0] = whole;
-  } else {
-    count = merge_few(reinterpret_cast<const uint8_t*>(piece.data()), piece.size(), kNoId, out);
+size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
+  if (const WordCache::Long* hit = cache.find(lookup.hash, piece)) {  // more ids than the short ones hold
+    std::copy_n(hit->ids, hit->count, out);
+    return hit->count;
   }
-  if (count <= WordCache::kIds) cache.put(word, out, count);
+  if (const uint32_t whole = whole_word(lookup.word, lookup.hash); whole != kNoId) {
+    out[0] = whole;
+    cache.put(lookup.set, lookup.word, out, 1);
+    return 1;
+  }
+  const size_t count = merge_piece(piece, kNoId, out);
+  if (count <= WordCache::kIds) {
+    cache.put(lookup.set, lookup.word, out, count);
+  } else {
+    cache.put(lookup.hash, piece, out, count);
+  }
   return count;
 }
 
@@ -284,21 +301,31 @@ size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint32_t* 
 
 void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const {
   const char* limit = text.data() + text.size();
+  std::vector<Lookup> lookups;
   splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
+    lookups.resize(count);
+    for (size_t i = 0, start = begin; i < count; start = ends[i++]) {
+      const size_t size = ends[i] - start;
+      if (size > kMaxShort) {
+        lookups[i].set = nullptr;
+        continue;
+      }
+      const ShortWord word = pack_word(text.data() + start, size, limit);
+      const uint64_t hash = hash_word(word);
+      lookups[i] = {word, hash, cache.set_of(hash)};
+      __builtin_prefetch(lookups[i].set);
+    }
     uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kIds);
     uint32_t* next = first;
     for (size_t i = 0; i < count; begin = ends[i++]) {
-      const std::string_view piece = text.substr(begin, ends[i] - begin);
-      if (piece.size() > kMaxShort) {
-        next += encode_long(cache, piece, next);
-        continue;
-      }
-      const ShortWord word = pack_word(piece.data(), piece.size(), limit);
-      if (const WordCache::Short* hit = cache.find(word)) {
+      const Lookup& lookup = lookups[i];
+      if (lookup.set == nullptr) {
+        next += encode_long(cache, text.substr(begin, ends[i] - begin), next);
+      } else if (const WordCache::Short* hit = cache.find(lookup.set, lookup.word)) {
         std::memcpy(next, hit->ids, sizeof(hit->ids));
         next += 1 + (hit->ids[1] != kNoId) + (hit->ids[2] != kNoId) + (hit->ids[3] != kNoId);
       } else {
-        next += encode_short(cache, piece, word, next);
+        next += encode_short(cache, text.substr(begin, ends[i] - begin), lookup, next);
       }
     }
     out.advance(static_cast<size_t>(next - first));
@@ -340,17 +367,30 @@ void Encoder::encode(std::string_view text, const TokenSet& allowed, Ids& out, s
   for (const Ids& part : parts) out.append(part.data(), part.size());
 }
 
-void Encoder::decode(const uint32_t* ids, size_t count, std::string& out) const {
+void Encoder::refuse(const std::string& id) const {
+  throw std::invalid_argument("id " + id + " is not in the vocabulary, whose ids are below " +
+                              std::to_string(tokens_.size()));
+}
+
+size_t Encoder::decoded_size(const uint32_t* ids, size_t count) const {
   size_t size = 0;
   for (size_t i = 0; i < count; ++i) {
-    if (!tokens_.contains(ids[i])) {
-      throw std::invalid_argument("id " + std::to_string(ids[i]) + " is not in the vocabulary, whose ids are below " +
-                                  std::to_string(tokens_.size()));
-    }
+    if (!tokens_.contains(ids[i])) refuse(std::to_string(ids[i]));
     size += tokens_[ids[i]].size();
   }
-  out.reserve(out.size() + size);
-  for (size_t i = 0; i < count; ++i) out.append(tokens_[ids[i]]);
+  return size;
+}
+
+void Encoder::decode(const uint32_t* ids, size_t count, char* out, const char* end) const {
+  for (size_t i = 0; i < count; ++i) {
+    const std::string_view token = tokens_[ids[i]];
+    if (token.size() <= TokenBytes::kPadding && end - out >= ptrdiff_t{TokenBytes::kPadding}) {
+      std::memcpy(out, token.data(), TokenBytes::kPadding);
+    } else {
+      std::memcpy(out, token.data(), token.size());
+    }
+    out += token.size();
+  }
 }
 
 }  // namespace cs336::text

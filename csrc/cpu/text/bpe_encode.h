@@ -49,6 +49,8 @@ class Ids {
 // The bytes of each token, by id. No token is empty, so an id with no bytes is not a token.
 class TokenBytes {
  public:
+  static constexpr size_t kPadding = 16;  // bytes after the last token that may be read
+
   explicit TokenBytes(const std::vector<std::pair<uint32_t, std::string>>& tokens);
   size_t size() const { return offsets_.size() - 1; }
   bool contains(uint64_t id) const { return id < size() && offsets_[id] != offsets_[id + 1]; }
@@ -110,8 +112,11 @@ class Encoder {
   size_t merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const;
   bool has_bytes(std::string_view piece) const;
 
-  // Throws std::invalid_argument for an id that has no token.
-  void decode(const uint32_t* ids, size_t count, std::string& out) const;
+  // The bytes that ids stand for. Throws std::invalid_argument for an id that has no token.
+  size_t decoded_size(const uint32_t* ids, size_t count) const;
+  // Writes them to [out, end).
+  void decode(const uint32_t* ids, size_t count, char* out, const char* end) const;
+  [[noreturn]] void refuse(const std::string& id) const;
 
   const TokenBytes& tokens() const { return tokens_; }
   const SpecialTokens& specials() const { return specials_; }
@@ -120,18 +125,25 @@ class Encoder {
  private:
   class Lease;
   void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
-  size_t encode_short(WordCache& cache, std::string_view piece, const ShortWord& word, uint32_t* out) const;
+  struct Lookup {  // of one piece
+    ShortWord word;
+    uint64_t hash;
+    WordCache::Short* set;  // null: the piece is long
+  };
+  size_t encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
   size_t encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const;
   size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;
   uint64_t merge_key(uint32_t left, uint32_t right, uint32_t below) const;
+  uint64_t byte_merge_key(const uint8_t* two, uint32_t below) const;
   void collect_whole_words(size_t num_tokens, bool any_split);
-  uint32_t whole_word(const ShortWord& word) const;
+  uint32_t whole_word(const ShortWord& word, uint64_t hash) const;
 
   TokenBytes tokens_;
   std::array<uint32_t, 256> byte_ids_;
   MergeTable merges_;
+  std::vector<uint64_t> byte_merges_;  // the merge of each two bytes, left * 256 + right
   SpecialTokens specials_;
   std::vector<uint32_t> special_ids_;
   Splitter splitter_;

@@ -2,7 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <stdexcept>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "cpu/text/unicode.h"
 
@@ -12,6 +17,33 @@ namespace {
 using Ptr = const uint8_t*;
 
 constexpr uint8_t kSymbol = kOther | kMark;  // [^\s\p{L}\p{N}]
+
+bool is_ascii_letter(uint8_t byte) { return static_cast<uint8_t>((byte | 0x20) - 'a') < 26; }
+
+inline Ptr ascii_letters(Ptr p, Ptr end) {
+#ifdef __SSE2__
+  for (; end - p >= 16; p += 16) {
+    const __m128i lower = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(0x20));
+    const __m128i offset = _mm_sub_epi8(lower, _mm_set1_epi8('a'));
+    const __m128i is_letter = _mm_cmpeq_epi8(_mm_min_epu8(offset, _mm_set1_epi8(25)), offset);
+    const int mask = _mm_movemask_epi8(is_letter);
+    if (mask != 0xFFFF) return p + std::countr_one(static_cast<unsigned>(mask));
+  }
+#endif
+  while (p < end && is_ascii_letter(*p)) ++p;
+  return p;
+}
+
+// Past the letters at p.
+inline Ptr letters(Ptr p, Ptr end) {
+  for (;;) {
+    p = ascii_letters(p, end);
+    if (p == end || *p < 0x80) return p;
+    const Char c = decode_multibyte(p, end);
+    if (!(c.cls & kLetter)) return p;
+    p += c.size;
+  }
+}
 
 // Past the characters of the classes in `mask`.
 inline Ptr run(Ptr p, Ptr end, uint8_t mask) {
@@ -81,7 +113,7 @@ struct Gpt2 {
       }
     }
     q += c.size;
-    if (c.cls & kLetter) return run(q, end, kLetter);
+    if (c.cls & kLetter) return letters(q, end);
     if (c.cls & kNumber) return run(q, end, kNumber);
     if (c.cls & kSymbol) return run(q, end, kSymbol);
     return leave_one(spaces(p, end), p, end);
@@ -93,10 +125,10 @@ struct Cl100k {
     if (const Ptr q = contraction<true>(p, end); q != p) return q;
     const Char c = char_at(p, end);
     const Ptr q = p + c.size;
-    if (c.cls & kLetter) return run(q, end, kLetter);
+    if (c.cls & kLetter) return letters(q, end);
     if (c.cls & kNumber) return few_numbers(p, end);
     const Char after = q < end ? char_at(q, end) : Char{0, 0};
-    if (after.cls & kLetter && !(c.cls & kNewline)) return run(q + after.size, end, kLetter);
+    if (after.cls & kLetter && !(c.cls & kNewline)) return letters(q + after.size, end);
     if (c.cls & kSymbol) return run(run(q, end, kSymbol), end, kNewline);
     if (after.cls & kSymbol && *p == ' ') return run(run(q + after.size, end, kSymbol), end, kNewline);
     const Spaces s = spaces(p, end);

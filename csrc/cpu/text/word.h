@@ -16,21 +16,25 @@ struct ShortWord {
   bool operator==(const ShortWord&) const = default;
 };
 
-inline ShortWord mask_word(uint64_t lo, uint64_t hi, size_t size) {
-  static constexpr auto kMask = [] {
-    std::array<uint64_t, 9> mask{};
-    for (size_t i = 1; i <= 8; ++i) mask[i] = mask[i - 1] << 8 | 0xFF;
-    return mask;
-  }();
-  return size <= 8 ? ShortWord{lo & kMask[size], static_cast<uint64_t>(size) << 56}
-                   : ShortWord{lo, (hi & kMask[size - 8]) | static_cast<uint64_t>(size) << 56};
-}
+// The bytes of a word of each size, as a mask.
+inline constexpr auto kWordMasks = [] {
+  std::array<ShortWord, kMaxShort + 1> masks{};
+  for (size_t size = 1; size <= kMaxShort; ++size) {
+    masks[size] = masks[size - 1];
+    (size <= 8 ? masks[size].lo : masks[size].hi) |= uint64_t{0xFF} << (size - 1) % 8 * 8;
+  }
+  return masks;
+}();
 
 // Needs size <= kMaxShort. Reads 16 bytes where `limit` allows it.
 inline ShortWord pack_word(const char* p, size_t size, const char* limit) {
   uint64_t half[2] = {0, 0};
-  std::memcpy(half, p, limit - p >= 16 ? 16 : size);
-  return mask_word(half[0], half[1], size);
+  if (limit - p >= 16) {
+    std::memcpy(half, p, 16);
+  } else {
+    std::memcpy(half, p, size);
+  }
+  return {half[0] & kWordMasks[size].lo, (half[1] & kWordMasks[size].hi) | static_cast<uint64_t>(size) << 56};
 }
 
 inline uint64_t mix(uint64_t a, uint64_t b) {

@@ -31,14 +31,14 @@ class WordCache {
     uint32_t ids[kLongIds];
   };
 
-  // Null if the word is not here. A set is a cache line of two; the newer comes first.
-  const Short* find(const ShortWord& word) const {
-    const Short* set = short_.get() + set_of(word);
+  // The set that a word belongs to: two places on one cache line, the newer word first.
+  Short* set_of(uint64_t hash) const { return short_.get() + (hash >> (64 - kSetBits)) * 2; }
+
+  static const Short* find(const Short* set, const ShortWord& word) {
     if (set[0].word == word) return set;
     return set[1].word == word ? set + 1 : nullptr;
   }
-  void put(const ShortWord& word, const uint32_t* ids, size_t count) {
-    Short* set = short_.get() + set_of(word);
+  static void put(Short* set, const ShortWord& word, const uint32_t* ids, size_t count) {
     set[1] = set[0];
     set[0].word = word;
     for (size_t i = 0; i < kIds; ++i) set[0].ids[i] = i < count ? ids[i] : kNoId;
@@ -61,7 +61,6 @@ class WordCache {
 
  private:
   static constexpr int kSetBits = 16, kLongBits = 12;
-  static size_t set_of(const ShortWord& word) { return (hash_word(word) >> (64 - kSetBits)) * 2; }
 
   // Zeroed, on cache lines; pages that no word touches take no memory.
   template <class T>
