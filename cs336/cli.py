@@ -6,14 +6,13 @@ A verb is made when it is asked for: its imports are inside, so that `cs336 --he
 import inspect
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated, Any
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
 
@@ -53,7 +52,7 @@ def train(arguments: list[str]) -> Run:
 
     Settings come from --config FILE and from options, which win. `cs336 tokenizer encode --shards` makes the data.
     """
-    from cs336.quickstart import sampler
+    from cs336.quickstart import keep_tokenizer, sampler
     from cs336.report import write_report
     from cs336.tokenizer import Tokenizer
     from cs336.training import TrainConfig, Trainer
@@ -84,9 +83,8 @@ def train(arguments: list[str]) -> Run:
         trainer = Trainer(
             settings, tokenizer=loaded, sample=None if loaded is None else sampler(loaded, prompt, settings.seed)
         )
-        if tokenizer is not None and tokenizer.resolve() != kept.resolve():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tokenizer, kept)
+        if tokenizer is not None and loaded is not None:
+            keep_tokenizer(loaded, settings.run_dir)
         finished = trainer.train().finished
         print(f"report: {write_report(settings.run_dir)}")
         if not finished:
@@ -97,6 +95,8 @@ def train(arguments: list[str]) -> Run:
 
 def generate(arguments: list[str]) -> Run:
     """Continue a prompt with a trained model, as it is written."""
+    import torch
+
     from cs336.inference import SamplingParams, stream
     from cs336.inference.load import find_model, find_tokenizer, load_model
     from cs336.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def generate(arguments: list[str]) -> Run:
         prompt: str = "",
         tokenizer: MaybePath = None,
         device: str = "auto",
-        sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
     ) -> None:
         """
         Args:
@@ -119,6 +119,7 @@ def generate(arguments: list[str]) -> Run:
         loaded = Tokenizer.load(tokenizer or find_tokenizer(found))
         prompt = sys.stdin.read() if prompt == "-" else prompt
         network = load_model(found, device)
+        torch.seed()  # without --seed every run is another
         write = _visibly if sys.stdout.isatty() else sys.stdout.write
         write(prompt)
         for piece in stream(network, loaded, prompt, sampling):

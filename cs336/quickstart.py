@@ -40,7 +40,7 @@ HELD_OUT = 0.02  # of the documents
 FEW = 200  # documents; fewer are cut into pieces, or a held-out part might be empty
 LEAST_BYTES = 100_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
-MFU = 0.4  # reached, roughly: it only chooses the shape
+MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
 PROMPTS = ("def ", "class ", "import ")
 
 
@@ -72,7 +72,7 @@ class Quickstart:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its training for a budget of at least `flops`."""
+    """A model, and how to train it where time and text allow at least `flops`."""
 
     flops: float
     num_layers: int
@@ -82,12 +82,22 @@ class Shape:
     batch_size: int
     lr: float
 
+    def model(self, vocab_size: int) -> TransformerConfig:
+        return TransformerConfig(
+            vocab_size=-(-vocab_size // 64) * 64,
+            context_length=self.context_length,
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            tie_embeddings=True,
+        )
 
-SHAPES = (
+
+SHAPES = (  # the smallest first
     Shape(0, num_layers=4, d_model=128, num_heads=4, context_length=256, batch_size=8, lr=6e-3),
-    Shape(1e14, num_layers=6, d_model=256, num_heads=4, context_length=256, batch_size=16, lr=3e-3),
+    Shape(4e14, num_layers=6, d_model=256, num_heads=4, context_length=256, batch_size=16, lr=3e-3),
     Shape(2e15, num_layers=8, d_model=512, num_heads=8, context_length=512, batch_size=32, lr=2e-3),
-    Shape(3e16, num_layers=12, d_model=768, num_heads=12, context_length=1024, batch_size=32, lr=1e-3),
+    Shape(2e16, num_layers=12, d_model=768, num_heads=12, context_length=1024, batch_size=32, lr=1e-3),
 )
 
 
@@ -134,7 +144,12 @@ class Job:
     def __init__(self, settings: Quickstart, console: Console | None = None):
         self.settings, self.run_dir = settings, settings.run_dir
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.device = pick(settings.device)
         self.record_path = self.run_dir / "stages.json"
+        if settings.corpus is not None and not settings.corpus.exists():
+            raise FileNotFoundError(
+                f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
+            )
         if (self.run_dir / "config.toml").exists() and not self.record_path.exists():
             raise ValueError(f"{self.run_dir} holds a run that quickstart did not make: choose another run_dir")
 
@@ -204,10 +219,6 @@ class Job:
         corpus = self.settings.corpus
         if corpus is None:
             return stdlib_name()
-        if not corpus.exists():
-            raise FileNotFoundError(
-                f"{corpus} does not exist: expected a text, JSON lines or parquet file, or a directory"
-            )
         files = [corpus] if corpus.is_file() else sorted(p for p in corpus.rglob("*") if p.is_file())
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
@@ -218,7 +229,7 @@ class Job:
         with replacing(self._text("train")) as train, replacing(self._text("val")) as val:
             files = {"train": train, "val": val}
             for document in _enough(self._documents()):
-                side = "val" if in_validation(document, HELD_OUT, self.settings.seed) else "train"
+                side = "val" if in_validation(document, HELD_OUT) else "train"
                 files[side].write(json.dumps({"text": document}) + "\n")
                 counts[side][0] += 1
                 counts[side][1] += len(document.encode())
@@ -257,13 +268,10 @@ class Job:
             [END_OF_TEXT],
             progress=self.console.is_terminal,
         )
-        tokenizer.save(self.run_dir / "tokenizer.json")
         held_out = list(read_documents(self._text("val")))
         num_tokens = len(tokenizer.encode_batch_numpy(held_out)[0])
         per_token = round(sum(len(d.encode()) for d in held_out) / num_tokens, 3)
-        stats = {"bytes_per_token": per_token} | statistics(tokenizer)
-        with replacing(self.run_dir / "tokenizer_stats.json") as file:
-            json.dump(stats, file, indent=2)
+        keep_tokenizer(tokenizer, self.run_dir, bytes_per_token=per_token)
         return Outcome(f"{tokenizer.vocab_size:,} tokens, {per_token} bytes each on held-out text")
 
     def tokenize(self) -> Outcome:
@@ -284,7 +292,7 @@ class Job:
         sample = sampler(tokenizer, self._prompts(), self.settings.seed)
         if not resumed:
             torch.manual_seed(config.seed)  # the weights that the trainer begins with
-            untrained = Transformer(config.model, device=pick(self.settings.device)).eval()
+            untrained = Transformer(config.model, device=self.device).eval()
             _write_lines(self.run_dir / "samples.jsonl", [{"step": 0} | row for row in sample(untrained)])
         result = Trainer(config, tokenizer=tokenizer, sample=sample).train()
         if not result.finished:
@@ -296,23 +304,17 @@ class Job:
         )
 
     def _train_config(self) -> TrainConfig:
-        """The shape for the compute that device and time give, and a stop before the text is repeated too often."""
+        """The largest shape that time and text allow, and a stop before the text is repeated too often."""
         settings, seconds = self.settings, 60 * self.settings.minutes
-        device = pick(settings.device)
-        on_gpu = device.type == "cuda"
-        flops = MFU * seconds * (peak_flops(device, torch.bfloat16 if on_gpu else torch.float32) or 1e13)
-        shape = max((s for s in SHAPES if s.flops <= flops), key=lambda s: s.flops)
-        vocab_size = read_meta(self._tokens("train")).vocab_size
-        model = TransformerConfig(
-            vocab_size=-(-vocab_size // 64) * 64,
-            context_length=shape.context_length,
-            num_layers=shape.num_layers,
-            d_model=shape.d_model,
-            num_heads=shape.num_heads,
-            tie_embeddings=True,
-        )
-        most_tokens = EPOCHS * read_meta(self._tokens("train")).tokens
-        enough = flops > most_tokens * model.flops_per_token()
+        on_gpu = self.device.type == "cuda"
+        peak = peak_flops(self.device, torch.bfloat16 if on_gpu else torch.float32) or 1e13
+        meta = read_meta(self._tokens("train"))
+        most_tokens = EPOCHS * meta.tokens
+        models = [(shape, shape.model(meta.vocab_size)) for shape in SHAPES]
+        shape, model = [
+            (s, m) for s, m in models if s.flops <= min(MFU * peak * seconds, most_tokens * m.flops_per_token())
+        ][-1]
+        enough = LEAST_MFU * peak * seconds > most_tokens * model.flops_per_token()
         return TrainConfig(
             run_dir=self.run_dir,
             data=DataConfig(self._tokens("train"), self._tokens("val")),
@@ -376,6 +378,14 @@ class Job:
 def quickstart(settings: Quickstart, console: Console | None = None) -> None:
     """Run the main job, or what is left of it. Raises Interrupted where a signal stopped training."""
     Job(settings, console).run()
+
+
+def keep_tokenizer(tokenizer: Tokenizer, run_dir: pathlib.Path, **facts: float) -> None:
+    """Write tokenizer.json, and tokenizer_stats.json for the report, into a run directory."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run_dir / "tokenizer.json")
+    with replacing(run_dir / "tokenizer_stats.json") as file:
+        json.dump(facts | statistics(tokenizer), file, indent=2)
 
 
 def sampler(

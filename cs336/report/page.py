@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {0x
 def write_report(run_dir: str | Path) -> Path:
     """Write run_dir/report.html, one self-contained page without scripts, and return its path.
 
-    Reads config.toml, run.json, metrics.jsonl, samples.jsonl, evaluation.json, tokenizer_stats.json and stages.json,
-    as many as are there; the page names the others.
+    Reads config.toml, run.json, metrics.jsonl, samples.jsonl, generated.jsonl, evaluation.json, tokenizer_stats.json
+    and stages.json, as many as are there; the page names the others.
     Raises FileNotFoundError or ValueError if run_dir is not a run directory.
     """
     run = read_run(run_dir)
@@ -40,9 +41,10 @@ def write_report(run_dir: str | Path) -> Path:
         charts=charts(run),
         tokenizer=tokenizer(run),
         samples=samples(run),
+        generated=[(str(row.get("prompt", "")), str(row.get("text", ""))) for row in run.generated],
         stages=stages(run),
-        config=tables(run.config),
-        facts=tables(run.facts),
+        config=tables(run.config, _toml),
+        facts=tables(run.facts, _value),
     )
     path = run.path / "report.html"
     with replacing(path) as file:
@@ -90,13 +92,14 @@ def verdict(run: Run) -> str:
         return f"{spent}: not evaluated yet." if tokens else "Nothing has been trained yet."
     if not baselines:
         return f"{spent} the model needs {bits:.2f} bits for each byte of text it has never seen."
-    best = baselines[0]
-    change = 1 - bits / best["bits"]
-    compared = f"{change:.0%} fewer than {best['name']}" if change > 0 else f"more than {best['name']}"
-    return (
-        f"{spent} the model needs {bits:.2f} bits for each byte of text it has never seen, "
-        f"{compared} ({best['bits']:.2f})."
-    )
+    beaten = [f"{1 - bits / row['bits']:.0%} fewer than {_named(row)}" for row in baselines if row["bits"] > bits][:1]
+    ahead = [f"more than {_named(row)}" for row in baselines if row["bits"] <= bits][-1:]
+    compared = " and ".join(beaten + ahead)
+    return f"{spent} the model needs {bits:.2f} bits for each byte of text it has never seen: {compared}."
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['name']} ({row['bits']:.2f})"
 
 
 def _steps(run: Run) -> str:
@@ -215,12 +218,12 @@ def stages(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def tables(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def tables(config: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, list[tuple[str, str]]]]:
     """A nested mapping as (heading, rows), scalars of the top level first, one heading a section."""
     out: list[tuple[str, list[tuple[str, str]]]] = []
 
     def walk(prefix: str, values: dict[str, Any]) -> None:
-        if rows := [(key, _toml(v)) for key, v in values.items() if not isinstance(v, dict)]:
+        if rows := [(key, show(v)) for key, v in values.items() if not isinstance(v, dict)]:
             out.append((prefix, rows))
         for key, v in values.items():
             if isinstance(v, dict):

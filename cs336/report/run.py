@@ -17,6 +17,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    generated: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
@@ -54,10 +55,12 @@ def read_run(run_dir: str | Path) -> Run:
     run.facts = _read(run, "run.json", "versions, device and parameter count", json.loads)
     run.metrics = _one_a_step(_lines(run, "metrics.jsonl", "loss, throughput and every other curve"))
     run.samples = _lines(run, "samples.jsonl", "generated samples")
+    run.generated = _lines(run, "generated.jsonl", "longer texts from the finished model")
     run.evaluation = _read(run, "evaluation.json", "the evaluation on held-out text", json.loads)
     run.tokenizer = _read(run, "tokenizer_stats.json", "tokenizer statistics", json.loads)
     run.stages = _read(run, "stages.json", "stage times", json.loads)
-    if not any((run.config, run.facts, run.metrics, run.samples, run.evaluation, run.tokenizer, run.stages)):
+    kinds = (run.config, run.facts, run.metrics, run.samples, run.generated, run.evaluation, run.tokenizer, run.stages)
+    if not any(kinds):
         raise ValueError(f"{path} is not a run directory: it has neither metrics.jsonl nor any other file of a run")
     return run
 

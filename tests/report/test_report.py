@@ -76,6 +76,7 @@ def run_dir(tmp_path):
     d.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples = [{"step": s, "prompt": HOSTILE, "text": f"{HOSTILE} at {s}\0\x1b"} for s in (0, 500, 1000)]
     d.joinpath("samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    d.joinpath("generated.jsonl").write_text(json.dumps({"prompt": HOSTILE, "text": HOSTILE}) + "\n")
     baselines = [{"name": HOSTILE, "bits_per_byte": 2.0, "how": HOSTILE}, {"name": "gzip", "bits_per_byte": 2.5}]
     d.joinpath("evaluation.json").write_text(
         json.dumps({"loss": 2.25, "bits_per_byte": 1.5, "how": HOSTILE, "baselines": baselines})
@@ -92,8 +93,8 @@ def test_whole_run(run_dir):
     assert page.tags.count("svg") == 7
     for number in ("1.500", "2.250", "5.8M", "4.1M", "4 min 10 s", "16.5k", "25.0%", "4 min 01 s", "4,096", "0.003"):
         assert number in text, number
-    assert "1.50 bits for each byte of text it has never seen, 25% fewer than" in text
-    assert text.count(HOSTILE) == 14  # shown everywhere, as text
+    assert "1.50 bits for each byte of text it has never seen: 25% fewer than" in text
+    assert text.count(HOSTILE) == 16  # shown everywhere, as text
     assert "1 more between" in text
     raw = run_dir.joinpath("report.html").read_text()
     assert "\0" not in raw

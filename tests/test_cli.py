@@ -1,0 +1,320 @@
+"""The command line, mostly in this process: what a newcomer types, and what comes back."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from cs336.cli import TOKENIZER_VERBS, VERBS, main
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path, text_file):
+    path = tmp_path / "tokenizer.json"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["tokenizer", "train", str(text_file), "--vocab-size", "300", "--output", str(path)]) == 0
+    assert f"{path}: 300 tokens" in out.getvalue()
+    return str(path)
+
+
+def fails(arguments, capsys):
+    """The one line on stderr of a user's error."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("cs336: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def help_of(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_waits_for_nothing_heavy():
+    code = """
+        import sys
+        from cs336.cli import main
+        try:
+            main(["--help"])
+        except SystemExit as stop:
+            assert stop.code == 0
+        heavy = {"torch", "numpy", "jinja2", "cs336.tokenizer", "cs336.report"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    for verb in [*VERBS, "tokenizer"]:
+        assert f" {verb} " in run.stdout
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "bench"])
+def test_help_of_each_verb(verb, capsys):
+    shown = help_of([verb], capsys)
+    assert " ".join(VERBS[verb].__doc__.split()[:8]) in " ".join(shown.split())
+    assert "Args:" not in shown
+
+
+@pytest.mark.parametrize("verb", TOKENIZER_VERBS)
+def test_help_of_each_tokenizer_verb(verb, capsys):
+    shown = help_of(["tokenizer", verb], capsys)
+    assert TOKENIZER_VERBS[verb].__doc__.split("\n")[0] in " ".join(shown.split())
+
+
+def test_readme_names_every_verb():
+    named = README.read_text()
+    for verb in [*VERBS, "tokenizer train"]:
+        assert f"`cs336 {verb}" in named
+
+
+def test_version_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "cs336", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("cs336 ")
+
+
+def test_no_verb_shows_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+def test_unknown_verb_and_option(capsys):
+    for arguments in (["trian"], ["train", "--optimizer.lrr", "1"], ["report"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "--optimizer.lr" in capsys.readouterr().err
+
+
+# ---- tokenizer ----
+
+
+def test_round_trip_through_numbers(tokenizer, text_file, tmp_path, capfdbinary):
+    assert main(["tokenizer", "encode", tokenizer, str(text_file)]) == 0
+    numbers = tmp_path / "ids"
+    numbers.write_bytes(capfdbinary.readouterr().out)
+    assert len(numbers.read_text().split()) < len(TEXT)
+    assert main(["tokenizer", "decode", tokenizer, str(numbers)]) == 0
+    assert capfdbinary.readouterr().out == TEXT.encode()
+
+
+def test_round_trip_through_pipes(tokenizer):
+    cs336 = f"{sys.executable} -m cs336 tokenizer"
+    pipe = f"{cs336} encode {tokenizer} | {cs336} decode {tokenizer}"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], input=TEXT.encode(), capture_output=True, check=True)
+    assert run.stdout == TEXT.encode()
+
+
+def test_reader_that_stops_early_is_no_error(tokenizer):
+    command = f"yes word | head -c 3000000 | {sys.executable} -m cs336 tokenizer encode {tokenizer} | head -n 1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout
+    assert run.stderr == ""
+
+
+def test_training_from_standard_input(tokenizer, tmp_path):
+    other = tmp_path / "other.json"
+    command = [sys.executable, "-m", "cs336", "tokenizer", "train", "--vocab-size", "300", "--output", str(other)]
+    subprocess.run(command, input=TEXT.encode(), check=True)
+    assert other.read_bytes() == pathlib.Path(tokenizer).read_bytes()
+
+
+def test_special_tokens(tokenizer, capsys, monkeypatch):
+    def encode(*options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a<|endoftext|>")))
+        assert main(["tokenizer", "encode", tokenizer, *options]) == 0
+        return capsys.readouterr().out.split()
+
+    assert encode()[-1] == "299"
+    assert "299" not in encode("--ordinary")
+
+
+def test_shards(tokenizer, text_file, tmp_path, capfdbinary):
+    shards = str(tmp_path / "tokens")
+    assert main(["tokenizer", "encode", tokenizer, str(text_file), "--shards", shards, "--val-fraction", "0"]) == 0
+    assert b"tokens of 1 documents" in capfdbinary.readouterr().out
+    assert main(["tokenizer", "decode", tokenizer, f"{shards}/00000.bin"]) == 0
+    assert capfdbinary.readouterr().out == TEXT.encode() + b"<|endoftext|>"
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(100)))
+    assert main(["tokenizer", "encode", tokenizer, str(documents), "--shards", shards, "--val-fraction", "0.3"]) == 0
+    out = capfdbinary.readouterr().out
+    assert b"tokens/train" in out
+    assert b"tokens/val" in out
+
+
+def test_inspect(tokenizer, capsys):
+    assert main(["tokenizer", "inspect", tokenizer]) == 0
+    out = capsys.readouterr().out
+    assert "300" in out
+    assert "<|endoftext|>" in out
+    assert main(["tokenizer", "inspect", tokenizer, "--text", "model?"]) == 0
+    assert "model" in capsys.readouterr().out
+
+
+def test_errors_of_tokenizer_verbs(tokenizer, text_file, tmp_path, capsys):
+    assert "No such file" in fails(["tokenizer", "inspect", str(tmp_path / "none.json")], capsys)
+    assert "not" in fails(["tokenizer", "inspect", str(text_file)], capsys)
+    assert "line 1 of the token ids" in fails(["tokenizer", "decode", tokenizer, str(text_file)], capsys)
+    assert "--shards needs files" in fails(["tokenizer", "encode", tokenizer, "--shards", str(tmp_path / "s")], capsys)
+    assert "too small" in fails(["tokenizer", "train", str(text_file), "--vocab-size", "3"], capsys)
+
+
+# ---- train, generate, report ----
+
+TRAIN = {
+    "model.vocab_size": 300,
+    "model.context_length": 16,
+    "model.num_layers": 1,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "batch_size": 4,
+    "budget": "6steps",
+    "eval_tokens": 32,
+}
+
+
+def train_arguments(directory):
+    data = {"run_dir": directory / "run", "data.train": directory / "tokens", "data.val": directory / "tokens"}
+    return [str(word) for key, value in (data | TRAIN).items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer, text_file, capsys):
+    shards = str(tmp_path / "tokens")
+    assert main(["tokenizer", "encode", tokenizer, str(text_file), "--shards", shards, "--val-fraction", "0"]) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_train_then_generate_then_report(data, tokenizer, capsys):
+    run = data / "run"
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer, "--prompt", "How do"]) == 0
+    out = capsys.readouterr().out
+    assert "finished 6 steps" in out
+    assert f"report: {run}/report.html" in out
+    report = run.joinpath("report.html").read_text()
+    assert "How do" in report
+    assert "vocab size" in report
+    generate = ["--prompt", "How ", "--max-tokens", "5", "--seed", "1"]
+    shown = []
+    for model in (run, run / "export", run / "checkpoints" / "step_00000006"):
+        assert main(["generate", str(model), *generate]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].startswith("How ")
+    assert len(set(shown)) == 1
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    assert main(["train", *train_arguments(data), "--budget", "8steps"]) == 0  # goes on, with the tokenizer it has
+    assert "continuing after step 6" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in run.joinpath("samples.jsonl").open()] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_generate_from_a_run_that_was_stopped(data, tokenizer, capsys):
+    arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--checkpoint-interval", "2"]
+    assert main(["train", *arguments]) == 0
+    checkpoint = data / "run" / "checkpoints" / "step_00000006"
+    newer = checkpoint.joinpath("state.json").stat().st_mtime + 100
+    os.utime(checkpoint / "state.json", (newer, newer))  # as if the run had gone on since the export
+    from cs336.inference.load import find_model
+
+    assert find_model(data / "run") == checkpoint
+    capsys.readouterr()
+    assert main(["generate", str(data / "run"), "--prompt", "How", "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("How")
+
+
+def test_settings_file_and_overrides(data, capsys):
+    assert main(["train", *train_arguments(data), "--print-config"]) == 0
+    config = data / "config.toml"
+    config.write_text(capsys.readouterr().out)
+    assert not (data / "run").exists()
+    assert main(["train", "--config", str(config), "--optimizer.lr", "0.25", "--print-config"]) == 0
+    changed = capsys.readouterr().out
+    assert changed != config.read_text()
+    assert changed.replace("lr = 0.25", "lr = 0.001") == config.read_text()
+    config.write_text(config.read_text().replace("weight_decay", "weight_dekay"))
+    assert "did you mean optimizer.weight_decay?" in fails(["train", f"--config={config}"], capsys)
+
+
+def test_errors_of_train_and_generate(data, tokenizer, capsys):
+    arguments = train_arguments(data)
+    assert "batch_size must be at least 1" in fails(["train", *arguments, "--batch-size", "0"], capsys)
+    assert "does not exist" in fails(["train", *arguments, "--data.train", str(data / "none")], capsys)
+    assert "needs a vocabulary of" in fails(["train", *arguments, "--model.vocab-size", "99"], capsys)
+    assert not (data / "run").exists()
+    assert "holds no model" in fails(["generate", str(data)], capsys)
+    assert "temperature must be" in fails(["generate", str(data), "--temperature", "-1"], capsys)
+    assert "not a run directory" in fails(["report", str(data)], capsys)
+    assert "none does not exist" in fails(["quickstart", "--corpus", str(data / "none")], capsys)
+    assert "device 'gpu' is unknown" in fails(["quickstart", "--device", "gpu"], capsys)
+
+
+def test_debug_shows_the_trace(tmp_path, monkeypatch):
+    monkeypatch.setenv("CS336_DEBUG", "1")
+    with pytest.raises(ValueError, match="not a run directory"):
+        main(["report", str(tmp_path)])
+
+
+def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
+    def broken(run_dir):
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("cs336.report.write_report", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        main(["report", str(tmp_path)])
+
+
+def test_interrupt(tmp_path, monkeypatch, capsys):
+    def interrupted(run_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cs336.report.write_report", interrupted)
+    assert main(["report", str(tmp_path)]) == 130
+    assert "go on with the same command" in capsys.readouterr().err
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_bench_passes_its_arguments_on(monkeypatch, capsys):
+    code = "import sys; sys.exit(sys.argv[1:] != ['ops', '--quick'] and 9)"
+    real = subprocess.run
+    monkeypatch.setattr(
+        "cs336.cli.subprocess.run", lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw)
+    )
+    assert main(["bench", "ops", "--quick"]) == 0
+    assert main(["bench", "ops"]) == 9
+    monkeypatch.setattr("cs336.cli.ROOT", pathlib.Path("/nowhere"))
+    assert "run this in a clone" in fails(["bench", "ops"], capsys)
+
+
+def test_text_for_a_terminal_is_harmless(capsys):
+    from cs336.cli import _visibly
+
+    _visibly("a\x1b[2Jb\x07\n\tc\x9b")
+    assert (
+        capsys.readouterr().out
+        == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\n\tc\N{REPLACEMENT CHARACTER}"
+    )

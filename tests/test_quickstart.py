@@ -1,0 +1,221 @@
+"""The main job on a corpus of a few files: whole, repeated, changed, interrupted, killed."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+
+import pytest
+from rich.console import Console
+
+import cs336.quickstart as q
+from cs336.data.stdlib import stdlib_documents
+from cs336.quickstart import FEW, SHAPES, STAGES, Job, Quickstart, quickstart
+
+TINY = dataclasses.replace(SHAPES[0], num_layers=1, d_model=32, num_heads=2, context_length=32, batch_size=4)
+NAMES = [stage.name for stage in STAGES]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Three modules of the standard library, 200 kB."""
+    directory = tmp_path_factory.mktemp("corpus")
+    library = pathlib.Path(os.__file__).parent
+    for name in ("argparse.py", "typing.py", "os.py"):
+        (directory / name).write_bytes((library / name).read_bytes()[:70_000])
+    return directory
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model that learns in seconds, for a number of steps that no clock decides."""
+    config = Job._train_config
+    monkeypatch.setattr(q, "SHAPES", (TINY,))
+    monkeypatch.setattr(Job, "_train_config", lambda job: dataclasses.replace(config(job), budget="40steps"))
+
+
+def run(settings):
+    """What the job prints, and the stages that it ran."""
+    out = io.StringIO()
+    quickstart(settings, Console(file=out, width=120))
+    heads = [line for line in out.getvalue().splitlines() if line[1:4] == f"/{len(STAGES)} "]
+    assert [line.split()[1] for line in heads] == NAMES
+    return out.getvalue(), [line.split()[1] for line in heads if "(done before)" not in line]
+
+
+def rows(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def test_end_to_end_then_only_what_changed(corpus, tiny, tmp_path):
+    settings = Quickstart(corpus, tmp_path / "run", vocab_size=400)
+    printed, ran = run(settings)
+    assert ran == NAMES
+    for stage in STAGES:
+        for name in stage.outputs:
+            assert (settings.run_dir / name).exists(), name
+    for name in ("this model", "byte unigram", "token unigram", "gzip -9", "xz -9e"):
+        assert name in printed
+    evaluation = json.loads((settings.run_dir / "evaluation.json").read_text())
+    bits = {b["name"]: b["bits_per_byte"] for b in evaluation["baselines"]}
+    assert 0 < evaluation["bits_per_byte"] < 8
+    assert 1 < bits["xz -9e"] < bits["byte unigram"] < 6
+    assert bits["token unigram"] < bits["byte unigram"]
+    samples = rows(settings.run_dir / "samples.jsonl")
+    assert samples[0]["step"] == 0
+    assert samples[-1]["step"] == rows(settings.run_dir / "metrics.jsonl")[-1]["step"]
+    assert {row["prompt"] for row in samples} == {row["prompt"] for row in rows(settings.run_dir / "generated.jsonl")}
+    report = (settings.run_dir / "report.html").read_text()
+    assert "is not there yet" not in report
+    assert all(f"<td>{name}" in report for name in NAMES[:-1])
+
+    before = {path: path.stat().st_mtime_ns for path in settings.run_dir.rglob("*")}
+    printed, ran = run(settings)
+    assert ran == []
+    assert {path: path.stat().st_mtime_ns for path in settings.run_dir.rglob("*")} == before
+
+    (settings.run_dir / "evaluation.json").unlink()
+    assert run(settings)[1] == NAMES[NAMES.index("evaluate") :]
+    assert run(dataclasses.replace(settings, seed=1))[1] == NAMES[NAMES.index("pretrain") :]
+    trained = [row["step"] for row in rows(settings.run_dir / "metrics.jsonl") if "train/loss" in row]
+    assert trained == [10, 20, 30, 40]
+    os.utime(corpus / "os.py", (1, 1))
+    assert run(dataclasses.replace(settings, seed=1))[1] == NAMES
+
+
+def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
+    """Ctrl-C, then SIGKILL, in training; the third time it ends, without repeating a stage or a step."""
+    run_dir = tmp_path / "run"
+    arguments = ["quickstart", "--corpus", str(corpus), "--run-dir", str(run_dir), "--vocab-size=400"]
+    job = f"""
+        import dataclasses, sys
+        import cs336.cli, cs336.quickstart as q
+        q.SHAPES = (q.Shape(**{dataclasses.asdict(TINY)}),)
+        config = q.Job._train_config
+        q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="400steps")
+        sys.exit(cs336.cli.main({arguments}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(job)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def until(process, condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def start():
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start() as process:
+        until(process, lambda: list(run_dir.glob("checkpoints/step_*")))
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+    assert process.returncode == 130, out
+    assert "to continue, run the same command again" in out
+    (stopped,) = [int(path.name[5:]) for path in run_dir.glob("checkpoints/step_*")][-1:]
+    record = json.loads((run_dir / "stages.json").read_text())
+    assert list(record) == ["collect", "tokenizer", "tokenize", "pretrain"]
+    assert "seconds" not in record["pretrain"]
+
+    def steps():
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return [row["step"] for row in rows(run_dir / "metrics.jsonl")]
+        return []
+
+    with start() as process:
+        until(process, lambda: steps() and steps()[-1] > stopped)
+        process.kill()
+    assert not (run_dir / "export").exists()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("(done before)") == 3
+    assert "continuing after step" in done.stdout
+    trained = [row["step"] for row in rows(run_dir / "metrics.jsonl") if "train/loss" in row]
+    assert trained == sorted(set(trained))
+    assert json.loads((run_dir / "stages.json").read_text()).keys() == set(NAMES)
+
+
+def test_refuses_what_it_would_spoil_or_cannot_use(corpus, tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(ValueError, match="that quickstart did not make"):
+        Job(Quickstart(corpus, tmp_path))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Job(Quickstart(tmp_path / "none", tmp_path / "run"))
+    (tmp_path / "short.txt").write_text("how do you train the best model? " * 100)
+    with pytest.raises(ValueError, match="3,300 bytes of text, and this needs at least 100,000"):
+        run(Quickstart(tmp_path / "short.txt", tmp_path / "run"))
+    assert not list((tmp_path / "run" / "corpus").iterdir())
+    for wrong in ({"minutes": 0}, {"minutes": float("nan")}, {"max_megabytes": -1}):
+        with pytest.raises(ValueError, match="more than zero"):
+            Quickstart(**wrong)
+
+
+def test_more_compute_takes_a_larger_model_and_stops_before_repeating_too_often(corpus, tmp_path, monkeypatch):
+    job = Job(Quickstart(corpus, tmp_path / "run", vocab_size=400), Console(file=io.StringIO()))
+    job.run_dir.mkdir()
+    job.collect()
+    job.tokenizer()
+    job.tokenize()
+
+    def config(peak, tokens):
+        meta = dataclasses.replace(q.read_meta(job._tokens("train")), tokens=tokens)
+        monkeypatch.setattr(q, "peak_flops", lambda device, dtype: peak)
+        monkeypatch.setattr(q, "read_meta", lambda path: meta)
+        return job._train_config()
+
+    shapes = [config(peak, 10**9) for peak in (1e10, 5e12, 5e13, 1e15)]
+    sizes = [shape.model.num_parameters() for shape in shapes]
+    assert sizes == sorted(set(sizes))
+    assert all(shape.budget == "240s" and shape.model.vocab_size == 448 for shape in shapes)
+    assert config(1e15, 10**7).model == shapes[-1].model
+    assert config(1e15, 10**7).budget == f"{q.EPOCHS * 10**7}tok"
+    assert config(1e15, 10**4).model == shapes[0].model  # little text teaches a large model nothing
+
+
+def test_text_that_is_cut_off_is_read_to_the_limit(corpus, tmp_path):
+    job = Job(Quickstart(corpus, tmp_path / "run", max_megabytes=0.12))
+    job.run_dir.mkdir()
+    job.collect()
+    size = sum(len(row["text"]) for side in ("train", "val") for row in rows(job._text(side)))
+    assert 120_000 <= size < 125_000
+
+
+def test_few_documents_are_cut_and_many_are_not():
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    pieces = list(q._enough(iter([text, "short", " \n"])))
+    assert "".join(pieces) == text + "short"
+    assert FEW < len(pieces) <= 2 * FEW + 2
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert list(q._enough(iter(["a"] * FEW + ["b" * 10_000]))) == ["a"] * FEW + ["b" * 10_000]
+    assert list(q._enough(iter([]))) == []
+
+
+def test_the_standard_library_is_text():
+    documents = list(stdlib_documents())
+    assert len(documents) > 100
+    assert any('"""' in d and "def " in d for d in documents)
+    assert any(d.startswith("The ") for d in documents)  # a topic of help()
+    assert not any("\0" in d or not d.strip() for d in documents)
+
+
+def test_a_zipped_or_absent_standard_library(tmp_path, monkeypatch):
+    archive = tmp_path / "python.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("os.py", "import abc\n")
+        file.writestr("encodings/cp437.py", "table\n")
+        file.writestr("os.pyc", b"\0")
+        file.writestr("bad.py", b"\xff\xfe")
+    monkeypatch.setattr("cs336.data.stdlib._root", lambda: tmp_path / "none")
+    monkeypatch.setattr(sys, "path", [str(archive)])
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert list(stdlib_documents()) == ["import abc\n"]
