@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+
 #include "common/dtype.h"
 
 namespace cs336 {
@@ -63,6 +67,21 @@ inline void check_row_stat(const Tensor& s, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(s.size(0) <= 1 || s.stride(0) == 1, name, " must be contiguous");
   STD_TORCH_CHECK(s.scalar_type() == ScalarType::Float, name, " must be float32");
   check_device(s, name, x);
+}
+
+// Uninitialised and contiguous, on x's device. torch::stable::new_empty looks the operator up by name at each call and
+// takes twice as long.
+inline Tensor new_tensor(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::array<int64_t, 8> strides;
+  const size_t dims = sizes.size();
+  for (size_t d = dims; d-- > 0;)
+    strides[d] = d + 1 == dims ? 1 : strides[d + 1] * std::max<int64_t>(1, sizes.begin()[d + 1]);
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
+                                                  device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 #ifdef USE_CUDA
