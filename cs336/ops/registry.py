@@ -38,7 +38,6 @@ class Op:
 
 OPS: dict[str, Op] = {}
 _forced: str | None = None
-_deterministic = False
 
 
 def define(
@@ -163,7 +162,22 @@ _forced = _valid(os.environ.get("CS336_VARIANT") or None)
 
 
 def deterministic(on: bool = True) -> None:
-    """Ask every op for its deterministic path, and torch for its own (`torch.use_deterministic_algorithms`)."""
-    global _deterministic
-    _deterministic = on
+    """Ask torch for its deterministic algorithms in the whole process; ours have no other.
+
+    Our kernels add in a fixed order. On a GPU torch's gradients of embeddings and attention do so only when asked.
+    """
+    # Without this, cuBLAS refuses: the value is torch's own default on Hopper.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(on)
+
+
+@contextlib.contextmanager
+def determinism(on: bool) -> Iterator[None]:
+    """`deterministic(on)` inside the block."""
+    before = torch.are_deterministic_algorithms_enabled()
+    deterministic(on)
+    try:
+        yield
+    finally:
+        deterministic(before)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
 from cs336.models import Transformer
+from cs336.ops import registry
 from cs336.optim import AdamW, clip_scale, grad_norm, param_groups
 from cs336.training.config import TrainConfig
 from cs336.training.guard import first_non_finite
@@ -36,6 +37,7 @@ class Learner:
         low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.compiled = on_gpu if config.compile is None else config.compile
+        self.deterministic = on_gpu and config.deterministic  # a CPU is without being asked
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         torch.manual_seed(config.seed)
@@ -54,10 +56,11 @@ class Learner:
             group["lr"] = lr
         losses = []
         for x_bT, y_bT in self._micro_batches(x_BT, y_BT):
-            with annotate("forward"):
-                loss = self._forward(x_bT, y_bT)
-            with annotate("backward"):
-                (loss * (len(x_bT) / len(x_BT))).backward()
+            with registry.determinism(self.deterministic):
+                with annotate("forward"):
+                    loss = self._forward(x_bT, y_bT)
+                with annotate("backward"):
+                    (loss * (len(x_bT) / len(x_BT))).backward()
             losses.append(loss.detach())
         with annotate("optimizer"):
             norm = grad_norm(self.model.parameters())
