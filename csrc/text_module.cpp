@@ -210,14 +210,24 @@ class PyEncoder {
       for (py::ssize_t i = 0; i < wide.size(); ++i) add(wide.data()[i]);
       return ids;
     }
-    if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) ids.reserve(py::len(object));
-    for (const py::handle item : object) {
-      const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
-      if (!index) throw py::error_already_set();
+    const auto add_object = [&](PyObject* integer) {
       int overflow;
-      const long long id = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-      if (overflow != 0) core_->refuse(py::str(index));
+      const long long id = PyLong_AsLongLongAndOverflow(integer, &overflow);
+      if (overflow != 0) core_->refuse(py::str(integer));
       add(id);
+    };
+    const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(object.ptr(), "ids must be integers"));
+    if (!items) throw py::error_already_set();
+    ids.reserve(PySequence_Fast_GET_SIZE(items.ptr()));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()); ++i) {
+      PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), i);
+      if (PyLong_CheckExact(item)) {
+        add_object(item);
+        continue;
+      }
+      const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(item));
+      if (!index) throw py::error_already_set();
+      add_object(index.ptr());
     }
     return ids;
   }

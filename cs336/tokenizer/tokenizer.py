@@ -63,6 +63,7 @@ class Tokenizer:
             pattern=for_core(self._pattern),
         )
         self._policy = lru_cache(maxsize=64)(self._make_policy)
+        self._ordinary = self._get_policy((), ())
 
     # ---- making one ----
 
@@ -96,7 +97,7 @@ class Tokenizer:
         """
         pattern = canonical(pattern)
         specials = _checked_specials(special_tokens)
-        merges = train(source, vocab_size, specials, pattern, num_threads or _num_cpus(), progress)
+        merges = train(source, vocab_size, specials, pattern, _num_threads(num_threads), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         pairs = []
         for left, right in merges:
@@ -154,11 +155,11 @@ class Tokenizer:
         A special token in the text becomes its id if allowed ("all", or a set of them), raises ValueError if
         disallowed ("all" means all that are not allowed), and is ordinary text otherwise.
         """
-        return self._core.encode(text, self._get_policy(allowed_special, disallowed_special), num_threads)
+        return self._core.encode(text, self._get_policy(allowed_special, disallowed_special), _num_threads(num_threads))
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
-        return self._core.encode(text, self._get_policy((), ()), num_threads)
+        return self._core.encode(text, self._ordinary, _num_threads(num_threads))
 
     def encode_batch(
         self,
@@ -169,7 +170,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, on several threads (None: as many as this process may run on)."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch(list(texts), policy, num_threads or _num_cpus())
+        return self._core.encode_batch(list(texts), policy, _num_threads(num_threads))
 
     def encode_batch_numpy(
         self,
@@ -181,7 +182,7 @@ class Tokenizer:
         """The ids of many texts one after the other, (N,) uint16 or uint32 by vocab_size, and where each text begins
         and the last ends, (len(texts) + 1,) int64."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch_numpy(list(texts), policy, num_threads or _num_cpus())
+        return self._core.encode_batch_numpy(list(texts), policy, _num_threads(num_threads))
 
     def encode_iterable(
         self,
@@ -325,8 +326,14 @@ def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:
     return frozenset(specials)
 
 
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _num_threads(wanted: int | None) -> int:
+    if wanted is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted < 1:
+        raise ValueError(
+            f"num_threads must be at least 1, or None for as many as this process may run on, got {wanted}"
+        )
+    return wanted
 
 
 def _checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:

@@ -247,6 +247,13 @@ def test_one_long_text_on_several_threads(tokenizer, text):
     assert tokenizer.encode_ordinary(long, num_threads=3) == tokenizer.encode_ordinary(long)
 
 
+def test_bad_number_of_threads(tokenizer):
+    for call in (tokenizer.encode, tokenizer.encode_ordinary, tokenizer.encode_batch, tokenizer.encode_batch_numpy):
+        for bad in (0, -1):
+            with pytest.raises(ValueError, match=f"num_threads must be at least 1.*got {bad}"):
+                call("a", num_threads=bad)
+
+
 @pytest.mark.parametrize("letters", ["x", " ", "ab", "\u4e2d", "=", "7", "\n", ""])
 def test_time_is_linear_in_long_pieces(tokenizer, letters):
     rng = np.random.default_rng(0)

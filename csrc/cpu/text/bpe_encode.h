@@ -158,7 +158,7 @@ class Encoder {
   std::unordered_map<std::string_view, uint32_t> long_words_;
 
   // Caches at rest; a call takes one out and puts it back, without a lock.
-  mutable std::array<std::atomic<WordCache*>, 64> caches_{};
+  mutable std::array<std::atomic<WordCache*>, 256> caches_{};
 };
 
 }  // namespace cs336::text
