@@ -15,40 +15,65 @@ template <typename From, typename To>
   for (int64_t i = 0; i < n; i++) dst[i] = To(float(src[i]));
 }
 
+template <typename T>
+[[gnu::always_inline]] inline void add_all(const T* a, const T* b, int64_t n, T* sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) sum[i] = T(float(a[i]) + float(b[i]));
+}
+
 #ifdef __x86_64__
-__attribute__((target("avx,f16c"))) void widen_f16c(const Half* src, int64_t n, float* dst) {
+#define F16C __attribute__((target("avx,f16c")))
+
+F16C inline __m256 load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+F16C inline void store(Half* p, __m256 values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+F16C void widen_f16c(const Half* src, int64_t n, float* dst) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, load(src + i));
   convert(src + i, n - i, dst + i);
 }
 
-__attribute__((target("avx,f16c"))) void narrow_f16c(const float* src, int64_t n, Half* dst) {
+F16C void narrow_f16c(const float* src, int64_t n, Half* dst) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + 8 <= n; i += 8) store(dst + i, _mm256_loadu_ps(src + i));
   convert(src + i, n - i, dst + i);
 }
+
+F16C void add_f16c(const Half* a, const Half* b, int64_t n, Half* sum) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(sum + i, _mm256_add_ps(load(a + i), load(b + i)));
+  add_all(a + i, b + i, n - i, sum + i);
+}
+
+#define WITH_F16C(call) \
+  if (__builtin_cpu_supports("f16c")) return call
+#else
+#define WITH_F16C(call)
 #endif
 
 }  // namespace
 
 void widen(const Half* src, int64_t n, float* dst) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("f16c")) return widen_f16c(src, n, dst);
-#endif
+  WITH_F16C(widen_f16c(src, n, dst));
   convert(src, n, dst);
 }
 
 void narrow(const float* src, int64_t n, Half* dst) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("f16c")) return narrow_f16c(src, n, dst);
-#endif
+  WITH_F16C(narrow_f16c(src, n, dst));
   convert(src, n, dst);
+}
+
+void add(const Half* a, const Half* b, int64_t n, Half* sum) {
+  WITH_F16C(add_f16c(a, b, n, sum));
+  add_all(a, b, n, sum);
 }
 
 MULTIVERSION void widen(const BFloat16* src, int64_t n, float* dst) { convert(src, n, dst); }
 MULTIVERSION void narrow(const float* src, int64_t n, BFloat16* dst) { convert(src, n, dst); }
+MULTIVERSION void add(const BFloat16* a, const BFloat16* b, int64_t n, BFloat16* sum) { add_all(a, b, n, sum); }
+MULTIVERSION void add(const float* a, const float* b, int64_t n, float* sum) { add_all(a, b, n, sum); }
 
 }  // namespace cs336

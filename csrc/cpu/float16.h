@@ -56,4 +56,9 @@ void widen(const BFloat16* src, int64_t n, float* dst);
 void narrow(const float* src, int64_t n, Half* dst);
 void narrow(const float* src, int64_t n, BFloat16* dst);
 
+// sum = a + b, rounded to the element type.
+void add(const Half* a, const Half* b, int64_t n, Half* sum);
+void add(const BFloat16* a, const BFloat16* b, int64_t n, BFloat16* sum);
+void add(const float* a, const float* b, int64_t n, float* sum);
+
 }  // namespace cs336

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <memory>
 
 #include "common/multiversion.h"
 #include "cpu/float16.h"
@@ -14,7 +13,7 @@ namespace cs336 {
 namespace {
 
 constexpr int kWidth = 8, kParts = 4;  // enough additions in flight on any machine, in one order on all
-constexpr int kBlock = 1024;           // elements summed before they join the total, which rounds more coarsely
+constexpr int64_t kBlock = 1024;       // features at a time: their float32 values stay in the first-level cache
 using Vec = float __attribute__((vector_size(kWidth * sizeof(float))));
 #pragma GCC diagnostic ignored "-Wpsabi"  // a Vec is never passed: everything that takes one is inlined
 
@@ -22,44 +21,39 @@ using Vec = float __attribute__((vector_size(kWidth * sizeof(float))));
 // called for kWidth of them at once where that is possible.
 template <int K, typename F>
 INLINE inline std::array<float, K> sums(int64_t n, F add) {
-  Vec total[K] = {};
+  Vec s[kParts][K] = {};
   int64_t i = 0;
   auto next = [&](const float* p) INLINE {
     Vec v;
     __builtin_memcpy(&v, p + i, sizeof(v));
     return v;
   };
-  while (i + kWidth <= n) {
-    Vec s[kParts][K] = {};
-    const int64_t end = std::min(n, i + kBlock);
-    while (i + kParts * kWidth <= end) {
-      for (auto& part : s) {
-        add(next, part);
-        i += kWidth;
-      }
+  while (i + kParts * kWidth <= n) {
+    for (auto& part : s) {
+      add(next, part);
+      i += kWidth;
     }
-    for (; i + kWidth <= end; i += kWidth) add(next, s[0]);
-    for (int k = 0; k < K; k++) total[k] += (s[0][k] + s[1][k]) + (s[2][k] + s[3][k]);
   }
-  std::array<float, K> rest = {};
-  for (; i < n; i++) add([&](const float* p) INLINE { return p[i]; }, rest.data());
+  for (; i + kWidth <= n; i += kWidth) add(next, s[0]);
+  std::array<float, K> total = {};
+  for (; i < n; i++) add([&](const float* p) INLINE { return p[i]; }, total.data());
   for (int k = 0; k < K; k++) {
-    const Vec v = total[k];
-    rest[k] += ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    const Vec v = (s[0][k] + s[1][k]) + (s[2][k] + s[3][k]);
+    total[k] += ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
-  return rest;
+  return total;
 }
 
-// A row in float32: its own memory, or a copy in scratch.
-inline const float* read(const float* row, int64_t, float*) { return row; }
+// n elements of a row in float32: their own memory, or a copy in scratch, which may be there already.
+inline const float* read(const float* row, int64_t, float*, bool = false) { return row; }
 
 template <typename T>
-const float* read(const T* row, int64_t n, float* scratch) {
-  widen(row, n, scratch);
+const float* read(const T* row, int64_t n, float* scratch, bool copied = false) {
+  if (!copied) widen(row, n, scratch);
   return scratch;
 }
 
-// Where to compute a row before it is written.
+// Where to compute elements of a row before they are written.
 inline float* place(float* row, float*) { return row; }
 
 template <typename T>
@@ -74,78 +68,108 @@ void write(const float* values, int64_t n, T* row) {
   narrow(values, n, row);
 }
 
+// Mean and sum of squared deviations, a block at a time: Chan, Golub & LeVeque 1979. Not centred, the mean stays 0.
+struct Moments {
+  float mean = 0.f, squares = 0.f;
+
+  template <bool kCentred>
+  INLINE inline void add(const float* x, int64_t n, int64_t before) {
+    float block_mean = 0.f;
+    if constexpr (kCentred) block_mean = sums<1>(n, [&](auto at, auto* s) INLINE { s[0] += at(x); })[0] / n;
+    squares += sums<1>(n, [&](auto at, auto* s) INLINE {
+      const auto d = at(x) - block_mean;
+      s[0] += d * d;
+    })[0];
+    if (before == 0) {
+      mean = block_mean;
+    } else if constexpr (kCentred) {
+      const float delta = block_mean - mean, share = static_cast<float>(n) / (before + n);
+      mean += delta * share;
+      squares += delta * delta * share * before;
+    }
+  }
+};
+
 template <typename T, bool kCentred>
 MULTIVERSION void fwd(NormFwdParams p, int64_t first, int64_t last) {
   const int64_t N = p.N;
-  const float *w = p.w, *b = p.b;
-  const auto scratch = std::make_unique_for_overwrite<float[]>(2 * N);
-  float *scratch_x = scratch.get(), *scratch_y = scratch.get() + N;
+  float scratch_x[kBlock], scratch_y[kBlock];
   for (int64_t m = first; m < last; m++) {
-    const float* x = read(static_cast<const T*>(p.x) + m * p.x_stride, N, scratch_x);
-    if (p.residual) {
-      const float* residual = read(static_cast<const T*>(p.residual) + m * p.residual_stride, N, scratch_y);
-      T* added_row = static_cast<T*>(p.sum) + m * N;
-      float* added = place(added_row, scratch_y);
-#pragma omp simd
-      for (int64_t i = 0; i < N; i++) added[i] = x[i] + residual[i];
-      write(added, N, added_row);
-      x = read(added_row, N, scratch_x);
+    const T* x_row = static_cast<const T*>(p.x) + m * p.x_stride;
+    const T* residual_row = static_cast<const T*>(p.residual) + m * p.residual_stride;
+    T *sum_row = static_cast<T*>(p.sum) + m * N, *y_row = static_cast<T*>(p.y) + m * N;
+    Moments moments;
+    for (int64_t i = 0; i < N; i += kBlock) {
+      const int64_t n = std::min(kBlock, N - i);
+      if (p.residual) add(x_row + i, residual_row + i, n, sum_row + i);
+      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x);
+      moments.add<kCentred>(x, n, i);
     }
-    float mean = 0.f;
-    if constexpr (kCentred) p.mean[m] = mean = sums<1>(N, [&](auto at, auto* s) INLINE { s[0] += at(x); })[0] / N;
-    const auto [squares] = sums<1>(N, [&](auto at, auto* s) INLINE {
-      const auto d = at(x) - mean;
-      s[0] += d * d;
-    });
-    const float rstd = p.rstd[m] = 1.f / std::sqrt(squares / N + p.eps);
-    T* y_row = static_cast<T*>(p.y) + m * N;
-    float* y = place(y_row, scratch_y);
-    if (kCentred && b) {
+    const float mean = moments.mean, rstd = 1.f / std::sqrt(moments.squares / N + p.eps);
+    if constexpr (kCentred) p.mean[m] = mean;
+    p.rstd[m] = rstd;
+    for (int64_t i = 0; i < N; i += kBlock) {
+      const int64_t n = std::min(kBlock, N - i);
+      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x, N <= kBlock);
+      const float *w = p.w + i, *b = p.b + i;
+      float* y = place(y_row + i, scratch_y);
+      if (kCentred && p.b) {
 #pragma omp simd
-      for (int64_t i = 0; i < N; i++) y[i] = (x[i] - mean) * rstd * w[i] + b[i];
-    } else {
+        for (int64_t j = 0; j < n; j++) y[j] = (x[j] - mean) * rstd * w[j] + b[j];
+      } else {
 #pragma omp simd
-      for (int64_t i = 0; i < N; i++) y[i] = (x[i] - mean) * rstd * w[i];
+        for (int64_t j = 0; j < n; j++) y[j] = (x[j] - mean) * rstd * w[j];
+      }
+      write(y, n, y_row + i);
     }
-    write(y, N, y_row);
   }
 }
 
 template <typename T, bool kCentred>
 MULTIVERSION void bwd(NormBwdParams p, int64_t first, int64_t last) {
   const int64_t N = p.N;
-  const float* w = p.w;
-  const auto scratch = std::make_unique_for_overwrite<float[]>(3 * N);
-  float *scratch_x = scratch.get(), *scratch_dy = scratch.get() + N, *scratch_dx = scratch.get() + 2 * N;
+  float scratch_x[kBlock], scratch_dy[kBlock], scratch_dx[kBlock];
   for (int64_t chunk = first; chunk < last; chunk++) {
-    float *dw = p.dw_partials + chunk * N, *db = p.db_partials + chunk * N;
-    std::fill_n(dw, N, 0.f);
-    if (kCentred) std::fill_n(db, N, 0.f);
+    std::fill_n(p.dw_partials + chunk * N, N, 0.f);
+    if (kCentred) std::fill_n(p.db_partials + chunk * N, N, 0.f);
     for (int64_t m = chunk * p.chunk; m < std::min(p.M, (chunk + 1) * p.chunk); m++) {
-      const float* x = read(static_cast<const T*>(p.x) + m * p.x_stride, N, scratch_x);
-      const float* dy = read(static_cast<const T*>(p.dy) + m * p.dy_stride, N, scratch_dy);
+      const T* x_row = static_cast<const T*>(p.x) + m * p.x_stride;
+      const T* dy_row = static_cast<const T*>(p.dy) + m * p.dy_stride;
+      const T* dsum_row = static_cast<const T*>(p.dsum) + m * p.dsum_stride;
       T* dx_row = static_cast<T*>(p.dx) + m * N;
-      float* dx = place(dx_row, scratch_dx);
       const float rstd = p.rstd[m], mean = kCentred ? p.mean[m] : 0.f;
-      const auto along = sums<kCentred ? 2 : 1>(N, [&](auto at, auto* s) INLINE {
-        const auto wdy = at(dy) * at(w);
-        s[0] += wdy * (at(x) - mean);
-        if constexpr (kCentred) s[1] += wdy;
-      });
-      const float along_xhat = along[0] * rstd / N, along_1 = kCentred ? along[kCentred] / N : 0.f;
-#pragma omp simd
-      for (int64_t i = 0; i < N; i++) {
-        const float xhat = (x[i] - mean) * rstd;
-        dx[i] = (dy[i] * w[i] - along_1 - xhat * along_xhat) * rstd;
-        dw[i] += dy[i] * xhat;
-        if constexpr (kCentred) db[i] += dy[i];
+      float along_xhat = 0.f, along_1 = 0.f;  // how much of dy * w points there, on average; none of it reaches dx
+      for (int64_t i = 0; i < N; i += kBlock) {
+        const int64_t n = std::min(kBlock, N - i);
+        const float *x = read(x_row + i, n, scratch_x), *dy = read(dy_row + i, n, scratch_dy), *w = p.w + i;
+        const auto along = sums<kCentred ? 2 : 1>(n, [&](auto at, auto* s) INLINE {
+          const auto wdy = at(dy) * at(w);
+          s[0] += wdy * (at(x) - mean);
+          if constexpr (kCentred) s[1] += wdy;
+        });
+        along_xhat += along[0] * rstd / N;
+        if constexpr (kCentred) along_1 += along[1] / N;
       }
-      if (p.dsum) {
-        const float* dsum = read(static_cast<const T*>(p.dsum) + m * p.dsum_stride, N, scratch_dy);
+      for (int64_t i = 0; i < N; i += kBlock) {
+        const int64_t n = std::min(kBlock, N - i);
+        const float* x = read(x_row + i, n, scratch_x, N <= kBlock);
+        const float *dy = read(dy_row + i, n, scratch_dy, N <= kBlock), *w = p.w + i;
+        float *dx = place(dx_row + i, scratch_dx), *dw = p.dw_partials + chunk * N + i;
+        float* db = p.db_partials + chunk * N + i;
 #pragma omp simd
-        for (int64_t i = 0; i < N; i++) dx[i] += dsum[i];
+        for (int64_t j = 0; j < n; j++) {
+          const float xhat = (x[j] - mean) * rstd;
+          dx[j] = (dy[j] * w[j] - along_1 - xhat * along_xhat) * rstd;
+          dw[j] += dy[j] * xhat;
+          if constexpr (kCentred) db[j] += dy[j];
+        }
+        if (p.dsum) {
+          const float* dsum = read(dsum_row + i, n, scratch_dy);
+#pragma omp simd
+          for (int64_t j = 0; j < n; j++) dx[j] += dsum[j];
+        }
+        write(dx, n, dx_row + i);
       }
-      write(dx, N, dx_row);
     }
   }
 }
@@ -185,7 +209,6 @@ void norm_bwd(const NormBwdParams& p, int64_t first, int64_t last) {
 
 void norm_bwd_reduce(const float* partials, int64_t num_chunks, int64_t N, int64_t begin, int64_t end, void* out,
                      Dtype dtype) {
-  constexpr int64_t kBlock = 512;
   float scratch[kBlock];
   dispatch_dtype(dtype, [&]<typename T>(T) {
     for (int64_t n = begin; n < end; n += kBlock) {
