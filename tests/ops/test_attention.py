@@ -64,7 +64,8 @@ def check(leaves, **options):
 
     for name, *three in zip(("o", "dq", "dk", "dv"), got, plain(torch.float64), plain(leaves[0].dtype), strict=True):
         try:
-            assert_close_to_ref(*three)
+            # In fp32 torch's blocked kernels round partial sums of terms about four times their sum.
+            assert_close_to_ref(*three, scale=4.0 if leaves[0].dtype == F32 else 1.0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
