@@ -22,6 +22,7 @@ registry.define(
     "layer_norm_fwd(Tensor x, Tensor w, Tensor? b, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake_fwd,
     ref=ref.fwd,
+    triton="layer_norm.fwd",
     check=lambda x, w, b, eps: check_raw(x, w, b, rows={}, stats={}),
 )
 registry.define(
@@ -29,6 +30,7 @@ registry.define(
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor sum)",
     fake=lambda x, residual, w, b, eps: (*_fake_fwd(x, w, b, eps), x.new_empty(x.shape)),
     ref=ref.residual_fwd,
+    triton="layer_norm.residual_fwd",
     check=lambda x, residual, w, b, eps: check_raw(x, w, b, rows={"residual": residual}, stats={}),
 )
 registry.define(
@@ -36,6 +38,7 @@ registry.define(
     " -> (Tensor dx, Tensor dw, Tensor db)",
     fake=lambda dy, dsum, x, w, mean, rstd: (x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape)),
     ref=ref.bwd,
+    triton="layer_norm.bwd",
     check=lambda dy, dsum, x, w, mean, rstd: check_raw(
         x, w, rows={"dy": dy, "dsum": dsum}, stats={"mean": mean, "rstd": rstd}
     ),

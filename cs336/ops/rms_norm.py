@@ -21,18 +21,21 @@ registry.define(
     "rms_norm_fwd(Tensor x, Tensor w, float eps) -> (Tensor y, Tensor rstd)",
     fake=_fake_fwd,
     ref=ref.fwd,
+    triton="rms_norm.fwd",
     check=lambda x, w, eps: check_raw(x, w, rows={}, stats={}),
 )
 registry.define(
     "rms_norm_residual_fwd(Tensor x, Tensor residual, Tensor w, float eps) -> (Tensor y, Tensor rstd, Tensor sum)",
     fake=lambda x, residual, w, eps: (*_fake_fwd(x, w, eps), x.new_empty(x.shape)),
     ref=ref.residual_fwd,
+    triton="rms_norm.residual_fwd",
     check=lambda x, residual, w, eps: check_raw(x, w, rows={"residual": residual}, stats={}),
 )
 registry.define(
     "rms_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor w, Tensor rstd) -> (Tensor dx, Tensor dw)",
     fake=lambda dy, dsum, x, w, rstd: (x.new_empty(x.shape), w.new_empty(w.shape)),
     ref=ref.bwd,
+    triton="rms_norm.bwd",
     check=lambda dy, dsum, x, w, rstd: check_raw(x, w, rows={"dy": dy, "dsum": dsum}, stats={"rstd": rstd}),
 )
 
