@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--steps", type=int, default=20, help="in a block")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
+    train.add_argument("--nondeterministic", action="store_true", help="ours too: plain PyTorch always is, on a GPU")
     for kind in (ops, train):
         kind.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
         kind.add_argument("--commit", help="to record where there is no git checkout")
@@ -142,7 +143,8 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     rows, failed = [], False
     for name in options.models:
         try:
-            ours, plain = bench_train.compare(name, **settings, compile=not options.no_compile)
+            switches = {"compile": not options.no_compile, "deterministic": not options.nondeterministic}
+            ours, plain = bench_train.compare(name, **settings, **switches)
         except ValueError as error:
             print(f"FAILED {name}: {error}")
             failed = True

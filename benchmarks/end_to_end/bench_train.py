@@ -3,7 +3,7 @@
 Both start from the same weights and read the same batches; blocks of steps alternate, so that both see the same
 clocks; the median block counts, and the loss curves must agree.
 
-    python -m benchmarks.run train [124M] [--batch 32] [--data TOKENS] [--out FILE]
+    python -m benchmarks.run train [124M] [--batch 32] [--data TOKENS] [--nondeterministic] [--out FILE]
 """
 
 import pathlib
@@ -71,7 +71,14 @@ def plain_update(ours: Learner) -> Update:
 
 
 def compare(
-    name: str, *, batch_size: int, blocks: int, steps: int, data: pathlib.Path | None = None, compile: bool = True
+    name: str,
+    *,
+    batch_size: int,
+    blocks: int,
+    steps: int,
+    data: pathlib.Path | None = None,
+    compile: bool = True,
+    deterministic: bool = True,
 ) -> list[dict[str, Any]]:
     """Alternate `blocks` blocks of `steps` steps, the first of them untimed. Two rows: "cs336" and "plain".
 
@@ -82,7 +89,8 @@ def compare(
         if data is None:
             tokens = total * batch_size * model.context_length + 1
             data = zipf_tokens(pathlib.Path(folder) / "zipf.bin", model.vocab_size, tokens)
-        config = TrainConfig(pathlib.Path(folder), DataConfig(data), model, batch_size=batch_size, compile=compile)
+        switches = {"compile": compile, "deterministic": deterministic}
+        config = TrainConfig(pathlib.Path(folder), DataConfig(data), model, batch_size=batch_size, **switches)
         ours = Learner(config)
         dataset = TokenDataset(data, model.context_length, vocab_size=model.vocab_size)
         loader = TokenLoader(dataset, batch_size, device=ours.device)
@@ -128,6 +136,7 @@ def row(name: str, variant: str, ours: Learner, timing: harness.Timing, curve: T
         "variant": variant,
         "shape": [batch_size, model.context_length],
         "dtype": harness.dtype_name(ours.dtype),
+        "deterministic": ours.deterministic and variant == "cs336",
         "seconds": timing.seconds,
         "spread": round(timing.spread, 4),
         "tokens_per_second": round(speed, 1),
