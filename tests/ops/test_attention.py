@@ -64,8 +64,8 @@ def check(leaves, **options):
 
     for name, *three in zip(("o", "dq", "dk", "dv"), got, plain(torch.float64), plain(leaves[0].dtype), strict=True):
         try:
-            # In fp32 torch's blocked kernels round partial sums of terms about four times their sum.
-            assert_close_to_ref(*three, scale=4.0 if leaves[0].dtype == F32 else 1.0)
+            # Torch's own kernels round the partial sums of blocks and of the heads of a group: terms larger than sums.
+            assert_close_to_ref(*three, scale=1.0 if registry.forced() == "ref" or "softcap" in options else 4.0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
