@@ -2,6 +2,7 @@
 
 A program takes BLOCK_M rows at a time. Rows of up to MAX_BLOCK features are read once and stay in registers; longer
 ones are walked in blocks, twice. How a row is cut depends on N alone, so its result does not depend on other rows.
+A null mean_ptr makes it an RMSNorm.
 """
 
 import torch
@@ -9,19 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cs336.ops.triton.cast import cast
+
 MAX_BLOCK = 16384
-NUM_PROGRAMS = 512  # of the backward, at most: each sums its rows' share of dw, and torch adds up the shares
+NUM_PROGRAMS = 512  # of the backward, at most: each sums its rows' share of dw and db, and torch adds up the shares
 
 
 @triton.jit
-def _load(rows_ptr, stride, rows, columns, mask):
-    return tl.load(rows_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def _load_rows(ptr, stride, rows, columns, mask):
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(rows_ptr, stride, rows, columns, mask, values):
-    address = rows_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(address, values.to(rows_ptr.dtype.element_ty), mask=mask)
+def _store_rows(ptr, stride, rows, columns, mask, values):
+    address = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(address, cast(values, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -30,14 +33,35 @@ def _load_features(ptr, columns, N):
 
 
 @triton.jit
-def _moments(values, mask, num, CENTRED: tl.constexpr):
-    """Mean (0 if not CENTRED) and sum of squared deviations of each row's `num` unmasked values."""
-    mean = tl.sum(values, 1) / num if CENTRED else tl.sum(tl.zeros_like(values), 1)
-    deviations = tl.where(mask, values - mean[:, None], 0.0)
-    return mean, tl.sum(deviations * deviations, 1)
+def _load_sum(x_ptr, residual_ptr, sum_ptr, x_stride, residual_stride, N, rows, columns, mask):
+    """x, or x + residual rounded to x's dtype and stored, in float32."""
+    values = _load_rows(x_ptr, x_stride, rows, columns, mask).to(tl.float32)
+    if residual_ptr is not None:
+        values += _load_rows(residual_ptr, residual_stride, rows, columns, mask).to(tl.float32)
+        values = cast(values, x_ptr.dtype.element_ty).to(tl.float32)
+        _store_rows(sum_ptr, N, rows, columns, mask, values)
+    return values
 
 
 @triton.jit
+def _moments(values, mask, num, CENTRED: tl.constexpr):
+    """Mean (0 unless CENTRED) and sum of squared deviations of each row's `num` unmasked values."""
+    mean = tl.zeros((values.shape[0],), tl.float32)
+    if CENTRED:
+        mean = tl.sum(values, 1) / num
+        values = tl.where(mask, values - mean[:, None], 0.0)
+    return mean, tl.sum(values * values, 1)
+
+
+@triton.jit
+def _normalise(values, mean, rstd, w_ptr, b_ptr, y_ptr, N, rows, columns, mask):
+    y = (values - mean[:, None]) * rstd[:, None] * _load_features(w_ptr, columns, N)
+    if b_ptr is not None:
+        y += _load_features(b_ptr, columns, N)
+    _store_rows(y_ptr, N, rows, columns, mask, y)
+
+
+@triton.jit(do_not_specialize=["M"])
 def _fwd_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N) or None
@@ -45,7 +69,7 @@ def _fwd_kernel(
     b_ptr,  # (N,) or None
     y_ptr,  # (M, N) contiguous
     sum_ptr,  # (M, N) contiguous, or None
-    mean_ptr,  # (M,), or None for an RMSNorm
+    mean_ptr,  # (M,) or None
     rstd_ptr,  # (M,)
     M,
     N,
@@ -58,34 +82,171 @@ def _fwd_kernel(
 ):
     CENTRED: tl.constexpr = mean_ptr is not None
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        mask = (rows < M)[:, None] & (columns < N)[None, :]
-        values = _load(x_ptr, x_stride, rows, columns, mask)
-        if residual_ptr is not None:
-            residual = _load(residual_ptr, residual_stride, rows, columns, mask)
-            values = (values.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
-            _store(sum_ptr, N, rows, columns, mask, values)
-        num = tl.minimum(N - start, BLOCK_N).to(tl.float32)
-        block_mean, block_squares = _moments(values.to(tl.float32), mask, num, CENTRED)
-        delta, share = block_mean - mean, num / (start + num)  # Chan, Golub & LeVeque 1979
-        mean += delta * share
-        squares += block_squares + delta * delta * share * start
-    rstd = tl.rsqrt(squares / N + eps)
+    block = tl.arange(0, BLOCK_N)
+    live = (rows < M)[:, None]
+    if ONE_BLOCK:
+        mask = live & (block < N)[None, :]
+        values = _load_sum(x_ptr, residual_ptr, sum_ptr, x_stride, residual_stride, N, rows, block, mask)
+        mean, squares = _moments(values, mask, N, CENTRED)
+        rstd = tl.rsqrt(squares / N + eps)
+        _normalise(values, mean, rstd, w_ptr, b_ptr, y_ptr, N, rows, block, mask)
+    else:
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            columns = start + block
+            mask = live & (columns < N)[None, :]
+            values = _load_sum(x_ptr, residual_ptr, sum_ptr, x_stride, residual_stride, N, rows, columns, mask)
+            num = tl.minimum(N - start, BLOCK_N).to(tl.float32)
+            block_mean, block_squares = _moments(values, mask, num, CENTRED)
+            delta, share = block_mean - mean, num / (start + num)  # Chan, Golub & LeVeque 1979
+            mean += delta * share
+            squares += block_squares + delta * delta * share * start
+        rstd = tl.rsqrt(squares / N + eps)
+        for start in range(0, N, BLOCK_N):
+            columns = start + block
+            mask = live & (columns < N)[None, :]
+            if residual_ptr is not None:
+                values = _load_rows(sum_ptr, N, rows, columns, mask).to(tl.float32)
+            else:
+                values = _load_rows(x_ptr, x_stride, rows, columns, mask).to(tl.float32)
+            _normalise(values, mean, rstd, w_ptr, b_ptr, y_ptr, N, rows, columns, mask)
     if CENTRED:
         tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        mask = (rows < M)[:, None] & (columns < N)[None, :]
-        if not ONE_BLOCK:
-            if residual_ptr is not None:
-                values = _load(sum_ptr, N, rows, columns, mask)
-            else:
-                values = _load(x_ptr, x_stride, rows, columns, mask)
-        y = (values.to(tl.float32) - mean[:, None]) * rstd[:, None] * _load_features(w_ptr, columns, N)
-        if b_ptr is not None:
-            y += _load_features(b_ptr, columns, N)
-        _store(y_ptr, N, rows, columns, mask, y)
+
+
+@triton.jit
+def _load_gradients(dy_ptr, x_ptr, w_ptr, dy_stride, x_stride, N, mean, rstd, rows, columns, mask):
+    """dy, xhat and dy * w, in float32 and 0 where masked."""
+    dy = _load_rows(dy_ptr, dy_stride, rows, columns, mask).to(tl.float32)
+    x = _load_rows(x_ptr, x_stride, rows, columns, mask).to(tl.float32)
+    xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+    return dy, xhat, dy * _load_features(w_ptr, columns, N)
+
+
+@triton.jit
+def _store_dx(xhat, wdy, along_xhat, along_1, rstd, dsum_ptr, dsum_stride, dx_ptr, N, rows, columns, mask):
+    dx = (wdy - along_1[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
+    if dsum_ptr is not None:
+        dx += _load_rows(dsum_ptr, dsum_stride, rows, columns, mask).to(tl.float32)
+    _store_rows(dx_ptr, N, rows, columns, mask, dx)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _bwd_kernel(
+    dy_ptr,  # (M, N)
+    dsum_ptr,  # (M, N) or None
+    x_ptr,  # (M, N)
+    w_ptr,  # (N,)
+    mean_ptr,  # (M,) or None
+    rstd_ptr,  # (M,)
+    dx_ptr,  # (M, N) contiguous
+    dw_ptr,  # (programs, N) float32, zeros
+    db_ptr,  # (programs, N) float32, zeros, or None
+    M,
+    N,
+    dy_stride,
+    dsum_stride,
+    x_stride,
+    rows_per_program,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    CENTRED: tl.constexpr = mean_ptr is not None
+    program = tl.program_id(0)
+    first, last = program * rows_per_program, tl.minimum(M, (program + 1) * rows_per_program)
+    block = tl.arange(0, BLOCK_N)
+    share = program.to(tl.int64) * N + block
+    dw = tl.zeros((BLOCK_N,), tl.float32)
+    db = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(first, last, BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        live = (rows < last)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < last, other=0.0)
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        if CENTRED:
+            mean = tl.load(mean_ptr + rows, mask=rows < last, other=0.0)
+        along_xhat = tl.zeros((BLOCK_M,), tl.float32)
+        along_1 = tl.zeros((BLOCK_M,), tl.float32)
+        if ONE_BLOCK:
+            mask = live & (block < N)[None, :]
+            dy, xhat, wdy = _load_gradients(dy_ptr, x_ptr, w_ptr, dy_stride, x_stride, N, mean, rstd, rows, block, mask)
+            along_xhat = tl.sum(wdy * xhat, 1) / N
+            if CENTRED:
+                along_1 = tl.sum(wdy, 1) / N
+                db += tl.sum(dy, 0)
+            dw += tl.sum(dy * xhat, 0)
+            _store_dx(xhat, wdy, along_xhat, along_1, rstd, dsum_ptr, dsum_stride, dx_ptr, N, rows, block, mask)
+        else:
+            for start in range(0, N, BLOCK_N):
+                columns = start + block
+                mask = live & (columns < N)[None, :]
+                dy, xhat, wdy = _load_gradients(
+                    dy_ptr, x_ptr, w_ptr, dy_stride, x_stride, N, mean, rstd, rows, columns, mask
+                )
+                along_xhat += tl.sum(wdy * xhat, 1) / N
+                if CENTRED:
+                    along_1 += tl.sum(wdy, 1) / N
+            for start in range(0, N, BLOCK_N):
+                columns = start + block
+                mask = live & (columns < N)[None, :]
+                dy, xhat, wdy = _load_gradients(
+                    dy_ptr, x_ptr, w_ptr, dy_stride, x_stride, N, mean, rstd, rows, columns, mask
+                )
+                _store_dx(xhat, wdy, along_xhat, along_1, rstd, dsum_ptr, dsum_stride, dx_ptr, N, rows, columns, mask)
+                dw_old = tl.load(dw_ptr + share + start, mask=columns < N)
+                tl.store(dw_ptr + share + start, dw_old + tl.sum(dy * xhat, 0), mask=columns < N)
+                if CENTRED:
+                    db_old = tl.load(db_ptr + share + start, mask=columns < N)
+                    tl.store(db_ptr + share + start, db_old + tl.sum(dy, 0), mask=columns < N)
+    if ONE_BLOCK:
+        tl.store(dw_ptr + share, dw, mask=block < N)
+        if CENTRED:
+            tl.store(db_ptr + share, db, mask=block < N)
+
+
+def _plan(N: int, max_block: int) -> dict:
+    """How rows of N features are cut: into blocks of at most max_block, short ones several to a block."""
+    block_n = min(triton.next_power_of_2(N), max_block)
+    block_m = max(1, 2048 // block_n)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "ONE_BLOCK": block_n >= N,
+        "num_warps": min(16, max(4, block_m * block_n // 512)),
+    }
+
+
+def fwd(x: Tensor, residual: Tensor | None, w: Tensor, b: Tensor | None, eps: float, centred: bool):
+    M, N = x.shape
+    y, rstd = x.new_empty(M, N), x.new_empty(M, dtype=torch.float32)
+    mean = torch.empty_like(rstd) if centred else None
+    total = None if residual is None else torch.empty_like(y)
+    plan = _plan(N, MAX_BLOCK)
+    residual_stride = 0 if residual is None else residual.stride(0)
+    if M > 0:
+        with torch.cuda.device_of(x):
+            _fwd_kernel[(triton.cdiv(M, plan["BLOCK_M"]),)](
+                x, residual, w, b, y, total, mean, rstd, M, N, x.stride(0), residual_stride, eps, **plan
+            )
+    return tuple(t for t in (y, mean, rstd, total) if t is not None)
+
+
+def bwd(dy: Tensor, dsum: Tensor | None, x: Tensor, w: Tensor, mean: Tensor | None, rstd: Tensor):
+    M, N = x.shape
+    dx = x.new_empty(M, N)
+    plan = _plan(N, MAX_BLOCK // 2)
+    rows_per_program = plan["BLOCK_M"] * triton.cdiv(M, plan["BLOCK_M"] * NUM_PROGRAMS)
+    programs = triton.cdiv(M, max(1, rows_per_program))
+    shares = x.new_zeros(1 if mean is None else 2, programs, N, dtype=torch.float32)
+    dsum_stride = 0 if dsum is None else dsum.stride(0)
+    if M > 0:
+        with torch.cuda.device_of(x):
+            _bwd_kernel[(programs,)](
+                *(dy, dsum, x, w, mean, rstd, dx, shares[0], None if mean is None else shares[1]),
+                *(M, N, dy.stride(0), dsum_stride, x.stride(0), rows_per_program),
+                **plan,
+            )
+    return dx, *(share.sum(0).to(w.dtype) for share in shares)
