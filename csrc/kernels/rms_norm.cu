@@ -1,2 +1,0 @@
-#include "common/nvtx.h"
-#include "common/check.h"
