@@ -1,4 +1,4 @@
-// What words encoded to, in a table of fixed size: 4 MB of short words, at most 1.3 MB of others.
+// What words encoded to, in a table of fixed size: 4 MB of short words and 1.1 MB of others.
 #pragma once
 #include <algorithm>
 #include <cstdint>
