@@ -8,6 +8,7 @@ and under torch.compile, and no other torch function becomes slower. Arguments t
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,36 +21,47 @@ _ORIGINAL: dict[str, Callable] = {}
 _depth = 0
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
-def _floats(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in tensors)
+# (function, device) where autocast runs torch's function in float32
+_AUTOCAST_TO_FLOAT32 = {
+    (name, device)
+    for name, device in itertools.product(("rms_norm", "layer_norm"), ("cpu", "cuda"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", f"Autocast{device.upper()}")
+}
 
 
 def _normalises(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether our norms take these arguments and return what torch would."""
+    """Whether our norms take these arguments, and then return what torch would."""
     return (
         weight is not None
-        and _plain(input, weight, bias)
-        and tuple(normalized_shape) == tuple(input.shape[-1:]) == tuple(weight.shape)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, weight, bias) if t is not None)
+        and not torch._C._are_functorch_transforms_active()
+        and tuple(normalized_shape) == input.shape[-1:] == weight.shape
         and input.numel() > 0
-        and _floats(input)
-        and all(p is None or p.dtype == input.dtype and p.shape == weight.shape for p in (weight, bias))
-        and not torch.is_autocast_enabled(input.device.type)
+        and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and weight.dtype in (input.dtype, torch.float32)
+        and (bias is None or (bias.shape == weight.shape and bias.dtype == weight.dtype))
     )
+
+
+def _in_float32(name: str, device: str) -> bool:
+    return (name, device) in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled(device)
 
 
 def _rms_norm(original, input, normalized_shape, weight=None, eps=None):
     if not _normalises(input, normalized_shape, weight, None):
         return original(input, normalized_shape, weight, eps)
-    return ops.rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
+    if _in_float32("rms_norm", input.device.type):
+        input, weight = input.float(), weight.float()
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps  # torch's is that of the dtype it computes in
+    return ops.rms_norm(input, weight, eps)
 
 
 def _layer_norm(original, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     if not _normalises(input, normalized_shape, weight, bias):
         return original(input, normalized_shape, weight, bias, eps)
+    if _in_float32("layer_norm", input.device.type):
+        input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
     return ops.layer_norm(input, weight, bias, eps)
 
 

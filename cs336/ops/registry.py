@@ -20,7 +20,7 @@ import torch
 from cs336 import _load
 
 NAMESPACE = {"native": "cs336", "triton": "cs336_triton", "ref": "cs336_ref"}  # in order of preference
-KEY = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
+KEY = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta", "mps": "MPS", "xpu": "XPU"}  # device -> torch's dispatch key
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'cs336[cuda]'"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -12,12 +12,13 @@ from cs336.ops import registry
 CUDA = torch.cuda.is_available()
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]  # of the rows, of the weights
-SHAPES = [(0, 8), (1, 1), (7, 1), (1, 3), (5, 127), (4, 256), (3, 257), (67, 64), (2, 40000)]  # (M, N)
-BIG_SHAPES = [
-    *((M, N) for M, N in itertools.product((3, 300), (1024, 4096, 8192, 8200, 12288))),
-    *((M, N) for M, N in itertools.product((2, 70), (16384, 16385, 32768, 65535, 65536, 131071, 131072))),
-    *((70001, 64), (20011, 129), (5003, 768)),
-]
+SHAPES = [(0, 8), (1, 1), (7, 1), (1, 3), (5, 127), (4, 256), (3, 257), (67, 64)]  # (M, N)
+LONG_SHAPES = [(2, 40000)]
+if CUDA:
+    LONG_SHAPES += itertools.product((3, 300), (1024, 4096, 8192, 8200, 12288))
+    LONG_SHAPES += itertools.product((2, 70), (16384, 16385, 32768, 65535, 65536, 131071, 131072))
+    LONG_SHAPES += [(70001, 64), (20011, 129), (5003, 768)]
+MANY = 300 if CUDA else 11  # rows for more than one wave of blocks; few where Triton is interpreted
 EPS = 1e-5
 
 
@@ -103,11 +104,9 @@ class NormTests:
         scale = 100.0 if N == 1 else 1.0  # with one feature the gradient's terms, about 1 / x, cancel to nothing
         self.check(x, self.params(N, weight_dtype, device), residual if with_residual else None, scale=scale)
 
-    @pytest.mark.skipif(not CUDA, reason="long rows and many rows are for the GPU")
-    @pytest.mark.parametrize("with_residual", [False, True])
-    @pytest.mark.parametrize("dtype", [F32, BF16])
-    @pytest.mark.parametrize(("M", "N"), BIG_SHAPES)
-    def test_big_shapes(self, variant, device, M, N, dtype, with_residual):
+    @pytest.mark.parametrize(("dtype", "with_residual"), [(F32, False), (BF16, True)])
+    @pytest.mark.parametrize(("M", "N"), LONG_SHAPES)
+    def test_long_shapes(self, variant, device, M, N, dtype, with_residual):
         self.test_shapes(variant, device, M, N, dtype, dtype, with_residual)
 
     @pytest.mark.parametrize("layout", ["contiguous", "strided rows", "unaligned", "strided features", "transposed"])
@@ -149,19 +148,19 @@ class NormTests:
     # ---- promises ----
 
     def test_deterministic(self, variant, device):
-        x, residual, (w, *b) = *torch.randn(2, 131, 160, device=device), self.params(160, F32, device)
+        x, residual, (w, *b) = *torch.randn(2, 4 * MANY, 160, device=device), self.params(160, F32, device)
         first, second = self.raw_gradients(x, residual, w, *b), self.raw_gradients(x, residual, w, *b)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    @pytest.mark.parametrize("N", [64, 321, 5000, *((32768, 131072) if CUDA else ())])
+    @pytest.mark.parametrize("N", [64, 321, 2500, *((16384, 32768, 131072) if CUDA else ())])
     @pytest.mark.parametrize("dtype", [F32, BF16])
     def test_batch_invariant(self, variant, device, dtype, N):
         """A row's result does not depend on the rows beside it, nor on how many they are, nor on its address."""
-        x, residual = torch.randn(2, 70, N, device=device).to(dtype)
+        x, residual = torch.randn(2, MANY, N, device=device).to(dtype)
         w, *b = self.params(N, dtype, device)
         for res in (None, residual):
             y = as_tuple(self.op(x, w, *b, residual=res))[0]
-            for rows in (slice(0, 1), slice(33, 35), slice(69, 70)):
+            for rows in (slice(0, 1), slice(4, 6), slice(MANY - 1, MANY)):
                 alone = self.op(x[rows].clone(), w, *b, residual=None if res is None else res[rows].clone())
                 assert torch.equal(as_tuple(alone)[0], y[rows])
 

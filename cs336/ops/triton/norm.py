@@ -103,6 +103,7 @@ def _fwd_kernel(
             mean += delta * share
             squares += block_squares + delta * delta * share * start
         rstd = tl.rsqrt(squares / N + eps)
+        tl.debug_barrier()  # a thread may read back from sum what another one stored
         for start in range(0, N, BLOCK_N):
             columns = start + block
             mask = live & (columns < N)[None, :]
@@ -201,6 +202,7 @@ def _bwd_kernel(
                 if CENTRED:
                     db_old = tl.load(db_ptr + share + start, mask=columns < N)
                     tl.store(db_ptr + share + start, db_old + tl.sum(dy, 0), mask=columns < N)
+            tl.debug_barrier()  # as above, for dw and db
     if ONE_BLOCK:
         tl.store(dw_ptr + share, dw, mask=block < N)
         if CENTRED:

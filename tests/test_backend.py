@@ -1,0 +1,146 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cs336
+from cs336 import ops
+from cs336.backend import REPLACEMENTS, Backend
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of our ops that ran, in order."""
+    names = []
+    for name in REPLACEMENTS:
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: (names.append(name), op(*args))[1])
+    return names
+
+
+def modules(device, dtype=torch.float32):
+    return [
+        torch.nn.RMSNorm(24, device=device, dtype=dtype),
+        torch.nn.RMSNorm(24, eps=1e-3, device=device, dtype=dtype),
+        torch.nn.LayerNorm(24, device=device, dtype=dtype),
+        torch.nn.LayerNorm(24, bias=False, device=device, dtype=dtype),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+def test_modules_run_our_ops_and_give_what_torch_gives(device, calls, dtype):
+    x = 0.01 * torch.randn(4, 5, 24, device=device, dtype=dtype)  # small, so that eps matters
+    for module in modules(device, dtype):
+        with torch.no_grad():
+            module.weight.normal_()
+        want = module(x)
+        assert not calls
+        with Backend():
+            got = module(x)
+        assert calls.pop() in type(module).__name__.lower().replace("norm", "_norm")
+        torch.testing.assert_close(got, want)
+        assert torch.equal(module(x), want)
+        assert not calls
+
+
+def test_gradients(device, calls):
+    x = torch.randn(4, 24, device=device, requires_grad=True)
+    for module in modules(device):
+        leaves = [x, *module.parameters()]
+        want = torch.autograd.grad(module(x).square().sum(), leaves)
+        with Backend():
+            got = torch.autograd.grad(module(x).square().sum(), leaves)
+        assert calls.pop()
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_compiled_modules_follow_the_switch(device, compiled_first):
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(str(graph_module.graph))
+        return graph_module
+
+    x = torch.randn(4, 24, device=device)
+    for module in modules(device):
+        torch.compiler.reset()
+        compiled = torch.compile(module, fullgraph=True, backend=backend)
+        with torch.no_grad():
+            want = compiled(x) if compiled_first else module(x)
+            with Backend():
+                torch.testing.assert_close(compiled(x), want)
+            assert "cs336" in graphs[-1]
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, BF16])
+def test_autocast(device, calls, input_dtype):
+    """Autocast runs torch's norms in float32 on a GPU, and leaves them alone on a CPU."""
+    x = torch.randn(4, 24, device=device, dtype=input_dtype)
+    for module in modules(device):
+        with torch.autocast(device, dtype=BF16):
+            want = module(x)
+            with Backend():
+                got = module(x)
+        assert calls.pop()
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want)
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def test_the_rest_goes_to_torch(device, calls):
+    x, w = torch.randn(4, 6, 24, device=device), torch.randn(24, device=device)
+    cases = [
+        lambda: F.rms_norm(x, (24,)),
+        lambda: F.layer_norm(x, (24,)),
+        lambda: F.layer_norm(x, (24,), None, w),
+        lambda: F.rms_norm(x, (6, 24), w.expand(6, 24)),
+        lambda: F.layer_norm(x.double(), (24,), w.double()),
+        lambda: F.rms_norm(x[:0], (24,), w),
+        lambda: F.layer_norm(x.as_subclass(Wrapped), (24,), w),
+        lambda: torch.func.vmap(lambda row: F.layer_norm(row, (24,), w))(x),
+        lambda: torch.func.grad(lambda row: F.rms_norm(row, (24,), w).sum())(x),
+    ]
+    for case in cases:
+        want = case()
+        with Backend():
+            got = case()
+        assert type(got) is type(want)
+        assert torch.equal(got, want)
+    assert not calls
+
+
+def test_torch_raises_its_own_errors(device):
+    x, w = torch.randn(4, 24, device=device), torch.randn(24, device=device)
+    for case in (lambda: F.layer_norm(x, (23,), w[:23]), lambda: F.rms_norm(x, (24,), w[:23])):
+        with pytest.raises(RuntimeError) as want:
+            case()
+        with Backend(), pytest.raises(RuntimeError) as got:
+            case()
+        assert str(got.value) == str(want.value)
+
+
+def test_nesting_and_exceptions():
+    originals = {name: getattr(F, name) for name in REPLACEMENTS}
+
+    def swapped():
+        return {getattr(F, name) is not original for name, original in originals.items()}
+
+    cs336.enable()
+    with pytest.raises(KeyError), Backend():
+        raise KeyError
+    assert swapped() == {True}
+    cs336.disable()
+    assert swapped() == {False}
+    with pytest.raises(RuntimeError, match="without a cs336"):
+        cs336.disable()
+
+
+def test_replacements_keep_name_and_documentation():
+    before = F.rms_norm.__doc__
+    with Backend():
+        assert (F.rms_norm.__name__, F.rms_norm.__doc__) == ("rms_norm", before)
