@@ -20,7 +20,6 @@ from cs336 import ops
 _ORIGINAL: dict[str, Callable] = {}
 _depth = 0
 
-
 # (function, device) where autocast runs torch's function in float32
 _AUTOCAST_TO_FLOAT32 = {
     (name, device)
