@@ -351,7 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("CS336_DEBUG") == "1":
             raise
-        print(f"cs336: {_sentence(error)}", file=sys.stderr)
+        hint = " (CS336_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
+        print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
 
 

@@ -41,6 +41,7 @@ FEW = 200  # documents; fewer are cut into pieces, or a held-out part might be e
 LEAST_BYTES = 100_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
 MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
+UNKNOWN_PEAK = 1e13  # FLOP/s of a device that is not in the table: a small GPU
 PROMPTS = ("def ", "class ", "import ")
 
 
@@ -90,12 +91,14 @@ class Shape:
             d_model=self.d_model,
             num_heads=self.num_heads,
             tie_embeddings=True,
+            init_std=round(0.6 / self.d_model**0.5, 3),
         )
 
 
 SHAPES = (  # the smallest first
-    Shape(0, num_layers=4, d_model=128, num_heads=4, context_length=256, batch_size=8, lr=6e-3),
-    Shape(4e14, num_layers=6, d_model=256, num_heads=4, context_length=256, batch_size=16, lr=3e-3),
+    Shape(0, num_layers=3, d_model=96, num_heads=3, context_length=256, batch_size=2, lr=6e-3),
+    Shape(1e14, num_layers=4, d_model=192, num_heads=6, context_length=256, batch_size=8, lr=5e-3),
+    Shape(6e14, num_layers=6, d_model=320, num_heads=5, context_length=256, batch_size=16, lr=3e-3),
     Shape(2e15, num_layers=8, d_model=512, num_heads=8, context_length=512, batch_size=32, lr=2e-3),
     Shape(2e16, num_layers=12, d_model=768, num_heads=12, context_length=1024, batch_size=32, lr=1e-3),
 )
@@ -108,7 +111,7 @@ class Stage:
     settings: tuple[str, ...]
     """Fields of Quickstart that decide its output."""
     outputs: tuple[str, ...]
-    """What it leaves in the run directory, last file first to be missing."""
+    """Files that it leaves in the run directory."""
 
 
 STAGES = (
@@ -201,9 +204,10 @@ class Job:
 
     def _record(self) -> dict[str, Any]:
         try:
-            return json.loads(self.record_path.read_text(encoding="utf-8"))
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
+        return {name: entry for name, entry in record.items() if isinstance(entry, dict)}
 
     def _write_record(self, record: dict[str, Any]) -> None:
         with replacing(self.record_path) as file:
@@ -307,7 +311,7 @@ class Job:
         """The largest shape that time and text allow, and a stop before the text is repeated too often."""
         settings, seconds = self.settings, 60 * self.settings.minutes
         on_gpu = self.device.type == "cuda"
-        peak = peak_flops(self.device, torch.bfloat16 if on_gpu else torch.float32) or 1e13
+        peak = peak_flops(self.device, torch.bfloat16 if on_gpu else torch.float32) or UNKNOWN_PEAK
         meta = read_meta(self._tokens("train"))
         most_tokens = EPOCHS * meta.tokens
         models = [(shape, shape.model(meta.vocab_size)) for shape in SHAPES]

@@ -174,7 +174,7 @@ def test_more_compute_takes_a_larger_model_and_stops_before_repeating_too_often(
         monkeypatch.setattr(q, "read_meta", lambda path: meta)
         return job._train_config()
 
-    shapes = [config(peak, 10**9) for peak in (1e10, 5e12, 5e13, 1e15)]
+    shapes = [config(peak, 10**9) for peak in (1e10, 2e12, 1e13, 5e13, 1e15)]
     sizes = [shape.model.num_parameters() for shape in shapes]
     assert sizes == sorted(set(sizes))
     assert all(shape.budget == "240s" and shape.model.vocab_size == 448 for shape in shapes)
