@@ -44,7 +44,7 @@ def table(name: str, results: Results) -> str:
     runs = [machine[name] for machine in results.values() if name in machine]
     if not runs:
         return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
-    body = {"train": train, "adamw": optimizer}.get(name, op)
+    body = {"train": train, "train_deterministic": train, "adamw": optimizer}.get(name, op)
     return "\n".join("\n".join([*body(run["rows"]), "", where(run["header"])]) + "\n" for run in runs)
 
 

@@ -328,6 +328,7 @@ class Job:
             batch_size=shape.batch_size,
             device=settings.device,
             seed=settings.seed,
+            deterministic=True,
             eval_tokens=64 * shape.context_length,
         )
 

@@ -37,7 +37,7 @@ class Learner:
         low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.compiled = on_gpu if config.compile is None else config.compile
-        self.deterministic = on_gpu and config.deterministic  # a CPU is without being asked
+        self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         torch.manual_seed(config.seed)

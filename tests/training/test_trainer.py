@@ -316,7 +316,7 @@ def test_bf16_keeps_fp32_weights(tmp_path):
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-GPU = {"device": "cuda", "compile": True, "log_interval": 5, "micro_batch_size": 2}
+GPU = {"device": "cuda", "deterministic": True, "compile": True, "log_interval": 5, "micro_batch_size": 2}
 
 
 @gpu
