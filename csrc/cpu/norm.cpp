@@ -198,13 +198,13 @@ void dispatch_dtype(Dtype dtype, F&& f) {
 }  // namespace
 
 void norm_fwd(const NormFwdParams& p, int64_t first, int64_t last) {
-  dispatch_dtype(p.dtype,
-                 [&]<typename T>(T) { return p.mean ? fwd<T, true>(p, first, last) : fwd<T, false>(p, first, last); });
+  dispatch_dtype(
+      p.dtype, [&]<typename T>(T) { return p.centred ? fwd<T, true>(p, first, last) : fwd<T, false>(p, first, last); });
 }
 
 void norm_bwd(const NormBwdParams& p, int64_t first, int64_t last) {
-  dispatch_dtype(p.dtype,
-                 [&]<typename T>(T) { return p.mean ? bwd<T, true>(p, first, last) : bwd<T, false>(p, first, last); });
+  dispatch_dtype(
+      p.dtype, [&]<typename T>(T) { return p.centred ? bwd<T, true>(p, first, last) : bwd<T, false>(p, first, last); });
 }
 
 void norm_bwd_reduce(const float* partials, int64_t num_chunks, int64_t N, int64_t begin, int64_t end, void* out,

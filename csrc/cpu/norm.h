@@ -14,12 +14,13 @@ struct NormFwdParams {
   const float* b;        // (N,) or null
   void* y;               // (M, N) contiguous
   void* sum;             // (M, N) contiguous, x + residual
-  float* mean;           // (M,); null makes it an RMSNorm
+  float* mean;           // (M,), LayerNorm only
   float* rstd;           // (M,)
   int64_t N;
   int64_t x_stride, residual_stride;  // of rows, in elements
   float eps;
-  Dtype dtype;  // of x, residual, y, sum
+  bool centred;  // LayerNorm; else RMSNorm
+  Dtype dtype;   // of x, residual, y, sum
 };
 
 struct NormBwdParams {
@@ -34,7 +35,8 @@ struct NormBwdParams {
   float* db_partials;   // (num_chunks, N), LayerNorm only
   int64_t M, N, chunk;  // rows, features, rows per chunk
   int64_t dy_stride, dsum_stride, x_stride;
-  Dtype dtype;  // of dy, dsum, x, dx
+  bool centred;  // LayerNorm; else RMSNorm
+  Dtype dtype;   // of dy, dsum, x, dx
 };
 
 void norm_fwd(const NormFwdParams& p, int64_t first_row, int64_t last_row);
