@@ -152,6 +152,19 @@ class NormTests:
         first, second = self.raw_gradients(x, residual, w, *b), self.raw_gradients(x, residual, w, *b)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
+    def test_threads_do_not_matter(self):
+        x, residual, (w, *b) = *torch.randn(2, 200, 320), self.params(320, F32, "cpu")
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                with registry.use("native"):
+                    results.append(self.raw_gradients(x, residual, w, *b))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
     @pytest.mark.parametrize("N", [64, 321, 2500, *((16384, 32768, 131072) if CUDA else ())])
     @pytest.mark.parametrize("dtype", [F32, BF16])
     def test_batch_invariant(self, variant, device, dtype, N):
