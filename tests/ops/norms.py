@@ -169,6 +169,8 @@ class NormTests:
     @pytest.mark.parametrize("dtype", [F32, BF16])
     def test_batch_invariant(self, variant, device, dtype, N):
         """A row's result does not depend on the rows beside it, nor on how many they are, nor on its address."""
+        if variant == "ref":
+            pytest.skip("plain torch does not promise it")
         x, residual = torch.randn(2, MANY, N, device=device).to(dtype)
         w, *b = self.params(N, dtype, device)
         for res in (None, residual):
