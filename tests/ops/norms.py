@@ -12,13 +12,13 @@ from cs336.ops import registry
 CUDA = torch.cuda.is_available()
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]  # of the rows, of the weights
-SHAPES = [(0, 8), (1, 1), (7, 1), (1, 3), (5, 127), (4, 256), (3, 257), (67, 64)]  # (M, N)
+SHAPES = [(0, 8), (1, 1), (7, 1), (5, 127), (4, 256), (3, 257), (67, 64)]  # (M, N)
 LONG_SHAPES = [(2, 40000)]
 if CUDA:
     LONG_SHAPES += itertools.product((3, 300), (1024, 4096, 8192, 8200, 12288))
     LONG_SHAPES += itertools.product((2, 70), (16384, 16385, 32768, 65535, 65536, 131071, 131072))
     LONG_SHAPES += [(70001, 64), (20011, 129), (5003, 768)]
-MANY = 300 if CUDA else 11  # rows for more than one wave of blocks; few where Triton is interpreted
+MANY = 300 if CUDA else 8  # rows for more than one wave of blocks; few where Triton is interpreted
 EPS = 1e-5
 
 
@@ -110,8 +110,7 @@ class NormTests:
         self.test_shapes(variant, device, M, N, dtype, dtype, with_residual)
 
     @pytest.mark.parametrize("layout", ["contiguous", "strided rows", "unaligned", "strided features", "transposed"])
-    @pytest.mark.parametrize("dtype", [F32, BF16])
-    @pytest.mark.parametrize("shape", [(64,), (3, 2, 96), (3, 5, 33)])
+    @pytest.mark.parametrize(("shape", "dtype"), [((64,), F32), ((3, 2, 96), BF16), ((3, 5, 33), F32)])
     def test_layouts(self, variant, device, shape, dtype, layout):
         x, residual = (relaid(t, layout) for t in torch.randn(2, *shape, device=device).to(dtype))
         params = [relaid(p, layout) for p in self.params(shape[-1], dtype, device)]
@@ -188,10 +187,9 @@ class NormTests:
             assert len(set(addresses)) == len(addresses)
 
     @pytest.mark.parametrize("suffix", ["fwd", "residual_fwd", "bwd"])
-    @pytest.mark.parametrize("dtype", [F32, BF16])
-    def test_opcheck(self, variant, device, suffix, dtype):
+    def test_opcheck(self, variant, device, suffix):
         name = f"{self.name}_{suffix}"
-        args = self.raw_args(name, 5, 24, device, dtype)
+        args = self.raw_args(name, 5, 24, device, BF16)
         overload = registry.OPS[name].overloads[variant]
         torch.library.opcheck(overload, args)
         if suffix == "bwd":
