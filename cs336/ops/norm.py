@@ -25,7 +25,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_MN, dsum_MN=None):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable misses a constant dy
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant dy pass
             raise RuntimeError(f"{ctx.name} is differentiable once; create_graph=True needs torch's own F.{ctx.name}")
         _, _, needs_residual, _, *needs_params = ctx.needs_input_grad
         if dy_MN is None:
