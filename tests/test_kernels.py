@@ -27,9 +27,9 @@ def _library():
         pytest.skip("_C_cuda.so is not built: nvcc was not found")
 
 
-# LayerNorm's backward keeps two sums a feature where RMSNorm's keeps one; with 512 threads a block, 128 registers are
-# all there is, and some of its layouts put a few on the stack.
-SPILLS = {r"norm_bwd_kernelI\w+Lb1E": 80}  # kernel: bytes of stack that it may have
+# With 512 threads a block, 128 registers are all there is. LayerNorm's backward keeps two sums a feature, rows of more
+# than 65536 float32 have 32 features a thread: some of their layouts put a few on the stack.
+SPILLS = {r"norm_bwd_kernelI\w+Lb1E": 80, r"norm_bwd_kernelIfLi8E": 24}  # kernel: bytes of stack that it may have
 
 
 def test_no_spills():

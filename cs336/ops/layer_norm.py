@@ -60,4 +60,4 @@ def layer_norm(
     Returns y (..., N) in x's dtype; with a residual (y, x + residual). Differentiable once.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    return norm("layer_norm", x, residual, eps, weight, bias)
+    return norm("layer_norm", x, residual, eps, weight, (bias,))

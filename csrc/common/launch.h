@@ -11,6 +11,7 @@ namespace cs336 {
 
 struct Device {
   int index, num_sms;
+  int registers;         // of a multiprocessor
   int max_shared_bytes;  // of a block
   bool has_clusters;     // Hopper and newer: clusters, programmatic dependent launch
 };
@@ -29,6 +30,7 @@ inline const Device& current_device() {
     };
     devices[index] = {.index = index,
                       .num_sms = ask(cudaDevAttrMultiProcessorCount),
+                      .registers = ask(cudaDevAttrMaxRegistersPerMultiprocessor),
                       .max_shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       .has_clusters = ask(cudaDevAttrComputeCapabilityMajor) >= 9};
   });

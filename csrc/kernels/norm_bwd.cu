@@ -20,8 +20,9 @@ namespace {
 constexpr int kMaxThreads = 512;
 constexpr int kHeld = 16;  // elements per thread up to which w and g stay in registers
 
-// Of the ring: 64 to 128 KB in flight at 512 threads, so that one block keeps a multiprocessor's memory busy.
-constexpr int num_stages(int vecs) { return vecs <= 2 ? 3 : vecs <= 4 ? 2 : 1; }
+// Of the ring: 64 KB in flight at 512 threads keep a multiprocessor's memory busy. More only lengthens the queues, and
+// the multiprocessors' shares become unequal (three stages: 54.5 instead of 52.3 us for rows of 512, 64 MB, H200).
+constexpr int num_stages(int vecs) { return vecs <= 4 ? 2 : 1; }
 
 constexpr int ring_bytes_per_thread(int vecs, int num_streams) {
   return num_stages(vecs) *
@@ -293,9 +294,8 @@ __global__ void __launch_bounds__(256)
 // ---- launchers ----
 
 // 16 elements a thread, so that dw, w and g fit registers (32 only where a cluster would not hold the row otherwise),
-// and 512 threads a multiprocessor: few partials. LayerNorm's long rows take two blocks of 256, since it waits longer
-// between barriers (N = 8192, H200: 3.05 instead of 2.89 TB/s). Smaller blocks where there are too few rows to go
-// round.
+// and 512 threads a multiprocessor: few partials. LayerNorm's are two blocks of 256, since it waits longer between
+// barriers (N = 4096, 256 MB, H200: 230 instead of 245 us). Smaller blocks where there are too few rows to go round.
 RowLayout plan_bwd(int64_t M, int64_t N, int elements_per_vec, int num_streams, bool centred, const Device& device) {
   RowLayout layout;
   const int max_cluster = device.has_clusters ? kMaxCluster : 1;
@@ -307,14 +307,14 @@ RowLayout plan_bwd(int64_t M, int64_t N, int elements_per_vec, int num_streams, 
     max_threads = std::min(max_threads, kMaxThreads);
     if (threads <= max_threads * max_cluster) break;
   }
-  const int max_lanes = centred && threads <= 256 * max_cluster ? std::min(256, max_threads) : max_threads;
-  while (divide_up(threads, layout.cluster) > max_lanes) layout.cluster *= 2;
+  const int block = centred && threads <= 256 * max_cluster ? std::min(256, max_threads) : max_threads;
+  while (divide_up(threads, layout.cluster) > block) layout.cluster *= 2;
   if (layout.cluster > max_cluster) return {};
-  layout.lanes =
-      threads <= 32 ? std::bit_ceil(static_cast<unsigned>(threads)) : divide_up(threads, layout.cluster * 32) * 32;
+  layout.set_lanes(threads <= 32 ? std::bit_ceil(static_cast<unsigned>(threads))
+                                 : divide_up(threads, layout.cluster * 32) * 32);
   const int unit = std::max(layout.lanes, 32);  // threads that only come together
   const int64_t units = layout.cluster > 1 ? 1 : M * layout.lanes / unit / device.num_sms;
-  layout.threads = unit * static_cast<int>(std::clamp<int64_t>(units, 1, max_threads / unit));
+  layout.threads = unit * static_cast<int>(std::clamp<int64_t>(units, 1, block / unit));
   const int resident = std::max(1, device.num_sms * (max_threads / layout.threads) / layout.cluster);
   const int groups = divide_up(M, layout.rows_per_block());
   layout.blocks = divide_up(groups, std::max(1, divide_up(groups, resident))) * layout.cluster;  // even shares

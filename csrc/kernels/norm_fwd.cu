@@ -20,17 +20,29 @@ namespace {
 constexpr int kMaxThreads = 1024;
 
 // Enough blocks must be resident: their loads in flight, 32 to 128 KB a multiprocessor, are what keeps memory busy.
-constexpr int max_registers(int vecs, bool more) {
-  return vecs == 1 ? 32 : vecs == 2 ? 40 : vecs == 4 && !more ? 48 : vecs == 4 ? 56 : 64;
+constexpr int max_registers(int vecs, bool residual, bool centred, bool hold) {
+  if (centred)
+    return hold ? (vecs == 1 ? 40 : vecs == 2 ? 64 : 96) : vecs == 1 ? 32 : vecs == 2 ? 48 : vecs == 4 ? 64 : 104;
+  if (residual) return hold ? (vecs == 1 ? 40 : vecs == 2 ? 48 : 72) : vecs == 1 ? 32 : vecs == 2 ? 40 : 56;
+  return hold        ? (vecs == 1   ? 32
+                        : vecs == 2 ? 40
+                        : vecs == 4 ? 56
+                                    : 96)
+         : vecs == 1 ? 32
+         : vecs == 2 ? 40
+         : vecs == 4 ? 48
+                     : 64;
 }
 
 // ---- kernels ----
 
-template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred>
-__global__ void __maxnreg__(max_registers(kVecs, kResidual || kCentred))
+// kHold: w and b are loaded right behind x and held as they are, in x's dtype. Loads come back in the order in which
+// they are made, so those made behind the sums, one vector after the other, each wait for memory again.
+template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred, bool kHold>
+__global__ void __maxnreg__(max_registers(kVecs, kResidual, kCentred, kHold))
     norm_fwd_kernel(const NormFwdParams p, const RowLayout layout, const int first_wave) {
   constexpr int kSize = kVec<T>;
-  using Sum = RowSum<kSpan, kCentred ? 3 : 1, kMaxThreads>;
+  using Sum = RowSum<kSpan, 1, kMaxThreads>;
   __shared__ typename Sum::Shared sum_memory;
   Place<T, kSpan> place(p.M, p.N, layout);
   const int64_t row = min(place.row(place.first), place.M - 1);  // past the end the last row is done again
@@ -46,17 +58,30 @@ __global__ void __maxnreg__(max_registers(kVecs, kResidual || kCentred))
       if (!place.has(v)) continue;
       prefetch_L2(static_cast<const T*>(p.x) + x_row + place.column(v));
       if constexpr (kResidual) prefetch_L2(static_cast<const T*>(p.residual) + residual_row + place.column(v));
+      if (kHold && row == 0) {  // if every row did, a few cache lines would serve them all: 57 instead of 34 us
+        prefetch_L2(static_cast<const T*>(p.w) + place.column(v));
+        if (kCentred && p.b) prefetch_L2(static_cast<const T*>(p.b) + place.column(v));
+      }
     }
   }
   wait_for_predecessor();
 
-  uint4 x[kVecs], residual[kResidual ? kVecs : 1];
+  uint4 x[kVecs], residual[kResidual ? kVecs : 1], w[kHold ? kVecs : 1], b[kHold && kCentred ? kVecs : 1];
   float values[kSize], other[kSize], total[1] = {0.f};
+  const auto load_live = [&](const void* rows, int64_t row, int v) {
+    return place.has(v) ? load<T>(rows, row + place.column(v)) : uint4{};
+  };
 #pragma unroll
   for (int v = 0; v < kVecs; v++) {
-    const bool live = place.has(v);
-    x[v] = live ? load<T>(p.x, x_row + place.column(v)) : uint4{};
-    if constexpr (kResidual) residual[v] = live ? load<T>(p.residual, residual_row + place.column(v)) : uint4{};
+    x[v] = load_live(p.x, x_row, v);
+    if constexpr (kResidual) residual[v] = load_live(p.residual, residual_row, v);
+  }
+  if constexpr (kHold) {
+#pragma unroll
+    for (int v = 0; v < kVecs; v++) {
+      w[v] = load_live(p.w, 0, v);
+      if constexpr (kCentred) b[v] = p.b ? load_live(p.b, 0, v) : uint4{};
+    }
   }
 #pragma unroll
   for (int v = 0; v < kVecs; v++) {
@@ -72,26 +97,20 @@ __global__ void __maxnreg__(max_registers(kVecs, kResidual || kCentred))
 #pragma unroll
     for (int i = 0; i < kSize; i++) total[0] += kCentred ? values[i] : values[i] * values[i];
   }
+  row_sum(total);
   float mean = 0.f;
   if constexpr (kCentred) {
-    int count = 0;
+    mean = total[0] * inverse_N;
+    total[0] = 0.f;
+    forget_derived(place.mine);
 #pragma unroll
-    for (int v = 0; v < kVecs; v++) count += place.has(v) ? kSize : 0;
-    const auto squares = [&](float mean) {
-      float sum = 0.f;
+    for (int v = 0; v < kVecs; v++) {
+      forget_derived(x[v]);
+      unpack<T>(x[v], values);
+      const float centre = place.has(v) ? mean : 0.f;  // past the row's end x[v] is zeros
 #pragma unroll
-      for (int v = 0; v < kVecs; v++) {
-        forget_derived(x[v]);
-        if (!place.has(v)) continue;
-        unpack<T>(x[v], values);
-#pragma unroll
-        for (int i = 0; i < kSize; i++) sum += (values[i] - mean) * (values[i] - mean);
-      }
-      return sum;
-    };
-    const float2 moments = row_sum.moments(total[0], count, squares);
-    mean = moments.x, total[0] = moments.y;
-  } else {
+      for (int i = 0; i < kSize; i++) total[0] += (values[i] - centre) * (values[i] - centre);
+    }
     row_sum(total);
   }
   const float rstd = rsqrtf(total[0] * inverse_N + p.eps);
@@ -101,12 +120,18 @@ __global__ void __maxnreg__(max_registers(kVecs, kResidual || kCentred))
   for (int v = 0; v < kVecs; v++) {
     forget_derived(x[v]);
     if (!place.has(v)) continue;
+    const auto features = [&](const uint4& held, const void* params) {
+      if constexpr (kHold)
+        unpack<T>(held, other);
+      else
+        load_features<T>(other, params, is_float, place.column(v));
+    };
     unpack<T>(x[v], values);
-    load_features<T>(other, p.w, is_float, place.column(v));
+    features(w[kHold ? v : 0], p.w);
 #pragma unroll
     for (int i = 0; i < kSize; i++) values[i] = (values[i] - mean) * rstd * other[i];
     if (kCentred && p.b) {
-      load_features<T>(other, p.b, is_float, place.column(v));
+      features(b[kHold && kCentred ? v : 0], p.b);
 #pragma unroll
       for (int i = 0; i < kSize; i++) values[i] += other[i];
     }
@@ -164,17 +189,23 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_any_kernel(const NormFwd
 
 // ---- launchers ----
 
-// Depends on the rows' length alone, never on their number: the order of the sums, and so a row's bits, must not.
-// H200, bf16, 256 MB, TB/s of the copy's 4.23 by vectors a thread (with clusters of 2, 4, 8 from 65536, 131072 on):
-//   N              256   512   1024  2048  4096  8192  16384 32768 65536 131072
-//   1 (residual)   4.10        4.17  4.19  4.12
-//   2              4.09  4.10        4.17  4.11  3.98
-//   4                    4.10  4.12  4.13  4.08  4.07  4.08  3.97  3.83  3.65
-//   8                                            4.04        4.02  3.86  3.71
+// Vectors a thread, by the 16-byte vectors of a row. It depends on the rows' length alone, never on their number: the
+// order of the sums, and so a row's bits, must not. Many vectors keep much in flight, few are soon summed. H200, bf16,
+// us for x of 64 MB / 1 MB (row_vecs is N / 8):
+//   N                  512         1024        2048        4096        8192        16384       32768
+//   RMSNorm    1       80  / 1.6   40.5 / 1.6  38.0 / 1.7  45   / 2.5
+//              2       33.9 / 1.6  40.2 / 1.7  32.7 / 1.8  33.6 / 2.5  34.1 / 2.7  37.6 / 2.8  40.0 / 3.2
+//              4       33.8 / 2.3  33.4 / 2.3  34.0 / 2.1  34.4 / 2.8  34.5 / 2.8  34.3 / 2.7  36.1 / 2.9
+//   residual   1       80  / 2.2   64.2 / 2.0  64.5 / 2.1  66.2 / 2.5  67.4 / 2.6
+//              2       65.5 / 2.1  65.0 / 2.4  64.7 / 2.4  65.9 / 3.0  65.0 / 2.7  65.6 / 3.0  68.3 / 3.4
+//   LayerNorm  2       35.3 / 2.2  41.4 / 2.2  38.7 / 2.2  40.8 / 2.8  43.7 / 2.9  51   / 3.1  58   / 3.7
+//              4       34.5 / 2.3  34.4 / 2.4  37.6 / 2.9  37.8 / 3.0  39.1 / 2.7  41.4 / 2.9  50.1 / 3.1
+//              8                                           40.0        40.8 / 4    42.8 / 4.0  49.7 / 5.0
 int vecs_per_thread(int64_t row_vecs, bool residual, bool centred) {
-  if (residual) return row_vecs <= 32 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 512 ? 1 : row_vecs <= 1024 ? 2 : 4;
-  if (row_vecs <= 128) return row_vecs <= 8 ? 1 : row_vecs <= (centred ? 32 : 64) ? 2 : 4;
-  return row_vecs <= 512 ? 2 : row_vecs <= 2048 ? 4 : 8;
+  if (residual && centred) return row_vecs <= 32 ? 1 : row_vecs <= 2048 ? 2 : 4;
+  if (residual) return row_vecs <= 32 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 512 ? 1 : row_vecs <= 2048 ? 2 : 4;
+  if (centred) return row_vecs <= 8 ? 1 : row_vecs <= 32 ? 2 : row_vecs <= 4096 ? 4 : 8;
+  return row_vecs <= 8 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 128 ? 4 : row_vecs <= 1024 ? 2 : row_vecs <= 8192 ? 4 : 8;
 }
 
 RowLayout plan_fwd(int64_t row_vecs, bool residual, bool centred, bool has_clusters) {
@@ -182,42 +213,61 @@ RowLayout plan_fwd(int64_t row_vecs, bool residual, bool centred, bool has_clust
   layout.vecs = vecs_per_thread(row_vecs, residual, centred);
   const int threads = divide_up(row_vecs, layout.vecs);
   if (threads <= 32) {
-    layout.lanes = std::bit_ceil(static_cast<unsigned>(threads));
+    layout.set_lanes(std::bit_ceil(static_cast<unsigned>(threads)));
     layout.threads = layout.vecs == 4 ? 64 : 128;
     return layout;
   }
   while (has_clusters && layout.cluster < kMaxCluster && divide_up(threads, layout.cluster) > 512) layout.cluster *= 2;
-  layout.lanes = layout.threads = divide_up(threads, layout.cluster * 32) * 32;
+  layout.set_lanes(divide_up(threads, layout.cluster * 32) * 32);
+  layout.threads = layout.lanes;
   if (layout.threads > kMaxThreads) layout.vecs = 0;
   return layout;
 }
 
+// Whether w and b are worth their registers, which other rows' loads in flight could have: always if all rows are in
+// flight at once (N = 16384, 1 MB, H200: 2.7 instead of 3.7 us), else up to some length (8192, 64 MB: 35.8 instead of
+// 34.1 us, 4096: 33.6 instead of 33.8).
+bool holds_features(const NormFwdParams& p, const RowLayout& layout, int64_t row_vecs, const Device& device) {
+  const int registers = max_registers(layout.vecs, p.residual, p.centred, true);
+  if (p.w_dtype != p.dtype || (p.centred && layout.vecs == 8) || layout.threads * registers > device.registers)
+    return false;
+  const bool one_wave = layout.blocks <= device.num_sms * (device.registers / (layout.threads * registers));
+  if (p.centred) return one_wave || row_vecs <= (p.residual ? 2048 : 128);
+  return one_wave || row_vecs <= (p.residual ? 4096 : 512);
+}
+
 template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred>
-void launch_fwd(const NormFwdParams& p, const RowLayout& layout, cudaStream_t stream) {
+void launch_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cudaStream_t stream) {
   const int first_wave = current_device().num_sms * std::max(1, 1536 / layout.threads);  // what fits at a time, roughly
-  launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred>>({.grid = static_cast<unsigned>(layout.blocks),
-                                                                 .threads = static_cast<unsigned>(layout.threads),
-                                                                 .cluster = static_cast<unsigned>(layout.cluster)},
-                                                                stream, p, layout, first_wave);
+  const LaunchShape shape{.grid = static_cast<unsigned>(layout.blocks),
+                          .threads = static_cast<unsigned>(layout.threads),
+                          .cluster = static_cast<unsigned>(layout.cluster)};
+  dispatch_bool(hold, [&](auto hold) {
+    constexpr bool kHold = hold.value && !(kCentred && kVecs == 8);
+    launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, kHold>>(shape, stream, p, layout, first_wave);
+  });
 }
 
 template <typename T, bool kResidual, bool kCentred>
-void choose_fwd(const NormFwdParams& p, const RowLayout& layout, cudaStream_t stream) {
+void choose_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cudaStream_t stream) {
   const bool lanes = layout.lanes <= 32;
   switch (layout.vecs) {
     case 1:
-      if (lanes) return launch_fwd<T, 1, Span::kLanes, kResidual, kCentred>(p, layout, stream);
-      if constexpr (kResidual) return launch_fwd<T, 1, Span::kBlock, kResidual, kCentred>(p, layout, stream);
+      if (lanes) return launch_fwd<T, 1, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
+      if constexpr (kResidual && !kCentred)
+        return launch_fwd<T, 1, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
       break;
     case 2:
-      if (lanes) return launch_fwd<T, 2, Span::kLanes, kResidual, kCentred>(p, layout, stream);
-      return launch_fwd<T, 2, Span::kBlock, kResidual, kCentred>(p, layout, stream);
+      if (lanes) return launch_fwd<T, 2, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
+      if constexpr (kResidual || !kCentred)
+        return launch_fwd<T, 2, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
+      break;
     case 4:
       if constexpr (!kResidual)
-        if (lanes) return launch_fwd<T, 4, Span::kLanes, kResidual, kCentred>(p, layout, stream);
-      return launch_fwd<T, 4, Span::kBlock, kResidual, kCentred>(p, layout, stream);
+        if (lanes) return launch_fwd<T, 4, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
+      return launch_fwd<T, 4, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
     case 8:
-      if constexpr (!kResidual) return launch_fwd<T, 8, Span::kBlock, kResidual, kCentred>(p, layout, stream);
+      if constexpr (!kResidual) return launch_fwd<T, 8, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
   }
   throw std::logic_error("norm_fwd: no kernel for " + std::to_string(layout.vecs) + " vectors a thread");
 }
@@ -231,13 +281,17 @@ void launch_fwd_any(const NormFwdParams& p, cudaStream_t stream) {
 
 template <typename T>
 void norm_fwd(const NormFwdParams& p, cudaStream_t stream) {
+  const int64_t row_vecs = p.N / kVec<T>;
+  const Device& device = current_device();
   RowLayout layout;
   if (takes_vectors(p.M, p.N, sizeof(T), {p.x_stride, p.residual_stride}, {p.x, p.residual, p.w, p.b}))
-    layout = plan_fwd(p.N / kVec<T>, p.residual, p.centred, current_device().has_clusters);
+    layout = plan_fwd(row_vecs, p.residual, p.centred, device.has_clusters);
   if (layout.vecs == 0) return launch_fwd_any<T>(p, stream);
   layout.blocks = divide_up(p.M, layout.rows_per_block()) * layout.cluster;
+  const bool hold = holds_features(p, layout, row_vecs, device);
   dispatch_bool(p.residual, [&](auto residual) {
-    dispatch_bool(p.centred, [&](auto centred) { choose_fwd<T, residual.value, centred.value>(p, layout, stream); });
+    dispatch_bool(p.centred,
+                  [&](auto centred) { choose_fwd<T, residual.value, centred.value>(p, layout, hold, stream); });
   });
 }
 

@@ -11,13 +11,18 @@
 namespace cs336 {
 
 struct RowLayout {
-  int vecs = 0;     // 16-byte vectors per thread; 0: the rows cannot be walked in vectors
-  int lanes = 1;    // threads per row in one block: a power of two up to 32, or a multiple of 32
-  int threads = 1;  // per block, a multiple of lanes; equal if cluster > 1
-  int cluster = 1;  // blocks per row
+  int vecs = 0;        // 16-byte vectors per thread; 0: the rows cannot be walked in vectors
+  int lanes = 1;       // threads per row in one block: a power of two up to 32, or a multiple of 32
+  int log2_lanes = 0;  // of a power of two
+  int threads = 1;     // per block, a multiple of lanes; equal if cluster > 1
+  int cluster = 1;     // blocks per row
   int blocks = 1;
 
   int rows_per_block() const { return threads / lanes; }
+  void set_lanes(int count) {
+    lanes = count;
+    log2_lanes = std::countr_zero(static_cast<unsigned>(count));
+  }
 };
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -42,14 +47,20 @@ struct Place {
   const int first, stride;  // this block's first row group, and the distance to its next
   const int M, N;
 
+  // Divisions by what is only known at run time take a while, before the first load: none but kWarps', once a kernel.
   __device__ Place(int64_t M, int64_t N, const RowLayout& layout)
       : width(layout.lanes * layout.cluster),
-        mine(static_cast<int>(threadIdx.x) % layout.lanes +
-             (kSpan == Span::kBlock ? cluster_rank() * layout.lanes : 0)),
-        rows_per_block(kSpan == Span::kBlock ? 1 : static_cast<int>(blockDim.x) / layout.lanes),
-        in_block(kSpan == Span::kBlock ? 0 : static_cast<int>(threadIdx.x) / layout.lanes),
-        first(static_cast<int>(blockIdx.x) / layout.cluster),
-        stride(static_cast<int>(gridDim.x) / layout.cluster),
+        mine(kSpan == Span::kLanes   ? static_cast<int>(threadIdx.x) & (layout.lanes - 1)
+             : kSpan == Span::kWarps ? static_cast<int>(threadIdx.x) % layout.lanes
+                                     : static_cast<int>(threadIdx.x) + cluster_rank() * layout.lanes),
+        rows_per_block(kSpan == Span::kLanes   ? static_cast<int>(blockDim.x) >> layout.log2_lanes
+                       : kSpan == Span::kWarps ? static_cast<int>(blockDim.x) / layout.lanes
+                                               : 1),
+        in_block(kSpan == Span::kLanes   ? static_cast<int>(threadIdx.x) >> layout.log2_lanes
+                 : kSpan == Span::kWarps ? static_cast<int>(threadIdx.x) / layout.lanes
+                                         : 0),
+        first(kSpan == Span::kBlock ? cluster_index() : static_cast<int>(blockIdx.x)),
+        stride(kSpan == Span::kBlock ? num_clusters() : static_cast<int>(gridDim.x)),
         M(static_cast<int>(M)),
         N(static_cast<int>(N)) {}
 

@@ -48,7 +48,7 @@ def _moments(values, mask, num, CENTRED: tl.constexpr):
     """Mean (0 unless CENTRED) and sum of squared deviations of each row's `num` unmasked values."""
     mean = tl.zeros((values.shape[0],), tl.float32)
     if CENTRED:
-        mean = tl.sum(values, 1) / num
+        mean = tl.div_rn(tl.sum(values, 1), tl.zeros_like(mean) + num)  # `/` is off by an ulp: a constant row is not 0
         values = tl.where(mask, values - mean[:, None], 0.0)
     return mean, tl.sum(values * values, 1)
 
