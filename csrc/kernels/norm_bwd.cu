@@ -22,18 +22,20 @@ constexpr int kHeld = 16;  // elements per thread up to which w and g stay in re
 
 // Of the ring: 64 KB in flight at 512 threads keep a multiprocessor's memory busy. More only lengthens the queues, and
 // the multiprocessors' shares become unequal (three stages: 54.5 instead of 52.3 us for rows of 512, 64 MB, H200).
+// Where the warps of a block do not wait for each other even half of that is enough, and worth it once the rest of a
+// launch is small beside it (rows of 512, 256 MB: 198 instead of 210 us; 64 MB: 54.5 instead of 52.3).
 constexpr int num_stages(int vecs) { return vecs <= 4 ? 2 : 1; }
+constexpr int64_t kOneStageBytes = int64_t{128} << 20;  // of x
 
-constexpr int ring_bytes_per_thread(int vecs, int num_streams) {
-  return num_stages(vecs) *
-         (num_streams * vecs * static_cast<int>(sizeof(uint4)) + 2 * static_cast<int>(sizeof(float)));
+constexpr int ring_bytes_per_thread(int vecs, int stages, int num_streams) {
+  return stages * (num_streams * vecs * static_cast<int>(sizeof(uint4)) + 2 * static_cast<int>(sizeof(float)));
 }
 
 // ---- kernels ----
 
-template <typename T, int kVecs, Span kSpan, bool kCentred>
+template <typename T, int kVecs, int kStages, Span kSpan, bool kCentred>
 __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kernel(const NormBwdParams p, const RowLayout layout) {
-  constexpr int kSize = kVec<T>, kElements = kVecs * kSize, kStages = num_stages(kVecs);
+  constexpr int kSize = kVec<T>, kElements = kVecs * kSize;
   constexpr bool kHold = kElements <= kHeld;
   using Sum = RowSum<kSpan, kCentred ? 2 : 1, kMaxThreads>;
   extern __shared__ uint4 ring_memory[];
@@ -303,7 +305,8 @@ RowLayout plan_bwd(int64_t M, int64_t N, int elements_per_vec, int num_streams, 
   for (int elements : {16, 32}) {
     layout.vecs = elements / elements_per_vec;
     threads = divide_up(N, elements);
-    max_threads = (device.max_shared_bytes - 4096) / ring_bytes_per_thread(layout.vecs, num_streams) / 32 * 32;
+    max_threads = (device.max_shared_bytes - 4096) /
+                  ring_bytes_per_thread(layout.vecs, num_stages(layout.vecs), num_streams) / 32 * 32;
     max_threads = std::min(max_threads, kMaxThreads);
     if (threads <= max_threads * max_cluster) break;
   }
@@ -313,7 +316,7 @@ RowLayout plan_bwd(int64_t M, int64_t N, int elements_per_vec, int num_streams, 
   layout.set_lanes(threads <= 32 ? std::bit_ceil(static_cast<unsigned>(threads))
                                  : divide_up(threads, layout.cluster * 32) * 32);
   const int unit = std::max(layout.lanes, 32);  // threads that only come together
-  const int64_t units = layout.cluster > 1 ? 1 : M * layout.lanes / unit / device.num_sms;
+  const int64_t units = layout.cluster > 1 ? 1 : divide_up(M * layout.lanes / unit, device.num_sms);
   layout.threads = unit * static_cast<int>(std::clamp<int64_t>(units, 1, block / unit));
   const int resident = std::max(1, device.num_sms * (max_threads / layout.threads) / layout.cluster);
   const int groups = divide_up(M, layout.rows_per_block());
@@ -346,13 +349,14 @@ void launch_column_sum(const NormBwdParams& p, int num_partials, cudaStream_t st
 }
 
 // The number of partials.
-template <typename T, int kVecs, Span kSpan, bool kCentred>
+template <typename T, int kVecs, int kStages, Span kSpan, bool kCentred>
 int launch_bwd(const NormBwdParams& p, RowLayout layout, cudaStream_t stream) {
-  constexpr auto kKernel = norm_bwd_kernel<T, kVecs, kSpan, kCentred>;
-  LaunchShape shape{.grid = static_cast<unsigned>(layout.blocks),
-                    .threads = static_cast<unsigned>(layout.threads),
-                    .shared_bytes = static_cast<size_t>(ring_bytes_per_thread(kVecs, p.dsum ? 3 : 2)) * layout.threads,
-                    .cluster = static_cast<unsigned>(layout.cluster)};
+  constexpr auto kKernel = norm_bwd_kernel<T, kVecs, kStages, kSpan, kCentred>;
+  LaunchShape shape{
+      .grid = static_cast<unsigned>(layout.blocks),
+      .threads = static_cast<unsigned>(layout.threads),
+      .shared_bytes = static_cast<size_t>(ring_bytes_per_thread(kVecs, kStages, p.dsum ? 3 : 2)) * layout.threads,
+      .cluster = static_cast<unsigned>(layout.cluster)};
   if (layout.cluster > 1) {  // fewer than its multiprocessors would hold: clusters do not cross their groups
     const int clusters = std::max(1, max_resident_clusters<kKernel>(shape)), planned = layout.blocks / layout.cluster;
     shape.grid.x = std::min(planned, divide_up(p.M, divide_up(p.M, clusters))) * layout.cluster;
@@ -363,11 +367,15 @@ int launch_bwd(const NormBwdParams& p, RowLayout layout, cudaStream_t stream) {
 
 template <typename T, bool kCentred>
 int choose_bwd(const NormBwdParams& p, const RowLayout& layout, cudaStream_t stream) {
-  constexpr int kVecs = 16 / kVec<T>;
-  if (layout.lanes <= 32) return launch_bwd<T, kVecs, Span::kLanes, kCentred>(p, layout, stream);
-  if (layout.vecs > kVecs) return launch_bwd<T, 2 * kVecs, Span::kBlock, kCentred>(p, layout, stream);
-  if (layout.rows_per_block() > 1) return launch_bwd<T, kVecs, Span::kWarps, kCentred>(p, layout, stream);
-  return launch_bwd<T, kVecs, Span::kBlock, kCentred>(p, layout, stream);
+  constexpr int kVecs = 16 / kVec<T>, kStages = num_stages(kVecs), kLongStages = num_stages(2 * kVecs);
+  if (layout.lanes <= 32) {
+    if (p.M * p.N * static_cast<int64_t>(sizeof(T)) >= kOneStageBytes)
+      return launch_bwd<T, kVecs, 1, Span::kLanes, kCentred>(p, layout, stream);
+    return launch_bwd<T, kVecs, kStages, Span::kLanes, kCentred>(p, layout, stream);
+  }
+  if (layout.vecs > kVecs) return launch_bwd<T, 2 * kVecs, kLongStages, Span::kBlock, kCentred>(p, layout, stream);
+  if (layout.rows_per_block() > 1) return launch_bwd<T, kVecs, kStages, Span::kWarps, kCentred>(p, layout, stream);
+  return launch_bwd<T, kVecs, kStages, Span::kBlock, kCentred>(p, layout, stream);
 }
 
 template <typename T>

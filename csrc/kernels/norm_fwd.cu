@@ -21,17 +21,9 @@ constexpr int kMaxThreads = 1024;
 
 // Enough blocks must be resident: their loads in flight, 32 to 128 KB a multiprocessor, are what keeps memory busy.
 constexpr int max_registers(int vecs, bool residual, bool centred, bool hold) {
-  if (centred)
-    return hold ? (vecs == 1 ? 40 : vecs == 2 ? 64 : 96) : vecs == 1 ? 32 : vecs == 2 ? 48 : vecs == 4 ? 64 : 104;
-  if (residual) return hold ? (vecs == 1 ? 40 : vecs == 2 ? 48 : 72) : vecs == 1 ? 32 : vecs == 2 ? 40 : 56;
-  return hold        ? (vecs == 1   ? 32
-                        : vecs == 2 ? 40
-                        : vecs == 4 ? 56
-                                    : 96)
-         : vecs == 1 ? 32
-         : vecs == 2 ? 40
-         : vecs == 4 ? 48
-                     : 64;
+  if (centred) return vecs == 1 ? (hold ? 40 : 32) : vecs == 2 ? (hold ? 64 : 48) : hold ? 96 : 64;
+  if (residual) return vecs == 1 ? (hold ? 40 : 32) : vecs == 2 ? (hold ? 48 : 40) : hold ? 72 : 56;
+  return vecs == 1 ? 32 : vecs == 2 ? 40 : vecs == 4 ? (hold ? 56 : 48) : hold ? 96 : 64;
 }
 
 // ---- kernels ----
@@ -198,13 +190,12 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_any_kernel(const NormFwd
 //              4       33.8 / 2.3  33.4 / 2.3  34.0 / 2.1  34.4 / 2.8  34.5 / 2.8  34.3 / 2.7  36.1 / 2.9
 //   residual   1       80  / 2.2   64.2 / 2.0  64.5 / 2.1  66.2 / 2.5  67.4 / 2.6
 //              2       65.5 / 2.1  65.0 / 2.4  64.7 / 2.4  65.9 / 3.0  65.0 / 2.7  65.6 / 3.0  68.3 / 3.4
-//   LayerNorm  2       35.3 / 2.2  41.4 / 2.2  38.7 / 2.2  40.8 / 2.8  43.7 / 2.9  51   / 3.1  58   / 3.7
-//              4       34.5 / 2.3  34.4 / 2.4  37.6 / 2.9  37.8 / 3.0  39.1 / 2.7  41.4 / 2.9  50.1 / 3.1
-//              8                                           40.0        40.8 / 4    42.8 / 4.0  49.7 / 5.0
+//   LayerNorm  2       35.2 / 2.2  41.4 / 2.2  38.7 / 2.2  40.8 / 2.8  43.7 / 2.9  51   / 3.1  58   / 3.7
+//              4       36.4 / 2.7  36.5 / 2.8  37.6 / 3.0  37.9 / 3.1  39.5 / 2.8  43.0 / 3.0  50.1 / 3.3
 int vecs_per_thread(int64_t row_vecs, bool residual, bool centred) {
   if (residual && centred) return row_vecs <= 32 ? 1 : row_vecs <= 2048 ? 2 : 4;
   if (residual) return row_vecs <= 32 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 512 ? 1 : row_vecs <= 2048 ? 2 : 4;
-  if (centred) return row_vecs <= 8 ? 1 : row_vecs <= 32 ? 2 : row_vecs <= 4096 ? 4 : 8;
+  if (centred) return row_vecs <= 8 ? 1 : row_vecs <= 64 ? 2 : 4;
   return row_vecs <= 8 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 128 ? 4 : row_vecs <= 1024 ? 2 : row_vecs <= 8192 ? 4 : 8;
 }
 
@@ -229,11 +220,10 @@ RowLayout plan_fwd(int64_t row_vecs, bool residual, bool centred, bool has_clust
 // 34.1 us, 4096: 33.6 instead of 33.8).
 bool holds_features(const NormFwdParams& p, const RowLayout& layout, int64_t row_vecs, const Device& device) {
   const int registers = max_registers(layout.vecs, p.residual, p.centred, true);
-  if (p.w_dtype != p.dtype || (p.centred && layout.vecs == 8) || layout.threads * registers > device.registers)
-    return false;
-  const bool one_wave = layout.blocks <= device.num_sms * (device.registers / (layout.threads * registers));
-  if (p.centred) return one_wave || row_vecs <= (p.residual ? 2048 : 128);
-  return one_wave || row_vecs <= (p.residual ? 4096 : 512);
+  if (p.w_dtype != p.dtype || layout.threads * registers > device.registers) return false;
+  if (layout.blocks <= device.num_sms * (device.registers / (layout.threads * registers))) return true;
+  if (p.centred) return p.residual && row_vecs <= 2048;
+  return row_vecs <= (p.residual ? 4096 : 512);
 }
 
 template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred>
@@ -243,8 +233,7 @@ void launch_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cuda
                           .threads = static_cast<unsigned>(layout.threads),
                           .cluster = static_cast<unsigned>(layout.cluster)};
   dispatch_bool(hold, [&](auto hold) {
-    constexpr bool kHold = hold.value && !(kCentred && kVecs == 8);
-    launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, kHold>>(shape, stream, p, layout, first_wave);
+    launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, hold.value>>(shape, stream, p, layout, first_wave);
   });
 }
 
@@ -267,7 +256,8 @@ void choose_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cuda
         if (lanes) return launch_fwd<T, 4, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
       return launch_fwd<T, 4, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
     case 8:
-      if constexpr (!kResidual) return launch_fwd<T, 8, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
+      if constexpr (!kResidual && !kCentred)
+        return launch_fwd<T, 8, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
   }
   throw std::logic_error("norm_fwd: no kernel for " + std::to_string(layout.vecs) + " vectors a thread");
 }
