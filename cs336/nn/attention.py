@@ -98,5 +98,5 @@ class Attention(nn.Module):
             q_BHSD, k_BHTD = self.rope(q_BHSD, positions), self.rope(k_BHTD, positions)
         if cache is not None:
             k_BHTD, v_BHTD = cache.append(k_BHTD, v_BHTD)
-        o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, causal=self.causal, mask=mask)
+        o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, causal=self.causal)
         return self.o_proj(o_BHSD.transpose(1, 2).reshape(B, S, -1))
