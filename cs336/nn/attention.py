@@ -1,4 +1,4 @@
-"""B = batch, S = queries, T = keys, M = d_model, H = heads, D = head_dim."""
+"""B = batch (any number of dims), S = queries, T = keys, M = d_model, H = heads, D = head_dim."""
 
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class Attention(nn.Module):
             )
         if num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+        self.d_model = d_model
         self.head_dim = d_model // num_heads if head_dim is None else head_dim
         if rope is not None and rope.head_dim != self.head_dim:
             raise ValueError(f"rope rotates heads of {rope.head_dim} features, these have {self.head_dim}")
@@ -79,19 +80,25 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, S, d_model) -> (B, S, d_model).
+        """x (..., S, d_model) -> (..., S, d_model).
 
-        positions: (S,) or (B, S) integers for rope; they follow the cache's tokens if None.
-        mask: boolean, broadcastable to (B, H, S, T), True where a query may attend; combined with causal.
-        cache: the tokens before x; x's keys and values are appended to it.
+        positions: (S,) or (..., S) integers for rope; they follow the cache's tokens if None.
+        mask: as in ops.attention, broadcastable to (..., H, S, T); combined with causal.
+        cache: the tokens before x (B, S, d_model); x's keys and values are appended to it.
+
+        Raises ValueError for shapes or dtypes that do not fit.
         """
-        if x_BSM.dim() != 3:
-            raise ValueError(f"x must be (batch, tokens, d_model), got shape {tuple(x_BSM.shape)}")
-        B, S, _ = x_BSM.shape
-        q, k, v = (proj(x_BSM).view(B, S, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model:
+            raise ValueError(f"x must be (..., tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        S = x_BSM.shape[-2]
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = (
+            proj(x_BSM).unflatten(-1, (H, self.head_dim))
+            for H, proj in zip(heads, (self.q_proj, self.k_proj, self.v_proj), strict=True)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSD, k_BHTD, v_BHTD = (t.transpose(1, 2) for t in (q, k, v))
+        q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v))
         if self.rope is not None:
             if positions is None and cache is not None:
                 positions = torch.arange(cache.length, cache.length + S, device=x_BSM.device)
@@ -99,4 +106,4 @@ class Attention(nn.Module):
         if cache is not None:
             k_BHTD, v_BHTD = cache.append(k_BHTD, v_BHTD)
         o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, causal=self.causal)
-        return self.o_proj(o_BHSD.transpose(1, 2).reshape(B, S, -1))
+        return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))

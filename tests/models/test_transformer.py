@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -214,6 +216,24 @@ def test_device_and_dtype():
     assert real.loss(ids(SMALL), ids(SMALL)).isfinite()
 
 
+def test_copies(tmp_path, config):
+    model, x = make(config), ids(config)
+    again = pickle.loads(pickle.dumps(model))
+    again.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()})
+    torch.save(model.state_dict(), tmp_path / "weights")
+    again.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    for copied in (again, copy.deepcopy(model)):
+        assert torch.equal(copied(x), model(x))
+        assert copied.layers[0].attention.rope is copied.layers[1].attention.rope is copied.rope
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing(shape):
+    x = torch.zeros(shape, dtype=torch.long)
+    assert Transformer(SMALL)(x).shape == (*shape, SMALL.vocab_size)
+    assert Transformer(SMALL).loss(x, x) == 0
+
+
 def test_bad_arguments():
     model = Transformer(SMALL)
     with pytest.raises(ValueError, match=r"token_ids must be \(batch, tokens\), got shape \(5,\)"):
@@ -222,6 +242,8 @@ def test_bad_arguments():
         model(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="25 tokens do not fit the model's context_length of 24"):
         model(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(IndexError, match="ids must be 0 to 96"):
+        model(torch.full((1, 5), 97))
     cache = model.new_cache(1, 30)
     model(torch.zeros(1, 20, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="25 tokens do not fit"):
