@@ -27,7 +27,7 @@ class Attention(nn.Module):
         d_model: features of the input and the output.
         num_heads, num_kv_heads: query heads, and the key-value heads they share; as many if None.
         head_dim: features of a head; d_model / num_heads if None.
-        bias: of the four projections.
+        bias: of the query, key and value projections; out_bias: of the output's, as bias if None.
         causal: a token sees none after it.
         qk_norm: RMSNorm over each head of the queries and keys, before the rotation.
         rope: rotates queries and keys; layers may share one.
@@ -44,6 +44,7 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         *,
         bias: bool = False,
+        out_bias: bool | None = None,
         causal: bool = True,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(d_model, q_dim, bias, device, dtype)
         self.k_proj = Linear(d_model, kv_dim, bias, device, dtype)
         self.v_proj = Linear(d_model, kv_dim, bias, device, dtype)
-        self.o_proj = Linear(q_dim, d_model, bias, device, dtype)
+        self.o_proj = Linear(q_dim, d_model, bias if out_bias is None else out_bias, device, dtype)
         self.q_norm = RMSNorm(self.head_dim, norm_eps, device, dtype) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps, device, dtype) if qk_norm else None
         self.rope = rope

@@ -70,7 +70,9 @@ def _torchs(q_BHSD: Tensor, k_BHTD: Tensor, v_BHTE: Tensor, causal: bool, scale:
     if causal and mask is None and S == T:
         return attend(is_causal=True)
     allowed = ref.visible(S, T, causal, mask, q_BHSD.device)
-    bias = allowed if mask is None or mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)
+    bias = allowed
+    if mask is not None and mask.dtype != torch.bool and allowed is not None:
+        bias = mask.masked_fill(~allowed, -torch.inf)
     o_BHSE = attend(attn_mask=bias)
     if allowed is None or (mask is None and S <= T):
         return o_BHSE

@@ -15,7 +15,14 @@ VARIANTS = {
     "plain": {},
     "interleaved": {"rope_interleaved": True, "rope_theta": 50.0},
     "grouped": {"num_kv_heads": 2, "tie_embeddings": True},
-    "everything": {"num_kv_heads": 1, "head_dim": 12, "qk_norm": True, "logit_softcap": 2.0, "d_ff": 40},
+    "everything": {
+        "num_kv_heads": 1,
+        "head_dim": 12,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "logit_softcap": 2.0,
+        "d_ff": 40,
+    },
 }
 
 
@@ -56,7 +63,12 @@ def definition(config, weights, token_ids):
     for i in range(config.num_layers):
         layer = f"layers.{i}"
         h = norm(x, f"{layer}.attention_norm")
-        q, k, v = ((h @ w[f"{layer}.attention.{n}_proj.weight"].T).view(B, S, -1, D).transpose(1, 2) for n in "qkv")
+        q, k, v = (
+            (h @ w[f"{layer}.attention.{n}_proj.weight"].T + w.get(f"{layer}.attention.{n}_proj.bias", 0))
+            .view(B, S, -1, D)
+            .transpose(1, 2)
+            for n in "qkv"
+        )
         if config.qk_norm:
             q, k = norm(q, f"{layer}.attention.q_norm"), norm(k, f"{layer}.attention.k_norm")
         k, v = (t.repeat_interleave(config.num_heads // config.kv_heads, 1) for t in (k, v))
@@ -177,11 +189,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(config):
 
 
 def test_starts_as_the_field_does():
-    config = dataclasses.replace(SMALL, d_model=256, num_layers=8, init_std=0.02, qk_norm=True)
+    config = dataclasses.replace(SMALL, d_model=256, num_layers=8, init_std=0.02, qk_norm=True, qkv_bias=True)
     model = Transformer(config)
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert torch.equal(p, torch.ones_like(p)), name
+            assert torch.equal(p, torch.full_like(p, 0 if name.endswith("bias") else 1)), name
         else:
             std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert abs(p.std() / std - 1) < 0.03, name
