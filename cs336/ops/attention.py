@@ -42,14 +42,16 @@ def attention(
     Returns o (..., Hq, S, E) like q. A query that may attend to nothing gives zeros.
     Raises ValueError for shapes, dtypes or devices that do not fit.
 
-    Runs torch's scaled_dot_product_attention, and the reference with a soft-cap or where "ref" is forced.
+    Runs torch's scaled_dot_product_attention; the reference with a soft-cap, with a float32 mask beside 16-bit tensors
+    (torch's kernels would round it or refuse it), or where "ref" is forced.
     """
     _check(q, k, v, softcap, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = q.shape[:-3]
     q_BHSD, k_BHTD, v_BHTE = (_four_dims(x, lead) for x in (q, k, v))
     mask = None if mask is None else _four_dims(mask, lead)
-    if softcap is not None or registry.forced() == "ref":
+    wide_mask = mask is not None and mask.dtype not in (torch.bool, q.dtype)
+    if softcap is not None or wide_mask or registry.forced() == "ref":
         o_BHSE = ref.fwd(q_BHSD, k_BHTD, v_BHTE, causal, scale, softcap, mask)
     else:
         o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, causal, scale, mask)
