@@ -92,11 +92,8 @@ class Attention(nn.Module):
         if x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (..., tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
         S = x_BSM.shape[-2]
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = (
-            proj(x_BSM).unflatten(-1, (H, self.head_dim))
-            for H, proj in zip(heads, (self.q_proj, self.k_proj, self.v_proj), strict=True)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (projection(x_BSM).unflatten(-1, (-1, self.head_dim)) for projection in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v))

@@ -198,14 +198,19 @@ def test_the_reference_keeps_fp32_under_autocast(device):
             assert torch.equal(ops.attention(q, k, v), want)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}])
-def test_compiles_whole(forced, device, options, dynamic):
-    torch.compiler.reset()
-    compiled = torch.compile(ops.attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for shape in ((2, 4, 2, 5, 9, 8), (2, 4, 4, 9, 9, 8)):
-        q, k, v = inputs(shape, F32, device)
+@pytest.mark.parametrize(("options", "forced"), itertools.product(({}, {"softcap": 5.0}), (None, "ref")))
+def test_compiles_whole(device, options, forced):
+    q, k, v = inputs((2, 4, 2, 5, 9, 8), F32, device)
+    with registry.use(forced):
+        compiled = torch.compile(ops.attention, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(q, k, v, **options), ops.attention(q, k, v, **options))
+
+
+def test_compiles_whole_for_any_shape(device):
+    compiled = torch.compile(ops.attention, backend="eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 4, 2, 5, 9, 8), (2, 4, 4, 9, 9, 8)):
+        q, k, v = (t.detach() for t in inputs(shape, F32, device))
+        torch.testing.assert_close(compiled(q, k, v, causal=True), ops.attention(q, k, v, causal=True))
 
 
 Q = torch.zeros(2, 4, 3, 8)
