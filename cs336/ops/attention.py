@@ -48,14 +48,15 @@ def attention(
     _check(q, k, v, softcap, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = q.shape[:-3]
-    q_BHSD, k_BHTD, v_BHTE = (_four_dims(x, lead) for x in (q, k, v))
     mask = None if mask is None else _four_dims(mask, lead)
+    if q.dim() != 4:
+        q_BHSD, k_BHTD, v_BHTE = (_four_dims(x, lead) for x in (q, k, v))
+        o_BHSE = attention(q_BHSD, k_BHTD, v_BHTE, mask, causal=causal, scale=scale, softcap=softcap)
+        return o_BHSE.view(*q.shape[:-1], v.shape[-1])
     wide_mask = mask is not None and mask.dtype not in (torch.bool, q.dtype)
     if softcap is not None or wide_mask or registry.forced() == "ref":
-        o_BHSE = ref.fwd(q_BHSD, k_BHTD, v_BHTE, causal, scale, softcap, mask)
-    else:
-        o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, causal, scale, mask)
-    return o_BHSE.view(*q.shape[:-1], v.shape[-1])
+        return ref.fwd(q, k, v, causal, scale, softcap, mask)
+    return _torchs(q, k, v, causal, scale, mask)
 
 
 def _four_dims(x: Tensor, lead: torch.Size) -> Tensor:
