@@ -1,10 +1,11 @@
 """cs336: one language-model stack, from raw bytes to reinforcement learning, on kernels you can read.
 
-Importing the package imports nothing heavy: the names below load torch when they are first used, and
-`cs336.tokenizer` never does.
+Importing the package imports nothing heavy: the names below, and the folders, are imported when they are first used.
+`cs336.tokenizer` never loads torch.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -16,4 +17,6 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"cs336.{name}"):
+        return importlib.import_module(f"cs336.{name}")
     raise AttributeError(f"module 'cs336' has no attribute {name!r}")

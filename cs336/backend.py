@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cs336 import ops
 
@@ -34,11 +35,14 @@ def _normalises(input: Tensor, normalized_shape: Sequence[int], weight: Tensor |
         weight is not None
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, weight, bias) if t is not None)
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # no forward mode
+        and not torch.jit.is_tracing()
         and tuple(normalized_shape) == input.shape[-1:] == weight.shape
         and input.numel() > 0
+        and input.device == weight.device
         and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and weight.dtype in (input.dtype, torch.float32)
-        and (bias is None or (bias.shape == weight.shape and bias.dtype == weight.dtype))
+        and (bias is None or (bias.shape, bias.dtype, bias.device) == (weight.shape, weight.dtype, weight.device))
     )
 
 

@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import cs336
 from cs336 import ops
@@ -93,6 +97,11 @@ class Wrapped(torch.Tensor):
     pass
 
 
+def forward_derivative(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+
 def test_the_rest_goes_to_torch(device, calls):
     x, w = torch.randn(4, 6, 24, device=device), torch.randn(24, device=device)
     cases = [
@@ -105,6 +114,8 @@ def test_the_rest_goes_to_torch(device, calls):
         lambda: F.layer_norm(x.as_subclass(Wrapped), (24,), w),
         lambda: torch.func.vmap(lambda row: F.layer_norm(row, (24,), w))(x),
         lambda: torch.func.grad(lambda row: F.rms_norm(row, (24,), w).sum())(x),
+        lambda: torch.func.jvp(lambda row: F.layer_norm(row, (24,), w), (x,), (x,))[1],
+        lambda: forward_derivative(lambda row: F.rms_norm(row, (24,), w), x),
     ]
     for case in cases:
         want = case()
@@ -117,12 +128,32 @@ def test_the_rest_goes_to_torch(device, calls):
 
 def test_torch_raises_its_own_errors(device):
     x, w = torch.randn(4, 24, device=device), torch.randn(24, device=device)
-    for case in (lambda: F.layer_norm(x, (23,), w[:23]), lambda: F.rms_norm(x, (24,), w[:23])):
+    for case in (
+        lambda: F.layer_norm(x, (23,), w[:23]),
+        lambda: F.rms_norm(x, (24,), w[:23]),
+        lambda: F.layer_norm(x, (24,), w, w[:23]),
+        lambda: F.layer_norm(x, (24,), w.to("meta")),
+    ):
         with pytest.raises(RuntimeError) as want:
             case()
         with Backend(), pytest.raises(RuntimeError) as got:
             case()
         assert str(got.value) == str(want.value)
+
+
+def test_traces_as_torch(device):
+    x = torch.randn(4, 24, device=device)
+    module = torch.nn.LayerNorm(24, device=device)
+    with Backend():
+        graph = str(torch.jit.trace(module, x).graph)
+    assert "aten::layer_norm" in graph
+
+
+def test_folders_are_attributes_of_the_package():
+    code = (
+        "import cs336; cs336.backend.Backend; cs336.ops.rms_norm; cs336.nn.Linear; assert not hasattr(cs336, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nesting_and_exceptions():

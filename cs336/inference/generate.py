@@ -94,6 +94,8 @@ def generate_ids(
         raise ValueError("stop strings need a tokenizer: use generate, or end_id")
     if isinstance(token_ids, Tensor) and token_ids.dim() != 2:
         raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids.shape)}")
+    if any(isinstance(row, int) for row in token_ids):
+        raise ValueError("token_ids must be a sequence of sequences of ids: write [ids] for one row")
     prompts = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
     ids: list[list[int]] = [[] for _ in prompts]
     finished: set[int] = set()

@@ -28,17 +28,17 @@ class SamplingParams:
     """Strings that end the text; they are not part of it."""
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        for name in ("top_k", "max_tokens"):
+            value = getattr(self, name)
+            if not (value is None and name == "top_k") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer, 1 or more, got {value}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which would end every text at once")
 
@@ -65,8 +65,12 @@ def min_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Apply temperature, then top-k, top-p and min-p, each to what the one before left. Temperature must not be 0."""
-    logits_BV = logits_BV.float() / params.temperature
+    """Apply temperature, then top-k, top-p and min-p, each to what the one before left. Temperature must not be 0.
+
+    The largest logit of a row becomes 0 first, so that no temperature makes NaN of it.
+    """
+    logits_BV = logits_BV.float()
+    logits_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)).double() / params.temperature).float()
     if params.top_k is not None:
         logits_BV = top_k(logits_BV, params.top_k)
     if params.top_p is not None and params.top_p < 1:
@@ -93,8 +97,10 @@ def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator
     generator: on the CPU, gives one number that decides for every row, so that a row's token does not depend on the
         batch; if None, one made from params.seed. Without a seed either, each row has its own from torch's global one.
 
-    Raises ValueError where a row is not finite: NaN, +inf, or -inf throughout.
+    Raises ValueError for another shape, and where a row is not finite: NaN, +inf, or -inf throughout.
     """
+    if logits_BV.dim() != 2 or logits_BV.shape[1] == 0:
+        raise ValueError(f"logits must be (batch, vocabulary), got shape {tuple(logits_BV.shape)}")
     if not logits_BV.amax(-1).isfinite().all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
     if params.temperature == 0:

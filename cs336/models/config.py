@@ -29,6 +29,8 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys (arXiv:2302.05442)."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections, as in Qwen2 (arXiv:2407.10671)."""
     logit_softcap: float | None = None
     """Bound c of the logits, which become c * tanh(logits / c) (arXiv:2408.00118)."""
     tie_embeddings: bool = False
@@ -75,8 +77,9 @@ class TransformerConfig:
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Weights of the model; without embeddings, less the token embedding and the output head (arXiv:2001.08361)."""
-        norms = 2 * self.d_model + (2 * self.head_size if self.qk_norm else 0)
-        blocks = self.num_layers * (self._layer_matrices() + norms) + self.d_model
+        vectors = 2 * self.d_model + (2 * self.head_size if self.qk_norm else 0)
+        vectors += (self.num_heads + 2 * self.kv_heads) * self.head_size if self.qkv_bias else 0
+        blocks = self.num_layers * (self._layer_matrices() + vectors) + self.d_model
         tables = 1 if self.tie_embeddings else 2
         return blocks + (tables * self.vocab_size * self.d_model if embeddings else 0)
 

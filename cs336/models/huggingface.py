@@ -1,4 +1,5 @@
-"""Models on disk in the Hugging Face layout: Llama's, or Qwen3's where queries and keys are normalised.
+"""Models on disk in the Hugging Face layout: Llama's, Qwen2's where queries, keys and values have biases, or Qwen3's
+where queries and keys are normalised. Mistral's is read too.
 
 A directory holds config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json)
 and, with a tokenizer, tokenizer.json and tokenizer_config.json. Nothing is ever unpickled.
@@ -21,7 +22,12 @@ from cs336.models.transformer import Transformer
 from cs336.utils.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # ours -> theirs, by the start of the name; layers.N stays
 NAMES = {
@@ -33,7 +39,7 @@ NAMES = {
     "mlp_norm.": "post_attention_layernorm.",
     "mlp.": "mlp.",
 }
-# our field -> theirs; what a config.json may leave out has a default, as transformers gives it
+# our field -> theirs
 FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -47,12 +53,19 @@ FIELDS = {
     "init_std": "initializer_range",
     "head_dim": "head_dim",
 }
+# what a config.json may leave out, as transformers takes it: for every kind of model, and for one
 DEFAULTS = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "head_dim": None,
+}
+DEFAULTS_OF = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 # what the model cannot do: their field -> the values that mean "not used"
 UNUSED = {
@@ -70,13 +83,16 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
 
     Each file replaces its predecessor once all are written. A model with interleaved rotary positions is written with
     its query and key rows reordered for the half-split ones of this layout.
-    Raises ValueError for a soft-cap, which the layout has no place for, and for a tokenizer that exceeds the model.
+    Raises ValueError for a model that the layout has no place for (a soft-cap; qk_norm with qkv_bias), and for a
+    tokenizer that exceeds the model.
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a cs336.models.Transformer, got {type(model).__name__}")
     config = model.config
     if config.logit_softcap is not None:
-        raise ValueError("the Llama and Qwen3 layouts have no logit soft-cap: this model cannot be written in them")
+        raise ValueError("the layouts have no logit soft-cap: this model cannot be written in them")
+    if config.qk_norm and config.qkv_bias:
+        raise ValueError("Qwen2's layout has no qk_norm and Qwen3's no qkv_bias: this model cannot be written in them")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     end = None if tokenizer is None else tokenizer.special_tokens.get(END_OF_TEXT)
@@ -99,7 +115,7 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
 def from_pretrained(
     directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """Read a Llama or Qwen3 model from a directory in the Hugging Face layout.
+    """Read a Llama, Mistral, Qwen2 or Qwen3 model from a directory in the Hugging Face layout.
 
     dtype: of the weights; as they are stored if None.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind and for damaged files.
@@ -124,7 +140,7 @@ def from_pretrained(
 
 def _their_config(model: Transformer) -> dict[str, Any]:
     config = model.config
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     known = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     return known | {
         "architectures": [ARCHITECTURES[kind]],
@@ -151,6 +167,11 @@ def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
     for name, unused in UNUSED.items():
         if theirs.get(name) is not None and theirs[name] not in unused:
             raise ValueError(f"config.json has {name} = {theirs[name]!r}, which cs336.models.Transformer does not do")
+    window = theirs.get("sliding_window", 4096)
+    if kind == "mistral" and window is not None and window < theirs.get("max_position_embeddings", 0):
+        raise ValueError(
+            f"config.json lets a token see the last {window} alone, which cs336.models.Transformer does not do"
+        )
     rope = {"rope_theta": theirs.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):  # the second since transformers 5
         rope |= theirs.get(name) or {}
@@ -158,11 +179,12 @@ def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
         raise ValueError(
             f"config.json scales its rotary positions ({rope}), which cs336.models.Transformer does not do"
         )
-    defaults = DEFAULTS | ({"head_dim": 128} if kind == "qwen3" else {})
+    defaults = DEFAULTS | DEFAULTS_OF[kind]
     if missing := [name for name in FIELDS.values() if name not in theirs and name not in defaults]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     values: dict[str, Any] = {ours: theirs.get(name, defaults.get(name)) for ours, name in FIELDS.items()}
-    return TransformerConfig(**values, rope_theta=rope["rope_theta"], qk_norm=kind == "qwen3")
+    kind_of = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
+    return TransformerConfig(**values, **kind_of, rope_theta=rope["rope_theta"])
 
 
 def _theirs(name: str) -> str:

@@ -21,6 +21,8 @@ class Block(nn.Module):
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
+            bias=config.qkv_bias,
+            out_bias=False,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             rope=rope,
@@ -74,10 +76,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices normal with init_std, those that write to the stream over sqrt(2 * num_layers); norms 1."""
+        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1)
+                parameter.fill_(0 if name.endswith("bias") else 1)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_layers if writes else 1

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.embedding import look_up
 
 
 class RotaryEmbedding(nn.Module):
@@ -40,36 +41,36 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = (table.to(self.cos.device, torch.float32) for table in (angles.cos(), angles.sin()))
 
     def _apply(self, fn, recurse=True):
+        cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
         if self.cos.dtype != torch.float32:  # model.bfloat16() must not round the tables
-            self.reset_parameters()
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
         return self
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate x by the positions of its rows.
 
         x: (..., S, head_dim).
-        positions: (..., S) integers in [0, max_seq_len), 0 to S - 1 if None; its leading dims are x's first ones, so
-            that (B, S) fits x (B, S, D) and x (B, H, S, D).
+        positions: (..., S) int64 or int32 in [0, max_seq_len), 0 to S - 1 if None; its leading dims are x's first
+            ones or 1, so that (B, S) fits x (B, S, D) and x (B, H, S, D).
 
         Returns a tensor like x.
-        Raises ValueError for shapes or dtypes that do not fit.
+        Raises ValueError for shapes or dtypes that do not fit, IndexError for positions outside the tables.
         """
+        if x.dim() < 2 or x.shape[-1] != self.head_dim:
+            raise ValueError(f"x must be (..., S, {self.head_dim}), got shape {tuple(x.shape)}")
+        S = x.shape[-2]
         if positions is None:
-            if x.shape[-2] > self.max_seq_len:
-                raise ValueError(
-                    f"x has {x.shape[-2]} positions, the tables have {self.max_seq_len}: raise max_seq_len"
-                )
-            cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        else:
-            if positions.is_floating_point() or positions.shape[-1:] != x.shape[-2:-1] or positions.dim() >= x.dim():
-                raise ValueError(
-                    f"positions must be integers (..., {x.shape[-2]}) to fit x {tuple(x.shape)}, "
-                    f"got {tuple(positions.shape)} {positions.dtype}"
-                )
-            lead = positions.shape[:-1]
-            spread = positions.view(*lead, *[1] * (x.dim() - 2 - len(lead) if lead else 0), positions.shape[-1])
-            cos, sin = self.cos[spread], self.sin[spread]
+            if self.max_seq_len < S:
+                raise ValueError(f"x has {S} positions, the tables have {self.max_seq_len}: raise max_seq_len")
+            return ops.rope(x, self.cos[:S], self.sin[:S], interleaved=self.interleaved)
+        lead = positions.shape[:-1]
+        fits = len(lead) <= x.dim() - 2 and all(p in (1, n) for p, n in zip(lead, x.shape[:-2], strict=False))
+        if positions.shape[-1:] != (S,) or not fits:
+            raise ValueError(f"positions must be (..., {S}) to fit x {tuple(x.shape)}, got {tuple(positions.shape)}")
+        if lead:
+            positions = positions.view(*lead, *[1] * (x.dim() - 2 - len(lead)), S)
+        cos, sin = (look_up(table, positions, "positions") for table in (self.cos, self.sin))
         return ops.rope(x, cos, sin, interleaved=self.interleaved)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
-    if not -x.dim() <= dim < x.dim():
+    dims = max(1, x.dim())  # a scalar is a vector of one
+    if not -dims <= dim < dims:
         raise ValueError(f"dim must be a dim of x {tuple(x.shape)}, got {dim}")
     return ref.fwd(x, dim) if registry.forced() == "ref" else torch.softmax(x, dim)

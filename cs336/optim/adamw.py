@@ -30,7 +30,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 class AdamW(torch.optim.Optimizer):
-    """A torch.optim.Optimizer; its state_dict and torch.optim.AdamW's load into each other.
+    """A torch.optim.Optimizer with torch.optim.AdamW's defaults; their state_dicts load into each other.
 
     Args:
         params: tensors or groups, float32, float16 or bfloat16. The moments are float32 whatever the parameters are.
@@ -39,16 +39,16 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: see also `param_groups`.
 
-    Raises ValueError for numbers or dtypes that do not fit.
+    Raises ValueError for numbers or dtypes that do not fit, and for a group with amsgrad or maximize.
     """
 
     def __init__(
         self,
         params: Any,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -126,9 +126,8 @@ class AdamW(torch.optim.Optimizer):
         optimizers) or whose shapes do not fit.
         """
         groups, states = state_dict["param_groups"], state_dict["state"]
-        for flag in ("amsgrad", "maximize"):
-            if any(group.get(flag) for group in groups):
-                raise ValueError(f"the state was saved with {flag}=True, which this AdamW does not have")
+        for group in groups:
+            _check_flags(group)
         indices = itertools.chain.from_iterable(group["params"] for group in groups)
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         pairs = [(p, states[i]) for i, p in zip(indices, params, strict=False) if states.get(i)]
@@ -142,7 +141,14 @@ class AdamW(torch.optim.Optimizer):
                 self.state[p][name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
 
 
+def _check_flags(group: dict[str, Any]) -> None:
+    for flag in ("amsgrad", "maximize"):
+        if group.get(flag):
+            raise ValueError(f"a group has {flag}=True, which this AdamW does not do: use torch.optim.AdamW")
+
+
 def _check(group: dict[str, Any]) -> None:
+    _check_flags(group)
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {group[name]}")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 
-def cosine_schedule(step: float, *, max_lr: float, min_lr: float, warmup_steps: float, total_steps: float) -> float:
+def cosine_schedule(step: float, max_lr: float, min_lr: float, warmup_steps: float, total_steps: float) -> float:
     """Half a cosine from max_lr down to min_lr.                       Loshchilov & Hutter 2016, arXiv:1608.03983"""
     _check(step, max_lr, min_lr, warmup_steps, total_steps)
     return _warm_up_then_decay(
@@ -16,14 +16,14 @@ def cosine_schedule(step: float, *, max_lr: float, min_lr: float, warmup_steps: 
     )
 
 
-def linear_schedule(step: float, *, max_lr: float, min_lr: float, warmup_steps: float, total_steps: float) -> float:
+def linear_schedule(step: float, max_lr: float, min_lr: float, warmup_steps: float, total_steps: float) -> float:
     """A straight line from max_lr down to min_lr."""
     _check(step, max_lr, min_lr, warmup_steps, total_steps)
     return _warm_up_then_decay(step, max_lr, min_lr, warmup_steps, warmup_steps, total_steps, lambda x: 1 - x)
 
 
 def wsd_schedule(
-    step: float, *, max_lr: float, min_lr: float, warmup_steps: float, decay_steps: float, total_steps: float
+    step: float, max_lr: float, min_lr: float, warmup_steps: float, decay_steps: float, total_steps: float
 ) -> float:
     """Warm-up, stable, decay: max_lr until the last decay_steps, then down to min_lr as 1 - sqrt(progress).
 
@@ -40,7 +40,7 @@ def wsd_schedule(
     )
 
 
-def constant_schedule(step: float, *, max_lr: float, warmup_steps: float = 0) -> float:
+def constant_schedule(step: float, max_lr: float, warmup_steps: float = 0) -> float:
     """max_lr for ever."""
     _check(step, max_lr, 0.0, warmup_steps, math.inf)
     return max_lr * step / warmup_steps if step < warmup_steps else max_lr

@@ -4,7 +4,8 @@
     PATH/optimizer.safetensors  the optimizer's tensors, named PARAMETER.NAME: 0.exp_avg
     PATH/state.json             the iteration, the optimizer's numbers, and what the caller added
 
-They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled.
+They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled. In a file object
+they are the members of a zip archive.
 """
 
 import base64
@@ -12,7 +13,9 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+import tempfile
+import zipfile
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,21 +32,28 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     iteration: int,
-    path: str | os.PathLike,
+    path: str | os.PathLike | IO[bytes],
     *,
     extra: dict[str, Any] | None = None,
-) -> pathlib.Path:
-    """Write a checkpoint directory at `path`, in place of one that is already there.
+) -> pathlib.Path | None:
+    """Write a checkpoint directory at `path`, in place of one that is already there, and return where it is.
 
     Args:
         model: any module (a compiled one is saved under its own names, tied weights once).
         optimizer: any optimizer whose state is tensors and numbers, or None.
         iteration: steps done.
+        path: or a file object, which gets the directory as a zip archive.
         extra: JSON values to keep beside it; `read_extra` returns them.
 
     Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
+    if not isinstance(path, str | os.PathLike):
+        with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(path, "w") as archive:
+            _write(pathlib.Path(directory), model, optimizer, iteration, extra or {})
+            for file in pathlib.Path(directory).iterdir():
+                archive.write(file, file.name)
+        return None
     path = pathlib.Path(os.path.abspath(path))
     if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
@@ -61,12 +71,23 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | os.PathLike, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+    path: str | os.PathLike | IO[bytes],
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Load a checkpoint into `model` and `optimizer`, each unless None, and return its iteration.
+    """Load a checkpoint, a directory or a file object, into `model` and `optimizer`, each unless None.
 
+    Returns its iteration.
     Raises FileNotFoundError if there is no checkpoint at `path`, ValueError if it is damaged or does not fit.
     """
+    if not isinstance(path, str | os.PathLike):
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(directory)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"the file object holds no checkpoint: {error}") from None
+            return load_checkpoint(directory, model, optimizer)
     path, state = _read_state(path)
     if model is not None:
         tensors = _read_tensors(path / MODEL)

@@ -56,6 +56,11 @@ void widen(const BFloat16* src, int64_t n, float* dst);
 void narrow(const float* src, int64_t n, Half* dst);
 void narrow(const float* src, int64_t n, BFloat16* dst);
 
+// y = (x - mean) * scale * w + b, rounded to the element type; b may be null.
+void normalise(const float* x, int64_t n, float mean, float scale, const float* w, const float* b, Half* y);
+void normalise(const float* x, int64_t n, float mean, float scale, const float* w, const float* b, BFloat16* y);
+void normalise(const float* x, int64_t n, float mean, float scale, const float* w, const float* b, float* y);
+
 // sum = a + b, rounded to the element type.
 void add(const Half* a, const Half* b, int64_t n, Half* sum);
 void add(const BFloat16* a, const BFloat16* b, int64_t n, BFloat16* sum);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 
 #include "common/multiversion.h"
 #include "cpu/float16.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kWidth = 8, kParts = 4;  // enough additions in flight on any machine, in one order on all
 constexpr int64_t kBlock = 1024;       // features at a time: their float32 values stay in the first-level cache
+constexpr int64_t kRow = 32768;        // most features of a 16-bit row that is widened once and kept: 1.2-1.6x as fast
 using Vec = float __attribute__((vector_size(kWidth * sizeof(float))));
 #pragma GCC diagnostic ignored "-Wpsabi"  // a Vec is never passed: everything that takes one is inlined
 
@@ -93,7 +95,8 @@ struct Moments {
 template <typename T, bool kCentred>
 MULTIVERSION void fwd(NormFwdParams p, int64_t first, int64_t last) {
   const int64_t N = p.N;
-  float scratch_x[kBlock], scratch_y[kBlock];
+  alignas(64) float scratch_x[std::is_same_v<T, float> ? 1 : kRow];
+  const bool kept = !std::is_same_v<T, float> && N <= kRow;
   for (int64_t m = first; m < last; m++) {
     const T* x_row = static_cast<const T*>(p.x) + m * p.x_stride;
     const T* residual_row = static_cast<const T*>(p.residual) + m * p.residual_stride;
@@ -102,7 +105,7 @@ MULTIVERSION void fwd(NormFwdParams p, int64_t first, int64_t last) {
     for (int64_t i = 0; i < N; i += kBlock) {
       const int64_t n = std::min(kBlock, N - i);
       if (p.residual) add(x_row + i, residual_row + i, n, sum_row + i);
-      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x);
+      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x + (kept ? i : 0));
       moments.add<kCentred>(x, n, i);
     }
     const float mean = moments.mean, rstd = 1.f / std::sqrt(moments.squares / N + p.eps);
@@ -110,17 +113,8 @@ MULTIVERSION void fwd(NormFwdParams p, int64_t first, int64_t last) {
     p.rstd[m] = rstd;
     for (int64_t i = 0; i < N; i += kBlock) {
       const int64_t n = std::min(kBlock, N - i);
-      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x, N <= kBlock);
-      const float *w = p.w + i, *b = p.b + i;
-      float* y = place(y_row + i, scratch_y);
-      if (kCentred && p.b) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) y[j] = (x[j] - mean) * rstd * w[j] + b[j];
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) y[j] = (x[j] - mean) * rstd * w[j];
-      }
-      write(y, n, y_row + i);
+      const float* x = read((p.residual ? sum_row : x_row) + i, n, scratch_x + (kept ? i : 0), kept);
+      normalise(x, n, mean, rstd, p.w + i, p.b ? p.b + i : nullptr, y_row + i);
     }
   }
 }

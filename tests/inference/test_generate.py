@@ -186,6 +186,8 @@ def test_bad_arguments(model):
         generate_ids(model, [[1], []])
     with pytest.raises(ValueError, match=r"token_ids must be \(batch, tokens\), got shape \(3,\)"):
         generate_ids(model, torch.arange(3))
+    with pytest.raises(ValueError, match=r"write \[ids\] for one row"):
+        generate_ids(model, [1, 2, 3])
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generate_ids(model, [[1]], SamplingParams(stop="a"))
     broken = Transformer(CONFIG)

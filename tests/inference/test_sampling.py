@@ -36,7 +36,7 @@ def test_filters_keep_the_logits_of_what_stays():
     params = SamplingParams(temperature=0.5, top_k=20, top_p=0.9, min_p=0.05)
     out = filter_logits(logits, params)
     stays = out > -torch.inf
-    assert torch.equal(out[stays], logits[stays] / 0.5)
+    assert torch.equal(out[stays], ((logits - logits.amax(-1, keepdim=True)) / 0.5)[stays])
     assert (stays.sum(-1) >= 1).all()
     assert (stays.sum(-1) <= 20).all()
     assert stays.gather(1, logits.argmax(-1, keepdim=True)).all()
@@ -62,6 +62,19 @@ def test_draw_inverts_the_running_sum():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (1 - 2**-24, 3)):
         assert draw(probs, torch.tensor([u])).item() == token
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-40, 1e-320])
+def test_tiny_temperatures_are_greedy(temperature):
+    logits = torch.tensor([[1.0, -torch.inf, 300.0, 299.0], [3e38, -3e38, 0.0, 0.0]])
+    assert sample(logits, SamplingParams(temperature=temperature, top_p=0.9, min_p=0.1)).tolist() == [2, 0]
+
+
+def test_a_large_temperature_is_uniform():
+    logits = torch.tensor([[1.0, 2.0, 300.0, -torch.inf]]).expand(3000, -1)
+    counts = sample(logits, SamplingParams(temperature=1e39)).bincount(minlength=4)
+    assert counts[:3].min() > 850
+    assert counts[3] == 0
 
 
 def test_frequencies():
@@ -104,11 +117,13 @@ def test_logits_that_are_not_finite(bad):
     [
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"temperature": float("nan")}, "temperature must be 0 or more"),
-        ({"top_k": 0}, "top_k must be 1 or more"),
+        ({"top_k": 0}, "top_k must be an integer, 1 or more"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
-        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"top_k": 2.5}, "top_k must be an integer, 1 or more"),
+        ({"max_tokens": 0}, "max_tokens must be an integer, 1 or more"),
+        ({"max_tokens": None}, "max_tokens must be an integer, 1 or more"),
         ({"stop": ["a", ""]}, "empty string"),
         ({"stop": ""}, "empty string"),
     ],
@@ -121,3 +136,10 @@ def test_bad_values(values, message):
 def test_one_stop_string():
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None).stop == ()
+
+
+def test_logits_of_another_shape():
+    for shape in ((5,), (2, 3, 5), (2, 0)):
+        with pytest.raises(ValueError, match=r"logits must be \(batch, vocabulary\), got shape"):
+            sample(torch.zeros(shape), SamplingParams())

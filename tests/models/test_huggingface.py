@@ -13,6 +13,8 @@ VARIANTS = {
     "llama": {},
     "grouped and tied": {"num_kv_heads": 2, "tie_embeddings": True, "d_ff": 40, "rope_theta": 500.0},
     "interleaved": {"rope_interleaved": True, "num_kv_heads": 1},
+    "qwen2": {"qkv_bias": True, "num_kv_heads": 2, "tie_embeddings": True},
+    "qwen2 interleaved": {"qkv_bias": True, "rope_interleaved": True, "num_kv_heads": 1, "head_dim": 12},
     "qwen3": {"qk_norm": True, "head_dim": 12, "norm_eps": 1e-6},
     "qwen3 interleaved": {"qk_norm": True, "rope_interleaved": True, "tie_embeddings": True},
 }
@@ -69,23 +71,27 @@ def test_transformers_gives_the_same_logits(tmp_path, offline, variant):
     save_pretrained(model, tmp_path)
     theirs, report = offline.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert type(theirs).__name__.startswith("Qwen3" if model.config.qk_norm else "Llama")
+    assert type(theirs).__name__.lower().startswith(variant.split()[0] if "qwen" in variant else "llama")
     with torch.no_grad():
         torch.testing.assert_close(theirs(X).logits, model(X), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20kB"])
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_reads_what_transformers_writes(tmp_path, offline, kind, shard_size, tied):
     options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     options |= {"vocab_size": 97, "intermediate_size": 40, "max_position_embeddings": 24, "initializer_range": 0.15}
     config = getattr(offline, f"{kind}Config")(**options, tie_word_embeddings=tied)
     theirs = getattr(offline, f"{kind}ForCausalLM")(config)
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20kB")
     model = from_pretrained(tmp_path)
-    assert (model.config.qk_norm, model.config.tie_embeddings) == (kind == "Qwen3", tied)
+    assert model.config.tie_embeddings == tied
+    assert (model.config.qk_norm, model.config.qkv_bias) == (kind == "Qwen3", kind == "Qwen2")
     with torch.no_grad():
         torch.testing.assert_close(model(X), theirs(X).logits, atol=1e-4, rtol=1e-4)
 
@@ -146,6 +152,8 @@ def test_a_failed_export_leaves_the_last_one(tmp_path, monkeypatch):
 def test_what_the_layout_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="no logit soft-cap"):
         save_pretrained(make(logit_softcap=5.0), tmp_path)
+    with pytest.raises(ValueError, match="no qk_norm and Qwen3's no qkv_bias"):
+        save_pretrained(make(qk_norm=True, qkv_bias=True), tmp_path)
     with pytest.raises(TypeError, match=r"must be a cs336\.models\.Transformer, got Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -161,7 +169,10 @@ def edited(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be one of llama, qwen3, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
+        ({"model_type": "mistral", "sliding_window": 23}, "lets a token see the last 23 alone"),
+        ({"model_type": "mistral", "max_position_embeddings": 5000}, "lets a token see the last 4096 alone"),
+        ({"model_type": "qwen2"}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions"),

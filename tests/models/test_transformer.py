@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ VARIANTS = {
     "plain": {},
     "interleaved": {"rope_interleaved": True, "rope_theta": 50.0},
     "grouped": {"num_kv_heads": 2, "tie_embeddings": True},
-    "everything": {"num_kv_heads": 1, "head_dim": 12, "qk_norm": True, "logit_softcap": 2.0, "d_ff": 40},
+    "everything": {
+        "num_kv_heads": 1,
+        "head_dim": 12,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "logit_softcap": 2.0,
+        "d_ff": 40,
+    },
 }
 
 
@@ -54,7 +63,12 @@ def definition(config, weights, token_ids):
     for i in range(config.num_layers):
         layer = f"layers.{i}"
         h = norm(x, f"{layer}.attention_norm")
-        q, k, v = ((h @ w[f"{layer}.attention.{n}_proj.weight"].T).view(B, S, -1, D).transpose(1, 2) for n in "qkv")
+        q, k, v = (
+            (h @ w[f"{layer}.attention.{n}_proj.weight"].T + w.get(f"{layer}.attention.{n}_proj.bias", 0))
+            .view(B, S, -1, D)
+            .transpose(1, 2)
+            for n in "qkv"
+        )
         if config.qk_norm:
             q, k = norm(q, f"{layer}.attention.q_norm"), norm(k, f"{layer}.attention.k_norm")
         k, v = (t.repeat_interleave(config.num_heads // config.kv_heads, 1) for t in (k, v))
@@ -175,11 +189,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(config):
 
 
 def test_starts_as_the_field_does():
-    config = dataclasses.replace(SMALL, d_model=256, num_layers=8, init_std=0.02, qk_norm=True)
+    config = dataclasses.replace(SMALL, d_model=256, num_layers=8, init_std=0.02, qk_norm=True, qkv_bias=True)
     model = Transformer(config)
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert torch.equal(p, torch.ones_like(p)), name
+            assert torch.equal(p, torch.full_like(p, 0 if name.endswith("bias") else 1)), name
         else:
             std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert abs(p.std() / std - 1) < 0.03, name
@@ -214,6 +228,24 @@ def test_device_and_dtype():
     assert real.loss(ids(SMALL), ids(SMALL)).isfinite()
 
 
+def test_copies(tmp_path, config):
+    model, x = make(config), ids(config)
+    again = pickle.loads(pickle.dumps(model))
+    again.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()})
+    torch.save(model.state_dict(), tmp_path / "weights")
+    again.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    for copied in (again, copy.deepcopy(model)):
+        assert torch.equal(copied(x), model(x))
+        assert copied.layers[0].attention.rope is copied.layers[1].attention.rope is copied.rope
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing(shape):
+    x = torch.zeros(shape, dtype=torch.long)
+    assert Transformer(SMALL)(x).shape == (*shape, SMALL.vocab_size)
+    assert Transformer(SMALL).loss(x, x) == 0
+
+
 def test_bad_arguments():
     model = Transformer(SMALL)
     with pytest.raises(ValueError, match=r"token_ids must be \(batch, tokens\), got shape \(5,\)"):
@@ -222,6 +254,8 @@ def test_bad_arguments():
         model(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="25 tokens do not fit the model's context_length of 24"):
         model(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(IndexError, match="ids must be 0 to 96"):
+        model(torch.full((1, 5), 97))
     cache = model.new_cache(1, 30)
     model(torch.zeros(1, 20, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="25 tokens do not fit"):

@@ -13,7 +13,7 @@ VARIANTS = [
     {},
     {"tie_embeddings": True},
     {"num_kv_heads": 2, "d_ff": 40},
-    {"num_kv_heads": 1, "head_dim": 6, "qk_norm": True},
+    {"num_kv_heads": 1, "head_dim": 6, "qk_norm": True, "qkv_bias": True},
 ]
 
 

@@ -61,6 +61,27 @@ def test_positions_and_mask():
     torch.testing.assert_close(y[:, 3:], layer(x))
 
 
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_any_number_of_batch_dims(lead):
+    layer = Attention(16, 4, 2, qk_norm=True, rope=RotaryEmbedding(4, 16))
+    x, positions = torch.randn(*lead, 5, 16), torch.randint(0, 16, (*lead, 5))
+    mask = torch.randn(*lead, 4, 5, 5)
+    got, moved, masked = layer(x), layer(x, positions), layer(x, mask=mask)
+    one = x.view(-1, 5, 16), positions.view(-1, 5), mask.view(-1, 4, 5, 5)
+    for i, (row, row_positions, row_mask) in enumerate(zip(*one, strict=True)):
+        torch.testing.assert_close(got.view(-1, 5, 16)[i], layer(row[None])[0])
+        torch.testing.assert_close(moved.view(-1, 5, 16)[i], layer(row[None], row_positions)[0])
+        torch.testing.assert_close(masked.view(-1, 5, 16)[i], layer(row[None], mask=row_mask)[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16), (2, 0, 16)])
+def test_nothing(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    y = Attention(16, 4, 2, qk_norm=True, rope=RotaryEmbedding(4, 16))(x)
+    assert y.shape == shape
+    y.sum().backward()
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="d_model 16 is not a multiple of num_heads 3"):
         Attention(16, 3)
@@ -68,5 +89,6 @@ def test_bad_arguments():
         Attention(16, 4, 3)
     with pytest.raises(ValueError, match="rope rotates heads of 8 features, these have 4"):
         Attention(16, 4, rope=RotaryEmbedding(8, 16))
-    with pytest.raises(ValueError, match=r"x must be \(batch, tokens, d_model\), got shape \(7, 16\)"):
-        Attention(16, 4)(torch.zeros(7, 16))
+    for bad in (torch.zeros(16), torch.zeros(1, 7, 8)):
+        with pytest.raises(ValueError, match=r"x must be \(\.\.\., tokens, 16\), got shape"):
+            Attention(16, 4)(bad)

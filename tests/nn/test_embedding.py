@@ -21,3 +21,9 @@ def test_starts_as_a_unit_normal():
 def test_ids_must_be_integers():
     with pytest.raises(ValueError, match="ids must be int64 or int32"):
         Embedding(3, 2)(torch.zeros(1))
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_ids_outside_the_table(bad):
+    with pytest.raises(IndexError, match=f"ids must be 0 to 2, got some from {min(bad, 1)} to {max(bad, 1)}"):
+        Embedding(3, 2)(torch.tensor([1, bad]))

@@ -26,6 +26,9 @@ def test_explicit_positions():
         assert torch.equal(rope(x[b], positions[b]), y[b])
         assert torch.equal(rope(x[b, 0], positions[b]), y[b, 0])
     assert torch.equal(rope(x[:, 0], positions), y[:, 0])
+    assert torch.equal(rope(x, positions[:, None]), y)
+    assert torch.equal(rope(x, positions[:1]), rope(x, positions[:1].expand(2, 5)))
+    assert torch.equal(rope(x, positions.int()), y)
 
 
 def test_far_positions_keep_their_angle():
@@ -42,7 +45,10 @@ def test_tables_are_float32_and_no_state():
     assert torch.equal(rope.bfloat16().cos, cos)
     assert torch.equal(rope.double().float().cos, cos)
     assert rope(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert torch.equal(RotaryEmbedding(8, 32, device="meta").to_empty(device="cpu").reset_parameters() or cos, cos)
+    late = RotaryEmbedding(8, 32, device="meta").to_empty(device="cpu")
+    late.reset_parameters()
+    assert torch.equal(late.cos, cos)
+    assert torch.equal(late.sin, rope.sin)
 
 
 def test_bad_arguments():
@@ -51,6 +57,16 @@ def test_bad_arguments():
     rope = RotaryEmbedding(8, 4)
     with pytest.raises(ValueError, match="5 positions, the tables have 4: raise max_seq_len"):
         rope(torch.zeros(5, 8))
-    for bad in (torch.zeros(3), torch.arange(2), torch.zeros(1, 1, 3, dtype=torch.long)):
-        with pytest.raises(ValueError, match="positions must be integers"):
-            rope(torch.zeros(2, 3, 8), bad)
+    x = torch.zeros(2, 3, 8)
+    for bad in (torch.arange(2), torch.tensor(1), torch.zeros(1, 1, 3).long(), torch.zeros(3, 3).long()):
+        with pytest.raises(ValueError, match=r"positions must be \(\.\.\., 3\) to fit x \(2, 3, 8\)"):
+            rope(x, bad)
+    for dtype in (torch.float32, torch.bool, torch.uint8):  # torch indexes with the last two as if they were masks
+        with pytest.raises(ValueError, match="positions must be int64 or int32"):
+            rope(x, torch.zeros(3, dtype=dtype))
+    for bad in (-1, 4):
+        with pytest.raises(IndexError, match="positions must be 0 to 3"):
+            rope(x, torch.tensor([0, bad, 1]))
+    for bad in (torch.zeros(8), torch.zeros(3, 6)):
+        with pytest.raises(ValueError, match=r"x must be \(\.\.\., S, 8\)"):
+            rope(bad)

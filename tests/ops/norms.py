@@ -13,7 +13,7 @@ CUDA = torch.cuda.is_available()
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]  # of the rows, of the weights
 SHAPES = [(0, 8), (1, 1), (7, 1), (5, 127), (4, 256), (3, 257), (67, 64)]  # (M, N)
-LONG_SHAPES = [(2, 40000)]
+LONG_SHAPES = [(3, 2500), (2, 40000)]
 if CUDA:
     LONG_SHAPES += itertools.product((3, 300), (1024, 4096, 8192, 8200, 12288))
     LONG_SHAPES += itertools.product((2, 70), (16384, 16385, 32768, 65535, 65536, 131071, 131072))

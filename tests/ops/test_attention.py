@@ -36,7 +36,7 @@ def inputs(shape, dtype, device):
     ]
 
 
-def definition(q, k, v, causal=True, scale=None, softcap=None, mask=None):
+def definition(q, k, v, causal=False, scale=None, softcap=None, mask=None):
     """Attention in q's dtype, each group of queries against its own keys."""
     _, Hq, S, D = q.shape
     Hkv, T = k.shape[1:3]
@@ -44,9 +44,12 @@ def definition(q, k, v, causal=True, scale=None, softcap=None, mask=None):
     scores = scores * (D**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores, mask = scores + mask.to(scores.dtype), mask > -torch.inf
     sees = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
     if causal:
         sees = sees & (torch.arange(T, device=q.device) <= torch.arange(S, device=q.device)[:, None] + T - S)
+    scores = scores.masked_fill(~sees, torch.finfo(scores.dtype).min)
     e = torch.where(sees, torch.exp(scores - scores.detach().amax(-1, keepdim=True) if T else scores), 0)
     p = e / e.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.einsum("bhgst,bhtd->bhgsd", p.unflatten(1, (Hkv, Hq // Hkv)), v).flatten(1, 2)
@@ -79,7 +82,7 @@ def test_against_the_definition(forced, device, shape, causal, dtype):
 
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 1.5}, {"softcap": 2.0, "scale": 1.0}])
 def test_scale_and_softcap(forced, device, options):
-    check(inputs((2, 4, 2, 9, 13, 8), F32, device), **options)
+    check(inputs((2, 4, 2, 9, 13, 8), F32, device), causal=True, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -89,6 +92,50 @@ def test_mask(forced, device, mask_shape, causal, dtype):
     mask = torch.rand(mask_shape, device=device) > 0.6
     mask[..., -13:].view(-1, 13)[0] = False  # a query, or several, see nothing
     check(inputs((2, 4, 2, 9, 13, 8), dtype, device), causal=causal, mask=mask)
+
+
+@pytest.mark.parametrize(("dtype", "mask_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 1.5}])
+@pytest.mark.parametrize("mask_shape", [(2, 1, 1, 13), (9, 13), (4, 9, 13)])
+def test_mask_that_is_added(forced, device, mask_shape, options, dtype, mask_dtype):
+    mask = torch.randn(mask_shape, device=device).masked_fill(torch.rand(mask_shape, device=device) > 0.6, -torch.inf)
+    mask.view(-1, 13)[0] = -torch.inf  # a query, or several, see nothing
+    check(inputs((2, 4, 2, 9, 13, 8), dtype, device), mask=mask.to(mask_dtype), **options)
+
+
+def test_gradient_of_a_mask(forced, device):
+    q, k, v = (t.detach() for t in inputs((2, 4, 2, 9, 13, 8), F32, device))
+    mask = torch.randn(4, 9, 13, device=device)
+    mask[:, 3] = mask[1, 2, 5] = -torch.inf
+    (got,) = torch.autograd.grad(ops.attention(q, k, v, mask.requires_grad_()).square().sum(), mask)
+    wide = mask.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(definition(*(t.double() for t in (q, k, v)), mask=wide).square().sum(), wide)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, (9, 13), (4, 9, 13), (2, 1, 1, 13), (3, 1, 1, 9, 13)])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_any_number_of_batch_dims(forced, device, mask, boolean):
+    q, k, v = torch.randn(3, 2, 9, 4, 8, device=device).transpose(2, 3), *torch.randn(2, 3, 2, 2, 13, 8, device=device)
+    if mask is not None:
+        mask = torch.randn(mask, device=device)
+        mask = mask > 0 if boolean else mask
+    o = ops.attention(q, k, v, mask)
+    assert o.shape == (3, 2, 4, 9, 8)
+    whole = None if mask is None else mask.expand(3, 2, 4, 9, 13)
+    for i, j in itertools.product(range(3), range(2)):
+        m = None if whole is None else whole[i, j]
+        torch.testing.assert_close(o[i, j], ops.attention(q[i, j], k[i, j], v[i, j], m))
+        for h in range(4):
+            alone = q[i, j, h], k[i, j, h // 2], v[i, j, h // 2]
+            torch.testing.assert_close(o[i, j, h], ops.attention(*alone, None if m is None else m[h]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("E", [1, 12])
+def test_values_of_another_width(forced, device, E, causal):
+    q, k, _ = inputs((2, 4, 2, 5, 7, 8), F32, device)
+    check([q, k, torch.randn(2, 2, 7, E, device=device, requires_grad=True)], causal=causal)
 
 
 @pytest.mark.parametrize("S", [1, 4])
@@ -107,10 +154,10 @@ def test_a_query_that_sees_nothing_gives_zeros(forced, device, S):
 def test_later_keys_do_not_matter(forced, device):
     q, k, v = inputs((1, 2, 2, 6, 9, 8), F32, device)
     with torch.no_grad():
-        before = ops.attention(q, k, v)
+        before = ops.attention(q, k, v, causal=True)
         k[:, :, 7:] = 100.0
         v[:, :, 7:] = 100.0
-        after = ops.attention(q, k, v)
+        after = ops.attention(q, k, v, causal=True)
     assert torch.equal(before[:, :, :4], after[:, :, :4])  # query s stands at key s + 3
     assert (before[:, :, 4:] != after[:, :, 4:]).any(-1).all()
 
@@ -159,6 +206,13 @@ def test_compiles_whole(device, options, forced):
         torch.testing.assert_close(compiled(q, k, v, **options), ops.attention(q, k, v, **options))
 
 
+def test_compiles_whole_for_any_shape(device):
+    compiled = torch.compile(ops.attention, backend="eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 4, 2, 5, 9, 8), (2, 4, 4, 9, 9, 8)):
+        q, k, v = (t.detach() for t in inputs(shape, F32, device))
+        torch.testing.assert_close(compiled(q, k, v, causal=True), ops.attention(q, k, v, causal=True))
+
+
 Q = torch.zeros(2, 4, 3, 8)
 KV = torch.zeros(2, 2, 5, 8)
 
@@ -166,17 +220,24 @@ KV = torch.zeros(2, 2, 5, 8)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": Q[0]}, r"q must be \(B, Hq, S, D\)"),
+        ({"q": Q[0]}, r"q must be \(\.\.\., Hq, S, D\)"),
+        ({"q": Q[0, 0, 0], "k": KV[0, 0, 0], "v": KV[0, 0, 0]}, r"q must be \(\.\.\., Hq, S, D\)"),
         ({"q": Q.int()}, "floating point"),
         ({"q": Q[:1]}, "k must have q's batch"),
         ({"q": Q[..., :4]}, "head dim"),
         ({"q": Q[:, :3]}, "multiple of key-value heads, got 3 and 2"),
-        ({"v": KV[:, :, :4]}, "v must have k's shape"),
+        ({"v": KV[:, :, :4]}, "v must have k's shape but for its last dim"),
+        ({"v": KV[0]}, "v must have k's shape but for its last dim"),
         ({"k": KV.bfloat16()}, "k must be torch.float32"),
         ({"v": KV.to("meta")}, "v must be torch.float32 on cpu"),
         ({"softcap": 0.0}, "softcap must be positive"),
-        ({"mask": torch.ones(3, 5)}, "mask must be bool"),
-        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, r"broadcast to \(B, Hq, S, T\) = \(2, 4, 3, 5\), got \(3, 4\)"),
+        ({"mask": torch.ones(3, 5).double()}, "mask must be bool .* got torch.float64"),
+        ({"mask": torch.ones(3, 5, dtype=torch.long)}, "mask must be bool"),
+        ({"mask": torch.ones(3, 5, device="meta")}, "on cpu, got torch.float32 on meta"),
+        (
+            {"mask": torch.ones(3, 4, dtype=torch.bool)},
+            r"S, T\) = \(2, 4, 3, 5\), got \(3, 4\)",
+        ),
         ({"mask": torch.ones(1, 1, 1, 3, 5, dtype=torch.bool)}, "mask must broadcast"),
     ],
 )

@@ -13,7 +13,9 @@ def forced(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "dim"), [((5, 257), -1), ((5, 257), 0), ((2, 3, 4), 1), ((1,), 0), ((0, 3), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((5, 257), -1), ((5, 257), 0), ((2, 3, 4), 1), ((1,), 0), ((), -1), ((0, 3), 1)]
+)
 def test_against_fp64(forced, device, shape, dim, dtype):
     x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
     dy = torch.randn_like(x)

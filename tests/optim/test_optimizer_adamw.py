@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def test_equals_torch(device):
             optimizer.step()
     for p, q, r in zip(ours.parameters(), torchs.parameters(), exact.parameters(), strict=True):
         assert_close_to_ref(p.detach(), r.detach(), q.detach())
+
+
+def test_defaults_are_torchs():
+    p = nn.Parameter(torch.ones(2))
+    ours, theirs = AdamW([p]).defaults, torch.optim.AdamW([p]).defaults
+    assert ours == {name: theirs[name] for name in HYPER}
 
 
 def test_trains_as_torch(device):
@@ -247,9 +254,24 @@ def test_copies_and_pickles():
     net = model()
     optimizer = AdamW(net.parameters(), lr=0.25)
     train(net, optimizer, 1)
-    twin = copy.deepcopy(optimizer)
-    assert twin.param_groups[0]["lr"] == 0.25
-    assert len(twin.state) == len(optimizer.state)
+    for twin_net, twin in (copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))):
+        start = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+        assert train(twin_net, twin, 3) == train(net, optimizer, 3)
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin_net.parameters(), strict=True))
+        net.load_state_dict(start[0])
+        optimizer.load_state_dict(start[1])
+
+
+def test_learning_rate_in_a_tensor(device):
+    ours, torchs = model(device=device), model(device=device)
+    a, b = (
+        kind(net.named_parameters(), lr=torch.tensor(3e-3))
+        for kind, net in ((AdamW, ours), (torch.optim.AdamW, torchs))
+    )
+    assert train(ours, a, 3) == pytest.approx(train(torchs, b, 3), rel=1e-4)
+    again = AdamW(ours.named_parameters())
+    again.load_state_dict(through_a_file(a.state_dict()))
+    assert torch.equal(again.param_groups[0]["lr"], torch.tensor(3e-3))
 
 
 # ---- refusals ----
@@ -306,8 +328,10 @@ def test_other_algorithms_are_refused(flag):
     p.grad = torch.ones(2)
     theirs = torch.optim.AdamW([p], **{flag: True})
     theirs.step()
-    with pytest.raises(ValueError, match=f"saved with {flag}=True"):
+    with pytest.raises(ValueError, match=f"a group has {flag}=True"):
         AdamW([p]).load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=f"a group has {flag}=True"):
+        AdamW([{"params": [p], flag: True}])
 
 
 def test_state_that_does_not_fit_changes_nothing():

@@ -42,6 +42,13 @@ def test_by_hand(schedule, step, lr):
     assert schedule(step) == pytest.approx(lr, rel=1e-14)
 
 
+def test_positional_arguments():
+    assert cosine_schedule(8, 1.0, 0.1, 4, 12) == COSINE(8)
+    assert linear_schedule(8, 1.0, 0.1, 4, 13) == LINEAR(8)
+    assert wsd_schedule(9, 1.0, 0.1, 4, 4, 12) == WSD(9)
+    assert constant_schedule(2, 1.0, 4) == CONSTANT(2)
+
+
 @pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD, CONSTANT])
 def test_warm_up(schedule):
     assert [schedule(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pathlib
@@ -49,6 +50,21 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, kind):
     assert load_checkpoint(tmp_path / "c", net, optimizer) == 3
     assert read_extra(tmp_path / "c") == {"note": [1, None, 0.1]}
     assert [step(net, optimizer, seed) for seed in range(3, 6)] == ahead
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_file_objects(tmp_path, place):
+    net, other = model(), model()
+    optimizer, resumed = AdamW(net.parameters()), AdamW(other.parameters())
+    step(net, optimizer, 0)
+    with io.BytesIO() if place == "memory" else open(tmp_path / "c", "w+b") as file:
+        assert save_checkpoint(net, optimizer, 3, file) is None
+        file.seek(0)
+        assert load_checkpoint(file, other, resumed) == 3
+        assert step(other, resumed, 1) == step(net, optimizer, 1)
+        file.truncate(100)
+        with pytest.raises(ValueError, match="the file object holds no checkpoint"):
+            load_checkpoint(file, other)
 
 
 def test_weights_alone(tmp_path):
