@@ -15,9 +15,9 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
+from cs336.utils.special_tokens import END_OF_TEXT
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
-END_OF_TEXT = "<|endoftext|>"
 ROOT = pathlib.Path(__file__).parents[1]
 
 Path = pathlib.Path
@@ -252,7 +252,7 @@ def tokenizer_decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()
 
 
 def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
-    """What a tokenizer is made of, or how it splits a text.
+    """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
         tokenizer: tokenizer.json.
@@ -262,9 +262,11 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
     from rich.table import Table
 
     from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer.inspect import render
     from cs336.tokenizer.statistics import statistics
 
     loaded = Tokenizer.load(tokenizer)
+    console = Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     if text is None:
         for key, value in statistics(loaded).items():
@@ -273,10 +275,13 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
             table.add_row(key.replace("_", " "), repr(value)[1:-1] if isinstance(value, list) else str(value))
     else:
         ids = loaded.encode(text, allowed_special="all")
-        for token_id in ids:
-            table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
+        if console.color_system and not console.no_color:
+            console.print(render(loaded, text))
+        else:
+            for token_id in ids:
+                table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
         table.add_row(f"{len(ids)} tokens", f"{len(text.encode())} bytes")
-    Console(highlight=False, markup=False).print(table)
+    console.print(table)
 
 
 def _texts(inputs: tuple[Path, ...]) -> Any:

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from cs336 import __version__
 from cs336.data import TokenDataset, in_validation, read_documents, read_meta, tokenize_documents
-from cs336.data.sources import END_OF_TEXT
 from cs336.data.stdlib import stdlib_documents, stdlib_name
 from cs336.evaluation import baselines, bits_per_byte, mean_loss
 from cs336.inference import SamplingParams, generate
@@ -35,6 +34,7 @@ from cs336.training import DataConfig, OptimizerConfig, TrainConfig, Trainer
 from cs336.training.metrics import duration
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.files import replacing
+from cs336.utils.special_tokens import END_OF_TEXT
 
 HELD_OUT = 0.02  # of the documents
 FEW = 200  # documents; fewer are cut into pieces, or a held-out part might be empty

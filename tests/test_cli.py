@@ -167,8 +167,24 @@ def test_inspect(tokenizer, capsys):
     out = capsys.readouterr().out
     assert "300" in out
     assert "<|endoftext|>" in out
-    assert main(["tokenizer", "inspect", tokenizer, "--text", "model?"]) == 0
-    assert "model" in capsys.readouterr().out
+
+
+def test_inspect_a_text(tokenizer, capsys, monkeypatch):
+    def shown(**environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert main(["tokenizer", "inspect", tokenizer, "--text", "model?\n<|endoftext|>"]) == 0
+        return capsys.readouterr().out
+
+    plain = shown().splitlines()
+    assert [line.split()[0] for line in plain[-3:]] == ["10", "299", str(len(plain) - 1)]  # newline, special, count
+    assert plain[-1].split()[1:] == ["tokens", "20", "bytes"]
+    coloured = shown(FORCE_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[" in coloured
+    assert "\\n" not in coloured
+    assert f"{len(plain) - 1} tokens" in coloured
+    assert "\x1b[" not in shown(FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
 
 
 def test_errors_of_tokenizer_verbs(tokenizer, text_file, tmp_path, capsys):

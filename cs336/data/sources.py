@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import IO
 
 from cs336.utils.files import Paths, path_list
+from cs336.utils.special_tokens import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARS = 8192
 BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}

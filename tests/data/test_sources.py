@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.data import sources
-from cs336.data.sources import END_OF_TEXT, read_documents
+from cs336.data.sources import read_documents
+from cs336.utils.special_tokens import END_OF_TEXT
 
 
 def put(path, data):
