@@ -68,7 +68,6 @@ class Learner:
             self.optimizer.zero_grad()
         return torch.stack(losses).mean(), norm
 
-    @torch.no_grad()
     def evaluate(self, data: TokenDataset) -> dict[str, float]:
         """Mean loss over config.eval_tokens of the data: "val/loss" in nats per token, "val/bpb" in bits per byte.
 
@@ -79,13 +78,15 @@ class Learner:
         count = min(len(data), max(size, self.config.eval_tokens // data.context_length)) // size * size
         index_N = np.arange(count) * len(data) // count
         total = torch.zeros((), device=self.device)
-        with self.evaluating():
+        # A compiled loss keeps its gradients and mode: without them it would be compiled again.
+        with contextlib.nullcontext() if self.compiled else self.evaluating():
             for index_B in np.split(index_N, range(size, count, size)):
-                total += self._forward(*to_device(data.windows(index_B), self.device)) * len(index_B)
-        loss = total.item() / count
+                loss = self._forward(*to_device(data.windows(index_B), self.device))
+                total += loss.detach() * len(index_B)
+        mean = total.item() / count
         if data.meta is None or not data.meta.text_bytes:
-            return {"val/loss": loss}
-        return {"val/loss": loss, "val/bpb": loss * data.meta.tokens / (math.log(2) * data.meta.text_bytes)}
+            return {"val/loss": mean}
+        return {"val/loss": mean, "val/bpb": mean * data.meta.tokens / (math.log(2) * data.meta.text_bytes)}
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:
