@@ -90,6 +90,22 @@ def test_version_as_a_module():
     assert run.stdout.startswith("cs336 ")
 
 
+def test_threads_do_not_spin_for_long():
+    """libgomp says what it read when torch loaded."""
+
+    def shown(**environment):
+        inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        environment |= inherited | {"OMP_DISPLAY_ENV": "verbose"}
+        command = [sys.executable, "-m", "cs336", "env"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    said = shown()
+    if "GOMP" not in said:
+        pytest.skip("this torch has another OpenMP")
+    assert "GOMP_SPINCOUNT = '1000'" in said
+    assert "GOMP_SPINCOUNT = '1000'" not in shown(OMP_WAIT_POLICY="active")
+
+
 def test_no_verb_shows_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
