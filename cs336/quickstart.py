@@ -37,10 +37,12 @@ from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
 
 HELD_OUT = 0.02  # of the documents
-FEW = 200  # documents; fewer are cut into pieces, or a held-out part might be empty
-LEAST_BYTES = 100_000
+FEW = 200  # documents; fewer are cut into pieces, or the held-out part might be empty
+HELD_OUT_OF_FEW = 0.1
+LEAST_BYTES, LEAST_HELD_OUT = 100_000, 2_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
 MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
+MOST_EVALUATED = 300_000  # tokens: 10 s on two CPU cores, and more changes little
 UNKNOWN_PEAK = 1e13  # FLOP/s of a device that is not in the table: a small GPU
 PROMPTS = ("def ", "class ", "import ")
 
@@ -229,11 +231,15 @@ class Job:
     def collect(self) -> Outcome:
         counts = {"train": [0, 0], "val": [0, 0]}  # documents, bytes
         limit = self.settings.max_megabytes * 1e6
+        documents = self._documents()
+        head = list(itertools.islice(documents, FEW))
+        few = len(head) < FEW
+        fraction, documents = (HELD_OUT_OF_FEW, _pieces(head)) if few else (HELD_OUT, itertools.chain(head, documents))
         (self.run_dir / "corpus").mkdir(exist_ok=True)
         with replacing(self._text("train")) as train, replacing(self._text("val")) as val:
             files = {"train": train, "val": val}
-            for document in _enough(self._documents()):
-                side = "val" if in_validation(document, HELD_OUT) else "train"
+            for document in documents:
+                side = "val" if in_validation(document, fraction) else "train"
                 files[side].write(json.dumps({"text": document}) + "\n")
                 counts[side][0] += 1
                 counts[side][1] += len(document.encode())
@@ -244,9 +250,14 @@ class Job:
                     f"{self._source()} holds {counts['train'][1] + counts['val'][1]:,} bytes of text, and this needs "
                     f"at least {LEAST_BYTES:,}: give more with --corpus PATH"
                 )
-        (documents, size), (held_out, held_out_size) = counts["train"], counts["val"]
+            if counts["val"][1] < LEAST_HELD_OUT or not counts["train"][0]:
+                raise ValueError(
+                    f"{self._source()} cannot be split: {counts['val'][1]:,} bytes of it would be held out. Equal "
+                    "documents stay on one side, and too few of these differ: give others with --corpus PATH"
+                )
+        (trained_on, size), (held_out, held_out_size) = counts["train"], counts["val"]
         return Outcome(
-            f"{documents:,} documents, {size / 1e6:.1f} MB of {self._source()}; "
+            f"{trained_on:,} documents, {size / 1e6:.1f} MB of {self._source()}; "
             f"{held_out:,} documents, {held_out_size / 1e6:.1f} MB held out"
         )
 
@@ -351,11 +362,14 @@ class Job:
             self._tokens("val"), context, vocab_size=model.config.vocab_size, tokenizer=tokenizer.fingerprint
         )
         assert data.meta is not None  # TokenDataset reads it from the directory
-        loss = mean_loss(model, data)
+        windows = min(len(data), max(1, MOST_EVALUATED // context))
+        loss = mean_loss(model, data, most_windows=windows)
         bits = bits_per_byte(loss, data.meta.tokens, data.meta.text_bytes)
         train_text, held_out_text = (read_documents(self._text(side)) for side in ("train", "val"))
         others = baselines(train_text, held_out_text, self._tokens("train"), self._tokens("val"))
         how = f"{data.meta.documents:,} documents, {data.meta.text_bytes / 1e6:.2f} MB, read {context} tokens at a time"
+        if windows < len(data):
+            how += f", {windows / len(data):.0%} of them"
         evaluation = {
             "loss": loss,
             "bits_per_byte": bits,
@@ -405,17 +419,13 @@ def sampler(
     return sample
 
 
-def _enough(documents: Iterator[str]) -> Iterator[str]:
-    """The documents; where they are few, about 2 * FEW pieces of them, cut at line ends."""
-    head = list(itertools.islice(documents, FEW))
-    if len(head) == FEW:
-        yield from itertools.chain(head, documents)
-        return
-    size = max(1, sum(map(len, head)) // (2 * FEW))
-    for document in head:
+def _pieces(documents: Sequence[str]) -> Iterator[str]:
+    """Few documents as at least FEW pieces, cut at line ends where lines are not too long for that."""
+    size = max(1, sum(map(len, documents)) // (2 * FEW))
+    for document in documents:
         start = 0
         while start < len(document):
-            end = document.find("\n", start + size) + 1 or len(document)
+            end = document.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
             if document[start:end].strip():
                 yield document[start:end]
             start = end

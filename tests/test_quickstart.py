@@ -191,14 +191,40 @@ def test_text_that_is_cut_off_is_read_to_the_limit(corpus, tmp_path):
     assert 120_000 <= size < 125_000
 
 
-def test_few_documents_are_cut_and_many_are_not():
+def test_few_documents_are_cut():
     text = "".join(f"line {i}\n" for i in range(20_000))
-    pieces = list(q._enough(iter([text, "short", " \n"])))
+    pieces = list(q._pieces([text, "short", " \n"]))
     assert "".join(pieces) == text + "short"
     assert FEW < len(pieces) <= 2 * FEW + 2
     assert all(piece.endswith("\n") for piece in pieces[:-1])
-    assert list(q._enough(iter(["a"] * FEW + ["b" * 10_000]))) == ["a"] * FEW + ["b" * 10_000]
-    assert list(q._enough(iter([]))) == []
+    line = text.replace("\n", " ")
+    assert "".join(q._pieces([line])) == line
+    assert FEW <= len(list(q._pieces([line]))) <= 2 * FEW
+    assert list(q._pieces([])) == []
+
+
+@pytest.mark.parametrize("kind", ["one line", "one document", "many documents"])
+def test_every_corpus_leaves_enough_held_out(kind, tmp_path):
+    words = [f"word {i * 7919 % 10_007}" for i in range(30_000)]
+    path = tmp_path / ("text.jsonl" if kind == "many documents" else "text.txt")
+    if kind == "many documents":
+        path.write_text("".join(json.dumps({"text": " ".join(words[i : i + 60])}) + "\n" for i in range(0, 30_000, 60)))
+    else:
+        path.write_text((" " if kind == "one line" else "\n").join(words))
+    job = Job(Quickstart(path, tmp_path / "run"))
+    job.run_dir.mkdir()
+    job.collect()
+    train, val = ([row["text"] for row in rows(job._text(side))] for side in ("train", "val"))
+    assert sum(map(len, val)) >= q.LEAST_HELD_OUT
+    assert len(train) + len(val) == 500 if kind == "many documents" else len(train) + len(val) >= FEW
+    assert not set(train) & set(val)
+
+
+def test_a_corpus_that_is_one_document_over_and_over_is_refused(tmp_path):
+    (tmp_path / "same.jsonl").write_text((json.dumps({"text": "the same again and again " * 40}) + "\n") * 400)
+    with pytest.raises(ValueError, match=r"cannot be split: 0 bytes of it would be held out.*give others"):
+        run(Quickstart(tmp_path / "same.jsonl", tmp_path / "run"))
+    assert not list((tmp_path / "run" / "corpus").iterdir())
 
 
 def test_the_standard_library_is_text():
