@@ -42,7 +42,7 @@ HELD_OUT_OF_FEW = 0.1
 LEAST_BYTES, LEAST_HELD_OUT = 100_000, 2_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
 MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
-MOST_EVALUATED = 300_000  # tokens: 10 s on two CPU cores, and more changes little
+MOST_EVALUATED = 150_000  # tokens: 5 s on two idle CPU cores, and more hardly changes the mean
 UNKNOWN_PEAK = 1e13  # FLOP/s of a device that is not in the table: a small GPU
 PROMPTS = ("def ", "class ", "import ")
 

@@ -255,8 +255,14 @@ class Trainer:
         if self.learner.peak_flops:
             row["train/mfu"] = rate * self.flops_per_token / self.learner.peak_flops
         self._metrics.write(row)
-        self.display.row(row, self.plan.total_steps)
+        self.display.row(row, self.plan.total_steps, self._seconds_left(rate))
         self._losses, self._row_steps, self._row_seconds = [], 0, 0.0
+
+    def _seconds_left(self, tokens_per_second: float) -> float | None:
+        if self.plan.budget.kind == "seconds":
+            return self.plan.budget.amount - self.seconds
+        assert self.plan.total_steps is not None  # known from the start
+        return (self.plan.total_steps - self.step) * self.tokens_per_step / tokens_per_second
 
     def _position(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
