@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated, Any
 
@@ -16,6 +17,7 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
 from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.terminal import visible
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,12 +122,12 @@ def generate(arguments: list[str]) -> Run:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         network = load_model(found, device)
         torch.seed()  # without --seed every run is another
-        write = _visibly if sys.stdout.isatty() else sys.stdout.write
-        write(prompt)
-        for piece in stream(network, loaded, prompt, sampling):
-            write(piece)
-            sys.stdout.flush()
-        write("\n")
+        shown = visible if sys.stdout.isatty() else str
+        pieces = stream(network, loaded, prompt, sampling)
+        print(shown(prompt + next(pieces, "")), end="", flush=True)  # together: a prompt that is refused is not written
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+        print()
 
     return run
 
@@ -343,7 +345,9 @@ TOKENIZER_VERBS: dict[str, Run] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb. The exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     try:
-        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
+            status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return status
     except (Stopped, KeyboardInterrupt) as stop:
@@ -409,11 +413,6 @@ def _option(arguments: list[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.removeprefix(f"{name}=")
     return None
-
-
-def _visibly(text: str) -> None:
-    """Write to a terminal what a model made up: without control characters, which terminals obey."""
-    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _sentence(error: Exception) -> str:

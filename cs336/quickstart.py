@@ -35,6 +35,7 @@ from cs336.training.metrics import duration
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.terminal import visible
 
 HELD_OUT = 0.02  # of the documents
 FEW = 200  # documents; fewer are cut into pieces, or the held-out part might be empty
@@ -387,7 +388,7 @@ class Job:
         rows = sampler(tokenizer, self._prompts(), self.settings.seed, length)(model)
         _write_lines(self.run_dir / "generated.jsonl", rows)
         for row in rows:
-            self.console.print(Text.assemble((row["prompt"], "bold"), row["text"]))
+            self.console.print(Text.assemble((visible(row["prompt"]), "bold"), visible(row["text"])))
         return Outcome(f"{len(rows)} texts of up to {length} tokens")
 
     def report(self) -> Outcome:

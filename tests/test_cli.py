@@ -342,11 +342,15 @@ def test_bench_passes_its_arguments_on(monkeypatch, capsys):
     assert "run this in a clone" in fails(["bench", "ops"], capsys)
 
 
-def test_text_for_a_terminal_is_harmless(capsys):
-    from cs336.cli import _visibly
+def test_a_prompt_that_is_refused_is_not_written(data, tokenizer, capsys):
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    capsys.readouterr()
+    assert "leaves no room in the model's context" in fails(["generate", str(data / "run"), "--prompt", TEXT], capsys)
 
-    _visibly("a\x1b[2Jb\x07\n\tc\x9b")
-    assert (
-        capsys.readouterr().out
-        == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\n\tc\N{REPLACEMENT CHARACTER}"
-    )
+
+def test_a_warning_is_one_line(text_file, tmp_path, capsys):
+    command = ["tokenizer", "train", str(text_file), "--vocab-size", "9000", "--output", str(tmp_path / "t.json")]
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("cs336: no pair is left to merge")
+    assert err.count("\n") == 1

@@ -38,6 +38,7 @@ from cs336.training.metrics import Display, JsonLines, duration
 from cs336.training.session import locked, stop_requests
 from cs336.utils.files import replacing
 from cs336.utils.nvtx import annotate
+from cs336.utils.terminal import visible
 
 if TYPE_CHECKING:
     from cs336.tokenizer import Tokenizer
@@ -280,7 +281,7 @@ class Trainer:
         for row in rows:
             self._samples.write({"step": self.step} | row)
         if rows:
-            self.display.say(f"step {self.step}: {rows[0].get('prompt', '')}{rows[0].get('text', '')}")
+            self.display.say(visible(f"step {self.step}: {rows[0].get('prompt', '')}{rows[0].get('text', '')}"))
 
     # ---- state ----
 
