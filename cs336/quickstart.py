@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.statistics import statistics
 from cs336.training import DataConfig, OptimizerConfig, TrainConfig, Trainer
 from cs336.training.metrics import duration
+from cs336.training.session import locked
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -156,12 +157,20 @@ class Job:
             raise FileNotFoundError(
                 f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
             )
-        if (self.run_dir / "config.toml").exists() and not self.record_path.exists():
-            raise ValueError(f"{self.run_dir} holds a run that quickstart did not make: choose another run_dir")
+        theirs = [] if self.record_path.exists() else [n for s in STAGES for n in self._names(s)]
+        if found := [name for name in theirs if (self.run_dir / name).exists()]:
+            raise ValueError(
+                f"{self.run_dir} holds {', '.join(found)}, which quickstart did not make and would replace: "
+                "choose another run_dir"
+            )
 
     def run(self) -> None:
         """Run the stages that are not current. Raises Interrupted where a signal stopped training."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.run_dir, ".quickstart.lock"):
+            self._run_stages()
+
+    def _run_stages(self) -> None:
         fingerprint, ran = _hash(__version__, self._source_identity()), False
         for number, stage in enumerate(STAGES, 1):
             fingerprint = _hash(fingerprint, {name: getattr(self.settings, name) for name in stage.settings})
@@ -194,12 +203,17 @@ class Job:
         finished = entry.get("fingerprint") == fingerprint and "seconds" in entry
         return finished and all((self.run_dir / name).exists() for name in stage.outputs)
 
-    def _forget(self, stage: Stage) -> None:
-        """Remove what the stage made from other settings, of a run all that a trainer would continue."""
+    @staticmethod
+    def _names(stage: Stage) -> list[str]:
+        """What the stage makes in the run directory, of a run all that a trainer would continue."""
         names = {pathlib.Path(name).parts[0] for name in stage.outputs}
         if stage.name == "pretrain":
             names |= {"config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
-        for path in (self.run_dir / name for name in names):
+        return sorted(names)
+
+    def _forget(self, stage: Stage) -> None:
+        """Remove what the stage made from other settings."""
+        for path in (self.run_dir / name for name in self._names(stage)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -226,7 +240,9 @@ class Job:
         corpus = self.settings.corpus
         if corpus is None:
             return stdlib_name()
+        run_dir = self.run_dir.resolve()
         files = [corpus] if corpus.is_file() else sorted(p for p in corpus.rglob("*") if p.is_file())
+        files = [p for p in files if run_dir not in p.resolve().parents]
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
     def collect(self) -> Outcome:
@@ -263,7 +279,8 @@ class Job:
         )
 
     def _documents(self) -> Iterator[str]:
-        source = stdlib_documents() if self.settings.corpus is None else read_documents(self.settings.corpus)
+        corpus = self.settings.corpus
+        source = stdlib_documents() if corpus is None else read_documents(corpus, without=self.run_dir)
         return (part for document in source for part in document.split(END_OF_TEXT) if part.strip())
 
     def _source(self) -> str:
@@ -304,7 +321,7 @@ class Job:
         tokenizer = Tokenizer.load(self.run_dir / "tokenizer.json")
         saved = self.run_dir / "config.toml"
         resumed = saved.exists() and (self.run_dir / "checkpoints").exists()
-        config = TrainConfig.from_toml(saved) if resumed else self._train_config()
+        config = replace(TrainConfig.from_toml(saved), run_dir=self.run_dir) if resumed else self._train_config()
         sample = sampler(tokenizer, self._prompts(), self.settings.seed)
         if not resumed:
             torch.manual_seed(config.seed)  # the weights that the trainer begins with
@@ -348,7 +365,7 @@ class Job:
         if self.settings.corpus is None:
             return list(PROMPTS)
         held_out = itertools.islice(read_documents(self._text("val")), 3)
-        return [" ".join(document[:80].split()[:4]) for document in held_out]
+        return [" ".join(document[:80].split()[:4])[:24] for document in held_out]  # 96 tokens at most
 
     # ---- evaluate, generate, report ----
 

@@ -19,6 +19,7 @@ from rich.console import Console
 import cs336.quickstart as q
 from cs336.data.stdlib import stdlib_documents
 from cs336.quickstart import FEW, SHAPES, STAGES, Job, Quickstart, quickstart
+from cs336.training.session import locked
 
 TINY = dataclasses.replace(SHAPES[0], num_layers=1, d_model=32, num_heads=2, context_length=32, batch_size=4)
 NAMES = [stage.name for stage in STAGES]
@@ -147,9 +148,18 @@ def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
 
 
 def test_refuses_what_it_would_spoil_or_cannot_use(corpus, tmp_path):
-    (tmp_path / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="that quickstart did not make"):
-        Job(Quickstart(corpus, tmp_path))
+    theirs = tmp_path / "theirs"
+    for name in ("corpus/text.txt", "config.toml"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("precious")
+    with pytest.raises(ValueError, match=r"holds corpus, config\.toml, which quickstart did not make"):
+        run(Quickstart(theirs / "corpus", theirs))
+    assert (theirs / "corpus/text.txt").read_text() == "precious"
+    with (
+        locked(tmp_path, ".quickstart.lock"),
+        pytest.raises(RuntimeError, match="another process is at work"),
+    ):
+        run(Quickstart(corpus, tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Job(Quickstart(tmp_path / "none", tmp_path / "run"))
     (tmp_path / "short.txt").write_text("how do you train the best model? " * 100)
@@ -181,6 +191,18 @@ def test_more_compute_takes_a_larger_model_and_stops_before_repeating_too_often(
     assert config(1e15, 10**7).model == shapes[-1].model
     assert config(1e15, 10**7).budget == f"{q.EPOCHS * 10**7}tok"
     assert config(1e15, 10**4).model == shapes[0].model  # little text teaches a large model nothing
+
+
+def test_a_run_inside_its_corpus_is_no_part_of_it(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(20_000)))
+    job = Job(Quickstart(tmp_path, tmp_path / "runs" / "quickstart"))
+    job.run_dir.mkdir(parents=True)
+    before = job._source_identity()
+    job.collect()
+    collected = {side: job._text(side).read_bytes() for side in ("train", "val")}
+    assert job._source_identity() == before
+    job.collect()
+    assert {side: job._text(side).read_bytes() for side in ("train", "val")} == collected
 
 
 def test_text_that_is_cut_off_is_read_to_the_limit(corpus, tmp_path):

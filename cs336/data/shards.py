@@ -185,8 +185,9 @@ class ShardWriter:
 
     def _remove_shards(self) -> None:
         (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
-        for path in self.directory.glob("[0-9]*.bin"):
-            path.unlink()
+        for path in self.directory.glob("*.bin"):
+            if path.stem.isdecimal():  # not another's 2024-01.bin
+                path.unlink()
 
 
 def read_meta(directory: str | os.PathLike) -> TokenMeta:

@@ -16,7 +16,7 @@ from cs336.ops import registry
 from cs336.optim import AdamW, clip_scale, grad_norm, param_groups
 from cs336.training.config import TrainConfig
 from cs336.training.guard import first_non_finite
-from cs336.utils.device import peak_flops
+from cs336.utils.device import peak_flops, pick
 from cs336.utils.nvtx import annotate
 
 
@@ -28,11 +28,7 @@ class Learner:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {config.device}, but torch {torch.__version__} sees no GPU: use auto or cpu")
+        self.device = pick(config.device)
         on_gpu = self.device.type == "cuda"
         low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32

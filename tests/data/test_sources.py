@@ -51,6 +51,21 @@ def test_a_text_file_in_a_directory_is_one_document(tmp_path):
     assert len(list(read_documents(tmp_path / "d/a.txt"))) == 7
 
 
+def test_a_long_file_in_a_directory_is_cut(tmp_path):
+    text = "line\n" * 300_000
+    put(tmp_path / "d/a.txt", text)
+    pieces = list(read_documents(tmp_path / "d"))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 9000
+
+
+def test_a_directory_is_read_without_one_below_it(tmp_path):
+    put(tmp_path / "d/a.txt", "one")
+    put(tmp_path / "d/e/f/b.txt", "two")
+    put(tmp_path / "d/e/g/c.txt", "three")
+    assert list(read_documents(tmp_path / "d", without=tmp_path / "d" / "e" / ".." / "e" / "f")) == ["one", "three"]
+
+
 def test_a_directory_is_read_in_sorted_order(tmp_path):
     put(tmp_path / "b/2.txt", "b2")
     put(tmp_path / "b/1.jsonl", jsonl("b1", "b1 again"))

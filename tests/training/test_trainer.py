@@ -230,7 +230,7 @@ def test_guards_before_training(tmp_path):
     with pytest.raises(ValueError, match="the budget is 31 tokens, and one step takes 32"):
         Trainer(tiny_run.changed(tiny, budget="31tok"))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="sees no GPU"):
+        with pytest.raises(ValueError, match="sees 0 GPUs"):
             Trainer(tiny_run.changed(tiny, device="cuda"))
     assert not tiny.run_dir.exists()
 
