@@ -101,7 +101,7 @@ def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
         import cs336.cli, cs336.quickstart as q
         q.SHAPES = (q.Shape(**{dataclasses.asdict(TINY)}),)
         config = q.Job._train_config
-        q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="400steps")
+        q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="200steps")
         sys.exit(cs336.cli.main({arguments}))
     """
     command = [sys.executable, "-c", textwrap.dedent(job)]
@@ -255,6 +255,14 @@ def test_the_standard_library_is_text():
     assert any('"""' in d and "def " in d for d in documents)
     assert any(d.startswith("The ") for d in documents)  # a topic of help()
     assert not any("\0" in d or not d.strip() for d in documents)
+
+
+def test_a_link_to_nowhere_in_the_standard_library(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("import os\n")
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "none")
+    monkeypatch.setattr("cs336.data.stdlib._root", lambda: tmp_path)
+    assert next(stdlib_documents()) == "import os\n"
+    assert len(list(stdlib_documents())) > 1
 
 
 def test_a_zipped_or_absent_standard_library(tmp_path, monkeypatch):
