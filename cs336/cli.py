@@ -374,7 +374,7 @@ def _run(arguments: list[str]) -> int:
         return bench(rest)() or 0
     if "OMP_WAIT_POLICY" not in os.environ:
         # libgomp reads this when torch loads. By default threads spin for milliseconds while they wait for each other.
-        # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it, if any.
+        # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
