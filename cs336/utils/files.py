@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk: write() does not say which file
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk: write() names no file
             error.filename = os.fspath(path)
         raise
     sync(path.parent)
