@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -258,6 +259,19 @@ def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch)
     newest = checkpoint.read_extra(result.checkpoint)["plan"]
     assert newest["decisions"] == decisions
     assert tiny_run.rows(tmp_path / "run", of="lr")[-1]["lr"] < 1.5e-4  # 1e-4 at the end, from 1e-3
+
+
+def test_a_time_budget_holds_when_steps_become_slow_between_rows(tmp_path, monkeypatch):
+    update = Trainer._update
+
+    def slower(self):
+        if not self.plan.measuring:
+            time.sleep(0.1)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update", slower)
+    tiny = tiny_run.config(tmp_path, budget="2s", log_interval=1000, eval_interval=0, checkpoint_interval=0)
+    assert tiny_run.train(tiny).seconds < 3.5
 
 
 def spoil_step(monkeypatch, step):
