@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated, Any
 
@@ -15,9 +16,10 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
+from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.terminal import visible
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
-END_OF_TEXT = "<|endoftext|>"
 ROOT = pathlib.Path(__file__).parents[1]
 
 Path = pathlib.Path
@@ -120,12 +122,12 @@ def generate(arguments: list[str]) -> Run:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         network = load_model(found, device)
         torch.seed()  # without --seed every run is another
-        write = _visibly if sys.stdout.isatty() else sys.stdout.write
-        write(prompt)
-        for piece in stream(network, loaded, prompt, sampling):
-            write(piece)
-            sys.stdout.flush()
-        write("\n")
+        shown = visible if sys.stdout.isatty() else str
+        pieces = stream(network, loaded, prompt, sampling)
+        print(shown(prompt + next(pieces, "")), end="", flush=True)  # together: a prompt that is refused is not written
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+        print()
 
     return run
 
@@ -252,7 +254,7 @@ def tokenizer_decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()
 
 
 def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
-    """What a tokenizer is made of, or how it splits a text.
+    """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
         tokenizer: tokenizer.json.
@@ -262,9 +264,11 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
     from rich.table import Table
 
     from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer.inspect import render
     from cs336.tokenizer.statistics import statistics
 
     loaded = Tokenizer.load(tokenizer)
+    console = Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     if text is None:
         for key, value in statistics(loaded).items():
@@ -273,10 +277,13 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
             table.add_row(key.replace("_", " "), repr(value)[1:-1] if isinstance(value, list) else str(value))
     else:
         ids = loaded.encode(text, allowed_special="all")
-        for token_id in ids:
-            table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
+        if console.color_system and not console.no_color:
+            console.print(render(loaded, text))
+        else:
+            for token_id in ids:
+                table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
         table.add_row(f"{len(ids)} tokens", f"{len(text.encode())} bytes")
-    Console(highlight=False, markup=False).print(table)
+    console.print(table)
 
 
 def _texts(inputs: tuple[Path, ...]) -> Any:
@@ -338,7 +345,9 @@ TOKENIZER_VERBS: dict[str, Run] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb. The exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     try:
-        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
+            status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return status
     except (Stopped, KeyboardInterrupt) as stop:
@@ -363,6 +372,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     if verb == "bench":
         return bench(rest)() or 0
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp reads this when torch loads. By default threads spin for milliseconds while they wait for each other.
+        # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
@@ -400,11 +413,6 @@ def _option(arguments: list[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.removeprefix(f"{name}=")
     return None
-
-
-def _visibly(text: str) -> None:
-    """Write to a terminal what a model made up: without control characters, which terminals obey."""
-    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _sentence(error: Exception) -> str:

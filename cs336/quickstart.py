@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from rich.text import Text
 
 from cs336 import __version__
 from cs336.data import TokenDataset, in_validation, read_documents, read_meta, tokenize_documents
-from cs336.data.sources import END_OF_TEXT
 from cs336.data.stdlib import stdlib_documents, stdlib_name
 from cs336.evaluation import baselines, bits_per_byte, mean_loss
 from cs336.inference import SamplingParams, generate
@@ -33,14 +32,19 @@ from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.statistics import statistics
 from cs336.training import DataConfig, OptimizerConfig, TrainConfig, Trainer
 from cs336.training.metrics import duration
+from cs336.training.session import locked
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.files import replacing
+from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.terminal import visible
 
 HELD_OUT = 0.02  # of the documents
-FEW = 200  # documents; fewer are cut into pieces, or a held-out part might be empty
-LEAST_BYTES = 100_000
+FEW = 200  # documents; fewer are cut into pieces, or the held-out part might be empty
+HELD_OUT_OF_FEW = 0.1
+LEAST_BYTES, LEAST_HELD_OUT = 100_000, 2_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
 MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
+MOST_EVALUATED = 150_000  # tokens: 5 s on two idle CPU cores, and more hardly changes the mean
 UNKNOWN_PEAK = 1e13  # FLOP/s of a device that is not in the table: a small GPU
 PROMPTS = ("def ", "class ", "import ")
 
@@ -153,12 +157,20 @@ class Job:
             raise FileNotFoundError(
                 f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
             )
-        if (self.run_dir / "config.toml").exists() and not self.record_path.exists():
-            raise ValueError(f"{self.run_dir} holds a run that quickstart did not make: choose another run_dir")
+        theirs = [] if self.record_path.exists() else [n for s in STAGES for n in self._names(s)]
+        if found := [name for name in theirs if (self.run_dir / name).exists()]:
+            raise ValueError(
+                f"{self.run_dir} holds {', '.join(found)}, which quickstart did not make and would replace: "
+                "choose another run_dir"
+            )
 
     def run(self) -> None:
         """Run the stages that are not current. Raises Interrupted where a signal stopped training."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.run_dir, ".quickstart.lock"):
+            self._run_stages()
+
+    def _run_stages(self) -> None:
         fingerprint, ran = _hash(__version__, self._source_identity()), False
         for number, stage in enumerate(STAGES, 1):
             fingerprint = _hash(fingerprint, {name: getattr(self.settings, name) for name in stage.settings})
@@ -191,12 +203,17 @@ class Job:
         finished = entry.get("fingerprint") == fingerprint and "seconds" in entry
         return finished and all((self.run_dir / name).exists() for name in stage.outputs)
 
-    def _forget(self, stage: Stage) -> None:
-        """Remove what the stage made from other settings, of a run all that a trainer would continue."""
+    @staticmethod
+    def _names(stage: Stage) -> list[str]:
+        """What the stage makes in the run directory, of a run all that a trainer would continue."""
         names = {pathlib.Path(name).parts[0] for name in stage.outputs}
         if stage.name == "pretrain":
             names |= {"config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
-        for path in (self.run_dir / name for name in names):
+        return sorted(names)
+
+    def _forget(self, stage: Stage) -> None:
+        """Remove what the stage made from other settings."""
+        for path in (self.run_dir / name for name in self._names(stage)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -223,17 +240,23 @@ class Job:
         corpus = self.settings.corpus
         if corpus is None:
             return stdlib_name()
+        run_dir = self.run_dir.resolve()
         files = [corpus] if corpus.is_file() else sorted(p for p in corpus.rglob("*") if p.is_file())
+        files = [p for p in files if run_dir not in p.resolve().parents]
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
     def collect(self) -> Outcome:
         counts = {"train": [0, 0], "val": [0, 0]}  # documents, bytes
         limit = self.settings.max_megabytes * 1e6
+        documents = self._documents()
+        head = list(itertools.islice(documents, FEW))
+        few = len(head) < FEW
+        fraction, documents = (HELD_OUT_OF_FEW, _pieces(head)) if few else (HELD_OUT, itertools.chain(head, documents))
         (self.run_dir / "corpus").mkdir(exist_ok=True)
         with replacing(self._text("train")) as train, replacing(self._text("val")) as val:
             files = {"train": train, "val": val}
-            for document in _enough(self._documents()):
-                side = "val" if in_validation(document, HELD_OUT) else "train"
+            for document in documents:
+                side = "val" if in_validation(document, fraction) else "train"
                 files[side].write(json.dumps({"text": document}) + "\n")
                 counts[side][0] += 1
                 counts[side][1] += len(document.encode())
@@ -244,14 +267,20 @@ class Job:
                     f"{self._source()} holds {counts['train'][1] + counts['val'][1]:,} bytes of text, and this needs "
                     f"at least {LEAST_BYTES:,}: give more with --corpus PATH"
                 )
-        (documents, size), (held_out, held_out_size) = counts["train"], counts["val"]
+            if counts["val"][1] < LEAST_HELD_OUT or not counts["train"][0]:
+                raise ValueError(
+                    f"{self._source()} cannot be split: {counts['val'][1]:,} bytes of it would be held out. Equal "
+                    "documents stay on one side, and too few of these differ: give others with --corpus PATH"
+                )
+        (trained_on, size), (held_out, held_out_size) = counts["train"], counts["val"]
         return Outcome(
-            f"{documents:,} documents, {size / 1e6:.1f} MB of {self._source()}; "
+            f"{trained_on:,} documents, {size / 1e6:.1f} MB of {self._source()}; "
             f"{held_out:,} documents, {held_out_size / 1e6:.1f} MB held out"
         )
 
     def _documents(self) -> Iterator[str]:
-        source = stdlib_documents() if self.settings.corpus is None else read_documents(self.settings.corpus)
+        corpus = self.settings.corpus
+        source = stdlib_documents() if corpus is None else read_documents(corpus, without=self.run_dir)
         return (part for document in source for part in document.split(END_OF_TEXT) if part.strip())
 
     def _source(self) -> str:
@@ -292,7 +321,7 @@ class Job:
         tokenizer = Tokenizer.load(self.run_dir / "tokenizer.json")
         saved = self.run_dir / "config.toml"
         resumed = saved.exists() and (self.run_dir / "checkpoints").exists()
-        config = TrainConfig.from_toml(saved) if resumed else self._train_config()
+        config = replace(TrainConfig.from_toml(saved), run_dir=self.run_dir) if resumed else self._train_config()
         sample = sampler(tokenizer, self._prompts(), self.settings.seed)
         if not resumed:
             torch.manual_seed(config.seed)  # the weights that the trainer begins with
@@ -336,7 +365,7 @@ class Job:
         if self.settings.corpus is None:
             return list(PROMPTS)
         held_out = itertools.islice(read_documents(self._text("val")), 3)
-        return [" ".join(document[:80].split()[:4]) for document in held_out]
+        return [" ".join(document[:80].split()[:4])[:24] for document in held_out]  # 96 tokens at most
 
     # ---- evaluate, generate, report ----
 
@@ -351,11 +380,14 @@ class Job:
             self._tokens("val"), context, vocab_size=model.config.vocab_size, tokenizer=tokenizer.fingerprint
         )
         assert data.meta is not None  # TokenDataset reads it from the directory
-        loss = mean_loss(model, data)
+        windows = min(len(data), max(1, MOST_EVALUATED // context))
+        loss = mean_loss(model, data, most_windows=windows)
         bits = bits_per_byte(loss, data.meta.tokens, data.meta.text_bytes)
         train_text, held_out_text = (read_documents(self._text(side)) for side in ("train", "val"))
         others = baselines(train_text, held_out_text, self._tokens("train"), self._tokens("val"))
         how = f"{data.meta.documents:,} documents, {data.meta.text_bytes / 1e6:.2f} MB, read {context} tokens at a time"
+        if windows < len(data):
+            how += f", {windows / len(data):.0%} of them"
         evaluation = {
             "loss": loss,
             "bits_per_byte": bits,
@@ -373,7 +405,7 @@ class Job:
         rows = sampler(tokenizer, self._prompts(), self.settings.seed, length)(model)
         _write_lines(self.run_dir / "generated.jsonl", rows)
         for row in rows:
-            self.console.print(Text.assemble((row["prompt"], "bold"), row["text"]))
+            self.console.print(Text.assemble((visible(row["prompt"]), "bold"), visible(row["text"])))
         return Outcome(f"{len(rows)} texts of up to {length} tokens")
 
     def report(self) -> Outcome:
@@ -405,17 +437,13 @@ def sampler(
     return sample
 
 
-def _enough(documents: Iterator[str]) -> Iterator[str]:
-    """The documents; where they are few, about 2 * FEW pieces of them, cut at line ends."""
-    head = list(itertools.islice(documents, FEW))
-    if len(head) == FEW:
-        yield from itertools.chain(head, documents)
-        return
-    size = max(1, sum(map(len, head)) // (2 * FEW))
-    for document in head:
+def _pieces(documents: Sequence[str]) -> Iterator[str]:
+    """Few documents as at least FEW pieces, cut at line ends where lines are not too long for that."""
+    size = max(1, sum(map(len, documents)) // (2 * FEW))
+    for document in documents:
         start = 0
         while start < len(document):
-            end = document.find("\n", start + size) + 1 or len(document)
+            end = document.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
             if document[start:end].strip():
                 yield document[start:end]
             start = end

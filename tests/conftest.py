@@ -1,6 +1,7 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is: see cs336/cli.py
 
 import pytest
 

@@ -90,6 +90,22 @@ def test_version_as_a_module():
     assert run.stdout.startswith("cs336 ")
 
 
+def test_threads_do_not_spin_for_long():
+    """libgomp says what it read when torch loaded."""
+
+    def shown(**environment):
+        inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        environment |= inherited | {"OMP_DISPLAY_ENV": "verbose"}
+        command = [sys.executable, "-m", "cs336", "env"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    said = shown()
+    if "GOMP" not in said:
+        pytest.skip("this torch has another OpenMP")
+    assert "GOMP_SPINCOUNT = '1000'" in said
+    assert "GOMP_SPINCOUNT = '1000'" not in shown(OMP_WAIT_POLICY="active")
+
+
 def test_no_verb_shows_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
@@ -167,8 +183,24 @@ def test_inspect(tokenizer, capsys):
     out = capsys.readouterr().out
     assert "300" in out
     assert "<|endoftext|>" in out
-    assert main(["tokenizer", "inspect", tokenizer, "--text", "model?"]) == 0
-    assert "model" in capsys.readouterr().out
+
+
+def test_inspect_a_text(tokenizer, capsys, monkeypatch):
+    def shown(**environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert main(["tokenizer", "inspect", tokenizer, "--text", "model?\n<|endoftext|>"]) == 0
+        return capsys.readouterr().out
+
+    plain = shown().splitlines()
+    assert [line.split()[0] for line in plain[-3:]] == ["10", "299", str(len(plain) - 1)]  # newline, special, count
+    assert plain[-1].split()[1:] == ["tokens", "20", "bytes"]
+    coloured = shown(FORCE_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[" in coloured
+    assert "\\n" not in coloured
+    assert f"{len(plain) - 1} tokens" in coloured
+    assert "\x1b[" not in shown(FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
 
 
 def test_errors_of_tokenizer_verbs(tokenizer, text_file, tmp_path, capsys):
@@ -310,11 +342,15 @@ def test_bench_passes_its_arguments_on(monkeypatch, capsys):
     assert "run this in a clone" in fails(["bench", "ops"], capsys)
 
 
-def test_text_for_a_terminal_is_harmless(capsys):
-    from cs336.cli import _visibly
+def test_a_prompt_that_is_refused_is_not_written(data, tokenizer, capsys):
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    capsys.readouterr()
+    assert "leaves no room in the model's context" in fails(["generate", str(data / "run"), "--prompt", TEXT], capsys)
 
-    _visibly("a\x1b[2Jb\x07\n\tc\x9b")
-    assert (
-        capsys.readouterr().out
-        == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\n\tc\N{REPLACEMENT CHARACTER}"
-    )
+
+def test_a_warning_is_one_line(text_file, tmp_path, capsys):
+    command = ["tokenizer", "train", str(text_file), "--vocab-size", "9000", "--output", str(tmp_path / "t.json")]
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("cs336: no pair is left to merge")
+    assert err.count("\n") == 1

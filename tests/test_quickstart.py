@@ -19,6 +19,7 @@ from rich.console import Console
 import cs336.quickstart as q
 from cs336.data.stdlib import stdlib_documents
 from cs336.quickstart import FEW, SHAPES, STAGES, Job, Quickstart, quickstart
+from cs336.training.session import locked
 
 TINY = dataclasses.replace(SHAPES[0], num_layers=1, d_model=32, num_heads=2, context_length=32, batch_size=4)
 NAMES = [stage.name for stage in STAGES]
@@ -100,7 +101,7 @@ def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
         import cs336.cli, cs336.quickstart as q
         q.SHAPES = (q.Shape(**{dataclasses.asdict(TINY)}),)
         config = q.Job._train_config
-        q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="400steps")
+        q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="200steps")
         sys.exit(cs336.cli.main({arguments}))
     """
     command = [sys.executable, "-c", textwrap.dedent(job)]
@@ -147,9 +148,18 @@ def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
 
 
 def test_refuses_what_it_would_spoil_or_cannot_use(corpus, tmp_path):
-    (tmp_path / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="that quickstart did not make"):
-        Job(Quickstart(corpus, tmp_path))
+    theirs = tmp_path / "theirs"
+    for name in ("corpus/text.txt", "config.toml"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("precious")
+    with pytest.raises(ValueError, match=r"holds corpus, config\.toml, which quickstart did not make"):
+        run(Quickstart(theirs / "corpus", theirs))
+    assert (theirs / "corpus/text.txt").read_text() == "precious"
+    with (
+        locked(tmp_path, ".quickstart.lock"),
+        pytest.raises(RuntimeError, match="another process is at work"),
+    ):
+        run(Quickstart(corpus, tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Job(Quickstart(tmp_path / "none", tmp_path / "run"))
     (tmp_path / "short.txt").write_text("how do you train the best model? " * 100)
@@ -183,6 +193,18 @@ def test_more_compute_takes_a_larger_model_and_stops_before_repeating_too_often(
     assert config(1e15, 10**4).model == shapes[0].model  # little text teaches a large model nothing
 
 
+def test_a_run_inside_its_corpus_is_no_part_of_it(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(20_000)))
+    job = Job(Quickstart(tmp_path, tmp_path / "runs" / "quickstart"))
+    job.run_dir.mkdir(parents=True)
+    before = job._source_identity()
+    job.collect()
+    collected = {side: job._text(side).read_bytes() for side in ("train", "val")}
+    assert job._source_identity() == before
+    job.collect()
+    assert {side: job._text(side).read_bytes() for side in ("train", "val")} == collected
+
+
 def test_text_that_is_cut_off_is_read_to_the_limit(corpus, tmp_path):
     job = Job(Quickstart(corpus, tmp_path / "run", max_megabytes=0.12))
     job.run_dir.mkdir()
@@ -191,14 +213,40 @@ def test_text_that_is_cut_off_is_read_to_the_limit(corpus, tmp_path):
     assert 120_000 <= size < 125_000
 
 
-def test_few_documents_are_cut_and_many_are_not():
+def test_few_documents_are_cut():
     text = "".join(f"line {i}\n" for i in range(20_000))
-    pieces = list(q._enough(iter([text, "short", " \n"])))
+    pieces = list(q._pieces([text, "short", " \n"]))
     assert "".join(pieces) == text + "short"
     assert FEW < len(pieces) <= 2 * FEW + 2
     assert all(piece.endswith("\n") for piece in pieces[:-1])
-    assert list(q._enough(iter(["a"] * FEW + ["b" * 10_000]))) == ["a"] * FEW + ["b" * 10_000]
-    assert list(q._enough(iter([]))) == []
+    line = text.replace("\n", " ")
+    assert "".join(q._pieces([line])) == line
+    assert FEW <= len(list(q._pieces([line]))) <= 2 * FEW
+    assert list(q._pieces([])) == []
+
+
+@pytest.mark.parametrize("kind", ["one line", "one document", "many documents"])
+def test_every_corpus_leaves_enough_held_out(kind, tmp_path):
+    words = [f"word {i * 7919 % 10_007}" for i in range(30_000)]
+    path = tmp_path / ("text.jsonl" if kind == "many documents" else "text.txt")
+    if kind == "many documents":
+        path.write_text("".join(json.dumps({"text": " ".join(words[i : i + 60])}) + "\n" for i in range(0, 30_000, 60)))
+    else:
+        path.write_text((" " if kind == "one line" else "\n").join(words))
+    job = Job(Quickstart(path, tmp_path / "run"))
+    job.run_dir.mkdir()
+    job.collect()
+    train, val = ([row["text"] for row in rows(job._text(side))] for side in ("train", "val"))
+    assert sum(map(len, val)) >= q.LEAST_HELD_OUT
+    assert len(train) + len(val) == 500 if kind == "many documents" else len(train) + len(val) >= FEW
+    assert not set(train) & set(val)
+
+
+def test_a_corpus_that_is_one_document_over_and_over_is_refused(tmp_path):
+    (tmp_path / "same.jsonl").write_text((json.dumps({"text": "the same again and again " * 40}) + "\n") * 400)
+    with pytest.raises(ValueError, match=r"cannot be split: 0 bytes of it would be held out.*give others"):
+        run(Quickstart(tmp_path / "same.jsonl", tmp_path / "run"))
+    assert not list((tmp_path / "run" / "corpus").iterdir())
 
 
 def test_the_standard_library_is_text():
@@ -207,6 +255,14 @@ def test_the_standard_library_is_text():
     assert any('"""' in d and "def " in d for d in documents)
     assert any(d.startswith("The ") for d in documents)  # a topic of help()
     assert not any("\0" in d or not d.strip() for d in documents)
+
+
+def test_a_link_to_nowhere_in_the_standard_library(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("import os\n")
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "none")
+    monkeypatch.setattr("cs336.data.stdlib._root", lambda: tmp_path)
+    assert next(stdlib_documents()) == "import os\n"
+    assert len(list(stdlib_documents())) > 1
 
 
 def test_a_zipped_or_absent_standard_library(tmp_path, monkeypatch):

@@ -102,7 +102,8 @@ class ShardWriter:
             writer.write(ids, documents=1, text_bytes=len(text.encode()))
         writer.meta
 
-    A directory that already holds shards is emptied of them first. If the block raises, the new shards are removed.
+    A directory that already holds shards is emptied of them at the first write. If the block raises after that, the new
+    shards are removed.
     """
 
     def __init__(
@@ -123,8 +124,7 @@ class ShardWriter:
         self._shard = contextlib.ExitStack()  # the file being written, under its temporary name
         self._file: IO[bytes] | None = None
         self._filled = 0
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_shards()
+        self._begun = False
 
     def write(self, ids: np.ndarray, *, documents: int = 0, text_bytes: int = 0) -> None:
         """Append ids (N,), which hold `documents` documents of `text_bytes` bytes of text.
@@ -152,6 +152,7 @@ class ShardWriter:
 
     def close(self) -> TokenMeta:
         """Finish the last shard and write meta.json."""
+        self._begin()
         if self._file is not None:
             self._finish_shard()
         with replacing(self.directory / META) as file:
@@ -166,9 +167,17 @@ class ShardWriter:
             self.close()
             return
         self._shard.__exit__(kind, error, trace)
-        self._remove_shards()
+        if self._begun:
+            self._remove_shards()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_shards()
+            self._begun = True
 
     def _begin_shard(self) -> IO[bytes]:
+        self._begin()
         if self._file is None:
             name = f"{len(self.meta.shards):05d}.bin"
             self._file = self._shard.enter_context(replacing(self.directory / name, "wb"))
@@ -185,8 +194,9 @@ class ShardWriter:
 
     def _remove_shards(self) -> None:
         (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
-        for path in self.directory.glob("[0-9]*.bin"):
-            path.unlink()
+        for path in self.directory.glob("*.bin"):
+            if path.stem.isdecimal():  # not another's 2024-01.bin
+                path.unlink()
 
 
 def read_meta(directory: str | os.PathLike) -> TokenMeta:

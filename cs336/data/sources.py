@@ -15,25 +15,26 @@ from collections.abc import Iterator
 from typing import IO
 
 from cs336.utils.files import Paths, path_list
+from cs336.utils.special_tokens import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARS = 8192
 BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 JSON_LINES = {".jsonl", ".ndjson"}
 
 
-def read_documents(paths: Paths, separator: str = END_OF_TEXT) -> Iterator[str]:
+def read_documents(paths: Paths, separator: str = END_OF_TEXT, *, without: pathlib.Path | None = None) -> Iterator[str]:
     """Yield the documents of a file, of every file below a directory, or of a list of either.
 
     - `.jsonl`, `.ndjson`: the field "text" of each line.
     - `.parquet`: the column "text". Needs pyarrow: pip install 'cs336[data]'.
-    - any other file is text: its parts between separators, or the whole file. A text file named on its own that has
-      no separator is cut at line ends into pieces of about 8192 characters, so that it can be split and shuffled.
+    - any other file is text: its parts between separators, or the whole file. A text file without a separator that is
+      named on its own, or longer than a million characters, is cut at line ends into pieces of about 8192 characters,
+      so that it can be split and shuffled, and fits in memory.
     - `.gz`, `.xz` and `.bz2` around text or JSON lines are unpacked on the way.
 
-    In a directory hidden files, `__pycache__` and binary files are passed over. Bytes that are not UTF-8 become U+FFFD.
-    Documents without a visible character are dropped.
+    In a directory hidden files, `__pycache__`, binary files and the directory `without` are passed over. Bytes that are
+    not UTF-8 become U+FFFD. Documents without a visible character are dropped.
 
     Raises FileNotFoundError, or ValueError that names the file and the line.
     """
@@ -42,13 +43,18 @@ def read_documents(paths: Paths, separator: str = END_OF_TEXT) -> Iterator[str]:
             raise FileNotFoundError(
                 f"{path} does not exist: expected a text, JSON lines or parquet file, or a directory"
             )
-        for text in _read_directory(path, separator) if path.is_dir() else _read_file(path, separator, alone=True):
+        files = _read_directory(path, separator, without) if path.is_dir() else _read_file(path, separator, alone=True)
+        for text in files:
             if text and not text.isspace():
                 yield text
 
 
-def _read_directory(directory: pathlib.Path, separator: str) -> Iterator[str]:
+def _read_directory(directory: pathlib.Path, separator: str, without: pathlib.Path | None) -> Iterator[str]:
+    left_out = None if without is None else without.resolve()
     for root, folders, names in os.walk(directory, onerror=_raise):
+        if pathlib.Path(root).resolve() == left_out:
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for path in (pathlib.Path(root, n) for n in sorted(names) if not n.startswith(".")):
             if path.is_file():
@@ -91,8 +97,8 @@ def _is_binary(path: pathlib.Path) -> bool:
 def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
     with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
         head = file.read(BLOCK_CHARS)
-        if separator not in head and not alone:
-            yield head + file.read()
+        if separator not in head and not alone and len(head) < BLOCK_CHARS:
+            yield head
             return
         file.seek(0)
         yield from _split(file, separator) if separator in head else _cut(file)
@@ -131,7 +137,7 @@ def _read_json_lines(path: pathlib.Path) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line.decode("utf-8", "replace"))["text"]
-            except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'{path}:{number}: expected an object like {{"text": "..."}} ({error!r})') from None
             if not isinstance(text, str):
                 raise ValueError(f'{path}:{number}: "text" must be a string, got {type(text).__name__}')

@@ -46,9 +46,9 @@ def _root() -> pathlib.Path:
 def _sources() -> Iterator[bytes]:
     for directory, folders, names in os.walk(_root()):
         folders[:] = sorted(set(folders) - LEFT_OUT)
-        for name in sorted(names):
-            if name.endswith(".py"):
-                yield pathlib.Path(directory, name).read_bytes()
+        for path in (pathlib.Path(directory, name) for name in sorted(names) if name.endswith(".py")):
+            if path.is_file():  # Debian links some to /etc, which an image may lack
+                yield path.read_bytes()
     for archive in (p for p in sys.path if p.endswith(".zip") and zipfile.is_zipfile(p)):
         with zipfile.ZipFile(archive) as file:
             for name in sorted(file.namelist()):

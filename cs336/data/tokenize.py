@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cs336.data.corpus import in_validation
 from cs336.data.shards import SHARD_TOKENS, ShardWriter, TokenMeta
-from cs336.data.sources import END_OF_TEXT
+from cs336.utils.special_tokens import END_OF_TEXT
 
 BATCH_CHARS = 8 << 20  # enough work for every thread, little enough memory
 

@@ -36,17 +36,21 @@ def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, data: TokenDataset, batch_size: int = 16) -> float:
-    """Nats per token over all whole windows of the data, each read without what is before it."""
+def mean_loss(model: Transformer, data: TokenDataset, batch_size: int = 16, most_windows: int | None = None) -> float:
+    """Nats per token over the whole windows of the data, each read without what is before it.
+
+    most_windows: read no more of them than this, spread evenly.
+    """
     training = model.training
     model.eval()
+    count = min(len(data), len(data) if most_windows is None else most_windows)
+    index_N = np.arange(count) * len(data) // count
     total = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(data), batch_size):
-        index_B = np.arange(start, min(start + batch_size, len(data)))
+    for index_B in np.split(index_N, range(batch_size, count, batch_size)):
         x_BT, y_BT = to_device(data.windows(index_B), model.device)
         total += model.loss(x_BT, y_BT).double().cpu() * len(index_B)
     model.train(training)
-    return total.item() / len(data)
+    return total.item() / count
 
 
 def baselines(

@@ -13,8 +13,8 @@ from torch import Tensor
 from cs336.inference.sampling import SamplingParams, generator_of, sample
 from cs336.inference.text import TextStream
 from cs336.models import Transformer
-from cs336.models.huggingface import END_OF_TEXT
 from cs336.utils import nvtx
+from cs336.utils.special_tokens import END_OF_TEXT
 
 
 @dataclass(frozen=True)

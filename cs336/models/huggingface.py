@@ -20,8 +20,8 @@ from torch import Tensor
 from cs336.models.config import TransformerConfig
 from cs336.models.transformer import Transformer
 from cs336.utils.files import replacing
+from cs336.utils.special_tokens import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

@@ -70,7 +70,7 @@ def smooth(ys: Sequence[float], reach: int) -> list[float]:
     """Mean over the neighbours on both sides: up to `reach` of them, fewer near the start, where curves are steep."""
     out = []
     for i in range(len(ys)):
-        half = min(reach, i // 8, len(ys) - 1 - i)
+        half = min(reach, i // 8)
         near = [y for y in ys[i - half : i + half + 1] if math.isfinite(y)]
         out.append(sum(near) / len(near) if near else math.nan)
     return out
@@ -98,7 +98,7 @@ def line_chart(
     all_y = [y for _, points in drawn for _, y in points] + [value for _, value in rules]
     log_y = log_y and min(all_y) > 0 and max(all_y) > 1.5 * min(all_y)
     low, high = _span(min(0.0, *all_y) if from_zero else min(all_y), max(all_y), log_y)
-    x_low, x_high = min(all_x), max(all_x)
+    x_low, x_high = min(0.0, *all_x), max(all_x)  # from zero, so that charts can be compared
     x_high = x_high if x_high > x_low else x_low + 1
 
     def x_at(x: float) -> float:

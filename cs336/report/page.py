@@ -44,7 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
         generated=[(str(row.get("prompt", "")), str(row.get("text", ""))) for row in run.generated],
         stages=stages(run),
         config=tables(run.config, _toml),
-        facts=tables(run.facts, _value),
+        facts=tables({"machine and versions": run.facts}, _value),
     )
     path = run.path / "report.html"
     with replacing(path) as file:
@@ -131,7 +131,7 @@ def charts(run: Run) -> list[dict[str, Any]]:
     """Every chart's title, one sentence, legend and SVG; a chart without data has an empty SVG."""
     x, x_label = ("tokens", "tokens") if run.column("train/loss", "tokens")[0] else ("step", "steps")
     xs, losses = run.column("train/loss", x)
-    reach = len(losses) // 50
+    reach = len(losses) // 30
     baselines = [(row["name"], row["bits"]) for row in comparison(run) if not row["ours"]]
     bits = Series("validation", *run.column("val/bpb", x), "second", dots=True)
     loss = [
@@ -172,8 +172,8 @@ def _both(run: Run, name: str, against: str, scale: float = 1) -> list[Series]:
     xs, ys = run.column(name, against)
     ys = [y * scale for y in ys]
     return [
-        Series("every step", xs, ys, "faint"),
-        Series("smoothed", xs, smooth(ys, len(ys) // 50), "main"),
+        Series("as logged", xs, ys, "faint"),
+        Series("smoothed", xs, smooth(ys, len(ys) // 30), "main"),
     ]
 
 

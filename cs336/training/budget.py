@@ -3,6 +3,9 @@
 A time budget is planned while the run goes: the first steps are timed, the number of steps is set so that the schedule
 ends with the time, and it is set anew when the speed drifts. Each decision is to be saved before the next step, so that
 a resumed run takes the same ones.
+
+A schedule must not jump where the plan changes. So it is a function of a step's place in the first plan, which goes on
+at one pace between decisions: after [s, T] what was left of the first plan takes T - s steps.
 """
 
 import dataclasses
@@ -21,9 +24,11 @@ PATTERN = re.compile(
 UNTIMED = 2  # first steps of a process: they compile and allocate
 MEASURED = 3  # at least so many steps, and
 MEASURED_PART = 0.005  # such a part of the budget, are timed before the first decision
-WINDOW_PART = 0.2  # of the budget: the speed is that of the latest steps
+WINDOW_PART = 0.1  # of the budget: the speed is that of the latest steps
 DRIFT = 0.02  # of the budget, off its end: plan again
-BETWEEN_PART = 0.05  # of the budget: least time between two decisions
+BETWEEN_PART = 0.05  # of the budget: time between two decisions, if half of the steps that were left are not done
+MOST_RESERVED = 0.25  # of the budget, for what comes after the last step
+PAUSED_PART = 0.05  # of the budget, for each kind of pause: validations, samples, checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +81,60 @@ class Plan:
         """Whether `observe` is wanted after each step."""
         return self.total_steps is None
 
-    def observe(self, step: int, seconds: float) -> bool:
-        """Take note that `step` steps are done after `seconds` of the run; whether that changed total_steps."""
+    def place(self, step: int) -> float:
+        """Where a step stands in the first plan: 0 at its start, decisions[0][1] at its end; `step` while it holds."""
+        (decided, total), *later = self.decisions
+        place, end = float(decided), total
+        for next_decided, next_total in later:
+            if step <= next_decided:
+                break
+            place += (end - place) * (next_decided - decided) / (total - decided)
+            decided, total = next_decided, next_total
+        return place + (end - place) * (step - decided) / (total - decided) if step < total else end
+
+    def affordable(self, times: int, seconds: float) -> int:
+        """How often a pause of `seconds` may be made: `times`, or as often as a time budget bears."""
+        if self.budget.kind != "seconds" or not seconds:
+            return times
+        return min(times, int(PAUSED_PART * self.budget.amount / seconds))
+
+    def observe(self, step: int, seconds: float, reserve: float = 0.0) -> bool:
+        """Take note that `step` steps are done after `seconds` of the run; whether that changed total_steps.
+
+        reserve: seconds that are needed after the last step.
+        """
         if self.budget.kind != "seconds":
             return False
-        if seconds >= self.budget.amount:
+        end = self.budget.amount - min(reserve, MOST_RESERVED * self.budget.amount)
+        if seconds >= end:
             return self._decide(step, step, seconds)
         if self._untimed > 1:
             self._untimed -= 1
             return False
         self._observed.append((step, seconds))
-        while len(self._observed) > 2 and seconds - self._observed[1][1] > WINDOW_PART * self.budget.amount:
+        while len(self._observed) > 2 and self._is_old(self._observed[1], step, seconds):
             self._observed.popleft()
         first_step, first_seconds = self._observed[0]
         if step - first_step < MEASURED or seconds - first_seconds < MEASURED_PART * self.budget.amount:
             return False
         rate = (seconds - first_seconds) / (step - first_step)
         if self.total_steps is not None:
-            end = seconds + (self.total_steps - step) * rate
-            on_time = abs(end - self.budget.amount) <= max(DRIFT * self.budget.amount, rate)
-            if on_time or seconds - self._decided_at < BETWEEN_PART * self.budget.amount:
+            expected = seconds + (self.total_steps - step) * rate
+            on_time = abs(expected - end) <= max(DRIFT * self.budget.amount, rate)
+            if on_time or not self._may_decide(step, seconds):
                 return False
-        return self._decide(step, step + int((self.budget.amount - seconds) / rate), seconds)
+        return self._decide(step, step + int((end - seconds) / rate), seconds)
+
+    def _is_old(self, observed: tuple[int, float], step: int, seconds: float) -> bool:
+        """Of no use for the speed: long ago, or before more steps than are left."""
+        then, at = observed
+        left = math.inf if self.total_steps is None else max(MEASURED, self.total_steps - step)
+        return seconds - at > WINDOW_PART * self.budget.amount or step - then > left
+
+    def _may_decide(self, step: int, seconds: float) -> bool:
+        """Seldom, but before the end is near: a run that became fast would reach it at once."""
+        decided, total = self.decisions[-1]
+        return seconds - self._decided_at >= BETWEEN_PART * self.budget.amount or 2 * step >= decided + total
 
     def _decide(self, step: int, total_steps: int, seconds: float = 0.0) -> bool:
         self._decided_at = seconds

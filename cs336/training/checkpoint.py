@@ -126,7 +126,7 @@ def prune_checkpoints(directory: str | os.PathLike, keep: int) -> None:
         doomed = path.with_name(f".{path.name}.tmp")
         path.rename(doomed)  # a half-removed checkpoint must not look like one
         shutil.rmtree(doomed)
-    for path in pathlib.Path(directory).glob(".step_*.tmp"):
+    for path in pathlib.Path(directory).glob(".step_*"):  # .tmp, and .previous of one that was replaced
         shutil.rmtree(path)
 
 

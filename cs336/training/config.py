@@ -40,7 +40,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmup_steps: int | None = None
-    """Steps of linear warm-up. None: a twentieth of the run."""
+    """Steps of linear warm-up, in a time budget at the speed measured first. None: a twentieth of the run."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, over the highest: a cosine leads there."""
 
@@ -53,7 +53,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run computes, and where it is written. An interval of 0 means never."""
+    """Everything that decides what a run computes, and where it is written. An interval of 0 means never.
+
+    An interval of None is lengthened where a time budget would lose more than a twentieth to it.
+    """
 
     run_dir: pathlib.Path
     """Where everything about the run is written; a run that is already there goes on."""

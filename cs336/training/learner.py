@@ -16,7 +16,7 @@ from cs336.ops import registry
 from cs336.optim import AdamW, clip_scale, grad_norm, param_groups
 from cs336.training.config import TrainConfig
 from cs336.training.guard import first_non_finite
-from cs336.utils.device import peak_flops
+from cs336.utils.device import peak_flops, pick
 from cs336.utils.nvtx import annotate
 
 
@@ -28,11 +28,7 @@ class Learner:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {config.device}, but torch {torch.__version__} sees no GPU: use auto or cpu")
+        self.device = pick(config.device)
         on_gpu = self.device.type == "cuda"
         low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
@@ -68,7 +64,6 @@ class Learner:
             self.optimizer.zero_grad()
         return torch.stack(losses).mean(), norm
 
-    @torch.no_grad()
     def evaluate(self, data: TokenDataset) -> dict[str, float]:
         """Mean loss over config.eval_tokens of the data: "val/loss" in nats per token, "val/bpb" in bits per byte.
 
@@ -79,13 +74,15 @@ class Learner:
         count = min(len(data), max(size, self.config.eval_tokens // data.context_length)) // size * size
         index_N = np.arange(count) * len(data) // count
         total = torch.zeros((), device=self.device)
-        with self.evaluating():
+        # A compiled loss keeps its gradients and mode: without them it would be compiled again.
+        with contextlib.nullcontext() if self.compiled else self.evaluating():
             for index_B in np.split(index_N, range(size, count, size)):
-                total += self._forward(*to_device(data.windows(index_B), self.device)) * len(index_B)
-        loss = total.item() / count
+                loss = self._forward(*to_device(data.windows(index_B), self.device))
+                total += loss.detach() * len(index_B)
+        mean = total.item() / count
         if data.meta is None or not data.meta.text_bytes:
-            return {"val/loss": loss}
-        return {"val/loss": loss, "val/bpb": loss * data.meta.tokens / (math.log(2) * data.meta.text_bytes)}
+            return {"val/loss": mean}
+        return {"val/loss": mean, "val/bpb": mean * data.meta.tokens / (math.log(2) * data.meta.text_bytes)}
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:

@@ -65,15 +65,14 @@ class Display:
         """A message, above the bar."""
         self.console.print(text, markup=False)
 
-    def row(self, row: dict[str, Any], total_steps: int | None) -> None:
-        """Show a row of training metrics, and the time that is left at its speed."""
+    def row(self, row: dict[str, Any], total_steps: int | None, seconds_left: float | None) -> None:
+        """Show a row of training metrics, and the time that is left."""
         head = f"step {row['step']}/{total_steps or '?'}  loss {row['train/loss']:.4f}"
         tail = f"lr {row['lr']:.2e}  norm {row['train/grad_norm']:.2f}  {row['train/tok_per_sec']:,.0f} tok/s"
         if "train/mfu" in row:
             tail += f"  MFU {row['train/mfu']:.1%}"
-        if total_steps:
-            tokens_left = (total_steps / row["step"] - 1) * row["tokens"]
-            tail += f"  {duration(tokens_left / row['train/tok_per_sec'])} left"
+        if seconds_left is not None:
+            tail += f"  {duration(seconds_left)} left"
         if self.console.is_terminal:
             self._bar.update(self._task, total=total_steps, completed=row["step"], head=head, tail=tail)
         else:

@@ -11,17 +11,17 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
-    """Hold a directory that exists; the system lets go of it when the process ends, however it ends.
+def locked(directory: pathlib.Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a directory that exists, by a file in it; the system lets go of it when the process ends, however it ends.
 
     Raises RuntimeError if another process holds it.
     """
-    with open(directory / ".lock", "w") as file:
+    with open(directory / name, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
-                f"another process is training in {directory}: wait for it, or use another run_dir"
+                f"another process is at work in {directory}: wait for it, or use another run_dir"
             ) from None
         yield
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from cs336 import __version__
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import Transformer, save_pretrained
-from cs336.optim import cosine_schedule
+from cs336.optim import constant_schedule, cosine_schedule
 from cs336.training import checkpoint
 from cs336.training.budget import Budget, Plan
 from cs336.training.config import TrainConfig, differences
@@ -38,6 +38,7 @@ from cs336.training.metrics import Display, JsonLines, duration
 from cs336.training.session import locked, stop_requests
 from cs336.utils.files import replacing
 from cs336.utils.nvtx import annotate
+from cs336.utils.terminal import visible
 
 if TYPE_CHECKING:
     from cs336.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 Sample = Callable[[Transformer], list[dict[str, Any]]]
 
 UNPLANNED_WARMUP = 100  # steps, while a time budget still measures how many there will be
+JOINING = 0.05  # of what is left then: the learning rate goes in a straight line to that of the plan
+LOOK_PART = 0.01  # of a time budget: the longest time without a look at the clock
 EVALS, SAMPLES, CHECKPOINTS = 20, 10, 10  # a run, where the configuration does not say
 
 
@@ -80,6 +83,8 @@ class Trainer:
     _started: float  # on the clock; 0 before `train`
     _pending: list[tuple[Tensor, Tensor]]  # loss and gradient norm of the steps the host has not waited for
     _losses: list[float]  # of the steps since the last row
+    _unplanned_lr: float  # the learning rate when a time budget was first planned
+    _paused: dict[str, float]  # seconds of the latest validation, sample and checkpoint
     _row_steps: int
     _row_seconds: float  # training alone, without validation and the like
 
@@ -152,16 +157,30 @@ class Trainer:
 
     def _lr(self, step: int) -> float:
         """Of a step counted from 1, so that the first is above zero and the last is the lowest."""
-        top, total = self.config.optimizer.lr, self.plan.total_steps
-        if total is None and self._restored:  # a longer time budget: as it was, until it is planned
-            return self.learner.optimizer.param_groups[0]["lr"]
-        if total is None:
-            return top * min(1.0, step / (self.config.schedule.warmup_steps or UNPLANNED_WARMUP))
+        if not self.plan.measuring:
+            decided, total = self.plan.decisions[0]
+            place, joined = self.plan.place(step), decided + JOINING * (total - decided)
+            if not decided or place >= joined:
+                return self._planned_lr(place, total)
+            part = (place - decided) / (joined - decided)
+            return (1 - part) * self._unplanned_lr + part * self._planned_lr(joined, total)
+        if self._restored:  # a longer time budget: as it was, until it is planned
+            return self._current_lr
+        warmup = self.config.schedule.warmup_steps
+        top, warmup = self.config.optimizer.lr, UNPLANNED_WARMUP if warmup is None else warmup
+        return constant_schedule(step, max_lr=top, warmup_steps=warmup)
+
+    def _planned_lr(self, place: float, total: int) -> float:
+        top, warmup = self.config.optimizer.lr, self._warmup_steps(total)
         low = top * self.config.schedule.min_lr_ratio
-        return cosine_schedule(step, max_lr=top, min_lr=low, warmup_steps=self._warmup_steps(total), total_steps=total)
+        return cosine_schedule(place, max_lr=top, min_lr=low, warmup_steps=warmup, total_steps=total)
 
     def _warmup_steps(self, total: int) -> int:
         return total // 20 if self.config.schedule.warmup_steps is None else self.config.schedule.warmup_steps
+
+    @property
+    def _current_lr(self) -> float:
+        return self.learner.optimizer.param_groups[0]["lr"]
 
     @property
     def _finished(self) -> bool:
@@ -171,24 +190,33 @@ class Trainer:
 
     def _after_step(self, stop: bool) -> None:
         planned = False
-        if self.plan.measuring or self._finished or self.step % self.config.log_interval == 0:
+        if self._finished or self.step % self.config.log_interval == 0 or self._must_look():
             self._settle()
-            planned = self.plan.observe(self.step, self.seconds)
+            if self.plan.measuring:
+                self._unplanned_lr = self._current_lr
+            planned = self.plan.observe(self.step, self.seconds, reserve=sum(self._paused.values()))
             if planned:
                 self._check_schedule()
             self._log()
-        if self.val_data is not None and self._due(self.config.eval_interval, EVALS):
+        if self.val_data is not None and self._due("validate", self.config.eval_interval, EVALS):
             self._validate(self.val_data)
-        if self.sample is not None and self._due(self.config.sample_interval, SAMPLES):
+        if self.sample is not None and self._due("sample", self.config.sample_interval, SAMPLES):
             self._write_samples(self.sample)
         # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise.
-        if planned or stop or self._due(self.config.checkpoint_interval, CHECKPOINTS):
+        if planned or stop or self._due("checkpoint", self.config.checkpoint_interval, CHECKPOINTS):
             self._save()
 
-    def _due(self, interval: int | None, times: int) -> bool:
+    def _must_look(self) -> bool:
+        """Whether a time budget wants to know what the time is."""
+        budget = self.plan.budget
+        late = budget.kind == "seconds" and time.perf_counter() - self._mark > LOOK_PART * budget.amount
+        return self.plan.measuring or late
+
+    def _due(self, phase: str, interval: int | None, times: int) -> bool:
         total = self.plan.total_steps
         if interval is None:
-            interval = 0 if total is None else max(1, total // times)
+            times = self.plan.affordable(times, self._paused.get(phase, 0.0))
+            interval = max(1, total // times) if total and times else 0
         return self._finished or (interval > 0 and self.step % interval == 0)
 
     def _settle(self) -> None:
@@ -211,9 +239,11 @@ class Trainer:
     def _pause(self, phase: str) -> Iterator[None]:
         """Around what is not training: its time does not count as throughput."""
         self._settle()
+        start = time.perf_counter()
         with annotate(phase):
             yield
         self._mark = time.perf_counter()
+        self._paused[phase] = self._mark - start
 
     def _log(self) -> None:
         rate = self._row_steps * self.tokens_per_step / self._row_seconds
@@ -221,13 +251,19 @@ class Trainer:
             "train/loss": math.fsum(self._losses) / len(self._losses),
             "train/grad_norm": self._norm,
             "train/tok_per_sec": rate,
-            "lr": self.learner.optimizer.param_groups[0]["lr"],
+            "lr": self._current_lr,
         }
         if self.learner.peak_flops:
             row["train/mfu"] = rate * self.flops_per_token / self.learner.peak_flops
         self._metrics.write(row)
-        self.display.row(row, self.plan.total_steps)
+        self.display.row(row, self.plan.total_steps, self._seconds_left(rate))
         self._losses, self._row_steps, self._row_seconds = [], 0, 0.0
+
+    def _seconds_left(self, tokens_per_second: float) -> float | None:
+        if self.plan.budget.kind == "seconds":
+            return self.plan.budget.amount - self.seconds
+        assert self.plan.total_steps is not None  # known from the start
+        return (self.plan.total_steps - self.step) * self.tokens_per_step / tokens_per_second
 
     def _position(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
@@ -245,7 +281,7 @@ class Trainer:
         for row in rows:
             self._samples.write({"step": self.step} | row)
         if rows:
-            self.display.say(f"step {self.step}: {rows[0].get('prompt', '')}{rows[0].get('text', '')}")
+            self.display.say(visible(f"step {self.step}: {rows[0].get('prompt', '')}{rows[0].get('text', '')}"))
 
     # ---- state ----
 
@@ -258,6 +294,7 @@ class Trainer:
                 "plan": self.plan.state_dict(),
                 "rng": checkpoint.rng_state(),
                 "seconds": self.seconds,
+                "unplanned_lr": self._unplanned_lr,
                 "losses": self._losses,
                 "norm": self._norm,
                 "val": self.val,
@@ -278,6 +315,7 @@ class Trainer:
         self.step, self.val = 0, {}
         self._seconds_before = self._started = self._mark = 0.0
         self._pending, self._losses, self._norm = [], [], 0.0
+        self._unplanned_lr, self._paused = 0.0, {}
         self._row_steps, self._row_seconds = 0, 0.0
         self._restored = self._newest()
         if self._restored:
@@ -288,6 +326,7 @@ class Trainer:
             checkpoint.set_rng_state(extra["rng"])
             self._seconds_before, self.val = extra["seconds"], extra["val"]
             self._losses, self._norm = extra["losses"], extra["norm"]
+            self._unplanned_lr = extra["unplanned_lr"]
 
     def _newest(self) -> pathlib.Path | None:
         return next(reversed(checkpoint.list_checkpoints(self.checkpoints)), None)

@@ -18,7 +18,7 @@ def path_list(paths: Paths) -> list[pathlib.Path]:
 def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a file that takes `path`'s place when the block ends; if the block raises, `path` stays as it was.
 
-    mode is "w" (UTF-8 text) or "wb".
+    mode is "w" (UTF-8 text) or "wb". Raises OSError, with the name of the file, where it cannot be written.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -28,8 +28,10 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk: write() names no file
+            error.filename = os.fspath(path)
         raise
     sync(path.parent)
 

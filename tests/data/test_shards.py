@@ -91,10 +91,23 @@ def test_a_failed_write_leaves_no_tokens(tmp_path):
         open_tokens(tmp_path)
 
 
-def test_a_shorter_rewrite_forgets_the_longer(tmp_path):
+def test_a_source_that_fails_at_once_costs_no_tokens(tmp_path):
+    write(tmp_path, range(20))
+
+    def fail():
+        with ShardWriter(tmp_path, vocab_size=9, tokenizer="t", eot_id=0):
+            raise FileNotFoundError("no such text")
+
+    with pytest.raises(FileNotFoundError):
+        fail()
+    assert open_tokens(tmp_path)[0][0].tolist() == list(range(20))
+
+
+def test_a_shorter_rewrite_forgets_the_longer_and_nothing_else(tmp_path):
+    (tmp_path / "2024-measured.bin").write_bytes(b"precious")
     write(tmp_path, range(20), shard_tokens=4)
     write(tmp_path, range(3))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.bin", shards.META]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.bin", "2024-measured.bin", shards.META]
     assert open_tokens(tmp_path)[0][0].tolist() == [0, 1, 2]
 
 

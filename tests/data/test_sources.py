@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.data import sources
-from cs336.data.sources import END_OF_TEXT, read_documents
+from cs336.data.sources import read_documents
+from cs336.utils.special_tokens import END_OF_TEXT
 
 
 def put(path, data):
@@ -48,6 +49,21 @@ def test_a_text_file_in_a_directory_is_one_document(tmp_path):
     put(tmp_path / "d/b.md", f"one{END_OF_TEXT}two")
     assert list(read_documents(tmp_path / "d")) == [text, "one", "two"]
     assert len(list(read_documents(tmp_path / "d/a.txt"))) == 7
+
+
+def test_a_long_file_in_a_directory_is_cut(tmp_path):
+    text = "line\n" * 300_000
+    put(tmp_path / "d/a.txt", text)
+    pieces = list(read_documents(tmp_path / "d"))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 9000
+
+
+def test_a_directory_is_read_without_one_below_it(tmp_path):
+    put(tmp_path / "d/a.txt", "one")
+    put(tmp_path / "d/e/f/b.txt", "two")
+    put(tmp_path / "d/e/g/c.txt", "three")
+    assert list(read_documents(tmp_path / "d", without=tmp_path / "d" / "e" / ".." / "e" / "f")) == ["one", "three"]
 
 
 def test_a_directory_is_read_in_sorted_order(tmp_path):

@@ -31,6 +31,9 @@ def test_mean_loss_is_over_every_window(tmp_path):
     losses = [model.loss(x[None], y[None]).item() for x, y in (data[i] for i in range(len(data)))]
     assert len(losses) % 7 != 0  # the last batch is a smaller one
     assert mean_loss(model, data, batch_size=7) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert mean_loss(model, data, most_windows=10**9) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    spread = [losses[i * len(losses) // 5] for i in range(5)]
+    assert mean_loss(model, data, batch_size=2, most_windows=5) == pytest.approx(sum(spread) / 5, rel=1e-5)
     assert model.training
 
 

@@ -224,6 +224,11 @@ class NormTests:
         with pytest.raises(RuntimeError, match="differentiable once"):
             torch.autograd.grad(self.op(x, w, *b).sum(), x, create_graph=True)
 
+    def test_forward_mode_is_refused(self, variant, device):
+        x, params = torch.randn(3, 8, device=device), self.params(8, F32, device)
+        with pytest.raises(RuntimeError):  # rather than a derivative of 0
+            torch.func.jvp(lambda x: self.op(x, *params), (x,), (torch.randn_like(x),))
+
     def test_meta(self, variant):
         x, residual, params = *torch.empty(2, 3, 4, 8, device="meta"), self.params(8, F32, "meta")
         assert [o.shape for o in self.op(x, *params, residual=residual)] == [x.shape, x.shape]

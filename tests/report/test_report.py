@@ -185,4 +185,5 @@ def test_thin_and_smooth():
     assert {y for _, y in points} == {5.0}
     assert smooth([4.0] * 50, 10) == [4.0] * 50
     noisy = smooth([1.0, -1.0] * 200, 10)
+    assert abs(noisy[-1]) < 0.2  # the end, too
     assert max(map(abs, noisy[100:300])) < 0.1

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -90,6 +91,44 @@ def test_drift_is_planned_for(speed):
     assert len(clock.plan.decisions) <= 21
     totals = [total for _, total in clock.plan.decisions]
     assert clock.step == totals[-1]
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.4, 3.0, 20.0])
+@pytest.mark.parametrize("change", [2, 30, 500])
+def test_a_schedule_goes_on_smoothly_and_lands_when_the_speed_changes(factor, change):
+    clock = Clock("100s", lambda step: 0.1 * (factor if step > change else 1), interval=1).run()
+    plan = clock.plan
+    (decided, total), *later = plan.decisions
+    assert later or change == 2
+    assert clock.seconds == pytest.approx(100, abs=2 + 2 * 0.1 * factor)
+    places = [plan.place(step) for step in range(decided, clock.step + 1)]
+    assert places[0] == decided
+    assert places[-1] == total
+    paces = [b - a for a, b in itertools.pairwise(places)]
+    assert all(pace > 0 for pace in paces)
+    # Within one plan the pace is one; a step is never longer than what the time it takes makes of the schedule.
+    assert len({round(pace, 6) for pace in paces}) <= len(plan.decisions)
+    assert max(paces) / total < 3 * 0.1 * max(factor, 1) / 100 + 0.02
+
+
+def test_a_countable_plan_is_its_own_schedule():
+    plan = Plan(Budget.parse("777steps"), tokens_per_step=1, flops_per_step=1)
+    assert [plan.place(step) for step in range(778)] == list(range(778))
+
+
+def test_time_is_reserved_for_what_comes_after_the_last_step():
+    plan = Clock("100s", lambda step: 0.1).run().plan
+    assert plan.observe(800, 80.0, reserve=20.0)
+    assert plan.total_steps == 800
+    plan = Clock("100s", lambda step: 0.1).run(until=100).plan
+    assert plan.observe(200, 20.0, reserve=1e9)
+    assert plan.total_steps == pytest.approx(750, abs=1)  # no more than a quarter
+
+
+def test_pauses_that_a_time_budget_bears():
+    plan = Plan(Budget.parse("100s"), tokens_per_step=1, flops_per_step=1)
+    assert [plan.affordable(20, seconds) for seconds in (0.0, 0.01, 0.5, 2.5, 6.0)] == [20, 20, 10, 2, 0]
+    assert Plan(Budget.parse("5steps"), tokens_per_step=1, flops_per_step=1).affordable(20, 1e9) == 20
 
 
 @pytest.mark.parametrize(("budget", "seconds"), [("1s", 5.0), ("10s", 3.0)])

@@ -228,11 +228,13 @@ def test_prune_keeps_the_newest(tmp_path):
     for iteration in (9, 10, 100):
         save_checkpoint(net, None, iteration, checkpoint.step_path(tmp_path, iteration))
     (tmp_path / "step_00000200").mkdir()  # not a checkpoint
-    (tmp_path / ".step_00000300.tmp").mkdir()
+    left = [tmp_path / f".step_00000300.{suffix}" for suffix in ("tmp", "previous")]  # by a writer that was killed
+    for path in left:
+        path.mkdir()
     assert [load_checkpoint(p) for p in list_checkpoints(tmp_path)] == [9, 10, 100]
     prune_checkpoints(tmp_path, keep=2)
     assert [load_checkpoint(p) for p in list_checkpoints(tmp_path)] == [10, 100]
-    assert not (tmp_path / ".step_00000300.tmp").exists()
+    assert not any(path.exists() for path in left)
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 

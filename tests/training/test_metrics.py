@@ -50,8 +50,8 @@ ROW = {"step": 5, "tokens": 500, "train/loss": 2.5, "train/grad_norm": 1.0, "lr"
 def test_plain_lines_without_a_terminal():
     out = io.StringIO()
     with Display(Console(file=out, soft_wrap=True)) as display:
-        display.row(ROW | {"train/mfu": 0.25}, 10)
-        display.row(ROW, None)
+        display.row(ROW | {"train/mfu": 0.25}, 10, 5.0)
+        display.row(ROW, None, None)
         display.say("text with [brackets]")
     assert out.getvalue().splitlines() == [
         "step 5/10  loss 2.5000  lr 1.00e-03  norm 1.00  100 tok/s  MFU 25.0%  5 s left",
@@ -63,7 +63,7 @@ def test_plain_lines_without_a_terminal():
 def test_a_bar_on_a_terminal():
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=150)) as display:
-        display.row(ROW, 10)
+        display.row(ROW, 10, 5.0)
         display.say("above")
     assert "step 5/10  loss 2.5000" in out.getvalue()
     assert "5 s left" in out.getvalue()

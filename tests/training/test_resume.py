@@ -103,6 +103,6 @@ def test_another_process_at_the_same_run_is_refused(tmp_path):
 
     tiny = tiny_run.config(tmp_path)
     tiny.run_dir.mkdir()
-    with locked(tiny.run_dir), pytest.raises(RuntimeError, match="another process is training"):
+    with locked(tiny.run_dir), pytest.raises(RuntimeError, match="another process is at work"):
         tiny_run.train(tiny)
     tiny_run.train(tiny)

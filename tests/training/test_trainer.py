@@ -1,11 +1,15 @@
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
+from torch._dynamo.utils import counters
 
 from cs336.data import ShardWriter
 from cs336.models import Transformer, from_pretrained
@@ -172,6 +176,36 @@ def test_learning_rate_lands(tmp_path):
     assert rates[-1] == pytest.approx(2e-4)
 
 
+@pytest.mark.parametrize(
+    ("decisions", "warmup"),
+    [
+        ([[5, 400], [100, 250], [170, 900]], None),
+        ([[5, 50], [30, 2000]], None),
+        ([[150, 9000]], None),
+        ([[5, 400], [30, 200]], 60),
+        ([[5, 400]], 0),
+    ],
+)
+def test_learning_rate_does_not_jump_when_a_time_budget_is_planned(tmp_path, decisions, warmup):
+    tiny = tiny_run.config(tmp_path, budget="1h", schedule=ScheduleConfig(warmup_steps=warmup))
+    trainer = Trainer(tiny, display=tiny_run.quiet())
+    (decided, first), *_ = decisions
+    rates = [trainer._lr(step) for step in range(1, decided + 1)]
+    trainer._unplanned_lr = rates[-1]
+    for number, (_, total) in enumerate(decisions, 1):
+        trainer.plan.decisions, trainer.plan.total_steps = decisions[:number], total
+        until = decisions[number][0] if number < len(decisions) else total
+        rates += [trainer._lr(step) for step in range(len(rates) + 1, until + 1)]
+    assert len(rates) == decisions[-1][1]
+    assert rates[-1] == pytest.approx(1e-4)
+    assert 0.95e-3 < max(rates) <= 1e-3
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    steepest = 1e-3 / max(1, 0.05 * (first - decided) - 1)  # of the way up
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= 1.001 * max(1e-3 / (warmup or 100), steepest)
+
+
 @pytest.mark.parametrize(("budget", "warmup"), [("10steps", 10), ("320tok", 99)])
 def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget, warmup):
     tiny = tiny_run.config(tmp_path, budget=budget, schedule=ScheduleConfig(warmup_steps=warmup))
@@ -197,7 +231,7 @@ def test_guards_before_training(tmp_path):
     with pytest.raises(ValueError, match="the budget is 31 tokens, and one step takes 32"):
         Trainer(tiny_run.changed(tiny, budget="31tok"))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="sees no GPU"):
+        with pytest.raises(ValueError, match="sees 0 GPUs"):
             Trainer(tiny_run.changed(tiny, device="cuda"))
     assert not tiny.run_dir.exists()
 
@@ -225,6 +259,19 @@ def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch)
     newest = checkpoint.read_extra(result.checkpoint)["plan"]
     assert newest["decisions"] == decisions
     assert tiny_run.rows(tmp_path / "run", of="lr")[-1]["lr"] < 1.5e-4  # 1e-4 at the end, from 1e-3
+
+
+def test_a_time_budget_holds_when_steps_become_slow_between_rows(tmp_path, monkeypatch):
+    update = Trainer._update
+
+    def slower(self):
+        if not self.plan.measuring:
+            time.sleep(0.1)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update", slower)
+    tiny = tiny_run.config(tmp_path, budget="2s", log_interval=1000, eval_interval=0, checkpoint_interval=0)
+    assert tiny_run.train(tiny).seconds < 3.5
 
 
 def spoil_step(monkeypatch, step):
@@ -313,6 +360,32 @@ def test_bf16_keeps_fp32_weights(tmp_path):
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in trainer.learner.model.parameters())
+
+
+def test_validation_runs_the_graph_of_training(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the graphs are the same
+    tiny = tiny_run.config(tmp_path, compile=True, budget="2steps", eval_interval=1, checkpoint_interval=0)
+    graphs = counters["stats"]["unique_graphs"]
+    compiled = tiny_run.train(tiny).val
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    eager = tiny_run.train(tiny_run.changed(tiny, compile=False, run_dir=tmp_path / "eager")).val
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def test_a_slow_pause_comes_seldom_in_a_time_budget(tmp_path):
+    trainer = Trainer(tiny_run.config(tmp_path, budget="100s"), display=tiny_run.quiet())
+    trainer.plan.decisions, trainer.plan.total_steps = [[0, 1000]], 1000
+
+    def times(seconds):
+        trainer._paused["validate"] = seconds
+        due = []
+        for trainer.step in range(1, 1001):
+            due.append(trainer._due("validate", None, 20))
+        assert due[-1]
+        return sum(due)
+
+    assert [times(seconds) for seconds in (0.1, 1.0, 10.0)] == [20, 5, 1]
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
