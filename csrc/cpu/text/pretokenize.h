@@ -11,8 +11,8 @@ namespace cs336::text {
 
 enum class Pattern { kGpt2, kCl100k, kO200k };
 
-// Writes where each piece of text[begin:] ends, up to `capacity` pieces, and returns how many it wrote. The pieces
-// cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
+// Writes where each piece of text[begin:] ends, up to `capacity` (at least 64) pieces, and returns how many it wrote.
+// The pieces cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
 size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends, size_t capacity);
 
 // An offset p such that, whatever follows `text`, its pieces are those of text[:p] and then those of the rest.
