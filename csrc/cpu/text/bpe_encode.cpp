@@ -13,7 +13,7 @@
 namespace cs336::text {
 namespace {
 
-constexpr size_t kFew = 128;             // bytes of a piece up to which a scan for the next merge beats a heap
+constexpr size_t kFew = 64;              // bytes of a piece up to which a scan for the next merge beats a heap
 constexpr size_t kPartSize = 256 << 10;  // bytes of text that one thread takes at a time
 
 using Tokens = std::vector<std::pair<uint32_t, std::string>>;
@@ -39,6 +39,19 @@ std::vector<Merge> all_splits(const Tokens& tokens, const std::vector<uint32_t>&
     }
   }
   return merges;
+}
+
+// Of `count` keys, a multiple of eight.
+inline int32_t smallest(const int32_t* keys, size_t count) {
+  int32_t lanes[8];
+  std::copy_n(keys, 8, lanes);
+  for (size_t i = 8; i < count; i += 8) {
+    for (size_t k = 0; k < 8; ++k) lanes[k] = std::min(lanes[k], keys[i + k]);
+  }
+  for (size_t width = 4; width > 0; width /= 2) {
+    for (size_t k = 0; k < width; ++k) lanes[k] = std::min(lanes[k], lanes[k + width]);
+  }
+  return lanes[0];
 }
 
 }  // namespace
@@ -76,14 +89,16 @@ TokenBytes::TokenBytes(const Tokens& tokens) {
 
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   const size_t capacity = std::bit_ceil(std::max<size_t>(merges.size() * 2, 16));
-  entries_.assign(capacity, {0, kNoId, kNoId});
+  entries_.assign(capacity, {0, kNoMerge});
   mask_ = capacity - 1;
   shift_ = 64 - std::countr_zero(capacity);
   for (const Merge& m : merges) {
+    if (m.rank > kMaxRank) throw std::length_error("there may be at most 2**24 merges");
     const uint64_t pair = static_cast<uint64_t>(m.left) << 32 | m.right;
     size_t i = hash(pair);
-    while (entries_[i].rank != kNoId && entries_[i].pair != pair) i = (i + 1) & mask_;
-    if (entries_[i].rank == kNoId) entries_[i] = {pair, m.rank, m.result};  // the first of a merge listed twice
+    while (entries_[i].merge != kNoMerge && entries_[i].pair != pair) i = (i + 1) & mask_;
+    if (entries_[i].merge != kNoMerge) continue;  // the first of a merge listed twice
+    entries_[i] = {pair, static_cast<uint64_t>(m.rank) << 32 | m.result};
   }
 }
 
@@ -124,10 +139,10 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)) {
-  byte_merges_.assign(1 << 16, UINT64_MAX);
+  byte_merges_.assign(1 << 16, kNoMerge);
   for (size_t i = 0; i < byte_merges_.size(); ++i) {
     const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
-    if (left != kNoId && right != kNoId) byte_merges_[i] = merge_key(left, right, kNoId);
+    if (left != kNoId && right != kNoId) byte_merges_[i] = merges_.find(left, right);
   }
   collect_whole_words(tokens.size(), any_split);
 }
@@ -181,40 +196,49 @@ uint32_t Encoder::byte_id(uint8_t byte) const {
   return id;
 }
 
-// Rank, then result: the order of merges. Equal ranks have equal results.
-uint64_t Encoder::merge_key(uint32_t left, uint32_t right, uint32_t below) const {
-  const MergeTable::Entry& e = merges_.find(left, right);
-  return e.rank < below ? static_cast<uint64_t>(e.rank) << 32 | e.result : UINT64_MAX;
-}
-
-uint64_t Encoder::byte_merge_key(const uint8_t* two, uint32_t below) const {
-  const uint64_t key = byte_merges_[two[0] << 8 | two[1]];
-  return key >> 32 < below ? key : UINT64_MAX;
-}
-
 size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const {
   const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
   return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
                               : merge_many(bytes, piece.size(), below, out);
 }
 
-// `out` holds the tokens as they are; keys[i] is the merge of tokens i and i + 1.
+// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token and
+// the next, then its place: the smallest is the merge to do, the leftmost of equals.
 size_t Encoder::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
-  uint64_t keys[kFew];
+  constexpr int32_t kNone = INT32_MAX;
+  constexpr int kPlaceBits = 6;
+  static_assert(kFew == 1 << kPlaceBits && kMaxRank << kPlaceBits < size_t{kNone});
+  int32_t keys[kFew];
+  uint32_t results[kFew];
+  const auto set = [&](size_t i, uint64_t merge) {
+    const auto rank = static_cast<uint32_t>(merge >> 32);
+    results[i] = static_cast<uint32_t>(merge);
+    keys[i] = rank < below ? static_cast<int32_t>(rank << kPlaceBits | i) : kNone;
+  };
   for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
-  for (size_t i = 0; i + 1 < size; ++i) keys[i] = byte_merge_key(piece + i, below);
-  while (size > 1) {
-    size_t best = 0;
-    for (size_t i = 1; i + 1 < size; ++i) best = keys[i] < keys[best] ? i : best;
-    if (keys[best] == UINT64_MAX) break;
-    out[best] = static_cast<uint32_t>(keys[best]);
-    --size;
-    std::copy(out + best + 2, out + size + 1, out + best + 1);
-    std::copy(keys + best + 1, keys + size, keys + best);
-    if (best > 0) keys[best - 1] = merge_key(out[best - 1], out[best], below);
-    if (best + 1 < size) keys[best] = merge_key(out[best], out[best + 1], below);
+  for (size_t i = 0; i + 1 < size; ++i) set(i, byte_merges_[piece[i] << 8 | piece[i + 1]]);
+  const size_t lanes = (size + 7) / 8 * 8;
+  std::fill(keys + size - 1, keys + lanes, kNone);
+  for (uint64_t alive = ~uint64_t{0} >> (kFew - size);;) {
+    const int32_t best = smallest(keys, lanes);
+    if (best == kNone) {
+      size_t count = 0;
+      for (; alive != 0; alive &= alive - 1) out[count++] = out[std::countr_zero(alive)];
+      return count;
+    }
+    const size_t i = best & (kFew - 1);
+    out[i] = results[i];
+    uint64_t later = alive & ~uint64_t{1} << i;
+    const int gone = std::countr_zero(later);
+    later &= later - 1;
+    alive ^= uint64_t{1} << gone;
+    keys[gone] = keys[i] = kNone;
+    if (later != 0) set(i, merges_.find(out[i], out[std::countr_zero(later)]));
+    if (const uint64_t earlier = alive & ((uint64_t{1} << i) - 1); earlier != 0) {
+      const size_t previous = 63 - std::countl_zero(earlier);
+      set(previous, merges_.find(out[previous], out[i]));
+    }
   }
-  return size;
 }
 
 // O(n log n): a heap of merges over a linked list of tokens.
@@ -231,17 +255,18 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   };
   std::vector<Node> nodes(size);
   std::vector<Candidate> candidates;
+  const uint64_t limit = static_cast<uint64_t>(below) << 32;
   const auto last = static_cast<uint32_t>(size - 1);
-  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, UINT64_MAX};
+  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoMerge};
   for (uint32_t i = 0; i < last; ++i) {
-    nodes[i].key = byte_merge_key(piece + i, below);
-    if (nodes[i].key != UINT64_MAX) candidates.push_back({nodes[i].key, i});
+    nodes[i].key = byte_merges_[piece[i] << 8 | piece[i + 1]];
+    if (nodes[i].key < limit) candidates.push_back({nodes[i].key, i});
   }
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
-    node.key = node.next <= last ? merge_key(node.id, nodes[node.next].id, below) : UINT64_MAX;
-    if (node.key != UINT64_MAX) queue.push({node.key, i});
+    node.key = node.next <= last ? merges_.find(node.id, nodes[node.next].id) : kNoMerge;
+    if (node.key < limit) queue.push({node.key, i});
   };
   while (!queue.empty()) {
     const Candidate top = queue.top();
@@ -249,7 +274,7 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
     Node& node = nodes[top.position];
     if (node.key != top.key) continue;  // one of the two has been merged since
     Node& gone = nodes[node.next];
-    gone.key = UINT64_MAX;
+    gone.key = kNoMerge;
     node.id = static_cast<uint32_t>(top.key);
     node.next = gone.next;
     if (node.next <= last) nodes[node.next].previous = top.position;
@@ -262,70 +287,59 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
 }
 
 size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
-  if (const WordCache::Long* hit = cache.find(lookup.hash, piece)) {  // more ids than the short ones hold
-    std::copy_n(hit->ids, hit->count, out);
-    return hit->count;
-  }
-  if (const uint32_t whole = whole_word(lookup.word, lookup.hash); whole != kNoId) {
+  size_t count = 1;
+  if (const uint32_t whole = whole_word(lookup.word(), lookup.hash); whole != kNoId) {
     out[0] = whole;
-    cache.put(lookup.set, lookup.word, out, 1);
-    return 1;
-  }
-  const size_t count = merge_piece(piece, kNoId, out);
-  if (count <= WordCache::kIds) {
-    cache.put(lookup.set, lookup.word, out, count);
   } else {
-    cache.put(lookup.hash, piece, out, count);
+    count = merge_piece(piece, kNoId, out);
   }
+  cache.put(lookup.word(), lookup.hash, out, count);
   return count;
 }
 
-size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const {
-  const bool cached = piece.size() <= WordCache::kLongBytes;
-  const uint64_t hash = cached ? hash_bytes(piece) : 0;
-  if (cached) {
-    if (const WordCache::Long* hit = cache.find(hash, piece)) {
-      std::copy_n(hit->ids, hit->count, out);
-      return hit->count;
-    }
-  }
+size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint64_t hash, uint32_t* out) const {
   size_t count = 1;
   if (const auto whole = long_words_.find(piece); whole != long_words_.end()) {
     out[0] = whole->second;
   } else {
     count = merge_piece(piece, kNoId, out);
   }
-  if (cached && count <= WordCache::kLongIds) cache.put(hash, piece, out, count);
+  if (piece.size() <= WordCache::kLongBytes) cache.put(piece, hash, out, count);
   return count;
 }
 
+// Batch by batch: first ask for the memory of all words, then look at it.
 void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const {
   const char* limit = text.data() + text.size();
-  std::vector<Lookup> lookups;
+  std::array<Lookup, Splitter::kBatch> lookups;
   splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
-    lookups.resize(count);
+    cache.reserve(count);
     for (size_t i = 0, start = begin; i < count; start = ends[i++]) {
       const size_t size = ends[i] - start;
-      if (size > kMaxShort) {
-        lookups[i].set = nullptr;
-        continue;
+      Lookup& lookup = lookups[i];
+      if (size <= kMaxShort) {
+        const ShortWord word = pack_word(text.data() + start, size, limit);
+        lookup = {word.lo, word.hi, hash_word(word), nullptr};
+      } else {
+        lookup.hash = size <= WordCache::kLongBytes ? hash_bytes(text.substr(start, size)) : 0;
       }
-      const ShortWord word = pack_word(text.data() + start, size, limit);
-      const uint64_t hash = hash_word(word);
-      lookups[i] = {word, hash, cache.set_of(hash)};
-      __builtin_prefetch(lookups[i].set);
+      lookup.line = cache.line_of(lookup.hash, size);
+      __builtin_prefetch(lookup.line);
     }
-    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kIds);
+    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kShortIds);
     uint32_t* next = first;
     for (size_t i = 0; i < count; begin = ends[i++]) {
       const Lookup& lookup = lookups[i];
-      if (lookup.set == nullptr) {
-        next += encode_long(cache, text.substr(begin, ends[i] - begin), next);
-      } else if (const WordCache::Short* hit = cache.find(lookup.set, lookup.word)) {
-        std::memcpy(next, hit->ids, sizeof(hit->ids));
-        next += 1 + (hit->ids[1] != kNoId) + (hit->ids[2] != kNoId) + (hit->ids[3] != kNoId);
+      const size_t size = ends[i] - begin;
+      if (size <= kMaxShort) {
+        const size_t found = size <= WordCache::kTinyBytes
+                                 ? cache.find_tiny(lookup.line, lookup.word(), lookup.hash, next)
+                                 : cache.find_short(lookup.line, lookup.word(), lookup.hash, next);
+        next += found != 0 ? found : encode_short(cache, text.substr(begin, size), lookup, next);
       } else {
-        next += encode_short(cache, text.substr(begin, ends[i] - begin), lookup, next);
+        const std::string_view piece = text.substr(begin, size);
+        const size_t found = cache.find_long(lookup.line, piece, lookup.hash, next);
+        next += found != 0 ? found : encode_long(cache, piece, lookup.hash, next);
       }
     }
     out.advance(static_cast<size_t>(next - first));

@@ -67,23 +67,26 @@ struct Merge {
   uint32_t left, right, result, rank;
 };
 
-// (left, right) -> rank and result.
+// Rank, then result: the order of merges. Equal ranks have equal results.
+constexpr uint64_t kNoMerge = UINT64_MAX;
+constexpr uint32_t kMaxRank = (1 << 24) - 1;
+
+// (left, right) -> rank << 32 | result.
 class MergeTable {
  public:
   explicit MergeTable(const std::vector<Merge>& merges);
-  struct Entry {
-    uint64_t pair;
-    uint32_t rank, result;
-  };
-  // The entry, or one whose rank is kNoId.
-  const Entry& find(uint32_t left, uint32_t right) const {
+  // kNoMerge if the two do not merge.
+  uint64_t find(uint32_t left, uint32_t right) const {
     const uint64_t pair = static_cast<uint64_t>(left) << 32 | right;
     size_t i = hash(pair);
-    while (entries_[i].pair != pair && entries_[i].rank != kNoId) i = (i + 1) & mask_;
-    return entries_[i];
+    while (entries_[i].pair != pair && entries_[i].merge != kNoMerge) i = (i + 1) & mask_;
+    return entries_[i].merge;
   }
 
  private:
+  struct Entry {
+    uint64_t pair, merge;
+  };
   size_t hash(uint64_t pair) const { return (pair * 0x9E3779B97F4A7C15u) >> shift_; }
   std::vector<Entry> entries_;
   size_t mask_;
@@ -126,17 +129,15 @@ class Encoder {
   class Lease;
   void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
   struct Lookup {  // of one piece
-    ShortWord word;
-    uint64_t hash;
-    WordCache::Short* set;  // null: the piece is long
+    uint64_t lo, hi, hash;
+    const void* line;
+    ShortWord word() const { return {lo, hi}; }
   };
   size_t encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
-  size_t encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const;
+  size_t encode_long(WordCache& cache, std::string_view piece, uint64_t hash, uint32_t* out) const;
   size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;
-  uint64_t merge_key(uint32_t left, uint32_t right, uint32_t below) const;
-  uint64_t byte_merge_key(const uint8_t* two, uint32_t below) const;
   void collect_whole_words(size_t num_tokens, bool any_split);
   uint32_t whole_word(const ShortWord& word, uint64_t hash) const;
 
