@@ -286,25 +286,25 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   return count;
 }
 
-size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
-  size_t count = 1;
-  if (const uint32_t whole = whole_word(lookup.word(), lookup.hash); whole != kNoId) {
-    out[0] = whole;
-  } else {
-    count = merge_piece(piece, kNoId, out);
+// A piece that is not where it is first looked for, and may not be in the cache at all.
+size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
+  const bool is_short = piece.size() <= kMaxShort, is_cached = piece.size() <= WordCache::kLongBytes;
+  if (is_cached) {
+    if (const size_t count = cache.find(piece, lookup.word(), lookup.hash, out); count != 0) return count;
   }
-  cache.put(lookup.word(), lookup.hash, out, count);
-  return count;
-}
-
-size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint64_t hash, uint32_t* out) const {
   size_t count = 1;
-  if (const auto whole = long_words_.find(piece); whole != long_words_.end()) {
-    out[0] = whole->second;
+  if (is_short) {
+    out[0] = whole_word(lookup.word(), lookup.hash);
   } else {
-    count = merge_piece(piece, kNoId, out);
+    const auto whole = long_words_.find(piece);
+    out[0] = whole != long_words_.end() ? whole->second : kNoId;
   }
-  if (piece.size() <= WordCache::kLongBytes) cache.put(piece, hash, out, count);
+  if (out[0] == kNoId) count = merge_piece(piece, kNoId, out);
+  if (is_short) {
+    cache.put(lookup.word(), lookup.hash, out, count);
+  } else if (is_cached) {
+    cache.put(piece, lookup.hash, out, count);
+  }
   return count;
 }
 
@@ -331,16 +331,14 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
     for (size_t i = 0; i < count; begin = ends[i++]) {
       const Lookup& lookup = lookups[i];
       const size_t size = ends[i] - begin;
-      if (size <= kMaxShort) {
-        const size_t found = size <= WordCache::kTinyBytes
-                                 ? cache.find_tiny(lookup.line, lookup.word(), lookup.hash, next)
-                                 : cache.find_short(lookup.line, lookup.word(), lookup.hash, next);
-        next += found != 0 ? found : encode_short(cache, text.substr(begin, size), lookup, next);
-      } else {
-        const std::string_view piece = text.substr(begin, size);
-        const size_t found = cache.find_long(lookup.line, piece, lookup.hash, next);
-        next += found != 0 ? found : encode_long(cache, piece, lookup.hash, next);
+      size_t found = 0;
+      if (size <= WordCache::kTinyBytes) {
+        found = WordCache::find_tiny(lookup.line, lookup.word(), next);
+      } else if (size <= kMaxShort) {
+        found = WordCache::find_short(lookup.line, lookup.word(), next);
       }
+      if (found == 0) [[unlikely]] found = encode_piece(cache, text.substr(begin, size), lookup, next);
+      next += found;
     }
     out.advance(static_cast<size_t>(next - first));
   });

@@ -133,8 +133,7 @@ class Encoder {
     const void* line;
     ShortWord word() const { return {lo, hi}; }
   };
-  size_t encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
-  size_t encode_long(WordCache& cache, std::string_view piece, uint64_t hash, uint32_t* out) const;
+  size_t encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
   size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;

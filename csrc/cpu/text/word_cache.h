@@ -2,6 +2,7 @@
 // double as they fill, and are emptied together when one has reached its bound.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,22 +19,29 @@ constexpr uint32_t kNoId = UINT32_MAX;
 constexpr uint32_t kMaxId = (1 << 24) - 1;
 constexpr size_t kCacheLine = 64;
 
+// The lines of a table, for an offset in bytes.
+struct Lines {
+  const char* first;
+  uint64_t mask;
+};
+
 // A hash table of cache lines, found by the lower bits of a hash. What does not fit on its line is on the next.
 template <class Entry>
 class LineTable {
  public:
   LineTable(size_t lines, size_t max_lines) : max_size_(max_lines * kWays) { allocate(lines * kWays); }
 
-  const Entry* line_of(uint64_t hash) const { return entries_.get() + (hash * kWays & mask_); }
-  // From `entry` on, the entry that is_it(entry), or the empty one where it would be.
+  Lines lines() const { return {reinterpret_cast<const char*>(entries_.get()), mask_ / kWays * kCacheLine}; }
+  // The entry that is_it(entry), or the empty one where it would be.
   template <class IsIt>
-  const Entry* find(const Entry* entry, IsIt&& is_it) const {
+  const Entry* find(uint64_t hash, IsIt&& is_it) const {
+    const Entry* entry = entries_.get() + (hash * kWays & mask_);
     while (!entry->empty() && !is_it(*entry)) entry = &entries_[(entry - entries_.get() + 1) & mask_];
     return entry;
   }
   void insert(const Entry& entry) {
     ++used_;
-    const Entry* const place = find(line_of(entry.hash_of()), [](const Entry&) { return false; });
+    const Entry* const place = find(entry.hash_of(), [](const Entry&) { return false; });
     entries_[place - entries_.get()] = entry;
   }
   // Grows for `count` more; false if that is beyond the bound. Moves the entries.
@@ -55,7 +63,7 @@ class LineTable {
   }
 
  private:
-  static constexpr size_t kCacheLine = 64, kWays = kCacheLine / sizeof(Entry);
+  static constexpr size_t kWays = kCacheLine / sizeof(Entry);
   struct Free {
     void operator()(Entry* p) const { std::free(p); }
   };
@@ -84,45 +92,56 @@ class WordCache {
   void reserve(size_t words) {
     if (tiny_.reserve(words) && short_.reserve(words) && long_.reserve(words) &&
         store_.size() + words * (units(kLongBytes) + kLongBytes) <= kStoreUnits) {
+      lines_ = {tiny_.lines(), short_.lines(), long_.lines()};
       return;
     }
     tiny_.clear();
     short_.clear();
     long_.clear();
     store_.clear();
+    reserve(words);
   }
 
-  // The line that a word of `size` bytes is on, if it is here.
+  // The line that a word of `size` bytes is first looked for on. No branch: the processor could not guess it.
   const void* line_of(uint64_t hash, size_t size) const {
-    const void* line = size <= kTinyBytes ? static_cast<const void*>(tiny_.line_of(hash)) : short_.line_of(hash);
-    return size <= kMaxShort ? line : long_.line_of(hash);
+    const Lines& lines = lines_[(size > kTinyBytes) + (size > kMaxShort)];
+    return lines.first + (hash * kCacheLine & lines.mask);
   }
 
-  // Writes the ids of a word and returns how many there are; zero if the word is not here. Writes up to kShortIds
-  // even if there are fewer.
-  size_t find_tiny(const void* line, const ShortWord& word, uint64_t hash, uint32_t* out) const {
+  // The ids of a word of at most kTinyBytes, or else of kMaxShort, if it is where it is first looked for; find for any.
+  // They write them and return how many there are, zero if the word is not here. There is room for kShortIds.
+  static size_t find_tiny(const void* line, const ShortWord& word, uint32_t* out) {
     const auto* entry = static_cast<const Tiny*>(line);
-    if (!entry->is(word)) {
-      entry = tiny_.find(entry, [&](const Tiny& e) { return e.is(word); });
-      if (entry->empty()) return 0;
-    }
-    if (entry->second == kElsewhere) return find_short(short_.line_of(hash), word, hash, out);
+    entry = entry[2].bytes == word.lo ? entry + 2 : entry[1].bytes == word.lo ? entry + 1 : entry;
     out[0] = entry->size_and_id & kMaxId;
     out[1] = entry->second;
-    return 1 + (entry->second != kNoId);
+    return entry->is(word) && entry->second != kElsewhere ? 1 + (entry->second != kNoId) : 0;
   }
-  size_t find_short(const void* line, const ShortWord& word, uint64_t hash, uint32_t* out) const {
+  static size_t find_short(const void* line, const ShortWord& word, uint32_t* out) {
     const auto* entry = static_cast<const Short*>(line);
-    if (entry->word != word) {
-      entry = short_.find(entry, [&](const Short& e) { return e.word == word; });
-      if (entry->empty()) return 0;
-    }
-    if (entry->ids[0] == kElsewhere) return find_long(long_.line_of(hash), bytes_of(word), hash, out);
+    entry += entry[1].word == word;
     std::memcpy(out, entry->ids, sizeof(entry->ids));
-    return 1 + (entry->ids[1] != kNoId) + (entry->ids[2] != kNoId) + (entry->ids[3] != kNoId);
+    const size_t count = 1 + (entry->ids[1] != kNoId) + (entry->ids[2] != kNoId) + (entry->ids[3] != kNoId);
+    return entry->word == word && entry->ids[0] != kElsewhere ? count : 0;
   }
-  size_t find_long(const void* line, std::string_view word, uint64_t hash, uint32_t* out) const {
-    const Long* const entry = long_.find(static_cast<const Long*>(line), [&](const Long& e) {
+  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, uint32_t* out) const {
+    if (word.size() <= kTinyBytes) {
+      const Tiny* entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(packed); });
+      if (entry->second != kElsewhere) {
+        out[0] = entry->size_and_id & kMaxId;
+        out[1] = entry->second;
+        return entry->empty() ? 0 : 1 + (entry->second != kNoId);
+      }
+    }
+    if (word.size() <= kMaxShort) {
+      const Short* entry = short_.find(hash, [&](const Short& e) { return e.word == packed; });
+      if (entry->ids[0] != kElsewhere) {
+        std::memcpy(out, entry->ids, sizeof(entry->ids));
+        const auto* end = std::find(entry->ids, entry->ids + kShortIds, kNoId);
+        return entry->empty() ? 0 : static_cast<size_t>(end - entry->ids);
+      }
+    }
+    const Long* entry = long_.find(hash, [&](const Long& e) {
       return e.hash == hash && e.size == word.size() && !std::memcmp(&store_[e.offset], word.data(), e.size);
     });
     std::copy_n(store_.data() + entry->offset + units(entry->size), entry->count, out);
@@ -187,6 +206,7 @@ class WordCache {
   LineTable<Short> short_{256, 1 << 17};  // at most 8 MB
   LineTable<Long> long_{256, 1 << 14};    // at most 1 MB
   std::vector<uint32_t> store_;           // at most 2 MB
+  std::array<Lines, 3> lines_{};
 };
 
 }  // namespace cs336::text
