@@ -90,12 +90,15 @@ TokenBytes::TokenBytes(const Tokens& tokens) {
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   const size_t capacity = std::bit_ceil(std::max<size_t>(merges.size() * 2, 16));
   entries_.assign(capacity, {0, kNoMerge});
+  filter_.assign(capacity / 8, 0);
   mask_ = capacity - 1;
   shift_ = 64 - std::countr_zero(capacity);
   for (const Merge& m : merges) {
     if (m.rank > kMaxRank) throw std::length_error("there may be at most 2**24 merges");
     const uint64_t pair = static_cast<uint64_t>(m.left) << 32 | m.right;
-    size_t i = hash(pair);
+    const uint64_t bit = hash(pair) >> (shift_ - 3);
+    filter_[bit / 64] |= uint64_t{1} << bit % 64;
+    size_t i = hash(pair) >> shift_;
     while (entries_[i].merge != kNoMerge && entries_[i].pair != pair) i = (i + 1) & mask_;
     if (entries_[i].merge != kNoMerge) continue;  // the first of a merge listed twice
     entries_[i] = {pair, static_cast<uint64_t>(m.rank) << 32 | m.result};

@@ -78,7 +78,9 @@ class MergeTable {
   // kNoMerge if the two do not merge.
   uint64_t find(uint32_t left, uint32_t right) const {
     const uint64_t pair = static_cast<uint64_t>(left) << 32 | right;
-    size_t i = hash(pair);
+    const uint64_t bit = hash(pair) >> (shift_ - 3);
+    if ((filter_[bit / 64] >> bit % 64 & 1) == 0) return kNoMerge;
+    size_t i = hash(pair) >> shift_;
     while (entries_[i].pair != pair && entries_[i].merge != kNoMerge) i = (i + 1) & mask_;
     return entries_[i].merge;
   }
@@ -87,8 +89,9 @@ class MergeTable {
   struct Entry {
     uint64_t pair, merge;
   };
-  size_t hash(uint64_t pair) const { return (pair * 0x9E3779B97F4A7C15u) >> shift_; }
+  static uint64_t hash(uint64_t pair) { return pair * 0x9E3779B97F4A7C15u; }
   std::vector<Entry> entries_;
+  std::vector<uint64_t> filter_;  // eight bits an entry, by the upper bits of the hash: most pairs do not merge
   size_t mask_;
   int shift_;
 };

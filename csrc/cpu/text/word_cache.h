@@ -1,6 +1,7 @@
 // What words encoded to, in three tables by the size of the word and the number of its ids. All of them start small,
 // double as they fill, and are emptied together when one has reached its bound.
 #pragma once
+#include <sys/mman.h>
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -18,6 +19,7 @@ namespace cs336::text {
 constexpr uint32_t kNoId = UINT32_MAX;
 constexpr uint32_t kMaxId = (1 << 24) - 1;
 constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = 2 << 20;
 
 // The lines of a table, for an offset in bytes.
 struct Lines {
@@ -71,8 +73,10 @@ class LineTable {
 
   size_t size() const { return mask_ + 1; }
   void allocate(size_t size) {
-    void* memory = std::aligned_alloc(kCacheLine, size * sizeof(Entry));
+    const size_t bytes = size * sizeof(Entry);
+    void* memory = std::aligned_alloc(std::min(bytes, kHugePage), bytes);
     if (memory == nullptr) throw std::bad_alloc();
+    if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
     entries_ = Entries(static_cast<Entry*>(memory));
     mask_ = size - 1;
     clear();
