@@ -157,11 +157,12 @@ class Tokenizer:
         A special token in the text becomes its id if allowed ("all", or a set of them), raises ValueError if
         disallowed ("all" means all that are not allowed), and is ordinary text otherwise.
         """
-        return self._core.encode(text, self._get_policy(allowed_special, disallowed_special), _num_threads(num_threads))
+        policy = self._get_policy(allowed_special, disallowed_special)
+        return self._core.encode_batch([text], policy, _num_threads(num_threads))[0]
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
-        return self._core.encode(text, self._ordinary, _num_threads(num_threads))
+        return self._core.encode_batch([text], self._ordinary, _num_threads(num_threads))[0]
 
     def encode_batch(
         self,

@@ -138,14 +138,15 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
                  Splitter splitter)
     : tokens_(tokens),
       byte_ids_(byte_ids),
-      merges_(any_split ? all_splits(tokens, special_ids) : merges),
+      merges_(any_split ? merges = all_splits(tokens, special_ids) : merges),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)) {
   byte_merges_.assign(1 << 16, kNoMerge);
-  for (size_t i = 0; i < byte_merges_.size(); ++i) {
-    const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
-    if (left != kNoId && right != kNoId) byte_merges_[i] = merges_.find(left, right);
+  for (const Merge& m : merges) {
+    const std::string_view left = tokens_[m.left], right = tokens_[m.right];
+    if (left.size() != 1 || right.size() != 1) continue;
+    byte_merges_[static_cast<uint8_t>(left[0]) << 8 | static_cast<uint8_t>(right[0])] = merges_.find(m.left, m.right);
   }
   collect_whole_words(tokens.size(), any_split);
 }
@@ -349,37 +350,48 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
 
 void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const {
   const Lease cache(*this);
-  for (const Segment& s : std::span(segments, count)) {
-    if (s.special != kNotFound) {
-      out.push(special_ids_[s.special]);
-    } else {
-      encode_ordinary(*cache, text.substr(s.begin, s.end - s.begin), out);
-    }
+  for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
+}
+
+void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const {
+  if (segment.special != kNotFound) {
+    out.push(special_ids_[segment.special]);
+  } else {
+    encode_ordinary(cache, text.substr(segment.begin, segment.end - segment.begin), out);
   }
 }
 
-void Encoder::encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads) const {
+std::vector<Ids> Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed,
+                                       size_t num_threads, size_t* counts) const {
+  // Neighbouring segments, of whichever texts, go together into parts of about one size.
   std::vector<Segment> segments;
-  if (num_threads <= 1 || text.size() < 2 * kPartSize) {
-    cut(text, true, kNotFound, splitter_, specials_, allowed, segments);
-    encode_segments(text, segments.data(), segments.size(), out);
-    return;
-  }
-  cut(text, true, kPartSize, splitter_, specials_, allowed, segments);
-  // Neighbouring segments go together into parts of about one size.
-  std::vector<size_t> starts{0};
-  for (size_t i = 0, bytes = 0; i < segments.size(); ++i) {
-    bytes += segments[i].end - segments[i].begin;
-    if (bytes >= kPartSize || i + 1 == segments.size()) {
-      starts.push_back(i + 1);
+  std::vector<size_t> text_of, parts{0};
+  size_t bytes = 0;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    cut(texts[i], true, num_threads > 1 ? kPartSize : kNotFound, splitter_, specials_, allowed, segments);
+    for (size_t k = text_of.size(); k < segments.size(); ++k) {
+      text_of.push_back(i);
+      bytes += segments[k].end - segments[k].begin;
+      if (num_threads == 1 || bytes < kPartSize) continue;
+      parts.push_back(k + 1);
       bytes = 0;
     }
   }
-  std::vector<Ids> parts(starts.size() - 1);
-  parallel_for(parts.size(), num_threads, [&](size_t i, size_t) {
-    encode_segments(text, &segments[starts[i]], starts[i + 1] - starts[i], parts[i]);
+  if (parts.back() < segments.size()) parts.push_back(segments.size());
+
+  std::vector<Ids> ids(parts.size() - 1);
+  std::vector<size_t> segment_counts(segments.size());
+  parallel_for(ids.size(), num_threads, [&](size_t part, size_t) {
+    const Lease cache(*this);
+    for (size_t k = parts[part]; k < parts[part + 1]; ++k) {
+      const size_t before = ids[part].size();
+      encode_segment(*cache, texts[text_of[k]], segments[k], ids[part]);
+      segment_counts[k] = ids[part].size() - before;
+    }
   });
-  for (const Ids& part : parts) out.append(part.data(), part.size());
+  std::fill_n(counts, texts.size(), 0);
+  for (size_t k = 0; k < segments.size(); ++k) counts[text_of[k]] += segment_counts[k];
+  return ids;
 }
 
 void Encoder::refuse(const std::string& id) const {

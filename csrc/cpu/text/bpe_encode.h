@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -107,10 +108,12 @@ class Encoder {
           std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
-  // Appends the ids of text, the special tokens of `allowed` as such and everything else as ordinary text.
-  // Throws std::invalid_argument for a byte that has no token.
-  void encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads = 1) const;
-  // The same for text already cut.
+  // The ids of all texts one after the other, in a few parts: the special tokens of `allowed` as such and everything
+  // else as ordinary text. Writes how many ids each text has to `counts`. The parts do not depend on where a text ends,
+  // so a long one keeps all threads busy too. Throws std::invalid_argument for a byte that has no token.
+  std::vector<Ids> encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t num_threads,
+                                size_t* counts) const;
+  // Appends the ids of text already cut.
   void encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const;
   // The ids of one piece, by merges of a rank lower than `below` alone. Returns how many; out has room for
   // piece.size().
@@ -130,6 +133,7 @@ class Encoder {
 
  private:
   class Lease;
+  void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const;
   void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
   struct Lookup {  // of one piece
     uint64_t lo, hi, hash;
