@@ -23,7 +23,7 @@ STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 class Tokenizer:
     """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
 
-    Each thread of a call uses a cache of at most 5.1 MB, which is kept for later calls.
+    Each thread of a call uses a cache of at most 15 MB, which is kept for later calls.
 
     Args:
         vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.
@@ -138,10 +138,50 @@ class Tokenizer:
         """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
         return cls(formats.read_tiktoken(ranks), None, special_tokens, pattern)
 
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike, without_normalizer: bool = False) -> "Tokenizer":
+        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens.
+
+        Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
+        a normalizer unless `without_normalizer`. A post-processor, which adds tokens around a text, is left out.
+        """
+        parts, whole_pieces = formats.read_huggingface(path, without_normalizer)
+        with formats.reading(path):
+            tokenizer = cls(*parts)
+            if not whole_pieces:
+                return tokenizer
+            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern)
+            if ranked.merges != tokenizer.merges:
+                raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
+            return ranked
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
         parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
         formats.write_json(path, parts, self.merges, self.fingerprint)
+
+    def to_gpt2(self, vocab_json: str | os.PathLike, merges_txt: str | os.PathLike) -> None:
+        """Write GPT-2's two files, which do not tell the pattern.
+
+        Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
+        """
+        merges = self.merges
+        if self._listed_merges is None and len(merges) < sum(
+            len(token) > 1 for token in self._ordinary_tokens().values()
+        ):
+            raise ValueError("some tokens are made by no merge of two others: vocab.json and merges.txt cannot tell")
+        formats.write_gpt2(vocab_json, merges_txt, Parts(self._vocab, merges, self._specials, self._pattern))
+
+    def to_tiktoken(self, path: str | os.PathLike) -> None:
+        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens.
+
+        Raises ValueError if the merges are not those that the ids give as ranks.
+        """
+        if self._listed_merges is not None:
+            ranked = Tokenizer(self._vocab, None, self._specials, self._pattern)
+            if ranked.merges != self._listed_merges:
+                raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
+        formats.write_tiktoken(path, self._ordinary_tokens())
 
     # ---- encoding ----
 
@@ -227,6 +267,19 @@ class Tokenizer:
         if text := decoder.decode(b"", True):
             yield text
 
+    def decode_with_offsets(self, ids: Iterable[int]) -> tuple[str, list[int]]:
+        """The text of ids, and for each the character of the text that its first byte belongs to.
+
+        Raises ValueError for an unknown id and, since its characters could not be counted, for text that is not UTF-8.
+        """
+        tokens = [self._core.decode((i,)) for i in ids]
+        text = b"".join(tokens).decode("utf-8")
+        offsets, begun = [], 0
+        for token in tokens:
+            offsets.append(begun - (token[:1] >= b"\x80" and token[:1] < b"\xc0"))
+            begun += sum(byte & 0xC0 != 0x80 for byte in token)
+        return text, offsets
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id. Raises ValueError if it is not in the vocabulary."""
         return self._core.decode((id,))
@@ -248,13 +301,14 @@ class Tokenizer:
         """The merges in order; a copy. Where ids are ranks, the last merge of each token that merges lead to."""
         return list(self._found_merges if self._listed_merges is None else self._listed_merges)
 
+    def _ordinary_tokens(self) -> dict[int, bytes]:
+        special_ids = set(self._specials.values())
+        return {i: token for i, token in self._vocab.items() if i not in special_ids}
+
     @cached_property
     def _found_merges(self) -> list[tuple[bytes, bytes]]:
-        special_ids = set(self._specials.values())
         halves = (
-            self._core.merge_piece(token, i)
-            for i, token in sorted(self._vocab.items())
-            if i not in special_ids and len(token) > 1
+            self._core.merge_piece(token, i) for i, token in sorted(self._ordinary_tokens().items()) if len(token) > 1
         )
         return [(self._vocab[pair[0]], self._vocab[pair[1]]) for pair in halves if len(pair) == 2]
 

@@ -304,6 +304,21 @@ def test_decode_is_that_of_python(tokenizer, ids):
     assert "".join(tokenizer.decode_stream(ids)) == data.decode("utf-8", "replace")
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+def test_offsets_are_those_of_characters(tokenizer, text):
+    ids = tokenizer.encode_ordinary(text)
+    decoded, offsets = tokenizer.decode_with_offsets(ids)
+    assert decoded == text
+    begin = 0
+    for i, offset in zip(ids, offsets, strict=True):
+        first = text.encode()[: begin + 1].decode("utf-8", "replace")  # up to the first byte of the token
+        assert offset == len(first) - 1
+        begin += len(tokenizer.token_bytes(i))
+    with pytest.raises(ValueError, match="utf-8"):
+        tokenizer.decode_with_offsets([0xFF])
+
+
 # ---- threads and processes ----
 
 
