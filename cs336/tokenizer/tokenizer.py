@@ -14,10 +14,12 @@ from cs336.tokenizer import formats
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.patterns import canonical, for_core
 from cs336.tokenizer.training import Source, train
+from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
 
 Specials = Literal["all"] | Iterable[str]
 MAX_ID = (1 << 24) - 1
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
+FILE_STEP = 8 << 20  # and encode_to_file
 
 
 class Tokenizer:
@@ -248,6 +250,29 @@ class Tokenizer:
             yield from stream.feed(chunk, False)
         yield from stream.feed(held, True)
 
+    def encode_to_file(
+        self,
+        documents: Iterable[str | bytes],
+        directory: str | os.PathLike,
+        eot_token: str = "<|endoftext|>",
+        num_threads: int | None = None,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> TokenMeta:
+        """Encode documents, each followed by eot_token, into a directory of token shards (cs336/utils/shards.py).
+
+        In a document special tokens are ordinary text. Holds some 8 MB of text, or the longest document. Returns what
+        meta.json says. Raises ValueError if eot_token is not one of the special tokens.
+        """
+        if eot_token not in self._specials:
+            raise ValueError(
+                f"{eot_token!r} is not a special token of this tokenizer, which has {list(self._specials)}"
+            )
+        size = {"vocab_size": self.vocab_size, "eot_id": self._specials[eot_token], "shard_tokens": shard_tokens}
+        with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
+            for batch, num_bytes in _batches(documents):
+                writer.write_documents(*self.encode_batch_numpy(batch, num_threads, disallowed_special=()), num_bytes)
+        return writer.meta
+
     # ---- decoding ----
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -373,6 +398,20 @@ class Tokenizer:
             for text, ok in zip(self._specials, is_allowed, strict=True)
         ]
         return _text.Policy(is_allowed, is_disallowed)
+
+
+def _batches(documents: Iterable[str | bytes]) -> Iterator[tuple[list[str | bytes], int]]:
+    """Documents by FILE_STEP bytes of UTF-8 or a little more, and those bytes."""
+    batch: list[str | bytes] = []
+    num_bytes = 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += len(document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document)
+        if num_bytes >= FILE_STEP:
+            yield batch, num_bytes
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch, num_bytes
 
 
 def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:
