@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstdio>
 #include <queue>
-#include <set>
 #include <span>
 #include <stdexcept>
 
@@ -20,24 +19,25 @@ using Tokens = std::vector<std::pair<uint32_t, std::string>>;
 
 // Every way to make an ordinary token of two others.
 std::vector<Merge> all_splits(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
-  std::unordered_map<std::string_view, uint32_t> id_of;
-  std::set<size_t> sizes;
+  TokenIndex index(tokens.size());
+  size_t longest = 0;
   for (const auto& [id, bytes] : tokens) {
     if (std::find(special_ids.begin(), special_ids.end(), id) != special_ids.end()) continue;
-    id_of.emplace(bytes, id);
-    sizes.insert(bytes.size());
+    index.add(bytes, id);
+    longest = std::max(longest, bytes.size());
   }
+  std::vector<bool> has_size(longest + 1);
+  index.for_each([&](std::string_view bytes, uint32_t) { has_size[bytes.size()] = true; });
   std::vector<Merge> merges;
-  for (const auto& [bytes, id] : id_of) {
-    for (const size_t size : sizes) {
-      if (size >= bytes.size()) break;
-      if (!sizes.contains(bytes.size() - size)) continue;
-      const auto left = id_of.find(bytes.substr(0, size));
-      if (left == id_of.end()) continue;
-      const auto right = id_of.find(bytes.substr(size));
-      if (right != id_of.end()) merges.push_back({left->second, right->second, id, id});
+  index.for_each([&](std::string_view bytes, uint32_t id) {
+    for (size_t size = 1; size < bytes.size(); ++size) {
+      if (!has_size[size] || !has_size[bytes.size() - size]) continue;
+      const uint32_t left = index.find(bytes.substr(0, size));
+      if (left == kNoId) continue;
+      const uint32_t right = index.find(bytes.substr(size));
+      if (right != kNoId) merges.push_back({left, right, id, id});
     }
-  }
+  });
   return merges;
 }
 
@@ -85,6 +85,21 @@ TokenBytes::TokenBytes(const Tokens& tokens) {
   for (size_t i = 1; i < offsets_.size(); ++i) offsets_[i] += offsets_[i - 1];
   bytes_.resize(offsets_.back() + kPadding);
   for (const auto& [id, bytes] : tokens) std::copy(bytes.begin(), bytes.end(), bytes_.begin() + offsets_[id]);
+}
+
+void TokenIndex::add(std::string_view bytes, uint32_t id) {
+  const uint64_t hash = hash_bytes(bytes);
+  size_t i = hash & (slots_.size() - 1);
+  while (slots_[i].id != kNoId) i = (i + 1) & (slots_.size() - 1);
+  slots_[i] = {bytes, id, static_cast<uint32_t>(hash >> 32)};
+}
+
+uint32_t TokenIndex::find(std::string_view bytes) const {
+  const uint64_t hash = hash_bytes(bytes);
+  for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
+    const Slot& slot = slots_[i];
+    if (slot.id == kNoId || (slot.check == hash >> 32 && slot.bytes == bytes)) return slot.id;
+  }
 }
 
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
@@ -138,10 +153,12 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
                  Splitter splitter)
     : tokens_(tokens),
       byte_ids_(byte_ids),
-      merges_(any_split ? merges = all_splits(tokens, special_ids) : merges),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
-      splitter_(std::move(splitter)) {
+      splitter_(std::move(splitter)),
+      long_words_(tokens.size()) {
+  if (any_split) merges = all_splits(tokens, special_ids);
+  merges_ = MergeTable(merges);
   byte_merges_.assign(1 << 16, kNoMerge);
   for (const Merge& m : merges) {
     const std::string_view left = tokens_[m.left], right = tokens_[m.right];
@@ -170,7 +187,7 @@ void Encoder::collect_whole_words(size_t num_tokens, bool any_split) {
       if (!has_bytes(bytes) || merge_piece(bytes, kNoId, ids.data()) != 1 || ids[0] != id) continue;
     }
     if (bytes.size() > kMaxShort) {
-      long_words_.emplace(bytes, id);
+      long_words_.add(bytes, id);
       continue;
     }
     const ShortWord word = pack_word(bytes.data(), bytes.size(), bytes.data() + bytes.size());
@@ -206,8 +223,8 @@ size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* ou
                               : merge_many(bytes, piece.size(), below, out);
 }
 
-// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token and
-// the next, then its place: the smallest is the merge to do, the leftmost of equals.
+// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token
+// and the next, then its place: the smallest is the merge to do, the leftmost of equals.
 size_t Encoder::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
   constexpr int32_t kNone = INT32_MAX;
   constexpr int kPlaceBits = 6;
@@ -300,8 +317,7 @@ size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Loo
   if (is_short) {
     out[0] = whole_word(lookup.word(), lookup.hash);
   } else {
-    const auto whole = long_words_.find(piece);
-    out[0] = whole != long_words_.end() ? whole->second : kNoId;
+    out[0] = long_words_.find(piece);
   }
   if (out[0] == kNoId) count = merge_piece(piece, kNoId, out);
   if (is_short) {
@@ -341,7 +357,8 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
       } else if (size <= kMaxShort) {
         found = WordCache::find_short(lookup.line, lookup.word(), next);
       }
-      if (found == 0) [[unlikely]] found = encode_piece(cache, text.substr(begin, size), lookup, next);
+      if (found == 0) [[unlikely]]
+        found = encode_piece(cache, text.substr(begin, size), lookup, next);
       next += found;
     }
     out.advance(static_cast<size_t>(next - first));

@@ -2,13 +2,13 @@
 #pragma once
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "cpu/text/pretokenize.h"
@@ -62,6 +62,28 @@ class TokenBytes {
  private:
   std::string bytes_;
   std::vector<size_t> offsets_;
+};
+
+// Bytes -> id. The bytes are not kept; they must differ.
+class TokenIndex {
+ public:
+  explicit TokenIndex(size_t capacity) : slots_(std::bit_ceil(2 * capacity + 1), {{}, kNoId, 0}) {}
+  void add(std::string_view bytes, uint32_t id);
+  // kNoId if there is none.
+  uint32_t find(std::string_view bytes) const;
+  template <class Visit>
+  void for_each(Visit&& visit) const {
+    for (const Slot& slot : slots_) {
+      if (slot.id != kNoId) visit(slot.bytes, slot.id);
+    }
+  }
+
+ private:
+  struct Slot {
+    std::string_view bytes;
+    uint32_t id, check;  // of the hash
+  };
+  std::vector<Slot> slots_;
 };
 
 struct Merge {
@@ -149,7 +171,7 @@ class Encoder {
 
   TokenBytes tokens_;
   std::array<uint32_t, 256> byte_ids_;
-  MergeTable merges_;
+  MergeTable merges_{{}};
   std::vector<uint64_t> byte_merges_;  // the merge of each two bytes, left * 256 + right
   SpecialTokens specials_;
   std::vector<uint32_t> special_ids_;
@@ -162,7 +184,7 @@ class Encoder {
   };
   std::vector<WholeWord> short_words_;
   size_t short_mask_ = 0;
-  std::unordered_map<std::string_view, uint32_t> long_words_;
+  TokenIndex long_words_;
 
   // Caches at rest; a call takes one out and puts it back, without a lock.
   mutable std::array<std::atomic<WordCache*>, 256> caches_{};

@@ -74,7 +74,7 @@ class Block {
   uint64_t starts(Gpt2) {
     const uint64_t white = is_.white;
     uint64_t starts = run_starts(letters()) | run_starts(is_.number) | run_starts(symbols());
-    starts &= ~(is_.space << 1);                    // a space goes with what follows it
+    starts &= ~(is_.space << 1);                            // a space goes with what follows it
     starts |= run_starts(white) | (white & ~(white >> 1));  // the last of a run is a piece, or that space
     for (uint64_t left = is_.apostrophe & starts; left != 0; left &= left - 1) {
       const int i = std::countr_zero(left);

@@ -170,8 +170,8 @@ class WordCache {
     store_.resize(offset + units(word.size()));
     std::memcpy(&store_[offset], word.data(), word.size());
     store_.insert(store_.end(), ids, ids + count);
-    long_.insert({hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(word.size()),
-                  static_cast<uint16_t>(count)});
+    long_.insert(
+        {hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(word.size()), static_cast<uint16_t>(count)});
   }
 
  private:
