@@ -25,7 +25,7 @@ FILE_STEP = 8 << 20  # and encode_to_file
 class Tokenizer:
     """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
 
-    Each thread of a call uses a cache of at most 15 MB, which is kept for later calls.
+    Each thread of a call uses a cache of at most 22 MB, which is kept for later calls.
 
     Args:
         vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.

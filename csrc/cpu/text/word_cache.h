@@ -200,7 +200,7 @@ class WordCache {
   };
 
   static constexpr size_t units(size_t bytes) { return (bytes + 3) / 4; }
-  static constexpr size_t kStoreUnits = (2 << 20) / sizeof(uint32_t);
+  static constexpr size_t kStoreUnits = (8 << 20) / sizeof(uint32_t);
   // lo and hi lie in the order of the bytes.
   static std::string_view bytes_of(const ShortWord& word) {
     return {reinterpret_cast<const char*>(&word), static_cast<size_t>(word.hi >> 56)};
@@ -208,8 +208,8 @@ class WordCache {
 
   LineTable<Tiny> tiny_{256, 1 << 16};    // at most 4 MB
   LineTable<Short> short_{256, 1 << 17};  // at most 8 MB
-  LineTable<Long> long_{256, 1 << 14};    // at most 1 MB
-  std::vector<uint32_t> store_;           // at most 2 MB
+  LineTable<Long> long_{256, 1 << 15};    // at most 2 MB
+  std::vector<uint32_t> store_;           // at most 8 MB
   std::array<Lines, 3> lines_{};
 };
 
