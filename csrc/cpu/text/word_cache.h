@@ -76,7 +76,9 @@ class LineTable {
     const size_t bytes = size * sizeof(Entry);
     void* memory = std::aligned_alloc(std::min(bytes, kHugePage), bytes);
     if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
     if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
     entries_ = Entries(static_cast<Entry*>(memory));
     mask_ = size - 1;
     clear();
