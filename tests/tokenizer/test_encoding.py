@@ -180,6 +180,12 @@ def test_ordinary_text_never_becomes_special():
     assert tokenizer.encode("abca", allowed_special="all") == [258, 259]
 
 
+def test_ranks_never_merge_to_a_special_token():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, None, ["ab"])
+    assert tokenizer.encode_ordinary("ab") == [97, 98]
+    assert tokenizer.encode("ab", allowed_special="all") == [256]
+
+
 # ---- odd input ----
 
 

@@ -157,7 +157,7 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)),
       long_words_(tokens.size()) {
-  if (any_split) merges = all_splits(tokens, special_ids);
+  if (any_split) merges = all_splits(tokens, special_ids_);
   merges_ = MergeTable(merges);
   byte_merges_.assign(1 << 16, kNoMerge);
   for (const Merge& m : merges) {
