@@ -311,7 +311,7 @@ def _blocks(inputs: tuple[Path, ...]) -> Iterator[bytes]:
 
 def _ids(inputs: tuple[Path, ...]) -> Iterator[list[int]]:
     if any(path.suffix == ".bin" for path in inputs):
-        from cs336.data.shards import open_tokens
+        from cs336.utils.shards import open_tokens
 
         for shard in open_tokens(inputs)[0]:
             yield from (shard[i : i + (1 << 16)].tolist() for i in range(0, len(shard), 1 << 16))

@@ -84,17 +84,42 @@ Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
   });
 }
 
-template <class Id>
-py::tuple concatenate(const std::vector<Ids>& parts) {
-  py::array_t<int64_t> offsets(parts.size() + 1);
-  int64_t* offset = offsets.mutable_data();
-  offset[0] = 0;
-  for (size_t i = 0; i < parts.size(); ++i) offset[i + 1] = offset[i] + static_cast<int64_t>(parts[i].size());
-  py::array_t<Id> ids(offset[parts.size()]);
-  Id* out = ids.mutable_data();
-  for (const Ids& part : parts) out = std::copy_n(part.data(), part.size(), out);
-  return py::make_tuple(ids, offsets);
-}
+// The ids of many texts, one after the other.
+struct Encoded {
+  std::vector<Ids> parts;
+  std::vector<size_t> counts;  // of each text
+
+  template <class Id>
+  py::array_t<Id> ids() {
+    if constexpr (std::is_same_v<Id, uint32_t>) {
+      if (parts.size() == 1) {  // hand its memory over
+        auto owned = std::make_unique<Ids>(std::move(parts[0]));
+        const Ids& all = *owned;
+        const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Ids*>(p); });
+        owned.release();
+        return py::array_t<uint32_t>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
+      }
+    }
+    size_t size = 0;
+    for (const Ids& part : parts) size += part.size();
+    py::array_t<Id> array(static_cast<py::ssize_t>(size));
+    Id* out = array.mutable_data();
+    for (Ids& part : parts) {
+      out = std::copy_n(part.data(), part.size(), out);
+      part = Ids();
+    }
+    return array;
+  }
+
+  // Where each text begins and the last ends.
+  py::array_t<int64_t> offsets() const {
+    py::array_t<int64_t> offsets(static_cast<py::ssize_t>(counts.size() + 1));
+    int64_t* offset = offsets.mutable_data();
+    offset[0] = 0;
+    for (size_t i = 0; i < counts.size(); ++i) offset[i + 1] = offset[i] + static_cast<int64_t>(counts[i]);
+    return offsets;
+  }
+};
 
 class PyEncoder {
  public:
@@ -123,27 +148,26 @@ class PyEncoder {
 
   const Encoder& core() const { return *core_; }
 
-  py::list encode(py::handle object, const Policy& policy, size_t num_threads) {
-    const Text text(object);
-    Ids ids;
-    {
-      const py::gil_scoped_release release;
-      policy.check(core_->specials(), text.view);
-      core_->encode(text.view, policy.allowed, ids, num_threads);
-    }
-    return to_list(ids);
-  }
-
   py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) {
-    const std::vector<Ids> ids = encode_texts(texts_of(objects), policy, num_threads);
-    py::list result(ids.size());
-    for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(result.ptr(), i, to_list(ids[i]).release().ptr());
+    const Encoded encoded = encode_texts(objects, policy, num_threads);
+    py::list result(encoded.counts.size());
+    size_t part = 0, at = 0;
+    for (size_t i = 0; i < encoded.counts.size(); ++i) {
+      py::list list(encoded.counts[i]);
+      for (size_t k = 0; k < encoded.counts[i]; ++k, ++at) {
+        while (at == encoded.parts[part].size()) ++part, at = 0;
+        PyList_SET_ITEM(list.ptr(), k, to_int(encoded.parts[part].data()[at]));
+      }
+      PyList_SET_ITEM(result.ptr(), i, list.release().ptr());
+    }
     return result;
   }
 
   py::tuple encode_batch_numpy(const py::list& objects, const Policy& policy, size_t num_threads) const {
-    const std::vector<Ids> ids = encode_texts(texts_of(objects), policy, num_threads);
-    return core_->tokens().size() <= 1 << 16 ? concatenate<uint16_t>(ids) : concatenate<uint32_t>(ids);
+    Encoded encoded = encode_texts(objects, policy, num_threads);
+    const py::array_t<int64_t> offsets = encoded.offsets();
+    if (core_->tokens().size() <= 1 << 16) return py::make_tuple(encoded.ids<uint16_t>(), offsets);
+    return py::make_tuple(encoded.ids<uint32_t>(), offsets);
   }
 
   py::bytes decode(const py::object& object) const {
@@ -164,33 +188,30 @@ class PyEncoder {
     return ids;
   }
 
-  // One Python int an id, made when it is first needed: most of the time of a list is in making ints.
   py::list to_list(const Ids& ids) {
     py::list list(ids.size());
-    for (size_t i = 0; i < ids.size(); ++i) {
-      py::object& made = ints_[ids.data()[i]];
-      if (!made) made = py::int_(ids.data()[i]);
-      PyList_SET_ITEM(list.ptr(), i, made.inc_ref().ptr());
-    }
+    for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), i, to_int(ids.data()[i]));
     return list;
   }
 
  private:
-  std::vector<Ids> encode_texts(const std::vector<Text>& texts, const Policy& policy, size_t num_threads) const {
+  // A new reference to the one Python int of an id: most of the time of a list would go into making ints.
+  PyObject* to_int(uint32_t id) {
+    py::object& made = ints_[id];
+    if (!made) made = py::int_(id);
+    return made.inc_ref().ptr();
+  }
+
+  Encoded encode_texts(const py::list& objects, const Policy& policy, size_t num_threads) const {
+    const std::vector<Text> texts(objects.begin(), objects.end());
+    std::vector<std::string_view> views;
+    for (const Text& text : texts) views.push_back(text.view);
     const py::gil_scoped_release release;
-    std::vector<Ids> ids(texts.size());
-    if (texts.size() < num_threads) {  // a few long ones
-      for (size_t i = 0; i < texts.size(); ++i) {
-        policy.check(core_->specials(), texts[i].view);
-        core_->encode(texts[i].view, policy.allowed, ids[i], num_threads);
-      }
-      return ids;
-    }
-    parallel_for(texts.size(), num_threads, [&](size_t i, size_t) {
-      policy.check(core_->specials(), texts[i].view);
-      core_->encode(texts[i].view, policy.allowed, ids[i]);
-    });
-    return ids;
+    for (const std::string_view view : views) policy.check(core_->specials(), view);
+    Encoded encoded;
+    encoded.counts.resize(views.size());
+    encoded.parts = core_->encode_batch(views, policy.allowed, num_threads, encoded.counts.data());
+    return encoded;
   }
 
   // From an array of integers, or any iterable of what is an integer to Python.
@@ -306,7 +327,6 @@ PYBIND11_MODULE(_text, m) {
                     const std::variant<std::string, py::function>&>(),
            py::arg("tokens"), py::arg("merges"), py::arg("any_split"), py::arg("byte_ids"), py::arg("specials"),
            py::arg("pattern"))
-      .def("encode", &PyEncoder::encode, py::arg("text"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
            py::arg("num_threads"))

@@ -5,11 +5,11 @@ from cs336.data.corpus import select as select
 from cs336.data.dataset import TokenDataset as TokenDataset
 from cs336.data.dataset import get_batch as get_batch
 from cs336.data.loader import TokenLoader as TokenLoader
-from cs336.data.shards import ShardWriter as ShardWriter
-from cs336.data.shards import TokenMeta as TokenMeta
-from cs336.data.shards import read_meta as read_meta
-from cs336.data.shards import read_shard as read_shard
-from cs336.data.shards import write_shard as write_shard
 from cs336.data.sources import read_documents as read_documents
 from cs336.data.tokenize import tokenize_corpus as tokenize_corpus
 from cs336.data.tokenize import tokenize_documents as tokenize_documents
+from cs336.utils.shards import ShardWriter as ShardWriter
+from cs336.utils.shards import TokenMeta as TokenMeta
+from cs336.utils.shards import read_meta as read_meta
+from cs336.utils.shards import read_shard as read_shard
+from cs336.utils.shards import write_shard as write_shard

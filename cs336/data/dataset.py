@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cs336.data.shards import TokenMeta, open_tokens
 from cs336.utils.files import Paths
+from cs336.utils.shards import TokenMeta, open_tokens
 
 
 class TokenDataset(torch.utils.data.Dataset):
     """The windows of a directory of shards, a .bin file, or a list of either.
 
     Args:
-        paths: see cs336.data.shards.open_tokens.
+        paths: see cs336.utils.shards.open_tokens.
         context_length: T.
         vocab_size: rows of the embedding that will read the tokens.
         tokenizer: fingerprint of the tokenizer in use.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cs336.data.corpus import in_validation
-from cs336.data.shards import SHARD_TOKENS, ShardWriter, TokenMeta
+from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
 from cs336.utils.special_tokens import END_OF_TEXT
 
 BATCH_CHARS = 8 << 20  # enough work for every thread, little enough memory
@@ -100,8 +100,7 @@ def _write(writer: ShardWriter, tokenizer: Encoder, texts: list[str]) -> None:
     if not texts:
         return
     ids, offsets = tokenizer.encode_batch_numpy(texts, disallowed_special=())  # in a document it is text
-    ids = np.insert(ids, offsets[1:], writer.meta.eot_id)
-    writer.write(ids, documents=len(texts), text_bytes=sum(len(t.encode()) for t in texts))
+    writer.write_documents(ids, offsets, sum(len(t.encode()) for t in texts))
 
 
 def _batches(documents: Iterable[str], progress: bool) -> Iterator[list[str]]:

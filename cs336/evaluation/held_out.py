@@ -16,9 +16,9 @@ import torch
 
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
-from cs336.data.shards import open_tokens
 from cs336.models import Transformer
 from cs336.utils.files import Paths
+from cs336.utils.shards import open_tokens
 
 CHUNK = 1 << 20  # tokens counted at once
 

@@ -14,6 +14,7 @@ import binascii
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,19 +119,92 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
             raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads format {FORMAT}")
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
         specials = {text: added[text] for text in section["special_tokens"]}
-        vocab = {i: text.encode() for text, i in specials.items()}
-        for token, i in model["vocab"].items():
-            if specials.get(token) == i:
-                continue
-            if i in vocab:
-                raise ValueError(f"id {i} is given to two tokens")
-            vocab[i] = unspell(token)
+        vocab = _vocab_of(model["vocab"], specials)
         merges = None
         if section["merges"] == "listed":
             merges = [(unspell(left), unspell(right)) for left, right in model["merges"]]
         elif section["merges"] != "ranks":
             raise ValueError(f'model.cs336.merges is {section["merges"]!r}, expected "listed" or "ranks"')
         return Parts(vocab, merges, specials, section["pattern"]), section["fingerprint"]
+
+
+def _vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
+    """id -> bytes of a vocabulary in GPT-2's alphabet, which may list the special tokens too, as they are."""
+    vocab = {i: text.encode() for text, i in specials.items()}
+    for token, i in ids.items():
+        if specials.get(token) == i:
+            continue
+        if i in vocab:
+            raise ValueError(f"id {i} is given to two tokens")
+        vocab[i] = unspell(token)
+    return vocab
+
+
+def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple[Parts, bool]:
+    """The parts of any tokenizer.json of byte-level BPE, and whether a piece that is a token is that token.
+
+    Raises ValueError for all that would make ids differ.
+    """
+    document = _load_json(path)
+    with reading(path):
+        model, normalizer = document["model"], document.get("normalizer")
+        if model.get("type", "BPE") != "BPE":
+            raise ValueError(f"its model is {model['type']!r}, expected 'BPE'")
+        for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if model.get(option):
+                raise ValueError(f"its model has {option} = {model[option]!r}, which byte-level BPE does not have")
+        if normalizer is not None and not without_normalizer:
+            raise ValueError(
+                f"it changes text before it encodes it, by the normalizer {json.dumps(normalizer)[:200]}, and this "
+                "tokenizer never does: do that yourself and pass without_normalizer=True"
+            )
+        specials = {}
+        for token in document.get("added_tokens") or []:
+            if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
+                raise ValueError(f"the added token {token['content']!r} takes white space or word ends into account")
+            specials[token["content"]] = token["id"]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        pairs = [(unspell(left), unspell(right)) for left, right in merges]
+        parts = Parts(_vocab_of(model["vocab"], specials), pairs, specials, _pattern_of(document["pre_tokenizer"]))
+        return parts, bool(model.get("ignore_merges"))
+
+
+def _pattern_of(pre_tokenizer: dict[str, Any]) -> str:
+    """ByteLevel alone has GPT-2's pattern; else it comes after one Split by an expression."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *splits, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True) or len(splits) > 1:
+        raise ValueError("its pre_tokenizer is not a Split and ByteLevel without add_prefix_space, or the latter alone")
+    if last.get("use_regex", True) != (not splits):
+        raise ValueError("its pre_tokenizer must split by one expression, not by two or none")
+    if not splits:
+        return "gpt2"
+    if splits[0]["type"] != "Split" or splits[0]["behavior"] != "Isolated" or splits[0]["invert"]:
+        raise ValueError(f"its pre_tokenizer splits in another way: {json.dumps(splits[0])[:200]}")
+    expression = splits[0]["pattern"]["Regex"]
+    if re.search(r"\$|[\d,]\}\+", expression):
+        raise ValueError(f"the engine of Hugging Face reads $ and {{n}}+ in another way than ours: {expression!r}")
+    return expression
+
+
+def write_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, parts: Parts) -> None:
+    """Write GPT-2's two files. Raises ValueError for a special token that is spelled as another token."""
+    special_ids = set(parts.special_tokens.values())
+    ids = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
+    if clash := ids.keys() & parts.special_tokens.keys():
+        raise ValueError(f"vocab.json cannot hold both a special and an ordinary token {clash.pop()!r}")
+    assert parts.merges is not None
+    with replacing(vocab_json) as file:
+        json.dump(ids | parts.special_tokens, file, ensure_ascii=False)
+    with replacing(merges_txt) as file:
+        file.write("#version: 0.2\n")
+        file.writelines(f"{spell(left)} {spell(right)}\n" for left, right in parts.merges)
+
+
+def write_tiktoken(path: str | os.PathLike, ranks: dict[int, bytes]) -> None:
+    """Write tiktoken's ranks, in order."""
+    with replacing(path) as file:
+        file.writelines(f"{base64.b64encode(token).decode()} {i}\n" for i, token in sorted(ranks.items()))
 
 
 def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, special_tokens: list[str] | None) -> Parts:
@@ -141,11 +215,8 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
             raise ValueError("it is not an object of tokens and ids")
         if special_tokens is None:
             special_tokens = ["<|endoftext|>"] if "<|endoftext|>" in ids else []
-        vocab: dict[int, bytes] = {}
-        for token, i in ids.items():
-            if i in vocab:
-                raise ValueError(f"id {i} is given to two tokens")
-            vocab[i] = token.encode() if token in special_tokens else unspell(token)
+        given = {text: ids[text] for text in special_tokens if text in ids}
+        vocab = _vocab_of(ids, given)
     merges = []
     with reading(merges_txt):
         for number, line in enumerate(Path(merges_txt).read_text(encoding="utf-8").split("\n"), 1):
@@ -155,7 +226,6 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
             if len(halves) != 2:
                 raise ValueError(f"line {number} is {line[:80]!r}, expected two tokens with one space between them")
             merges.append((unspell(halves[0]), unspell(halves[1])))
-    given = {text: ids[text] for text in special_tokens if text in ids}
     return Parts(vocab, merges, given, "gpt2")
 
 

@@ -14,16 +14,18 @@ from cs336.tokenizer import formats
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.patterns import canonical, for_core
 from cs336.tokenizer.training import Source, train
+from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
 
 Specials = Literal["all"] | Iterable[str]
 MAX_ID = (1 << 24) - 1
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
+FILE_STEP = 8 << 20  # and encode_to_file
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
 
-    Each thread of a call uses a cache of at most 5.1 MB, which is kept for later calls.
+    Each thread of a call uses a cache of at most 22 MB, which is kept for later calls.
 
     Args:
         vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.
@@ -138,10 +140,50 @@ class Tokenizer:
         """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
         return cls(formats.read_tiktoken(ranks), None, special_tokens, pattern)
 
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike, without_normalizer: bool = False) -> "Tokenizer":
+        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens.
+
+        Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
+        a normalizer unless `without_normalizer`. A post-processor, which adds tokens around a text, is left out.
+        """
+        parts, whole_pieces = formats.read_huggingface(path, without_normalizer)
+        with formats.reading(path):
+            tokenizer = cls(*parts)
+            if not whole_pieces:
+                return tokenizer
+            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern)
+            if ranked.merges != tokenizer.merges:
+                raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
+            return ranked
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
         parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
         formats.write_json(path, parts, self.merges, self.fingerprint)
+
+    def to_gpt2(self, vocab_json: str | os.PathLike, merges_txt: str | os.PathLike) -> None:
+        """Write GPT-2's two files, which do not tell the pattern.
+
+        Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
+        """
+        merges = self.merges
+        if self._listed_merges is None and len(merges) < sum(
+            len(token) > 1 for token in self._ordinary_tokens().values()
+        ):
+            raise ValueError("some tokens are made by no merge of two others: vocab.json and merges.txt cannot tell")
+        formats.write_gpt2(vocab_json, merges_txt, Parts(self._vocab, merges, self._specials, self._pattern))
+
+    def to_tiktoken(self, path: str | os.PathLike) -> None:
+        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens.
+
+        Raises ValueError if the merges are not those that the ids give as ranks.
+        """
+        if self._listed_merges is not None:
+            ranked = Tokenizer(self._vocab, None, self._specials, self._pattern)
+            if ranked.merges != self._listed_merges:
+                raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
+        formats.write_tiktoken(path, self._ordinary_tokens())
 
     # ---- encoding ----
 
@@ -157,11 +199,12 @@ class Tokenizer:
         A special token in the text becomes its id if allowed ("all", or a set of them), raises ValueError if
         disallowed ("all" means all that are not allowed), and is ordinary text otherwise.
         """
-        return self._core.encode(text, self._get_policy(allowed_special, disallowed_special), _num_threads(num_threads))
+        policy = self._get_policy(allowed_special, disallowed_special)
+        return self._core.encode_batch([text], policy, _num_threads(num_threads))[0]
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
-        return self._core.encode(text, self._ordinary, _num_threads(num_threads))
+        return self._core.encode_batch([text], self._ordinary, _num_threads(num_threads))[0]
 
     def encode_batch(
         self,
@@ -207,6 +250,29 @@ class Tokenizer:
             yield from stream.feed(chunk, False)
         yield from stream.feed(held, True)
 
+    def encode_to_file(
+        self,
+        documents: Iterable[str | bytes],
+        directory: str | os.PathLike,
+        eot_token: str = "<|endoftext|>",
+        num_threads: int | None = None,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> TokenMeta:
+        """Encode documents, each followed by eot_token, into a directory of token shards (cs336/utils/shards.py).
+
+        In a document special tokens are ordinary text. Holds some 8 MB of text, or the longest document. Returns what
+        meta.json says. Raises ValueError if eot_token is not one of the special tokens.
+        """
+        if eot_token not in self._specials:
+            raise ValueError(
+                f"{eot_token!r} is not a special token of this tokenizer, which has {list(self._specials)}"
+            )
+        size = {"vocab_size": self.vocab_size, "eot_id": self._specials[eot_token], "shard_tokens": shard_tokens}
+        with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
+            for batch, num_bytes in _batches(documents):
+                writer.write_documents(*self.encode_batch_numpy(batch, num_threads, disallowed_special=()), num_bytes)
+        return writer.meta
+
     # ---- decoding ----
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -225,6 +291,19 @@ class Tokenizer:
                 yield text
         if text := decoder.decode(b"", True):
             yield text
+
+    def decode_with_offsets(self, ids: Iterable[int]) -> tuple[str, list[int]]:
+        """The text of ids, and for each the character of the text that its first byte belongs to.
+
+        Raises ValueError for an unknown id and, since its characters could not be counted, for text that is not UTF-8.
+        """
+        tokens = [self._core.decode((i,)) for i in ids]
+        text = b"".join(tokens).decode("utf-8")
+        offsets, begun = [], 0
+        for token in tokens:
+            offsets.append(begun - (token[:1] >= b"\x80" and token[:1] < b"\xc0"))
+            begun += sum(byte & 0xC0 != 0x80 for byte in token)
+        return text, offsets
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id. Raises ValueError if it is not in the vocabulary."""
@@ -247,13 +326,14 @@ class Tokenizer:
         """The merges in order; a copy. Where ids are ranks, the last merge of each token that merges lead to."""
         return list(self._found_merges if self._listed_merges is None else self._listed_merges)
 
+    def _ordinary_tokens(self) -> dict[int, bytes]:
+        special_ids = set(self._specials.values())
+        return {i: token for i, token in self._vocab.items() if i not in special_ids}
+
     @cached_property
     def _found_merges(self) -> list[tuple[bytes, bytes]]:
-        special_ids = set(self._specials.values())
         halves = (
-            self._core.merge_piece(token, i)
-            for i, token in sorted(self._vocab.items())
-            if i not in special_ids and len(token) > 1
+            self._core.merge_piece(token, i) for i, token in sorted(self._ordinary_tokens().items()) if len(token) > 1
         )
         return [(self._vocab[pair[0]], self._vocab[pair[1]]) for pair in halves if len(pair) == 2]
 
@@ -318,6 +398,20 @@ class Tokenizer:
             for text, ok in zip(self._specials, is_allowed, strict=True)
         ]
         return _text.Policy(is_allowed, is_disallowed)
+
+
+def _batches(documents: Iterable[str | bytes]) -> Iterator[tuple[list[str | bytes], int]]:
+    """Documents by FILE_STEP bytes of UTF-8 or a little more, and those bytes."""
+    batch: list[str | bytes] = []
+    num_bytes = 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += len(document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document)
+        if num_bytes >= FILE_STEP:
+            yield batch, num_bytes
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch, num_bytes
 
 
 def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:

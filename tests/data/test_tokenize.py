@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cs336.data import in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
-from cs336.data.shards import open_tokens
 from cs336.tokenizer import Tokenizer
+from cs336.utils.shards import open_tokens
 
 
 class Bytes:

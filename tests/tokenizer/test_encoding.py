@@ -47,9 +47,9 @@ TEXTS = st.one_of(
 @example("ab" * 64 + "a")
 @example("self" * 100)
 def test_equal_to_naive(tokenizer, text):
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_ordinary(text)
     assert ids == naive_encode(tokenizer, text)
-    assert ids == tokenizer.encode(text)  # now from the cache
+    assert ids == tokenizer.encode_ordinary(text)  # now from the cache
     assert tokenizer.decode(ids) == text
 
 
@@ -180,6 +180,12 @@ def test_ordinary_text_never_becomes_special():
     assert tokenizer.encode("abca", allowed_special="all") == [258, 259]
 
 
+def test_ranks_never_merge_to_a_special_token():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, None, ["ab"])
+    assert tokenizer.encode_ordinary("ab") == [97, 98]
+    assert tokenizer.encode("ab", allowed_special="all") == [256]
+
+
 # ---- odd input ----
 
 
@@ -302,6 +308,21 @@ def test_decode_is_that_of_python(tokenizer, ids):
     assert tokenizer.decode_bytes(ids) == data
     assert tokenizer.decode(ids) == data.decode("utf-8", "replace")
     assert "".join(tokenizer.decode_stream(ids)) == data.decode("utf-8", "replace")
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+def test_offsets_are_those_of_characters(tokenizer, text):
+    ids = tokenizer.encode_ordinary(text)
+    decoded, offsets = tokenizer.decode_with_offsets(ids)
+    assert decoded == text
+    begin = 0
+    for i, offset in zip(ids, offsets, strict=True):
+        first = text.encode()[: begin + 1].decode("utf-8", "replace")  # up to the first byte of the token
+        assert offset == len(first) - 1
+        begin += len(tokenizer.token_bytes(i))
+    with pytest.raises(ValueError, match="utf-8"):
+        tokenizer.decode_with_offsets([0xFF])
 
 
 # ---- threads and processes ----

@@ -109,6 +109,101 @@ def test_tiktoken_files(tokenizer, text, tmp_path):
     assert read.encode("<|end|>", allowed_special="all") == [2000]
 
 
+# ---- from one format to another ----
+
+
+ODD = [
+    b"\xff\xfe \xe4\xb8",
+    b"\xf0\x9f\x98",
+    "\U0001f600\u200d\ufe0f e\u0301 \u3000\u3000x \r\n\r\n  y",
+    "=" * 70 + " " * 99,
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_conversions_keep_every_id(pattern, text, tmp_path):
+    trained = Tokenizer.train([text], 900, ["<|end|>"], pattern)
+    ranked = Tokenizer(trained.vocab, None, trained.special_tokens, pattern)
+    specials = trained.special_tokens
+    for original in (trained, ranked):
+        original.save(tmp_path / "tokenizer.json")
+        original.to_tiktoken(tmp_path / "ranks")
+        original.to_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+        for copy_ in (
+            Tokenizer.from_huggingface(tmp_path / "tokenizer.json"),
+            Tokenizer.from_tiktoken(tmp_path / "ranks", pattern, specials),
+            Tokenizer.from_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt", specials, pattern),
+        ):
+            assert (copy_.vocab, copy_.merges, copy_.special_tokens) == (original.vocab, original.merges, specials)
+            assert copy_.pattern == pattern
+            for sample in (text, *ODD):
+                assert copy_.encode_ordinary(sample) == original.encode_ordinary(sample)
+
+
+def test_what_a_format_cannot_tell(tmp_path):
+    vocab = BYTES | {256: b"cd", 257: b"ab"}
+    with pytest.raises(ValueError, match="not in the order of the ids"):
+        Tokenizer(vocab, [(b"a", b"b"), (b"c", b"d")]).to_tiktoken(tmp_path / "ranks")
+    with pytest.raises(ValueError, match="made by no merge"):
+        Tokenizer(BYTES | {256: b"abc"}, None).to_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    with pytest.raises(ValueError, match="both a special and an ordinary token 'ab'"):
+        Tokenizer(vocab, [(b"a", b"b")], {"ab": 300}).to_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_hugging_face_trained(text, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        [text], tokenizers.trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, special_tokens=["<|e|>"])
+    )
+    theirs.save(str(tmp_path / "theirs.json"))
+    ours = Tokenizer.from_huggingface(tmp_path / "theirs.json")
+    assert ours.special_tokens == {"<|e|>": 0}
+    for sample in (text, "a<|e|>b", *(odd for odd in ODD if isinstance(odd, str))):
+        assert ours.encode(sample, allowed_special="all") == theirs.encode(sample).ids
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+|\S+"}, "behavior": "Isolated", "invert": False}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (["model", "type"], "Unigram", "expected 'BPE'"),
+        (["model", "byte_fallback"], True, "byte_fallback"),
+        (["model", "unk_token"], "<unk>", "unk_token"),
+        (["normalizer"], {"type": "NFC"}, "without_normalizer=True"),
+        (["added_tokens", 0, "lstrip"], True, "white space or word ends"),
+        (["pre_tokenizer"], {"type": "Whitespace"}, "not a Split and ByteLevel"),
+        (["pre_tokenizer", "add_prefix_space"], True, "not a Split and ByteLevel"),
+        (["pre_tokenizer", "use_regex"], False, "by one expression"),
+        (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [SPLIT, SPLIT, LEVEL]}, "not a Split and ByteLevel"),
+        (["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [SPLIT | {"invert": True}, LEVEL]}, "another way"),
+        (
+            ["pre_tokenizer"],
+            {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\s+$|\S+"}}, LEVEL]},
+            r"reads \$",
+        ),
+        (["model", "ignore_merges"], True, "ignore_merges"),
+        (["model", "vocab"], {"a": 1, "b": 1}, "two tokens"),
+        (["pre_tokenizer"], None, "damaged"),
+    ],
+)
+def test_tokenizers_that_would_encode_otherwise(saved, where, value, message, tmp_path):
+    saved["model"]["merges"].reverse()
+    put(saved, where, value)
+    (tmp_path / "theirs.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_huggingface(tmp_path / "theirs.json")
+    assert "theirs.json" in str(error.value)
+    if where == ["normalizer"]:
+        assert Tokenizer.from_huggingface(tmp_path / "theirs.json", without_normalizer=True).encode("abc") == [257]
+
+
 # ---- parts that do not fit together ----
 
 

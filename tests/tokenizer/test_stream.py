@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cs336 import _text
 from cs336.tokenizer import PATTERNS, Tokenizer
+from cs336.utils.shards import open_tokens
 
 PARTS = [
     "<|end|>",
@@ -62,6 +63,22 @@ def test_long_texts_in_small_chunks(tokenizer, text):
     for size in (10, 1000, 65_537):
         chunks = (long[i : i + size] for i in range(0, len(long), size))
         assert list(tokenizer.encode_iterable(chunks)) == expected
+
+
+def test_to_file(tokenizer, text, tmp_path, monkeypatch):
+    documents = [text[i : i + 3000] for i in range(0, 60_000, 3000)] + ["", b"\xff<|end|>", "\u00e9"]
+    eot = tokenizer.special_tokens["<|endoftext|>"]
+    expected = [i for part in documents for i in [*tokenizer.encode_ordinary(part), eot]]
+    for step, threads in ((1, 1), (20_000, 3), (1 << 20, 2)):
+        monkeypatch.setattr("cs336.tokenizer.tokenizer.FILE_STEP", step)
+        meta = tokenizer.encode_to_file(iter(documents), tmp_path, num_threads=threads, shard_tokens=5000)
+        shards, read = open_tokens(tmp_path)
+        assert [i for shard in shards for i in shard.tolist()] == expected
+        assert read == meta
+        assert (meta.documents, meta.tokens, meta.tokenizer) == (23, len(expected), tokenizer.fingerprint)
+        assert meta.text_bytes == sum(len(part.encode() if isinstance(part, str) else part) for part in documents)
+    with pytest.raises(ValueError, match=r"'<\|other\|>' is not a special token"):
+        tokenizer.encode_to_file(documents, tmp_path, "<|other|>")
 
 
 def test_lazy(tokenizer):

@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstdio>
 #include <queue>
-#include <set>
 #include <span>
 #include <stdexcept>
 
@@ -13,32 +12,46 @@
 namespace cs336::text {
 namespace {
 
-constexpr size_t kFew = 128;             // bytes of a piece up to which a scan for the next merge beats a heap
+constexpr size_t kFew = 64;              // bytes of a piece up to which a scan for the next merge beats a heap
 constexpr size_t kPartSize = 256 << 10;  // bytes of text that one thread takes at a time
 
 using Tokens = std::vector<std::pair<uint32_t, std::string>>;
 
 // Every way to make an ordinary token of two others.
 std::vector<Merge> all_splits(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
-  std::unordered_map<std::string_view, uint32_t> id_of;
-  std::set<size_t> sizes;
+  TokenIndex index(tokens.size());
+  size_t longest = 0;
   for (const auto& [id, bytes] : tokens) {
     if (std::find(special_ids.begin(), special_ids.end(), id) != special_ids.end()) continue;
-    id_of.emplace(bytes, id);
-    sizes.insert(bytes.size());
+    index.add(bytes, id);
+    longest = std::max(longest, bytes.size());
   }
+  std::vector<bool> has_size(longest + 1);
+  index.for_each([&](std::string_view bytes, uint32_t) { has_size[bytes.size()] = true; });
   std::vector<Merge> merges;
-  for (const auto& [bytes, id] : id_of) {
-    for (const size_t size : sizes) {
-      if (size >= bytes.size()) break;
-      if (!sizes.contains(bytes.size() - size)) continue;
-      const auto left = id_of.find(bytes.substr(0, size));
-      if (left == id_of.end()) continue;
-      const auto right = id_of.find(bytes.substr(size));
-      if (right != id_of.end()) merges.push_back({left->second, right->second, id, id});
+  index.for_each([&](std::string_view bytes, uint32_t id) {
+    for (size_t size = 1; size < bytes.size(); ++size) {
+      if (!has_size[size] || !has_size[bytes.size() - size]) continue;
+      const uint32_t left = index.find(bytes.substr(0, size));
+      if (left == kNoId) continue;
+      const uint32_t right = index.find(bytes.substr(size));
+      if (right != kNoId) merges.push_back({left, right, id, id});
     }
-  }
+  });
   return merges;
+}
+
+// Of `count` keys, a multiple of eight.
+inline int32_t smallest(const int32_t* keys, size_t count) {
+  int32_t lanes[8];
+  std::copy_n(keys, 8, lanes);
+  for (size_t i = 8; i < count; i += 8) {
+    for (size_t k = 0; k < 8; ++k) lanes[k] = std::min(lanes[k], keys[i + k]);
+  }
+  for (size_t width = 4; width > 0; width /= 2) {
+    for (size_t k = 0; k < width; ++k) lanes[k] = std::min(lanes[k], lanes[k + width]);
+  }
+  return lanes[0];
 }
 
 }  // namespace
@@ -74,16 +87,36 @@ TokenBytes::TokenBytes(const Tokens& tokens) {
   for (const auto& [id, bytes] : tokens) std::copy(bytes.begin(), bytes.end(), bytes_.begin() + offsets_[id]);
 }
 
+void TokenIndex::add(std::string_view bytes, uint32_t id) {
+  const uint64_t hash = hash_bytes(bytes);
+  size_t i = hash & (slots_.size() - 1);
+  while (slots_[i].id != kNoId) i = (i + 1) & (slots_.size() - 1);
+  slots_[i] = {bytes, id, static_cast<uint32_t>(hash >> 32)};
+}
+
+uint32_t TokenIndex::find(std::string_view bytes) const {
+  const uint64_t hash = hash_bytes(bytes);
+  for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
+    const Slot& slot = slots_[i];
+    if (slot.id == kNoId || (slot.check == hash >> 32 && slot.bytes == bytes)) return slot.id;
+  }
+}
+
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   const size_t capacity = std::bit_ceil(std::max<size_t>(merges.size() * 2, 16));
-  entries_.assign(capacity, {0, kNoId, kNoId});
+  entries_.assign(capacity, {0, kNoMerge});
+  filter_.assign(capacity / 8, 0);
   mask_ = capacity - 1;
   shift_ = 64 - std::countr_zero(capacity);
   for (const Merge& m : merges) {
+    if (m.rank > kMaxRank) throw std::length_error("there may be at most 2**24 merges");
     const uint64_t pair = static_cast<uint64_t>(m.left) << 32 | m.right;
-    size_t i = hash(pair);
-    while (entries_[i].rank != kNoId && entries_[i].pair != pair) i = (i + 1) & mask_;
-    if (entries_[i].rank == kNoId) entries_[i] = {pair, m.rank, m.result};  // the first of a merge listed twice
+    const uint64_t bit = hash(pair) >> (shift_ - 3);
+    filter_[bit / 64] |= uint64_t{1} << bit % 64;
+    size_t i = hash(pair) >> shift_;
+    while (entries_[i].merge != kNoMerge && entries_[i].pair != pair) i = (i + 1) & mask_;
+    if (entries_[i].merge != kNoMerge) continue;  // the first of a merge listed twice
+    entries_[i] = {pair, static_cast<uint64_t>(m.rank) << 32 | m.result};
   }
 }
 
@@ -120,14 +153,17 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
                  Splitter splitter)
     : tokens_(tokens),
       byte_ids_(byte_ids),
-      merges_(any_split ? all_splits(tokens, special_ids) : merges),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
-      splitter_(std::move(splitter)) {
-  byte_merges_.assign(1 << 16, UINT64_MAX);
-  for (size_t i = 0; i < byte_merges_.size(); ++i) {
-    const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
-    if (left != kNoId && right != kNoId) byte_merges_[i] = merge_key(left, right, kNoId);
+      splitter_(std::move(splitter)),
+      long_words_(tokens.size()) {
+  if (any_split) merges = all_splits(tokens, special_ids_);
+  merges_ = MergeTable(merges);
+  byte_merges_.assign(1 << 16, kNoMerge);
+  for (const Merge& m : merges) {
+    const std::string_view left = tokens_[m.left], right = tokens_[m.right];
+    if (left.size() != 1 || right.size() != 1) continue;
+    byte_merges_[static_cast<uint8_t>(left[0]) << 8 | static_cast<uint8_t>(right[0])] = merges_.find(m.left, m.right);
   }
   collect_whole_words(tokens.size(), any_split);
 }
@@ -151,7 +187,7 @@ void Encoder::collect_whole_words(size_t num_tokens, bool any_split) {
       if (!has_bytes(bytes) || merge_piece(bytes, kNoId, ids.data()) != 1 || ids[0] != id) continue;
     }
     if (bytes.size() > kMaxShort) {
-      long_words_.emplace(bytes, id);
+      long_words_.add(bytes, id);
       continue;
     }
     const ShortWord word = pack_word(bytes.data(), bytes.size(), bytes.data() + bytes.size());
@@ -181,40 +217,49 @@ uint32_t Encoder::byte_id(uint8_t byte) const {
   return id;
 }
 
-// Rank, then result: the order of merges. Equal ranks have equal results.
-uint64_t Encoder::merge_key(uint32_t left, uint32_t right, uint32_t below) const {
-  const MergeTable::Entry& e = merges_.find(left, right);
-  return e.rank < below ? static_cast<uint64_t>(e.rank) << 32 | e.result : UINT64_MAX;
-}
-
-uint64_t Encoder::byte_merge_key(const uint8_t* two, uint32_t below) const {
-  const uint64_t key = byte_merges_[two[0] << 8 | two[1]];
-  return key >> 32 < below ? key : UINT64_MAX;
-}
-
 size_t Encoder::merge_piece(std::string_view piece, uint32_t below, uint32_t* out) const {
   const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
   return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
                               : merge_many(bytes, piece.size(), below, out);
 }
 
-// `out` holds the tokens as they are; keys[i] is the merge of tokens i and i + 1.
+// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token
+// and the next, then its place: the smallest is the merge to do, the leftmost of equals.
 size_t Encoder::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
-  uint64_t keys[kFew];
+  constexpr int32_t kNone = INT32_MAX;
+  constexpr int kPlaceBits = 6;
+  static_assert(kFew == 1 << kPlaceBits && kMaxRank << kPlaceBits < size_t{kNone});
+  int32_t keys[kFew];
+  uint32_t results[kFew];
+  const auto set = [&](size_t i, uint64_t merge) {
+    const auto rank = static_cast<uint32_t>(merge >> 32);
+    results[i] = static_cast<uint32_t>(merge);
+    keys[i] = rank < below ? static_cast<int32_t>(rank << kPlaceBits | i) : kNone;
+  };
   for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
-  for (size_t i = 0; i + 1 < size; ++i) keys[i] = byte_merge_key(piece + i, below);
-  while (size > 1) {
-    size_t best = 0;
-    for (size_t i = 1; i + 1 < size; ++i) best = keys[i] < keys[best] ? i : best;
-    if (keys[best] == UINT64_MAX) break;
-    out[best] = static_cast<uint32_t>(keys[best]);
-    --size;
-    std::copy(out + best + 2, out + size + 1, out + best + 1);
-    std::copy(keys + best + 1, keys + size, keys + best);
-    if (best > 0) keys[best - 1] = merge_key(out[best - 1], out[best], below);
-    if (best + 1 < size) keys[best] = merge_key(out[best], out[best + 1], below);
+  for (size_t i = 0; i + 1 < size; ++i) set(i, byte_merges_[piece[i] << 8 | piece[i + 1]]);
+  const size_t lanes = (size + 7) / 8 * 8;
+  std::fill(keys + size - 1, keys + lanes, kNone);
+  for (uint64_t alive = ~uint64_t{0} >> (kFew - size);;) {
+    const int32_t best = smallest(keys, lanes);
+    if (best == kNone) {
+      size_t count = 0;
+      for (; alive != 0; alive &= alive - 1) out[count++] = out[std::countr_zero(alive)];
+      return count;
+    }
+    const size_t i = best & (kFew - 1);
+    out[i] = results[i];
+    uint64_t later = alive & ~uint64_t{1} << i;
+    const int gone = std::countr_zero(later);
+    later &= later - 1;
+    alive ^= uint64_t{1} << gone;
+    keys[gone] = keys[i] = kNone;
+    if (later != 0) set(i, merges_.find(out[i], out[std::countr_zero(later)]));
+    if (const uint64_t earlier = alive & ((uint64_t{1} << i) - 1); earlier != 0) {
+      const size_t previous = 63 - std::countl_zero(earlier);
+      set(previous, merges_.find(out[previous], out[i]));
+    }
   }
-  return size;
 }
 
 // O(n log n): a heap of merges over a linked list of tokens.
@@ -231,17 +276,18 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   };
   std::vector<Node> nodes(size);
   std::vector<Candidate> candidates;
+  const uint64_t limit = static_cast<uint64_t>(below) << 32;
   const auto last = static_cast<uint32_t>(size - 1);
-  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, UINT64_MAX};
+  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoMerge};
   for (uint32_t i = 0; i < last; ++i) {
-    nodes[i].key = byte_merge_key(piece + i, below);
-    if (nodes[i].key != UINT64_MAX) candidates.push_back({nodes[i].key, i});
+    nodes[i].key = byte_merges_[piece[i] << 8 | piece[i + 1]];
+    if (nodes[i].key < limit) candidates.push_back({nodes[i].key, i});
   }
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
-    node.key = node.next <= last ? merge_key(node.id, nodes[node.next].id, below) : UINT64_MAX;
-    if (node.key != UINT64_MAX) queue.push({node.key, i});
+    node.key = node.next <= last ? merges_.find(node.id, nodes[node.next].id) : kNoMerge;
+    if (node.key < limit) queue.push({node.key, i});
   };
   while (!queue.empty()) {
     const Candidate top = queue.top();
@@ -249,7 +295,7 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
     Node& node = nodes[top.position];
     if (node.key != top.key) continue;  // one of the two has been merged since
     Node& gone = nodes[node.next];
-    gone.key = UINT64_MAX;
+    gone.key = kNoMerge;
     node.id = static_cast<uint32_t>(top.key);
     node.next = gone.next;
     if (node.next <= last) nodes[node.next].previous = top.position;
@@ -261,72 +307,59 @@ size_t Encoder::merge_many(const uint8_t* piece, size_t size, uint32_t below, ui
   return count;
 }
 
-size_t Encoder::encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
-  if (const WordCache::Long* hit = cache.find(lookup.hash, piece)) {  // more ids than the short ones hold
-    std::copy_n(hit->ids, hit->count, out);
-    return hit->count;
-  }
-  if (const uint32_t whole = whole_word(lookup.word, lookup.hash); whole != kNoId) {
-    out[0] = whole;
-    cache.put(lookup.set, lookup.word, out, 1);
-    return 1;
-  }
-  const size_t count = merge_piece(piece, kNoId, out);
-  if (count <= WordCache::kIds) {
-    cache.put(lookup.set, lookup.word, out, count);
-  } else {
-    cache.put(lookup.hash, piece, out, count);
-  }
-  return count;
-}
-
-size_t Encoder::encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const {
-  const bool cached = piece.size() <= WordCache::kLongBytes;
-  const uint64_t hash = cached ? hash_bytes(piece) : 0;
-  if (cached) {
-    if (const WordCache::Long* hit = cache.find(hash, piece)) {
-      std::copy_n(hit->ids, hit->count, out);
-      return hit->count;
-    }
+// A piece that is not where it is first looked for, and may not be in the cache at all.
+size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
+  const bool is_short = piece.size() <= kMaxShort, is_cached = piece.size() <= WordCache::kLongBytes;
+  if (is_cached) {
+    if (const size_t count = cache.find(piece, lookup.word(), lookup.hash, out); count != 0) return count;
   }
   size_t count = 1;
-  if (const auto whole = long_words_.find(piece); whole != long_words_.end()) {
-    out[0] = whole->second;
+  if (is_short) {
+    out[0] = whole_word(lookup.word(), lookup.hash);
   } else {
-    count = merge_piece(piece, kNoId, out);
+    out[0] = long_words_.find(piece);
   }
-  if (cached && count <= WordCache::kLongIds) cache.put(hash, piece, out, count);
+  if (out[0] == kNoId) count = merge_piece(piece, kNoId, out);
+  if (is_short) {
+    cache.put(lookup.word(), lookup.hash, out, count);
+  } else if (is_cached) {
+    cache.put(piece, lookup.hash, out, count);
+  }
   return count;
 }
 
+// Batch by batch: first ask for the memory of all words, then look at it.
 void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const {
   const char* limit = text.data() + text.size();
-  std::vector<Lookup> lookups;
+  std::array<Lookup, Splitter::kBatch> lookups;
   splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
-    lookups.resize(count);
+    cache.reserve(count);
     for (size_t i = 0, start = begin; i < count; start = ends[i++]) {
       const size_t size = ends[i] - start;
-      if (size > kMaxShort) {
-        lookups[i].set = nullptr;
-        continue;
+      Lookup& lookup = lookups[i];
+      if (size <= kMaxShort) {
+        const ShortWord word = pack_word(text.data() + start, size, limit);
+        lookup = {word.lo, word.hi, hash_word(word), nullptr};
+      } else {
+        lookup.hash = size <= WordCache::kLongBytes ? hash_bytes(text.substr(start, size)) : 0;
       }
-      const ShortWord word = pack_word(text.data() + start, size, limit);
-      const uint64_t hash = hash_word(word);
-      lookups[i] = {word, hash, cache.set_of(hash)};
-      __builtin_prefetch(lookups[i].set);
+      lookup.line = cache.line_of(lookup.hash, size);
+      __builtin_prefetch(lookup.line);
     }
-    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kIds);
+    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kShortIds);
     uint32_t* next = first;
     for (size_t i = 0; i < count; begin = ends[i++]) {
       const Lookup& lookup = lookups[i];
-      if (lookup.set == nullptr) {
-        next += encode_long(cache, text.substr(begin, ends[i] - begin), next);
-      } else if (const WordCache::Short* hit = cache.find(lookup.set, lookup.word)) {
-        std::memcpy(next, hit->ids, sizeof(hit->ids));
-        next += 1 + (hit->ids[1] != kNoId) + (hit->ids[2] != kNoId) + (hit->ids[3] != kNoId);
-      } else {
-        next += encode_short(cache, text.substr(begin, ends[i] - begin), lookup, next);
+      const size_t size = ends[i] - begin;
+      size_t found = 0;
+      if (size <= WordCache::kTinyBytes) {
+        found = WordCache::find_tiny(lookup.line, lookup.word(), next);
+      } else if (size <= kMaxShort) {
+        found = WordCache::find_short(lookup.line, lookup.word(), next);
       }
+      if (found == 0) [[unlikely]]
+        found = encode_piece(cache, text.substr(begin, size), lookup, next);
+      next += found;
     }
     out.advance(static_cast<size_t>(next - first));
   });
@@ -334,37 +367,48 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
 
 void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const {
   const Lease cache(*this);
-  for (const Segment& s : std::span(segments, count)) {
-    if (s.special != kNotFound) {
-      out.push(special_ids_[s.special]);
-    } else {
-      encode_ordinary(*cache, text.substr(s.begin, s.end - s.begin), out);
-    }
+  for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
+}
+
+void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const {
+  if (segment.special != kNotFound) {
+    out.push(special_ids_[segment.special]);
+  } else {
+    encode_ordinary(cache, text.substr(segment.begin, segment.end - segment.begin), out);
   }
 }
 
-void Encoder::encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads) const {
+std::vector<Ids> Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed,
+                                       size_t num_threads, size_t* counts) const {
+  // Neighbouring segments, of whichever texts, go together into parts of about one size.
   std::vector<Segment> segments;
-  if (num_threads <= 1 || text.size() < 2 * kPartSize) {
-    cut(text, true, kNotFound, splitter_, specials_, allowed, segments);
-    encode_segments(text, segments.data(), segments.size(), out);
-    return;
-  }
-  cut(text, true, kPartSize, splitter_, specials_, allowed, segments);
-  // Neighbouring segments go together into parts of about one size.
-  std::vector<size_t> starts{0};
-  for (size_t i = 0, bytes = 0; i < segments.size(); ++i) {
-    bytes += segments[i].end - segments[i].begin;
-    if (bytes >= kPartSize || i + 1 == segments.size()) {
-      starts.push_back(i + 1);
+  std::vector<size_t> text_of, parts{0};
+  size_t bytes = 0;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    cut(texts[i], true, num_threads > 1 ? kPartSize : kNotFound, splitter_, specials_, allowed, segments);
+    for (size_t k = text_of.size(); k < segments.size(); ++k) {
+      text_of.push_back(i);
+      bytes += segments[k].end - segments[k].begin;
+      if (num_threads == 1 || bytes < kPartSize) continue;
+      parts.push_back(k + 1);
       bytes = 0;
     }
   }
-  std::vector<Ids> parts(starts.size() - 1);
-  parallel_for(parts.size(), num_threads, [&](size_t i, size_t) {
-    encode_segments(text, &segments[starts[i]], starts[i + 1] - starts[i], parts[i]);
+  if (parts.back() < segments.size()) parts.push_back(segments.size());
+
+  std::vector<Ids> ids(parts.size() - 1);
+  std::vector<size_t> segment_counts(segments.size());
+  parallel_for(ids.size(), num_threads, [&](size_t part, size_t) {
+    const Lease cache(*this);
+    for (size_t k = parts[part]; k < parts[part + 1]; ++k) {
+      const size_t before = ids[part].size();
+      encode_segment(*cache, texts[text_of[k]], segments[k], ids[part]);
+      segment_counts[k] = ids[part].size() - before;
+    }
   });
-  for (const Ids& part : parts) out.append(part.data(), part.size());
+  std::fill_n(counts, texts.size(), 0);
+  for (size_t k = 0; k < segments.size(); ++k) counts[text_of[k]] += segment_counts[k];
+  return ids;
 }
 
 void Encoder::refuse(const std::string& id) const {

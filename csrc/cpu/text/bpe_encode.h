@@ -2,12 +2,13 @@
 #pragma once
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "cpu/text/pretokenize.h"
@@ -63,29 +64,57 @@ class TokenBytes {
   std::vector<size_t> offsets_;
 };
 
+// Bytes -> id. The bytes are not kept; they must differ.
+class TokenIndex {
+ public:
+  explicit TokenIndex(size_t capacity) : slots_(std::bit_ceil(2 * capacity + 1), {{}, kNoId, 0}) {}
+  void add(std::string_view bytes, uint32_t id);
+  // kNoId if there is none.
+  uint32_t find(std::string_view bytes) const;
+  template <class Visit>
+  void for_each(Visit&& visit) const {
+    for (const Slot& slot : slots_) {
+      if (slot.id != kNoId) visit(slot.bytes, slot.id);
+    }
+  }
+
+ private:
+  struct Slot {
+    std::string_view bytes;
+    uint32_t id, check;  // of the hash
+  };
+  std::vector<Slot> slots_;
+};
+
 struct Merge {
   uint32_t left, right, result, rank;
 };
 
-// (left, right) -> rank and result.
+// Rank, then result: the order of merges. Equal ranks have equal results.
+constexpr uint64_t kNoMerge = UINT64_MAX;
+constexpr uint32_t kMaxRank = (1 << 24) - 1;
+
+// (left, right) -> rank << 32 | result.
 class MergeTable {
  public:
   explicit MergeTable(const std::vector<Merge>& merges);
-  struct Entry {
-    uint64_t pair;
-    uint32_t rank, result;
-  };
-  // The entry, or one whose rank is kNoId.
-  const Entry& find(uint32_t left, uint32_t right) const {
+  // kNoMerge if the two do not merge.
+  uint64_t find(uint32_t left, uint32_t right) const {
     const uint64_t pair = static_cast<uint64_t>(left) << 32 | right;
-    size_t i = hash(pair);
-    while (entries_[i].pair != pair && entries_[i].rank != kNoId) i = (i + 1) & mask_;
-    return entries_[i];
+    const uint64_t bit = hash(pair) >> (shift_ - 3);
+    if ((filter_[bit / 64] >> bit % 64 & 1) == 0) return kNoMerge;
+    size_t i = hash(pair) >> shift_;
+    while (entries_[i].pair != pair && entries_[i].merge != kNoMerge) i = (i + 1) & mask_;
+    return entries_[i].merge;
   }
 
  private:
-  size_t hash(uint64_t pair) const { return (pair * 0x9E3779B97F4A7C15u) >> shift_; }
+  struct Entry {
+    uint64_t pair, merge;
+  };
+  static uint64_t hash(uint64_t pair) { return pair * 0x9E3779B97F4A7C15u; }
   std::vector<Entry> entries_;
+  std::vector<uint64_t> filter_;  // eight bits an entry, by the upper bits of the hash: most pairs do not merge
   size_t mask_;
   int shift_;
 };
@@ -101,10 +130,12 @@ class Encoder {
           std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
-  // Appends the ids of text, the special tokens of `allowed` as such and everything else as ordinary text.
-  // Throws std::invalid_argument for a byte that has no token.
-  void encode(std::string_view text, const TokenSet& allowed, Ids& out, size_t num_threads = 1) const;
-  // The same for text already cut.
+  // The ids of all texts one after the other, in a few parts: the special tokens of `allowed` as such and everything
+  // else as ordinary text. Writes how many ids each text has to `counts`. The parts do not depend on where a text ends,
+  // so a long one keeps all threads busy too. Throws std::invalid_argument for a byte that has no token.
+  std::vector<Ids> encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t num_threads,
+                                size_t* counts) const;
+  // Appends the ids of text already cut.
   void encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const;
   // The ids of one piece, by merges of a rank lower than `below` alone. Returns how many; out has room for
   // piece.size().
@@ -124,25 +155,23 @@ class Encoder {
 
  private:
   class Lease;
+  void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const;
   void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
   struct Lookup {  // of one piece
-    ShortWord word;
-    uint64_t hash;
-    WordCache::Short* set;  // null: the piece is long
+    uint64_t lo, hi, hash;
+    const void* line;
+    ShortWord word() const { return {lo, hi}; }
   };
-  size_t encode_short(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
-  size_t encode_long(WordCache& cache, std::string_view piece, uint32_t* out) const;
+  size_t encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
   size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;
-  uint64_t merge_key(uint32_t left, uint32_t right, uint32_t below) const;
-  uint64_t byte_merge_key(const uint8_t* two, uint32_t below) const;
   void collect_whole_words(size_t num_tokens, bool any_split);
   uint32_t whole_word(const ShortWord& word, uint64_t hash) const;
 
   TokenBytes tokens_;
   std::array<uint32_t, 256> byte_ids_;
-  MergeTable merges_;
+  MergeTable merges_{{}};
   std::vector<uint64_t> byte_merges_;  // the merge of each two bytes, left * 256 + right
   SpecialTokens specials_;
   std::vector<uint32_t> special_ids_;
@@ -155,7 +184,7 @@ class Encoder {
   };
   std::vector<WholeWord> short_words_;
   size_t short_mask_ = 0;
-  std::unordered_map<std::string_view, uint32_t> long_words_;
+  TokenIndex long_words_;
 
   // Caches at rest; a call takes one out and puts it back, without a lock.
   mutable std::array<std::atomic<WordCache*>, 256> caches_{};

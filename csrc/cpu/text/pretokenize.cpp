@@ -2,192 +2,151 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
+#include <cstring>
 #include <stdexcept>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-#include "cpu/text/unicode.h"
+#include "cpu/text/byte_masks.h"
+#include "cpu/text/scanners.h"
 
 namespace cs336::text {
 namespace {
 
-using Ptr = const uint8_t*;
+constexpr uint64_t bit(ptrdiff_t i) { return i < 64 ? uint64_t{1} << i : 0; }
 
-constexpr uint8_t kSymbol = kOther | kMark;  // [^\s\p{L}\p{N}]
-
-bool is_ascii_letter(uint8_t byte) { return static_cast<uint8_t>((byte | 0x20) - 'a') < 26; }
-
-inline Ptr ascii_letters(Ptr p, Ptr end) {
-#ifdef __SSE2__
-  for (; end - p >= 16; p += 16) {
-    const __m128i lower = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(0x20));
-    const __m128i offset = _mm_sub_epi8(lower, _mm_set1_epi8('a'));
-    const __m128i is_letter = _mm_cmpeq_epi8(_mm_min_epu8(offset, _mm_set1_epi8(25)), offset);
-    const int mask = _mm_movemask_epi8(is_letter);
-    if (mask != 0xFFFF) return p + std::countr_one(static_cast<unsigned>(mask));
-  }
-#endif
-  while (p < end && is_ascii_letter(*p)) ++p;
-  return p;
-}
-
-// Past the letters at p.
-inline Ptr letters(Ptr p, Ptr end) {
-  for (;;) {
-    p = ascii_letters(p, end);
-    if (p == end || *p < 0x80) return p;
-    const Char c = decode_multibyte(p, end);
-    if (!(c.cls & kLetter)) return p;
-    p += c.size;
-  }
-}
-
-// Past the characters of the classes in `mask`.
-inline Ptr run(Ptr p, Ptr end, uint8_t mask) {
-  while (p < end) {
-    const Char c = char_at(p, end);
-    if (!(c.cls & mask)) break;
-    p += c.size;
-  }
-  return p;
-}
-
-// Up to three numbers.
-inline Ptr few_numbers(Ptr p, Ptr end) {
-  for (int i = 0; i < 3 && p < end; ++i) {
-    const Char c = char_at(p, end);
-    if (!(c.cls & kNumber)) break;
-    p += c.size;
-  }
-  return p;
-}
-
-struct Spaces {
-  Ptr end;
-  Ptr last;          // start of the last character
-  Ptr last_newline;  // past the last \r or \n, or null
-};
-
-inline Spaces spaces(Ptr p, Ptr end) {
-  Spaces s{p, p, nullptr};
-  while (s.end < end) {
-    const Char c = char_at(s.end, end);
-    if (!(c.cls & kSpace)) break;
-    s.last = s.end;
-    s.end += c.size;
-    if (c.cls & kNewline) s.last_newline = s.end;
-  }
-  return s;
-}
-
-// \s+(?!\S)|\s+: all of a run at the end of the text, else all but its last character, else that character.
-inline Ptr leave_one(const Spaces& s, Ptr begin, Ptr end) { return s.end == end || s.last == begin ? s.end : s.last; }
-
-// Past 's 't 'm 'd 're 've 'll, or p if there is none. Any case includes U+017F, the long s, which folds to s.
-template <bool kAnyCase>
-inline Ptr contraction(Ptr p, Ptr end) {
-  if (end - p < 2 || *p != '\'') return p;
-  const auto letter = [&](int i) -> uint8_t { return kAnyCase && p[i] >= 'A' && p[i] <= 'Z' ? p[i] | 0x20 : p[i]; };
-  const uint8_t a = letter(1);
-  if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
-  if (end - p < 3) return p;
-  const uint8_t b = letter(2);
-  if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
-  if (kAnyCase && p[1] == 0xC5 && p[2] == 0xBF) return p + 3;
-  return p;
-}
-
-struct Gpt2 {
-  static inline Ptr next(Ptr p, Ptr end) {
-    if (const Ptr q = contraction<false>(p, end); q != p) return q;
-    Char c = char_at(p, end);
-    Ptr q = p;
-    if (*p == ' ' && p + 1 < end) {
-      const Char after = char_at(p + 1, end);
-      if (!(after.cls & kSpace)) {
-        c = after;
-        ++q;
-      }
+// Where pieces start in 64 bytes, by operations on masks with one bit a byte. The block begins where a piece does, so
+// that nothing before it matters. All bytes of a character carry its class.
+class Block {
+ public:
+  template <class Scanner>
+  static uint64_t starts(Ptr begin, Ptr end) {
+    uint8_t padded[64];
+    if (end - begin < 64) {
+      const auto size = static_cast<size_t>(end - begin);
+      std::memset(padded, 0, sizeof(padded));
+      std::memcpy(padded, begin, size);
+      begin = padded, end = padded + size;
     }
-    q += c.size;
-    if (c.cls & kLetter) return letters(q, end);
-    if (c.cls & kNumber) return run(q, end, kNumber);
-    if (c.cls & kSymbol) return run(q, end, kSymbol);
-    return leave_one(spaces(p, end), p, end);
-  }
-};
-
-struct Cl100k {
-  static inline Ptr next(Ptr p, Ptr end) {
-    if (const Ptr q = contraction<true>(p, end); q != p) return q;
-    const Char c = char_at(p, end);
-    const Ptr q = p + c.size;
-    if (c.cls & kLetter) return letters(q, end);
-    if (c.cls & kNumber) return few_numbers(p, end);
-    const Char after = q < end ? char_at(q, end) : Char{0, 0};
-    if (after.cls & kLetter && !(c.cls & kNewline)) return letters(q + after.size, end);
-    if (c.cls & kSymbol) return run(run(q, end, kSymbol), end, kNewline);
-    if (after.cls & kSymbol && *p == ' ') return run(run(q + after.size, end, kSymbol), end, kNewline);
-    const Spaces s = spaces(p, end);
-    if (s.end == end) return end;
-    return s.last_newline != nullptr ? s.last_newline : leave_one(s, p, end);
-  }
-};
-
-struct O200k {
-  static constexpr uint8_t kCapital = kUpper | kCaseless | kMark;
-  static constexpr uint8_t kSmall = kLower | kCaseless | kMark;
-
-  // Past [capital]*[small]+ (kNeedSmall) or, where that fails, [capital]+[small]*; p if neither matches.
-  // A caseless letter or a mark is of both classes: the first form may give back capitals up to the last of them.
-  template <bool kNeedSmall>
-  static inline Ptr word(Ptr p, Ptr end) {
-    Ptr q = p, last_of_both = p;
-    while (q < end) {
-      const Char c = char_at(q, end);
-      if (!(c.cls & kCapital)) {
-        if (c.cls & kLower) return run(q + c.size, end, kSmall);
-        break;
-      }
-      q += c.size;
-      if (c.cls & kSmall) last_of_both = q;
-    }
-    return kNeedSmall ? last_of_both : q;
+    Block block(begin, end);
+    block.limit_to_white_at_end();
+    block.add_multibyte(Scanner{});
+    const uint64_t starts = block.starts(Scanner{});
+    return starts & (bit(block.limit_) - 1);
   }
 
-  static inline Ptr next(Ptr p, Ptr end) {
-    const Char c = char_at(p, end);
-    const Ptr q = p + c.size;
-    const bool can_lead = !(c.cls & (kNewline | kLetter | kNumber));
-    const bool can_start = c.cls & (kLetter | kMark);
-    if (can_lead && q < end) {
-      if (const Ptr e = word<true>(q, end); e != q) return contraction<true>(e, end);
+ private:
+  Block(Ptr begin, Ptr end) : begin_(begin), end_(end), is_(classify(begin)) {}
+
+  // What a run of white space that reaches the end of the block falls into depends on what follows it.
+  void limit_to_white_at_end() {
+    limit_ = std::min<int>(64, static_cast<int>(end_ - begin_));
+    limit_ -= std::countl_one(is_.white << (64 - limit_));
+  }
+  void limit_to(int position) { limit_ = std::min(limit_, position); }
+
+  template <class Scanner>
+  void add_multibyte(Scanner) {
+    if (is_.high == 0) return;
+    const uint64_t first = ideographs(begin_);
+    tail_ = first << 1 | first << 2;
+    caseless_ = first | tail_;
+    for (uint64_t left = is_.high & ~caseless_; left != 0;) {
+      const int i = std::countr_zero(left);
+      if (i >= limit_) break;
+      const Char c = decode_multibyte(begin_ + i, end_);
+      const uint64_t bytes = bit(i + c.size) - bit(i);
+      left &= ~bytes;
+      tail_ |= bytes & ~bit(i);
+      if (c.cls & kLower) is_.lower |= bytes;
+      if (c.cls & kUpper) is_.upper |= bytes;
+      if (c.cls & kCaseless) caseless_ |= bytes;
+      if (c.cls & kNumber) is_.number |= bytes;
+      if (c.cls & kSpace) is_.white |= bytes;
+      if (c.cls & Scanner::kRare) limit_to(c.cls & kSpace ? run_start(is_.white, i) : i);
     }
-    if (can_start) {
-      if (const Ptr e = word<true>(p, end); e != p) return contraction<true>(e, end);
-    }
-    if (can_lead && q < end) {
-      if (const Ptr e = word<false>(q, end); e != q) return contraction<true>(e, end);
-    }
-    if (can_start) return contraction<true>(word<false>(p, end), end);
-    if (c.cls & kNumber) return few_numbers(p, end);
-    if (c.cls & kSymbol) return symbols(q, end);
-    if (*p == ' ' && q < end) {
-      if (const Char after = char_at(q, end); after.cls & kSymbol) return symbols(q + after.size, end);
-    }
-    const Spaces s = spaces(p, end);
-    return s.last_newline != nullptr ? s.last_newline : leave_one(s, p, end);
   }
 
-  // [^\s\p{L}\p{N}]*[\r\n/]*
-  static inline Ptr symbols(Ptr p, Ptr end) {
-    p = run(p, end, kSymbol);
-    while (p < end && (*p == '\r' || *p == '\n' || *p == '/')) ++p;
-    return p;
+  uint64_t letters() const { return is_.upper | is_.lower | caseless_; }
+  uint64_t symbols() const { return ~(letters() | is_.number | is_.white); }
+  static uint64_t run_starts(uint64_t mask) { return mask & ~(mask << 1); }
+  // Of the run that ends before bit i.
+  static int run_start(uint64_t mask, int i) { return 64 - std::countl_zero(~mask & (bit(i) - 1)); }
+
+  uint64_t starts(Gpt2) {
+    const uint64_t white = is_.white;
+    uint64_t starts = run_starts(letters()) | run_starts(is_.number) | run_starts(symbols());
+    starts &= ~(is_.space << 1);                            // a space goes with what follows it
+    starts |= run_starts(white) | (white & ~(white >> 1));  // the last of a run is a piece, or that space
+    for (uint64_t left = is_.apostrophe & starts; left != 0; left &= left - 1) {
+      const int i = std::countr_zero(left);
+      const ptrdiff_t e = contraction<false>(begin_ + i, end_) - begin_;
+      if (e != i) starts = (starts & ~(bit(e) - bit(i + 1))) | bit(e);
+    }
+    return starts;
   }
+
+  // What cl100k and o200k have in common. Sets `glued`: newlines that belong to the symbols before them.
+  uint64_t common_starts(uint64_t& glued) {
+    const uint64_t letter = letters(), number = is_.number, symbol = symbols();
+    const uint64_t after_symbol = is_.newline & (symbol << 1);
+    glued = ((is_.newline + after_symbol) ^ is_.newline) & is_.newline;
+    const uint64_t white = is_.white & ~glued, newline = is_.newline & ~glued, blank = is_.white & ~is_.newline;
+
+    // White space: up to the last newline of a run, then all but the last blank, then that.
+    uint64_t starts = run_starts(white) | ((newline << 1) & ~newline) | (blank & ~(is_.white >> 1));
+    const uint64_t blank_lines = (blank + (blank & (newline << 1))) & ~blank & is_.newline;
+    if (blank_lines != 0) {  // the newline before them is not the last of its run
+      limit_to(run_start(blank, std::countr_zero(blank_lines)));
+    }
+
+    // Symbols, a space before them included. One alone belongs to the letters after it, as a blank does.
+    const uint64_t symbol_starts = run_starts(symbol) & ~(is_.space << 1);
+    const uint64_t second = symbol_starts << 1;
+    const uint64_t after_one = (second & ~tail_) | ((tail_ + (second & tail_)) & ~tail_);
+    starts |= symbol_starts | (run_starts(letter) & ~after_one & ~(blank << 1));
+
+    // Numbers by threes.
+    const uint64_t goes_on = number & (number << 1) & (number << 2);
+    for (uint64_t threes = run_starts(number); threes != 0; threes = (threes << 3) & goes_on) starts |= threes;
+    return starts;
+  }
+
+  uint64_t starts(Cl100k) {
+    uint64_t glued;
+    uint64_t starts = common_starts(glued);
+    for (uint64_t left = is_.apostrophe & starts; left != 0; left &= left - 1) {
+      const int i = std::countr_zero(left);
+      const ptrdiff_t e = contraction<true>(begin_ + i, end_) - begin_;
+      if (e != i) starts |= bit(e);
+    }
+    return starts;
+  }
+
+  uint64_t starts(O200k) {
+    uint64_t glued;
+    uint64_t starts = common_starts(glued);
+    for (uint64_t left = (glued << 1) & symbols(); left != 0; left &= left - 1) {  // slashes are glued on as well
+      const int i = std::countr_zero(left);
+      if (begin_[i] == '/') limit_to(i);
+    }
+    starts |= is_.upper & (is_.lower << 1);
+    if (const uint64_t mixed = is_.upper & (caseless_ << 1)) limit_to(std::countr_zero(mixed));
+    ptrdiff_t last = -1;
+    for (uint64_t left = is_.apostrophe & (letters() << 1); left != 0; left &= left - 1) {
+      const int i = std::countr_zero(left);
+      if (i == last) continue;  // a word takes one contraction
+      const ptrdiff_t e = contraction<true>(begin_ + i, end_) - begin_;
+      if (e == i) continue;
+      starts = (starts & ~(bit(e) - bit(i))) | bit(e);
+      last = e;
+    }
+    return starts;
+  }
+
+  Ptr begin_, end_;
+  ByteMasks is_;
+  uint64_t caseless_ = 0;
+  uint64_t tail_ = 0;  // bytes of characters after their first
+  int limit_ = 64;     // what starts at and after it is not known
 };
 
 template <class Scanner>
@@ -195,9 +154,16 @@ size_t split_with(std::string_view text, size_t begin, size_t* ends, size_t capa
   const Ptr base = reinterpret_cast<Ptr>(text.data()), end = base + text.size();
   Ptr p = base + begin;
   size_t count = 0;
-  while (p < end && count < capacity) {
-    p = Scanner::next(p, end);
-    ends[count++] = static_cast<size_t>(p - base);
+  while (p < end && count + 64 <= capacity) {
+    uint64_t starts = Block::starts<Scanner>(p, end) & ~uint64_t{1};
+    if (starts == 0) {
+      p = Scanner::next(p, end);
+      ends[count++] = static_cast<size_t>(p - base);
+      continue;
+    }
+    const auto offset = static_cast<size_t>(p - base);
+    p += 63 - std::countl_zero(starts);
+    for (; starts != 0; starts &= starts - 1) ends[count++] = offset + static_cast<size_t>(std::countr_zero(starts));
   }
   return count;
 }

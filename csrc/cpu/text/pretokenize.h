@@ -1,5 +1,6 @@
 // The pre-tokenization patterns, scanned by hand. cs336/tokenizer/patterns.py holds them as regular expressions.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <functional>
@@ -11,8 +12,8 @@ namespace cs336::text {
 
 enum class Pattern { kGpt2, kCl100k, kO200k };
 
-// Writes where each piece of text[begin:] ends, up to `capacity` pieces, and returns how many it wrote. The pieces
-// cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
+// Writes where each piece of text[begin:] ends, up to `capacity` (at least 64) pieces, and returns how many it wrote.
+// The pieces cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
 size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends, size_t capacity);
 
 // An offset p such that, whatever follows `text`, its pieces are those of text[:p] and then those of the rest.
@@ -27,15 +28,19 @@ class Splitter {
   explicit Splitter(Pattern pattern) : pattern_(pattern) {}
   explicit Splitter(Function function) : function_(std::move(function)) {}
 
-  // batch(begin, ends, count) for a few pieces at a time, in order.
+  static constexpr size_t kBatch = 256;
+
+  // batch(begin, ends, count) for at most kBatch pieces at a time, in order.
   template <class Batch>
   void for_each_batch(std::string_view text, Batch&& batch) const {
     if (function_) {
       const std::vector<size_t> ends = function_(text);
-      if (!ends.empty()) batch(size_t{0}, ends.data(), ends.size());
+      for (size_t i = 0; i < ends.size(); i += kBatch) {
+        batch(i == 0 ? 0 : ends[i - 1], &ends[i], std::min(kBatch, ends.size() - i));
+      }
       return;
     }
-    std::array<size_t, 256> ends;
+    std::array<size_t, kBatch> ends;
     for (size_t begin = 0; begin < text.size();) {
       const size_t count = split(pattern_, text, begin, ends.data(), ends.size());
       batch(begin, static_cast<const size_t*>(ends.data()), count);

@@ -1,6 +1,5 @@
 #include "cpu/text/unicode.h"
 
-#include <array>
 #include <cstring>
 #include <iterator>
 #include <memory>
@@ -25,23 +24,5 @@ const uint8_t* build_table() {
 }  // namespace
 
 const uint8_t* const kClassOf = build_table();
-
-Char decode_multibyte(const uint8_t* p, const uint8_t* end) {
-  const auto continues = [&](ptrdiff_t i) { return (p[i] & 0xC0) == 0x80; };
-  const uint32_t lead = *p;
-  const ptrdiff_t left = end - p;
-  if (lead >= 0xC2 && lead < 0xE0 && left >= 2 && continues(1)) {
-    return {kClassOf[(lead & 0x1F) << 6 | (p[1] & 0x3F)], 2};
-  }
-  if (lead >= 0xE0 && lead < 0xF0 && left >= 3 && continues(1) && continues(2)) {
-    const uint32_t code = (lead & 0x0F) << 12 | (p[1] & 0x3F) << 6 | (p[2] & 0x3F);
-    if (code >= 0x800 && (code < 0xD800 || code > 0xDFFF)) return {kClassOf[code], 3};
-  }
-  if (lead >= 0xF0 && lead < 0xF5 && left >= 4 && continues(1) && continues(2) && continues(3)) {
-    const uint32_t code = (lead & 0x07) << 18 | (p[1] & 0x3F) << 12 | (p[2] & 0x3F) << 6 | (p[3] & 0x3F);
-    if (code >= 0x10000 && code < kCodePoints) return {kClassOf[code], 4};
-  }
-  return {kOther, 1};
-}
 
 }  // namespace cs336::text

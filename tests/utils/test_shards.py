@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs336.data import shards
-from cs336.data.shards import ShardWriter, open_tokens, read_meta, read_shard, token_dtype, write_shard
+from cs336.utils import shards
+from cs336.utils.shards import ShardWriter, open_tokens, read_meta, read_shard, token_dtype, write_shard
 
 
 def write(directory, ids, vocab_size=1000, tokenizer="t", **kwargs):

@@ -150,6 +150,11 @@ class ShardWriter:
             text_bytes=self.meta.text_bytes + text_bytes,
         )
 
+    def write_documents(self, ids: np.ndarray, offsets: np.ndarray, text_bytes: int) -> None:
+        """Append whole documents: ids (N,) of all of them, offsets (documents + 1,) of each in them."""
+        ids = np.insert(ids, offsets[1:], self.meta.eot_id)
+        self.write(ids, documents=len(offsets) - 1, text_bytes=text_bytes)
+
     def close(self) -> TokenMeta:
         """Finish the last shard and write meta.json."""
         self._begin()
