@@ -95,7 +95,8 @@ class Tokenizer:
             progress: show a bar.
 
         Raises ValueError for a vocab_size that is too small and for a source that is neither of the above.
-        Memory is bounded by the distinct pieces of the text, and 32 MB or the longest piece.
+        Memory does not grow with the size of the text, but with its distinct pieces, all of which are counted
+        exactly: 100 bytes for each, 0.5 MB for each thread, and 32 MB or four times the longest piece.
         """
         pattern = canonical(pattern)
         specials = _checked_specials(special_tokens)

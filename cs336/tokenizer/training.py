@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from cs336 import _text
 from cs336.tokenizer.patterns import for_core
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
-BLOCK = 16 << 20  # bytes
+BLOCK = 8 << 20  # bytes of text in memory at a time
 
 
 def train(
@@ -64,12 +62,16 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
 
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:
     with open(path, "rb") as file:
-        rest = b""
-        while block := file.read(max(BLOCK, len(rest))):
-            text = rest + block
-            rest = text[counter.add_front(text) :]
-            yield len(block)
-    counter.add_documents([rest])
+        buffer, held = bytearray(BLOCK), 0
+        while size := file.readinto(memoryview(buffer)[held:]):
+            held += size
+            done = counter.add_front(memoryview(buffer)[:held])
+            buffer[: held - done] = buffer[done:held]
+            held -= done
+            if held * 2 > len(buffer):
+                buffer += bytes(len(buffer))
+            yield size
+    counter.add_documents([bytes(buffer[:held])])
 
 
 def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes]) -> Iterator[int]:
@@ -93,6 +95,8 @@ def _bar(shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
     if not shown:
         yield lambda text, done, total: None
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("training the tokenizer"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("", total=None)

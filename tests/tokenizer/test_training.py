@@ -77,6 +77,14 @@ def test_equal_to_naive(documents, num_merges, threads):
 
 
 @settings(max_examples=100, deadline=None)
+@given(documents=DOCUMENTS, times=st.lists(st.sampled_from([1, 3, 50, 1000]), min_size=8, max_size=8))
+@example(documents=["ab abab", "abcdefgh", "bcd"], times=[1000, 3, 1, 1, 1, 1, 1, 1])
+def test_rare_pairs_are_found_when_the_frequent_ones_are_used_up(documents, times):
+    repeated = [document for document, n in zip(documents, times, strict=False) for _ in range(n)]
+    assert train(repeated, 266, num_threads=2).merges == naive_merges(repeated, 10)
+
+
+@settings(max_examples=100, deadline=None)
 @given(documents=DOCUMENTS, specials=st.lists(st.sampled_from(["<|", "<||>", "ab", "a", "|>b", " "]), unique=True))
 @example(documents=["<||>ab<|ab<||>"], specials=["<|", "<||>"])
 def test_specials_split_first_and_are_not_counted(documents, specials):
@@ -129,6 +137,15 @@ def test_stops_when_no_pair_is_left():
     assert tokenizer.special_tokens == {"<|x|>": 258}
     with pytest.warns(UserWarning, match="after 0 merges"):
         assert Tokenizer.train([], 257).vocab_size == 256
+
+
+def test_a_vocabulary_far_larger_than_the_text():
+    assert train(["abc"], 1 << 40).vocab_size == 258
+
+
+def test_one_long_piece():
+    """A megabyte without a place to split takes no longer than any other: each merge goes to its places alone."""
+    assert train(["a" * (1 << 20)], 276).merges == [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
 
 
 def test_invalid_utf8_is_kept(tmp_path):
