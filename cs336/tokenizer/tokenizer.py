@@ -86,8 +86,9 @@ class Tokenizer:
         of threads, nor on how a file is read.
 
         Args:
-            source: a path; a list of `pathlib.Path`, read as streams of bytes; or an iterable of documents, str or
-                bytes. A str alone is a path. Nothing is merged across documents, files or special tokens.
+            source: a path; several, as `pathlib.Path` or a list of str that all name files, read as streams of bytes;
+                or an iterable of documents, str or bytes. A str alone is a path. Nothing is merged across documents,
+                files or special tokens.
             vocab_size: the size wanted, special tokens included; at least 256 and one for each of them.
                 Fewer are made, with a warning, where the text has no pair left to merge.
             special_tokens: the text is split at these first (the longest that fits), and they are not counted.

@@ -47,17 +47,23 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
         raise ValueError("source is bytes: give a path, or a list of documents")
     if isinstance(source, (str, os.PathLike)):
         source = [Path(source)]
+    elif isinstance(source, (list, tuple)) and all(isinstance(item, str) and _is_file(item) for item in source):
+        source = [Path(item) for item in source]
     items = iter(source)
     for first in items:
         if isinstance(first, os.PathLike):
             yield from _count_file(counter, first)
             continue
-        if isinstance(first, str) and "\n" not in first[:256] and len(first) < 256 and os.path.isfile(first):
+        if isinstance(first, str) and _is_file(first):
             raise ValueError(
-                f"source has the document {first!r}, which is the name of a file: give pathlib.Path objects to train "
-                "on what files contain"
+                f"source has the document {first!r}, which is the name of a file, and others that are not, or it is no "
+                "list: give pathlib.Path objects to train on what files contain"
             )
         yield from _count_documents(counter, itertools.chain([first], cast(Iterator[str | bytes], items)))
+
+
+def _is_file(text: str) -> bool:
+    return len(text) < 256 and "\n" not in text and "\0" not in text and os.path.isfile(text)
 
 
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:

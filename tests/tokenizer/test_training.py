@@ -125,6 +125,16 @@ def test_files_are_streams(block, text, tmp_path, monkeypatch):
     assert train(str(paths[0]), 600, specials) == train([sample], 600, specials)
 
 
+def test_paths_are_str_or_path(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text("text in a file")
+    expected = train(["text in a file"] * 2, 270)
+    for source in (paths, tuple(paths), iter(paths), [str(path) for path in paths]):
+        assert train(source, 270) == expected
+    assert train(str(paths[0]), 270) == train(paths[0], 270) == train(["text in a file"], 270)
+
+
 def test_merges_never_cross_documents():
     assert train(["ab", "ab", "b", "a"], 300).merges == [(b"a", b"b")]
     assert train(["ab", b"ab"], 300).merges == [(b"a", b"b")]
@@ -163,8 +173,9 @@ def test_vocab_size_too_small(size):
 def test_bad_sources(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
-    with pytest.raises(ValueError, match=r"is the name of a file: give pathlib\.Path"):
-        Tokenizer.train([str(path)], 300)
+    for source in ([str(path), "a document"], iter([str(path)])):
+        with pytest.raises(ValueError, match=r"is the name of a file, .* give pathlib\.Path"):
+            Tokenizer.train(source, 300)
     with pytest.raises(FileNotFoundError):
         Tokenizer.train("no such file", 300)
     with pytest.raises(ValueError, match="source is bytes"):
