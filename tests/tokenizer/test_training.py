@@ -1,7 +1,13 @@
 """Training against an independent, naive trainer: a full recount before every merge."""
 
 import collections
+import contextlib
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
@@ -190,6 +196,25 @@ def test_bad_sources(tmp_path):
 def test_bad_specials(specials):
     with pytest.raises(ValueError, match="special"):
         Tokenizer.train(["text"], 300, specials)
+
+
+@pytest.mark.parametrize("source", ["itertools.repeat('some text ' * 1000)", "endless"])
+def test_ctrl_c_stops_reading(source, tmp_path):
+    """Endless documents, and an endless pipe."""
+    if source == "endless":
+        os.mkfifo(tmp_path / "pipe")
+        source = repr(str(tmp_path / "pipe"))
+    code = (
+        f"import itertools; from cs336.tokenizer import Tokenizer; print(1, flush=True); Tokenizer.train({source}, 300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with open(tmp_path / "pipe", "wb", buffering=0) if "pipe" in source else contextlib.nullcontext() as pipe:
+            if pipe:
+                pipe.write(b"some text ")
+            time.sleep(0.2)
+            child.send_signal(signal.SIGINT)
+            assert b"KeyboardInterrupt" in child.communicate(timeout=30)[1]
 
 
 def test_progress_and_interrupt(capsys):
