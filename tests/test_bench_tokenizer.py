@@ -28,7 +28,20 @@ def test_time_that_grows_with_the_square_is_noticed():
 def test_results(tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text("some text to encode, naïve 中文 <|endoftext|>\r\n" * 5000, newline="")
-    options = ["--corpus", str(text), "--rounds", "1", "--vocab", "270", "--threads", "1", "--out", str(out)]
+    options = [
+        "--corpus",
+        str(text),
+        "--train",
+        str(text),
+        "--rounds",
+        "1",
+        "--vocab",
+        "270",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert bench_tokenizer.main([*options, "--tools", "cs336", "tokenizers", "not_there"]) == 0
     run = json.loads(out.read_text())["tokenizer"]
     assert str(tmp_path) not in run["header"]["command"]

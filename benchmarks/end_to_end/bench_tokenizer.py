@@ -89,7 +89,7 @@ def version(tool: str) -> str | None:
 
 def run(options: argparse.Namespace, folder: pathlib.Path) -> list[Row]:
     texts = [write_text(path, folder, options.megabytes) for path in options.corpus or [None]]
-    training = options.train or join(texts, folder / "all.txt")
+    training = str(options.train.resolve()) if options.train else join(texts, folder / "all.txt")
     here = [tool for tool in options.tools if importlib.util.find_spec(tool)]
     skipped = [
         {"op": "tokenizer", "tool": t, "skipped": f"No module named {t!r}"} for t in options.tools if t not in here
