@@ -51,6 +51,9 @@ def test_results(tmp_path, capsys):
     assert {("numpy", "cs336"), ("shard", "cs336"), ("train", "tokenizers"), ("double", "cs336")} <= jobs.keys()
     assert not [row for row in run["rows"] if "failed" in row]
     assert jobs["train", "cs336"]["peak_mb"] > 10
+    assert jobs["train", "cs336"]["cold_cpu_to_ours"] == 1
+    theirs, ours = (jobs["list", tool]["warm_mb_per_cpu_second"] for tool in ("tokenizers", "cs336"))
+    assert ours / theirs == pytest.approx(jobs["list", "tokenizers"]["warm_cpu_to_ours"], rel=0.01)
 
 
 def test_a_worker_that_fails_says_why():

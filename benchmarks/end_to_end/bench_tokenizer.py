@@ -172,6 +172,7 @@ def measure(job: Row, tools: list[str], rounds: int) -> list[Row]:
                 if key in last:
                     row[f"{key}_cpu"] = round(statistics.median(r[key]["cpu"] for r in runs), 6)
                     row[f"{key}_wall"] = round(statistics.median(r[key]["wall"] for r in runs), 6)
+                    row[f"{key}_mb_per_cpu_second"] = round(size / row[f"{key}_cpu"], 2)
             for key in ("peak_mb", "before_mb"):
                 if key in last:
                     row[key] = round(statistics.median(r[key] for r in runs), 1)
@@ -199,7 +200,8 @@ def worker(job: Row) -> Row:
 
 
 def check(rows: list[Row]) -> list[Row]:
-    """Ids become "same" as ours, or "other"; ours fail if no peer has them, or if time grows faster than the text."""
+    """Ids become "same" as ours, or "other", and times get their ratio to ours. Ours fail if no peer has their ids, or
+    if time grows faster than the text."""
     ours = next((row for row in rows if row["tool"] == "cs336"), None)
     if ours is None or "failed" in ours:
         return rows
@@ -210,6 +212,9 @@ def check(rows: list[Row]) -> list[Row]:
         ours["failed"] = f"8 times the text took {ours['seconds'][-1] / ours['seconds'][0]:.0f} times as long"
     for row in others:
         row["ids"] = "same" if row["ids"] == ours["ids"] else "other"
+    for row in rows:
+        for key in {"cold_cpu", "cold_wall", "warm_cpu", "warm_wall"} & row.keys() & ours.keys():
+            row[f"{key}_to_ours"] = round(row[key] / ours[key], 3)
     ours.pop("ids", None)
     return rows
 
