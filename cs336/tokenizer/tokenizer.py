@@ -97,7 +97,8 @@ class Tokenizer:
 
         Raises ValueError for a vocab_size that is too small and for a source that is neither of the above.
         Memory does not grow with the size of the text, but with its distinct pieces, all of which are counted
-        exactly: 100 bytes for each, 0.5 MB for each thread, and 32 MB or four times the longest piece.
+        exactly: some 150 bytes for a word of English, 13 a byte for others, 0.5 MB for each thread, and 16 MB, four
+        times the longest piece, or twice the longest document.
         """
         pattern = canonical(pattern)
         specials = _checked_specials(special_tokens)
