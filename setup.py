@@ -1,4 +1,7 @@
-"""`pip install -e .` runs CMake. Sources, flags and architectures live in CMakeLists.txt, and only there."""
+"""`pip install -e .` runs CMake. Sources, flags and architectures live in CMakeLists.txt, and only there.
+
+With CS336_TEXT_ONLY=1 the tokenizer alone is built: torch is then needed neither to build it nor to run it.
+"""
 
 import os
 import pathlib
@@ -10,6 +13,10 @@ from setuptools import Distribution, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
+TEXT_ONLY = os.environ.get("CS336_TEXT_ONLY") == "1"
+DEPENDENCIES = ["numpy", "regex", "rich", "tyro>=1.0", "matplotlib"]
+if not TEXT_ONLY:
+    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2"]
 
 
 def require(program: str, *candidates: str, install: str) -> None:
@@ -27,8 +34,9 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         # An isolated build's interpreter and ninja live in a folder that is gone afterwards: never trust the cache.
         here = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        what = f"-DCS336_TEXT_ONLY={'ON' if TEXT_ONLY else 'OFF'}"
         try:
-            subprocess.check_call([*configure, *here])
+            subprocess.check_call([*configure, *here, what])
             subprocess.check_call(["cmake", "--build", build, "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         except subprocess.CalledProcessError as error:
             command = " ".join(map(str, error.cmd))
@@ -40,4 +48,10 @@ class BinaryDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_ext": CMakeBuild}, distclass=BinaryDistribution)
+setup(
+    cmdclass={"build_ext": CMakeBuild},
+    distclass=BinaryDistribution,
+    setup_requires=[] if TEXT_ONLY else ["torch==2.13.0"],  # pip installs these for an isolated build
+    install_requires=DEPENDENCIES,
+    exclude_package_data={"cs336": ["_C*.so"]} if TEXT_ONLY else {},  # of an earlier build
+)

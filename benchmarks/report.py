@@ -44,11 +44,15 @@ def table(name: str, results: Results) -> str:
     runs = [machine[name] for machine in results.values() if name in machine]
     if not runs:
         return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
-    body = {"train": train, "train_deterministic": train, "adamw": optimizer}.get(name, op)
+    body = {"train": train, "train_deterministic": train, "adamw": optimizer, "tokenizer": tokenizer}.get(name, op)
     return "\n".join("\n".join([*body(run["rows"]), "", where(run["header"])]) + "\n" for run in runs)
 
 
 def where(header: dict[str, Any]) -> str:
+    made = f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`"
+    if "cpu" in header:
+        peers = ", ".join(f"{name} {version}" for name, version in header["peers"].items())
+        return f"<sub>{header['cpu']}, {header['cores']} cores, Python {header['python']}, {peers}; {made}</sub>"
     versions = {
         "driver": header["driver"],
         "CUDA": header["cuda"],
@@ -60,10 +64,7 @@ def where(header: dict[str, Any]) -> str:
     if header["roofs"]["matmul_bf16_tflops"]:
         roofs.append(f"bf16 matmul {header['roofs']['matmul_bf16_tflops']:.0f} TFLOP/s")
     facts = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return (
-        f"<sub>{header['gpu'] or 'CPU'}, {facts}; roofs measured in the same run: {', '.join(roofs)}; "
-        f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`</sub>"
-    )
+    return f"<sub>{header['gpu'] or 'CPU'}, {facts}; roofs measured in the same run: {', '.join(roofs)}; {made}</sub>"
 
 
 # ---- ops ----
@@ -175,6 +176,84 @@ def train(rows: list[Row]) -> Iterator[str]:
 
 def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
+
+
+def tokenizer(rows: list[Row]) -> Iterator[str]:
+    """Encoding and decoding, a table for each vocabulary; training; linear time; who is not there."""
+    ran = [row for row in rows if "skipped" not in row]
+    coded = [row for row in ran if row["job"] in ("encode", "decode")]
+    for name in dict.fromkeys(row["tokenizer"] for row in coded):
+        yield from coding(name, [row for row in coded if row["tokenizer"] == name])
+        yield ""
+    yield from training([row for row in ran if row["job"] == "train"])
+    doubled = [row for row in ran if row["job"] == "double" and "seconds" in row]
+    if doubled:
+        worst = max(row["seconds"][-1] / row["seconds"][0] for row in doubled)
+        texts = ", ".join(f"`{text}`" for text in dict.fromkeys(row["text"] for row in doubled))
+        yield ""
+        yield f"{texts}, repeated to 512 KB, take at most {worst:.1f} times as long to encode as repeated to 64 KB."
+    if absent := ", ".join(row["tool"] for row in rows if "skipped" in row):
+        yield ""
+        yield f"Not installed here: {absent}."
+
+
+def coding(name: str, rows: list[Row]) -> Iterator[str]:
+    columns = list(dict.fromkeys((row["text"], row["threads"]) for row in rows))
+    yield f"Vocabulary `{name}`: MB of text a second, cold / warm; a CPU second on one thread, else by the clock"
+    yield ""
+    yield "| | | " + " | ".join(f"{text}, {threads} thread{'s' * (threads > 1)}" for text, threads in columns) + " |"
+    yield "| --- | --- " + "| ---: " * len(columns) + "|"
+    cells: dict[tuple, Row] = {}
+    for row in rows:
+        cells[row.get("output", row["job"]), row["tool"], row["text"], row["threads"]] = row
+    behind = []
+    for output, tool in dict.fromkeys(key[:2] for key in cells):
+        found = [cells.get((output, tool, *column), {}) for column in columns]
+        yield f"| {output} | {tool} | " + " | ".join(map(speeds, found)) + " |"
+        for row, column in zip(found, columns, strict=True):
+            ours = cells.get((output, "cs336", *column), {})
+            behind += [
+                f"{tool} {output} {column[0]} x{column[1]} {which} {speed(row, which) / speed(ours, which):.2f}x"
+                for which in ("cold", "warm")
+                if speed(row, which) > speed(ours, which) > 0
+            ]
+    yield ""
+    yield f"Ahead of cs336: {'; '.join(behind)}." if behind else "Nothing is ahead of cs336."
+
+
+def speed(row: Row, which: str) -> float:
+    seconds = row.get(f"{which}_{'cpu' if row.get('threads') == 1 else 'wall'}")
+    return row["megabytes"] / seconds if seconds else 0.0
+
+
+def speeds(row: Row) -> str:
+    if not speed(row, "cold"):
+        return "–"
+    mark = " (other ids)" if row.get("ids") == "other" else ""
+    return f"{speed(row, 'cold'):.1f} / {speed(row, 'warm'):.1f}{mark}"
+
+
+def training(rows: list[Row]) -> Iterator[str]:
+    columns = list(dict.fromkeys((row["vocab_size"], row["threads"]) for row in rows))
+    if not columns:
+        return
+    yield (
+        f"Training on {rows[0]['megabytes']:.0f} MB: seconds (of CPU on one thread, else by the clock), and MB of "
+        "memory at the peak, the library itself included"
+    )
+    yield ""
+    yield "| | " + " | ".join(f"{size:,}, {n} thread{'s' * (n > 1)}" for size, n in columns) + " |"
+    yield "| --- " + "| ---: " * len(columns) + "|"
+    cells = {(row["tool"], row["vocab_size"], row["threads"]): row for row in rows}
+    for tool in dict.fromkeys(row["tool"] for row in rows):
+        found = [cells.get((tool, *column), {}) for column in columns]
+        shown = [
+            f"{row['cold_cpu' if row['threads'] == 1 else 'cold_wall']:.2f} s, {row['peak_mb']:.0f} MB"
+            if "cold_cpu" in row
+            else "–"
+            for row in found
+        ]
+        yield f"| {tool} | " + " | ".join(shown) + " |"
 
 
 def main() -> None:

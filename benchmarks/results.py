@@ -30,12 +30,16 @@ def header(device: torch.device, command: str, commit: str | None = None) -> dic
         "python": platform.python_version(),
         "peers": {name: version(name) for name in PEERS if version(name)},
         "commit": commit or describe_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": today(),
         "roofs": {
             "copy_gbps": round(harness.copy_roof(device) / 1e9, 1),
             "matmul_bf16_tflops": round(harness.matmul_roof(device) / 1e12, 1) if on_gpu else None,
         },
     }
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def version(package: str) -> str | None:

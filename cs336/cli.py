@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
@@ -286,6 +286,57 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
     console.print(table)
 
 
+def tokenizer_convert(
+    tokenizer: Positional[Path],
+    output: Positional[Path],
+    to: Literal["json", "tiktoken", "gpt2"] = "json",
+    pattern: DisallowNone[str | None] = None,
+    special_tokens: DisallowNone[dict[str, int] | None] = None,
+) -> None:
+    """A tokenizer in another format, with the same ids for every text, or why that cannot be.
+
+    Args:
+        tokenizer: tokenizer.json of ours or of Hugging Face, tiktoken's ranks, or a directory with GPT-2's vocab.json
+            and merges.txt.
+        output: the file, or for gpt2 the directory, to write.
+        to: json is a tokenizer.json that Hugging Face reads too.
+        pattern: how text is split first, which ranks and GPT-2's files do not say: gpt2, cl100k, o200k or a regular
+            expression.
+        special_tokens: pairs of text and id, which ranks and GPT-2's files do not say either.
+    """
+    from cs336.tokenizer import convert
+
+    loaded = convert.load(tokenizer, pattern, special_tokens)
+    untold = convert.save(loaded, output, to)
+    print(f"{output}: {loaded.vocab_size} tokens, fingerprint {loaded.fingerprint[:16]}")
+    for fact in untold:
+        print(f"not in the format, tell its readers: {fact}")
+
+
+def tokenizer_compare(
+    tokenizers: Positional[Annotated[tuple[Path, ...], arg(metavar="TOKENIZER [TOKENIZER ...]")]],
+    text: Path,
+    plot: MaybePath = None,
+) -> None:
+    """Bytes per token and speed of several tokenizers on the same text.
+
+    Args:
+        tokenizers: tokenizer.json files of ours or of Hugging Face; `cs336 tokenizer convert` makes them of others.
+        text: a file.
+        plot: .png, .svg or .pdf file for a chart.
+    """
+    from cs336.tokenizer import compare, convert
+
+    rows = compare.compare({str(path): convert.load(path) for path in tokenizers}, text.read_bytes())
+    print("vocabulary      tokens  bytes/token  MB/s, first  again  tokenizer")
+    for row in rows:
+        speeds = f"{row.first:11.1f}  {row.again:5.1f}"
+        print(f"{row.vocab_size:10,}  {row.tokens:10,}  {row.bytes_per_token:11.3f}  {speeds}  {row.name}")
+    if plot is not None:
+        compare.plot(rows, plot)
+        print(plot)
+
+
 def _texts(inputs: tuple[Path, ...]) -> Any:
     """What Tokenizer.train reads: .txt files as they are, without torch; anything else as documents."""
     if all(path.suffix == ".txt" for path in inputs):
@@ -339,6 +390,8 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "encode": tokenizer_encode,
     "decode": tokenizer_decode,
     "inspect": tokenizer_inspect,
+    "convert": tokenizer_convert,
+    "compare": tokenizer_compare,
 }
 
 

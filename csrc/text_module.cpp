@@ -302,10 +302,10 @@ std::vector<size_t> split_all(const std::string& pattern, py::handle object) {
   return all;
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> train(const WordCounter& counter, size_t num_merges,
+std::vector<std::pair<uint32_t, uint32_t>> train(WordCounter& counter, size_t num_merges,
                                                  const std::function<void(size_t)>& progress) {
   const py::gil_scoped_release release;
-  return train_bpe(counter.sorted(), num_merges, [&](size_t merges) {
+  return train_bpe(counter, num_merges, [&](size_t merges) {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     progress(merges);
@@ -356,10 +356,12 @@ PYBIND11_MODULE(_text, m) {
           py::arg("documents"))
       .def(
           "add_front",
-          [](WordCounter& counter, py::handle object) {
-            const Text text(object);
+          [](WordCounter& counter, const py::buffer& buffer) {
+            const py::buffer_info info = buffer.request();
+            const std::string_view text(static_cast<const char*>(info.ptr),
+                                        static_cast<size_t>(info.size * info.itemsize));
             const py::gil_scoped_release release;
-            return counter.add_front(text.view);
+            return counter.add_front(text);
           },
           py::arg("text"))
       .def("train", &train, py::arg("num_merges"), py::arg("progress"));

@@ -203,6 +203,20 @@ def test_inspect_a_text(tokenizer, capsys, monkeypatch):
     assert "\x1b[" not in shown(FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
 
 
+def test_convert_and_compare(tokenizer, text_file, tmp_path, capsys):
+    ranks, back, chart = (str(tmp_path / name) for name in ("ranks", "back.json", "chart.png"))
+    assert main(["tokenizer", "convert", tokenizer, ranks, "--to", "tiktoken"]) == 0
+    assert "tell its readers: the special token <|endoftext|> = 299" in capsys.readouterr().out
+    assert "give its pattern" in fails(["tokenizer", "convert", ranks, back], capsys)
+    told = ["--pattern", "gpt2", "--special-tokens", "<|endoftext|>", "299"]
+    assert main(["tokenizer", "convert", ranks, back, *told]) == 0
+    assert main(["tokenizer", "compare", tokenizer, back, "--text", str(text_file), "--plot", chart]) == 0
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert first[:3] == second[:3] == ["300", first[1], f"{len(TEXT.encode()) / int(first[1].replace(',', '')):.3f}"]
+    assert [first[-1], second[-1]] == [tokenizer, back]
+    assert pathlib.Path(chart).stat().st_size > 0
+
+
 def test_errors_of_tokenizer_verbs(tokenizer, text_file, tmp_path, capsys):
     assert "No such file" in fails(["tokenizer", "inspect", str(tmp_path / "none.json")], capsys)
     assert "not" in fails(["tokenizer", "inspect", str(text_file)], capsys)

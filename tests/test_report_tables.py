@@ -92,6 +92,42 @@ def test_training():
     assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 |" in text
 
 
+def coded(tool, output, cold, warm, **more):
+    shared = {"op": "tokenizer", "job": "encode", "tokenizer": "gpt2", "text": "code", "threads": 1, "megabytes": 20.0}
+    return {**shared, "tool": tool, "output": output, "cold_cpu": cold, "warm_cpu": warm, **more}
+
+
+def test_tokenizers():
+    trained = {
+        "op": "tokenizer",
+        "job": "train",
+        "text": "all",
+        "vocab_size": 32000,
+        "megabytes": 100.0,
+        "peak_mb": 64.2,
+    }
+    rows = [
+        {"op": "tokenizer", "tool": "fastokens", "skipped": "No module named 'fastokens'"},
+        coded("cs336", "numpy", 0.1, 0.05),
+        coded("snaptokens", "numpy", 0.2, 0.04, ids="other"),
+        coded("tiktoken", "numpy", None, None, failed="KeyError"),
+        coded("cs336", None, 0.1, 0.1, job="decode", threads=2, cold_wall=0.05, warm_wall=0.05),
+        {**trained, "tool": "cs336", "threads": 1, "cold_cpu": 1.25, "cold_wall": 9.0},
+        {**trained, "tool": "cs336", "threads": 2, "cold_cpu": 9.0, "cold_wall": 0.7},
+        {"op": "tokenizer", "job": "double", "tool": "cs336", "text": "a", "seconds": [0.1, 0.2, 0.4, 0.9]},
+    ]
+    header = {"cpu": "EPYC", "cores": 2, "python": "3.12", "peers": {"snaptokens": "0.2"}, "commit": "abc", "date": "d"}
+    text = report.table("tokenizer", {"cpu": {"tokenizer": {"header": header | {"command": "c"}, "rows": rows}}})
+    assert "| numpy | cs336 | 200.0 / 400.0 | – |" in text
+    assert "| numpy | snaptokens | 100.0 / 500.0 (other ids) | – |" in text
+    assert "| numpy | tiktoken | – | – |" in text
+    assert "Ahead of cs336: snaptokens numpy code x1 warm 1.25x." in text
+    assert "| cs336 | 1.25 s, 64 MB | 0.70 s, 64 MB |" in text
+    assert "`a`, repeated to 512 KB, take at most 9.0 times as long" in text
+    assert "Not installed here: fastokens." in text
+    assert "<sub>EPYC, 2 cores, Python 3.12, snaptokens 0.2; commit abc, d; `c`</sub>" in text
+
+
 def test_absent_results_are_said():
     assert "Not measured yet: `norm`" in report.render(TEXT, {})
 

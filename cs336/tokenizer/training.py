@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from cs336 import _text
 from cs336.tokenizer.patterns import for_core
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
-BLOCK = 16 << 20  # bytes
+BLOCK = 8 << 20  # bytes of text in memory at a time
 
 
 def train(
@@ -49,27 +47,37 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
         raise ValueError("source is bytes: give a path, or a list of documents")
     if isinstance(source, (str, os.PathLike)):
         source = [Path(source)]
+    elif isinstance(source, (list, tuple)) and all(isinstance(item, str) and _is_file(item) for item in source):
+        source = [Path(item) for item in source]
     items = iter(source)
     for first in items:
         if isinstance(first, os.PathLike):
             yield from _count_file(counter, first)
             continue
-        if isinstance(first, str) and "\n" not in first[:256] and len(first) < 256 and os.path.isfile(first):
+        if isinstance(first, str) and _is_file(first):
             raise ValueError(
-                f"source has the document {first!r}, which is the name of a file: give pathlib.Path objects to train "
-                "on what files contain"
+                f"source has the document {first!r}, which is the name of a file, and others that are not, or it is no "
+                "list: give pathlib.Path objects to train on what files contain"
             )
         yield from _count_documents(counter, itertools.chain([first], cast(Iterator[str | bytes], items)))
 
 
+def _is_file(text: str) -> bool:
+    return len(text) < 256 and "\n" not in text and "\0" not in text and os.path.isfile(text)
+
+
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:
     with open(path, "rb") as file:
-        rest = b""
-        while block := file.read(max(BLOCK, len(rest))):
-            text = rest + block
-            rest = text[counter.add_front(text) :]
-            yield len(block)
-    counter.add_documents([rest])
+        buffer, held = bytearray(BLOCK), 0
+        while size := file.readinto(memoryview(buffer)[held:]):
+            held += size
+            done = counter.add_front(memoryview(buffer)[:held])
+            buffer[: held - done] = buffer[done:held]
+            held -= done
+            if held * 2 > len(buffer):
+                buffer += bytes(len(buffer))
+            yield size
+    counter.add_documents([bytes(buffer[:held])])
 
 
 def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes]) -> Iterator[int]:
@@ -93,6 +101,8 @@ def _bar(shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
     if not shown:
         yield lambda text, done, total: None
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("training the tokenizer"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("", total=None)

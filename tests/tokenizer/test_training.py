@@ -1,7 +1,13 @@
 """Training against an independent, naive trainer: a full recount before every merge."""
 
 import collections
+import contextlib
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
@@ -77,6 +83,14 @@ def test_equal_to_naive(documents, num_merges, threads):
 
 
 @settings(max_examples=100, deadline=None)
+@given(documents=DOCUMENTS, times=st.lists(st.sampled_from([1, 3, 50, 1000]), min_size=8, max_size=8))
+@example(documents=["ab abab", "abcdefgh", "bcd"], times=[1000, 3, 1, 1, 1, 1, 1, 1])
+def test_rare_pairs_are_found_when_the_frequent_ones_are_used_up(documents, times):
+    repeated = [document for document, n in zip(documents, times, strict=False) for _ in range(n)]
+    assert train(repeated, 266, num_threads=2).merges == naive_merges(repeated, 10)
+
+
+@settings(max_examples=100, deadline=None)
 @given(documents=DOCUMENTS, specials=st.lists(st.sampled_from(["<|", "<||>", "ab", "a", "|>b", " "]), unique=True))
 @example(documents=["<||>ab<|ab<||>"], specials=["<|", "<||>"])
 def test_specials_split_first_and_are_not_counted(documents, specials):
@@ -117,6 +131,16 @@ def test_files_are_streams(block, text, tmp_path, monkeypatch):
     assert train(str(paths[0]), 600, specials) == train([sample], 600, specials)
 
 
+def test_paths_are_str_or_path(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text("text in a file")
+    expected = train(["text in a file"] * 2, 270)
+    for source in (paths, tuple(paths), iter(paths), [str(path) for path in paths]):
+        assert train(source, 270) == expected
+    assert train(str(paths[0]), 270) == train(paths[0], 270) == train(["text in a file"], 270)
+
+
 def test_merges_never_cross_documents():
     assert train(["ab", "ab", "b", "a"], 300).merges == [(b"a", b"b")]
     assert train(["ab", b"ab"], 300).merges == [(b"a", b"b")]
@@ -129,6 +153,15 @@ def test_stops_when_no_pair_is_left():
     assert tokenizer.special_tokens == {"<|x|>": 258}
     with pytest.warns(UserWarning, match="after 0 merges"):
         assert Tokenizer.train([], 257).vocab_size == 256
+
+
+def test_a_vocabulary_far_larger_than_the_text():
+    assert train(["abc"], 1 << 40).vocab_size == 258
+
+
+def test_one_long_piece():
+    """A megabyte without a place to split takes no longer than any other: each merge goes to its places alone."""
+    assert train(["a" * (1 << 20)], 276).merges == [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
 
 
 def test_invalid_utf8_is_kept(tmp_path):
@@ -146,8 +179,9 @@ def test_vocab_size_too_small(size):
 def test_bad_sources(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
-    with pytest.raises(ValueError, match=r"is the name of a file: give pathlib\.Path"):
-        Tokenizer.train([str(path)], 300)
+    for source in ([str(path), "a document"], iter([str(path)])):
+        with pytest.raises(ValueError, match=r"is the name of a file, .* give pathlib\.Path"):
+            Tokenizer.train(source, 300)
     with pytest.raises(FileNotFoundError):
         Tokenizer.train("no such file", 300)
     with pytest.raises(ValueError, match="source is bytes"):
@@ -162,6 +196,25 @@ def test_bad_sources(tmp_path):
 def test_bad_specials(specials):
     with pytest.raises(ValueError, match="special"):
         Tokenizer.train(["text"], 300, specials)
+
+
+@pytest.mark.parametrize("source", ["itertools.repeat('some text ' * 1000)", "endless"])
+def test_ctrl_c_stops_reading(source, tmp_path):
+    """Endless documents, and an endless pipe."""
+    if source == "endless":
+        os.mkfifo(tmp_path / "pipe")
+        source = repr(str(tmp_path / "pipe"))
+    code = (
+        f"import itertools; from cs336.tokenizer import Tokenizer; print(1, flush=True); Tokenizer.train({source}, 300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with open(tmp_path / "pipe", "wb", buffering=0) if "pipe" in source else contextlib.nullcontext() as pipe:
+            if pipe:
+                pipe.write(b"some text ")
+            time.sleep(0.2)
+            child.send_signal(signal.SIGINT)
+            assert b"KeyboardInterrupt" in child.communicate(timeout=30)[1]
 
 
 def test_progress_and_interrupt(capsys):

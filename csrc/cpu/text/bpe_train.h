@@ -11,11 +11,12 @@ namespace cs336::text {
 
 // The merges in order, as pairs of tokens: 0..255 are the bytes, 256 + i is the result of merge i. Each is the most
 // frequent pair of its time; of equally frequent ones the greatest, left bytes first. Fewer than `num_merges` if no
-// pair is left. progress(merges so far) is called now and then, and may throw to stop.
+// pair is left. The counter is emptied, to make room. progress(merges so far) is called now and then, and may throw to
+// stop.
 //
 // No token is made twice: what a stretch of text merges to, while no token crosses its ends, depends on its bytes
 // alone.
-std::vector<std::pair<uint32_t, uint32_t>> train_bpe(const std::vector<CountedWord>& words, size_t num_merges,
+std::vector<std::pair<uint32_t, uint32_t>> train_bpe(WordCounter& counter, size_t num_merges,
                                                      const std::function<void(size_t)>& progress);
 
 }  // namespace cs336::text

@@ -8,56 +8,79 @@
 namespace cs336::text {
 namespace {
 
-constexpr size_t kPartSize = 1 << 20;  // bytes of text that one thread takes at a time
-constexpr size_t kArenaBlock = 1 << 18;
+constexpr size_t kPartSize = 1 << 18;  // bytes of text that one thread takes at a time
+constexpr size_t kArenaBlock = 1 << 14;
 
 }  // namespace
 
+// A thread's own counts of the words it met last: most words are frequent ones and go no further. The others wait until
+// there are enough of one shard to be worth its lock.
 class WordCounter::Recent {
  public:
-  explicit Recent(WordCounter& counter) : counter_(counter), entries_(size_t{1} << kBits) {}
+  explicit Recent(WordCounter& counter) : counter_(counter), entries_(size_t{1} << kBits) {
+    for (auto& waiting : shorts_) waiting.reserve(kBatch);
+    for (auto& waiting : longs_) waiting.reserve(kBatch);
+  }
 
-  void add_short(const ShortWord& word) {
-    Entry& entry = entries_[hash_word(word) >> (64 - kBits)];
+  void add(const ShortWord& word) {
+    const uint64_t hash = hash_word(word);
+    Short& entry = entries_[hash >> (64 - kBits)];
     if (entry.word != word) {
-      flush(entry);
-      entry.word = word;
+      if (entry.count != 0) send(shorts_, hash >> (64 - kShardBits), entry);  // to the shard that both belong to
+      entry = {word, 0};
     }
     ++entry.count;
   }
-  void add_long(std::string_view word) { counter_.add(hash_bytes(word), word, 1); }
+
+  void add(std::string_view word) {
+    const uint64_t hash = hash_bytes(word);
+    send(longs_, hash >> (64 - kShardBits), {hash, word.data(), word.size(), 1});
+  }
+
   void flush() {
-    for (Entry& entry : entries_) flush(entry);
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (entries_[i].count != 0) send(shorts_, i >> (kBits - kShardBits), std::exchange(entries_[i], {}));
+    }
+    for (size_t shard = 0; shard < counter_.shards_.size(); ++shard) {
+      counter_.shards_[shard].add(shorts_[shard]);
+      counter_.shards_[shard].add(longs_[shard]);
+    }
   }
 
  private:
-  struct Entry {
-    ShortWord word;
-    uint64_t count = 0;
-  };
-  void flush(Entry& entry) {
-    if (entry.count == 0) return;
-    const char* bytes = reinterpret_cast<const char*>(&entry.word);  // lo and hi lie in the order of the word's bytes
-    counter_.add(hash_word(entry.word), {bytes, entry.word.hi >> 56}, entry.count);
-    entry.count = 0;
+  template <class Word>
+  using Waiting = std::array<std::vector<Word>, size_t{1} << kShardBits>;
+
+  template <class Word>
+  void send(Waiting<Word>& waiting, size_t shard, const Word& word) {
+    waiting[shard].push_back(word);
+    if (waiting[shard].size() == kBatch) counter_.shards_[shard].add(waiting[shard]);
   }
-  static constexpr int kBits = 15;
+
+  static constexpr int kBits = 13;
+  static constexpr size_t kBatch = 64;
   WordCounter& counter_;
-  std::vector<Entry> entries_;
+  std::vector<Short> entries_;
+  Waiting<Short> shorts_;
+  Waiting<Long> longs_;
 };
 
-void WordCounter::Shard::add(uint64_t hash, std::string_view word, uint64_t count) {
-  const size_t mask = entries.size() - 1;
-  size_t i = hash & mask;
-  for (; entries[i].bytes != nullptr; i = (i + 1) & mask) {
-    Entry& entry = entries[i];
-    if (entry.hash == hash && std::string_view(entry.bytes, entry.size) == word) {
-      entry.count += count;
-      return;
+template <class Word>
+void WordCounter::Shard::add(std::vector<Word>& words) {
+  const std::lock_guard lock(mutex);
+  Table<Word>& table = std::get<Table<Word>>(tables);
+  for (const Word& word : words) __builtin_prefetch(&table.entries[word.hash() & (table.entries.size() - 1)]);
+  for (const Word& word : words) {
+    Word& entry = table.find(word);
+    if (entry.count != 0) {
+      entry.count += word.count;
+      continue;
     }
+    entry = word;
+    if constexpr (std::is_same_v<Word, Long>) entry.data = keep(word.bytes());
+    table.grow();
   }
-  entries[i] = {hash, keep(word), word.size(), count};
-  if (++used * 2 > entries.size()) grow();
+  words.clear();
 }
 
 const char* WordCounter::Shard::keep(std::string_view word) {
@@ -69,27 +92,10 @@ const char* WordCounter::Shard::keep(std::string_view word) {
   return block.data() + block.size() - word.size();
 }
 
-void WordCounter::Shard::grow() {
-  std::vector<Entry> larger(entries.size() * 2);
-  for (const Entry& entry : entries) {
-    if (entry.bytes == nullptr) continue;
-    size_t i = entry.hash & (larger.size() - 1);
-    while (larger[i].bytes != nullptr) i = (i + 1) & (larger.size() - 1);
-    larger[i] = entry;
-  }
-  entries = std::move(larger);
-}
-
 WordCounter::WordCounter(Splitter splitter, std::vector<std::string> specials, size_t num_threads)
     : splitter_(std::move(splitter)), specials_(std::move(specials)), num_threads_(num_threads) {
   all_specials_.has.assign(specials_.texts().size(), true);
   all_specials_.empty = specials_.texts().empty();
-}
-
-void WordCounter::add(uint64_t hash, std::string_view word, uint64_t count) {
-  Shard& shard = shards_[hash >> (64 - kShardBits)];
-  const std::lock_guard lock(shard.mutex);
-  shard.add(hash, word, count);
 }
 
 void WordCounter::count(const std::vector<Part>& parts) {
@@ -97,23 +103,24 @@ void WordCounter::count(const std::vector<Part>& parts) {
   parallel_for(parts.size(), num_threads_, [&](size_t i, size_t worker) {
     if (parts[i].segment.special != kNotFound) return;
     if (!recent[worker]) recent[worker] = std::make_unique<Recent>(*this);
+    Recent& counts = *recent[worker];
     const auto [begin_of, end_of, special] = parts[i].segment;
     const std::string_view text = parts[i].text.substr(begin_of, end_of - begin_of);
     const char* limit = text.data() + text.size();
     splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
       for (size_t k = 0; k < count; begin = ends[k++]) {
-        const std::string_view word = text.substr(begin, ends[k] - begin);
-        if (word.size() <= kMaxShort) {
-          recent[worker]->add_short(pack_word(word.data(), word.size(), limit));
+        const size_t size = ends[k] - begin;
+        if (size <= kMaxShort) {
+          counts.add(pack_word(text.data() + begin, size, limit));
         } else {
-          recent[worker]->add_long(word);
+          counts.add(text.substr(begin, size));
         }
       }
     });
   });
-  for (auto& r : recent) {
-    if (r) r->flush();
-  }
+  parallel_for(num_threads_, num_threads_, [&](size_t i, size_t) {
+    if (recent[i]) recent[i]->flush();
+  });
 }
 
 void WordCounter::add_documents(const std::vector<std::string_view>& documents) {
@@ -136,15 +143,19 @@ size_t WordCounter::add_front(std::string_view text) {
   return done;
 }
 
-std::vector<CountedWord> WordCounter::sorted() const {
+std::vector<CountedWord> WordCounter::words() const {
   std::vector<CountedWord> words;
   for (const Shard& shard : shards_) {
-    for (const Shard::Entry& entry : shard.entries) {
-      if (entry.bytes != nullptr) words.push_back({{entry.bytes, entry.size}, entry.count});
+    for (const Short& entry : std::get<Table<Short>>(shard.tables).entries) {
+      if (entry.count != 0) words.push_back({entry.bytes(), entry.count});
+    }
+    for (const Long& entry : std::get<Table<Long>>(shard.tables).entries) {
+      if (entry.count != 0) words.push_back({entry.bytes(), entry.count});
     }
   }
-  std::sort(words.begin(), words.end(), [](const auto& a, const auto& b) { return a.bytes < b.bytes; });
   return words;
 }
+
+void WordCounter::clear() { shards_ = std::vector<Shard>(shards_.size()); }
 
 }  // namespace cs336::text
