@@ -4,12 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <variant>
 
 #include "cpu/text/bpe_encode.h"
 #include "cpu/text/bpe_train.h"
-#include "cpu/text/parallel.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
 #include "cpu/text/word_count.h"

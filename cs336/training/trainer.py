@@ -195,7 +195,7 @@ class Trainer:
             if self.plan.measuring:
                 self._unplanned_lr = self._current_lr
             planned = self.plan.observe(self.step, self.seconds, reserve=sum(self._paused.values()))
-            if planned:
+            if planned and len(self.plan.decisions) == 1:
                 self._check_schedule()
             self._log()
         if self.val_data is not None and self._due("validate", self.config.eval_interval, EVALS):
@@ -366,7 +366,8 @@ class Trainer:
             )
 
     def _check_schedule(self) -> None:
-        total = self.plan.total_steps
+        """A time budget's later plans go along the first one's schedule, however many steps they have."""
+        total = self.plan.decisions[0][1] if self.plan.decisions else self.plan.total_steps
         if total is not None and self._warmup_steps(total) >= total:
             raise ValueError(
                 f"the schedule cannot land: {self._warmup_steps(total)} warm-up steps, and the budget of "

@@ -33,7 +33,7 @@ inline bool takes_vectors(int64_t M, int64_t N, int64_t element_size, std::initi
                           std::initializer_list<const void*> pointers) {
   const auto aligned = [&](int64_t elements) { return elements * element_size % 16 == 0; };
   return M < (int64_t{1} << 30) && N < (int64_t{1} << 30) && aligned(N) &&
-         std::all_of(strides.begin(), strides.end(), aligned) &&
+         (M <= 1 || std::all_of(strides.begin(), strides.end(), aligned)) &&
          std::all_of(
              pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }

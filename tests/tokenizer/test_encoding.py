@@ -378,3 +378,27 @@ def test_pickle(tokenizer, text):
 def test_needs_no_torch():
     code = "import sys; from cs336.tokenizer import Tokenizer; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+@pytest.mark.parametrize("megabytes", [0.3, 2])
+def test_running_out_of_memory_leaves_a_tokenizer_that_works(megabytes):
+    program = """
+import random, resource, sys
+from cs336.tokenizer import Tokenizer
+
+random.seed(0)
+letters = "abcdefghijklmnopqrstuvwxyz"
+tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+text = " ".join("".join(random.choices(letters, k=random.randint(3, 14))) for _ in range(200_000))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(float(sys.argv[1]) * 1e6), -1))
+try:
+    tokenizer.encode_ordinary(text)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert tokenizer.encode_ordinary(text) == list(text.encode())
+else:
+    raise SystemExit("there was memory enough")
+"""
+    subprocess.run([sys.executable, "-c", program, str(megabytes)], check=True)

@@ -216,6 +216,16 @@ def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget
     assert not tiny.run_dir.exists()
 
 
+def test_a_time_budget_that_becomes_slower_than_its_warm_up_goes_on(tmp_path):
+    """The first plan's schedule is gone along faster: no plan after it has to hold the warm-up."""
+    trainer = Trainer(tiny_run.config(tmp_path, budget="100s", schedule=ScheduleConfig(warmup_steps=100)))
+    trainer.plan.decisions = [[5, 333], [41, 90]]
+    trainer._check_schedule()
+    trainer.plan.decisions = [[5, 90]]
+    with pytest.raises(ValueError, match="cannot land"):
+        trainer._check_schedule()
+
+
 def test_guards_before_training(tmp_path):
     tiny = tiny_run.config(tmp_path)
 

@@ -6,6 +6,7 @@
 #include <queue>
 #include <span>
 #include <stdexcept>
+#include <unordered_set>
 
 #include "cpu/text/parallel.h"
 
@@ -20,9 +21,10 @@ using Tokens = std::vector<std::pair<uint32_t, std::string>>;
 // Every way to make an ordinary token of two others.
 std::vector<Merge> all_splits(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
   TokenIndex index(tokens.size());
+  const std::unordered_set<uint32_t> special(special_ids.begin(), special_ids.end());
   size_t longest = 0;
   for (const auto& [id, bytes] : tokens) {
-    if (std::find(special_ids.begin(), special_ids.end(), id) != special_ids.end()) continue;
+    if (special.contains(id)) continue;
     index.add(bytes, id);
     longest = std::max(longest, bytes.size());
   }
@@ -61,12 +63,6 @@ Ids& Ids::operator=(Ids&& other) noexcept {
   std::swap(size_, other.size_);
   std::swap(capacity_, other.capacity_);
   return *this;
-}
-
-void Ids::append(const uint32_t* ids, size_t count) {
-  if (count == 0) return;
-  std::memcpy(room(count), ids, count * sizeof(uint32_t));
-  size_ += count;
 }
 
 void Ids::grow(size_t least) {

@@ -39,7 +39,6 @@ class Ids {
     *room(1) = id;
     ++size_;
   }
-  void append(const uint32_t* ids, size_t count);
 
  private:
   void grow(size_t least);

@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <iterator>
-#include <memory>
 
 #include "cpu/text/unicode_table.h"
 

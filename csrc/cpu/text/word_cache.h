@@ -31,7 +31,8 @@ struct Lines {
 template <class Entry>
 class LineTable {
  public:
-  LineTable(size_t lines, size_t max_lines) : max_size_(max_lines * kWays) { allocate(lines * kWays); }
+  LineTable(size_t lines, size_t max_lines)
+      : entries_(zeroed(lines * kWays)), mask_(lines * kWays - 1), max_size_(max_lines * kWays) {}
 
   Lines lines() const { return {reinterpret_cast<const char*>(entries_.get()), mask_ / kWays * kCacheLine}; }
   // The entry that is_it(entry), or the empty one where it would be.
@@ -50,9 +51,11 @@ class LineTable {
   bool reserve(size_t count) {
     while (2 * (used_ + count) > size()) {
       if (size() == max_size_) return false;
-      const Entries old = std::move(entries_);
       const size_t old_size = size();
-      allocate(2 * old_size);
+      Entries old = zeroed(2 * old_size);  // may throw: nothing has changed yet
+      std::swap(old, entries_);
+      mask_ = 2 * old_size - 1;
+      used_ = 0;
       for (size_t i = 0; i < old_size; ++i) {
         if (!old[i].empty()) insert(old[i]);
       }
@@ -72,20 +75,19 @@ class LineTable {
   using Entries = std::unique_ptr<Entry[], Free>;
 
   size_t size() const { return mask_ + 1; }
-  void allocate(size_t size) {
+  static Entries zeroed(size_t size) {
     const size_t bytes = size * sizeof(Entry);
     void* memory = std::aligned_alloc(std::min(bytes, kHugePage), bytes);
     if (memory == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
     if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    entries_ = Entries(static_cast<Entry*>(memory));
-    mask_ = size - 1;
-    clear();
+    std::memset(memory, 0, bytes);
+    return Entries(static_cast<Entry*>(memory));
   }
 
   Entries entries_;
-  size_t mask_ = 0, used_ = 0, max_size_;
+  size_t mask_, used_ = 0, max_size_;
 };
 
 class WordCache {
