@@ -414,6 +414,10 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("CS336_DEBUG") == "1":
             raise
         hint = " (CS336_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            hint = (
+                ": only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
+            )
         print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
 

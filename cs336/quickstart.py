@@ -212,9 +212,17 @@ class Job:
         return sorted(names)
 
     def _forget(self, stage: Stage) -> None:
-        """Remove what the stage made from other settings."""
+        """Remove what the stage made from other settings; a model, which took longest, is put aside instead."""
+        aside = self.run_dir / "previous"
+        keep = stage.name == "pretrain" and (self.run_dir / "checkpoints").exists()
+        if keep:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            self._say("the settings changed: training again", f"the earlier model is kept in {aside}")
         for path in (self.run_dir / name for name in self._names(stage)):
-            if path.is_dir():
+            if keep and path.exists():
+                path.rename(aside / path.name)
+            elif path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

@@ -85,8 +85,8 @@ class TrainConfig:
     """Steps a row of metrics.jsonl. On a GPU each row waits for the device."""
     eval_interval: int | None = None
     """Steps between validations. None: a twentieth of the run."""
-    eval_tokens: int = 262_144
-    """Validation tokens read each time, spread evenly over the set."""
+    eval_tokens: int | None = None
+    """Validation tokens read each time, spread evenly over the set. None: as many as 32 steps read, at most 262,144."""
     sample_interval: int | None = None
     """Steps between samples. None: a tenth of the run."""
     checkpoint_interval: int | None = None
@@ -98,7 +98,8 @@ class TrainConfig:
         Budget.parse(self.budget)
         micro = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
         at_least_one = {"batch_size": self.batch_size, "micro_batch_size": micro, "log_interval": self.log_interval}
-        at_least_one |= {"eval_tokens": self.eval_tokens, "keep_checkpoints": self.keep_checkpoints}
+        at_least_one |= {"keep_checkpoints": self.keep_checkpoints}
+        at_least_one |= {} if self.eval_tokens is None else {"eval_tokens": self.eval_tokens}
         for name, value in at_least_one.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

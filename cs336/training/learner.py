@@ -71,7 +71,10 @@ class Learner:
         sidecar.
         """
         size = min(self.micro_batch_size, len(data))
-        count = min(len(data), max(size, self.config.eval_tokens // data.context_length)) // size * size
+        tokens = self.config.eval_tokens
+        if tokens is None:
+            tokens = min(262_144, 32 * self.config.batch_size * data.context_length)
+        count = min(len(data), max(size, tokens // data.context_length)) // size * size
         index_N = np.arange(count) * len(data) // count
         total = torch.zeros((), device=self.device)
         # A compiled loss keeps its gradients and mode: without them it would be compiled again.
