@@ -149,7 +149,8 @@ class Tokenizer:
 
         Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
         a normalizer unless `without_normalizer`. With ignore_merges ids are taken as ranks, if the merges listed are
-        those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text, is left out.
+        those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text,
+        is left out.
         """
         parts, whole_pieces = formats.read_huggingface(path, without_normalizer)
         with formats.reading(path):
