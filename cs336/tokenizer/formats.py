@@ -108,7 +108,7 @@ def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, 
 
 def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
     """The parts of a tokenizer.json that `write_json` wrote, and its fingerprint. Raises ValueError for any other."""
-    document = _load_json(path)
+    document = load_json(path)
     try:
         model = document["model"]
         section = model["cs336"]
@@ -145,7 +145,7 @@ def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple
 
     Raises ValueError for all that would make ids differ.
     """
-    document = _load_json(path)
+    document = load_json(path)
     with reading(path):
         model, normalizer = document["model"], document.get("normalizer")
         if model.get("type", "BPE") != "BPE":
@@ -188,12 +188,14 @@ def _pattern_of(pre_tokenizer: dict[str, Any]) -> str:
 
 
 def write_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, parts: Parts) -> None:
-    """Write GPT-2's two files. Raises ValueError for a special token that is spelled as another token."""
+    """Write GPT-2's two files, and make their directories. Raises ValueError for a special token spelled as another."""
     special_ids = set(parts.special_tokens.values())
     ids = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
     if clash := ids.keys() & parts.special_tokens.keys():
         raise ValueError(f"vocab.json cannot hold both a special and an ordinary token {clash.pop()!r}")
     assert parts.merges is not None
+    for path in (vocab_json, merges_txt):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(vocab_json) as file:
         json.dump(ids | parts.special_tokens, file, ensure_ascii=False)
     with replacing(merges_txt) as file:
@@ -209,7 +211,7 @@ def write_tiktoken(path: str | os.PathLike, ranks: dict[int, bytes]) -> None:
 
 def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, special_tokens: list[str] | None) -> Parts:
     """GPT-2's files. None for the special tokens: <|endoftext|> if the vocabulary has it."""
-    ids = _load_json(vocab_json)
+    ids = load_json(vocab_json)
     with reading(vocab_json):
         if not isinstance(ids, dict):
             raise ValueError("it is not an object of tokens and ids")
@@ -248,7 +250,8 @@ def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
     return vocab
 
 
-def _load_json(path: str | os.PathLike) -> Any:
+def load_json(path: str | os.PathLike) -> Any:
+    """The document of a JSON file. Raises ValueError, naming the file, if it is damaged."""
     with reading(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 

@@ -148,7 +148,9 @@ class Tokenizer:
         """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens.
 
         Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
-        a normalizer unless `without_normalizer`. A post-processor, which adds tokens around a text, is left out.
+        a normalizer unless `without_normalizer`. With ignore_merges ids are taken as ranks, if the merges listed are
+        those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text,
+        is left out.
         """
         parts, whole_pieces = formats.read_huggingface(path, without_normalizer)
         with formats.reading(path):
@@ -156,14 +158,16 @@ class Tokenizer:
             if not whole_pieces:
                 return tokenizer
             ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern)
-            if ranked.merges != tokenizer.merges:
+            made_once = tokenizer._unmade_token() is None and ranked.merges == tokenizer.merges
+            if not made_once and not tokenizer._lists_every_split():
                 raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
             return ranked
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
         parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
-        formats.write_json(path, parts, self.merges, self.fingerprint)
+        by_rank = self._listed_merges is None and self._unmade_token()
+        formats.write_json(path, parts, self._every_split() if by_rank else self.merges, self.fingerprint)
 
     def to_gpt2(self, vocab_json: str | os.PathLike, merges_txt: str | os.PathLike) -> None:
         """Write GPT-2's two files, which do not tell the pattern.
@@ -171,20 +175,19 @@ class Tokenizer:
         Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
         """
         merges = self.merges
-        if self._listed_merges is None and len(merges) < sum(
-            len(token) > 1 for token in self._ordinary_tokens().values()
-        ):
-            raise ValueError("some tokens are made by no merge of two others: vocab.json and merges.txt cannot tell")
+        if self._listed_merges is None and (token := self._unmade_token()):
+            raise ValueError(f"no merge of two others makes the token {token!r}: vocab.json and merges.txt cannot tell")
         formats.write_gpt2(vocab_json, merges_txt, Parts(self._vocab, merges, self._specials, self._pattern))
 
     def to_tiktoken(self, path: str | os.PathLike) -> None:
         """Write tiktoken's ranks, which tell neither the pattern nor the special tokens.
 
-        Raises ValueError if the merges are not those that the ids give as ranks.
+        Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
         """
         if self._listed_merges is not None:
-            ranked = Tokenizer(self._vocab, None, self._specials, self._pattern)
-            if ranked.merges != self._listed_merges:
+            if token := self._unmade_token():
+                raise ValueError(f"no merge makes the token {token!r}, which would be found as a rank")
+            if Tokenizer(self._vocab, None, self._specials, self._pattern).merges != self._listed_merges:
                 raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
         formats.write_tiktoken(path, self._ordinary_tokens())
 
@@ -264,8 +267,11 @@ class Tokenizer:
         """Encode documents, each followed by eot_token, into a directory of token shards (cs336/utils/shards.py).
 
         In a document special tokens are ordinary text. Holds some 8 MB of text, or the longest document. Returns what
-        meta.json says. Raises ValueError if eot_token is not one of the special tokens.
+        meta.json says. Raises ValueError if eot_token is not one of the special tokens, if documents is one text or
+        path, or if there are none, and TypeError for a document that is neither str nor bytes.
         """
+        if isinstance(documents, str | bytes | os.PathLike):
+            raise ValueError(f"documents is one text or path: give a list, got {type(documents).__name__}")
         if eot_token not in self._specials:
             raise ValueError(
                 f"{eot_token!r} is not a special token of this tokenizer, which has {list(self._specials)}"
@@ -274,6 +280,8 @@ class Tokenizer:
         with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
             for batch, num_bytes in _batches(documents):
                 writer.write_documents(*self.encode_batch_numpy(batch, num_threads, disallowed_special=()), num_bytes)
+            if not writer.meta.documents:
+                raise ValueError("there are no documents to encode")
         return writer.meta
 
     # ---- decoding ----
@@ -332,6 +340,25 @@ class Tokenizer:
     def _ordinary_tokens(self) -> dict[int, bytes]:
         special_ids = set(self._specials.values())
         return {i: token for i, token in self._vocab.items() if i not in special_ids}
+
+    def _unmade_token(self) -> bytes | None:
+        """The first ordinary token of several bytes that no merge makes."""
+        made = {left + right for left, right in self.merges}
+        tokens = (token for _, token in sorted(self._ordinary_tokens().items()))
+        return next((token for token in tokens if len(token) > 1 and token not in made), None)
+
+    def _every_split(self) -> list[tuple[bytes, bytes]]:
+        """All pairs of ordinary tokens that together are one, in the order of its ids."""
+        ordered = [token for _, token in sorted(self._ordinary_tokens().items())]
+        known = set(ordered)
+        splits = ((token[:cut], token[cut:]) for token in ordered for cut in range(1, len(token)))
+        return [(left, right) for left, right in splits if left in known and right in known]
+
+    def _lists_every_split(self) -> bool:
+        """Whether merges are all those of ranks, in the order of ids; those of one token in any order."""
+        id_of = {token: i for i, token in self._ordinary_tokens().items()}
+        made = [id_of[left + right] for left, right in self.merges]
+        return made == sorted(made) and set(self.merges) == set(self._every_split())
 
     @cached_property
     def _found_merges(self) -> list[tuple[bytes, bytes]]:
@@ -408,6 +435,8 @@ def _batches(documents: Iterable[str | bytes]) -> Iterator[tuple[list[str | byte
     batch: list[str | bytes] = []
     num_bytes = 0
     for document in documents:
+        if not isinstance(document, str | bytes):
+            raise TypeError(f"a document must be str or bytes, got {type(document).__name__}")
         batch.append(document)
         num_bytes += len(document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document)
         if num_bytes >= FILE_STEP:

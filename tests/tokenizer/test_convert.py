@@ -1,6 +1,7 @@
 """Conversions keep every id, or refuse; what a format does not hold is asked for, never guessed."""
 
 import json
+import re
 
 import pytest
 import tiktoken
@@ -54,27 +55,41 @@ def test_others_read_what_is_written(trained, text, tmp_path):
     assert convert.load(tmp_path / "theirs.json") == trained
 
 
-@pytest.mark.parametrize("to", ["tiktoken", "gpt2"])
 @pytest.mark.parametrize(
     ("vocab", "merges", "message"),
     [
-        ([b"a", b"b", b"c", b"abc"], [], r"no merge makes the token b'abc', and 0 others"),
-        ([b"a", b"b", b"ab", b"ba", b"aba"], ["a b", "b a", "ab a", "a ba"], "made by several merges"),
-        ([b"a", b"b", b"c", b"bc", b"ab"], ["a b", "b c"], "ids do not follow the order"),
-        ([b"a", b"b", b"abb", b"ab"], ["ab b", "a b"], "ids do not follow the order"),
+        ([b"a", b"b", b"c", b"abc"], [], r"no merge makes the token b'abc'"),
+        ([b"a", b"b", b"c", b"aa", b"aaa"], ["a a", "a aa"], "not in the order of the ids"),
+        ([b"a", b"b", b"ab", b"ba", b"aba"], ["a b", "b a", "ab a", "a ba"], "not in the order of the ids"),
+        ([b"a", b"b", b"c", b"bc", b"ab"], ["a b", "b c"], "not in the order of the ids"),
+        ([b"a", b"b", b"abb", b"ab"], ["ab b", "a b"], "not in the order of the ids"),
     ],
 )
-def test_what_ranks_cannot_say_is_refused(vocab, merges, message, to, tmp_path):
+def test_what_ranks_cannot_say_is_refused(vocab, merges, message, tmp_path):
     pairs = [tuple(half.encode() for half in merge.split()) for merge in merges]
     with pytest.raises(ValueError, match=message):
-        convert.save(Tokenizer(dict(enumerate(vocab)), pairs), tmp_path / "x", to)
+        convert.save(Tokenizer(dict(enumerate(vocab)), pairs), tmp_path / "x", "tiktoken")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_special_token_spelled_as_another_token(tmp_path):
     tokenizer = Tokenizer({0: b"a", 1: b"b", 2: b" "}, [], {"\u0120": 3})
-    with pytest.raises(ValueError, match=r"vocab\.json cannot hold both the special token"):
+    with pytest.raises(ValueError, match=r"vocab\.json cannot hold both a special"):
         convert.save(tokenizer, tmp_path / "x", "gpt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_special_tokens_of_gpt2_files(trained, tmp_path):
+    convert.save(trained, tmp_path / "gpt2", "gpt2")
+    found = convert.load(tmp_path / "gpt2", trained.pattern)
+    assert found == trained
+    convert.save(found, tmp_path / "ranks", "tiktoken")
+    assert convert.load(tmp_path / "ranks", trained.pattern, END).encode_ordinary("<|endoftext|> the") == (
+        trained.encode_ordinary("<|endoftext|> the")
+    )
+    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' was given as 701, and its id is 700"):
+        convert.load(tmp_path / "gpt2", trained.pattern, {"<|endoftext|>": 701})
+    assert convert.load(tmp_path / "gpt2", trained.pattern, END | {"<|new|>": 701}).special_tokens["<|new|>"] == 701
 
 
 def test_no_pattern_is_guessed(trained, tmp_path):
@@ -87,49 +102,33 @@ def test_no_pattern_is_guessed(trained, tmp_path):
         convert.load(tmp_path / "json", "gpt2")
 
 
-def huggingface(**changes):
-    document = {
-        "normalizer": None,
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, "merges": ["a b", ["ab", "c"]]},
-    }
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        place = document
-        for parent in parents:
-            place = place[parent]
-        place[key] = value
-    return document
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"normalizer": {"type": "NFC"}}, "normalizer is"),
-        ({"model__type": "WordPiece"}, 'the model is "WordPiece"'),
-        ({"model__byte_fallback": True}, "byte_fallback is true"),
-        ({"model__continuing_subword_prefix": "##"}, "continuing_subword_prefix"),
-        ({"model__vocab": {"a": 0, "b": 0, "c": 2, "ab": 3, "abc": 4}}, "two tokens"),
-        ({"model__merges": ["a b c"]}, "too many values"),
-        ({"model__ignore_merges": True, "model__vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}}, "b'a'"),
-        ({"pre_tokenizer": None}, "pre-tokenizer is null"),
-        ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space is true"),
-        ({"pre_tokenizer__use_regex": False}, "use_regex is false"),
-        ({"added_tokens": [{"content": "<s>", "id": 9, "lstrip": True}]}, "lstrip of the added token"),
-        ({"added_tokens": [{"id": 9}]}, "lacks 'content'"),
-    ],
-)
-def test_what_a_tokenizer_does_not_do_is_refused(changes, message, tmp_path):
+@pytest.mark.parametrize("content", ['{"model": null}', '{"model": 3}', '{"a"', "{}", '{"model": {"cs336": 1}}'])
+def test_what_is_no_tokenizer(content, tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(huggingface(**changes)))
-    with pytest.raises(ValueError, match=message):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         convert.load(path)
 
 
-def test_merges_that_are_ignored_are_ranks(tmp_path):
+ABC = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "accepted"),
+    [
+        (ABC, ["a b", ["ab", "c"]], True),  # a merge for each token, in order
+        (ABC, ["ab c", "a b"], False),
+        (ABC | {"bc": 5}, ["a b", "ab c"], False),  # as ranks, b and c would merge
+        (ABC | {"bc": 5}, ["a b", "a bc", "ab c", "b c"], True),  # every split
+        (ABC | {"bc": 5}, ["b c", "a b", "a bc", "ab c"], False),
+    ],
+)
+def test_merges_that_are_ignored_are_ranks(vocab, merges, accepted, tmp_path):
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(huggingface()))
-    assert convert.load(path).encode("abc") == [4]
-    path.write_text(json.dumps(huggingface(model__ignore_merges=True)))
-    assert convert.load(path) == Tokenizer({0: b"a", 1: b"b", 2: b"c", 3: b"ab", 4: b"abc"}, None)
+    path.write_text(json.dumps({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "model": model}))
+    if accepted:
+        assert convert.load(path) == Tokenizer({i: token.encode() for token, i in vocab.items()}, None)
+    else:
+        with pytest.raises(ValueError, match="not those of its ids as ranks"):
+            convert.load(path)

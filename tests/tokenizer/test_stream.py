@@ -1,6 +1,7 @@
 """Text in chunks encodes as the whole; ids decode to text without half a character."""
 
 import itertools
+import pathlib
 
 import pytest
 from hypothesis import example, given, settings
@@ -79,6 +80,22 @@ def test_to_file(tokenizer, text, tmp_path, monkeypatch):
         assert meta.text_bytes == sum(len(part.encode() if isinstance(part, str) else part) for part in documents)
     with pytest.raises(ValueError, match=r"'<\|other\|>' is not a special token"):
         tokenizer.encode_to_file(documents, tmp_path, "<|other|>")
+
+
+@pytest.mark.parametrize(
+    ("documents", "error", "message"),
+    [
+        ("one text", ValueError, "one text or path: give a list"),
+        (b"one text", ValueError, "one text or path: give a list"),
+        (pathlib.Path("text.txt"), ValueError, "one text or path: give a list"),
+        (["a", 3], TypeError, "a document must be str or bytes, got int"),
+        ([], ValueError, "there are no documents"),
+    ],
+)
+def test_to_file_of_what_are_no_documents(tokenizer, documents, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        tokenizer.encode_to_file(documents, tmp_path / "tokens")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_lazy(tokenizer):
