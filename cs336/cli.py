@@ -339,6 +339,8 @@ def tokenizer_compare(
 
 def _texts(inputs: tuple[Path, ...]) -> Any:
     """What Tokenizer.train reads: .txt files as they are, without torch; anything else as documents."""
+    if not inputs and sys.stdin.isatty():
+        print("reading standard input, up to Ctrl-D", file=sys.stderr)
     if all(path.suffix == ".txt" for path in inputs):
         return list(inputs) or [Path("/dev/stdin")]
     from cs336.data import read_documents

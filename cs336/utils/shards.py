@@ -208,7 +208,9 @@ def read_meta(directory: str | os.PathLike) -> TokenMeta:
     """The sidecar of a directory of shards. Raises ValueError if it is missing, damaged or of another version."""
     path = pathlib.Path(directory) / META
     if not path.exists():
-        raise ValueError(f"{directory} has no {META}: it is unfinished or holds no tokens; tokenize the corpus again")
+        inside = sorted(str(found.parent) for found in pathlib.Path(directory).glob(f"*/{META}"))
+        advice = f"did you mean {' or '.join(inside)}?" if inside else "tokenize the corpus again"
+        raise ValueError(f"{directory} has no {META}: it is unfinished or holds no tokens; {advice}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("format") != TokenMeta.format:

@@ -144,3 +144,9 @@ def test_sidecar_is_plain_json(tmp_path):
     found = json.loads((tmp_path / shards.META).read_text())
     assert found["tokens"] == meta.tokens == 20
     assert set(found) == {"tokenizer", "vocab_size", "eot_id", "documents", "tokens", "text_bytes", "shards", "format"}
+
+
+def test_the_folder_above_says_which_are_inside(tmp_path):
+    write(tmp_path / "train", [1, 2, 0])
+    with pytest.raises(ValueError, match=r"did you mean .*train\?"):
+        read_meta(tmp_path)
