@@ -1,25 +1,20 @@
 // What words encoded to, in three tables by the size of the word and the number of its ids. All of them start small,
 // double as they fill, and are emptied together when one has reached its bound.
 #pragma once
-#include <sys/mman.h>
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string_view>
 #include <vector>
 
+#include "cpu/text/bpe_merge.h"
+#include "cpu/text/huge_pages.h"
 #include "cpu/text/word.h"
 
 namespace cs336::text {
 
-constexpr uint32_t kNoId = UINT32_MAX;
-constexpr uint32_t kMaxId = (1 << 24) - 1;
 constexpr size_t kCacheLine = 64;
-constexpr size_t kHugePage = 2 << 20;
 
 // The lines of a table, for an offset in bytes.
 struct Lines {
@@ -31,63 +26,42 @@ struct Lines {
 template <class Entry>
 class LineTable {
  public:
-  LineTable(size_t lines, size_t max_lines)
-      : entries_(zeroed(lines * kWays)), mask_(lines * kWays - 1), max_size_(max_lines * kWays) {}
+  LineTable(size_t lines, size_t max_lines) : entries_(lines * kWays), max_size_(max_lines * kWays) {}
 
-  Lines lines() const { return {reinterpret_cast<const char*>(entries_.get()), mask_ / kWays * kCacheLine}; }
+  Lines lines() const { return {reinterpret_cast<const char*>(entries_.data()), mask() / kWays * kCacheLine}; }
   // The entry that is_it(entry), or the empty one where it would be.
   template <class IsIt>
   const Entry* find(uint64_t hash, IsIt&& is_it) const {
-    const Entry* entry = entries_.get() + (hash * kWays & mask_);
-    while (!entry->empty() && !is_it(*entry)) entry = &entries_[(entry - entries_.get() + 1) & mask_];
-    return entry;
+    size_t i = hash * kWays & mask();
+    while (!entries_[i].empty() && !is_it(entries_[i])) i = (i + 1) & mask();
+    return &entries_[i];
   }
   void insert(const Entry& entry) {
     ++used_;
     const Entry* const place = find(entry.hash_of(), [](const Entry&) { return false; });
-    entries_[place - entries_.get()] = entry;
+    entries_[place - entries_.data()] = entry;
   }
   // Grows for `count` more; false if that is beyond the bound. Moves the entries.
   bool reserve(size_t count) {
-    while (2 * (used_ + count) > size()) {
-      if (size() == max_size_) return false;
-      const size_t old_size = size();
-      Entries old = zeroed(2 * old_size);  // may throw: nothing has changed yet
+    while (4 * (used_ + count) > 3 * entries_.size()) {
+      if (entries_.size() >= max_size_) return false;
+      TableVector<Entry> old(2 * entries_.size());  // may throw: nothing has changed yet
       std::swap(old, entries_);
-      mask_ = 2 * old_size - 1;
       used_ = 0;
-      for (size_t i = 0; i < old_size; ++i) {
-        if (!old[i].empty()) insert(old[i]);
+      for (const Entry& entry : old) {
+        if (!entry.empty()) insert(entry);
       }
     }
     return true;
   }
-  void clear() {
-    std::memset(static_cast<void*>(entries_.get()), 0, size() * sizeof(Entry));
-    used_ = 0;
-  }
+  void widen() { max_size_ = std::max(max_size_, 2 * entries_.size()); }
 
  private:
   static constexpr size_t kWays = kCacheLine / sizeof(Entry);
-  struct Free {
-    void operator()(Entry* p) const { std::free(p); }
-  };
-  using Entries = std::unique_ptr<Entry[], Free>;
+  size_t mask() const { return entries_.size() - 1; }
 
-  size_t size() const { return mask_ + 1; }
-  static Entries zeroed(size_t size) {
-    const size_t bytes = size * sizeof(Entry);
-    void* memory = std::aligned_alloc(std::min(bytes, kHugePage), bytes);
-    if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    std::memset(memory, 0, bytes);
-    return Entries(static_cast<Entry*>(memory));
-  }
-
-  Entries entries_;
-  size_t mask_, used_ = 0, max_size_;
+  TableVector<Entry> entries_;
+  size_t used_ = 0, max_size_;
 };
 
 class WordCache {
@@ -96,18 +70,19 @@ class WordCache {
   static constexpr size_t kShortIds = 4;
   static constexpr size_t kLongBytes = 255;
 
-  // Room for `words` more of any kind. Only here do entries move.
-  void reserve(size_t words) {
-    if (tiny_.reserve(words) && short_.reserve(words) && long_.reserve(words) &&
-        store_.size() + words * (units(kLongBytes) + kLongBytes) <= kStoreUnits) {
-      lines_ = {tiny_.lines(), short_.lines(), long_.lines()};
-      return;
-    }
-    tiny_.clear();
-    short_.clear();
-    long_.clear();
-    store_.clear();
-    reserve(words);
+  // Room for `words` more of any kind; false if that is beyond the bounds. Only here do entries move.
+  bool reserve(size_t words) {
+    if (!tiny_.reserve(words) || !short_.reserve(words) || !long_.reserve(words)) return false;
+    if (store_.size() + words * (units(kLongBytes) + kLongBytes) > store_bound_) return false;
+    lines_ = {tiny_.lines(), short_.lines(), long_.lines()};
+    return true;
+  }
+  // Bounds that leave room for as much again as is here.
+  void widen() {
+    tiny_.widen();
+    short_.widen();
+    long_.widen();
+    store_bound_ += store_.size();
   }
 
   // The line that a word of `size` bytes is first looked for on. No branch: the processor could not guess it.
@@ -157,25 +132,24 @@ class WordCache {
   }
 
   // Keeps a word that is not here yet.
-  void put(const ShortWord& word, uint64_t hash, const uint32_t* ids, size_t count) {
-    const size_t size = word.hi >> 56;
+  void put(std::string_view word, const ShortWord& packed, uint64_t hash, const uint32_t* ids, size_t count) {
     const auto id = [&](size_t i) { return i < count ? ids[i] : kNoId; };
+    const auto size = static_cast<uint32_t>(word.size());
     if (size <= kTinyBytes) {
       const bool fits = count <= 2;
-      tiny_.insert({word.lo, static_cast<uint32_t>(size << 24 | (fits ? ids[0] : 0)), fits ? id(1) : kElsewhere});
+      tiny_.insert({packed.lo, size << 24 | (fits ? ids[0] : 0), fits ? id(1) : kElsewhere});
       if (fits) return;
     }
-    const bool fits = count <= kShortIds;
-    short_.insert({word, {fits ? ids[0] : kElsewhere, id(1), id(2), id(3)}});
-    if (!fits) put(bytes_of(word), hash, ids, count);
-  }
-  void put(std::string_view word, uint64_t hash, const uint32_t* ids, size_t count) {
+    if (size <= kMaxShort) {
+      const bool fits = count <= kShortIds;
+      short_.insert({packed, {fits ? ids[0] : kElsewhere, id(1), id(2), id(3)}});
+      if (fits) return;
+    }
     const size_t offset = store_.size();
-    store_.resize(offset + units(word.size()));
-    std::memcpy(&store_[offset], word.data(), word.size());
+    store_.resize(offset + units(size));
+    std::memcpy(&store_[offset], word.data(), size);
     store_.insert(store_.end(), ids, ids + count);
-    long_.insert(
-        {hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(word.size()), static_cast<uint16_t>(count)});
+    long_.insert({hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(size), static_cast<uint16_t>(count)});
   }
 
  private:
@@ -205,15 +179,12 @@ class WordCache {
 
   static constexpr size_t units(size_t bytes) { return (bytes + 3) / 4; }
   static constexpr size_t kStoreUnits = (8 << 20) / sizeof(uint32_t);
-  // lo and hi lie in the order of the bytes.
-  static std::string_view bytes_of(const ShortWord& word) {
-    return {reinterpret_cast<const char*>(&word), static_cast<size_t>(word.hi >> 56)};
-  }
 
   LineTable<Tiny> tiny_{256, 1 << 16};    // at most 4 MB
   LineTable<Short> short_{256, 1 << 17};  // at most 8 MB
   LineTable<Long> long_{256, 1 << 15};    // at most 2 MB
   std::vector<uint32_t> store_;           // at most 8 MB
+  size_t store_bound_ = kStoreUnits;
   std::array<Lines, 3> lines_{};
 };
 
