@@ -29,17 +29,22 @@ class LineTable {
   LineTable(size_t lines, size_t max_lines) : entries_(lines * kWays), max_size_(max_lines * kWays) {}
 
   Lines lines() const { return {reinterpret_cast<const char*>(entries_.data()), mask() / kWays * kCacheLine}; }
-  // The entry that is_it(entry), or the empty one where it would be.
+  // The entry that is_it(entry), or an empty one. Comes to the front of the line where it was first looked for.
   template <class IsIt>
-  const Entry* find(uint64_t hash, IsIt&& is_it) const {
-    size_t i = hash * kWays & mask();
+  const Entry& find(uint64_t hash, IsIt&& is_it) {
+    const size_t home = hash * kWays & mask();
+    size_t i = home;
     while (!entries_[i].empty() && !is_it(entries_[i])) i = (i + 1) & mask();
-    return &entries_[i];
+    const size_t front = home + i % Entry::kFront;
+    if (i - home < Entry::kFront || entries_[i].empty()) return entries_[i];
+    std::swap(entries_[i], entries_[front]);  // no place from there to here is empty
+    return entries_[front];
   }
   void insert(const Entry& entry) {
     ++used_;
-    const Entry* const place = find(entry.hash_of(), [](const Entry&) { return false; });
-    entries_[place - entries_.data()] = entry;
+    size_t i = entry.hash_of() * kWays & mask();
+    while (!entries_[i].empty()) i = (i + 1) & mask();
+    entries_[i] = entry;
   }
   // Grows for `count` more; false if that is beyond the bound. Moves the entries.
   bool reserve(size_t count) {
@@ -91,71 +96,88 @@ class WordCache {
     return lines.first + (hash * kCacheLine & lines.mask);
   }
 
-  // The ids of a word of at most kTinyBytes, or else of kMaxShort, if it is where it is first looked for; find for any.
+  // The ids of a word of at most kTinyBytes, or else of kMaxShort, if they are at the front of its line; find for any.
   // They write them and return how many there are, zero if the word is not here. There is room for kShortIds.
   static size_t find_tiny(const void* line, const ShortWord& word, uint32_t* out) {
     const auto* entry = static_cast<const Tiny*>(line);
     entry = entry[2].bytes == word.lo ? entry + 2 : entry[1].bytes == word.lo ? entry + 1 : entry;
     out[0] = entry->size_and_id & kMaxId;
     out[1] = entry->second;
-    return entry->is(word) && entry->second != kElsewhere ? 1 + (entry->second != kNoId) : 0;
+    return entry->is(word) && !is_stored(entry->second) ? 1 + (entry->second != kNoId) : 0;
   }
   static size_t find_short(const void* line, const ShortWord& word, uint32_t* out) {
     const auto* entry = static_cast<const Short*>(line);
     entry += entry[1].word == word;
     std::memcpy(out, entry->ids, sizeof(entry->ids));
     const size_t count = 1 + (entry->ids[1] != kNoId) + (entry->ids[2] != kNoId) + (entry->ids[3] != kNoId);
-    return entry->word == word && entry->ids[0] != kElsewhere ? count : 0;
+    return entry->word == word && !is_stored(entry->ids[1]) ? count : 0;
   }
-  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, uint32_t* out) const {
+  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, uint32_t* out) {
     if (word.size() <= kTinyBytes) {
-      const Tiny* entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(packed); });
-      if (entry->second != kElsewhere) {
-        out[0] = entry->size_and_id & kMaxId;
-        out[1] = entry->second;
-        return entry->empty() ? 0 : 1 + (entry->second != kNoId);
-      }
+      const Tiny& entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(packed); });
+      if (entry.empty()) return 0;
+      const uint32_t first = entry.size_and_id & kMaxId;
+      if (is_stored(entry.second)) return restore(entry.second - kStored, first, out);
+      out[0] = first;
+      out[1] = entry.second;
+      return 1 + (entry.second != kNoId);
     }
     if (word.size() <= kMaxShort) {
-      const Short* entry = short_.find(hash, [&](const Short& e) { return e.word == packed; });
-      if (entry->ids[0] != kElsewhere) {
-        std::memcpy(out, entry->ids, sizeof(entry->ids));
-        const auto* end = std::find(entry->ids, entry->ids + kShortIds, kNoId);
-        return entry->empty() ? 0 : static_cast<size_t>(end - entry->ids);
-      }
+      const Short& entry = short_.find(hash, [&](const Short& e) { return e.word == packed; });
+      if (entry.empty()) return 0;
+      if (is_stored(entry.ids[1])) return restore(entry.ids[1] - kStored, entry.ids[0], out);
+      std::memcpy(out, entry.ids, sizeof(entry.ids));
+      return static_cast<size_t>(std::find(entry.ids, entry.ids + kShortIds, kNoId) - entry.ids);
     }
-    const Long* entry = long_.find(hash, [&](const Long& e) {
+    const Long& entry = long_.find(hash, [&](const Long& e) {
       return e.hash == hash && e.size == word.size() && !std::memcmp(&store_[e.offset], word.data(), e.size);
     });
-    std::copy_n(store_.data() + entry->offset + units(entry->size), entry->count, out);
-    return entry->count;
+    return restore(entry.offset + units(entry.size), entry.count, out);
   }
 
   // Keeps a word that is not here yet.
   void put(std::string_view word, const ShortWord& packed, uint64_t hash, const uint32_t* ids, size_t count) {
     const auto id = [&](size_t i) { return i < count ? ids[i] : kNoId; };
-    const auto size = static_cast<uint32_t>(word.size());
+    const auto size = static_cast<uint32_t>(word.size()), number = static_cast<uint32_t>(count);
     if (size <= kTinyBytes) {
-      const bool fits = count <= 2;
-      tiny_.insert({packed.lo, size << 24 | (fits ? ids[0] : 0), fits ? id(1) : kElsewhere});
-      if (fits) return;
+      if (count <= 2) {
+        tiny_.insert({packed.lo, size << 24 | ids[0], id(1)});
+      } else {
+        tiny_.insert({packed.lo, size << 24 | number, kStored + store(ids, count)});
+      }
+      return;
     }
     if (size <= kMaxShort) {
-      const bool fits = count <= kShortIds;
-      short_.insert({packed, {fits ? ids[0] : kElsewhere, id(1), id(2), id(3)}});
-      if (fits) return;
+      if (count <= kShortIds) {
+        short_.insert({packed, {ids[0], id(1), id(2), id(3)}});
+      } else {
+        short_.insert({packed, {number, kStored + store(ids, count), 0, 0}});
+      }
+      return;
     }
     const size_t offset = store_.size();
     store_.resize(offset + units(size));
     std::memcpy(&store_[offset], word.data(), size);
-    store_.insert(store_.end(), ids, ids + count);
+    store(ids, count);
     long_.insert({hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(size), static_cast<uint16_t>(count)});
   }
 
  private:
-  static constexpr uint32_t kElsewhere = kNoId - 1;  // for a word with more ids than fit: see the next table
+  // Added to where in the store the ids are that do not fit, in the place of the second; their number is in that of the
+  // first.
+  static constexpr uint32_t kStored = kMaxId + 1;
+  static bool is_stored(uint32_t second) { return second - kStored <= kMaxId; }
+  uint32_t store(const uint32_t* ids, size_t count) {
+    store_.insert(store_.end(), ids, ids + count);
+    return static_cast<uint32_t>(store_.size() - count);
+  }
+  size_t restore(size_t offset, size_t count, uint32_t* out) const {
+    std::copy_n(store_.data() + offset, count, out);
+    return count;
+  }
 
-  struct Tiny {  // up to two ids
+  struct Tiny {                          // up to two ids
+    static constexpr size_t kFront = 3;  // entries of a line that are looked at first
     uint64_t bytes;
     uint32_t size_and_id;
     uint32_t second;  // kNoId if there is none
@@ -164,12 +186,14 @@ class WordCache {
     bool is(const ShortWord& word) const { return bytes == word.lo && size_and_id >> 24 == word.hi >> 56; }
   };
   struct Short {
+    static constexpr size_t kFront = 2;
     ShortWord word;
     uint32_t ids[kShortIds];  // kNoId after the last
     bool empty() const { return word.hi == 0; }
     uint64_t hash_of() const { return hash_word(word); }
   };
   struct Long {
+    static constexpr size_t kFront = 4;
     uint64_t hash;
     uint32_t offset;  // in the store: the bytes, then the ids
     uint16_t size, count;
