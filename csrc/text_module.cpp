@@ -1,9 +1,11 @@
 // Python face of csrc/cpu/text: strings and bytes in, ids out. The work is done without the GIL.
+#include <pybind11/critical_section.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <mutex>
 #include <variant>
 
 #include "cpu/text/bpe_encode.h"
@@ -142,11 +144,12 @@ class PyEncoder {
                                         std::move(special_texts), std::move(special_ids), splitter);
     }
     ints_.resize(core_->tokens().size());
+    for (const auto& [id, bytes] : tokens) ints_[id] = py::int_(id);
   }
 
   const Encoder& core() const { return *core_; }
 
-  py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) {
+  py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) const {
     const Encoded encoded = encode_texts(objects, policy, num_threads);
     py::list result(encoded.counts.size());
     size_t part = 0, at = 0;
@@ -186,19 +189,16 @@ class PyEncoder {
     return ids;
   }
 
-  py::list to_list(const Ids& ids) {
+  py::list to_list(const Ids& ids) const {
     py::list list(ids.size());
     for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), i, to_int(ids.data()[i]));
     return list;
   }
 
  private:
-  // A new reference to the one Python int of an id: most of the time of a list would go into making ints.
-  PyObject* to_int(uint32_t id) {
-    py::object& made = ints_[id];
-    if (!made) made = py::int_(id);
-    return made.inc_ref().ptr();
-  }
+  // A new reference to the one Python int of an id: most of the time of a list would go into making ints. All are made
+  // at the start (200,000 in 5 ms), so that threads only read them.
+  PyObject* to_int(uint32_t id) const { return ints_[id].inc_ref().ptr(); }
 
   Encoded encode_texts(const py::list& objects, const Policy& policy, size_t num_threads) const {
     const std::vector<Text> texts(objects.begin(), objects.end());
@@ -214,6 +214,7 @@ class PyEncoder {
 
   // From an array of integers, or any iterable of what is an integer to Python.
   std::vector<uint32_t> ids_of(const py::object& object) const {
+    const py::scoped_critical_section unchanged(object);
     std::vector<uint32_t> ids;
     const auto add = [&](int64_t id) {
       if (id < 0 || !core_->tokens().contains(static_cast<uint64_t>(id))) core_->refuse(std::to_string(id));
@@ -255,7 +256,7 @@ class PyEncoder {
   std::vector<py::object> ints_;
 };
 
-// Text that comes in chunks.
+// Text that comes in chunks, from one thread at a time.
 class StreamEncoder {
  public:
   // `least`: bytes of text that are worth a call to the encoder.
@@ -268,6 +269,8 @@ class StreamEncoder {
     Ids ids;
     {
       const py::gil_scoped_release release;
+      const std::unique_lock alone(mutex_, std::try_to_lock);  // not lock: in a fork nobody may be left to unlock it
+      if (!alone) throw std::invalid_argument("another thread is at this text: a stream is one thread's at a time");
       pending_.append(text.view);
       if (last || pending_.size() >= wanted_) encode_pending(last, ids);
     }
@@ -288,6 +291,7 @@ class StreamEncoder {
 
   std::shared_ptr<PyEncoder> encoder_;
   Policy policy_;
+  std::mutex mutex_;
   std::string pending_;
   size_t least_, wanted_;
 };
@@ -312,7 +316,9 @@ std::vector<std::pair<uint32_t, uint32_t>> train(WordCounter& counter, size_t nu
 
 }  // namespace
 
-PYBIND11_MODULE(_text, m) {
+// Needs no GIL: what threads can share does not change once it is made, but for the encoder's caches, each of which one
+// call has to itself, and streams, which refuse a second thread. A WordCounter never leaves Tokenizer.train.
+PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
   m.doc() = "The tokenizer core. cs336.tokenizer is its documented face.";
   m.attr("NO_ID") = kNoId;
 

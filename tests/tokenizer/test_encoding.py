@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -331,20 +332,25 @@ def test_offsets_are_those_of_characters(tokenizer, text):
 def test_many_threads_share_one(tokenizer, text):
     texts = [text[i : i + 4000] for i in range(0, len(text), 4000)]
     expected = [tokenizer.encode(part) for part in texts]
-    failures = []
+    fresh = pickle.loads(pickle.dumps(tokenizer))  # nothing in it is cached yet
+    changing = list(range(1000))
+    start = threading.Barrier(8)
 
     def work(worker):
+        start.wait(timeout=60)
+        assert fresh.fingerprint == tokenizer.fingerprint
+        assert fresh.encode("<|end|>", {"<|end|>"}) == [fresh.special_tokens["<|end|>"]]
         for i in range(worker, worker + 2 * len(texts)):
             k = i % len(texts)
-            if tokenizer.encode(texts[k]) != expected[k] or tokenizer.decode(expected[k]) != texts[k]:
-                failures.append(k)
+            assert fresh.encode(texts[k]) == expected[k]
+            assert fresh.decode(expected[k]) == texts[k]
+            assert list(fresh.encode_iterable([texts[k]])) == expected[k]
+            assert fresh.encode_batch_numpy([texts[k]], 2)[0].tolist() == expected[k]
+            changing.append(changing.pop(0))
+            assert len(fresh.decode_bytes(changing)) > 900  # without what the others have taken out meanwhile
 
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 def encode_in_child(tokenizer, text):

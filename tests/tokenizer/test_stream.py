@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import threading
 
 import pytest
 from hypothesis import example, given, settings
@@ -41,6 +42,27 @@ def stream_tokenizer(request, text):
 def ids_of_chunks(tokenizer, chunks, least):
     stream = _text.StreamEncoder(tokenizer._core, tokenizer._get_policy("all", "all"), least)
     return [i for chunk in chunks for i in stream.feed(chunk, False)] + stream.feed("", True)
+
+
+def test_a_stream_refuses_a_second_thread():
+    refusals = []
+
+    def feed():
+        with pytest.raises(ValueError, match="one thread's at a time") as refusal:
+            stream.feed("b", True)
+        refusals.append(refusal)
+
+    def split(data):  # in the middle of the feed below
+        other = threading.Thread(target=feed)
+        other.start()
+        other.join()
+        return [len(data)]
+
+    parts = {"merges": [], "any_split": True, "byte_ids": list(range(256)), "specials": [], "pattern": split}
+    encoder = _text.Encoder([(i, bytes([i])) for i in range(256)], **parts)
+    stream = _text.StreamEncoder(encoder, _text.Policy([], []), 1)
+    assert stream.feed("a", True) == [97]
+    assert len(refusals) == 1
 
 
 @settings(max_examples=150, deadline=None)
