@@ -201,18 +201,16 @@ class Trainer {
   std::vector<std::pair<uint32_t, uint32_t>> run(const std::function<void(size_t)>& progress) {
     std::vector<std::pair<uint32_t, uint32_t>> merges;
     while (merges.size() < num_merges_) {
-      if (queue_.empty() || queue_.top().count < floor_) {
-        if (floor_ == 1) break;
-        floor_ = (floor_ + kFloorStep - 1) / kFloorStep;
-        find_pairs();
+      if (queue_.empty()) {
+        if (!refill()) break;
         continue;
       }
       Candidate best = queue_.top();
       queue_.pop();
       const uint64_t now = pairs_[best.pair].count;
-      if (now != best.count) {  // it became rarer: back into the queue
+      if (now != best.count) {  // it became rarer
         best.count = now;
-        queue_.push(best);
+        push(best);
         continue;
       }
       if (merges.size() % kProgressEvery == 0) progress(merges.size());
@@ -242,6 +240,31 @@ class Trainer {
   // On 100 MB of text the last of N merges had a count of bytes / (14 N) for N = 1000, and of bytes / (89 N) for
   // 32,000.
   static constexpr uint64_t kFloor = 128, kFloorStep = 8;
+
+  void push(const Candidate& candidate) {
+    if (candidate.count >= queued_) {
+      queue_.push(candidate);
+    } else {
+      rarer_.push_back(candidate);
+    }
+  }
+
+  // Fills the empty queue with the most frequent of the rarer pairs. False if no pair is left.
+  bool refill() {
+    uint64_t most = 0;
+    for (const Candidate& candidate : rarer_) most = std::max(most, candidate.count);
+    if (most < floor_) {
+      if (floor_ == 1) return false;
+      floor_ = (floor_ + kFloorStep - 1) / kFloorStep;
+      find_pairs();
+      return true;
+    }
+    queued_ = std::max(floor_, most - most / 4);
+    const auto rare = std::partition(rarer_.begin(), rarer_.end(), [&](auto& c) { return c.count < queued_; });
+    for (auto candidate = rare; candidate != rarer_.end(); ++candidate) queue_.push(*candidate);
+    rarer_.erase(rare, rarer_.end());
+    return true;
+  }
 
   template <class Visit>
   void each_pair(size_t part, Visit&& visit) const {
@@ -316,7 +339,7 @@ class Trainer {
       share->next = next;
       next += share->uses;
     }
-    queue_.push({count, prefix_of(tokens_[left]), number});
+    push({count, prefix_of(tokens_[left]), number});
   }
 
   void take(uint32_t left, uint32_t right, uint64_t count) {
@@ -407,7 +430,10 @@ class Trainer {
   uint64_t floor_;
   std::vector<Pair> pairs_;
   PairTable numbers_;  // of pairs
+  // A queue of all pairs would not fit a core's cache: those rarer than `queued_` wait beside it.
   std::priority_queue<Candidate, std::vector<Candidate>, Less> queue_{Less{this}};
+  std::vector<Candidate> rarer_;
+  uint64_t queued_ = UINT64_MAX;
 };
 
 }  // namespace
