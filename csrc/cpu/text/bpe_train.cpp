@@ -419,7 +419,7 @@ class Trainer {
     }
   }
 
-  static constexpr size_t kShared = 1024;  // places that are worth waking threads
+  static constexpr size_t kShared = 512;  // places that are worth waking threads
   Text text_;
   Team& team_;
   const size_t num_merges_;

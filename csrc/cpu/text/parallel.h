@@ -13,7 +13,7 @@
 
 namespace cs336::text {
 
-// Threads for many short runs: between two of them a thread yields for some microseconds, ready to start, then sleeps.
+// Threads for many short runs: between two of them a thread yields for less than a millisecond, ready to start, then sleeps.
 class Team {
  public:
   explicit Team(size_t num_threads) {
@@ -84,7 +84,7 @@ class Team {
     }
   }
 
-  static constexpr int64_t kStop = -1, kTries = 50;
+  static constexpr int64_t kStop = -1, kTries = 1000;
   const std::function<void(size_t, size_t)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> waiting_ = 0, unfinished_ = 0;  // tasks that nobody has taken; that are not done
