@@ -287,7 +287,8 @@ class Trainer {
     };
     std::vector<Part> parts(text_.num_parts());
     team_.run(parts.size(), [&](size_t part, size_t) {
-      auto& [numbers, found] = parts[part];
+      PairTable& numbers = parts[part].numbers;
+      std::vector<Found>& found = parts[part].found;
       each_pair(part, [&](uint32_t left, uint32_t right, uint32_t place) {
         const uint32_t number = numbers.find_or_add(left, right, static_cast<uint32_t>(found.size()));
         if (number == found.size()) found.push_back({left, right, {}});
@@ -307,7 +308,8 @@ class Trainer {
       }
     }
     team_.run(parts.size(), [&](size_t part, size_t) {
-      auto& [numbers, found] = parts[part];
+      PairTable& numbers = parts[part].numbers;
+      std::vector<Found>& found = parts[part].found;
       each_pair(part, [&](uint32_t left, uint32_t right, uint32_t place) {
         uint32_t*& next = found[numbers.find(left, right)].share.next;
         if (next != nullptr) *next++ = place;
