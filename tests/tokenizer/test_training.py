@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -114,6 +115,24 @@ def test_any_number_of_threads_gives_the_same(text):
     documents = [text[i : i + 5000] for i in range(0, len(text), 5000)] * 3 + [text * 12]  # the last is cut into parts
     first, *others = (Tokenizer.train(documents, 1000, ["def", "\n\n"], num_threads=n).fingerprint for n in (1, 2, 7))
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("gap", [" ", "."])
+def test_merges_with_many_places(gap, threads):
+    """Thousands of distinct words with the same few pairs: each merge is shared among the threads. Runs of one letter
+    chain, counts tie, and the pairs that are left at the end are rare."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices("aabc", k=letters.randint(2, 12))) for _ in range(3000)]
+    documents = [gap.join(words), gap.join(words[::7] * 3), "ab" * 2000]
+    assert train(documents, 256 + 60, num_threads=threads).merges == naive_merges(documents, 60)
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+def test_merges_of_one_long_piece_among_many(threads):
+    """One word is nearly all of the text, so that parts of it are small or empty."""
+    documents = ["abcab" * 3000, "ab abc cab", "bc"]
+    assert train(documents, 256 + 20, num_threads=threads).merges == naive_merges(documents, 20)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 5000])

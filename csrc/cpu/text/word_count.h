@@ -32,6 +32,7 @@ class WordCounter {
   std::vector<CountedWord> words() const;
   // Forgets all words.
   void clear();
+  size_t num_threads() const { return num_threads_; }
 
  private:
   struct Part {
