@@ -140,8 +140,8 @@ class PyEncoder {
     const Splitter splitter = make_splitter(pattern);
     {
       const py::gil_scoped_release release;
-      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, std::move(merge_list), any_split,
-                                        std::move(special_texts), std::move(special_ids), splitter);
+      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, merge_list, any_split, std::move(special_texts),
+                                        std::move(special_ids), splitter);
     }
     ints_.resize(core_->tokens().size());
     for (const auto& [id, bytes] : tokens) ints_[id] = py::int_(id);
@@ -185,7 +185,7 @@ class PyEncoder {
   std::vector<uint32_t> merge_piece(const py::bytes& piece, uint32_t below) const {
     const std::string_view view = piece;
     std::vector<uint32_t> ids(view.size());
-    ids.resize(core_->has_bytes(view) ? core_->merge_piece(view, below, ids.data()) : 0);
+    ids.resize(core_->merger().has_bytes(view) ? core_->merger().merge(view, below, ids.data()) : 0);
     return ids;
   }
 
@@ -224,10 +224,21 @@ class PyEncoder {
       const auto array = py::reinterpret_borrow<py::array>(object);
       const char kind = array.dtype().kind();
       if ((kind != 'i' && kind != 'u') || array.ndim() != 1) throw py::type_error("ids must be one row of integers");
-      const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(object);
-      if (!wide) throw py::error_already_set();
-      ids.reserve(wide.size());
-      for (py::ssize_t i = 0; i < wide.size(); ++i) add(wide.data()[i]);
+      const auto add_all = [&]<class Id>(Id) {
+        const auto row = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(object);
+        if (!row) throw py::error_already_set();
+        ids.resize(row.size());
+        for (py::ssize_t i = 0; i < row.size(); ++i) {
+          const auto id = static_cast<uint64_t>(row.data()[i]);
+          if (id > kMaxId) core_->refuse(std::to_string(row.data()[i]));
+          ids[i] = static_cast<uint32_t>(id);
+        }
+      };
+      const py::ssize_t size = array.itemsize();
+      kind == 'i' ? add_all(int64_t{})
+      : size <= 2 ? add_all(uint16_t{})
+      : size <= 4 ? add_all(uint32_t{})
+                  : add_all(uint64_t{});
       return ids;
     }
     const auto add_object = [&](PyObject* integer) {
