@@ -13,7 +13,7 @@
 
 namespace cs336::text {
 
-// Threads for many short runs. Between two of them a thread yields for less than a millisecond, then sleeps.
+// Threads for many short runs: after one a thread yields for less than a millisecond, ready for the next, then sleeps.
 class Team {
  public:
   explicit Team(size_t num_threads) {
