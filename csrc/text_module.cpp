@@ -12,6 +12,7 @@
 #include "cpu/text/bpe_train.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
+#include "cpu/text/utf8.h"
 #include "cpu/text/word_count.h"
 
 namespace py = pybind11;
@@ -19,29 +20,58 @@ using namespace cs336::text;
 
 namespace {
 
-// The UTF-8 of a str, or bytes as they are. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+// The UTF-8 of a str, or bytes as they are. Unlike PyUnicode_AsUTF8 it leaves no copy with the str.
 struct Text {
   explicit Text(py::handle object) : owner(py::reinterpret_borrow<py::object>(object)) {
-    if (PyUnicode_Check(object.ptr())) {
-      Py_ssize_t size;
-      const char* data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
-      if (data == nullptr) {
-        if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
-        PyErr_Clear();
-        owner = owner.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace").attr("encode")();
-        view = {PyBytes_AS_STRING(owner.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
+    PyObject* const text = object.ptr();
+    if (PyBytes_Check(text)) {
+      view = {PyBytes_AS_STRING(text), static_cast<size_t>(PyBytes_GET_SIZE(text))};
+    } else if (!PyUnicode_Check(text)) {
+      throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(text)->tp_name));
+    } else {
+      const auto size = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
+      if (PyUnicode_IS_ASCII(text)) {
+        view = {reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(text)), size};
         return;
       }
-      view = {data, static_cast<size_t>(size)};
-    } else if (PyBytes_Check(object.ptr())) {
-      view = {PyBytes_AS_STRING(object.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(object.ptr()))};
-    } else {
-      throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+      utf8.room(size + size / 16);
+      switch (PyUnicode_KIND(text)) {
+        case PyUnicode_1BYTE_KIND:
+          to_utf8(PyUnicode_1BYTE_DATA(text), size, utf8);
+          break;
+        case PyUnicode_2BYTE_KIND:
+          to_utf8(PyUnicode_2BYTE_DATA(text), size, utf8);
+          break;
+        default:
+          to_utf8(PyUnicode_4BYTE_DATA(text), size, utf8);
+      }
+      view = {utf8.data(), utf8.size()};
     }
   }
   py::object owner;
+  Buffer<char> utf8;
   std::string_view view;
 };
+
+// The str that UTF-8 stands for; bytes that are not valid become U+FFFD.
+py::str str_of(std::string_view utf8) {
+  const Extent extent = extent_of(utf8);
+  auto text = py::reinterpret_steal<py::str>(PyUnicode_New(static_cast<Py_ssize_t>(extent.size), extent.bound));
+  if (!text) throw py::error_already_set();
+  const auto fill = [&]<class Unit>(Unit* out) {
+    advise_huge(out, extent.size * sizeof(Unit));
+    return from_utf8(utf8, extent, out);
+  };
+  const int kind = PyUnicode_KIND(text.ptr());
+  const bool valid = kind == PyUnicode_1BYTE_KIND   ? fill(PyUnicode_1BYTE_DATA(text.ptr()))
+                     : kind == PyUnicode_2BYTE_KIND ? fill(PyUnicode_2BYTE_DATA(text.ptr()))
+                                                    : fill(PyUnicode_4BYTE_DATA(text.ptr()));
+  if (valid) return text;
+  text = py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(utf8.data(), static_cast<Py_ssize_t>(utf8.size()), "replace"));
+  if (!text) throw py::error_already_set();
+  return text;
+}
 
 std::vector<Text> texts_of(const py::list& objects) { return std::vector<Text>(objects.begin(), objects.end()); }
 
@@ -84,29 +114,35 @@ Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
   });
 }
 
-// The ids of many texts, one after the other.
-struct Encoded {
-  std::vector<Ids> parts;
-  std::vector<size_t> counts;  // of each text
+// A list to be filled with PyList_SET_ITEM.
+py::list list_of(size_t size) {
+  py::list list(size);
+  advise_huge(PySequence_Fast_ITEMS(list.ptr()), size * sizeof(PyObject*));
+  return list;
+}
 
-  template <class Id>
+// The ids of many texts, one after the other.
+template <class Id>
+struct Encoded {
+  std::vector<Buffer<Id>> parts;
+  std::vector<size_t> counts;  // of each text
+  size_t num_bytes = 0;        // of all texts
+
   py::array_t<Id> ids() {
-    if constexpr (std::is_same_v<Id, uint32_t>) {
-      if (parts.size() == 1) {  // hand its memory over
-        auto owned = std::make_unique<Ids>(std::move(parts[0]));
-        const Ids& all = *owned;
-        const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Ids*>(p); });
-        owned.release();
-        return py::array_t<uint32_t>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
-      }
+    if (parts.size() == 1) {  // hand its memory over
+      auto owned = std::make_unique<Buffer<Id>>(std::move(parts[0]));
+      const Buffer<Id>& all = *owned;
+      const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Buffer<Id>*>(p); });
+      owned.release();
+      return py::array_t<Id>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
     }
     size_t size = 0;
-    for (const Ids& part : parts) size += part.size();
+    for (const Buffer<Id>& part : parts) size += part.size();
     py::array_t<Id> array(static_cast<py::ssize_t>(size));
     Id* out = array.mutable_data();
-    for (Ids& part : parts) {
+    for (Buffer<Id>& part : parts) {
       out = std::copy_n(part.data(), part.size(), out);
-      part = Ids();
+      part = Buffer<Id>();
     }
     return array;
   }
@@ -150,36 +186,45 @@ class PyEncoder {
   const Encoder& core() const { return *core_; }
 
   py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) const {
-    const Encoded encoded = encode_texts(objects, policy, num_threads);
-    py::list result(encoded.counts.size());
-    size_t part = 0, at = 0;
-    for (size_t i = 0; i < encoded.counts.size(); ++i) {
-      py::list list(encoded.counts[i]);
-      for (size_t k = 0; k < encoded.counts[i]; ++k, ++at) {
-        while (at == encoded.parts[part].size()) ++part, at = 0;
-        PyList_SET_ITEM(list.ptr(), k, to_int(encoded.parts[part].data()[at]));
+    return with_id_type<py::list>([&]<class Id>(Id) {
+      const Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads);
+      py::list result(encoded.counts.size());
+      size_t part = 0, at = 0;
+      for (size_t i = 0; i < encoded.counts.size(); ++i) {
+        py::list list = list_of(encoded.counts[i]);
+        for (size_t k = 0; k < encoded.counts[i]; ++k, ++at) {
+          while (at == encoded.parts[part].size()) ++part, at = 0;
+          PyList_SET_ITEM(list.ptr(), k, to_int(encoded.parts[part].data()[at]));
+        }
+        PyList_SET_ITEM(result.ptr(), i, list.release().ptr());
       }
-      PyList_SET_ITEM(result.ptr(), i, list.release().ptr());
-    }
-    return result;
+      return result;
+    });
   }
 
   py::tuple encode_batch_numpy(const py::list& objects, const Policy& policy, size_t num_threads) const {
-    Encoded encoded = encode_texts(objects, policy, num_threads);
-    const py::array_t<int64_t> offsets = encoded.offsets();
-    if (core_->tokens().size() <= 1 << 16) return py::make_tuple(encoded.ids<uint16_t>(), offsets);
-    return py::make_tuple(encoded.ids<uint32_t>(), offsets);
+    return with_id_type<py::tuple>([&]<class Id>(Id) {
+      Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads);
+      const py::array_t<int64_t> offsets = encoded.offsets();
+      return py::make_tuple(encoded.ids(), offsets);
+    });
   }
 
-  py::bytes decode(const py::object& object) const {
-    const std::vector<uint32_t> ids = ids_of(object);
-    const size_t size = core_->decoded_size(ids.data(), ids.size());
-    auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
-    if (!bytes) throw py::error_already_set();
-    char* out = PyBytes_AS_STRING(bytes.ptr());
-    const py::gil_scoped_release release;
-    core_->decode(ids.data(), ids.size(), out, out + size);
-    return bytes;
+  // The ids of texts with the special token `after` behind each, and the bytes of the texts.
+  py::tuple encode_documents(const py::list& objects, const Policy& policy, size_t after, size_t num_threads) const {
+    return with_id_type<py::tuple>([&]<class Id>(Id) {
+      Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads, after);
+      return py::make_tuple(encoded.ids(), encoded.num_bytes);
+    });
+  }
+
+  py::bytes decode(const py::object& ids) const {
+    const Buffer<char> bytes = decoded(ids);
+    return py::bytes(bytes.data(), bytes.size());
+  }
+  py::str decode_text(const py::object& ids) const {
+    const Buffer<char> bytes = decoded(ids);
+    return str_of({bytes.data(), bytes.size()});
   }
 
   std::vector<uint32_t> merge_piece(const py::bytes& piece, uint32_t below) const {
@@ -189,8 +234,8 @@ class PyEncoder {
     return ids;
   }
 
-  py::list to_list(const Ids& ids) const {
-    py::list list(ids.size());
+  py::list to_list(const Buffer<uint32_t>& ids) const {
+    py::list list = list_of(ids.size());
     for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), i, to_int(ids.data()[i]));
     return list;
   }
@@ -200,65 +245,71 @@ class PyEncoder {
   // at the start (200,000 in 5 ms), so that threads only read them.
   PyObject* to_int(uint32_t id) const { return ints_[id].inc_ref().ptr(); }
 
-  Encoded encode_texts(const py::list& objects, const Policy& policy, size_t num_threads) const {
-    const std::vector<Text> texts(objects.begin(), objects.end());
+  // With an id of the smallest type that holds all.
+  template <class Result, class Work>
+  Result with_id_type(Work&& work) const {
+    return core_->tokens().size() <= 1 << 16 ? Result(work(uint16_t{})) : Result(work(uint32_t{}));
+  }
+
+  template <class Id>
+  Encoded<Id> encode_texts(const py::list& objects, const Policy& policy, size_t num_threads,
+                           size_t after = kNotFound) const {
+    Encoded<Id> encoded;
+    const std::vector<Text> texts = texts_of(objects);
     std::vector<std::string_view> views;
-    for (const Text& text : texts) views.push_back(text.view);
+    for (const Text& text : texts) {
+      views.push_back(text.view);
+      encoded.num_bytes += text.view.size();
+    }
     const py::gil_scoped_release release;
     for (const std::string_view view : views) policy.check(core_->specials(), view);
-    Encoded encoded;
     encoded.counts.resize(views.size());
-    encoded.parts = core_->encode_batch(views, policy.allowed, num_threads, encoded.counts.data());
+    encoded.parts = core_->encode_batch<Id>(views, policy.allowed, after, num_threads, encoded.counts.data());
     return encoded;
   }
 
-  // From an array of integers, or any iterable of what is an integer to Python.
-  std::vector<uint32_t> ids_of(const py::object& object) const {
+  // The bytes of ids: an array of integers, or any iterable of what is an integer to Python.
+  Buffer<char> decoded(const py::object& object) const {
     const py::scoped_critical_section unchanged(object);
-    std::vector<uint32_t> ids;
-    const auto add = [&](int64_t id) {
-      if (id < 0 || !core_->tokens().contains(static_cast<uint64_t>(id))) core_->refuse(std::to_string(id));
-      ids.push_back(static_cast<uint32_t>(id));
+    Buffer<char> bytes;
+    const auto decode = [&](const auto* ids, size_t count) {
+      const py::gil_scoped_release release;
+      core_->decode(ids, count, bytes);
     };
-    if (py::isinstance<py::array>(object)) {
-      const auto array = py::reinterpret_borrow<py::array>(object);
-      const char kind = array.dtype().kind();
-      if ((kind != 'i' && kind != 'u') || array.ndim() != 1) throw py::type_error("ids must be one row of integers");
-      const auto add_all = [&]<class Id>(Id) {
-        const auto row = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(object);
-        if (!row) throw py::error_already_set();
-        ids.resize(row.size());
-        for (py::ssize_t i = 0; i < row.size(); ++i) {
-          const auto id = static_cast<uint64_t>(row.data()[i]);
-          if (id > kMaxId) core_->refuse(std::to_string(row.data()[i]));
-          ids[i] = static_cast<uint32_t>(id);
-        }
-      };
-      const py::ssize_t size = array.itemsize();
-      kind == 'i' ? add_all(int64_t{})
-      : size <= 2 ? add_all(uint16_t{})
-      : size <= 4 ? add_all(uint32_t{})
-                  : add_all(uint64_t{});
-      return ids;
+    if (!py::isinstance<py::array>(object)) {
+      const std::vector<int64_t> ids = ids_of(object);
+      decode(ids.data(), ids.size());
+      return bytes;
     }
-    const auto add_object = [&](PyObject* integer) {
-      int overflow;
-      const long long id = PyLong_AsLongLongAndOverflow(integer, &overflow);
-      if (overflow != 0) core_->refuse(py::str(integer));
-      add(id);
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    const char kind = array.dtype().kind();
+    if ((kind != 'i' && kind != 'u') || array.ndim() != 1) throw py::type_error("ids must be one row of integers");
+    const auto decode_as = [&]<class Id>(Id) {
+      const auto row = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(object);
+      if (!row) throw py::error_already_set();
+      decode(row.data(), row.size());
     };
+    const py::ssize_t size = array.itemsize();
+    kind == 'i' ? decode_as(int64_t{})
+    : size <= 2 ? decode_as(uint16_t{})
+    : size <= 4 ? decode_as(uint32_t{})
+                : decode_as(uint64_t{});
+    return bytes;
+  }
+
+  std::vector<int64_t> ids_of(const py::object& object) const {
     const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(object.ptr(), "ids must be integers"));
     if (!items) throw py::error_already_set();
+    std::vector<int64_t> ids;
     ids.reserve(PySequence_Fast_GET_SIZE(items.ptr()));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()); ++i) {
-      PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), i);
-      if (PyLong_CheckExact(item)) {
-        add_object(item);
-        continue;
-      }
-      const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(item));
-      if (!index) throw py::error_already_set();
-      add_object(index.ptr());
+      const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(items.ptr(), i));
+      const auto integer =
+          PyLong_CheckExact(item.ptr()) ? item : py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
+      if (!integer) throw py::error_already_set();
+      int overflow;
+      ids.push_back(PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow));
+      if (overflow != 0) core_->refuse(py::str(integer));
     }
     return ids;
   }
@@ -277,7 +328,7 @@ class StreamEncoder {
   // The ids that are certain by now; with `last` all that are left.
   py::list feed(py::handle chunk, bool last) {
     const Text text(chunk);
-    Ids ids;
+    Buffer<uint32_t> ids;
     {
       const py::gil_scoped_release release;
       const std::unique_lock alone(mutex_, std::try_to_lock);  // not lock: in a fork nobody may be left to unlock it
@@ -289,7 +340,7 @@ class StreamEncoder {
   }
 
  private:
-  void encode_pending(bool last, Ids& ids) {
+  void encode_pending(bool last, Buffer<uint32_t>& ids) {
     const Encoder& core = encoder_->core();
     policy_.check(core.specials(), pending_);
     std::vector<Segment> segments;
@@ -345,7 +396,10 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
            py::arg("num_threads"))
+      .def("encode_documents", &PyEncoder::encode_documents, py::arg("texts"), py::arg("policy"), py::arg("after"),
+           py::arg("num_threads"))
       .def("decode", &PyEncoder::decode, py::arg("ids"))
+      .def("decode_text", &PyEncoder::decode_text, py::arg("ids"))
       .def("merge_piece", &PyEncoder::merge_piece, py::arg("piece"), py::arg("below"));
 
   py::class_<StreamEncoder>(m, "StreamEncoder")

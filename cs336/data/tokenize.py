@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cs336.data.corpus import in_validation
+from cs336.utils.batching import batches
 from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -26,8 +27,8 @@ class Encoder(Protocol):
     @property
     def special_tokens(self) -> dict[str, int]: ...
 
-    def encode_batch_numpy(self, texts: list[str], *, disallowed_special: tuple) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts, and (len(texts) + 1,) offsets of each text in them."""
+    def encode_documents(self, texts: list[str], eot_token: str) -> tuple[np.ndarray, int]:
+        """Ids of all texts, each followed by eot_token, and the bytes of the texts."""
 
 
 def tokenize_documents(
@@ -45,7 +46,7 @@ def tokenize_documents(
     """
     with _writer(directory, tokenizer, eot_token, shard_tokens) as writer:
         for batch in _batches(documents, progress):
-            _write(writer, tokenizer, batch)
+            _write(writer, tokenizer, batch, eot_token)
         if not writer.meta.documents:
             raise ValueError("there are no documents to tokenize: the source is empty or holds only white space")
     return writer.meta
@@ -72,8 +73,8 @@ def tokenize_corpus(
     with train, val:
         for batch in _batches(documents, progress):
             held_out = [in_validation(d, val_fraction, seed) for d in batch]
-            _write(train, tokenizer, [d for d, out in zip(batch, held_out, strict=True) if not out])
-            _write(val, tokenizer, [d for d, out in zip(batch, held_out, strict=True) if out])
+            for writer, side in ((train, False), (val, True)):
+                _write(writer, tokenizer, [d for d, out in zip(batch, held_out, strict=True) if out is side], eot_token)
         for name, writer in (("training", train), ("validation", val)):
             if not writer.meta.documents:
                 raise ValueError(
@@ -96,11 +97,10 @@ def _writer(directory: str | os.PathLike, tokenizer: Encoder, eot_token: str, sh
     )
 
 
-def _write(writer: ShardWriter, tokenizer: Encoder, texts: list[str]) -> None:
-    if not texts:
-        return
-    ids, offsets = tokenizer.encode_batch_numpy(texts, disallowed_special=())  # in a document it is text
-    writer.write_documents(ids, offsets, sum(len(t.encode()) for t in texts))
+def _write(writer: ShardWriter, tokenizer: Encoder, texts: list[str], eot_token: str) -> None:
+    if texts:
+        ids, num_bytes = tokenizer.encode_documents(texts, eot_token)
+        writer.write(ids, documents=len(texts), text_bytes=num_bytes)
 
 
 def _batches(documents: Iterable[str], progress: bool) -> Iterator[list[str]]:
@@ -108,15 +108,9 @@ def _batches(documents: Iterable[str], progress: bool) -> Iterator[list[str]]:
     columns = SpinnerColumn(), TextColumn("tokenizing: {task.fields[note]}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("", note="0 documents")
-        batch: list[str] = []
-        waiting = chars = 0
-        for count, document in enumerate(documents, 1):
-            batch.append(document)
-            waiting += len(document)
-            if waiting >= BATCH_CHARS:
-                yield batch
-                chars += waiting
-                batch, waiting = [], 0
-                bar.update(task, note=f"{count:,} documents, {chars / 1e6:,.0f} M characters")
-        if batch:
+        count = chars = 0
+        for batch in batches(documents, BATCH_CHARS):
             yield batch
+            count += len(batch)
+            chars += sum(map(len, batch))
+            bar.update(task, note=f"{count:,} documents, {chars / 1e6:,.0f} M characters")

@@ -8,7 +8,9 @@ import numpy as np
 from rich.text import Text
 
 from cs336.tokenizer.tokenizer import Tokenizer
+from cs336.utils.batching import batches
 
+BATCH = 1 << 20  # characters encoded at a time
 STYLES = ("black on #b8d8f8", "black on #f8d8a8", "black on #c8e8b8", "black on #e8c8f0", "black on #f8c0c0")
 SPECIAL = "bold white on #404040"
 _VISIBLE = {ord("\n"): "\u21b5\n", ord("\r"): "\u240d", ord("\t"): "\u21e5\t"}
@@ -43,26 +45,16 @@ class Usage:
 def usage(tokenizer: Tokenizer, texts: Iterable[str | bytes], top: int = 20) -> Usage:
     """Encode texts, special tokens as ordinary text, and count. Reads them one batch after the other."""
     counts: Counter[int] = Counter()
-    num_texts = num_bytes = 0
-
-    def count(batch: list[bytes]) -> None:
+    num_texts = 0
+    for batch in batches(texts, BATCH):
         ids, _ = tokenizer.encode_batch_numpy(batch, disallowed_special=())
         found, times = np.unique(ids, return_counts=True)
         counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
-
-    batch: list[bytes] = []
-    for text in texts:
-        batch.append(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
-        num_texts += 1
-        num_bytes += len(batch[-1])
-        if len(batch) == 1024:
-            count(batch)
-            batch = []
-    count(batch)
+        num_texts += len(batch)
     used = sorted((tokenizer.token_bytes(i) for i in counts), key=lambda token: (-len(token), token))
     return Usage(
         num_texts=num_texts,
-        num_bytes=num_bytes,
+        num_bytes=sum(len(tokenizer.token_bytes(i)) * times for i, times in counts.items()),
         num_tokens=counts.total(),
         num_distinct=len(counts),
         longest=used[:top],

@@ -14,7 +14,9 @@ from cs336.tokenizer import formats
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.patterns import canonical, for_core
 from cs336.tokenizer.training import Source, train
+from cs336.utils.batching import batches
 from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
+from cs336.utils.special_tokens import END_OF_TEXT
 
 Specials = Literal["all"] | Iterable[str]
 MAX_ID = (1 << 24) - 1
@@ -235,6 +237,17 @@ class Tokenizer:
         policy = self._get_policy(allowed_special, disallowed_special)
         return self._core.encode_batch_numpy(list(texts), policy, _num_threads(num_threads))
 
+    def encode_documents(
+        self, texts: Iterable[str | bytes], eot_token: str = END_OF_TEXT, num_threads: int | None = None
+    ) -> tuple[np.ndarray, int]:
+        """The ids of documents, each followed by eot_token, (N,) uint16 or uint32, and how many bytes the documents
+        have as UTF-8. In a document special tokens are ordinary text.
+
+        Raises ValueError if eot_token is not one of the special tokens.
+        """
+        after = list(self._specials.values()).index(self._special_id(eot_token))
+        return self._core.encode_documents(list(texts), self._ordinary, after, _num_threads(num_threads))
+
     def encode_iterable(
         self,
         chunks: Iterable[str | bytes],
@@ -260,7 +273,7 @@ class Tokenizer:
         self,
         documents: Iterable[str | bytes],
         directory: str | os.PathLike,
-        eot_token: str = "<|endoftext|>",
+        eot_token: str = END_OF_TEXT,
         num_threads: int | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> TokenMeta:
@@ -272,14 +285,12 @@ class Tokenizer:
         """
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"documents is one text or path: give a list, got {type(documents).__name__}")
-        if eot_token not in self._specials:
-            raise ValueError(
-                f"{eot_token!r} is not a special token of this tokenizer, which has {list(self._specials)}"
-            )
-        size = {"vocab_size": self.vocab_size, "eot_id": self._specials[eot_token], "shard_tokens": shard_tokens}
+        eot_id = self._special_id(eot_token)
+        size = {"vocab_size": self.vocab_size, "eot_id": eot_id, "shard_tokens": shard_tokens}
         with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
-            for batch, num_bytes in _batches(documents):
-                writer.write_documents(*self.encode_batch_numpy(batch, num_threads, disallowed_special=()), num_bytes)
+            for batch in batches(documents, FILE_STEP):
+                ids, num_bytes = self.encode_documents(batch, eot_token, num_threads)
+                writer.write(ids, documents=len(batch), text_bytes=num_bytes)
             if not writer.meta.documents:
                 raise ValueError("there are no documents to encode")
         return writer.meta
@@ -292,7 +303,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
-        return self._core.decode(ids).decode("utf-8", "replace")
+        return self._core.decode_text(ids)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
@@ -336,6 +347,11 @@ class Tokenizer:
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The merges in order; a copy. Where ids are ranks, the last merge of each token that merges lead to."""
         return list(self._found_merges if self._listed_merges is None else self._listed_merges)
+
+    def _special_id(self, text: str) -> int:
+        if text not in self._specials:
+            raise ValueError(f"{text!r} is not a special token of this tokenizer, which has {list(self._specials)}")
+        return self._specials[text]
 
     def _ordinary_tokens(self) -> dict[int, bytes]:
         special_ids = set(self._specials.values())
@@ -428,22 +444,6 @@ class Tokenizer:
             for text, ok in zip(self._specials, is_allowed, strict=True)
         ]
         return _text.Policy(is_allowed, is_disallowed)
-
-
-def _batches(documents: Iterable[str | bytes]) -> Iterator[tuple[list[str | bytes], int]]:
-    """Documents by FILE_STEP bytes of UTF-8 or a little more, and those bytes."""
-    batch: list[str | bytes] = []
-    num_bytes = 0
-    for document in documents:
-        if not isinstance(document, str | bytes):
-            raise TypeError(f"a document must be str or bytes, got {type(document).__name__}")
-        batch.append(document)
-        num_bytes += len(document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document)
-        if num_bytes >= FILE_STEP:
-            yield batch, num_bytes
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch, num_bytes
 
 
 def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:

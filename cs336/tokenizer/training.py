@@ -10,6 +10,7 @@ from typing import cast
 
 from cs336 import _text
 from cs336.tokenizer.patterns import for_core
+from cs336.utils.batching import batches
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
 BLOCK = 8 << 20  # bytes of text in memory at a time
@@ -59,7 +60,9 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
                 f"source has the document {first!r}, which is the name of a file, and others that are not, or it is no "
                 "list: give pathlib.Path objects to train on what files contain"
             )
-        yield from _count_documents(counter, itertools.chain([first], cast(Iterator[str | bytes], items)))
+        for batch in batches(itertools.chain([first], cast(Iterator[str | bytes], items)), BLOCK):
+            counter.add_documents(batch)
+            yield sum(map(len, batch))
 
 
 def _is_file(text: str) -> bool:
@@ -78,22 +81,6 @@ def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator
                 buffer += bytes(len(buffer))
             yield size
     counter.add_documents([bytes(buffer[:held])])
-
-
-def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes]) -> Iterator[int]:
-    batch: list[str | bytes] = []
-    size = 0
-    for document in documents:
-        if not isinstance(document, (str, bytes)):
-            raise TypeError(f"a document must be str or bytes, got {type(document).__name__}")
-        batch.append(document)
-        size += len(document)
-        if size >= BLOCK or len(batch) >= 1 << 16:
-            counter.add_documents(batch)
-            yield size
-            batch, size = [], 0
-    counter.add_documents(batch)
-    yield size
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ class ShardWriter:
             raise ValueError(f"ids must be 1-D integers, got shape {ids.shape} {ids.dtype}")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab_size:
             raise ValueError(f"ids must be in 0..{self.meta.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
-        rest = ids.astype(self.dtype)
+        rest = ids.astype(self.dtype, copy=False)
         while len(rest):
             head, rest = np.split(rest, [self.shard_tokens - self._filled])
             self._begin_shard().write(head.data)
@@ -149,11 +149,6 @@ class ShardWriter:
             tokens=self.meta.tokens + len(ids),
             text_bytes=self.meta.text_bytes + text_bytes,
         )
-
-    def write_documents(self, ids: np.ndarray, offsets: np.ndarray, text_bytes: int) -> None:
-        """Append whole documents: ids (N,) of all of them, offsets (documents + 1,) of each in them."""
-        ids = np.insert(ids, offsets[1:], self.meta.eot_id)
-        self.write(ids, documents=len(offsets) - 1, text_bytes=text_bytes)
 
     def close(self) -> TokenMeta:
         """Finish the last shard and write meta.json."""

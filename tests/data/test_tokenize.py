@@ -13,9 +13,9 @@ class Bytes:
     fingerprint = "bytes"
     special_tokens = {"<|endoftext|>": 256}  # noqa: RUF012
 
-    def encode_batch_numpy(self, texts, disallowed_special):
-        data = [t.encode() for t in texts]
-        return np.frombuffer(b"".join(data), np.uint8).astype(np.uint16), np.cumsum([0, *map(len, data)])
+    def encode_documents(self, texts, eot_token):
+        ids = [i for text in texts for i in [*text.encode(), self.special_tokens[eot_token]]]
+        return np.array(ids, np.uint16), len(ids) - len(texts)
 
 
 def text_of(directory):

@@ -9,6 +9,7 @@
 #include "cpu/text/bpe_encode.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/scanners.h"
+#include "cpu/text/utf8.h"
 
 using namespace cs336::text;
 
@@ -106,11 +107,11 @@ std::vector<uint32_t> naive(const Vocabulary& v, const std::string& piece) {
   return ids;
 }
 
-std::vector<uint32_t> taken(const Ids& ids) { return {ids.data(), ids.data() + ids.size()}; }
+std::vector<uint32_t> taken(const Buffer<uint32_t>& ids) { return {ids.data(), ids.data() + ids.size()}; }
 
 std::vector<uint32_t> encode(const Encoder& encoder, std::string_view text, const TokenSet& allowed) {
   size_t count;
-  const std::vector<Ids> parts = encoder.encode_batch({&text, 1}, allowed, 1, &count);
+  const std::vector<Buffer<uint32_t>> parts = encoder.encode_batch<uint32_t>({&text, 1}, allowed, kNotFound, 1, &count);
   require(count == (parts.empty() ? 0 : parts[0].size()), "the ids of one text are all of them");
   return parts.empty() ? std::vector<uint32_t>() : taken(parts[0]);
 }
@@ -158,7 +159,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
   // With special tokens: the same in two parts as in one, and back to the text.
   const std::vector<uint32_t> whole = encode(encoder, text, all);
-  Ids parts;
+  Buffer<uint32_t> parts;
   std::string pending = text.substr(0, seen);
   for (const bool last : {false, true}) {
     std::vector<Segment> segments;
@@ -167,8 +168,24 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     pending = pending.substr(done) + text.substr(seen);
   }
   require(whole == taken(parts), "a text in two parts has the ids of the whole");
-  std::string back(encoder.decoded_size(whole.data(), whole.size()), '\0');
-  encoder.decode(whole.data(), whole.size(), back.data(), back.data() + back.size());
-  require(back == text, "ids decode to the text");
+  Buffer<char> back;
+  encoder.decode(whole.data(), whole.size(), back);
+  require(std::string_view(back.data(), back.size()) == text, "ids decode to the text");
+
+  // Narrow ids are the same, and so is text that goes through code points.
+  size_t count;
+  std::vector<uint32_t> narrow;
+  const std::string_view view = text;
+  for (const Buffer<uint16_t>& part : encoder.encode_batch<uint16_t>({&view, 1}, all, kNotFound, 1, &count)) {
+    narrow.insert(narrow.end(), part.data(), part.data() + part.size());
+  }
+  require(narrow == whole, "ids of 16 bits are those of 32");
+  const Extent extent = extent_of(text);
+  std::vector<uint32_t> codes(extent.size);
+  if (from_utf8(text, extent, codes.data())) {
+    Buffer<char> again;
+    to_utf8(codes.data(), codes.size(), again);
+    require(std::string_view(again.data(), again.size()) == text, "UTF-8 comes back from its code points");
+  }
   return 0;
 }

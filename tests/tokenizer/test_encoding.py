@@ -197,6 +197,24 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
     assert list(tokenizer.encode_iterable(["a\ud83d", "\ude00\ud83d"])) == tokenizer.encode("a\U0001f600\ufffd")
 
 
+MIXED = st.text(st.sampled_from("ab \n\xe9\xff\u4e2d\uffff\U0001f600\U0010ffff\ud800\udbff\udc00\udfff"), max_size=90)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=MIXED, ascii_before=st.integers(0, 70), damage=st.lists(st.integers(0, 255), max_size=3))
+def test_text_of_every_width_and_back(tokenizer, text, ascii_before, damage):
+    text = "x" * ascii_before + text
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode_bytes(ids) == expected.encode()
+    assert tokenizer.decode(ids) == expected
+    assert hash(tokenizer.decode(ids)) == hash(expected)
+    data = bytearray(expected.encode())
+    for byte in damage:
+        data.insert(byte % (len(data) + 1), byte)
+    assert tokenizer.decode(tokenizer.encode_ordinary(bytes(data))) == data.decode("utf-8", "replace")
+
+
 @pytest.mark.parametrize("bad", [None, 1, ["a"], bytearray(b"a"), np.zeros(3)])
 def test_what_is_not_text(tokenizer, bad):
     with pytest.raises(TypeError, match="expected str or bytes"):
@@ -244,6 +262,19 @@ def test_batch_to_numpy(tokenizer, text):
         wide = Tokenizer({**{i: bytes([i]) for i in range(256)}, largest: b"ab"}, [(b"a", b"b")])
         ids, _ = wide.encode_batch_numpy(["ab"])
         assert (ids.dtype, ids.tolist()) == (dtype, [largest])
+
+
+def test_documents(tokenizer, text):
+    texts = [text[:5000], "", "<|end|>", b"\xff", "\u00e9"]
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    for threads in (1, 3):
+        ids, num_bytes = tokenizer.encode_documents(texts, num_threads=threads)
+        assert ids.tolist() == [i for part in texts for i in [*tokenizer.encode_ordinary(part), end]]
+        assert num_bytes == sum(len(part if isinstance(part, bytes) else part.encode()) for part in texts)
+    ids, num_bytes = tokenizer.encode_documents([])
+    assert (ids.tolist(), ids.dtype, num_bytes) == ([], np.uint16, 0)
+    with pytest.raises(ValueError, match=r"'<\|other\|>' is not a special token"):
+        tokenizer.encode_documents(texts, "<|other|>")
 
 
 def test_one_long_text_on_several_threads(tokenizer, text):

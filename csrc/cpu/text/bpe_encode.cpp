@@ -25,21 +25,6 @@ std::vector<uint32_t> ordinary_ids(const Tokens& tokens, const std::vector<uint3
 
 }  // namespace
 
-Ids& Ids::operator=(Ids&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  std::swap(capacity_, other.capacity_);
-  return *this;
-}
-
-void Ids::grow(size_t least) {
-  const size_t capacity = std::max<size_t>({least, capacity_ * 2, 64});
-  void* data = std::realloc(data_, capacity * sizeof(uint32_t));
-  if (data == nullptr) throw std::bad_alloc();
-  data_ = static_cast<uint32_t*>(data);
-  capacity_ = capacity;
-}
-
 // Takes a cache out for one call, a new one where all are in use.
 class Encoder::Lease {
  public:
@@ -87,7 +72,7 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
     if (bytes.size() > WordCache::kLongBytes) {
       very_long_.emplace(bytes, id);
     } else {
-      const Lookup lookup(bytes, bytes.data() + bytes.size());
+      const Lookup lookup(bytes.data(), bytes.size(), bytes.data() + bytes.size());
       whole_words_.widen();
       whole_words_.reserve(1);
       whole_words_.put(bytes, lookup.word, lookup.hash, &id, 1);
@@ -101,23 +86,29 @@ Encoder::~Encoder() {
 }
 
 // A piece that is not where it is first looked for, and may not be in the cache at all.
-size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const {
+template <class Id>
+size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, Id* out) const {
   if (piece.size() > WordCache::kLongBytes) {
-    const auto whole = very_long_.find(piece);
-    if (whole == very_long_.end()) return merger_.merge(piece, kNoRank, out);
-    out[0] = whole->second;
-    return 1;
+    if (const auto whole = very_long_.find(piece); whole != very_long_.end()) {
+      out[0] = static_cast<Id>(whole->second);
+      return 1;
+    }
+    std::vector<uint32_t> ids(piece.size());
+    const size_t count = merger_.merge(piece, kNoRank, ids.data());
+    std::copy_n(ids.data(), count, out);
+    return count;
   }
-  size_t count = cache.find(piece, lookup.word, lookup.hash, out);
-  if (count == 0) {
-    count = merger_.merge(piece, kNoRank, out);
-    cache.put(piece, lookup.word, lookup.hash, out, count);
-  }
+  if (const size_t count = cache.find(piece, lookup.word, lookup.hash, out)) return count;
+  std::array<uint32_t, WordCache::kLongBytes> ids;
+  const size_t count = merger_.merge(piece, kNoRank, ids.data());
+  cache.put(piece, lookup.word, lookup.hash, ids.data(), count);
+  std::copy_n(ids.data(), count, out);
   return count;
 }
 
 // Batch by batch: first ask for the memory of all words, then look at it.
-void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const {
+template <class Id>
+void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const {
   const char* limit = text.data() + text.size();
   std::array<Lookup, Splitter::kBatch> lookups;
   splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
@@ -128,12 +119,12 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
     for (size_t i = 0, start = begin; i < count; start = ends[i++]) {
       const size_t size = ends[i] - start;
       Lookup& lookup = lookups[i];
-      lookup = Lookup(text.substr(start, size), limit);
+      lookup = Lookup(text.data() + start, size, limit);
       lookup.line = cache.line_of(lookup.hash, size);
       __builtin_prefetch(lookup.line);
     }
-    uint32_t* const first = out.room(ends[count - 1] - begin + WordCache::kShortIds);
-    uint32_t* next = first;
+    Id* const first = out.room(ends[count - 1] - begin + WordCache::kShortIds);
+    Id* next = first;
     for (size_t i = 0; i < count; begin = ends[i++]) {
       const Lookup& lookup = lookups[i];
       const size_t size = ends[i] - begin;
@@ -151,27 +142,32 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Ids& out)
   });
 }
 
-void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const {
+void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count,
+                              Buffer<uint32_t>& out) const {
   const Lease cache(*this);
   for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
 }
 
-void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const {
+template <class Id>
+void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const {
   if (segment.special != kNotFound) {
-    out.push(special_ids_[segment.special]);
+    *out.room(1) = static_cast<Id>(special_ids_[segment.special]);
+    out.advance(1);
   } else {
     encode_ordinary(cache, text.substr(segment.begin, segment.end - segment.begin), out);
   }
 }
 
-std::vector<Ids> Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed,
-                                       size_t num_threads, size_t* counts) const {
+template <class Id>
+std::vector<Buffer<Id>> Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed,
+                                              size_t after, size_t num_threads, size_t* counts) const {
   // Neighbouring segments, of whichever texts, go together into parts of about one size.
   std::vector<Segment> segments;
   std::vector<size_t> text_of, parts{0};
   size_t bytes = 0;
   for (size_t i = 0; i < texts.size(); ++i) {
     cut(texts[i], true, num_threads > 1 ? kPartSize : kNotFound, splitter_, specials_, allowed, segments);
+    if (after != kNotFound) segments.push_back({texts[i].size(), texts[i].size(), after});
     for (size_t k = text_of.size(); k < segments.size(); ++k) {
       text_of.push_back(i);
       bytes += segments[k].end - segments[k].begin;
@@ -182,10 +178,13 @@ std::vector<Ids> Encoder::encode_batch(std::span<const std::string_view> texts, 
   }
   if (parts.back() < segments.size()) parts.push_back(segments.size());
 
-  std::vector<Ids> ids(parts.size() - 1);
+  std::vector<Buffer<Id>> ids(parts.size() - 1);
   std::vector<size_t> segment_counts(segments.size());
   parallel_for(ids.size(), num_threads, [&](size_t part, size_t) {
     const Lease cache(*this);
+    size_t size = 0;
+    for (size_t k = parts[part]; k < parts[part + 1]; ++k) size += segments[k].end - segments[k].begin;
+    ids[part].room(size / 2);  // seldom more, and what is not used costs nothing
     for (size_t k = parts[part]; k < parts[part + 1]; ++k) {
       const size_t before = ids[part].size();
       encode_segment(*cache, texts[text_of[k]], segments[k], ids[part]);
@@ -196,31 +195,43 @@ std::vector<Ids> Encoder::encode_batch(std::span<const std::string_view> texts, 
   for (size_t k = 0; k < segments.size(); ++k) counts[text_of[k]] += segment_counts[k];
   return ids;
 }
+template std::vector<Buffer<uint16_t>> Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t,
+                                                             size_t, size_t*) const;
+template std::vector<Buffer<uint32_t>> Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t,
+                                                             size_t, size_t*) const;
 
 void Encoder::refuse(const std::string& id) const {
   throw std::invalid_argument("id " + id + " is not in the vocabulary, whose ids are below " +
                               std::to_string(tokens_.size()));
 }
 
-size_t Encoder::decoded_size(const uint32_t* ids, size_t count) const {
-  size_t size = 0;
-  for (size_t i = 0; i < count; ++i) {
-    if (!tokens_.contains(ids[i])) refuse(std::to_string(ids[i]));
-    size += tokens_[ids[i]].size();
-  }
-  return size;
-}
-
-void Encoder::decode(const uint32_t* ids, size_t count, char* out, const char* end) const {
-  for (size_t i = 0; i < count; ++i) {
-    const std::string_view token = tokens_[ids[i]];
-    if (token.size() <= TokenBytes::kPadding && end - out >= ptrdiff_t{TokenBytes::kPadding}) {
-      std::memcpy(out, token.data(), TokenBytes::kPadding);
-    } else {
-      std::memcpy(out, token.data(), token.size());
+template <class Id>
+void Encoder::decode(const Id* ids, size_t count, Buffer<char>& out) const {
+  std::array<uint32_t, 4096> known;
+  while (count > 0) {
+    const size_t some = std::min(count, known.size());
+    size_t size = 0;
+    for (size_t i = 0; i < some; ++i) {
+      const Id id = ids[i];
+      if (!tokens_.contains(static_cast<uint64_t>(id))) refuse(std::to_string(id));
+      known[i] = static_cast<uint32_t>(id);
+      size += tokens_[known[i]].size();
     }
-    out += token.size();
+    char* next = out.room(size + TokenBytes::kPadding);
+    for (size_t i = 0; i < some; ++i) {
+      const std::string_view token = tokens_[known[i]];
+      std::memcpy(next, token.data(), TokenBytes::kPadding);
+      if (token.size() > TokenBytes::kPadding) std::memcpy(next, token.data(), token.size());
+      next += token.size();
+    }
+    out.advance(size);
+    ids += some;
+    count -= some;
   }
 }
+template void Encoder::decode(const uint16_t*, size_t, Buffer<char>&) const;
+template void Encoder::decode(const uint32_t*, size_t, Buffer<char>&) const;
+template void Encoder::decode(const int64_t*, size_t, Buffer<char>&) const;
+template void Encoder::decode(const uint64_t*, size_t, Buffer<char>&) const;
 
 }  // namespace cs336::text

@@ -3,7 +3,6 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <span>
 #include <string>
@@ -12,39 +11,12 @@
 #include <vector>
 
 #include "cpu/text/bpe_merge.h"
+#include "cpu/text/huge_pages.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
 #include "cpu/text/word_cache.h"
 
 namespace cs336::text {
-
-// A growing array of ids whose memory can be handed over; free it with std::free.
-class Ids {
- public:
-  Ids() = default;
-  Ids(Ids&& other) noexcept { *this = std::move(other); }
-  Ids& operator=(Ids&& other) noexcept;
-  ~Ids() { std::free(data_); }
-
-  const uint32_t* data() const { return data_; }
-  size_t size() const { return size_; }
-  void clear() { size_ = 0; }
-  // Room for `more` ids at the end: write there, then call advance.
-  uint32_t* room(size_t more) {
-    if (size_ + more > capacity_) grow(size_ + more);
-    return data_ + size_;
-  }
-  void advance(size_t count) { size_ += count; }
-  void push(uint32_t id) {
-    *room(1) = id;
-    ++size_;
-  }
-
- private:
-  void grow(size_t least);
-  uint32_t* data_ = nullptr;
-  size_t size_ = 0, capacity_ = 0;
-};
 
 class Encoder {
  public:
@@ -57,16 +29,19 @@ class Encoder {
   ~Encoder();
 
   // The ids of all texts one after the other, in a few parts: the special tokens of `allowed` as such and everything
-  // else as ordinary text. Writes how many ids each text has to `counts`. The parts do not depend on where a text ends,
-  // so a long one keeps all threads busy too. Throws std::invalid_argument for a byte that has no token.
-  std::vector<Ids> encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t num_threads,
-                                size_t* counts) const;
+  // else as ordinary text, and the special token `after` (an index, or kNotFound) behind each. Writes how many ids each
+  // text has to `counts`. The parts do not depend on where a text ends, so a long one keeps all threads busy too.
+  // Throws std::invalid_argument for a byte that has no token. Id: uint32_t, or uint16_t where it holds all ids.
+  template <class Id>
+  std::vector<Buffer<Id>> encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
+                                       size_t num_threads, size_t* counts) const;
   // Appends the ids of text already cut.
-  void encode_segments(std::string_view text, const Segment* segments, size_t count, Ids& out) const;
-  // The bytes that ids stand for. Throws std::invalid_argument for an id that has no token.
-  size_t decoded_size(const uint32_t* ids, size_t count) const;
-  // Writes them to [out, end).
-  void decode(const uint32_t* ids, size_t count, char* out, const char* end) const;
+  void encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<uint32_t>& out) const;
+  // Appends the bytes that ids stand for. Throws std::invalid_argument for an id that has no token. Reads each id once:
+  // another thread may be writing them.
+  // Id: uint16_t, uint32_t, int64_t or uint64_t.
+  template <class Id>
+  void decode(const Id* ids, size_t count, Buffer<char>& out) const;
   [[noreturn]] void refuse(const std::string& id) const;
 
   const TokenBytes& tokens() const { return tokens_; }
@@ -76,23 +51,26 @@ class Encoder {
 
  private:
   class Lease;
-  void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Ids& out) const;
-  void encode_ordinary(WordCache& cache, std::string_view text, Ids& out) const;
+  template <class Id>
+  void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
+  template <class Id>
+  void encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const;
   struct Lookup {  // of one piece
     Lookup() = default;
-    Lookup(std::string_view piece, const char* limit) {
-      if (piece.size() <= kMaxShort) {
-        word = pack_word(piece.data(), piece.size(), limit);
+    Lookup(const char* piece, size_t size, const char* limit) {
+      if (size <= kMaxShort) [[likely]] {
+        word = pack_word(piece, size, limit);
         hash = hash_word(word);
       } else {
-        hash = piece.size() <= WordCache::kLongBytes ? hash_bytes(piece) : 0;
+        hash = size <= WordCache::kLongBytes ? hash_bytes({piece, size}) : 0;
       }
     }
     ShortWord word;
     uint64_t hash;
     const void* line;
   };
-  size_t encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, uint32_t* out) const;
+  template <class Id>
+  size_t encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, Id* out) const;
 
   TokenBytes tokens_;
   SpecialTokens specials_;

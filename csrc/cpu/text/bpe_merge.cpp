@@ -31,11 +31,16 @@ std::vector<Merge> all_splits(const TokenBytes& tokens, const std::vector<uint32
 
 TokenBytes::TokenBytes(const Tokens& tokens) {
   uint32_t last = 0;
-  for (const auto& [id, bytes] : tokens) last = std::max(last, id);
+  size_t size = kPadding;
+  for (const auto& [id, bytes] : tokens) {
+    last = std::max(last, id);
+    size += bytes.size();
+  }
+  if (size > UINT32_MAX) throw std::length_error("the tokens of a vocabulary must be less than 4 GB");
   offsets_.resize(size_t{last} + 2);
-  for (const auto& [id, bytes] : tokens) offsets_[id + 1] = bytes.size();
+  for (const auto& [id, bytes] : tokens) offsets_[id + 1] = static_cast<uint32_t>(bytes.size());
   for (size_t i = 1; i < offsets_.size(); ++i) offsets_[i] += offsets_[i - 1];
-  bytes_.resize(offsets_.back() + kPadding);
+  bytes_.resize(size);
   for (const auto& [id, bytes] : tokens) std::copy(bytes.begin(), bytes.end(), bytes_.begin() + offsets_[id]);
 }
 

@@ -32,7 +32,7 @@ class TokenBytes {
 
  private:
   std::string bytes_;
-  std::vector<size_t> offsets_;
+  std::vector<uint32_t> offsets_;
 };
 
 struct Merge {

@@ -52,7 +52,7 @@ class Block {
     for (uint64_t left = is_.high & ~caseless_; left != 0;) {
       const int i = std::countr_zero(left);
       if (i >= limit_) break;
-      const Char c = decode_multibyte(begin_ + i, end_);
+      const Char c = multibyte_at(begin_ + i, end_);
       const uint64_t bytes = bit(i + c.size) - bit(i);
       left &= ~bytes;
       tail_ |= bytes & ~bit(i);

@@ -28,7 +28,7 @@ class Splitter {
   explicit Splitter(Pattern pattern) : pattern_(pattern) {}
   explicit Splitter(Function function) : function_(std::move(function)) {}
 
-  static constexpr size_t kBatch = 256;
+  static constexpr size_t kBatch = 128;
 
   // batch(begin, ends, count) for at most kBatch pieces at a time, in order.
   template <class Batch>

@@ -37,7 +37,7 @@ inline Ptr letters(Ptr p, Ptr end) {
   for (;;) {
     p = ascii_letters(p, end);
     if (p == end || *p < 0x80) return p;
-    const Char c = decode_multibyte(p, end);
+    const Char c = multibyte_at(p, end);
     if (!(c.cls & kLetter)) return p;
     p += c.size;
   }

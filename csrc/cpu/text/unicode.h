@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/text/utf8.h"
+
 namespace cs336::text {
 
 // Bits, so that a set of classes is one mask. Every character has exactly one.
@@ -27,29 +29,15 @@ struct Char {
   uint8_t size;  // bytes
 };
 
-// Needs *p >= 0x80.
-inline Char decode_multibyte(const uint8_t* p, const uint8_t* end) {
-  const auto continues = [&](ptrdiff_t i) { return (p[i] & 0xC0) == 0x80; };
-  const uint32_t lead = *p;
-  const ptrdiff_t left = end - p;
-  if (lead >= 0xC2 && lead < 0xE0 && left >= 2 && continues(1)) {
-    return {kClassOf[(lead & 0x1F) << 6 | (p[1] & 0x3F)], 2};
-  }
-  if (lead >= 0xE0 && lead < 0xF0 && left >= 3 && continues(1) && continues(2)) {
-    const uint32_t code = (lead & 0x0F) << 12 | (p[1] & 0x3F) << 6 | (p[2] & 0x3F);
-    if (code >= 0x800 && (code < 0xD800 || code > 0xDFFF)) return {kClassOf[code], 3};
-  }
-  if (lead >= 0xF0 && lead < 0xF5 && left >= 4 && continues(1) && continues(2) && continues(3)) {
-    const uint32_t code = (lead & 0x07) << 18 | (p[1] & 0x3F) << 12 | (p[2] & 0x3F) << 6 | (p[3] & 0x3F);
-    if (code >= 0x10000 && code < 0x110000) return {kClassOf[code], 4};
-  }
-  return {kOther, 1};
+// The character at p. Needs *p >= 0x80.
+inline Char multibyte_at(const uint8_t* p, const uint8_t* end) {
+  const CodePoint c = decode_multibyte(p, end);
+  return c.size == 0 ? Char{kOther, 1} : Char{kClassOf[c.code], c.size};
 }
 
 // The character at p; needs p < end.
 inline Char char_at(const uint8_t* p, const uint8_t* end) {
-  if (*p < 0x80) return {kClassOf[*p], 1};
-  return decode_multibyte(p, end);
+  return *p < 0x80 ? Char{kClassOf[*p], 1} : multibyte_at(p, end);
 }
 
 }  // namespace cs336::text

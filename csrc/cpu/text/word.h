@@ -1,5 +1,6 @@
 // Words of at most 15 bytes as two integers: bytes 0..14, then the length. Equal words are equal integers.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +14,7 @@ constexpr size_t kMaxShort = 15;
 
 struct ShortWord {
   uint64_t lo = 0, hi = 0;
-  bool operator==(const ShortWord&) const = default;
+  bool operator==(const ShortWord& o) const { return ((lo ^ o.lo) | (hi ^ o.hi)) == 0; }
 };
 
 // The bytes of a word of each size, as a mask.
@@ -26,15 +27,24 @@ inline constexpr auto kWordMasks = [] {
   return masks;
 }();
 
+[[gnu::noinline]] inline ShortWord pack_last_word(const char* p, size_t size) {
+  char bytes[16] = {};
+  std::memcpy(bytes, p, size);
+  ShortWord word;
+  std::memcpy(&word.lo, bytes, 8);
+  std::memcpy(&word.hi, bytes + 8, 8);
+  word.hi |= static_cast<uint64_t>(size) << 56;
+  return word;
+}
+
 // Needs size <= kMaxShort. Reads 16 bytes where `limit` allows it.
 inline ShortWord pack_word(const char* p, size_t size, const char* limit) {
-  uint64_t half[2] = {0, 0};
-  if (limit - p >= 16) {
-    std::memcpy(half, p, 16);
-  } else {
-    std::memcpy(half, p, size);
-  }
-  return {half[0] & kWordMasks[size].lo, (half[1] & kWordMasks[size].hi) | static_cast<uint64_t>(size) << 56};
+  if (limit - p < 16) [[unlikely]]
+    return pack_last_word(p, size);
+  uint64_t lo, hi;
+  std::memcpy(&lo, p, 8);
+  std::memcpy(&hi, p + 8, 8);
+  return {lo & kWordMasks[size].lo, (hi & kWordMasks[size].hi) | static_cast<uint64_t>(size) << 56};
 }
 
 inline uint64_t mix(uint64_t a, uint64_t b) {

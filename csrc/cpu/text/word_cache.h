@@ -98,35 +98,38 @@ class WordCache {
 
   // The ids of a word of at most kTinyBytes, or else of kMaxShort, if they are at the front of its line; find for any.
   // They write them and return how many there are, zero if the word is not here. There is room for kShortIds.
-  static size_t find_tiny(const void* line, const ShortWord& word, uint32_t* out) {
+  template <class Id>
+  static size_t find_tiny(const void* line, const ShortWord& word, Id* out) {
     const auto* entry = static_cast<const Tiny*>(line);
-    entry = entry[2].bytes == word.lo ? entry + 2 : entry[1].bytes == word.lo ? entry + 1 : entry;
-    out[0] = entry->size_and_id & kMaxId;
-    out[1] = entry->second;
+    entry += (entry[1].bytes == word.lo) + 2 * (entry[2].bytes == word.lo);
+    out[0] = static_cast<Id>(entry->size_and_id & kMaxId);
+    out[1] = static_cast<Id>(entry->second);
     return entry->is(word) && !is_stored(entry->second) ? 1 + (entry->second != kNoId) : 0;
   }
-  static size_t find_short(const void* line, const ShortWord& word, uint32_t* out) {
+  template <class Id>
+  static size_t find_short(const void* line, const ShortWord& word, Id* out) {
     const auto* entry = static_cast<const Short*>(line);
     entry += entry[1].word == word;
-    std::memcpy(out, entry->ids, sizeof(entry->ids));
+    std::copy_n(entry->ids, kShortIds, out);
     const size_t count = 1 + (entry->ids[1] != kNoId) + (entry->ids[2] != kNoId) + (entry->ids[3] != kNoId);
     return entry->word == word && !is_stored(entry->ids[1]) ? count : 0;
   }
-  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, uint32_t* out) {
+  template <class Id>
+  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, Id* out) {
     if (word.size() <= kTinyBytes) {
       const Tiny& entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(packed); });
       if (entry.empty()) return 0;
       const uint32_t first = entry.size_and_id & kMaxId;
       if (is_stored(entry.second)) return restore(entry.second - kStored, first, out);
-      out[0] = first;
-      out[1] = entry.second;
+      out[0] = static_cast<Id>(first);
+      out[1] = static_cast<Id>(entry.second);
       return 1 + (entry.second != kNoId);
     }
     if (word.size() <= kMaxShort) {
       const Short& entry = short_.find(hash, [&](const Short& e) { return e.word == packed; });
       if (entry.empty()) return 0;
       if (is_stored(entry.ids[1])) return restore(entry.ids[1] - kStored, entry.ids[0], out);
-      std::memcpy(out, entry.ids, sizeof(entry.ids));
+      std::copy_n(entry.ids, kShortIds, out);
       return static_cast<size_t>(std::find(entry.ids, entry.ids + kShortIds, kNoId) - entry.ids);
     }
     const Long& entry = long_.find(hash, [&](const Long& e) {
@@ -171,7 +174,8 @@ class WordCache {
     store_.insert(store_.end(), ids, ids + count);
     return static_cast<uint32_t>(store_.size() - count);
   }
-  size_t restore(size_t offset, size_t count, uint32_t* out) const {
+  template <class Id>
+  size_t restore(size_t offset, size_t count, Id* out) const {
     std::copy_n(store_.data() + offset, count, out);
     return count;
   }
