@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <mutex>
+#include <span>
 #include <variant>
 
 #include "cpu/text/bpe_encode.h"
@@ -20,37 +21,72 @@ using namespace cs336::text;
 
 namespace {
 
-// The UTF-8 of a str, or bytes as they are. Unlike PyUnicode_AsUTF8 it leaves no copy with the str.
-struct Text {
-  explicit Text(py::handle object) : owner(py::reinterpret_borrow<py::object>(object)) {
-    PyObject* const text = object.ptr();
-    if (PyBytes_Check(text)) {
-      view = {PyBytes_AS_STRING(text), static_cast<size_t>(PyBytes_GET_SIZE(text))};
-    } else if (!PyUnicode_Check(text)) {
-      throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(text)->tp_name));
-    } else {
-      const auto size = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
-      if (PyUnicode_IS_ASCII(text)) {
-        view = {reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(text)), size};
-        return;
-      }
-      utf8.room(size + size / 16);
-      switch (PyUnicode_KIND(text)) {
-        case PyUnicode_1BYTE_KIND:
-          to_utf8(PyUnicode_1BYTE_DATA(text), size, utf8);
-          break;
-        case PyUnicode_2BYTE_KIND:
-          to_utf8(PyUnicode_2BYTE_DATA(text), size, utf8);
-          break;
-        default:
-          to_utf8(PyUnicode_4BYTE_DATA(text), size, utf8);
-      }
-      view = {utf8.data(), utf8.size()};
+// Text of Python's: the UTF-8 of each str, or bytes as they are. Unlike PyUnicode_AsUTF8 it leaves no copy with the
+// str.
+class Texts {
+ public:
+  explicit Texts(const py::list& objects) {
+    for (const py::handle text : objects) owners_.push_back(py::reinterpret_borrow<py::object>(text));
+    size_t size = 0;
+    for (const py::object& text : owners_) size += needs_utf8(text) ? PyUnicode_GET_LENGTH(text.ptr()) : 0;
+    utf8_.room(size + size / 16);
+    for (const py::object& text : owners_) add(text.ptr());
+    const char* next = utf8_.data();
+    for (std::string_view& view : views_) {
+      if (view.data() != nullptr) continue;
+      view = {next, view.size()};
+      next += view.size();
     }
   }
-  py::object owner;
-  Buffer<char> utf8;
-  std::string_view view;
+  std::span<const std::string_view> views() const { return views_; }
+
+ private:
+  static bool needs_utf8(const py::object& text) {
+    if (PyBytes_Check(text.ptr())) return false;
+    if (PyUnicode_Check(text.ptr())) return !PyUnicode_IS_ASCII(text.ptr());
+    throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(text.ptr())->tp_name));
+  }
+  void add(PyObject* text) {
+    if (PyBytes_Check(text)) {
+      views_.emplace_back(PyBytes_AS_STRING(text), static_cast<size_t>(PyBytes_GET_SIZE(text)));
+      return;
+    }
+    const auto size = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
+    if (PyUnicode_IS_ASCII(text)) {
+      views_.emplace_back(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(text)), size);
+      return;
+    }
+    const size_t before = utf8_.size();
+    switch (PyUnicode_KIND(text)) {
+      case PyUnicode_1BYTE_KIND:
+        to_utf8(PyUnicode_1BYTE_DATA(text), size, utf8_);
+        break;
+      case PyUnicode_2BYTE_KIND:
+        to_utf8(PyUnicode_2BYTE_DATA(text), size, utf8_);
+        break;
+      default:
+        to_utf8(PyUnicode_4BYTE_DATA(text), size, utf8_);
+    }
+    views_.emplace_back(nullptr, utf8_.size() - before);
+  }
+
+  std::vector<py::object> owners_;
+  Buffer<char> utf8_;
+  std::vector<std::string_view> views_;
+};
+
+class Text {
+ public:
+  explicit Text(py::handle object) : texts_(list_of(object)) {}
+  std::string_view view() const { return texts_.views()[0]; }
+
+ private:
+  static py::list list_of(py::handle object) {
+    py::list list;
+    list.append(object);
+    return list;
+  }
+  Texts texts_;
 };
 
 // The str that UTF-8 stands for; bytes that are not valid become U+FFFD.
@@ -72,8 +108,6 @@ py::str str_of(std::string_view utf8) {
   if (!text) throw py::error_already_set();
   return text;
 }
-
-std::vector<Text> texts_of(const py::list& objects) { return std::vector<Text>(objects.begin(), objects.end()); }
 
 TokenSet token_set(std::vector<bool> has) {
   const bool empty = std::find(has.begin(), has.end(), true) == has.end();
@@ -255,16 +289,12 @@ class PyEncoder {
   Encoded<Id> encode_texts(const py::list& objects, const Policy& policy, size_t num_threads,
                            size_t after = kNotFound) const {
     Encoded<Id> encoded;
-    const std::vector<Text> texts = texts_of(objects);
-    std::vector<std::string_view> views;
-    for (const Text& text : texts) {
-      views.push_back(text.view);
-      encoded.num_bytes += text.view.size();
-    }
+    const Texts texts(objects);
+    for (const std::string_view text : texts.views()) encoded.num_bytes += text.size();
     const py::gil_scoped_release release;
-    for (const std::string_view view : views) policy.check(core_->specials(), view);
-    encoded.counts.resize(views.size());
-    encoded.parts = core_->encode_batch<Id>(views, policy.allowed, after, num_threads, encoded.counts.data());
+    for (const std::string_view text : texts.views()) policy.check(core_->specials(), text);
+    encoded.counts.resize(texts.views().size());
+    encoded.parts = core_->encode_batch<Id>(texts.views(), policy.allowed, after, num_threads, encoded.counts.data());
     return encoded;
   }
 
@@ -333,7 +363,7 @@ class StreamEncoder {
       const py::gil_scoped_release release;
       const std::unique_lock alone(mutex_, std::try_to_lock);  // not lock: in a fork nobody may be left to unlock it
       if (!alone) throw std::invalid_argument("another thread is at this text: a stream is one thread's at a time");
-      pending_.append(text.view);
+      pending_.append(text.view());
       if (last || pending_.size() >= wanted_) encode_pending(last, ids);
     }
     return encoder_->to_list(ids);
@@ -362,7 +392,7 @@ std::vector<size_t> split_all(const std::string& pattern, py::handle object) {
   const Text text(object);
   std::vector<size_t> all;
   make_splitter(pattern).for_each_batch(
-      text.view, [&](size_t, const size_t* ends, size_t count) { all.insert(all.end(), ends, ends + count); });
+      text.view(), [&](size_t, const size_t* ends, size_t count) { all.insert(all.end(), ends, ends + count); });
   return all;
 }
 
@@ -416,11 +446,9 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .def(
           "add_documents",
           [](WordCounter& counter, const py::list& objects) {
-            const std::vector<Text> texts = texts_of(objects);
-            std::vector<std::string_view> views;
-            for (const Text& text : texts) views.push_back(text.view);
+            const Texts texts(objects);
             const py::gil_scoped_release release;
-            counter.add_documents(views);
+            counter.add_documents(texts.views());
           },
           py::arg("documents"))
       .def(
@@ -438,6 +466,8 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
   m.def("split", &split_all, py::arg("pattern"), py::arg("text"), "The ends of the pieces of a text.");
   m.def(
       "stable_prefix",
-      [](const std::string& pattern, py::handle text) { return make_splitter(pattern).stable_prefix(Text(text).view); },
+      [](const std::string& pattern, py::handle text) {
+        return make_splitter(pattern).stable_prefix(Text(text).view());
+      },
       py::arg("pattern"), py::arg("text"), "Where a text may be cut, whatever follows it.");
 }

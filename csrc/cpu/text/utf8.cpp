@@ -19,22 +19,22 @@ bool copy_ascii(const From* __restrict from, To* __restrict to) {
 
 char* put(uint32_t code, char* out) {
   const auto continuation = [&](int shift) { return static_cast<char>(0x80 | (code >> shift & 0x3F)); };
-  if (code < 0x80) {
-    *out++ = static_cast<char>(code);
-  } else if (code < 0x800) {
-    *out++ = static_cast<char>(0xC0 | code >> 6);
-    *out++ = continuation(0);
-  } else if (code < 0x10000) {
-    *out++ = static_cast<char>(0xE0 | code >> 12);
-    *out++ = continuation(6);
-    *out++ = continuation(0);
-  } else {
-    *out++ = static_cast<char>(0xF0 | code >> 18);
-    *out++ = continuation(12);
-    *out++ = continuation(6);
-    *out++ = continuation(0);
+  if (code >= 0x800 && code < 0x10000) [[likely]] {
+    out[0] = static_cast<char>(0xE0 | code >> 12);
+    out[1] = continuation(6);
+    out[2] = continuation(0);
+    return out + 3;
   }
-  return out;
+  if (code < 0x800) {
+    out[0] = static_cast<char>(0xC0 | code >> 6);
+    out[1] = continuation(0);
+    return out + 2;
+  }
+  out[0] = static_cast<char>(0xF0 | code >> 18);
+  out[1] = continuation(12);
+  out[2] = continuation(6);
+  out[3] = continuation(0);
+  return out + 4;
 }
 
 }  // namespace
@@ -54,15 +54,14 @@ void to_utf8(const Unit* text, size_t size, Buffer<char>& out) {
     const size_t end = std::min(size, i + kBlock);
     for (; i < end && text[i] < 0x80; ++i) *next++ = static_cast<char>(text[i]);
     for (; i < end && text[i] >= 0x80; ++i) {
-      uint32_t code = text[i];
-      if (code - 0xD800 < 0x800) [[unlikely]] {
-        if (is_half(code, 0xD800) && i + 1 < size && is_half(text[i + 1], 0xDC00)) {
-          code = 0x10000 + ((code - 0xD800) << 10) + (text[++i] - 0xDC00);
-        } else {
-          code = 0xFFFD;
-        }
+      const uint32_t code = text[i];
+      if (code - 0xD800 >= 0x800) [[likely]] {
+        next = put(code, next);
+      } else if (is_half(code, 0xD800) && i + 1 < size && is_half(text[i + 1], 0xDC00)) {
+        next = put(0x10000 + ((code - 0xD800) << 10) + (text[++i] - 0xDC00), next);
+      } else {
+        next = put(0xFFFD, next);
       }
-      next = put(code, next);
     }
     out.advance(static_cast<size_t>(next - first));
   }

@@ -123,7 +123,7 @@ void WordCounter::count(const std::vector<Part>& parts) {
   });
 }
 
-void WordCounter::add_documents(const std::vector<std::string_view>& documents) {
+void WordCounter::add_documents(std::span<const std::string_view> documents) {
   std::vector<Part> parts;
   std::vector<Segment> segments;
   for (const std::string_view document : documents) {

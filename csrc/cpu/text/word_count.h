@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <span>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -24,7 +25,7 @@ class WordCounter {
   WordCounter(Splitter splitter, std::vector<std::string> specials, size_t num_threads);
 
   // Counts documents that are whole.
-  void add_documents(const std::vector<std::string_view>& documents);
+  void add_documents(std::span<const std::string_view> documents);
   // Counts the front of a text and returns how much of it that was; the rest belongs at the front of what follows.
   size_t add_front(std::string_view text);
 
