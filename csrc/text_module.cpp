@@ -25,11 +25,18 @@ namespace {
 // str.
 class Texts {
  public:
-  explicit Texts(const py::list& objects) {
-    for (const py::handle text : objects) owners_.push_back(py::reinterpret_borrow<py::object>(text));
-    size_t size = 0;
-    for (const py::object& text : owners_) size += needs_utf8(text) ? PyUnicode_GET_LENGTH(text.ptr()) : 0;
-    utf8_.room(size + size / 16);
+  explicit Texts(const py::list& objects) : Texts(objects, 0, SIZE_MAX) {}
+  // As many from `begin` on, one at least, as are not larger than `most` together.
+  Texts(const py::list& objects, size_t begin, size_t most) {
+    size_t size = 0, converted = 0;
+    for (; begin < objects.size(); ++begin) {
+      const auto text = py::reinterpret_borrow<py::object>(objects[begin]);
+      size += size_of(text);
+      if (size > most && !owners_.empty()) break;
+      if (!is_utf8(text)) converted += size_of(text);
+      owners_.push_back(text);
+    }
+    utf8_.room(converted + converted / 16);
     for (const py::object& text : owners_) add(text.ptr());
     const char* next = utf8_.data();
     for (std::string_view& view : views_) {
@@ -40,12 +47,15 @@ class Texts {
   }
   std::span<const std::string_view> views() const { return views_; }
 
- private:
-  static bool needs_utf8(const py::object& text) {
-    if (PyBytes_Check(text.ptr())) return false;
-    if (PyUnicode_Check(text.ptr())) return !PyUnicode_IS_ASCII(text.ptr());
+  // Characters of a str, or bytes.
+  static size_t size_of(py::handle text) {
+    if (PyUnicode_Check(text.ptr())) return static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr()));
+    if (PyBytes_Check(text.ptr())) return static_cast<size_t>(PyBytes_GET_SIZE(text.ptr()));
     throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(text.ptr())->tp_name));
   }
+
+ private:
+  static bool is_utf8(py::handle text) { return PyBytes_Check(text.ptr()) || PyUnicode_IS_ASCII(text.ptr()); }
   void add(PyObject* text) {
     if (PyBytes_Check(text)) {
       views_.emplace_back(PyBytes_AS_STRING(text), static_cast<size_t>(PyBytes_GET_SIZE(text)));
@@ -289,12 +299,18 @@ class PyEncoder {
   Encoded<Id> encode_texts(const py::list& objects, const Policy& policy, size_t num_threads,
                            size_t after = kNotFound) const {
     Encoded<Id> encoded;
-    const Texts texts(objects);
-    for (const std::string_view text : texts.views()) encoded.num_bytes += text.size();
-    const py::gil_scoped_release release;
-    for (const std::string_view text : texts.views()) policy.check(core_->specials(), text);
-    encoded.counts.resize(texts.views().size());
-    encoded.parts = core_->encode_batch<Id>(texts.views(), policy.allowed, after, num_threads, encoded.counts.data());
+    encoded.counts.resize(objects.size());
+    size_t size = 0;
+    for (const py::handle text : objects) size += Texts::size_of(text);
+    if (num_threads == 1) encoded.parts.emplace_back().room(size / 2);
+    for (size_t done = 0; done < encoded.counts.size();) {
+      const Texts texts(objects, done, num_threads == 1 ? kGroup : SIZE_MAX);
+      for (const std::string_view text : texts.views()) encoded.num_bytes += text.size();
+      const py::gil_scoped_release release;
+      for (const std::string_view text : texts.views()) policy.check(core_->specials(), text);
+      core_->encode_batch(texts.views(), policy.allowed, after, num_threads, &encoded.counts[done], encoded.parts);
+      done += texts.views().size();
+    }
     return encoded;
   }
 
@@ -344,6 +360,7 @@ class PyEncoder {
     return ids;
   }
 
+  static constexpr size_t kGroup = 256 << 10;  // characters of text that are UTF-8 at a time, in the processor's cache
   std::unique_ptr<const Encoder> core_;
   std::vector<py::object> ints_;
 };

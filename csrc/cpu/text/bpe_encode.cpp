@@ -72,10 +72,10 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
     if (bytes.size() > WordCache::kLongBytes) {
       very_long_.emplace(bytes, id);
     } else {
-      const Lookup lookup(bytes.data(), bytes.size(), bytes.data() + bytes.size());
+      const ShortWord key = WordCache::key_of(bytes.data(), bytes.size(), bytes.data() + bytes.size());
       whole_words_.widen();
       whole_words_.reserve(1);
-      whole_words_.put(bytes, lookup.word, lookup.hash, &id, 1);
+      whole_words_.put(bytes, key, &id, 1);
     }
   }
   whole_words_.widen();
@@ -87,7 +87,7 @@ Encoder::~Encoder() {
 
 // A piece that is not where it is first looked for, and may not be in the cache at all.
 template <class Id>
-size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, Id* out) const {
+size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const ShortWord& key, Id* out) const {
   if (piece.size() > WordCache::kLongBytes) {
     if (const auto whole = very_long_.find(piece); whole != very_long_.end()) {
       out[0] = static_cast<Id>(whole->second);
@@ -98,10 +98,10 @@ size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Loo
     std::copy_n(ids.data(), count, out);
     return count;
   }
-  if (const size_t count = cache.find(piece, lookup.word, lookup.hash, out)) return count;
+  if (const size_t count = cache.find(piece, key, out)) return count;
   std::array<uint32_t, WordCache::kLongBytes> ids;
   const size_t count = merger_.merge(piece, kNoRank, ids.data());
-  cache.put(piece, lookup.word, lookup.hash, ids.data(), count);
+  cache.put(piece, key, ids.data(), count);
   std::copy_n(ids.data(), count, out);
   return count;
 }
@@ -109,33 +109,42 @@ size_t Encoder::encode_piece(WordCache& cache, std::string_view piece, const Loo
 // Batch by batch: first ask for the memory of all words, then look at it.
 template <class Id>
 void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const {
-  const char* limit = text.data() + text.size();
+  const char* const limit = text.data() + text.size();
+  struct Lookup {
+    ShortWord key;
+    const void* line;
+  };
   std::array<Lookup, Splitter::kBatch> lookups;
   splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
     if (!cache.reserve(count)) {
       cache = whole_words_;
       cache.reserve(count);
     }
-    for (size_t i = 0, start = begin; i < count; start = ends[i++]) {
-      const size_t size = ends[i] - start;
-      Lookup& lookup = lookups[i];
-      lookup = Lookup(text.data() + start, size, limit);
-      lookup.line = cache.line_of(lookup.hash, size);
-      __builtin_prefetch(lookup.line);
+    Lookup* lookup = lookups.data();
+    const char* piece = text.data() + begin;
+    for (const size_t* end = ends; end != ends + count; ++end, ++lookup) {
+      const char* const after = text.data() + *end;
+      const auto size = static_cast<size_t>(after - piece);
+      lookup->key = WordCache::key_of(piece, size, limit);
+      lookup->line = cache.line_of(lookup->key, size);
+      __builtin_prefetch(lookup->line);
+      piece = after;
     }
     Id* const first = out.room(ends[count - 1] - begin + WordCache::kShortIds);
     Id* next = first;
-    for (size_t i = 0; i < count; begin = ends[i++]) {
-      const Lookup& lookup = lookups[i];
-      const size_t size = ends[i] - begin;
+    const Lookup* const last = lookup;
+    for (lookup = lookups.data(); lookup != last; ++lookup) {
+      const ShortWord& key = lookup->key;
       size_t found = 0;
-      if (size <= WordCache::kTinyBytes) {
-        found = WordCache::find_tiny(lookup.line, lookup.word, next);
-      } else if (size <= kMaxShort) {
-        found = WordCache::find_short(lookup.line, lookup.word, next);
+      if (WordCache::size_of(key) <= WordCache::kTinyBytes) {
+        found = WordCache::find_tiny(lookup->line, key, next);
+      } else if (WordCache::size_of(key) <= kMaxShort) {
+        found = WordCache::find_short(lookup->line, key, next);
       }
-      if (found == 0) [[unlikely]]
-        found = encode_piece(cache, text.substr(begin, size), lookup, next);
+      if (found == 0) [[unlikely]] {
+        const size_t i = lookup - lookups.data(), start = i == 0 ? begin : ends[i - 1];
+        found = encode_piece(cache, text.substr(start, ends[i] - start), key, next);
+      }
       next += found;
     }
     out.advance(static_cast<size_t>(next - first));
@@ -159,8 +168,8 @@ void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segm
 }
 
 template <class Id>
-std::vector<Buffer<Id>> Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed,
-                                              size_t after, size_t num_threads, size_t* counts) const {
+void Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
+                           size_t num_threads, size_t* counts, std::vector<Buffer<Id>>& out) const {
   // Neighbouring segments, of whichever texts, go together into parts of about one size.
   std::vector<Segment> segments;
   std::vector<size_t> text_of, parts{0};
@@ -178,27 +187,28 @@ std::vector<Buffer<Id>> Encoder::encode_batch(std::span<const std::string_view> 
   }
   if (parts.back() < segments.size()) parts.push_back(segments.size());
 
-  std::vector<Buffer<Id>> ids(parts.size() - 1);
+  const size_t first = num_threads == 1 && !out.empty() ? out.size() - 1 : out.size();
+  out.resize(std::max(out.size(), first + parts.size() - 1));
   std::vector<size_t> segment_counts(segments.size());
-  parallel_for(ids.size(), num_threads, [&](size_t part, size_t) {
+  parallel_for(parts.size() - 1, num_threads, [&](size_t part, size_t) {
     const Lease cache(*this);
+    Buffer<Id>& ids = out[first + part];
     size_t size = 0;
     for (size_t k = parts[part]; k < parts[part + 1]; ++k) size += segments[k].end - segments[k].begin;
-    ids[part].room(size / 2);  // seldom more, and what is not used costs nothing
+    ids.room(size / 2);  // seldom more, and what is not used costs nothing
     for (size_t k = parts[part]; k < parts[part + 1]; ++k) {
-      const size_t before = ids[part].size();
-      encode_segment(*cache, texts[text_of[k]], segments[k], ids[part]);
-      segment_counts[k] = ids[part].size() - before;
+      const size_t before = ids.size();
+      encode_segment(*cache, texts[text_of[k]], segments[k], ids);
+      segment_counts[k] = ids.size() - before;
     }
   });
   std::fill_n(counts, texts.size(), 0);
   for (size_t k = 0; k < segments.size(); ++k) counts[text_of[k]] += segment_counts[k];
-  return ids;
 }
-template std::vector<Buffer<uint16_t>> Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t,
-                                                             size_t, size_t*) const;
-template std::vector<Buffer<uint32_t>> Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t,
-                                                             size_t, size_t*) const;
+template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t, size_t*,
+                                    std::vector<Buffer<uint16_t>>&) const;
+template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t, size_t*,
+                                    std::vector<Buffer<uint32_t>>&) const;
 
 void Encoder::refuse(const std::string& id) const {
   throw std::invalid_argument("id " + id + " is not in the vocabulary, whose ids are below " +

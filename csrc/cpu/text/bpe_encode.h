@@ -28,13 +28,14 @@ class Encoder {
           bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
-  // The ids of all texts one after the other, in a few parts: the special tokens of `allowed` as such and everything
-  // else as ordinary text, and the special token `after` (an index, or kNotFound) behind each. Writes how many ids each
-  // text has to `counts`. The parts do not depend on where a text ends, so a long one keeps all threads busy too.
-  // Throws std::invalid_argument for a byte that has no token. Id: uint32_t, or uint16_t where it holds all ids.
+  // Appends the ids of all texts, one after the other, in a few parts; on one thread to the last part of `out`. The
+  // special tokens of `allowed` count as such and everything else as ordinary text, and the special token `after` (an
+  // index, or kNotFound) comes behind each text. Writes how many ids each text has to `counts`. The parts do not depend
+  // on where a text ends, so a long one keeps all threads busy too. Throws std::invalid_argument for a byte that has no
+  // token. Id: uint32_t, or uint16_t where it holds all ids.
   template <class Id>
-  std::vector<Buffer<Id>> encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
-                                       size_t num_threads, size_t* counts) const;
+  void encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after, size_t num_threads,
+                    size_t* counts, std::vector<Buffer<Id>>& out) const;
   // Appends the ids of text already cut.
   void encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<uint32_t>& out) const;
   // Appends the bytes that ids stand for. Throws std::invalid_argument for an id that has no token. Reads each id once:
@@ -55,22 +56,8 @@ class Encoder {
   void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
   template <class Id>
   void encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const;
-  struct Lookup {  // of one piece
-    Lookup() = default;
-    Lookup(const char* piece, size_t size, const char* limit) {
-      if (size <= kMaxShort) [[likely]] {
-        word = pack_word(piece, size, limit);
-        hash = hash_word(word);
-      } else {
-        hash = size <= WordCache::kLongBytes ? hash_bytes({piece, size}) : 0;
-      }
-    }
-    ShortWord word;
-    uint64_t hash;
-    const void* line;
-  };
   template <class Id>
-  size_t encode_piece(WordCache& cache, std::string_view piece, const Lookup& lookup, Id* out) const;
+  size_t encode_piece(WordCache& cache, std::string_view piece, const ShortWord& key, Id* out) const;
 
   TokenBytes tokens_;
   SpecialTokens specials_;

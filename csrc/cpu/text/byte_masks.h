@@ -21,8 +21,11 @@ class Bytes {
     return bits(_mm_cmpeq_epi8(_mm_min_epu8(offset, _mm_set1_epi8(static_cast<char>(high - low))), offset));
   }
   uint64_t high() const { return bits(v_); }
+  // With upper case letters as lower case.
+  Bytes lower() const { return Bytes(_mm_or_si128(v_, _mm_set1_epi8(0x20))); }
 
  private:
+  explicit Bytes(__m128i v) : v_(v) {}
   static uint64_t bits(__m128i v) { return static_cast<uint64_t>(_mm_movemask_epi8(v)); }
   __m128i v_;
 };
@@ -34,17 +37,20 @@ class Bytes {
   uint64_t equal(uint8_t c) const { return v_ == c; }
   uint64_t within(uint8_t low, uint8_t high) const { return v_ >= low && v_ <= high; }
   uint64_t high() const { return v_ >= 0x80; }
+  Bytes lower() const { return Bytes(static_cast<uint8_t>(v_ | 0x20)); }
 
  private:
+  explicit Bytes(uint8_t v) : v_(v) {}
   uint8_t v_;
 };
 #endif
 
 struct ByteMasks {
-  uint64_t upper = 0, lower = 0, number = 0;  // ASCII letters and digits
-  uint64_t space = 0;                         // ' '
-  uint64_t white = 0;                         // ' ', \t, \n, \v, \f, \r
-  uint64_t newline = 0;                       // \n, \r
+  uint64_t letter = 0, number = 0;  // ASCII letters and digits
+  uint64_t upper = 0, lower = 0;
+  uint64_t space = 0;    // ' '
+  uint64_t white = 0;    // ' ', \t, \n, \v, \f, \r
+  uint64_t newline = 0;  // \n, \r
   uint64_t apostrophe = 0;
   uint64_t high = 0;  // not ASCII
 };
@@ -54,6 +60,7 @@ inline ByteMasks classify(const uint8_t* bytes) {
   for (int at = 0; at < 64; at += Bytes::kSize) {
     const Bytes b(bytes + at);
     const uint64_t space = b.equal(' ');
+    m.letter |= b.lower().within('a', 'z') << at;
     m.upper |= b.within('A', 'Z') << at;
     m.lower |= b.within('a', 'z') << at;
     m.number |= b.within('0', '9') << at;

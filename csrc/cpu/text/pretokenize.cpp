@@ -56,6 +56,7 @@ class Block {
       const uint64_t bytes = bit(i + c.size) - bit(i);
       left &= ~bytes;
       tail_ |= bytes & ~bit(i);
+      if (c.cls & kLetter) is_.letter |= bytes;
       if (c.cls & kLower) is_.lower |= bytes;
       if (c.cls & kUpper) is_.upper |= bytes;
       if (c.cls & kCaseless) caseless_ |= bytes;
@@ -65,7 +66,7 @@ class Block {
     }
   }
 
-  uint64_t letters() const { return is_.upper | is_.lower | caseless_; }
+  uint64_t letters() const { return is_.letter | caseless_; }
   uint64_t symbols() const { return ~(letters() | is_.number | is_.white); }
   static uint64_t run_starts(uint64_t mask) { return mask & ~(mask << 1); }
   // Of the run that ends before bit i.

@@ -52,7 +52,11 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-inline uint64_t hash_word(const ShortWord& w) { return mix(w.lo ^ 0x9E3779B97F4A7C15u, w.hi ^ 0xD6E8FEB86659FD93u); }
+// The upper half of a product depends least on the lowest bits of its factors: they are added again.
+inline uint64_t hash_word(const ShortWord& w) {
+  const auto product = static_cast<unsigned __int128>(w.lo ^ 0x9E3779B97F4A7C15u) * (w.hi ^ 0xD6E8FEB86659FD93u);
+  return static_cast<uint64_t>(product >> 64) ^ w.lo;
+}
 
 inline uint64_t hash_bytes(std::string_view s) {
   uint64_t h = s.size();

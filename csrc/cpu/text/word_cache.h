@@ -79,7 +79,9 @@ class WordCache {
   bool reserve(size_t words) {
     if (!tiny_.reserve(words) || !short_.reserve(words) || !long_.reserve(words)) return false;
     if (store_.size() + words * (units(kLongBytes) + kLongBytes) > store_bound_) return false;
-    lines_ = {tiny_.lines(), short_.lines(), long_.lines()};
+    std::fill_n(lines_.begin(), kTinyBytes + 1, tiny_.lines());
+    std::fill_n(lines_.begin() + kTinyBytes + 1, kMaxShort - kTinyBytes, short_.lines());
+    lines_[kMaxShort + 1] = long_.lines();
     return true;
   }
   // Bounds that leave room for as much again as is here.
@@ -90,45 +92,54 @@ class WordCache {
     store_bound_ += store_.size();
   }
 
-  // The line that a word of `size` bytes is first looked for on. No branch: the processor could not guess it.
-  const void* line_of(uint64_t hash, size_t size) const {
-    const Lines& lines = lines_[(size > kTinyBytes) + (size > kMaxShort)];
-    return lines.first + (hash * kCacheLine & lines.mask);
+  // What a word is looked up by: its bytes and size if it has at most kMaxShort, else its hash and kMaxShort + 1.
+  static ShortWord key_of(const char* word, size_t size, const char* limit) {
+    if (size <= kMaxShort) [[likely]]
+      return pack_word(word, size, limit);
+    return {size <= kLongBytes ? hash_bytes({word, size}) : 0, uint64_t{kMaxShort + 1} << 56};
+  }
+  static size_t size_of(const ShortWord& key) { return key.hi >> 56; }
+  // The line that a word is first looked for on. It is chosen without a branch, which the processor could not guess.
+  const void* line_of(const ShortWord& key, size_t size) const {
+    const Lines& lines = lines_[std::min(size, kMaxShort + 1)];
+    return lines.first + (hash_of(key, size) * kCacheLine & lines.mask);
   }
 
   // The ids of a word of at most kTinyBytes, or else of kMaxShort, if they are at the front of its line; find for any.
   // They write them and return how many there are, zero if the word is not here. There is room for kShortIds.
   template <class Id>
-  static size_t find_tiny(const void* line, const ShortWord& word, Id* out) {
+  static size_t find_tiny(const void* line, const ShortWord& key, Id* out) {
     const auto* entry = static_cast<const Tiny*>(line);
-    entry += (entry[1].bytes == word.lo) + 2 * (entry[2].bytes == word.lo);
+    entry += (entry[1].bytes == key.lo) + 2 * (entry[2].bytes == key.lo);
     out[0] = static_cast<Id>(entry->size_and_id & kMaxId);
     out[1] = static_cast<Id>(entry->second);
-    return entry->is(word) && !is_stored(entry->second) ? 1 + (entry->second != kNoId) : 0;
+    return entry->is(key) ? 1 + (entry->second != kNoId) : 0;
   }
   template <class Id>
-  static size_t find_short(const void* line, const ShortWord& word, Id* out) {
+  static size_t find_short(const void* line, const ShortWord& key, Id* out) {
     const auto* entry = static_cast<const Short*>(line);
-    entry += entry[1].word == word;
+    entry += entry[1].word == key;
     std::copy_n(entry->ids, kShortIds, out);
     const size_t count = 1 + (entry->ids[1] != kNoId) + (entry->ids[2] != kNoId) + (entry->ids[3] != kNoId);
-    return entry->word == word && !is_stored(entry->ids[1]) ? count : 0;
+    return entry->word == key ? count : 0;
   }
   template <class Id>
-  size_t find(std::string_view word, const ShortWord& packed, uint64_t hash, Id* out) {
+  size_t find(std::string_view word, const ShortWord& key, Id* out) {
+    const uint64_t hash = hash_of(key, word.size());
+    const ShortWord stored{key.lo, key.hi | kStored};
     if (word.size() <= kTinyBytes) {
-      const Tiny& entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(packed); });
+      const Tiny& entry = tiny_.find(hash, [&](const Tiny& e) { return e.is(key) || e.is(stored); });
       if (entry.empty()) return 0;
       const uint32_t first = entry.size_and_id & kMaxId;
-      if (is_stored(entry.second)) return restore(entry.second - kStored, first, out);
+      if (entry.is(stored)) return restore(entry.second, first, out);
       out[0] = static_cast<Id>(first);
       out[1] = static_cast<Id>(entry.second);
       return 1 + (entry.second != kNoId);
     }
     if (word.size() <= kMaxShort) {
-      const Short& entry = short_.find(hash, [&](const Short& e) { return e.word == packed; });
+      const Short& entry = short_.find(hash, [&](const Short& e) { return e.word == key || e.word == stored; });
       if (entry.empty()) return 0;
-      if (is_stored(entry.ids[1])) return restore(entry.ids[1] - kStored, entry.ids[0], out);
+      if (entry.word == stored) return restore(entry.ids[1], entry.ids[0], out);
       std::copy_n(entry.ids, kShortIds, out);
       return static_cast<size_t>(std::find(entry.ids, entry.ids + kShortIds, kNoId) - entry.ids);
     }
@@ -139,22 +150,22 @@ class WordCache {
   }
 
   // Keeps a word that is not here yet.
-  void put(std::string_view word, const ShortWord& packed, uint64_t hash, const uint32_t* ids, size_t count) {
+  void put(std::string_view word, const ShortWord& key, const uint32_t* ids, size_t count) {
     const auto id = [&](size_t i) { return i < count ? ids[i] : kNoId; };
     const auto size = static_cast<uint32_t>(word.size()), number = static_cast<uint32_t>(count);
     if (size <= kTinyBytes) {
       if (count <= 2) {
-        tiny_.insert({packed.lo, size << 24 | ids[0], id(1)});
+        tiny_.insert({key.lo, size << 24 | ids[0], id(1)});
       } else {
-        tiny_.insert({packed.lo, size << 24 | number, kStored + store(ids, count)});
+        tiny_.insert({key.lo, static_cast<uint32_t>(kStored >> 32) | size << 24 | number, store(ids, count)});
       }
       return;
     }
     if (size <= kMaxShort) {
       if (count <= kShortIds) {
-        short_.insert({packed, {ids[0], id(1), id(2), id(3)}});
+        short_.insert({key, {ids[0], id(1), id(2), id(3)}});
       } else {
-        short_.insert({packed, {number, kStored + store(ids, count), 0, 0}});
+        short_.insert({{key.lo, key.hi | kStored}, {number, store(ids, count), 0, 0}});
       }
       return;
     }
@@ -162,14 +173,15 @@ class WordCache {
     store_.resize(offset + units(size));
     std::memcpy(&store_[offset], word.data(), size);
     store(ids, count);
-    long_.insert({hash, static_cast<uint32_t>(offset), static_cast<uint16_t>(size), static_cast<uint16_t>(count)});
+    long_.insert({key.lo, static_cast<uint32_t>(offset), static_cast<uint16_t>(size), static_cast<uint16_t>(count)});
   }
 
  private:
-  // Added to where in the store the ids are that do not fit, in the place of the second; their number is in that of the
-  // first.
-  static constexpr uint32_t kStored = kMaxId + 1;
-  static bool is_stored(uint32_t second) { return second - kStored <= kMaxId; }
+  // Added to the size of a word whose ids do not fit: it has their number for the first, and for the second where in
+  // the store they are. Such a word is found by `find` alone.
+  static constexpr uint64_t kStored = uint64_t{1} << 63;
+
+  static uint64_t hash_of(const ShortWord& key, size_t size) { return size <= kMaxShort ? hash_word(key) : key.lo; }
   uint32_t store(const uint32_t* ids, size_t count) {
     store_.insert(store_.end(), ids, ids + count);
     return static_cast<uint32_t>(store_.size() - count);
@@ -186,7 +198,7 @@ class WordCache {
     uint32_t size_and_id;
     uint32_t second;  // kNoId if there is none
     bool empty() const { return size_and_id == 0; }
-    uint64_t hash_of() const { return hash_word({bytes, uint64_t{size_and_id >> 24} << 56}); }
+    uint64_t hash_of() const { return hash_word({bytes, (uint64_t{size_and_id >> 24} << 56) & ~kStored}); }
     bool is(const ShortWord& word) const { return bytes == word.lo && size_and_id >> 24 == word.hi >> 56; }
   };
   struct Short {
@@ -194,7 +206,7 @@ class WordCache {
     ShortWord word;
     uint32_t ids[kShortIds];  // kNoId after the last
     bool empty() const { return word.hi == 0; }
-    uint64_t hash_of() const { return hash_word(word); }
+    uint64_t hash_of() const { return hash_word({word.lo, word.hi & ~kStored}); }
   };
   struct Long {
     static constexpr size_t kFront = 4;
@@ -213,7 +225,7 @@ class WordCache {
   LineTable<Long> long_{256, 1 << 15};    // at most 2 MB
   std::vector<uint32_t> store_;           // at most 8 MB
   size_t store_bound_ = kStoreUnits;
-  std::array<Lines, 3> lines_{};
+  std::array<Lines, kMaxShort + 2> lines_{};  // by the size of a word
 };
 
 }  // namespace cs336::text
