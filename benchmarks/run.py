@@ -27,7 +27,7 @@ OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).pare
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("cs336 bench", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     ops = kinds.add_parser("ops", help="kernels beside their peers and the roof")
     ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")

@@ -9,7 +9,7 @@ import pathlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Annotated, Any, Literal
 
 import tyro
@@ -282,7 +282,7 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
         else:
             for token_id in ids:
                 table.add_row(str(token_id), repr(loaded.token_bytes(token_id))[1:])
-        table.add_row(f"{len(ids)} tokens", f"{len(text.encode())} bytes")
+        table.add_row(f"{len(ids)} tokens", f"{len(loaded.decode_bytes(ids))} bytes")
     console.print(table)
 
 
@@ -317,17 +317,23 @@ def tokenizer_compare(
     tokenizers: Positional[Annotated[tuple[Path, ...], arg(metavar="TOKENIZER [TOKENIZER ...]")]],
     text: Path,
     plot: MaybePath = None,
+    pattern: DisallowNone[str | None] = None,
 ) -> None:
     """Bytes per token and speed of several tokenizers on the same text.
 
     Args:
-        tokenizers: tokenizer.json files of ours or of Hugging Face; `cs336 tokenizer convert` makes them of others.
+        tokenizers: tokenizer.json files, tiktoken's ranks, or directories with GPT-2's files.
         text: a file.
         plot: .png, .svg or .pdf file for a chart.
+        pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.
     """
     from cs336.tokenizer import compare, convert
 
-    rows = compare.compare({str(path): convert.load(path) for path in tokenizers}, text.read_bytes())
+    if not tokenizers:
+        raise ValueError("there is no tokenizer to compare: name one or more before --text")
+    given = {path: None if convert.tells_pattern(path) else pattern for path in tokenizers}
+    loaded = {str(path): convert.load(path, pattern) for path, pattern in given.items()}
+    rows = compare.compare(loaded, text.read_bytes())
     print("vocabulary      tokens  bytes/token  MB/s, first  again  tokenizer")
     for row in rows:
         speeds = f"{row.first:11.1f}  {row.again:5.1f}"
@@ -362,12 +368,12 @@ def _blocks(inputs: tuple[Path, ...]) -> Iterator[bytes]:
             yield block
 
 
-def _ids(inputs: tuple[Path, ...]) -> Iterator[list[int]]:
+def _ids(inputs: tuple[Path, ...]) -> Iterator[Iterable[int]]:
     if any(path.suffix == ".bin" for path in inputs):
         from cs336.utils.shards import open_tokens
 
         for shard in open_tokens(inputs)[0]:
-            yield from (shard[i : i + (1 << 16)].tolist() for i in range(0, len(shard), 1 << 16))
+            yield from (shard[i : i + (1 << 20)] for i in range(0, len(shard), 1 << 20))
         return
     for file in _open(inputs):
         for number, line in enumerate(file, 1):

@@ -208,8 +208,11 @@ def test_convert_and_compare(tokenizer, text_file, tmp_path, capsys):
     assert main(["tokenizer", "convert", tokenizer, ranks, "--to", "tiktoken"]) == 0
     assert "tell its readers: the special token <|endoftext|> = 299" in capsys.readouterr().out
     assert "give its pattern" in fails(["tokenizer", "convert", ranks, back], capsys)
+    assert "give its pattern" in fails(["tokenizer", "compare", ranks, "--text", str(text_file)], capsys)
+    assert "no tokenizer to compare" in fails(["tokenizer", "compare", "--text", str(text_file)], capsys)
     told = ["--pattern", "gpt2", "--special-tokens", "<|endoftext|>", "299"]
     assert main(["tokenizer", "convert", ranks, back, *told]) == 0
+    assert main(["tokenizer", "compare", tokenizer, ranks, "--text", str(text_file), "--pattern", "gpt2"]) == 0
     assert main(["tokenizer", "compare", tokenizer, back, "--text", str(text_file), "--plot", chart]) == 0
     first, second = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
     assert first[:3] == second[:3] == ["300", first[1], f"{len(TEXT.encode()) / int(first[1].replace(',', '')):.3f}"]

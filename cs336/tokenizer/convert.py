@@ -28,7 +28,7 @@ def load(
     pattern is missing or not wanted, and if a special token has another id in the files than the one given.
     """
     path = Path(path)
-    if path.is_dir() or not _is_json(path):
+    if not tells_pattern(path):
         if pattern is None:
             raise ValueError(f"{path} does not say how text is split first: give its pattern")
         if path.is_dir():
@@ -65,6 +65,9 @@ def save(tokenizer: Tokenizer, path: str | os.PathLike, to: Format) -> list[str]
     return told + [f"the special token {text} = {i}" for text, i in tokenizer.special_tokens.items()]
 
 
-def _is_json(path: Path) -> bool:
+def tells_pattern(path: str | os.PathLike) -> bool:
+    """Whether a tokenizer says how text is split first: a tokenizer.json does."""
+    if os.path.isdir(path):
+        return False
     with open(path, "rb") as file:
         return file.read(64).lstrip().startswith(b"{")
