@@ -506,9 +506,8 @@ def _place_specials(
     given = special_tokens if isinstance(special_tokens, dict) else {}
     wanted = {text.encode() for text in specials}
     ids_of: dict[bytes, list[int]] = {}
-    for i, token in sorted(vocab.items()):
-        if token in wanted:
-            ids_of.setdefault(token, []).append(i)
+    for i, token in sorted(pair for pair in vocab.items() if pair[1] in wanted):
+        ids_of.setdefault(token, []).append(i)
     placed: dict[str, int] = {}
     new = max([*vocab, *given.values()], default=-1) + 1
     for text in specials:
