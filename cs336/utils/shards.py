@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import IO
 
 import numpy as np
@@ -102,8 +103,8 @@ class ShardWriter:
             writer.write(ids, documents=1, text_bytes=len(text.encode()))
         writer.meta
 
-    A directory that already holds shards is emptied of them at the first write. If the block raises after that, the new
-    shards are removed.
+    Shards are written into DIR/.unfinished. When the block ends they take the place of those that the directory held;
+    if it raises, or the process dies, those are as they were.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ShardWriter:
         self._shard = contextlib.ExitStack()  # the file being written, under its temporary name
         self._file: IO[bytes] | None = None
         self._filled = 0
+        self._unfinished = self.directory / ".unfinished"
         self._begun = False
 
     def write(self, ids: np.ndarray, *, documents: int = 0, text_bytes: int = 0) -> None:
@@ -151,10 +153,17 @@ class ShardWriter:
         )
 
     def close(self) -> TokenMeta:
-        """Finish the last shard and write meta.json."""
+        """Finish the last shard, put all in their place, and write meta.json."""
         self._begin()
         if self._file is not None:
             self._finish_shard()
+        (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
+        for path in self.directory.glob("*.bin"):
+            if path.stem.isdecimal():  # not another's 2024-01.bin
+                path.unlink()
+        for name in self.meta.shards:
+            (self._unfinished / name).rename(self.directory / name)
+        self._unfinished.rmdir()
         with replacing(self.directory / META) as file:
             json.dump(dataclasses.asdict(self.meta), file, indent=2)
         return self.meta
@@ -168,19 +177,20 @@ class ShardWriter:
             return
         self._shard.__exit__(kind, error, trace)
         if self._begun:
-            self._remove_shards()
+            shutil.rmtree(self._unfinished)
 
     def _begin(self) -> None:
         if not self._begun:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_shards()
+            if self._unfinished.exists():  # of a process that died
+                shutil.rmtree(self._unfinished)
+            self._unfinished.mkdir(parents=True)
             self._begun = True
 
     def _begin_shard(self) -> IO[bytes]:
         self._begin()
         if self._file is None:
             name = f"{len(self.meta.shards):05d}.bin"
-            self._file = self._shard.enter_context(replacing(self.directory / name, "wb"))
+            self._file = self._shard.enter_context(replacing(self._unfinished / name, "wb"))
             self._file.write(_header(self.dtype, 0))
             self.meta = dataclasses.replace(self.meta, shards=(*self.meta.shards, name))
         return self._file
@@ -191,12 +201,6 @@ class ShardWriter:
         self._file.write(_header(self.dtype, self._filled))
         self._shard.close()
         self._file, self._filled = None, 0
-
-    def _remove_shards(self) -> None:
-        (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
-        for path in self.directory.glob("*.bin"):
-            if path.stem.isdecimal():  # not another's 2024-01.bin
-                path.unlink()
 
 
 def read_meta(directory: str | os.PathLike) -> TokenMeta:
