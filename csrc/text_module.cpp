@@ -174,6 +174,7 @@ struct Encoded {
 
   py::array_t<Id> ids() {
     if (parts.size() == 1) {  // hand its memory over
+      parts[0].shrink();
       auto owned = std::make_unique<Buffer<Id>>(std::move(parts[0]));
       const Buffer<Id>& all = *owned;
       const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Buffer<Id>*>(p); });
@@ -322,12 +323,15 @@ class PyEncoder {
       const py::gil_scoped_release release;
       core_->decode(ids, count, bytes);
     };
+    if (PyBytes_Check(object.ptr()) || PyByteArray_Check(object.ptr()))
+      throw py::type_error("ids must be integers, got bytes");
     if (!py::isinstance<py::array>(object)) {
       const std::vector<int64_t> ids = ids_of(object);
       decode(ids.data(), ids.size());
       return bytes;
     }
     const auto array = py::reinterpret_borrow<py::array>(object);
+    if (array.size() == 0 && array.ndim() == 1) return bytes;  // of no type that counts
     const char kind = array.dtype().kind();
     if ((kind != 'i' && kind != 'u') || array.ndim() != 1) throw py::type_error("ids must be one row of integers");
     const auto decode_as = [&]<class Id>(Id) {
@@ -389,10 +393,12 @@ class StreamEncoder {
  private:
   void encode_pending(bool last, Buffer<uint32_t>& ids) {
     const Encoder& core = encoder_->core();
-    policy_.check(core.specials(), pending_);
+    policy_.check(core.specials(), before_ + pending_);
     std::vector<Segment> segments;
     const size_t done = cut(pending_, last, kNotFound, core.splitter(), core.specials(), policy_.allowed, segments);
     core.encode_segments(pending_, segments.data(), segments.size(), ids);
+    before_.append(pending_, 0, done);
+    before_.erase(0, before_.size() - std::min(before_.size(), core.specials().longest()));
     pending_.erase(0, done);
     // What is left was looked at in vain: next time with twice as much.
     wanted_ = std::max(least_, 2 * pending_.size());
@@ -402,6 +408,7 @@ class StreamEncoder {
   Policy policy_;
   std::mutex mutex_;
   std::string pending_;
+  std::string before_;  // the last of what is encoded: a token that must not occur may begin in it
   size_t least_, wanted_;
 };
 

@@ -20,6 +20,7 @@ from cs336.utils.special_tokens import END_OF_TEXT
 
 Specials = Literal["all"] | Iterable[str]
 MAX_ID = (1 << 24) - 1
+MAX_SPECIAL = 1024
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 FILE_STEP = 8 << 20  # and encode_to_file
 
@@ -27,7 +28,8 @@ FILE_STEP = 8 << 20  # and encode_to_file
 class Tokenizer:
     """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
 
-    Each thread of a call uses a cache of at most 22 MB, which is kept for later calls.
+    Each thread of a call uses a cache of at most 22 MB, or of a few times the size of the vocabulary if that is more,
+    which is kept for later calls.
 
     Args:
         vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.
@@ -101,8 +103,8 @@ class Tokenizer:
 
         Raises ValueError for a vocab_size that is too small and for a source that is neither of the above.
         Memory does not grow with the size of the text, but with its distinct pieces, all of which are counted
-        exactly: some 150 bytes for a word of English, 13 a byte for others, 0.5 MB for each thread, and 16 MB, four
-        times the longest piece, or twice the longest document.
+        exactly: some 150 bytes for a word of English, 13 a byte for others, 0.5 MB and 48 bytes a merge for each
+        thread, and 16 MB, four times the longest piece, or twice the longest document.
         """
         pattern = canonical(pattern)
         specials = _checked_specials(special_tokens)
@@ -256,13 +258,16 @@ class Tokenizer:
     ) -> Iterator[int]:
         """The ids of one text that comes in chunks, the same wherever it is cut.
 
-        Lazy. Holds some 64 KB of text, or a few times its longest piece if that is more; with a pattern that is a
-        regular expression, all of the text between two special tokens.
+        Lazy. Holds some 64 KB of text, or a few times its longest piece if that is more: for o200k its longest run of
+        letters and marks, and with a pattern that is a regular expression all text between two special tokens.
         """
         stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special), STREAM_STEP)
         held = ""  # the first half of a surrogate pair
         for chunk in chunks:
-            if isinstance(chunk, str):
+            if not isinstance(chunk, str):
+                yield from stream.feed(held, False)
+                held = ""
+            else:
                 chunk = held + chunk
                 held = chunk[-1:] if "\ud800" <= chunk[-1:] <= "\udbff" else ""
                 chunk = chunk[: len(chunk) - len(held)]
@@ -305,6 +310,10 @@ class Tokenizer:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
         return self._core.decode_text(ids)
 
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
+        """`decode` for many rows of ids."""
+        return [self._core.decode_text(ids) for ids in batch]
+
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -330,6 +339,19 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id. Raises ValueError if it is not in the vocabulary."""
         return self._core.decode((id,))
+
+    def token_to_id(self, token: str | bytes) -> int:
+        """The id of one token: a special token, or else an ordinary one. Raises ValueError if there is none."""
+        if isinstance(token, str) and token in self._specials:
+            return self._specials[token]
+        found = self._id_of.get(token.encode("utf-8", "surrogatepass") if isinstance(token, str) else token)
+        if found is None:
+            raise ValueError(f"{token!r} is not a token of the vocabulary")
+        return found
+
+    @cached_property
+    def _id_of(self) -> dict[bytes, int]:
+        return {token: i for i, token in self._ordinary_tokens().items()}
 
     # ---- what it is made of ----
 
@@ -491,6 +513,8 @@ def _checked_specials(special_tokens: Iterable[str]) -> list[str]:
     for text in specials:
         if not isinstance(text, str) or not text:
             raise ValueError(f"a special token must be a str, not empty, got {text!r}")
+        if len(text) > MAX_SPECIAL:  # looking for it would be slow in some texts
+            raise ValueError(f"a special token may have {MAX_SPECIAL} characters, got {len(text)}: {text[:40]!r}...")
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError(f"the special token {text!r} has a lone surrogate, which UTF-8 cannot hold")
     if len(set(specials)) < len(specials):

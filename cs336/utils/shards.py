@@ -104,7 +104,7 @@ class ShardWriter:
         writer.meta
 
     Shards are written into DIR/.unfinished. When the block ends they take the place of those that the directory held;
-    if it raises, or the process dies, those are as they were.
+    if it raises, or the process dies before it ends, those are as they were. One writer at a time.
     """
 
     def __init__(

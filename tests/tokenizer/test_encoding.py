@@ -307,6 +307,31 @@ def test_time_is_linear_in_long_pieces(tokenizer, letters):
     assert large < 32 * 6 * max(small, 1e-3)  # 32 times the text: quadratic is 1024 times the time
 
 
+CACHE = """
+import random
+from cs336.tokenizer import Tokenizer
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+rng = random.Random(1)
+letters = b"abcdefghijklmnopqrstuvwxyz"
+long = {256 + i: bytes(rng.choices(letters, k=20)) for i in range(3000)}
+tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | long, None)
+tokenizer.encode("start")
+before = resident()
+for _ in range(12):
+    tokenizer.encode_batch_numpy([b"".join(b" " + bytes(rng.choices(letters, k=254)) for _ in range(4000))], 1)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory in use from /proc")
+def test_the_cache_is_bounded():
+    grown = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 30e6  # distinct words and their ids are 50 MB
+
+
 # ---- decoding ----
 
 
@@ -316,14 +341,30 @@ def test_decode_bad_ids(tokenizer):
             tokenizer.decode([97, bad])
         with pytest.raises(ValueError, match="is not in the vocabulary"):
             tokenizer.token_bytes(bad)
-    for bad in ("a", [None], [1.0], 5):
+    for bad in ("a", b"a", bytearray(b"a"), [None], [1.0], 5, np.array([1.0]), np.zeros((1, 1), int)):
         with pytest.raises(TypeError):
             tokenizer.decode(bad)
     with pytest.raises(ValueError, match="id 300 is not in the vocabulary"):
         Tokenizer({0: b"a", 400: b"b"}, []).decode([300])
 
 
+def test_decode_batch(tokenizer):
+    texts = ["one", "", "\u00e9 three"]
+    assert tokenizer.decode_batch(tokenizer.encode_batch(texts)) == texts
+    assert tokenizer.decode_batch(np.array([[97, 98], [99, 100]])) == ["ab", "cd"]
+
+
+def test_token_to_id(tokenizer):
+    for i, token in list(tokenizer.vocab.items())[:300]:
+        assert tokenizer.token_to_id(token) == i
+    assert tokenizer.token_to_id("<|end|>") == tokenizer.special_tokens["<|end|>"]
+    for missing in ("no such token", b"<|end|>", "", "\ud800"):
+        with pytest.raises(ValueError, match="is not a token of the vocabulary"):
+            tokenizer.token_to_id(missing)
+
+
 def test_decode_takes_any_iterable(tokenizer):
+    assert tokenizer.decode(np.array([])) == tokenizer.decode([]) == ""
     ids = tokenizer.encode("any iterable")
     for dtype in (np.uint16, np.uint32, np.int32, np.int64):
         assert tokenizer.decode(np.array(ids, dtype)) == "any iterable"

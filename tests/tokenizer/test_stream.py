@@ -145,6 +145,18 @@ def test_a_special_token_cut_in_two_still_raises(tokenizer):
     assert list(tokenizer.encode_iterable("<|endoftext|>", (), ())) == tokenizer.encode_ordinary("<|endoftext|>")
 
 
+def test_a_disallowed_token_that_begins_in_an_allowed_one_raises_wherever_the_text_is_cut():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|a|>", "|>x"])
+    text = "y " * 40_000 + "<|a|>x"
+    for chunks in ([text], [text[:-1], "x"], [text[:-2], ">", "x"], list(text)):
+        with pytest.raises(ValueError, match=r"special token \|>x"):
+            list(tokenizer.encode_iterable(chunks, {"<|a|>"}, "all"))
+
+
+def test_half_a_surrogate_pair_before_bytes(tokenizer):
+    assert list(tokenizer.encode_iterable(["\ud83d", b"x", "\ude00"])) == tokenizer.encode("\ufffdx\ufffd")
+
+
 def test_a_long_piece_in_small_chunks_is_not_quadratic(tokenizer):
     chunks = itertools.repeat("x", 300_000)
     assert tokenizer.decode(list(tokenizer.encode_iterable(chunks))) == "x" * 300_000

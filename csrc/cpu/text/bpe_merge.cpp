@@ -106,7 +106,8 @@ Merger::Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_i
 }
 
 void Merger::add(const TokenBytes& tokens, const Merge& m) {
-  if (m.rank > kMaxRank) throw std::length_error("there may be fewer than 2**24 merges");
+  if (m.rank > kMaxRank)
+    throw std::length_error("ranks must be below 2**24 - 1: of merges their number, else the ids of tokens");
   ranks_.add(m.left, m.right, m.rank);
   if (m.rank >= results_.size()) results_.resize(m.rank + 1, kNoId);
   results_[m.rank] = m.result;

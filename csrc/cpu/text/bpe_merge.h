@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/text/huge_pages.h"
+#include "cpu/text/word.h"
 
 namespace cs336::text {
 
@@ -63,7 +64,7 @@ class MergeTable {
   static constexpr int kPairBits = 48, kRankBits = 24, kKeyBits = 64 - kRankBits;
   static constexpr uint64_t kEmpty = UINT64_MAX;
   static uint64_t mix(uint32_t left, uint32_t right) {
-    return ((uint64_t{left} << 24 | right) * 0x9E3779B97F4A7C15u) & ((uint64_t{1} << kPairBits) - 1);
+    return ((uint64_t{left} << 24 | right) * kSecrets[0]) & ((uint64_t{1} << kPairBits) - 1);
   }
   uint64_t key_of(uint64_t mixed) const { return (mixed & ((uint64_t{1} << shift_) - 1)) << (kKeyBits - shift_); }
   uint64_t max_distance() const { return (uint64_t{1} << (kKeyBits - shift_)) - 1; }

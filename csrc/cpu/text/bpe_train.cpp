@@ -17,6 +17,7 @@ namespace {
 constexpr uint32_t kNone = UINT32_MAX;  // between words, and inside tokens
 constexpr size_t kProgressEvery = 64;   // merges
 constexpr size_t kAhead = 16;           // places and words, prefetched
+constexpr size_t kPartWords = 4096;     // distinct words that are worth a thread
 
 // Compares as the first eight bytes do.
 uint64_t prefix_of(std::string_view bytes) {
@@ -442,8 +443,10 @@ class Trainer {
 
 std::vector<std::pair<uint32_t, uint32_t>> train_bpe(WordCounter& counter, size_t num_merges,
                                                      const std::function<void(size_t)>& progress) {
-  Team team(counter.num_threads());
-  Text text(counter.words(), team, counter.num_threads());
+  std::vector<CountedWord> words = counter.words();
+  const size_t num_threads = std::min(counter.num_threads(), 1 + words.size() / kPartWords);
+  Team team(num_threads);
+  Text text(std::move(words), team, num_threads);
   counter.clear();
   return Trainer(std::move(text), num_merges, team).run(progress);
 }

@@ -71,6 +71,12 @@ class Buffer {
     return data_ + size_;
   }
   void advance(size_t count) { size_ += count; }
+  // Gives back the room that is not used.
+  void shrink() {
+    if (size_ == 0 || size_ == capacity_) return;
+    if (void* data = std::realloc(data_, size_ * sizeof(T))) data_ = static_cast<T*>(data);
+    capacity_ = size_;
+  }
 
  private:
   void grow(size_t least) {

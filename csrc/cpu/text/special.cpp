@@ -69,8 +69,7 @@ size_t cut(std::string_view text, bool last, size_t part_size, const Splitter& s
     }
     if (begin < end) segments.push_back({begin, end, kNotFound});
   };
-  // A special token that starts at `decided` or later may have its end, or that of a longer one, in text to come; so
-  // may one that is not of `set`, which the caller looks for in what it has not cut off.
+  // A special token that starts at `decided` or later may have its end, or that of a longer one, in text to come.
   const size_t held = last || specials.longest() == 0 ? 0 : specials.longest() - 1;
   const size_t decided = text.size() - std::min(text.size(), held);
   size_t done = 0;

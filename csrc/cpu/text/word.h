@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <string_view>
 
 namespace cs336::text {
@@ -47,6 +48,13 @@ inline ShortWord pack_word(const char* p, size_t size, const char* limit) {
   return {lo & kWordMasks[size].lo, (hi & kWordMasks[size].hi) | static_cast<uint64_t>(size) << 56};
 }
 
+// Of this process alone, so that nobody can write words that all have one place in a table.
+inline const std::array<uint64_t, 2> kSecrets = [] {
+  std::random_device random;
+  const auto number = [&] { return uint64_t{random()} << 32 | random(); };
+  return std::array<uint64_t, 2>{number() | 1, number() | 1};
+}();
+
 inline uint64_t mix(uint64_t a, uint64_t b) {
   const auto product = static_cast<unsigned __int128>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
@@ -54,7 +62,7 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
 
 // The upper half of a product depends least on the lowest bits of its factors: they are added again.
 inline uint64_t hash_word(const ShortWord& w) {
-  const auto product = static_cast<unsigned __int128>(w.lo ^ 0x9E3779B97F4A7C15u) * (w.hi ^ 0xD6E8FEB86659FD93u);
+  const auto product = static_cast<unsigned __int128>(w.lo ^ kSecrets[0]) * (w.hi ^ kSecrets[1]);
   return static_cast<uint64_t>(product >> 64) ^ w.lo;
 }
 
@@ -64,11 +72,11 @@ inline uint64_t hash_bytes(std::string_view s) {
   for (; i + 8 <= s.size(); i += 8) {
     uint64_t block;
     std::memcpy(&block, s.data() + i, 8);
-    h = mix(h ^ 0x9E3779B97F4A7C15u, block ^ 0xD6E8FEB86659FD93u);
+    h = mix(h ^ kSecrets[0], block ^ kSecrets[1]);
   }
   uint64_t tail = 0;
   std::memcpy(&tail, s.data() + i, s.size() - i);
-  return mix(h ^ 0x9E3779B97F4A7C15u, tail ^ 0xD6E8FEB86659FD93u);
+  return mix(h ^ kSecrets[0], tail ^ kSecrets[1]);
 }
 
 }  // namespace cs336::text

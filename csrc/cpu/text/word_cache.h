@@ -89,7 +89,7 @@ class WordCache {
     tiny_.widen();
     short_.widen();
     long_.widen();
-    store_bound_ += store_.size();
+    store_bound_ = kStoreUnits + 2 * store_.size();
   }
 
   // What a word is looked up by: its bytes and size if it has at most kMaxShort, else its hash and kMaxShort + 1.
