@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from setuptools import Distribution, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
@@ -43,13 +44,19 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"building cs336 failed in `{command}`; the compiler's message is above") from None
 
 
+class Build(build):
+    """Libraries first: they are built into cs336/, of which build_py then copies them."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")  # noqa: RUF012
+
+
 class BinaryDistribution(Distribution):
     def has_ext_modules(self):
         return True
 
 
 setup(
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
     distclass=BinaryDistribution,
     setup_requires=[] if TEXT_ONLY else ["torch==2.13.0"],  # pip installs these for an isolated build
     install_requires=DEPENDENCIES,
