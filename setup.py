@@ -47,7 +47,7 @@ class CMakeBuild(build_ext):
 class Build(build):
     """Libraries first: they are built into cs336/, of which build_py then copies them."""
 
-    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")  # noqa: RUF012
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
 
 
 class BinaryDistribution(Distribution):
