@@ -289,7 +289,7 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
 def tokenizer_convert(
     tokenizer: Positional[Path],
     output: Positional[Path],
-    to: Literal["json", "tiktoken", "gpt2"] = "json",
+    to: DisallowNone[Literal["json", "tiktoken", "gpt2"] | None] = None,
     pattern: DisallowNone[str | None] = None,
     special_tokens: DisallowNone[dict[str, int] | None] = None,
 ) -> None:
@@ -299,7 +299,7 @@ def tokenizer_convert(
         tokenizer: tokenizer.json of ours or of Hugging Face, tiktoken's ranks, or a directory with GPT-2's vocab.json
             and merges.txt.
         output: the file, or for gpt2 the directory, to write.
-        to: json is a tokenizer.json that Hugging Face reads too.
+        to: tiktoken for an output that ends in .tiktoken, else json, which Hugging Face reads too, if not given.
         pattern: how text is split first, which ranks and GPT-2's files do not say: gpt2, cl100k, o200k or a regular
             expression.
         special_tokens: pairs of text and id, which ranks and GPT-2's files do not say either.
@@ -307,7 +307,7 @@ def tokenizer_convert(
     from cs336.tokenizer import convert
 
     loaded = convert.load(tokenizer, pattern, special_tokens)
-    untold = convert.save(loaded, output, to)
+    untold = convert.save(loaded, output, to or ("tiktoken" if output.suffix == ".tiktoken" else "json"))
     print(f"{output}: {loaded.vocab_size} tokens, fingerprint {loaded.fingerprint[:16]}")
     for fact in untold:
         print(f"not in the format, tell its readers: {fact}")

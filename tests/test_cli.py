@@ -204,8 +204,8 @@ def test_inspect_a_text(tokenizer, capsys, monkeypatch):
 
 
 def test_convert_and_compare(tokenizer, text_file, tmp_path, capsys):
-    ranks, back, chart = (str(tmp_path / name) for name in ("ranks", "back.json", "chart.png"))
-    assert main(["tokenizer", "convert", tokenizer, ranks, "--to", "tiktoken"]) == 0
+    ranks, back, chart = (str(tmp_path / name) for name in ("ranks.tiktoken", "back.json", "chart.png"))
+    assert main(["tokenizer", "convert", tokenizer, ranks]) == 0
     assert "tell its readers: the special token <|endoftext|> = 299" in capsys.readouterr().out
     assert "give its pattern" in fails(["tokenizer", "convert", ranks, back], capsys)
     assert "give its pattern" in fails(["tokenizer", "compare", ranks, "--text", str(text_file)], capsys)

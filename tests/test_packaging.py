@@ -1,10 +1,13 @@
 """The tokenizer alone: what CS336_TEXT_ONLY=1 installs asks for no torch, and works without it."""
 
+import os
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import setuptools
@@ -52,3 +55,13 @@ from cs336.cli import main
 assert main(["tokenizer", "inspect", {str(tmp_path / "tokenizer.json")!r}]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_first_build_puts_the_library_into_the_wheel(tmp_path):
+    left_out = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "tests", "benchmarks")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=left_out)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    subprocess.run(command, check=True, cwd=tmp_path / "clone", env=os.environ | {"CS336_TEXT_ONLY": "1"})
+    (wheel,) = tmp_path.glob("*.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert [name.partition(".")[0] for name in libraries] == ["cs336/_text"]

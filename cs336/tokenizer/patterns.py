@@ -33,18 +33,22 @@ _OTHER_SPELLINGS = {
         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
     ): "cl100k",
 }
-_NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_SPELLINGS
+# The vocabularies of tiktoken that have them.
+_VOCABULARIES = {"r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
+_NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_SPELLINGS | _VOCABULARIES
 
 
 def canonical(pattern: str) -> str:
     """The name of a pattern that has one, else the regular expression itself, which is checked.
 
-    Raises ValueError for what is neither a name nor a regular expression.
+    Raises ValueError for what is neither a name nor a regular expression; a bare word is a name.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a str, got {type(pattern).__name__}")
     name = _NAME_OF.get(pattern, pattern)
     if name not in PATTERNS:
+        if regex.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"there is no pattern {pattern!r}: give {', '.join(PATTERNS)} or a regular expression")
         try:
             regex.compile(name)
         except regex.error as error:

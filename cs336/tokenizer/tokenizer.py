@@ -225,7 +225,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, on several threads (None: as many as this process may run on)."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch(list(texts), policy, _num_threads(num_threads))
+        return self._core.encode_batch(_listed(texts), policy, _num_threads(num_threads))
 
     def encode_batch_numpy(
         self,
@@ -237,7 +237,7 @@ class Tokenizer:
         """The ids of many texts one after the other, (N,) uint16 or uint32 by vocab_size, and where each text begins
         and the last ends, (len(texts) + 1,) int64."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch_numpy(list(texts), policy, _num_threads(num_threads))
+        return self._core.encode_batch_numpy(_listed(texts), policy, _num_threads(num_threads))
 
     def encode_documents(
         self, texts: Iterable[str | bytes], eot_token: str = END_OF_TEXT, num_threads: int | None = None
@@ -248,7 +248,7 @@ class Tokenizer:
         Raises ValueError if eot_token is not one of the special tokens.
         """
         after = list(self._specials.values()).index(self._special_id(eot_token))
-        return self._core.encode_documents(list(texts), self._ordinary, after, _num_threads(num_threads))
+        return self._core.encode_documents(_listed(texts), self._ordinary, after, _num_threads(num_threads))
 
     def encode_iterable(
         self,
@@ -289,7 +289,7 @@ class Tokenizer:
         path, or if there are none, and TypeError for a document that is neither str nor bytes.
         """
         if isinstance(documents, str | bytes | os.PathLike):
-            raise ValueError(f"documents is one text or path: give a list, got {type(documents).__name__}")
+            raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
         size = {"vocab_size": self.vocab_size, "eot_id": eot_id, "shard_tokens": shard_tokens}
         with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
@@ -466,6 +466,12 @@ class Tokenizer:
             for text, ok in zip(self._specials, is_allowed, strict=True)
         ]
         return _text.Policy(is_allowed, is_disallowed)
+
+
+def _listed(texts: Iterable[str | bytes]) -> list[str | bytes]:
+    if isinstance(texts, str | bytes):  # whose characters are texts too
+        raise ValueError(f"expected a list of texts, got one text: {type(texts).__name__}")
+    return list(texts)
 
 
 def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:

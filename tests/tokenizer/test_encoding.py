@@ -227,9 +227,9 @@ def test_a_vocabulary_without_all_bytes():
     tokenizer = Tokenizer({0: b" ", 1: b"a", 9: b" a"}, [(b" ", b"a")], ["<e>"])
     assert tokenizer.encode("a a") == [1, 9]
     assert tokenizer.encode("<e>a", allowed_special="all") == [10, 1]
-    for call in (tokenizer.encode, tokenizer.encode_batch):
+    for call, text in ((tokenizer.encode, "ab"), (tokenizer.encode_batch, ["ab"])):
         with pytest.raises(ValueError, match="the byte 0x62 of the text is not in the vocabulary"):
-            call("ab")
+            call(text)
     with pytest.raises(ValueError, match="0x62"):
         tokenizer.encode("a" * 200 + "b" + "a" * 200)
     assert tokenizer.encode("a a") == [1, 9]
@@ -248,6 +248,13 @@ def test_empty(tokenizer):
     assert tokenizer.encode_batch(["", "a", ""]) == [[], tokenizer.encode("a"), []]
     assert tokenizer.decode([]) == ""
     assert Tokenizer({}, []).encode("") == []
+
+
+@pytest.mark.parametrize("one", ["abc", b"abc", ""])
+def test_one_text_is_no_batch(tokenizer, one):
+    for call in (tokenizer.encode_batch, tokenizer.encode_batch_numpy, tokenizer.encode_documents):
+        with pytest.raises(ValueError, match="expected a list of texts, got one text"):
+            call(one)
 
 
 def test_batch_to_numpy(tokenizer, text):
@@ -286,10 +293,11 @@ def test_one_long_text_on_several_threads(tokenizer, text):
 
 
 def test_bad_number_of_threads(tokenizer):
-    for call in (tokenizer.encode, tokenizer.encode_ordinary, tokenizer.encode_batch, tokenizer.encode_batch_numpy):
+    one = tokenizer.encode, tokenizer.encode_ordinary
+    for call in (*one, tokenizer.encode_batch, tokenizer.encode_batch_numpy):
         for bad in (0, -1):
             with pytest.raises(ValueError, match=f"num_threads must be at least 1.*got {bad}"):
-                call("a", num_threads=bad)
+                call("a" if call in one else ["a"], num_threads=bad)
 
 
 @pytest.mark.parametrize("letters", ["x", " ", "ab", "\u4e2d", "=", "7", "\n", ""])

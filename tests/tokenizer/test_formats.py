@@ -227,6 +227,7 @@ def test_tokenizers_that_would_encode_otherwise(saved, where, value, message, tm
         ((BYTES, [], {"<e>": 97}), "cannot have id 97, which is b'a'"),
         ((BYTES, [], {"<e>": -5}), "ids must be integers from 0"),
         ((BYTES, [], ["<e>"], "gpt5("), "neither one of"),
+        ((BYTES, [], ["<e>"], "gpt5"), "there is no pattern 'gpt5'"),
     ],
 )
 def test_parts_that_do_not_fit(parts, message):

@@ -153,3 +153,10 @@ def test_spellings_are_of_one_pattern(spelling, text):
 def test_bad_pattern(bad):
     with pytest.raises(ValueError, match="neither one of gpt2"):
         patterns.canonical(bad)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("cl100k_base", "cl100k"), ("o200k_base", "o200k"), ("r50k_base", "gpt2")]
+)
+def test_names_of_tiktoken(theirs, ours):
+    assert patterns.canonical(theirs) == ours

@@ -107,9 +107,9 @@ def test_to_file(tokenizer, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("documents", "error", "message"),
     [
-        ("one text", ValueError, "one text or path: give a list"),
-        (b"one text", ValueError, "one text or path: give a list"),
-        (pathlib.Path("text.txt"), ValueError, "one text or path: give a list"),
+        ("one text", ValueError, "expected a list of texts, got one text or path"),
+        (b"one text", ValueError, "expected a list of texts, got one text or path"),
+        (pathlib.Path("text.txt"), ValueError, "expected a list of texts, got one text or path"),
         (["a", 3], TypeError, "a document must be str or bytes, got int"),
         ([], ValueError, "there are no documents"),
     ],
