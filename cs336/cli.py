@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
+from cs336.utils.documents import holds_documents, open_bytes, read_documents, unpacking
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.terminal import visible
 
@@ -182,7 +183,7 @@ def tokenizer_train(
     pattern: str = "gpt2",
     num_threads: DisallowNone[int | None] = None,
 ) -> None:
-    """Train byte-pair encoding on text, JSON lines, parquet, or directories of them.
+    """Train byte-pair encoding on text, JSON lines, parquet, compressed or not, or directories of them.
 
     Args:
         inputs: files or directories; standard input if there are none.
@@ -194,9 +195,12 @@ def tokenizer_train(
     """
     from cs336.tokenizer import Tokenizer
 
-    trained = Tokenizer.train(
-        _texts(inputs), vocab_size, special_tokens, pattern, num_threads, progress=sys.stderr.isatty()
-    )
+    if not inputs and sys.stdin.isatty():
+        print("reading standard input, up to Ctrl-D", file=sys.stderr)
+    source = list(inputs) or [Path("/dev/stdin")]
+    trained = Tokenizer.train(source, vocab_size, special_tokens, pattern, num_threads, progress=sys.stderr.isatty())
+    if not trained.merges and len(trained) < vocab_size:
+        raise ValueError(f"there is nothing to merge in the text, so {output} was not written")
     trained.save(output)
     print(f"{output}: {trained.vocab_size} tokens, fingerprint {trained.fingerprint[:16]}")
 
@@ -211,17 +215,18 @@ def tokenizer_encode(
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
     Args:
-        tokenizer: tokenizer.json.
-        inputs: files or directories; standard input if there are none.
+        tokenizer: tokenizer.json, ours or Hugging Face's.
+        inputs: files of text, .gz, .xz and .bz2 unpacked, one after the other; standard input if there are none. For
+            --shards also JSON lines, parquet, and directories.
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
         val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself.
         ordinary: numbers alone: read special tokens in the text as ordinary text, not as their ids.
     """
-    from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer import convert
 
-    loaded = Tokenizer.load(tokenizer)
+    loaded = convert.load(tokenizer)
     if shards is not None:
-        from cs336.data import read_documents, tokenize_corpus, tokenize_documents
+        from cs336.data import tokenize_corpus, tokenize_documents
 
         if not inputs:
             raise ValueError("--shards needs files or directories to read")
@@ -234,6 +239,8 @@ def tokenizer_encode(
         for place, meta in written.items():
             print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
         return
+    if separate := [path for path in inputs if holds_documents(path)]:
+        raise ValueError(f"{separate[0]} holds separate documents: give --shards DIRECTORY to encode them")
     for i, token_id in enumerate(loaded.encode_iterable(_blocks(inputs), () if ordinary else "all", ())):
         sys.stdout.write(f"{token_id}\n" if i % 16 == 15 else f"{token_id} ")
     sys.stdout.write("\n")
@@ -243,12 +250,12 @@ def tokenizer_decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()
     """Token ids to the bytes they stand for, on standard output.
 
     Args:
-        tokenizer: tokenizer.json.
+        tokenizer: tokenizer.json, ours or Hugging Face's.
         inputs: files of numbers, or .bin token shards; standard input if there are none.
     """
-    from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer import convert
 
-    loaded = Tokenizer.load(tokenizer)
+    loaded = convert.load(tokenizer)
     for ids in _ids(inputs):
         sys.stdout.buffer.write(loaded.decode_bytes(ids))
 
@@ -257,17 +264,17 @@ def tokenizer_inspect(tokenizer: Positional[Path], text: DisallowNone[str | None
     """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
-        tokenizer: tokenizer.json.
+        tokenizer: tokenizer.json, ours or Hugging Face's.
         text: show the tokens of this text instead.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer import convert
     from cs336.tokenizer.inspect import render
     from cs336.tokenizer.statistics import statistics
 
-    loaded = Tokenizer.load(tokenizer)
+    loaded = convert.load(tokenizer)
     console = Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     if text is None:
@@ -323,7 +330,7 @@ def tokenizer_compare(
 
     Args:
         tokenizers: tokenizer.json files, tiktoken's ranks, or directories with GPT-2's files.
-        text: a file.
+        text: a file of text, JSON lines or parquet, compressed or not, or a directory of them.
         plot: .png, .svg or .pdf file for a chart.
         pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.
     """
@@ -333,7 +340,10 @@ def tokenizer_compare(
         raise ValueError("there is no tokenizer to compare: name one or more before --text")
     given = {path: None if convert.tells_pattern(path) else pattern for path in tokenizers}
     loaded = {str(path): convert.load(path, pattern) for path, pattern in given.items()}
-    rows = compare.compare(loaded, text.read_bytes())
+    if plot is not None:
+        compare.plot_format(plot)  # before the work, not after it
+    documents: Iterable[str | bytes] = read_documents(text) if holds_documents(text) else [b"".join(_blocks((text,)))]
+    rows = compare.compare(loaded, list(documents))
     print("vocabulary      tokens  bytes/token  MB/s, first  again  tokenizer")
     for row in rows:
         speeds = f"{row.first:11.1f}  {row.again:5.1f}"
@@ -343,20 +353,9 @@ def tokenizer_compare(
         print(plot)
 
 
-def _texts(inputs: tuple[Path, ...]) -> Any:
-    """What Tokenizer.train reads: .txt files as they are, without torch; anything else as documents."""
-    if not inputs and sys.stdin.isatty():
-        print("reading standard input, up to Ctrl-D", file=sys.stderr)
-    if all(path.suffix == ".txt" for path in inputs):
-        return list(inputs) or [Path("/dev/stdin")]
-    from cs336.data import read_documents
-
-    return read_documents(inputs)
-
-
 def _open(inputs: tuple[Path, ...]) -> Iterator[IO[bytes]]:
     for path in inputs:
-        with open(path, "rb") as file:
+        with unpacking(path), open_bytes(path) as file:
             yield file
     if not inputs:
         yield sys.stdin.buffer

@@ -10,33 +10,44 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cs336 import __version__, _load
-from cs336.ops import registry
-from cs336.utils import device as devices
+from cs336 import __version__
+
+try:
+    import torch
+except ModuleNotFoundError:  # the tokenizer alone works without it
+    HAS_TORCH = False
+else:
+    from cs336 import _load
+    from cs336.ops import registry
+    from cs336.utils import device as devices
+
+    HAS_TORCH = True
 
 HERE = pathlib.Path(__file__).parent
 Line = tuple[str, bool, str]  # what, is it here, a sentence
 
 
 def print_env(console: Console | None = None) -> None:
-    """Print versions, GPUs, compiled libraries, extras, and the variants of every op."""
+    """Print versions, GPUs, compiled libraries, extras, and the variants of every op. Without torch, what concerns the
+    tokenizer."""
     console = console or Console()
     for title, lines in (
-        ("Versions", versions()),
-        ("GPUs", gpus()),
-        ("Compiled", compiled()),
-        ("Extras", extras()),
-        ("Ops: where each variant has a kernel", variants()),
+        ("Versions", versions),
+        ("GPUs", gpus),
+        ("Compiled", compiled),
+        ("Extras", extras),
+        ("Ops: where each variant has a kernel", variants),
     ):
+        if lines in (gpus, variants) and not HAS_TORCH:
+            continue
         table = Table(
             title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
         )
-        for what, here, sentence in lines:
+        for what, here, sentence in lines():
             table.add_row(Text("yes" if here else "no", style="green" if here else "yellow"), what, Text(sentence))
         console.print(table)
 
@@ -44,14 +55,17 @@ def print_env(console: Console | None = None) -> None:
 def versions() -> Iterator[Line]:
     yield "cs336", True, f"{__version__} in {HERE}"
     yield "Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU alone"
-    yield "torch", True, f"{torch.__version__}, built for {built_for}; {torch.get_num_threads()} CPU threads"
-    driver = devices.driver_version()
-    yield (
-        "NVIDIA driver",
-        driver is not None,
-        driver or "none here: install it from nvidia.com/drivers if there is a GPU",
-    )
+    if HAS_TORCH:
+        built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU alone"
+        yield "torch", True, f"{torch.__version__}, built for {built_for}; {torch.get_num_threads()} CPU threads"
+        driver = devices.driver_version()
+        yield (
+            "NVIDIA driver",
+            driver is not None,
+            driver or "none here: install it from nvidia.com/drivers if there is a GPU",
+        )
+    else:
+        yield "torch", False, "the tokenizer works without it; for the rest install torch, then cs336 again"
     nvcc = shutil.which("nvcc")
     yield "nvcc", nvcc is not None, _nvcc(nvcc) if nvcc else "not on PATH: install the CUDA toolkit 12.8 or newer"
     if forced := {name: value for name, value in os.environ.items() if name.startswith("CS336_")}:
@@ -94,13 +108,15 @@ def compiled() -> Iterator[Line]:
         text = None
     except ImportError as error:
         text = f"{error}: run `pip install -e .` with a C++ compiler"
+    yield "_text (tokenizer)", text is None, text or "loaded"
+    if not HAS_TORCH:
+        return
     cuda = _load.CUDA_MISSING
     if cuda and not torch.cuda.is_available() and (HERE / "_C_cuda.so").exists():
         cuda = f"built, not loaded: {cuda}"
     elif cuda and not shutil.which("nvcc"):
         cuda = f"{cuda}; nvcc is not on PATH"
     for name, what, missing in (
-        ("_text", "tokenizer", text),
         ("_C", "CPU kernels", _load.CPU_MISSING),
         ("_C_cuda", "CUDA kernels", cuda),
     ):

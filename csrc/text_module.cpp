@@ -5,119 +5,27 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <atomic>
 #include <mutex>
+#include <optional>
 #include <span>
+#include <unordered_map>
+#include <unordered_set>
 #include <variant>
 
 #include "cpu/text/bpe_encode.h"
 #include "cpu/text/bpe_train.h"
+#include "cpu/text/parallel.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
-#include "cpu/text/utf8.h"
 #include "cpu/text/word_count.h"
+#include "text_strings.h"
 
 namespace py = pybind11;
 using namespace cs336::text;
 
 namespace {
-
-// Text of Python's: the UTF-8 of each str, or bytes as they are. Unlike PyUnicode_AsUTF8 it leaves no copy with the
-// str.
-class Texts {
- public:
-  explicit Texts(const py::list& objects) : Texts(objects, 0, SIZE_MAX) {}
-  // As many from `begin` on, one at least, as are not larger than `most` together.
-  Texts(const py::list& objects, size_t begin, size_t most) {
-    size_t size = 0, converted = 0;
-    for (; begin < objects.size(); ++begin) {
-      const auto text = py::reinterpret_borrow<py::object>(objects[begin]);
-      size += size_of(text);
-      if (size > most && !owners_.empty()) break;
-      if (!is_utf8(text)) converted += size_of(text);
-      owners_.push_back(text);
-    }
-    utf8_.room(converted + converted / 16);
-    for (const py::object& text : owners_) add(text.ptr());
-    const char* next = utf8_.data();
-    for (std::string_view& view : views_) {
-      if (view.data() != nullptr) continue;
-      view = {next, view.size()};
-      next += view.size();
-    }
-  }
-  std::span<const std::string_view> views() const { return views_; }
-
-  // Characters of a str, or bytes.
-  static size_t size_of(py::handle text) {
-    if (PyUnicode_Check(text.ptr())) return static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr()));
-    if (PyBytes_Check(text.ptr())) return static_cast<size_t>(PyBytes_GET_SIZE(text.ptr()));
-    throw py::type_error("expected str or bytes, got " + std::string(Py_TYPE(text.ptr())->tp_name));
-  }
-
- private:
-  static bool is_utf8(py::handle text) { return PyBytes_Check(text.ptr()) || PyUnicode_IS_ASCII(text.ptr()); }
-  void add(PyObject* text) {
-    if (PyBytes_Check(text)) {
-      views_.emplace_back(PyBytes_AS_STRING(text), static_cast<size_t>(PyBytes_GET_SIZE(text)));
-      return;
-    }
-    const auto size = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
-    if (PyUnicode_IS_ASCII(text)) {
-      views_.emplace_back(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(text)), size);
-      return;
-    }
-    const size_t before = utf8_.size();
-    switch (PyUnicode_KIND(text)) {
-      case PyUnicode_1BYTE_KIND:
-        to_utf8(PyUnicode_1BYTE_DATA(text), size, utf8_);
-        break;
-      case PyUnicode_2BYTE_KIND:
-        to_utf8(PyUnicode_2BYTE_DATA(text), size, utf8_);
-        break;
-      default:
-        to_utf8(PyUnicode_4BYTE_DATA(text), size, utf8_);
-    }
-    views_.emplace_back(nullptr, utf8_.size() - before);
-  }
-
-  std::vector<py::object> owners_;
-  Buffer<char> utf8_;
-  std::vector<std::string_view> views_;
-};
-
-class Text {
- public:
-  explicit Text(py::handle object) : texts_(list_of(object)) {}
-  std::string_view view() const { return texts_.views()[0]; }
-
- private:
-  static py::list list_of(py::handle object) {
-    py::list list;
-    list.append(object);
-    return list;
-  }
-  Texts texts_;
-};
-
-// The str that UTF-8 stands for; bytes that are not valid become U+FFFD.
-py::str str_of(std::string_view utf8) {
-  const Extent extent = extent_of(utf8);
-  auto text = py::reinterpret_steal<py::str>(PyUnicode_New(static_cast<Py_ssize_t>(extent.size), extent.bound));
-  if (!text) throw py::error_already_set();
-  const auto fill = [&]<class Unit>(Unit* out) {
-    advise_huge(out, extent.size * sizeof(Unit));
-    return from_utf8(utf8, extent, out);
-  };
-  const int kind = PyUnicode_KIND(text.ptr());
-  const bool valid = kind == PyUnicode_1BYTE_KIND   ? fill(PyUnicode_1BYTE_DATA(text.ptr()))
-                     : kind == PyUnicode_2BYTE_KIND ? fill(PyUnicode_2BYTE_DATA(text.ptr()))
-                                                    : fill(PyUnicode_4BYTE_DATA(text.ptr()));
-  if (valid) return text;
-  text = py::reinterpret_steal<py::str>(
-      PyUnicode_DecodeUTF8(utf8.data(), static_cast<Py_ssize_t>(utf8.size()), "replace"));
-  if (!text) throw py::error_already_set();
-  return text;
-}
 
 TokenSet token_set(std::vector<bool> has) {
   const bool empty = std::find(has.begin(), has.end(), true) == has.end();
@@ -165,63 +73,67 @@ py::list list_of(size_t size) {
   return list;
 }
 
-// The ids of many texts, one after the other.
+// An array that owns its memory.
 template <class Id>
-struct Encoded {
-  std::vector<Buffer<Id>> parts;
-  std::vector<size_t> counts;  // of each text
-  size_t num_bytes = 0;        // of all texts
-
-  py::array_t<Id> ids() {
-    if (parts.size() == 1) {  // hand its memory over
-      parts[0].shrink();
-      auto owned = std::make_unique<Buffer<Id>>(std::move(parts[0]));
-      const Buffer<Id>& all = *owned;
-      const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Buffer<Id>*>(p); });
-      owned.release();
-      return py::array_t<Id>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
-    }
-    size_t size = 0;
-    for (const Buffer<Id>& part : parts) size += part.size();
-    py::array_t<Id> array(static_cast<py::ssize_t>(size));
-    Id* out = array.mutable_data();
-    for (Buffer<Id>& part : parts) {
-      out = std::copy_n(part.data(), part.size(), out);
-      part = Buffer<Id>();
-    }
-    return array;
-  }
-
-  // Where each text begins and the last ends.
-  py::array_t<int64_t> offsets() const {
-    py::array_t<int64_t> offsets(static_cast<py::ssize_t>(counts.size() + 1));
-    int64_t* offset = offsets.mutable_data();
-    offset[0] = 0;
-    for (size_t i = 0; i < counts.size(); ++i) offset[i + 1] = offset[i] + static_cast<int64_t>(counts[i]);
-    return offsets;
-  }
-};
+py::array_t<Id> to_array(Buffer<Id> ids) {
+  auto owned = std::make_unique<Buffer<Id>>(std::move(ids));
+  const Buffer<Id>& all = *owned;
+  const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Buffer<Id>*>(p); });
+  owned.release();
+  return py::array_t<Id>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
+}
 
 class PyEncoder {
  public:
+  // merges: pairs of tokens, the first merge first; none for tiktoken's rule. Raises ValueError for two ids that are
+  // the same ordinary token, and for a merge of what are none.
   PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
-            const std::vector<std::array<uint32_t, 4>>& merges, bool any_split,
-            const std::array<uint32_t, 256>& byte_ids, const std::vector<std::pair<py::bytes, uint32_t>>& specials,
+            const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>& merges,
+            const std::vector<std::pair<py::bytes, uint32_t>>& specials,
             const std::variant<std::string, py::function>& pattern) {
-    std::vector<std::pair<uint32_t, std::string>> token_bytes;
-    for (const auto& [id, bytes] : tokens) token_bytes.emplace_back(id, bytes);
     std::vector<std::string> special_texts;
     std::vector<uint32_t> special_ids;
     for (const auto& [bytes, id] : specials) {
       special_texts.emplace_back(bytes);
       special_ids.push_back(id);
     }
+    const std::unordered_set<uint32_t> is_special(special_ids.begin(), special_ids.end());
+    Tokens token_bytes;
+    std::unordered_map<std::string_view, uint32_t> id_of;  // of ordinary tokens
+    for (const auto& [id, bytes] : tokens) {
+      token_bytes.emplace_back(id, bytes);
+      if (is_special.contains(id)) continue;
+      const auto [known, is_new] = id_of.emplace(std::string_view(bytes), id);
+      if (is_new) continue;
+      throw py::value_error("ids " + std::to_string(known->second) + " and " + std::to_string(id) +
+                            " are the same token " + std::string(py::repr(bytes)));
+    }
+    const auto find = [&](std::string_view bytes) {
+      const auto found = id_of.find(bytes);
+      return found == id_of.end() ? kNoId : found->second;
+    };
+    std::array<uint32_t, 256> byte_ids;
+    for (size_t byte = 0; byte < byte_ids.size(); ++byte) {
+      const auto one = static_cast<char>(byte);
+      byte_ids[byte] = find({&one, 1});
+    }
     std::vector<Merge> merge_list;
-    for (const auto& [left, right, result, rank] : merges) merge_list.push_back({left, right, result, rank});
+    std::string made;
+    for (const auto& [left, right] : merges.value_or(std::vector<std::pair<py::bytes, py::bytes>>())) {
+      const auto rank = static_cast<uint32_t>(merge_list.size());
+      made.assign(std::string_view(left)).append(std::string_view(right));
+      merge_list.push_back({find(std::string_view(left)), find(std::string_view(right)), find(made), rank});
+      const Merge& merge = merge_list.back();
+      if (merge.left != kNoId && merge.right != kNoId && merge.result != kNoId) continue;
+      const py::bytes missing = merge.left == kNoId ? left : merge.right == kNoId ? right : py::bytes(made);
+      throw py::value_error("merge " + std::to_string(rank) + ", of " + std::string(py::repr(left)) + " and " +
+                            std::string(py::repr(right)) + ", needs the token " + std::string(py::repr(missing)) +
+                            ", which is not an ordinary token of the vocabulary");
+    }
     const Splitter splitter = make_splitter(pattern);
     {
       const py::gil_scoped_release release;
-      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, merge_list, any_split, std::move(special_texts),
+      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, merge_list, !merges, std::move(special_texts),
                                         std::move(special_ids), splitter);
     }
     ints_.resize(core_->tokens().size());
@@ -232,34 +144,53 @@ class PyEncoder {
 
   py::list encode_batch(const py::list& objects, const Policy& policy, size_t num_threads) const {
     return with_id_type<py::list>([&]<class Id>(Id) {
-      const Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads);
-      py::list result(encoded.counts.size());
-      size_t part = 0, at = 0;
-      for (size_t i = 0; i < encoded.counts.size(); ++i) {
-        py::list list = list_of(encoded.counts[i]);
-        for (size_t k = 0; k < encoded.counts[i]; ++k, ++at) {
-          while (at == encoded.parts[part].size()) ++part, at = 0;
-          PyList_SET_ITEM(list.ptr(), k, to_int(encoded.parts[part].data()[at]));
-        }
-        PyList_SET_ITEM(result.ptr(), i, list.release().ptr());
-      }
-      return result;
+      const Texts texts(objects);
+      py::list lists;
+      const py::gil_scoped_release release;
+      encode_texts<Id>(texts, policy, kNotFound, num_threads,
+                       [&](std::span<const size_t> counts, const std::vector<Buffer<Id>>& parts) {
+                         const py::gil_scoped_acquire gil;
+                         auto part = parts.begin();
+                         size_t done = 0;  // of it
+                         for (const size_t count : counts) {
+                           py::list list = list_of(count);
+                           PyObject** out = PySequence_Fast_ITEMS(list.ptr());
+                           for (size_t left = count; left > 0;) {
+                             while (done == part->size()) ++part, done = 0;
+                             const size_t some = std::min(left, part->size() - done);
+                             out = to_ints(part->data() + done, some, out);
+                             left -= some;
+                             done += some;
+                           }
+                           lists.append(std::move(list));
+                         }
+                       });
+      return lists;
     });
   }
 
+  // The ids, and where each text begins and the last ends.
   py::tuple encode_batch_numpy(const py::list& objects, const Policy& policy, size_t num_threads) const {
     return with_id_type<py::tuple>([&]<class Id>(Id) {
-      Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads);
-      const py::array_t<int64_t> offsets = encoded.offsets();
-      return py::make_tuple(encoded.ids(), offsets);
+      const Texts texts(objects);
+      py::array_t<int64_t> offsets(static_cast<py::ssize_t>(texts.raws().size() + 1));
+      int64_t* offset = offsets.mutable_data();
+      *offset = 0;
+      Buffer<Id> ids = joined<Id>(texts, policy, kNotFound, num_threads, [&](size_t count) {
+        offset[1] = offset[0] + static_cast<int64_t>(count);
+        ++offset;
+      });
+      return py::make_tuple(to_array(std::move(ids)), offsets);
     });
   }
 
   // The ids of texts with the special token `after` behind each, and the bytes of the texts.
   py::tuple encode_documents(const py::list& objects, const Policy& policy, size_t after, size_t num_threads) const {
     return with_id_type<py::tuple>([&]<class Id>(Id) {
-      Encoded<Id> encoded = encode_texts<Id>(objects, policy, num_threads, after);
-      return py::make_tuple(encoded.ids(), encoded.num_bytes);
+      const Texts texts(objects);
+      size_t num_bytes = 0;
+      Buffer<Id> ids = joined<Id>(texts, policy, after, num_threads, [](size_t) {}, &num_bytes);
+      return py::make_tuple(to_array(std::move(ids)), num_bytes);
     });
   }
 
@@ -281,14 +212,19 @@ class PyEncoder {
 
   py::list to_list(const Buffer<uint32_t>& ids) const {
     py::list list = list_of(ids.size());
-    for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), i, to_int(ids.data()[i]));
+    to_ints(ids.data(), ids.size(), PySequence_Fast_ITEMS(list.ptr()));
     return list;
   }
 
  private:
-  // A new reference to the one Python int of an id: most of the time of a list would go into making ints. All are made
-  // at the start (200,000 in 5 ms), so that threads only read them.
-  PyObject* to_int(uint32_t id) const { return ints_[id].inc_ref().ptr(); }
+  // Writes a new reference to the one Python int of each id, and returns where the next belongs: most of the time of a
+  // list would go into making ints. All are made at the start (200,000 in 5 ms), so that threads only read them.
+  template <class Id>
+  PyObject** to_ints(const Id* ids, size_t count, PyObject** out) const {
+    const py::object* const ints = ints_.data();
+    for (size_t i = 0; i < count; ++i) *out++ = ints[ids[i]].inc_ref().ptr();
+    return out;
+  }
 
   // With an id of the smallest type that holds all.
   template <class Result, class Work>
@@ -296,23 +232,115 @@ class PyEncoder {
     return core_->tokens().size() <= 1 << 16 ? Result(work(uint16_t{})) : Result(work(uint32_t{}));
   }
 
-  template <class Id>
-  Encoded<Id> encode_texts(const py::list& objects, const Policy& policy, size_t num_threads,
-                           size_t after = kNotFound) const {
-    Encoded<Id> encoded;
-    encoded.counts.resize(objects.size());
-    size_t size = 0;
-    for (const py::handle text : objects) size += Texts::size_of(text);
-    if (num_threads == 1) encoded.parts.emplace_back().room(size / 2);
-    for (size_t done = 0; done < encoded.counts.size();) {
-      const Texts texts(objects, done, num_threads == 1 ? kGroup : SIZE_MAX);
-      for (const std::string_view text : texts.views()) encoded.num_bytes += text.size();
-      const py::gil_scoped_release release;
-      for (const std::string_view text : texts.views()) policy.check(core_->specials(), text);
-      core_->encode_batch(texts.views(), policy.allowed, after, num_threads, &encoded.counts[done], encoded.parts);
-      done += texts.views().size();
+  // The ids of all texts, one after the other. Calls count_of(the number of its ids) for each text.
+  template <class Id, class CountOf>
+  Buffer<Id> joined(const Texts& texts, const Policy& policy, size_t after, size_t num_threads, CountOf&& count_of,
+                    size_t* num_bytes = nullptr) const {
+    const py::gil_scoped_release release;
+    Buffer<Id> all;
+    all.room(texts.size() / 2);  // seldom more, and what is not used costs nothing
+    const size_t bytes = encode_texts<Id>(texts, policy, after, num_threads,
+                                          [&](std::span<const size_t> counts, const std::vector<Buffer<Id>>& parts) {
+                                            for (const size_t count : counts) count_of(count);
+                                            for (const Buffer<Id>& part : parts) {
+                                              std::copy_n(part.data(), part.size(), all.room(part.size()));
+                                              all.advance(part.size());
+                                            }
+                                          });
+    if (num_bytes != nullptr) *num_bytes = bytes;
+    all.shrink();
+    return all;
+  }
+
+  // Encodes texts in groups, whose UTF-8 and ids stay in a core's cache; a long one is cut for all threads. Calls
+  // consume(how many ids each text of a group has, their ids in parts) for one group after the other, from this thread,
+  // while others go on. Returns the bytes of all texts.
+  template <class Id, class Consume>
+  size_t encode_texts(const Texts& texts, const Policy& policy, size_t after, size_t num_threads,
+                      Consume&& consume) const {
+    struct Group {
+      size_t begin = 0, end = 0;  // texts
+      std::vector<Buffer<Id>> parts;
+      std::atomic<bool> is_ready = false;
+    };
+    struct alignas(128) Worker {
+      Utf8 utf8;
+      size_t num_bytes = 0;  // of all texts that it met
+    };
+    const std::span<const RawText> raws = texts.raws();
+    std::vector<Worker> workers(std::min(num_threads, 1 + texts.size() / kGroup));
+    const std::vector<size_t> ends = texts.groups(kGroup);
+    std::vector<Group> groups(ends.size());
+    for (size_t i = 0; i < ends.size(); ++i) {
+      groups[i].begin = i == 0 ? 0 : ends[i - 1];
+      groups[i].end = ends[i];
     }
-    return encoded;
+    std::vector<size_t> counts(raws.size());
+    std::mutex spare_mutex;
+    std::vector<Buffer<Id>> spare;  // memory that was touched before
+
+    const auto is_long = [&](const Group& group) {
+      return workers.size() > 1 && group.end - group.begin == 1 && raws[group.begin].size > kLong;
+    };
+    const auto read = [&](const Group& group, Worker& worker) {
+      const auto views = worker.utf8.assign(raws.subspan(group.begin, group.end - group.begin));
+      for (const std::string_view text : views) {
+        policy.check(core_->specials(), text);
+        worker.num_bytes += text.size();
+      }
+      return views;
+    };
+    const auto take_buffer = [&] {
+      const std::lock_guard lock(spare_mutex);
+      if (spare.empty()) return Buffer<Id>();
+      Buffer<Id> buffer = std::move(spare.back());
+      spare.pop_back();
+      return buffer;
+    };
+    size_t consumed = 0;
+    const auto consume_ready = [&] {
+      for (; consumed < groups.size() && groups[consumed].is_ready; ++consumed) {
+        Group& group = groups[consumed];
+        consume(std::span(counts).subspan(group.begin, group.end - group.begin), group.parts);
+        const std::lock_guard lock(spare_mutex);
+        for (Buffer<Id>& part : group.parts) {
+          part.clear();
+          spare.push_back(std::move(part));
+        }
+        group.parts.clear();
+      }
+    };
+
+    Team team(workers.size());
+    team.run(groups.size(), [&](size_t i, size_t worker) {
+      Group& group = groups[i];
+      if (is_long(group)) return;
+      Buffer<Id> ids = take_buffer();
+      core_->encode_batch(read(group, workers[worker]), policy.allowed, after, &counts[group.begin], ids);
+      group.parts.push_back(std::move(ids));
+      group.is_ready = true;
+      if (worker == 0) consume_ready();
+    });
+    for (Group& group : groups) {
+      if (!is_long(group)) continue;
+      const std::string_view text = read(group, workers[0])[0];
+      std::vector<Segment> segments;
+      cut(text, true, kGroup, core_->splitter(), core_->specials(), policy.allowed, segments);
+      if (after != kNotFound) segments.push_back({text.size(), text.size(), after});
+      group.parts.resize(segments.size());
+      team.run(segments.size(), [&](size_t i, size_t) {
+        Buffer<Id> ids = take_buffer();
+        core_->encode_segments(text, &segments[i], 1, ids);
+        group.parts[i] = std::move(ids);
+      });
+      for (const Buffer<Id>& part : group.parts) counts[group.begin] += part.size();
+      group.is_ready = true;
+      consume_ready();
+    }
+    consume_ready();
+    size_t num_bytes = 0;
+    for (const Worker& worker : workers) num_bytes += worker.num_bytes;
+    return num_bytes;
   }
 
   // The bytes of ids: an array of integers, or any iterable of what is an integer to Python.
@@ -364,7 +392,8 @@ class PyEncoder {
     return ids;
   }
 
-  static constexpr size_t kGroup = 256 << 10;  // characters of text that are UTF-8 at a time, in the processor's cache
+  static constexpr size_t kGroup = 256 << 10;  // characters of text that one worker takes at a time
+  static constexpr size_t kLong = 4 * kGroup;  // of a text that is worth all workers
   std::unique_ptr<const Encoder> core_;
   std::vector<py::object> ints_;
 };
@@ -436,17 +465,16 @@ std::vector<std::pair<uint32_t, uint32_t>> train(WordCounter& counter, size_t nu
 // call has to itself, and streams, which refuse a second thread. A WordCounter never leaves Tokenizer.train.
 PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
   m.doc() = "The tokenizer core. cs336.tokenizer is its documented face.";
-  m.attr("NO_ID") = kNoId;
 
   py::class_<Policy>(m, "Policy")
       .def(py::init<std::vector<bool>, std::vector<bool>>(), py::arg("allowed"), py::arg("forbidden"));
 
   py::class_<PyEncoder, std::shared_ptr<PyEncoder>>(m, "Encoder")
-      .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&, const std::vector<std::array<uint32_t, 4>>&,
-                    bool, const std::array<uint32_t, 256>&, const std::vector<std::pair<py::bytes, uint32_t>>&,
+      .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&,
+                    const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>&,
+                    const std::vector<std::pair<py::bytes, uint32_t>>&,
                     const std::variant<std::string, py::function>&>(),
-           py::arg("tokens"), py::arg("merges"), py::arg("any_split"), py::arg("byte_ids"), py::arg("specials"),
-           py::arg("pattern"))
+           py::arg("tokens"), py::arg("merges"), py::arg("specials"), py::arg("pattern"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
            py::arg("num_threads"))
@@ -472,7 +500,7 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
           [](WordCounter& counter, const py::list& objects) {
             const Texts texts(objects);
             const py::gil_scoped_release release;
-            counter.add_documents(texts.views());
+            counter.add_documents(Utf8(texts.raws()).views());
           },
           py::arg("documents"))
       .def(

@@ -1,6 +1,7 @@
 """The command line, mostly in this process: what a newcomer types, and what comes back."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -178,6 +179,36 @@ def test_shards(tokenizer, text_file, tmp_path, capfdbinary):
     assert b"tokens/val" in out
 
 
+def test_encode_of_packed_text_and_of_documents(tokenizer, text_file, tmp_path, capsys):
+    packed, documents, empty = (tmp_path / name for name in ("text.txt.gz", "documents.jsonl", "empty.txt"))
+    packed.write_bytes(gzip.compress(text_file.read_bytes()))
+    documents.write_text('{"text": "one"}\n{"text": "two"}\n')
+    empty.touch()
+    assert main(["tokenizer", "encode", tokenizer, str(text_file)]) == 0
+    plain = capsys.readouterr().out
+    assert main(["tokenizer", "encode", tokenizer, str(packed)]) == 0
+    assert capsys.readouterr().out == plain
+    assert "give --shards" in fails(["tokenizer", "encode", tokenizer, str(documents)], capsys)
+    assert main(["tokenizer", "compare", tokenizer, "--text", str(documents)]) == 0
+    assert "1.000" in capsys.readouterr().out  # bytes per token of six bytes, not of JSON
+    output = str(tmp_path / "none.json")
+    assert main(["tokenizer", "train", str(empty), "--output", output]) == 2
+    assert "nothing to merge" in capsys.readouterr().err
+    assert not pathlib.Path(output).exists()
+
+
+def test_tokenizers_of_others(tokenizer, tmp_path, capsys):
+    document = json.loads(pathlib.Path(tokenizer).read_text())
+    del document["model"]["cs336"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    assert main(["tokenizer", "inspect", str(other), "--text", "model"]) == 0
+    assert "5 bytes" in capsys.readouterr().out
+    (tmp_path / "empty.tiktoken").touch()
+    ranks = ["tokenizer", "convert", str(tmp_path / "empty.tiktoken"), str(tmp_path / "x.json"), "--pattern", "gpt2"]
+    assert "it is empty" in fails(ranks, capsys)
+
+
 def test_inspect(tokenizer, capsys):
     assert main(["tokenizer", "inspect", tokenizer]) == 0
     out = capsys.readouterr().out
@@ -215,6 +246,8 @@ def test_convert_and_compare(tokenizer, text_file, tmp_path, capsys):
     assert main(["tokenizer", "compare", tokenizer, ranks, "--text", str(text_file), "--pattern", "gpt2"]) == 0
     assert main(["tokenizer", "compare", tokenizer, back, "--text", str(text_file), "--plot", chart]) == 0
     first, second = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    wrong = ["tokenizer", "compare", tokenizer, "--text", str(tmp_path / "none"), "--plot", "chart.jpeg"]
+    assert "a plot is" in fails(wrong, capsys)  # before the text is read
     assert first[:3] == second[:3] == ["300", first[1], f"{len(TEXT.encode()) / int(first[1].replace(',', '')):.3f}"]
     assert [first[-1], second[-1]] == [tokenizer, back]
     assert pathlib.Path(chart).stat().st_size > 0

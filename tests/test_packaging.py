@@ -1,5 +1,6 @@
 """The tokenizer alone: what CS336_TEXT_ONLY=1 installs asks for no torch, and works without it."""
 
+import json
 import os
 import pathlib
 import re
@@ -48,13 +49,25 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from cs336.tokenizer import Tokenizer
-tokenizer = Tokenizer.train(["some text, some more text"], 260)
+tokenizer = Tokenizer.train(["some text, some more text"], 260, ["<|endoftext|>"])
 assert tokenizer.decode(tokenizer.encode("text")) == "text"
-tokenizer.save({str(tmp_path / "tokenizer.json")!r})
+tokenizer.save("tokenizer.json")
 from cs336.cli import main
-assert main(["tokenizer", "inspect", {str(tmp_path / "tokenizer.json")!r}]) == 0
+assert main(["tokenizer", "inspect", "tokenizer.json"]) == 0
+assert main(["tokenizer", "train", "documents.jsonl", "--vocab-size", "260"]) == 0
+assert main(["tokenizer", "encode", "tokenizer.json", "documents.jsonl", "--shards", "tokens"]) == 0
+assert main(["tokenizer", "decode", "tokenizer.json", "tokens/train/00000.bin"]) == 0
+assert main(["env"]) == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    lines = "".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(200))
+    (tmp_path / "documents.jsonl").write_text(lines)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "some text 1<|endoftext|>" in done.stdout
+    assert "the tokenizer works without it" in " ".join(done.stdout.split())
 
 
 def test_a_first_build_puts_the_library_into_the_wheel(tmp_path):

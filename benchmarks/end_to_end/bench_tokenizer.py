@@ -54,20 +54,19 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = run(options, pathlib.Path(folder))
     if options.out:
-        results.write(options.out, "tokenizer", header(argv), rows)
+        measured = {row["tool"] for row in rows if "skipped" not in row}
+        results.write(options.out, "tokenizer", header(argv, measured), rows)
     return 1 if any(row.get("failed") for row in rows if row["tool"] == "cs336") else 0
 
 
-def header(argv: list[str]) -> dict[str, Any]:
+def header(argv: list[str], tools: Iterable[str]) -> dict[str, Any]:
     words = [pathlib.Path(word).name if os.sep in word else word for word in argv]  # without this machine's paths
     return {
         "command": shlex.join(["python", "-m", "benchmarks.end_to_end.bench_tokenizer", *words]),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "peers": {
-            name: v for name in sorted(peers.CODERS | peers.TRAINERS) if (v := version(name)) and name != "cs336"
-        },
+        "peers": {name: version(name) for name in sorted(tools) if name != "cs336"},
         "commit": results.describe_commit(),
         "date": results.today(),
     }

@@ -79,7 +79,8 @@ def tokenize_corpus(
             if not writer.meta.documents:
                 raise ValueError(
                     f"no {name} document: {train.meta.documents + val.meta.documents} documents in all, of which a "
-                    f"fraction {val_fraction} is held out; give more documents or another fraction"
+                    f"fraction {val_fraction} is held out; give more documents, another fraction, or 0 to "
+                    "`cs336 tokenizer encode --val-fraction` for one directory of shards"
                 )
     return train.meta, val.meta
 

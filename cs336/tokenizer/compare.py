@@ -29,20 +29,29 @@ class Comparison:
         return self.text_bytes / max(1, self.tokens)
 
 
-def compare(tokenizers: dict[str, Tokenizer], text: bytes) -> list[Comparison]:
-    """Each tokenizer on a text, special tokens read as ordinary text. Raises ValueError for no text."""
-    if not text:
+def compare(tokenizers: dict[str, Tokenizer], documents: Sequence[str | bytes]) -> list[Comparison]:
+    """Each tokenizer on documents, special tokens read as ordinary text. Raises ValueError if there is no text."""
+    size = sum(len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")) for text in documents)
+    if not size:
         raise ValueError("there is no text to compare the tokenizers on")
     rows = []
     for name, tokenizer in tokenizers.items():
         speeds = []
         for _ in range(1 + PASSES):
             start = time.process_time()
-            ids, _offsets = tokenizer.encode_batch_numpy([text], num_threads=1, disallowed_special=())
-            speeds.append(len(text) / 1e6 / max(time.process_time() - start, 1e-9))
+            ids, _offsets = tokenizer.encode_batch_numpy(documents, num_threads=1, disallowed_special=())
+            speeds.append(size / 1e6 / max(time.process_time() - start, 1e-9))
         again = statistics.median(speeds[1:])
-        rows.append(Comparison(name, tokenizer.vocab_size, len(text), len(ids), speeds[0], again))
+        rows.append(Comparison(name, tokenizer.vocab_size, size, len(ids), speeds[0], again))
     return rows
+
+
+def plot_format(path: str | os.PathLike) -> str:
+    """Of a plot, by the name of its file. Raises ValueError for one that `plot` does not write."""
+    kind = Path(path).suffix[1:].lower()
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"{path}: a plot is a .png, .svg or .pdf file")
+    return kind
 
 
 def plot(rows: Sequence[Comparison], path: str | os.PathLike) -> None:
@@ -50,9 +59,7 @@ def plot(rows: Sequence[Comparison], path: str | os.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kind = Path(path).suffix[1:].lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise ValueError(f"{path}: a plot is a .png, .svg or .pdf file")
+    kind = plot_format(path)
     figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)

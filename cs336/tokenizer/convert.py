@@ -4,11 +4,12 @@ A tokenizer.json holds everything; GPT-2's two files and tiktoken's ranks hold n
 special, so reading them needs both from the user: no pattern is guessed.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal
 
-from cs336.tokenizer.formats import load_json, reading
+from cs336.tokenizer.formats import NotOurs
 from cs336.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["json", "tiktoken", "gpt2"]
@@ -30,7 +31,10 @@ def load(
     path = Path(path)
     if not tells_pattern(path):
         if pattern is None:
-            raise ValueError(f"{path} does not say how text is split first: give its pattern")
+            raise ValueError(
+                f"{path} does not say how text is split first: give its pattern, gpt2, cl100k, o200k or a regular "
+                "expression (on the command line: convert --pattern)"
+            )
         if path.is_dir():
             tokenizer = Tokenizer.from_gpt2(path / "vocab.json", path / "merges.txt", special_tokens, pattern)
         else:
@@ -41,10 +45,9 @@ def load(
         return tokenizer
     if pattern is not None or special_tokens is not None:
         raise ValueError(f"{path} has a pattern and special tokens of its own: give none")
-    document = load_json(path)
-    with reading(path):
-        is_ours = "cs336" in document["model"]
-    return Tokenizer.load(path) if is_ours else Tokenizer.from_huggingface(path)
+    with contextlib.suppress(NotOurs):
+        return Tokenizer.load(path)
+    return Tokenizer.from_huggingface(path)
 
 
 def save(tokenizer: Tokenizer, path: str | os.PathLike, to: Format) -> list[str]:

@@ -12,12 +12,15 @@ Token bytes are spelled in GPT-2's alphabet, one printable character a byte, so 
 import base64
 import binascii
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cs336.tokenizer.patterns import PATTERNS
 from cs336.utils.files import replacing
@@ -40,27 +43,48 @@ def _alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-_CHAR_OF = _alphabet()
-_BYTE_OF = {char: byte for byte, char in enumerate(_CHAR_OF)}
+_CODES = np.array([ord(char) for char in _alphabet()], np.uint16)  # of the character of each byte
+_BYTES = np.full(1 << 16, -1, np.int16)  # of each code
+_BYTES[_CODES] = np.arange(256)
 
 
-def spell(token: bytes) -> str:
-    """Bytes in GPT-2's alphabet: b" the" is "Ġthe"."""
-    return "".join([_CHAR_OF[byte] for byte in token])
+def spell(tokens: Collection[bytes]) -> list[str]:
+    """Bytes in GPT-2's alphabet, a character for each: b" the" is "Ġthe"."""
+    codes = _CODES[np.frombuffer(b"".join(tokens), np.uint8)]
+    text = codes.astype("<u2").tobytes().decode("utf-16-le")
+    return [text[begin:end] for begin, end in _spans(tokens)]
 
 
-def unspell(token: str) -> bytes:
+def unspell(tokens: Collection[str]) -> list[bytes]:
     """The inverse of `spell`. Raises ValueError for a character outside the alphabet."""
-    try:
-        return bytes([_BYTE_OF[char] for char in token])
-    except KeyError as error:
-        raise ValueError(f"token {token!r} has {error.args[0]!r}, which GPT-2's alphabet does not have") from None
+    codes = np.frombuffer("".join(tokens).encode("utf-16-le", "surrogatepass"), "<u2")
+    values = _BYTES[codes]
+    if (values < 0).any():
+        alphabet = set(_alphabet())
+        token, char = next((token, char) for token in tokens for char in token if char not in alphabet)
+        raise ValueError(f"token {token!r} has {char!r}, which GPT-2's alphabet does not have")
+    data = values.astype(np.uint8).tobytes()
+    return [data[begin:end] for begin, end in _spans(tokens)]
+
+
+def _spans(tokens: Collection[str] | Collection[bytes]) -> Iterator[tuple[int, int]]:
+    return itertools.pairwise(itertools.accumulate(map(len, tokens), initial=0))
+
+
+def _pairs(merges: Iterable[Sequence[Any]], translate: Callable[[list], list]) -> list[tuple[Any, Any]]:
+    """Both sides of merges spelled or unspelled."""
+    lefts, rights = [], []
+    for left, right in merges:
+        lefts.append(left)
+        rights.append(right)
+    return list(zip(translate(lefts), translate(rights), strict=True))
 
 
 def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, bytes]], fingerprint: str) -> None:
     """Write a tokenizer.json, whole or not at all. merges: parts.merges, or what others need where that is None."""
     special_ids = set(parts.special_tokens.values())
-    vocab = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
+    ordinary = {i: token for i, token in parts.vocab.items() if i not in special_ids}
+    vocab = dict(zip(spell(ordinary.values()), ordinary, strict=True))
     for text, i in parts.special_tokens.items():
         vocab.setdefault(text, i)
     bytes_of_chars = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -99,11 +123,15 @@ def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, 
                 "fingerprint": fingerprint,
             },
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [[spell(left), spell(right)] for left, right in merges],
+            "merges": _pairs(merges, spell),
         },
     }
     with replacing(path) as file:
         json.dump(document, file, ensure_ascii=False, indent=1)
+
+
+class NotOurs(ValueError):
+    """A JSON file that another program wrote."""
 
 
 def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
@@ -113,7 +141,10 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
         model = document["model"]
         section = model["cs336"]
     except (KeyError, TypeError):
-        raise ValueError(f"{path} was not written by Tokenizer.save: it has no section model.cs336") from None
+        raise NotOurs(
+            f"{path} was not written by Tokenizer.save: it has no section model.cs336. Tokenizer.from_huggingface "
+            "reads a tokenizer.json of others, Tokenizer.from_gpt2 a vocab.json"
+        ) from None
     with reading(path):
         if section["format"] != FORMAT:
             raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads format {FORMAT}")
@@ -122,7 +153,7 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
         vocab = _vocab_of(model["vocab"], specials)
         merges = None
         if section["merges"] == "listed":
-            merges = [(unspell(left), unspell(right)) for left, right in model["merges"]]
+            merges = _pairs(model["merges"], unspell)
         elif section["merges"] != "ranks":
             raise ValueError(f'model.cs336.merges is {section["merges"]!r}, expected "listed" or "ranks"')
         return Parts(vocab, merges, specials, section["pattern"]), section["fingerprint"]
@@ -131,12 +162,11 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
 def _vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
     """id -> bytes of a vocabulary in GPT-2's alphabet, which may list the special tokens too, as they are."""
     vocab = {i: text.encode() for text, i in specials.items()}
-    for token, i in ids.items():
-        if specials.get(token) == i:
-            continue
+    ordinary = {token: i for token, i in ids.items() if specials.get(token) != i}
+    for token, i in zip(unspell(ordinary), ordinary.values(), strict=True):
         if i in vocab:
             raise ValueError(f"id {i} is given to two tokens")
-        vocab[i] = unspell(token)
+        vocab[i] = token
     return vocab
 
 
@@ -164,8 +194,8 @@ def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple
                 raise ValueError(f"the added token {token['content']!r} takes white space or word ends into account")
             specials[token["content"]] = token["id"]
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        pairs = [(unspell(left), unspell(right)) for left, right in merges]
-        parts = Parts(_vocab_of(model["vocab"], specials), pairs, specials, _pattern_of(document["pre_tokenizer"]))
+        vocab = _vocab_of(model["vocab"], specials)
+        parts = Parts(vocab, _pairs(merges, unspell), specials, _pattern_of(document["pre_tokenizer"]))
         return parts, bool(model.get("ignore_merges"))
 
 
@@ -190,7 +220,8 @@ def _pattern_of(pre_tokenizer: dict[str, Any]) -> str:
 def write_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, parts: Parts) -> None:
     """Write GPT-2's two files, and make their directories. Raises ValueError for a special token spelled as another."""
     special_ids = set(parts.special_tokens.values())
-    ids = {spell(token): i for i, token in parts.vocab.items() if i not in special_ids}
+    ordinary = {i: token for i, token in parts.vocab.items() if i not in special_ids}
+    ids = dict(zip(spell(ordinary.values()), ordinary, strict=True))
     if clash := ids.keys() & parts.special_tokens.keys():
         raise ValueError(f"vocab.json cannot hold both a special and an ordinary token {clash.pop()!r}")
     assert parts.merges is not None
@@ -200,7 +231,7 @@ def write_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, par
         json.dump(ids | parts.special_tokens, file, ensure_ascii=False)
     with replacing(merges_txt) as file:
         file.write("#version: 0.2\n")
-        file.writelines(f"{spell(left)} {spell(right)}\n" for left, right in parts.merges)
+        file.writelines(f"{left} {right}\n" for left, right in _pairs(parts.merges, spell))
 
 
 def write_tiktoken(path: str | os.PathLike, ranks: dict[int, bytes]) -> None:
@@ -227,8 +258,8 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
             halves = line.removesuffix("\r").split(" ")
             if len(halves) != 2:
                 raise ValueError(f"line {number} is {line[:80]!r}, expected two tokens with one space between them")
-            merges.append((unspell(halves[0]), unspell(halves[1])))
-    return Parts(vocab, merges, given, "gpt2")
+            merges.append(halves)
+        return Parts(vocab, _pairs(merges, unspell), given, "gpt2")
 
 
 def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
@@ -247,6 +278,8 @@ def read_tiktoken(path: str | os.PathLike) -> dict[int, bytes]:
                 raise ValueError(f"line {number} is {line[:80]!r}, expected a token in base64, and its rank") from None
             if len(vocab) == vocab_size:
                 raise ValueError(f"line {number} gives rank {i} a second time")
+        if not vocab:
+            raise ValueError("it is empty")
     return vocab
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -55,18 +56,10 @@ class Tokenizer:
         self._vocab = _checked_vocab(vocab)
         self._listed_merges = None if merges is None else _checked_merges(merges)
         self._pattern = canonical(pattern)
-        made = None if self._listed_merges is None else {left + right for left, right in self._listed_merges}
-        self._specials = _place_specials(self._vocab, special_tokens, made)
-        special_ids = set(self._specials.values())
-        id_of: dict[bytes, int] = {}
-        for i, token in self._vocab.items():
-            if i not in special_ids and id_of.setdefault(token, i) != i:
-                raise ValueError(f"ids {id_of[token]} and {i} are the same token {token!r}")
+        self._specials = _place_specials(self._vocab, special_tokens, self._listed_merges)
         self._core = _text.Encoder(
             tokens=list(self._vocab.items()),
-            merges=_merge_ids(self._listed_merges or [], id_of),
-            any_split=self._listed_merges is None,
-            byte_ids=[id_of.get(bytes([byte]), _text.NO_ID) for byte in range(256)],
+            merges=self._listed_merges,
             specials=[(text.encode(), i) for text, i in self._specials.items()],
             pattern=for_core(self._pattern),
         )
@@ -92,23 +85,25 @@ class Tokenizer:
         of threads, nor on how a file is read.
 
         Args:
-            source: a path; several, as `pathlib.Path` or a list of str that all name files, read as streams of bytes;
-                or an iterable of documents, str or bytes. A str alone is a path. Nothing is merged across documents,
-                files or special tokens.
+            source: a path; several, as `pathlib.Path` or a list of str that all name files; or an iterable of
+                documents, str or bytes. A str alone is a path. JSON lines, parquet and directories are read by
+                cs336.utils.documents.read_documents; any other file as a stream of bytes, unpacked if its name ends
+                in .gz, .xz or .bz2. Nothing is merged across documents, files or special tokens.
             vocab_size: the size wanted, special tokens included; at least 256 and one for each of them.
                 Fewer are made, with a warning, where the text has no pair left to merge.
             special_tokens: the text is split at these first (the longest that fits), and they are not counted.
             num_threads: None for as many as this process may run on.
             progress: show a bar.
 
-        Raises ValueError for a vocab_size that is too small and for a source that is neither of the above.
+        Raises ValueError for a vocab_size that is too small and for a source that is none of the above, and
+        FileNotFoundError.
         Memory does not grow with the size of the text, but with its distinct pieces, all of which are counted
         exactly: some 150 bytes for a word of English, 13 a byte for others, 0.5 MB and 48 bytes a merge for each
         thread, and 16 MB, four times the longest piece, or twice the longest document.
         """
         pattern = canonical(pattern)
         specials = _checked_specials(special_tokens)
-        merges = train(source, vocab_size, specials, pattern, _num_threads(num_threads), progress)
+        merges = train(source, operator.index(vocab_size), specials, pattern, _num_threads(num_threads), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         pairs = []
         for left, right in merges:
@@ -119,7 +114,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read what `save` wrote. Raises ValueError if the file is another kind, damaged or altered."""
+        """Read what `save` wrote. Raises ValueError if the file is another kind, damaged or altered.
+
+        cs336.tokenizer.convert.load reads the files of others too.
+        """
         parts, fingerprint = formats.read_json(path)
         with formats.reading(path):
             tokenizer = cls(*parts)
@@ -253,13 +251,14 @@ class Tokenizer:
     def encode_iterable(
         self,
         chunks: Iterable[str | bytes],
-        allowed_special: Specials = "all",
+        allowed_special: Specials = (),
         disallowed_special: Specials = "all",
     ) -> Iterator[int]:
-        """The ids of one text that comes in chunks, the same wherever it is cut.
+        """`encode` for one text that comes in chunks: the same ids, wherever it is cut.
 
-        Lazy. Holds some 64 KB of text, or a few times its longest piece if that is more: for o200k its longest run of
-        letters and marks, and with a pattern that is a regular expression all text between two special tokens.
+        Lazy: a special token that is not allowed raises ValueError when it is reached. Holds some 64 KB of text, or a
+        few times its longest piece if that is more: for o200k its longest run of letters and marks, and with a pattern
+        that is a regular expression all text between two special tokens.
         """
         stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special), STREAM_STEP)
         held = ""  # the first half of a surrogate pair
@@ -388,8 +387,9 @@ class Tokenizer:
     def _every_split(self) -> list[tuple[bytes, bytes]]:
         """All pairs of ordinary tokens that together are one, in the order of its ids."""
         ordered = [token for _, token in sorted(self._ordinary_tokens().items())]
-        known = set(ordered)
-        splits = ((token[:cut], token[cut:]) for token in ordered for cut in range(1, len(token)))
+        known, sizes = set(ordered), {len(token) for token in ordered}
+        cuts = {size: sorted(cut for cut in sizes if size - cut in sizes) for size in sizes}
+        splits = ((token[:cut], token[cut:]) for token in ordered for cut in cuts[len(token)])
         return [(left, right) for left, right in splits if left in known and right in known]
 
     def _lists_every_split(self) -> bool:
@@ -418,22 +418,17 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides how text encodes, in hex."""
-        digest = hashlib.sha256()
-
-        def add(*fields: bytes) -> None:
-            for field in fields:
-                digest.update(len(field).to_bytes(8, "little") + field)
-
-        add(b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed")
+        fields = [b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed"]
         for i, token in sorted(self._vocab.items()):
-            add(str(i).encode(), token)
-        add(b"merges")
-        for left, right in self._listed_merges or []:
-            add(left, right)
-        add(b"special")
+            fields += (b"%d" % i, token)
+        fields.append(b"merges")
+        for pair in self._listed_merges or ():
+            fields += pair
+        fields.append(b"special")
         for text, i in sorted(self._specials.items()):
-            add(text.encode(), str(i).encode())
-        return digest.hexdigest()
+            fields += (text.encode(), b"%d" % i)
+        sizes = {size: size.to_bytes(8, "little") for size in set(map(len, fields))}
+        return hashlib.sha256(b"".join([part for field in fields for part in (sizes[len(field)], field)])).hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -529,22 +524,26 @@ def _checked_specials(special_tokens: Iterable[str]) -> list[str]:
 
 
 def _place_specials(
-    vocab: dict[int, bytes], special_tokens: Iterable[str] | dict[str, int] | None, made: set[bytes] | None
+    vocab: dict[int, bytes],
+    special_tokens: Iterable[str] | dict[str, int] | None,
+    merges: list[tuple[bytes, bytes]] | None,
 ) -> dict[str, int]:
-    """The ids of the special tokens; new ones are added to the vocabulary. made: what merges make, None for ranks."""
+    """The ids of the special tokens; new ones are added to the vocabulary. merges: None for ranks."""
     specials = _checked_specials(special_tokens or ())
     given = special_tokens if isinstance(special_tokens, dict) else {}
     wanted = {text.encode() for text in specials}
     ids_of: dict[bytes, list[int]] = {}
     for i, token in sorted(pair for pair in vocab.items() if pair[1] in wanted):
         ids_of.setdefault(token, []).append(i)
+    is_found = any(text.encode() in ids_of for text in specials if text not in given)
+    made = {left + right for left, right in merges or ()} if is_found else set()
     placed: dict[str, int] = {}
     new = max([*vocab, *given.values()], default=-1) + 1
     for text in specials:
         token = text.encode()
         candidates = ids_of.get(token, [])
         # A byte, or the result of a merge, is an ordinary token: its first id is no candidate.
-        if len(token) == 1 or (made is not None and token in made):
+        if len(token) == 1 or token in made:
             candidates = candidates[1:]
         if text in given:
             i = given[text]
@@ -557,16 +556,3 @@ def _place_specials(
         vocab.update(_checked_vocab({i: token}))
         placed[text] = i
     return placed
-
-
-def _merge_ids(merges: list[tuple[bytes, bytes]], id_of: dict[bytes, int]) -> list[tuple[int, int, int, int]]:
-    ids = []
-    for rank, (left, right) in enumerate(merges):
-        try:
-            ids.append((id_of[left], id_of[right], id_of[left + right], rank))
-        except KeyError as error:
-            raise ValueError(
-                f"merge {rank}, of {left!r} and {right!r}, needs the token {error.args[0]!r}, "
-                "which is not an ordinary token of the vocabulary"
-            ) from None
-    return ids

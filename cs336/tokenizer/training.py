@@ -11,9 +11,11 @@ from typing import cast
 from cs336 import _text
 from cs336.tokenizer.patterns import for_core
 from cs336.utils.batching import batches
+from cs336.utils.documents import COMPRESSED, JSON_LINES, holds_documents, open_bytes, read_documents, unpacking
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
 BLOCK = 8 << 20  # bytes of text in memory at a time
+SUFFIXES = {".txt", ".parquet", *JSON_LINES, *COMPRESSED}  # of what can only be the name of a file
 
 
 def train(
@@ -48,7 +50,7 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
         raise ValueError("source is bytes: give a path, or a list of documents")
     if isinstance(source, (str, os.PathLike)):
         source = [Path(source)]
-    elif isinstance(source, (list, tuple)) and all(isinstance(item, str) and _is_file(item) for item in source):
+    elif isinstance(source, (list, tuple)) and all(isinstance(item, str) and _is_name(item) for item in source):
         source = [Path(item) for item in source]
     items = iter(source)
     for first in items:
@@ -60,19 +62,31 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
                 f"source has the document {first!r}, which is the name of a file, and others that are not, or it is no "
                 "list: give pathlib.Path objects to train on what files contain"
             )
-        for batch in batches(itertools.chain([first], cast(Iterator[str | bytes], items)), BLOCK):
-            counter.add_documents(batch)
-            yield sum(map(len, batch))
+        yield from _count_documents(counter, itertools.chain([first], cast(Iterator[str | bytes], items)))
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is the name of a file, or looks like that of one that is not there."""
+    return _is_file(text) or (len(text.split()) == 1 and Path(text).suffix in SUFFIXES)
 
 
 def _is_file(text: str) -> bool:
     return len(text) < 256 and "\n" not in text and "\0" not in text and os.path.isfile(text)
 
 
+def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes]) -> Iterator[int]:
+    for batch in batches(documents, BLOCK):
+        counter.add_documents(batch)
+        yield sum(map(len, batch))
+
+
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:
-    with open(path, "rb") as file:
+    if holds_documents(path):
+        yield from _count_documents(counter, read_documents(path))
+        return
+    with unpacking(path), open_bytes(path) as file:
         buffer, held = bytearray(BLOCK), 0
-        while size := file.readinto(memoryview(buffer)[held:]):
+        while size := file.readinto(memoryview(buffer)[held:]):  # type: ignore[attr-defined]
             held += size
             done = counter.add_front(memoryview(buffer)[:held])
             buffer[: held - done] = buffer[done:held]

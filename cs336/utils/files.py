@@ -30,7 +30,8 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk: write() names no file
+        # What fails is named as the user named it; a full disk is met by write(), which names no file.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
             error.filename = os.fspath(path)
         raise
     sync(path.parent)

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <set>
 #include <stdexcept>
 
 #include "cpu/text/bpe_encode.h"
@@ -86,19 +87,42 @@ Vocabulary read_vocabulary(Input& input) {
   return v;
 }
 
-// tiktoken's rule, as it is told: a piece that is a token is that token, else merge the pair of the lowest id.
-std::vector<uint32_t> naive(const Vocabulary& v, const std::string& piece) {
-  if (const auto whole = v.id_of.find(piece); whole != v.id_of.end()) return {whole->second};
+// Merges of two tokens that together are one, no two of them the same, in any order; none for tiktoken's rule.
+std::vector<Merge> read_merges(Input& input, const Vocabulary& v) {
+  std::vector<Merge> merges;
+  std::set<std::pair<uint32_t, uint32_t>> seen;
+  for (size_t i = input.byte() % 32; i > 0; --i) {
+    const auto& [id, bytes] = v.tokens[input.byte() % v.tokens.size()];
+    const size_t at = 1 + input.byte() % bytes.size();
+    const auto left = v.id_of.find(bytes.substr(0, at)), right = v.id_of.find(bytes.substr(at));
+    if (left == v.id_of.end() || right == v.id_of.end() || !seen.emplace(left->second, right->second).second) continue;
+    merges.push_back({left->second, right->second, id, static_cast<uint32_t>(merges.size())});
+  }
+  return merges;
+}
+
+// Merges the pair of the lowest rank until there is none. Without merges by tiktoken's rule, as it is told: a piece
+// that is a token is that token, and the rank of a pair is the id of what it makes.
+std::vector<uint32_t> naive(const Vocabulary& v, const std::vector<Merge>& merges, const std::string& piece) {
+  if (const auto whole = v.id_of.find(piece); merges.empty() && whole != v.id_of.end()) return {whole->second};
   std::vector<std::string> parts;
   for (const char c : piece) parts.emplace_back(1, c);
+  const auto rank_of = [&](const std::string& left, const std::string& right) {
+    const auto made = v.id_of.find(left + right);
+    if (merges.empty() || made == v.id_of.end()) return made == v.id_of.end() ? kNoRank : made->second;
+    const auto listed = std::find_if(merges.begin(), merges.end(), [&](const Merge& m) {
+      return m.left == v.id_of.at(left) && m.right == v.id_of.at(right);
+    });
+    return listed == merges.end() ? kNoRank : listed->rank;
+  };
   for (;;) {
-    uint32_t best = kNoId;
+    uint32_t best = kNoRank;
     size_t place = 0;
     for (size_t i = 0; i + 1 < parts.size(); ++i) {
-      const auto made = v.id_of.find(parts[i] + parts[i + 1]);
-      if (made != v.id_of.end() && made->second < best) best = made->second, place = i;
+      const uint32_t rank = rank_of(parts[i], parts[i + 1]);
+      if (rank < best) best = rank, place = i;
     }
-    if (best == kNoId) break;
+    if (best == kNoRank) break;
     parts[place] += parts[place + 1];
     parts.erase(parts.begin() + static_cast<ptrdiff_t>(place) + 1);
   }
@@ -110,12 +134,25 @@ std::vector<uint32_t> naive(const Vocabulary& v, const std::string& piece) {
 std::vector<uint32_t> taken(const Buffer<uint32_t>& ids) { return {ids.data(), ids.data() + ids.size()}; }
 
 template <class Id>
+std::vector<std::vector<uint32_t>> encode(const Encoder& encoder, const std::vector<std::string_view>& texts,
+                                          const TokenSet& allowed) {
+  std::vector<size_t> counts(texts.size());
+  Buffer<Id> flat;
+  encoder.encode_batch(texts, allowed, kNotFound, counts.data(), flat);
+  std::vector<std::vector<uint32_t>> ids;
+  const Id *next = flat.data(), *end = next + flat.size();
+  for (const size_t count : counts) {
+    require(count <= static_cast<size_t>(end - next), "no more ids are counted than there are");
+    ids.emplace_back(next, next + count);
+    next += count;
+  }
+  require(next == end, "the ids of the texts are all of them");
+  return ids;
+}
+
+template <class Id>
 std::vector<uint32_t> encode(const Encoder& encoder, std::string_view text, const TokenSet& allowed) {
-  size_t count;
-  std::vector<Buffer<Id>> parts(1);
-  encoder.encode_batch({&text, 1}, allowed, kNotFound, 1, &count, parts);
-  require(parts.size() == 1 && count == parts[0].size(), "the ids of one text are all of them");
-  return {parts[0].data(), parts[0].data() + count};
+  return encode<Id>(encoder, std::vector{text}, allowed)[0];
 }
 
 }  // namespace
@@ -129,6 +166,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::string text = input.bytes(1 + input.byte() % 6);
     if (!text.empty() && std::find(specials.begin(), specials.end(), text) == specials.end()) specials.push_back(text);
   }
+  const std::vector<Merge> merges = read_merges(input, v);
   const size_t cut_at = input.byte();
   const std::string text = input.rest();
 
@@ -146,14 +184,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     special_ids.push_back(static_cast<uint32_t>(tokens.size()));
     tokens.emplace_back(special_ids.back(), special);
   }
-  const Encoder encoder(tokens, v.byte_ids, {}, true, specials, special_ids, Splitter(pattern));
+  const Encoder encoder(tokens, v.byte_ids, merges, merges.empty(), specials, special_ids, Splitter(pattern));
   const TokenSet none{std::vector<bool>(specials.size(), false), true};
   const TokenSet all{std::vector<bool>(specials.size(), true), specials.empty()};
 
   std::vector<uint32_t> expected;
   for (size_t i = 0; i < ends.size(); ++i) {
     const size_t begin = i == 0 ? 0 : ends[i - 1];
-    for (const uint32_t id : naive(v, text.substr(begin, ends[i] - begin))) expected.push_back(id);
+    for (const uint32_t id : naive(v, merges, text.substr(begin, ends[i] - begin))) expected.push_back(id);
   }
   for (int pass = 0; pass < 2; ++pass) {  // the second time out of the cache
     require(encode<uint32_t>(encoder, text, none) == expected, "ids are those of the naive encoder");
@@ -173,6 +211,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Buffer<char> back;
   encoder.decode(whole.data(), whole.size(), back);
   require(std::string_view(back.data(), back.size()) == text, "ids decode to the text");
+
+  // Several texts at once have the ids of each.
+  const std::string_view view = text, front = view.substr(0, seen);
+  const auto several = encode<uint32_t>(encoder, std::vector<std::string_view>{front, "", view}, all);
+  require(several[0] == encode<uint32_t>(encoder, front, all), "the first of several texts has its ids");
+  require(several[1].empty() && several[2] == whole, "texts keep their ids behind others");
 
   // Narrow ids are the same, and so is text that goes through code points.
   require(encode<uint16_t>(encoder, text, all) == whole, "ids of 16 bits are those of 32");

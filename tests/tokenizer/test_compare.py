@@ -5,7 +5,7 @@ from cs336.tokenizer import Tokenizer, compare
 
 @pytest.fixture(scope="module")
 def rows(text, tokenizer):
-    return compare.compare({"large": tokenizer, "bytes": Tokenizer.train([], 256)}, text.encode())
+    return compare.compare({"large": tokenizer, "bytes": Tokenizer.train([], 256)}, [text])
 
 
 def test_rows(rows, text, tokenizer):
@@ -24,6 +24,6 @@ def test_plot(rows, name, begins, tmp_path):
 
 def test_errors(rows, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no text"):
-        compare.compare({"x": tokenizer}, b"")
+        compare.compare({"x": tokenizer}, [b"", ""])
     with pytest.raises(ValueError, match=r"is a \.png, \.svg or \.pdf file"):
         compare.plot(rows, tmp_path / "c.txt")

@@ -162,7 +162,7 @@ def test_overlapping_specials(specials, text):
     for i, part in enumerate(parts):
         expected += [tokenizer.special_tokens[part]] if i % 2 else list(part.encode())
     assert tokenizer.encode(text, allowed_special="all") == expected
-    assert list(tokenizer.encode_iterable(text)) == expected
+    assert list(tokenizer.encode_iterable(text, "all")) == expected
     assert tokenizer.decode(expected) == text
 
 
@@ -292,6 +292,24 @@ def test_one_long_text_on_several_threads(tokenizer, text):
     assert tokenizer.encode_ordinary(long, num_threads=3) == tokenizer.encode_ordinary(long)
 
 
+def test_texts_keep_their_order_on_several_threads(tokenizer, text):
+    """Short and long ones, of every width of character, of several groups."""
+    long = text * (1 + (5 << 18) // len(text))
+    wide = (text[:200_000], text[:200_000].encode("latin-1", "replace"), "\u00e9" + text[:1000], "\U0001f600" * 9)
+    texts = [*wide, "", long, *wide, long.encode(), "x", *wide * 5]
+    expected = [tokenizer.encode(part, disallowed_special=()) for part in texts]
+    for threads in (1, 2, 5):
+        assert tokenizer.encode_batch(texts, threads, disallowed_special=()) == expected
+        ids, offsets = tokenizer.encode_batch_numpy(texts, threads, disallowed_special=())
+        assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == expected
+        ids, num_bytes = tokenizer.encode_documents(texts, num_threads=threads)
+        end = tokenizer.special_tokens["<|endoftext|>"]
+        assert ids.tolist() == [i for part in expected for i in [*part, end]]
+        assert num_bytes == sum(len(part if isinstance(part, bytes) else part.encode()) for part in texts)
+        with pytest.raises(ValueError, match="not allowed here"):
+            tokenizer.encode_batch([*texts, "<|endoftext|>"], threads)
+
+
 def test_bad_number_of_threads(tokenizer):
     one = tokenizer.encode, tokenizer.encode_ordinary
     for call in (*one, tokenizer.encode_batch, tokenizer.encode_batch_numpy):
@@ -354,6 +372,18 @@ def test_decode_bad_ids(tokenizer):
             tokenizer.decode(bad)
     with pytest.raises(ValueError, match="id 300 is not in the vocabulary"):
         Tokenizer({0: b"a", 400: b"b"}, []).decode([300])
+
+
+def test_decode_tokens_of_any_size():
+    sizes = [1, 2, 14, 15, 16, 17, 18, 300, 5000]
+    vocab = {3 * i: bytes([97 + i]) * size for i, size in enumerate(sizes)}
+    tokenizer = Tokenizer(vocab, None)
+    rng = np.random.default_rng(0)
+    ids = 3 * rng.integers(0, len(sizes), 20_000)
+    expected = b"".join(vocab[i] for i in ids.tolist())
+    assert tokenizer.decode_bytes(ids) == tokenizer.decode_bytes(ids.tolist()) == expected
+    with pytest.raises(ValueError, match="id 4 is not in the vocabulary"):
+        tokenizer.decode(np.append(ids, 4))
 
 
 def test_decode_batch(tokenizer):

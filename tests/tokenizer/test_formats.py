@@ -17,12 +17,14 @@ BYTES = {i: bytes([i]) for i in range(256)}
 
 
 def test_alphabet():
-    assert spell(b" the\n\xff\x00") == "\u0120the\u010a\u00ff\u0100"
-    every_byte = bytes(range(256))
+    assert spell([b" the\n\xff\x00", b"", b"a"]) == ["\u0120the\u010a\u00ff\u0100", "", "a"]
+    assert spell([]) == unspell([]) == []
+    every_byte = [bytes(range(256)), *BYTES.values()]
     assert unspell(spell(every_byte)) == every_byte
-    assert len(set(spell(every_byte))) == 256
-    with pytest.raises(ValueError, match="GPT-2's alphabet does not have"):
-        unspell("a b")
+    assert len(set(spell(every_byte)[0])) == 256
+    for char in " \n\x80\u0144\U0001f600\ud800":
+        with pytest.raises(ValueError, match=r"token .* has .*, which GPT-2's alphabet does not have"):
+            unspell(["good", f"a{char}b"])
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W+"])
@@ -81,9 +83,10 @@ def test_hugging_face_reads_what_we_save(pattern, text, tmp_path):
 
 
 def write_gpt2(tokenizer, folder):
-    names = {spell(token): i for i, token in tokenizer.vocab.items() if i not in tokenizer.special_tokens.values()}
+    ordinary = {i: token for i, token in tokenizer.vocab.items() if i not in tokenizer.special_tokens.values()}
+    names = dict(zip(spell(ordinary.values()), ordinary, strict=True))
     (folder / "vocab.json").write_text(json.dumps(names | tokenizer.special_tokens))
-    lines = [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]
+    lines = [" ".join(spell(pair)) for pair in tokenizer.merges]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return folder / "vocab.json", folder / "merges.txt"
 
@@ -335,7 +338,7 @@ def test_files_cut_or_changed_anywhere(saved, data, tmp_path):
     ],
 )
 def test_broken_merges_txt(merges, message, tmp_path):
-    (tmp_path / "vocab.json").write_text(json.dumps({spell(token): i for i, token in BYTES.items()} | {"ab": 256}))
+    (tmp_path / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate([*spell(BYTES.values()), "ab"])}))
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")

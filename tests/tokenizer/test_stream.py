@@ -58,8 +58,7 @@ def test_a_stream_refuses_a_second_thread():
         other.join()
         return [len(data)]
 
-    parts = {"merges": [], "any_split": True, "byte_ids": list(range(256)), "specials": [], "pattern": split}
-    encoder = _text.Encoder([(i, bytes([i])) for i in range(256)], **parts)
+    encoder = _text.Encoder([(i, bytes([i])) for i in range(256)], merges=None, specials=[], pattern=split)
     stream = _text.StreamEncoder(encoder, _text.Policy([], []), 1)
     assert stream.feed("a", True) == [97]
     assert len(refusals) == 1
@@ -70,10 +69,10 @@ def test_a_stream_refuses_a_second_thread():
 @example(text="a  <|end|><|of|> I'm  \n x", cuts=[])
 def test_any_chunking_gives_the_same(stream_tokenizer, text, cuts):
     expected = stream_tokenizer.encode(text, allowed_special="all")
-    assert list(stream_tokenizer.encode_iterable(text)) == expected  # one character at a time
+    assert list(stream_tokenizer.encode_iterable(text, "all")) == expected  # one character at a time
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
-    assert list(stream_tokenizer.encode_iterable(chunks)) == expected
+    assert list(stream_tokenizer.encode_iterable(chunks, "all")) == expected
     assert ids_of_chunks(stream_tokenizer, text, 1) == expected  # encodes what it can after every character
     data = text.encode()
     one_byte_each = (data[i : i + 1] for i in range(len(data)))
@@ -85,7 +84,7 @@ def test_long_texts_in_small_chunks(tokenizer, text):
     expected = tokenizer.encode(long, allowed_special="all")
     for size in (10, 1000, 65_537):
         chunks = (long[i : i + size] for i in range(0, len(long), size))
-        assert list(tokenizer.encode_iterable(chunks)) == expected
+        assert list(tokenizer.encode_iterable(chunks, "all")) == expected
 
 
 def test_to_file(tokenizer, text, tmp_path, monkeypatch):
@@ -136,7 +135,7 @@ def test_lazy(tokenizer):
 
 def test_a_special_token_cut_in_two_still_raises(tokenizer):
     with pytest.raises(ValueError, match="not allowed here"):
-        list(tokenizer.encode_iterable(["<|endof", "text|>"], allowed_special=()))
+        list(tokenizer.encode_iterable(["<|endof", "text|>"]))
     stream = _text.StreamEncoder(tokenizer._core, tokenizer._get_policy((), "all"), 1)
     for char in "some text, and some more text <|end|":
         stream.feed(char, False)

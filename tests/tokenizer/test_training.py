@@ -2,7 +2,10 @@
 
 import collections
 import contextlib
+import gzip
 import itertools
+import json
+import lzma
 import os
 import random
 import signal
@@ -195,14 +198,35 @@ def test_vocab_size_too_small(size):
         Tokenizer.train(["text"], size, ["<|a|>", "<|b|>"])
 
 
+def test_files_of_documents(tmp_path):
+    documents = ["some text", "here is more text", "naïve 中文 text"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.txt.xz").write_bytes(lzma.compress(documents[0].encode()))
+    expected = Tokenizer.train(documents, 280).merges
+    for source in (tmp_path / "a.jsonl", str(folder), [folder / "b.jsonl.gz"]):
+        assert Tokenizer.train(source, 280).merges == expected
+    assert Tokenizer.train(tmp_path / "c.txt.xz", 260).merges == Tokenizer.train(documents[:1], 260).merges
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(lines)[:-9])
+    with pytest.raises(ValueError, match=r"d\.txt\.gz is damaged"):
+        Tokenizer.train(tmp_path / "d.txt.gz", 280)
+
+
 def test_bad_sources(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
     for source in ([str(path), "a document"], iter([str(path)])):
         with pytest.raises(ValueError, match=r"is the name of a file, .* give pathlib\.Path"):
             Tokenizer.train(source, 300)
-    with pytest.raises(FileNotFoundError):
-        Tokenizer.train("no such file", 300)
+    for source in ("no such file", ["missing.txt", "corpus.jsonl.gz"], [str(path), "missing.txt"]):
+        with pytest.raises(FileNotFoundError):
+            Tokenizer.train(source, 300)
+    assert Tokenizer.train(["documents.", "are words", "a.txt is one"], 257).merges
+    with pytest.raises(TypeError, match="float"):
+        Tokenizer.train(["text"], 300.0)
     with pytest.raises(ValueError, match="source is bytes"):
         Tokenizer.train(b"text", 300)
     with pytest.raises(TypeError, match="a document must be str or bytes, got int"):

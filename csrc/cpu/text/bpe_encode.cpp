@@ -5,12 +5,8 @@
 #include <stdexcept>
 #include <unordered_set>
 
-#include "cpu/text/parallel.h"
-
 namespace cs336::text {
 namespace {
-
-constexpr size_t kPartSize = 256 << 10;  // bytes of text that one thread takes at a time
 
 // Ascending.
 std::vector<uint32_t> ordinary_ids(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
@@ -61,7 +57,8 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)),
       merger_(any_split ? Merger(tokens_, byte_ids, ordinary_ids(tokens, special_ids_))
-                        : Merger(tokens_, byte_ids, merges)) {
+                        : Merger(tokens_, byte_ids, merges)),
+      rows_(tokens_.size()) {
   std::vector<uint32_t> ids;
   for (const uint32_t id : ordinary_ids(tokens, special_ids_)) {
     const std::string_view bytes = tokens_[id];
@@ -79,6 +76,11 @@ Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids
     }
   }
   whole_words_.widen();
+  for (const auto& [id, bytes] : tokens) {
+    Row& row = rows_[id];
+    row.size = static_cast<uint8_t>(std::min(bytes.size(), Row::kMost + 1));
+    std::memcpy(row.bytes, bytes.data(), std::min(bytes.size(), Row::kMost));
+  }
 }
 
 Encoder::~Encoder() {
@@ -151,12 +153,6 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id
   });
 }
 
-void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count,
-                              Buffer<uint32_t>& out) const {
-  const Lease cache(*this);
-  for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
-}
-
 template <class Id>
 void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const {
   if (segment.special != kNotFound) {
@@ -168,47 +164,31 @@ void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segm
 }
 
 template <class Id>
-void Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
-                           size_t num_threads, size_t* counts, std::vector<Buffer<Id>>& out) const {
-  // Neighbouring segments, of whichever texts, go together into parts of about one size.
-  std::vector<Segment> segments;
-  std::vector<size_t> text_of, parts{0};
-  size_t bytes = 0;
-  for (size_t i = 0; i < texts.size(); ++i) {
-    cut(texts[i], true, num_threads > 1 ? kPartSize : kNotFound, splitter_, specials_, allowed, segments);
-    if (after != kNotFound) segments.push_back({texts[i].size(), texts[i].size(), after});
-    for (size_t k = text_of.size(); k < segments.size(); ++k) {
-      text_of.push_back(i);
-      bytes += segments[k].end - segments[k].begin;
-      if (num_threads == 1 || bytes < kPartSize) continue;
-      parts.push_back(k + 1);
-      bytes = 0;
-    }
-  }
-  if (parts.back() < segments.size()) parts.push_back(segments.size());
-
-  const size_t first = num_threads == 1 && !out.empty() ? out.size() - 1 : out.size();
-  out.resize(std::max(out.size(), first + parts.size() - 1));
-  std::vector<size_t> segment_counts(segments.size());
-  parallel_for(parts.size() - 1, num_threads, [&](size_t part, size_t) {
-    const Lease cache(*this);
-    Buffer<Id>& ids = out[first + part];
-    size_t size = 0;
-    for (size_t k = parts[part]; k < parts[part + 1]; ++k) size += segments[k].end - segments[k].begin;
-    ids.room(size / 2);  // seldom more, and what is not used costs nothing
-    for (size_t k = parts[part]; k < parts[part + 1]; ++k) {
-      const size_t before = ids.size();
-      encode_segment(*cache, texts[text_of[k]], segments[k], ids);
-      segment_counts[k] = ids.size() - before;
-    }
-  });
-  std::fill_n(counts, texts.size(), 0);
-  for (size_t k = 0; k < segments.size(); ++k) counts[text_of[k]] += segment_counts[k];
+void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<Id>& out) const {
+  const Lease cache(*this);
+  for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
 }
-template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t, size_t*,
-                                    std::vector<Buffer<uint16_t>>&) const;
-template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t, size_t*,
-                                    std::vector<Buffer<uint32_t>>&) const;
+template void Encoder::encode_segments(std::string_view, const Segment*, size_t, Buffer<uint16_t>&) const;
+template void Encoder::encode_segments(std::string_view, const Segment*, size_t, Buffer<uint32_t>&) const;
+
+template <class Id>
+void Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
+                           size_t* counts, Buffer<Id>& out) const {
+  const Lease cache(*this);
+  std::vector<Segment> segments;
+  for (const std::string_view text : texts) {
+    segments.clear();
+    cut(text, true, kNotFound, splitter_, specials_, allowed, segments);
+    if (after != kNotFound) segments.push_back({text.size(), text.size(), after});
+    const size_t before = out.size();
+    for (const Segment& segment : segments) encode_segment(*cache, text, segment, out);
+    *counts++ = out.size() - before;
+  }
+}
+template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
+                                    Buffer<uint16_t>&) const;
+template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
+                                    Buffer<uint32_t>&) const;
 
 void Encoder::refuse(const std::string& id) const {
   throw std::invalid_argument("id " + id + " is not in the vocabulary, whose ids are below " +
@@ -217,26 +197,27 @@ void Encoder::refuse(const std::string& id) const {
 
 template <class Id>
 void Encoder::decode(const Id* ids, size_t count, Buffer<char>& out) const {
-  std::array<uint32_t, 4096> known;
-  while (count > 0) {
-    const size_t some = std::min(count, known.size());
-    size_t size = 0;
+  constexpr size_t kSome = 4096;
+  for (size_t some; count > 0; ids += some, count -= some) {
+    some = std::min(count, kSome);
+    char* next = out.room(some * sizeof(Row));
+    const auto flush = [&] { out.advance(static_cast<size_t>(next - (out.data() + out.size()))); };
     for (size_t i = 0; i < some; ++i) {
       const Id id = ids[i];
-      if (!tokens_.contains(static_cast<uint64_t>(id))) refuse(std::to_string(id));
-      known[i] = static_cast<uint32_t>(id);
-      size += tokens_[known[i]].size();
+      if (static_cast<uint64_t>(id) >= rows_.size()) refuse(std::to_string(id));
+      const Row& row = rows_[static_cast<uint64_t>(id)];
+      std::memcpy(next, &row, sizeof(Row));
+      if (row.size <= Row::kMost) [[likely]] {
+        if (row.size == 0) refuse(std::to_string(id));
+        next += row.size;
+        continue;
+      }
+      const std::string_view token = tokens_[static_cast<uint32_t>(id)];
+      flush();
+      next = out.room((some - i) * sizeof(Row) + token.size());
+      next = std::copy(token.begin(), token.end(), next);
     }
-    char* next = out.room(size + TokenBytes::kPadding);
-    for (size_t i = 0; i < some; ++i) {
-      const std::string_view token = tokens_[known[i]];
-      std::memcpy(next, token.data(), TokenBytes::kPadding);
-      if (token.size() > TokenBytes::kPadding) std::memcpy(next, token.data(), token.size());
-      next += token.size();
-    }
-    out.advance(size);
-    ids += some;
-    count -= some;
+    flush();
   }
 }
 template void Encoder::decode(const uint16_t*, size_t, Buffer<char>&) const;

@@ -28,16 +28,16 @@ class Encoder {
           bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
-  // Appends the ids of all texts, one after the other, in a few parts; on one thread to the last part of `out`. The
-  // special tokens of `allowed` count as such and everything else as ordinary text, and the special token `after` (an
-  // index, or kNotFound) comes behind each text. Writes how many ids each text has to `counts`. The parts do not depend
-  // on where a text ends, so a long one keeps all threads busy too. Throws std::invalid_argument for a byte that has no
-  // token. Id: uint32_t, or uint16_t where it holds all ids.
+  // Appends the ids of all texts, one after the other. The special tokens of `allowed` count as such and everything
+  // else as ordinary text, and the special token `after` (an index, or kNotFound) comes behind each text. Writes how
+  // many ids each text has to `counts`. Throws std::invalid_argument for a byte that has no token. Id: uint32_t, or
+  // uint16_t where it holds all ids.
   template <class Id>
-  void encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after, size_t num_threads,
-                    size_t* counts, std::vector<Buffer<Id>>& out) const;
+  void encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after, size_t* counts,
+                    Buffer<Id>& out) const;
   // Appends the ids of text already cut.
-  void encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<uint32_t>& out) const;
+  template <class Id>
+  void encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<Id>& out) const;
   // Appends the bytes that ids stand for. Throws std::invalid_argument for an id that has no token. Reads each id once:
   // another thread may be writing them.
   // Id: uint16_t, uint32_t, int64_t or uint64_t.
@@ -51,6 +51,13 @@ class Encoder {
   const Splitter& splitter() const { return splitter_; }
 
  private:
+  // A token to decode, on one cache line: copied whole, whatever its size. One that does not fit has kMost + 1 for its
+  // size, and an id that is no token has 0.
+  struct alignas(16) Row {
+    static constexpr size_t kMost = 15;
+    char bytes[kMost] = {};
+    uint8_t size = 0;
+  };
   class Lease;
   template <class Id>
   void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
@@ -66,6 +73,7 @@ class Encoder {
   Merger merger_;
   WordCache whole_words_;  // what each cache begins with: the pieces that are one token
   std::unordered_map<std::string_view, uint32_t> very_long_;  // those with more bytes than a cache keeps
+  TableVector<Row> rows_;                                     // by id
 
   // Caches at rest; a call takes one out and puts it back, without a lock.
   mutable std::array<std::atomic<WordCache*>, 256> caches_{};

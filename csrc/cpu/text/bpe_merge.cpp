@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdio>
 #include <queue>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -16,10 +17,16 @@ constexpr size_t kFew = 64;  // bytes of a piece up to which a scan for the next
 // Every way to make a token of two others.
 std::vector<Merge> all_splits(const TokenBytes& tokens, const std::vector<uint32_t>& ordinary) {
   std::unordered_map<std::string_view, uint32_t> id_of;
-  for (const uint32_t id : ordinary) id_of.emplace(tokens[id], id);
+  std::set<size_t> sizes;  // of tokens: most cuts of a very long one leave a half that is none
+  for (const uint32_t id : ordinary) {
+    id_of.emplace(tokens[id], id);
+    sizes.insert(tokens[id].size());
+  }
   std::vector<Merge> merges;
   for (const uint32_t id : ordinary) {
-    for (size_t size = 1; size < tokens[id].size(); ++size) {
+    for (const size_t size : sizes) {
+      if (size >= tokens[id].size()) break;
+      if (!sizes.contains(tokens[id].size() - size)) continue;
       const auto left = id_of.find(tokens[id].substr(0, size)), right = id_of.find(tokens[id].substr(size));
       if (left != id_of.end() && right != id_of.end()) merges.push_back({left->second, right->second, id, id});
     }
@@ -31,7 +38,7 @@ std::vector<Merge> all_splits(const TokenBytes& tokens, const std::vector<uint32
 
 TokenBytes::TokenBytes(const Tokens& tokens) {
   uint32_t last = 0;
-  size_t size = kPadding;
+  size_t size = 0;
   for (const auto& [id, bytes] : tokens) {
     last = std::max(last, id);
     size += bytes.size();

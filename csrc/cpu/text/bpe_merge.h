@@ -22,11 +22,8 @@ using Tokens = std::vector<std::pair<uint32_t, std::string>>;  // id, bytes
 // The bytes of each token, by id. No token is empty, so an id with no bytes is not a token.
 class TokenBytes {
  public:
-  static constexpr size_t kPadding = 16;  // bytes after the last token that may be read
-
   explicit TokenBytes(const Tokens& tokens);
   size_t size() const { return offsets_.size() - 1; }
-  bool contains(uint64_t id) const { return id < size() && offsets_[id] != offsets_[id + 1]; }
   std::string_view operator[](uint32_t id) const {
     return {bytes_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
   }

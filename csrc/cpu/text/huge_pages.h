@@ -71,6 +71,7 @@ class Buffer {
     return data_ + size_;
   }
   void advance(size_t count) { size_ += count; }
+  void clear() { size_ = 0; }
   // Gives back the room that is not used.
   void shrink() {
     if (size_ == 0 || size_ == capacity_) return;

@@ -1,9 +1,10 @@
-"""Documents, as str, from files: text, JSON lines, parquet, compressed or not, or a directory of them.
+"""Text from files: as documents, out of text, JSON lines, parquet, compressed or not, or a directory of them.
 
 The order is that of the sorted paths, and of the lines in a file: the same on every machine.
 """
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -17,10 +18,21 @@ from typing import IO
 from cs336.utils.files import Paths, path_list
 from cs336.utils.special_tokens import END_OF_TEXT
 
-PIECE_CHARS = 8192
+PIECE_CHARS = 8192  # at least, of a document that is a part of a text
 BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 JSON_LINES = {".jsonl", ".ndjson"}
+
+
+def holds_documents(path: str | os.PathLike) -> bool:
+    """Whether a path is JSON lines, parquet or a directory, not one text."""
+    path = pathlib.Path(path)
+    return path.is_dir() or _suffix(path) in JSON_LINES | {".parquet"}
+
+
+def open_bytes(path: str | os.PathLike) -> IO[bytes]:
+    """The bytes of a file; those of `.gz`, `.xz` and `.bz2` are unpacked as they are read."""
+    return COMPRESSED.get(pathlib.Path(path).suffix.lower(), open)(path, "rb")  # type: ignore[operator]
 
 
 def read_documents(paths: Paths, separator: str = END_OF_TEXT, *, without: pathlib.Path | None = None) -> Iterator[str]:
@@ -66,9 +78,8 @@ def _raise(error: OSError) -> None:
 
 
 def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
-    suffixes = [s.lower() for s in path.suffixes]
-    suffix = next((s for s in reversed(suffixes) if s not in COMPRESSED), "")
-    try:
+    suffix = _suffix(path)
+    with unpacking(path):
         if suffix == ".parquet":
             yield from _read_parquet(path)
         elif suffix in JSON_LINES:
@@ -77,6 +88,18 @@ def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]
             yield from _read_text(path, separator, alone)
         elif alone:
             raise ValueError(f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2)")
+
+
+def _suffix(path: pathlib.Path) -> str:
+    """The last that does not name a compression."""
+    return next((s.lower() for s in reversed(path.suffixes) if s.lower() not in COMPRESSED), "")
+
+
+@contextlib.contextmanager
+def unpacking(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what a damaged .gz, .xz or .bz2 makes its reader raise into a ValueError that names the file."""
+    try:
+        yield
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     except OSError as error:
@@ -85,17 +108,13 @@ def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]
         raise ValueError(f"{path} is damaged: {error}") from None  # what gzip and bz2 raise
 
 
-def _open(path: pathlib.Path) -> IO[bytes]:
-    return COMPRESSED.get(path.suffix.lower(), open)(path, "rb")  # type: ignore[operator]
-
-
 def _is_binary(path: pathlib.Path) -> bool:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         return b"\0" in file.read(8192)
 
 
 def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
-    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="") as file:
         head = file.read(BLOCK_CHARS)
         if separator not in head and not alone and len(head) < BLOCK_CHARS:
             yield head
@@ -131,7 +150,7 @@ def _cut(file: IO[str]) -> Iterator[str]:
 
 
 def _read_json_lines(path: pathlib.Path) -> Iterator[str]:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

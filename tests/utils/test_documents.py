@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs336.data import sources
-from cs336.data.sources import read_documents
+from cs336.utils import documents
+from cs336.utils.documents import read_documents
 from cs336.utils.special_tokens import END_OF_TEXT
 
 
@@ -28,7 +28,7 @@ def jsonl(*texts):
 def test_separators_are_found_across_blocks(tmp_path_factory, texts, block):
     path = put(tmp_path_factory.mktemp("s") / "a.txt", END_OF_TEXT.join(["x" * block, *texts]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_CHARS", block + len(END_OF_TEXT))
+        patch.setattr(documents, "BLOCK_CHARS", block + len(END_OF_TEXT))
         assert list(read_documents(path)) == ["x" * block, *texts]
 
 
@@ -37,8 +37,8 @@ def test_separators_are_found_across_blocks(tmp_path_factory, texts, block):
 def test_a_lone_text_file_is_cut_at_line_ends(tmp_path_factory, text):
     path = put(tmp_path_factory.mktemp("s") / "a.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_CHARS", 20)
-        pieces = list(sources._read_file(path, END_OF_TEXT, alone=True))
+        patch.setattr(documents, "PIECE_CHARS", 20)
+        pieces = list(documents._read_file(path, END_OF_TEXT, alone=True))
     assert "".join(pieces) == text
     assert all(len(p) >= 20 and p[-1] in "\n\r" for p in pieces[:-2])
 
