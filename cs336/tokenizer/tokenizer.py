@@ -418,17 +418,22 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides how text encodes, in hex."""
-        fields = [b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed"]
+        digest = hashlib.sha256()
+
+        def add(*fields: bytes) -> None:
+            for field in fields:
+                digest.update(len(field).to_bytes(8, "little") + field)
+
+        add(b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed")
         for i, token in sorted(self._vocab.items()):
-            fields += (b"%d" % i, token)
-        fields.append(b"merges")
-        for pair in self._listed_merges or ():
-            fields += pair
-        fields.append(b"special")
+            add(str(i).encode(), token)
+        add(b"merges")
+        for left, right in self._listed_merges or []:
+            add(left, right)
+        add(b"special")
         for text, i in sorted(self._specials.items()):
-            fields += (text.encode(), b"%d" % i)
-        sizes = {size: size.to_bytes(8, "little") for size in set(map(len, fields))}
-        return hashlib.sha256(b"".join([part for field in fields for part in (sizes[len(field)], field)])).hexdigest()
+            add(text.encode(), str(i).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
