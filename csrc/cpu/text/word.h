@@ -60,7 +60,8 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-// The upper half of a product depends least on the lowest bits of its factors: they are added again.
+// The upper half of a product depends least on the lowest bits of its factors: they are added again. The lower bits of
+// the result are the good ones; its upper bits hardly depend on the first bytes of a short word.
 inline uint64_t hash_word(const ShortWord& w) {
   const auto product = static_cast<unsigned __int128>(w.lo ^ kSecrets[0]) * (w.hi ^ kSecrets[1]);
   return static_cast<uint64_t>(product >> 64) ^ w.lo;

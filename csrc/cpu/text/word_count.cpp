@@ -24,9 +24,9 @@ class WordCounter::Recent {
 
   void add(const ShortWord& word) {
     const uint64_t hash = hash_word(word);
-    Short& entry = entries_[hash >> (64 - kBits)];
+    Short& entry = entries_[hash & (entries_.size() - 1)];
     if (entry.word != word) {
-      if (entry.count != 0) send(shorts_, hash >> (64 - kShardBits), entry);  // to the shard that both belong to
+      if (entry.count != 0) send(shorts_, hash, entry);  // to the shard that both belong to
       entry = {word, 0};
     }
     ++entry.count;
@@ -34,12 +34,12 @@ class WordCounter::Recent {
 
   void add(std::string_view word) {
     const uint64_t hash = hash_bytes(word);
-    send(longs_, hash >> (64 - kShardBits), {hash, word.data(), word.size(), 1});
+    send(longs_, hash, {hash, word.data(), word.size(), 1});
   }
 
   void flush() {
     for (size_t i = 0; i < entries_.size(); ++i) {
-      if (entries_[i].count != 0) send(shorts_, i >> (kBits - kShardBits), std::exchange(entries_[i], {}));
+      if (entries_[i].count != 0) send(shorts_, i, std::exchange(entries_[i], {}));
     }
     for (size_t shard = 0; shard < counter_.shards_.size(); ++shard) {
       counter_.shards_[shard].add(shorts_[shard]);
@@ -52,7 +52,8 @@ class WordCounter::Recent {
   using Waiting = std::array<std::vector<Word>, size_t{1} << kShardBits>;
 
   template <class Word>
-  void send(Waiting<Word>& waiting, size_t shard, const Word& word) {
+  void send(Waiting<Word>& waiting, uint64_t hash, const Word& word) {
+    const size_t shard = hash & ((1 << kShardBits) - 1);
     waiting[shard].push_back(word);
     if (waiting[shard].size() == kBatch) counter_.shards_[shard].add(waiting[shard]);
   }
@@ -69,7 +70,7 @@ template <class Word>
 void WordCounter::Shard::add(std::vector<Word>& words) {
   const std::lock_guard lock(mutex);
   Table<Word>& table = std::get<Table<Word>>(tables);
-  for (const Word& word : words) __builtin_prefetch(&table.entries[word.hash() & (table.entries.size() - 1)]);
+  for (const Word& word : words) __builtin_prefetch(&table.entries[table.home_of(word)]);
   for (const Word& word : words) {
     Word& entry = table.find(word);
     if (entry.count != 0) {

@@ -36,6 +36,7 @@ class WordCounter {
   size_t num_threads() const { return num_threads_; }
 
  private:
+  static constexpr int kShardBits = 6;
   struct Part {
     std::string_view text;
     Segment segment;
@@ -60,11 +61,12 @@ class WordCounter {
   struct Table {
     std::vector<Word> entries = std::vector<Word>(16);
     size_t used = 0;
+    // Where a word is first looked for: by bits that do not choose the shard. The upper bits of a hash are no good.
+    size_t home_of(const Word& word) const { return word.hash() >> kShardBits & (entries.size() - 1); }
     // The place of a word, or an empty one for it.
     Word& find(const Word& word) {
-      const size_t mask = entries.size() - 1;
-      size_t i = word.hash() & mask;
-      while (entries[i].count != 0 && !entries[i].same(word)) i = (i + 1) & mask;
+      size_t i = home_of(word);
+      while (entries[i].count != 0 && !entries[i].same(word)) i = (i + 1) & (entries.size() - 1);
       return entries[i];
     }
     // After a word was put into an empty place.
@@ -90,7 +92,6 @@ class WordCounter {
 
   void count(const std::vector<Part>& parts);
 
-  static constexpr int kShardBits = 6;
   Splitter splitter_;
   SpecialTokens specials_;
   TokenSet all_specials_;
