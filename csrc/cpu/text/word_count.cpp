@@ -17,14 +17,14 @@ constexpr size_t kArenaBlock = 1 << 14;
 // there are enough of one shard to be worth its lock.
 class WordCounter::Recent {
  public:
-  explicit Recent(WordCounter& counter) : counter_(counter), entries_(size_t{1} << kBits) {
+  explicit Recent(WordCounter& counter) : counter_(counter), entries_(kMask + 1) {
     for (auto& waiting : shorts_) waiting.reserve(kBatch);
     for (auto& waiting : longs_) waiting.reserve(kBatch);
   }
 
   void add(const ShortWord& word) {
     const uint64_t hash = hash_word(word);
-    Short& entry = entries_[hash & (entries_.size() - 1)];
+    Short& entry = entries_[hash & kMask];
     if (entry.word != word) {
       if (entry.count != 0) send(shorts_, hash, entry);  // to the shard that both belong to
       entry = {word, 0};
@@ -58,7 +58,7 @@ class WordCounter::Recent {
     if (waiting[shard].size() == kBatch) counter_.shards_[shard].add(waiting[shard]);
   }
 
-  static constexpr int kBits = 13;
+  static constexpr size_t kMask = (1 << 13) - 1;
   static constexpr size_t kBatch = 64;
   WordCounter& counter_;
   std::vector<Short> entries_;
