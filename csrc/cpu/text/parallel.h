@@ -36,12 +36,13 @@ class Team {
   template <class Task>
   void run(size_t count, Task&& task) {
     if (count == 0) return;
+    if (count == 1) return task(0, 0);  // stays on this thread's core, with what its cache holds
     const std::function<void(size_t, size_t)> reference = std::ref(task);
     task_ = &reference;
     count_ = static_cast<int64_t>(count);
     unfinished_ = count_;
     waiting_ = count_;
-    if (count > 1) waiting_.notify_all();
+    waiting_.notify_all();
     work(0);
     await(unfinished_, [](int64_t left) { return left == 0; });
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
