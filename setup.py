@@ -15,9 +15,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
 TEXT_ONLY = os.environ.get("CS336_TEXT_ONLY") == "1"
-DEPENDENCIES = ["numpy", "regex", "rich", "tyro>=1.0", "matplotlib"]
+DEPENDENCIES = ["numpy", "regex", "rich", "tyro>=1.0"]
 if not TEXT_ONLY:
-    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2"]
+    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2", "matplotlib"]
 
 
 def require(program: str, *candidates: str, install: str) -> None:

@@ -218,6 +218,11 @@ def coding(name: str, rows: list[Row]) -> Iterator[str]:
                 if speed(row, which) > speed(ours, which) > 0
             ]
     yield ""
+    if other := {f"{row['tool']} on {row['text']}" for row in rows if row.get("ids") == "other"}:
+        yield f"Other ids than ours, or another text: {', '.join(sorted(other))}."
+    else:
+        yield "All give the same ids and texts."
+    yield ""
     yield f"Ahead of cs336: {'; '.join(behind)}." if behind else "Nothing is ahead of cs336."
 
 

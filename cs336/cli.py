@@ -189,12 +189,14 @@ def tokenizer_train(
         inputs: files or directories; standard input if there are none.
         output: where the tokenizer goes.
         vocab_size: tokens, the 256 bytes and the special ones included.
-        special_tokens: texts that stand for one id.
+        special_tokens: texts that stand for one id; they come after the inputs.
         pattern: how text is split first: gpt2, cl100k, o200k or a regular expression.
         num_threads: as many as there are, if not given.
     """
     from cs336.tokenizer import Tokenizer
 
+    if not inputs and (files := [text for text in special_tokens if os.path.exists(text)]):
+        raise ValueError(f"--special-tokens has the name of a file, {files[0]}: name the files before the options")
     if not inputs and sys.stdin.isatty():
         print("reading standard input, up to Ctrl-D", file=sys.stderr)
     source = list(inputs) or [Path("/dev/stdin")]
@@ -210,7 +212,7 @@ def tokenizer_encode(
     inputs: Positional[Paths] = (),
     shards: MaybePath = None,
     val_fraction: float = 0.02,
-    ordinary: bool = False,
+    special: bool = False,
 ) -> None:
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
@@ -220,7 +222,7 @@ def tokenizer_encode(
             --shards also JSON lines, parquet, and directories.
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
         val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself.
-        ordinary: numbers alone: read special tokens in the text as ordinary text, not as their ids.
+        special: numbers alone: read special tokens in the text as their ids, not as ordinary text.
     """
     from cs336.tokenizer import convert
 
@@ -241,7 +243,7 @@ def tokenizer_encode(
         return
     if separate := [path for path in inputs if holds_documents(path)]:
         raise ValueError(f"{separate[0]} holds separate documents: give --shards DIRECTORY to encode them")
-    for i, token_id in enumerate(loaded.encode_iterable(_blocks(inputs), () if ordinary else "all", ())):
+    for i, token_id in enumerate(loaded.encode_iterable(_blocks(inputs), "all" if special else (), ())):
         sys.stdout.write(f"{token_id}\n" if i % 16 == 15 else f"{token_id} ")
     sys.stdout.write("\n")
 

@@ -65,7 +65,7 @@ def versions() -> Iterator[Line]:
             driver or "none here: install it from nvidia.com/drivers if there is a GPU",
         )
     else:
-        yield "torch", False, "the tokenizer works without it; for the rest install torch, then cs336 again"
+        yield "torch", False, "the tokenizer works without it; for the rest install cs336 without CS336_TEXT_ONLY"
     nvcc = shutil.which("nvcc")
     yield "nvcc", nvcc is not None, _nvcc(nvcc) if nvcc else "not on PATH: install the CUDA toolkit 12.8 or newer"
     if forced := {name: value for name, value in os.environ.items() if name.startswith("CS336_")}:
@@ -110,6 +110,7 @@ def compiled() -> Iterator[Line]:
         text = f"{error}: run `pip install -e .` with a C++ compiler"
     yield "_text (tokenizer)", text is None, text or "loaded"
     if not HAS_TORCH:
+        yield "_C, _C_cuda (kernels)", False, "not built: they need torch"
         return
     cuda = _load.CUDA_MISSING
     if cuda and not torch.cuda.is_available() and (HERE / "_C_cuda.so").exists():

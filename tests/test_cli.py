@@ -161,8 +161,8 @@ def test_special_tokens(tokenizer, capsys, monkeypatch):
         assert main(["tokenizer", "encode", tokenizer, *options]) == 0
         return capsys.readouterr().out.split()
 
-    assert encode()[-1] == "299"
-    assert "299" not in encode("--ordinary")
+    assert encode("--special")[-1] == "299"
+    assert "299" not in encode()
 
 
 def test_shards(tokenizer, text_file, tmp_path, capfdbinary):
@@ -259,6 +259,7 @@ def test_errors_of_tokenizer_verbs(tokenizer, text_file, tmp_path, capsys):
     assert "line 1 of the token ids" in fails(["tokenizer", "decode", tokenizer, str(text_file)], capsys)
     assert "--shards needs files" in fails(["tokenizer", "encode", tokenizer, "--shards", str(tmp_path / "s")], capsys)
     assert "too small" in fails(["tokenizer", "train", str(text_file), "--vocab-size", "3"], capsys)
+    assert "before the options" in fails(["tokenizer", "train", "--special-tokens", "<e>", str(text_file)], capsys)
 
 
 # ---- train, generate, report ----

@@ -56,8 +56,11 @@ def plot_format(path: str | os.PathLike) -> str:
 
 def plot(rows: Sequence[Comparison], path: str | os.PathLike) -> None:
     """Bars of bytes per token and of speed, as PNG, SVG or PDF by the name of the file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib") from None
 
     kind = plot_format(path)
     figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")
