@@ -265,6 +265,7 @@ class PyEncoder {
     };
     struct alignas(128) Worker {
       Utf8 utf8;
+      std::optional<Encoder::Lease> cache;
       size_t num_bytes = 0;  // of all texts that it met
     };
     const std::span<const RawText> raws = texts.raws();
@@ -281,6 +282,9 @@ class PyEncoder {
 
     const auto is_long = [&](const Group& group) {
       return workers.size() > 1 && group.end - group.begin == 1 && raws[group.begin].size > kLong;
+    };
+    const auto cache_of = [&](Worker& worker) -> const Encoder::Lease& {
+      return worker.cache ? *worker.cache : worker.cache.emplace(*core_);
     };
     const auto read = [&](const Group& group, Worker& worker) {
       const auto views = worker.utf8.assign(raws.subspan(group.begin, group.end - group.begin));
@@ -312,14 +316,15 @@ class PyEncoder {
     };
 
     Team team(workers.size());
-    team.run(groups.size(), [&](size_t i, size_t worker) {
+    team.run(groups.size(), [&](size_t i, size_t number) {
       Group& group = groups[i];
+      Worker& worker = workers[number];
       if (is_long(group)) return;
       Buffer<Id> ids = take_buffer();
-      core_->encode_batch(read(group, workers[worker]), policy.allowed, after, &counts[group.begin], ids);
+      core_->encode_batch(cache_of(worker), read(group, worker), policy.allowed, after, &counts[group.begin], ids);
       group.parts.push_back(std::move(ids));
       group.is_ready = true;
-      if (worker == 0) consume_ready();
+      if (number == 0) consume_ready();
     });
     for (Group& group : groups) {
       if (!is_long(group)) continue;
@@ -328,9 +333,9 @@ class PyEncoder {
       cut(text, true, kGroup, core_->splitter(), core_->specials(), policy.allowed, segments);
       if (after != kNotFound) segments.push_back({text.size(), text.size(), after});
       group.parts.resize(segments.size());
-      team.run(segments.size(), [&](size_t i, size_t) {
+      team.run(segments.size(), [&](size_t i, size_t number) {
         Buffer<Id> ids = take_buffer();
-        core_->encode_segments(text, &segments[i], 1, ids);
+        core_->encode_segments(cache_of(workers[number]), text, &segments[i], 1, ids);
         group.parts[i] = std::move(ids);
       });
       for (const Buffer<Id>& part : group.parts) counts[group.begin] += part.size();
@@ -425,7 +430,7 @@ class StreamEncoder {
     policy_.check(core.specials(), before_ + pending_);
     std::vector<Segment> segments;
     const size_t done = cut(pending_, last, kNotFound, core.splitter(), core.specials(), policy_.allowed, segments);
-    core.encode_segments(pending_, segments.data(), segments.size(), ids);
+    core.encode_segments(Encoder::Lease(core), pending_, segments.data(), segments.size(), ids);
     before_.append(pending_, 0, done);
     before_.erase(0, before_.size() - std::min(before_.size(), core.specials().longest()));
     pending_.erase(0, done);

@@ -138,7 +138,7 @@ std::vector<std::vector<uint32_t>> encode(const Encoder& encoder, const std::vec
                                           const TokenSet& allowed) {
   std::vector<size_t> counts(texts.size());
   Buffer<Id> flat;
-  encoder.encode_batch(texts, allowed, kNotFound, counts.data(), flat);
+  encoder.encode_batch(Encoder::Lease(encoder), texts, allowed, kNotFound, counts.data(), flat);
   std::vector<std::vector<uint32_t>> ids;
   const Id *next = flat.data(), *end = next + flat.size();
   for (const size_t count : counts) {
@@ -204,7 +204,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (const bool last : {false, true}) {
     std::vector<Segment> segments;
     const size_t done = cut(pending, last, kNotFound, encoder.splitter(), encoder.specials(), all, segments);
-    encoder.encode_segments(pending, segments.data(), segments.size(), parts);
+    encoder.encode_segments(Encoder::Lease(encoder), pending, segments.data(), segments.size(), parts);
     pending = pending.substr(done) + text.substr(seen);
   }
   require(whole == taken(parts), "a text in two parts has the ids of the whole");

@@ -21,33 +21,24 @@ std::vector<uint32_t> ordinary_ids(const Tokens& tokens, const std::vector<uint3
 
 }  // namespace
 
-// Takes a cache out for one call, a new one where all are in use.
-class Encoder::Lease {
- public:
-  explicit Lease(const Encoder& encoder) : encoder_(encoder) {
-    for (auto& slot : encoder_.caches_) {
-      if (slot.load(std::memory_order_relaxed) == nullptr) continue;
-      cache_.reset(slot.exchange(nullptr, std::memory_order_acquire));
-      if (cache_) return;
-    }
-    cache_ = std::make_unique<WordCache>(encoder.whole_words_);
+Encoder::Lease::Lease(const Encoder& encoder) : encoder_(encoder) {
+  for (auto& slot : encoder_.caches_) {
+    if (slot.load(std::memory_order_relaxed) == nullptr) continue;
+    cache_.reset(slot.exchange(nullptr, std::memory_order_acquire));
+    if (cache_) return;
   }
-  ~Lease() {
-    for (auto& slot : encoder_.caches_) {
-      WordCache* none = nullptr;
-      if (slot.compare_exchange_strong(none, cache_.get(), std::memory_order_release)) {
-        cache_.release();
-        return;
-      }
-    }
-  }
-  Lease(const Lease&) = delete;
-  WordCache& operator*() const { return *cache_; }
+  cache_ = std::make_unique<WordCache>(encoder.whole_words_);
+}
 
- private:
-  const Encoder& encoder_;
-  std::unique_ptr<WordCache> cache_;
-};
+Encoder::Lease::~Lease() {
+  for (auto& slot : encoder_.caches_) {
+    WordCache* none = nullptr;
+    if (slot.compare_exchange_strong(none, cache_.get(), std::memory_order_release)) {
+      cache_.release();
+      return;
+    }
+  }
+}
 
 Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges,
                  bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids,
@@ -164,30 +155,29 @@ void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segm
 }
 
 template <class Id>
-void Encoder::encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<Id>& out) const {
-  const Lease cache(*this);
+void Encoder::encode_segments(const Lease& cache, std::string_view text, const Segment* segments, size_t count,
+                              Buffer<Id>& out) const {
   for (const Segment& s : std::span(segments, count)) encode_segment(*cache, text, s, out);
 }
-template void Encoder::encode_segments(std::string_view, const Segment*, size_t, Buffer<uint16_t>&) const;
-template void Encoder::encode_segments(std::string_view, const Segment*, size_t, Buffer<uint32_t>&) const;
+template void Encoder::encode_segments(const Lease&, std::string_view, const Segment*, size_t, Buffer<uint16_t>&) const;
+template void Encoder::encode_segments(const Lease&, std::string_view, const Segment*, size_t, Buffer<uint32_t>&) const;
 
 template <class Id>
-void Encoder::encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
-                           size_t* counts, Buffer<Id>& out) const {
-  const Lease cache(*this);
+void Encoder::encode_batch(const Lease& cache, std::span<const std::string_view> texts, const TokenSet& allowed,
+                           size_t after, size_t* counts, Buffer<Id>& out) const {
   std::vector<Segment> segments;
   for (const std::string_view text : texts) {
     segments.clear();
     cut(text, true, kNotFound, splitter_, specials_, allowed, segments);
     if (after != kNotFound) segments.push_back({text.size(), text.size(), after});
     const size_t before = out.size();
-    for (const Segment& segment : segments) encode_segment(*cache, text, segment, out);
+    encode_segments(cache, text, segments.data(), segments.size(), out);
     *counts++ = out.size() - before;
   }
 }
-template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
+template void Encoder::encode_batch(const Lease&, std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
                                     Buffer<uint16_t>&) const;
-template void Encoder::encode_batch(std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
+template void Encoder::encode_batch(const Lease&, std::span<const std::string_view>, const TokenSet&, size_t, size_t*,
                                     Buffer<uint32_t>&) const;
 
 void Encoder::refuse(const std::string& id) const {

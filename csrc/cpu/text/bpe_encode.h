@@ -28,16 +28,31 @@ class Encoder {
           bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
+  // A cache of words for one thread, taken out of those at rest, or made where all are in use. A thread keeps it for as
+  // long as it encodes: a cache that goes from one core to the other is slow.
+  class Lease {
+   public:
+    explicit Lease(const Encoder& encoder);
+    ~Lease();
+    Lease(const Lease&) = delete;
+    WordCache& operator*() const { return *cache_; }
+
+   private:
+    const Encoder& encoder_;
+    std::unique_ptr<WordCache> cache_;
+  };
+
   // Appends the ids of all texts, one after the other. The special tokens of `allowed` count as such and everything
   // else as ordinary text, and the special token `after` (an index, or kNotFound) comes behind each text. Writes how
   // many ids each text has to `counts`. Throws std::invalid_argument for a byte that has no token. Id: uint32_t, or
   // uint16_t where it holds all ids.
   template <class Id>
-  void encode_batch(std::span<const std::string_view> texts, const TokenSet& allowed, size_t after, size_t* counts,
-                    Buffer<Id>& out) const;
+  void encode_batch(const Lease& cache, std::span<const std::string_view> texts, const TokenSet& allowed, size_t after,
+                    size_t* counts, Buffer<Id>& out) const;
   // Appends the ids of text already cut.
   template <class Id>
-  void encode_segments(std::string_view text, const Segment* segments, size_t count, Buffer<Id>& out) const;
+  void encode_segments(const Lease& cache, std::string_view text, const Segment* segments, size_t count,
+                       Buffer<Id>& out) const;
   // Appends the bytes that ids stand for. Throws std::invalid_argument for an id that has no token. Reads each id once:
   // another thread may be writing them.
   // Id: uint16_t, uint32_t, int64_t or uint64_t.
@@ -58,7 +73,6 @@ class Encoder {
     char bytes[kMost] = {};
     uint8_t size = 0;
   };
-  class Lease;
   template <class Id>
   void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
   template <class Id>
