@@ -3,7 +3,9 @@
 A verb is made when it is asked for: its imports are inside, so that `cs336 --help` does not wait for torch.
 """
 
+import contextlib
 import inspect
+import itertools
 import os
 import pathlib
 import subprocess
@@ -16,7 +18,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
-from cs336.utils.documents import holds_documents, open_bytes, read_documents, unpacking
+from cs336.utils.documents import holds_documents, open_bytes, read_documents, refuse_binary, unpacking
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.terminal import visible
 
@@ -199,6 +201,9 @@ def tokenizer_train(
         raise ValueError(f"--special-tokens has the name of a file, {files[0]}: name the files before the options")
     if not inputs and sys.stdin.isatty():
         print("reading standard input, up to Ctrl-D", file=sys.stderr)
+    for path in inputs:
+        if path.is_file() and not holds_documents(path):
+            refuse_binary(path)
     source = list(inputs) or [Path("/dev/stdin")]
     trained = Tokenizer.train(source, vocab_size, special_tokens, pattern, num_threads, progress=sys.stderr.isatty())
     if not trained.merges and len(trained) < vocab_size:
@@ -241,7 +246,7 @@ def tokenizer_encode(
         for place, meta in written.items():
             print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
         return
-    if separate := [path for path in inputs if holds_documents(path)]:
+    if separate := [path for path in inputs if path.exists() and holds_documents(path)]:
         raise ValueError(f"{separate[0]} holds separate documents: give --shards DIRECTORY to encode them")
     for i, token_id in enumerate(loaded.encode_iterable(_blocks(inputs), "all" if special else (), ())):
         sys.stdout.write(f"{token_id}\n" if i % 16 == 15 else f"{token_id} ")
@@ -355,18 +360,21 @@ def tokenizer_compare(
         print(plot)
 
 
-def _open(inputs: tuple[Path, ...]) -> Iterator[IO[bytes]]:
-    for path in inputs:
-        with unpacking(path), open_bytes(path) as file:
-            yield file
-    if not inputs:
+@contextlib.contextmanager
+def _open(path: Path | None) -> Iterator[IO[bytes]]:
+    """A file, unpacked; standard input for None."""
+    if path is None:
         yield sys.stdin.buffer
+        return
+    with unpacking(path), open_bytes(path) as file:
+        yield file
 
 
 def _blocks(inputs: tuple[Path, ...]) -> Iterator[bytes]:
-    for file in _open(inputs):
-        while block := file.read(1 << 16):
-            yield block
+    for path in inputs or (None,):
+        with _open(path) as file:
+            while block := file.read(1 << 16):
+                yield block
 
 
 def _ids(inputs: tuple[Path, ...]) -> Iterator[Iterable[int]]:
@@ -376,12 +384,16 @@ def _ids(inputs: tuple[Path, ...]) -> Iterator[Iterable[int]]:
         for shard in open_tokens(inputs)[0]:
             yield from (shard[i : i + (1 << 20)] for i in range(0, len(shard), 1 << 20))
         return
-    for file in _open(inputs):
-        for number, line in enumerate(file, 1):
-            try:
-                yield [int(word) for word in line.split()]
-            except ValueError as error:
-                raise ValueError(f"line {number} of the token ids: expected numbers between spaces ({error})") from None
+    for path in inputs or (None,):
+        with _open(path) as file:
+            yield from itertools.starmap(_numbers, enumerate(file, 1))
+
+
+def _numbers(number: int, line: bytes) -> list[int]:
+    try:
+        return [int(word) for word in line.split()]
+    except ValueError as error:
+        raise ValueError(f"line {number} of the token ids: expected numbers between spaces ({error})") from None
 
 
 # ---- the program ----

@@ -85,7 +85,8 @@ py::array_t<Id> to_array(Buffer<Id> ids) {
 
 class PyEncoder {
  public:
-  // merges: pairs of tokens, the first merge first; none for tiktoken's rule. Raises ValueError for two ids that are
+  // specials: text and id; they are among the tokens too. merges: pairs of tokens, the first merge first; none for
+  // tiktoken's rule. Raises ValueError for two ids that are
   // the same ordinary token, and for a merge of what are none.
   PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
             const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>& merges,

@@ -34,6 +34,12 @@ def tokenizer(tmp_path, text_file):
     return str(path)
 
 
+def last_line(arguments, capsys):
+    """Of stderr, of a user's error that comes after some output."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def fails(arguments, capsys):
     """The one line on stderr of a user's error."""
     assert main(arguments) == 2
@@ -191,6 +197,12 @@ def test_encode_of_packed_text_and_of_documents(tokenizer, text_file, tmp_path, 
     assert "give --shards" in fails(["tokenizer", "encode", tokenizer, str(documents)], capsys)
     assert main(["tokenizer", "compare", tokenizer, "--text", str(documents)]) == 0
     assert "1.000" in capsys.readouterr().out  # bytes per token of six bytes, not of JSON
+    (tmp_path / "cut.txt.gz").write_bytes(packed.read_bytes()[:20])
+    (tmp_path / "packed.zst").write_bytes(b"\x28\xb5\x2f\xfd\0")
+    for verb in (["encode", tokenizer], ["decode", tokenizer], ["compare", tokenizer, "--text"]):
+        assert "cut.txt.gz is damaged" in last_line(["tokenizer", *verb, str(tmp_path / "cut.txt.gz")], capsys)
+    assert "packed.zst is binary" in fails(["tokenizer", "train", str(tmp_path / "packed.zst")], capsys)
+    assert "No such file" in fails(["tokenizer", "encode", tokenizer, str(tmp_path / "none.jsonl")], capsys)
     output = str(tmp_path / "none.json")
     assert main(["tokenizer", "train", str(empty), "--output", output]) == 2
     assert "nothing to merge" in capsys.readouterr().err

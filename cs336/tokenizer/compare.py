@@ -31,6 +31,8 @@ class Comparison:
 
 def compare(tokenizers: dict[str, Tokenizer], documents: Sequence[str | bytes]) -> list[Comparison]:
     """Each tokenizer on documents, special tokens read as ordinary text. Raises ValueError if there is no text."""
+    if isinstance(documents, str | bytes):
+        raise ValueError(f"expected a list of texts, got one text: {type(documents).__name__}")
     size = sum(len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")) for text in documents)
     if not size:
         raise ValueError("there is no text to compare the tokenizers on")

@@ -74,9 +74,11 @@ def _spans(tokens: Collection[str] | Collection[bytes]) -> Iterator[tuple[int, i
 def _pairs(merges: Iterable[Sequence[Any]], translate: Callable[[list], list]) -> list[tuple[Any, Any]]:
     """Both sides of merges spelled or unspelled."""
     lefts, rights = [], []
-    for left, right in merges:
-        lefts.append(left)
-        rights.append(right)
+    for number, merge in enumerate(merges):
+        if len(merge) != 2:
+            raise ValueError(f"merge {number} is {merge!r}, expected two tokens")
+        lefts.append(merge[0])
+        rights.append(merge[1])
     return list(zip(translate(lefts), translate(rights), strict=True))
 
 
@@ -162,7 +164,7 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
 def _vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
     """id -> bytes of a vocabulary in GPT-2's alphabet, which may list the special tokens too, as they are."""
     vocab = {i: text.encode() for text, i in specials.items()}
-    ordinary = {token: i for token, i in ids.items() if specials.get(token) != i}
+    ordinary = {token: i for token, i in ids.items() if token not in specials or specials[token] != i}
     for token, i in zip(unspell(ordinary), ordinary.values(), strict=True):
         if i in vocab:
             raise ValueError(f"id {i} is given to two tokens")
@@ -287,6 +289,15 @@ def load_json(path: str | os.PathLike) -> Any:
     """The document of a JSON file. Raises ValueError, naming the file, if it is damaged."""
     with reading(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the name of a file before what is wrong with its contents, or does not fit them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Tokenizer:
     which is kept for later calls.
 
     Args:
-        vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1.
+        vocab: id -> bytes. Ids may have holes and any order, up to 2**24 - 1; each up to the largest takes 30 bytes.
         merges: pairs of tokens, first merge first; the two together must be in the vocabulary too. None: any two tokens
             that together are a token merge, the lowest id first, and a piece that is a token is that token: the rule
             of tiktoken, where ids are ranks.
@@ -85,18 +85,19 @@ class Tokenizer:
         of threads, nor on how a file is read.
 
         Args:
-            source: a path; several, as `pathlib.Path` or a list of str that all name files; or an iterable of
-                documents, str or bytes. A str alone is a path. JSON lines, parquet and directories are read by
-                cs336.utils.documents.read_documents; any other file as a stream of bytes, unpacked if its name ends
-                in .gz, .xz or .bz2. Nothing is merged across documents, files or special tokens.
+            source: a path; several, as `pathlib.Path` or a list of str that are all paths; or an iterable of
+                documents, str or bytes. A str alone is a path. JSON lines and parquet are read by
+                cs336.utils.documents.read_documents, of a directory each file but binary ones, and any other file as a
+                stream of bytes, unpacked if its name ends in .gz, .xz or .bz2. Nothing is merged across documents,
+                files or special tokens.
             vocab_size: the size wanted, special tokens included; at least 256 and one for each of them.
                 Fewer are made, with a warning, where the text has no pair left to merge.
             special_tokens: the text is split at these first (the longest that fits), and they are not counted.
             num_threads: None for as many as this process may run on.
             progress: show a bar.
 
-        Raises ValueError for a vocab_size that is too small and for a source that is none of the above, and
-        FileNotFoundError.
+        Raises ValueError for a vocab_size that is too small and for a source that is none of the above, TypeError for
+        a document that is neither str nor bytes, and FileNotFoundError.
         Memory does not grow with the size of the text, but with its distinct pieces, all of which are counted
         exactly: some 150 bytes for a word of English, 13 a byte for others, 0.5 MB and 48 bytes a merge for each
         thread, and 16 MB, four times the longest piece, or twice the longest document.
@@ -121,7 +122,8 @@ class Tokenizer:
         parts, fingerprint = formats.read_json(path)
         with formats.reading(path):
             tokenizer = cls(*parts)
-        if tokenizer.fingerprint != fingerprint:
+            found = tokenizer.fingerprint
+        if found != fingerprint:
             raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
         return tokenizer
 
@@ -136,14 +138,17 @@ class Tokenizer:
         """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
         specials = None if special_tokens is None else _checked_specials(special_tokens)
         vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
-        return cls(vocab, merges, given if specials is None else specials, pattern)
+        with formats.naming(vocab_json):
+            return cls(vocab, merges, given if specials is None else specials, pattern)
 
     @classmethod
     def from_tiktoken(
         cls, ranks: str | os.PathLike, pattern: str, special_tokens: Iterable[str] | dict[str, int] | None = None
     ) -> "Tokenizer":
         """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
-        return cls(formats.read_tiktoken(ranks), None, special_tokens, pattern)
+        vocab = formats.read_tiktoken(ranks)
+        with formats.naming(ranks):
+            return cls(vocab, None, special_tokens, pattern)
 
     @classmethod
     def from_huggingface(cls, path: str | os.PathLike, without_normalizer: bool = False) -> "Tokenizer":
@@ -536,6 +541,8 @@ def _place_specials(
     """The ids of the special tokens; new ones are added to the vocabulary. merges: None for ranks."""
     specials = _checked_specials(special_tokens or ())
     given = special_tokens if isinstance(special_tokens, dict) else {}
+    for text, i in given.items():
+        _checked_vocab({i: text.encode()})
     wanted = {text.encode() for text in specials}
     ids_of: dict[bytes, list[int]] = {}
     for i, token in sorted(pair for pair in vocab.items() if pair[1] in wanted):

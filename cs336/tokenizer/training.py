@@ -11,7 +11,16 @@ from typing import cast
 from cs336 import _text
 from cs336.tokenizer.patterns import for_core
 from cs336.utils.batching import batches
-from cs336.utils.documents import COMPRESSED, JSON_LINES, holds_documents, open_bytes, read_documents, unpacking
+from cs336.utils.documents import (
+    COMPRESSED,
+    JSON_LINES,
+    files_below,
+    holds_documents,
+    is_binary,
+    open_bytes,
+    read_documents,
+    unpacking,
+)
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
 BLOCK = 8 << 20  # bytes of text in memory at a time
@@ -66,8 +75,9 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text is the name of a file, or looks like that of one that is not there."""
-    return _is_file(text) or (len(text.split()) == 1 and Path(text).suffix in SUFFIXES)
+    """Whether a text is a path, or looks like that of a file that is not there."""
+    one_line = len(text) < 256 and "\n" not in text and "\0" not in text
+    return one_line and (os.path.exists(text) or Path(text).suffix.lower() in SUFFIXES)
 
 
 def _is_file(text: str) -> bool:
@@ -81,6 +91,11 @@ def _count_documents(counter: _text.WordCounter, documents: Iterable[str | bytes
 
 
 def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator[int]:
+    if os.path.isdir(path):
+        for inside in files_below(path):
+            if holds_documents(inside) or not is_binary(inside):
+                yield from _count_file(counter, inside)
+        return
     if holds_documents(path):
         yield from _count_documents(counter, read_documents(path))
         return

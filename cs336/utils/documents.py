@@ -62,15 +62,21 @@ def read_documents(paths: Paths, separator: str = END_OF_TEXT, *, without: pathl
 
 
 def _read_directory(directory: pathlib.Path, separator: str, without: pathlib.Path | None) -> Iterator[str]:
+    for path in files_below(directory, without):
+        yield from _read_file(path, separator, alone=False)
+
+
+def files_below(directory: str | os.PathLike, without: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """The files of a directory, in order, as `read_documents` takes them; binary ones too."""
     left_out = None if without is None else without.resolve()
-    for root, folders, names in os.walk(directory, onerror=_raise):
+    for root, folders, names in os.walk(pathlib.Path(directory), onerror=_raise):
         if pathlib.Path(root).resolve() == left_out:
             folders.clear()
             continue
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for path in (pathlib.Path(root, n) for n in sorted(names) if not n.startswith(".")):
             if path.is_file():
-                yield from _read_file(path, separator, alone=False)
+                yield path
 
 
 def _raise(error: OSError) -> None:
@@ -84,10 +90,12 @@ def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]
             yield from _read_parquet(path)
         elif suffix in JSON_LINES:
             yield from _read_json_lines(path)
-        elif not _is_binary(path):
+        else:
+            if alone:
+                refuse_binary(path)
+            elif is_binary(path):
+                return
             yield from _read_text(path, separator, alone)
-        elif alone:
-            raise ValueError(f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2)")
 
 
 def _suffix(path: pathlib.Path) -> str:
@@ -108,9 +116,16 @@ def unpacking(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {error}") from None  # what gzip and bz2 raise
 
 
-def _is_binary(path: pathlib.Path) -> bool:
-    with open_bytes(path) as file:
+def is_binary(path: str | os.PathLike) -> bool:
+    """Whether a zero byte is near the front of a file, unpacked. Raises ValueError if it cannot be unpacked."""
+    with unpacking(path), open_bytes(path) as file:
         return b"\0" in file.read(8192)
+
+
+def refuse_binary(path: str | os.PathLike) -> None:
+    """Raises ValueError for a binary file."""
+    if is_binary(path):
+        raise ValueError(f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2)")
 
 
 def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:

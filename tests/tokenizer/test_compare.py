@@ -25,5 +25,7 @@ def test_plot(rows, name, begins, tmp_path):
 def test_errors(rows, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no text"):
         compare.compare({"x": tokenizer}, [b"", ""])
+    with pytest.raises(ValueError, match="expected a list of texts"):
+        compare.compare({"x": tokenizer}, b"text")
     with pytest.raises(ValueError, match=r"is a \.png, \.svg or \.pdf file"):
         compare.plot(rows, tmp_path / "c.txt")

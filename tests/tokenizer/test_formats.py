@@ -281,7 +281,8 @@ def put(document, where, value):
         (["model", "vocab", " "], 5000, "alphabet"),
         (["model", "vocab", ""], 5000, "tokens must be bytes"),
         (["model", "merges"], None, "damaged"),
-        (["model", "merges"], [["a"]], "unpack"),
+        (["model", "vocab", "ab"], None, "ids must be integers"),
+        (["model", "merges"], [["a"]], r"merge 0 is \['a'\], expected two tokens"),
         (["model", "merges"], [["a", 1]], "damaged"),
         (["model", "merges"], [["x", "y"]], "needs the token b'xy'"),
         (["model", "merges"], [["a", "b"]], "its fingerprint does not match"),
@@ -340,7 +341,7 @@ def test_files_cut_or_changed_anywhere(saved, data, tmp_path):
 def test_broken_merges_txt(merges, message, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate([*spell(BYTES.values()), "ab"])}))
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(vocab\.json|merges\.txt).*{message}"):
         Tokenizer.from_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\r\na b\r\n")
     assert Tokenizer.from_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt").encode("ab") == [256]
@@ -351,7 +352,7 @@ def test_broken_merges_txt(merges, message, tmp_path):
 )
 def test_broken_ranks(line, tmp_path):
     (tmp_path / "ranks").write_text(line)
-    with pytest.raises(ValueError, match=r"line \d is|rank 0 a second time|ids must be|the same token"):
+    with pytest.raises(ValueError, match=r"ranks.*(line \d is|rank 0 a second time|ids must be|the same token)"):
         Tokenizer.from_tiktoken(tmp_path / "ranks", "gpt2")
 
 

@@ -210,6 +210,12 @@ def test_files_of_documents(tmp_path):
     for source in (tmp_path / "a.jsonl", str(folder), [folder / "b.jsonl.gz"]):
         assert Tokenizer.train(source, 280).merges == expected
     assert Tokenizer.train(tmp_path / "c.txt.xz", 260).merges == Tokenizer.train(documents[:1], 260).merges
+    large = "".join(f"{'x' * (i % 90)} {i}\n\n" for i in range(25_000))  # more than is looked at for a separator
+    for name, data in (("one.txt", b"\xff\xfe \xff\xfe"), ("two.md", large.encode()), ("three.bin", b"\0 binary")):
+        (folder / name).write_bytes(data)
+    named = [folder / name for name in ("b.jsonl.gz", "one.txt", "two.md")]
+    assert Tokenizer.train(folder, 300).merges == Tokenizer.train(named, 300).merges
+    assert Tokenizer.train([str(folder)], 300).merges == Tokenizer.train(named, 300).merges
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(lines)[:-9])
     with pytest.raises(ValueError, match=r"d\.txt\.gz is damaged"):
         Tokenizer.train(tmp_path / "d.txt.gz", 280)
@@ -221,7 +227,7 @@ def test_bad_sources(tmp_path):
     for source in ([str(path), "a document"], iter([str(path)])):
         with pytest.raises(ValueError, match=r"is the name of a file, .* give pathlib\.Path"):
             Tokenizer.train(source, 300)
-    for source in ("no such file", ["missing.txt", "corpus.jsonl.gz"], [str(path), "missing.txt"]):
+    for source in ("no such file", ["a missing.txt", "CORPUS.JSONL.GZ"], [str(path), "missing.txt"]):
         with pytest.raises(FileNotFoundError):
             Tokenizer.train(source, 300)
     assert Tokenizer.train(["documents.", "are words", "a.txt is one"], 257).merges
@@ -233,6 +239,12 @@ def test_bad_sources(tmp_path):
         Tokenizer.train([1], 300)
     with pytest.raises(ZeroDivisionError):
         Tokenizer.train((str(1 // i) for i in (1, 0)), 300)
+
+
+@pytest.mark.parametrize("i", [None, "3", -1, 1 << 24, 1.0])
+def test_bad_ids_of_specials(i):
+    with pytest.raises(ValueError, match=r"ids must be integers from 0 to 16777215, got"):
+        Tokenizer({0: b"a"}, [], {"<|a|>": i})
 
 
 @pytest.mark.parametrize("specials", [["<|a|>", "<|a|>"], [""], [b"x"], "abc", ["\ud800"]])
