@@ -199,17 +199,22 @@ def tokenizer(rows: list[Row]) -> Iterator[str]:
 
 def coding(name: str, rows: list[Row]) -> Iterator[str]:
     columns = list(dict.fromkeys((row["text"], row["threads"]) for row in rows))
-    yield f"Vocabulary `{name}`: MB of text a second, cold / warm; a CPU second on one thread, else by the clock"
+    yield (
+        f"Vocabulary `{name}`: MB of text a second, cold / warm; a CPU second on one thread, else by the clock; and "
+        "the most memory of the row at its peak, the library and the texts included"
+    )
     yield ""
-    yield "| | | " + " | ".join(f"{text}, {threads} thread{'s' * (threads > 1)}" for text, threads in columns) + " |"
-    yield "| --- | --- " + "| ---: " * len(columns) + "|"
+    heads = [f"{text}, {threads} thread{'s' * (threads > 1)}" for text, threads in columns]
+    yield "| | | " + " | ".join([*heads, "peak MB"]) + " |"
+    yield "| --- | --- " + "| ---: " * (len(columns) + 1) + "|"
     cells: dict[tuple, Row] = {}
     for row in rows:
         cells[row.get("output", row["job"]), row["tool"], row["text"], row["threads"]] = row
     behind = []
     for output, tool in dict.fromkeys(key[:2] for key in cells):
         found = [cells.get((output, tool, *column), {}) for column in columns]
-        yield f"| {output} | {tool} | " + " | ".join(map(speeds, found)) + " |"
+        peak = max((row["peak_mb"] for row in found if "peak_mb" in row), default=None)
+        yield f"| {output} | {tool} | " + " | ".join([*map(speeds, found), both([peak], ".0f")]) + " |"
         for row, column in zip(found, columns, strict=True):
             ours = cells.get((output, "cs336", *column), {})
             behind += [

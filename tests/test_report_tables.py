@@ -108,7 +108,7 @@ def test_tokenizers():
     }
     rows = [
         {"op": "tokenizer", "tool": "fastokens", "skipped": "No module named 'fastokens'"},
-        coded("cs336", "numpy", 0.1, 0.05),
+        coded("cs336", "numpy", 0.1, 0.05, peak_mb=88.4),
         coded("snaptokens", "numpy", 0.2, 0.04, ids="other"),
         coded("tiktoken", "numpy", None, None, failed="KeyError"),
         coded("cs336", None, 0.1, 0.1, job="decode", threads=2, cold_wall=0.05, warm_wall=0.05),
@@ -118,7 +118,7 @@ def test_tokenizers():
     ]
     header = {"cpu": "EPYC", "cores": 2, "python": "3.12", "peers": {"snaptokens": "0.2"}, "commit": "abc", "date": "d"}
     text = report.table("tokenizer", {"cpu": {"tokenizer": {"header": header | {"command": "c"}, "rows": rows}}})
-    assert "| numpy | cs336 | 200.0 / 400.0 | – |" in text
+    assert "| numpy | cs336 | 200.0 / 400.0 | – | 88 |" in text
     assert "| numpy | snaptokens | 100.0 / 500.0 (other ids) | – |" in text
     assert "| numpy | tiktoken | – | – |" in text
     assert "Ahead of cs336: snaptokens numpy code x1 warm 1.25x." in text
