@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
-from cs336.utils.documents import holds_documents, open_bytes, read_documents, refuse_binary, unpacking
+from cs336.utils.documents import holds_documents, open_bytes, read_texts, refuse_binary, unpacking
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.terminal import visible
 
@@ -40,8 +40,9 @@ def quickstart(arguments: list[str]) -> Run:
 
     Stages whose output is current are skipped; after Ctrl-C the same command continues.
     """
-    from cs336.quickstart import Interrupted, Quickstart
+    from cs336.quickstart import Quickstart
     from cs336.quickstart import quickstart as main_job
+    from cs336.utils.stages import Interrupted
 
     def run(settings: Annotated[Quickstart, arg(name="")]) -> None:
         try:
@@ -57,9 +58,10 @@ def train(arguments: list[str]) -> Run:
 
     Settings come from --config FILE and from options, which win. `cs336 tokenizer encode --shards` makes the data.
     """
-    from cs336.quickstart import keep_tokenizer, sampler
+    from cs336.inference.samples import sampler
     from cs336.report import write_report
     from cs336.tokenizer import Tokenizer
+    from cs336.tokenizer.statistics import keep
     from cs336.training import TrainConfig, Trainer
 
     file = _option(arguments, "--config")
@@ -89,7 +91,7 @@ def train(arguments: list[str]) -> Run:
             settings, tokenizer=loaded, sample=None if loaded is None else sampler(loaded, prompt, settings.seed)
         )
         if tokenizer is not None and loaded is not None:
-            keep_tokenizer(loaded, settings.run_dir)
+            keep(loaded, settings.run_dir)
         finished = trainer.train().finished
         print(f"report: {write_report(settings.run_dir)}")
         if not finished:
@@ -237,7 +239,7 @@ def tokenizer_encode(
 
         if not inputs:
             raise ValueError("--shards needs files or directories to read")
-        documents = read_documents(inputs)
+        documents = read_texts(inputs)
         if val_fraction > 0:
             train, val = tokenize_corpus(documents, loaded, shards, val_fraction=val_fraction, progress=True)
             written = {shards / "train": train, shards / "val": val}
@@ -349,7 +351,7 @@ def tokenizer_compare(
     loaded = {str(path): convert.load(path, pattern) for path, pattern in given.items()}
     if plot is not None:
         compare.plot_format(plot)  # before the work, not after it
-    documents: Iterable[str | bytes] = read_documents(text) if holds_documents(text) else [b"".join(_blocks((text,)))]
+    documents: Iterable[str | bytes] = read_texts(text) if holds_documents(text) else [b"".join(_blocks((text,)))]
     rows = compare.compare(loaded, list(documents))
     print("vocabulary      tokens  bytes/token  MB/s, first  again  tokenizer")
     for row in rows:

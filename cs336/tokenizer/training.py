@@ -18,7 +18,7 @@ from cs336.utils.documents import (
     holds_documents,
     is_binary,
     open_bytes,
-    read_documents,
+    read_texts,
     unpacking,
 )
 
@@ -97,7 +97,7 @@ def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator
                 yield from _count_file(counter, inside)
         return
     if holds_documents(path):
-        yield from _count_documents(counter, read_documents(path))
+        yield from _count_documents(counter, read_texts(path))
         return
     with unpacking(path), open_bytes(path) as file:
         buffer, held = bytearray(BLOCK), 0

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from cs336.data import in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
+from cs336.data import for_split, in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
+from cs336.data.corpus import FEW, _pieces
 from cs336.tokenizer import Tokenizer
 from cs336.utils.shards import open_tokens
 
@@ -80,3 +81,28 @@ def test_with_our_tokenizer(tmp_path):
     ends = np.flatnonzero(ids == meta.eot_id)
     assert len(ends) == len(documents)
     assert [tokenizer.decode(part[part != meta.eot_id]) for part in np.split(ids, ends)[:-1]] == documents
+
+
+def test_few_documents_are_cut():
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    pieces = list(_pieces([text, "short", " \n"]))
+    assert "".join(pieces) == text + "short"
+    assert FEW < len(pieces) <= 2 * FEW + 2
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    line = text.replace("\n", " ")
+    assert "".join(_pieces([line])) == line
+    assert FEW <= len(list(_pieces([line]))) <= 2 * FEW
+    assert list(_pieces([])) == []
+
+
+def test_six_books_are_cut_and_many_documents_are_not(tmp_path):
+    books = ["".join(f"book {b} line {i}\n" for i in range(1000)) for b in range(6)]
+    fraction, documents = for_split(books)
+    pieces = list(documents)
+    assert fraction == 0.1
+    assert "".join(pieces) == "".join(books)
+    _, val = tokenize_corpus(pieces, Bytes(), tmp_path, val_fraction=fraction)
+    assert val.documents >= 5
+    many = [f"document {i}" for i in range(FEW)]
+    assert (for_split(many)[0], list(for_split(many)[1])) == (0.02, many)
+    assert for_split(books, 0.5)[0] == for_split(many, 0.5)[0] == 0.5
