@@ -26,7 +26,7 @@ from cs336.models import Transformer, TransformerConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.statistics import keep
-from cs336.training import DataConfig, OptimizerConfig, TrainConfig, Trainer
+from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.documents import TEXT_FIELD
 from cs336.utils.files import replacing
@@ -288,7 +288,7 @@ class Job:
             run_dir=self.run_dir,
             data=DataConfig(self._tokens("train"), self._tokens("val")),
             model=model,
-            optimizer=OptimizerConfig(lr=shape.lr),
+            optimizer=AdamWConfig(lr=shape.lr),
             budget=f"{most_tokens}tok" if enough else f"{seconds:g}s",
             batch_size=shape.batch_size,
             device=settings.device,

@@ -3,14 +3,15 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from cs336.data import TokenDataset
-from cs336.evaluation.baseline import Baseline, baselines
+from cs336.data import TokenDataset, tokenize_documents
+from cs336.evaluation.baseline import MOST_COUNTED, Baseline, baselines
 from cs336.evaluation.held_out import bits_per_byte, mean_loss
 from cs336.models import Transformer
 from cs336.utils.files import Paths, replacing
@@ -55,6 +56,7 @@ def evaluate(
     *,
     text: str = "",
     most_tokens: int = MOST_TOKENS,
+    loss: float | None = None,
 ) -> Evaluation:
     """Loss and bits per byte over the windows of token shards, beside what needs no neural network.
 
@@ -62,6 +64,7 @@ def evaluate(
         held_out, train: token shards with their sidecar; without those the model was trained on there is no unigram.
         text: what the report calls the held-out text.
         most_tokens: read about no more than this, in windows spread evenly.
+        loss: what validation found, so that it is not measured again.
 
     Raises ValueError for shards of another tokenizer, without a sidecar, or too short for one window.
     """
@@ -69,15 +72,34 @@ def evaluate(
     data = TokenDataset(held_out, context, vocab_size=model.config.vocab_size, tokenizer=tokenizer.fingerprint)
     if data.meta is None:
         raise ValueError(f"{held_out} has no meta.json, which counts the bytes of its text")
-    windows = min(len(data), max(1, most_tokens // context))
-    loss = mean_loss(model, data, most_windows=windows)
     how = f"{data.meta.documents:,} documents, {data.meta.text_bytes / 1e6:.2f} MB, read {context} tokens at a time"
-    if windows < len(data):
-        how += f", {windows / len(data):.0%} of them"
-    train_text = None if train is None else texts(train, tokenizer)
+    if loss is None:
+        windows = min(len(data), max(1, most_tokens // context))
+        loss = mean_loss(model, data, most_windows=windows)
+        if windows < len(data):
+            how += f", {windows / len(data):.0%} of them"
+    train_text = None if train is None else _first(texts(train, tokenizer), MOST_COUNTED)
     others = baselines(train_text, texts(held_out, tokenizer), train, held_out)
     bits = bits_per_byte(loss, data.meta.tokens, data.meta.text_bytes)
     return Evaluation(loss, bits, text, how, tuple(others))
+
+
+def evaluate_text(
+    model: Transformer, tokenizer: Any, documents: Iterable[str], train: Paths | None = None, **options: Any
+) -> Evaluation:
+    """`evaluate` on documents. Raises ValueError, too, if there are none."""
+    with tempfile.TemporaryDirectory() as shards:
+        tokenize_documents(documents, tokenizer, shards, progress=True)
+        return evaluate(model, tokenizer, shards, train, **options)
+
+
+def _first(documents: Iterable[str], size: int) -> Iterator[str]:
+    """Documents until they hold `size` characters in all."""
+    for document in documents:
+        yield document
+        size -= len(document)
+        if size <= 0:
+            return
 
 
 def texts(paths: Paths, tokenizer: Decoder) -> Iterator[str]:

@@ -7,13 +7,11 @@ An arithmetic coder driven by the model would reach it (Shannon 1948), which mak
 
 import math
 
-import numpy as np
 import torch
 
-from cs336 import ops
 from cs336.data import TokenDataset
-from cs336.data.dataset import to_device
 from cs336.models import Transformer
+from cs336.training import NextToken, evaluators
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
@@ -27,13 +25,9 @@ def mean_loss(model: Transformer, data: TokenDataset, batch_size: int = 16, most
 
     most_windows: read no more of them than this, spread evenly.
     """
-    training = model.training
-    model.eval()
     count = min(len(data), len(data) if most_windows is None else most_windows)
-    index_N = np.arange(count) * len(data) // count
-    total = torch.zeros((), dtype=torch.float64)
-    for index_B in np.split(index_N, range(batch_size, count, batch_size)):
-        x_BT, y_BT = to_device(data.windows(index_B), model.device)
-        total += ops.cross_entropy(model(x_BT), y_BT).double().cpu() * len(index_B)
+    objective, training = NextToken(), model.training
+    model.eval()
+    loss = evaluators.mean_loss(lambda batch: objective(model, batch), data, count, batch_size, model.device)
     model.train(training)
-    return total.item() / count
+    return loss

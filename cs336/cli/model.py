@@ -1,0 +1,120 @@
+"""What is done with a trained model: `cs336 generate`, `evaluate`, `report`."""
+
+import sys
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from cs336.cli.common import MaybePath, Path, Paths, Run
+from cs336.utils.documents import TEXT_FIELD, read_texts
+from cs336.utils.terminal import visible
+
+
+def generate(arguments: list[str]) -> Run:
+    """Continue a prompt with a trained model, as it is written."""
+    import torch
+
+    from cs336.inference import SamplingParams, stream
+    from cs336.inference.load import find_model, find_tokenizer, load_model
+    from cs336.tokenizer import convert
+
+    def run(
+        model: Positional[Path],
+        prompt: str = "",
+        num_samples: int = 1,
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            prompt: text to continue; - reads it from standard input, an empty one begins a document.
+            num_samples: continue it so many times; with --seed, with that seed and those after it.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: of the weights. auto: as they were saved.
+        """
+        found = find_model(model)
+        loaded = convert.load(tokenizer or find_tokenizer(found))
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        network = load_model(found, device)
+        if dtype != "auto":
+            network = network.to(getattr(torch, dtype))
+        torch.seed()  # without --seed every run is another
+        shown = visible if sys.stdout.isatty() else str
+        for number in range(num_samples):
+            seed = None if sampling.seed is None else sampling.seed + number
+            pieces = stream(network, loaded, prompt, replace(sampling, seed=seed))
+            # Together: a prompt that is refused is not written.
+            print(shown(prompt + next(pieces, "")), end="", flush=True)
+            for piece in pieces:
+                print(shown(piece), end="", flush=True)
+            print()
+
+    return run
+
+
+def evaluate(arguments: list[str]) -> Run:
+    """Loss and bits per byte of a model on text, beside what needs no neural network; writes evaluation.json."""
+    from cs336.evaluation import evaluate as measure
+    from cs336.evaluation import evaluate_text
+    from cs336.inference.load import find_model, find_run, find_tokenizer, load_model
+    from cs336.tokenizer import convert
+    from cs336.training import TrainConfig
+
+    def run(
+        model: Positional[Path],
+        text: Paths = (),
+        text_field: str = TEXT_FIELD,
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        max_tokens: int = 150_000,
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            text: files or directories of text, JSON lines or parquet; the run's own validation data if there are none.
+            text_field: of JSON lines and parquet: the field that holds the text.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            max_tokens: read about no more than this, spread evenly over the text.
+        """
+        found = find_model(model)
+        loaded = convert.load(tokenizer or find_tokenizer(found))
+        place = find_run(found)
+        config = TrainConfig.from_toml(place / "config.toml") if (place / "config.toml").exists() else None
+        network = load_model(found, device)
+        train = config.data.train if config is not None and config.data.train.is_dir() else None
+        if text:
+            name = ", ".join(map(str, text))
+            documents = read_texts(text, text_field=text_field)
+            result = evaluate_text(network, loaded, documents, train, text=name, most_tokens=max_tokens)
+        elif config is None or config.data.val is None:
+            raise ValueError(f"{model} has no validation data of its own: name text with --text PATH")
+        else:
+            result = measure(network, loaded, config.data.val, train, most_tokens=max_tokens)
+        rows = [("this model", result.bits_per_byte, result.how)]
+        rows += [(b.name, b.bits_per_byte, b.how) for b in result.baselines]
+        print(f"loss {result.loss:.4f} nats per token\nbits per byte")
+        for name, bits, how in sorted(rows, key=lambda row: row[1]):
+            print(f"{bits:7.3f}  {name:<14}{how}")
+        print(result.save(place))
+
+    return run
+
+
+def report(arguments: list[str]) -> Run:
+    """Write a run directory's report.html, or one page that compares several."""
+    from cs336.report import write_comparison, write_report
+
+    def run(run_dirs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]], output: Path = Path("comparison.html")) -> None:  # noqa: B008 (immutable)
+        """
+        Args:
+            run_dirs: of training runs, finished or not.
+            output: the page, of several runs.
+        """
+        print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
+
+    return run
