@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cs336 import ops
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
 from cs336.models import Transformer
@@ -38,7 +39,7 @@ class Learner:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device)
-        self._loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        self._loss = torch.compile(self._mean_loss) if self.compiled else self._mean_loss
         settings = config.optimizer
         groups = param_groups(self.model, weight_decay=settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
@@ -101,13 +102,16 @@ class Learner:
         """What first stops being finite in the step that (x, y) would make, as a phrase; None if nothing does."""
         for x_bT, y_bT in self._micro_batches(x_BT, y_BT):
             with self.autocast():
-                if found := first_non_finite(self.model, functools.partial(self.model.loss, x_bT, y_bT)):
+                if found := first_non_finite(self.model, functools.partial(self._mean_loss, x_bT, y_bT)):
                     return found
         return None
 
     def _forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         with self.autocast():
             return self._loss(x_BT, y_BT)
+
+    def _mean_loss(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
+        return ops.cross_entropy(self.model(x_BT), y_BT)
 
     def _micro_batches(self, x_BT: Tensor, y_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(x_BT.split(self.micro_batch_size), y_BT.split(self.micro_batch_size), strict=True)
