@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -121,11 +122,26 @@ def test_no_verb_shows_help(capsys):
 
 
 def test_unknown_verb_and_option(capsys):
-    for arguments in (["trian"], ["train", "--optimizer.lrr", "1"], ["report"]):
+    for arguments in (["trian"], ["report"], ["train", "--prompt"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-    assert "--optimizer.lr" in capsys.readouterr().err
+    capsys.readouterr()
+    assert "did you mean optimizer.lr?" in fails(["train", "--optimizer.lrr", "1"], capsys)
+
+
+def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
+    """Values that a configuration refuses are named by its own keys."""
+    arguments = train_arguments(data)
+    message = fails(["train", *arguments, "--model.num-heads", "3", "--seed", "1"], capsys)
+    assert "d_model 32 is not a multiple of num_heads 3" in message
+    assert "dummy" not in message
+    assert "seed" in fails(["train", *arguments, "--seed", "x"], capsys)
+
+
+@pytest.mark.parametrize("verb", ["train", "encode", "decode"])
+def test_an_empty_default_is_not_shown(verb, capsys):
+    assert "(default: )" not in help_of(["tokenizer", verb], capsys)
 
 
 # ---- tokenizer ----
@@ -397,11 +413,11 @@ def test_bench_passes_its_arguments_on(monkeypatch, capsys):
     code = "import sys; sys.exit(sys.argv[1:] != ['ops', '--quick'] and 9)"
     real = subprocess.run
     monkeypatch.setattr(
-        "cs336.cli.subprocess.run", lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw)
+        "cs336.cli.env.subprocess.run", lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw)
     )
     assert main(["bench", "ops", "--quick"]) == 0
     assert main(["bench", "ops"]) == 9
-    monkeypatch.setattr("cs336.cli.ROOT", pathlib.Path("/nowhere"))
+    monkeypatch.setattr("cs336.cli.env.ROOT", pathlib.Path("/nowhere"))
     assert "run this in a clone" in fails(["bench", "ops"], capsys)
 
 
@@ -417,3 +433,64 @@ def test_a_warning_is_one_line(text_file, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("cs336: no pair is left to merge")
     assert err.count("\n") == 1
+
+
+def test_text_in_another_field_and_zstandard(tokenizer, tmp_path, capsys):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"content": f"document {i} of many"}) + "\n" for i in range(300))
+    path = tmp_path / "documents.jsonl.zst"
+    path.write_bytes(zstandard.compress(lines.encode()))
+    encode = ["tokenizer", "encode", tokenizer, str(path), "--shards", str(tmp_path / "tokens")]
+    assert "it has 'content': name one" in last_line(encode, capsys)
+    assert main([*encode, "--text-field", "content"]) == 0
+    assert "tokens/val" in capsys.readouterr().out
+    other = ["--output", str(tmp_path / "other.json"), "--vocab-size", "270", "--text-field", "content"]
+    assert main(["tokenizer", "train", str(path), *other]) == 0
+    assert main(["tokenizer", "compare", tokenizer, "--text", str(path), "--text-field", "content"]) == 0
+
+
+def test_six_books_become_shards(tokenizer, tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    for b in range(6):
+        (tmp_path / f"books/{b}.txt").write_text("".join(f"book {b}, line {i}\n" for i in range(500)))
+    assert main(["tokenizer", "encode", tokenizer, str(tmp_path / "books"), "--shards", str(tmp_path / "tokens")]) == 0
+    train, val = capsys.readouterr().out.splitlines()
+    assert "tokens/train" in train
+    assert "tokens/val" in val
+
+
+def test_evaluate(data, tokenizer, text_file, capsys):
+    run = data / "run"
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    capsys.readouterr()
+    trained = json.loads((run / "evaluation.json").read_text())
+    assert {b["name"] for b in trained["baselines"]} == {"byte unigram", "token unigram", "gzip -9", "xz -9e"}
+    report = (run / "report.html").read_text()
+    assert "not evaluated yet" not in report.lower()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert trained["loss"] == [row["val/loss"] for row in rows if "val/loss" in row][-1]
+    assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    own = json.loads((run / "evaluation.json").read_text())
+    assert f"loss {own['loss']:.4f}" in out
+    assert own["text"] == ""
+    assert main(["evaluate", str(run / "export"), "--text", str(text_file)]) == 0
+    other = json.loads((run / "evaluation.json").read_text())
+    assert other["text"] == str(text_file)
+    assert other["loss"] == pytest.approx(own["loss"])  # the same text
+    assert "name text with --text" in fails(["evaluate", str(bare_export(run, data))], capsys)
+
+
+def bare_export(run, data):
+    """An export without its run."""
+    return shutil.copytree(run / "export", data / "elsewhere")
+
+
+def test_the_tokenizer_of_another_run_s_data_is_found(data, tokenizer, capsys):
+    """README: train on a run's tokens with its configuration, then generate with the new run."""
+    first = data / "first"
+    assert main(["train", *train_arguments(data), "--run-dir", str(first), "--tokenizer", tokenizer]) == 0
+    assert main(["train", "--config", str(first / "config.toml"), "--run-dir", str(data / "mine")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(data / "mine"), "--prompt", "How", "--max-tokens", "3", "--num-samples", "2"]) == 0
+    assert capsys.readouterr().out.count("How") == 2

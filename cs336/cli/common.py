@@ -4,11 +4,11 @@ A verb is a function that makes a function: its imports are inside, so that `cs3
 inner one's arguments are the verb's options, and its description is that of the outer.
 """
 
+import contextlib
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated
-import contextlib
-import sys
 
 from tyro.conf import DisallowNone, arg
 

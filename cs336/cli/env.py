@@ -9,6 +9,7 @@ from cs336.cli.common import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+
 def env(arguments: list[str]) -> Run:
     """What is installed, what is compiled, and what is missing."""
     from cs336.env import print_env

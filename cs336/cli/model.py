@@ -1,6 +1,7 @@
 """What is done with a trained model: `cs336 generate`, `evaluate`, `report`."""
 
 import sys
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -8,6 +9,8 @@ from tyro.conf import Positional, arg
 from cs336.cli.common import MaybePath, Path, Paths, Run
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
+
+RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]
 
 
 def generate(arguments: list[str]) -> Run:
@@ -60,7 +63,7 @@ def evaluate(arguments: list[str]) -> Run:
     """Loss and bits per byte of a model on text, beside what needs no neural network; writes evaluation.json."""
     from cs336.evaluation import evaluate as measure
     from cs336.evaluation import evaluate_text
-    from cs336.inference.load import find_model, find_run, find_tokenizer, load_model
+    from cs336.inference.load import find_model, find_tokenizer, load_model
     from cs336.tokenizer import convert
     from cs336.training import TrainConfig
 
@@ -83,7 +86,8 @@ def evaluate(arguments: list[str]) -> Run:
         """
         found = find_model(model)
         loaded = convert.load(tokenizer or find_tokenizer(found))
-        place = find_run(found)
+        place = found if (found / "config.json").exists() else found.parent.parent  # of a checkpoint, its run
+        place = place.parent if place.name == "export" and (place.parent / "config.toml").exists() else place
         config = TrainConfig.from_toml(place / "config.toml") if (place / "config.toml").exists() else None
         network = load_model(found, device)
         train = config.data.train if config is not None and config.data.train.is_dir() else None
@@ -109,7 +113,7 @@ def report(arguments: list[str]) -> Run:
     """Write a run directory's report.html, or one page that compares several."""
     from cs336.report import write_comparison, write_report
 
-    def run(run_dirs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]], output: Path = Path("comparison.html")) -> None:  # noqa: B008 (immutable)
+    def run(run_dirs: Positional[RunDirs], output: Path = Path("comparison.html")) -> None:  # noqa: B008 (immutable)
         """
         Args:
             run_dirs: of training runs, finished or not.

@@ -19,21 +19,23 @@ from cs336.cli.train import train
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 
-VERBS: dict[str, Callable[[list[str]], Run]] = {
+VERBS: dict[str, Make] = {
     "quickstart": quickstart,
     "train": train,
     "generate": generate,
+    "evaluate": evaluate,
     "report": report,
     "env": env,
     "bench": bench,
 }
+OWN_OPTIONS = {"train", "bench"}  # which read the rest of the command line themselves
 TOKENIZER_VERBS: dict[str, Run] = {
-    "train": tokenizer_train,
-    "encode": tokenizer_encode,
-    "decode": tokenizer_decode,
-    "inspect": tokenizer_inspect,
-    "convert": tokenizer_convert,
-    "compare": tokenizer_compare,
+    "train": tokenizer.train,
+    "encode": tokenizer.encode,
+    "decode": tokenizer.decode,
+    "inspect": tokenizer.inspect,
+    "convert": tokenizer.convert,
+    "compare": tokenizer.compare,
 }
 
 
@@ -69,12 +71,12 @@ def _run(arguments: list[str]) -> int:
     if verb == "--version":
         print(f"cs336 {__version__}")
         return 0
-    if verb == "bench":
-        return bench(rest)() or 0
     if "OMP_WAIT_POLICY" not in os.environ:
         # libgomp reads this when torch loads. By default threads spin for milliseconds while they wait for each other.
         # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if verb in OWN_OPTIONS:
+        return VERBS[verb](rest)() or 0
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))

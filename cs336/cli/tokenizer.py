@@ -12,6 +12,7 @@ from cs336.cli.common import MaybePath, Path, Paths, blocks, opened
 from cs336.utils.documents import TEXT_FIELD, holds_documents, read_texts, refuse_binary
 from cs336.utils.special_tokens import END_OF_TEXT
 
+
 def train(
     inputs: Positional[Paths],
     output: Path = Path("tokenizer.json"),  # noqa: B008 (immutable)
@@ -19,6 +20,7 @@ def train(
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     pattern: str = "gpt2",
     num_threads: DisallowNone[int | None] = None,
+    text_field: str = TEXT_FIELD,
 ) -> None:
     """Train byte-pair encoding on text, JSON lines, parquet, compressed or not, or directories of them.
 
@@ -29,6 +31,7 @@ def train(
         special_tokens: texts that stand for one id; they come after the inputs.
         pattern: how text is split first: gpt2, cl100k, o200k or a regular expression.
         num_threads: as many as there are, if not given.
+        text_field: of JSON lines and parquet: the field that holds the text.
     """
     from cs336.tokenizer import Tokenizer
 
@@ -39,7 +42,9 @@ def train(
     for path in inputs:
         if path.is_file() and not holds_documents(path):
             refuse_binary(path)
-    source = list(inputs) or [Path("/dev/stdin")]
+    source: Iterable[str | Path] = list(inputs) or [Path("/dev/stdin")]
+    if text_field != TEXT_FIELD:
+        source = read_texts(inputs, text_field=text_field)
     trained = Tokenizer.train(source, vocab_size, special_tokens, pattern, num_threads, progress=sys.stderr.isatty())
     if not trained.merges and len(trained) < vocab_size:
         raise ValueError(f"there is nothing to merge in the text, so {output} was not written")
@@ -51,30 +56,34 @@ def encode(
     tokenizer: Positional[Path],
     inputs: Positional[Paths] = (),
     shards: MaybePath = None,
-    val_fraction: float = 0.02,
+    val_fraction: DisallowNone[float | None] = None,
     special: bool = False,
+    text_field: str = TEXT_FIELD,
 ) -> None:
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
     Args:
         tokenizer: tokenizer.json, ours or Hugging Face's.
-        inputs: files of text, .gz, .xz and .bz2 unpacked, one after the other; standard input if there are none. For
-            --shards also JSON lines, parquet, and directories.
+        inputs: files of text, .gz, .xz, .bz2 and .zst unpacked, one after the other; standard input if there are none.
+            For --shards also JSON lines, parquet, and directories.
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
-        val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself.
+        val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself. 0.02 if not
+            given; fewer than 200 documents are cut into pieces, of which 0.1.
+        text_field: of JSON lines and parquet: the field that holds the text.
         special: numbers alone: read special tokens in the text as their ids, not as ordinary text.
     """
     from cs336.tokenizer import convert
 
     loaded = convert.load(tokenizer)
     if shards is not None:
-        from cs336.data import tokenize_corpus, tokenize_documents
+        from cs336.data import for_split, tokenize_corpus, tokenize_documents
 
         if not inputs:
             raise ValueError("--shards needs files or directories to read")
-        documents = read_texts(inputs)
-        if val_fraction > 0:
-            train, val = tokenize_corpus(documents, loaded, shards, val_fraction=val_fraction, progress=True)
+        documents = read_texts(inputs, text_field=text_field)
+        if val_fraction != 0:
+            fraction, documents = for_split(documents, val_fraction)
+            train, val = tokenize_corpus(documents, loaded, shards, val_fraction=fraction, progress=True)
             written = {shards / "train": train, shards / "val": val}
         else:
             written = {shards: tokenize_documents(documents, loaded, shards, progress=True)}
@@ -167,6 +176,7 @@ def compare(
     text: Path,
     plot: MaybePath = None,
     pattern: DisallowNone[str | None] = None,
+    text_field: str = TEXT_FIELD,
 ) -> None:
     """Bytes per token and speed of several tokenizers on the same text.
 
@@ -175,6 +185,7 @@ def compare(
         text: a file of text, JSON lines or parquet, compressed or not, or a directory of them.
         plot: .png, .svg or .pdf file for a chart.
         pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.
+        text_field: of JSON lines and parquet: the field that holds the text.
     """
     from cs336.tokenizer import compare, convert
 
@@ -184,7 +195,11 @@ def compare(
     loaded = {str(path): convert.load(path, pattern) for path, pattern in given.items()}
     if plot is not None:
         compare.plot_format(plot)  # before the work, not after it
-    documents: Iterable[str | bytes] = read_texts(text) if holds_documents(text) else [b"".join(blocks((text,)))]
+    documents: Iterable[str | bytes]
+    if holds_documents(text):
+        documents = read_texts(text, text_field=text_field)
+    else:
+        documents = [b"".join(blocks((text,)))]
     rows = compare.compare(loaded, list(documents))
     print("vocabulary      tokens  bytes/token  MB/s, first  again  tokenizer")
     for row in rows:

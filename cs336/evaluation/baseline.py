@@ -48,9 +48,7 @@ def baselines(
     if train_text is not None:
         bits["byte unigram"] = _unigram_bits(_byte_counts(train_text), _counts([np.frombuffer(text, np.uint8)], 256))
     if train_tokens is not None:
-        bits["token unigram"] = _unigram_bits(
-            _token_counts(train_tokens, MOST_COUNTED), _token_counts(held_out_tokens)
-        )
+        bits["token unigram"] = _unigram_bits(_token_counts(train_tokens, MOST_COUNTED), _token_counts(held_out_tokens))
     head = text[:MOST_COMPRESSED]
     scale = len(text) / len(head)
     bits["gzip -9"] = 8 * len(gzip.compress(head, 9)) * scale
