@@ -119,6 +119,8 @@ def report(arguments: list[str]) -> Run:
             run_dirs: of training runs, finished or not.
             output: the page, of several runs.
         """
+        if not run_dirs:
+            raise ValueError("there is nothing to report: name a run directory")
         print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
 
     return run
