@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
+from tyro.conf import AvoidSubcommands, DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336 import __version__
 from cs336.utils.documents import holds_documents, open_bytes, read_documents, refuse_binary, unpacking
@@ -66,7 +66,7 @@ def train(arguments: list[str]) -> Run:
     default: Any = tyro.MISSING_NONPROP if file is None else TrainConfig.from_toml(file)
 
     def run(
-        settings: Annotated[TrainConfig, arg(name="")] = default,
+        settings: Annotated[TrainConfig, arg(name=""), AvoidSubcommands] = default,
         config: MaybePath = None,
         tokenizer: MaybePath = None,
         prompt: tuple[str, ...] = ("",),
