@@ -138,11 +138,13 @@ def test_a_killed_encoding_goes_on_and_leaves_the_same_bytes(tmp_path, killed):
     done = json.loads((killed / ".encoding.json").read_text())["documents"]
     assert 90 < done < 121
     encoded = []
-    encode = Bytes.encode_documents
-    monkeypatch.setattr(
-        Bytes, "encode_documents", lambda s, texts, eot: (encoded.extend(texts), encode(s, texts, eot))[1]
-    )
-    tokenize_corpus(iter(DOCUMENTS), Bytes(), killed, **SPLIT)
+
+    class Watched(Bytes):
+        def encode_documents(self, texts, eot_token):
+            encoded.extend(texts)
+            return super().encode_documents(texts, eot_token)
+
+    tokenize_corpus(iter(DOCUMENTS), Watched(), killed, **SPLIT)
     assert sorted(encoded) == sorted(DOCUMENTS[done:])
     tokenize_corpus(iter(DOCUMENTS), Bytes(), tmp_path / "whole", **SPLIT)
     assert files(killed) == files(tmp_path / "whole")
