@@ -295,8 +295,14 @@ class Tokenizer:
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
-        size = {"vocab_size": self.vocab_size, "eot_id": eot_id, "shard_tokens": shard_tokens}
-        with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
+        with ShardWriter(
+            directory,
+            vocab_size=self.vocab_size,
+            tokenizer=self.fingerprint,
+            eot_id=eot_id,
+            shard_tokens=shard_tokens,
+            save_tokenizer=self.save,
+        ) as writer:
             for batch in batches(documents, FILE_STEP):
                 ids, num_bytes = self.encode_documents(batch, eot_token, num_threads)
                 writer.write(ids, documents=len(batch), text_bytes=num_bytes)
