@@ -214,10 +214,10 @@ def test_encode_of_packed_text_and_of_documents(tokenizer, text_file, tmp_path, 
     assert main(["tokenizer", "compare", tokenizer, "--text", str(documents)]) == 0
     assert "1.000" in capsys.readouterr().out  # bytes per token of six bytes, not of JSON
     (tmp_path / "cut.txt.gz").write_bytes(packed.read_bytes()[:20])
-    (tmp_path / "packed.zst").write_bytes(b"\x28\xb5\x2f\xfd\0")
+    (tmp_path / "packed.7z").write_bytes(b"7z\xbc\xaf\x27\x1c\0")
     for verb in (["encode", tokenizer], ["decode", tokenizer], ["compare", tokenizer, "--text"]):
         assert "cut.txt.gz is damaged" in last_line(["tokenizer", *verb, str(tmp_path / "cut.txt.gz")], capsys)
-    assert "packed.zst is binary" in fails(["tokenizer", "train", str(tmp_path / "packed.zst")], capsys)
+    assert "packed.7z is binary" in fails(["tokenizer", "train", str(tmp_path / "packed.7z")], capsys)
     assert "No such file" in fails(["tokenizer", "encode", tokenizer, str(tmp_path / "none.jsonl")], capsys)
     output = str(tmp_path / "none.json")
     assert main(["tokenizer", "train", str(empty), "--output", output]) == 2
@@ -478,6 +478,7 @@ def test_evaluate(data, tokenizer, text_file, capsys):
     other = json.loads((run / "evaluation.json").read_text())
     assert other["text"] == str(text_file)
     assert other["loss"] == pytest.approx(own["loss"])  # the same text
+    capsys.readouterr()
     assert "name text with --text" in fails(["evaluate", str(bare_export(run, data))], capsys)
 
 

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 34
 MAX_POINTS = 360  # one a unit of width: more cannot be seen
 HOVERED = 90  # places along x that show their values
-CHAR = 5.4  # width of a character of a rule's name
+CHAR, GAP = 5.8, 6  # width of a character of a rule's name, and from the plot to it
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def line_chart(
     x_low, x_high = min(0.0, *all_x), max(all_x)  # from zero, so that charts can be compared
     x_high = x_high if x_high > x_low else x_low + 1
     x_text = x_text or compact
-    right = WIDTH - RIGHT - max((CHAR * len(_rule_name(*rule)) + 4 for rule in rules), default=0.0)
+    right = WIDTH - RIGHT - max((CHAR * len(_rule_name(*rule)) + GAP for rule in rules), default=0.0)
 
     def x_at(x: float) -> float:
         return LEFT + (x - x_low) / (x_high - x_low) * (right - LEFT)
@@ -214,7 +214,7 @@ def _rules(y_at: Callable[[float], float], rules: Sequence[tuple[str, float]], r
         parts.append(
             Markup('<line class="rule" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, y, y)
         )
-        parts.append(_text(right + 4, last, _rule_name(label, value), "start", "rule-name"))
+        parts.append(_text(right + GAP, last, _rule_name(label, value), "start", "rule-name"))
     return parts
 
 

@@ -45,7 +45,9 @@ def origin(run: Run) -> dict[str, str] | None:
     ]
     if not facts and not run.facts.get("command"):
         return None
-    return {"state": "origin", "head": str(run.facts.get("command", "")), "text": " · ".join(facts)}
+    program, _, options = str(run.facts.get("command", "")).partition(" ")
+    command = f"{'cs336' if program.endswith('__main__.py') else program.rpartition('/')[2]} {options}".strip()
+    return {"state": "origin", "head": command, "text": " · ".join(facts)}
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
