@@ -479,7 +479,7 @@ def test_evaluate(data, tokenizer, text_file, capsys):
     assert other["text"] == str(text_file)
     assert other["loss"] == pytest.approx(own["loss"])  # the same text
     capsys.readouterr()
-    assert "name text with --text" in fails(["evaluate", str(bare_export(run, data))], capsys)
+    assert "give text to measure it on" in fails(["evaluate", str(bare_export(run, data))], capsys)
 
 
 def bare_export(run, data):

@@ -61,11 +61,7 @@ def generate(arguments: list[str]) -> Run:
 
 def evaluate(arguments: list[str]) -> Run:
     """Loss and bits per byte of a model on text, beside what needs no neural network; writes evaluation.json."""
-    from cs336.evaluation import evaluate as measure
-    from cs336.evaluation import evaluate_text
-    from cs336.inference.load import find_model, find_tokenizer, load_model
-    from cs336.tokenizer import convert
-    from cs336.training import TrainConfig
+    from cs336.evaluation import MOST_TOKENS, evaluate_saved
 
     def run(
         model: Positional[Path],
@@ -73,7 +69,7 @@ def evaluate(arguments: list[str]) -> Run:
         text_field: str = TEXT_FIELD,
         tokenizer: MaybePath = None,
         device: str = "auto",
-        max_tokens: int = 150_000,
+        max_tokens: int = MOST_TOKENS,
     ) -> None:
         """
         Args:
@@ -84,27 +80,17 @@ def evaluate(arguments: list[str]) -> Run:
             device: auto (a GPU if there is one), cpu, cuda.
             max_tokens: read about no more than this, spread evenly over the text.
         """
-        found = find_model(model)
-        loaded = convert.load(tokenizer or find_tokenizer(found))
-        place = found if (found / "config.json").exists() else found.parent.parent  # of a checkpoint, its run
-        place = place.parent if place.name == "export" and (place.parent / "config.toml").exists() else place
-        config = TrainConfig.from_toml(place / "config.toml") if (place / "config.toml").exists() else None
-        network = load_model(found, device)
-        train = config.data.train if config is not None and config.data.train.is_dir() else None
-        if text:
-            name = ", ".join(map(str, text))
-            documents = read_texts(text, text_field=text_field)
-            result = evaluate_text(network, loaded, documents, train, text=name, most_tokens=max_tokens)
-        elif config is None or config.data.val is None:
-            raise ValueError(f"{model} has no validation data of its own: name text with --text PATH")
-        else:
-            result = measure(network, loaded, config.data.val, train, most_tokens=max_tokens)
-        rows = [("this model", result.bits_per_byte, result.how)]
-        rows += [(b.name, b.bits_per_byte, b.how) for b in result.baselines]
-        print(f"loss {result.loss:.4f} nats per token\nbits per byte")
-        for name, bits, how in sorted(rows, key=lambda row: row[1]):
-            print(f"{bits:7.3f}  {name:<14}{how}")
-        print(result.save(place))
+        documents = read_texts(text, text_field=text_field) if text else None
+        name = ", ".join(map(str, text))
+        found, place = evaluate_saved(
+            model, documents, text=name, tokenizer=tokenizer, device=device, most_tokens=max_tokens
+        )
+        print(f"loss {found.loss:.4f} nats per token\nbits per byte")
+        rows = [("this model", found.bits_per_byte, found.how)]
+        rows += [(b.name, b.bits_per_byte, b.how) for b in found.baselines]
+        for label, bits, how in sorted(rows, key=lambda row: row[1]):
+            print(f"{bits:7.3f}  {label:<14}{how}")
+        print(found.save(place))
 
     return run
 

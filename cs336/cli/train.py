@@ -46,10 +46,8 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
     from cs336.training.identity import kept_tokenizer
 
     kept = settings.run_dir / "tokenizer.json"
-    if tokenizer is not None or kept.exists():
-        loaded = convert.load(tokenizer or kept)
-    else:
-        loaded = kept_tokenizer(settings.data.train)
+    given = tokenizer or (kept if kept.exists() else None)
+    loaded = kept_tokenizer(settings.data.train) if given is None else convert.load(given)
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:
@@ -59,7 +57,8 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         assert settings.data.val is not None  # it was validated
         train = settings.data.train if settings.data.train.is_dir() else None
         model, loss = load_model(result.export, settings.device), result.val["val/loss"]
-        evaluate(model, loaded, settings.data.val, train, loss=loss).save(settings.run_dir)
+        found = evaluate(model, loaded, settings.data.val, train, loss=loss, step=result.step)
+        found.save(settings.run_dir)
     print(f"report: {write_report(settings.run_dir)}")
     if not result.finished:
         raise Stopped

@@ -39,6 +39,8 @@ class Evaluation:
     """Names it; "" is what the run held out."""
     how: str
     baselines: tuple[Baseline, ...]
+    step: int | None = None
+    """Of training, where the model is a run's."""
 
     def save(self, directory: str | os.PathLike) -> pathlib.Path:
         """Write evaluation.json into a directory, and return its path."""
@@ -57,6 +59,7 @@ def evaluate(
     text: str = "",
     most_tokens: int = MOST_TOKENS,
     loss: float | None = None,
+    step: int | None = None,
 ) -> Evaluation:
     """Loss and bits per byte over the windows of token shards, beside what needs no neural network.
 
@@ -65,6 +68,7 @@ def evaluate(
         text: what the report calls the held-out text.
         most_tokens: read about no more than this, in windows spread evenly.
         loss: what validation found, so that it is not measured again.
+        step: of training, of a run's model.
 
     Raises ValueError for shards of another tokenizer, without a sidecar, or too short for one window.
     """
@@ -81,7 +85,7 @@ def evaluate(
     train_text = None if train is None else _first(texts(train, tokenizer), MOST_COUNTED)
     others = baselines(train_text, texts(held_out, tokenizer), train, held_out)
     bits = bits_per_byte(loss, data.meta.tokens, data.meta.text_bytes)
-    return Evaluation(loss, bits, text, how, tuple(others))
+    return Evaluation(loss, bits, text, how, tuple(others), step)
 
 
 def evaluate_text(
@@ -91,6 +95,15 @@ def evaluate_text(
     with tempfile.TemporaryDirectory() as shards:
         tokenize_documents(documents, tokenizer, shards, progress=True)
         return evaluate(model, tokenizer, shards, train, **options)
+
+
+def last_step(run_dir: str | os.PathLike) -> int | None:
+    """The last step that a run's metrics.jsonl has; None without one."""
+    try:
+        rows = (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads(rows[-1])["step"]
+    except (FileNotFoundError, IndexError, ValueError, KeyError):
+        return None
 
 
 def _first(documents: Iterable[str], size: int) -> Iterator[str]:

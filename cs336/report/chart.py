@@ -225,7 +225,8 @@ def _hover(
     head: Callable[[float], str],
 ) -> Markup:
     """Strips over the chart, each with the values of the lines at the point of the first that is nearest."""
-    places = thin(*zip(*max((points for _, points in drawn), key=len), strict=True), HOVERED)
+    longest = max((points for _, points in drawn), key=len)
+    places = thin([x for x, _ in longest], [y for _, y in longest], HOVERED)
     edges = [LEFT, *((x_at(a[0]) + x_at(b[0])) / 2 for a, b in itertools.pairwise(places)), right]
     strip = Markup('<rect class="hover" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format
     parts = []

@@ -23,7 +23,7 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
     runs = sorted(map(read_run, run_dirs), key=_bits)
     names = _names(runs)
     best = names[0] if runs[0].bits_per_byte is not None else None
-    parts = [
+    parts: list[tuple[str, str, dict[str, Any]]] = [
         ("runs", "Side by side", {"columns": _table(runs, names), "changed": _changed(runs, names)}),
         ("training", "Curves", {"charts": _charts(runs, names)}),
     ]
