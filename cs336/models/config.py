@@ -116,6 +116,17 @@ class TransformerConfig:
         T = self.context_length if context_length is None else context_length
         return 3 * (sum(block.flops(self.d_model, T) for block in self.blocks) + 2 * self.vocab_size * self.d_model)
 
+    def activation_bytes(self, width: int = 2, *, gradient_checkpointing: bool = False) -> int:
+        """Kept for the backward, a token, `width` bytes an element: of the blocks and the last norm, not of the head.
+
+        With gradient checkpointing each block keeps its inputs alone: the residual stream and what is to be added.
+        """
+        blocks = [block.activation_bytes(self.d_model, width) for block in self.blocks]
+        last = self.blocks[-1].norm.activation_bytes(self.d_model, width) + width * self.d_model
+        if gradient_checkpointing:
+            return width * self.d_model * (2 * len(blocks) - 1) + last
+        return sum(blocks) + last
+
     def state_bytes(self, max_len: int | None = None, width: int = 2) -> int:
         """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element."""
         max_len = self.context_length if max_len is None else max_len
