@@ -31,10 +31,10 @@ from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.statistics import statistics
 from cs336.training import DataConfig, OptimizerConfig, TrainConfig, Trainer
-from cs336.training.metrics import duration
-from cs336.training.session import locked
 from cs336.utils.device import peak_flops, pick
+from cs336.utils.duration import duration
 from cs336.utils.files import replacing
+from cs336.utils.locks import locked
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.terminal import visible
 

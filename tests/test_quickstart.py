@@ -19,7 +19,7 @@ from rich.console import Console
 import cs336.quickstart as q
 from cs336.data.stdlib import stdlib_documents
 from cs336.quickstart import FEW, SHAPES, STAGES, Job, Quickstart, quickstart
-from cs336.training.session import locked
+from cs336.utils.locks import locked
 
 TINY = dataclasses.replace(SHAPES[0], num_layers=1, d_model=32, num_heads=2, context_length=32, batch_size=4)
 NAMES = [stage.name for stage in STAGES]

@@ -11,7 +11,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cs336.data.corpus import in_validation
 from cs336.utils.batching import batches
-from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
+from cs336.utils.files import Paths, path_list
+from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
 
 BATCH_CHARS = 8 << 20  # enough work for every thread, little enough memory
@@ -83,6 +84,14 @@ def tokenize_corpus(
                     "`cs336 tokenizer encode --val-fraction` for one directory of shards"
                 )
     return train.meta, val.meta
+
+
+def tokenizer_of(shards: Paths) -> pathlib.Path | None:
+    """The tokenizer.json that lies beside token shards; None if none does. See TokenMeta.tokenizer_file."""
+    for path in path_list(shards):
+        if path.is_dir() and (name := read_meta(path).tokenizer_file):
+            return path / name
+    return None
 
 
 def _writer(directory: str | os.PathLike, tokenizer: Encoder, eot_token: str, shard_tokens: int) -> ShardWriter:

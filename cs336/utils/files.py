@@ -24,9 +24,11 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            permissions = os.fstat(file.fileno()).st_mode  # as the umask says
             yield file
             file.flush()
-            os.fsync(file.fileno())
+        os.chmod(temporary, permissions)  # by name: a library may have put its own file in this one's place
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

@@ -43,6 +43,8 @@ class TokenMeta:
     """UTF-8 bytes of the documents."""
     shards: tuple[str, ...]
     """File names, in order."""
+    tokenizer_file: str | None = None
+    """The tokenizer itself, in the same directory."""
     format: int = 1
 
 
@@ -237,6 +239,14 @@ def open_tokens(paths: Paths) -> tuple[list[np.ndarray], TokenMeta | None]:
         shards += found
         metas.append(meta)
     return shards, _merge(metas)
+
+
+def shard_files(paths: Paths) -> list[pathlib.Path]:
+    """The files of the shards that open_tokens maps, in the same order."""
+    files: list[pathlib.Path] = []
+    for path in path_list(paths):
+        files += [path / name for name in read_meta(path).shards] if path.is_dir() else [path]
+    return files
 
 
 def _merge(metas: list[TokenMeta | None]) -> TokenMeta | None:

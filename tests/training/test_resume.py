@@ -99,7 +99,7 @@ def test_a_signal_stops_after_the_step(processes, unbroken, tmp_path, number):
 
 
 def test_another_process_at_the_same_run_is_refused(tmp_path):
-    from cs336.training.session import locked
+    from cs336.utils.locks import locked
 
     tiny = tiny_run.config(tmp_path)
     tiny.run_dir.mkdir()
