@@ -86,6 +86,17 @@ class TransformerConfig:
             layers = (BlockConfig(mixer, SwiGLUConfig(self.d_ff), RMSNormConfig(self.norm_eps), rope),)
         return layers * (self.num_layers // len(layers))
 
+    def short_form(self) -> "TransformerConfig | None":
+        """The same model in the short form; None where its blocks differ or are of other kinds."""
+        block = self.blocks[0]
+        kinds = (type(block.mixer), type(block.mlp), type(block.norm), type(block.positions))
+        if len(set(self.blocks)) > 1 or kinds != (AttentionConfig, SwiGLUConfig, RMSNormConfig, RopeConfig):
+            return None
+        mixer = {name: value for name, value in dataclasses.asdict(block.mixer).items() if name != "kind"}
+        rest = {"d_ff": block.mlp.d_ff, "norm_eps": block.norm.eps}
+        rope = {"rope_theta": block.positions.theta, "rope_interleaved": block.positions.interleaved}
+        return dataclasses.replace(self, layers=None, **mixer, **rest, **rope)
+
     @property
     def kv_heads(self) -> int:
         return self.blocks[0].mixer.kv_heads
