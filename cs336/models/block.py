@@ -53,6 +53,11 @@ class BlockConfig:
         """Of the forward pass, a token, over context_length tokens counted whole; norms and activations left out."""
         return self.mixer.flops(d_model, context_length) + self.mlp.flops(d_model)
 
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token, `width` bytes an element."""
+        norms = 2 * self.norm.activation_bytes(d_model, width)
+        return self.mixer.activation_bytes(d_model, width) + self.mlp.activation_bytes(d_model, width) + norms
+
     def state_bytes(self, d_model: int, max_len: int, width: int) -> int:
         """Of one sequence while decoding, `width` bytes an element."""
         return self.mixer.state_bytes(d_model, max_len, width)

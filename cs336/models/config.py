@@ -86,6 +86,17 @@ class TransformerConfig:
             layers = (BlockConfig(mixer, SwiGLUConfig(self.d_ff), RMSNormConfig(self.norm_eps), rope),)
         return layers * (self.num_layers // len(layers))
 
+    def short_form(self) -> "TransformerConfig | None":
+        """The same model in the short form; None where its blocks differ or are of other kinds."""
+        block = self.blocks[0]
+        kinds = (type(block.mixer), type(block.mlp), type(block.norm), type(block.positions))
+        if len(set(self.blocks)) > 1 or kinds != (AttentionConfig, SwiGLUConfig, RMSNormConfig, RopeConfig):
+            return None
+        mixer = {name: value for name, value in dataclasses.asdict(block.mixer).items() if name != "kind"}
+        rest = {"d_ff": block.mlp.d_ff, "norm_eps": block.norm.eps}
+        rope = {"rope_theta": block.positions.theta, "rope_interleaved": block.positions.interleaved}
+        return dataclasses.replace(self, layers=None, **mixer, **rest, **rope)
+
     @property
     def kv_heads(self) -> int:
         return self.blocks[0].mixer.kv_heads
@@ -115,6 +126,17 @@ class TransformerConfig:
         """
         T = self.context_length if context_length is None else context_length
         return 3 * (sum(block.flops(self.d_model, T) for block in self.blocks) + 2 * self.vocab_size * self.d_model)
+
+    def activation_bytes(self, width: int = 2, *, gradient_checkpointing: bool = False) -> int:
+        """Kept for the backward, a token, `width` bytes an element: of the blocks and the last norm, not of the head.
+
+        With gradient checkpointing each block keeps its inputs alone: the residual stream and what is to be added.
+        """
+        blocks = [block.activation_bytes(self.d_model, width) for block in self.blocks]
+        last = self.blocks[-1].norm.activation_bytes(self.d_model, width) + width * self.d_model
+        if gradient_checkpointing:
+            return width * self.d_model * (2 * len(blocks) - 1) + last
+        return sum(blocks) + last
 
     def state_bytes(self, max_len: int | None = None, width: int = 2) -> int:
         """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element."""

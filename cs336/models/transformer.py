@@ -25,6 +25,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.special_ids: dict[str, Any] = {}
+        """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
+        self.generation_config: dict[str, Any] = {}
+        """What generation_config.json said; save_pretrained writes it again."""
         d_model = config.d_model
         place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
         self.embedding = Embedding(config.vocab_size, d_model, **place)
@@ -108,6 +112,12 @@ class Transformer(nn.Module):
         if cap is None:
             return logits_BSV
         return cap * torch.tanh(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / cap)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as generation_config.json says, or config.json; none if neither was read."""
+        eos = self.generation_config.get("eos_token_id", self.special_ids.get("eos_token_id"))
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
     @property
     def device(self) -> torch.device:

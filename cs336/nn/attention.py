@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.nn.checks import check_counts
 from cs336.nn.linear import Linear
-from cs336.nn.norms import RMSNorm
+from cs336.nn.norms import RMSNorm, RMSNormConfig
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.state import Context, KeyValues
 
@@ -171,6 +171,13 @@ class AttentionConfig:
     def flops(self, d_model: int, context_length: int) -> int:
         """Of the forward pass, a token: its matmuls, scores and values over context_length tokens counted whole."""
         return 2 * self._matrices(d_model) + 4 * self.num_heads * self.head_size(d_model) * context_length
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x, q, k, v, o as attention returns it and as o_proj reads it, float32
+        log-sum-exps; with qk_norm what is normalised too. The scores are recomputed."""
+        D, norm = self.head_size(d_model), RMSNormConfig()
+        normed = (self.num_heads + self.kv_heads) * norm.activation_bytes(D, width) if self.qk_norm else 0
+        return width * (d_model + (3 * self.num_heads + 2 * self.kv_heads) * D) + 4 * self.num_heads + normed
 
     def state_bytes(self, d_model: int, max_len: int, width: int) -> int:
         """Of one sequence's keys and values, `width` bytes an element."""

@@ -85,6 +85,10 @@ class SwiGLUConfig:
         """Of the forward pass, a token: its matmuls."""
         return 2 * self.num_parameters(d_model)
 
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x, the gate before and after silu, up, and their product."""
+        return width * (d_model + 4 * self.width(d_model))
+
 
 @dataclass(frozen=True)
 class GELUConfig:
@@ -107,3 +111,7 @@ class GELUConfig:
     def flops(self, d_model: int) -> int:
         """Of the forward pass, a token: its matmuls."""
         return 2 * self.num_parameters(d_model)
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x, and the hidden features before and after gelu."""
+        return width * (d_model + 2 * self.width(d_model))

@@ -93,6 +93,10 @@ class RMSNormConfig:
     def num_parameters(self, dim: int) -> int:
         return dim
 
+    def activation_bytes(self, dim: int, width: int) -> int:
+        """Kept for the backward, a row: what is normalised, `width` bytes an element, and its float32 rstd."""
+        return width * dim + 4
+
 
 @dataclass(frozen=True)
 class LayerNormConfig:
@@ -108,3 +112,7 @@ class LayerNormConfig:
 
     def num_parameters(self, dim: int) -> int:
         return 2 * dim if self.bias else dim
+
+    def activation_bytes(self, dim: int, width: int) -> int:
+        """Kept for the backward, a row: what is normalised, `width` bytes an element, and its float32 mean and rstd."""
+        return width * dim + 8

@@ -337,7 +337,7 @@ class Trainer:
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
-            save_pretrained(self.learner.model, export, tokenizer=self.tokenizer)
+            save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
             self.run.write_facts(self.run.facts() | {"peak_memory_bytes": peak_memory(self.learner.device)})
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
         else:
