@@ -18,7 +18,7 @@ def generate(arguments: list[str]) -> Run:
     import torch
 
     from cs336.inference import SamplingParams, stream
-    from cs336.inference.load import find_model, find_tokenizer, load_model
+    from cs336.inference.load import find_model, load_model, load_tokenizer
     from cs336.tokenizer import convert
 
     def run(
@@ -40,11 +40,9 @@ def generate(arguments: list[str]) -> Run:
             dtype: of the weights. auto: as they were saved.
         """
         found = find_model(model)
-        loaded = convert.load(tokenizer or find_tokenizer(found))
+        loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
-        network = load_model(found, device)
-        if dtype != "auto":
-            network = network.to(getattr(torch, dtype))
+        network = load_model(found, device, None if dtype == "auto" else getattr(torch, dtype))
         torch.seed()  # without --seed every run is another
         shown = visible if sys.stdout.isatty() else str
         for number in range(num_samples):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cs336.evaluation.evaluation import MOST_TOKENS, Evaluation, evaluate, evaluate_text, last_step
-from cs336.inference.load import find_model, find_tokenizer, load_model
+from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.tokenizer import convert
 from cs336.training import TrainConfig
 
@@ -37,7 +37,7 @@ def evaluate_saved(
     data = TrainConfig.from_toml(saved).data if saved.exists() else None
     if documents is None and (data is None or data.val is None):
         raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
-    encoder = convert.load(tokenizer or find_tokenizer(found))
+    encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
     model = load_model(found, device)
     train = data.train if data is not None and data.train.is_dir() else None
     step = int(found.name.removeprefix("step_")) if checkpoint else last_step(place)

@@ -13,6 +13,7 @@ from cs336 import __version__
 from cs336.training.budget import Plan
 from cs336.training.config import TrainConfig
 from cs336.training.learner import Learner
+from cs336.utils.commit import commit
 
 
 def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dict[str, str | None]) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
         "command": shlex.join(sys.argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cs336": __version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
