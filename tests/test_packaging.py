@@ -98,3 +98,14 @@ def test_templates_are_packed():
     assert files
     kept = {p for pattern in packed for p in (ROOT / "cs336").glob(pattern)}
     assert set(files) <= kept
+
+
+def test_the_changelog_states_the_formats():
+    from cs336.tokenizer import formats
+    from cs336.training import checkpoint
+    from cs336.utils.shards import TokenMeta
+
+    stated = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"token shards {TokenMeta.format} (" in stated
+    assert f"checkpoints {checkpoint.FORMAT} (" in stated
+    assert f"`tokenizer.json` {formats.FORMAT}," in stated

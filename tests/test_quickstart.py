@@ -124,18 +124,20 @@ def test_a_finished_model_survives_every_rerun(corpus, tiny, tmp_path, monkeypat
 
 
 def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
-    """Ctrl-C, then SIGKILL, in training; the third time it ends, without repeating a stage or a step."""
+    """Ctrl-C, then SIGKILL, in training; the third time, from another directory, by other spellings of the paths, it
+    ends, without repeating a stage or a step."""
     run_dir = tmp_path / "run"
-    arguments = ["quickstart", "--corpus", str(corpus), "--run-dir", str(run_dir), "--vocab-size=400"]
     job = f"""
         import dataclasses, sys
         import cs336.cli, cs336.quickstart as q
         q.SHAPES = (q.Shape(**{dataclasses.asdict(TINY)}),)
         config = q.Job._train_config
         q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="200steps")
-        sys.exit(cs336.cli.main({arguments}))
+        sys.exit(cs336.cli.main(["quickstart", "--vocab-size=400", *sys.argv[1:]]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(job)]
+    python = [sys.executable, "-c", textwrap.dedent(job)]
+    command = [*python, "--corpus", str(corpus), "--run-dir", str(run_dir)]
+    spelled = [*python, "--corpus", os.path.relpath(corpus, tmp_path / "elsewhere"), "--run-dir", "../elsewhere/../run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def until(process, condition):
@@ -169,7 +171,11 @@ def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
         process.kill()
     assert not (run_dir / "export").exists()
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    for path in corpus.iterdir():
+        path.touch()
+    done = subprocess.run(spelled, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("(done before)") == 3
     assert "continuing after step" in done.stdout
