@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cs336 import ops
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
 from cs336.models import Transformer
@@ -48,7 +49,7 @@ def mean_loss(model: Transformer, data: TokenDataset, batch_size: int = 16, most
     total = torch.zeros((), dtype=torch.float64)
     for index_B in np.split(index_N, range(batch_size, count, batch_size)):
         x_BT, y_BT = to_device(data.windows(index_B), model.device)
-        total += model.loss(x_BT, y_BT).double().cpu() * len(index_B)
+        total += ops.cross_entropy(model(x_BT), y_BT).double().cpu() * len(index_B)
     model.train(training)
     return total.item() / count
 

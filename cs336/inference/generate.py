@@ -1,7 +1,8 @@
-"""Generation with a key-value cache: prompts of different lengths together, text or plain token ids.
+"""Generation with a state of the tokens before: prompts of different lengths together, text or plain token ids.
 
-The batch is padded on the left, and a row leaves it when it ends. A row does not depend on the others, but for
-floating-point rounding: matmuls of another size add in another order. B = batch, S = tokens, V = vocabulary.
+Prompts are padded on the right, then each row goes on at its own position and leaves the batch when it ends. A row does
+not depend on the others, but for floating-point rounding: matmuls of another size add in another order.
+B = batch, S = tokens, V = vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cs336.inference.sampling import SamplingParams, generator_of, sample
 from cs336.inference.text import TextStream
-from cs336.models import Transformer
+from cs336.models import DecodingState, Transformer
 from cs336.utils import nvtx
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -138,26 +139,35 @@ def _decode(
     _check(model, prompts)
     if not prompts:
         return
-    longest = max(map(len, prompts))
-    limits = [min(params.max_tokens, model.config.context_length - len(prompt)) for prompt in prompts]
-    padding = [longest - len(prompt) for prompt in prompts]
-    cache = model.new_cache(len(prompts), longest + max(limits), padding)
-    ids_BS = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
+    lengths = [len(prompt) for prompt in prompts]
+    limits = [min(params.max_tokens, model.config.context_length - length) for length in lengths]
+    state = model.new_state(len(prompts), max(map(sum, zip(lengths, limits, strict=True))))
     unused_ids = torch.tensor(unused, dtype=torch.int64, device=model.device)
     generator = generator_of(params)
     rows = list(range(len(prompts)))
+    with nvtx.annotate("prefill"):
+        features_BM = _prefill(model, prompts, state)
     for step in range(1, max(limits) + 1):
-        with nvtx.annotate("prefill" if step == 1 else "decode"):
-            logits_BV = model.logits(model.features(ids_BS, cache)[:, -1])
-            ids_B = sample(logits_BV.index_fill(1, unused_ids, -torch.inf), params, generator)
+        logits_BV = model.logits(features_BM).index_fill(1, unused_ids, -torch.inf)
+        ids_B = sample(logits_BV, params, generator)
         yield from zip(rows, ids_B.tolist(), strict=True)
         kept = [i for i, row in enumerate(rows) if row not in finished and step < limits[row]]
         if not kept:
             return
         if len(kept) < len(rows):
-            rows, ids_B = [rows[i] for i in kept], ids_B[kept]
-            cache.select(kept)
-        ids_BS = ids_B[:, None]
+            rows, ids_B, state = [rows[i] for i in kept], ids_B[kept], state.select(kept)
+        with nvtx.annotate("decode"):
+            features_BM = model.features(ids_B[:, None], state=state)[:, -1]
+
+
+def _prefill(model: Transformer, prompts: list[list[int]], state: DecodingState) -> Tensor:
+    """What the head reads after each prompt: (B, M)."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    longest = max(map(len, prompts))
+    ids_BS = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    segments_BS = -(torch.arange(longest, device=model.device) >= lengths_B[:, None]).long()  # -1: padding
+    features_BSM = model.features(ids_BS, segments=segments_BS, state=state)
+    return features_BSM[torch.arange(len(prompts), device=model.device), lengths_B - 1]
 
 
 def _check(model: Transformer, prompts: list[list[int]]) -> None:

@@ -134,7 +134,6 @@ def from_pretrained(
     _check_weights(directory, found, {_theirs(name): shape for name, shape in shapes.items()})
     dtype = found[_theirs("embedding.weight")].dtype if dtype is None else dtype
     model.load_state_dict({name: found[_theirs(name)].to(dtype) for name in shapes}, assign=True)
-    model.rope.to_empty(device=model.device).reset_parameters()
     return model
 
 
