@@ -278,7 +278,7 @@ def test_damage_that_leaves_the_form_whole_is_found(tmp_path):
             stream.seek(file.stat().st_size // 2)
             stream.write(b"\xff" * 64)
         before = {k: v.clone() for k, v in net.state_dict().items()}
-        with pytest.raises(checkpoint.DamagedError, match="is not what was written|holds no checkpoint"):
+        with pytest.raises(checkpoint.DamagedError, match=r"is not what was written|holds no checkpoint"):
             load_checkpoint(path, net)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 

@@ -101,7 +101,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
 
 
 def test_a_run_from_before_checksums_goes_on(tmp_path, monkeypatch):
-    """Written by the trainer of format 1: its configuration, its checkpoint, its export."""
+    """Written by the trainer of format 1: its configuration and its checkpoint."""
     monkeypatch.chdir(tmp_path)
     tiny_run.write_data(pathlib.Path("."))
     old = HERE / "fixtures/run_before"
@@ -112,8 +112,6 @@ def test_a_run_from_before_checksums_goes_on(tmp_path, monkeypatch):
     found = [[row["train/loss"], row["train/grad_norm"]] for row in tiny_run.rows("run", of="train/loss")]
     expected = json.loads((old / "losses.json").read_text())
     np.testing.assert_allclose(found, expected[4:], rtol=1e-5)
-    ids = torch.arange(8)[None]
-    torch.testing.assert_close(from_pretrained("run/export")(ids), from_pretrained(old / "export")(ids))
 
 
 # ---- identity ----
