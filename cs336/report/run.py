@@ -47,6 +47,9 @@ class Run:
 
 
 def number(value: Any) -> float | None:
+    """A number; one that is not finite is a string in the files, because JSON has none."""
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -147,7 +147,7 @@ class ShardWriter:
             raise ValueError(f"ids must be 1-D integers, got shape {ids.shape} {ids.dtype}")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab_size:
             raise ValueError(f"ids must be in 0..{self.meta.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
-        rest = ids.astype(self.dtype, copy=False)
+        rest = np.ascontiguousarray(ids, self.dtype)
         while len(rest):
             head, rest = np.split(rest, [self.shard_tokens - self._filled])
             try:
