@@ -81,11 +81,11 @@ def _export_step(export: pathlib.Path, checkpoints: list[pathlib.Path]) -> int:
     """Of one that does not say, the step of the checkpoint with its embedding; before all of them if none has it."""
     if (step := read_step(export)) is not None:
         return step
-    embedding = _tensor(export / "model.safetensors", "model.embed_tokens.weight")
-    same = (p for p in reversed(checkpoints) if torch.equal(_tensor(p / MODEL, "embedding.weight"), embedding))
-    return max(map(_step, same), default=-1)
+    embedding = _embedding(export / "model.safetensors")
+    return max((_step(p) for p in checkpoints if torch.equal(_embedding(p / MODEL), embedding)), default=-1)
 
 
-def _tensor(path: pathlib.Path, name: str) -> torch.Tensor:
+def _embedding(path: pathlib.Path) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
+        (name,) = {"embedding.weight", "model.embed_tokens.weight"} & set(file.keys())
         return file.get_tensor(name)
