@@ -421,10 +421,40 @@ def test_bench_passes_its_arguments_on(monkeypatch, capsys):
     assert "run this in a clone" in fails(["bench", "ops"], capsys)
 
 
-def test_a_prompt_that_is_refused_is_not_written(data, tokenizer, capsys):
+def test_the_end_of_a_long_prompt_is_read_and_that_is_said(data, tokenizer, capsys):
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    for many in ("1", "2"):
+        capsys.readouterr()
+        generate = ["generate", str(data / "run"), "--prompt", TEXT, "--max-tokens", "3", "--num-samples", many]
+        assert main([*generate, "--dtype", "bfloat16"]) == 0
+        out, err = capsys.readouterr()
+        assert out.count(TEXT) == int(many)
+        assert "not read" in err
+        assert err.count("\n") == 1
+
+
+def test_samples_of_a_seed(data, tokenizer, capsys):
+    """Several are those of the seeds one by one."""
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+
+    def texts(seed, many):
+        capsys.readouterr()
+        options = ["--prompt", "How ", "--max-tokens", "4", "--seed", str(seed), "--num-samples", str(many)]
+        assert main(["generate", str(data / "run"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert texts(3, 2) == texts(3, 1) + "\n" + texts(4, 1)
+
+
+def test_compare_hf(data, tokenizer, text_file, capsys):
+    pytest.importorskip("transformers")
     assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
     capsys.readouterr()
-    assert "leaves no room in the model's context" in fails(["generate", str(data / "run"), "--prompt", TEXT], capsys)
+    assert main(["compare-hf", str(data / "run"), "--text", str(text_file), "--new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "the same ids from both tokenizers" in out
+    assert "worst difference" in out
+    assert "4 of 4 greedy tokens are the same" in out or "apart" in out
 
 
 def test_a_warning_is_one_line(text_file, tmp_path, capsys):

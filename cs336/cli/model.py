@@ -1,7 +1,8 @@
-"""What is done with a trained model: `cs336 generate`, `evaluate`, `report`."""
+"""What is done with a trained model: `cs336 generate`, `evaluate`, `compare-hf`, `report`."""
 
+import itertools
 import sys
-from dataclasses import replace
+import warnings
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -10,6 +11,7 @@ from cs336.cli.common import MaybePath, Path, Paths, Run
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
+MOST_DOCUMENTS, MOST_CHARS = 100, 200_000  # of text to compare on: more than a context holds
 RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]
 
 
@@ -18,6 +20,7 @@ def generate(arguments: list[str]) -> Run:
     import torch
 
     from cs336.inference import SamplingParams, stream
+    from cs336.inference import generate as continue_all
     from cs336.inference.load import find_model, load_model, load_tokenizer
     from cs336.tokenizer import convert
 
@@ -34,7 +37,7 @@ def generate(arguments: list[str]) -> Run:
         Args:
             model: an export, a checkpoint, or a run directory, of which the newest is taken.
             prompt: text to continue; - reads it from standard input, an empty one begins a document.
-            num_samples: continue it so many times; with --seed, with that seed and those after it.
+            num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
             tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
@@ -45,14 +48,18 @@ def generate(arguments: list[str]) -> Run:
         network = load_model(found, device, None if dtype == "auto" else getattr(torch, dtype))
         torch.seed()  # without --seed every run is another
         shown = visible if sys.stdout.isatty() else str
-        for number in range(num_samples):
-            seed = None if sampling.seed is None else sampling.seed + number
-            pieces = stream(network, loaded, prompt, replace(sampling, seed=seed))
+        if num_samples == 1:
+            pieces = stream(network, loaded, prompt, sampling)
             # Together: a prompt that is refused is not written.
             print(shown(prompt + next(pieces, "")), end="", flush=True)
             for piece in pieces:
                 print(shown(piece), end="", flush=True)
             print()
+            return
+        for number, found_text in enumerate(continue_all(network, loaded, prompt, sampling, num_samples=num_samples)):
+            if found_text.dropped and not number:
+                warnings.warn(f"the first {found_text.dropped} tokens of the prompt are not read", stacklevel=1)
+            print(shown(f"{prompt}{found_text.text}"), end="\n\n" if number + 1 < num_samples else "\n")
 
     return run
 
@@ -89,6 +96,37 @@ def evaluate(arguments: list[str]) -> Run:
         for label, bits, how in sorted(rows, key=lambda row: row[1]):
             print(f"{bits:7.3f}  {label:<14}{how}")
         print(found.save(place))
+
+    return run
+
+
+def compare_hf(arguments: list[str]) -> Run:
+    """A model beside transformers' reading of the same files: likelihoods, greedy tokens, the worst difference."""
+    import torch
+
+    from cs336.inference.compare import compare_huggingface
+    from cs336.inference.load import find_model
+
+    def run(
+        model: Positional[Path],
+        text: tuple[Path, ...],
+        text_field: str = TEXT_FIELD,
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        new_tokens: int = 64,
+    ) -> None:
+        """
+        Args:
+            model: a directory in the Hugging Face layout, or a finished run.
+            text: files or directories of text, JSON lines or parquet; read until the model's context is full.
+            text_field: of JSON lines and parquet: the field that holds the text.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: that both compute in.
+            new_tokens: continued greedily from the first half of the text.
+        """
+        documents = itertools.islice(read_texts(text, text_field=text_field), MOST_DOCUMENTS)
+        read = "\n".join(documents)[:MOST_CHARS]
+        print(compare_huggingface(find_model(model), read, device, dtype=getattr(torch, dtype), new_tokens=new_tokens))
 
     return run
 

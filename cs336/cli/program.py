@@ -13,7 +13,7 @@ from cs336 import __version__
 from cs336.cli import tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import evaluate, generate, report
+from cs336.cli.model import compare_hf, evaluate, generate, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.train import train
 
@@ -24,6 +24,7 @@ VERBS: dict[str, Make] = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "compare-hf": compare_hf,
     "report": report,
     "env": env,
     "bench": bench,
