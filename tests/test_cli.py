@@ -340,15 +340,17 @@ def test_train_then_generate_then_report(data, tokenizer, capsys):
     assert [json.loads(line)["step"] for line in run.joinpath("samples.jsonl").open()] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_generate_from_a_run_that_was_stopped(data, tokenizer, capsys):
+def test_generate_takes_the_model_of_most_steps(data, tokenizer, capsys):
     arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--checkpoint-interval", "2"]
     assert main(["train", *arguments]) == 0
-    checkpoint = data / "run" / "checkpoints" / "step_00000006"
-    newer = checkpoint.joinpath("state.json").stat().st_mtime + 100
-    os.utime(checkpoint / "state.json", (newer, newer))  # as if the run had gone on since the export
     from cs336.inference.load import find_model
 
-    assert find_model(data / "run") == checkpoint
+    checkpoint = data / "run" / "checkpoints" / "step_00000006"
+    newer = checkpoint.joinpath("state.json").stat().st_mtime + 100
+    os.utime(checkpoint / "state.json", (newer, newer))
+    assert find_model(data / "run") == data / "run" / "export"
+    later = shutil.copytree(checkpoint, checkpoint.with_name("step_00000008"))  # as if it had gone on since the export
+    assert find_model(data / "run") == later
     capsys.readouterr()
     assert main(["generate", str(data / "run"), "--prompt", "How", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("How")
