@@ -93,6 +93,8 @@ def test_a_directory_is_read_in_sorted_order(tmp_path):
 )
 def test_compressed(tmp_path, suffix, compress):
     assert list(read_texts(put(tmp_path / f"a.txt{suffix}", compress(b"hello")))) == ["hello"]
+    with pytest.raises(ValueError, match=r"a\.txt.* is damaged"):
+        list(read_texts(put(tmp_path / f"a.txt{suffix}", compress(b"hello" * 999)[:-1])))
     whole = compress(jsonl("one", "two" * 9999).encode())
     path = put(tmp_path / f"a.jsonl{suffix}", whole)
     assert list(read_texts(path)) == ["one", "two" * 9999]

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import shutil
 
 import pytest
 from rich.console import Console
 
+from cs336.utils.contents import Contents
 from cs336.utils.locks import locked
 from cs336.utils.stages import ASIDE, LOCK, RECORD, Interrupted, Outcome, Stage, run_stages
 
@@ -105,6 +107,38 @@ def test_a_stopped_stage_goes_on(job):
     record = json.loads((job.directory / RECORD).read_text())
     assert record["model"]["seconds"] == 100
     assert list(record) == ["upper", "model", "page"]
+
+
+def test_a_stage_that_failed_after_it_wrote_runs_again(job):
+    job.run()
+    page, failing = job.page, [True]
+
+    def half():
+        (job.directory / "page.txt").write_text("ha")
+        if failing:
+            raise OSError("the disk is full")
+        return page()
+
+    job.page, job.seed = half, 1
+    with pytest.raises(OSError, match="full"):
+        job.run()
+    failing.clear()
+    assert job.run() == ["page"]
+    assert (job.directory / "page.txt").read_text() == "<p>"
+
+
+def test_content_has_no_place(tmp_path, monkeypatch):
+    for name, text in (("a/x.txt", "one"), ("a/y/z.txt", "two")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    monkeypatch.chdir(tmp_path)
+    with Contents(tmp_path / "contents.json") as contents:
+        same = {contents.digest(path) for path in (tmp_path / "a", "a", "elsewhere/../a", "elsewhere/b")}
+        assert len(same) == 1
+        (tmp_path / "a/y/z.txt").rename(tmp_path / "a/z.txt")  # it would be read at another time
+        assert contents.digest("a") not in same
+        assert contents.digest("a/x.txt") == contents.digest("elsewhere/b/x.txt")
 
 
 def test_what_the_job_did_not_make_is_not_touched(job):
