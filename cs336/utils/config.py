@@ -63,9 +63,10 @@ def parse(kind: type[T], table: Mapping[str, Any]) -> T:
 
 
 def to_table(config: Any) -> Any:
-    """A dataclass as nested dicts, lists and scalars; fields that are None are left out."""
+    """A dataclass as nested dicts, lists and scalars: its tag first, without fields that are None."""
     if dataclasses.is_dataclass(config):
-        fields = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        names = sorted((f.name for f in dataclasses.fields(config)), key=lambda name: name != TAG)
+        fields = ((name, getattr(config, name)) for name in names)
         return {name: to_table(value) for name, value in fields if value is not None}
     if isinstance(config, Mapping):
         return {str(key): to_table(value) for key, value in config.items() if value is not None}
