@@ -116,21 +116,25 @@ def _set(kind: Any, table: Any, path: tuple[str, ...], words: list[str]) -> None
         hint = _member(hint, place, name, above)
         above += f"{name}."
         if isinstance(place, list):
-            if not (name.isdecimal() and int(name) < len(place)):
-                raise ValueError(f"{above[:-1]}: expected a place in a list of {len(place)}")
-            place = place[int(name)]
+            place = place[_index(place, name, above[:-1])]
         else:
             place = place.setdefault(name, {})
-    key = int(last) if isinstance(place, list) and last.isdecimal() else last
     value = _value(_member(hint, place, last, above), words, ".".join(path))
-    if last == TAG and isinstance(place, dict) and _tag(hint, place) != value:
+    if isinstance(place, list):
+        place[_index(place, last, f"{above}{last}")] = value
+        return
+    if last == TAG and _tag(hint, place) != value:
         place.clear()
     if value is None:
-        place.pop(key, None)
-    elif isinstance(place, list) and not (isinstance(key, int) and key < len(place)):
-        raise ValueError(f"{above}{last}: expected a place in a list of {len(place)}")
+        place.pop(last, None)
     else:
-        place[key] = value
+        place[last] = value
+
+
+def _index(place: list, name: str, path: str) -> int:
+    if name.isdecimal() and int(name) < len(place):
+        return int(name)
+    raise ValueError(f"{path}: expected a place in a list of {len(place)}")
 
 
 def _member(hint: Any, table: Any, name: str, above: str) -> Any:
