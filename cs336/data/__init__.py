@@ -11,6 +11,7 @@ from cs336.data.corpus import in_validation as in_validation
 from cs336.data.corpus import select as select
 from cs336.data.tokenize import tokenize_corpus as tokenize_corpus
 from cs336.data.tokenize import tokenize_documents as tokenize_documents
+from cs336.data.tokenize import tokenizer_of as tokenizer_of
 from cs336.utils.documents import Document as Document
 from cs336.utils.documents import read_documents as read_documents
 from cs336.utils.documents import read_texts as read_texts

@@ -240,7 +240,7 @@ class Trainer:
             step=bad.step,
             cause=cause,
             checkpoint=None if self._restored is None else str(self._restored),
-        )
+        ) from None
 
     # ---- state ----
 
@@ -319,6 +319,8 @@ class Trainer:
     def _announce(self) -> None:
         plan = self.decisions.plan
         self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
+        if self.tokenizer is None:
+            self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:
             self.display.say(f"continuing after step {self.step}")
             self._announce_rate()

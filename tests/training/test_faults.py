@@ -388,8 +388,14 @@ def test_the_tokenizer_beside_the_shards_is_exported(tmp_path):
     tokenize_corpus(documents, tokenizer, tmp_path / "tokens", val_fraction=0.2)
     model = tiny_run.changed(tiny_run.MODEL, vocab_size=320)
     data = DataConfig(tmp_path / "tokens/train", tmp_path / "tokens/val")
-    result = tiny_run.train(tiny_run.config(tmp_path, data=data, model=model, budget="2steps"))
+    result, display = train(tiny_run.config(tmp_path, data=data, model=model, budget="2steps"))
+    assert "no tokenizer" not in display
     assert Tokenizer.load(result.export / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def test_an_export_without_a_tokenizer_is_said_at_the_start(tmp_path):
+    _, display = train(tiny_run.config(tmp_path, budget="2steps"))
+    assert "the export will have none" in display
 
 
 # ---- beginning from weights ----
