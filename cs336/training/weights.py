@@ -20,6 +20,7 @@ def load_weights(model: Transformer, path: pathlib.Path) -> None:
         source = from_pretrained(path, device=model.device)
         _check_same(source.config, model.config, path)
         model.load_state_dict(source.state_dict())
+        model.special_ids, model.generation_config = source.special_ids, source.generation_config
         return
     if (config := read_model_config(path, TransformerConfig)) is not None:
         _check_same(config, model.config, path)
