@@ -6,6 +6,7 @@ T = tokens, V = vocabulary.
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,14 +73,13 @@ def compare_huggingface(
         raise ImportError(f"comparing needs transformers ({error}): pip install 'cs336[hf]'") from None
     directory, where = pathlib.Path(directory), pick(device)
     ours = from_pretrained(directory, where, dtype).eval()
-    their_ids = AutoTokenizer.from_pretrained(directory, local_files_only=True)(
-        text, add_special_tokens=False
-    ).input_ids
-    ids = load_tokenizer(directory).encode(text)
+    their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    ids, their_ids = load_tokenizer(directory).encode(text), their_tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give one of two at least")
     read = ids[: ours.config.context_length]
-    theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).to(where, dtype).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    theirs = theirs.to(where, dtype).eval()
     ids_1T = torch.tensor([read], device=where)
     found_T, their_T = (_log_likelihoods(logits, ids_1T) for logits in (ours(ids_1T), theirs(ids_1T).logits))
     prompt = read[: len(read) // 2]

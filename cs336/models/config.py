@@ -1,5 +1,6 @@
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from cs336.models.block import BlockConfig
 from cs336.nn import AttentionConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
@@ -89,13 +90,20 @@ class TransformerConfig:
     def short_form(self) -> "TransformerConfig | None":
         """The same model in the short form; None where its blocks differ or are of other kinds."""
         block = self.blocks[0]
-        kinds = (type(block.mixer), type(block.mlp), type(block.norm), type(block.positions))
-        if len(set(self.blocks)) > 1 or kinds != (AttentionConfig, SwiGLUConfig, RMSNormConfig, RopeConfig):
+        mlp, norm, rope = block.mlp, block.norm, block.positions
+        if not (isinstance(mlp, SwiGLUConfig) and isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
             return None
-        mixer = {name: value for name, value in dataclasses.asdict(block.mixer).items() if name != "kind"}
-        rest = {"d_ff": block.mlp.d_ff, "norm_eps": block.norm.eps}
-        rope = {"rope_theta": block.positions.theta, "rope_interleaved": block.positions.interleaved}
-        return dataclasses.replace(self, layers=None, **mixer, **rest, **rope)
+        if len(set(self.blocks)) > 1:
+            return None
+        short: dict[str, Any] = dataclasses.asdict(block.mixer)
+        del short["kind"]
+        short |= {
+            "d_ff": mlp.d_ff,
+            "norm_eps": norm.eps,
+            "rope_theta": rope.theta,
+            "rope_interleaved": rope.interleaved,
+        }
+        return dataclasses.replace(self, layers=None, **short)
 
     @property
     def kv_heads(self) -> int:

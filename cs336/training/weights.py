@@ -22,6 +22,7 @@ def load_weights(model: Transformer, path: pathlib.Path) -> None:
             model.load_state_dict(source.state_dict())
         except RuntimeError as error:
             raise ValueError(f"init_from {path} does not fit [model]: {error}") from None
+        model.special_ids, model.generation_config = source.special_ids, source.generation_config
         return
     if (config := read_model_config(path, TransformerConfig)) is not None:
         _check_same(config, model.config, path)

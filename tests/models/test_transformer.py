@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from cs336 import ops
 from cs336.models import BlockConfig, Transformer, TransformerConfig
@@ -272,6 +274,22 @@ def test_block_alone_is_the_block_in_the_stack(config):
     torch.testing.assert_close(first(x), want)
     total, update = second(first(Stream(x, None)))
     torch.testing.assert_close(total + update, second(first(x)))
+
+
+def test_blocks_are_sharded_one_by_one(tmp_path):
+    """FSDP gathers a block's weights as the block is called; here of one rank."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x = make(SMALL), ids(SMALL)
+        model.gradient_checkpointing = True
+        want = torch.autograd.grad(mean_loss(model, x, x), list(model.parameters()))
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        mean_loss(model, x, x).backward()
+        for p, grad in zip(model.parameters(), want, strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_of_other_blocks():
