@@ -299,10 +299,9 @@ def test_bad_numbers(message, changed):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
-def test_bad_dtype(dtype):
-    with pytest.raises(ValueError, match="parameters must be float32, float16 or bfloat16"):
-        AdamW([torch.zeros(2, dtype=dtype)])
+def test_bad_dtype():
+    with pytest.raises(ValueError, match=r"float32, float16, bfloat16 or float64, got torch\.complex64"):
+        AdamW([torch.zeros(2, dtype=torch.complex64)])
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():
