@@ -81,7 +81,8 @@ class AdamW(torch.optim.Optimizer):
             for (device, _), bucket in self._by_device(group).items():
                 params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
                 lr = group["lr"]
-                torch._foreach_add_(steps, 1)
+                counts = list({id(step): step for step in steps}.values())
+                torch._foreach_add_(counts, 1)
                 try:
                     adamw_(
                         params,
@@ -97,16 +98,23 @@ class AdamW(torch.optim.Optimizer):
                         grad_scale=None if grad_scale is None else grad_scale.to(device),
                     )
                 except ValueError:  # nothing has changed, so nothing is counted
-                    torch._foreach_sub_(steps, 1)
+                    torch._foreach_sub_(counts, 1)
                     raise
         return loss
 
     def _by_device(self, group: dict[str, Any]) -> Buckets:
-        """(parameter, gradient, moments, step) of those that have a gradient, by device; float64 apart."""
+        """(parameter, gradient, moments, step) of those that have a gradient, by device; float64 apart.
+
+        Parameters that have made the same steps share the tensor that counts them: one addition instead of hundreds.
+        """
         buckets: Buckets = defaultdict(list)
+        first: dict[torch.device, Tensor] = {}  # the count of those that make their first step
+        paused: set[int] = set()
         for p in group["params"]:
             g = p.grad
             if g is None:
+                if p in self.state:
+                    paused.add(id(self.state[p]["step"]))
                 continue
             if g.is_sparse:
                 raise ValueError(
@@ -117,12 +125,32 @@ class AdamW(torch.optim.Optimizer):
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                if p.device not in first:
+                    first[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["step"] = first[p.device]
                 state |= {name: torch.zeros_like(p, dtype=_moment_dtype(p)) for name in MOMENTS}
             buckets[p.device, p.dtype == torch.float64].append(
                 (p, g, state["exp_avg"], state["exp_avg_sq"], state["step"])
             )
+        if paused:
+            self._leave_behind(paused, buckets)
         return buckets
+
+    def _leave_behind(self, paused: set[int], buckets: Buckets) -> None:
+        """Give those that step a count of their own where they shared it with those that pause."""
+        counts: dict[int, Tensor] = {}
+        for bucket in buckets.values():
+            for i, (p, *others, step) in enumerate(bucket):
+                if id(step) in paused:
+                    count = counts.setdefault(id(step), step.clone())
+                    self.state[p]["step"] = count
+                    bucket[i] = (p, *others, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim.AdamW's layout: a count for each parameter, which it may then raise one by one."""
+        whole = super().state_dict()
+        states = whole["state"].items()
+        return {**whole, "state": {i: {**s, "step": s["step"].clone()} if "step" in s else s for i, s in states}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or torch.optim.AdamW saved; the moments are copied, in float32.
@@ -140,9 +168,14 @@ class AdamW(torch.optim.Optimizer):
             _check_state(state, p)
         ours = [{k: v for k, v in group.items() if k not in TORCH_ONLY} for group in groups]
         super().load_state_dict({**state_dict, "param_groups": ours})
+        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        counts: dict[tuple, Tensor] = {}
         for p, state in pairs:  # torch has cast the moments to the parameter's dtype
-            step = torch.as_tensor(state["step"]).to(p.device, torch.float32, copy=True).reshape(())
-            self.state[p] = {"step": step}
+            step = float(state["step"])
+            key = (group_of[p], p.device, step)
+            if key not in counts:
+                counts[key] = torch.tensor(step, dtype=torch.float32, device=p.device)
+            self.state[p] = {"step": counts[key]}
             for name in MOMENTS:
                 moment = torch.empty_like(p, dtype=_moment_dtype(p), requires_grad=False)
                 self.state[p][name] = moment.copy_(state[name])
