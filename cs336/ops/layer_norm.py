@@ -19,6 +19,14 @@ def _fake_fwd(x, w, b, eps):
     return x.new_empty(x.shape), mean, rstd
 
 
+def _faster_fwd(x, w, b, eps) -> str:
+    """Triton's forward takes 0.85-1.0 of native's time from 16 MB on, H200 (shorter inputs: 0.3-2 us more).
+
+    By N alone: a row's bits must not depend on how many rows there are.
+    """
+    return "triton" if 1024 <= x.shape[1] <= 65536 else "native"
+
+
 registry.define(
     "layer_norm_fwd(Tensor x, Tensor w, Tensor? b, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake_fwd,
@@ -26,6 +34,7 @@ registry.define(
     triton="layer_norm.fwd",
     check=contract("x", "w", "b", "eps"),
     supports=KERNELS,
+    prefer=_faster_fwd,
 )
 registry.define(
     "layer_norm_residual_fwd(Tensor x, Tensor residual, Tensor w, Tensor? b, float eps)"
