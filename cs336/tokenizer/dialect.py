@@ -221,7 +221,7 @@ class _Parser:
                 return literal(chr(code))
         self.place = begin
         instead = r"a set of properties, as [\p{L}\p{M}\p{N}_]" if kind in ("w", "W") else None
-        self.refuse("an escape", self.peek(2), instead)
+        return self.refuse("an escape", self.peek(2), instead)
 
     def char_class(self) -> str:
         """A set as an expression that matches one character: sets in it, and &&, become looks ahead."""

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,15 +15,14 @@ from cs336 import _text
 from cs336.tokenizer import formats
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
+from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_specials
 from cs336.tokenizer.patterns import canonical, for_core
 from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
-from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
+from cs336.utils.shards import META, SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
 
 Specials = Literal["all"] | Iterable[str]
-MAX_ID = (1 << 24) - 1
-MAX_SPECIAL = 1024
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 FILE_STEP = 8 << 20  # and encode_to_file
 
@@ -59,10 +59,10 @@ class Tokenizer:
         pattern: str = "gpt2",
         allowed_special: Specials = (),
     ):
-        self._vocab = _checked_vocab(vocab)
-        self._listed_merges = None if merges is None else _checked_merges(merges)
+        self._vocab = checked_vocab(vocab)
+        self._listed_merges = None if merges is None else checked_merges(merges)
         self._pattern = canonical(pattern)
-        self._specials, shared = _place_specials(self._vocab, special_tokens, self._listed_merges)
+        self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
         self._ordinary_ids = sorted(self._vocab.keys() - (set(self._specials.values()) - shared))
         self._core = _text.Encoder(
             tokens=list(self._vocab.items()),
@@ -115,7 +115,7 @@ class Tokenizer:
         thread, and 16 MB, four times the longest piece, or twice the longest document.
         """
         pattern = canonical(pattern)
-        specials = _checked_specials(special_tokens)
+        specials = checked_specials(special_tokens)
         merges = train(source, operator.index(vocab_size), specials, pattern, _num_threads(num_threads), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         pairs = []
@@ -150,7 +150,7 @@ class Tokenizer:
         allowed_special: Specials = (),
     ) -> "Tokenizer":
         """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
-        specials = None if special_tokens is None else _checked_specials(special_tokens)
+        specials = None if special_tokens is None else checked_specials(special_tokens)
         vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
         with formats.naming(vocab_json):
             return cls(vocab, merges, given if specials is None else specials, pattern, allowed_special)
@@ -307,16 +307,26 @@ class Tokenizer:
         eot_token: str = END_OF_TEXT,
         num_threads: int | None = None,
         shard_tokens: int = SHARD_TOKENS,
+        replace: bool = False,
     ) -> TokenMeta:
         """Encode documents, each followed by eot_token, into a directory of token shards (cs336/utils/shards.py).
 
         In a document special tokens are ordinary text. Holds some 8 MB of text, or the longest document. Returns what
         meta.json says. Raises ValueError if eot_token is not one of the special tokens, if documents is one text or
-        path, or if there are none, and TypeError for a document that is neither str nor bytes.
+        path, or if there are none, and TypeError for a document that is neither str nor bytes. Shards that the
+        directory has are replaced if they are this tokenizer's; with `replace` any are, else ValueError.
         """
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
+        found = (
+            read_meta(directory).tokenizer if (Path(directory) / META).exists() and not replace else self.fingerprint
+        )
+        if found != self.fingerprint:
+            raise ValueError(
+                f"{directory} holds shards of another tokenizer, {found[:12]}, and this one is "
+                f"{self.fingerprint[:12]}: give another directory, or replace=True"
+            )
         size = {"vocab_size": self.vocab_size, "eot_id": eot_id, "shard_tokens": shard_tokens}
         with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
             for batch in batches(documents, FILE_STEP):
@@ -516,84 +526,3 @@ def _num_threads(wanted: int | None) -> int:
             f"num_threads must be at least 1, or None for as many as this process may run on, got {wanted}"
         )
     return wanted
-
-
-def _checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
-    for i, token in vocab.items():
-        if type(i) is not int or not 0 <= i <= MAX_ID:
-            raise ValueError(f"ids must be integers from 0 to {MAX_ID}, got {i!r}")
-        if not isinstance(token, bytes) or not token:
-            raise ValueError(f"tokens must be bytes, at least one, got {token!r} for id {i}")
-    return dict(vocab)
-
-
-def _checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    pairs: dict[tuple[bytes, bytes], None] = {}
-    for left, right in merges:
-        if not (isinstance(left, bytes) and isinstance(right, bytes)):
-            raise ValueError(f"a merge must be a pair of bytes, got {(left, right)!r}")
-        if (left, right) in pairs:
-            raise ValueError(f"the merge {(left, right)!r} is listed twice")
-        pairs[left, right] = None
-    return list(pairs)
-
-
-def _checked_specials(special_tokens: Iterable[str]) -> list[str]:
-    if isinstance(special_tokens, str):
-        raise ValueError(f"special_tokens must be a list of str, got the str {special_tokens!r}")
-    specials = list(special_tokens)
-    for text in specials:
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"a special token must be a str, not empty, got {text!r}")
-        if len(text) > MAX_SPECIAL:  # looking for it would be slow in some texts
-            raise ValueError(f"a special token may have {MAX_SPECIAL} characters, got {len(text)}: {text[:40]!r}...")
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"the special token {text!r} has a lone surrogate, which UTF-8 cannot hold")
-    if len(set(specials)) < len(specials):
-        raise ValueError(f"a special token is listed twice: {specials}")
-    return specials
-
-
-def _place_specials(
-    vocab: dict[int, bytes],
-    special_tokens: Iterable[str] | dict[str, int] | None,
-    merges: list[tuple[bytes, bytes]] | None,
-) -> tuple[dict[str, int], set[int]]:
-    """The ids of the special tokens, and which of them are ordinary tokens too; new ones are added to the vocabulary.
-
-    merges: None for ranks.
-    """
-    specials = _checked_specials(special_tokens or ())
-    given = special_tokens if isinstance(special_tokens, dict) else {}
-    for text, i in given.items():
-        _checked_vocab({i: text.encode()})
-    wanted = {text.encode() for text in specials}
-    ids_of: dict[bytes, list[int]] = {}
-    for i, token in sorted(pair for pair in vocab.items() if pair[1] in wanted):
-        ids_of.setdefault(token, []).append(i)
-    made = {left + right for left, right in merges or ()} if ids_of else set()
-    placed: dict[str, int] = {}
-    shared = set()
-    new = max([*vocab, *given.values()], default=-1) + 1
-    for text in specials:
-        token = text.encode()
-        candidates = ids_of.get(token, [])
-        # A byte, or the result of a merge, is an ordinary token: its first id is no candidate.
-        ordinary = None
-        if len(token) == 1 or token in made:
-            ordinary, *candidates = candidates or [None]
-        if text in given:
-            i = given[text]
-            if vocab.get(i, token) != token:
-                raise ValueError(f"the special token {text!r} cannot have id {i}, which is {vocab[i]!r}")
-            if i == ordinary:
-                if formats.spell([token]) != [text]:  # files would have two texts for one id
-                    raise ValueError(f"the special token {text!r} cannot have id {i}, that of the ordinary token")
-                shared.add(i)
-        elif candidates:
-            i = candidates[-1]
-        else:
-            i, new = new, new + 1
-        vocab.update(_checked_vocab({i: token}))
-        placed[text] = i
-    return placed, shared

@@ -202,7 +202,7 @@ def sequence(*steps):
             r"the end of a line or of the text, '\$' at 3, which engines read in different ways",
         ),
         (["model", "ignore_merges"], True, "ignore_merges"),
-        (["model", "vocab"], {"a": 1, "b": 1}, "two tokens"),
+        (["model", "vocab"], {"a": 1, "b": 1, "<|e|>": 258}, "two tokens"),
         (["pre_tokenizer"], None, "its pre_tokenizer is null: without ByteLevel its tokens are of characters"),
         (["pre_tokenizer"], 3, "pre_tokenizer is 3, expected an object"),
         (["pre_tokenizer"], sequence(None, 3), "pre_tokenizer is 3, expected an object"),

@@ -207,6 +207,14 @@ def mutated(rng, value):
     return value
 
 
+def refusal(path):
+    try:
+        convert.load(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("which", ["others", "ours"])
 def test_mutated_documents(which, tmp_path):
     rng = random.Random(4)
@@ -221,10 +229,7 @@ def test_mutated_documents(which, tmp_path):
         for _ in range(rng.randrange(1, 3)):
             made = mutated(rng, copy.deepcopy(made))
         path.write_text(json.dumps(made))
-        try:
-            convert.load(path)
-        except ValueError as error:
-            refused += 1
-            assert str(path) in str(error)
-            assert not PYTHON.search(str(error)), error
+        message = refusal(path)
+        refused += message is not None
+        assert message is None or (str(path) in message and not PYTHON.search(message)), message
     assert refused > 300

@@ -284,3 +284,10 @@ def test_progress_and_interrupt(capsys):
 
     with pytest.raises(KeyboardInterrupt):
         counter.train(5, interrupt)
+
+
+@pytest.mark.parametrize("names", [["a.md", "b.md"], ["data/corpus.text"], ["./corpus", "/data/x"]])
+def test_names_of_files_that_are_missing(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.train(names, 300)
