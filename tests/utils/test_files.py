@@ -23,7 +23,7 @@ def test_an_error_keeps_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="No space") as caught:
         fail()
-    assert caught.value.filename == str(path.parent)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
