@@ -2,6 +2,7 @@
 
 from cs336.ops.adamw import adamw_ as adamw_
 from cs336.ops.attention import attention as attention
+from cs336.ops.attention_varlen import attention_varlen as attention_varlen
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.rms_norm import rms_norm as rms_norm

@@ -1,0 +1,82 @@
+"""One autograd.Function over the raw ops of attention_raw.py. Saved: q, k, v, o, lse, and what is small."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
+from cs336.ops import registry
+
+NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  # before `deterministic` in the backward
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, q, k, v, *rest):
+        o, lse = _run(f"{name}_fwd", q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
+        ctx.set_materialize_grads(False)
+        ctx.name, ctx.rest = name, [None if isinstance(x, Tensor) else x for x in rest]
+        ctx.tensors = [n for n, x in enumerate(rest) if isinstance(x, Tensor)]
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant do pass
+            raise RuntimeError("attention is differentiable once; create_graph=True needs CS336_VARIANT=ref and a mask")
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
+        rest = list(ctx.rest)
+        for n, x in zip(ctx.tensors, tensors, strict=True):
+            rest[n] = x
+        rest.insert(NUM_OPTIONS[ctx.name], torch.are_deterministic_algorithms_enabled())
+        if do is None:
+            do = torch.zeros_like(o)
+        do, dlse = rows(do), None if dlse is None else dlse.contiguous()
+        dq, dk, dv = _run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
+        return None, dq, dk, dv, *(None for _ in ctx.rest)
+
+
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """o and lse of `name`_fwd for these arguments, differentiable once."""
+    q, k, v = rows(q), rows(k), rows(v)
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
+        return _Attention.apply(name, q, k, v, *rest)
+    return _run(f"{name}_fwd", q, k, v, *rest)
+
+
+def _run(name: str, *args):
+    """On a CPU the reference, unless a variant is forced: interpreted Triton is for tests."""
+    if args[0].is_cuda or registry.forced() is not None:
+        return registry.call(name, *args)
+    return registry.OPS[name].overloads["ref"](*args)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its last dim contiguous; copies only where it is not."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Drawn from torch's generator of the device, without waiting for it: replayed by graphs and checkpoints."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """A window as raw ops have it: -1 where it is open."""
+    if window is None:
+        return -1, -1
+    left, right = window
+    for side, value in (("left", left), ("right", right)):
+        if value is not None and value < 0:
+            raise ValueError(f"window's {side} must be at least 0, or None where it is open, got {value}")
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as torch's attention has them."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
