@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention  # torch's, also wh
 from cs336.ops import registry
 from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
 from cs336.ops.attention_raw import check_extras
+from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
 
 
@@ -53,12 +54,13 @@ def attention(
         return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key. Its
             gradient is taken into account.
 
-    Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros. Differentiable once.
+    Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros. The kernels'
+    gradients are differentiable once.
     Raises ValueError for shapes, dtypes or devices that do not fit.
 
     On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
-    scaled_dot_product_attention, unless "ref" is forced; the reference for what that does not know (softcap, ALiBi,
-    dropout, lse, a float32 mask beside 16-bit tensors). Autocast casts as it does for torch's.
+    scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
+    (softcap, ALiBi, our dropout, lse, a float32 mask beside 16-bit tensors). Autocast casts as it does for torch's.
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
@@ -73,28 +75,27 @@ def attention(
         extras = slopes, dropout_p, new_seed(q.device) if dropout_p else None
         check_extras(q_BHSD, None, *extras)
     options = scale, causal, left, right, softcap or 0.0
-    torchs = softcap is None and not extras and not return_lse and registry.forced() is None
-    lse_BHS = None
-    if mask is not None:
-        if registry.forced() in ("native", "triton"):
-            raise NotImplementedError(f"attention has no {registry.forced()} kernel for a mask: torch's and ref take it")
-        if torchs and mask.dtype in (torch.bool, q.dtype):
-            o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)
-        else:
-            o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, *(extras or (None, 0.0, None)), mask)
-    elif torchs and not _has_kernel(q_BHSD, k_BHTD, v_BHTE, *options):
-        o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], None)
-    elif extras:
-        o_BHSE, lse_BHS = attend("attention_general", q_BHSD, k_BHTD, v_BHTE, None, None, 0, 0, *options, *extras)
+    if extras:
+        name, args = "attention_general", (q_BHSD, k_BHTD, v_BHTE, None, None, 0, 0, *options, *extras)
     else:
-        o_BHSE, lse_BHS = attend("attention", q_BHSD, k_BHTD, v_BHTE, *options)
+        name, args = "attention", (q_BHSD, k_BHTD, v_BHTE, *options)
+    lse_BHS = None
+    if mask is not None and registry.forced() in ("native", "triton"):
+        raise NotImplementedError(f"attention has no {registry.forced()} kernel for a mask: torch's and ref take one")
+    if mask is None and has_kernel(f"{name}_fwd", *args):
+        o_BHSE, lse_BHS = attend(name, *args)
+    elif (
+        softcap is None
+        and not extras
+        and not return_lse
+        and registry.forced() is None
+        and (mask is None or mask.dtype in (torch.bool, q.dtype))
+    ):
+        o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)
+    else:
+        o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, *(extras or (None, 0.0, None)), mask)
     o = o_BHSE if q.dim() == 4 else o_BHSE.reshape(*q.shape[:-1], v.shape[-1])
     return (o, lse_BHS.view(q.shape[:-1])) if return_lse and lse_BHS is not None else o
-
-
-def _has_kernel(*args) -> bool:
-    """Whether a kernel better than the reference takes the arguments of attention_fwd; interpreted ones are not."""
-    return args[0].is_cuda and any(registry.why_not("attention_fwd", v, *args) is None for v in ("triton", "native"))
 
 
 def _four_dims(x: Tensor, lead: torch.Size) -> Tensor:

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
 from cs336.ops import registry
+from cs336.ops.dispatch import rows, run
 
 NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  # before `deterministic` in the backward
 
@@ -13,7 +14,7 @@ NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  #
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, q, k, v, *rest):
-        o, lse = _run(f"{name}_fwd", q, k, v, *rest)
+        o, lse = run(f"{name}_fwd", q, k, v, *rest)
         ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
         ctx.set_materialize_grads(False)
         ctx.name, ctx.rest = name, [None if isinstance(x, Tensor) else x for x in rest]
@@ -23,16 +24,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant do pass
-            raise RuntimeError("attention is differentiable once; create_graph=True needs CS336_VARIANT=ref and a mask")
+            raise RuntimeError(
+                "attention is differentiable once: create_graph=True needs torch's scaled_dot_product_attention"
+            )
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         rest = list(ctx.rest)
         for n, x in zip(ctx.tensors, tensors, strict=True):
             rest[n] = x
-        rest.insert(NUM_OPTIONS[ctx.name], torch.are_deterministic_algorithms_enabled())
+        rest.insert(NUM_OPTIONS[ctx.name], registry.is_deterministic())
         if do is None:
             do = torch.zeros_like(o)
         do, dlse = rows(do), None if dlse is None else dlse.contiguous()
-        dq, dk, dv = _run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
+        dq, dk, dv = run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
         return None, dq, dk, dv, *(None for _ in ctx.rest)
 
 
@@ -42,19 +45,7 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, T
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
         return _Attention.apply(name, q, k, v, *rest)
-    return _run(f"{name}_fwd", q, k, v, *rest)
-
-
-def _run(name: str, *args):
-    """On a CPU the reference, unless a variant is forced: interpreted Triton is for tests."""
-    if args[0].is_cuda or registry.forced() is not None:
-        return registry.call(name, *args)
-    return registry.OPS[name].overloads["ref"](*args)
-
-
-def rows(x: Tensor) -> Tensor:
-    """x with its last dim contiguous; copies only where it is not."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return run(f"{name}_fwd", q, k, v, *rest)
 
 
 def new_seed(device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from cs336.ops.ref import attention as ref
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
 NATIVE_HEAD_DIMS = ((64, 64), (128, 128))  # (D, E) of the kernels in csrc/kernels
+HOPPER = {"native": ((9, 0), (9, 0))}  # wgmma and TMA
 PACKING = "cu_seqlens_q, Tensor{0} cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
 OPTIONS = "float scale, bool causal, int window_left, int window_right, float softcap"
 EXTRAS = "Tensor? alibi_slopes, float dropout_p, Tensor? seed"
@@ -79,8 +80,8 @@ def _check_bwd(do, dlse, q, k, v, o, lse, packing, *options) -> None:
     for name, x in (("dlse", dlse), ("lse", lse)):
         if x is not None and (x.shape != lse_shape or x.dtype != _lse_dtype(q) or x.device != q.device):
             raise ValueError(f"{name} must be {tuple(lse_shape)} {_lse_dtype(q)} on {q.device}, got {_like(x)}")
-    if not lse.is_contiguous():
-        raise ValueError(f"lse must be contiguous, got stride {lse.stride()}")
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {x.stride()}")
 
 
 def check_extras(q: Tensor, packing, alibi_slopes: Tensor | None, dropout_p: float, seed: Tensor | None) -> None:
@@ -128,8 +129,6 @@ def _native_refuses(*tensors: Tensor) -> str | None:
     if (q.shape[-1], v.shape[-1]) not in NATIVE_HEAD_DIMS:
         dims = ", ".join(f"{d} and {e}" for d, e in NATIVE_HEAD_DIMS)
         return f"the native kernels have head dims (of q and k, and of v) {dims}, not {q.shape[-1]} and {v.shape[-1]}"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return f"the native kernels are for Hopper, compute capability 9.0; {q.device} is another GPU"
     for x in tensors:
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
             if size > 1 and (stride % 8 != 0 or stride == 0):
@@ -168,6 +167,7 @@ registry.define(
     fake=lambda q, k, v, *_: _fake_fwd(q, k, v, packed=False),
     ref=ref.fwd,
     triton="attention.fwd",
+    capabilities=HOPPER,
     check=lambda q, k, v, *options: check(q, k, v, None, *options),
     supports={
         "native": lambda q, k, v, *_: _native_refuses(q, k, v),
@@ -180,6 +180,7 @@ registry.define(
     fake=lambda do, dlse, q, k, v, *_: _fake_bwd(q, k, v, packed=False),
     ref=ref.bwd,
     triton="attention_bwd.bwd",
+    capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *options: _check_bwd(do, dlse, q, k, v, o, lse, None, *options),
     supports={
         "native": lambda do, dlse, q, k, v, o, *_: _native_refuses(q, k, v, do, o),
@@ -192,6 +193,7 @@ registry.define(
     fake=lambda q, k, v, *_: _fake_fwd(q, k, v, packed=True),
     ref=ref.varlen_fwd,
     triton="attention.varlen_fwd",
+    capabilities=HOPPER,
     check=lambda q, k, v, *rest: check(q, k, v, rest[:4], *rest[4:]),
     supports={
         "native": lambda q, k, v, *_: _native_refuses(q, k, v),
@@ -204,6 +206,7 @@ registry.define(
     fake=lambda do, dlse, q, k, v, *_: _fake_bwd(q, k, v, packed=True),
     ref=ref.varlen_bwd,
     triton="attention_bwd.varlen_bwd",
+    capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *rest: _check_bwd(do, dlse, q, k, v, o, lse, rest[:4], *rest[4:]),
     supports={
         "native": lambda do, dlse, q, k, v, o, *_: _native_refuses(q, k, v, do, o),

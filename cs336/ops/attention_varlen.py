@@ -9,7 +9,6 @@ from torch import Tensor
 from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
 
 
-
 def attention_varlen(
     q: Tensor,
     k: Tensor,

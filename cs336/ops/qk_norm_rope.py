@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.attention_autograd import rows
+from cs336.ops.dispatch import rows, run
 from cs336.ops.ref import qk_norm_rope as ref
 from cs336.ops.rope import _check_public, _tables, check_heads, check_tables, triton_refuses
 
@@ -38,7 +38,9 @@ def _check_bwd(dq, dk, q, k, q_weight, k_weight, q_rstd, k_rstd, *tables) -> Non
     for name, rstd, x in (("q_rstd", q_rstd, q), ("k_rstd", k_rstd, k)):
         wide = torch.promote_types(x.dtype, torch.float32)
         if rstd.shape != x.shape[:3] or rstd.dtype != wide or not rstd.is_contiguous() or rstd.device != x.device:
-            raise ValueError(f"{name} must be contiguous {tuple(x.shape[:3])} {wide}, got {tuple(rstd.shape)} {rstd.dtype}")
+            raise ValueError(
+                f"{name} must be contiguous {tuple(x.shape[:3])} {wide}, got {tuple(rstd.shape)} {rstd.dtype}"
+            )
 
 
 def _fake_fwd(q, k, *_):
@@ -71,7 +73,7 @@ class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, positions, interleaved, eps):
         tables = cos, sin, positions
-        q_out, k_out, *rstds = registry.call("qk_norm_rope_fwd", q, k, q_weight, k_weight, *tables, interleaved, eps)
+        q_out, k_out, *rstds = run("qk_norm_rope_fwd", q, k, q_weight, k_weight, *tables, interleaved, eps)
         ctx.save_for_backward(q, k, q_weight, k_weight, *rstds, *tables)
         ctx.interleaved = interleaved
         return q_out, k_out
@@ -80,7 +82,7 @@ class _QkNormRope(torch.autograd.Function):
     def backward(ctx, dq, dk):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("qk_norm_rope is differentiable once")
-        grads = registry.call("qk_norm_rope_bwd", rows(dq), rows(dk), *ctx.saved_tensors, ctx.interleaved)
+        grads = run("qk_norm_rope_bwd", rows(dq), rows(dk), *ctx.saved_tensors, ctx.interleaved)
         return *grads, None, None, None, None, None
 
 

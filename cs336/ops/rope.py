@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.attention_autograd import rows
+from cs336.ops.dispatch import has_kernel, rows
 from cs336.ops.ref import rope as ref
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,9 +85,7 @@ class _Rope(torch.autograd.Function):
         return None, None, None, None, None, *dxs
 
 
-def rope(
-    x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False
-) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:
     """Rotate the first features of x, in fp32.
 
     Args:
@@ -125,11 +123,7 @@ def rope_qk(
 
 def _has_kernel(x: Tensor, cos: Tensor) -> bool:
     """Whether a kernel shall run; else plain torch, which inductor fuses with its neighbours."""
-    if cos.requires_grad or cos.dtype != torch.float32:
-        return False
-    if registry.forced() is not None:
-        return registry.forced() != "ref"
-    return x.is_cuda and registry.TRITON_MISSING is None and triton_refuses(x) is None
+    return cos.dtype == torch.float32 and not cos.requires_grad and has_kernel("rope_fwd", [x], cos)
 
 
 def _four_dims(x: Tensor) -> Tensor:
@@ -172,7 +166,9 @@ def _check_public(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None)
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
     if cos.dim() == 0 or 2 * cos.shape[-1] > x.shape[-1]:
-        raise ValueError(f"cos must be (..., P) with 2 P <= {x.shape[-1]} to fit x {tuple(x.shape)}, got {tuple(cos.shape)}")
+        raise ValueError(
+            f"cos must be (..., P) with 2 P <= {x.shape[-1]} to fit x {tuple(x.shape)}, got {tuple(cos.shape)}"
+        )
     if positions is None:
         lead = tuple(reversed(x.shape[:-1]))
         fits = cos.dim() <= x.dim() and all(c in (1, n) for c, n in zip(reversed(cos.shape[:-1]), lead, strict=False))

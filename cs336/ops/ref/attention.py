@@ -6,6 +6,7 @@
 `fwd` is differentiable by autograd; `bwd` is what the kernels compute. The varlen pair runs each sequence by itself.
 """
 
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -221,7 +222,7 @@ def _stored_by_token(x_BHSD: Tensor) -> Tensor:
 
 def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
     """The rows of each sequence's queries and of its keys."""
-    q, k = ([slice(*pair) for pair in zip(cu[:-1], cu[1:], strict=True)] for cu in (cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
+    q, k = ([slice(*pair) for pair in itertools.pairwise(cu)] for cu in (cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
     return list(zip(q, k, strict=True))
 
 

@@ -262,11 +262,11 @@ def general_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqle
     dq, dk, dv = (_like(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     at_run, compiled_in = modifiers(scale, causal, left, right, softcap, *extras)
-    at_run |= dict(scale=scale, kept_scale=1 / (1 - extras[1]) if extras else 1.0)
+    at_run |= {"scale": scale, "kept_scale": 1 / (1 - extras[1]) if extras else 1.0}
     inputs = q, k, v, do, lse, delta
     sizes = g["Hq"] // g["Hkv"], g["S"], g["T"], g["rows"], g["keys"]
     where = *strides(q), *strides(k), *strides(v), *strides(do)
-    widths = dict(D=g["D"], E=g["E"])
+    widths = {"D": g["D"], "E": g["E"]}
     queries, keys = g["S"] * g["B"] * g["Hq"], g["T"] * g["B"] * g["Hkv"]
     with torch.cuda.device_of(q):
         if queries:
@@ -292,7 +292,9 @@ def general_bwd(do, dlse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqle
 
 def _like(x):
     """Uninitialised, like x, stored by token."""
-    return x.new_empty(x.shape) if x.dim() == 3 else x.transpose(1, 2).new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return (
+        x.new_empty(x.shape) if x.dim() == 3 else x.transpose(1, 2).new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    )
 
 
 def bwd(do, dlse, q, k, v, o, lse, *options):

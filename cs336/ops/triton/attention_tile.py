@@ -1,4 +1,4 @@
-"""What the forward and the backward of attention share: tiles of rows, scores, masks, dropout, and which tiles to visit.
+"""What attention's forward and backward share: tiles of rows, scores, masks, dropout, and which tiles to visit.
 
 Scores are kept in powers of 2, s log2(e), so that exp2 takes them as they are. Every kernel serves a batch and a pack:
 cu_ptr None, or the starts of the sequences.
@@ -45,9 +45,7 @@ def tile(ptr, stride, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load(
-    ptr, stride, start, num, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
-):
+def load(ptr, stride, start, num, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """Rows from `start`, zero from row `num` on (none is if WHOLE) and from feature WIDTH on."""
     address = tile(ptr, stride, start, ROWS, COLUMNS)
     if WHOLE and WIDTH == COLUMNS:
@@ -135,9 +133,17 @@ def geometry(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q, cu_seqlens_k, max_se
     B, S, T = q.shape[0], q.shape[2 if q.dim() == 4 else 0], k.shape[-2]
     if cu_seqlens_q is not None:
         B, S, T = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
-    return dict(
-        B=B, Hq=q.shape[1], Hkv=k.shape[1], S=S, T=T, D=q.shape[-1], E=v.shape[-1], rows=q.shape[0], keys=k.shape[0]
-    )
+    return {
+        "B": B,
+        "Hq": q.shape[1],
+        "Hkv": k.shape[1],
+        "S": S,
+        "T": T,
+        "D": q.shape[-1],
+        "E": v.shape[-1],
+        "rows": q.shape[0],
+        "keys": k.shape[0],
+    }
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -155,17 +161,17 @@ def modifiers(
 ) -> tuple[dict, dict]:
     """What every kernel has of the options: run-time arguments, and those compiled in."""
     right = 0 if causal else right
-    at_run = dict(
-        alibi_ptr=alibi_slopes,
-        alibi_stride=alibi_slopes.shape[-1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-        seed_ptr=seed if dropout_p > 0 else None,
-        threshold=int(dropout_p * 2**32),
-        inner=scale / softcap if softcap > 0 else 1.0,
-        outer=(softcap if softcap > 0 else scale) * LOG2E,
-        left=left,
-        right=right,
-    )
-    return at_run, dict(CAPPED=softcap > 0, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0)
+    at_run = {
+        "alibi_ptr": alibi_slopes,
+        "alibi_stride": alibi_slopes.shape[-1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+        "seed_ptr": seed if dropout_p > 0 else None,
+        "threshold": int(dropout_p * 2**32),
+        "inner": scale / softcap if softcap > 0 else 1.0,
+        "outer": (softcap if softcap > 0 else scale) * LOG2E,
+        "left": left,
+        "right": right,
+    }
+    return at_run, {"CAPPED": softcap > 0, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0}
 
 
 def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -176,14 +182,14 @@ def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device
         m, n, warps, stages = 32, 16, 4, 1
     else:
         key = "float32" if dtype == torch.float32 else "16-bit"
-        for m, n, warps, stages, kept_rows, streamed_rows in table[key][max(64, wide)]:
-            if (kept_rows + stages * streamed_rows) * wide * dtype.itemsize <= shared_memory(device) - 4096:
-                break
-    return dict(
-        BLOCK_M=m,
-        BLOCK_N=n,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_E=max(16, triton.next_power_of_2(E)),
-        num_warps=warps,
-        num_stages=stages,
-    )
+        plans, room = table[key][max(64, wide)], shared_memory(device) - 4096
+        fits = [p for p in plans if (p[4] + p[3] * p[5]) * wide * dtype.itemsize <= room]
+        m, n, warps, stages, *_ = (fits or plans[-1:])[0]
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_E": max(16, triton.next_power_of_2(E)),
+        "num_warps": warps,
+        "num_stages": stages,
+    }

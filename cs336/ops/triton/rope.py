@@ -88,12 +88,12 @@ def _turn(
 def plan(S: int, D: int, P: int, elements: int = ELEMENTS) -> dict:
     block_s = min(max(1, elements // triton.next_power_of_2(D)), triton.next_power_of_2(max(1, S)))
     rest = D - 2 * P
-    return dict(
-        BLOCK_S=block_s,
-        BLOCK_P=triton.next_power_of_2(max(1, P)),
-        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
-        num_warps=4,
-    )
+    return {
+        "BLOCK_S": block_s,
+        "BLOCK_P": triton.next_power_of_2(max(1, P)),
+        "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
+        "num_warps": 4,
+    }
 
 
 def table_strides(cos, positions) -> tuple[int, int, int]:
