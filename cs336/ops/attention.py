@@ -9,6 +9,7 @@ B = batch, Hq = query heads, Hkv = key-value heads, S = queries, T = keys, D = f
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Scaled dot-product attention with grouped queries.
 
     Args:

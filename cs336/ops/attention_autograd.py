@@ -13,11 +13,15 @@ NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  #
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, q, k, v, *rest):
+    def forward(ctx, name, deterministic, q, k, v, *rest):
         o, lse = run(f"{name}_fwd", q, k, v, *rest)
         ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
         ctx.set_materialize_grads(False)
-        ctx.name, ctx.rest = name, [None if isinstance(x, Tensor) else x for x in rest]
+        ctx.name, ctx.deterministic, ctx.rest = (
+            name,
+            deterministic,
+            [None if isinstance(x, Tensor) else x for x in rest],
+        )
         ctx.tensors = [n for n, x in enumerate(rest) if isinstance(x, Tensor)]
         return o, lse
 
@@ -31,20 +35,20 @@ class _Attention(torch.autograd.Function):
         rest = list(ctx.rest)
         for n, x in zip(ctx.tensors, tensors, strict=True):
             rest[n] = x
-        rest.insert(NUM_OPTIONS[ctx.name], registry.is_deterministic())
+        rest.insert(NUM_OPTIONS[ctx.name], ctx.deterministic or registry.is_deterministic())
         if do is None:
             do = torch.zeros_like(o)
         do, dlse = rows(do), None if dlse is None else dlse.contiguous()
         dq, dk, dv = run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
-        return None, dq, dk, dv, *(None for _ in ctx.rest)
+        return None, None, dq, dk, dv, *(None for _ in ctx.rest)
 
 
-def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    """o and lse of `name`_fwd for these arguments, differentiable once."""
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+    """o and lse of `name`_fwd for these arguments, differentiable once; deterministic whether torch is or not."""
     q, k, v = rows(q), rows(k), rows(v)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
-        return _Attention.apply(name, q, k, v, *rest)
+        return _Attention.apply(name, deterministic, q, k, v, *rest)
     return run(f"{name}_fwd", q, k, v, *rest)
 
 

@@ -3,6 +3,8 @@
 Tq, Tk = tokens of all sequences, N = sequences, Hq, Hkv = heads, D = features of a head, E = of its values.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Scaled dot-product attention inside each sequence of a pack.
 
     Args:
