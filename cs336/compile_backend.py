@@ -148,7 +148,7 @@ def _arguments(node: Node, names: str, defaults: tuple) -> list:
     return [filled[name] for name in names.split()]
 
 
-_TORCHS = {operator.mul: torch.mul, operator.add: torch.add}
+_TORCHS: dict[Callable, Callable] = {operator.mul: torch.mul, operator.add: torch.add}
 
 
 def _both_ways(node, function: Callable) -> Iterator[tuple]:

@@ -46,7 +46,8 @@ def attention_forward(
     Raises NotImplementedError for what changes the result and is not known here: attention sinks, position biases.
     """
     for name in ("s_aux", "position_bias", "output_attentions"):
-        if kwargs.get(name) not in (None, False):
+        value = kwargs.get(name)
+        if value is not None and value is not False:
             raise NotImplementedError(f'attn_implementation="cs336" does not support {name}: use "eager"')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = (sliding_window - 1, None) if sliding_window is not None and causal else None
@@ -57,7 +58,7 @@ def attention_forward(
             q, k, v, attention_mask, None, S, S,
             causal=True, window=window, softcap=softcap, scale=scaling, dropout_p=dropout,
         )  # fmt: skip
-            return o.unflatten(0, (B, S)), None
+        return o.unflatten(0, (B, S)), None
     if attention_mask is not None:  # holds causality and the window too
         causal, window = False, None
         attention_mask = attention_mask[..., : key.shape[2]]

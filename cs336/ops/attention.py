@@ -94,7 +94,8 @@ def attention(
     ):
         o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)
     else:
-        o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, *(extras or (None, 0.0, None)), mask)
+        slopes, p, seed = extras or (None, 0.0, None)
+        o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, slopes, p, seed, mask)
     o = o_BHSE if q.dim() == 4 else o_BHSE.reshape(*q.shape[:-1], v.shape[-1])
     return (o, lse_BHS.view(q.shape[:-1])) if return_lse and lse_BHS is not None else o
 

@@ -8,6 +8,7 @@
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,9 +118,11 @@ def varlen_bwd(
     for n, (in_q, in_k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
         do_n, q, k, v, o_n = _heads_first(do[in_q], q_THD[in_q], k_THD[in_k], v_THE[in_k], o[in_q])
         dlse_n, lse_n = (x if x is None else x[None, :, in_q] for x in (dlse, lse))
-        args = do_n, dlse_n, q, k, v, o_n, lse_n
         for whole, rows, part in zip(
-            grads, (in_q, in_k, in_k), bwd(*args, *options, **_of_sequence(n, **more)), strict=True
+            grads,
+            (in_q, in_k, in_k),
+            bwd(do_n, dlse_n, q, k, v, o_n, lse_n, *options, **_of_sequence(n, **more)),
+            strict=True,
         ):
             whole[rows] = part[0].transpose(0, 1)
     return tuple(grads)
@@ -202,12 +205,13 @@ def _dropout(seed: Tensor | None, p: float, first_batch: int, shape: tuple[int, 
     heads = (torch.arange(B * Hq, device=seed.device) + first_batch * Hq).view(B, Hq, 1, 1)
     i, j = torch.arange(S, device=seed.device)[:, None], torch.arange(T, device=seed.device)
     counter = [x.expand(shape) for x in (i, j, heads, torch.zeros_like(heads))]
-    return (philox(seed, *counter) >= int(p * 2**32)) / (1 - p)
+    return (philox(seed, counter) >= int(p * 2**32)) / (1 - p)
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 7) -> Tensor:
+def philox(seed: Tensor, counter: list[Tensor], rounds: int = 7) -> Tensor:
     """The first word, in [0, 2^32), of Philox4x32 for a 64-bit seed and a counter of four words, all int64."""
     word = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & word, (seed >> 32) & word
     for _ in range(rounds):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # mod 2^64: the high words need no sign
@@ -226,7 +230,7 @@ def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, 
     return list(zip(q, k, strict=True))
 
 
-def _heads_first(*xs_THD: Tensor) -> list[Tensor]:
+def _heads_first(*xs_THD: Tensor) -> list[Any]:
     return [x.transpose(0, 1)[None] for x in xs_THD]
 
 

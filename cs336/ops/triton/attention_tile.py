@@ -125,7 +125,9 @@ def ranges(first, last, left, right, T, BLOCK: tl.constexpr, HAS_LEFT: tl.conste
 
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def geometry(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int, max_seqlen_k: int) -> dict:
