@@ -46,8 +46,8 @@ def attention_forward(
     Raises NotImplementedError for what changes the result and is not known here: attention sinks, position biases.
     """
     for name in ("s_aux", "position_bias", "output_attentions"):
-        value = kwargs.get(name)
-        if value is not None and value is not False:
+        refused = kwargs.get(name)
+        if refused is not None and refused is not False:
             raise NotImplementedError(f'attn_implementation="cs336" does not support {name}: use "eager"')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = (sliding_window - 1, None) if sliding_window is not None and causal else None

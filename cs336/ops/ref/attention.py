@@ -117,7 +117,7 @@ def varlen_bwd(
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_THD, v_THE)]
     for n, (in_q, in_k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
         do_n, q, k, v, o_n = _heads_first(do[in_q], q_THD[in_q], k_THD[in_k], v_THE[in_k], o[in_q])
-        dlse_n, lse_n = (x if x is None else x[None, :, in_q] for x in (dlse, lse))
+        dlse_n, lse_n = None if dlse is None else dlse[None, :, in_q], lse[None, :, in_q]
         for whole, rows, part in zip(
             grads,
             (in_q, in_k, in_k),
