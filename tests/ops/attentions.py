@@ -34,8 +34,9 @@ def definition(
     top = scores.detach().amax(-1, keepdim=True) if T else scores.new_zeros(*scores.shape[:-1], 1)
     e = torch.where(sees, torch.exp(scores - top), 0)
     total = e.sum(-1, keepdim=True)
-    lse = torch.where(sees.any(-1), total.clamp(min=1e-30).log()[..., 0] + top[..., 0], -torch.inf)
-    p = e / total.clamp(min=1e-30)
+    total = torch.where(total == 0, 1, total)  # where a query sees nothing
+    lse = torch.where(sees.any(-1), total.log()[..., 0] + top[..., 0], -torch.inf)
+    p = e / total
     if kept is not None:
         p = p * kept.to(p.dtype)
     return torch.einsum("bhgst,bhtd->bhgsd", p.unflatten(1, (Hkv, Hq // Hkv)), v).flatten(1, 2), lse

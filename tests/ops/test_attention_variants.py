@@ -26,8 +26,8 @@ if CUDA:
     MORE = [(96, 96), (192, 128), (256, 256), (80, 80), (33, 7)]
     DTYPES = [BF16]
 else:
-    LENGTHS = [(1, 1), (2, 2), (33, 33), (3, 40), (20, 5)]
-    HEADS, SHAPES = (1, 2, 1), [(16, 16)]
+    LENGTHS = [(1, 1), (33, 33), (20, 5)]
+    HEADS, SHAPES = (1, 1, 1), [(16, 16)]  # interpreted Triton is slow
     MORE = [(33, 7)]
     DTYPES = [F32]
 
@@ -72,13 +72,13 @@ def test_lengths(variant, device, S, T, D, E, options, dtype):
 @pytest.mark.parametrize(("D", "E"), [*SHAPES, *MORE])
 def test_head_dims_and_dtypes(variant, device, D, E, options, dtype):
     S, T = (130, 300) if CUDA else (5, 19)
-    compare(variant, leaves(2, 2, 1, S, T, D, E, dtype, device), **options)
+    compare(variant, leaves(1, 2, 1, S, T, D, E, dtype, device), **options)
 
 
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
 def test_groups(variant, device, Hkv):
     S, T = (100, 140) if CUDA else (4, 9)
-    compare(variant, leaves(2, 6, Hkv, S, T, 64 if CUDA else 8, None, BF16, device), causal=True)
+    compare(variant, leaves(1, 6, Hkv, S, T, 64 if CUDA else 8, None, BF16, device), causal=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 3, 3, 64), (1, 2, 1, 0, 3, 64), (1, 2, 1, 3, 0, 64), (1, 2, 1, 9, 3, 64)])
@@ -89,7 +89,7 @@ def test_no_tokens_and_queries_without_keys(variant, device, shape):
 @pytest.mark.parametrize("batched", [False, True])
 def test_alibi(variant, device, batched):
     slopes = torch.rand((2, 4) if batched else (4,), device=device)
-    tensors = leaves(2, 4, 2, *((150, 200) if CUDA else (6, 21)), 64 if CUDA else 8, None, BF16, device)
+    tensors = leaves(2, 4, 2, *((150, 200) if CUDA else (6, 9)), 64 if CUDA else 8, None, BF16, device)
     if variant == "native":
         q, k, v = tensors
         args = (q, k, v, None, None, 0, 0, 1.0, True, -1, -1, 0.0, slopes, 0.0, None)
@@ -97,12 +97,12 @@ def test_alibi(variant, device, batched):
     compare(variant, tensors, alibi_slopes=slopes, softcap=5.0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, F32] if CUDA else [BF16])
 def test_dropout(variant, device, dtype):
     """The kernels make the reference's draw, whatever their tiles, and make it again in the backward."""
     if variant == "native":
         pytest.skip("dropout has no native kernel: test_alibi asks why")
-    B, Hq, Hkv, S, T, D = (2, 4, 2, 150, 200, 64) if CUDA else (2, 2, 1, 5, 21, 8)
+    B, Hq, Hkv, S, T, D = (2, 4, 2, 150, 200, 64) if CUDA else (2, 2, 1, 5, 18, 8)
     tensors = leaves(B, Hq, Hkv, S, T, D, None, dtype, device)
     torch.manual_seed(7)
     kept = ref._dropout(new_seed(torch.device(device)), 0.3, 0, (B, Hq, S, T))
@@ -116,7 +116,7 @@ def test_dropout(variant, device, dtype):
     check(ours, lambda q, k, v: definition(q, k, v, causal=True, kept=kept), tensors)
 
 
-PACKS = [([5, 0, 1, 12], [5, 3, 0, 12]), ([33], [33]), ([2, 3], [20, 1])]
+PACKS = [([5, 0, 1, 12], [5, 3, 0, 12]), ([2, 3], [20, 1])]
 if CUDA:
     PACKS += [([1000, 1, 65, 64, 0, 127], [1000, 1, 65, 64, 0, 127]), ([1, 1, 130], [4097, 63, 200])]
 
@@ -137,11 +137,11 @@ def test_varlen(variant, device, pack, options):
 def test_varlen_alibi_and_dropout(variant, device):
     if variant == "native":
         pytest.skip("ALiBi and dropout have no native kernel: test_alibi asks why")
-    (tensors), cus, lists = packed([5, 0, 9], [7, 3, 20], 4, 2, 16, None, F32, device)
-    slopes = torch.rand(3, 4, device=device)
+    tensors, cus, lists = packed([5, 0, 9], [7, 3, 18], 2, 1, 16, None, F32, device)
+    slopes = torch.rand(3, 2, device=device)
     torch.manual_seed(7)
     seed = new_seed(torch.device(device))
-    kept = [ref._dropout(seed, 0.25, n, (1, 4, s, t)) for n, (s, t) in enumerate([(5, 7), (0, 3), (9, 20)])]
+    kept = [ref._dropout(seed, 0.25, n, (1, 2, s, t)) for n, (s, t) in enumerate([(5, 7), (0, 3), (9, 18)])]
 
     def ours(q, k, v):
         torch.manual_seed(7)
@@ -183,7 +183,7 @@ def test_tiles_outside_the_window_are_not_read(variant, device):
 
 def test_gradients_are_deterministic(variant, device):
     n = 700 if CUDA else 20
-    tensors = leaves(2, 4, 2, n, n, 64 if CUDA else 8, None, BF16, device)
+    tensors = leaves(1, 2, 1, n, n, 64 if CUDA else 8, None, BF16, device)
     skip_without(variant, *tensors)
     with registry.determinism(True):
         first, second = (
@@ -209,10 +209,10 @@ def random_case(rng, variant, device):
     if not native and rng.random() < 0.2:
         options["alibi_slopes"] = torch.rand(Hkv * group, device=device)
     S, T = rng.randint(1, longest), rng.randint(1, longest)
-    return leaves(rng.randint(1, 2), Hkv * group, Hkv, S, T, D, E, dtype, device), options
+    return leaves(rng.randint(1, 2 if CUDA else 1), Hkv * group, Hkv, S, T, D, E, dtype, device), options
 
 
-@pytest.mark.parametrize("number", range(200 if CUDA else 10))
+@pytest.mark.parametrize("number", range(200 if CUDA else 8))
 def test_random_cases(variant, device, number):
     tensors, options = random_case(random.Random(number), variant, device)
     compare(variant, tensors, **options)
@@ -223,7 +223,11 @@ def test_random_cases(variant, device, number):
 
 @pytest.mark.parametrize(
     "options",
-    [(0.4, False, -1, -1, 0.0), (0.4, True, 3, -1, 2.0), (0.4, False, 2, 1, 0.0, torch.rand(4), 0.3, torch.tensor([5]))],
+    [
+        (0.4, False, -1, -1, 0.0),
+        (0.4, True, 3, -1, 2.0),
+        (0.4, False, 2, 1, 0.0, torch.rand(4), 0.3, torch.tensor([5])),
+    ],
 )
 def test_the_references_backward_is_the_gradient_of_its_forward(options):
     q, k, v = leaves(2, 4, 2, 5, 9, 3, 6, F64)
