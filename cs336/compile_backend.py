@@ -74,7 +74,7 @@ def _layer_norm(node: Node):
 
 
 def _rms_norm(node: Node):
-    if node.target is not F.rms_norm:
+    if node.target not in (F.rms_norm, torch.rms_norm):
         return _spelt_rms_norm(node)
     x, shape, weight, eps = _arguments(node, "input normalized_shape weight eps", (None, None))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
@@ -88,8 +88,7 @@ def _spelt_rms_norm(node: Node):
             if not _calls(scale, torch.rsqrt):
                 continue
             for mean, eps in _both_ways(scale.args[0], operator.add):
-                square = mean.args[0] if _calls(mean, torch.mean) and isinstance(eps, float) else None
-                if not (_is_last_dim_kept(mean) and _is_square(square, wide)):
+                if not (isinstance(eps, float) and _is_mean_of_square(mean, wide)):
                     continue
                 x = _uncast(wide)
                 if _fits(node, x, weight, None, _value(x).shape[-1:]):
@@ -181,12 +180,13 @@ def _fits(node: Node, x, weight, bias, shape) -> bool:
     )
 
 
-def _is_last_dim_kept(mean: Node) -> bool:
-    dims = [*mean.args[1:], *(v for k, v in mean.kwargs.items() if k != "keepdim")]
-    return dims[:1] in ([-1], [[-1]], [(-1,)]) and (mean.kwargs.get("keepdim") is True or dims[1:] == [True])
-
-
-def _is_square(square, of) -> bool:
+def _is_mean_of_square(mean, of) -> bool:
+    """mean(of^2, -1, keepdim=True)"""
+    if not _calls(mean, torch.mean):
+        return False
+    square, dim, keepdim = _arguments(mean, "input dim keepdim", (None, False))
+    if not (keepdim is True and dim in (-1, [-1], (-1,))):
+        return False
     if _calls(square, torch.square):
         return square.args[0] is of
     if _calls(square, torch.pow, operator.pow):
