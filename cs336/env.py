@@ -112,13 +112,13 @@ def compiled() -> Iterator[Line]:
     if not HAS_TORCH:
         yield "_C, _C_cuda (kernels)", False, "not built: they need torch"
         return
-    cuda = _load.CUDA_MISSING
+    cuda = _load.missing("cuda")
     if cuda and not torch.cuda.is_available() and (HERE / "_C_cuda.so").exists():
         cuda = f"built, not loaded: {cuda}"
     elif cuda and not shutil.which("nvcc"):
         cuda = f"{cuda}; nvcc is not on PATH"
     for name, what, missing in (
-        ("_C", "CPU kernels", _load.CPU_MISSING),
+        ("_C", "CPU kernels", _load.missing("cpu")),
         ("_C_cuda", "CUDA kernels", cuda),
     ):
         yield f"{name} ({what})", missing is None, missing or "loaded"
@@ -160,15 +160,17 @@ def _installed(package: str) -> bool:
 
 def variants() -> Iterator[Line]:
     """Ops that have kernels in the same places, a line; "no" where ref alone serves a device that is here."""
-    devices_here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices_here = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices_here.append(torch.device("cuda", torch.cuda.current_device()))
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, op in registry.OPS.items():
-        where = tuple("+".join(v for v in registry.NAMESPACE if d in op.devices[v]) for d in devices_here)
+    for name in registry.OPS:
+        where = tuple("+".join(registry.kernels(name, d)) for d in devices_here)
         groups.setdefault(where, []).append(name)
     for where, names in groups.items():
         fast = all(kernels != "ref" for kernels in where)
         yield (
-            ", ".join(f"{d}: {kernels}" for d, kernels in zip(devices_here, where, strict=True)),
+            ", ".join(f"{d.type}: {kernels}" for d, kernels in zip(devices_here, where, strict=True)),
             fast,
             " ".join(names),
         )

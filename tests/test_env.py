@@ -49,7 +49,8 @@ def test_no_gpu_is_said():
 
 def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(env, "HERE", tmp_path)
-    monkeypatch.setattr(_load, "CUDA_MISSING", "_C_cuda.so is not built: run `pip install -e .` where nvcc is on PATH")
+    not_built = "_C_cuda.so is not built: run `pip install -e .` where nvcc is on PATH"
+    monkeypatch.setattr(_load, "missing", lambda kind: not_built if kind == "cuda" else None)
     monkeypatch.setattr(env.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "cs336._text", None)
     here, sentence = find(env.compiled(), "_C_cuda")
@@ -83,7 +84,6 @@ def test_a_source_tree_without_metadata(monkeypatch):
 
 def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {v: frozenset() for v in registry.NAMESPACE}, {}, {})
-    only_ref.devices["ref"] = frozenset({"cpu"})
+    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, (), {torch.device("cpu"): ("ref",)})
     monkeypatch.setattr(registry, "OPS", {"f": only_ref})
     assert list(env.variants()) == [("cpu: ref", False, "f")]

@@ -47,3 +47,4 @@ def test_architectures():
     listed = cuobjdump("--list-elf") + cuobjdump("--list-ptx")
     for target in ("sm_80.cubin", "sm_90.cubin", "sm_90.ptx"):
         assert target in listed, f"{target} is missing in:\n{listed}"
+    assert b"80-real,90\0" in LIBRARY.read_bytes()  # what the library says of itself, to cs336/_load.py

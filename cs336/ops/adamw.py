@@ -118,5 +118,3 @@ def adamw_(
     except RuntimeError:  # native ops check for themselves in a third of the time; this check tells more
         _check(*args)
         raise
-    if not torch.compiler.is_compiling():  # autograd must notice that what it saved has changed
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])

@@ -1,8 +1,9 @@
-// Launch a kernel with shared memory, a cluster and programmatic dependent launch, as far as the device has them.
+// Launch a kernel with what its LaunchShape asks for: shared memory, a cluster, an early start, residence.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <array>
+#include <map>
 #include <mutex>
 
 #include "common/check.h"
@@ -39,14 +40,19 @@ inline const Device& current_device() {
 
 struct LaunchShape {
   dim3 grid;
-  unsigned threads;
-  size_t shared_bytes = 0;  // dynamic
-  unsigned cluster = 1;     // blocks
+  dim3 threads;
+  size_t shared_bytes = 0;   // dynamic
+  dim3 cluster = {1, 1, 1};  // blocks; the grid is a multiple
+  bool dependent = false;    // starts while the kernel before it still runs, and calls wait_for_predecessor()
+  bool cooperative = false;  // all blocks are resident at once: grid <= max_resident_blocks
+
+  unsigned cluster_size() const { return cluster.x * cluster.y * cluster.z; }
 };
 
 // Lets a kernel have as much dynamic shared memory as the device allows, once per device.
 template <auto kKernel>
-void allow_shared_memory(const Device& device) {
+void allow_shared_memory(const LaunchShape& shape, const Device& device) {
+  if (shape.shared_bytes <= 48 * 1024) return;
   static std::array<std::once_flag, 64> done;
   std::call_once(done[device.index], [&] {
     cudaFuncAttributes attributes;
@@ -57,7 +63,7 @@ void allow_shared_memory(const Device& device) {
 }
 
 struct LaunchConfig {
-  std::array<cudaLaunchAttribute, 2> attributes;
+  std::array<cudaLaunchAttribute, 3> attributes;
   cudaLaunchConfig_t config;
 
   LaunchConfig(const LaunchShape& shape, cudaStream_t stream, const Device& device)
@@ -67,36 +73,66 @@ struct LaunchConfig {
                .stream = stream,
                .attrs = attributes.data(),
                .numAttrs = 0} {
-    if (device.has_clusters) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (shape.cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {.x = shape.cluster, .y = 1, .z = 1};
-    }
+    if (shape.dependent && device.has_clusters)
+      add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+    if (shape.cooperative) add(cudaLaunchAttributeCooperative).cooperative = 1;
+    if (shape.cluster_size() > 1)
+      add(cudaLaunchAttributeClusterDimension).clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
   }
   LaunchConfig(const LaunchConfig&) = delete;  // config points into attributes
   LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+ private:
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    attributes[config.numAttrs].id = id;
+    return attributes[config.numAttrs++].val;
+  }
 };
 
 template <auto kKernel, typename... Params>
 void launch(const LaunchShape& shape, cudaStream_t stream, const Params&... params) {
   const Device& device = current_device();
-  if (shape.shared_bytes > 48 * 1024) allow_shared_memory<kKernel>(device);
+  allow_shared_memory<kKernel>(shape, device);
   const LaunchConfig launch(shape, stream, device);
   CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kKernel, params...));
+}
+
+// What `ask` answers for a kernel and a shape, remembered for each device: the driver takes microseconds.
+template <auto kKernel, typename Ask>
+int remembered(const LaunchShape& shape, Ask ask) {
+  static std::mutex mutex;
+  static std::map<std::array<size_t, 4>, int> answers;
+  const Device& device = current_device();
+  const size_t threads = shape.threads.x * shape.threads.y * shape.threads.z;
+  const std::array<size_t, 4> key{static_cast<size_t>(device.index), threads, shape.shared_bytes, shape.cluster_size()};
+  const std::lock_guard lock(mutex);
+  auto answer = answers.find(key);
+  if (answer == answers.end()) {
+    allow_shared_memory<kKernel>(shape, device);
+    answer = answers.emplace(key, ask(device, static_cast<int>(threads))).first;
+  }
+  return answer->second;
 }
 
 // How many clusters of this shape the device holds at a time: what a grid that must be resident at once may have.
 template <auto kKernel>
 int max_resident_clusters(const LaunchShape& shape) {
-  const Device& device = current_device();
-  if (shape.shared_bytes > 48 * 1024) allow_shared_memory<kKernel>(device);
-  const LaunchConfig launch(shape, nullptr, device);
-  int clusters;
-  CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config));
-  return clusters;
+  return remembered<kKernel>(shape, [&](const Device& device, int) {
+    const LaunchConfig launch(shape, nullptr, device);
+    int clusters;
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config));
+    return clusters;
+  });
+}
+
+// The same for blocks without clusters.
+template <auto kKernel>
+int max_resident_blocks(const LaunchShape& shape) {
+  return remembered<kKernel>(shape, [&](const Device& device, int threads) {
+    int blocks;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shape.shared_bytes));
+    return blocks * device.num_sms;
+  });
 }
 
 }  // namespace cs336

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace cs336 {
 
 struct Half {
@@ -49,6 +51,13 @@ struct BFloat16 {
   }
   [[gnu::always_inline]] explicit operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
+
+namespace cpu {
+template <typename F>
+auto dispatch_dtype(Dtype dtype, F&& f) {
+  return cs336::dispatch_dtype<Half, BFloat16>(dtype, std::forward<F>(f));
+}
+}  // namespace cpu
 
 // n elements at once, with the machine's own instructions for float16 where it has them: four times as fast.
 void widen(const Half* src, int64_t n, float* dst);

@@ -10,7 +10,7 @@
 
 #define INLINE __attribute__((always_inline))
 
-namespace cs336 {
+namespace cs336::cpu {
 namespace {
 
 constexpr int kWidth = 8, kParts = 4;  // enough additions in flight on any machine, in one order on all
@@ -176,19 +176,6 @@ MULTIVERSION void add_rows(const float* rows, int64_t num_rows, int64_t stride, 
   }
 }
 
-// f(T()) with the element type of dtype.
-template <typename F>
-void dispatch_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::F32:
-      return f(float());
-    case Dtype::F16:
-      return f(Half());
-    case Dtype::BF16:
-      return f(BFloat16());
-  }
-}
-
 }  // namespace
 
 void norm_fwd(const NormFwdParams& p, int64_t first, int64_t last) {
@@ -223,4 +210,4 @@ void to_floats(const void* src, Dtype dtype, int64_t n, float* dst) {
   });
 }
 
-}  // namespace cs336
+}  // namespace cs336::cpu

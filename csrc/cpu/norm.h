@@ -5,7 +5,7 @@
 
 #include "common/dtype.h"
 
-namespace cs336 {
+namespace cs336::cpu {
 
 struct NormFwdParams {
   const void* x;         // (M, N)
@@ -48,4 +48,4 @@ void norm_bwd_reduce(const float* partials, int64_t num_chunks, int64_t N, int64
 
 void to_floats(const void* src, Dtype dtype, int64_t n, float* dst);
 
-}  // namespace cs336
+}  // namespace cs336::cpu

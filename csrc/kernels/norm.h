@@ -6,7 +6,7 @@
 
 #include "common/dtype.h"
 
-namespace cs336 {
+namespace cs336::cuda {
 
 struct NormFwdParams {
   const void* x;         // (M, N)
@@ -49,4 +49,4 @@ void norm_bwd(const NormBwdParams& p, cudaStream_t stream);
 // On the current device; p.partials need not be set.
 int64_t norm_bwd_workspace(const NormBwdParams& p);
 
-}  // namespace cs336
+}  // namespace cs336::cuda

@@ -14,7 +14,7 @@
 #include "kernels/norm.h"
 #include "kernels/norm_rows.cuh"
 
-namespace cs336 {
+namespace cs336::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;
@@ -344,8 +344,8 @@ BwdPlan plan_bwd(const NormBwdParams& p) {
 
 template <typename T>
 void launch_column_sum(const NormBwdParams& p, int num_partials, cudaStream_t stream) {
-  launch<column_sum_kernel<T>>({.grid = dim3(divide_up(p.N, 32), p.centred ? 2 : 1), .threads = 256}, stream,
-                               static_cast<const float*>(p.partials), num_partials, p.N, p.dw, p.db);
+  launch<column_sum_kernel<T>>({.grid = dim3(divide_up(p.N, 32), p.centred ? 2 : 1), .threads = 256, .dependent = true},
+                               stream, static_cast<const float*>(p.partials), num_partials, p.N, p.dw, p.db);
 }
 
 // The number of partials.
@@ -356,13 +356,14 @@ int launch_bwd(const NormBwdParams& p, RowLayout layout, cudaStream_t stream) {
       .grid = static_cast<unsigned>(layout.blocks),
       .threads = static_cast<unsigned>(layout.threads),
       .shared_bytes = static_cast<size_t>(ring_bytes_per_thread(kVecs, kStages, p.dsum ? 3 : 2)) * layout.threads,
-      .cluster = static_cast<unsigned>(layout.cluster)};
+      .cluster = static_cast<unsigned>(layout.cluster),
+      .dependent = true};
   if (layout.cluster > 1) {  // fewer than its multiprocessors would hold: clusters do not cross their groups
     const int clusters = std::max(1, max_resident_clusters<kKernel>(shape)), planned = layout.blocks / layout.cluster;
     shape.grid.x = std::min(planned, divide_up(p.M, divide_up(p.M, clusters))) * layout.cluster;
   }
   launch<kKernel>(shape, stream, p, layout);
-  return static_cast<int>(shape.grid.x / shape.cluster);
+  return static_cast<int>(shape.grid.x / shape.cluster_size());
 }
 
 template <typename T, bool kCentred>
@@ -382,8 +383,9 @@ template <typename T>
 void launch_bwd_any(const NormBwdParams& p, int num_partials, cudaStream_t stream) {
   const unsigned threads = std::min<int64_t>(divide_up(p.N, 4 * 32) * 32, kMaxThreads);
   const unsigned blocks = std::min<int64_t>(p.M, std::numeric_limits<int>::max());
-  launch<norm_bwd_any_kernel<T>>({.grid = blocks, .threads = threads}, stream, p);
-  launch<norm_bwd_any_partials_kernel<T>>({.grid = dim3(divide_up(p.N, 32), num_partials), .threads = 256}, stream, p);
+  launch<norm_bwd_any_kernel<T>>({.grid = blocks, .threads = threads, .dependent = true}, stream, p);
+  launch<norm_bwd_any_partials_kernel<T>>(
+      {.grid = dim3(divide_up(p.N, 32), num_partials), .threads = 256, .dependent = true}, stream, p);
 }
 
 template <typename T>
@@ -410,4 +412,4 @@ void norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
   dispatch_dtype(p.dtype, [&](auto t) { norm_bwd<decltype(t)>(p, stream); });
 }
 
-}  // namespace cs336
+}  // namespace cs336::cuda

@@ -14,7 +14,7 @@
 #include "kernels/norm.h"
 #include "kernels/norm_rows.cuh"
 
-namespace cs336 {
+namespace cs336::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
@@ -231,7 +231,8 @@ void launch_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cuda
   const int first_wave = current_device().num_sms * std::max(1, 1536 / layout.threads);  // what fits at a time, roughly
   const LaunchShape shape{.grid = static_cast<unsigned>(layout.blocks),
                           .threads = static_cast<unsigned>(layout.threads),
-                          .cluster = static_cast<unsigned>(layout.cluster)};
+                          .cluster = static_cast<unsigned>(layout.cluster),
+                          .dependent = true};
   dispatch_bool(hold, [&](auto hold) {
     launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, hold.value>>(shape, stream, p, layout, first_wave);
   });
@@ -266,7 +267,7 @@ template <typename T>
 void launch_fwd_any(const NormFwdParams& p, cudaStream_t stream) {
   const unsigned threads = std::min<int64_t>(divide_up(p.N, 4 * 32) * 32, kMaxThreads);
   const unsigned blocks = std::min<int64_t>(p.M, std::numeric_limits<int>::max());
-  launch<norm_fwd_any_kernel<T>>({.grid = blocks, .threads = threads}, stream, p);
+  launch<norm_fwd_any_kernel<T>>({.grid = blocks, .threads = threads, .dependent = true}, stream, p);
 }
 
 template <typename T>
@@ -292,4 +293,4 @@ void norm_fwd(const NormFwdParams& p, cudaStream_t stream) {
   if (p.M > 0) dispatch_dtype(p.dtype, [&](auto t) { norm_fwd<decltype(t)>(p, stream); });
 }
 
-}  // namespace cs336
+}  // namespace cs336::cuda

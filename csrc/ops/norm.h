@@ -48,7 +48,7 @@ inline NormGradients new_norm_gradients(const Tensor& x, const Tensor& w, bool c
 inline NormOutputs checked_norm_forward(const Tensor& x, const Tensor* residual, const Tensor& w, const Tensor* b,
                                         double eps, bool centred) {
   check_rows(x, "x");
-  dtype_of(x, "x");
+  float_dtype_of(x, "x");
   if (residual) check_rows_like(*residual, "residual", x, "x");
   check_features(w, "w", x);
   if (b) {
@@ -61,7 +61,7 @@ inline NormOutputs checked_norm_forward(const Tensor& x, const Tensor* residual,
 inline NormGradients checked_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& x,
                                            const Tensor& w, const Tensor* mean, const Tensor& rstd) {
   check_rows(x, "x");
-  dtype_of(x, "x");
+  float_dtype_of(x, "x");
   check_rows_like(dy, "dy", x, "x");
   if (dsum) check_rows_like(*dsum, "dsum", x, "x");
   check_features(w, "w", x);

@@ -1,4 +1,4 @@
-// What every torch binding needs: dtype, row view, stream. Header-only, stable ABI only.
+// What every torch binding needs: dtypes, checks, views, workspaces, the stream. Header-only, stable ABI only.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,6 +13,7 @@
 #include <initializer_list>
 
 #include "common/dtype.h"
+#include "common/view.h"
 
 namespace cs336 {
 
@@ -27,9 +28,45 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
       return Dtype::F16;
     case ScalarType::BFloat16:
       return Dtype::BF16;
+    case ScalarType::Double:
+      return Dtype::F64;
+    case ScalarType::Float8_e4m3fn:
+      return Dtype::F8E4M3;
+    case ScalarType::Float8_e5m2:
+      return Dtype::F8E5M2;
+    case ScalarType::Byte:
+      return Dtype::U8;
+    case ScalarType::Char:
+      return Dtype::I8;
+    case ScalarType::Short:
+      return Dtype::I16;
+    case ScalarType::Int:
+      return Dtype::I32;
+    case ScalarType::Long:
+      return Dtype::I64;
+    case ScalarType::Bool:
+      return Dtype::Bool;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, name, " has a dtype that no kernel takes");
   }
+}
+
+// The dtypes that dispatch_dtype knows.
+inline Dtype float_dtype_of(const Tensor& t, const char* name) {
+  const Dtype dtype = dtype_of(t, name);
+  STD_TORCH_CHECK(is_float_dtype(dtype), name, " must be float32, float16 or bfloat16");
+  return dtype;
+}
+
+inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+// A tensor of kRank dims, any strides.
+template <int kRank>
+View<kRank> view_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == kRank, name, " must have ", kRank, " dims, got ", t.dim());
+  View<kRank> view{.data = data_of(t), .sizes = {}, .strides = {}, .dtype = dtype_of(t, name)};
+  for (int d = 0; d < kRank; d++) view.sizes[d] = t.size(d), view.strides[d] = t.stride(d);
+  return view;
 }
 
 inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
@@ -82,6 +119,13 @@ inline Tensor new_tensor(const Tensor& x, std::initializer_list<int64_t> sizes, 
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
                                                   device_type, x.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// Bytes for counters and partial sums, all zero, on x's device.
+inline Tensor new_zeroed(const Tensor& x, int64_t bytes) {
+  Tensor workspace = new_tensor(x, {bytes}, ScalarType::Byte);
+  torch::stable::zero_(workspace);
+  return workspace;
 }
 
 #ifdef USE_CUDA
