@@ -94,11 +94,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
                                                                       at.key_tiles, packed, rows.counter);
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
-  const Device& device = current_device();
-  allow_shared_memory<attention_bwd_kernel<Tile>>(device);
-  const int blocks = static_cast<int>(std::min<int64_t>(at.key_tiles * heads, device.num_sms));
-  attention_bwd_kernel<Tile><<<blocks, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
-  CUDA_CHECK(cudaGetLastError());
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));
+  launch<attention_bwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
+                                     stream, args);
   attention_bwd_finish_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
 }

@@ -39,7 +39,7 @@ struct BwdTile {
   static constexpr int kGroups = 2;  // consumer warpgroups, 64 keys each
   static constexpr int kStages = 2;  // query tiles in flight
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kQueries == 64 ? 24 : 40, kConsumerRegisters = kQueries == 64 ? 240 : 232;
   static constexpr int kPanels = num_panels(kHeadDim);
   static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
   static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
@@ -225,6 +225,7 @@ struct BwdConsumer {
   float s[kQueries / 2];                // S^T, then P^T
   float dp[kQueries / 2];               // (dO V^T)^T
   uint32_t p[kQueries / 16][4];         // P^T, rounded
+  uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
   int count = 0;                        // query tiles done
 
   __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
@@ -303,7 +304,14 @@ struct BwdConsumer {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         y[e] = exp2_approx(fmaf(s[4 * j + e], a.scale_log2, e % 2 ? x.y : x.x));
-        if (!Tile::kCap) s[4 * j + e] = y[e];
+        if constexpr (Tile::kCap)
+          s[4 * j + e] = fmaxf(1.f - s[4 * j + e] * s[4 * j + e], 0.f);  // 0 where masked
+        else
+          s[4 * j + e] = y[e];
+      }
+      if constexpr (Tile::kCap) {
+        slope[j / 2][j % 2 * 2] = pack<T>(s[4 * j], s[4 * j + 1]);
+        slope[j / 2][j % 2 * 2 + 1] = pack<T>(s[4 * j + 2], s[4 * j + 3]);
       }
       p[j / 2][j % 2 * 2] = pack<T>(y[0], y[1]);
       p[j / 2][j % 2 * 2 + 1] = pack<T>(y[2], y[3]);
@@ -344,7 +352,10 @@ struct BwdConsumer {
         const int e = 4 * j + 2 * r;
         const float2 weight = Tile::kAhead ? make_float2(s[e], s[e + 1]) : unpack<T>(p[j / 2][j % 2 * 2 + r]);
         float low = weight.x * (dp[e] - x.x), high = weight.y * (dp[e + 1] - x.y);
-        if constexpr (Tile::kCap) low *= fmaxf(1.f - s[e] * s[e], 0.f), high *= fmaxf(1.f - s[e + 1] * s[e + 1], 0.f);
+        if constexpr (Tile::kCap) {
+          const float2 by = unpack<T>(slope[j / 2][j % 2 * 2 + r]);
+          low *= by.x, high *= by.y;
+        }
         ds[j / 2][j % 2 * 2 + r] = pack<T>(low, high);
       }
     }

@@ -65,11 +65,9 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       .scale = Tile::kCap ? p.softcap : p.scale,
       .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
   };
-  const Device& device = current_device();
-  allow_shared_memory<attention_fwd_kernel<Tile>>(device);
-  const int blocks = static_cast<int>(std::min<int64_t>(int64_t(row_tiles) * heads, device.num_sms));
-  attention_fwd_kernel<Tile><<<blocks, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
-  CUDA_CHECK(cudaGetLastError());
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
+  launch<attention_fwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
+                                     stream, args);
 }
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of

@@ -24,7 +24,7 @@ __device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequ
 }
 
 // Writes all packed tiles behind each other, so that nobody has to search again, and zeroes the counter that deals them.
-__global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count, SequenceTile* tiles,
+static __global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count, SequenceTile* tiles,
                                   int* counter) {
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index == 0) *counter = 0;
