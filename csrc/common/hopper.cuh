@@ -116,6 +116,13 @@ __device__ __forceinline__ void bulk_in(void* to, const void* from, uint32_t byt
       : "memory");
 }
 
+// Shared to global: `bytes` in a row.
+__device__ __forceinline__ void bulk_out(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+
 // Adds `bytes` of floats in shared memory to as many in global memory.
 __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),

@@ -202,8 +202,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
   const Layout layout{packing != nullptr};
   const AttentionProblem p = problem_of(q, k, v, layout, packing, options);
   check_machine(q);
-  STD_TORCH_CHECK(find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim), "q must have a head dimension ",
-                  "of 64 or 128 with the same in v, got ", p.head_dim, " and ", p.value_dim);
+  const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+  STD_TORCH_CHECK(shape, "q must have a head dimension of 64 or 128 with the same in v, got ", p.head_dim, " and ",
+                  p.value_dim);
+  STD_TORCH_CHECK(p.softcap == 0 || shape->softcap, "softcap must be 0 with a head dimension of ", p.head_dim);
   check_tensor(dout, "do", layout, q);
   check_sizes(dout, "do", layout, q, p.q_heads, p.value_dim);
   check_tensor(o, "o", layout, q);

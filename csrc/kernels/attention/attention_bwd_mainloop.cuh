@@ -1,9 +1,9 @@
 // The backward's inner loop. With P = exp(scale Q K^T - lse), delta = rowsum(O dO) and dS = P (dO V^T - delta):
 //     dV = P^T dO,   dK = scale dS^T Q,   dQ = scale dS K.
 //
-// A block owns 128 keys of one key head and walks the query tiles that see them, the last one first, each for all query
-// heads that share the keys. All blocks of a head go down together, so that what they read and add to stays in L2. A
-// producer thread streams Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on
+// A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share the
+// keys. Blocks that start together go down from the last tile side by side, and end one after the other where their keys
+// are; those that start then go up, and meet. So what they read and add to stays in L2. A producer thread streams Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on
 // transposed scores (keys down, queries across): P^T and dS^T are then, where they are computed, register operands of the
 // products for dV and dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer
 // warps let the copy engine add dQ to sums in fp32.
@@ -25,6 +25,12 @@ struct BwdWork {
   int key0;
   int kv_head;      // -1: there is no more work
   int first, last;  // query tiles [first, last) see some of the keys
+  int direction;    // of the walk over them: 1 up, -1 down
+
+  __device__ __forceinline__ int first_tile() const { return direction > 0 ? first : last - 1; }
+  __device__ __forceinline__ int steps(int group) const { return (last - first) * group; }
+  __device__ __forceinline__ int tile(int step, int group) const { return first_tile() + direction * (step / group); }
+  __device__ __forceinline__ int head(int step, int group) const { return kv_head * group + step % group; }
 };
 
 template <typename T_, int kHeadDim_, int kQueries_, int kKeys_, Mask kMask_, bool kCap_>
@@ -34,12 +40,13 @@ struct BwdTile {
   static constexpr int kQueries = kQueries_, kKeys = kKeys_;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
-  // Registers allow to start the next scores before dQ leaves, and to keep P in fp32 until dS.
+  // Registers allow to start the next scores before dQ is there, and to keep P in fp32 until dS.
   static constexpr bool kAhead = kQueries == 64 && !kCap;
   static constexpr int kGroups = 2;  // consumer warpgroups, 64 keys each
   static constexpr int kStages = 2;  // query tiles in flight
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kQueries == 64 ? 24 : 40, kConsumerRegisters = kQueries == 64 ? 240 : 232;
+  static constexpr int kProducerRegisters = kQueries == 64 || kCap ? 24 : 40;
+  static constexpr int kConsumerRegisters = kQueries == 64 || kCap ? 240 : 232;
   static constexpr int kPanels = num_panels(kHeadDim);
   static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
   static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
@@ -60,7 +67,7 @@ struct BwdTile {
     alignas(1024) float rows[kStages][kRowFloats];
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[kStages], dout_full[kStages], q_empty[kStages];
-    uint64_t ds_full[2];
+    uint64_t ds_full[2], ds_empty[2];
     uint64_t dq_full[kGroups], dq_empty[kGroups];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
@@ -74,8 +81,8 @@ struct BwdArgs {
   Window window;
   TileOrder order;     // of key tiles
   const float* rows;   // per query tile: -lse log2(e) of its rows (minus infinity: no weight), then delta
-  float* dq;           // per query tile: two pieces, zero before
-  int* turns;          // per query tile and piece: how many key tiles have added to it; null: in any order
+  float* dq;           // per query tile: two pieces; zero before, where there are no turns
+  int* turns;          // per query tile and piece: how many key tiles have added to it; null: they add in any order
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
   int query_tiles;     // of one head: of a sequence, or of all packed ones
@@ -95,7 +102,7 @@ template <class Tile>
 __device__ __forceinline__ BwdWork bwd_work(const BwdArgs& a, int index) {
   const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.group, Tile::kKeys);
   if (tile.rows.sequence < 0) return {.kv_head = -1};
-  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0};
+  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0, index / gridDim.x % 2 ? 1 : -1};
   const Sequence& s = w.sequence;
   const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
   int begin = 0, end = s.q_length;  // queries that see some of the keys
@@ -145,21 +152,18 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
     load_rows<Tile>(a.k, shared.k, Tile::kKeys, &shared.k_full, w.key0, w.kv_head, a.sequences.k_rows(w.sequence));
     barrier_arrive_expect(&shared.v_full, Tile::kKBytes);
     load_rows<Tile>(a.v, shared.v, Tile::kKeys, &shared.v_full, w.key0, w.kv_head, a.sequences.k_rows(w.sequence));
-#pragma unroll 1
-    for (int tile = w.last - 1; tile >= w.first; tile--) {
-#pragma unroll 1
-      for (int head = w.kv_head * a.group; head < (w.kv_head + 1) * a.group; head++, count++) {
-        const int stage = count % Tile::kStages;
-        const Rows rows = a.sequences.q_rows(w.sequence);
-        barrier_wait(&shared.q_empty[stage], (count / Tile::kStages & 1) ^ 1);
-        barrier_arrive_expect(&shared.q_full[stage], Tile::kQBytes + Tile::kRowFloats * 4);
-        load_rows<Tile>(a.q, shared.q[stage], Tile::kQueries, &shared.q_full[stage], tile * Tile::kQueries, head, rows);
-        bulk_in(shared.rows[stage], a.rows + query_tile<Tile>(a, w.sequence, head, tile) * Tile::kRowFloats,
-                Tile::kRowFloats * 4, &shared.q_full[stage]);
-        barrier_arrive_expect(&shared.dout_full[stage], Tile::kQBytes);
-        load_rows<Tile>(a.dout, shared.dout[stage], Tile::kQueries, &shared.dout_full[stage], tile * Tile::kQueries, head,
-                        rows);
-      }
+#pragma unroll 1  // few registers
+    for (int i = 0; i < w.steps(a.group); i++, count++) {
+      const int tile = w.tile(i, a.group), head = w.head(i, a.group), stage = count % Tile::kStages;
+      const Rows rows = a.sequences.q_rows(w.sequence);
+      barrier_wait(&shared.q_empty[stage], (count / Tile::kStages & 1) ^ 1);
+      barrier_arrive_expect(&shared.q_full[stage], Tile::kQBytes + Tile::kRowFloats * 4);
+      load_rows<Tile>(a.q, shared.q[stage], Tile::kQueries, &shared.q_full[stage], tile * Tile::kQueries, head, rows);
+      bulk_in(shared.rows[stage], a.rows + query_tile<Tile>(a, w.sequence, head, tile) * Tile::kRowFloats,
+              Tile::kRowFloats * 4, &shared.q_full[stage]);
+      barrier_arrive_expect(&shared.dout_full[stage], Tile::kQBytes);
+      load_rows<Tile>(a.dout, shared.dout[stage], Tile::kQueries, &shared.dout_full[stage], tile * Tile::kQueries, head,
+                      rows);
     }
   }
 }
@@ -183,19 +187,22 @@ __device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Share
     const BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
     if (w.kv_head < 0) break;
-#pragma unroll 1
-    for (int tile = w.last - 1; tile >= w.first; tile--) {
-#pragma unroll 1
-      for (int head = w.kv_head * a.group; head < (w.kv_head + 1) * a.group; head++, parity ^= 1) {
-        const int64_t piece = query_tile<Tile>(a, w.sequence, head, tile) * Tile::kGroups + group;
-        barrier_wait(&shared.dq_full[group], parity);
-        if (a.turns) await_turn(a.turns + piece, turn_of<Tile>(a, w, tile));
-        bulk_add(a.dq + piece * Tile::kPiece, shared.dq[group], Tile::kPiece * 4);
-        commit_out();
-        wait_out_read();
-        barrier_arrive(&shared.dq_empty[group]);
-        if (a.turns) wait_out(), pass_turn(a.turns + piece);
-      }
+#pragma unroll 1  // few registers
+    for (int i = 0; i < w.steps(a.group); i++, parity ^= 1) {
+      const int tile = w.tile(i, a.group), head = w.head(i, a.group);
+      const int64_t piece = query_tile<Tile>(a, w.sequence, head, tile) * Tile::kGroups + group;
+      barrier_wait(&shared.dq_full[group], parity);
+      const int turn = a.turns ? turn_of<Tile>(a, w, tile) : -1;
+      if (turn > 0) await_turn(a.turns + piece, turn);
+      float* sums = a.dq + piece * Tile::kPiece;
+      if (turn == 0)
+        bulk_out(sums, shared.dq[group], Tile::kPiece * 4);
+      else
+        bulk_add(sums, shared.dq[group], Tile::kPiece * 4);
+      commit_out();
+      wait_out_read();
+      barrier_arrive(&shared.dq_empty[group]);
+      if (a.turns) wait_out(), pass_turn(a.turns + piece);
     }
     barrier_arrive(&shared.work_empty[round % 2]);
   }
@@ -304,10 +311,7 @@ struct BwdConsumer {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         y[e] = exp2_approx(fmaf(s[4 * j + e], a.scale_log2, e % 2 ? x.y : x.x));
-        if constexpr (Tile::kCap)
-          s[4 * j + e] = fmaxf(1.f - s[4 * j + e] * s[4 * j + e], 0.f);  // 0 where masked
-        else
-          s[4 * j + e] = y[e];
+        s[4 * j + e] = Tile::kCap ? fmaxf(1.f - s[4 * j + e] * s[4 * j + e], 0.f) : y[e];  // slope 0 where masked
       }
       if constexpr (Tile::kCap) {
         slope[j / 2][j % 2 * 2] = pack<T>(s[4 * j], s[4 * j + 1]);
@@ -361,17 +365,54 @@ struct BwdConsumer {
     }
   }
 
-  // ---- one query tile of one head: its P and dP are there; ends with those of the next one ----
+  // ---- one query tile of one head ----
 
-  template <bool kNext>
+  __device__ __forceinline__ void start_s() {
+    barrier_wait(&shared.q_full[count % Tile::kStages], count / Tile::kStages & 1);
+    start_scores(s, k_tile, q_tile + count % Tile::kStages * kStage);
+  }
+  __device__ __forceinline__ void start_dp() {
+    barrier_wait(&shared.dout_full[count % Tile::kStages], count / Tile::kStages & 1);
+    start_scores(dp, v_tile, dout_tile + count % Tile::kStages * kStage);
+  }
+
+  // P of the scores that were started, while the product for dP goes on.
+  __device__ __forceinline__ void finish_scores(const BwdWork& w, int tile) {
+    wgmma_wait<1>(s);
+    weigh(w, tile, count % Tile::kStages);
+    wgmma_wait<0>(dp);
+  }
+
+  // dQ of tile number `tile`. It is computed a step late, so that no warpgroup waits for the other's half of dS.
+  __device__ __forceinline__ void start_dq_of(float (&dq)[32], int tile) {
+    barrier_wait(&shared.ds_full[tile % 2], tile / 2 & 1);
+    start_dq(dq, tile % 2);
+  }
+
+  // Hands a finished dQ to the writer.
+  __device__ __forceinline__ void stage_dq(const float (&dq)[32], int tile) {
+    release(&shared.ds_empty[tile % 2]);
+    barrier_wait(&shared.dq_empty[group], (tile & 1) ^ 1);
+    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
+#pragma unroll
+    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  }
+
+  __device__ __forceinline__ void hand_over_dq() {
+    fence_async_proxy();
+    release(&shared.dq_full[group]);
+  }
+
+  // The tile's P and dP are there. Ends with those of the next one.
+  template <bool kPrevious, bool kNext>
   __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
-    const int stage = count % Tile::kStages, buffer = count % 2, next = (count + 1) % Tile::kStages;
-    const uint32_t parity = count / 2 & 1, next_parity = (count + 1) / Tile::kStages & 1;
+    constexpr bool kAhead = kNext && Tile::kAhead;
+    const int stage = count % Tile::kStages, buffer = count % 2;
     float dq[32];
     uint32_t ds[kQueries / 16][4];
     start_sum(dv, p, dout_tile + stage * kStage);
     score_gradients(ds, stage);
-    // dS has two buffers: once both warpgroups have stored a tile, the products that read the other buffer are over.
+    barrier_wait(&shared.ds_empty[buffer], (count / 2 & 1) ^ 1);
 #pragma unroll
     for (int k = 0; k < kQueries / 16; k++)
       store_matrices_transposed(ds_address + buffer * kDsBytes + k * (16 * 128), ds[k]);
@@ -379,54 +420,45 @@ struct BwdConsumer {
     release(&shared.ds_full[buffer]);
     start_sum(dk, ds, q_tile + stage * kStage);
     wgmma_wait<1>(dv);
-    barrier_wait(&shared.ds_full[buffer], parity);
-    start_dq(dq, buffer);
-    if constexpr (kNext && Tile::kAhead) {
-      barrier_wait(&shared.q_full[next], next_parity);
-      start_scores(s, k_tile, q_tile + next * kStage);
-    }
-    wgmma_wait<kNext && Tile::kAhead ? 1 : 0>(dq);
-    release(&shared.q_empty[stage]);
-
-    barrier_wait(&shared.dq_empty[group], (count & 1) ^ 1);
-    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
-#pragma unroll
-    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-    if constexpr (kNext) {
-      if constexpr (!Tile::kAhead) {
-        barrier_wait(&shared.q_full[next], next_parity);
-        start_scores(s, k_tile, q_tile + next * kStage);
-      }
-      barrier_wait(&shared.dout_full[next], next_parity);
-      start_scores(dp, v_tile, dout_tile + next * kStage);
-    }
-    fence_async_proxy();
-    release(&shared.dq_full[group]);
+    if constexpr (kPrevious) start_dq_of(dq, count - 1);
     count++;
-    if constexpr (kNext) {
-      wgmma_wait<1>(s);
-      weigh(w, next_tile, next);
-      wgmma_wait<0>(dp);
+    if constexpr (kAhead) start_s();
+    if constexpr (kPrevious) {
+      wgmma_wait<kAhead ? 1 : 0>(dq);
+      stage_dq(dq, count - 2);
+    } else {
+      wgmma_wait<kAhead ? 1 : 0>(dk);
     }
+    release(&shared.q_empty[stage]);
+    if constexpr (kNext && !kAhead) start_s();
+    if constexpr (kNext) start_dp();
+    if constexpr (kPrevious) hand_over_dq();
+    if constexpr (kNext) finish_scores(w, next_tile);
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
-    const int stage = count % Tile::kStages;
-    const uint32_t parity = count / Tile::kStages & 1;
-    int tile = uniform(w.last) - 1;
-    barrier_wait(&shared.q_full[stage], parity);
-    start_scores(s, k_tile, q_tile + stage * kStage);
-    barrier_wait(&shared.dout_full[stage], parity);
-    start_scores(dp, v_tile, dout_tile + stage * kStage);
-    wgmma_wait<1>(s);
-    weigh(w, tile, stage);
-    wgmma_wait<0>(dp);
-    int heads = a.group;
-    for (int i = uniform(w.last - w.first) * a.group; i > 1; i--) {
-      if (--heads == 0) heads = a.group, tile--;
-      step<true>(w, tile);
+    int tile = uniform(w.first_tile()), heads = a.group;
+    const int direction = uniform(w.direction);
+    const auto next_tile = [&] {
+      if (--heads == 0) heads = a.group, tile += direction;
+      return tile;
+    };
+    start_s();
+    start_dp();
+    finish_scores(w, tile);
+    const int steps = uniform(w.steps(a.group));
+    if (steps == 1) {
+      step<false, false>(w, 0);
+    } else {
+      step<false, true>(w, next_tile());
+      for (int i = steps; i > 2; i--) step<true, true>(w, next_tile());
+      step<true, false>(w, 0);
     }
-    step<false>(w, tile);
+    float dq[32];
+    start_dq_of(dq, count - 1);
+    wgmma_wait<0>(dq);
+    stage_dq(dq, count - 1);
+    hand_over_dq();
   }
 
   // ---- the end of a key tile ----

@@ -42,16 +42,19 @@ __device__ __forceinline__ T* vector_of(const AttentionTensor& t, const Sequence
   return static_cast<T*>(t.data) + batch * t.batch_stride + token * t.token_stride + head * t.head_stride + column;
 }
 
-// delta = rowsum(O dO) - dlse, lse for exponents of two, and zeros for the sums. kHeadDim / 8 threads a row.
+// delta = rowsum(O dO) - dlse, lse for exponents of two, and turns or sums of zero. kHeadDim / 8 threads a row.
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsArgs a) {
   constexpr int kLanes = kHeadDim / 8, kRows = 256 / kLanes;
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.counter = 0;
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
-  if (a.turns && threadIdx.x < 2) a.turns[2 * t.place + threadIdx.x] = 0;
-  auto* sums = reinterpret_cast<float4*>(a.sums + t.place * (kQueries * kHeadDim));
-  for (int i = threadIdx.x; i < kQueries * kHeadDim / 4; i += 256) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (a.turns) {  // whose first turn stores instead of adding
+    if (threadIdx.x < 2) a.turns[2 * t.place + threadIdx.x] = 0;
+  } else {
+    auto* sums = reinterpret_cast<float4*>(a.sums + t.place * (kQueries * kHeadDim));
+    for (int i = threadIdx.x; i < kQueries * kHeadDim / 4; i += 256) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
   const bool packed = a.sequences.cu_q;
   const int64_t head_floats = a.sequences.row_floats(t.sequence, t.head, a.q_heads);
   float* rows = a.rows + t.place * (2 * kQueries);
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
   const int j = threadIdx.x % 8, r = threadIdx.x / 8 % 8, w = threadIdx.x / 64;
-  const bool packed = a.sequences.cu_q;
+  const bool packed = a.sequences.cu_q, nothing_seen = a.turns && a.turns[2 * t.place] == 0;
 #pragma unroll
   for (int piece = 0; piece < 2; piece++) {
     const int row = t.row0 + (kSplitColumns ? 0 : 64 * piece) + 16 * w + r;
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
     uint32_t top[4], bottom[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float4 x = sums[128 * j + 32 * w + 4 * r + i];
+      const float4 x = nothing_seen ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[128 * j + 32 * w + 4 * r + i];
       top[i] = hopper::pack<T>(x.x * a.scale, x.y * a.scale), bottom[i] = hopper::pack<T>(x.z * a.scale, x.w * a.scale);
     }
     const auto write = [&](int row, const uint32_t (&x)[4]) {

@@ -42,6 +42,7 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
   const int heads = p.cu_q ? p.q_heads : p.sequences * p.q_heads, group = p.q_heads / p.kv_heads;
   const int64_t kv_bytes = int64_t(p.max_k) * (Tile::kHeadDim + Tile::kValueDim) * 2;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
   int* counter = params.workspace;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
   if (packed)
@@ -65,7 +66,6 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       .scale = Tile::kCap ? p.softcap : p.scale,
       .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
   };
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
   launch<attention_fwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
                                      stream, args);
 }

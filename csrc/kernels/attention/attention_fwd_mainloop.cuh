@@ -196,11 +196,11 @@ struct FwdConsumer {
   }
 
   __device__ __forceinline__ void start_output(int stage) {
+    constexpr int kRows16 = descriptor_step(16 * 128);
+    const uint64_t v = v_tile + stage * descriptor_step(Tile::kVBytes);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; i++)
-      Wgmma<T, kValueDim>::template rs_add<Along::kRows>(
-          o, p[i], v_tile + stage * descriptor_step(Tile::kVBytes) + i * descriptor_step(16 * 128));
+    for (int i = 0; i < kKeys / 16; i++) Wgmma<T, kValueDim>::template rs_add<Along::kRows>(o, p[i], v + i * kRows16);
     wgmma_commit();
   }
 
