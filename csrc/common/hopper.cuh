@@ -109,11 +109,10 @@ __device__ __forceinline__ void copy_out(const CUtensorMap* map, const void* fro
 
 // Global to shared: `bytes` in a row (a multiple of 16), counted on `barrier`.
 __device__ __forceinline__ void bulk_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // Shared to global: `bytes` in a row.
@@ -264,57 +263,62 @@ struct Wgmma;
 #define CS336_D192(c) CS336_F64(c, 0), CS336_F32(c, 64)
 #define CS336_D256(c) CS336_F64(c, 0), CS336_F64(c, 64)
 
-#define CS336_R32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define CS336_R32                                                                                                      \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31"
 #define CS336_R40 CS336_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define CS336_R48 CS336_R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define CS336_R64 CS336_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define CS336_R96 \
-  CS336_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87" \
-            ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define CS336_R128 \
-  CS336_R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115" \
-            ",%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define CS336_R96                                                                                        \
+  CS336_R64                                                                                              \
+      ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87" \
+      ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define CS336_R128                                                                                       \
+  CS336_R96                                                                                              \
+      ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115" \
+      ",%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // The instruction for one type: A and B from shared memory (operands i0, i1), and A from registers (i0 ... i3, B i4).
-#define CS336_WGMMA_SS(N, R, TYPE, ACCUMULATE, c, i0, i1, i2)                                                       \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " ACCUMULATE ", 0;\n"                                                 \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, %" #i0 ", %" #i1          \
-               ", p, 1, 1, 0, %" #i2 ";}"                                                                           \
-               : CS336_D##N(c)                                                                                      \
+#define CS336_WGMMA_SS(N, R, TYPE, ACCUMULATE, c, i0, i1, i2)                                              \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ACCUMULATE                                                 \
+               ", 0;\n"                                                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, %" #i0 ", %" #i1 \
+               ", p, 1, 1, 0, %" #i2 ";}"                                                                  \
+               : CS336_D##N(c)                                                                             \
                : "l"(a), "l"(b), "n"(kB == Along::kRows))
 #define CS336_WGMMA_RS(N, R, TYPE, i0, i1, i2, i3, i4, i5)                                                          \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n"                                                              \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, {%" #i0 ",%" #i1 ",%" #i2 \
-               ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i5 ";}"                                                          \
-               : CS336_D##N("+f")                                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kB == Along::kRows))
+  asm volatile(                                                                                                     \
+      "{.reg .pred p; setp.ne.b32 p, 1, 0;\n"                                                                       \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 \
+      "}, %" #i4 ", p, 1, 1, %" #i5 ";}"                                                                            \
+      : CS336_D##N("+f")                                                                                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kB == Along::kRows))
 
-#define CS336_WGMMA(N, R, i0, i1, i2, i3, i4, i5)                                               \
-  template <typename T>                                                                         \
-  struct Wgmma<T, N> {                                                                          \
-    static constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;                             \
-    template <Along kB>                                                                         \
-    static __device__ __forceinline__ void ss_set(float (&d)[N / 2], uint64_t a, uint64_t b) {  \
-      if constexpr (kBf16)                                                                      \
-        CS336_WGMMA_SS(N, R, "bf16", "0", "=f", i0, i1, i2);                                    \
-      else                                                                                      \
-        CS336_WGMMA_SS(N, R, "f16", "0", "=f", i0, i1, i2);                                     \
-    }                                                                                           \
-    template <Along kB>                                                                         \
-    static __device__ __forceinline__ void ss_add(float (&d)[N / 2], uint64_t a, uint64_t b) {  \
-      if constexpr (kBf16)                                                                      \
-        CS336_WGMMA_SS(N, R, "bf16", "1", "+f", i0, i1, i2);                                    \
-      else                                                                                      \
-        CS336_WGMMA_SS(N, R, "f16", "1", "+f", i0, i1, i2);                                     \
-    }                                                                                           \
-    template <Along kB>                                                                         \
+#define CS336_WGMMA(N, R, i0, i1, i2, i3, i4, i5)                                                          \
+  template <typename T>                                                                                    \
+  struct Wgmma<T, N> {                                                                                     \
+    static constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;                                        \
+    template <Along kB>                                                                                    \
+    static __device__ __forceinline__ void ss_set(float (&d)[N / 2], uint64_t a, uint64_t b) {             \
+      if constexpr (kBf16)                                                                                 \
+        CS336_WGMMA_SS(N, R, "bf16", "0", "=f", i0, i1, i2);                                               \
+      else                                                                                                 \
+        CS336_WGMMA_SS(N, R, "f16", "0", "=f", i0, i1, i2);                                                \
+    }                                                                                                      \
+    template <Along kB>                                                                                    \
+    static __device__ __forceinline__ void ss_add(float (&d)[N / 2], uint64_t a, uint64_t b) {             \
+      if constexpr (kBf16)                                                                                 \
+        CS336_WGMMA_SS(N, R, "bf16", "1", "+f", i0, i1, i2);                                               \
+      else                                                                                                 \
+        CS336_WGMMA_SS(N, R, "f16", "1", "+f", i0, i1, i2);                                                \
+    }                                                                                                      \
+    template <Along kB>                                                                                    \
     static __device__ __forceinline__ void rs_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
-      if constexpr (kBf16)                                                                      \
-        CS336_WGMMA_RS(N, R, "bf16", i0, i1, i2, i3, i4, i5);                                   \
-      else                                                                                      \
-        CS336_WGMMA_RS(N, R, "f16", i0, i1, i2, i3, i4, i5);                                    \
-    }                                                                                           \
+      if constexpr (kBf16)                                                                                 \
+        CS336_WGMMA_RS(N, R, "bf16", i0, i1, i2, i3, i4, i5);                                              \
+      else                                                                                                 \
+        CS336_WGMMA_RS(N, R, "f16", i0, i1, i2, i3, i4, i5);                                               \
+    }                                                                                                      \
   };
 
 CS336_WGMMA(64, CS336_R32, 32, 33, 34, 35, 36, 37)

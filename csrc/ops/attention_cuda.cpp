@@ -55,8 +55,8 @@ void check_tensor(const Tensor& t, const char* name, const Layout& layout, const
   STD_TORCH_CHECK(t.numel() == 0 || t.stride(t.dim() - 1) == 1, name, " must be contiguous in its last dim");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name, " must be aligned to 16 bytes");
   for (int64_t d = 0; d + 1 < t.dim(); d++)
-    STD_TORCH_CHECK(t.size(d) <= 1 || (t.stride(d) >= 0 && t.stride(d) % 8 == 0 && t.stride(d) < int64_t(1) << 33), name,
-                    " must have strides that are multiples of 8 elements, got ", t.stride(d), " in dim ", d);
+    STD_TORCH_CHECK(t.size(d) <= 1 || (t.stride(d) >= 0 && t.stride(d) % 8 == 0 && t.stride(d) < int64_t(1) << 33),
+                    name, " must have strides that are multiples of 8 elements, got ", t.stride(d), " in dim ", d);
 }
 
 void check_sizes(const Tensor& t, const char* name, const Layout& layout, const Tensor& like, int64_t heads,
@@ -77,10 +77,11 @@ void check_starts(const Tensor& cu, const char* name, const Tensor& q) {
 // float32 of q's tokens: (batch, heads, tokens), packed (heads, tokens).
 void check_row_floats(const Tensor& t, const char* name, const Layout& layout, const Tensor& q) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
-  const bool right = layout.packed ? t.dim() == 2 && t.size(0) == q.size(1) && t.size(1) == q.size(0)
-                                   : t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) &&
-                                         t.size(2) == q.size(2);
-  STD_TORCH_CHECK(right, name, " must have shape ", layout.packed ? "(heads, tokens)" : "(batch, heads, tokens)", " of q");
+  const bool right = layout.packed
+                         ? t.dim() == 2 && t.size(0) == q.size(1) && t.size(1) == q.size(0)
+                         : t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2);
+  STD_TORCH_CHECK(right, name, " must have shape ", layout.packed ? "(heads, tokens)" : "(batch, heads, tokens)",
+                  " of q");
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
   check_device(t, name, q);
 }
@@ -153,8 +154,8 @@ Tensor new_strided(const Tensor& x, std::initializer_list<int64_t> sizes, std::i
   return Tensor(handle);
 }
 
-// With the sizes of `like` but so many features: stored as (batch, tokens, heads, features), so that the projection that
-// follows needs no copy.
+// With the sizes of `like` but so many features: stored as (batch, tokens, heads, features), so that the projection
+// that follows needs no copy.
 Tensor new_heads(const Tensor& like, const Layout& layout, int64_t features) {
   const int64_t heads = layout.heads(like), tokens = layout.tokens(like);
   if (layout.packed) return new_strided(like, {tokens, heads, features}, {heads * features, features, 1});
@@ -240,15 +241,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
   return {dq, dk, dv};
 }
 
-std::tuple<Tensor, Tensor> attention_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
-                                            int64_t window_left, int64_t window_right, double softcap) {
+std::tuple<Tensor, Tensor> attention_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                            bool causal, int64_t window_left, int64_t window_right, double softcap) {
   return forward(q, k, v, nullptr, {scale, softcap, causal, window_left, window_right});
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
-                                                   int64_t window_left, int64_t window_right, double softcap) {
+                                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                   bool causal, int64_t window_left, int64_t window_right,
+                                                   double softcap) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   return forward(q, k, v, &packing, {scale, softcap, causal, window_left, window_right});
 }
@@ -261,11 +263,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd_op(const Tensor& dout, const st
                   deterministic);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd_op(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& o, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-    bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd_op(const Tensor& dout, const std::optional<Tensor>& dlse,
+                                                           const Tensor& q, const Tensor& k, const Tensor& v,
+                                                           const Tensor& o, const Tensor& lse,
+                                                           const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                           int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                           bool causal, int64_t window_left, int64_t window_right,
+                                                           double softcap, bool deterministic) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   return backward(dout, dlse, q, k, v, o, lse, &packing, {scale, softcap, causal, window_left, window_right},
                   deterministic);

@@ -19,11 +19,11 @@ struct AttentionTensor {
 struct AttentionProblem {
   Dtype dtype;  // F16 or BF16
   int head_dim, value_dim;
-  int q_heads, kv_heads;    // kv_heads divides q_heads
-  int sequences;            // the batch, or the number of packed sequences
-  int q_tokens, k_tokens;   // of a sequence; packed: of all together
-  int max_q, max_k;         // tokens of the longest sequence
-  const int *cu_q, *cu_k;   // (sequences + 1,) where packed sequences start, on the device; null when not packed
+  int q_heads, kv_heads;          // kv_heads divides q_heads
+  int sequences;                  // the batch, or the number of packed sequences
+  int q_tokens, k_tokens;         // of a sequence; packed: of all together
+  int max_q, max_k;               // tokens of the longest sequence
+  const int *cu_q, *cu_k;         // (sequences + 1,) where packed sequences start, on the device; null when not packed
   int window_left, window_right;  // -1: unbounded
   float scale;
   float softcap;  // scores become softcap * tanh(scores / softcap); 0: they stay

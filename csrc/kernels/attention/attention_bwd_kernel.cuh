@@ -9,8 +9,7 @@ namespace cs336::attention {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const __grid_constant__ BwdArgs args) {
   extern __shared__ uint8_t raw[];
-  auto& shared =
-      *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;
@@ -21,7 +20,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
       barrier_init(&shared.q_empty[i], kWarps);
     }
     for (int i = 0; i < 2; i++) {
-      barrier_init(&shared.ds_full[i], kWarps), barrier_init(&shared.ds_empty[i], kWarps);
+      barrier_init(&shared.ds_full[i], kWarps);
       barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps + Tile::kGroups);
     }
     for (int g = 0; g < Tile::kGroups; g++) barrier_init(&shared.dq_full[g], 4), barrier_init(&shared.dq_empty[g], 1);
@@ -93,7 +92,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   const int row_blocks = rows.tiles * (p.cu_q ? p.q_heads : p.sequences * p.q_heads);
   if (packed)
     list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(p.cu_k, p.sequences, p.k_tokens, Tile::kKeys,
-                                                                      at.key_tiles, packed, rows.counter);
+                                                                       at.key_tiles, packed, rows.counter);
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));

@@ -1,12 +1,13 @@
 // The backward's inner loop. With P = exp(scale Q K^T - lse), delta = rowsum(O dO) and dS = P (dO V^T - delta):
 //     dV = P^T dO,   dK = scale dS^T Q,   dQ = scale dS K.
 //
-// A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share the
-// keys. Blocks that start together go down from the last tile side by side, and end one after the other where their keys
-// are; those that start then go up, and meet. So what they read and add to stays in L2. A producer thread streams Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on
-// transposed scores (keys down, queries across): P^T and dS^T are then, where they are computed, register operands of the
-// products for dV and dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer
-// warps let the copy engine add dQ to sums in fp32.
+// A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share
+// the keys. Blocks that start together go down from the last tile side by side, and end one after the other where their
+// keys are; those that start then go up, and meet. So what they read and add to stays in L2. A producer thread streams
+// Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys
+// down, queries across): P^T and dS^T are then, where they are computed, register operands of the products for dV and
+// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the
+// copy engine add dQ to sums in fp32.
 //
 //   a warpgroup   dS | store dS |        | stage dQ | P of the next tile |
 //   its products  dV .......... | dK ... dQ ... S of the next . dP of the next ..
@@ -51,8 +52,8 @@ struct BwdTile {
   static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
   static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
   static constexpr int kRowFloats = 2 * kQueries;  // lse and delta of a query tile
-  // dQ of a tile is computed in pieces of 64 rows and 64 columns, one per warpgroup, which divide the columns of a tile of
-  // 64 queries, else the rows.
+  // dQ of a tile is computed in pieces of 64 rows and 64 columns, one per warpgroup, which divide the columns of a tile
+  // of 64 queries, else the rows.
   static constexpr int kPiece = 64 * 64;
   static constexpr bool kSplitColumns = kQueries == 64;
   static_assert(kKeys == 64 * kGroups && kQueries * kHeadDim == kGroups * kPiece);
@@ -67,7 +68,7 @@ struct BwdTile {
     alignas(1024) float rows[kStages][kRowFloats];
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[kStages], dout_full[kStages], q_empty[kStages];
-    uint64_t ds_full[2], ds_empty[2];
+    uint64_t ds_full[2];
     uint64_t dq_full[kGroups], dq_empty[kGroups];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
@@ -102,7 +103,7 @@ template <class Tile>
 __device__ __forceinline__ BwdWork bwd_work(const BwdArgs& a, int index) {
   const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.group, Tile::kKeys);
   if (tile.rows.sequence < 0) return {.kv_head = -1};
-  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0, index / gridDim.x % 2 ? 1 : -1};
+  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0, -1};
   const Sequence& s = w.sequence;
   const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
   int begin = 0, end = s.q_length;  // queries that see some of the keys
@@ -144,6 +145,7 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
       if (index >= a.order.count()) break;
       w = bwd_work<Tile>(a, index);
     }
+    if (!a.turns && round % 2) w.direction = 1;  // turns are in the order in which blocks that go down arrive
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.kv_head < 0) break;
 
@@ -229,11 +231,11 @@ struct BwdConsumer {
   const uint32_t ds_address;  // where this lane's row of the matrices that it stores begins in its panel of dS
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
-  float s[kQueries / 2];                // S^T, then P^T
-  float dp[kQueries / 2];               // (dO V^T)^T
-  uint32_t p[kQueries / 16][4];         // P^T, rounded
+  float s[kQueries / 2];                              // S^T, then P^T
+  float dp[kQueries / 2];                             // (dO V^T)^T
+  uint32_t p[kQueries / 16][4];                       // P^T, rounded
   uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
-  int count = 0;                        // query tiles done
+  int count = 0;                                      // query tiles done
 
   __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
       : a(a),
@@ -272,8 +274,7 @@ struct BwdConsumer {
     const uint64_t y = opaque(queries);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kQueries / 16; k++)
-      Wgmma<T, kHeadDim>::template rs_add<Along::kRows>(d, x[k], y + k * kRows16);
+    for (int k = 0; k < kQueries / 16; k++) Wgmma<T, kHeadDim>::template rs_add<Along::kRows>(d, x[k], y + k * kRows16);
     wgmma_commit();
   }
 
@@ -332,7 +333,7 @@ struct BwdConsumer {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int key = first_key + 16 * warp + lane / 4 + 8 * r;
-      const int beside = key - q.offset() - row0 - lane % 4 * 2;  // column of the query beside the key
+      const int beside = key - q.offset() - row0 - lane % 4 * 2;             // column of the query beside the key
       int begin = Tile::kMask == Mask::kNone ? 0 : beside - a.window.right;  // columns [begin, end) see the key
       int end = Tile::kMask == Mask::kWindow ? beside + a.window.left + 1 : kQueries;
       if (key >= q.k_length) end = begin = kQueries;
@@ -383,82 +384,61 @@ struct BwdConsumer {
     wgmma_wait<0>(dp);
   }
 
-  // dQ of tile number `tile`. It is computed a step late, so that no warpgroup waits for the other's half of dS.
-  __device__ __forceinline__ void start_dq_of(float (&dq)[32], int tile) {
-    barrier_wait(&shared.ds_full[tile % 2], tile / 2 & 1);
-    start_dq(dq, tile % 2);
-  }
-
-  // Hands a finished dQ to the writer.
-  __device__ __forceinline__ void stage_dq(const float (&dq)[32], int tile) {
-    release(&shared.ds_empty[tile % 2]);
-    barrier_wait(&shared.dq_empty[group], (tile & 1) ^ 1);
-    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
-#pragma unroll
-    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-  }
-
-  __device__ __forceinline__ void hand_over_dq() {
-    fence_async_proxy();
-    release(&shared.dq_full[group]);
-  }
-
-  // The tile's P and dP are there. Ends with those of the next one.
-  template <bool kPrevious, bool kNext>
-  __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
-    constexpr bool kAhead = kNext && Tile::kAhead;
-    const int stage = count % Tile::kStages, buffer = count % 2;
-    float dq[32];
-    uint32_t ds[kQueries / 16][4];
-    start_sum(dv, p, dout_tile + stage * kStage);
-    score_gradients(ds, stage);
-    barrier_wait(&shared.ds_empty[buffer], (count / 2 & 1) ^ 1);
+  // dS to shared memory, for both warpgroups. It has two buffers: once both have stored a tile, the products that read
+  // the other buffer are over.
+  __device__ __forceinline__ void store_ds(const uint32_t (&ds)[kQueries / 16][4], int buffer) {
 #pragma unroll
     for (int k = 0; k < kQueries / 16; k++)
       store_matrices_transposed(ds_address + buffer * kDsBytes + k * (16 * 128), ds[k]);
     fence_async_proxy();
     release(&shared.ds_full[buffer]);
+  }
+
+  // The piece of dQ to where the writer takes it from.
+  __device__ __forceinline__ void stage_dq(const float (&dq)[32], uint32_t parity) {
+    barrier_wait(&shared.dq_empty[group], parity);
+    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
+#pragma unroll
+    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  }
+
+  // The tile's P and dP are there. Ends with those of the next one.
+  template <bool kNext>
+  __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
+    constexpr bool kAhead = kNext && Tile::kAhead;
+    const int stage = count % Tile::kStages, buffer = count % 2;
+    const uint32_t dq_parity = (count & 1) ^ 1, ds_parity = count / 2 & 1;
+    float dq[32];
+    uint32_t ds[kQueries / 16][4];
+    start_sum(dv, p, dout_tile + stage * kStage);
+    score_gradients(ds, stage);
+    store_ds(ds, buffer);
     start_sum(dk, ds, q_tile + stage * kStage);
     wgmma_wait<1>(dv);
-    if constexpr (kPrevious) start_dq_of(dq, count - 1);
+    barrier_wait(&shared.ds_full[buffer], ds_parity);
+    start_dq(dq, buffer);
     count++;
     if constexpr (kAhead) start_s();
-    if constexpr (kPrevious) {
-      wgmma_wait<kAhead ? 1 : 0>(dq);
-      stage_dq(dq, count - 2);
-    } else {
-      wgmma_wait<kAhead ? 1 : 0>(dk);
-    }
+    wgmma_wait<kAhead ? 1 : 0>(dq);
     release(&shared.q_empty[stage]);
+    stage_dq(dq, dq_parity);
     if constexpr (kNext && !kAhead) start_s();
     if constexpr (kNext) start_dp();
-    if constexpr (kPrevious) hand_over_dq();
+    fence_async_proxy();
+    release(&shared.dq_full[group]);
     if constexpr (kNext) finish_scores(w, next_tile);
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
     int tile = uniform(w.first_tile()), heads = a.group;
-    const int direction = uniform(w.direction);
-    const auto next_tile = [&] {
-      if (--heads == 0) heads = a.group, tile += direction;
-      return tile;
-    };
     start_s();
     start_dp();
     finish_scores(w, tile);
-    const int steps = uniform(w.steps(a.group));
-    if (steps == 1) {
-      step<false, false>(w, 0);
-    } else {
-      step<false, true>(w, next_tile());
-      for (int i = steps; i > 2; i--) step<true, true>(w, next_tile());
-      step<true, false>(w, 0);
+    for (int i = uniform(w.steps(a.group)); i > 1; i--) {
+      if (--heads == 0) heads = a.group, tile += uniform(w.direction);
+      step<true>(w, tile);
     }
-    float dq[32];
-    start_dq_of(dq, count - 1);
-    wgmma_wait<0>(dq);
-    stage_dq(dq, count - 1);
-    hand_over_dq();
+    step<false>(w, tile);
   }
 
   // ---- the end of a key tile ----
@@ -469,7 +449,8 @@ struct BwdConsumer {
 #pragma unroll
     for (int c = 0; c < kHeadDim / 8; c += 2) {  // two columns of 8 x 8 matrices
       const int row = 64 * group + 16 * warp + lane % 8 + lane / 8 % 2 * 8, chunk = c + lane / 16;
-      const uint32_t address = shared_address(tile) + chunk / 8 * (kKeys * 128) + row * 128 + (chunk % 8 ^ lane % 8) * 16;
+      const uint32_t address =
+          shared_address(tile) + chunk / 8 * (kKeys * 128) + row * 128 + (chunk % 8 ^ lane % 8) * 16;
       const float* y = x + 4 * c;
       store_matrices(address, {pack<T>(y[0] * factor, y[1] * factor), pack<T>(y[2] * factor, y[3] * factor),
                                pack<T>(y[4] * factor, y[5] * factor), pack<T>(y[6] * factor, y[7] * factor)});

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsAr
 }
 
 // dQ = scale * sums, rounded. A piece of 64 rows and 64 columns holds, for thread t of a warpgroup (warp w, lane l) and
-// column group j, at float4 number 128 j + t, the columns 8 j + 2 (l % 4) + {0, 1} of rows 16 w + l / 4 and 8 below. Here
-// a thread takes the four float4 that make 8 columns of two rows.
+// column group j, at float4 number 128 j + t, the columns 8 j + 2 (l % 4) + {0, 1} of rows 16 w + l / 4 and 8 below.
+// Here a thread takes the four float4 that make 8 columns of two rows.
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArgs a) {
   constexpr bool kSplitColumns = kQueries == 64;
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
     }
     const auto write = [&](int row, const uint32_t (&x)[4]) {
       if (row < t.sequence.q_length)
-        *reinterpret_cast<uint4*>(vector_of<T>(a.dq, t.sequence, packed, row, t.head, column)) = {x[0], x[1], x[2], x[3]};
+        *reinterpret_cast<uint4*>(vector_of<T>(a.dq, t.sequence, packed, row, t.head, column)) = {x[0], x[1], x[2],
+                                                                                                  x[3]};
     };
     write(row, top), write(row + 8, bottom);
   }

@@ -9,8 +9,7 @@ namespace cs336::attention {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArgs args) {
   extern __shared__ uint8_t raw[];
-  auto& shared =
-      *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;
@@ -38,8 +37,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
 template <class Tile>
 void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& p = params.problem;
-  const int row_tiles = static_cast<int>(
-      p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
+  const int row_tiles =
+      static_cast<int>(p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
   const int heads = p.cu_q ? p.q_heads : p.sequences * p.q_heads, group = p.q_heads / p.kv_heads;
   const int64_t kv_bytes = int64_t(p.max_k) * (Tile::kHeadDim + Tile::kValueDim) * 2;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
@@ -47,7 +46,7 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
   if (packed)
     list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(p.cu_q, p.sequences, p.q_tokens, Tile::kRows,
-                                                                   row_tiles, packed, counter);
+                                                                    row_tiles, packed, counter);
   else
     CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
   const FwdArgs args{

@@ -45,8 +45,7 @@ struct FwdTile {
   static constexpr int kV = kKeys * kPanel * num_panels(kValueDim), kVBytes = 2 * kV;
   static constexpr int kO = 64 * kPanel * num_panels(kValueDim);
   // The output leaves through shared memory: its own where there is room, else Q's.
-  static constexpr bool kOwnOutput =
-      kGroups * (kQBytes + 2 * kO) + kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
+  static constexpr bool kOwnOutput = kGroups * (kQBytes + 2 * kO) + kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
   static_assert(kOwnOutput || kO <= kQ);
 
   struct Shared {
@@ -68,8 +67,8 @@ struct FwdArgs {
   Sequences sequences;
   Window window;
   TileOrder order;
-  float* lse;    // (batch, q heads, q tokens)
-  int* counter;  // draws tiles; zero before the launch
+  float* lse;          // (batch, q heads, q tokens)
+  int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
   float cap_factor;    // of the scores in tanh
   float scale;         // of the scores; with a cap: of the tanh
@@ -91,15 +90,13 @@ struct Ring {
   int count = 0, stage = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ void advance() {
-    count++, stage = count % kStages, parity = count / kStages & 1;
-  }
+  __device__ __forceinline__ void advance() { count++, stage = count % kStages, parity = count / kStages & 1; }
 };
 
 // Waits for an empty stage and fills it with the rows from `row` on: one copy for each panel of columns.
 template <class Tile, int kStageBytes, int kPanels>
-__device__ __forceinline__ void load_block(const CUtensorMap& map, void* ring, uint64_t* full, uint64_t* empty, int count,
-                                           int row, int head, const Rows& rows) {
+__device__ __forceinline__ void load_block(const CUtensorMap& map, void* ring, uint64_t* full, uint64_t* empty,
+                                           int count, int row, int head, const Rows& rows) {
   const int stage = count % Tile::kStages;
   barrier_wait(&empty[stage], (count / Tile::kStages & 1) ^ 1);
   barrier_arrive_expect(&full[stage], kStageBytes);
@@ -118,11 +115,13 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
+    int drawn;  // the tile after this one; nobody waits for it before this one's copies are under way
     w.head = -1;
-    while (w.head < 0 && tile < a.order.count()) {  // packed sequences have gaps between their tiles
-      const int drawn = atomicAdd(a.counter, 1);
+    while (tile < a.order.count()) {
+      drawn = atomicAdd(a.counter, 1);
       w = fwd_work<Tile>(a, tile);
-      tile = gridDim.x + drawn;
+      if (w.head >= 0) break;
+      tile = gridDim.x + drawn;  // packed sequences have gaps between their tiles
     }
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.head < 0) break;
@@ -149,6 +148,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
+    tile = gridDim.x + drawn;
   }
 }
 
@@ -190,8 +190,9 @@ struct FwdConsumer {
     Products::template ss_set<Along::kColumns>(s, q_tile, k);
 #pragma unroll
     for (int i = 1; i < Tile::kHeadDim / 16; i++)
-      Products::template ss_add<Along::kColumns>(s, q_tile + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32),
-                                                 k + i / 4 * descriptor_step(kKeys * 128) + i % 4 * descriptor_step(32));
+      Products::template ss_add<Along::kColumns>(
+          s, q_tile + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32),
+          k + i / 4 * descriptor_step(kKeys * 128) + i % 4 * descriptor_step(32));
     wgmma_commit();
   }
 
@@ -260,8 +261,8 @@ struct FwdConsumer {
     if constexpr (kMasked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     float fade[2];
     const bool moved = softmax.update(s, a.scale_log2, fade);
-    // The compiler moves this wait up, to before most of the exponentials. Holding it here did not run faster: the other
-    // warpgroups keep the tensor cores busy.
+    // The compiler moves this wait up, to before most of the exponentials. Holding it here did not run faster: the
+    // other warpgroups keep the tensor cores busy.
     wgmma_wait<0>(o);
     release(&shared.v_empty[v_stage]);
     round_weights();
@@ -312,7 +313,8 @@ struct FwdConsumer {
 
   // ---- the end of a tile ----
 
-  // The log-sum-exp of the rows, and in softmax.sum what the output is to be multiplied by; O's last product still runs.
+  // The log-sum-exp of the rows, and in softmax.sum what the output is to be multiplied by; O's last product still
+  // runs.
   __device__ __forceinline__ void finish_rows(const FwdWork& w, int row) {
     float* lse = a.lse + a.sequences.row_floats(w.sequence, w.head, a.q_heads);
 #pragma unroll

@@ -45,9 +45,9 @@ inline int attention_section(int heads, int64_t bytes_of_head) {
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, bytes_of_head), 1, heads));
 }
 
-// Key heads that the backward works on together. Its blocks go down the queries side by side, so that L2 holds what they
-// share anyway; but a section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8
-// heads of 4k tokens, 358 TFLOP/s with one head at a time.
+// Key heads that the backward works on together. Its blocks go down the queries side by side, so that L2 holds what
+// they share anyway; but a section must outlast its longest block on all multiprocessors, or the last one ends late:
+// 64/8 heads of 4k tokens, 358 TFLOP/s with one head at a time.
 inline int attention_bwd_section(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head) {
   return std::clamp(static_cast<int>(ceil_div(2 * num_sms, key_tiles)), attention_section(heads, bytes_of_head), heads);
 }

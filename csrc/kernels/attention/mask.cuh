@@ -42,8 +42,8 @@ __device__ __forceinline__ Blocks visible_blocks(const Window& window, const Seq
   return {min(window.begin<kMask>(s, row) / kKeys, last - 1), last};
 }
 
-// Sets what a query must not see to minus infinity. s holds rows `row` and row + 8 of this thread and, in pairs, columns
-// from `key` on, as wgmma lays them out.
+// Sets what a query must not see to minus infinity. s holds rows `row` and row + 8 of this thread and, in pairs,
+// columns from `key` on, as wgmma lays them out.
 template <Mask kMask, int N>
 __device__ __forceinline__ void mask_scores(float (&scores)[N], const Window& window, const Sequence& s, int row,
                                             int key) {

@@ -1,10 +1,10 @@
 // Where the rows of a sequence are: lengths, coordinates in tensor maps, and the tensor maps themselves.
 //
-// A batch of equal sequences is a dimension of the map. Packed sequences lie behind each other, and the copy engine must
-// neither read nor write past the end of one. It checks coordinates alone, so the map of a packed tensor claims kFar
-// tokens: row r of a sequence of n tokens is token kFar - n + r, whose rows past the end are outside the map, and two
-// more dimensions with strides of one token and of 2^34 bytes less one token take the address back: 2^30 steps of 2^34
-// bytes are a whole turn of the 64-bit address.
+// A batch of equal sequences is a dimension of the map. Packed sequences lie behind each other, and the copy engine
+// must neither read nor write past the end of one. It checks coordinates alone, so the map of a packed tensor claims
+// kFar tokens: row r of a sequence of n tokens is token kFar - n + r, whose rows past the end are outside the map, and
+// two more dimensions with strides of one token and of 2^34 bytes less one token take the address back: 2^30 steps of
+// 2^34 bytes are a whole turn of the 64-bit address.
 #pragma once
 #include "common/check.h"
 #include "common/hopper.cuh"
@@ -66,8 +66,7 @@ inline CUtensorMap tensor_map(const AttentionTensor& t, const AttentionProblem& 
   static const Encode encode = [] {  // through the runtime, so that nothing links against libcuda
     cudaDriverEntryPointQueryResult found;
     void* function = nullptr;
-    CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
     if (found != cudaDriverEntryPointSuccess)
       throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled; it needs CUDA 12");
     return reinterpret_cast<Encode>(function);
@@ -76,15 +75,16 @@ inline CUtensorMap tensor_map(const AttentionTensor& t, const AttentionProblem& 
   const bool packed = p.cu_q != nullptr;
   const uint64_t token = bytes(t.token_stride, tokens);
   const uint64_t sizes[5] = {uint64_t(columns), uint64_t(packed ? kFar : tokens), uint64_t(heads),
-                             packed ? uint64_t(kFar) * 2 - 1 : uint64_t(p.sequences), packed ? uint64_t(kFar) * 2 - 1 : 1};
+                             packed ? uint64_t(kFar) * 2 - 1 : uint64_t(p.sequences),
+                             packed ? uint64_t(kFar) * 2 - 1 : 1};
   const uint64_t strides[4] = {token, bytes(t.head_stride, heads), packed ? token : bytes(t.batch_stride, p.sequences),
                                packed ? (uint64_t(1) << 34) - token : 16};
   const uint32_t box[5] = {kPanel, uint32_t(box_rows), 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(
-      &map, p.dtype == Dtype::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, t.data, sizes,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, p.dtype == Dtype::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+             t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("attention: no tensor map for strides of " + std::to_string(t.batch_stride) + ", " +
                              std::to_string(t.token_stride) + ", " + std::to_string(t.head_stride) + " elements");

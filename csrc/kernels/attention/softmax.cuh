@@ -4,8 +4,8 @@
 
 namespace cs336::attention {
 
-// How far, as a power of two, weights may exceed 1 before the output is rescaled. The maximum in use follows the true one
-// only when that has outgrown it so far: no accuracy is lost, and rescaling is rare (3-9 % faster).
+// How far, as a power of two, weights may exceed 1 before the output is rescaled. The maximum in use follows the true
+// one only when that has outgrown it so far: no accuracy is lost, and rescaling is rare (3-9 % faster).
 inline constexpr float kRescaleLog2 = 8;
 
 // Sum or maximum over the four threads of a row.

@@ -11,7 +11,8 @@ struct SequenceTile {
 };
 
 // Tile `index` of packed sequences, by bisection: the last sequence whose first tile is not past it.
-__device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequences, int tokens, int rows, int index) {
+__device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequences, int tokens, int rows,
+                                                         int index) {
   const auto first_tile = [=](int i) { return min(max(cu[i], 0), tokens) / rows + i; };
   int low = 0, high = sequences;
   while (high - low > 1) {
@@ -23,9 +24,10 @@ __device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequ
   return row0 >= 0 && row0 < end - start ? SequenceTile{low, row0} : SequenceTile{-1, 0};
 }
 
-// Writes all packed tiles behind each other, so that nobody has to search again, and zeroes the counter that deals them.
-static __global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count, SequenceTile* tiles,
-                                  int* counter) {
+// Writes all packed tiles behind each other, so that nobody has to search again, and zeroes the counter that deals
+// them.
+static __global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count,
+                                         SequenceTile* tiles, int* counter) {
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index == 0) *counter = 0;
   if (index < count) tiles[index] = find_packed_tile(cu, sequences, tokens, rows, index);
