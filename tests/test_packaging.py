@@ -28,6 +28,35 @@ def setup_arguments(monkeypatch):
     return arguments
 
 
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("g++ (Debian 10.2.1-6) 10.2.1 20210110\nCopyright (C) 2020", "g++ 11 or newer is needed"),
+        ("c++ (GCC) 4.8.5 20150623 (Red Hat 4.8.5-44)", "g++ 11 or newer is needed"),
+        ("g++-11 (Debian 11.3.0-12) 11.3.0", None),
+        ("g++ (Debian 12.2.0-14+deb12u1) 12.2.0", None),
+        ("Debian clang version 14.0.6\nTarget: x86_64-pc-linux-gnu", "clang++ 16 or newer is needed"),
+        ("clang version 18.1.3", None),
+        ("some other compiler", None),
+    ],
+)
+def test_a_compiler_that_is_too_old_is_named(monkeypatch, version, reason):
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    said = runpy.run_path(str(ROOT / "setup.py"))["too_old"](version)
+    if reason is None:
+        assert said is None
+    else:
+        assert reason in said
+        assert version.splitlines()[0] in said
+
+
+@pytest.mark.skipif(shutil.which("g++-11") is None, reason="needs g++ 11")
+def test_the_oldest_compiler_builds_the_kernels(tmp_path):
+    for source in (ROOT / "csrc/cpu").glob("*.cpp"):
+        command = ["g++-11", "-std=c++20", "-O2", "-fopenmp-simd", f"-I{ROOT / 'csrc'}", "-c", source]
+        subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
+
+
 def names(requirements):
     return {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
 

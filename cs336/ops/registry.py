@@ -68,7 +68,8 @@ def define(
         ref: the definition, in plain torch.
         triton: "STEM.FUNCTION" under cs336/ops/triton, imported at the first call (triton is slow to import).
         check: raises for arguments that no variant takes; runs before all of the above.
-        supports: per variant, a checker that returns why it refuses arguments that others take, or None.
+        supports: per variant, a checker that returns why it refuses arguments that others take, or None. Native kernels
+            check for themselves: theirs only saves the attempt.
         capabilities: per variant, the CUDA compute capabilities that its kernel runs on, ((9, 0), (9, 0)) for one that
             uses wgmma. What the library was compiled for limits the native ones anyway, 8.0 and up the Triton ones.
         prefer: which variant to try first on a CUDA device, from the arguments: where one measures faster. It must
@@ -91,7 +92,8 @@ def define(
             torch.library.impl(qualname, "CompositeExplicitAutograd")(complete(check, ref))
         elif variant == "triton" and triton is not None and TRITON_MISSING is None:
             for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-                torch.library.impl(qualname, key)(complete(check, _at_first_call(triton)))
+                kernel = _at_first_call(triton, (supports or {}).get("triton"))
+                torch.library.impl(qualname, key)(complete(check, kernel))
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     OPS[name] = Op(
         schema,
@@ -124,10 +126,12 @@ def _completer(arguments: list) -> Callable[[Callable[..., None] | None, Callabl
     return complete
 
 
-def _at_first_call(path: str) -> Callable:
+def _at_first_call(path: str, supports: Supports | None) -> Callable:
     stem, function = path.split(".")
 
     def run(*args, **kwargs):
+        if supports is not None and (reason := supports(*args, **kwargs)):
+            raise NotImplementedError(reason)
         return getattr(importlib.import_module(f"cs336.ops.triton.{stem}"), function)(*args, **kwargs)
 
     return run
