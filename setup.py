@@ -5,6 +5,7 @@ With CS336_TEXT_ONLY=1 the tokenizer alone is built: torch is then needed neithe
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent
 TEXT_ONLY = os.environ.get("CS336_TEXT_ONLY") == "1"
 DEPENDENCIES = ["numpy", "regex", "rich", "tyro>=1.0"]
 if not TEXT_ONLY:
-    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2", "matplotlib"]
+    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2", "pydantic>=2.8"]
 
 
 def require(program: str, *candidates: str, install: str) -> None:
@@ -25,10 +26,29 @@ def require(program: str, *candidates: str, install: str) -> None:
         raise SystemExit(f"cs336 needs {program} and found none of: {', '.join(c for c in candidates if c)}. {install}")
 
 
+OLDEST = {"g++": 11, "clang++": 16}  # of C++20: bit_cast, template lambdas, captured structured bindings
+
+
+def too_old(version: str) -> str | None:
+    """Why the compiler that prints this for --version does not do, or None."""
+    name = "clang++" if "clang" in version else "g++"
+    found = re.search(r"(\d+)\.\d+", version)
+    if found is None or int(found[1]) >= OLDEST[name]:
+        return None
+    return (
+        f"cs336 is C++20, and {version.splitlines()[0]} is too old for it: {name} {OLDEST[name]} or newer is needed. "
+        f"Install one and name it, e.g. CXX={name}-{OLDEST[name] + 1} pip install -e ."
+    )
+
+
 class CMakeBuild(build_ext):
     def run(self):
         cxx = os.environ.get("CXX", "")
-        require("a C++20 compiler", cxx, "c++", "g++", "clang++", install="On Debian or Ubuntu: apt install g++")
+        compilers = [c for c in (cxx, "c++", "g++", "clang++") if c]
+        require("a C++20 compiler", *compilers, install="On Debian or Ubuntu: apt install g++")
+        compiler = next(c for c in compilers if shutil.which(c))
+        if reason := too_old(subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout):
+            raise SystemExit(reason)
         require("cmake", "cmake", install="pip install cmake")
         require("ninja", "ninja", install="pip install ninja")
         build = ROOT / "build"

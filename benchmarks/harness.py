@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,8 +36,9 @@ Bind = Callable[..., Call]  # one set of inputs -> the call to time
 class Case:
     """One op, one pass, one shape, and everyone who can run it.
 
-    `bytes` must be moved and `flops` done, whoever runs it; one of them may stay 0. `inputs(device)` draws one set of
-    arguments of the raw op; all contenders bind the same sets. The contender "ref" says what is right.
+    `bytes` must be moved and `flops` done; one of them may stay 0. A contender that must move another number, because
+    it keeps its state in another dtype, has it in `own_bytes`. `inputs(device)` draws one set of arguments of the raw
+    op; all contenders bind the same sets. The contender "ref" says what is right.
     """
 
     op: str
@@ -48,6 +49,7 @@ class Case:
     contenders: dict[str, Bind]
     bytes: int = 0
     flops: int = 0
+    own_bytes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.op} {self.pass_} {'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
@@ -101,15 +103,35 @@ def eager(function: Callable[..., tuple]) -> Bind:
     return lambda *args: lambda: function(*args)
 
 
-def compiled(function: Callable[..., tuple]) -> Bind:
+def compiled(function: Callable[..., tuple], mode: str | None = None) -> Bind:
     """torch.compile, once for each shape; it fails loudly instead of running eagerly after too many shapes."""
 
     def bind(*args: Any) -> Call:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        fast = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
         return lambda: fast(*args)
 
     return bind
+
+
+def max_autotuned(function: Callable[..., tuple]) -> Bind:
+    """torch.compile that tries every kernel it can think of; without graphs of its own, since the harness has some."""
+    return compiled(function, "max-autotune-no-cudagraphs")
+
+
+def behind_producer(bind: Bind) -> Bind:
+    """The call behind the kernel that writes its first argument, as a model runs it: half of it is in the cache."""
+
+    def bind_both(x: Tensor, *args: Any) -> Call:
+        source, call = x.clone(), bind(x, *args)
+
+        def produce_and_call() -> tuple:
+            torch.mul(source, 1.0, out=x)
+            return call()
+
+        return produce_and_call
+
+    return bind_both
 
 
 def draw(case: Case, device: torch.device) -> list[tuple]:
@@ -140,10 +162,20 @@ def disagreement(outputs: tuple, expected: tuple) -> str | None:
 
 def measure(calls: list[Call], device: torch.device, graph: bool = True) -> Timing:
     """Time one call of `calls`, which do the same work on different inputs and are taken in turn."""
-    batch = prepare(calls, device, graph)
-    estimate = warm_up(batch, device)
-    samples = sample(batch, device, max(MIN_SAMPLES, math.ceil(SAMPLING / estimate)))
-    return summary(samples, batch.calls, batch.method)
+    return measure_in_turns({"": prepare(calls, device, graph)}, device)[""]
+
+
+def measure_in_turns(batches: dict[str, Batch], device: torch.device) -> dict[str, Timing]:
+    """Time the batches in MIN_SAMPLES turns, each time a few samples of every one behind one that does not count."""
+    counts = {
+        name: max(1, math.ceil(SAMPLING / MIN_SAMPLES / warm_up(batch, device))) for name, batch in batches.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(MIN_SAMPLES):
+        for name, batch in batches.items():
+            batch.run()
+            samples[name] += sample(batch, device, counts[name])
+    return {name: summary(samples[name], batch.calls, batch.method) for name, batch in batches.items()}
 
 
 def prepare(calls: list[Call], device: torch.device, graph: bool = True) -> Batch:
@@ -276,20 +308,32 @@ def rows(case: Case, device: torch.device, only: set[str] | None = None, timed: 
         torch.cuda.empty_cache()  # every graph has its own pool
     sets = draw(case, device) if timed else [case.inputs(device)]
     expected = case.contenders["ref"](*sets[0])()
+    outcomes: dict[str, dict] = {}
+    batches: dict[str, Batch] = {}
+    for name, bind in case.contenders.items():
+        if only is None or name in only:
+            outcome = _prepared(bind, sets, expected, device, timed)
+            outcomes[name] = {}
+            if isinstance(outcome, Batch):
+                batches[name] = outcome
+            else:
+                outcomes[name] = outcome
+    for name, timing in measure_in_turns(batches, device).items():
+        outcomes[name] = result(case, timing, device, name)
     return [
         {"op": case.op, "pass": case.pass_, "variant": name, "shape": list(case.shape), "dtype": dtype_name(case.dtype)}
-        | _outcome(case, bind, sets, expected, device, timed)
-        for name, bind in case.contenders.items()
-        if only is None or name in only
+        | outcome
+        for name, outcome in outcomes.items()
     ]
 
 
-def _outcome(case: Case, bind: Bind, sets: list[tuple], expected: tuple, device: torch.device, timed: bool) -> dict:
+def _prepared(bind: Bind, sets: list[tuple], expected: tuple, device: torch.device, timed: bool) -> Batch | dict:
+    """What to time, or a row's end that says why there is nothing."""
     try:
         calls = [bind(*inputs) for inputs in sets]
         if reason := disagreement(calls[0](), expected):
             return {"failed": reason}
-        return result(case, measure(calls, device), device) if timed else {}
+        return prepare(calls, device) if timed else {}
     except (ImportError, NotImplementedError) as refusal:
         return {"skipped": _one_line(refusal)}
     except Exception as error:  # a peer breaks in any way it likes; the row says how, and the sweep goes on
@@ -300,14 +344,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def result(case: Case, timing: Timing, device: torch.device) -> dict[str, Any]:
+def result(case: Case, timing: Timing, device: torch.device, contender: str = "native") -> dict[str, Any]:
     """The roof that counts is the one that the case is nearer to."""
+    moved = case.own_bytes.get(contender, case.bytes)
     row = {"seconds": timing.seconds, "spread": round(timing.spread, 4), "method": timing.method}
     shares = []
-    if case.bytes:
-        rate = case.bytes / timing.seconds
+    if moved:
+        rate = moved / timing.seconds
         shares.append(rate / copy_roof(device))
-        row |= {"bytes": case.bytes, "gbps": round(rate / 1e9, 1)}
+        row |= {"bytes": moved, "gbps": round(rate / 1e9, 1)}
     if case.flops:
         rate = case.flops / timing.seconds
         shares.append(rate / matmul_roof(device, case.dtype))

@@ -71,6 +71,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{path} holds something else than benchmark results: name another file")
 
 
+def of_device(device: torch.device, folder: pathlib.Path = ROOT / "benchmarks/results") -> pathlib.Path:
+    """The committed file of this kind of device. Raises ValueError if there is none."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    for path in sorted(folder.glob("*.json")):
+        if any(run["header"].get("gpu", "not said") == gpu for run in read(path).values()):
+            return path
+    raise ValueError(f"no results of {gpu or 'a CPU'} in {folder}: measure with --out first")
+
+
 def write(path: pathlib.Path, name: str, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Put one run into the file, in place of the last run of that name; a line a row, so that diffs can be read."""
     runs = read(path) | {name: {"header": header, "rows": rows}}

@@ -3,6 +3,7 @@
 python -m benchmarks.run ops                                # every op, whole sweep
 python -m benchmarks.run ops rms_norm --quick --only native,eager
 python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchmarks/report.py
+python -m benchmarks.run ops --quick --check   # exit status 1 if we fell behind a peer
 """
 
 import argparse
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, results
+from benchmarks import check, harness, results
+from benchmarks.ops.norms import TUNED
 from cs336.ops import registry
 
 OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).parent / "ops").glob("bench_*.py"))
@@ -33,7 +35,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")
     ops.add_argument("--quick", action="store_true", help="a few shapes of one size")
     ops.add_argument(
-        "--only", metavar="A,B", help="these contenders: native, triton, ref, eager, compile, liger, quack"
+        "--only",
+        metavar="A,B",
+        help="these contenders: native, triton, ref, eager, compile, liger, quack; the ones "
+        "that tune themselves, for minutes, run only if they are named: max-autotune, quack tuned",
+    )
+    ops.add_argument(
+        "--check",
+        type=pathlib.Path,
+        nargs="?",
+        const=pathlib.Path(),
+        metavar="FILE",
+        help="exit 1 if we fell behind a peer since this results file; the committed one of this device by default",
     )
     ops.add_argument("--workers", type=int, metavar="N", help="processes that compile first, before a whole sweep")
     ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
@@ -54,6 +67,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     try:
         if options.out:
             results.read(options.out)  # before the work, not after it
+        if options.kind == "ops" and options.check is not None:
+            if options.check == pathlib.Path():
+                options.check = results.of_device(harness.default_device())
+            check.comparable(results.read(options.check), options.names or OPS, options.check)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -117,6 +134,7 @@ def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any
     size = "tiny" if device.type == "cpu" else "quick" if options.quick else "full"
     only = set(options.only.split(",")) if options.only else None
     start, names, failed = time.monotonic(), options.names or OPS, []
+    behind: list[str] = []
     workers = default_workers(device) if options.workers is None else options.workers
     if size == "full" and workers and (only is None or only & {"compile", "quack"}):
         compile_cases(names, size, workers)
@@ -127,9 +145,16 @@ def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any
             results.write(options.out, name, header, rows)
         failed += [row for row in rows if "failed" in row and row["variant"] in registry.NAMESPACE]
         print("\n".join(summary(rows)), flush=True)
+        if options.check:
+            try:
+                behind += check.regressions(rows, results.read(options.check)[name]["rows"])
+            except ValueError as nothing:
+                behind.append(f"{name}: {nothing}")
     for row in failed:
         print(f"FAILED {label(row)} {row['variant']}: {row['failed']}")
-    return 1 if failed else 0
+    for sentence in behind:
+        print(sentence)
+    return 1 if failed or behind else 0
 
 
 def train(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
@@ -172,7 +197,7 @@ def sweep(
         if time.monotonic() > deadline:
             print(f"time limit: {len(cases) - i} of {len(cases)} cases not run, from {case} on")
             break
-        rows += (found := harness.rows(case, device, only))
+        rows += (found := harness.rows(case, device, only or case.contenders.keys() - set(TUNED)))
         print(line(found) if found else f"{case}: none of {only}")
     host = module.host(device) if hasattr(module, "host") else []
     for _, group in itertools.groupby(host, label):

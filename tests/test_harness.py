@@ -1,13 +1,15 @@
 """The benchmark harness: what is timed, what is refused, and what is written down."""
 
 import dataclasses
+import itertools
 import json
+import time
 from concurrent.futures import BrokenExecutor
 
 import pytest
 import torch
 
-from benchmarks import harness, results, run
+from benchmarks import check, harness, results, run
 from benchmarks.ops import norms
 
 CPU = torch.device("cpu")
@@ -31,6 +33,138 @@ def test_calls_are_taken_in_turn():
     calls = [lambda i=i: seen.append(i) or (i,) for i in range(3)]
     harness._run(calls, 2)
     assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_contenders_take_turns(monkeypatch):
+    seen = []
+    batches = {
+        name: harness.Batch(lambda name=name: seen.append(name) or time.sleep(5e-3), 1, "perf_counter") for name in "ab"
+    }
+    timings = harness.measure_in_turns(batches, CPU)
+    turns = [name for name, _ in itertools.groupby(seen)]
+    assert turns[-2 * harness.MIN_SAMPLES :] == ["a", "b"] * harness.MIN_SAMPLES
+    assert all(timing.seconds >= 5e-3 for timing in timings.values())
+
+
+def test_rows_are_interleaved(monkeypatch):
+    given = {}
+    monkeypatch.setattr(harness, "measure_in_turns", lambda batches, device: given.update(batches) or {})
+    harness.rows(case({"peer": lambda x: lambda: (x + x,), "broken": lambda x: 1 / 0}), CPU)
+    assert list(given) == ["ref", "peer"]
+
+
+def test_inputs_overflow_the_cache(monkeypatch):
+    """Enough sets, every one drawn anew, that nothing of a set is cached when its turn comes again."""
+    properties = type("properties", (), {"L2_cache_size": 1000})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sets = harness.draw(case({}), torch.device("cuda"))
+    assert len({x.data_ptr() for (x,) in sets}) == len(sets)
+    assert sum(x.nbytes for (x,) in sets) >= harness.L2_MULTIPLE * 1000
+    assert sum(x.nbytes for (x,) in sets[1:]) < harness.L2_MULTIPLE * 1000
+    assert not torch.equal(sets[0][0], sets[1][0])
+
+
+def rows_of(tensors):
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 2)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_bytes_of_the_norms_are_those_of_their_rows(op):
+    """Read once and written once; weights and statistics do not count."""
+    for c in run.importlib.import_module(f"benchmarks.ops.bench_{op}").cases("tiny"):
+        inputs = c.inputs(CPU)
+        produced = 2 * inputs[0].nbytes if c.pass_.endswith("behind") else 0
+        assert c.bytes == rows_of(inputs) + rows_of(c.contenders["ref"](*inputs)()) + produced
+
+
+def test_bytes_of_a_step_are_those_of_its_tensors():
+    module = run.importlib.import_module("benchmarks.ops.bench_adamw")
+    for size in ("tiny", "full"):
+        for c in module.cases(size):
+            model, dtype = c.inputs.args
+            numel = sum(torch.Size(s).numel() for s in module.shapes(model))
+            per_parameter = 3 * dtype.itemsize + 4 * 4  # p read and written, g read; m and v in float32, both ways
+            assert c.bytes == numel * per_parameter
+            assert c.own_bytes == dict.fromkeys(("fused", "foreach"), numel * 7 * dtype.itemsize)
+
+
+def test_a_contender_that_moves_fewer_bytes_is_credited():
+    rows = {
+        r["variant"]: r
+        for r in harness.rows(
+            dataclasses.replace(case({"peer": lambda x: lambda: (x + x,)}), own_bytes={"peer": 32}), CPU
+        )
+    }
+    assert (rows["ref"]["bytes"], rows["peer"]["bytes"]) == (64, 32)
+    assert rows["peer"]["gbps"] == pytest.approx(32 / rows["peer"]["seconds"] / 1e9, abs=0.1)
+
+
+def test_a_call_behind_its_producer_sees_what_that_wrote():
+    x = torch.randn(4, 8)
+    call = harness.behind_producer(lambda x: lambda: (2 * x,))(x)
+    want = 2 * x
+    x.zero_()
+    assert torch.equal(call()[0], want)
+
+
+def test_peers_that_tune_themselves_wait_to_be_named(monkeypatch):
+    ran = []
+    monkeypatch.setattr(harness, "rows", lambda case, device, only: ran.append(only) or [])
+    contenders = dict.fromkeys(("native", *norms.TUNED))
+    module = type("module", (), {"cases": staticmethod(lambda size: [case(contenders)])})
+    run.sweep(module, "tiny", CPU, None, float("inf"))
+    run.sweep(module, "tiny", CPU, {"quack tuned"}, float("inf"))
+    assert ran == [{"ref", "native"}, {"quack tuned"}]
+
+
+# ---- check ----
+
+
+def timed(seconds, variant, spread=0.0, shape=(4, 8)):
+    names = {"op": "double", "pass": "fwd", "shape": list(shape), "dtype": "float32"}
+    return names | {"variant": variant, "seconds": seconds, "spread": spread}
+
+
+def test_a_ratio_outside_the_band_is_a_regression():
+    then = [timed(1.0, "native"), timed(2.0, "eager"), timed(1.1, "liger")]
+    assert check.regressions([timed(3.0, "native"), timed(6.0, "eager")], then) == []  # a slower machine
+    assert check.regressions([timed(1.0, "native"), timed(2.0 * check.BAND, "eager")], then) == []
+    worse = [timed(1.0, "native"), timed(1.8, "eager"), timed(1.1, "liger")]
+    assert check.regressions(worse, then) == ["BEHIND double fwd 4x8 float32: 1.80x as fast as eager, was 2.00x"]
+    assert check.regressions([timed(1.0, "native", spread=0.1), *worse[1:]], then) == []  # noise
+
+
+def test_a_check_that_compares_nothing_does_not_pass():
+    then = [timed(1.0, "native"), timed(2.0, "eager")]
+    for now in ([], [timed(1.0, "native")], [timed(1.0, "native", shape=(1,)), timed(2.0, "eager", shape=(1,))]):
+        with pytest.raises(ValueError, match="no case and peer of this run"):
+            check.regressions(now, then)
+
+
+def test_the_driver_checks_against_the_file_of_the_device(monkeypatch, tmp_path, capsys):
+    module = type("module", (), {"cases": staticmethod(lambda size: [])})
+    slower = [timed(1.0, "native"), timed(1.0, "eager")]
+    module.host = staticmethod(lambda device: slower)
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    then = [timed(1.0, "native"), timed(2.0, "eager")]
+    results.write(tmp_path / "here.json", "rms_norm", {"gpu": None}, then)
+    monkeypatch.setattr(results, "of_device", lambda device: tmp_path / "here.json")
+    assert run.main(["ops", "rms_norm", "--check"]) == 1
+    assert "BEHIND double fwd 4x8 float32: 1.00x as fast as eager, was 2.00x" in capsys.readouterr().out
+    slower[:] = then
+    assert run.main(["ops", "rms_norm", "--check", str(tmp_path / "here.json")]) == 0
+    with pytest.raises(SystemExit):
+        run.main(["ops", "layer_norm", "--check"])
+    assert "holds no results of layer_norm" in capsys.readouterr().err
+
+
+def test_the_file_of_a_device(tmp_path):
+    with pytest.raises(ValueError, match="no results of a CPU"):
+        results.of_device(CPU, tmp_path)
+    results.write(tmp_path / "tokenizer.json", "tokenizer", {}, [])
+    results.write(tmp_path / "gpu.json", "rms_norm", {"gpu": "NVIDIA H200"}, [])
+    results.write(tmp_path / "here.json", "rms_norm", {"gpu": None}, [])
+    assert results.of_device(CPU, tmp_path).name == "here.json"
 
 
 def test_a_batch_is_whole_rounds_and_long_enough():
@@ -183,7 +317,7 @@ def test_the_driver_prints_and_writes(tmp_path, capsys):
 
 def test_the_driver_stops_at_its_limit(capsys):
     assert run.main(["ops", "rms_norm", "--limit", "0"]) == 0
-    assert "time limit: 6 of 6 cases not run, from rms_norm fwd 4x128 bfloat16 on" in capsys.readouterr().out
+    assert "time limit: 8 of 8 cases not run, from rms_norm fwd 4x128 bfloat16 on" in capsys.readouterr().out
 
 
 def test_compiling_ahead_only_saves_time(monkeypatch, capsys):

@@ -27,9 +27,13 @@ def _library():
         pytest.skip("_C_cuda.so is not built: nvcc was not found")
 
 
-# With 512 threads a block, 128 registers are all there is. LayerNorm's backward keeps two sums a feature, rows of more
-# than 65536 float32 have 32 features a thread: some of their layouts put a few on the stack.
-SPILLS = {r"norm_bwd_kernelI\w+Lb1E": 80, r"norm_bwd_kernelIfLi8ELi1E": 24}  # kernel: bytes of stack that it may have
+# With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a feature,
+# that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack.
+SPILLS = {  # kernel: bytes of stack that it may have
+    r"norm_bwd_kernelIf\w+Lb1E": 16,
+    r"norm_bwd_kernelIfLi8ELi1E\w+Lb0E": 16,
+    r"norm_bwd_kernelIfLi8ELi1E\w+Lb1E": 112,
+}
 
 
 def test_no_spills():
@@ -37,7 +41,7 @@ def test_no_spills():
     assert used
 
     def allowed(name):
-        return next((size for kernel, size in SPILLS.items() if re.search(kernel, name)), 0)
+        return max((size for kernel, size in SPILLS.items() if re.search(kernel, name)), default=0)
 
     spilled = [f"{name}: {line}" for name, line, stack, local in used if int(stack) > allowed(name) or int(local)]
     assert not spilled, "\n".join(spilled)

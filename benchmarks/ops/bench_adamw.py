@@ -58,7 +58,9 @@ def split(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
 
 def ours(variant: str, *tensors: Tensor) -> harness.Call:
     params, grads, exp_avgs, exp_avg_sqs = split(tensors)
-    args = (params, grads, exp_avgs, exp_avg_sqs, None, *HYPER.values(), STEP)
+    lr, *others = HYPER.values()
+    step, lr = (torch.tensor(float(number), device=params[0].device) for number in (STEP, lr))
+    args = (params, grads, exp_avgs, exp_avg_sqs, [step] * len(params), lr, None, *others)
     if reason := registry.why_not("adamw_", variant, *args):
         raise NotImplementedError(reason)
     overload = registry.OPS["adamw_"].overloads[variant]
@@ -98,8 +100,16 @@ def cases(size: str) -> Iterator[harness.Case]:
     for model, dtype in SWEEPS[size]:
         numel = sum(torch.Size(s).numel() for s in shapes(model))
         moved = numel * (3 * dtype.itemsize + 16)  # p read and written, g read; m and v read and written
+        torchs_moved = numel * 7 * dtype.itemsize  # its moments have the parameters' dtype
         yield harness.Case(
-            "adamw_", "step", (numel,), dtype, functools.partial(inputs, model, dtype), CONTENDERS, bytes=moved
+            "adamw_",
+            "step",
+            (numel,),
+            dtype,
+            functools.partial(inputs, model, dtype),
+            CONTENDERS,
+            bytes=moved,
+            own_bytes=dict.fromkeys(("fused", "foreach"), torchs_moved),
         )
 
 

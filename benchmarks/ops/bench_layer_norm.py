@@ -87,6 +87,7 @@ PASSES = {
         | {
             "eager": harness.eager(eager_fwd),
             "compile": harness.compiled(eager_fwd),
+            "max-autotune": harness.max_autotuned(eager_fwd),
             "liger": liger_fwd,
             "quack": quack_fwd,
         },
@@ -95,7 +96,11 @@ PASSES = {
     "residual_fwd": norms.Pass(
         residual_inputs,
         harness.variants("layer_norm_residual_fwd", keep=(0, 3))
-        | {"eager": harness.eager(eager_residual), "compile": harness.compiled(eager_residual)},
+        | {
+            "eager": harness.eager(eager_residual),
+            "compile": harness.compiled(eager_residual),
+            "max-autotune": harness.max_autotuned(eager_residual),
+        },
         moved=4,
     ),
     "bwd": norms.Pass(
@@ -104,6 +109,7 @@ PASSES = {
         | {
             "eager": eager_bwd,
             "compile": harness.compiled(ref.bwd),
+            "max-autotune": harness.max_autotuned(ref.bwd),
             "liger": liger_bwd,
             "quack": quack_bwd,
         },

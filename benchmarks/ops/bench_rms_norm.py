@@ -79,6 +79,20 @@ def quack_fwd(x, w, eps):
     return lambda: rmsnorm_fwd(x, w, eps=eps, store_rstd=True)[:1]
 
 
+def quack_tuned_fwd(x, w, eps):
+    """It measures every configuration at the first call."""
+    from quack.rmsnorm import rmsnorm_fwd_tuned
+
+    absent = dict.fromkeys(("bias", "mean", "residual", "residual_out"))
+
+    def call() -> tuple:
+        out, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+        rmsnorm_fwd_tuned(x, w, out, rstd=rstd, eps=eps, is_layernorm=False, per_head=False, **absent)
+        return (out,)
+
+    return call
+
+
 def quack_residual(x, residual, w, eps):
     from quack.rmsnorm import rmsnorm_fwd
 
@@ -91,6 +105,22 @@ def quack_bwd(dy, dsum, x, w, rstd):
     return lambda: rmsnorm_bwd(x, w, dy, rstd)[:2]
 
 
+def quack_tuned_bwd(dy, dsum, x, w, rstd):
+    from quack.rmsnorm import rmsnorm_bwd_tuned
+    from quack.rmsnorm_config import get_sm_count
+
+    blocks = get_sm_count(x.shape[1], x.device)
+    absent = dict.fromkeys(("db_partial", "dresidual_out", "dresidual"))
+    switches = {"per_head": False, "has_dw_partial": True, "has_db_partial": False}
+
+    def call() -> tuple:
+        dx, partials = torch.empty_like(x), x.new_empty(blocks, x.shape[1], dtype=torch.float32)
+        rmsnorm_bwd_tuned(x, w, dy, rstd, dx, dw_partial=partials, sm_count=blocks, **absent, **switches)
+        return dx, partials.sum(0).to(w.dtype)
+
+    return call
+
+
 PASSES = {
     "fwd": norms.Pass(
         fwd_inputs,
@@ -98,8 +128,10 @@ PASSES = {
         | {
             "eager": harness.eager(eager_fwd),
             "compile": harness.compiled(eager_fwd),
+            "max-autotune": harness.max_autotuned(eager_fwd),
             "liger": liger_fwd,
             "quack": quack_fwd,
+            "quack tuned": quack_tuned_fwd,
         },
         moved=2,
     ),
@@ -109,6 +141,7 @@ PASSES = {
         | {
             "eager": harness.eager(eager_residual),
             "compile": harness.compiled(eager_residual),
+            "max-autotune": harness.max_autotuned(eager_residual),
             "liger": liger_residual,
             "quack": quack_residual,
         },
@@ -120,8 +153,10 @@ PASSES = {
         | {
             "eager": harness.eager(eager_bwd),
             "compile": harness.compiled(ref.bwd),
+            "max-autotune": harness.max_autotuned(ref.bwd),
             "liger": liger_bwd,
             "quack": quack_bwd,
+            "quack tuned": quack_tuned_bwd,
         },
         moved=3,
     ),

@@ -15,6 +15,7 @@ DTYPE = torch.bfloat16
 WIDTHS = [1 << p for p in range(7, 18)]  # 128 ... 131072
 MEGABYTES = {"quick": [64], "full": [64, 256, 16, 1024, 4, 1]}  # of x; last what a time limit may cut
 COMPILED = 64  # MB at which torch.compile runs: it compiles anew for each shape
+TUNED = ("max-autotune", "quack tuned")  # try dozens of kernels for each shape, minutes in all: `--only` names them
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Pass:
     inputs: Callable[[int, int, torch.device], tuple]  # M, N, device -> arguments of the raw op
     contenders: dict[str, harness.Bind]
     moved: int  # elements, in units of x
+
+    def behind(self) -> "Pass":
+        """The same behind the kernel that produces x, whose bytes are counted too; so that the launches can overlap."""
+        contenders = {name: harness.behind_producer(bind) for name, bind in self.contenders.items()}
+        return Pass(self.inputs, contenders, self.moved + 2)
 
 
 def shapes(size: str) -> Iterator[tuple[int, int]]:
@@ -37,8 +43,9 @@ def shapes(size: str) -> Iterator[tuple[int, int]]:
 def cases(op: str, passes: dict[str, Pass], size: str) -> Iterator[harness.Case]:
     for m, n in shapes(size):
         nbytes = m * n * DTYPE.itemsize
-        dropped = set() if nbytes == COMPILED << 20 else {"compile"}
-        for name, p in passes.items():
+        dropped = set() if nbytes == COMPILED << 20 else {"compile", *TUNED}
+        behind = {} if nbytes > COMPILED << 20 else {"fwd_behind": passes["fwd"].behind()}
+        for name, p in (passes | behind).items():
             contenders = {k: bind for k, bind in p.contenders.items() if k not in dropped}
             inputs = functools.partial(p.inputs, m, n)
             yield harness.Case(op, name, (m, n), DTYPE, inputs, contenders, bytes=p.moved * nbytes)

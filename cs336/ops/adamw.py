@@ -5,7 +5,7 @@
 
 Bytes that must move: 28 a parameter when all is fp32 (read p, g, m, v; write p, m, v), 22 with bf16 p and g. About 15
 FLOPs a parameter: memory-bound on every device. The native kernels take the whole list in one launch (CUDA: one for
-each pair of dtypes, and for each 736 tensors).
+each pair of dtypes, and for each 628 tensors).
 """
 
 import torch
@@ -14,42 +14,55 @@ from torch import Tensor
 from cs336.ops import registry
 from cs336.ops.ref import adamw as ref
 
-FP32 = frozenset({torch.float32})
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step) -> None:
-    lengths = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay) -> None:
+    lengths = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
     if len(set(lengths)) > 1:
-        raise ValueError(f"params, grads, exp_avgs and exp_avg_sqs must have one length, got {lengths}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1} and {beta2}")
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        _check_tensor(f"params[{i}]", p, FLOATS, params[0].device)
+        raise ValueError(f"params, grads, exp_avgs, exp_avg_sqs and steps must have one length, got {lengths}")
+    _check_numbers(beta1, beta2, eps=eps, weight_decay=weight_decay)
+    if not params:
+        return
+    device = params[0].device
+    in_double = params[0].dtype == torch.float64
+    floats, moments = (frozenset({torch.float64}),) * 2 if in_double else (FLOATS, frozenset({torch.float32}))
+    for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        _check_tensor(f"params[{i}]", p, floats, device)
         if not p.is_contiguous() and not _is_dense(p):
             raise ValueError(f"params[{i}] must be dense and not overlap itself, got stride {p.stride()}")
-        for name, t, dtypes in (("grads", g, FLOATS), ("exp_avgs", m, FP32), ("exp_avg_sqs", v, FP32)):
-            _check_tensor(f"{name}[{i}]", t, dtypes, p.device)
+        for name, t, dtypes in (("grads", g, floats), ("exp_avgs", m, moments), ("exp_avg_sqs", v, moments)):
+            _check_tensor(f"{name}[{i}]", t, dtypes, device)
             if t.shape != p.shape or not _same_order(t, p):
                 raise ValueError(
                     f"{name}[{i}] must have the shape and strides of params[{i}], {tuple(p.shape)} {p.stride()}, "
                     f"got {tuple(t.shape)} {t.stride()}"
                 )
-    if grad_scale is not None and params:
-        _check_tensor("grad_scale", grad_scale, FP32, params[0].device)
-        if grad_scale.numel() != 1:
-            raise ValueError(f"grad_scale must be one element, got shape {tuple(grad_scale.shape)}")
+        _check_element(f"steps[{i}]", step, device)
+    _check_element("lr", lr, device)
+    if grad_scale is not None:
+        _check_element("grad_scale", grad_scale, device)
+
+
+def _check_numbers(beta1: float, beta2: float, **not_negative: float) -> None:
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1} and {beta2}")
 
 
 def _check_tensor(name: str, t: Tensor, dtypes: frozenset[torch.dtype], device: torch.device) -> None:
     if t.dtype not in dtypes or t.device != device or t.layout != torch.strided:
         expected = " or ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(f"{name} must be dense {expected} on {device}, got {t.layout} {t.dtype} on {t.device}")
+
+
+def _check_element(name: str, t: Tensor, device: torch.device) -> None:
+    if t.dtype != torch.float32 or t.device != device or t.numel() != 1:
+        raise ValueError(
+            f"{name} must be one torch.float32 element on {device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
+        )
 
 
 def _same_order(t: Tensor, p: Tensor) -> bool:
@@ -70,13 +83,19 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
+def _no_float64(params, *_) -> str | None:
+    in_double = len(params) > 0 and params[0].dtype == torch.float64
+    return "adamw_ takes float64 in the reference alone" if in_double else None
+
+
 registry.define(
-    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? grad_scale, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
+    "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay) -> ()",
     fake=lambda *args: None,
     ref=ref.step_,
     triton="adamw.step_",
     check=_check,
+    supports={"native": _no_float64, "triton": _no_float64},
 )
 
 
@@ -87,29 +106,42 @@ def adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
+    step: int | Tensor | list[Tensor],
     grad_scale: Tensor | None = None,
 ) -> None:
     """One step of AdamW, in place, on every tensor of the lists.
+
+    Numbers that change from step to step can be tensors of one float32 element on the device of params. They are read
+    there: a captured CUDA graph and a compiled function take their new values, and the host does not wait.
 
     Args:
         params: float32, float16 or bfloat16, dense (any order of dims), all on one device; none may share memory.
         grads: like params; float32, float16 or bfloat16, whatever the parameter's dtype.
         exp_avgs, exp_avg_sqs: float32, like params: the moments, zeros before the first step.
-        lr, weight_decay, eps: not negative; the decay of one step is lr * weight_decay.
+        lr: not negative; a number, or a tensor, whose value is not checked.
+        weight_decay, eps: not negative; the decay of one step is lr * weight_decay.
         beta1, beta2: in [0, 1).
-        step: the number of this step, from 1.
-        grad_scale: one float32 element on the device of params that multiplies the gradients (clipping, loss
-            unscaling): they are not changed in memory, and the host does not wait for it.
+        step: the number of this step, from 1: for all, or a list with a tensor for each parameter. The value of a
+            tensor is not checked.
+        grad_scale: a tensor that multiplies the gradients (clipping, loss unscaling); they are not changed in memory.
 
+    If params[0] is float64, all tensors of the four lists must be, and plain torch does the step.
     Raises ValueError, before anything is changed, for lists, tensors or numbers that do not fit.
     """
-    args = (params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+    if not isinstance(lr, Tensor):
+        _check_numbers(beta1, beta2, lr=lr)
+        lr = _element(lr, params)
+    if not isinstance(step, (Tensor, list)):
+        if step < 1:
+            raise ValueError(f"step counts from 1, got {step}")
+        step = _element(step, params)
+    steps = [step] * len(params) if isinstance(step, Tensor) else step
+    args = (params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay)
     if not params:
         _check(*args)
         return
@@ -118,3 +150,7 @@ def adamw_(
     except RuntimeError:  # native ops check for themselves in a third of the time; this check tells more
         _check(*args)
         raise
+
+
+def _element(value: float, params: list[Tensor]) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=params[0].device if params else None)

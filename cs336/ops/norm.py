@@ -6,34 +6,39 @@ For a norm NAME with parameters p = (weight,) or (weight, bias) and per-row stat
     NAME_bwd(dy, dsum, x, weight, *s) -> (dx, *dp)      dsum: None, or the gradient of sum, added to dx
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336.ops import registry
+from cs336.ops.ref import layer_norm, rms_norm
+
+REF = {"rms_norm": rms_norm, "layer_norm": layer_norm}
+ROWS, STATS = ("x", "residual", "dy", "dsum"), ("mean", "rstd")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _Norm(torch.autograd.Function):
+    # Without setup_context, which makes a call four times as slow: functorch's transforms take `_plain` instead.
+
     @staticmethod
     def forward(ctx, name, x_MN, residual_MN, eps, *params):
         y_MN, *stats, sum_MN = _forward(name, x_MN, residual_MN, eps, params)
         ctx.save_for_backward(x_MN if sum_MN is None else sum_MN, params[0], *stats)
         ctx.set_materialize_grads(False)
-        ctx.name = name
+        ctx.name, ctx.eps = name, eps
         return y_MN if sum_MN is None else (y_MN, sum_MN)
 
     @staticmethod
     def backward(ctx, dy_MN, dsum_MN=None):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant dy pass
-            raise RuntimeError(f"{ctx.name} is differentiable once; create_graph=True needs torch's own F.{ctx.name}")
         _, _, needs_residual, _, *needs_params = ctx.needs_input_grad
         if dy_MN is None:
             dx_MN, dparams = dsum_MN, [None for _ in needs_params]
         else:
             dsum_MN = None if dsum_MN is None else rows(dsum_MN)
-            dx_MN, *dparams = registry.call(f"{ctx.name}_bwd", rows(dy_MN), dsum_MN, *ctx.saved_tensors)
+            dx_MN, *dparams = _backward(ctx, rows(dy_MN), dsum_MN)
         dparams = [dp if needs else None for dp, needs in zip(dparams, needs_params, strict=True)]
         return None, dx_MN, dx_MN if needs_residual else None, None, *dparams
 
@@ -45,6 +50,24 @@ def _forward(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, pa
     return registry.call(f"{name}_residual_fwd", x_MN, residual_MN, *params, eps)
 
 
+def _backward(ctx, dy_MN: Tensor, dsum_MN: Tensor | None) -> Sequence[Tensor]:
+    """dx and the gradients of the parameters."""
+    x_MN, w_N, *stats = ctx.saved_tensors
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return registry.call(f"{ctx.name}_bwd", dy_MN, dsum_MN, x_MN, w_N, *stats)
+    ref = REF[ctx.name]  # create_graph: in plain torch, differentiable again, from x alone
+    args = (x_MN, w_N) if len(stats) == 1 else (x_MN, w_N, None)
+    return ref.bwd(dy_MN, dsum_MN, x_MN, w_N, *ref.fwd(*args, ctx.eps)[1:])
+
+
+def _plain(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: Sequence) -> tuple:
+    """y and the sum, or y, in plain torch: what functorch and forward mode can transform."""
+    if residual_MN is None:
+        return REF[name].fwd(x_MN, *params, eps)[0]
+    y_MN, *_, sum_MN = REF[name].residual_fwd(x_MN, residual_MN, *params, eps)
+    return y_MN, sum_MN
+
+
 def norm(
     name: str, x: Tensor, residual: Tensor | None, eps: float, weight: Tensor, bias: Sequence[Tensor | None] = ()
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,7 +75,9 @@ def norm(
     try:
         return _norm(name, x, residual, eps, weight, bias)
     except (RuntimeError, IndexError):
-        check(x, residual, weight, *bias)  # the op has checked the same for itself: here it costs 1 us of a call's 15
+        check(
+            x, weight, *bias, residual=residual
+        )  # the op has checked the same for itself: here it costs 1 us of a call's 15
         raise
 
 
@@ -64,7 +89,9 @@ def _norm(name, x, residual, eps, weight, bias):
     params = [p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, *bias)]
     wanted = x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     wanted = wanted or (bias and bias[0] is not None and bias[0].requires_grad)
-    if (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0:  # which _Norm refuses
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        out = _plain(name, x_MN, residual, eps, params)
+    elif wanted and torch.is_grad_enabled():
         out = _Norm.apply(name, x_MN, residual, eps, *params)
     elif residual is None:
         out = registry.call(f"{name}_fwd", x_MN, *params, eps)[0]
@@ -83,38 +110,52 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> None:
+def contract(*names: str) -> Callable[..., None]:
+    """The check of a raw op with these arguments: what each must be follows from its name.
+
+    x, residual, dy, dsum: rows (M, N). w, b: features (N,). mean, rstd: a number a row, (M,).
+    """
+
+    def check_raw(*args):
+        given = {name: t for name, t in zip(names, args, strict=True) if isinstance(t, Tensor)}
+        x = given["x"]
+        check(x, given.get("w"), given.get("b"), **{n: t for n, t in given.items() if n in ROWS[1:]})
+        for name, t in given.items():
+            if name in STATS and (t.shape != x.shape[:1] or t.dtype != stat_dtype(x) or t.device != x.device):
+                raise ValueError(f"{name} must be ({x.shape[0]},) {stat_dtype(x)} on {x.device}, got {_like(t)}")
+            if name in ROWS and (t.dim() != 2 or (t.shape[1] > 1 and t.stride(1) != 1)):
+                raise ValueError(f"{name} must be (M, N) with its last dim contiguous, got {_like(t)} {t.stride()}")
+            if name not in ROWS and not t.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got stride {t.stride()}")
+
+    return check_raw
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, **like_x: Tensor | None) -> None:
     """What the public functions and the raw ops both ask of their arguments."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., N) with N >= 1, got shape {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if weight.dtype != x.dtype and weight.dtype != torch.float32:
         raise ValueError(f"weight must be float32 or x's {x.dtype}, got {weight.dtype}")
     if weight.shape != x.shape[-1:] or weight.device != x.device:
         raise ValueError(f"weight must be ({x.shape[-1]},) on {x.device} to fit x, got {_like(weight)}")
     if bias is not None:
         _check_like("bias", bias, "weight", weight)
-    if residual is not None:
-        _check_like("residual", residual, "x", x)
-
-
-def check_raw(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows: dict[str, Tensor | None], stats: dict[str, Tensor]
-) -> None:
-    """What the raw ops ask beyond `check`: the other rows are like x, all have a layout that kernels can walk."""
-    check(x, None, weight, bias)
-    for name, t in {"x": x, **rows}.items():
+    for name, t in like_x.items():
         if t is not None:
             _check_like(name, t, "x", x)
-            if t.dim() != 2 or (t.shape[1] > 1 and t.stride(1) != 1):
-                raise ValueError(f"{name} must be (M, N) with its last dim contiguous, got {_like(t)}")
-    for name, t in stats.items():
-        if t.shape != x.shape[:1] or t.dtype != torch.float32 or t.device != x.device:
-            raise ValueError(f"{name} must be ({x.shape[0]},) torch.float32 on {x.device}, got {_like(t)}")
-    for name, t in {"weight": weight, "bias": bias, **stats}.items():
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got stride {t.stride()}")
+
+
+def no_float64(first: Tensor, *_) -> str | None:
+    """The reason of the kernels: they compute in float32. The first argument has the dtype of x."""
+    return "float64 is computed by the reference alone" if first.dtype == torch.float64 else None
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """Of mean and rstd."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:

@@ -40,6 +40,7 @@ class Op:
     supports: dict[str, Supports]  # variant -> its checker; absent: takes all that the op takes
     capabilities: dict[str, Range]  # variant -> the compute capabilities of CUDA devices that its kernel runs on
     prefer: Callable[..., str] | None  # the op's arguments -> the variant to try first on a CUDA device
+    has_triton: bool
     mutates: tuple[tuple[int, str], ...]  # position and name of the arguments marked (a!) in the schema
     order: dict[torch.device, tuple[str, ...]] = field(default_factory=dict)  # what `kernels` found
 
@@ -68,7 +69,8 @@ def define(
         ref: the definition, in plain torch.
         triton: "STEM.FUNCTION" under cs336/ops/triton, imported at the first call (triton is slow to import).
         check: raises for arguments that no variant takes; runs before all of the above.
-        supports: per variant, a checker that returns why it refuses arguments that others take, or None.
+        supports: per variant, a checker that returns why it refuses arguments that others take, or None. Native kernels
+            check for themselves: theirs only saves the attempt.
         capabilities: per variant, the CUDA compute capabilities that its kernel runs on, ((9, 0), (9, 0)) for one that
             uses wgmma. What the library was compiled for limits the native ones anyway, 8.0 and up the Triton ones.
         prefer: which variant to try first on a CUDA device, from the arguments: where one measures faster. It must
@@ -91,7 +93,8 @@ def define(
             torch.library.impl(qualname, "CompositeExplicitAutograd")(complete(check, ref))
         elif variant == "triton" and triton is not None and TRITON_MISSING is None:
             for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-                torch.library.impl(qualname, key)(complete(check, _at_first_call(triton)))
+                kernel = _at_first_call(triton, (supports or {}).get("triton"))
+                torch.library.impl(qualname, key)(complete(check, kernel))
     written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     OPS[name] = Op(
         schema,
@@ -99,6 +102,7 @@ def define(
         {v: complete(None, function) for v, function in (supports or {}).items()},
         CAPABILITIES | (capabilities or {}),
         None if prefer is None else complete(None, prefer),
+        triton is not None,
         tuple(written),
     )
 
@@ -124,10 +128,12 @@ def _completer(arguments: list) -> Callable[[Callable[..., None] | None, Callabl
     return complete
 
 
-def _at_first_call(path: str) -> Callable:
+def _at_first_call(path: str, supports: Supports | None) -> Callable:
     stem, function = path.split(".")
 
     def run(*args, **kwargs):
+        if supports is not None and (reason := supports(*args, **kwargs)):
+            raise NotImplementedError(reason)
         return getattr(importlib.import_module(f"cs336.ops.triton.{stem}"), function)(*args, **kwargs)
 
     return run
@@ -144,12 +150,17 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
+def has_kernel(name: str, variant: str, kind: str) -> bool:
+    """Whether a kernel for that type of device is registered."""
+    registered = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return kind in KEY and registered(f"{NAMESPACE[variant]}::{name}", KEY[kind])
+
+
 def missing(name: str, variant: str, device: torch.device) -> str | None:
     """Why `variant` has no kernel for that device, whatever the arguments, as a sentence; None if it has one."""
     op, kind = OPS[name], device.type
     absent = _load.missing(kind) if variant == "native" and kind in _load.LIBRARIES else None
-    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    if kind not in KEY or not has_kernel(f"{NAMESPACE[variant]}::{name}", KEY[kind]):
+    if not has_kernel(name, variant, kind):
         reason = f"{name} has no {variant} kernel for {kind} tensors"
         if variant == "triton":
             absent = TRITON_MISSING

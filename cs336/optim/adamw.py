@@ -11,12 +11,12 @@ from torch import Tensor
 from cs336.ops import adamw_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TORCH_ONLY = {  # keys of torch.optim.AdamW's groups that change nothing here
     "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay",
 }  # fmt: skip
 
-Buckets = dict[tuple[torch.device, float], list[tuple[Tensor, ...]]]
+Buckets = dict[tuple[torch.device, bool], list[tuple[Tensor, ...]]]  # by device, and whether it is float64
 
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -33,8 +33,9 @@ class AdamW(torch.optim.Optimizer):
     """A torch.optim.Optimizer with torch.optim.AdamW's defaults; their state_dicts load into each other.
 
     Args:
-        params: tensors or groups, float32, float16 or bfloat16. The moments are float32 whatever the parameters are.
-        lr: learning rate; the decay of one step is lr * weight_decay.
+        params: tensors or groups, float32, float16 or bfloat16, whose moments are float32; or float64 throughout.
+        lr: learning rate; the decay of one step is lr * weight_decay. In a tensor on the parameters' device it can
+            change without a new capture or compilation: `group["lr"].fill_(...)`.
         betas: of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: see also `param_groups`.
@@ -77,47 +78,79 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for (device, done), bucket in self._by_device_and_step(group).items():
+            for (device, _), bucket in self._by_device(group).items():
                 params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
-                adamw_(
-                    params,
-                    grads,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    lr=float(group["lr"]),
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=int(done) + 1,
-                    grad_scale=None if grad_scale is None else grad_scale.to(device),
-                )
-                # a fifth of the host time of adding 1 to each
-                torch._foreach_copy_(steps, [torch.tensor(done + 1, dtype=torch.float32)] * len(steps))
+                lr = group["lr"]
+                counts = list({id(step): step for step in steps}.values())
+                torch._foreach_add_(counts, 1)
+                try:
+                    adamw_(
+                        params,
+                        grads,
+                        exp_avgs,
+                        exp_avg_sqs,
+                        lr=lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr,
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
+                        eps=group["eps"],
+                        weight_decay=group["weight_decay"],
+                        step=steps,
+                        grad_scale=None if grad_scale is None else grad_scale.to(device),
+                    )
+                except ValueError:  # nothing has changed, so nothing is counted
+                    torch._foreach_sub_(counts, 1)
+                    raise
         return loss
 
-    def _by_device_and_step(self, group: dict[str, Any]) -> Buckets:
-        """(parameter, gradient, moments, step) of those that have a gradient, by device and number of steps done."""
+    def _by_device(self, group: dict[str, Any]) -> Buckets:
+        """(parameter, gradient, moments, step) of those that have a gradient, by device; float64 apart.
+
+        Parameters that have made the same steps share the tensor that counts them: one addition instead of hundreds.
+        """
         buckets: Buckets = defaultdict(list)
+        first: dict[torch.device, Tensor] = {}  # the count of those that make their first step
+        paused: set[int] = set()
         for p in group["params"]:
             g = p.grad
             if g is None:
+                if p in self.state:
+                    paused.add(id(self.state[p]["step"]))
                 continue
             if g.is_sparse:
                 raise ValueError(
                     f"AdamW takes dense gradients, and the one of a parameter of shape {tuple(p.shape)} is sparse: "
                     "make it dense, e.g. Embedding(sparse=False)"
                 )
-            if g.stride() != p.stride():
+            if not (g.is_contiguous() and p.is_contiguous()) and g.stride() != p.stride():
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0, dtype=torch.float32)
-                state |= {name: torch.zeros_like(p, dtype=torch.float32) for name in MOMENTS}
-            step = state["step"]
-            buckets[p.device, step.item()].append((p, g, state["exp_avg"], state["exp_avg_sq"], step))
+                if p.device not in first:
+                    first[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["step"] = first[p.device]
+                state |= {name: torch.zeros_like(p, dtype=_moment_dtype(p)) for name in MOMENTS}
+            buckets[p.device, p.dtype == torch.float64].append(
+                (p, g, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            )
+        if paused:
+            self._leave_behind(paused, buckets)
         return buckets
+
+    def _leave_behind(self, paused: set[int], buckets: Buckets) -> None:
+        """Give those that step a count of their own where they shared it with those that pause."""
+        counts: dict[int, Tensor] = {}
+        for bucket in buckets.values():
+            for i, (p, *others, step) in enumerate(bucket):
+                if id(step) in paused:
+                    count = counts.setdefault(id(step), step.clone())
+                    self.state[p]["step"] = count
+                    bucket[i] = (p, *others, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim.AdamW's layout: a count for each parameter, which it may then raise one by one."""
+        whole = super().state_dict()
+        states = whole["state"].items()
+        return {**whole, "state": {i: {**s, "step": s["step"].clone()} if "step" in s else s for i, s in states}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or torch.optim.AdamW saved; the moments are copied, in float32.
@@ -135,10 +168,21 @@ class AdamW(torch.optim.Optimizer):
             _check_state(state, p)
         ours = [{k: v for k, v in group.items() if k not in TORCH_ONLY} for group in groups]
         super().load_state_dict({**state_dict, "param_groups": ours})
+        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        counts: dict[tuple, Tensor] = {}
         for p, state in pairs:  # torch has cast the moments to the parameter's dtype
-            self.state[p] = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
+            step = float(state["step"])
+            key = (group_of[p], p.device, step)
+            if key not in counts:
+                counts[key] = torch.tensor(step, dtype=torch.float32, device=p.device)
+            self.state[p] = {"step": counts[key]}
             for name in MOMENTS:
-                self.state[p][name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
+                moment = torch.empty_like(p, dtype=_moment_dtype(p), requires_grad=False)
+                self.state[p][name] = moment.copy_(state[name])
+
+
+def _moment_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _check_flags(group: dict[str, Any]) -> None:
@@ -156,7 +200,9 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
     for p in group["params"]:
         if p.dtype not in DTYPES:
-            raise ValueError(f"parameters must be float32, float16 or bfloat16, got {p.dtype} {tuple(p.shape)}")
+            raise ValueError(
+                f"parameters must be float32, float16, bfloat16 or float64, got {p.dtype} {tuple(p.shape)}"
+            )
 
 
 def _check_state(state: dict[str, Any], p: Tensor) -> None:

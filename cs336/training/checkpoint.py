@@ -66,18 +66,15 @@ def save_checkpoint(
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
     if not isinstance(path, str | os.PathLike):
-        with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(path, "w") as archive:
-            _write(pathlib.Path(directory), model, optimizer, iteration, extra or {})
-            for file in pathlib.Path(directory).iterdir():
-                archive.write(file, file.name)
+        _write_archive(path, None, model, optimizer, iteration, extra or {})
         return None
     path = pathlib.Path(os.path.abspath(path))
     if path.suffix and not path.is_dir():
         if path.exists() and not _is_archive(path):
             raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, "wb") as archive_file:
-            save_checkpoint(model, optimizer, iteration, archive_file, extra=extra)
+        with replacing(path, "wb") as file:
+            _write_archive(file, path.parent, model, optimizer, iteration, extra or {})
         return path
     if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
@@ -225,6 +222,21 @@ def _write(
         file.chmod(mode)  # as the umask says: safetensors gives its files to their owner alone
         sync(file)
     sync(path)
+
+
+def _write_archive(
+    file: IO[bytes],
+    beside: pathlib.Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    extra: dict[str, Any],
+) -> None:
+    """The directory as a zip archive; it is made in the directory `beside`, or in the system's for temporary files."""
+    with tempfile.TemporaryDirectory(dir=beside) as directory, zipfile.ZipFile(file, "w") as archive:
+        _write(pathlib.Path(directory), model, optimizer, iteration, extra)
+        for part in pathlib.Path(directory).iterdir():
+            archive.write(part, part.name)
 
 
 def _digest(path: pathlib.Path) -> str:

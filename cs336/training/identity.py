@@ -37,10 +37,10 @@ def check_same_data(
         if changed := [f"data.{side}: {before[side]} -> {now[side]}" for side in now if before[side] != now[side]]:
             _refuse(wanted, changed)
     elif others := [side for side in data if data[side] != saved.get(side)]:
-        paths = ", ".join(str(getattr(wanted.data, side)) for side in others)
+        paths = ", ".join(f"data.{side} = {getattr(wanted.data, side)}" for side in others)
         raise ValueError(
-            f"{wanted.run_dir} holds a run with other {' and '.join(others)} data: the tokens in {paths} are not "
-            "those that it began with. Use another run_dir, or the same data to continue it"
+            f"{wanted.run_dir} holds a run with other {' and '.join(others)} data: those of {paths} are not the "
+            "tokens that it began with. Use another run_dir, or the same data to continue it"
         )
 
 

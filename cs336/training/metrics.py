@@ -93,10 +93,10 @@ class Meter:
         return row | {"train/grad_norm": self._norm, "train/tok_per_sec": rate}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self._sums.get("loss", []), "sums": self._sums, "norm": self._norm}
+        return {"sums": self._sums, "norm": self._norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums = state.get("sums") or ({"loss": state["losses"]} if state["losses"] else {})
+        self._sums = state["sums"] if "sums" in state else {"loss": state["losses"]}  # of checkpoint format 1
         self._norm = state["norm"]
 
 

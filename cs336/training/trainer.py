@@ -19,7 +19,7 @@ from cs336.training.budget import Budget
 from cs336.training.config import TrainConfig
 from cs336.training.decisions import Decisions
 from cs336.training.evaluators import Evaluator, Sample, Samples, Validation
-from cs336.training.facts import announcement, describe, peak_memory
+from cs336.training.facts import announcement, describe, memory_used, peak_memory
 from cs336.training.guard import NonFiniteError, NonFiniteStep
 from cs336.training.identity import (
     check_budget,
@@ -240,7 +240,7 @@ class Trainer:
             step=bad.step,
             cause=cause,
             checkpoint=None if self._restored is None else str(self._restored),
-        )
+        ) from None
 
     # ---- state ----
 
@@ -319,6 +319,8 @@ class Trainer:
     def _announce(self) -> None:
         plan = self.decisions.plan
         self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
+        if self.tokenizer is None:
+            self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:
             self.display.say(f"continuing after step {self.step}")
             self._announce_rate()
@@ -339,6 +341,8 @@ class Trainer:
             export = self.run.export
             save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
             self.run.write_facts(self.run.facts() | {"peak_memory_bytes": peak_memory(self.learner.device)})
+            if used := memory_used(self.learner):
+                self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")

@@ -1,7 +1,6 @@
 """Weights to begin with: of an export, a checkpoint, or a model in the Hugging Face layout."""
 
 import pathlib
-from typing import Any
 
 from cs336.models import Transformer, TransformerConfig, from_pretrained
 from cs336.training.checkpoint import STATE, list_checkpoints, load_checkpoint, read_model_config
@@ -19,7 +18,10 @@ def load_weights(model: Transformer, path: pathlib.Path) -> None:
     if _is_layout(path):
         source = from_pretrained(path, device=model.device)
         _check_same(source.config, model.config, path)
-        model.load_state_dict(source.state_dict())
+        try:
+            model.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"init_from {path} does not fit [model]: {error}") from None
         model.special_ids, model.generation_config = source.special_ids, source.generation_config
         return
     if (config := read_model_config(path, TransformerConfig)) is not None:
@@ -59,10 +61,7 @@ def _is_layout(path: pathlib.Path) -> bool:
 
 
 def _check_same(theirs: TransformerConfig, ours: TransformerConfig, path: pathlib.Path) -> None:
-    before, now = (_shape(config) for config in (theirs, ours))
-    if changed := [f"{k}: {before.get(k)} -> {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]:
+    before, now = to_table(theirs), to_table(ours)  # without what is None: it follows from the others
+    names = [name for name in before if name in now and name not in MAY_DIFFER]
+    if changed := [f"{name}: {before[name]} -> {now[name]}" for name in names if before[name] != now[name]]:
         raise ValueError(f"init_from {path} is another model than [model] ({'; '.join(changed)})")
-
-
-def _shape(config: TransformerConfig) -> dict[str, Any]:
-    return {name: value for name, value in to_table(config).items() if name not in MAY_DIFFER}

@@ -63,9 +63,10 @@ def parse(kind: type[T], table: Mapping[str, Any]) -> T:
 
 
 def to_table(config: Any) -> Any:
-    """A dataclass as nested dicts, lists and scalars; fields that are None are left out."""
+    """A dataclass as nested dicts, lists and scalars: its tag first, without fields that are None."""
     if dataclasses.is_dataclass(config):
-        fields = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        names = sorted((f.name for f in dataclasses.fields(config)), key=lambda name: name != TAG)
+        fields = ((name, getattr(config, name)) for name in names)
         return {name: to_table(value) for name, value in fields if value is not None}
     if isinstance(config, Mapping):
         return {str(key): to_table(value) for key, value in config.items() if value is not None}
@@ -115,21 +116,25 @@ def _set(kind: Any, table: Any, path: tuple[str, ...], words: list[str]) -> None
         hint = _member(hint, place, name, above)
         above += f"{name}."
         if isinstance(place, list):
-            if not (name.isdecimal() and int(name) < len(place)):
-                raise ValueError(f"{above[:-1]}: expected a place in a list of {len(place)}")
-            place = place[int(name)]
+            place = place[_index(place, name, above[:-1])]
         else:
             place = place.setdefault(name, {})
-    key = int(last) if isinstance(place, list) and last.isdecimal() else last
     value = _value(_member(hint, place, last, above), words, ".".join(path))
-    if last == TAG and isinstance(place, dict) and _tag(hint, place) != value:
+    if isinstance(place, list):
+        place[_index(place, last, f"{above}{last}")] = value
+        return
+    if last == TAG and _tag(hint, place) != value:
         place.clear()
     if value is None:
-        place.pop(key, None)
-    elif isinstance(place, list) and not (isinstance(key, int) and key < len(place)):
-        raise ValueError(f"{above}{last}: expected a place in a list of {len(place)}")
+        place.pop(last, None)
     else:
-        place[key] = value
+        place[last] = value
+
+
+def _index(place: list, name: str, path: str) -> int:
+    if name.isdecimal() and int(name) < len(place):
+        return int(name)
+    raise ValueError(f"{path}: expected a place in a list of {len(place)}")
 
 
 def _member(hint: Any, table: Any, name: str, above: str) -> Any:

@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
         # What fails is named as the user named it; a full disk is met by write(), which names no file.
         if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
-            error.filename = os.fspath(path)
+            error.filename = os.fspath(path if path.parent.exists() else path.parent)
         raise
     sync(path.parent)
 

@@ -20,3 +20,15 @@ def locked(directory: str | os.PathLike, name: str = ".lock", *, advice: str = "
         except BlockingIOError:
             raise RuntimeError(f"another process is at work in {directory}: wait for it, or {advice}") from None
         yield
+
+
+def is_locked(directory: str | os.PathLike, name: str = ".lock") -> bool:
+    """Whether a process, this one too, holds the directory now."""
+    try:
+        with open(pathlib.Path(directory) / name) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

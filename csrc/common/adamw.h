@@ -22,27 +22,42 @@ struct AdamwTensor {  // one parameter: four dense arrays of numel elements in o
   const void* g;
   float* m;
   float* v;
+  const float* step;  // one element: t, from 1
   int64_t numel;
   Dtype p_dtype, g_dtype;
 };
 
-struct AdamwCoefficients {
-  float decay;  // lr * weight_decay
+struct AdamwHyper {
+  const float* lr;          // one element
+  const float* grad_scale;  // one element that multiplies the gradients, or null
   float one_minus_beta1, one_minus_beta2;
-  float step_size;    // lr / (1 - beta1^t)
-  float rsqrt_bias2;  // 1 / sqrt(1 - beta2^t)
-  float eps;
+  float log_beta1, log_beta2;
+  float eps, weight_decay;
 };
 
-inline AdamwCoefficients adamw_coefficients(double lr, double beta1, double beta2, double eps, double weight_decay,
-                                            int64_t step) {
-  const double t = static_cast<double>(step);
-  return {.decay = static_cast<float>(lr * weight_decay),
+struct AdamwCoefficients {
+  float decay;        // lr * weight_decay
+  float step_size;    // lr / (1 - beta1^t)
+  float rsqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+};
+
+inline AdamwHyper adamw_hyper(const float* lr, const float* grad_scale, double beta1, double beta2, double eps,
+                              double weight_decay) {
+  return {.lr = lr,
+          .grad_scale = grad_scale,
           .one_minus_beta1 = static_cast<float>(1 - beta1),
           .one_minus_beta2 = static_cast<float>(1 - beta2),
-          .step_size = static_cast<float>(lr / (1 - std::pow(beta1, t))),
-          .rsqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
-          .eps = static_cast<float>(eps)};
+          .log_beta1 = static_cast<float>(std::log(beta1)),
+          .log_beta2 = static_cast<float>(std::log(beta2)),
+          .eps = static_cast<float>(eps),
+          .weight_decay = static_cast<float>(weight_decay)};
+}
+
+// 1 - beta^t as -expm1(t log beta): in float32 1 - 0.999 keeps three digits, this keeps all.
+ADAMW_INLINE AdamwCoefficients adamw_coefficients(const AdamwHyper& h, float lr, float t) {
+  return {.decay = lr * h.weight_decay,
+          .step_size = lr / -std::expm1(t * h.log_beta1),
+          .rsqrt_bias2 = 1.f / std::sqrt(-std::expm1(t * h.log_beta2))};
 }
 
 // Exact at both ends, as torch.lerp.
@@ -51,10 +66,10 @@ ADAMW_INLINE float adamw_lerp(float from, float to, float weight) {
   return weight < 0.5f ? from + weight * difference : to + (weight - 1.f) * difference;
 }
 
-ADAMW_INLINE void adamw_update(float& p, float g, float& m, float& v, const AdamwCoefficients& c) {
-  m = adamw_lerp(m, g, c.one_minus_beta1);
-  v = adamw_lerp(v, g * g, c.one_minus_beta2);
-  p -= c.decay * p + c.step_size * (m / (std::sqrt(v) * c.rsqrt_bias2 + c.eps));
+ADAMW_INLINE void adamw_update(float& p, float g, float& m, float& v, const AdamwHyper& h, const AdamwCoefficients& c) {
+  m = adamw_lerp(m, g, h.one_minus_beta1);
+  v = adamw_lerp(v, g * g, h.one_minus_beta2);
+  p -= c.decay * p + c.step_size * (m / (std::sqrt(v) * c.rsqrt_bias2 + h.eps));
 }
 
 }  // namespace cs336

@@ -7,15 +7,9 @@
 #include <mutex>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace cs336 {
-
-struct Device {
-  int index, num_sms;
-  int registers;         // of a multiprocessor
-  int max_shared_bytes;  // of a block
-  bool has_clusters;     // Hopper and newer: clusters, programmatic dependent launch
-};
 
 // The current device; its properties are asked of the driver once.
 inline const Device& current_device() {

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace cs336 {
+#include "common/device.h"
 
-inline constexpr int kMaxCluster = 8;  // the largest that every device with clusters takes
+namespace cs336 {
 
 // lanes: a power of two, at most 32; neighbouring groups of that many lanes sum on their own.
 template <int K>
@@ -98,12 +98,6 @@ struct ClusterExchange {
   static __device__ void send(float*, float, uint64_t*, int) {}
   static __device__ void wait(uint64_t*, int) {}
 #endif
-};
-
-enum class Span {
-  kLanes,  // a power of two of neighbouring lanes of a warp
-  kWarps,  // some warps of a block; named barriers, of which a multiprocessor has 64: at most 4 blocks are resident
-  kBlock,  // a block, or a cluster of blocks
 };
 
 // Sums up to K values at a time, over `threads` threads of this block and, with kBlock, of all `cluster` blocks.

@@ -3,49 +3,31 @@
 #include "common/multiversion.h"
 #include "cpu/float16.h"
 
-namespace cs336 {
+namespace cs336::cpu {
 namespace {
 
 template <typename P, typename G>
 MULTIVERSION void update(P* __restrict__ p, const G* __restrict__ g, float* __restrict__ m, float* __restrict__ v,
-                         int64_t n, float grad_scale, AdamwCoefficients c) {
+                         int64_t n, float grad_scale, AdamwHyper hyper, AdamwCoefficients coefficients) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     float p_i = float(p[i]);
-    adamw_update(p_i, float(g[i]) * grad_scale, m[i], v[i], c);
+    adamw_update(p_i, float(g[i]) * grad_scale, m[i], v[i], hyper, coefficients);
     p[i] = P(p_i);
-  }
-}
-
-template <typename P, typename G>
-void update_range(const AdamwTensor& t, int64_t begin, int64_t end, float grad_scale, const AdamwCoefficients& c) {
-  update(static_cast<P*>(t.p) + begin, static_cast<const G*>(t.g) + begin, t.m + begin, t.v + begin, end - begin,
-         grad_scale, c);
-}
-
-template <typename P>
-void update_range_of(const AdamwTensor& t, int64_t begin, int64_t end, float grad_scale, const AdamwCoefficients& c) {
-  switch (t.g_dtype) {
-    case Dtype::F32:
-      return update_range<P, float>(t, begin, end, grad_scale, c);
-    case Dtype::F16:
-      return update_range<P, Half>(t, begin, end, grad_scale, c);
-    case Dtype::BF16:
-      return update_range<P, BFloat16>(t, begin, end, grad_scale, c);
   }
 }
 
 }  // namespace
 
-void adamw_range(const AdamwTensor& t, int64_t begin, int64_t end, float grad_scale, const AdamwCoefficients& c) {
-  switch (t.p_dtype) {
-    case Dtype::F32:
-      return update_range_of<float>(t, begin, end, grad_scale, c);
-    case Dtype::F16:
-      return update_range_of<Half>(t, begin, end, grad_scale, c);
-    case Dtype::BF16:
-      return update_range_of<BFloat16>(t, begin, end, grad_scale, c);
-  }
+void adamw(const AdamwTensor& t, int64_t begin, int64_t end, const AdamwHyper& hyper) {
+  const AdamwCoefficients coefficients = adamw_coefficients(hyper, *hyper.lr, *t.step);
+  const float grad_scale = hyper.grad_scale ? *hyper.grad_scale : 1.f;
+  dispatch_dtype(t.p_dtype, [&]<typename P>(P) {
+    dispatch_dtype(t.g_dtype, [&]<typename G>(G) {
+      update(static_cast<P*>(t.p) + begin, static_cast<const G*>(t.g) + begin, t.m + begin, t.v + begin, end - begin,
+             grad_scale, hyper, coefficients);
+    });
+  });
 }
 
-}  // namespace cs336
+}  // namespace cs336::cpu

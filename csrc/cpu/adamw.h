@@ -3,9 +3,9 @@
 
 #include "common/adamw.h"
 
-namespace cs336 {
+namespace cs336::cpu {
 
-// Updates elements [begin, end) of one parameter. The gradients are multiplied by grad_scale first.
-void adamw_range(const AdamwTensor& tensor, int64_t begin, int64_t end, float grad_scale, const AdamwCoefficients& c);
+// Updates elements [begin, end) of one parameter.
+void adamw(const AdamwTensor& tensor, int64_t begin, int64_t end, const AdamwHyper& hyper);
 
-}  // namespace cs336
+}  // namespace cs336::cpu

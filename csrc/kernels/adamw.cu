@@ -1,30 +1,28 @@
 // AdamW over a list of tensors in one launch. The list travels by value in the kernel's parameters (32764 bytes since
 // CUDA 12.1), so nothing is copied to the device first; a block finds its tensor by binary search.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/nvtx.h"
 #include "kernels/adamw.h"
 
-namespace cs336 {
+namespace cs336::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPack = 4;          // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
 constexpr int kChunk = 4096;      // elements of a block
-constexpr int kMaxTensors = 736;  // as many as fit
+constexpr int kMaxTensors = 628;  // as many as fit
 
 struct AdamwTable {
   void* p[kMaxTensors];
   const void* g[kMaxTensors];
   float* m[kMaxTensors];
   float* v[kMaxTensors];
+  const float* step[kMaxTensors];
   int64_t numel[kMaxTensors];
   uint32_t first_chunk[kMaxTensors];  // ascending; tensor i owns chunks first_chunk[i] .. first_chunk[i + 1] - 1
   int num_tensors;
-  const float* grad_scale;
-  AdamwCoefficients coefficients;
+  AdamwHyper hyper;
 };
 static_assert(sizeof(AdamwTable) <= 32764, "kernel parameters end at 32764 bytes");
 
@@ -50,7 +48,8 @@ __device__ bool aligned(const T*... pointers) {
 }
 
 template <int kWidth, typename P, typename G>
-__device__ __forceinline__ void update(P* p, const G* g, float* m, float* v, float scale, const AdamwCoefficients& c) {
+__device__ __forceinline__ void update(P* p, const G* g, float* m, float* v, float scale, const AdamwHyper& hyper,
+                                       const AdamwCoefficients& coefficients) {
   auto& p_pack = *reinterpret_cast<Pack<P, kWidth>*>(p);
   auto& m_pack = *reinterpret_cast<Pack<float, kWidth>*>(m);
   auto& v_pack = *reinterpret_cast<Pack<float, kWidth>*>(v);
@@ -60,7 +59,7 @@ __device__ __forceinline__ void update(P* p, const G* g, float* m, float* v, flo
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     float x = float(p_k.x[k]);
-    adamw_update(x, float(g_k.x[k]) * scale, m_k.x[k], v_k.x[k], c);
+    adamw_update(x, float(g_k.x[k]) * scale, m_k.x[k], v_k.x[k], hyper, coefficients);
     p_k.x[k] = P(x);
   }
   p_pack = p_k;
@@ -77,13 +76,15 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   const G* g = static_cast<const G*>(table.g[t]) + start;
   float* m = table.m[t] + start;
   float* v = table.v[t] + start;
-  const float scale = table.grad_scale ? *table.grad_scale : 1.f;
+  const AdamwHyper& hyper = table.hyper;
+  const float scale = hyper.grad_scale ? *hyper.grad_scale : 1.f;
+  const AdamwCoefficients coefficients = adamw_coefficients(hyper, *hyper.lr, *table.step[t]);
 
   const int packed = aligned<kPack>(p, g, m, v) ? n / kPack * kPack : 0;
   for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack)
-    update<kPack>(p + i, g + i, m + i, v + i, scale, table.coefficients);
+    update<kPack>(p + i, g + i, m + i, v + i, scale, hyper, coefficients);
   for (int i = packed + threadIdx.x; i < n; i += kThreads)
-    update<1>(p + i, g + i, m + i, v + i, scale, table.coefficients);
+    update<1>(p + i, g + i, m + i, v + i, scale, hyper, coefficients);
 }
 
 // ---- launchers ----
@@ -113,6 +114,7 @@ void adamw_of(Dtype p_dtype, Dtype g_dtype, std::span<const AdamwTensor> tensors
     table.g[i] = tensor.g;
     table.m[i] = tensor.m;
     table.v[i] = tensor.v;
+    table.step[i] = tensor.step;
     table.numel[i] = tensor.numel;
     table.first_chunk[i] = num_chunks;
     num_chunks += static_cast<uint32_t>(chunks);
@@ -122,21 +124,19 @@ void adamw_of(Dtype p_dtype, Dtype g_dtype, std::span<const AdamwTensor> tensors
 
 }  // namespace
 
-void adamw(std::span<const AdamwTensor> tensors, const float* grad_scale, const AdamwCoefficients& coefficients,
-           cudaStream_t stream) {
+void adamw(std::span<const AdamwTensor> tensors, const AdamwHyper& hyper, cudaStream_t stream) {
   NVTX_FN();
   AdamwTable table;
   table.num_tensors = 0;
-  table.grad_scale = grad_scale;
-  table.coefficients = coefficients;
-  const auto of_params = [&]<typename P>(Dtype dtype, P) {
-    adamw_of<P, float>(dtype, Dtype::F32, tensors, table, stream);
-    adamw_of<P, __half>(dtype, Dtype::F16, tensors, table, stream);
-    adamw_of<P, __nv_bfloat16>(dtype, Dtype::BF16, tensors, table, stream);
-  };
-  of_params(Dtype::F32, float{});
-  of_params(Dtype::F16, __half{});
-  of_params(Dtype::BF16, __nv_bfloat16{});
+  table.hyper = hyper;
+  constexpr Dtype kDtypes[] = {Dtype::F32, Dtype::F16, Dtype::BF16};
+  for (const Dtype p_dtype : kDtypes) {
+    for (const Dtype g_dtype : kDtypes) {
+      dispatch_dtype(p_dtype, [&]<typename P>(P) {
+        dispatch_dtype(g_dtype, [&]<typename G>(G) { adamw_of<P, G>(p_dtype, g_dtype, tensors, table, stream); });
+      });
+    }
+  }
 }
 
-}  // namespace cs336
+}  // namespace cs336::cuda

@@ -5,11 +5,10 @@
 
 #include "common/adamw.h"
 
-namespace cs336 {
+namespace cs336::cuda {
 
 // Updates all tensors (device memory, numel > 0): one launch for each pair of dtypes that occurs and each kMaxTensors
-// of them. The gradients are multiplied by *grad_scale (device memory) where it is not null.
-void adamw(std::span<const AdamwTensor> tensors, const float* grad_scale, const AdamwCoefficients& coefficients,
-           cudaStream_t stream);
+// of them. Step, learning rate and gradient scale are read on the device, so a captured graph takes new ones.
+void adamw(std::span<const AdamwTensor> tensors, const AdamwHyper& hyper, cudaStream_t stream);
 
-}  // namespace cs336
+}  // namespace cs336::cuda

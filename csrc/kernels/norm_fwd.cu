@@ -17,115 +17,154 @@
 namespace cs336::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-
-// Enough blocks must be resident: their loads in flight, 32 to 128 KB a multiprocessor, are what keeps memory busy.
-constexpr int max_registers(int vecs, bool residual, bool centred, bool hold) {
-  if (centred) return vecs == 1 ? (hold ? 40 : 32) : vecs == 2 ? (hold ? 64 : 48) : hold ? 96 : 64;
-  if (residual) return vecs == 1 ? (hold ? 40 : 32) : vecs == 2 ? (hold ? 48 : 40) : hold ? 72 : 56;
-  return vecs == 1 ? 32 : vecs == 2 ? 40 : vecs == 4 ? (hold ? 56 : 48) : hold ? 96 : 64;
-}
-
 // ---- kernels ----
 
-// kHold: w and b are loaded right behind x and held as they are, in x's dtype. Loads come back in the order in which
-// they are made, so those made behind the sums, one vector after the other, each wait for memory again.
+// The features of a thread as they are, in the rows' dtype: loaded right behind x. Loads come back in the order in
+// which they are made, so those made behind the sums, one vector after the other, each wait for memory again.
+template <int kVecs, bool kHold>
+struct HeldFeatures {
+  uint4 vecs[kVecs];
+  __device__ __forceinline__ void hold(int v, const uint4& packed) { vecs[v] = packed; }
+  __device__ __forceinline__ uint4 operator[](int v) const { return vecs[v]; }
+};
+
+template <int kVecs>
+struct HeldFeatures<kVecs, false> {
+  __device__ __forceinline__ void hold(int, const uint4&) {}
+  __device__ __forceinline__ uint4 operator[](int) const { return {}; }
+};
+
+// The row's vector v, zeros past its end.
+template <typename T, Access kAccess, Span kSpan>
+__device__ __forceinline__ uint4 load_live(const void* rows, int64_t row, const Place<T, kSpan>& place, int v) {
+  return place.has(v) ? load<T, kAccess>(rows, row + place.column(v)) : uint4{};
+}
+
+template <typename T, Access kAccess, int kVecs, bool kHold>
+__device__ __forceinline__ void read_features(float (&out)[kVec<T>], const HeldFeatures<kVecs, kHold>& held, int v,
+                                              const void* features, bool is_float, int column) {
+  if constexpr (kHold)
+    unpack<T>(held[v], out);
+  else
+    load_features<T, kAccess>(out, features, is_float, column);
+}
+
 template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred, bool kHold>
-__global__ void __maxnreg__(max_registers(kVecs, kResidual, kCentred, kHold))
+__device__ __forceinline__ void prefetch_row(const NormFwdParams& p, const Place<T, kSpan>& place, int64_t row) {
+#pragma unroll
+  for (int v = 0; v < kVecs; v++) {
+    if (!place.has(v)) continue;
+    prefetch_L2(static_cast<const T*>(p.x) + row * p.x_stride + place.column(v));
+    if constexpr (kResidual) prefetch_L2(static_cast<const T*>(p.residual) + row * p.residual_stride + place.column(v));
+    if (kHold && row == 0) {  // if every row did, a few cache lines would serve them all: 57 instead of 34 us
+      prefetch_L2(static_cast<const T*>(p.w) + place.column(v));
+      if (kCentred && p.b) prefetch_L2(static_cast<const T*>(p.b) + place.column(v));
+    }
+  }
+}
+
+// x becomes x + residual, rounded to T and stored. Past the row's end both are zeros, and nothing is stored.
+template <typename T, int kVecs, Span kSpan>
+__device__ __forceinline__ void add_residual(uint4 (&x)[kVecs], const uint4 (&residual)[kVecs], void* sum, int64_t row,
+                                             const Place<T, kSpan>& place) {
+  float values[kVec<T>], other[kVec<T>];
+#pragma unroll
+  for (int v = 0; v < kVecs; v++) {
+    unpack<T>(x[v], values);
+    unpack<T>(residual[v], other);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; i++) values[i] += other[i];
+    x[v] = pack<T>(values);
+    if (place.has(v)) store<T>(sum, row + place.column(v), x[v]);
+  }
+}
+
+// This thread's part of the sum of x, or of x^2 if kSquare.
+template <typename T, bool kSquare, int kVecs>
+__device__ __forceinline__ float part_of_sum(const uint4 (&x)[kVecs]) {
+  float values[kVec<T>], total = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVecs; v++) {
+    unpack<T>(x[v], values);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; i++) total += kSquare ? values[i] * values[i] : values[i];
+  }
+  return total;
+}
+
+// This thread's part of the sum of (x - mean)^2.
+template <typename T, int kVecs, Span kSpan>
+__device__ __forceinline__ float part_of_squares(uint4 (&x)[kVecs], float mean, const Place<T, kSpan>& place) {
+  float values[kVec<T>], total = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVecs; v++) {
+    forget_derived(x[v]);
+    unpack<T>(x[v], values);
+    const float centre = place.has(v) ? mean : 0.f;  // past the row's end x[v] is zeros
+#pragma unroll
+    for (int i = 0; i < kVec<T>; i++) total += (values[i] - centre) * (values[i] - centre);
+  }
+  return total;
+}
+
+template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred, bool kHold, Access kAccess>
+__global__ void __maxnreg__(max_fwd_registers(kVecs, kResidual, kCentred, kHold || kAccess == Access::kElements))
     norm_fwd_kernel(const NormFwdParams p, const RowLayout layout, const int first_wave) {
-  constexpr int kSize = kVec<T>;
-  using Sum = RowSum<kSpan, 1, kMaxThreads>;
+  using Sum = RowSum<kSpan, 1, kMaxFwdThreads>;
   __shared__ typename Sum::Shared sum_memory;
   Place<T, kSpan> place(p.M, p.N, layout);
   const int64_t row = min(place.row(place.first), place.M - 1);  // past the end the last row is done again
-  const int64_t x_row = row * p.x_stride, residual_row = row * p.residual_stride, y_row = row * p.N;
+  const int64_t y_row = row * p.N;
   const bool is_float = p.w_dtype == Dtype::F32;
   const float inverse_N = 1.f / static_cast<float>(place.N);
 
   allow_successor();
   Sum row_sum(sum_memory, layout.lanes, layout.cluster);
-  if (blockIdx.x < first_wave) {  // hides 1 us of the 34 us that 64 MB take
-#pragma unroll
-    for (int v = 0; v < kVecs; v++) {
-      if (!place.has(v)) continue;
-      prefetch_L2(static_cast<const T*>(p.x) + x_row + place.column(v));
-      if constexpr (kResidual) prefetch_L2(static_cast<const T*>(p.residual) + residual_row + place.column(v));
-      if (kHold && row == 0) {  // if every row did, a few cache lines would serve them all: 57 instead of 34 us
-        prefetch_L2(static_cast<const T*>(p.w) + place.column(v));
-        if (kCentred && p.b) prefetch_L2(static_cast<const T*>(p.b) + place.column(v));
-      }
-    }
-  }
+  if (blockIdx.x < first_wave)  // hides 1 us of the 34 us that 64 MB take
+    prefetch_row<T, kVecs, kSpan, kResidual, kCentred, kHold>(p, place, row);
   wait_for_predecessor();
 
-  uint4 x[kVecs], residual[kResidual ? kVecs : 1], w[kHold ? kVecs : 1], b[kHold && kCentred ? kVecs : 1];
-  float values[kSize], other[kSize], total[1] = {0.f};
-  const auto load_live = [&](const void* rows, int64_t row, int v) {
-    return place.has(v) ? load<T>(rows, row + place.column(v)) : uint4{};
-  };
+  uint4 x[kVecs], residual[kVecs];
+  HeldFeatures<kVecs, kHold> w;
+  HeldFeatures<kVecs, kHold && kCentred> b;
 #pragma unroll
   for (int v = 0; v < kVecs; v++) {
-    x[v] = load_live(p.x, x_row, v);
-    if constexpr (kResidual) residual[v] = load_live(p.residual, residual_row, v);
+    x[v] = load_live<T, kAccess>(p.x, row * p.x_stride, place, v);
+    if constexpr (kResidual) residual[v] = load_live<T, kAccess>(p.residual, row * p.residual_stride, place, v);
   }
   if constexpr (kHold) {
 #pragma unroll
     for (int v = 0; v < kVecs; v++) {
-      w[v] = load_live(p.w, 0, v);
-      if constexpr (kCentred) b[v] = p.b ? load_live(p.b, 0, v) : uint4{};
+      w.hold(v, load_live<T, kAccess>(p.w, 0, place, v));
+      if (kCentred && p.b) b.hold(v, load_live<T, kAccess>(p.b, 0, place, v));
     }
   }
-#pragma unroll
-  for (int v = 0; v < kVecs; v++) {
-    unpack<T>(x[v], values);
-    if constexpr (kResidual) {
-      unpack<T>(residual[v], other);
-#pragma unroll
-      for (int i = 0; i < kSize; i++) values[i] += other[i];
-      x[v] = pack<T>(values);
-      if (place.has(v)) store<T>(p.sum, y_row + place.column(v), x[v]);
-      unpack<T>(x[v], values);
-    }
-#pragma unroll
-    for (int i = 0; i < kSize; i++) total[0] += kCentred ? values[i] : values[i] * values[i];
-  }
+
+  if constexpr (kResidual) add_residual<T>(x, residual, p.sum, y_row, place);
+  float mean = 0.f, total[1] = {part_of_sum<T, !kCentred>(x)};
   row_sum(total);
-  float mean = 0.f;
   if constexpr (kCentred) {
     mean = total[0] * inverse_N;
-    total[0] = 0.f;
     forget_derived(place.mine);
-#pragma unroll
-    for (int v = 0; v < kVecs; v++) {
-      forget_derived(x[v]);
-      unpack<T>(x[v], values);
-      const float centre = place.has(v) ? mean : 0.f;  // past the row's end x[v] is zeros
-#pragma unroll
-      for (int i = 0; i < kSize; i++) total[0] += (values[i] - centre) * (values[i] - centre);
-    }
+    total[0] = part_of_squares<T>(x, mean, place);
     row_sum(total);
   }
   const float rstd = rsqrtf(total[0] * inverse_N + p.eps);
 
   forget_derived(place.mine);
+  float values[kVec<T>], other[kVec<T>];
 #pragma unroll
   for (int v = 0; v < kVecs; v++) {
     forget_derived(x[v]);
     if (!place.has(v)) continue;
-    const auto features = [&](const uint4& held, const void* params) {
-      if constexpr (kHold)
-        unpack<T>(held, other);
-      else
-        load_features<T>(other, params, is_float, place.column(v));
-    };
     unpack<T>(x[v], values);
-    features(w[kHold ? v : 0], p.w);
+    read_features<T, kAccess>(other, w, v, p.w, is_float, place.column(v));
 #pragma unroll
-    for (int i = 0; i < kSize; i++) values[i] = (values[i] - mean) * rstd * other[i];
+    for (int i = 0; i < kVec<T>; i++) values[i] = (values[i] - mean) * rstd * other[i];
     if (kCentred && p.b) {
-      features(b[kHold && kCentred ? v : 0], p.b);
+      read_features<T, kAccess>(other, b, v, p.b, is_float, place.column(v));
 #pragma unroll
-      for (int i = 0; i < kSize; i++) values[i] += other[i];
+      for (int i = 0; i < kVec<T>; i++) values[i] += other[i];
     }
     store<T>(p.y, y_row + place.column(v), pack<T>(values));
   }
@@ -135,10 +174,10 @@ __global__ void __maxnreg__(max_registers(kVecs, kResidual, kCentred, kHold))
   }
 }
 
-// Any length, stride and alignment: one block a row, one element a thread, the row read again for every sum.
+// Rows that are not whole vectors: one block a row, one element a thread, the row read again for every sum.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) norm_fwd_any_kernel(const NormFwdParams p) {
-  using Sum = RowSum<Span::kBlock, 1, kMaxThreads>;
+__global__ void __launch_bounds__(kMaxFwdThreads) norm_fwd_any_kernel(const NormFwdParams p) {
+  using Sum = RowSum<Span::kBlock, 1, kMaxFwdThreads>;
   __shared__ typename Sum::Shared sum_memory;
   Sum row_sum(sum_memory, blockDim.x, 1);
   const bool is_float = p.w_dtype == Dtype::F32;
@@ -181,108 +220,61 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_any_kernel(const NormFwd
 
 // ---- launchers ----
 
-// Vectors a thread, by the 16-byte vectors of a row. It depends on the rows' length alone, never on their number: the
-// order of the sums, and so a row's bits, must not. Many vectors keep much in flight, few are soon summed. H200, bf16,
-// us for x of 64 MB / 1 MB (row_vecs is N / 8):
-//   N                  512         1024        2048        4096        8192        16384       32768
-//   RMSNorm    1       80  / 1.6   40.5 / 1.6  38.0 / 1.7  45   / 2.5
-//              2       33.9 / 1.6  40.2 / 1.7  32.7 / 1.8  33.6 / 2.5  34.1 / 2.7  37.6 / 2.8  40.0 / 3.2
-//              4       33.8 / 2.3  33.4 / 2.3  34.0 / 2.1  34.4 / 2.8  34.5 / 2.8  34.3 / 2.7  36.1 / 2.9
-//   residual   1       80  / 2.2   64.2 / 2.0  64.5 / 2.1  66.2 / 2.5  67.4 / 2.6
-//              2       65.5 / 2.1  65.0 / 2.4  64.7 / 2.4  65.9 / 3.0  65.0 / 2.7  65.6 / 3.0  68.3 / 3.4
-//   LayerNorm  2       35.2 / 2.2  41.4 / 2.2  38.7 / 2.2  40.8 / 2.8  43.7 / 2.9  51   / 3.1  58   / 3.7
-//              4       36.4 / 2.7  36.5 / 2.8  37.6 / 3.0  37.9 / 3.1  39.5 / 2.8  43.0 / 3.0  50.1 / 3.3
-int vecs_per_thread(int64_t row_vecs, bool residual, bool centred) {
-  if (residual && centred) return row_vecs <= 32 ? 1 : row_vecs <= 2048 ? 2 : 4;
-  if (residual) return row_vecs <= 32 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 512 ? 1 : row_vecs <= 2048 ? 2 : 4;
-  if (centred) return row_vecs <= 8 ? 1 : row_vecs <= 64 ? 2 : 4;
-  return row_vecs <= 8 ? 1 : row_vecs <= 64 ? 2 : row_vecs <= 128 ? 4 : row_vecs <= 1024 ? 2 : row_vecs <= 8192 ? 4 : 8;
-}
-
-RowLayout plan_fwd(int64_t row_vecs, bool residual, bool centred, bool has_clusters) {
-  RowLayout layout;
-  layout.vecs = vecs_per_thread(row_vecs, residual, centred);
-  const int threads = divide_up(row_vecs, layout.vecs);
-  if (threads <= 32) {
-    layout.set_lanes(std::bit_ceil(static_cast<unsigned>(threads)));
-    layout.threads = layout.vecs == 4 ? 64 : 128;
-    return layout;
-  }
-  while (has_clusters && layout.cluster < kMaxCluster && divide_up(threads, layout.cluster) > 512) layout.cluster *= 2;
-  layout.set_lanes(divide_up(threads, layout.cluster * 32) * 32);
-  layout.threads = layout.lanes;
-  if (layout.threads > kMaxThreads) layout.vecs = 0;
-  return layout;
-}
-
-// Whether w and b are worth their registers, which other rows' loads in flight could have: always if all rows are in
-// flight at once (N = 16384, 1 MB, H200: 2.7 instead of 3.7 us), else up to some length (8192, 64 MB: 35.8 instead of
-// 34.1 us, 4096: 33.6 instead of 33.8).
-bool holds_features(const NormFwdParams& p, const RowLayout& layout, int64_t row_vecs, const Device& device) {
-  const int registers = max_registers(layout.vecs, p.residual, p.centred, true);
-  if (p.w_dtype != p.dtype || layout.threads * registers > device.registers) return false;
-  if (layout.blocks <= device.num_sms * (device.registers / (layout.threads * registers))) return true;
-  if (p.centred) return p.residual && row_vecs <= 2048;
-  return row_vecs <= (p.residual ? 4096 : 512);
-}
-
 template <typename T, int kVecs, Span kSpan, bool kResidual, bool kCentred>
-void launch_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cudaStream_t stream) {
+void launch_fwd(const NormFwdParams& p, const FwdPlan& plan, bool aligned, cudaStream_t stream) {
+  const RowLayout& layout = plan.layout;
   const int first_wave = current_device().num_sms * std::max(1, 1536 / layout.threads);  // what fits at a time, roughly
-  const LaunchShape shape{.grid = static_cast<unsigned>(layout.blocks),
-                          .threads = static_cast<unsigned>(layout.threads),
-                          .cluster = static_cast<unsigned>(layout.cluster),
-                          .dependent = true};
-  dispatch_bool(hold, [&](auto hold) {
-    launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, hold.value>>(shape, stream, p, layout, first_wave);
-  });
+  const LaunchShape shape{
+      .grid = dim3(layout.blocks), .threads = dim3(layout.threads), .cluster = dim3(layout.cluster), .dependent = true};
+  if (!aligned)
+    launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, false, Access::kElements>>(shape, stream, p, layout,
+                                                                                            first_wave);
+  else
+    dispatch_bool(plan.hold, [&](auto hold) {
+      launch<norm_fwd_kernel<T, kVecs, kSpan, kResidual, kCentred, hold.value, Access::kVectors>>(shape, stream, p,
+                                                                                                  layout, first_wave);
+    });
+}
+
+template <typename T, int kVecs, bool kResidual, bool kCentred>
+bool launch_fwd_if(const NormFwdParams& p, const FwdPlan& plan, bool aligned, cudaStream_t stream) {
+  if (plan.layout.vecs != kVecs) return false;
+  if (plan.span == Span::kLanes) {
+    if constexpr (has_fwd_kernel(kVecs, Span::kLanes, kResidual, kCentred))
+      return launch_fwd<T, kVecs, Span::kLanes, kResidual, kCentred>(p, plan, aligned, stream), true;
+  } else {
+    if constexpr (has_fwd_kernel(kVecs, Span::kBlock, kResidual, kCentred))
+      return launch_fwd<T, kVecs, Span::kBlock, kResidual, kCentred>(p, plan, aligned, stream), true;
+  }
+  return false;
 }
 
 template <typename T, bool kResidual, bool kCentred>
-void choose_fwd(const NormFwdParams& p, const RowLayout& layout, bool hold, cudaStream_t stream) {
-  const bool lanes = layout.lanes <= 32;
-  switch (layout.vecs) {
-    case 1:
-      if (lanes) return launch_fwd<T, 1, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
-      if constexpr (kResidual && !kCentred)
-        return launch_fwd<T, 1, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
-      break;
-    case 2:
-      if (lanes) return launch_fwd<T, 2, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
-      if constexpr (kResidual || !kCentred)
-        return launch_fwd<T, 2, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
-      break;
-    case 4:
-      if constexpr (!kResidual)
-        if (lanes) return launch_fwd<T, 4, Span::kLanes, kResidual, kCentred>(p, layout, hold, stream);
-      return launch_fwd<T, 4, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
-    case 8:
-      if constexpr (!kResidual && !kCentred)
-        return launch_fwd<T, 8, Span::kBlock, kResidual, kCentred>(p, layout, hold, stream);
-  }
-  throw std::logic_error("norm_fwd: no kernel for " + std::to_string(layout.vecs) + " vectors a thread");
+void choose_fwd(const NormFwdParams& p, const FwdPlan& plan, bool aligned, cudaStream_t stream) {
+  const bool launched = launch_fwd_if<T, 1, kResidual, kCentred>(p, plan, aligned, stream) ||
+                        launch_fwd_if<T, 2, kResidual, kCentred>(p, plan, aligned, stream) ||
+                        launch_fwd_if<T, 4, kResidual, kCentred>(p, plan, aligned, stream) ||
+                        launch_fwd_if<T, 8, kResidual, kCentred>(p, plan, aligned, stream);
+  if (!launched)
+    throw std::logic_error("norm_fwd: no kernel for " + std::to_string(plan.layout.vecs) + " vectors a thread");
 }
 
 template <typename T>
 void launch_fwd_any(const NormFwdParams& p, cudaStream_t stream) {
-  const unsigned threads = std::min<int64_t>(divide_up(p.N, 4 * 32) * 32, kMaxThreads);
+  const unsigned threads = std::min<int64_t>(divide_up(p.N, 4 * 32) * 32, kMaxFwdThreads);
   const unsigned blocks = std::min<int64_t>(p.M, std::numeric_limits<int>::max());
   launch<norm_fwd_any_kernel<T>>({.grid = blocks, .threads = threads, .dependent = true}, stream, p);
 }
 
 template <typename T>
 void norm_fwd(const NormFwdParams& p, cudaStream_t stream) {
-  const int64_t row_vecs = p.N / kVec<T>;
-  const Device& device = current_device();
-  RowLayout layout;
-  if (takes_vectors(p.M, p.N, sizeof(T), {p.x_stride, p.residual_stride}, {p.x, p.residual, p.w, p.b}))
-    layout = plan_fwd(row_vecs, p.residual, p.centred, device.has_clusters);
-  if (layout.vecs == 0) return launch_fwd_any<T>(p, stream);
-  layout.blocks = divide_up(p.M, layout.rows_per_block()) * layout.cluster;
-  const bool hold = holds_features(p, layout, row_vecs, device);
+  const bool aligned = all_aligned(p.M, sizeof(T), {p.x_stride, p.residual_stride}, {p.x, p.residual, p.w, p.b});
+  const NormShape shape{p.M, p.N, sizeof(T), p.centred, p.residual != nullptr};
+  const FwdPlan plan = plan_fwd(shape, aligned, p.w_dtype == p.dtype, current_device());
+  if (plan.layout.vecs == 0) return launch_fwd_any<T>(p, stream);
   dispatch_bool(p.residual, [&](auto residual) {
     dispatch_bool(p.centred,
-                  [&](auto centred) { choose_fwd<T, residual.value, centred.value>(p, layout, hold, stream); });
+                  [&](auto centred) { choose_fwd<T, residual.value, centred.value>(p, plan, aligned, stream); });
   });
 }
 

@@ -1,41 +1,21 @@
-// How the rows of norm_fwd and norm_bwd lie over threads. A row's 16-byte vectors are dealt to its threads in turn.
+// A thread's place in the rows of norm_fwd and norm_bwd, and how it reads and writes them.
 #pragma once
-#include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <initializer_list>
 
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
+#include "kernels/norm_plan.h"
 
-namespace cs336 {
+namespace cs336::cuda {
 
-struct RowLayout {
-  int vecs = 0;        // 16-byte vectors per thread; 0: the rows cannot be walked in vectors
-  int lanes = 1;       // threads per row in one block: a power of two up to 32, or a multiple of 32
-  int log2_lanes = 0;  // of a power of two
-  int threads = 1;     // per block, a multiple of lanes; equal if cluster > 1
-  int cluster = 1;     // blocks per row
-  int blocks = 1;
-
-  int rows_per_block() const { return threads / lanes; }
-  void set_lanes(int count) {
-    lanes = count;
-    log2_lanes = std::countr_zero(static_cast<unsigned>(count));
-  }
-};
-
-inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-// Whether rows of N elements, these strides and these first elements all start at multiples of 16 bytes. M is limited
-// so that the number of a row, and a few grids more, is an int.
-inline bool takes_vectors(int64_t M, int64_t N, int64_t element_size, std::initializer_list<int64_t> strides,
-                          std::initializer_list<const void*> pointers) {
-  const auto aligned = [&](int64_t elements) { return elements * element_size % 16 == 0; };
-  return M < (int64_t{1} << 30) && N < (int64_t{1} << 30) && aligned(N) &&
-         (M <= 1 || std::all_of(strides.begin(), strides.end(), aligned)) &&
-         std::all_of(
-             pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+// Whether these rows, and these features, all start at multiples of 16 bytes.
+inline bool all_aligned(int64_t M, int64_t element_size, std::initializer_list<int64_t> strides,
+                        std::initializer_list<const void*> pointers) {
+  const auto stride_fits = [&](int64_t stride) { return M <= 1 || stride * element_size % 16 == 0; };
+  const auto pointer_fits = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return std::all_of(strides.begin(), strides.end(), stride_fits) &&
+         std::all_of(pointers.begin(), pointers.end(), pointer_fits);
 }
 
 // One thread's place.
@@ -69,10 +49,23 @@ struct Place {
   __device__ __forceinline__ bool has(int v) const { return column(v) < N; }
 };
 
+enum class Access { kVectors, kElements };  // 16 bytes at once, where they are aligned, or one element after the other
+
 // Not through the read-only path (__ldg): a predecessor may still be writing when the kernel starts.
-template <typename T>
+template <typename T, Access kAccess = Access::kVectors>
 __device__ __forceinline__ uint4 load(const void* global, int64_t element) {
-  return *reinterpret_cast<const uint4*>(static_cast<const T*>(global) + element);
+  if constexpr (kAccess == Access::kVectors) {
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(global) + element);
+  } else if constexpr (sizeof(T) == 4) {
+    const uint32_t* words = static_cast<const uint32_t*>(global) + element;
+    return {words[0], words[1], words[2], words[3]};
+  } else {
+    const uint16_t* halves = static_cast<const uint16_t*>(global) + element;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = halves[2 * i] | static_cast<uint32_t>(halves[2 * i + 1]) << 16;
+    return {words[0], words[1], words[2], words[3]};
+  }
 }
 
 template <typename T>
@@ -81,18 +74,18 @@ __device__ __forceinline__ void store(void* global, int64_t element, const uint4
 }
 
 // As many of the features (N,) from `column` on as rows of T have in 16 bytes; the features are float or T.
-template <typename T>
+template <typename T, Access kAccess = Access::kVectors>
 __device__ __forceinline__ void load_features(float (&out)[kVec<T>], const void* features, bool is_float, int column) {
   if (is_float) {
 #pragma unroll
     for (int i = 0; i < kVec<T>; i += 4) {
       float four[4];
-      unpack<float>(load<float>(features, column + i), four);
+      unpack<float>(load<float, kAccess>(features, column + i), four);
 #pragma unroll
       for (int j = 0; j < 4; j++) out[i + j] = four[j];
     }
   } else {
-    unpack<T>(load<T>(features, column), out);
+    unpack<T>(load<T, kAccess>(features, column), out);
   }
 }
 
@@ -101,4 +94,4 @@ __device__ __forceinline__ float feature(const void* features, bool is_float, in
   return is_float ? static_cast<const float*>(features)[column] : to_float(static_cast<const T*>(features)[column]);
 }
 
-}  // namespace cs336
+}  // namespace cs336::cuda

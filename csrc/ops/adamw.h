@@ -10,6 +10,11 @@ namespace cs336 {
 
 using TensorList = std::vector<Tensor>;
 
+struct AdamwArguments {
+  std::vector<AdamwTensor> tensors;  // those that have elements
+  AdamwHyper hyper;
+};
+
 // Elements fill one span of memory, in any order of dims.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
@@ -24,7 +29,7 @@ inline bool is_dense(const Tensor& t) {
 }
 
 inline void check_like(const Tensor& t, const char* name, const Tensor& p, size_t i) {
-  STD_TORCH_CHECK(t.device() == p.device(), name, "[", i, "] must be on the device of params[", i, "]");
+  check_device(t, name, p);
   const auto t_sizes = t.sizes(), p_sizes = p.sizes(), t_strides = t.strides(), p_strides = p.strides();
   STD_TORCH_CHECK(t_sizes == p_sizes, name, "[", i, "] must have the shape of params[", i, "]");
   bool same_order = true;  // a dim of size 1 may have any stride
@@ -32,43 +37,52 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& p, size_
   STD_TORCH_CHECK(same_order || p.numel() == 0, name, "[", i, "] must have the strides of params[", i, "]");
 }
 
-inline std::vector<AdamwTensor> check_adamw(const TensorList& params, const TensorList& grads,
-                                            const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-                                            const std::optional<Tensor>& grad_scale, double lr, double beta1,
-                                            double beta2, double eps, double weight_decay, int64_t step) {
+// One float32 element beside p.
+inline const float* check_number(const Tensor& t, const char* name, const Tensor& p) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, name, " must be one float32 element");
+  check_device(t, name, p);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+inline float* moment(const Tensor& t, const char* name, const Tensor& p, size_t i) {
+  check_like(t, name, p, i);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, "[", i, "] must be float32");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+inline AdamwArguments check_adamw(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                                  const TensorList& exp_avg_sqs, const TensorList& steps, const Tensor& lr,
+                                  const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps,
+                                  double weight_decay) {
+  const size_t count = params.size();
   STD_TORCH_CHECK(
-      grads.size() == params.size() && exp_avgs.size() == params.size() && exp_avg_sqs.size() == params.size(),
-      "params, grads, exp_avgs and exp_avg_sqs must have one length");
-  STD_TORCH_CHECK(lr >= 0 && eps >= 0 && weight_decay >= 0, "lr, eps and weight_decay must not be negative");
+      grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count,
+      "params, grads, exp_avgs, exp_avg_sqs and steps must have one length");
+  STD_TORCH_CHECK(eps >= 0 && weight_decay >= 0, "eps and weight_decay must not be negative");
   STD_TORCH_CHECK(0 <= beta1 && beta1 < 1 && 0 <= beta2 && beta2 < 1, "betas must be in [0, 1)");
-  STD_TORCH_CHECK(step >= 1, "step counts from 1, got ", step);
-  if (grad_scale) {
-    STD_TORCH_CHECK(grad_scale->numel() == 1 && grad_scale->scalar_type() == ScalarType::Float,
-                    "grad_scale must be one float32 element");
-    STD_TORCH_CHECK(params.empty() || grad_scale->device() == params[0].device(),
-                    "grad_scale must be on the device of params");
-  }
-  std::vector<AdamwTensor> tensors;
-  tensors.reserve(params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    const Tensor &p = params[i], &g = grads[i], &m = exp_avgs[i], &v = exp_avg_sqs[i];
-    STD_TORCH_CHECK(p.device() == params[0].device(), "params must be on one device");
+  AdamwArguments arguments{};
+  if (count == 0) return arguments;
+  const Tensor& first = params[0];
+  arguments.hyper =
+      adamw_hyper(check_number(lr, "lr", first), grad_scale ? check_number(*grad_scale, "grad_scale", first) : nullptr,
+                  beta1, beta2, eps, weight_decay);
+  arguments.tensors.reserve(count);
+  for (size_t i = 0; i < count; i++) {
+    const Tensor &p = params[i], &g = grads[i];
+    check_device(p, "params", first);
     STD_TORCH_CHECK(is_dense(p), "params[", i, "] must be non-overlapping and dense");
     check_like(g, "grads", p, i);
-    check_like(m, "exp_avgs", p, i);
-    check_like(v, "exp_avg_sqs", p, i);
-    STD_TORCH_CHECK(m.scalar_type() == ScalarType::Float && v.scalar_type() == ScalarType::Float,
-                    "exp_avgs and exp_avg_sqs must be float32");
     const AdamwTensor tensor = {.p = p.mutable_data_ptr(),
                                 .g = g.const_data_ptr(),
-                                .m = static_cast<float*>(m.mutable_data_ptr()),
-                                .v = static_cast<float*>(v.mutable_data_ptr()),
+                                .m = moment(exp_avgs[i], "exp_avgs", p, i),
+                                .v = moment(exp_avg_sqs[i], "exp_avg_sqs", p, i),
+                                .step = check_number(steps[i], "steps", p),
                                 .numel = p.numel(),
-                                .p_dtype = dtype_of(p, "params"),
-                                .g_dtype = dtype_of(g, "grads")};
-    if (tensor.numel > 0) tensors.push_back(tensor);
+                                .p_dtype = float_dtype_of(p, "params"),
+                                .g_dtype = float_dtype_of(g, "grads")};
+    if (tensor.numel > 0) arguments.tensors.push_back(tensor);
   }
-  return tensors;
+  return arguments;
 }
 
 }  // namespace cs336

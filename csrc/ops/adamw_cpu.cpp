@@ -9,24 +9,23 @@ namespace cs336 {
 namespace {
 
 void adamw_cpu(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-               const TensorList& exp_avg_sqs, const std::optional<Tensor>& grad_scale, double lr, double beta1,
-               double beta2, double eps, double weight_decay, int64_t step) {
-  const std::vector<AdamwTensor> tensors =
-      check_adamw(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step);
-  const AdamwCoefficients coefficients = adamw_coefficients(lr, beta1, beta2, eps, weight_decay, step);
-  const float scale = grad_scale ? *static_cast<const float*>(grad_scale->const_data_ptr()) : 1.f;
+               const TensorList& exp_avg_sqs, const TensorList& steps, const Tensor& lr,
+               const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay) {
+  const auto [tensors, hyper] =
+      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay);
   std::vector<int64_t> ends;  // of each tensor, in elements from the start of the first
   int64_t total = 0;
   for (const AdamwTensor& tensor : tensors) ends.push_back(total += tensor.numel);
 
   constexpr int64_t kGrain = 16384;
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+  const auto update = [&, &tensors = tensors, &hyper = hyper](int64_t begin, int64_t end) {
     for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; i++) {
       const int64_t start = ends[i] - tensors[i].numel, stop = std::min(end, ends[i]);
-      adamw_range(tensors[i], begin - start, stop - start, scale, coefficients);
+      cpu::adamw(tensors[i], begin - start, stop - start, hyper);
       begin = stop;
     }
-  });
+  };
+  torch::stable::parallel_for(0, total, kGrain, update);
 }
 
 }  // namespace

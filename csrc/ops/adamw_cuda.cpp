@@ -7,15 +7,13 @@ namespace cs336 {
 namespace {
 
 void adamw_cuda(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                const TensorList& exp_avg_sqs, const std::optional<Tensor>& grad_scale, double lr, double beta1,
-                double beta2, double eps, double weight_decay, int64_t step) {
-  const std::vector<AdamwTensor> tensors =
-      check_adamw(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step);
+                const TensorList& exp_avg_sqs, const TensorList& steps, const Tensor& lr,
+                const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay) {
+  const auto [tensors, hyper] =
+      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay);
   if (tensors.empty()) return;
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  adamw(tensors, grad_scale ? static_cast<const float*>(grad_scale->const_data_ptr()) : nullptr,
-        adamw_coefficients(lr, beta1, beta2, eps, weight_decay, step),
-        static_cast<cudaStream_t>(current_stream(params[0])));
+  cuda::adamw(tensors, hyper, static_cast<cudaStream_t>(current_stream(params[0])));
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ if CUDA:
     LONG_SHAPES += [(70001, 64), (20011, 129), (5003, 768)]
 MANY = 300 if CUDA else 8  # rows for more than one wave of blocks; few where Triton is interpreted
 EPS = 1e-5
+STRIDED = {"strided rows": 3, "more strided rows": 16}
 
 
 def as_tuple(out):
@@ -28,8 +29,8 @@ def as_tuple(out):
 
 def relaid(t, layout):
     """The values of t in another layout, with NaN in between."""
-    if layout == "strided rows":
-        return F.pad(t, (0, 3), value=torch.nan)[..., :-3]
+    if layout in STRIDED:  # rows further apart, by an odd and by an even number of vectors
+        return F.pad(t, (0, STRIDED[layout]), value=torch.nan)[..., : -STRIDED[layout]]
     if layout == "unaligned":
         return F.pad(t.reshape(-1), (1, 0), value=torch.nan)[1:].view(t.shape)
     if layout == "strided features":
@@ -55,21 +56,21 @@ class NormTests:
     def params(self, N, dtype, device):
         return [torch.randn(N, dtype=dtype, device=device) for _ in range(self.num_params)]
 
-    def raw_args(self, name, M, N, device, dtype=F32):
+    def raw_args(self, name, M, N, device, dtype=F32, weight_dtype=None):
         rows = [torch.randn(M, N, dtype=dtype, device=device) for _ in range(3)]
         stats = [torch.rand(M, device=device) for _ in range(self.num_params)]
-        w, *b = self.params(N, dtype, device)
+        w, *b = self.params(N, weight_dtype or dtype, device)
         if name.endswith("bwd"):
             return (*rows, w, *stats)
         return (*rows[: 2 if "residual" in name else 1], w, *b, EPS)
 
-    def check(self, x, params, residual=None, grads=(True, True), scale=1.0):
+    def check(self, x, params, residual=None, grads=(True, True), scale=0.0):
         """Outputs and gradients against fp64. grads: whether y, and the sum, get a gradient. scale: see close.py."""
         leaves = [t.detach().requires_grad_() for t in (x, *params, *([] if residual is None else [residual]))]
         x_, params_, residual_ = leaves[0], leaves[1 : 1 + len(params)], leaves[-1] if residual is not None else None
         outs = as_tuple(self.op(x_, *params_, eps=EPS, residual=residual_))
         chosen = [i for i, _ in enumerate(outs) if grads[i]]
-        gs = [relaid(torch.randn_like(outs[i]), "strided rows") for i in chosen]
+        gs = [relaid(torch.randn_like(outs[i]), layout) for i, layout in zip(chosen, STRIDED, strict=False)]
         got = torch.autograd.grad([outs[i] for i in chosen], leaves, gs, allow_unused=True)
 
         # The sum is rounded to x's dtype before it is normalised: so is the reference's.
@@ -101,7 +102,7 @@ class NormTests:
     @pytest.mark.parametrize(("M", "N"), SHAPES)
     def test_shapes(self, variant, device, M, N, dtype, weight_dtype, with_residual):
         x, residual = torch.randn(2, M, N, device=device).to(dtype)
-        scale = 100.0 if N == 1 else 1.0  # with one feature the gradient's terms, about 1 / x, cancel to nothing
+        scale = 100.0 if N == 1 else 0.0  # with one feature the gradient's terms, about 1 / x, cancel to nothing
         self.check(x, self.params(N, weight_dtype, device), residual if with_residual else None, scale=scale)
 
     @pytest.mark.parametrize(("dtype", "with_residual"), [(F32, False), (BF16, True)])
@@ -112,7 +113,8 @@ class NormTests:
     @pytest.mark.parametrize("layout", ["contiguous", "strided rows", "unaligned", "strided features", "transposed"])
     @pytest.mark.parametrize(("shape", "dtype"), [((64,), F32), ((3, 2, 96), BF16), ((3, 5, 33), F32)])
     def test_layouts(self, variant, device, shape, dtype, layout):
-        x, residual = (relaid(t, layout) for t in torch.randn(2, *shape, device=device).to(dtype))
+        x, residual = torch.randn(2, *shape, device=device).to(dtype)
+        x, residual = relaid(x, layout), relaid(residual, "more strided rows")  # each has its own stride
         params = [relaid(p, layout) for p in self.params(shape[-1], dtype, device)]
         self.check(x, params)
         self.check(x, params, residual)
@@ -177,17 +179,19 @@ class NormTests:
 
     @pytest.mark.parametrize("N", [64, 321, 2500, *((16384, 32768, 131072) if CUDA else ())])
     @pytest.mark.parametrize("dtype", [F32, BF16])
-    def test_batch_invariant(self, variant, device, dtype, N):
-        """A row's result does not depend on the rows beside it, nor on how many they are, nor on its address."""
+    @pytest.mark.parametrize("layout", ["contiguous", "strided rows", "more strided rows", "unaligned"])
+    def test_batch_invariant(self, variant, device, dtype, N, layout):
+        """A row's result does not depend on the rows beside it, nor on how many they are, nor on where it lies."""
         if variant == "ref":
             pytest.skip("plain torch does not promise it")
-        x, residual = torch.randn(2, MANY, N, device=device).to(dtype)
+        x, residual = (relaid(t, layout) for t in torch.randn(2, MANY, N, device=device).to(dtype))
         w, *b = self.params(N, dtype, device)
         for res in (None, residual):
             y = as_tuple(self.op(x, w, *b, residual=res))[0]
             for rows in (slice(0, 1), slice(4, 6), slice(MANY - 1, MANY)):
-                alone = self.op(x[rows].clone(), w, *b, residual=None if res is None else res[rows].clone())
-                assert torch.equal(as_tuple(alone)[0], y[rows])
+                for copied in (lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+                    alone = self.op(copied(x[rows]), w, *b, residual=None if res is None else copied(res[rows]))
+                    assert torch.equal(as_tuple(alone)[0], y[rows])
 
     def test_outputs_do_not_alias(self, variant, device):
         for suffix, dsum in (("fwd", True), ("residual_fwd", True), ("bwd", True), ("bwd", False)):
@@ -197,10 +201,11 @@ class NormTests:
             addresses = [t.data_ptr() for t in (*args, *outs) if isinstance(t, torch.Tensor)]
             assert len(set(addresses)) == len(addresses)
 
+    @pytest.mark.parametrize("weight_dtype", [BF16, F32])
     @pytest.mark.parametrize("suffix", ["fwd", "residual_fwd", "bwd"])
-    def test_opcheck(self, variant, device, suffix):
+    def test_opcheck(self, variant, device, suffix, weight_dtype):
         name = f"{self.name}_{suffix}"
-        args = self.raw_args(name, 5, 24, device, BF16)
+        args = self.raw_args(name, 5, 24, device, BF16, weight_dtype)
         overload = registry.OPS[name].overloads[variant]
         torch.library.opcheck(overload, args)
         if suffix == "bwd":
@@ -219,15 +224,69 @@ class NormTests:
         got, want = (torch.autograd.grad(loss(f), leaves) for f in (compiled, self.op))
         assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
 
-    def test_second_derivative_is_refused(self, variant, device):
-        x, (w, *b) = torch.randn(3, 8, device=device, requires_grad=True), self.params(8, F32, device)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.autograd.grad(self.op(x, w, *b).sum(), x, create_graph=True)
+    def derivatives(self, norm, x, residual, params):
+        """First and second derivatives, through y and the sum, with respect to everything."""
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *params, residual)]
+        outs = norm(leaves[0], leaves[-1], leaves[1:-1])
+        first = torch.autograd.grad(sum((o * o.detach().cos()).sum() for o in outs), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        return *first, *second
 
-    def test_forward_mode_is_refused(self, variant, device):
-        x, params = torch.randn(3, 8, device=device), self.params(8, F32, device)
-        with pytest.raises(RuntimeError):  # rather than a derivative of 0
-            torch.func.jvp(lambda x: self.op(x, *params), (x,), (torch.randn_like(x),))
+    def test_gradient_of_a_gradient(self, variant, device):
+        x, residual, params = *torch.randn(2, 4, 24, device=device), self.params(24, F32, device)
+
+        def ours(x, residual, params):
+            return self.op(x, *params, eps=EPS, residual=residual)
+
+        def torchs(x, residual, params):
+            total = x + residual
+            return self.torch_norm(total, params), total
+
+        got, want = (self.derivatives(norm, x, residual, params) for norm in (ours, torchs))
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    def test_create_graph_that_nobody_uses(self, variant, device):
+        x, params = torch.randn(4, 24, device=device, requires_grad=True), self.params(24, F32, device)
+        for create_graph in (False, True):
+            (got,) = torch.autograd.grad(self.op(x, *params, eps=EPS).square().sum(), x, create_graph=create_graph)
+            (want,) = torch.autograd.grad(self.torch_norm(x, params).square().sum(), x)
+            torch.testing.assert_close(got, want)
+
+    def test_float64_passes_gradcheck(self, device):
+        x, residual = torch.randn(2, 3, 5, device=device, dtype=torch.float64)
+        leaves = [t.requires_grad_() for t in (x, residual, *self.params(5, torch.float64, device))]
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda x, residual, *params: self.op(x, *params, residual=residual), leaves)
+
+    def test_float64_is_for_the_reference(self, variant, device):
+        x, params = torch.randn(3, 5, device=device, dtype=torch.float64), self.params(5, torch.float64, device)
+        if variant == "ref":
+            torch.testing.assert_close(self.op(x, *params, eps=EPS), self.torch_norm(x, params))
+        else:
+            with pytest.raises(NotImplementedError, match="float64 is computed by the reference alone"):
+                self.op(x, *params)
+
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_transforms_of_torch_func(self, variant, device, with_residual):
+        x, residual = torch.randn(2, 5, 3, 16, device=device)
+        params = self.params(16, F32, device)
+
+        def ours(x):
+            return as_tuple(self.op(x, *params, eps=EPS, residual=residual[0] if with_residual else None))[0]
+
+        def torchs(x):
+            return self.torch_norm(x + residual[0] if with_residual else x, params)
+
+        def transforms(norm):
+            yield torch.func.vmap(norm)(x)
+            yield torch.func.grad(lambda x: norm(x).square().sum())(x[0])
+            yield torch.func.vmap(torch.func.grad(lambda x: norm(x).square().sum()))(x)
+            yield torch.func.jvp(norm, (x[0],), (x[1],))[1]
+            yield torch.func.hessian(lambda x: norm(x).square().sum())(x[0])
+
+        for got, want in zip(transforms(ours), transforms(torchs), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
     def test_meta(self, variant):
         x, residual, params = *torch.empty(2, 3, 4, 8, device="meta"), self.params(8, F32, "meta")
@@ -249,8 +308,7 @@ class NormTests:
         for message, args, residual in [
             ("x must be .* got shape \\(\\)", (x[0, 0], w, *b), None),
             ("x must be .* got shape \\(3, 0\\)", (x[:, :0], w[:0], *(p[:0] for p in b)), None),
-            ("x must be float32, float16 or bfloat16, got torch.float64", (x.double(), w, *b), None),
-            ("x must be float32, float16 or bfloat16, got torch.int32", (x.int(), w, *b), None),
+            ("x must be float32, float16, bfloat16 or float64, got torch.int32", (x.int(), w, *b), None),
             ("weight must be float32 or x's torch.float32, got torch.bfloat16", (x, w.bfloat16(), *b), None),
             ("weight must be \\(8,\\) on .* got \\(7,\\)", (x, w[:7], *b), None),
             ("weight must be \\(8,\\) on .* got \\(1, 8\\)", (x, w[None], *b), None),
@@ -279,7 +337,8 @@ class NormTests:
         args, overload = self.raw_args(name, 4, 6, device), registry.OPS[name].overloads[variant]
         overload(*args)
         for i, how in itertools.product(range(len(args)), spoilt):
-            alone = suffix == "fwd" and i == 0 and how == "first dim longer"  # nothing else says how many rows x has
+            # nothing else says how many rows x has, and the reference takes float64 beside float32 weights
+            alone = suffix == "fwd" and i == 0 and (how == "first dim longer" or (how, variant) == ("float64", "ref"))
             if isinstance(args[i], torch.Tensor) and not alone:
                 bad = (*args[:i], spoilt[how](args[i]), *args[i + 1 :])
                 with pytest.raises((ValueError, RuntimeError)):

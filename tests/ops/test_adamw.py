@@ -14,11 +14,14 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = list(itertools.product((F32, F16, BF16), repeat=2))  # dtypes of parameters, of gradients
 SHAPES = [(), (0,), (1,), (3, 0, 5), (7,), (2, 127), (64, 64), (4097,), (5, 13, 67)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-CHUNK, MAX_TENSORS = 4096, 736  # of the CUDA kernel: elements a block, tensors a launch
+CHUNK, MAX_TENSORS = 4096, 628  # of the CUDA kernel: elements a block, tensors a launch
 
 
 def raw_args(lists, grad_scale=None, step=3):
-    return *lists, grad_scale, *HYPER.values(), step
+    lr, *others = HYPER.values()
+    device = lists[0][0].device
+    steps = [torch.tensor(float(step), device=device) for _ in lists[0]]
+    return *lists, steps, torch.tensor(lr, device=device), grad_scale, *others
 
 
 @pytest.fixture(params=registry.NAMESPACE)
@@ -315,12 +318,68 @@ def test_compile(variant, device):
     assert all(torch.equal(a, 2 * p) for a, p in zip(doubled, want[0], strict=True))
 
 
-def test_autograd_notices(variant, device):
-    p = torch.randn(5, device=device, requires_grad=True)
-    loss = p.square().sum()
-    adamw_([p], [torch.ones_like(p)], *([torch.zeros_like(p)] for _ in range(2)), **HYPER, step=1)
-    assert p.requires_grad
-    assert p.is_leaf
+def test_new_numbers_need_no_new_compilation(variant, device):
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module
+
+    compiled = torch.compile(adamw_, fullgraph=True, backend=backend)
+    ours, want = (copied(make([(5,), (3, 4)], device)) for _ in range(2))
+    want = copied(ours)
+    lr, step, scale = (torch.tensor(x, device=device) for x in (1e-2, 0.0, 1.0))
+    for i in range(6):
+        step.add_(1)
+        lr.fill_(1e-2 / (i + 1))
+        scale.fill_(0.5 + i)
+        compiled(*ours, **HYPER | {"lr": lr}, step=step, grad_scale=scale)
+        adamw_(*want, **HYPER | {"lr": 1e-2 / (i + 1)}, step=i + 1, grad_scale=scale)
+    assert len(graphs) == 1
+    assert all(torch.equal(a, b) for a, b in zip(flat(ours), flat(want), strict=True))
+
+
+def test_each_parameter_may_have_its_own_step(variant, device):
+    lists = make([(5,), (7,)], device)
+    ours, want = copied(lists), copied(lists)
+    adamw_(*ours, **HYPER, step=[torch.tensor(float(t), device=device) for t in (1, 9)])
+    for i, t in enumerate((1, 9)):
+        adamw_(*([tensors[i]] for tensors in want), **HYPER, step=t)
+    assert all(torch.equal(a, b) for a, b in zip(flat(ours), flat(want), strict=True))
+
+
+def test_float64_runs_the_reference(device):
+    lists = [[t.double() for t in tensors] for tensors in make([(5,), (3, 4)], device)]
+    ours = copied(lists)
+    adamw_(*ours, **HYPER, step=3)
+    for p, g, m, v, *results in zip(*lists, ours[0], *ours[2:], strict=True):
+        lr = torch.tensor(HYPER["lr"]).double().item()  # in float32, as all numbers are
+        for out, want in zip(results, formula(p, g, m, v, torch.float64, **HYPER | {"lr": lr}, step=3), strict=True):
+            torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    with registry.use("native"), pytest.raises(NotImplementedError, match="float64 in the reference alone"):
+        adamw_(*ours, **HYPER, step=3)
+    ours[1][1] = ours[1][1].float()
+    with pytest.raises(ValueError, match=r"grads\[1\] must be dense torch.float64"):
+        adamw_(*ours, **HYPER, step=3)
+
+
+@pytest.mark.parametrize("name", ["lr", "step"])
+def test_bad_elements(variant, device, name):
+    for bad in (torch.ones(2), torch.ones((), dtype=torch.float64), torch.ones((), device="meta")):
+        lists = make([(3,)], device)
+        with pytest.raises(ValueError, match=r"must be one torch\.float32 element on"):
+            adamw_(*lists, **HYPER | {"step": 3, name: bad.to(device) if not bad.is_meta else bad})
+
+
+@pytest.mark.parametrize("which", [0, 2, 3])
+def test_autograd_notices(variant, device, which):
+    lists = make([(5,)], device)
+    w = torch.randn(5, device=device, requires_grad=True)
+    lists[0][0].requires_grad_()
+    loss = (w * lists[which][0]).sum()
+    adamw_(*lists, **HYPER, step=1)
+    assert lists[0][0].requires_grad
+    assert lists[0][0].is_leaf
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -394,8 +453,11 @@ def test_bad_numbers(variant, device, message, changed):
         adamw_(*lists, **hyper)
     with pytest.raises(ValueError, match=message):
         adamw_([], [], [], [], **hyper)
+    if message.startswith(("lr", "step")):
+        return  # the raw op has them on the device, and does not wait for their values
+    args = raw_args(lists)
     with pytest.raises((ValueError, RuntimeError)):
-        registry.OPS["adamw_"].overloads[variant](*lists, None, *hyper.values())
+        registry.OPS["adamw_"].overloads[variant](*args[:-4], *(hyper[k] for k in list(HYPER)[1:]))
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -451,19 +513,24 @@ def test_launches(device, num_tensors, launches):
 
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs need a GPU")
 def test_cuda_graph(variant, device):
-    lists, scale = make(SHAPES, device), torch.tensor(0.5, device=device)
+    """Step, learning rate and factor are read on the device at every replay."""
+    lists = make(SHAPES, device)
+    scale, lr, step = (torch.tensor(x, device=device) for x in (0.5, 1e-2, 3.0))
+    numbers = HYPER | {"lr": lr, "step": step, "grad_scale": scale}
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        adamw_(*copied(lists), **HYPER, step=3, grad_scale=scale)  # first calls compile
+        adamw_(*copied(lists), **numbers)  # first calls compile
     side.synchronize()
     ours, graph = copied(lists), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        adamw_(*ours, **HYPER, step=3, grad_scale=scale)
+        adamw_(*ours, **numbers)
     assert all(torch.equal(a, b) for a, b in zip(flat(ours), flat(lists), strict=True))
-    for factor in (0.5, 0.25):  # the factor is read on the device at every replay
+    for factor in (0.5, 0.25):
         scale.fill_(factor)
+        lr.mul_(factor)
+        step.add_(1)
         graph.replay()
-        adamw_(*lists, **HYPER, step=3, grad_scale=scale)
+        adamw_(*lists, **HYPER | {"lr": lr.item()}, step=int(step.item()), grad_scale=scale)
         assert all(torch.equal(a, b) for a, b in zip(flat(ours), flat(lists), strict=True))
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from norms import EPS, NormTests
 
 from cs336 import ops
+from cs336.ops import registry
 
 
 class TestLayerNorm(NormTests):
@@ -34,3 +35,9 @@ class TestLayerNorm(NormTests):
         for bad in (b[:7], b.bfloat16(), b.to("meta")):
             with pytest.raises(ValueError, match="bias must be like weight"):
                 self.op(x, w, bad)
+
+    @pytest.mark.parametrize(("N", "first"), [(1023, "native"), (1024, "triton"), (65536, "triton"), (65537, "native")])
+    def test_the_faster_forward_is_chosen_by_the_width_alone(self, N, first):
+        for M in (1, 1 << 20):
+            x, w = torch.empty(M, N, device="meta"), torch.empty(N, device="meta")
+            assert registry.OPS["layer_norm_fwd"].prefer(x, w, None, EPS) == first

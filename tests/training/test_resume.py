@@ -82,7 +82,7 @@ def test_killed_at_random_from_outside(processes, unbroken, tmp_path):
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step(processes, unbroken, tmp_path, number):
     process = processes(tmp_path, budget="100000steps", checkpoint_interval=0, eval_interval=0, sample_interval=0)
     metrics = tmp_path / "run/metrics.jsonl"

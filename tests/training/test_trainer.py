@@ -14,7 +14,18 @@ from torch._dynamo.utils import counters
 from cs336 import ops
 from cs336.data import ShardWriter
 from cs336.models import Transformer, from_pretrained
-from cs336.training import CosineConfig, DataConfig, NonFiniteError, OptimizerConfig, Trainer, checkpoint
+from cs336.training import (
+    ConstantConfig,
+    CosineConfig,
+    DataConfig,
+    LinearConfig,
+    NonFiniteError,
+    OptimizerConfig,
+    TrainConfig,
+    Trainer,
+    WSDConfig,
+    checkpoint,
+)
 from cs336.training.decisions import Pause
 from cs336.training.learner import Learner
 
@@ -397,6 +408,34 @@ def test_a_slow_pause_comes_seldom_in_a_time_budget(tmp_path):
         return sum(due)
 
     assert [times(seconds) for seconds in (0.1, 1.0, 10.0)] == [20, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (LinearConfig(warmup_steps=2, min_lr_ratio=0.0), [0.5, 1.0, 0.875, 0.5, 0.0]),
+        (WSDConfig(warmup_steps=2, min_lr_ratio=0.0, decay_part=0.4), [0.5, 1.0, 1.0, 1.0, 0.0]),
+        (ConstantConfig(warmup_steps=2), [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_other_schedules_can_be_chosen(tmp_path, schedule, rates):
+    tiny = tiny_run.config(tmp_path, budget="10steps", schedule=schedule)
+    tiny.save(tmp_path / "c.toml")
+    assert TrainConfig.from_toml(tmp_path / "c.toml") == tiny
+    tiny_run.train(tiny)
+    found = [row["lr"] / 1e-3 for row in tiny_run.rows(tiny.run_dir, of="lr")]
+    assert [found[i] for i in (0, 1, 2, 5, 9)] == pytest.approx(rates)
+
+
+def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path):
+    kept = []
+    for on in (False, True):
+        tiny = tiny_run.config(tmp_path, str(on), gradient_checkpointing=on, budget="3steps")
+        trainer = Trainer(tiny, display=tiny_run.quiet())
+        assert trainer.learner.model.gradient_checkpointing is on
+        trainer.train()
+        kept.append(tiny_run.rows(tiny.run_dir))
+    assert kept[0] == kept[1]
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

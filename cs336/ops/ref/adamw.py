@@ -1,5 +1,6 @@
-"""AdamW in plain torch, fp32 inside, any device. This file is the definition; the kernels are optimisations."""
+"""AdamW in plain torch, fp32 inside (fp64 for fp64), any device: the definition; the kernels are optimisations."""
 
+import torch
 from torch import Tensor
 
 
@@ -8,19 +9,23 @@ def step_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
     grad_scale: Tensor | None,
-    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
 ) -> None:
-    step_size = lr / (1 - beta1**step)
-    rsqrt_bias2 = (1 - beta2**step) ** -0.5
-    for p, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        g = grad.float() if grad_scale is None else grad.float() * grad_scale.reshape(())
+    lr = lr.double().reshape(())
+    for p, grad, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        t = step.double().reshape(())
+        step_size, rsqrt_bias2 = (lr / (1 - beta1**t)).to(m.dtype), (1 - beta2**t).rsqrt().to(m.dtype)
+        g = grad.to(m.dtype)
+        if grad_scale is not None:
+            g = g * grad_scale.reshape(())
         m.lerp_(g, 1 - beta1)
         v.lerp_(g.square(), 1 - beta2)
         update = m / (v.sqrt() * rsqrt_bias2 + eps)
-        p.copy_(p.float() - (p.float() * (lr * weight_decay) + update * step_size))
+        before = p.to(torch.promote_types(p.dtype, m.dtype))
+        p.copy_(before - (before * (lr * weight_decay).to(m.dtype) + update * step_size))

@@ -1,5 +1,7 @@
 """AdamW: one launch a parameter, which is read and written once. The formula is csrc/common/adamw.h's."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -16,8 +18,8 @@ def _lerp(start, end, weight):
 
 @triton.jit
 def _adamw_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, numel,
-    decay, one_minus_beta1, one_minus_beta2, step_size, rsqrt_bias2, eps,
+    p_ptr, g_ptr, m_ptr, v_ptr, step_ptr, lr_ptr, scale_ptr, numel,
+    one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,17 +30,21 @@ def _adamw_kernel(
         g *= tl.load(scale_ptr)
     m = _lerp(tl.load(m_ptr + i, mask), g, one_minus_beta1)
     v = _lerp(tl.load(v_ptr + i, mask), g * g, one_minus_beta2)
+    lr, step = tl.load(lr_ptr), tl.load(step_ptr).to(tl.float64)  # in float32 1 - 0.999 keeps three digits
+    bias1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
+    bias2 = (1.0 - tl.exp(step * log_beta2)).to(tl.float32)
+    step_size, rsqrt_bias2, decay = lr / bias1, 1.0 / tl.sqrt(bias2), lr * weight_decay
     update = tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_bias2 + eps)
     tl.store(m_ptr + i, m, mask)
     tl.store(v_ptr + i, v, mask)
     tl.store(p_ptr + i, cast(p - (decay * p + step_size * update), p_ptr.dtype.element_ty), mask)
 
 
-def step_(params, grads, exp_avgs, exp_avg_sqs, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    step_size, rsqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+def step_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay):
+    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         if p.numel():
             _adamw_kernel[(triton.cdiv(p.numel(), BLOCK),)](
-                p, g, m, v, grad_scale, p.numel(),
-                lr * weight_decay, 1 - beta1, 1 - beta2, step_size, rsqrt_bias2, eps, BLOCK,
+                p, g, m, v, step, lr, grad_scale, p.numel(),
+                1 - beta1, 1 - beta2, log_beta1, log_beta2, eps, weight_decay, BLOCK,
             )  # fmt: skip

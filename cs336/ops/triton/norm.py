@@ -1,8 +1,10 @@
 """RMSNorm and LayerNorm in Triton, for any GPU that Triton knows and, interpreted, for the CPU.
 
 A program takes BLOCK_M rows at a time. Rows of up to MAX_BLOCK features are read once and stay in registers; longer
-ones are walked in blocks, twice. How a row is cut depends on N alone, so its result does not depend on other rows.
-A null mean_ptr makes it an RMSNorm.
+ones are walked in blocks, twice. How a row is cut depends on N alone, so its result does not depend on other rows. Nor
+does it on where the row lies, of which Triton's compiler would make another order of sums: strides come in units that N
+gives them, and rows of whole 16-byte vectors that do not start at one are copied first. A null mean_ptr makes it an
+RMSNorm.
 """
 
 import torch
@@ -61,7 +63,7 @@ def _normalise(values, mean, rstd, w_ptr, b_ptr, y_ptr, N, rows, columns, mask):
     _store_rows(y_ptr, N, rows, columns, mask, y)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "x_stride", "residual_stride"])
 def _fwd_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N) or None
@@ -73,14 +75,17 @@ def _fwd_kernel(
     rstd_ptr,  # (M,)
     M,
     N,
-    x_stride,
+    x_stride,  # in UNITs
     residual_stride,
     eps,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
     CENTRED: tl.constexpr = mean_ptr is not None
+    x_stride *= UNIT
+    residual_stride *= UNIT
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_N)
     live = (rows < M)[:, None]
@@ -221,17 +226,30 @@ def _plan(N: int, max_block: int) -> dict:
     }
 
 
+def _unit(x: Tensor) -> int:
+    """Elements in 16 bytes, if rows are whole vectors of them, else 1."""
+    elements = 16 // x.element_size()
+    return elements if x.shape[1] % elements == 0 else 1
+
+
+def _at_vectors(x: Tensor) -> Tensor:
+    """x, or a copy if its rows are whole 16-byte vectors and some do not start at one."""
+    unit = _unit(x)
+    return x if x.stride(0) % unit == 0 and x.data_ptr() % (unit * x.element_size()) == 0 else x.contiguous().clone()
+
+
 def fwd(x: Tensor, residual: Tensor | None, w: Tensor, b: Tensor | None, eps: float, centred: bool):
     M, N = x.shape
+    x, residual, unit = _at_vectors(x), None if residual is None else _at_vectors(residual), _unit(x)
     y, rstd = x.new_empty(M, N), x.new_empty(M, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
     total = None if residual is None else torch.empty_like(y)
     plan = _plan(N, MAX_BLOCK)
-    residual_stride = 0 if residual is None else residual.stride(0)
+    residual_stride = 0 if residual is None else residual.stride(0) // unit
     if M > 0:
         with torch.cuda.device_of(x):
             _fwd_kernel[(triton.cdiv(M, plan["BLOCK_M"]),)](
-                x, residual, w, b, y, total, mean, rstd, M, N, x.stride(0), residual_stride, eps, **plan
+                x, residual, w, b, y, total, mean, rstd, M, N, x.stride(0) // unit, residual_stride, eps, unit, **plan
             )
     return tuple(t for t in (y, mean, rstd, total) if t is not None)
 
