@@ -20,7 +20,7 @@ from torch import Tensor
 from cs336.models.config import TransformerConfig
 from cs336.models.transformer import Transformer
 from cs336.utils.config import parse, to_table
-from cs336.utils.files import replacing, sync
+from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
 
 ARCHITECTURES = {
@@ -119,10 +119,7 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
         file = renames.enter_context(replacing(directory / "model.safetensors", "wb"))
-        mode = os.fstat(file.fileno()).st_mode
         save_file(weights, file.name, metadata={"format": "pt"})
-        os.chmod(file.name, mode)  # safetensors puts a file of its own there, for its owner alone and not yet on disk
-        sync(file.name)
 
 
 def from_pretrained(

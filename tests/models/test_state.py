@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_transformer import SMALL, VARIANTS, ids, make
 
+from cs336 import ops
 from cs336.nn import Context, KeyValues
 
 
@@ -82,6 +83,22 @@ def test_rows_and_copies(config):
 def test_a_copy_of_an_empty_state_is_empty():
     model, x = make(SMALL), ids(SMALL)
     assert torch.equal(model(x, state=model.new_state(2).copy()), model(x, state=model.new_state(2)))
+
+
+def test_a_prompt_needs_no_mask(monkeypatch):
+    """Nothing is before it: attention runs over its own tokens, as in training."""
+    model, x, masked = make(SMALL), ids(SMALL), []
+    attention = ops.attention
+
+    def watched(q, k, v, mask=None, **options):
+        masked.append(mask is not None)
+        return attention(q, k, v, mask, **options)
+
+    monkeypatch.setattr(ops, "attention", watched)
+    state = model.new_state(2)
+    assert torch.equal(model(x[:, :9], state=state), model(x[:, :9]))
+    model(x[:, 9:10], state=state)
+    assert masked == [False] * 6 + [True] * 3
 
 
 def test_bytes(config):
