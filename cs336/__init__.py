@@ -11,6 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {"enable": "cs336.backend", "disable": "cs336.backend", "deterministic": "cs336.ops.registry"}
+_HOME |= dict.fromkeys(
+    (
+        f"flash_attn_{kind}func"
+        for kind in ("", "qkvpacked_", "kvpacked_", "varlen_", "varlen_qkvpacked_", "varlen_kvpacked_")
+    ),
+    "cs336.flash_attn",
+)
 __all__ = ["__version__", *_HOME]
 
 

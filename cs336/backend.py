@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336 import ops
+from cs336.ops import sdpa
 
 _ORIGINAL: dict[str, Callable] = {}
 _depth = 0
@@ -68,7 +69,11 @@ def _layer_norm(original, input, normalized_shape, weight=None, bias=None, eps=1
     return ops.layer_norm(input, weight, bias, eps)
 
 
-REPLACEMENTS: dict[str, Callable] = {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
+REPLACEMENTS: dict[str, Callable] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "scaled_dot_product_attention": sdpa.drop_in,
+}
 
 
 def enable() -> None:

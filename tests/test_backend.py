@@ -17,7 +17,7 @@ BF16 = torch.bfloat16
 def calls(monkeypatch):
     """The names of our ops that ran, in order."""
     names = []
-    for name in REPLACEMENTS:
+    for name in ("rms_norm", "layer_norm"):
         op = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: (names.append(name), op(*args))[1])
     return names

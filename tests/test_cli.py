@@ -340,6 +340,17 @@ def test_train_then_generate_then_report(data, tokenizer, capsys):
     assert [json.loads(line)["step"] for line in run.joinpath("samples.jsonl").open()] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_run_that_failed_has_a_report_that_says_why(data, tokenizer, capsys):
+    arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--optimizer.lr", "1e30", "--budget", "20steps"]
+    assert main(["train", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert "report.html" in out
+    assert "loss" in err
+    report = (data / "run" / "report.html").read_text()
+    assert "<b>Failed at step " in report
+    assert "first that is not finite" in report
+
+
 def test_generate_takes_the_model_of_most_steps(data, tokenizer, capsys):
     arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--checkpoint-interval", "2"]
     assert main(["train", *arguments]) == 0

@@ -4,7 +4,6 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -90,7 +89,7 @@ def _run(arguments: list[str]) -> int:
     )
 
 
-def _named(make: Callable) -> Run:
+def _named(make: Make) -> Run:
     """In the list of verbs: the first line of its description."""
 
     def run() -> None:
@@ -100,21 +99,11 @@ def _named(make: Callable) -> Run:
     return run
 
 
-def _described(make: Callable[[list[str]], Run], rest: list[str]) -> Run:
+def _described(make: Make, rest: list[str]) -> Run:
     """The verb itself: its description, then that of its arguments."""
     run = make(rest)
     run.__doc__ = inspect.cleandoc(make.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
     return run
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option that decides what the others are."""
-    for i, word in enumerate(arguments):
-        if word == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
 
 
 def _sentence(error: Exception) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cs336.inference.sampling import SamplingParams, Uniforms, sample
-from cs336.inference.text import TextStream
 from cs336.models import DecodingState, Transformer
+from cs336.tokenizer.text_stream import TextStream
 from cs336.utils import nvtx
 from cs336.utils.special_tokens import END_OF_TEXT
 

@@ -1,19 +1,24 @@
 """Attention.  o = softmax(scale * q k^T + mask) v                        Vaswani et al. 2017, arXiv:1706.03762
 
 Grouped queries (arXiv:2305.13245) share a key-value head; a soft-cap c (arXiv:2408.00118) replaces each score s by
-c * tanh(s / c) before the mask. FLOPs where E = D: forward 4 B Hq S T D, backward 10 B Hq S T D with the scores
-recomputed; causal halves both where S = T. Bytes that must move: q, k, v and o once.
+c * tanh(s / c) before the mask; ALiBi (arXiv:2108.12409) takes slope * distance off it. FLOPs where E = D: forward
+4 B Hq S T D, backward 10 B Hq S T D with the scores recomputed; causal halves both where S = T. Bytes that must move:
+q, k, v and o once.
 
 B = batch, Hq = query heads, Hkv = key-value heads, S = queries, T = keys, D = features of a head, E = of its values.
 """
 
 import functools
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention  # torch's, also where cs336.enable() has replaced it
 
 from cs336.ops import registry
+from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
+from cs336.ops.attention_raw import check_extras
+from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
 
 
@@ -24,39 +29,75 @@ def attention(
     mask: Tensor | None = None,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-) -> Tensor:
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
     """Scaled dot-product attention with grouped queries.
 
     Args:
-        q: (..., Hq, S, D) floating point; without heads (S, D).
+        q: (..., Hq, S, D) floating point; without heads (S, D). Any strides: one whose last dim is not contiguous is
+            copied, so that (B, S, H, D) storage, transposed, costs nothing.
         k: (..., Hkv, T, D) like q; Hq is a multiple of Hkv, and query head h reads key-value head h // (Hq / Hkv).
         v: (..., Hkv, T, E) like k.
         mask: broadcastable to (..., Hq, S, T): boolean, True where a query may attend, or float32 or q's dtype, added
-            to the scores. Combined with causal.
+            to the scores. Combined with causal and window.
         causal: a query sees no later key. The last query stands at the last key: S < T continues a cache.
-        scale: of the scores; 1 / sqrt(D) if None.
+        window: (left, right), how many keys before and after its own a query sees; None where it is open.
         softcap: bound of the scores' magnitude, before the mask; none if None.
+        scale: of the scores; 1 / sqrt(D) if None.
+        alibi_slopes: (Hq,) or (..., Hq) float32, without gradient: slope * |distance| is taken off the scores.
+        dropout_p: share of the probabilities that is dropped, in [0, 1), whether training or not; the draw is made
+            from torch's generator, and made again by the backward.
+        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key. Its
+            gradient is taken into account.
 
-    Returns o (..., Hq, S, E) like q. A query that may attend to nothing gives zeros.
+    Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros. The kernels'
+    gradients are differentiable once.
     Raises ValueError for shapes, dtypes or devices that do not fit.
 
-    Runs torch's scaled_dot_product_attention; the reference with a soft-cap, with a float32 mask beside 16-bit tensors
-    (torch's kernels would round it or refuse it), or where "ref" is forced.
+    On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
+    scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
+    (softcap, ALiBi, our dropout, lse, a float32 mask beside 16-bit tensors). Autocast casts as it does for torch's.
     """
+    q, k, v = autocast(q, k, v)
+    left, right = limits(window)
     _check(q, k, v, softcap, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = q.shape[:-3]
     mask = None if mask is None else _four_dims(mask, lead)
-    if q.dim() != 4:
-        q_BHSD, k_BHTD, v_BHTE = (_four_dims(x, lead) for x in (q, k, v))
-        o_BHSE = attention(q_BHSD, k_BHTD, v_BHTE, mask, causal=causal, scale=scale, softcap=softcap)
-        return o_BHSE.view(*q.shape[:-1], v.shape[-1])
-    wide_mask = mask is not None and mask.dtype not in (torch.bool, q.dtype)
-    if softcap is not None or wide_mask or registry.forced() == "ref":
-        return ref.fwd(q, k, v, causal, scale, softcap, mask)
-    return _torchs(q, k, v, causal, scale, mask)
+    q_BHSD, k_BHTD, v_BHTE = (q, k, v) if q.dim() == 4 else (_four_dims(x, lead) for x in (q, k, v))
+    extras: tuple = ()
+    if alibi_slopes is not None or dropout_p != 0:
+        slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, alibi_slopes.shape[-1]).squeeze(0)
+        extras = slopes, dropout_p, new_seed(q.device) if dropout_p else None
+        check_extras(q_BHSD, None, *extras)
+    options = scale, causal, left, right, softcap or 0.0
+    if extras:
+        name, args = "attention_general", (q_BHSD, k_BHTD, v_BHTE, None, None, 0, 0, *options, *extras)
+    else:
+        name, args = "attention", (q_BHSD, k_BHTD, v_BHTE, *options)
+    lse_BHS = None
+    if mask is not None and registry.forced() in ("native", "triton"):
+        raise NotImplementedError(f"attention has no {registry.forced()} kernel for a mask: torch's and ref take one")
+    if mask is None and has_kernel(f"{name}_fwd", *args):
+        o_BHSE, lse_BHS = attend(name, *args)
+    elif (
+        softcap is None
+        and not extras
+        and not return_lse
+        and registry.forced() is None
+        and (mask is None or mask.dtype in (torch.bool, q.dtype))
+    ):
+        o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)
+    else:
+        slopes, p, seed = extras or (None, 0.0, None)
+        o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, slopes, p, seed, mask)
+    o = o_BHSE if q.dim() == 4 else o_BHSE.reshape(*q.shape[:-1], v.shape[-1])
+    return (o, lse_BHS.view(q.shape[:-1])) if return_lse and lse_BHS is not None else o
 
 
 def _four_dims(x: Tensor, lead: torch.Size) -> Tensor:
@@ -66,13 +107,22 @@ def _four_dims(x: Tensor, lead: torch.Size) -> Tensor:
     return x.expand(*lead, *x.shape[-3:]).flatten(0, -4)
 
 
-def _torchs(q_BHSD: Tensor, k_BHTD: Tensor, v_BHTE: Tensor, causal: bool, scale: float, mask: Tensor | None) -> Tensor:
+def _torchs(
+    q_BHSD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTE: Tensor,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    mask: Tensor | None,
+) -> Tensor:
     S, T = q_BHSD.shape[2], k_BHTD.shape[2]
     gqa = not q_BHSD.shape[1] == k_BHTD.shape[1]  # noqa: SIM201 (under torch.compile != gives a symbol, not a bool)
-    attend = functools.partial(F.scaled_dot_product_attention, q_BHSD, k_BHTD, v_BHTE, scale=scale, enable_gqa=gqa)
-    if causal and mask is None and S == T:
+    attend = functools.partial(scaled_dot_product_attention, q_BHSD, k_BHTD, v_BHTE, scale=scale, enable_gqa=gqa)
+    if causal and mask is None and S == T and left < 0:
         return attend(is_causal=True)
-    allowed = ref.visible(S, T, causal, mask, q_BHSD.device)
+    allowed = ref.visible(S, T, causal, left, right, mask, q_BHSD.device)
     bias = allowed
     if mask is not None and mask.dtype != torch.bool and allowed is not None:
         bias = mask.masked_fill(~allowed, -torch.inf)

@@ -1,6 +1,5 @@
 """Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
 
-import codecs
 import hashlib
 import operator
 import os
@@ -17,6 +16,7 @@ from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
 from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_specials
 from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.text_stream import TextStream
 from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
 from cs336.utils.shards import META, SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
@@ -319,10 +319,8 @@ class Tokenizer:
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
-        found = (
-            read_meta(directory).tokenizer if (Path(directory) / META).exists() and not replace else self.fingerprint
-        )
-        if found != self.fingerprint:
+        is_held = (Path(directory) / META).exists() and not replace
+        if is_held and (found := read_meta(directory).tokenizer) != self.fingerprint:
             raise ValueError(
                 f"{directory} holds shards of another tokenizer, {found[:12]}, and this one is "
                 f"{self.fingerprint[:12]}: give another directory, or replace=True"
@@ -358,11 +356,11 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        stream = TextStream(self)
         for i in ids:
-            if text := decoder.decode(self._core.decode((i,))):
+            if text := stream.push(i):
                 yield text
-        if text := decoder.decode(b"", True):
+        if text := stream.close():
             yield text
 
     def decode_with_offsets(self, ids: Iterable[int]) -> tuple[str, list[int]]:

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from attentions import definition as definition_and_lse
 from close import assert_close_to_ref
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,23 +37,8 @@ def inputs(shape, dtype, device):
     ]
 
 
-def definition(q, k, v, causal=False, scale=None, softcap=None, mask=None):
-    """Attention in q's dtype, each group of queries against its own keys."""
-    _, Hq, S, D = q.shape
-    Hkv, T = k.shape[1:3]
-    scores = torch.einsum("bhgsd,bhtd->bhgst", q.unflatten(1, (Hkv, Hq // Hkv)), k).flatten(1, 2)
-    scores = scores * (D**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype != torch.bool:
-        scores, mask = scores + mask.to(scores.dtype), mask > -torch.inf
-    sees = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-    if causal:
-        sees = sees & (torch.arange(T, device=q.device) <= torch.arange(S, device=q.device)[:, None] + T - S)
-    scores = scores.masked_fill(~sees, torch.finfo(scores.dtype).min)
-    e = torch.where(sees, torch.exp(scores - scores.detach().amax(-1, keepdim=True) if T else scores), 0)
-    p = e / e.sum(-1, keepdim=True).clamp(min=1e-30)
-    return torch.einsum("bhgst,bhtd->bhgsd", p.unflatten(1, (Hkv, Hq // Hkv)), v).flatten(1, 2)
+def definition(*args, **options):
+    return definition_and_lse(*args, **options)[0]
 
 
 def check(leaves, **options):
@@ -80,8 +66,11 @@ def test_against_the_definition(forced, device, shape, causal, dtype):
     check(inputs(shape, dtype, device), causal=causal)
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 1.5}, {"softcap": 2.0, "scale": 1.0}])
-def test_scale_and_softcap(forced, device, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": 0.3}, {"softcap": 1.5}, {"softcap": 2.0, "scale": 1.0}, {"window": (2, 5)}, {"window": (3, None)}],
+)
+def test_scale_softcap_and_window(forced, device, options):
     check(inputs((2, 4, 2, 9, 13, 8), F32, device), causal=True, **options)
 
 
@@ -181,9 +170,9 @@ def test_strided_inputs(forced, device):
     torch.testing.assert_close(ops.attention(q, k, v), ops.attention(*(t.contiguous() for t in (q, k, v))))
 
 
-def test_uses_torchs_kernels(device):
+def test_uses_torchs_kernels_on_a_cpu():
     """With every kernel of torch's but one forbidden, that one runs; the reference would not notice."""
-    q, k, v = (t.detach() for t in inputs((1, 2, 2, 4, 4, 8), F32, device))
+    q, k, v = (t.detach() for t in inputs((1, 2, 2, 4, 4, 8), F32, "cpu"))
     with sdpa_kernel(SDPBackend.OVERRIDEABLE), pytest.raises(RuntimeError):
         ops.attention(q, k, v)
     with sdpa_kernel(SDPBackend.OVERRIDEABLE), registry.use("ref"):
@@ -231,6 +220,11 @@ KV = torch.zeros(2, 2, 5, 8)
         ({"k": KV.bfloat16()}, "k must be torch.float32"),
         ({"v": KV.to("meta")}, "v must be torch.float32 on cpu"),
         ({"softcap": 0.0}, "softcap must be positive"),
+        ({"window": (-2, 3)}, "window's left must be at least 0, or None .* got -2"),
+        ({"window": (3, -1)}, "window's right must be at least 0"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \(4,\) or \(2, 4\) torch.float32"),
+        ({"alibi_slopes": torch.ones(4).double()}, "alibi_slopes must be"),
         ({"mask": torch.ones(3, 5).double()}, "mask must be bool .* got torch.float64"),
         ({"mask": torch.ones(3, 5, dtype=torch.long)}, "mask must be bool"),
         ({"mask": torch.ones(3, 5, device="meta")}, "on cpu, got torch.float32 on meta"),

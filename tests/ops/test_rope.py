@@ -85,9 +85,9 @@ X, C = torch.zeros(2, 5, 8), torch.zeros(5, 4)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((X[..., :7], C, C), "D even"),
+        ((X[..., :7], C, C), r"2 P <= 7"),
         ((X.int(), C, C), "floating point"),
-        ((X, C[:, :3], C[:, :3]), r"cos must be \(\.\.\., 4\)"),
+        ((X, torch.zeros(5, 5), torch.zeros(5, 5)), r"cos must be \(\.\.\., P\) with 2 P <= 8"),
         ((X, C[:4], C[:4]), r"to fit x \(2, 5, 8\), got \(4, 4\)"),
         ((X, C.expand(3, 2, 5, 4), C.expand(3, 2, 5, 4)), "cos must be"),
         ((X, C, C[:1]), "sin must have cos's shape"),

@@ -96,6 +96,15 @@ def test_what_is_kept_is_set_aside_and_never_removed(job):
     assert "seed 0 -> 5" in job.printed
 
 
+def test_a_record_of_the_first_release_loses_nothing(job):
+    job.run()
+    first = (job.directory / "model.txt").read_text()
+    old = {name: {"fingerprint": "0123", "seconds": 1.0, "summary": "s"} for name in ("upper", "model", "page")}
+    (job.directory / RECORD).write_text(json.dumps(old))
+    assert job.run() == ["upper", "model", "page"]
+    assert (job.directory / ASIDE / "model-1" / "model.txt").read_text() == first
+
+
 def test_a_stopped_stage_goes_on(job):
     job.stop = True
     with pytest.raises(Interrupted):

@@ -1,13 +1,30 @@
-"""Rotary embedding in plain torch, fp32 inside, any device."""
+"""Rotary embedding in plain torch, fp32 inside (fp64 for float64), any device."""
 
 import torch
 from torch import Tensor
 
 
 def fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (..., D); cos and sin (..., P) broadcast. The first 2 P features turn, the others are copied."""
+    pairs = cos.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if interleaved:
-        x1, x2 = wide[..., 0::2], wide[..., 1::2]
-        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2).to(x.dtype)
-    x1, x2 = wide.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+        x1, x2 = wide[..., 0 : 2 * pairs : 2], wide[..., 1 : 2 * pairs : 2]
+        y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+    else:
+        x1, x2 = wide[..., :pairs], wide[..., pairs : 2 * pairs]
+        y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    return torch.cat((y.to(x.dtype), x[..., 2 * pairs :]), -1) if 2 * pairs < x.shape[-1] else y.to(x.dtype)
+
+
+def at(table: Tensor, positions: Tensor | None) -> Tensor:
+    """The rows of a table (L, P) at positions (1 or B, S), or a table (1 or B, S, P): (1 or B, 1, S, P)."""
+    return (table if positions is None else table[positions])[:, None]
+
+
+def many(
+    xs: list[Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> list[Tensor]:
+    """Each x (B, H, S, D); inverse turns back."""
+    cos, sin = at(cos, positions), at(sin, positions)
+    return [torch.empty_like(x).copy_(fwd(x, cos, -sin if inverse else sin, interleaved)) for x in xs]

@@ -1,0 +1,243 @@
+"""torch.compile(model, backend="cs336"): norms, attention and rotary positions of a plain model become ours.
+
+What Dynamo captured is searched for these patterns, whoever wrote them, and the rest goes to inductor:
+
+    attention   F.scaled_dot_product_attention, where ops/sdpa.py takes its arguments
+    layer_norm  F.layer_norm over the last dim, with a weight
+    rms_norm    F.rms_norm with a weight, or  w * (x * rsqrt(mean(x^2) + eps))  spelt out, as transformers does
+    rope        x * cos + rotate_half(x) * sin, where cos and sin repeat their halves
+"""
+
+import logging
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from cs336 import ops
+from cs336.ops import sdpa
+
+log = logging.getLogger(__name__)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cs336(graph_module: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None):
+    """The backend: `replace`, then inductor, with torch.compile's own mode and options."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    log.info("cs336 replaced %s", dict(replace(graph_module)))
+    patches = (list_mode_options(mode) if mode is not None else {}) | (options or {})
+    return compile_fx(graph_module, example_inputs, config_patches=patches or None)
+
+
+def replace(graph_module: GraphModule) -> Counter:
+    """Put our ops in place of the patterns, in place. Returns how many of each were found."""
+    counts: Counter = Counter()
+    for node in list(graph_module.graph.nodes):
+        for name, match in PATTERNS.items():
+            found = match(node)
+            if found is None:
+                continue
+            function, args, kwargs = found
+            with graph_module.graph.inserting_before(node):
+                new = graph_module.graph.call_function(function, args, kwargs)
+            new.meta = {k: v for k, v in node.meta.items() if k != "source_fn_stack"}
+            node.replace_all_uses_with(new)
+            graph_module.graph.erase_node(node)
+            counts[name] += 1
+            break
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return counts
+
+
+# ---- patterns: what a node shall become, (function, args, kwargs), or None ----
+
+
+def _attention(node: Node):
+    if node.target is not F.scaled_dot_product_attention:
+        return None
+    values = [_value(a) for a in node.args], {k: _value(v) for k, v in node.kwargs.items()}
+    return (sdpa.sdpa, node.args, dict(node.kwargs)) if sdpa.takes(*values[0], **values[1]) else None
+
+
+def _layer_norm(node: Node):
+    if node.target is not F.layer_norm:
+        return None
+    x, shape, weight, bias, eps = _arguments(node, "input normalized_shape weight bias eps", (None, None, 1e-5))
+    return (ops.layer_norm, (x, weight, bias, eps), {}) if _fits(node, x, weight, bias, shape) else None
+
+
+def _rms_norm(node: Node):
+    if node.target not in (F.rms_norm, torch.rms_norm):
+        return _spelt_rms_norm(node)
+    x, shape, weight, eps = _arguments(node, "input normalized_shape weight eps", (None, None))
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    return (ops.rms_norm, (x, weight, eps), {}) if _fits(node, x, weight, None, shape) else None
+
+
+def _spelt_rms_norm(node: Node):
+    """weight * (wide * rsqrt(wide.pow(2).mean(-1, keepdim) + eps)).to(dtype)   where wide = x.to(float32)"""
+    for weight, normed in _both_ways(node, operator.mul):
+        for wide, scale in _both_ways(_uncast(normed), operator.mul):
+            if not _calls(scale, torch.rsqrt):
+                continue
+            for mean, eps in _both_ways(scale.args[0], operator.add):
+                if not (isinstance(eps, float) and _is_mean_of_square(mean, wide)):
+                    continue
+                x = _uncast(wide)
+                if _fits(node, x, weight, None, _value(x).shape[-1:]):
+                    return ops.rms_norm, (x, weight, eps), {}
+    return None
+
+
+def _rope(node: Node):
+    for left, right in _both_ways(node, operator.add):
+        for x, cos in _both_ways(left, operator.mul):
+            for half_turned, sin in _both_ways(right, operator.mul):
+                if _is_half_turned(half_turned, x) and _repeats_halves(cos) and _repeats_halves(sin):
+                    tables = _value(cos), _value(sin)
+                    same = tables[0].shape == tables[1].shape and tables[0].shape[-1] == _value(x).shape[-1]
+                    if same and _value(x).dtype in FLOATS and _value(node).dtype == _value(x).dtype:
+                        return _turn, (x, cos, sin), {}
+    return None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """cos and sin (..., D) hold each angle twice."""
+    pairs = x.shape[-1] // 2
+    return ops.rope(x, cos[..., :pairs].float(), sin[..., :pairs].float())
+
+
+PATTERNS: dict[str, Callable] = {
+    "attention": _attention,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+}
+
+
+# ---- reading a graph ----
+
+
+def _value(x):
+    """The fake tensor that stands for a node, or a constant."""
+    return x.meta.get("example_value") if isinstance(x, Node) else x
+
+
+def _calls(node, *functions: Callable) -> bool:
+    """Whether node calls one of the functions, or the method of that name."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_method":
+        return node.target in {f.__name__ for f in functions}
+    return node.op == "call_function" and node.target in functions
+
+
+def _arguments(node: Node, names: str, defaults: tuple) -> list:
+    """The call's arguments by name: the trailing ones have defaults."""
+    values = dict(zip(names.split(), node.args, strict=False)) | node.kwargs
+    required = len(names.split()) - len(defaults)
+    filled = dict(zip(names.split()[required:], defaults, strict=True)) | values
+    return [filled[name] for name in names.split()]
+
+
+_TORCHS: dict[Callable, Callable] = {operator.mul: torch.mul, operator.add: torch.add}
+
+
+def _both_ways(node, function: Callable) -> Iterator[tuple]:
+    """The two operands of a sum or product, in either order."""
+    if _calls(node, function, _TORCHS[function]) and len(node.args) == 2 and not node.kwargs:
+        yield node.args
+        yield node.args[::-1]
+
+
+def _uncast(node):
+    """What node is a cast of, or node."""
+    while _calls(node, torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as):
+        node = node.args[0]
+    return node
+
+
+def _fits(node: Node, x, weight, bias, shape) -> bool:
+    """Whether our norms take these, and give the dtype that node has, also under autocast."""
+    x, weight, bias = _value(x), _value(weight), _value(bias)
+    return (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and x.dim() > 0
+        and x.dtype in FLOATS
+        and _value(node).dtype == x.dtype
+        and weight.dtype in (x.dtype, torch.float32)
+        and tuple(shape) == tuple(x.shape[-1:]) == tuple(weight.shape)
+        and weight.device == x.device
+        and (bias is None or (bias.shape == weight.shape and bias.dtype == weight.dtype))
+    )
+
+
+def _is_mean_of_square(mean, of) -> bool:
+    """mean(of^2, -1, keepdim=True)"""
+    if not _calls(mean, torch.mean):
+        return False
+    square, dim, keepdim = _arguments(mean, "input dim keepdim", (None, False))
+    if not (keepdim is True and dim in (-1, [-1], (-1,))):
+        return False
+    if _calls(square, torch.square):
+        return square.args[0] is of
+    if _calls(square, torch.pow, operator.pow):
+        return square.args[0] is of and square.args[1] == 2
+    return any(a is of and b is of for a, b in _both_ways(square, operator.mul))
+
+
+def _is_half_turned(node, x) -> bool:
+    """cat((-x[..., D / 2:], x[..., :D / 2]), -1)"""
+    if not (_calls(node, torch.cat) and isinstance(x, Node) and _value(x) is not None):
+        return False
+    parts, dim = _arguments(node, "tensors dim", (0,))
+    half = _value(x).shape[-1] // 2
+    if dim not in (-1, _value(x).dim() - 1) or len(parts) != 2 or 2 * half != _value(x).shape[-1]:
+        return False
+    negated, first = parts
+    if not (_calls(negated, operator.neg, torch.neg) and _calls(first, operator.getitem)):
+        return False
+    second = negated.args[0]
+    return (
+        _calls(second, operator.getitem)
+        and second.args[0] is x
+        and first.args[0] is x
+        and _last(second.args[1]) == slice(half, None, None)
+        and _last(first.args[1]) == slice(None, half, None)
+    )
+
+
+def _last(index):
+    """The slice of the last dim, where an index leaves all other dims alone."""
+    whole = isinstance(index, tuple) and index[0] is Ellipsis and len(index) == 2
+    return index[-1] if whole else None
+
+
+def _repeats_halves(table) -> bool:
+    """Whether a table (..., D) is cat((a, a), -1) in what is done to it element by element."""
+    seen = 0
+    while isinstance(table, Node) and seen < 16:
+        seen += 1
+        if _calls(table, torch.cat):
+            parts, dim = _arguments(table, "tensors dim", (0,))
+            return dim in (-1, _value(table).dim() - 1) and len(parts) == 2 and parts[0] is parts[1]
+        if _calls(table, operator.mul, torch.mul):
+            table, other = table.args
+            if not isinstance(other, int | float):
+                return False
+        elif _calls(table, torch.cos, torch.sin, torch.Tensor.to, torch.Tensor.float, torch.unsqueeze):
+            at = table.args[1] if _calls(table, torch.unsqueeze) else 0
+            if _calls(table, torch.unsqueeze) and at in (-1, _value(table).dim() - 1):
+                return False
+            table = table.args[0]
+        else:
+            return False
+    return False

@@ -1,0 +1,79 @@
+"""One autograd.Function over the raw ops of attention_raw.py. Saved: q, k, v, o, lse, and what is small."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
+from cs336.ops import registry
+from cs336.ops.dispatch import rows, run
+
+NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  # before `deterministic` in the backward
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, deterministic, q, k, v, *rest):
+        o, lse = run(f"{name}_fwd", q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
+        ctx.set_materialize_grads(False)
+        ctx.name, ctx.deterministic, ctx.rest = (
+            name,
+            deterministic,
+            [None if isinstance(x, Tensor) else x for x in rest],
+        )
+        ctx.tensors = [n for n, x in enumerate(rest) if isinstance(x, Tensor)]
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant do pass
+            raise RuntimeError(
+                "attention is differentiable once: create_graph=True needs torch's scaled_dot_product_attention"
+            )
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
+        rest = list(ctx.rest)
+        for n, x in zip(ctx.tensors, tensors, strict=True):
+            rest[n] = x
+        rest.insert(NUM_OPTIONS[ctx.name], ctx.deterministic or registry.is_deterministic())
+        if do is None:
+            do = torch.zeros_like(o)
+        do, dlse = rows(do), None if dlse is None else dlse.contiguous()
+        dq, dk, dv = run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
+        return None, None, dq, dk, dv, *(None for _ in ctx.rest)
+
+
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+    """o and lse of `name`_fwd for these arguments, differentiable once; deterministic whether torch is or not."""
+    q, k, v = rows(q), rows(k), rows(v)
+    if torch.compiler.is_compiling():  # which takes no tensor twice: q is k, or both cu_seqlens are one
+        k, v, *rest = (x.view_as(x) if isinstance(x, Tensor) else x for x in (k, v, *rest))
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
+        return _Attention.apply(name, deterministic, q, k, v, *rest)
+    return run(f"{name}_fwd", q, k, v, *rest)
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Drawn from torch's generator of the device, without waiting for it: replayed by graphs and checkpoints."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """A window as raw ops have it: -1 where it is open."""
+    if window is None:
+        return -1, -1
+    left, right = window
+    for side, value in (("left", left), ("right", right)):
+        if value is not None and value < 0:
+            raise ValueError(f"window's {side} must be at least 0, or None where it is open, got {value}")
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as torch's attention has them."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

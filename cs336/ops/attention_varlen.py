@@ -1,0 +1,69 @@
+"""Attention of packed sequences, each to itself: no padding, no mask. ops/attention.py has the formula.
+
+Tq, Tk = tokens of all sequences, N = sequences, Hq, Hkv = heads, D = features of a head, E = of its values.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Scaled dot-product attention inside each sequence of a pack.
+
+    Args:
+        q: (Tq, Hq, D) floating point; strides as in `attention`.
+        k: (Tk, Hkv, D) like q.
+        v: (Tk, Hkv, E) like k.
+        cu_seqlens_q: (N + 1,) int32 on q's device, from 0 to Tq: sequence n has the queries from cu_seqlens_q[n] to
+            cu_seqlens_q[n + 1], and may be empty.
+        cu_seqlens_k: the same of the keys, to Tk; cu_seqlens_q if None.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; looked up if None, for which the host waits.
+        causal, window, softcap, scale, dropout_p: as in `attention`, at each sequence's own ends.
+        alibi_slopes: (Hq,) or (N, Hq) float32.
+        return_lse: return the scores' log-sum-exp too: (Hq, Tq) float32.
+
+    Returns o (Tq, Hq, E) like q, or (o, lse). A query without keys gives zeros. Differentiable once.
+    Raises ValueError for arguments that do not fit. What cu_seqlens hold is checked on a CPU; on a GPU, where looking
+    would make the host wait, the kernels stay inside the tensors, and the results of wrong ones are undefined.
+    """
+    q, k, v = autocast(q, k, v)
+    left, right = limits(window)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+    max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+    packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    options = q.shape[-1] ** -0.5 if scale is None else scale, causal, left, right, softcap or 0.0
+    if alibi_slopes is None and dropout_p == 0:
+        o, lse = attend("attention_varlen", q, k, v, *packing, *options)
+    else:
+        extras = alibi_slopes, dropout_p, new_seed(q.device) if dropout_p else None
+        o, lse = attend("attention_general", q, k, v, *packing, *options, *extras)
+    return (o, lse) if return_lse else o
+
+
+def _longest(cu_seqlens: Tensor) -> int:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        return 0
+    return int(torch.diff(cu_seqlens).max())

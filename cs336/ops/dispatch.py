@@ -1,0 +1,28 @@
+"""What ops that have kernels on a GPU alone share: on a CPU they run their reference, unless a variant is forced."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cs336.ops import registry
+
+
+def run(name: str, *args: Any) -> Any:
+    """registry.call; on a CPU Triton's interpreter, which is for tests, must be forced."""
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    if first.is_cuda or registry.forced() is not None:
+        return registry.call(name, *args)
+    return registry.OPS[name].overloads["ref"](*args)
+
+
+def has_kernel(name: str, *args: Any) -> bool:
+    """Whether `run` would take a kernel: a forced variant that is one, or a compiled one that accepts the arguments."""
+    if registry.forced() is not None:
+        return registry.forced() != "ref"
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return first.is_cuda and any(registry.why_not(name, v, *args) is None for v in ("triton", "native"))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its last dim contiguous; copies only where it is not."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

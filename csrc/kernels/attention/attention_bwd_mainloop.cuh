@@ -1,0 +1,493 @@
+// The backward's inner loop. With P = exp(scale Q K^T - lse), delta = rowsum(O dO) and dS = P (dO V^T - delta):
+//     dV = P^T dO,   dK = scale dS^T Q,   dQ = scale dS K.
+//
+// A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share
+// the keys. Blocks that start together go down from the last tile side by side, and end one after the other where their
+// keys are; those that start then go up, and meet. So what they read and add to stays in L2. A producer thread streams
+// Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys
+// down, queries across): P^T and dS^T are then, where they are computed, register operands of the products for dV and
+// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the
+// copy engine add dQ to sums in fp32.
+//
+//   a warpgroup   dS | store dS |        | stage dQ | P of the next tile |
+//   its products  dV .......... | dK ... dQ ... S of the next . dP of the next ..
+#pragma once
+#include "kernels/attention/mask.cuh"
+#include "kernels/attention/softmax.cuh"
+#include "kernels/attention/tiles.cuh"
+
+namespace cs336::attention {
+
+using namespace hopper;
+
+// The key tile that a block works on, as its producer announces it.
+struct BwdWork {
+  Sequence sequence;
+  int key0;
+  int kv_head;      // -1: there is no more work
+  int first, last;  // query tiles [first, last) see some of the keys
+  int direction;    // of the walk over them: 1 up, -1 down
+
+  __device__ __forceinline__ int first_tile() const { return direction > 0 ? first : last - 1; }
+  __device__ __forceinline__ int steps(int group) const { return (last - first) * group; }
+  __device__ __forceinline__ int tile(int step, int group) const { return first_tile() + direction * (step / group); }
+  __device__ __forceinline__ int head(int step, int group) const { return kv_head * group + step % group; }
+};
+
+template <typename T_, int kHeadDim_, int kQueries_, int kKeys_, Mask kMask_, bool kCap_>
+struct BwdTile {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kQueries = kQueries_, kKeys = kKeys_;
+  static constexpr Mask kMask = kMask_;
+  static constexpr bool kCap = kCap_;
+  // Registers allow to start the next scores before dQ is there, and to keep P in fp32 until dS.
+  static constexpr bool kAhead = kQueries == 64 && !kCap;
+  static constexpr int kGroups = 2;  // consumer warpgroups, 64 keys each
+  static constexpr int kStages = 2;  // query tiles in flight
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = kQueries == 64 || kCap ? 24 : 40;
+  static constexpr int kConsumerRegisters = kQueries == 64 || kCap ? 240 : 232;
+  static constexpr int kPanels = num_panels(kHeadDim);
+  static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
+  static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
+  static constexpr int kRowFloats = 2 * kQueries;  // lse and delta of a query tile
+  // dQ of a tile is computed in pieces of 64 rows and 64 columns, one per warpgroup, which divide the columns of a tile
+  // of 64 queries, else the rows.
+  static constexpr int kPiece = 64 * 64;
+  static constexpr bool kSplitColumns = kQueries == 64;
+  static_assert(kKeys == 64 * kGroups && kQueries * kHeadDim == kGroups * kPiece);
+
+  struct Shared {
+    alignas(1024) T k[kK];
+    alignas(1024) T v[kK];
+    alignas(1024) T q[kStages][kQ];
+    alignas(1024) T dout[kStages][kQ];
+    alignas(1024) T ds[2][kQueries * kKeys];  // rows are queries; panel g holds the keys of warpgroup g
+    alignas(1024) float dq[kGroups][kPiece];  // in the order of the registers
+    alignas(1024) float rows[kStages][kRowFloats];
+    uint64_t k_full, v_full, kv_empty;
+    uint64_t q_full[kStages], dout_full[kStages], q_empty[kStages];
+    uint64_t ds_full[2];
+    uint64_t dq_full[kGroups], dq_empty[kGroups];
+    uint64_t work_full[2], work_empty[2];
+    BwdWork work[2];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
+};
+
+struct BwdArgs {
+  CUtensorMap q, k, v, dout, dk, dv;
+  Sequences sequences;
+  Window window;
+  TileOrder order;     // of key tiles
+  const float* rows;   // per query tile: -lse log2(e) of its rows (minus infinity: no weight), then delta
+  float* dq;           // per query tile: two pieces; zero before, where there are no turns
+  int* turns;          // per query tile and piece: how many key tiles have added to it; null: they add in any order
+  int* counter;        // draws tiles; zero before the launch
+  int q_heads, group;  // query heads, and how many share keys
+  int query_tiles;     // of one head: of a sequence, or of all packed ones
+  float cap_factor;    // of the scores in tanh
+  float scale;         // of dK
+  float scale_log2;    // of the scores (with a cap: of the tanh) times log2(e)
+};
+
+// The place of a query tile among all tiles of all heads.
+template <class Tile>
+__device__ __forceinline__ int64_t query_tile(const BwdArgs& a, const Sequence& s, int head, int tile) {
+  const int first = a.sequences.cu_q ? s.q_start / Tile::kQueries + s.index : 0;
+  return (int64_t(a.sequences.cu_q ? 0 : s.index) * a.q_heads + head) * a.query_tiles + first + tile;
+}
+
+template <class Tile>
+__device__ __forceinline__ BwdWork bwd_work(const BwdArgs& a, int index) {
+  const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.group, Tile::kKeys);
+  if (tile.rows.sequence < 0) return {.kv_head = -1};
+  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0, -1};
+  const Sequence& s = w.sequence;
+  const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
+  int begin = 0, end = s.q_length;  // queries that see some of the keys
+  if (Tile::kMask != Mask::kNone) begin = max(0, w.key0 - s.offset() - a.window.right);
+  if (Tile::kMask == Mask::kWindow) end = min(end, last_key - s.offset() + a.window.left + 1);
+  w.first = begin / Tile::kQueries;
+  w.last = begin < end ? (end + Tile::kQueries - 1) / Tile::kQueries : w.first;
+  return w;
+}
+
+// How many key tiles add to a query tile before this one does: those with smaller keys.
+template <class Tile>
+__device__ __forceinline__ int turn_of(const BwdArgs& a, const BwdWork& w, int tile) {
+  const int first_key = a.window.begin<Tile::kMask>(w.sequence, tile * Tile::kQueries);
+  return w.key0 / Tile::kKeys - first_key / Tile::kKeys;
+}
+
+// ---- producer ----
+
+template <class Tile>
+__device__ __forceinline__ void load_rows(const CUtensorMap& map, typename Tile::T* to, int num_rows, uint64_t* full,
+                                          int row, int head, const Rows& rows) {
+#pragma unroll
+  for (int p = 0; p < Tile::kPanels; p++)
+    copy_in(&map, to + p * (num_rows * kPanel), full, p * kPanel, row + rows.shift, head, rows.c3, rows.c4);
+}
+
+template <class Tile>
+__device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Shared& shared) {
+  prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
+  prefetch_map(&a.dk), prefetch_map(&a.dv);
+  int count = 0;  // query tiles loaded
+  for (int round = 0;; round++) {
+    BwdWork& w = shared.work[round % 2];
+    barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
+    w.kv_head = -1;
+    while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
+      const int index = atomicAdd(a.counter, 1);
+      if (index >= a.order.count()) break;
+      w = bwd_work<Tile>(a, index);
+    }
+    if (!a.turns && round % 2) w.direction = 1;  // turns are in the order in which blocks that go down arrive
+    barrier_arrive(&shared.work_full[round % 2]);
+    if (w.kv_head < 0) break;
+
+    barrier_wait(&shared.kv_empty, (round & 1) ^ 1);
+    barrier_arrive_expect(&shared.k_full, Tile::kKBytes);
+    load_rows<Tile>(a.k, shared.k, Tile::kKeys, &shared.k_full, w.key0, w.kv_head, a.sequences.k_rows(w.sequence));
+    barrier_arrive_expect(&shared.v_full, Tile::kKBytes);
+    load_rows<Tile>(a.v, shared.v, Tile::kKeys, &shared.v_full, w.key0, w.kv_head, a.sequences.k_rows(w.sequence));
+#pragma unroll 1  // few registers
+    for (int i = 0; i < w.steps(a.group); i++, count++) {
+      const int tile = w.tile(i, a.group), head = w.head(i, a.group), stage = count % Tile::kStages;
+      const Rows rows = a.sequences.q_rows(w.sequence);
+      barrier_wait(&shared.q_empty[stage], (count / Tile::kStages & 1) ^ 1);
+      barrier_arrive_expect(&shared.q_full[stage], Tile::kQBytes + Tile::kRowFloats * 4);
+      load_rows<Tile>(a.q, shared.q[stage], Tile::kQueries, &shared.q_full[stage], tile * Tile::kQueries, head, rows);
+      bulk_in(shared.rows[stage], a.rows + query_tile<Tile>(a, w.sequence, head, tile) * Tile::kRowFloats,
+              Tile::kRowFloats * 4, &shared.q_full[stage]);
+      barrier_arrive_expect(&shared.dout_full[stage], Tile::kQBytes);
+      load_rows<Tile>(a.dout, shared.dout[stage], Tile::kQueries, &shared.dout_full[stage], tile * Tile::kQueries, head,
+                      rows);
+    }
+  }
+}
+
+// ---- writer: adds what a warpgroup has staged of dQ ----
+
+__device__ __forceinline__ void await_turn(const int* turns, int turn) {
+  int done;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(done) : "l"(turns) : "memory");
+  } while (done != turn);
+}
+__device__ __forceinline__ void pass_turn(int* turns) {
+  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+template <class Tile>
+__device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Shared& shared, int group) {
+  uint32_t parity = 0;
+  for (int round = 0;; round++) {
+    const BwdWork& w = shared.work[round % 2];
+    barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
+    if (w.kv_head < 0) break;
+#pragma unroll 1  // few registers
+    for (int i = 0; i < w.steps(a.group); i++, parity ^= 1) {
+      const int tile = w.tile(i, a.group), head = w.head(i, a.group);
+      const int64_t piece = query_tile<Tile>(a, w.sequence, head, tile) * Tile::kGroups + group;
+      barrier_wait(&shared.dq_full[group], parity);
+      const int turn = a.turns ? turn_of<Tile>(a, w, tile) : -1;
+      if (turn > 0) await_turn(a.turns + piece, turn);
+      float* sums = a.dq + piece * Tile::kPiece;
+      if (turn == 0)
+        bulk_out(sums, shared.dq[group], Tile::kPiece * 4);
+      else
+        bulk_add(sums, shared.dq[group], Tile::kPiece * 4);
+      commit_out();
+      wait_out_read();
+      barrier_arrive(&shared.dq_empty[group]);
+      if (a.turns) wait_out(), pass_turn(a.turns + piece);
+    }
+    barrier_arrive(&shared.work_empty[round % 2]);
+  }
+  wait_out();
+}
+
+// ---- consumer: one warpgroup and its registers ----
+
+template <class Tile>
+struct BwdConsumer {
+  using T = typename Tile::T;
+  static constexpr int kHeadDim = Tile::kHeadDim, kQueries = Tile::kQueries, kKeys = Tile::kKeys;
+  static constexpr int kMeet = 1, kStore = 2;  // named barriers: of both warpgroups; one per warpgroup
+  // Of descriptors: a panel of queries and of keys, 16 rows, a stage.
+  static constexpr int kQPanel = descriptor_step(kQueries * 128), kKPanel = descriptor_step(kKeys * 128);
+  static constexpr int kRows16 = descriptor_step(16 * 128), kStage = descriptor_step(Tile::kQBytes);
+  static constexpr int kDsBytes = kQueries * kKeys * 2;
+
+  const BwdArgs& a;
+  typename Tile::Shared& shared;
+  const int group, thread, lane, warp;
+  const uint64_t k_tile, v_tile, q_tile, dout_tile;  // descriptors
+  const uint64_t ds_tile, k_rows_tile;               // of the product for this warpgroup's piece of dQ
+  const uint32_t ds_address;  // where this lane's row of the matrices that it stores begins in its panel of dS
+
+  float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  float s[kQueries / 2];                              // S^T, then P^T
+  float dp[kQueries / 2];                             // (dO V^T)^T
+  uint32_t p[kQueries / 16][4];                       // P^T, rounded
+  uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
+  int count = 0;                                      // query tiles done
+
+  __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
+      : a(a),
+        shared(shared),
+        group(group),
+        thread(threadIdx.x % 128),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x % 128 / 32),
+        k_tile(tile_descriptor(shared.k + group * (64 * kPanel), 0)),
+        v_tile(tile_descriptor(shared.v + group * (64 * kPanel), 0)),
+        q_tile(tile_descriptor(shared.q[0], kQueries * 128)),
+        dout_tile(tile_descriptor(shared.dout[0], kQueries * 128)),
+        ds_tile(tile_descriptor(shared.ds[0] + (Tile::kSplitColumns ? 0 : group * (64 * kPanel)), 0)),
+        k_rows_tile(tile_descriptor(shared.k + (Tile::kSplitColumns ? group * (kKeys * kPanel) : 0), kKeys * 128)),
+        ds_address(shared_address(shared.ds[0]) + group * (kQueries * 128) + (lane / 16 * 8 + lane % 8) * 128 +
+                   ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16) {}
+
+  // ---- products ----
+
+  // D^T = A B^T, where A holds this warpgroup's keys and B the queries.
+  __device__ __forceinline__ void start_scores(float (&d)[kQueries / 2], uint64_t keys, uint64_t queries) {
+    using Product = Wgmma<T, kQueries>;
+    const uint64_t x = opaque(keys), y = opaque(queries);
+    wgmma_fence();
+    Product::template ss_set<Along::kColumns>(d, x, y);
+#pragma unroll
+    for (int k = 1; k < kHeadDim / 16; k++)
+      Product::template ss_add<Along::kColumns>(d, x + k / 4 * kKPanel + k % 4 * descriptor_step(32),
+                                                y + k / 4 * kQPanel + k % 4 * descriptor_step(32));
+    wgmma_commit();
+  }
+
+  // d += A B, where A (keys x queries) is in registers and B holds the queries.
+  __device__ __forceinline__ void start_sum(float (&d)[kHeadDim / 2], const uint32_t (&x)[kQueries / 16][4],
+                                            uint64_t queries) {
+    const uint64_t y = opaque(queries);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; k++) Wgmma<T, kHeadDim>::template rs_add<Along::kRows>(d, x[k], y + k * kRows16);
+    wgmma_commit();
+  }
+
+  // This warpgroup's piece of dQ = dS K.
+  __device__ __forceinline__ void start_dq(float (&d)[32], int buffer) {
+    using Product = Wgmma<T, 64>;
+    const uint64_t x = opaque(ds_tile + buffer * descriptor_step(kDsBytes)), y = opaque(k_rows_tile);
+    wgmma_fence();
+    Product::template ss_set<Along::kRows>(d, x, y);
+#pragma unroll
+    for (int k = 1; k < kKeys / 16; k++)
+      Product::template ss_add<Along::kRows>(d, x + k / 4 * kQPanel + k % 4 * descriptor_step(32), y + k * kRows16);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  }
+
+  // ---- elements ----
+
+  // P from the scores, with weight 0 where a query must not see a key.
+  __device__ __forceinline__ void weigh(const BwdWork& w, int tile, int stage) {
+    if constexpr (Tile::kCap) {
+#pragma unroll
+      for (int e = 0; e < kQueries / 2; e++) s[e] = soft_capped(s[e], a.cap_factor);
+    }
+    mask(w, tile * kQueries);
+    const float2* lse = reinterpret_cast<const float2*>(shared.rows[stage]) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < kQueries / 8; j++) {
+      const float2 x = lse[4 * j];
+      float y[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        y[e] = exp2_approx(fmaf(s[4 * j + e], a.scale_log2, e % 2 ? x.y : x.x));
+        s[4 * j + e] = Tile::kCap ? fmaxf(1.f - s[4 * j + e] * s[4 * j + e], 0.f) : y[e];  // slope 0 where masked
+      }
+      if constexpr (Tile::kCap) {
+        slope[j / 2][j % 2 * 2] = pack<T>(s[4 * j], s[4 * j + 1]);
+        slope[j / 2][j % 2 * 2 + 1] = pack<T>(s[4 * j + 2], s[4 * j + 3]);
+      }
+      p[j / 2][j % 2 * 2] = pack<T>(y[0], y[1]);
+      p[j / 2][j % 2 * 2 + 1] = pack<T>(y[2], y[3]);
+    }
+  }
+
+  __device__ __forceinline__ void mask(const BwdWork& w, int row0) {
+    const Sequence& q = w.sequence;
+    const int first_key = w.key0 + 64 * group, last_key = first_key + 63;
+    const bool needed = last_key >= q.k_length ||
+                        (Tile::kMask != Mask::kNone && last_key > row0 + q.offset() + a.window.right) ||
+                        (Tile::kMask == Mask::kWindow && first_key < row0 + kQueries - 1 + q.offset() - a.window.left);
+    if (!needed) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int key = first_key + 16 * warp + lane / 4 + 8 * r;
+      const int beside = key - q.offset() - row0 - lane % 4 * 2;             // column of the query beside the key
+      int begin = Tile::kMask == Mask::kNone ? 0 : beside - a.window.right;  // columns [begin, end) see the key
+      int end = Tile::kMask == Mask::kWindow ? beside + a.window.left + 1 : kQueries;
+      if (key >= q.k_length) end = begin = kQueries;
+#pragma unroll
+      for (int e = 0; e < kQueries / 2; e++) {
+        if (e / 2 % 2 != r) continue;
+        const int column = e / 4 * 8 + e % 2;
+        if (column < begin || (Tile::kMask == Mask::kWindow && column >= end)) s[e] = -INFINITY;
+      }
+    }
+  }
+
+  // dS^T = P^T (dP^T - delta), rounded. Where registers are scarce, P comes once more from its rounded pairs.
+  __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kQueries / 16][4], int stage) {
+    const float2* delta = reinterpret_cast<const float2*>(shared.rows[stage] + kQueries) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < kQueries / 8; j++) {
+      const float2 x = delta[4 * j];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int e = 4 * j + 2 * r;
+        const float2 weight = Tile::kAhead ? make_float2(s[e], s[e + 1]) : unpack<T>(p[j / 2][j % 2 * 2 + r]);
+        float low = weight.x * (dp[e] - x.x), high = weight.y * (dp[e + 1] - x.y);
+        if constexpr (Tile::kCap) {
+          const float2 by = unpack<T>(slope[j / 2][j % 2 * 2 + r]);
+          low *= by.x, high *= by.y;
+        }
+        ds[j / 2][j % 2 * 2 + r] = pack<T>(low, high);
+      }
+    }
+  }
+
+  // ---- one query tile of one head ----
+
+  __device__ __forceinline__ void start_s() {
+    barrier_wait(&shared.q_full[count % Tile::kStages], count / Tile::kStages & 1);
+    start_scores(s, k_tile, q_tile + count % Tile::kStages * kStage);
+  }
+  __device__ __forceinline__ void start_dp() {
+    barrier_wait(&shared.dout_full[count % Tile::kStages], count / Tile::kStages & 1);
+    start_scores(dp, v_tile, dout_tile + count % Tile::kStages * kStage);
+  }
+
+  // P of the scores that were started, while the product for dP goes on.
+  __device__ __forceinline__ void finish_scores(const BwdWork& w, int tile) {
+    wgmma_wait<1>(s);
+    weigh(w, tile, count % Tile::kStages);
+    wgmma_wait<0>(dp);
+  }
+
+  // dS to shared memory, for both warpgroups. It has two buffers: once both have stored a tile, the products that read
+  // the other buffer are over.
+  __device__ __forceinline__ void store_ds(const uint32_t (&ds)[kQueries / 16][4], int buffer) {
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; k++)
+      store_matrices_transposed(ds_address + buffer * kDsBytes + k * (16 * 128), ds[k]);
+    fence_async_proxy();
+    release(&shared.ds_full[buffer]);
+  }
+
+  // The piece of dQ to where the writer takes it from.
+  __device__ __forceinline__ void stage_dq(const float (&dq)[32], uint32_t parity) {
+    barrier_wait(&shared.dq_empty[group], parity);
+    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
+#pragma unroll
+    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  }
+
+  // The tile's P and dP are there. Ends with those of the next one.
+  template <bool kNext>
+  __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
+    constexpr bool kAhead = kNext && Tile::kAhead;
+    const int stage = count % Tile::kStages, buffer = count % 2;
+    const uint32_t dq_parity = (count & 1) ^ 1, ds_parity = count / 2 & 1;
+    float dq[32];
+    uint32_t ds[kQueries / 16][4];
+    start_sum(dv, p, dout_tile + stage * kStage);
+    score_gradients(ds, stage);
+    store_ds(ds, buffer);
+    start_sum(dk, ds, q_tile + stage * kStage);
+    wgmma_wait<1>(dv);
+    barrier_wait(&shared.ds_full[buffer], ds_parity);
+    start_dq(dq, buffer);
+    count++;
+    if constexpr (kAhead) start_s();
+    wgmma_wait<kAhead ? 1 : 0>(dq);
+    release(&shared.q_empty[stage]);
+    stage_dq(dq, dq_parity);
+    if constexpr (kNext && !kAhead) start_s();
+    if constexpr (kNext) start_dp();
+    fence_async_proxy();
+    release(&shared.dq_full[group]);
+    if constexpr (kNext) finish_scores(w, next_tile);
+  }
+
+  __device__ __forceinline__ void walk(const BwdWork& w) {
+    int tile = uniform(w.first_tile()), heads = a.group;
+    start_s();
+    start_dp();
+    finish_scores(w, tile);
+    for (int i = uniform(w.steps(a.group)); i > 1; i--) {
+      if (--heads == 0) heads = a.group, tile += uniform(w.direction);
+      step<true>(w, tile);
+    }
+    step<false>(w, tile);
+  }
+
+  // ---- the end of a key tile ----
+
+  // Rounds a gradient of 128 keys, through the shared memory of what it is the gradient of.
+  __device__ __forceinline__ void store(const float (&x)[kHeadDim / 2], float factor, T* tile, const CUtensorMap& map,
+                                        const BwdWork& w) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; c += 2) {  // two columns of 8 x 8 matrices
+      const int row = 64 * group + 16 * warp + lane % 8 + lane / 8 % 2 * 8, chunk = c + lane / 16;
+      const uint32_t address =
+          shared_address(tile) + chunk / 8 * (kKeys * 128) + row * 128 + (chunk % 8 ^ lane % 8) * 16;
+      const float* y = x + 4 * c;
+      store_matrices(address, {pack<T>(y[0] * factor, y[1] * factor), pack<T>(y[2] * factor, y[3] * factor),
+                               pack<T>(y[4] * factor, y[5] * factor), pack<T>(y[6] * factor, y[7] * factor)});
+    }
+    fence_async_proxy();
+    named_sync(kStore + group, 128);
+    const int row0 = w.key0 + 64 * group;
+    if (thread == 0 && row0 < w.sequence.k_length) {
+      const Rows rows = a.sequences.k_rows(w.sequence);
+      for (int c = 0; c < Tile::kPanels; c++)
+        copy_out(&map, tile + c * (kKeys * kPanel) + group * (64 * kPanel), c * kPanel, row0 + rows.shift, w.kv_head,
+                 rows.c3, rows.c4);
+      commit_out();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int round = 0;; round++) {
+      barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
+      const BwdWork& w = shared.work[round % 2];
+      if (uniform(w.kv_head) < 0) break;
+#pragma unroll
+      for (int e = 0; e < kHeadDim / 2; e++) dk[e] = dv[e] = 0.f;
+      barrier_wait(&shared.k_full, round & 1);
+      barrier_wait(&shared.v_full, round & 1);
+      if (uniform(w.last - w.first) > 0) walk(w);
+      changes_here(dk), changes_here(dv);
+      named_sync(kMeet, 256);  // nobody reads K any more
+      store(dv, 1.f, shared.v, a.dv, w);
+      store(dk, a.scale, shared.k, a.dk, w);
+      if (thread == 0) {
+        wait_out_read();
+        barrier_arrive(&shared.kv_empty);
+      }
+      release(&shared.work_empty[round % 2]);
+    }
+  }
+};
+
+}  // namespace cs336::attention

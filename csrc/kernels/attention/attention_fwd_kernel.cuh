@@ -1,0 +1,92 @@
+// The forward kernel and its launch for one instantiation.
+#pragma once
+#include "common/launch.h"
+#include "common/nvtx.h"
+#include "kernels/attention/attention_fwd_mainloop.cuh"
+
+namespace cs336::attention {
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArgs args) {
+  extern __shared__ uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kGroups;
+    for (int g = 0; g < Tile::kGroups; g++) {
+      barrier_init(&shared.q_full[g], 1);
+      barrier_init(&shared.q_empty[g], Tile::kOwnOutput ? 4 : 1);
+    }
+    for (int i = 0; i < Tile::kStages; i++) {
+      barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], kWarps);
+      barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], kWarps);
+    }
+    for (int i = 0; i < 2; i++) barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp < 4) {
+    decrease_registers<Tile::kProducerRegisters>();
+    if (warp == 0 && elect_one()) fwd_produce<Tile>(args, shared);
+  } else {
+    increase_registers<Tile::kConsumerRegisters>();
+    FwdConsumer<Tile>(args, shared, warp / 4 - 1).run();
+  }
+}
+
+template <class Tile>
+void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
+  const AttentionProblem& p = params.problem;
+  const int row_tiles =
+      static_cast<int>(p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
+  const int heads = p.cu_q ? p.q_heads : p.sequences * p.q_heads, group = p.q_heads / p.kv_heads;
+  const int64_t kv_bytes = int64_t(p.max_k) * (Tile::kHeadDim + Tile::kValueDim) * 2;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
+  int* counter = params.workspace;
+  auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
+  if (packed)
+    list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(p.cu_q, p.sequences, p.q_tokens, Tile::kRows,
+                                                                    row_tiles, packed, counter);
+  else
+    CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
+  const FwdArgs args{
+      .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, Tile::kHeadDim, 64),
+      .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
+      .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, Tile::kValueDim, Tile::kKeys),
+      .o = tensor_map(params.o, p, p.q_tokens, p.q_heads, Tile::kValueDim, 64),
+      .sequences = {p.q_tokens, p.k_tokens, p.cu_q, p.cu_k},
+      .window = Window(p),
+      .order = {row_tiles, heads, std::min(heads, attention_section(heads, kv_bytes) * group), packed},
+      .lse = params.lse,
+      .counter = counter,
+      .q_heads = p.q_heads,
+      .group = group,
+      .cap_factor = Tile::kCap ? p.scale / p.softcap : 0.f,
+      .scale = Tile::kCap ? p.softcap : p.scale,
+      .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
+  };
+  launch<attention_fwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
+                                     stream, args);
+}
+
+// One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of
+// its own, so that they compile side by side.
+template <typename T, int kHeadDim, int kValueDim>
+void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
+  constexpr AttentionFwdShape kShape = *find_attention_shape(kAttentionFwdShapes, kHeadDim, kValueDim);
+  constexpr int kCapKeys = 64;  // the cap takes registers
+  const AttentionProblem& p = params.problem;
+  const auto launch = [&]<int kKeys, Mask kMask, bool kCap>() {
+    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kMask, kCap>>(params, stream);
+  };
+  if (p.softcap > 0)
+    launch.template operator()<kCapKeys, Mask::kWindow, true>();
+  else if (p.window_left >= 0)
+    launch.template operator()<kShape.keys, Mask::kWindow, false>();
+  else if (p.window_right >= 0)
+    launch.template operator()<kShape.keys, Mask::kRight, false>();
+  else
+    launch.template operator()<kShape.keys, Mask::kNone, false>();
+}
+
+}  // namespace cs336::attention

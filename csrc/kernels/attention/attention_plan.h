@@ -1,0 +1,81 @@
+// What attention's launches are made of, as plain functions of the problem: tile shapes, order of work, workspace.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/attention/attention.h"
+
+namespace cs336 {
+
+// Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight; the fastest measured
+// of those that fit the registers (H200; docs/attention.md).
+struct AttentionFwdShape {
+  int head_dim, value_dim, groups, keys, stages;
+};
+inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
+    {64, 64, 3, 128, 4}, {96, 96, 3, 80, 2}, {128, 128, 3, 80, 2}, {192, 128, 3, 80, 2}, {256, 256, 2, 80, 2},
+};
+
+// Queries of a backward tile and keys of a block.
+struct AttentionBwdShape {
+  int head_dim, value_dim, queries, keys;
+  bool softcap;  // has the registers for it
+};
+inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false}, {128, 128, 64, 128, true}};
+
+template <typename Shape, int kCount>
+constexpr const Shape* find_attention_shape(const Shape (&shapes)[kCount], int head_dim, int value_dim) {
+  for (const Shape& shape : shapes)
+    if (shape.head_dim == head_dim && shape.value_dim == value_dim) return &shape;
+  return nullptr;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of `rows` rows over all sequences. Packed sequences begin a tile each, and how many tiles they fill is known on
+// the device alone: sequence i gets the tiles from start / rows + i on, which is enough whatever the lengths are.
+inline int64_t attention_tiles(const AttentionProblem& p, int tokens, int rows) {
+  return p.cu_q ? tokens / rows + p.sequences : p.sequences * ceil_div(tokens, rows);
+}
+
+// Heads that are worked on together: as many as keep what all their tiles read again and again within about half of L2.
+// 7 % (16 heads, 16k) to 14 % (2k) over all heads at once.
+inline int attention_section(int heads, int64_t bytes_of_head) {
+  constexpr int64_t kSectionBytes = 32 << 20;
+  return static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, bytes_of_head), 1, heads));
+}
+
+// Key heads that the backward works on together. Its blocks go down the queries side by side, so that L2 holds what
+// they share anyway; but a section must outlast its longest block on all multiprocessors, or the last one ends late:
+// 64/8 heads of 4k tokens, 358 TFLOP/s with one head at a time.
+inline int attention_bwd_section(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head) {
+  return std::clamp(static_cast<int>(ceil_div(2 * num_sms, key_tiles)), attention_section(heads, bytes_of_head), heads);
+}
+
+// Ints: the counter that deals out tiles, and for packed sequences the sequence and the row of each tile.
+inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
+  const AttentionFwdShape* shape = find_attention_shape(kAttentionFwdShapes, p.head_dim, p.value_dim);
+  return p.cu_q ? 2 + 2 * attention_tiles(p, p.q_tokens, 64 * shape->groups) : 2;
+}
+
+// Where things are in the backward's workspace, in bytes.
+struct AttentionBwdWorkspace {
+  int64_t query_tiles, key_tiles;  // of a head: of a sequence, or of all packed ones
+  // First of all dQ in fp32, then per query tile its rows' lse and delta, then the turns of its two pieces.
+  int64_t rows, turns, key_tile_list, counter, bytes;
+
+  AttentionBwdWorkspace(const AttentionProblem& p, bool deterministic) {
+    const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+    const int64_t rows_of = p.cu_q ? 1 : p.sequences;  // batch entries
+    query_tiles = attention_tiles(p, p.q_tokens, shape->queries) / rows_of;
+    key_tiles = attention_tiles(p, p.k_tokens, shape->keys) / rows_of;
+    const int64_t tiles = query_tiles * rows_of * p.q_heads;
+    rows = tiles * shape->queries * p.head_dim * 4;
+    turns = rows + tiles * shape->queries * 2 * 4;
+    key_tile_list = turns + (deterministic ? tiles * 2 * 4 : 0);
+    counter = key_tile_list + (p.cu_q ? key_tiles * 2 * 4 : 0);
+    bytes = counter + 4;
+  }
+};
+
+}  // namespace cs336

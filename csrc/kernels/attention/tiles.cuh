@@ -1,0 +1,62 @@
+// Tiles of rows over all sequences, and the order in which they are worked on.
+#pragma once
+#include "kernels/attention/attention_plan.h"
+#include "kernels/attention/sequence.cuh"
+
+namespace cs336::attention {
+
+// A tile of one sequence; sequence -1: none, a gap between packed sequences (see attention_tiles).
+struct SequenceTile {
+  int sequence, row0;
+};
+
+// Tile `index` of packed sequences, by bisection: the last sequence whose first tile is not past it.
+__device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequences, int tokens, int rows,
+                                                         int index) {
+  const auto first_tile = [=](int i) { return min(max(cu[i], 0), tokens) / rows + i; };
+  int low = 0, high = sequences;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first_tile(middle) <= index ? low : high) = middle;
+  }
+  const int start = min(max(cu[low], 0), tokens), end = min(max(cu[low + 1], start), tokens);
+  const int row0 = (index - first_tile(low)) * rows;
+  return row0 >= 0 && row0 < end - start ? SequenceTile{low, row0} : SequenceTile{-1, 0};
+}
+
+// Writes all packed tiles behind each other, so that nobody has to search again, and zeroes the counter that deals
+// them.
+static __global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count,
+                                         SequenceTile* tiles, int* counter) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index == 0) *counter = 0;
+  if (index < count) tiles[index] = find_packed_tile(cu, sequences, tokens, rows, index);
+}
+
+// Heads go in sections whose keys and values (queries, in the backward) fit in L2 together. Within a section all heads
+// of one row tile come before the next row tile, so that the longest tiles of a section are dealt out first.
+struct TileOrder {
+  int row_tiles;  // of one head: of a sequence, or of all packed ones
+  int heads;      // times the batch
+  int section;    // heads
+  const SequenceTile* packed;
+
+  __device__ __forceinline__ int count() const { return row_tiles * heads; }
+
+  struct Tile {
+    SequenceTile rows;
+    int head;
+  };
+  // The tile dealt out as number `index`, the last row tile of a head first.
+  template <bool kLastFirst>
+  __device__ __forceinline__ Tile tile(int index, int heads_of_batch, int rows) const {
+    const int per_section = section * row_tiles, s = index / per_section, r = index - s * per_section;
+    const int width = min(section, heads - s * section);
+    const int head = s * section + r % width, place = kLastFirst ? row_tiles - 1 - r / width : r / width;
+    if (packed) return {packed[place], head};
+    const int batch = head / heads_of_batch;
+    return {{batch, place * rows}, head - batch * heads_of_batch};
+  }
+};
+
+}  // namespace cs336::attention

@@ -1,0 +1,90 @@
+"""F.scaled_dot_product_attention under cs336.enable()."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cs336.backend import Backend
+from cs336.ops import sdpa
+
+Q, K = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of our attention's calls."""
+    seen, attention = [], sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", lambda *args, **kwargs: (seen.append(kwargs), attention(*args, **kwargs))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "scale": 0.3},
+        {"enable_gqa": True},
+        {"scale": 0.1, "dropout_p": 0.0},
+    ],
+)
+def test_ours_runs_and_gives_what_torch_gives(device, calls, options):
+    q = Q.to(device).requires_grad_()
+    k, v = (x.to(device).requires_grad_() for x in ((K, K + 1) if options.get("enable_gqa") else (Q + 1, Q + 2)))
+
+    def run():
+        o = F.scaled_dot_product_attention(q, k, v, **options)
+        return o, *torch.autograd.grad(o.square().sum(), (q, k, v))
+
+    want = run()
+    assert not calls
+    with Backend():
+        got = run()
+    assert calls == [{"causal": options.get("is_causal", False), "scale": options.get("scale")}]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-5)
+
+
+def test_the_rest_goes_to_torch(device, calls):
+    q = Q.to(device)
+    mask = torch.ones(6, 6, dtype=torch.bool, device=device).tril()
+    for args, options in (
+        ((q, q, q, mask), {}),
+        ((q, q[:, :, :3], q[:, :, :3]), {"is_causal": True}),  # torch's stands at the first key, ours at the last
+        ((q[0], q[0], q[0]), {}),
+        ((q, q, q), {"dropout_p": 1e-9}),
+        ((q[:0], q[:0], q[:0]), {}),
+    ):
+        want = F.scaled_dot_product_attention(*args, **options)
+        with Backend():
+            assert torch.equal(F.scaled_dot_product_attention(*args, **options), want)
+    with Backend():
+        torch.func.vmap(lambda x: F.scaled_dot_product_attention(x, x, x))(q[None])
+    with Backend(), pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(q, q[..., :4], q)
+    assert not calls
+
+
+def test_ours_does_not_call_itself():
+    """On a CPU ours is torch's own kernel: not the function that it replaces."""
+    with Backend(), sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(Q, Q, Q)
+
+
+def test_compiles_whole(device, calls):
+    q = Q.to(device)
+    with Backend():
+        compiled = torch.compile(
+            lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), backend="aot_eager", fullgraph=True
+        )
+        torch.testing.assert_close(compiled(q), F.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
+def test_multihead_attention_module(device, calls):
+    module = torch.nn.MultiheadAttention(16, 2, batch_first=True, device=device)
+    x = torch.randn(2, 5, 16, device=device)
+    want = module(x, x, x, need_weights=False)[0]
+    with Backend():
+        torch.testing.assert_close(module(x, x, x, need_weights=False)[0], want)
+    assert len(calls) == 1

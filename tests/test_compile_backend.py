@@ -1,0 +1,128 @@
+"""torch.compile(model, backend="cs336"), with aot_eager in inductor's place but for one test."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import assert_like_its_own, tiny, train
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from cs336 import compile_backend
+
+COUNTS = {
+    "llama": {"rms_norm": 5, "rope": 4, "attention": 2},
+    "qwen3": {"rms_norm": 9, "rope": 4, "attention": 2},
+    "gpt2": {"layer_norm": 5, "attention": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def counts():
+    """What was replaced in each graph that `backend` compiled."""
+    return []
+
+
+@pytest.fixture
+def backend(counts):
+    def compile(graph_module, inputs):
+        counts.append(dict(compile_backend.replace(graph_module)))
+        return aot_eager(graph_module, inputs)
+
+    return compile
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_transformers_models(counts, backend, name):
+    pytest.importorskip("transformers")
+    model = tiny(name, "sdpa")
+    assert_like_its_own(name, train(model, call=torch.compile(model, backend=backend)))
+    assert [c for c in counts if c] == [COUNTS[name]]
+
+
+class Plain(nn.Module):
+    """Written by hand: a norm spelt out, interleaved names, another order of factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.norm, self.rms = nn.Parameter(torch.rand(16)), nn.LayerNorm(16), nn.RMSNorm(16)
+        angles = torch.rand(6, 8)
+        self.register_buffer("angles", angles)
+
+    def forward(self, x):
+        x = self.w * (x * (1e-5 + (x * x).mean(-1, keepdim=True)).rsqrt())
+        emb = torch.cat((self.angles, self.angles), dim=-1)
+        cos, sin = emb.cos(), emb.sin()
+        turned = torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * sin + cos * x
+        q = turned.unflatten(-1, (2, 8)).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+        return self.rms(self.norm(o))
+
+
+def test_a_plain_model(counts, backend):
+    model, x = Plain(), torch.randn(2, 6, 16, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    want = model(x)
+    got = torch.compile(model, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, want)), strict=True):
+        torch.testing.assert_close(g, w)
+    assert counts == [{"rms_norm": 2, "rope": 1, "attention": 1, "layer_norm": 1}]
+
+
+W = torch.rand(8)
+TABLE = torch.rand(6, 4)
+
+
+def halves(x):
+    return torch.cat((-x[..., 4:], x[..., :4]), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: W * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5)),  # not the square
+        lambda x: W * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-5)),  # another dim
+        lambda x: W[:1] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),  # one weight for all
+        lambda x: W * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-5)),  # the square of another
+        lambda x: x * torch.cat((TABLE, TABLE + 1), -1) + halves(x) * torch.cat((TABLE, TABLE), -1),  # unlike halves
+        lambda x: x * torch.cat((TABLE, TABLE), -1) + halves(x + 1) * torch.cat((TABLE, TABLE), -1),  # of another
+        lambda x: x * torch.cat((TABLE, TABLE), -1) + torch.cat((x[..., :4], -x[..., 4:]), -1) * 2,
+        lambda x: F.layer_norm(x, (8,)),  # no weight
+        lambda x: F.scaled_dot_product_attention(x, x, x),  # three dims
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5),
+        lambda x: F.scaled_dot_product_attention(x[None], x[None, :, :3], x[None, :, :3], is_causal=True),
+    ],
+)
+def test_near_misses_are_left_alone(counts, backend, f):
+    x = torch.randn(2, 6, 8)
+    torch.manual_seed(0)
+    want = f(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.compile(f, backend=backend, fullgraph=True)(x), want)
+    assert counts == [{}]
+
+
+def test_autocast_decides_the_dtype(counts, backend):
+    """Where a norm's result is not in its input's dtype, torch's stays."""
+    norm = nn.LayerNorm(8)
+    f = torch.compile(lambda x: norm(x).float() if x.dtype == torch.bfloat16 else norm(x), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(f(torch.ones(3, 8)), norm(torch.ones(3, 8)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_by_name_through_inductor():
+    torch._dynamo.register_backend(compile_backend.cs336, name="cs336_by_hand")
+    model, x = Plain(), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        got = torch.compile(model, backend="cs336_by_hand", options={"max_autotune": False})(x)
+        torch.testing.assert_close(got, model(x))
