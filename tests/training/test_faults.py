@@ -259,6 +259,7 @@ def test_what_does_not_happen_again_is_said_and_the_run_goes_on(tmp_path, monkey
     assert result.finished
     assert "step 7 is finite now that it is repeated" in display
     assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(tmp_path / "whole")
+    assert (tiny.run_dir / "samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
     assert not (tiny.run_dir / "failure.json").exists()
 
 
