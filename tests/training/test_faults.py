@@ -16,6 +16,7 @@ import torch
 
 from cs336.data import ShardWriter, write_shard
 from cs336.models import Transformer, from_pretrained
+from cs336.models.memory import training_memory
 from cs336.training import CosineConfig, DataConfig, NonFiniteError, OptimizerConfig, TrainConfig, Trainer, checkpoint
 from cs336.training.learner import Learner
 from cs336.training.run_dir import RunDir
@@ -258,6 +259,7 @@ def test_what_does_not_happen_again_is_said_and_the_run_goes_on(tmp_path, monkey
     assert result.finished
     assert "step 7 is finite now that it is repeated" in display
     assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(tmp_path / "whole")
+    assert (tiny.run_dir / "samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
     assert not (tiny.run_dir / "failure.json").exists()
 
 
@@ -354,6 +356,15 @@ def test_no_default_spends_over_a_tenth_on_validation(tmp_path, steps):
     if steps > 100:
         assert times == 20
         assert spent > 0.02 * steps or validate.steps(steps) == 16
+
+
+def test_the_memory_of_a_step_is_predicted_before_the_run(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="2steps", micro_batch_size=2)
+    _, display = train(tiny)
+    facts = json.loads((tiny.run_dir / "run.json").read_text())
+    assert facts["predicted_memory_bytes"] == training_memory(tiny_run.MODEL, 2).total
+    assert f"a step takes about {facts['predicted_memory_bytes'] / 2**20:,.0f} MiB" in display.lines[0]
+    assert facts["peak_memory_bytes"] > facts["predicted_memory_bytes"]  # on a CPU, of the whole process
 
 
 # ---- exports ----

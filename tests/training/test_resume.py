@@ -69,6 +69,7 @@ def test_killed_at_every_kind_of_moment(processes, unbroken, tmp_path):
 
 
 def test_killed_at_random_from_outside(processes, unbroken, tmp_path):
+    tiny_run.write_data(tmp_path)  # here: a child might be killed before it has
     delays = random.Random(int(os.environ.get("SEED", "0")))
     kills = 0
     for delay in (0.2, *(delays.uniform(0.2, 0.8) for _ in range(4)), None):
