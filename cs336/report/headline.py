@@ -16,10 +16,13 @@ def banner(run: Run) -> dict[str, str]:
     after = f"after step {int(last):,}" if last is not None else "before the first row"
     if run.failure:
         text = str(run.failure.get("message") or run.failure.get("cause") or "no reason was recorded")
-        step, when = number(run.failure.get("step")), run.failure.get("time")
+        step, when, kept = number(run.failure.get("step")), run.failure.get("time"), run.failure.get("checkpoint")
         where = f" at step {int(step):,}" if step is not None else ""
-        kept = f" Last good checkpoint: {run.failure['checkpoint']}." if run.failure.get("checkpoint") else ""
-        return {"state": "failed", "head": f"Failed{where}.", "text": f"{text}{kept}{f' ({when})' if when else ''}"}
+        if step is not None:
+            text = text.removeprefix(f"step {int(step)}: ")
+        if kept and str(kept) not in text:
+            text += f" Last good checkpoint: {kept}."
+        return {"state": "failed", "head": f"Failed{where}.", "text": text + (f" ({when})" if when else "")}
     if run.running:
         return {"state": "running", "head": "Running", "text": f"when this page was written, {after}."}
     if run.finished:

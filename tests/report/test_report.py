@@ -218,6 +218,9 @@ def test_how_a_run_stands(run_dir):
     text = report(run_dir)[1]
     assert f"Failed at step 1,001. the output of layers.0 {HOSTILE}" in text
     assert "Last good checkpoint: step_1000. (today)" in text
+    failure |= {"message": "step 1001: loss nan. Last good checkpoint: step_1000."}
+    run_dir.joinpath("failure.json").write_text(json.dumps(failure))
+    assert "Failed at step 1,001. loss nan. Last good checkpoint: step_1000. (today)" in report(run_dir)[1]
 
 
 def test_where_a_run_came_from_and_what_it_cost(run_dir):
