@@ -19,7 +19,7 @@ from cs336.training.budget import Budget
 from cs336.training.config import TrainConfig
 from cs336.training.decisions import Decisions
 from cs336.training.evaluators import Evaluator, Sample, Samples, Validation
-from cs336.training.facts import announcement, describe, peak_memory
+from cs336.training.facts import announcement, describe, memory_used, peak_memory
 from cs336.training.guard import NonFiniteError, NonFiniteStep
 from cs336.training.identity import (
     check_budget,
@@ -341,6 +341,8 @@ class Trainer:
             export = self.run.export
             save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
             self.run.write_facts(self.run.facts() | {"peak_memory_bytes": peak_memory(self.learner.device)})
+            if used := memory_used(self.learner):
+                self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")
