@@ -216,10 +216,10 @@ def vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
         if vocab.setdefault(i, text.encode("utf-8", "surrogatepass")) != text.encode("utf-8", "surrogatepass"):
             raise ValueError(f"id {i} is given to two tokens")
     ordinary = {token: i for token, i in ids.items() if specials.get(token) != i}
-    for token, i in zip(unspell(ordinary), ordinary.values(), strict=True):
+    for data, i in zip(unspell(ordinary), ordinary.values(), strict=True):
         if i in vocab:
             raise ValueError(f"id {i} is given to two tokens")
-        vocab[i] = token
+        vocab[i] = data
     return vocab
 
 

@@ -79,12 +79,13 @@ def _added_tokens(document: dict[str, Any], vocab: dict[str, int]) -> dict[str, 
 
 
 def _pattern_of(pre_tokenizer: Any) -> str:
-    *splits, last = _steps(pre_tokenizer) or [None]
-    if last is None:
+    steps = _steps(pre_tokenizer)
+    if not steps:
         raise ValueError(
             f"its pre_tokenizer is {shortened(pre_tokenizer)}: without ByteLevel its tokens are of characters, and "
             "those of this tokenizer are of bytes"
         )
+    *splits, last = steps
     if last["type"] != "ByteLevel":
         raise ValueError(f"its pre_tokenizer ends with {shortened(last)}, expected ByteLevel")
     if last.get("add_prefix_space", True):

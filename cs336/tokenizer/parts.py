@@ -69,9 +69,9 @@ def place_specials(
         token = text.encode()
         candidates = ids_of.get(token, [])
         # A byte, or the result of a merge, is an ordinary token: its first id is no candidate.
-        ordinary = None
-        if len(token) == 1 or token in made:
-            ordinary, *candidates = candidates or [None]
+        is_ordinary = len(token) == 1 or token in made
+        ordinary = candidates[0] if is_ordinary and candidates else None
+        candidates = candidates[is_ordinary:]
         if text in given:
             i = given[text]
             if vocab.get(i, token) != token:

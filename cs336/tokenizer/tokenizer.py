@@ -319,10 +319,8 @@ class Tokenizer:
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
-        found = (
-            read_meta(directory).tokenizer if (Path(directory) / META).exists() and not replace else self.fingerprint
-        )
-        if found != self.fingerprint:
+        is_held = (Path(directory) / META).exists() and not replace
+        if is_held and (found := read_meta(directory).tokenizer) != self.fingerprint:
             raise ValueError(
                 f"{directory} holds shards of another tokenizer, {found[:12]}, and this one is "
                 f"{self.fingerprint[:12]}: give another directory, or replace=True"
