@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _Norm(torch.autograd.Function):
-    # Without setup_context, which makes every call a third slower: functorch's transforms take `_plain` instead.
+    # Without setup_context, which makes a call four times as slow: functorch's transforms take `_plain` instead.
 
     @staticmethod
     def forward(ctx, name, x_MN, residual_MN, eps, *params):
