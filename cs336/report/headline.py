@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from cs336.report.chart import compact
-from cs336.report.run import Run, number
+from cs336.report.run import Run, mapping, number
 from cs336.report.sections.evaluation import comparison
 from cs336.utils.duration import duration
 
@@ -34,10 +34,8 @@ def banner(run: Run) -> dict[str, str]:
 
 def origin(run: Run) -> dict[str, str] | None:
     """Where the run came from: commit, command, date, fingerprints."""
-    data = run.facts.get("data")
-    prints = (
-        [f"{side} data {str(value)[:12]}" for side, value in data.items() if value] if isinstance(data, dict) else []
-    )
+    data = mapping(run.facts.get("data"))
+    prints = [f"{side} data {str(value)[:12]}" for side, value in data.items() if value]
     tokenizer = run.tokenizer.get("fingerprint")
     facts = [
         *([f"commit {run.facts['commit']}"] if run.facts.get("commit") else []),
