@@ -69,7 +69,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         ("Training time", run.last("seconds"), duration, ""),
         ("Throughput", rate, compact, "tokens per second, median"),
         ("MFU", mfu, lambda v: f"{v:.1%}", "of the device's peak FLOP/s"),
-        ("Peak memory", number(run.facts.get("peak_memory_bytes")), _gigabytes, ""),
+        ("Peak memory", number(run.facts.get("peak_memory_bytes")), _gigabytes, _predicted(run)),
     ]
     out = [(label, show(value), note) for label, value, show, note in found if value is not None]
     if device := run.facts.get("device"):
@@ -106,6 +106,11 @@ def _steps(run: Run) -> str:
 
 def _over(value: float | None, by: float | None) -> float | None:
     return value / by if value is not None and by else None
+
+
+def _predicted(run: Run) -> str:
+    size = number(run.facts.get("predicted_memory_bytes"))
+    return "" if size is None else f"{_gigabytes(size)} predicted for a step"
 
 
 def _gigabytes(size: float) -> str:

@@ -225,6 +225,7 @@ def test_how_a_run_stands(run_dir):
 
 def test_where_a_run_came_from_and_what_it_cost(run_dir):
     facts = {"parameters": 2_048_000, "flops_per_token": 1e7, "train_tokens": 1_024_000, "peak_memory_bytes": 3 << 30}
+    facts |= {"predicted_memory_bytes": 5 << 29}
     facts |= {
         "command": "/usr/lib/cs336/__main__.py train --seed 7",
         "commit": "abc1234",
@@ -238,7 +239,7 @@ def test_where_a_run_came_from_and_what_it_cost(run_dir):
         "Epochs": "4",
         "Tokens per parameter": "2",
         "Total FLOPs": "4.10e+13",
-        "Peak memory": "3.00 GiB",
+        "Peak memory": "3.00 GiB 2.50 GiB predicted for a step",
     }.items():
         assert f"{label} {value} " in text, label
 
