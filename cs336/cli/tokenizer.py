@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Paths, blocks, opened
-from cs336.utils.documents import TEXT_FIELD, holds_documents, read_texts, refuse_binary
+from cs336.utils.documents import TEXT_FIELD, holds_documents, read_documents, read_texts, refuse_binary
 from cs336.utils.special_tokens import END_OF_TEXT
 
 
@@ -80,7 +80,7 @@ def encode(
 
         if not inputs:
             raise ValueError("--shards needs files or directories to read")
-        documents = read_texts(inputs, text_field=text_field)
+        documents = read_documents(inputs, text_field=text_field, metadata=False)
         if val_fraction != 0:
             fraction, documents = for_split(documents, val_fraction)
             train, val = tokenize_corpus(documents, loaded, shards, val_fraction=fraction, progress=True)

@@ -1,8 +1,14 @@
 """The split of a corpus into training and validation documents."""
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from cs336.utils.documents import Document, text_of
+
+Text = TypeVar("Text", str, Document)
 
 HELD_OUT, HELD_OUT_OF_FEW = 0.02, 0.1  # of the documents
 FEW = 200  # documents; fewer are cut into pieces, or the held-out part might be empty
@@ -25,7 +31,7 @@ def select(documents: Iterable[str], fraction: float, *, validation: bool, seed:
     return (d for d in documents if in_validation(d, fraction, seed) == validation)
 
 
-def for_split(documents: Iterable[str], fraction: float | None = None) -> tuple[float, Iterator[str]]:
+def for_split(documents: Iterable[Text], fraction: float | None = None) -> tuple[float, Iterator[Text]]:
     """The fraction to hold out, and the documents, cut into pieces where they are too few for that.
 
     fraction: None is 0.02, and 0.1 of the pieces of few documents.
@@ -37,13 +43,21 @@ def for_split(documents: Iterable[str], fraction: float | None = None) -> tuple[
     return HELD_OUT if fraction is None else fraction, itertools.chain(head, documents)
 
 
-def _pieces(documents: Sequence[str]) -> Iterator[str]:
+def _pieces(documents: Sequence[Text]) -> Iterator[Text]:
     """Few documents as at least FEW pieces, cut at line ends where lines are not too long for that."""
-    size = max(1, sum(map(len, documents)) // (2 * FEW))
+    size = max(1, sum(len(text_of(document)) for document in documents) // (2 * FEW))
     for document in documents:
-        start = 0
-        while start < len(document):
-            end = document.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
-            if document[start:end].strip():
-                yield document[start:end]
-            start = end
+        for number, piece in enumerate(_cut(text_of(document), size), 1):
+            if isinstance(document, Document):
+                yield dataclasses.replace(document, text=piece, id=f"{document.id}#{number}")
+            else:
+                yield piece
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
+        if text[start:end].strip():
+            yield text[start:end]
+        start = end

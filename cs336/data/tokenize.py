@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cs336.data.corpus import in_validation
 from cs336.utils.batching import batches
+from cs336.utils.documents import Document, text_of
 from cs336.utils.files import Paths, path_list, replacing
 from cs336.utils.locks import locked
 from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
@@ -42,7 +43,7 @@ class Encoder(Protocol):
 
 
 def tokenize_documents(
-    documents: Iterable[str],
+    documents: Iterable[Document | str],
     tokenizer: Encoder,
     directory: str | os.PathLike,
     *,
@@ -66,7 +67,7 @@ def tokenize_documents(
 
 
 def tokenize_corpus(
-    documents: Iterable[str],
+    documents: Iterable[Document | str],
     tokenizer: Encoder,
     directory: str | os.PathLike,
     *,
@@ -135,12 +136,12 @@ class Encoding:
             self.path.unlink(missing_ok=True)  # first: what takes its place is no longer unfinished
         self._stack.__exit__(kind, error, trace)
 
-    def run(self, documents: Iterable[str], side: Callable[[str], str]) -> None:
+    def run(self, documents: Iterable[Document | str], side: Callable[[str], str]) -> None:
         """Encode each document into the writer that `side` names."""
-        documents = iter(documents)
-        self._continue(documents)
+        texts_of = map(text_of, documents)
+        self._continue(texts_of)
         saved = time.monotonic()
-        for batch in _batches(documents, self.console, self.progress):
+        for batch in _batches(texts_of, self.console, self.progress):
             sides = [side(document) for document in batch]
             for name, writer in self.writers.items():
                 if texts := [d for d, its in zip(batch, sides, strict=True) if its == name]:

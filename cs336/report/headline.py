@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from cs336.report.chart import compact
-from cs336.report.run import Run, number
+from cs336.report.run import Run, mapping, number
 from cs336.report.sections.evaluation import comparison
 from cs336.utils.duration import duration
 
@@ -16,10 +16,13 @@ def banner(run: Run) -> dict[str, str]:
     after = f"after step {int(last):,}" if last is not None else "before the first row"
     if run.failure:
         text = str(run.failure.get("message") or run.failure.get("cause") or "no reason was recorded")
-        step, when = number(run.failure.get("step")), run.failure.get("time")
+        step, when, kept = number(run.failure.get("step")), run.failure.get("time"), run.failure.get("checkpoint")
         where = f" at step {int(step):,}" if step is not None else ""
-        kept = f" Last good checkpoint: {run.failure['checkpoint']}." if run.failure.get("checkpoint") else ""
-        return {"state": "failed", "head": f"Failed{where}.", "text": f"{text}{kept}{f' ({when})' if when else ''}"}
+        if step is not None:
+            text = text.removeprefix(f"step {int(step)}: ")
+        if kept and str(kept) not in text:
+            text += f" Last good checkpoint: {kept}."
+        return {"state": "failed", "head": f"Failed{where}.", "text": text + (f" ({when})" if when else "")}
     if run.running:
         return {"state": "running", "head": "Running", "text": f"when this page was written, {after}."}
     if run.finished:
@@ -31,10 +34,8 @@ def banner(run: Run) -> dict[str, str]:
 
 def origin(run: Run) -> dict[str, str] | None:
     """Where the run came from: commit, command, date, fingerprints."""
-    data = run.facts.get("data")
-    prints = (
-        [f"{side} data {str(value)[:12]}" for side, value in data.items() if value] if isinstance(data, dict) else []
-    )
+    data = mapping(run.facts.get("data"))
+    prints = [f"{side} data {str(value)[:12]}" for side, value in data.items() if value]
     tokenizer = run.tokenizer.get("fingerprint")
     facts = [
         *([f"commit {run.facts['commit']}"] if run.facts.get("commit") else []),
@@ -68,7 +69,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         ("Training time", run.last("seconds"), duration, ""),
         ("Throughput", rate, compact, "tokens per second, median"),
         ("MFU", mfu, lambda v: f"{v:.1%}", "of the device's peak FLOP/s"),
-        ("Peak memory", number(run.facts.get("peak_memory_bytes")), _gigabytes, ""),
+        ("Peak memory", number(run.facts.get("peak_memory_bytes")), _gigabytes, _predicted(run)),
     ]
     out = [(label, show(value), note) for label, value, show, note in found if value is not None]
     if device := run.facts.get("device"):
@@ -105,6 +106,11 @@ def _steps(run: Run) -> str:
 
 def _over(value: float | None, by: float | None) -> float | None:
     return value / by if value is not None and by else None
+
+
+def _predicted(run: Run) -> str:
+    size = number(run.facts.get("predicted_memory_bytes"))
+    return "" if size is None else f"{_gigabytes(size)} predicted for a step"
 
 
 def _gigabytes(size: float) -> str:

@@ -41,6 +41,10 @@ class Document:
     """The other fields of a JSON line, the other columns of a parquet file."""
 
 
+def text_of(document: Document | str) -> str:
+    return document if isinstance(document, str) else document.text
+
+
 def holds_documents(path: str | os.PathLike) -> bool:
     """Whether a path is JSON lines, parquet or a directory, not one text."""
     path = pathlib.Path(path)

@@ -10,6 +10,7 @@ import pytest
 from cs336.data import for_split, in_validation, read_meta, select, tokenize, tokenize_corpus, tokenize_documents
 from cs336.data.corpus import FEW, _pieces
 from cs336.tokenizer import Tokenizer
+from cs336.utils.documents import Document
 from cs336.utils.locks import locked
 from cs336.utils.shards import open_tokens
 
@@ -201,4 +202,9 @@ def test_six_books_are_cut_and_many_documents_are_not(tmp_path):
     assert val.documents >= 5
     many = [f"document {i}" for i in range(FEW)]
     assert (for_split(many)[0], list(for_split(many)[1])) == (0.02, many)
+    documents = [Document(book, f"book {b}", "books") for b, book in enumerate(books)]
+    cut = list(for_split(documents)[1])
+    assert [d.text for d in cut] == pieces
+    assert (cut[0].id, cut[1].id, cut[-1].source) == ("book 0#1", "book 0#2", "books")
+    assert tokenize_corpus(cut, Bytes(), tmp_path / "again", val_fraction=0.1)[1] == val
     assert for_split(books, 0.5)[0] == for_split(many, 0.5)[0] == 0.5

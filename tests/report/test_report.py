@@ -218,10 +218,14 @@ def test_how_a_run_stands(run_dir):
     text = report(run_dir)[1]
     assert f"Failed at step 1,001. the output of layers.0 {HOSTILE}" in text
     assert "Last good checkpoint: step_1000. (today)" in text
+    failure |= {"message": "step 1001: loss nan. Last good checkpoint: step_1000."}
+    run_dir.joinpath("failure.json").write_text(json.dumps(failure))
+    assert "Failed at step 1,001. loss nan. Last good checkpoint: step_1000. (today)" in report(run_dir)[1]
 
 
 def test_where_a_run_came_from_and_what_it_cost(run_dir):
     facts = {"parameters": 2_048_000, "flops_per_token": 1e7, "train_tokens": 1_024_000, "peak_memory_bytes": 3 << 30}
+    facts |= {"predicted_memory_bytes": 5 << 29}
     facts |= {
         "command": "/usr/lib/cs336/__main__.py train --seed 7",
         "commit": "abc1234",
@@ -235,7 +239,7 @@ def test_where_a_run_came_from_and_what_it_cost(run_dir):
         "Epochs": "4",
         "Tokens per parameter": "2",
         "Total FLOPs": "4.10e+13",
-        "Peak memory": "3.00 GiB",
+        "Peak memory": "3.00 GiB 2.50 GiB predicted for a step",
     }.items():
         assert f"{label} {value} " in text, label
 

@@ -32,7 +32,7 @@ def test_path_list(tmp_path):
     assert path_list("a") == path_list(["a"]) == path_list(path_list("a"))
 
 
-def test_an_error_names_what_is_missing_not_the_temporary_file(tmp_path):
+def test_a_missing_directory_is_named(tmp_path):
     path = tmp_path / "none" / "a.json"
     with pytest.raises(FileNotFoundError) as caught, replacing(path):
         pass
