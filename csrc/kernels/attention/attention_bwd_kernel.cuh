@@ -9,7 +9,7 @@ namespace cs336::attention {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const __grid_constant__ BwdArgs args) {
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;

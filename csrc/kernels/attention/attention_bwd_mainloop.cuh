@@ -235,7 +235,8 @@ struct BwdConsumer {
   float dp[kQueries / 2];                             // (dO V^T)^T
   uint32_t p[kQueries / 16][4];                       // P^T, rounded
   uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
-  int count = 0;                                      // query tiles done
+  int count = 0;                      // query tiles done
+  int mask_below, mask_above;         // tiles whose first row is outside need a mask
 
   __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
       : a(a),
@@ -325,11 +326,8 @@ struct BwdConsumer {
 
   __device__ __forceinline__ void mask(const BwdWork& w, int row0) {
     const Sequence& q = w.sequence;
-    const int first_key = w.key0 + 64 * group, last_key = first_key + 63;
-    const bool needed = last_key >= q.k_length ||
-                        (Tile::kMask != Mask::kNone && last_key > row0 + q.offset() + a.window.right) ||
-                        (Tile::kMask == Mask::kWindow && first_key < row0 + kQueries - 1 + q.offset() - a.window.left);
-    if (!needed) return;
+    const int first_key = w.key0 + 64 * group;
+    if (row0 >= mask_below && row0 <= mask_above) return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int key = first_key + 16 * warp + lane / 4 + 8 * r;
@@ -344,6 +342,14 @@ struct BwdConsumer {
         if (column < begin || (Tile::kMask == Mask::kWindow && column >= end)) s[e] = -INFINITY;
       }
     }
+  }
+
+  // Which query tiles hide some of the warpgroup's keys from some of their rows.
+  __device__ __forceinline__ void find_masked(const BwdWork& w) {
+    const Sequence& q = w.sequence;
+    const int first_key = w.key0 + 64 * group, last_key = first_key + 63;
+    mask_below = last_key >= q.k_length ? kFar : Tile::kMask == Mask::kNone ? 0 : last_key - q.offset() - a.window.right;
+    mask_above = Tile::kMask == Mask::kWindow ? first_key - q.offset() + a.window.left - kQueries + 1 : kFar;
   }
 
   // dS^T = P^T (dP^T - delta), rounded. Where registers are scarce, P comes once more from its rounded pairs.
@@ -431,6 +437,7 @@ struct BwdConsumer {
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
     int tile = uniform(w.first_tile()), heads = a.group;
+    find_masked(w);
     start_s();
     start_dp();
     finish_scores(w, tile);
