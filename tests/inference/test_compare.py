@@ -40,11 +40,16 @@ def test_a_difference_is_seen(directory, monkeypatch):
     def damaged(*args):
         model = original(*args)
         model.layers[1].mlp.down_proj.weight.data[0] += 1.0
+        model.norm.weight.data *= 3.0
         return model
 
     monkeypatch.setattr(compare, "from_pretrained", damaged)
     got = compare_huggingface(directory, TEXT, "cpu", new_tokens=20)
-    assert got.worst_difference > 0.01
+    token_ids = torch.tensor([TOKENIZER.encode(TEXT)])
+    at = token_ids[0, 1:, None]
+    mine, other = (m(directory)(token_ids)[0, :-1].log_softmax(-1).gather(1, at) for m in (damaged, original))
+    assert (other - mine).max() > (mine - other).max()  # the worst is one of ours that is too low
+    assert got.worst_difference == pytest.approx((mine - other).abs().max().item(), rel=1e-3)
     assert got.same_new_tokens < got.new_tokens == 20
     assert got.margin > 0
     assert "apart" in str(got)
