@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/launch.h"
 #include "kernels/attention/attention_plan.h"
 #include "ops/tensor.h"
 
@@ -222,8 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
     for (Tensor* t : {&dq, &dk, &dv})
       if (t->numel()) torch::stable::zero_(*t);
   if (empty) return {dq, dk, dv};
-  const Tensor workspace =
-      new_tensor(q, {ceil_div(AttentionBwdWorkspace(p, deterministic).bytes, 4)}, ScalarType::Float);
+  const Tensor workspace = new_tensor(
+      q, {ceil_div(AttentionBwdWorkspace(p, deterministic, current_device().num_sms).bytes, 4)}, ScalarType::Float);
   attention_bwd({.problem = p,
                  .q = layout.strided(q),
                  .k = layout.strided(k),

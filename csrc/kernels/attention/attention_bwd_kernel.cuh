@@ -1,5 +1,7 @@
 // The backward's main kernel and the launches of one instantiation.
 #pragma once
+#include <utility>
+
 #include "common/launch.h"
 #include "kernels/attention/attention_bwd_mainloop.cuh"
 #include "kernels/attention/attention_bwd_rows.cuh"
@@ -40,11 +42,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
 template <class Tile>
 void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   const AttentionProblem& p = params.problem;
-  const AttentionBwdWorkspace at(p, params.deterministic);
+  const AttentionBwdWorkspace at(p, params.deterministic, current_device().num_sms);
   auto* workspace = static_cast<char*>(params.workspace);
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int*>(workspace + offset); };
   const Sequences sequences{p.q_tokens, p.k_tokens, p.cu_q, p.cu_k};
-  const int heads = p.cu_q ? p.kv_heads : p.sequences * p.kv_heads, group = p.q_heads / p.kv_heads;
+  const int group = p.q_heads / p.kv_heads, batch = p.cu_q ? 1 : p.sequences;
+  const int block_heads = p.q_heads / at.heads, heads = batch * block_heads;
+  const bool in_parts = block_heads != p.kv_heads;
+  const auto parts = [&](int64_t offset) -> AttentionTensor {
+    const int64_t token = int64_t(block_heads) * Tile::kHeadDim;
+    return {workspace + offset, p.k_tokens * token, token, Tile::kHeadDim};
+  };
+  const AttentionTensor dk = in_parts ? parts(at.dk_parts) : params.dk, dv = in_parts ? parts(at.dv_parts) : params.dv;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.key_tile_list) : nullptr;
 
   const RowsArgs rows{
@@ -68,14 +77,14 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
       .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
       .dout = tensor_map(params.dout, p, p.q_tokens, p.q_heads, Tile::kHeadDim, Tile::kQueries),
-      .dk = tensor_map(params.dk, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, 64),
-      .dv = tensor_map(params.dv, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, 64),
+      .dk = tensor_map(dk, p, p.k_tokens, block_heads, Tile::kHeadDim, 64),
+      .dv = tensor_map(dv, p, p.k_tokens, block_heads, Tile::kHeadDim, 64),
       .sequences = sequences,
       .window = Window(p),
       // Q, dO and the sums for dQ of a key head's queries.
       .order = {static_cast<int>(at.key_tiles), heads,
                 attention_bwd_section(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
-                                      int64_t(p.max_q) * Tile::kHeadDim * 8 * group),
+                                      int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads),
                 packed},
       .rows = rows.rows,
       .dq = rows.sums,
@@ -83,23 +92,33 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .counter = rows.counter,
       .q_heads = p.q_heads,
       .group = group,
+      .heads = at.heads,
       .query_tiles = rows.tiles,
       .cap_factor = Tile::kCap ? p.scale / p.softcap : 0.f,
       .scale = p.scale,
       .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
   };
   using T = typename Tile::T;
-  const int row_blocks = rows.tiles * (p.cu_q ? p.q_heads : p.sequences * p.q_heads);
+  const int row_blocks = rows.tiles * batch * p.q_heads;
   if (packed)
     list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(p.cu_k, p.sequences, p.k_tokens, Tile::kKeys,
                                                                        at.key_tiles, packed, rows.counter);
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
+  if (in_parts && packed)  // tokens that no sequence holds
+    CUDA_CHECK(cudaMemsetAsync(dk.data, 0, at.counter - at.dk_parts, stream));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));
   launch<attention_bwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
                                      stream, args);
   attention_bwd_finish_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
+  if (in_parts) {
+    const int64_t vectors = int64_t(batch) * p.k_tokens * p.kv_heads * (Tile::kHeadDim / 8);
+    for (const auto& [part, sum] : {std::pair(dk, params.dk), std::pair(dv, params.dv)})
+      attention_bwd_add_parts_kernel<T, Tile::kHeadDim><<<ceil_div(vectors, 256), 256, 0, stream>>>(
+          {part, sum, p.k_tokens, p.kv_heads, block_heads / p.kv_heads, vectors});
+    CUDA_CHECK(cudaGetLastError());
+  }
 }
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of

@@ -2,12 +2,13 @@
 //     dV = P^T dO,   dK = scale dS^T Q,   dQ = scale dS K.
 //
 // A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share
-// the keys. Blocks that start together go down from the last tile side by side, and end one after the other where their
-// keys are; those that start then go up, and meet. So what they read and add to stays in L2. A producer thread streams
-// Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys
-// down, queries across): P^T and dS^T are then, where they are computed, register operands of the products for dV and
-// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the
-// copy engine add dQ to sums in fp32.
+// the keys (or some of them, where blocks would be too few; dK and dV are then parts, to be added up). Blocks that
+// start together go down from the last tile side by side, and end one after the other where their keys are; those that
+// start then go up, and meet. So what they read and add to stays in L2. A producer thread streams Q and dO; two
+// consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys down, queries
+// across): P^T and dS^T are then, where they are computed, register operands of the products for dV and dK. dS goes
+// through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the copy engine add
+// dQ to sums in fp32.
 //
 //   a warpgroup   dS | store dS |        | stage dQ | P of the next tile |
 //   its products  dV .......... | dK ... dQ ... S of the next . dP of the next ..
@@ -25,13 +26,14 @@ struct BwdWork {
   Sequence sequence;
   int key0;
   int kv_head;      // -1: there is no more work
+  int head, place;  // its first query head, and the head of dK and dV
   int first, last;  // query tiles [first, last) see some of the keys
   int direction;    // of the walk over them: 1 up, -1 down
 
   __device__ __forceinline__ int first_tile() const { return direction > 0 ? first : last - 1; }
-  __device__ __forceinline__ int steps(int group) const { return (last - first) * group; }
-  __device__ __forceinline__ int tile(int step, int group) const { return first_tile() + direction * (step / group); }
-  __device__ __forceinline__ int head(int step, int group) const { return kv_head * group + step % group; }
+  __device__ __forceinline__ int steps(int heads) const { return (last - first) * heads; }
+  __device__ __forceinline__ int tile(int step, int heads) const { return first_tile() + direction * (step / heads); }
+  __device__ __forceinline__ int q_head(int step, int heads) const { return head + step % heads; }
 };
 
 template <typename T_, int kHeadDim_, int kQueries_, int kKeys_, Mask kMask_, bool kCap_>
@@ -86,6 +88,7 @@ struct BwdArgs {
   int* turns;          // per query tile and piece: how many key tiles have added to it; null: they add in any order
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
+  int heads;           // of them that one block walks
   int query_tiles;     // of one head: of a sequence, or of all packed ones
   float cap_factor;    // of the scores in tanh
   float scale;         // of dK
@@ -99,19 +102,21 @@ __device__ __forceinline__ int64_t query_tile(const BwdArgs& a, const Sequence& 
   return (int64_t(a.sequences.cu_q ? 0 : s.index) * a.q_heads + head) * a.query_tiles + first + tile;
 }
 
+// Announces key tile number `index`, field by field: the producer has few registers.
 template <class Tile>
-__device__ __forceinline__ BwdWork bwd_work(const BwdArgs& a, int index) {
-  const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.group, Tile::kKeys);
-  if (tile.rows.sequence < 0) return {.kv_head = -1};
-  BwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, 0, 0, -1};
+__device__ __forceinline__ void announce(const BwdArgs& a, int index, BwdWork& w) {
+  const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.heads, Tile::kKeys);
+  if (tile.rows.sequence < 0) return;
+  w.place = tile.head, w.head = tile.head * a.heads, w.kv_head = tile.head * a.heads / a.group;
+  w.key0 = tile.rows.row0, w.direction = -1;
+  w.sequence = a.sequences[tile.rows.sequence];
   const Sequence& s = w.sequence;
   const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
   int begin = 0, end = s.q_length;  // queries that see some of the keys
   if (Tile::kMask != Mask::kNone) begin = max(0, w.key0 - s.offset() - a.window.right);
   if (Tile::kMask == Mask::kWindow) end = min(end, last_key - s.offset() + a.window.left + 1);
   w.first = begin / Tile::kQueries;
-  w.last = begin < end ? (end + Tile::kQueries - 1) / Tile::kQueries : w.first;
-  return w;
+  w.last = begin < end ? (end + Tile::kQueries - 1) / Tile::kQueries : begin / Tile::kQueries;
 }
 
 // How many key tiles add to a query tile before this one does: those with smaller keys.
@@ -143,7 +148,7 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
     while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
       const int index = atomicAdd(a.counter, 1);
       if (index >= a.order.count()) break;
-      w = bwd_work<Tile>(a, index);
+      announce<Tile>(a, index, w);
     }
     if (!a.turns && round % 2) w.direction = 1;  // turns are in the order in which blocks that go down arrive
     barrier_arrive(&shared.work_full[round % 2]);
@@ -155,8 +160,8 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
     barrier_arrive_expect(&shared.v_full, Tile::kKBytes);
     load_rows<Tile>(a.v, shared.v, Tile::kKeys, &shared.v_full, w.key0, w.kv_head, a.sequences.k_rows(w.sequence));
 #pragma unroll 1  // few registers
-    for (int i = 0; i < w.steps(a.group); i++, count++) {
-      const int tile = w.tile(i, a.group), head = w.head(i, a.group), stage = count % Tile::kStages;
+    for (int i = 0; i < w.steps(a.heads); i++, count++) {
+      const int tile = w.tile(i, a.heads), head = w.q_head(i, a.heads), stage = count % Tile::kStages;
       const Rows rows = a.sequences.q_rows(w.sequence);
       barrier_wait(&shared.q_empty[stage], (count / Tile::kStages & 1) ^ 1);
       barrier_arrive_expect(&shared.q_full[stage], Tile::kQBytes + Tile::kRowFloats * 4);
@@ -190,8 +195,8 @@ __device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Share
     barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
     if (w.kv_head < 0) break;
 #pragma unroll 1  // few registers
-    for (int i = 0; i < w.steps(a.group); i++, parity ^= 1) {
-      const int tile = w.tile(i, a.group), head = w.head(i, a.group);
+    for (int i = 0; i < w.steps(a.heads); i++, parity ^= 1) {
+      const int tile = w.tile(i, a.heads), head = w.q_head(i, a.heads);
       const int64_t piece = query_tile<Tile>(a, w.sequence, head, tile) * Tile::kGroups + group;
       barrier_wait(&shared.dq_full[group], parity);
       const int turn = a.turns ? turn_of<Tile>(a, w, tile) : -1;
@@ -235,8 +240,8 @@ struct BwdConsumer {
   float dp[kQueries / 2];                             // (dO V^T)^T
   uint32_t p[kQueries / 16][4];                       // P^T, rounded
   uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
-  int count = 0;                      // query tiles done
-  int mask_below, mask_above;         // tiles whose first row is outside need a mask
+  int count = 0;                                      // query tiles done
+  int mask_below, mask_above;                         // tiles whose first row is outside need a mask
 
   __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
       : a(a),
@@ -348,7 +353,9 @@ struct BwdConsumer {
   __device__ __forceinline__ void find_masked(const BwdWork& w) {
     const Sequence& q = w.sequence;
     const int first_key = w.key0 + 64 * group, last_key = first_key + 63;
-    mask_below = last_key >= q.k_length ? kFar : Tile::kMask == Mask::kNone ? 0 : last_key - q.offset() - a.window.right;
+    mask_below = last_key >= q.k_length       ? kFar
+                 : Tile::kMask == Mask::kNone ? 0
+                                              : last_key - q.offset() - a.window.right;
     mask_above = Tile::kMask == Mask::kWindow ? first_key - q.offset() + a.window.left - kQueries + 1 : kFar;
   }
 
@@ -436,13 +443,13 @@ struct BwdConsumer {
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
-    int tile = uniform(w.first_tile()), heads = a.group;
+    int tile = uniform(w.first_tile()), heads = a.heads;
     find_masked(w);
     start_s();
     start_dp();
     finish_scores(w, tile);
-    for (int i = uniform(w.steps(a.group)); i > 1; i--) {
-      if (--heads == 0) heads = a.group, tile += uniform(w.direction);
+    for (int i = uniform(w.steps(a.heads)); i > 1; i--) {
+      if (--heads == 0) heads = a.heads, tile += uniform(w.direction);
       step<true>(w, tile);
     }
     step<false>(w, tile);
@@ -468,7 +475,7 @@ struct BwdConsumer {
     if (thread == 0 && row0 < w.sequence.k_length) {
       const Rows rows = a.sequences.k_rows(w.sequence);
       for (int c = 0; c < Tile::kPanels; c++)
-        copy_out(&map, tile + c * (kKeys * kPanel) + group * (64 * kPanel), c * kPanel, row0 + rows.shift, w.kv_head,
+        copy_out(&map, tile + c * (kKeys * kPanel) + group * (64 * kPanel), c * kPanel, row0 + rows.shift, w.place,
                  rows.c3, rows.c4);
       commit_out();
     }

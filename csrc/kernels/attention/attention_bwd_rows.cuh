@@ -114,4 +114,35 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
   }
 }
 
+// dK or dV of a key head as the sum of its parts, which are neighbouring heads; eight features a thread.
+struct PartsArgs {
+  AttentionTensor parts, sum;
+  int tokens, heads, parts_of_head;
+  int64_t vectors;  // of the sum
+};
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(256) attention_bwd_add_parts_kernel(const PartsArgs a) {
+  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (index >= a.vectors) return;
+  const int column = index % (kHeadDim / 8) * 8;
+  const int64_t row = index / (kHeadDim / 8), token = row / a.heads % a.tokens, batch = row / a.heads / a.tokens;
+  const int head = row % a.heads;
+  const auto vector = [&](const AttentionTensor& t, int head) {
+    T* x = static_cast<T*>(t.data) + batch * t.batch_stride + token * t.token_stride + head * t.head_stride + column;
+    return reinterpret_cast<uint4*>(x);
+  };
+  float2 sum[4] = {};
+  for (int part = 0; part < a.parts_of_head; part++) {
+    const uint4 x = *vector(a.parts, head * a.parts_of_head + part);
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 y = hopper::unpack<T>(pairs[i]);
+      sum[i].x += y.x, sum[i].y += y.y;
+    }
+  }
+  const auto rounded = [&](int i) { return hopper::pack<T>(sum[i].x, sum[i].y); };
+  *vector(a.sum, head) = {rounded(0), rounded(1), rounded(2), rounded(3)};
+}
+
 }  // namespace cs336::attention

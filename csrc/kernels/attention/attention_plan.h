@@ -58,13 +58,24 @@ inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
   return p.cu_q ? 2 + 2 * attention_tiles(p, p.q_tokens, 64 * shape->groups) : 2;
 }
 
+// Query heads that one block of the backward walks: all that share a key head, or a half, a quarter, ... of them where
+// blocks would be too few to balance: the longest, with 64/8 heads of 2k tokens, has twice the average work.
+inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
+  const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;  // with one head each
+  int heads = p.q_heads / p.kv_heads;
+  while (heads % 2 == 0 && blocks / heads < 3 * num_sms) heads /= 2;
+  return heads;
+}
+
 // Where things are in the backward's workspace, in bytes.
 struct AttentionBwdWorkspace {
   int64_t query_tiles, key_tiles;  // of a head: of a sequence, or of all packed ones
   // First of all dQ in fp32, then per query tile its rows' lse and delta, then the turns of its two pieces.
-  int64_t rows, turns, key_tile_list, counter, bytes;
+  int64_t rows, turns, key_tile_list, dk_parts, dv_parts, counter, bytes;
+  int heads;  // that one block walks
 
-  AttentionBwdWorkspace(const AttentionProblem& p, bool deterministic) {
+  AttentionBwdWorkspace(const AttentionProblem& p, bool deterministic, int num_sms) {
     const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
     const int64_t rows_of = p.cu_q ? 1 : p.sequences;  // batch entries
     query_tiles = attention_tiles(p, p.q_tokens, shape->queries) / rows_of;
@@ -73,7 +84,12 @@ struct AttentionBwdWorkspace {
     rows = tiles * shape->queries * p.head_dim * 4;
     turns = rows + tiles * shape->queries * 2 * 4;
     key_tile_list = turns + (deterministic ? tiles * 2 * 4 : 0);
-    counter = key_tile_list + (p.cu_q ? key_tiles * 2 * 4 : 0);
+    heads = attention_bwd_heads(p, num_sms);
+    // Of dK and dV, in so many heads; none where a block walks all that share a key head.
+    const int64_t parts = heads * p.kv_heads == p.q_heads ? 0 : p.q_heads / heads;
+    dk_parts = ceil_div(key_tile_list + (p.cu_q ? key_tiles * 2 * 4 : 0), 16) * 16;
+    dv_parts = dk_parts + rows_of * p.k_tokens * parts * p.head_dim * 2;
+    counter = dv_parts + rows_of * p.k_tokens * parts * p.value_dim * 2;
     bytes = counter + 4;
   }
 };
