@@ -55,13 +55,13 @@ def attention(
         return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key. Its
             gradient is taken into account.
 
-    Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros. The kernels'
-    gradients are differentiable once.
+    Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros.
     Raises ValueError for shapes, dtypes or devices that do not fit.
 
     On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
     scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
-    (softcap, ALiBi, our dropout, lse, a float32 mask beside 16-bit tensors). Autocast casts as it does for torch's.
+    (softcap, ALiBi, our dropout, lse, a float32 mask beside 16-bit tensors). Second derivatives and torch.func's
+    transforms are plain torch's, with all scores in memory. Autocast casts as it does for torch's.
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)

@@ -7,7 +7,9 @@ from torch.autograd import forward_ad
 import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
 from cs336.ops import registry
 from cs336.ops.dispatch import rows, run
+from cs336.ops.ref import attention as ref
 
+PLAIN = {"attention": ref.fwd, "attention_varlen": ref.varlen_fwd, "attention_general": ref.general_fwd}
 NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  # before `deterministic` in the backward
 
 
@@ -27,14 +29,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable lets a constant do pass
-            raise RuntimeError(
-                "attention is differentiable once: create_graph=True needs torch's scaled_dot_product_attention"
-            )
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         rest = list(ctx.rest)
         for n, x in zip(ctx.tensors, tensors, strict=True):
             rest[n] = x
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, None, *_differentiable(ctx.name, do, dlse, q, k, v, rest), *(None for _ in rest)
         rest.insert(NUM_OPTIONS[ctx.name], ctx.deterministic or registry.is_deterministic())
         if do is None:
             do = torch.zeros_like(o)
@@ -43,8 +43,18 @@ class _Attention(torch.autograd.Function):
         return None, None, dq, dk, dv, *(None for _ in ctx.rest)
 
 
+def _differentiable(name: str, do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rest: list):
+    """dq, dk, dv for create_graph: in plain torch, differentiable again, from q, k and v alone."""
+    leaves = [x.view_as(x) for x in (q, k, v)]  # of which two may be one tensor
+    wanted = [x for x in leaves if x.requires_grad]
+    pairs = [(y, dy) for y, dy in zip(PLAIN[name](*leaves, *rest), (do, dlse), strict=True) if dy is not None]
+    outputs, their_grads = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(outputs, wanted, their_grads, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if x.requires_grad else None for x in leaves)
+
+
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-    """o and lse of `name`_fwd for these arguments, differentiable once; deterministic whether torch is or not."""
+    """o and lse of `name`_fwd for these arguments, differentiable; deterministic whether torch is or not."""
     q, k, v = rows(q), rows(k), rows(v)
     if torch.compiler.is_compiling():  # which takes no tensor twice: q is k, or both cu_seqlens are one
         k, v = k.view_as(k), v.view_as(v)

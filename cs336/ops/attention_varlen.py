@@ -42,7 +42,7 @@ def attention_varlen(
         alibi_slopes: (Hq,) or (N, Hq) float32.
         return_lse: return the scores' log-sum-exp too: (Hq, Tq) float32.
 
-    Returns o (Tq, Hq, E) like q, or (o, lse). A query without keys gives zeros. Differentiable once.
+    Returns o (Tq, Hq, E) like q, or (o, lse). A query without keys gives zeros. Second derivatives are plain torch's.
     Raises ValueError for arguments that do not fit. What cu_seqlens hold is checked on a CPU; on a GPU, where looking
     would make the host wait, the kernels stay inside the tensors, and the results of wrong ones are undefined.
     """

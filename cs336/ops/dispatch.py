@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cs336.ops import registry
 
@@ -16,7 +18,12 @@ def run(name: str, *args: Any) -> Any:
 
 
 def has_kernel(name: str, *args: Any) -> bool:
-    """Whether `run` would take a kernel: a forced variant that is one, or a compiled one that accepts the arguments."""
+    """Whether `run` would take a kernel: a forced variant that is one, or a compiled one that accepts the arguments.
+
+    Not under functorch's transforms or in forward mode, which plain torch alone knows how to take.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
     if registry.forced() is not None:
         return registry.forced() != "ref"
     first = args[0] if isinstance(args[0], Tensor) else args[0][0]

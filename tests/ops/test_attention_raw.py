@@ -3,7 +3,7 @@ checkpoints, compilation, streams and graphs."""
 
 import pytest
 import torch
-from attentions import BF16, CUDA, F32, leaves, packed
+from attentions import BF16, CUDA, F32, definition, leaves, packed, varlen_definition
 from torch.utils.checkpoint import checkpoint
 
 from cs336 import ops
@@ -134,15 +134,55 @@ def test_one_output_alone(variant, device):
     torch.testing.assert_close(alone[0][2], both[2])
 
 
-def test_second_derivative_and_forward_mode_are_refused(variant, device):
-    if variant == "ref":
-        pytest.skip("plain torch has both")
+def assert_near(got, want):
+    assert (got - want).float().norm() <= (0.05 if CUDA else 1e-4) * want.float().norm()
+
+
+def test_create_graph(variant, device):
+    """A penalty on the gradients, of tensors that are their own keys too; and create_graph that nothing uses."""
     tensors = leaves(1, 2, 1, 4, 6, D, None, DTYPE, device)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(ops.attention(*tensors).sum(), tensors, create_graph=True)
-    q, k, v = (t.detach() for t in tensors)
-    with pytest.raises(RuntimeError):  # rather than a derivative of 0
-        torch.func.jvp(lambda q: ops.attention(q, k, v), (q,), (q,))
+    x, _, values = (t.detach()[:, :1].requires_grad_() for t in tensors)
+
+    def second(attend, q, k, v, wanted):
+        o, lse = attend(q, k, v)
+        first = torch.autograd.grad(o.square().sum() + lse.sum(), wanted, create_graph=True)
+        return *(g.detach() for g in first), *torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    def ours(q, k, v):
+        return ops.attention(q, k, v, causal=True, return_lse=True)
+
+    def formula(q, k, v):
+        return definition(q, k, v, causal=True)
+
+    for q, k, v, wanted in ((*tensors, tensors), (x, x, values[:, :, :4], (x,))):
+        for got, want in zip(second(ours, q, k, v, wanted), second(formula, q, k, v, wanted), strict=True):
+            assert_near(got, want)
+    (only,) = torch.autograd.grad(ours(*tensors)[1].sum(), tensors[:1], create_graph=True)
+    assert_near(only, torch.autograd.grad(ours(*tensors)[1].sum(), tensors[:1])[0])
+
+
+def test_second_derivative_of_a_pack(variant, device):
+    tensors, cu, lists = packed([3, 0, 5], [4, 2, 5], 2, 1, D, None, DTYPE, device)
+
+    def second(attend):
+        first = torch.autograd.grad(attend().square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    ours = second(lambda: ops.attention_varlen(*tensors, *cu, 5, 5))
+    for got, want in zip(ours, second(lambda: varlen_definition(*tensors, *lists)[0]), strict=True):
+        assert_near(got, want)
+
+
+def test_transforms_are_plain_torchs(variant, device):
+    q, k, v = (t.detach() for t in leaves(2, 2, 1, 4, 6, D, None, DTYPE, device))
+
+    def transformed(attend):
+        return *torch.func.jvp(attend, (q,), (q,)), torch.func.grad(lambda q: attend(q).square().sum())(q)
+
+    ours = transformed(lambda q: ops.attention(q, k, v, causal=True))
+    for got, want in zip(ours, transformed(lambda q: definition(q, k, v, causal=True)[0]), strict=True):
+        assert_near(got, want)
+    assert_near(torch.vmap(lambda q, k, v: ops.attention(q, k, v))(q, k, v), ops.attention(q, k, v))
 
 
 def test_a_copy_is_made_where_the_last_dim_is_strided(variant, device):
