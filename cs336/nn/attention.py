@@ -95,7 +95,7 @@ class Attention(nn.Module):
             positions = context.positions
             if positions is None and state is not None:
                 positions = context.slots(x_BSM.shape[-2])
-            q_BHSD, k_BHTD = self.rope(q_BHSD, positions), self.rope(k_BHTD, positions)
+            q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
         if state is None:
             o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, context.mask, causal=self.causal)
         else:

@@ -2,6 +2,9 @@ import pytest
 import torch
 
 from cs336.nn import NoPositionsConfig, RopeConfig, RotaryEmbedding
+from cs336.ops import registry
+
+CALL = registry.call
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -29,6 +32,34 @@ def test_explicit_positions():
     assert torch.equal(rope(x, positions[:, None]), y)
     assert torch.equal(rope(x, positions[:1]), rope(x, positions[:1].expand(2, 5)))
     assert torch.equal(rope(x, positions.int()), y)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_queries_and_keys_together(interleaved, device):
+    rope = RotaryEmbedding(8, 32, interleaved=interleaved, device=device)
+    q, k = torch.randn(2, 6, 5, 8, device=device), torch.randn(2, 3, 5, 8, device=device)
+    rows = torch.randint(0, 32, (2, 5), device=device)
+    for positions in (None, rows[0], rows, rows[:1], rows[:, None]):
+        for got, x in zip(rope.rotate_qk(q, k, positions), (q, k), strict=True):
+            torch.testing.assert_close(got, rope(x, positions))
+    for qk in ((q[0], k[0]), (q[None], k[None])):
+        for got, x in zip(rope.rotate_qk(*qk, rows[0]), qk, strict=True):
+            torch.testing.assert_close(got, rope(x, rows[0]))
+
+
+@pytest.mark.parametrize("variant", ["triton", "native"])
+def test_queries_and_keys_are_one_launch(variant, device, monkeypatch):
+    rope = RotaryEmbedding(8, 32, device=device)
+    q, k = torch.randn(1, 6, 5, 8, device=device), torch.randn(1, 3, 5, 8, device=device)
+    cos, sin = (t[None, :5] for t in (rope.cos, rope.sin))
+    if reason := registry.why_not("rope_fwd", variant, [q, k], cos, sin, None, False, False):
+        pytest.skip(reason)
+    launches = []
+    monkeypatch.setattr(registry, "call", lambda name, *args: launches.append(name) or CALL(name, *args))
+    with registry.use(variant):
+        rope.rotate_qk(q, k)
+        rope.rotate_qk(q, k, torch.arange(5, device=device)[None])
+    assert launches == ["rope_fwd"] * 2
 
 
 def test_far_positions_keep_their_angle():
