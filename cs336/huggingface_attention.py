@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import attention, attention_varlen
+from cs336.ops.attention_varlen import cu_seqlens
 
 NAME = "cs336"
 
@@ -96,7 +97,7 @@ def attention_mask(
         if not segments and allow_is_causal_skip:
             return None
         if len(segments) == 1 and not _tracing():
-            return _cu_seqlens(segments[0])
+            return cu_seqlens(segments[0])
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -134,11 +135,3 @@ def _parts(mask_function: Callable) -> Iterator[tuple[str, Tensor | None]]:
                 yield from _parts(part)
         case _:
             yield "other", None
-
-
-def _cu_seqlens(segments_BS: Tensor) -> Tensor:
-    """Where the segments of all rows start, and where the last ends: a segment does not go on in the next row."""
-    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    starts = starts_BS.flatten().nonzero()[:, 0]
-    return torch.cat((starts, starts.new_tensor([segments_BS.numel()]))).to(torch.int32)

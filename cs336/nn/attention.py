@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def forward(self, x_BSM: Tensor, context: Context | None = None, state: KeyValues | None = None) -> Tensor:
         """x (..., S, d_model) -> (..., S, d_model).
 
-        context: positions and mask of x; with a state its lengths.
+        context: positions, and the mask of x or its cu_seqlens; with a state its lengths.
         state: the tokens before x (B, S, d_model), of which context.lengths are kept; x's keys and values join them.
 
         Raises ValueError for shapes or dtypes that do not fit.
@@ -96,15 +96,29 @@ class Attention(nn.Module):
             if positions is None and state is not None:
                 positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
-        if state is None:
+        if state is None and context.cu_seqlens is not None:
+            o_BHSD = self._packed(q_BHSD, k_BHTD, v_BHTD, context)
+        elif state is None:
             o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, context.mask, causal=self.causal)
         else:
             o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
 
+    def _packed(
+        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues | None
+    ) -> Tensor:
+        if state is not None or context.mask is not None or q_BHSD.dim() != 4:
+            raise ValueError("cu_seqlens, the ends of packed documents, take x (B, S, d_model) and no mask")
+        B, _, S, _ = q_BHSD.shape
+        q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
+        o_THD = ops.attention_varlen(q_THD, k_THD, v_THD, context.cu_seqlens, None, S, S, causal=self.causal)
+        return o_THD.unflatten(0, (B, S)).transpose(1, 2)
+
     def _continue(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues) -> Tensor:
-        if not self.causal or context.mask is not None:
-            raise ValueError("a state needs causal attention without a mask: it holds what each token may see")
+        if not self.causal or context.mask is not None or context.cu_seqlens is not None:
+            raise ValueError(
+                "a state needs causal attention without a mask or cu_seqlens: it holds what each token may see"
+            )
         begins = state.empty
         state.append(k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2), context)
         if begins:

@@ -11,6 +11,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from cs336.ops.attention_varlen import cu_seqlens
+
 
 @dataclass(frozen=True)
 class Context:
@@ -24,16 +26,24 @@ class Context:
     """(B, S) integers: tokens with different ones are strangers. A mixer without a mask keeps them apart by these."""
     lengths: Tensor | None = None
     """(B,) int64: the tokens that the state holds before these. None without a state."""
+    cu_seqlens: Tensor | None = None
+    """(N + 1,) int32: where documents start among the B * S tokens, and where the last ends. It keeps
+    them apart in attention, in place of a mask."""
 
     @staticmethod
     def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":
-        """Documents packed in a row: each is a run of equal ids, sees no other, and counts its positions from 0."""
+        """Documents packed in a row: each is a run of equal ids, sees no other, and counts its positions from 0.
+
+        On a GPU attention gets their ends, for which the host waits once; elsewhere, and compiled, a mask.
+        """
+        begins_BS = segments_BS.diff(prepend=segments_BS[:, :1]) != 0
         if positions is None:
             column_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
-            begins_BS = segments_BS.diff(prepend=segments_BS[:, :1]) != 0
             positions = column_S - torch.where(begins_BS, column_S, 0).cummax(-1).values
-        mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
-        return Context(positions, mask_B1SS, segments_BS)
+        if segments_BS.is_cuda and not torch.compiler.is_compiling():
+            return Context(positions, segments=segments_BS, cu_seqlens=cu_seqlens(segments_BS))
+        run_BS = begins_BS.cumsum(-1)  # an id may come again
+        return Context(positions, (run_BS[:, :, None] == run_BS[:, None, :])[:, None], segments_BS)
 
     def slots(self, S: int) -> Tensor:
         """(B, S): where the new tokens go among those of their row."""

@@ -63,6 +63,17 @@ def attention_varlen(
     return (o, lse) if return_lse else o
 
 
+def cu_seqlens(segments_BS: Tensor) -> Tensor:
+    """Where the runs of equal ids start in all rows behind each other, and where the last ends: (N + 1,) int32.
+
+    A run ends with its row. How many there are, the host waits for.
+    """
+    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    starts = starts_BS.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_tensor([segments_BS.numel()]))).to(torch.int32)
+
+
 def _longest(cu_seqlens: Tensor) -> int:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         return 0

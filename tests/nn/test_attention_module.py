@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cs336.nn import Attention, AttentionConfig, Context, RotaryEmbedding
 from cs336.ops import registry
+from cs336.ops.attention_varlen import cu_seqlens
 
 
 def test_is_torchs_multi_head_attention():
@@ -58,6 +61,36 @@ def test_positions_and_mask():
     padded = torch.cat((torch.randn(1, 3, 16), x), 1)
     y = layer(padded, Context((torch.arange(8) - 3).clamp(min=0), torch.arange(8) >= 3))
     torch.testing.assert_close(y[:, 3:], layer(x))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_by_their_ends_are_documents_by_a_mask(causal):
+    """What a GPU takes and what a CPU takes; an id that comes again in a row is another document."""
+    layer = Attention(16, 4, 2, causal=causal, qk_norm=True, rope=RotaryEmbedding(4, 16))
+    segments = torch.tensor([[5, 5, 5, 2, 5, 5, 0], [0, 0, 0, 0, 0, 1, 1]])
+    masked = Context.packed(segments)
+    by_ends = Context(masked.positions, cu_seqlens=cu_seqlens(segments))
+    assert by_ends.cu_seqlens.tolist() == [0, 3, 4, 6, 7, 12, 14]
+    x, dy, outcomes = torch.randn(2, 7, 16), torch.randn(2, 7, 16), []
+    for context in (masked, by_ends):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, context)
+        outcomes.append((y, *torch.autograd.grad(y, (leaf, *layer.parameters()), dy)))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outcomes[0][0][0, 4:6], layer(x[:1, 4:6])[0])
+    for context in (
+        dataclasses.replace(by_ends, mask=masked.mask),
+        dataclasses.replace(by_ends, lengths=segments[:, 0]),
+    ):
+        state = None if context.lengths is None else layer.new_state(2, 16)
+        with pytest.raises(ValueError, match="no mask and no state"):
+            layer(x, context, state)
+
+
+def test_packed_documents_need_no_mask_on_a_gpu(device):
+    context = Context.packed(torch.zeros(1, 4, dtype=torch.long, device=device))
+    assert (context.mask is None, context.cu_seqlens is None) == ((True, False) if device == "cuda" else (False, True))
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3)])
