@@ -104,10 +104,8 @@ class Attention(nn.Module):
             o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
 
-    def _packed(
-        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues | None
-    ) -> Tensor:
-        if state is not None or context.mask is not None or q_BHSD.dim() != 4:
+    def _packed(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context) -> Tensor:
+        if context.mask is not None or q_BHSD.dim() != 4:
             raise ValueError("cu_seqlens, the ends of packed documents, take x (B, S, d_model) and no mask")
         B, _, S, _ = q_BHSD.shape
         q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
@@ -117,7 +115,7 @@ class Attention(nn.Module):
     def _continue(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues) -> Tensor:
         if not self.causal or context.mask is not None or context.cu_seqlens is not None:
             raise ValueError(
-                "a state needs causal attention without a mask or cu_seqlens: it holds what each token may see"
+                "a state needs causal attention without a mask or cu_seqlens: it holds what may be seen"
             )
         begins = state.empty
         state.append(k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2), context)

@@ -79,13 +79,11 @@ def test_documents_by_their_ends_are_documents_by_a_mask(causal):
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(outcomes[0][0][0, 4:6], layer(x[:1, 4:6])[0])
-    for context in (
-        dataclasses.replace(by_ends, mask=masked.mask),
-        dataclasses.replace(by_ends, lengths=segments[:, 0]),
-    ):
-        state = None if context.lengths is None else layer.new_state(2, 16)
-        with pytest.raises(ValueError, match="no mask and no state"):
-            layer(x, context, state)
+    with pytest.raises(ValueError, match="no mask"):
+        layer(x, dataclasses.replace(by_ends, mask=masked.mask))
+    if causal:
+        with pytest.raises(ValueError, match="without a mask or cu_seqlens"):
+            layer(x, dataclasses.replace(by_ends, lengths=torch.zeros(2, dtype=torch.long)), layer.new_state(2, 16))
 
 
 def test_packed_documents_need_no_mask_on_a_gpu(device):
