@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent
 TEXT_ONLY = os.environ.get("CS336_TEXT_ONLY") == "1"
 DEPENDENCIES = ["numpy", "regex", "rich", "tyro>=1.0"]
 if not TEXT_ONLY:
-    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2", "matplotlib"]
+    DEPENDENCIES += ["torch>=2.11", "safetensors", "nvtx", "jinja2", "pydantic>=2.8"]
 
 
 def require(program: str, *candidates: str, install: str) -> None:

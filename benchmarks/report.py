@@ -1,6 +1,7 @@
-"""Rewrite README.md's tables from benchmarks/results/*.json:  python benchmarks/report.py
+"""Rewrite the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json:  python benchmarks/report.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, where NAME is a run of the results.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, where NAME is a run of the results, or `headline`:
+a row for each.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
@@ -28,19 +30,21 @@ def load(folder: pathlib.Path = ROOT / "benchmarks/results") -> Results:
 
 
 def render(text: str, results: Results) -> str:
-    """The README with every table written anew. Raises ValueError where a marker is missing or left open."""
+    """A page with every table written anew. Raises ValueError where a marker is missing or left open."""
     opened, whole = text.count("<!-- table: "), len(MARKED.findall(text))
     if not opened:
-        raise ValueError("README.md has no tables: write `<!-- table: NAME -->` and `<!-- /table -->` on two lines")
+        raise ValueError("the page has no tables: write `<!-- table: NAME -->` and `<!-- /table -->` on two lines")
     if opened != whole or text.count("<!-- /table -->") != whole:
         raise ValueError(
-            f"README.md opens {opened} tables and {whole} are whole: each needs a NAME and `<!-- /table -->`"
+            f"the page opens {opened} tables and {whole} are whole: each needs a NAME and `<!-- /table -->`"
         )
     return MARKED.sub(lambda m: m[1] + table(m[2], results) + m[4], text)
 
 
 def table(name: str, results: Results) -> str:
     """Markdown for one run on every machine that has it."""
+    if name == "headline":
+        return "\n".join(headline(results)) + "\n"
     runs = [machine[name] for machine in results.values() if name in machine]
     if not runs:
         return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
@@ -266,14 +270,73 @@ def training(rows: list[Row]) -> Iterator[str]:
         yield f"| {tool} | " + " | ".join(shown) + " |"
 
 
+# ---- a row a run ----
+
+
+def headline(results: Results) -> Iterator[str]:
+    yield "| | measured | beside | on |"
+    yield "| --- | --- | --- | --- |"
+    for machine in results.values():
+        for name, row in HEADLINES.items():
+            if name in machine:
+                header = machine[name]["header"]
+                device = header.get("gpu") or f"{header['cpu']}, {header['cores']} cores"
+                yield f"| {' | '.join(row(machine[name]['rows']))} | {device} |"
+
+
+def norm_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the forward pass with the largest x of those that the tables show, at N = 4096."""
+    same = [r for r in rows if r["pass"] == "fwd" and r["shape"][-1] == 4096 and megabytes(r) == SIZES[-1]]
+    c = {r["variant"]: r for r in same}
+    share = f"{c['native']['percent_of_roof']:.0f} % of what a copy reaches"
+    return f"{rows[0]['op']}, bf16, N = 4096", share, beside(c, ("compile", "liger", "quack"))
+
+
+def adamw_headline(rows: list[Row]) -> tuple[str, str, str]:
+    cases = [r for r in rows if r["pass"] == "step" and r["shape"] == rows[0]["shape"] and r["dtype"] == "float32"]
+    c = {r["variant"]: r for r in cases}
+    share = f"{c['native']['percent_of_roof']:.0f} % of what a copy reaches"
+    return f"AdamW, {c['native']['shape'][0] / 1e6:.0f} M parameters", share, beside(c, ("fused", "foreach"))
+
+
+def beside(c: dict[str, Row], peers: Iterable[str]) -> str:
+    return ", ".join(f"{faster:.2f}x {PEERS[p]}" for p in peers if (faster := ratio(c, p)))
+
+
+def tokenizer_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the first vocabulary and text, on one thread, as an array."""
+    coded = [r for r in rows if r.get("output") == "numpy" and r.get("threads") == 1 and speed(r, "cold")]
+    c = {r["tool"]: r for r in coded if (r["tokenizer"], r["text"]) == (coded[0]["tokenizer"], coded[0]["text"])}
+    tool = max((t for t in c if t != "cs336"), key=lambda t: speed(c[t], "cold"))
+    what = f"encode {coded[0]['text']}, {coded[0]['tokenizer']}, one thread"
+    return what, f"{speeds(c['cs336'])} MB/s, cold / warm", f"{tool}, the fastest peer: {speeds(c[tool])}"
+
+
+def train_headline(rows: list[Row]) -> tuple[str, str, str]:
+    c = {row["variant"]: row for row in rows if row["model"] == rows[0]["model"]}
+    ours, plain = c["cs336"]["tokens_per_second"], c["plain"]["tokens_per_second"]
+    what = f"train a GPT-2 of {rows[0]['model']}"
+    return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336'])}", f"{ours / plain:.2f}x compiled PyTorch"
+
+
+HEADLINES = {
+    "tokenizer": tokenizer_headline,
+    "train": train_headline,
+    "rms_norm": norm_headline,
+    "layer_norm": norm_headline,
+    "adamw": adamw_headline,
+}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    try:
-        text = render(readme.read_text(), load())
-    except ValueError as error:
-        raise SystemExit(f"benchmarks/report.py: {error}") from None
-    readme.write_text(text)
-    print(f"README.md: {', '.join(m[1] for m in MARKED.findall(text))}")
+    for name in PAGES:
+        page = ROOT / name
+        try:
+            text = render(page.read_text(), load())
+        except ValueError as error:
+            raise SystemExit(f"benchmarks/report.py: {name}: {error}") from None
+        page.write_text(text)
+        print(f"{name}: {', '.join(m[1] for m in MARKED.findall(text))}")
 
 
 if __name__ == "__main__":

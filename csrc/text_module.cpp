@@ -5,17 +5,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <unordered_map>
-#include <unordered_set>
 #include <variant>
 
 #include "cpu/text/bpe_encode.h"
 #include "cpu/text/bpe_train.h"
+#include "cpu/text/interrupt.h"
 #include "cpu/text/parallel.h"
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
@@ -47,12 +48,10 @@ struct Policy {
   TokenSet allowed, forbidden;
 };
 
-// "gpt2", "cl100k", "o200k", or a function from bytes to the list of the ends of its pieces.
+// The name of a pattern, or a function from bytes to the list of the ends of its pieces.
 Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
   if (const auto* name = std::get_if<std::string>(&pattern)) {
-    if (*name == "gpt2") return Splitter(Pattern::kGpt2);
-    if (*name == "cl100k") return Splitter(Pattern::kCl100k);
-    if (*name == "o200k") return Splitter(Pattern::kO200k);
+    if (const auto named = pattern_named(*name)) return Splitter(*named);
     throw std::invalid_argument("there is no scanner for the pattern " + *name);
   }
   // Shared, so that copies of the splitter need no GIL; the last one goes with it held.
@@ -65,6 +64,15 @@ Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
     return (*function)(py::bytes(text.data(), text.size())).cast<std::vector<size_t>>();
   });
 }
+
+// Without the GIL, and asking for signals all the same: Python acts on them in the main thread alone.
+class Unlocked {
+  py::gil_scoped_release release_;
+  Interrupt interrupt_{[] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }};
+};
 
 // A list to be filled with PyList_SET_ITEM.
 py::list list_of(size_t size) {
@@ -85,10 +93,10 @@ py::array_t<Id> to_array(Buffer<Id> ids) {
 
 class PyEncoder {
  public:
-  // specials: text and id; they are among the tokens too. merges: pairs of tokens, the first merge first; none for
-  // tiktoken's rule. Raises ValueError for two ids that are
-  // the same ordinary token, and for a merge of what are none.
-  PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens,
+  // ordinary: the ids of the tokens that text may merge to, ascending. specials: text and id; they are among the tokens
+  // too. merges: pairs of tokens, the first merge first; none for tiktoken's rule. Raises ValueError for two ids that
+  // are the same ordinary token, and for a merge of what are none.
+  PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens, const std::vector<uint32_t>& ordinary,
             const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>& merges,
             const std::vector<std::pair<py::bytes, uint32_t>>& specials,
             const std::variant<std::string, py::function>& pattern) {
@@ -98,12 +106,11 @@ class PyEncoder {
       special_texts.emplace_back(bytes);
       special_ids.push_back(id);
     }
-    const std::unordered_set<uint32_t> is_special(special_ids.begin(), special_ids.end());
     Tokens token_bytes;
     std::unordered_map<std::string_view, uint32_t> id_of;  // of ordinary tokens
     for (const auto& [id, bytes] : tokens) {
       token_bytes.emplace_back(id, bytes);
-      if (is_special.contains(id)) continue;
+      if (!std::binary_search(ordinary.begin(), ordinary.end(), id)) continue;
       const auto [known, is_new] = id_of.emplace(std::string_view(bytes), id);
       if (is_new) continue;
       throw py::value_error("ids " + std::to_string(known->second) + " and " + std::to_string(id) +
@@ -133,8 +140,8 @@ class PyEncoder {
     }
     const Splitter splitter = make_splitter(pattern);
     {
-      const py::gil_scoped_release release;
-      core_ = std::make_unique<Encoder>(token_bytes, byte_ids, merge_list, !merges, std::move(special_texts),
+      const Unlocked unlocked;
+      core_ = std::make_unique<Encoder>(token_bytes, ordinary, byte_ids, merge_list, !merges, std::move(special_texts),
                                         std::move(special_ids), splitter);
     }
     ints_.resize(core_->tokens().size());
@@ -147,7 +154,7 @@ class PyEncoder {
     return with_id_type<py::list>([&]<class Id>(Id) {
       const Texts texts(objects);
       py::list lists;
-      const py::gil_scoped_release release;
+      const Unlocked unlocked;
       encode_texts<Id>(texts, policy, kNotFound, num_threads,
                        [&](std::span<const size_t> counts, const std::vector<Buffer<Id>>& parts) {
                          const py::gil_scoped_acquire gil;
@@ -158,7 +165,8 @@ class PyEncoder {
                            PyObject** out = PySequence_Fast_ITEMS(list.ptr());
                            for (size_t left = count; left > 0;) {
                              while (done == part->size()) ++part, done = 0;
-                             const size_t some = std::min(left, part->size() - done);
+                             const size_t some = std::min({left, part->size() - done, kGroup});
+                             Interrupt::poll();
                              out = to_ints(part->data() + done, some, out);
                              left -= some;
                              done += some;
@@ -237,7 +245,7 @@ class PyEncoder {
   template <class Id, class CountOf>
   Buffer<Id> joined(const Texts& texts, const Policy& policy, size_t after, size_t num_threads, CountOf&& count_of,
                     size_t* num_bytes = nullptr) const {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     Buffer<Id> all;
     all.room(texts.size() / 2);  // seldom more, and what is not used costs nothing
     const size_t bytes = encode_texts<Id>(texts, policy, after, num_threads,
@@ -354,7 +362,7 @@ class PyEncoder {
     const py::scoped_critical_section unchanged(object);
     Buffer<char> bytes;
     const auto decode = [&](const auto* ids, size_t count) {
-      const py::gil_scoped_release release;
+      const Unlocked unlocked;
       core_->decode(ids, count, bytes);
     };
     if (PyBytes_Check(object.ptr()) || PyByteArray_Check(object.ptr()))
@@ -387,6 +395,7 @@ class PyEncoder {
     std::vector<int64_t> ids;
     ids.reserve(PySequence_Fast_GET_SIZE(items.ptr()));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()); ++i) {
+      if (i % (1 << 20) == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
       const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(items.ptr(), i));
       const auto integer =
           PyLong_CheckExact(item.ptr()) ? item : py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
@@ -416,7 +425,7 @@ class StreamEncoder {
     const Text text(chunk);
     Buffer<uint32_t> ids;
     {
-      const py::gil_scoped_release release;
+      const Unlocked unlocked;
       const std::unique_lock alone(mutex_, std::try_to_lock);  // not lock: in a fork nobody may be left to unlock it
       if (!alone) throw std::invalid_argument("another thread is at this text: a stream is one thread's at a time");
       pending_.append(text.view());
@@ -457,10 +466,9 @@ std::vector<size_t> split_all(const std::string& pattern, py::handle object) {
 
 std::vector<std::pair<uint32_t, uint32_t>> train(WordCounter& counter, size_t num_merges,
                                                  const std::function<void(size_t)>& progress) {
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   return train_bpe(counter, num_merges, [&](size_t merges) {
     const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     progress(merges);
   });
 }
@@ -476,11 +484,11 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .def(py::init<std::vector<bool>, std::vector<bool>>(), py::arg("allowed"), py::arg("forbidden"));
 
   py::class_<PyEncoder, std::shared_ptr<PyEncoder>>(m, "Encoder")
-      .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&,
+      .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&, const std::vector<uint32_t>&,
                     const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>&,
                     const std::vector<std::pair<py::bytes, uint32_t>>&,
                     const std::variant<std::string, py::function>&>(),
-           py::arg("tokens"), py::arg("merges"), py::arg("specials"), py::arg("pattern"))
+           py::arg("tokens"), py::arg("ordinary"), py::arg("merges"), py::arg("specials"), py::arg("pattern"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
            py::arg("num_threads"))
@@ -505,7 +513,7 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
           "add_documents",
           [](WordCounter& counter, const py::list& objects) {
             const Texts texts(objects);
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             counter.add_documents(Utf8(texts.raws()).views());
           },
           py::arg("documents"))
@@ -515,7 +523,7 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
             const py::buffer_info info = buffer.request();
             const std::string_view text(static_cast<const char*>(info.ptr),
                                         static_cast<size_t>(info.size * info.itemsize));
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             return counter.add_front(text);
           },
           py::arg("text"))

@@ -33,7 +33,7 @@ def main() -> None:
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
         with nvtx.annotate("step"):
-            learner.update(x_BT, y_BT, lr=1e-4)
+            learner.update((x_BT, y_BT), lr=1e-4)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -51,9 +52,8 @@ def fails(arguments, capsys):
 
 
 def help_of(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with contextlib.suppress(SystemExit):  # of the option parser
         main([*arguments, "--help"])
-    assert stop.value.code == 0
     return capsys.readouterr().out
 
 
@@ -121,11 +121,27 @@ def test_no_verb_shows_help(capsys):
 
 
 def test_unknown_verb_and_option(capsys):
-    for arguments in (["trian"], ["train", "--optimizer.lrr", "1"], ["report"]):
+    for arguments in (["trian"], ["generate"], ["train", "--prompt"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-    assert "--optimizer.lr" in capsys.readouterr().err
+    capsys.readouterr()
+    assert "name a run directory" in fails(["report"], capsys)
+    assert "did you mean optimizer.lr?" in fails(["train", "--optimizer.lrr", "1"], capsys)
+
+
+def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
+    """Values that a configuration refuses are named by its own keys."""
+    arguments = train_arguments(data)
+    message = fails(["train", *arguments, "--model.num-heads", "3", "--seed", "1"], capsys)
+    assert "d_model 32 is not a multiple of num_heads 3" in message
+    assert "dummy" not in message
+    assert "seed" in fails(["train", *arguments, "--seed", "x"], capsys)
+
+
+@pytest.mark.parametrize("verb", ["train", "encode", "decode"])
+def test_an_empty_default_is_not_shown(verb, capsys):
+    assert "(default: )" not in help_of(["tokenizer", verb], capsys)
 
 
 # ---- tokenizer ----
@@ -198,10 +214,10 @@ def test_encode_of_packed_text_and_of_documents(tokenizer, text_file, tmp_path, 
     assert main(["tokenizer", "compare", tokenizer, "--text", str(documents)]) == 0
     assert "1.000" in capsys.readouterr().out  # bytes per token of six bytes, not of JSON
     (tmp_path / "cut.txt.gz").write_bytes(packed.read_bytes()[:20])
-    (tmp_path / "packed.zst").write_bytes(b"\x28\xb5\x2f\xfd\0")
+    (tmp_path / "packed.7z").write_bytes(b"7z\xbc\xaf\x27\x1c\0")
     for verb in (["encode", tokenizer], ["decode", tokenizer], ["compare", tokenizer, "--text"]):
         assert "cut.txt.gz is damaged" in last_line(["tokenizer", *verb, str(tmp_path / "cut.txt.gz")], capsys)
-    assert "packed.zst is binary" in fails(["tokenizer", "train", str(tmp_path / "packed.zst")], capsys)
+    assert "packed.7z is binary" in fails(["tokenizer", "train", str(tmp_path / "packed.7z")], capsys)
     assert "No such file" in fails(["tokenizer", "encode", tokenizer, str(tmp_path / "none.jsonl")], capsys)
     output = str(tmp_path / "none.json")
     assert main(["tokenizer", "train", str(empty), "--output", output]) == 2
@@ -324,15 +340,28 @@ def test_train_then_generate_then_report(data, tokenizer, capsys):
     assert [json.loads(line)["step"] for line in run.joinpath("samples.jsonl").open()] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_generate_from_a_run_that_was_stopped(data, tokenizer, capsys):
+def test_a_run_that_failed_has_a_report_that_says_why(data, tokenizer, capsys):
+    arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--optimizer.lr", "1e30", "--budget", "20steps"]
+    assert main(["train", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert "report.html" in out
+    assert "loss" in err
+    report = (data / "run" / "report.html").read_text()
+    assert "<b>Failed at step " in report
+    assert "first that is not finite" in report
+
+
+def test_generate_takes_the_model_of_most_steps(data, tokenizer, capsys):
     arguments = [*train_arguments(data), "--tokenizer", tokenizer, "--checkpoint-interval", "2"]
     assert main(["train", *arguments]) == 0
-    checkpoint = data / "run" / "checkpoints" / "step_00000006"
-    newer = checkpoint.joinpath("state.json").stat().st_mtime + 100
-    os.utime(checkpoint / "state.json", (newer, newer))  # as if the run had gone on since the export
     from cs336.inference.load import find_model
 
-    assert find_model(data / "run") == checkpoint
+    checkpoint = data / "run" / "checkpoints" / "step_00000006"
+    newer = checkpoint.joinpath("state.json").stat().st_mtime + 100
+    os.utime(checkpoint / "state.json", (newer, newer))
+    assert find_model(data / "run") == data / "run" / "export"
+    later = shutil.copytree(checkpoint, checkpoint.with_name("step_00000008"))  # as if it had gone on since the export
+    assert find_model(data / "run") == later
     capsys.readouterr()
     assert main(["generate", str(data / "run"), "--prompt", "How", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("How")
@@ -397,18 +426,48 @@ def test_bench_passes_its_arguments_on(monkeypatch, capsys):
     code = "import sys; sys.exit(sys.argv[1:] != ['ops', '--quick'] and 9)"
     real = subprocess.run
     monkeypatch.setattr(
-        "cs336.cli.subprocess.run", lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw)
+        "cs336.cli.env.subprocess.run", lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw)
     )
     assert main(["bench", "ops", "--quick"]) == 0
     assert main(["bench", "ops"]) == 9
-    monkeypatch.setattr("cs336.cli.ROOT", pathlib.Path("/nowhere"))
+    monkeypatch.setattr("cs336.cli.env.ROOT", pathlib.Path("/nowhere"))
     assert "run this in a clone" in fails(["bench", "ops"], capsys)
 
 
-def test_a_prompt_that_is_refused_is_not_written(data, tokenizer, capsys):
+def test_the_end_of_a_long_prompt_is_read_and_that_is_said(data, tokenizer, capsys):
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    for many in ("1", "2"):
+        capsys.readouterr()
+        generate = ["generate", str(data / "run"), "--prompt", TEXT, "--max-tokens", "3", "--num-samples", many]
+        assert main([*generate, "--dtype", "bfloat16"]) == 0
+        out, err = capsys.readouterr()
+        assert out.count(TEXT) == int(many)
+        assert "not read" in err
+        assert err.count("\n") == 1
+
+
+def test_samples_of_a_seed(data, tokenizer, capsys):
+    """Several are those of the seeds one by one."""
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+
+    def texts(seed, many):
+        capsys.readouterr()
+        options = ["--prompt", "How ", "--max-tokens", "4", "--seed", str(seed), "--num-samples", str(many)]
+        assert main(["generate", str(data / "run"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert texts(3, 2) == texts(3, 1) + "\n" + texts(4, 1)
+
+
+def test_compare_hf(data, tokenizer, text_file, capsys):
+    pytest.importorskip("transformers")
     assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
     capsys.readouterr()
-    assert "leaves no room in the model's context" in fails(["generate", str(data / "run"), "--prompt", TEXT], capsys)
+    assert main(["compare-hf", str(data / "run"), "--text", str(text_file), "--new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "the same ids from both tokenizers" in out
+    assert "worst difference" in out
+    assert "4 of 4 greedy tokens are the same" in out or "apart" in out
 
 
 def test_a_warning_is_one_line(text_file, tmp_path, capsys):
@@ -417,3 +476,65 @@ def test_a_warning_is_one_line(text_file, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("cs336: no pair is left to merge")
     assert err.count("\n") == 1
+
+
+def test_text_in_another_field_and_zstandard(tokenizer, tmp_path, capsys):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"content": f"document {i} of many"}) + "\n" for i in range(300))
+    path = tmp_path / "documents.jsonl.zst"
+    path.write_bytes(zstandard.compress(lines.encode()))
+    encode = ["tokenizer", "encode", tokenizer, str(path), "--shards", str(tmp_path / "tokens")]
+    assert "it has 'content': name one" in last_line(encode, capsys)
+    assert main([*encode, "--text-field", "content"]) == 0
+    assert "tokens/val" in capsys.readouterr().out
+    other = ["--output", str(tmp_path / "other.json"), "--vocab-size", "270", "--text-field", "content"]
+    assert main(["tokenizer", "train", str(path), *other]) == 0
+    assert main(["tokenizer", "compare", tokenizer, "--text", str(path), "--text-field", "content"]) == 0
+
+
+def test_six_books_become_shards(tokenizer, tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    for b in range(6):
+        (tmp_path / f"books/{b}.txt").write_text("".join(f"book {b}, line {i}\n" for i in range(500)))
+    assert main(["tokenizer", "encode", tokenizer, str(tmp_path / "books"), "--shards", str(tmp_path / "tokens")]) == 0
+    train, val = capsys.readouterr().out.splitlines()
+    assert "tokens/train" in train
+    assert "tokens/val" in val
+
+
+def test_evaluate(data, tokenizer, text_file, capsys):
+    run = data / "run"
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    capsys.readouterr()
+    trained = json.loads((run / "evaluation.json").read_text())
+    assert {b["name"] for b in trained["baselines"]} == {"byte unigram", "token unigram", "gzip -9", "xz -9e"}
+    report = (run / "report.html").read_text()
+    assert "not evaluated yet" not in report.lower()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert trained["loss"] == [row["val/loss"] for row in rows if "val/loss" in row][-1]
+    assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    own = json.loads((run / "evaluation.json").read_text())
+    assert f"loss {own['loss']:.4f}" in out
+    assert own["text"] == ""
+    assert main(["evaluate", str(run / "export"), "--text", str(text_file)]) == 0
+    other = json.loads((run / "evaluation.json").read_text())
+    assert other["text"] == str(text_file)
+    assert other["loss"] == pytest.approx(own["loss"])  # the same text
+    capsys.readouterr()
+    assert "give text to measure it on" in fails(["evaluate", str(bare_export(run, data))], capsys)
+
+
+def bare_export(run, data):
+    """An export without its run."""
+    return shutil.copytree(run / "export", data / "elsewhere")
+
+
+def test_the_tokenizer_of_another_run_s_data_is_found(data, tokenizer, capsys):
+    """README: train on a run's tokens with its configuration, then generate with the new run."""
+    first = data / "first"
+    assert main(["train", *train_arguments(data), "--run-dir", str(first), "--tokenizer", tokenizer]) == 0
+    assert main(["train", "--config", str(first / "config.toml"), "--run-dir", str(data / "mine")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(data / "mine"), "--prompt", "How", "--max-tokens", "3", "--num-samples", "2"]) == 0
+    assert capsys.readouterr().out.count("How") == 2

@@ -84,6 +84,6 @@ def test_a_source_tree_without_metadata(monkeypatch):
 
 def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, (), {torch.device("cpu"): ("ref",)})
+    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, False, (), {torch.device("cpu"): ("ref",)})
     monkeypatch.setattr(registry, "OPS", {"f": only_ref})
     assert list(env.variants()) == [("cpu: ref", False, "f")]

@@ -80,15 +80,17 @@ def test_dropout_drops_and_follows_torchs_seed(device):
     )
 
 
-def test_deterministic_reaches_the_backward(device, monkeypatch):
+@pytest.mark.parametrize("with_alibi", [False, True])
+def test_deterministic_reaches_the_backward(device, monkeypatch, with_alibi):
     q, k, v = (by_token(1, 5, 2, D, device=device) for _ in range(3))
-    asked, run = [], registry.OPS["attention_bwd"].overloads["ref"]
-    monkeypatch.setitem(
-        registry.OPS["attention_bwd"].overloads, "ref", lambda *args: (asked.append(args[-1]), run(*args))[1]
-    )
+    name, place = ("attention_general_bwd", -4) if with_alibi else ("attention_bwd", -1)
+    asked, overloads = [], registry.OPS[name].overloads
+    run = overloads["ref"]
+    monkeypatch.setitem(overloads, "ref", lambda *args: (asked.append(args[place]), run(*args))[1])
+    slopes = torch.ones(2, device=device) if with_alibi else None
     with registry.use(None if not CUDA else "ref"):
         for deterministic in (True, False):
-            cs336.flash_attn_func(q, k, v, deterministic=deterministic).sum().backward()
+            cs336.flash_attn_func(q, k, v, alibi_slopes=slopes, deterministic=deterministic).sum().backward()
     assert asked == [True, False]
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "cs336/scaling": EVALUATION,
     "cs336/alignment": EVALUATION,
     "cs336/quickstart.py": TOP,
-    "cs336/cli.py": TOP | {"cs336.quickstart"},
+    "cs336/cli": TOP | {"cs336.quickstart"},
     "cs336": {"cs336"},
 }
 

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -99,6 +100,7 @@ assert main(["env"]) == 0
     assert "the tokenizer works without it" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_first_build_puts_the_library_into_the_wheel(tmp_path):
     left_out = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "tests", "benchmarks")
     shutil.copytree(ROOT, tmp_path / "clone", ignore=left_out)
@@ -107,3 +109,32 @@ def test_a_first_build_puts_the_library_into_the_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert [name.partition(".")[0] for name in libraries] == ["cs336/_text"]
+
+
+def test_what_every_part_needs_is_an_extra_or_installed(setup_arguments):
+    """matplotlib draws one chart, and pydantic reads every configuration."""
+    core = names(setup_arguments("")["install_requires"])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "pydantic" in core
+    assert "matplotlib" not in core
+    assert extras["plot"] == ["matplotlib"]
+    assert not names(extras["peers"]) & (core | names(extras["dev"]))
+
+
+def test_templates_are_packed():
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cs336"]
+    files = [p for p in (ROOT / "cs336").rglob("*") if p.suffix in (".html", ".css")]
+    assert files
+    kept = {p for pattern in packed for p in (ROOT / "cs336").glob(pattern)}
+    assert set(files) <= kept
+
+
+def test_the_changelog_states_the_formats():
+    from cs336.tokenizer import formats
+    from cs336.training import checkpoint
+    from cs336.utils.shards import TokenMeta
+
+    stated = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"token shards {TokenMeta.format} (" in stated
+    assert f"checkpoints {checkpoint.FORMAT} (" in stated
+    assert f"`tokenizer.json` {formats.FORMAT}," in stated

@@ -41,11 +41,25 @@ ROWS = (
 TEXT = "before\n<!-- table: norm -->\nold\n<!-- /table -->\nafter\n"
 
 
-def test_readme_is_current():
-    readme = (report.ROOT / "README.md").read_text()
-    if "<!-- table: " not in readme:
-        pytest.skip("README.md has no tables")
-    assert report.render(readme, report.load()) == readme, "run `python benchmarks/report.py`"
+@pytest.mark.parametrize("page", report.PAGES)
+def test_pages_are_current(page):
+    text = (report.ROOT / page).read_text()
+    assert report.render(text, report.load()) == text, "run `python benchmarks/report.py`"
+
+
+def test_the_readme_has_a_row_a_capability_and_the_tables_are_elsewhere():
+    readme, tables = ((report.ROOT / page).read_text() for page in report.PAGES)
+    assert report.MARKED.findall(readme)[0][1] == "headline"
+    assert len(readme.splitlines()) < 300
+    names = {found[1] for found in report.MARKED.findall(tables)}
+    assert names >= set(report.HEADLINES)
+
+
+def test_a_headline_is_a_row_of_the_results():
+    text = report.render(
+        TEXT.replace("norm", "headline"), {"h200": {"rms_norm": {"header": HEADER, "rows": list(ROWS)}}}
+    )
+    assert "| norm, bf16, N = 4096 | 96 % of what a copy reaches | 1.00x Liger | NVIDIA H200 |" in text
 
 
 def test_a_table_shows_roof_ratios_and_losses():

@@ -94,7 +94,7 @@ def compare(
         ours = Learner(config)
         dataset = TokenDataset(data, model.context_length, vocab_size=model.vocab_size)
         loader = TokenLoader(dataset, batch_size, device=ours.device)
-        updates = {"cs336": lambda x, y, lr: ours.update(x, y, lr)[0], "plain": plain_update(ours)}
+        updates = {"cs336": lambda x, y, lr: ours.update((x, y), lr)["loss"], "plain": plain_update(ours)}
         seconds: dict[str, list[float]] = {variant: [] for variant in updates}
         losses: dict[str, list[Tensor]] = {variant: [] for variant in updates}
         for first in range(0, total, steps):

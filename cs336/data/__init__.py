@@ -6,11 +6,15 @@ The names that need torch load it when they are first used, so that a tokenizer 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cs336.data.corpus import for_split as for_split
 from cs336.data.corpus import in_validation as in_validation
 from cs336.data.corpus import select as select
 from cs336.data.tokenize import tokenize_corpus as tokenize_corpus
 from cs336.data.tokenize import tokenize_documents as tokenize_documents
+from cs336.data.tokenize import tokenizer_of as tokenizer_of
+from cs336.utils.documents import Document as Document
 from cs336.utils.documents import read_documents as read_documents
+from cs336.utils.documents import read_texts as read_texts
 from cs336.utils.shards import ShardWriter as ShardWriter
 from cs336.utils.shards import TokenMeta as TokenMeta
 from cs336.utils.shards import read_meta as read_meta

@@ -5,14 +5,19 @@ window, so that every token but the first is a target exactly once. Windows run 
 """
 
 import bisect
+import functools
+import hashlib
 import itertools
+import json
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cs336.utils.files import Paths
-from cs336.utils.shards import TokenMeta, open_tokens
+from cs336.utils.shards import TokenMeta, open_tokens, shard_files
+
+SAMPLED, BLOCK = 64, 4096  # blocks of so many tokens: half a megabyte to read, however large the data
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -24,8 +29,8 @@ class TokenDataset(torch.utils.data.Dataset):
         vocab_size: rows of the embedding that will read the tokens.
         tokenizer: fingerprint of the tokenizer in use.
 
-    Raises ValueError if the data are too short for one window, were made by another tokenizer, or hold a token that
-    the embedding does not.
+    Raises ValueError if the data are too short for one window, were made by another tokenizer, or need a larger
+    vocabulary. A token beyond it, in a shard that says otherwise, is refused when its window is read.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class TokenDataset(torch.utils.data.Dataset):
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.paths, self.context_length = paths, context_length
         shards, self.meta = open_tokens(paths)
+        self._names = shard_files(paths)
+        self._vocab_size = vocab_size
         self._shards = [np.asarray(s) for s in shards]  # slicing a memmap costs ten times as much
         self._ends = list(itertools.accumulate(len(s) for s in self._shards))
         self.num_tokens = self._ends[-1] if self._ends else 0
@@ -61,7 +68,21 @@ class TokenDataset(torch.utils.data.Dataset):
         out = np.empty((len(index_B), T + 1), np.int64)
         for row, index in zip(out, index_B, strict=True):
             self._read(int(index) * T, row)
+        if self._vocab_size is not None and len(out) and int(out.max()) >= self._vocab_size:
+            self._refuse_tokens(index_B, out)
         return torch.from_numpy(out)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the content, wherever it lies and in however many files: the tokenizer, the number of tokens, and those
+        of SAMPLED blocks spread evenly, ends included."""
+        digest = hashlib.sha256(json.dumps([self.meta and self.meta.tokenizer, self.num_tokens]).encode())
+        for place in range(SAMPLED):
+            start = max(0, self.num_tokens - BLOCK) * place // (SAMPLED - 1)
+            tokens = np.empty(min(BLOCK, self.num_tokens), np.int64)
+            self._read(start, tokens)
+            digest.update(tokens.astype("<i8").data)
+        return digest.hexdigest()
 
     def _read(self, start: int, out: np.ndarray) -> None:
         """Fill out with the tokens from `start` on."""
@@ -73,6 +94,16 @@ class TokenDataset(torch.utils.data.Dataset):
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
+
+    def _refuse_tokens(self, index_B: np.ndarray, out: np.ndarray) -> None:
+        row, column = np.unravel_index(out.argmax(), out.shape)
+        place = int(index_B[row]) * self.context_length + int(column)
+        shard = bisect.bisect_right(self._ends, place)
+        inside = place - (self._ends[shard] - len(self._shards[shard]))
+        raise ValueError(
+            f"{self._names[shard]} holds the token {out.max()} (its {inside + 1}th), and the vocabulary has "
+            f"{self._vocab_size}: it is damaged, or was made by another tokenizer; tokenize the corpus again"
+        )
 
     def _check(self, meta: TokenMeta | None, vocab_size: int | None, tokenizer: str | None) -> None:
         if meta and tokenizer and meta.tokenizer != tokenizer:

@@ -1,4 +1,4 @@
-"""Text out of a trained model: sampling rules, and generation with a key-value cache."""
+"""Text out of a trained model: sampling rules, and generation, row by row."""
 
 from cs336.inference.generate import Completion as Completion
 from cs336.inference.generate import generate as generate

@@ -1,18 +1,20 @@
-"""Generation with a key-value cache: prompts of different lengths together, text or plain token ids.
+"""Generation with a state of the tokens before: prompts of different lengths together, text or plain token ids.
 
-The batch is padded on the left, and a row leaves it when it ends. A row does not depend on the others, but for
-floating-point rounding: matmuls of another size add in another order. B = batch, S = tokens, V = vocabulary.
+Prompts are padded on the right, then each row goes on at its own position and leaves the batch when it ends. A row does
+not depend on the others, but for floating-point rounding: matmuls of another size add in another order.
+B = batch, S = tokens, V = vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cs336.inference.sampling import SamplingParams, generator_of, sample
-from cs336.inference.text import TextStream
-from cs336.models import Transformer
+from cs336.inference.sampling import SamplingParams, Uniforms, sample
+from cs336.models import DecodingState, Transformer
+from cs336.tokenizer.text_stream import TextStream
 from cs336.utils import nvtx
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -26,27 +28,40 @@ class Completion:
     """The tokens that were sampled, without the end of text."""
     finish_reason: str
     """"stop" at the end of text or a stop string, "length" at max_tokens or the model's context_length."""
+    dropped: int = 0
+    """Tokens at the prompt's beginning that the model did not read, for the prompt exceeds its context."""
 
 
 def generate(
-    model: Transformer, tokenizer, prompts: str | Sequence[str], params: SamplingParams | None = None
+    model: Transformer,
+    tokenizer,
+    prompts: str | Sequence[str],
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int = 1,
 ) -> list[Completion]:
     """Continue each prompt until the end of text, a stop string, max_tokens or the end of the model's context.
 
-    Special tokens written in a prompt are taken as such; an empty prompt begins a new document.
-    Raises ValueError for a tokenizer with more tokens than the model, and for a prompt that fills its context.
+    A text ends at the model's end_ids, or without any at <|endoftext|>. Special tokens written in a prompt are taken as
+    such; an empty prompt begins a new document. Of a prompt that exceeds the context the end is read, which leaves room
+    for max_tokens or half of the context, and `dropped` says how much was not.
+
+    num_samples: continuations of each prompt, one after the other; with a seed, the n-th is that of seed + n.
+    Raises ValueError for a tokenizer that is not the model's: with more tokens, or without its end of text.
     """
     params = params or SamplingParams()
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
-    texts = [TextStream(tokenizer, params.stop) for _ in prompts]
-    pieces: list[list[str]] = [[] for _ in prompts]
-    ids: list[list[int]] = [[] for _ in prompts]
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
+    ends, encoded = _ends(model, tokenizer), _encode(model, tokenizer, prompts)
+    read = [_end_of(ids, model, params) for ids in encoded]
+    count = len(prompts) * num_samples
+    texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
+    pieces: list[list[str]] = [[] for _ in range(count)]
+    ids: list[list[int]] = [[] for _ in range(count)]
     finished: set[int] = set()
-    for row, token_id in _decode(
-        model, _encode(model, tokenizer, prompts), params, finished, _unused(model, tokenizer)
-    ):
-        if token_id == end:
+    for row, token_id in _decode(model, read, params, finished, _unused(model, tokenizer), num_samples):
+        if token_id in ends:
             finished.add(row)
             continue
         ids[row].append(token_id)
@@ -54,21 +69,34 @@ def generate(
         if texts[row].stopped:
             finished.add(row)
     return [
-        Completion(prompt, "".join(pieces[i]) + texts[i].close(), ids[i], "stop" if i in finished else "length")
-        for i, prompt in enumerate(prompts)
+        Completion(
+            prompts[i // num_samples],
+            "".join(pieces[i]) + texts[i].close(),
+            ids[i],
+            "stop" if i in finished else "length",
+            len(encoded[i // num_samples]) - len(read[i // num_samples]),
+        )
+        for i in range(count)
     ]
 
 
 def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
     """Continue one prompt, piece by piece: whole characters, none of a stop string. Joined, they are generate's text.
 
-    Raises what generate does.
+    Warns where generate sets `dropped`. Raises what generate does.
     """
     params = params or SamplingParams()
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    ends, (ids,) = _ends(model, tokenizer), _encode(model, tokenizer, [prompt])
+    read = _end_of(ids, model, params)
+    if dropped := len(ids) - len(read):
+        warnings.warn(
+            f"the prompt has {len(ids)} tokens, the model's context {model.config.context_length}: "
+            f"its first {dropped} are not read",
+            stacklevel=2,
+        )
     text = TextStream(tokenizer, params.stop)
-    for _, token_id in _decode(model, _encode(model, tokenizer, [prompt]), params, set(), _unused(model, tokenizer)):
-        if token_id == end:
+    for _, token_id in _decode(model, [read], params, set(), _unused(model, tokenizer)):
+        if token_id in ends:
             break
         if piece := text.push(token_id):
             yield piece
@@ -82,11 +110,13 @@ def generate_ids(
     model: Transformer,
     token_ids: Tensor | Sequence[Sequence[int]],
     params: SamplingParams | None = None,
-    end_id: int | None = None,
+    end_id: int | Collection[int] | None = None,
 ) -> list[list[int]]:
-    """Continue rows of token ids, without a tokenizer: each until end_id, max_tokens or the end of the model's context.
+    """Continue rows of token ids, without a tokenizer: each until an end, max_tokens or the end of the model's context.
 
-    token_ids: a tensor (B, S), or B sequences of any lengths but 0. Returns the new ids of each row, end_id included.
+    token_ids: a tensor (B, S), or B sequences of any lengths but 0.
+    end_id: one or several; the model's end_ids if None.
+    Returns the new ids of each row, the end included.
     Raises ValueError for ids outside the model's vocabulary, stop strings, empty rows, and rows that fill the context.
     """
     params = params or SamplingParams()
@@ -97,13 +127,26 @@ def generate_ids(
     if any(isinstance(row, int) for row in token_ids):
         raise ValueError("token_ids must be a sequence of sequences of ids: write [ids] for one row")
     prompts = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
+    ends: Collection[int] = model.end_ids if end_id is None else (end_id,) if isinstance(end_id, int) else end_id
     ids: list[list[int]] = [[] for _ in prompts]
     finished: set[int] = set()
     for row, token_id in _decode(model, prompts, params, finished):
         ids[row].append(token_id)
-        if token_id == end_id:
+        if token_id in ends:
             finished.add(row)
     return ids
+
+
+def _ends(model: Transformer, tokenizer) -> Collection[int]:
+    """The ids that end a text."""
+    if not model.end_ids:
+        return [i for text, i in tokenizer.special_tokens.items() if text == END_OF_TEXT]
+    if not any(i in tokenizer.vocab for i in model.end_ids):
+        raise ValueError(
+            f"the model ends a text with token {model.end_ids[0]}, which the tokenizer does not have: "
+            "use the tokenizer that the model was trained with"
+        )
+    return model.end_ids
 
 
 def _encode(model: Transformer, tokenizer, prompts: list[str]) -> list[list[int]]:
@@ -113,12 +156,22 @@ def _encode(model: Transformer, tokenizer, prompts: list[str]) -> list[list[int]
             "use the tokenizer that the model was trained with"
         )
     encoded = [tokenizer.encode(prompt, allowed_special="all") for prompt in prompts]
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
-    if end is None and not all(encoded):
+    if all(encoded):
+        return encoded
+    begin = tokenizer.special_tokens.get(END_OF_TEXT, model.special_ids.get("bos_token_id"))
+    if begin is None:
         raise ValueError(
             f"an empty prompt begins a document after {END_OF_TEXT}, which this tokenizer lacks: give a text"
         )
-    return [ids or [end] for ids in encoded]
+    return [ids or [begin] for ids in encoded]
+
+
+def _end_of(ids: list[int], model: Transformer, params: SamplingParams) -> list[int]:
+    """A prompt, or of one that leaves no room in the context its end."""
+    context_length = model.config.context_length
+    if len(ids) < context_length:
+        return ids
+    return ids[-max(1, context_length - min(params.max_tokens, context_length // 2)) :]
 
 
 def _unused(model: Transformer, tokenizer) -> list[int]:
@@ -129,35 +182,53 @@ def _unused(model: Transformer, tokenizer) -> list[int]:
 
 @torch.inference_mode()
 def _decode(
-    model: Transformer, prompts: list[list[int]], params: SamplingParams, finished: set[int], unused: Sequence[int] = ()
+    model: Transformer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    finished: set[int],
+    unused: Sequence[int] = (),
+    num_samples: int = 1,
 ) -> Iterator[tuple[int, int]]:
     """(row, token id) as they are sampled, each row once a step; never an id in `unused`.
 
-    The caller adds the rows that shall end to `finished`.
+    Row i * num_samples + n is sample n of prompt i. The caller adds the rows that shall end to `finished`.
     """
     _check(model, prompts)
     if not prompts:
         return
-    longest = max(map(len, prompts))
-    limits = [min(params.max_tokens, model.config.context_length - len(prompt)) for prompt in prompts]
-    padding = [longest - len(prompt) for prompt in prompts]
-    cache = model.new_cache(len(prompts), longest + max(limits), padding)
-    ids_BS = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
+    lengths = [len(prompt) for prompt in prompts]
+    limits = [min(params.max_tokens, model.config.context_length - length) for length in lengths]
+    state = model.new_state(len(prompts), max(map(sum, zip(lengths, limits, strict=True))))
     unused_ids = torch.tensor(unused, dtype=torch.int64, device=model.device)
-    generator = generator_of(params)
-    rows = list(range(len(prompts)))
+    uniforms = Uniforms(params.seed, num_samples)
+    rows = list(range(len(prompts) * num_samples))
+    with nvtx.annotate("prefill"):
+        features_BM = _prefill(model, prompts, state)
+    if num_samples > 1:
+        prompt_of = [row // num_samples for row in rows]
+        features_BM, state = features_BM[prompt_of], state.select(prompt_of)
     for step in range(1, max(limits) + 1):
-        with nvtx.annotate("prefill" if step == 1 else "decode"):
-            logits_BV = model.logits(model.features(ids_BS, cache)[:, -1])
-            ids_B = sample(logits_BV.index_fill(1, unused_ids, -torch.inf), params, generator)
+        logits_BV = model.logits(features_BM).index_fill(1, unused_ids, -torch.inf)
+        uniform_B = uniforms.draw([row % num_samples for row in rows]) if params.temperature else None
+        ids_B = sample(logits_BV, params, uniform_B)
         yield from zip(rows, ids_B.tolist(), strict=True)
-        kept = [i for i, row in enumerate(rows) if row not in finished and step < limits[row]]
+        kept = [i for i, row in enumerate(rows) if row not in finished and step < limits[row // num_samples]]
         if not kept:
             return
         if len(kept) < len(rows):
-            rows, ids_B = [rows[i] for i in kept], ids_B[kept]
-            cache.select(kept)
-        ids_BS = ids_B[:, None]
+            rows, ids_B, state = [rows[i] for i in kept], ids_B[kept], state.select(kept)
+        with nvtx.annotate("decode"):
+            features_BM = model.features(ids_B[:, None], state=state)[:, -1]
+
+
+def _prefill(model: Transformer, prompts: list[list[int]], state: DecodingState) -> Tensor:
+    """What the head reads after each prompt: (B, M)."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    longest = max(map(len, prompts))
+    ids_BS = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    segments_BS = -(torch.arange(longest, device=model.device) >= lengths_B[:, None]).long()  # -1: padding
+    features_BSM = model.features(ids_BS, segments=segments_BS, state=state)
+    return features_BSM[torch.arange(len(prompts), device=model.device), lengths_B - 1]
 
 
 def _check(model: Transformer, prompts: list[list[int]]) -> None:

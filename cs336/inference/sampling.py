@@ -3,6 +3,7 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which would end every text at once")
 
@@ -87,15 +90,28 @@ def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(sums_BV, target_B1, right=True)[:, 0]
 
 
-def generator_of(params: SamplingParams) -> torch.Generator | None:
-    return None if params.seed is None else torch.Generator().manual_seed(params.seed)
+class Uniforms:
+    """The numbers in [0, 1) that decide a batch's tokens, step by step: (B,) float32 on the CPU.
+
+    With a seed a row's number is that of its sample, so that it does not depend on the batch: sample n of every prompt
+    has those of seed + n. Without one each row has its own, from torch's global generator.
+    """
+
+    def __init__(self, seed: int | None, num_samples: int = 1):
+        seeds = [] if seed is None else range(seed, seed + num_samples)
+        self._generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def draw(self, samples: Sequence[int]) -> Tensor:
+        """For rows of these samples."""
+        if not self._generators:
+            return torch.rand(len(samples), device="cpu")
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators])[list(samples)]
 
 
-def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor | None = None) -> Tensor:
     """Draw a token for each row of logits (B, V): ids (B,) int64.
 
-    generator: on the CPU, gives one number that decides for every row, so that a row's token does not depend on the
-        batch; if None, one made from params.seed. Without a seed either, each row has its own from torch's global one.
+    uniform_B: the numbers in [0, 1) that decide; if None, the first of Uniforms(params.seed).
 
     Raises ValueError for another shape, and where a row is not finite: NaN, +inf, or -inf throughout.
     """
@@ -105,8 +121,7 @@ def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator
         raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
     if params.temperature == 0:
         return logits_BV.argmax(-1)
-    generator = generator or generator_of(params)
-    B = logits_BV.shape[0]
-    uniform_B = torch.rand(B, device="cpu") if generator is None else torch.rand(1, generator=generator).expand(B)
+    if uniform_B is None:
+        uniform_B = Uniforms(params.seed).draw([0] * len(logits_BV))
     probs_BV = filter_logits(logits_BV, params).softmax(-1)
     return draw(probs_BV, uniform_B.to(probs_BV.device))

@@ -1,7 +1,12 @@
-"""Language models: their description, the model, its cache, and the Hugging Face layout on disk."""
+"""Language models: their description, the model, its state and memory, and the Hugging Face layout on disk."""
 
-from cs336.models.cache import KVCache as KVCache
+from cs336.models.block import BlockConfig as BlockConfig
+from cs336.models.block import TransformerBlock as TransformerBlock
 from cs336.models.config import TransformerConfig as TransformerConfig
 from cs336.models.huggingface import from_pretrained as from_pretrained
 from cs336.models.huggingface import save_pretrained as save_pretrained
+from cs336.models.memory import Memory as Memory
+from cs336.models.memory import decoding_memory as decoding_memory
+from cs336.models.memory import training_memory as training_memory
+from cs336.models.state import DecodingState as DecodingState
 from cs336.models.transformer import Transformer as Transformer

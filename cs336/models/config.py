@@ -1,14 +1,28 @@
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from cs336.nn import default_d_ff
+from cs336.models.block import BlockConfig
+from cs336.nn import AttentionConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn.checks import check_counts, check_positive
+
+# The fields that the short form alone reads.
+SHORT = {"num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "d_ff", "norm_eps"}
+SHORT |= {"rope_theta", "rope_interleaved"}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a pre-norm decoder: RMSNorm, rotary grouped-query attention, SwiGLU.
+    """Shape of a pre-norm decoder: its blocks, described one by one, or all at once in the short form.
 
-    A field left at None follows from the others: read `kv_heads`, `head_size` and `ff_size` for its value.
-    Raises ValueError for values that do not fit together.
+    The short form is `num_heads` and what follows it to `head_dim`: RMSNorm, rotary grouped-query attention, SwiGLU in
+    every block. `layers` says the same and more, in TOML:
+
+        [[model.layers]]
+        mixer = {kind = "attention", num_heads = 8, num_kv_heads = 2}
+        mlp = {kind = "gelu"}
+
+    Either way the model is made of `blocks`. Raises ValueError for values that do not fit together.
     """
 
     vocab_size: int
@@ -18,7 +32,7 @@ class TransformerConfig:
     num_layers: int
     d_model: int
     """Features of the residual stream."""
-    num_heads: int
+    num_heads: int | None = None
     num_kv_heads: int | None = None
     """Key-value heads, shared by groups of query heads (arXiv:2305.13245). None: num_heads."""
     d_ff: int | None = None
@@ -39,52 +53,79 @@ class TransformerConfig:
     """Of every matrix; those that write to the residual stream start at init_std / sqrt(2 * num_layers)."""
     head_dim: int | None = None
     """Features of a head, even. None: d_model / num_heads."""
+    layers: tuple[BlockConfig, ...] | None = None
+    """The blocks, or a pattern that repeats up to num_layers. None: the short form."""
 
     def __post_init__(self):
-        counts = ("vocab_size", "context_length", "num_layers", "d_model", "num_heads")
-        for name in (*counts, "num_kv_heads", "d_ff", "head_dim"):
-            value = getattr(self, name)
-            if value is None and name not in counts:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("rope_theta", "norm_eps", "init_std", "logit_softcap"):
-            value = getattr(self, name)
-            if value is None and name == "logit_softcap":
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
-        if self.head_dim is None and self.d_model % self.num_heads != 0:
-            raise ValueError(
-                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"
-            )
-        if self.head_size % 2 != 0:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_size}")
-        if self.num_heads % self.kv_heads != 0:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        check_counts(vocab_size=self.vocab_size, context_length=self.context_length)
+        check_counts(num_layers=self.num_layers, d_model=self.d_model)
+        check_counts(optional=self.layers is not None, num_heads=self.num_heads)
+        check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
+        check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)
+        check_positive(optional=True, logit_softcap=self.logit_softcap)
+        if self.layers is not None:
+            self._check_layers(self.layers)
+        for block in set(self.blocks):
+            block.check(self.d_model)
+
+    def _check_layers(self, layers: tuple[BlockConfig, ...]) -> None:
+        if twice := [
+            f.name for f in dataclasses.fields(self) if f.name in SHORT and getattr(self, f.name) != f.default
+        ]:
+            raise ValueError(f"layers describe the blocks whole: say {', '.join(twice)} there, or leave layers out")
+        if not layers or self.num_layers % len(layers) != 0:
+            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {len(layers)} layers that repeat")
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """Each layer's description, first to last."""
+        layers = self.layers
+        if layers is None:
+            assert self.num_heads is not None  # __post_init__ has refused that
+            mixer = AttentionConfig(self.num_heads, self.num_kv_heads, self.head_dim, self.qkv_bias, self.qk_norm)
+            rope = RopeConfig(self.rope_theta, self.rope_interleaved)
+            layers = (BlockConfig(mixer, SwiGLUConfig(self.d_ff), RMSNormConfig(self.norm_eps), rope),)
+        return layers * (self.num_layers // len(layers))
+
+    def short_form(self) -> "TransformerConfig | None":
+        """The same model in the short form; None where its blocks differ or are of other kinds."""
+        block = self.blocks[0]
+        mlp, norm, rope = block.mlp, block.norm, block.positions
+        if not (isinstance(mlp, SwiGLUConfig) and isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
+            return None
+        if len(set(self.blocks)) > 1:
+            return None
+        short: dict[str, Any] = dataclasses.asdict(block.mixer)
+        del short["kind"]
+        short |= {
+            "d_ff": mlp.d_ff,
+            "norm_eps": norm.eps,
+            "rope_theta": rope.theta,
+            "rope_interleaved": rope.interleaved,
+        }
+        return dataclasses.replace(self, layers=None, **short)
 
     @property
     def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        return self.blocks[0].mixer.kv_heads
 
     @property
     def head_size(self) -> int:
-        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+        return self.blocks[0].mixer.head_size(self.d_model)
 
     @property
     def ff_size(self) -> int:
-        return default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
+        return self.blocks[0].mlp.width(self.d_model)
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Weights of the model; without embeddings, less the token embedding and the output head (arXiv:2001.08361)."""
-        vectors = 2 * self.d_model + (2 * self.head_size if self.qk_norm else 0)
-        vectors += (self.num_heads + 2 * self.kv_heads) * self.head_size if self.qkv_bias else 0
-        blocks = self.num_layers * (self._layer_matrices() + vectors) + self.d_model
+        blocks = sum(block.num_parameters(self.d_model) for block in self.blocks)
         tables = 1 if self.tie_embeddings else 2
-        return blocks + (tables * self.vocab_size * self.d_model if embeddings else 0)
+        norm = self.blocks[-1].norm.num_parameters(self.d_model)
+        return blocks + norm + (tables * self.vocab_size * self.d_model if embeddings else 0)
 
     def flops_per_token(self, context_length: int | None = None) -> int:
-        """Training FLOPs per token, forward and backward: 6 N + 12 L H D T.
+        """Training FLOPs per token, forward and backward: 6 N + 12 L H D T for L layers of attention.
 
         N counts the weights that multiply: the layers' matrices and the output head, tied or not; L layers of H query
         heads of D features attend over T = context_length tokens (the config's if None), counted whole although a
@@ -92,9 +133,20 @@ class TransformerConfig:
         activations and softmax are left out, and so is what gradient checkpointing recomputes.
         """
         T = self.context_length if context_length is None else context_length
-        N = self.num_layers * self._layer_matrices() + self.vocab_size * self.d_model
-        return 6 * N + 12 * self.num_layers * self.num_heads * self.head_size * T
+        return 3 * (sum(block.flops(self.d_model, T) for block in self.blocks) + 2 * self.vocab_size * self.d_model)
 
-    def _layer_matrices(self) -> int:
-        attention = 2 * (self.num_heads + self.kv_heads) * self.head_size * self.d_model
-        return attention + 3 * self.d_model * self.ff_size
+    def activation_bytes(self, width: int = 2, *, gradient_checkpointing: bool = False) -> int:
+        """Kept for the backward, a token, `width` bytes an element: of the blocks and the last norm, not of the head.
+
+        With gradient checkpointing each block keeps its inputs alone: the residual stream and what is to be added.
+        """
+        blocks = [block.activation_bytes(self.d_model, width) for block in self.blocks]
+        last = self.blocks[-1].norm.activation_bytes(self.d_model, width) + width * self.d_model
+        if gradient_checkpointing:
+            return width * self.d_model * (2 * len(blocks) - 1) + last
+        return sum(blocks) + last
+
+    def state_bytes(self, max_len: int | None = None, width: int = 2) -> int:
+        """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element."""
+        max_len = self.context_length if max_len is None else max_len
+        return sum(block.state_bytes(self.d_model, max_len, width) for block in self.blocks)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cs336.models.config import TransformerConfig
 from cs336.models.transformer import Transformer
+from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -28,6 +29,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 
 # ours -> theirs, by the start of the name; layers.N stays
 NAMES = {
@@ -78,36 +81,43 @@ UNUSED = {
 }
 
 
-def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=None) -> None:
+# the special tokens that a config.json names, each an id or (of ends) a list of ids
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def save_pretrained(
+    model: Transformer, directory: str | os.PathLike, tokenizer=None, *, step: int | None = None
+) -> None:
     """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
 
     Each file replaces its predecessor once all are written. A model with interleaved rotary positions is written with
-    its query and key rows reordered for the half-split ones of this layout.
-    Raises ValueError for a model that the layout has no place for (a soft-cap; qk_norm with qkv_bias), and for a
-    tokenizer that exceeds the model.
+    its query and key rows reordered for the half-split ones of this layout. What no family of transformers has (a
+    soft-cap; qk_norm with qkv_bias; blocks of other kinds) is written as our own kind of model, with our configuration
+    and names, for `from_pretrained` alone. Special ids and generation_config.json are those that the model was read
+    with; without any, the tokenizer's <|endoftext|> begins and ends a text.
+
+    step: of training; `read_step` finds it.
+    Raises ValueError for a tokenizer that exceeds the model.
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a cs336.models.Transformer, got {type(model).__name__}")
-    config = model.config
-    if config.logit_softcap is not None:
-        raise ValueError("the layouts have no logit soft-cap: this model cannot be written in them")
-    if config.qk_norm and config.qkv_bias:
-        raise ValueError("Qwen2's layout has no qk_norm and Qwen3's no qkv_bias: this model cannot be written in them")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
     end = None if tokenizer is None else tokenizer.special_tokens.get(END_OF_TEXT)
-    special_ids = {"bos_token_id": end, "eos_token_id": end}
+    special_ids = model.special_ids or {"bos_token_id": end, "eos_token_id": end}
+    config, weights = _in_layout(model)
+    config |= special_ids | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+    config |= {} if step is None else {"training_step": step}
+    files = {"config.json": config, "generation_config.json": model.generation_config or special_ids}
+    if tokenizer is not None:
+        files["tokenizer_config.json"] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": _their_config(model) | special_ids, "generation_config.json": special_ids}
-    if tokenizer is not None:
-        files["tokenizer_config.json"] = _tokenizer_config(config, end)
     with contextlib.ExitStack() as renames:
         for name, content in files.items():
             renames.enter_context(replacing(directory / name)).write(json.dumps(content, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
-        weights = {_theirs(name): _half_split(name, t, config) for name, t in model.state_dict().items()}
         file = renames.enter_context(replacing(directory / "model.safetensors", "wb"))
         save_file(weights, file.name, metadata={"format": "pt"})
 
@@ -115,13 +125,14 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
 def from_pretrained(
     directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """Read a Llama, Mistral, Qwen2 or Qwen3 model from a directory in the Hugging Face layout.
+    """Read a model of ours, or a Llama, Mistral, Qwen2 or Qwen3 from a directory in the Hugging Face layout.
 
     dtype: of the weights; as they are stored if None.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind and for damaged files.
     """
     directory = pathlib.Path(directory)
-    config = _our_config(_read_json(directory / "config.json"))
+    theirs = _read_json(directory / "config.json")
+    config, name_of = _our_config(theirs), _our_name if theirs.get("model_type") == OURS else _theirs
     model = Transformer(config, device="meta")
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     found: dict[str, Tensor] = {}
@@ -131,18 +142,31 @@ def from_pretrained(
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    _check_weights(directory, found, {_theirs(name): shape for name, shape in shapes.items()})
-    dtype = found[_theirs("embedding.weight")].dtype if dtype is None else dtype
-    model.load_state_dict({name: found[_theirs(name)].to(dtype) for name in shapes}, assign=True)
-    model.rope.to_empty(device=model.device).reset_parameters()
+    _check_weights(directory, found, {name_of(name): shape for name, shape in shapes.items()})
+    dtype = found[name_of("embedding.weight")].dtype if dtype is None else dtype
+    model.load_state_dict({name: found[name_of(name)].to(dtype) for name in shapes}, assign=True)
+    model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
+    if (directory / "generation_config.json").exists():
+        generation = _read_json(directory / "generation_config.json")
+        model.generation_config = {k: v for k, v in generation.items() if v is not None or k not in SPECIAL_IDS}
+    _check_ends(directory, model)
     return model
 
 
-def _their_config(model: Transformer) -> dict[str, Any]:
-    config = model.config
+def read_step(directory: str | os.PathLike) -> int | None:
+    """The step of training at which the model in a directory was written; None where it does not say."""
+    return _read_json(pathlib.Path(directory) / "config.json").get("training_step")
+
+
+def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json without its special ids, and the weights by the names it implies."""
+    config, weights = model.config.short_form(), model.state_dict()
+    if config is None or config.logit_softcap is not None or (config.qk_norm and config.qkv_bias):
+        ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(model.config)}
+        return ours, {_our_name(name): t.contiguous() for name, t in weights.items()}
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     known = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    return known | {
+    theirs = known | {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "num_key_value_heads": config.kv_heads,
@@ -151,19 +175,31 @@ def _their_config(model: Transformer) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "rope_theta": config.rope_theta,
-        "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
     }
+    return theirs, {_theirs(name): _half_split(name, t, config) for name, t in weights.items()}
 
 
-def _tokenizer_config(config: TransformerConfig, end: int | None) -> dict[str, Any]:
-    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
-    return known if end is None else known | {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+def _tokenizer_config(
+    config: TransformerConfig, special_ids: dict[str, Any], special_tokens: dict[str, int]
+) -> dict[str, Any]:
+    """With the text of each special id; of several ends, the first."""
+    text_of = {i: text for text, i in special_tokens.items()}
+    first = {name: i[0] if isinstance(i, list) and i else i for name, i in special_ids.items()}
+    texts = {name.removesuffix("_id"): text_of[i] for name, i in first.items() if i in text_of}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length} | texts
+
+
+def _check_ends(directory: pathlib.Path, model: Transformer) -> None:
+    if bad := [i for i in model.end_ids if type(i) is not int or i < 0]:
+        raise ValueError(f"{directory} has eos_token_id {bad[0]!r}: expected a token's id, or a list of them")
 
 
 def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
     kind = theirs.get("model_type")
+    if kind == OURS:
+        return parse(TransformerConfig, theirs.get("config", {}))
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+        raise ValueError(f"model_type must be one of {', '.join((*ARCHITECTURES, OURS))}, got {kind!r}")
     for name, unused in UNUSED.items():
         if theirs.get(name) is not None and theirs[name] not in unused:
             raise ValueError(f"config.json has {name} = {theirs[name]!r}, which cs336.models.Transformer does not do")
@@ -185,6 +221,11 @@ def _our_config(theirs: dict[str, Any]) -> TransformerConfig:
     values: dict[str, Any] = {ours: theirs.get(name, defaults.get(name)) for ours, name in FIELDS.items()}
     kind_of = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
     return TransformerConfig(**values, **kind_of, rope_theta=rope["rope_theta"])
+
+
+def _our_name(name: str) -> str:
+    """As in the model: our own kind of config.json has no other reader."""
+    return name
 
 
 def _theirs(name: str) -> str:

@@ -1,56 +1,19 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cs336 import ops
-from cs336.models.cache import KVCache, LayerKV
+from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
-from cs336.nn import Attention, Embedding, Linear, RMSNorm, RotaryEmbedding, SwiGLU
-
-
-class Block(nn.Module):
-    """x, stream -> x, stream. What a sublayer returns is added to the stream by the next norm, in one pass."""
-
-    def __init__(self, config: TransformerConfig, rope: RotaryEmbedding, device=None, dtype=None):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, device, dtype)
-        self.attention = Attention(
-            config.d_model,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            bias=config.qkv_bias,
-            out_bias=False,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            rope=rope,
-            device=device,
-            dtype=dtype,
-        )
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, device, dtype)
-        self.mlp = SwiGLU(config.d_model, config.d_ff, device, dtype)
-
-    def forward(
-        self,
-        x_BSM: Tensor,
-        stream_BSM: Tensor | None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: LayerKV | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if stream_BSM is None:
-            normed_BSM, stream_BSM = self.attention_norm(x_BSM), x_BSM
-        else:
-            normed_BSM, stream_BSM = self.attention_norm(x_BSM, stream_BSM)
-        x_BSM = self.attention(normed_BSM, positions, mask, cache)
-        normed_BSM, stream_BSM = self.mlp_norm(x_BSM, stream_BSM)
-        return self.mlp(normed_BSM), stream_BSM
+from cs336.models.state import DecodingState
+from cs336.nn import Context, Embedding, Linear, RotaryEmbedding
 
 
 class Transformer(nn.Module):
-    """Pre-norm decoder: RMSNorm, rotary grouped-query attention, SwiGLU.
+    """Pre-norm decoder, made of its config's blocks.
 
     Under torch.autocast the residual stream is in autocast's dtype. Set `gradient_checkpointing` to recompute each
     layer in the backward instead of keeping its activations.
@@ -62,15 +25,26 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        meta = torch.device("meta")  # memory and weights come once, below
-        self.rope = RotaryEmbedding(
-            config.head_size, config.context_length, config.rope_theta, config.rope_interleaved, meta
+        self.special_ids: dict[str, Any] = {}
+        """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
+        self.generation_config: dict[str, Any] = {}
+        """What generation_config.json said; save_pretrained writes it again."""
+        d_model = config.d_model
+        place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
+        self.embedding = Embedding(config.vocab_size, d_model, **place)
+        ropes = {
+            (block.positions, block.mixer.head_size(d_model)): block.build_rope(
+                d_model, config.context_length, device="meta"
+            )
+            for block in config.blocks
+        }
+        self.layers = nn.ModuleList(
+            TransformerBlock(block, d_model, ropes[block.positions, block.mixer.head_size(d_model)], **place)
+            for block in config.blocks
         )
-        self.embedding = Embedding(config.vocab_size, config.d_model, meta, dtype)
-        self.layers = nn.ModuleList(Block(config, self.rope, meta, dtype) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps, meta, dtype)
-        tied = config.tie_embeddings
-        self.head = None if tied else Linear(config.d_model, config.vocab_size, device=meta, dtype=dtype)
+        self.norm = config.blocks[-1].norm.build(d_model, **place)
+        self.head = None if config.tie_embeddings else Linear(d_model, config.vocab_size, **place)
+        self.register_load_state_dict_post_hook(_place_tables)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
@@ -84,50 +58,66 @@ class Transformer(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_layers if writes else 1
                 parameter.normal_(std=self.config.init_std / depth**0.5)
-        self.rope.reset_parameters()
 
-    def forward(self, token_ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids_BS: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        state: DecodingState | None = None,
+    ) -> Tensor:
         """Logits (B, S, V) of the next token after each.
 
         Args:
             token_ids_BS: (B, S) int64 or int32 in [0, vocab_size).
-            cache: the tokens before these, to which these are appended.
+            positions: (S,) or (B, S) int64 or int32 in [0, context_length). None: 0 to S - 1, from 0 again in each
+                segment, and behind the state's tokens.
+            segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
+                is one document, and a negative segment marks padding on the right, which the state does not count.
+            state: the tokens before these, of which these become part.
 
-        Returns the weights' dtype, or autocast's; float32 with a soft-cap.
+        Returns the weights' dtype, or autocast's; at least float32 with a soft-cap.
         Raises ValueError for a shape or dtype that does not fit, or past context_length.
         """
-        return self.logits(self.features(token_ids_BS, cache))
+        return self.logits(self.features(token_ids_BS, positions=positions, segments=segments, state=state))
 
-    def loss(self, token_ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """Mean cross-entropy (float32 scalar, nats) of targets (B, S); a target of -100 counts for nothing."""
-        features_BSM = self.features(token_ids_BS)
-        return ops.cross_entropy(self._project(features_BSM), targets_BS, softcap=self.config.logit_softcap)
-
-    def features(self, token_ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self,
+        token_ids_BS: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        state: DecodingState | None = None,
+    ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
-        self._check(token_ids_BS, cache)
-        S = token_ids_BS.shape[1]
-        x_BSM, stream_BSM = self.embedding(token_ids_BS).to(self.compute_dtype), None
-        positions = None if cache is None else cache.positions(S)
-        mask = None if cache is None else cache.mask(S)
+        context = self._context(token_ids_BS, positions, segments, state)
+        stream = Stream(self.embedding(token_ids_BS).to(self.compute_dtype), None)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BSM, stream_BSM = checkpoint(layer, x_BSM, stream_BSM, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and state is None:
+                stream = checkpoint(layer, stream, context, use_reentrant=False)
             else:
-                x_BSM, stream_BSM = layer(
-                    x_BSM, stream_BSM, positions, mask, None if cache is None else cache.layers[i]
-                )
-        return self.norm(x_BSM, stream_BSM)[0]
+                stream = layer(stream, context, None if state is None else state.layers[i])
+        if state is not None:
+            state.lengths += token_ids_BS.shape[1] if segments is None else (segments >= 0).sum(-1)
+        return stream.normed(self.norm)[0]
 
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""
-        logits_BSV, cap = self._project(features_BSM), self.config.logit_softcap
-        return logits_BSV if cap is None else cap * torch.tanh(logits_BSV.float() / cap)
-
-    def _project(self, features_BSM: Tensor) -> Tensor:
         if self.head is None:
-            return nn.functional.linear(features_BSM, self.embedding.weight)
-        return self.head(features_BSM)
+            logits_BSV = nn.functional.linear(features_BSM, self.embedding.weight)
+        else:
+            logits_BSV = self.head(features_BSM)
+        cap = self.config.logit_softcap
+        if cap is None:
+            return logits_BSV
+        return cap * torch.tanh(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / cap)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as generation_config.json says, or config.json; none if neither was read."""
+        eos = self.generation_config.get("eos_token_id", self.special_ids.get("eos_token_id"))
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
     @property
     def device(self) -> torch.device:
@@ -140,23 +130,49 @@ class Transformer(nn.Module):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # is_autocast_available: a graph break in 2.11
         return torch.get_autocast_dtype(kind) if autocast else dtype
 
-    def new_cache(self, batch_size: int, max_len: int | None = None, padding: list[int] | None = None) -> KVCache:
-        """An empty cache for this model's dtype and device; max_len is context_length if None. See KVCache."""
-        config = self.config
-        return KVCache(
-            config.num_layers,
-            batch_size,
-            config.kv_heads,
-            config.context_length if max_len is None else max_len,
-            config.head_size,
-            padding=padding,
-            device=self.device,
-            dtype=self.compute_dtype,
-        )
+    def new_state(self, batch_size: int, max_len: int | None = None) -> DecodingState:
+        """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.
 
-    def _check(self, token_ids_BS: Tensor, cache: KVCache | None) -> None:
+        Raises ValueError for more than context_length.
+        """
+        limit = self.config.context_length
+        max_len = limit if max_len is None else max_len
+        if max_len > limit:
+            raise ValueError(f"{max_len} tokens do not fit the model's context_length of {limit}")
+        device, dtype = self.device, self.compute_dtype
+        mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
+        layers = [mixer.new_state(batch_size, max_len, device=device, dtype=dtype) for mixer in mixers]
+        return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
+
+    def _context(
+        self,
+        token_ids_BS: Tensor,
+        positions: Tensor | None,
+        segments_BS: Tensor | None,
+        state: DecodingState | None,
+    ) -> Context:
         if token_ids_BS.dim() != 2:
             raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids_BS.shape)}")
-        tokens = token_ids_BS.shape[1] + (0 if cache is None else cache.longest)
-        if tokens > self.config.context_length:
-            raise ValueError(f"{tokens} tokens do not fit the model's context_length of {self.config.context_length}")
+        B, S = token_ids_BS.shape
+        if segments_BS is not None and (segments_BS.shape != (B, S) or segments_BS.dtype.is_floating_point):
+            raise ValueError(
+                f"segments must be ({B}, {S}) integers as token_ids are, "
+                f"got {tuple(segments_BS.shape)} {segments_BS.dtype}"
+            )
+        if state is not None:
+            if state.batch_size != B:
+                raise ValueError(f"the state is of {state.batch_size} rows, token_ids of {B}")
+            state.check_room(S)
+            return Context(positions, None, segments_BS, state.lengths)
+        if segments_BS is not None:
+            return Context.packed(segments_BS, positions)
+        if positions is None and self.config.context_length < S:
+            raise ValueError(f"{S} tokens do not fit the model's context_length of {self.config.context_length}")
+        return Context(positions)
+
+
+def _place_tables(model: Transformer, incompatible_keys) -> None:
+    """Rotary tables follow weights that load_state_dict(assign=True) has put in place of those on meta."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.to_empty(device=model.device)

@@ -1,23 +1,17 @@
 """B = batch (any number of dims), S = queries, T = keys, M = d_model, H = heads, D = head_dim."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.checks import check_counts
 from cs336.nn.linear import Linear
-from cs336.nn.norms import RMSNorm
+from cs336.nn.norms import RMSNorm, RMSNormConfig
 from cs336.nn.positions import RotaryEmbedding
-
-
-class LayerCache(Protocol):
-    """The keys and values of the tokens before."""
-
-    length: int
-
-    def append(self, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v, and return all so far: (B, H, length, D) each."""
+from cs336.nn.state import Context, KeyValues
 
 
 class Attention(nn.Module):
@@ -53,55 +47,141 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None and d_model % num_heads != 0:
-            raise ValueError(
-                f"d_model {d_model} is not a multiple of num_heads {num_heads}: change one or give head_dim"
-            )
-        if num_heads % num_kv_heads != 0:
-            raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
-        self.d_model = d_model
-        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        shape = AttentionConfig(num_heads, num_kv_heads, head_dim)
+        num_kv_heads, self.head_dim = shape.kv_heads, shape.head_size(d_model)
         if rope is not None and rope.head_dim != self.head_dim:
             raise ValueError(f"rope rotates heads of {rope.head_dim} features, these have {self.head_dim}")
-        self.num_heads, self.num_kv_heads, self.causal = num_heads, num_kv_heads, causal
+        self.d_model, self.num_heads, self.num_kv_heads, self.causal = d_model, num_heads, num_kv_heads, causal
         q_dim, kv_dim = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.q_proj = Linear(d_model, q_dim, bias, device, dtype)
-        self.k_proj = Linear(d_model, kv_dim, bias, device, dtype)
-        self.v_proj = Linear(d_model, kv_dim, bias, device, dtype)
-        self.o_proj = Linear(q_dim, d_model, bias if out_bias is None else out_bias, device, dtype)
-        self.q_norm = RMSNorm(self.head_dim, norm_eps, device, dtype) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, norm_eps, device, dtype) if qk_norm else None
+        self.q_proj = Linear(d_model, q_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(d_model, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(d_model, kv_dim, bias=bias, device=device, dtype=dtype)
+        out_bias = bias if out_bias is None else out_bias
+        self.o_proj = Linear(q_dim, d_model, bias=out_bias, device=device, dtype=dtype)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps, device=device, dtype=dtype) if qk_norm else None
         self.rope = rope
 
-    def forward(
+    def new_state(
         self,
-        x_BSM: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
+        batch_size: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KeyValues:
+        """Room for max_len tokens of each row; device and dtype are those of the keys, the weights' if None."""
+        weight = self.k_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+
+    def forward(self, x_BSM: Tensor, context: Context | None = None, state: KeyValues | None = None) -> Tensor:
         """x (..., S, d_model) -> (..., S, d_model).
 
-        positions: (S,) or (..., S) integers for rope; they follow the cache's tokens if None.
-        mask: as in ops.attention, broadcastable to (..., H, S, T); combined with causal.
-        cache: the tokens before x (B, S, d_model); x's keys and values are appended to it.
+        context: positions and mask of x; with a state its lengths.
+        state: the tokens before x (B, S, d_model), of which context.lengths are kept; x's keys and values join them.
 
         Raises ValueError for shapes or dtypes that do not fit.
         """
         if x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (..., tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
-        S = x_BSM.shape[-2]
+        context = Context() if context is None else context
         projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (projection(x_BSM).unflatten(-1, (-1, self.head_dim)) for projection in projections)
+        q, k, v_BTHD = (projection(x_BSM).unflatten(-1, (-1, self.head_dim)) for projection in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v))
+        q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v_BTHD))
         if self.rope is not None:
-            if positions is None and cache is not None:
-                positions = torch.arange(cache.length, cache.length + S, device=x_BSM.device)
+            positions = context.positions
+            if positions is None and state is not None:
+                positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope(q_BHSD, positions), self.rope(k_BHTD, positions)
-        if cache is not None:
-            k_BHTD, v_BHTD = cache.append(k_BHTD, v_BHTD)
-        o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, causal=self.causal)
+        if state is None:
+            o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, context.mask, causal=self.causal)
+        else:
+            o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
+
+    def _continue(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues) -> Tensor:
+        if not self.causal or context.mask is not None:
+            raise ValueError("a state needs causal attention without a mask: it holds what each token may see")
+        begins = state.empty
+        state.append(k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2), context)
+        if begins:
+            return ops.attention(q_BHSD, k_BHSD, v_BHSD, causal=True)
+        k_BHTD, v_BHTD = state.keys.transpose(1, 2), state.values.transpose(1, 2)
+        return ops.attention(q_BHSD, k_BHTD, v_BHTD, state.visible(q_BHSD.shape[2], context))
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal self-attention: see Attention. Raises ValueError for head counts that do not divide."""
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Key-value heads, shared by groups of query heads (arXiv:2305.13245). None: num_heads."""
+    head_dim: int | None = None
+    """Features of a head. None: d_model / num_heads."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections, as in Qwen2 (arXiv:2407.10671)."""
+    qk_norm: bool = False
+    """RMSNorm over each head of the queries and keys (arXiv:2302.05442), with the eps of the block's norms."""
+    kind: Literal["attention"] = "attention"
+
+    def __post_init__(self):
+        check_counts(num_heads=self.num_heads)
+        check_counts(optional=True, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        if self.num_heads % self.kv_heads != 0:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def head_size(self, d_model: int) -> int:
+        """Features of a head. Raises ValueError where d_model is not a multiple of num_heads."""
+        if self.head_dim is None and d_model % self.num_heads != 0:
+            raise ValueError(
+                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"
+            )
+        return d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    def build(
+        self, d_model: int, *, norm_eps: float, rope: RotaryEmbedding | None, device=None, dtype=None
+    ) -> Attention:
+        return Attention(
+            d_model,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            bias=self.qkv_bias,
+            out_bias=False,
+            qk_norm=self.qk_norm,
+            norm_eps=norm_eps,
+            rope=rope,
+            device=device,
+            dtype=dtype,
+        )
+
+    def num_parameters(self, d_model: int) -> int:
+        D = self.head_size(d_model)
+        biases = (self.num_heads + 2 * self.kv_heads) * D if self.qkv_bias else 0
+        return self._matrices(d_model) + biases + (2 * D if self.qk_norm else 0)
+
+    def flops(self, d_model: int, context_length: int) -> int:
+        """Of the forward pass, a token: its matmuls, scores and values over context_length tokens counted whole."""
+        return 2 * self._matrices(d_model) + 4 * self.num_heads * self.head_size(d_model) * context_length
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x, q, k, v, o as attention returns it and as o_proj reads it, float32
+        log-sum-exps; with qk_norm what is normalised too. The scores are recomputed."""
+        D, norm = self.head_size(d_model), RMSNormConfig()
+        normed = (self.num_heads + self.kv_heads) * norm.activation_bytes(D, width) if self.qk_norm else 0
+        return width * (d_model + (3 * self.num_heads + 2 * self.kv_heads) * D) + 4 * self.num_heads + normed
+
+    def state_bytes(self, d_model: int, max_len: int, width: int) -> int:
+        """Of one sequence's keys and values, `width` bytes an element."""
+        return 2 * max_len * self.kv_heads * self.head_size(d_model) * width
+
+    def _matrices(self, d_model: int) -> int:
+        return 2 * (self.num_heads + self.kv_heads) * self.head_size(d_model) * d_model

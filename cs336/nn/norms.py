@@ -1,7 +1,12 @@
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.checks import check_positive
 
 
 class RMSNorm(nn.Module):
@@ -14,6 +19,7 @@ class RMSNorm(nn.Module):
         self,
         dim: int,
         eps: float = 1e-5,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -26,6 +32,10 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if x.dtype == torch.float64:  # the op accumulates in fp32
+            total = x if residual is None else x + residual
+            y = F.rms_norm(total, (self.dim,), self.weight, self.eps)
+            return y if residual is None else (y, total)
         return ops.rms_norm(x, self.weight, self.eps, residual)
 
     def extra_repr(self) -> str:
@@ -42,6 +52,7 @@ class LayerNorm(nn.Module):
         self,
         dim: int,
         eps: float = 1e-5,
+        *,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -58,7 +69,50 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if x.dtype == torch.float64:  # the op accumulates in fp32
+            total = x if residual is None else x + residual
+            y = F.layer_norm(total, (self.dim,), self.weight, self.bias, self.eps)
+            return y if residual is None else (y, total)
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True)
+class RMSNormConfig:
+    eps: float = 1e-5
+    kind: Literal["rms_norm"] = "rms_norm"
+
+    def __post_init__(self):
+        check_positive(eps=self.eps)
+
+    def build(self, dim: int, *, device=None, dtype=None) -> RMSNorm:
+        return RMSNorm(dim, self.eps, device=device, dtype=dtype)
+
+    def num_parameters(self, dim: int) -> int:
+        return dim
+
+    def activation_bytes(self, dim: int, width: int) -> int:
+        """Kept for the backward, a row: what is normalised, `width` bytes an element, and its float32 rstd."""
+        return width * dim + 4
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    eps: float = 1e-5
+    bias: bool = True
+    kind: Literal["layer_norm"] = "layer_norm"
+
+    def __post_init__(self):
+        check_positive(eps=self.eps)
+
+    def build(self, dim: int, *, device=None, dtype=None) -> LayerNorm:
+        return LayerNorm(dim, self.eps, bias=self.bias, device=device, dtype=dtype)
+
+    def num_parameters(self, dim: int) -> int:
+        return 2 * dim if self.bias else dim
+
+    def activation_bytes(self, dim: int, width: int) -> int:
+        """Kept for the backward, a row: what is normalised, `width` bytes an element, and its float32 mean and rstd."""
+        return width * dim + 8

@@ -1,7 +1,11 @@
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.checks import check_positive
 from cs336.nn.embedding import look_up
 
 
@@ -9,7 +13,7 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding, Su et al. 2021, arXiv:2104.09864: pair i turns by position * theta^(-2i / head_dim).
 
     Pairs are (x[i], x[i + head_dim / 2]), or neighbours when interleaved. The tables cos and sin
-    (max_seq_len, head_dim / 2) are float32 whatever the model's dtype, and no part of its state.
+    (max_seq_len, head_dim / 2) are float32 whatever the model's dtype, and derived, so no part of its state.
     """
 
     cos: Tensor
@@ -20,6 +24,7 @@ class RotaryEmbedding(nn.Module):
         head_dim: int,
         max_seq_len: int,
         theta: float = 10000.0,
+        *,
         interleaved: bool = False,
         device: torch.device | str | None = None,
     ):
@@ -41,10 +46,12 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = (table.to(self.cos.device, torch.float32) for table in (angles.cos(), angles.sin()))
 
     def _apply(self, fn, recurse=True):
-        cos, sin = self.cos, self.sin
-        super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:  # model.bfloat16() must not round the tables
-            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        """On another device derive the tables anew: no cast rounds them, and to_empty leaves no garbage in them."""
+        device = fn(torch.empty(0, device=self.cos.device)).device
+        if device != self.cos.device:
+            self.cos = torch.empty_like(self.cos, device=device)
+            self.sin = torch.empty_like(self.sin, device=device)
+            self.reset_parameters()
         return self
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -75,3 +82,34 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, {self.max_seq_len}, theta={self.theta}, interleaved={self.interleaved}"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    theta: float = 10000.0
+    interleaved: bool = False
+    """Rotate neighbouring features, as arXiv:2104.09864 does, instead of the two halves of a head."""
+    kind: Literal["rope"] = "rope"
+
+    def __post_init__(self):
+        check_positive(theta=self.theta)
+
+    def check(self, head_dim: int) -> None:
+        if head_dim % 2 != 0:
+            raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+
+    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> RotaryEmbedding:
+        return RotaryEmbedding(head_dim, max_seq_len, self.theta, interleaved=self.interleaved, device=device)
+
+
+@dataclass(frozen=True)
+class NoPositionsConfig:
+    """Order is known from causality alone (arXiv:2305.19466)."""
+
+    kind: Literal["none"] = "none"
+
+    def check(self, head_dim: int) -> None:
+        """Any head will do."""
+
+    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
+        return None

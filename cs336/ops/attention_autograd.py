@@ -47,7 +47,8 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: boo
     """o and lse of `name`_fwd for these arguments, differentiable once; deterministic whether torch is or not."""
     q, k, v = rows(q), rows(k), rows(v)
     if torch.compiler.is_compiling():  # which takes no tensor twice: q is k, or both cu_seqlens are one
-        k, v, *rest = (x.view_as(x) if isinstance(x, Tensor) else x for x in (k, v, *rest))
+        k, v = k.view_as(k), v.view_as(v)
+        rest = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in rest)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
         return _Attention.apply(name, deterministic, q, k, v, *rest)

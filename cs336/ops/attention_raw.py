@@ -16,7 +16,10 @@ from cs336.ops import registry
 from cs336.ops.ref import attention as ref
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
-NATIVE_HEAD_DIMS = ((64, 64), (128, 128))  # (D, E) of the kernels in csrc/kernels
+NATIVE_HEAD_DIMS = {  # (D, E) of the kernels in csrc/kernels/attention
+    "forward": ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
+    "backward": ((64, 64), (128, 128)),
+}
 HOPPER = {"native": ((9, 0), (9, 0))}  # wgmma and TMA
 PACKING = "cu_seqlens_q, Tensor{0} cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
 OPTIONS = "float scale, bool causal, int window_left, int window_right, float softcap"
@@ -121,14 +124,16 @@ def _triton_refuses(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _native_refuses(*tensors: Tensor) -> str | None:
+def _native_refuses(direction: str, *tensors: Tensor) -> str | None:
     """tensors: q, k, v, and what else is read row by row."""
     q, _, v, *_ = tensors
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the native kernels take float16 and bfloat16, not {q.dtype}"
-    if (q.shape[-1], v.shape[-1]) not in NATIVE_HEAD_DIMS:
-        dims = ", ".join(f"{d} and {e}" for d, e in NATIVE_HEAD_DIMS)
-        return f"the native kernels have head dims (of q and k, and of v) {dims}, not {q.shape[-1]} and {v.shape[-1]}"
+    if (q.shape[-1], v.shape[-1]) not in NATIVE_HEAD_DIMS[direction]:
+        dims = ", ".join(f"{d} and {e}" for d, e in NATIVE_HEAD_DIMS[direction])
+        return (
+            f"the native {direction} has head dims (of q and k, and of v) {dims}, not {q.shape[-1]} and {v.shape[-1]}"
+        )
     for x in tensors:
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
             if size > 1 and (stride % 8 != 0 or stride == 0):
@@ -170,7 +175,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda q, k, v, *options: check(q, k, v, None, *options),
     supports={
-        "native": lambda q, k, v, *_: _native_refuses(q, k, v),
+        "native": lambda q, k, v, *_: _native_refuses("forward", q, k, v),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -183,7 +188,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *options: _check_bwd(do, dlse, q, k, v, o, lse, None, *options),
     supports={
-        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses(q, k, v, do, o),
+        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses("backward", q, k, v, do, o),
         "triton": lambda do, dlse, q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -196,7 +201,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda q, k, v, *rest: check(q, k, v, rest[:4], *rest[4:]),
     supports={
-        "native": lambda q, k, v, *_: _native_refuses(q, k, v),
+        "native": lambda q, k, v, *_: _native_refuses("forward", q, k, v),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -209,7 +214,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *rest: _check_bwd(do, dlse, q, k, v, o, lse, rest[:4], *rest[4:]),
     supports={
-        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses(q, k, v, do, o),
+        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses("backward", q, k, v, do, o),
         "triton": lambda do, dlse, q, k, v, *_: _triton_refuses(q, v),
     },
 )

@@ -7,6 +7,7 @@ For a norm NAME with parameters p = (weight,) or (weight, bias) and per-row stat
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _Norm(torch.autograd.Function):
-    # Without setup_context, which makes every call a third slower: functorch's transforms take `_plain` instead.
+    # Without setup_context, which makes a call four times as slow: functorch's transforms take `_plain` instead.
 
     @staticmethod
     def forward(ctx, name, x_MN, residual_MN, eps, *params):
@@ -34,6 +35,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_MN, dsum_MN=None):
         _, _, needs_residual, _, *needs_params = ctx.needs_input_grad
+        dparams: Sequence[Tensor | None]
         if dy_MN is None:
             dx_MN, dparams = dsum_MN, [None for _ in needs_params]
         else:
@@ -60,7 +62,7 @@ def _backward(ctx, dy_MN: Tensor, dsum_MN: Tensor | None) -> Sequence[Tensor]:
     return ref.bwd(dy_MN, dsum_MN, x_MN, w_N, *ref.fwd(*args, ctx.eps)[1:])
 
 
-def _plain(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: Sequence) -> tuple:
+def _plain(name: str, x_MN: Tensor, residual_MN: Tensor | None, eps: float, params: Sequence) -> Any:
     """y and the sum, or y, in plain torch: what functorch and forward mode can transform."""
     if residual_MN is None:
         return REF[name].fwd(x_MN, *params, eps)[0]
@@ -119,7 +121,7 @@ def contract(*names: str) -> Callable[..., None]:
     def check_raw(*args):
         given = {name: t for name, t in zip(names, args, strict=True) if isinstance(t, Tensor)}
         x = given["x"]
-        check(x, given.get("w"), given.get("b"), **{n: t for n, t in given.items() if n in ROWS[1:]})
+        check(x, given["w"], given.get("b"), **{n: t for n, t in given.items() if n in ROWS[1:]})
         for name, t in given.items():
             if name in STATS and (t.shape != x.shape[:1] or t.dtype != stat_dtype(x) or t.device != x.device):
                 raise ValueError(f"{name} must be ({x.shape[0]},) {stat_dtype(x)} on {x.device}, got {_like(t)}")

@@ -40,6 +40,7 @@ class Op:
     supports: dict[str, Supports]  # variant -> its checker; absent: takes all that the op takes
     capabilities: dict[str, Range]  # variant -> the compute capabilities of CUDA devices that its kernel runs on
     prefer: Callable[..., str] | None  # the op's arguments -> the variant to try first on a CUDA device
+    has_triton: bool
     mutates: tuple[tuple[int, str], ...]  # position and name of the arguments marked (a!) in the schema
     order: dict[torch.device, tuple[str, ...]] = field(default_factory=dict)  # what `kernels` found
 
@@ -101,6 +102,7 @@ def define(
         {v: complete(None, function) for v, function in (supports or {}).items()},
         CAPABILITIES | (capabilities or {}),
         None if prefer is None else complete(None, prefer),
+        triton is not None,
         tuple(written),
     )
 
@@ -148,12 +150,17 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
+def has_kernel(name: str, variant: str, kind: str) -> bool:
+    """Whether a kernel for that type of device is registered."""
+    registered = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return kind in KEY and registered(f"{NAMESPACE[variant]}::{name}", KEY[kind])
+
+
 def missing(name: str, variant: str, device: torch.device) -> str | None:
     """Why `variant` has no kernel for that device, whatever the arguments, as a sentence; None if it has one."""
     op, kind = OPS[name], device.type
     absent = _load.missing(kind) if variant == "native" and kind in _load.LIBRARIES else None
-    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    if kind not in KEY or not has_kernel(f"{NAMESPACE[variant]}::{name}", KEY[kind]):
+    if not has_kernel(name, variant, kind):
         reason = f"{name} has no {variant} kernel for {kind} tensors"
         if variant == "triton":
             absent = TRITON_MISSING

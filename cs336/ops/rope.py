@@ -81,11 +81,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         cos, sin, positions = ctx.saved_tensors
-        dys, tables = [rows(dy) for dy in dys], (cos, sin, positions, ctx.interleaved, not ctx.inverse)
+        grads, tables = [rows(dy) for dy in dys], (cos, sin, positions, ctx.interleaved, not ctx.inverse)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dxs = _Rope.apply(*tables, *dys)  # differentiable again
+            dxs = _Rope.apply(*tables, *grads)  # differentiable again
         else:
-            dxs = registry.call("rope_fwd", dys, *tables)
+            dxs = registry.call("rope_fwd", grads, *tables)
         return None, None, None, None, None, *dxs
 
 

@@ -5,6 +5,13 @@ from cs336.optim.adamw import param_groups as param_groups
 from cs336.optim.clipping import clip_grad_norm_ as clip_grad_norm_
 from cs336.optim.clipping import clip_scale as clip_scale
 from cs336.optim.clipping import grad_norm as grad_norm
+from cs336.optim.config import AdamWConfig as AdamWConfig
+from cs336.optim.config import ConstantConfig as ConstantConfig
+from cs336.optim.config import CosineConfig as CosineConfig
+from cs336.optim.config import LinearConfig as LinearConfig
+from cs336.optim.config import OptimizerConfig as OptimizerConfig
+from cs336.optim.config import ScheduleConfig as ScheduleConfig
+from cs336.optim.config import WSDConfig as WSDConfig
 from cs336.optim.schedules import constant_schedule as constant_schedule
 from cs336.optim.schedules import cosine_schedule as cosine_schedule
 from cs336.optim.schedules import linear_schedule as linear_schedule

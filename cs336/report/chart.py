@@ -1,8 +1,9 @@
-"""Charts as inline SVG: no scripts, no fonts, colours from the page's CSS variables.
+"""Charts as inline SVG: no scripts, no fonts, colours from the page's CSS variables, values where the pointer is.
 
 One chart unit is one CSS pixel on a 390-pixel phone, so that text stays readable there and grows on a desktop.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 34
 MAX_POINTS = 360  # one a unit of width: more cannot be seen
+HOVERED = 90  # places along x that show their values
+CHAR, GAP = 5.8, 6  # width of a character of a rule's name, and from the plot to it
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `style` is a CSS class: "main", "second" or "faint"."""
+    """A line. `style` is a CSS class: "main", "second", "faint", or "run0" to "run5"."""
 
     label: str
     xs: Sequence[float]
@@ -45,6 +48,17 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def time_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round seconds, minutes or hours inside [low, high], at most `most` of them."""
+    units = [m * u for u in (1, 60, 3600) for m in (1, 2, 5, 10, 15, 20, 30)]
+    step = next((u for u in units if u * (most - 1) >= high - low), 0)
+    if not (high - low) > 1:
+        return linear_ticks(low, high, most)
+    if not step:
+        return [3600 * hours for hours in linear_ticks(low / 3600, high / 3600, most)]
+    return [float(step * i) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
@@ -84,10 +98,14 @@ def line_chart(
     log_y: bool = False,
     from_zero: bool = False,
     rules: Sequence[tuple[str, float]] = (),
+    x_text: Callable[[float], str] | None = None,
 ) -> Markup:
-    """Lines over a shared x axis, with labelled horizontal `rules`; empty Markup where no series has a point.
+    """Lines over a shared x axis, with horizontal `rules` named at the right of the lines, where no line comes.
+
+    Empty Markup where no series has a point. Along x the values under the pointer are shown as a tooltip.
 
     Args:
+        x_text: how a value of x is written; a number of at most three digits if None.
         log_y: logarithmic y where all values are positive and span more than a factor of 1.5.
         from_zero: the y axis starts at zero (for rates, where the distance to zero has a meaning).
     """
@@ -100,15 +118,18 @@ def line_chart(
     low, high = _span(min(0.0, *all_y) if from_zero else min(all_y), max(all_y), log_y)
     x_low, x_high = min(0.0, *all_x), max(all_x)  # from zero, so that charts can be compared
     x_high = x_high if x_high > x_low else x_low + 1
+    x_text = x_text or compact
+    right = WIDTH - RIGHT - max((CHAR * len(_rule_name(*rule)) + GAP for rule in rules), default=0.0)
 
     def x_at(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - x_low) / (x_high - x_low) * (right - LEFT)
 
     def y_at(y: float) -> float:
         f = math.log(y / low) / math.log(high / low) if log_y else (y - low) / (high - low)
         return HEIGHT - BOTTOM - f * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(x_at, y_at, linear_ticks(x_low, x_high, 5), (log_ticks if log_y else linear_ticks)(low, high))]
+    x_ticks = (time_ticks if x_text is not compact else linear_ticks)(x_low, x_high, 5)
+    parts = [_axes(x_at, y_at, x_ticks, (log_ticks if log_y else linear_ticks)(low, high), right, x_text)]
     for s, points in drawn:
         at = [f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points]
         if len(at) > 1:
@@ -118,8 +139,9 @@ def line_chart(
                 Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(x_at(x), y_at(y)) for x, y in points[-40:]
             )
             parts.append(Markup('<g class="dots {}">{}</g>').format(s.style, dots))
-    parts += _rules(y_at, rules)
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, x_label, "end"))
+    parts += _rules(y_at, rules, right)
+    parts.append(_text(right, HEIGHT - 3, x_label, "end"))
+    parts.append(_hover(drawn, x_at, right, lambda x: f"{x_label} {x_text(x)}"))
     return _svg(title, Markup("").join(parts))
 
 
@@ -134,13 +156,13 @@ def bar_chart(labels: Sequence[str], values: Sequence[float], *, title: str, x_l
     def y_at(y: float) -> float:
         return HEIGHT - BOTTOM - y / high * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(float, y_at, [], linear_ticks(0, high))]
+    parts = [_axes(float, y_at, [], linear_ticks(0, high), WIDTH - RIGHT, compact)]
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         x = LEFT + i * pitch
         parts.append(
-            Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                x + pitch * 0.12, y_at(value), pitch * 0.76, HEIGHT - BOTTOM - y_at(value)
-            )
+            Markup(
+                '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}: {:,g}</title></rect>'
+            ).format(x + pitch * 0.12, y_at(value), pitch * 0.76, HEIGHT - BOTTOM - y_at(value), label, value)
         )
         if i % every == 0:
             parts.append(_text(x + pitch / 2, HEIGHT - BOTTOM + 14, label, "middle"))
@@ -158,32 +180,61 @@ def _span(low: float, high: float, log: bool) -> tuple[float, float]:
     return (low if low == 0 else low - pad), high + pad
 
 
-def _axes(x_at: Callable[[float], float], y_at: Callable[[float], float], xs: list[float], ys: list[float]) -> Markup:
+def _axes(
+    x_at: Callable[[float], float],
+    y_at: Callable[[float], float],
+    xs: list[float],
+    ys: list[float],
+    right: float,
+    x_text: Callable[[float], str],
+) -> Markup:
     line = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format
     parts = []
     for y in ys:
-        parts.append(line("grid", LEFT, WIDTH - RIGHT, y_at(y), y_at(y)))
+        parts.append(line("grid", LEFT, right, y_at(y), y_at(y)))
         parts.append(_text(LEFT - 6, y_at(y) + 3.5, compact(y), "end"))
     for x in xs:
         parts.append(line("grid", x_at(x), x_at(x), HEIGHT - BOTTOM, HEIGHT - BOTTOM + 4))
-        anchor = "middle" if x_at(x) < WIDTH - RIGHT - 12 else "end"
-        parts.append(_text(min(x_at(x), WIDTH - RIGHT), HEIGHT - BOTTOM + 15, compact(x), anchor))
-    parts.append(line("axis", LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, HEIGHT - BOTTOM))
+        anchor = "middle" if x_at(x) < right - 12 else "end"
+        parts.append(_text(min(x_at(x), right), HEIGHT - BOTTOM + 15, x_text(x), anchor))
+    parts.append(line("axis", LEFT, right, HEIGHT - BOTTOM, HEIGHT - BOTTOM))
     return Markup("").join(parts)
 
 
-def _rules(y_at: Callable[[float], float], rules: Sequence[tuple[str, float]]) -> list[Markup]:
-    """Dashed lines, their names above the right end, or below where the name would cover the one before."""
+def _rule_name(label: str, value: float) -> str:
+    return f"{label} {value:.2f}"
+
+
+def _rules(y_at: Callable[[float], float], rules: Sequence[tuple[str, float]], right: float) -> list[Markup]:
+    """Dashed lines, their names beside the right end, a line of text apart."""
     parts, last = [], -math.inf
     for label, value in sorted(rules, key=lambda rule: -rule[1]):
         y = y_at(value)
-        text_y = y - 4 if y - 4 >= last + 11 else y + 11
-        last = text_y
+        last = max(y + 3.5, last + 11)
         parts.append(
-            Markup('<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
+            Markup('<line class="rule" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, y, y)
         )
-        parts.append(_text(WIDTH - RIGHT, text_y, f"{label} {value:.2f}", "end", "rule-name"))
+        parts.append(_text(right + GAP, last, _rule_name(label, value), "start", "rule-name"))
     return parts
+
+
+def _hover(
+    drawn: Sequence[tuple[Series, list[tuple[float, float]]]],
+    x_at: Callable[[float], float],
+    right: float,
+    head: Callable[[float], str],
+) -> Markup:
+    """Strips over the chart, each with the values of the lines at the point of the first that is nearest."""
+    longest = max((points for _, points in drawn), key=len)
+    places = thin([x for x, _ in longest], [y for _, y in longest], HOVERED)
+    edges = [LEFT, *((x_at(a[0]) + x_at(b[0])) / 2 for a, b in itertools.pairwise(places)), right]
+    strip = Markup('<rect class="hover" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format
+    parts = []
+    for (x, _), (begin, end) in zip(places, itertools.pairwise(edges), strict=True):
+        near = ((s.label, min(points, key=lambda point: abs(point[0] - x))) for s, points in drawn)
+        values = [f"{label}: {y:.4g}" + ("" if at == x else f" (at {compact(at)})") for label, (at, y) in near]
+        parts.append(strip(begin, TOP, max(0.0, end - begin), HEIGHT - TOP - BOTTOM, "\n".join([head(x), *values])))
+    return Markup("").join(parts)
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> Markup:

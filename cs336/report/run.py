@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cs336.utils.locks import is_locked
+
 
 @dataclass
 class Run:
@@ -21,6 +23,11 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    failure: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    """There is an export."""
+    running: bool = False
+    """A process holds the directory."""
     missing: list[str] = field(default_factory=list)
 
     def column(self, name: str, against: str = "step") -> tuple[list[float], list[float]]:
@@ -33,9 +40,24 @@ class Run:
         values = [y for y in self.column(name)[1] if math.isfinite(y)]
         return values[-1] if values else None
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the evaluation; without one, of the last validation."""
+        return number(self.evaluation.get("bits_per_byte")) if self.evaluation else self.last("val/bpb")
+
 
 def number(value: Any) -> float | None:
+    """A number; one that is not finite is a string in the files, because JSON has none."""
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def shown(value: Any) -> str:
+    """A JSON value for a table."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -59,10 +81,25 @@ def read_run(run_dir: str | Path) -> Run:
     run.evaluation = _read(run, "evaluation.json", "the evaluation on held-out text", json.loads)
     run.tokenizer = _read(run, "tokenizer_stats.json", "tokenizer statistics", json.loads)
     run.stages = _read(run, "stages.json", "stage times", json.loads)
+    run.failure = _read(run, "failure.json", "", json.loads) if (path / "failure.json").exists() else {}
+    run.finished = (path / "export" / "config.json").exists()
+    run.running = is_locked(path)
+    _measure_the_last_step_once(run)
     kinds = (run.config, run.facts, run.metrics, run.samples, run.generated, run.evaluation, run.tokenizer, run.stages)
     if not any(kinds):
         raise ValueError(f"{path} is not a run directory: it has neither metrics.jsonl nor any other file of a run")
     return run
+
+
+def _measure_the_last_step_once(run: Run) -> None:
+    """Put the evaluation of the finished model in place of the last validation, which read less of the same text."""
+    step, loss = number(run.evaluation.get("step")), number(run.evaluation.get("loss"))
+    if run.evaluation.get("text") or loss is None or not run.metrics:
+        return
+    validated = [row for row in run.metrics if "val/loss" in row]
+    if validated and step in (None, validated[-1].get("step")):
+        bits = number(run.evaluation.get("bits_per_byte"))
+        validated[-1].update({"val/loss": loss} | ({} if bits is None else {"val/bpb": bits}))
 
 
 def _read(run: Run, name: str, what: str, parse: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def plot(rows: Sequence[Comparison], path: str | os.PathLike) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("a plot needs matplotlib: pip install matplotlib") from None
+        raise ImportError("a plot needs matplotlib: pip install 'cs336[plot]'") from None
 
     kind = plot_format(path)
     figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")

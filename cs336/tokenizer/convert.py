@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 from cs336.tokenizer.formats import NotOurs
-from cs336.tokenizer.tokenizer import Tokenizer
+from cs336.tokenizer.patterns import PATTERNS
+from cs336.tokenizer.tokenizer import Specials, Tokenizer
 
 Format = Literal["json", "tiktoken", "gpt2"]
 
 
 def load(
-    path: str | os.PathLike, pattern: str | None = None, special_tokens: dict[str, int] | None = None
+    path: str | os.PathLike,
+    pattern: str | None = None,
+    special_tokens: dict[str, int] | None = None,
+    *,
+    without_normalizer: bool = False,
+    allowed_special: Specials = (),
 ) -> Tokenizer:
     """Read a tokenizer.json (ours or Hugging Face's), a file of tiktoken's ranks, or a directory with GPT-2's
     vocab.json and merges.txt.
@@ -24,6 +30,8 @@ def load(
     Args:
         pattern, special_tokens: for the last two, which do not hold them; a tokenizer.json has its own. GPT-2's files
             have the ids of special tokens: None is <|endoftext|> if it is there.
+        without_normalizer: read a tokenizer.json that changes text first, which is then the caller's to do.
+        allowed_special: the tokenizer's default, as in its constructor.
 
     Raises ValueError for a file of another kind, for one that does what a Tokenizer does not (it says what), if a
     pattern is missing or not wanted, and if a special token has another id in the files than the one given.
@@ -32,13 +40,14 @@ def load(
     if not tells_pattern(path):
         if pattern is None:
             raise ValueError(
-                f"{path} does not say how text is split first: give its pattern, gpt2, cl100k, o200k or a regular "
+                f"{path} does not say how text is split first: give its pattern, {', '.join(PATTERNS)} or a regular "
                 "expression (on the command line: convert --pattern)"
             )
         if path.is_dir():
-            tokenizer = Tokenizer.from_gpt2(path / "vocab.json", path / "merges.txt", special_tokens, pattern)
+            files = path / "vocab.json", path / "merges.txt"
+            tokenizer = Tokenizer.from_gpt2(*files, special_tokens, pattern, allowed_special)
         else:
-            tokenizer = Tokenizer.from_tiktoken(path, pattern, special_tokens)
+            tokenizer = Tokenizer.from_tiktoken(path, pattern, special_tokens, allowed_special)
         for text, i in (special_tokens or {}).items():
             if (found := tokenizer.special_tokens[text]) != i:
                 raise ValueError(f"{path}: the special token {text!r} was given as {i}, and its id is {found}")
@@ -46,8 +55,8 @@ def load(
     if pattern is not None or special_tokens is not None:
         raise ValueError(f"{path} has a pattern and special tokens of its own: give none")
     with contextlib.suppress(NotOurs):
-        return Tokenizer.load(path)
-    return Tokenizer.from_huggingface(path)
+        return Tokenizer.load(path, allowed_special)
+    return Tokenizer.from_huggingface(path, without_normalizer, allowed_special)
 
 
 def save(tokenizer: Tokenizer, path: str | os.PathLike, to: Format) -> list[str]:

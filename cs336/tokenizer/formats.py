@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,84 +138,89 @@ class NotOurs(ValueError):
 def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
     """The parts of a tokenizer.json that `write_json` wrote, and its fingerprint. Raises ValueError for any other."""
     document = load_json(path)
-    try:
-        model = document["model"]
-        section = model["cs336"]
-    except (KeyError, TypeError):
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, dict) or "cs336" not in model:
         raise NotOurs(
             f"{path} was not written by Tokenizer.save: it has no section model.cs336. Tokenizer.from_huggingface "
             "reads a tokenizer.json of others, Tokenizer.from_gpt2 a vocab.json"
-        ) from None
+        )
     with reading(path):
-        if section["format"] != FORMAT:
-            raise ValueError(f"its format is {section['format']!r}, and this version of cs336 reads format {FORMAT}")
-        added = {token["content"]: token["id"] for token in document["added_tokens"]}
-        specials = {text: added[text] for text in section["special_tokens"]}
-        vocab = _vocab_of(model["vocab"], specials)
-        merges = None
-        if section["merges"] == "listed":
-            merges = _pairs(model["merges"], unspell)
-        elif section["merges"] != "ranks":
-            raise ValueError(f'model.cs336.merges is {section["merges"]!r}, expected "listed" or "ranks"')
-        return Parts(vocab, merges, specials, section["pattern"]), section["fingerprint"]
+        section = field(model, "cs336", dict, "model")
+        if section.get("format") != FORMAT:
+            raise ValueError(
+                f"its format is {shortened(section.get('format'))}, and this version of cs336 reads format {FORMAT}"
+            )
+        added = {
+            field(token, "content", str, "added_tokens[]"): field(token, "id", int, "added_tokens[]")
+            for token in field(document, "added_tokens", list)
+        }
+        names = field(section, "special_tokens", list, "model.cs336")
+        specials = {text: field(added, text, int, "added_tokens") for text in names if _is_text(text)}
+        vocab = vocab_of(field(model, "vocab", dict, "model"), specials)
+        kind = section.get("merges")
+        if kind not in ("listed", "ranks"):
+            raise ValueError(f'model.cs336.merges is {shortened(kind)}, expected "listed" or "ranks"')
+        merges = listed_merges(model) if kind == "listed" else None
+        pattern = field(section, "pattern", str, "model.cs336")
+        return Parts(vocab, merges, specials, pattern), field(section, "fingerprint", str, "model.cs336")
 
 
-def _vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
-    """id -> bytes of a vocabulary in GPT-2's alphabet, which may list the special tokens too, as they are."""
-    vocab = {i: text.encode() for text, i in specials.items()}
-    ordinary = {token: i for token, i in ids.items() if token not in specials or specials[token] != i}
-    for token, i in zip(unspell(ordinary), ordinary.values(), strict=True):
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def field(document: Any, name: str, kind: type, where: str = "the document") -> Any:
+    """A value of an object in JSON. Raises ValueError, naming both, if it is missing or of another kind."""
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} is {shortened(document)}, expected an object with {name!r}")
+    if name not in document:
+        raise ValueError(f"{where} lacks {name!r}, {_KINDS[kind]}")
+    value = document[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where} has {shortened(value)} for {name!r}, expected {_KINDS[kind]}")
+    return value
+
+
+def shortened(value: Any) -> str:
+    """A value of a document, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_text(text: Any) -> bool:
+    if not isinstance(text, str):
+        raise ValueError(f"a special token is {shortened(text)}, expected a text")
+    return True
+
+
+def listed_merges(model: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    """model.merges, of which each is two tokens or both with a space between them."""
+    pairs = []
+    for number, merge in enumerate(field(model, "merges", list, "model")):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            raise ValueError(f"merge {number} is {shortened(merge)}, expected two tokens")
+        pairs.append(pair)
+    return _pairs(pairs, unspell)
+
+
+def vocab_of(ids: dict[str, int], specials: dict[str, int]) -> dict[int, bytes]:
+    """id -> bytes of a vocabulary in GPT-2's alphabet, which may list the special tokens too, as they are.
+
+    Raises ValueError for an id of two tokens, and for what is no id.
+    """
+    for token, i in ids.items():
+        if type(i) is not int:
+            raise ValueError(f"ids must be integers: that of {token!r} is {shortened(i)}")
+    vocab: dict[int, bytes] = {}
+    for text, i in specials.items():
+        if vocab.setdefault(i, text.encode("utf-8", "surrogatepass")) != text.encode("utf-8", "surrogatepass"):
+            raise ValueError(f"id {i} is given to two tokens")
+    ordinary = {token: i for token, i in ids.items() if specials.get(token) != i}
+    for data, i in zip(unspell(ordinary), ordinary.values(), strict=True):
         if i in vocab:
             raise ValueError(f"id {i} is given to two tokens")
-        vocab[i] = token
+        vocab[i] = data
     return vocab
-
-
-def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple[Parts, bool]:
-    """The parts of any tokenizer.json of byte-level BPE, and whether a piece that is a token is that token.
-
-    Raises ValueError for all that would make ids differ.
-    """
-    document = load_json(path)
-    with reading(path):
-        model, normalizer = document["model"], document.get("normalizer")
-        if model.get("type", "BPE") != "BPE":
-            raise ValueError(f"its model is {model['type']!r}, expected 'BPE'")
-        for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if model.get(option):
-                raise ValueError(f"its model has {option} = {model[option]!r}, which byte-level BPE does not have")
-        if normalizer is not None and not without_normalizer:
-            raise ValueError(
-                f"it changes text before it encodes it, by the normalizer {json.dumps(normalizer)[:200]}, and this "
-                "tokenizer never does: do that yourself and pass without_normalizer=True"
-            )
-        specials = {}
-        for token in document.get("added_tokens") or []:
-            if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-                raise ValueError(f"the added token {token['content']!r} takes white space or word ends into account")
-            specials[token["content"]] = token["id"]
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        vocab = _vocab_of(model["vocab"], specials)
-        parts = Parts(vocab, _pairs(merges, unspell), specials, _pattern_of(document["pre_tokenizer"]))
-        return parts, bool(model.get("ignore_merges"))
-
-
-def _pattern_of(pre_tokenizer: dict[str, Any]) -> str:
-    """ByteLevel alone has GPT-2's pattern; else it comes after one Split by an expression."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *splits, last = steps
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True) or len(splits) > 1:
-        raise ValueError("its pre_tokenizer is not a Split and ByteLevel without add_prefix_space, or the latter alone")
-    if last.get("use_regex", True) != (not splits):
-        raise ValueError("its pre_tokenizer must split by one expression, not by two or none")
-    if not splits:
-        return "gpt2"
-    if splits[0]["type"] != "Split" or splits[0]["behavior"] != "Isolated" or splits[0]["invert"]:
-        raise ValueError(f"its pre_tokenizer splits in another way: {json.dumps(splits[0])[:200]}")
-    expression = splits[0]["pattern"]["Regex"]
-    if re.search(r"\$|[\d,]\}\+", expression):
-        raise ValueError(f"the engine of Hugging Face reads $ and {{n}}+ in another way than ours: {expression!r}")
-    return expression
 
 
 def write_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, parts: Parts) -> None:
@@ -247,11 +251,11 @@ def read_gpt2(vocab_json: str | os.PathLike, merges_txt: str | os.PathLike, spec
     ids = load_json(vocab_json)
     with reading(vocab_json):
         if not isinstance(ids, dict):
-            raise ValueError("it is not an object of tokens and ids")
+            raise ValueError(f"it is {shortened(ids)}, expected an object of tokens and ids")
         if special_tokens is None:
             special_tokens = ["<|endoftext|>"] if "<|endoftext|>" in ids else []
         given = {text: ids[text] for text in special_tokens if text in ids}
-        vocab = _vocab_of(ids, given)
+        vocab = vocab_of(ids, given)
     merges = []
     with reading(merges_txt):
         for number, line in enumerate(Path(merges_txt).read_text(encoding="utf-8").split("\n"), 1):
@@ -302,10 +306,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what a broken file makes Python raise into a ValueError that names the file."""
+    """Names the file in what is wrong with it."""
     try:
         yield
-    except KeyError as error:
-        raise ValueError(f"{path} is not a file of this kind: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of this kind, or it is damaged: {error}") from None

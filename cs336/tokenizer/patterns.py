@@ -1,7 +1,8 @@
 """Pre-tokenization: how text falls into the pieces that merges never cross.
 
 The named patterns are scanned by csrc/cpu/text/pretokenize.cpp, which gives what these expressions give. Any other
-expression runs in the `regex` package: slower, and with the whole of a text between two special tokens in memory.
+expression that all engines read alike (cs336/tokenizer/dialect.py) runs in the `regex` package: slower, and with the
+whole of a text between two special tokens in memory.
 """
 
 import itertools
@@ -9,19 +10,66 @@ from collections.abc import Callable
 
 import regex
 
-# As tiktoken has them. cl100k takes white space at the end of a text whole; $ would not do for that, since to some
-# engines it means the end of a line.
+from cs336.tokenizer.dialect import translate
+
+_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _capitals_first(numbers: str, newlines: str, contractions: str = "", without: str = "") -> str:
+    """The expressions of o200k's family: a word is capitals and then small letters."""
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    capital, small = (
+        rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]",
+        rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]",
+    )
+    words = f"{lead}{capital}*{small}+{contractions}|{lead}{capital}+{small}*{contractions}"
+    return rf"{words}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+{newlines}|{_SPACES}"
+
+
+def _any_letters(numbers: str) -> str:
+    """Those of cl100k's, but for cl100k itself."""
+    return rf"{_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+
+
+_KANA_AND_HAN = r"\u3040-\u30ff\u4e00-\u9fa5"
+_DEEPSEEK = (  # one after the other, each within the pieces of the one before
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    rf"|{_SPACES}",
+)
+
+
+def _deepseek_as_one() -> str:
+    """The three as one expression, which says where the parts end that the first two make."""
+    cjk, word, symbol = _KANA_AND_HAN, r"[\p{L}\p{M}]", r"[\p{P}\p{S}]"
+    rest, cjk_rest = rf"[^\s\p{{L}}\p{{M}}\p{{P}}\p{{S}}\p{{N}}{cjk}]", rf"[{cjk}&&[^\p{{L}}\p{{M}}\p{{P}}\p{{S}}]]"
+    outside, inside = f"[{word}&&[^{cjk}]]", f"[{word}&&[{cjk}]]"
+    return (
+        r"\p{N}{1,3}|[!\"#$%&'()*+,\-./:;<=>?@\[\\\]\^_`{|}~][A-Za-z]+"
+        rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{cjk}]?{outside}+| ?[{symbol}&&[^{cjk}]]+[\r\n]*"
+        rf"|\s*[\r\n]+|\s+(?![^\s\p{{N}}{cjk}])|\s+"
+        f"|{cjk_rest}?{inside}+|[{symbol}&&[{cjk}]]+"
+        f"|(?:{rest}(?!{outside}))+|(?:{cjk_rest}(?!{inside}))+"
+    )
+
+
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # SmolLM2 and StarCoder: each digit alone before all else, so that white space ends at one as at the end of a text.
+    "gpt2_digits": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+    # White space at the end of a text goes whole; $ would not do for that: to some engines it is the end of a line.
     "cl100k": (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
     ),
-    "o200k": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
+    "llama3": _any_letters(r"\p{N}{1,3}"),
+    "qwen2": _any_letters(r"\p{N}"),  # Qwen2.5 and Qwen3 too
+    "o200k": _capitals_first(r"\p{N}{1,3}", r"[\r\n/]*", _ANY_CASE + "?"),
+    "tekken": _capitals_first(r"\p{N}", r"[\r\n/]*"),  # Mistral
+    "kimi": r"[\p{Han}]+|" + _capitals_first(r"\p{N}{1,3}", r"[\r\n]*", _ANY_CASE + "?", r"&&[^\p{Han}]"),  # Kimi K2
+    "deepseek": _deepseek_as_one(),  # V3 and R1
 }
 
 # The same patterns as others write them.
@@ -33,6 +81,8 @@ _OTHER_SPELLINGS = {
         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
     ): "cl100k",
 }
+# What splits one after the other come to.
+_SEQUENCES = {_DEEPSEEK: "deepseek", (r"\p{N}", PATTERNS["gpt2"]): "gpt2_digits"}
 # The vocabularies of tiktoken that have them.
 _VOCABULARIES = {"r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
 _NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_SPELLINGS | _VOCABULARIES
@@ -41,7 +91,8 @@ _NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_
 def canonical(pattern: str) -> str:
     """The name of a pattern that has one, else the regular expression itself, which is checked.
 
-    Raises ValueError for what is neither a name nor a regular expression; a bare word is a name.
+    Raises ValueError for what is neither a name nor a regular expression that all engines read alike; a bare word is a
+    name.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a str, got {type(pattern).__name__}")
@@ -50,19 +101,28 @@ def canonical(pattern: str) -> str:
         if regex.fullmatch(r"[\w-]+", name):
             raise ValueError(f"there is no pattern {pattern!r}: give {', '.join(PATTERNS)} or a regular expression")
         try:
-            regex.compile(name)
-        except regex.error as error:
+            translate(name)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: {error}"
+                f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression that tiktoken "
+                f"and Hugging Face's tokenizers read alike: {error}"
             ) from None
     return name
+
+
+def of_sequence(expressions: tuple[str, ...]) -> str | None:
+    """The pattern that splits one after the other come to, or None if there is none for them."""
+    if len(expressions) == 1:
+        return canonical(expressions[0])
+    named = tuple(PATTERNS.get(name, name) for name in (_NAME_OF.get(e, e) for e in expressions))
+    return _SEQUENCES.get(named)
 
 
 def for_core(pattern: str) -> str | Callable[[bytes], list[int]]:
     """What the core takes for a canonical pattern: its name, or a function from a text to the ends of its pieces."""
     if pattern in PATTERNS:
         return pattern
-    find = regex.compile(pattern).finditer
+    find = regex.compile(translate(pattern)).finditer
 
     def split(data: bytes) -> list[int]:
         # A byte that is not UTF-8 is a character of its own. What the expression leaves out becomes a piece too.

@@ -1,9 +1,13 @@
 """What a vocabulary looks like."""
 
+import json
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from cs336.tokenizer.tokenizer import Tokenizer
+from cs336.utils.files import replacing
 
 
 def statistics(tokenizer: Tokenizer, longest: int = 24) -> dict[str, Any]:
@@ -26,3 +30,12 @@ def statistics(tokenizer: Tokenizer, longest: int = 24) -> dict[str, Any]:
         "length_histogram": {str(n): lengths[n] for n in sorted(lengths)},
         "longest_tokens": sorted(words, key=lambda word: (-len(word.encode()), word))[:longest],
     }
+
+
+def keep(tokenizer: Tokenizer, directory: str | os.PathLike, **facts: float) -> None:
+    """Write tokenizer.json, and tokenizer_stats.json (these facts and `statistics`) for a report, into a directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory / "tokenizer.json")
+    with replacing(directory / "tokenizer_stats.json") as file:
+        json.dump(facts | statistics(tokenizer), file, indent=2)

@@ -1,11 +1,11 @@
 """Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
 
-import codecs
 import hashlib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,15 +13,16 @@ import numpy as np
 from cs336 import _text
 from cs336.tokenizer import formats
 from cs336.tokenizer.formats import Parts
+from cs336.tokenizer.huggingface import read_huggingface
+from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_specials
 from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.text_stream import TextStream
 from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
-from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta
+from cs336.utils.shards import META, SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
 
 Specials = Literal["all"] | Iterable[str]
-MAX_ID = (1 << 24) - 1
-MAX_SPECIAL = 1024
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 FILE_STEP = 8 << 20  # and encode_to_file
 
@@ -39,8 +40,12 @@ class Tokenizer:
             of tiktoken, where ids are ranks.
         special_tokens: texts that stand for one id and are never merged; a dict gives the ids. One that the vocabulary
             does not have, or has only as an ordinary token, gets the next id after the largest. Ordinary text never
-            encodes to a special token.
-        pattern: "gpt2", "cl100k", "o200k", or a regular expression for the `regex` package.
+            encodes to a special token, but to one that a dict gives the id of the ordinary token that merges make of
+            the same text: that one is both.
+        pattern: a name in cs336.tokenizer.PATTERNS, or a regular expression that all engines read alike
+            (cs336/tokenizer/dialect.py).
+        allowed_special: the special tokens that text is searched for, "all" or a set of them, where a call does not
+            say; not saved.
 
     Text is str, or bytes, which need not be UTF-8. A lone surrogate in a str becomes U+FFFD.
     Raises ValueError if the parts do not fit together.
@@ -52,19 +57,24 @@ class Tokenizer:
         merges: Iterable[tuple[bytes, bytes]] | None,
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
+        allowed_special: Specials = (),
     ):
-        self._vocab = _checked_vocab(vocab)
-        self._listed_merges = None if merges is None else _checked_merges(merges)
+        self._vocab = checked_vocab(vocab)
+        self._listed_merges = None if merges is None else checked_merges(merges)
         self._pattern = canonical(pattern)
-        self._specials = _place_specials(self._vocab, special_tokens, self._listed_merges)
+        self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
+        self._ordinary_ids = sorted(self._vocab.keys() - (set(self._specials.values()) - shared))
         self._core = _text.Encoder(
             tokens=list(self._vocab.items()),
+            ordinary=self._ordinary_ids,
             merges=self._listed_merges,
             specials=[(text.encode(), i) for text, i in self._specials.items()],
             pattern=for_core(self._pattern),
         )
         self._policy = lru_cache(maxsize=64)(self._make_policy)
         self._ordinary = self._get_policy((), ())
+        self._allowed_special = _frozen(allowed_special)
+        self._get_policy(None, "all")
 
     # ---- making one ----
 
@@ -77,6 +87,7 @@ class Tokenizer:
         pattern: str = "gpt2",
         num_threads: int | None = None,
         progress: bool = False,
+        allowed_special: Specials = (),
     ) -> "Tokenizer":
         """Train byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909).
 
@@ -95,6 +106,7 @@ class Tokenizer:
             special_tokens: the text is split at these first (the longest that fits), and they are not counted.
             num_threads: None for as many as this process may run on.
             progress: show a bar.
+            allowed_special: the new tokenizer's default, as in the constructor.
 
         Raises ValueError for a vocab_size that is too small and for a source that is none of the above, TypeError for
         a document that is neither str nor bytes, and FileNotFoundError.
@@ -103,7 +115,7 @@ class Tokenizer:
         thread, and 16 MB, four times the longest piece, or twice the longest document.
         """
         pattern = canonical(pattern)
-        specials = _checked_specials(special_tokens)
+        specials = checked_specials(special_tokens)
         merges = train(source, operator.index(vocab_size), specials, pattern, _num_threads(num_threads), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         pairs = []
@@ -111,17 +123,18 @@ class Tokenizer:
             pairs.append((tokens[left], tokens[right]))
             tokens.append(tokens[left] + tokens[right])
         vocab = dict(enumerate(tokens)) | {len(tokens) + i: text.encode() for i, text in enumerate(specials)}
-        return cls(vocab, pairs, {text: len(tokens) + i for i, text in enumerate(specials)}, pattern)
+        ids = {text: len(tokens) + i for i, text in enumerate(specials)}
+        return cls(vocab, pairs, ids, pattern, allowed_special)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike, allowed_special: Specials = ()) -> "Tokenizer":
         """Read what `save` wrote. Raises ValueError if the file is another kind, damaged or altered.
 
         cs336.tokenizer.convert.load reads the files of others too.
         """
         parts, fingerprint = formats.read_json(path)
         with formats.reading(path):
-            tokenizer = cls(*parts)
+            tokenizer = cls(*parts, allowed_special)
             found = tokenizer.fingerprint
         if found != fingerprint:
             raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
@@ -134,37 +147,45 @@ class Tokenizer:
         merges_txt: str | os.PathLike,
         special_tokens: Iterable[str] | None = None,
         pattern: str = "gpt2",
+        allowed_special: Specials = (),
     ) -> "Tokenizer":
         """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
-        specials = None if special_tokens is None else _checked_specials(special_tokens)
+        specials = None if special_tokens is None else checked_specials(special_tokens)
         vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
         with formats.naming(vocab_json):
-            return cls(vocab, merges, given if specials is None else specials, pattern)
+            return cls(vocab, merges, given if specials is None else specials, pattern, allowed_special)
 
     @classmethod
     def from_tiktoken(
-        cls, ranks: str | os.PathLike, pattern: str, special_tokens: Iterable[str] | dict[str, int] | None = None
+        cls,
+        ranks: str | os.PathLike,
+        pattern: str,
+        special_tokens: Iterable[str] | dict[str, int] | None = None,
+        allowed_special: Specials = (),
     ) -> "Tokenizer":
         """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
         vocab = formats.read_tiktoken(ranks)
         with formats.naming(ranks):
-            return cls(vocab, None, special_tokens, pattern)
+            return cls(vocab, None, special_tokens, pattern, allowed_special)
 
     @classmethod
-    def from_huggingface(cls, path: str | os.PathLike, without_normalizer: bool = False) -> "Tokenizer":
-        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens.
+    def from_huggingface(
+        cls, path: str | os.PathLike, without_normalizer: bool = False, allowed_special: Specials = ()
+    ) -> "Tokenizer":
+        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens; Hugging
+        Face's own encode looks for all of them, as ours does with allowed_special="all".
 
         Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
         a normalizer unless `without_normalizer`. With ignore_merges ids are taken as ranks, if the merges listed are
         those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text,
-        is left out.
+        truncation and padding are left out.
         """
-        parts, whole_pieces = formats.read_huggingface(path, without_normalizer)
+        parts, whole_pieces = read_huggingface(path, without_normalizer)
         with formats.reading(path):
-            tokenizer = cls(*parts)
+            tokenizer = cls(*parts, allowed_special)
             if not whole_pieces:
                 return tokenizer
-            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern)
+            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern, allowed_special)
             made_once = tokenizer._unmade_token() is None and ranked.merges == tokenizer.merges
             if not made_once and not tokenizer._lists_every_split():
                 raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
@@ -203,14 +224,15 @@ class Tokenizer:
     def encode(
         self,
         text: str | bytes,
-        allowed_special: Specials = (),
+        allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
         num_threads: int = 1,
     ) -> list[int]:
         """The ids of text.
 
-        A special token in the text becomes its id if allowed ("all", or a set of them), raises ValueError if
-        disallowed ("all" means all that are not allowed), and is ordinary text otherwise.
+        A special token in the text becomes its id if allowed ("all", or a set of them; None for what the tokenizer was
+        made with), raises ValueError if disallowed ("all" means all that are not allowed), and is ordinary text
+        otherwise.
         """
         policy = self._get_policy(allowed_special, disallowed_special)
         return self._core.encode_batch([text], policy, _num_threads(num_threads))[0]
@@ -223,7 +245,7 @@ class Tokenizer:
         self,
         texts: Iterable[str | bytes],
         num_threads: int | None = None,
-        allowed_special: Specials = (),
+        allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
     ) -> list[list[int]]:
         """`encode` for many texts, on several threads (None: as many as this process may run on)."""
@@ -234,7 +256,7 @@ class Tokenizer:
         self,
         texts: Iterable[str | bytes],
         num_threads: int | None = None,
-        allowed_special: Specials = (),
+        allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of many texts one after the other, (N,) uint16 or uint32 by vocab_size, and where each text begins
@@ -256,7 +278,7 @@ class Tokenizer:
     def encode_iterable(
         self,
         chunks: Iterable[str | bytes],
-        allowed_special: Specials = (),
+        allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
     ) -> Iterator[int]:
         """`encode` for one text that comes in chunks: the same ids, wherever it is cut.
@@ -285,18 +307,32 @@ class Tokenizer:
         eot_token: str = END_OF_TEXT,
         num_threads: int | None = None,
         shard_tokens: int = SHARD_TOKENS,
+        replace: bool = False,
     ) -> TokenMeta:
         """Encode documents, each followed by eot_token, into a directory of token shards (cs336/utils/shards.py).
 
         In a document special tokens are ordinary text. Holds some 8 MB of text, or the longest document. Returns what
         meta.json says. Raises ValueError if eot_token is not one of the special tokens, if documents is one text or
-        path, or if there are none, and TypeError for a document that is neither str nor bytes.
+        path, or if there are none, and TypeError for a document that is neither str nor bytes. Shards that the
+        directory has are replaced if they are this tokenizer's; with `replace` any are, else ValueError.
         """
         if isinstance(documents, str | bytes | os.PathLike):
             raise ValueError(f"expected a list of texts, got one text or path: {type(documents).__name__}")
         eot_id = self._special_id(eot_token)
-        size = {"vocab_size": self.vocab_size, "eot_id": eot_id, "shard_tokens": shard_tokens}
-        with ShardWriter(directory, tokenizer=self.fingerprint, **size) as writer:
+        is_held = (Path(directory) / META).exists() and not replace
+        if is_held and (found := read_meta(directory).tokenizer) != self.fingerprint:
+            raise ValueError(
+                f"{directory} holds shards of another tokenizer, {found[:12]}, and this one is "
+                f"{self.fingerprint[:12]}: give another directory, or replace=True"
+            )
+        with ShardWriter(
+            directory,
+            vocab_size=self.vocab_size,
+            tokenizer=self.fingerprint,
+            eot_id=eot_id,
+            shard_tokens=shard_tokens,
+            save_tokenizer=self.save,
+        ) as writer:
             for batch in batches(documents, FILE_STEP):
                 ids, num_bytes = self.encode_documents(batch, eot_token, num_threads)
                 writer.write(ids, documents=len(batch), text_bytes=num_bytes)
@@ -320,11 +356,11 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        stream = TextStream(self)
         for i in ids:
-            if text := decoder.decode(self._core.decode((i,))):
+            if text := stream.push(i):
                 yield text
-        if text := decoder.decode(b"", True):
+        if text := stream.close():
             yield text
 
     def decode_with_offsets(self, ids: Iterable[int]) -> tuple[str, list[int]]:
@@ -380,8 +416,7 @@ class Tokenizer:
         return self._specials[text]
 
     def _ordinary_tokens(self) -> dict[int, bytes]:
-        special_ids = set(self._specials.values())
-        return {i: token for i, token in self._vocab.items() if i not in special_ids}
+        return {i: self._vocab[i] for i in self._ordinary_ids}
 
     def _unmade_token(self) -> bytes | None:
         """The first ordinary token of several bytes that no merge makes."""
@@ -456,10 +491,10 @@ class Tokenizer:
         )
 
     def __reduce__(self):
-        return Tokenizer, (self._vocab, self._listed_merges, self._specials, self._pattern)
+        return Tokenizer, (self._vocab, self._listed_merges, self._specials, self._pattern, self._allowed_special)
 
-    def _get_policy(self, allowed: Specials, disallowed: Specials) -> _text.Policy:
-        return self._policy(_frozen(allowed), _frozen(disallowed))
+    def _get_policy(self, allowed: Specials | None, disallowed: Specials) -> _text.Policy:
+        return self._policy(self._allowed_special if allowed is None else _frozen(allowed), _frozen(disallowed))
 
     def _make_policy(self, allowed: Specials, disallowed: Specials) -> _text.Policy:
         named = {name for specials in (allowed, disallowed) if specials != "all" for name in specials}
@@ -495,76 +530,3 @@ def _num_threads(wanted: int | None) -> int:
             f"num_threads must be at least 1, or None for as many as this process may run on, got {wanted}"
         )
     return wanted
-
-
-def _checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
-    for i, token in vocab.items():
-        if type(i) is not int or not 0 <= i <= MAX_ID:
-            raise ValueError(f"ids must be integers from 0 to {MAX_ID}, got {i!r}")
-        if not isinstance(token, bytes) or not token:
-            raise ValueError(f"tokens must be bytes, at least one, got {token!r} for id {i}")
-    return dict(vocab)
-
-
-def _checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    pairs: dict[tuple[bytes, bytes], None] = {}
-    for left, right in merges:
-        if not (isinstance(left, bytes) and isinstance(right, bytes)):
-            raise ValueError(f"a merge must be a pair of bytes, got {(left, right)!r}")
-        if (left, right) in pairs:
-            raise ValueError(f"the merge {(left, right)!r} is listed twice")
-        pairs[left, right] = None
-    return list(pairs)
-
-
-def _checked_specials(special_tokens: Iterable[str]) -> list[str]:
-    if isinstance(special_tokens, str):
-        raise ValueError(f"special_tokens must be a list of str, got the str {special_tokens!r}")
-    specials = list(special_tokens)
-    for text in specials:
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"a special token must be a str, not empty, got {text!r}")
-        if len(text) > MAX_SPECIAL:  # looking for it would be slow in some texts
-            raise ValueError(f"a special token may have {MAX_SPECIAL} characters, got {len(text)}: {text[:40]!r}...")
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"the special token {text!r} has a lone surrogate, which UTF-8 cannot hold")
-    if len(set(specials)) < len(specials):
-        raise ValueError(f"a special token is listed twice: {specials}")
-    return specials
-
-
-def _place_specials(
-    vocab: dict[int, bytes],
-    special_tokens: Iterable[str] | dict[str, int] | None,
-    merges: list[tuple[bytes, bytes]] | None,
-) -> dict[str, int]:
-    """The ids of the special tokens; new ones are added to the vocabulary. merges: None for ranks."""
-    specials = _checked_specials(special_tokens or ())
-    given = special_tokens if isinstance(special_tokens, dict) else {}
-    for text, i in given.items():
-        _checked_vocab({i: text.encode()})
-    wanted = {text.encode() for text in specials}
-    ids_of: dict[bytes, list[int]] = {}
-    for i, token in sorted(pair for pair in vocab.items() if pair[1] in wanted):
-        ids_of.setdefault(token, []).append(i)
-    is_found = any(text.encode() in ids_of for text in specials if text not in given)
-    made = {left + right for left, right in merges or ()} if is_found else set()
-    placed: dict[str, int] = {}
-    new = max([*vocab, *given.values()], default=-1) + 1
-    for text in specials:
-        token = text.encode()
-        candidates = ids_of.get(token, [])
-        # A byte, or the result of a merge, is an ordinary token: its first id is no candidate.
-        if len(token) == 1 or token in made:
-            candidates = candidates[1:]
-        if text in given:
-            i = given[text]
-            if vocab.get(i, token) != token:
-                raise ValueError(f"the special token {text!r} cannot have id {i}, which is {vocab[i]!r}")
-        elif candidates:
-            i = candidates[-1]
-        else:
-            i, new = new, new + 1
-        vocab.update(_checked_vocab({i: token}))
-        placed[text] = i
-    return placed

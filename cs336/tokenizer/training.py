@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from cs336.utils.documents import (
     holds_documents,
     is_binary,
     open_bytes,
-    read_documents,
+    read_texts,
     unpacking,
 )
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
 BLOCK = 8 << 20  # bytes of text in memory at a time
 SUFFIXES = {".txt", ".parquet", *JSON_LINES, *COMPRESSED}  # of what can only be the name of a file
+_PATH = re.compile(r"(\S*/)?[\w-]+\.[A-Za-z]\w{0,7}|(/|\./|\.\./|~/)\S+")  # and of what looks like one
 
 
 def train(
@@ -77,7 +79,7 @@ def _count(counter: _text.WordCounter, source: Source) -> Iterator[int]:
 def _is_name(text: str) -> bool:
     """Whether a text is a path, or looks like that of a file that is not there."""
     one_line = len(text) < 256 and "\n" not in text and "\0" not in text
-    return one_line and (os.path.exists(text) or Path(text).suffix.lower() in SUFFIXES)
+    return one_line and bool(os.path.exists(text) or Path(text).suffix.lower() in SUFFIXES or _PATH.fullmatch(text))
 
 
 def _is_file(text: str) -> bool:
@@ -97,7 +99,7 @@ def _count_file(counter: _text.WordCounter, path: str | os.PathLike) -> Iterator
                 yield from _count_file(counter, inside)
         return
     if holds_documents(path):
-        yield from _count_documents(counter, read_documents(path))
+        yield from _count_documents(counter, read_texts(path))
         return
     with unpacking(path), open_bytes(path) as file:
         buffer, held = bytearray(BLOCK), 0

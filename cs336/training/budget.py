@@ -36,6 +36,8 @@ class Budget:
     kind: str
     """"seconds", "tokens", "flops" or "steps"."""
     amount: float
+    text: str = dataclasses.field(default="", compare=False)
+    """As it was written."""
 
     @staticmethod
     def parse(text: str) -> "Budget":
@@ -52,7 +54,7 @@ class Budget:
         amount = float(number) * (SECONDS[time] if time else PREFIX[prefix])
         if not 0 < amount < math.inf:
             raise ValueError(f"budget {text!r} must be more than zero and finite")
-        return Budget("seconds" if time else KIND[unit], amount)
+        return Budget("seconds" if time else KIND[unit], amount, text.strip())
 
 
 class Plan:
@@ -81,6 +83,11 @@ class Plan:
         """Whether `observe` is wanted after each step."""
         return self.total_steps is None
 
+    @property
+    def first_total(self) -> int:
+        """The number of steps that was first decided, along which schedules go; 0 while there is none."""
+        return self.decisions[0][1] if self.decisions else 0
+
     def place(self, step: int) -> float:
         """Where a step stands in the first plan: 0 at its start, decisions[0][1] at its end; `step` while it holds."""
         (decided, total), *later = self.decisions
@@ -92,11 +99,15 @@ class Plan:
             decided, total = next_decided, next_total
         return place + (end - place) * (step - decided) / (total - decided) if step < total else end
 
-    def affordable(self, times: int, seconds: float) -> int:
-        """How often a pause of `seconds` may be made: `times`, or as often as a time budget bears."""
-        if self.budget.kind != "seconds" or not seconds:
-            return times
-        return min(times, int(PAUSED_PART * self.budget.amount / seconds))
+    def affordable(self, times: int, seconds: float, steps: float = 0.0) -> int:
+        """How often a pause may be made: `times`, or as often as the budget bears.
+
+        seconds: what one takes, which matters in a time budget alone, so that other runs repeat exactly.
+        steps: what one is expected to take, in steps of training.
+        """
+        if self.budget.kind == "seconds" and seconds:
+            return min(times, int(PAUSED_PART * self.budget.amount / seconds))
+        return min(times, int(PAUSED_PART * (self.total_steps or 0) / steps)) if steps else times
 
     def observe(self, step: int, seconds: float, reserve: float = 0.0) -> bool:
         """Take note that `step` steps are done after `seconds` of the run; whether that changed total_steps.
@@ -145,7 +156,8 @@ class Plan:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"budget": dataclasses.asdict(self.budget), "decisions": self.decisions, "decided_at": self._decided_at}
+        budget = {"kind": self.budget.kind, "amount": self.budget.amount}
+        return {"budget": budget, "decisions": self.decisions, "decided_at": self._decided_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the decisions of a saved run; those of another budget are void."""

@@ -2,30 +2,45 @@
 
     PATH/model.safetensors      parameters and buffers
     PATH/optimizer.safetensors  the optimizer's tensors, named PARAMETER.NAME: 0.exp_avg
-    PATH/state.json             the iteration, the optimizer's numbers, and what the caller added
+    PATH/state.json             the iteration, the optimizer's numbers, the model's configuration, a checksum of each
+                                file, and what the caller added
 
-They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled. In a file object
-they are the members of a zip archive.
+They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled. In a file object,
+and at a path with a suffix (model.pt), they are the members of a zip archive. Format 1, without configuration and
+checksums, is read too.
 """
 
 import base64
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
 import zipfile
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cs336.utils.files import sync
+from cs336.utils.config import parse, to_table
+from cs336.utils.files import replacing, sync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+
+
+Config = TypeVar("Config")
+
+
+class DamagedError(ValueError):
+    """A checkpoint whose files are not what was written."""
 
 
 def save_checkpoint(
@@ -36,25 +51,31 @@ def save_checkpoint(
     *,
     extra: dict[str, Any] | None = None,
 ) -> pathlib.Path | None:
-    """Write a checkpoint directory at `path`, in place of one that is already there, and return where it is.
+    """Write a checkpoint at `path`, in place of one that is already there, and return where it is.
 
     Args:
-        model: any module (a compiled one is saved under its own names, tied weights once).
+        model: any module (a compiled one is saved under its own names, tied weights once). Its `config`, if it has a
+            dataclass of that name, is kept too: see `read_model_config`.
         optimizer: any optimizer whose state is tensors and numbers, or None.
         iteration: steps done.
-        path: or a file object, which gets the directory as a zip archive.
+        path: becomes a directory; with a suffix (model.pt) one file, a zip archive of it, which is also what a file
+            object gets.
         extra: JSON values to keep beside it; `read_extra` returns them.
 
     Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
     if not isinstance(path, str | os.PathLike):
-        with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(path, "w") as archive:
-            _write(pathlib.Path(directory), model, optimizer, iteration, extra or {})
-            for file in pathlib.Path(directory).iterdir():
-                archive.write(file, file.name)
+        _write_archive(path, None, model, optimizer, iteration, extra or {})
         return None
     path = pathlib.Path(os.path.abspath(path))
+    if path.suffix and not path.is_dir():
+        if path.exists() and not _is_archive(path):
+            raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, "wb") as file:
+            _write_archive(file, path.parent, model, optimizer, iteration, extra or {})
+        return path
     if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -75,20 +96,20 @@ def load_checkpoint(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Load a checkpoint, a directory or a file object, into `model` and `optimizer`, each unless None.
+    """Load a checkpoint, a directory, an archive or a file object, into `model` and `optimizer`, each unless None.
 
     Returns its iteration.
-    Raises FileNotFoundError if there is no checkpoint at `path`, ValueError if it is damaged or does not fit.
+    Raises FileNotFoundError if there is no checkpoint at `path`, DamagedError, before anything is loaded, if a file is
+    not what was written, ValueError if it does not fit.
     """
-    if not isinstance(path, str | os.PathLike):
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(directory)
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"the file object holds no checkpoint: {error}") from None
-            return load_checkpoint(directory, model, optimizer)
-    path, state = _read_state(path)
+    with _directory(path) as directory:
+        return _load(directory, model, optimizer)
+
+
+def _load(directory: str | os.PathLike, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> int:
+    path, state = _read_state(directory)
+    names = [name for name, wanted in ((MODEL, model), (OPTIMIZER, optimizer)) if wanted is not None]
+    _verify(path, {name: digest for name, digest in state.get("checksums", {}).items() if name in names})
     if model is not None:
         tensors = _read_tensors(path / MODEL)
         tensors |= {name: tensors[same] for name, same in state["tied"].items()}
@@ -103,9 +124,20 @@ def load_checkpoint(
     return state["iteration"]
 
 
-def read_extra(path: str | os.PathLike) -> dict[str, Any]:
+def read_extra(path: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
     """What the caller of save_checkpoint added."""
-    return _read_state(path)[1]["extra"]
+    with _directory(path) as directory:
+        return _read_state(directory)[1]["extra"]
+
+
+def read_model_config(path: str | os.PathLike | IO[bytes], kind: type[Config]) -> Config | None:
+    """The configuration, of class `kind`, of the model that was saved; None if it had none, as in format 1.
+
+    Raises ValueError, naming the key, for that of another class.
+    """
+    with _directory(path) as directory:
+        table = _read_state(directory)[1].get("model")
+    return None if table is None else parse(kind, table)
 
 
 # ---- a run's checkpoints ----
@@ -123,11 +155,15 @@ def list_checkpoints(directory: str | os.PathLike) -> list[pathlib.Path]:
 def prune_checkpoints(directory: str | os.PathLike, keep: int) -> None:
     """Remove all but the `keep` newest, and what a killed writer left."""
     for path in list_checkpoints(directory)[:-keep]:
-        doomed = path.with_name(f".{path.name}.tmp")
-        path.rename(doomed)  # a half-removed checkpoint must not look like one
-        shutil.rmtree(doomed)
+        remove_checkpoint(path)
     for path in pathlib.Path(directory).glob(".step_*"):  # .tmp, and .previous of one that was replaced
         shutil.rmtree(path)
+
+
+def remove_checkpoint(path: pathlib.Path) -> None:
+    doomed = path.with_name(f".{path.name}.tmp")
+    path.rename(doomed)  # a half-removed checkpoint must not look like one
+    shutil.rmtree(doomed)
 
 
 # ---- random numbers ----
@@ -169,11 +205,49 @@ def _write(
     if optimizer is not None:
         optimizer_tensors, numbers = _split_optimizer(optimizer.state_dict())
         save_file(_distinct(optimizer_tensors, tie=False)[0], path / OPTIMIZER)
-    state = {"format": FORMAT, "iteration": iteration, "tied": tied, "optimizer": numbers, "extra": extra}
+    config = getattr(_unwrapped(model), "config", None)
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "tied": tied,
+        "optimizer": numbers,
+        "model": to_table(config) if dataclasses.is_dataclass(config) else None,
+        "extra": extra,
+        "checksums": {file.name: _digest(file) for file in sorted(path.iterdir())},
+    }
+    state["checksums"][STATE] = _text_digest(state)
     (path / STATE).write_text(json.dumps(state), encoding="utf-8")
+    mode = (path / STATE).stat().st_mode
     for file in path.iterdir():
+        file.chmod(mode)  # as the umask says: safetensors gives its files to their owner alone
         sync(file)
     sync(path)
+
+
+def _write_archive(
+    file: IO[bytes],
+    beside: pathlib.Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    extra: dict[str, Any],
+) -> None:
+    """The directory as a zip archive; it is made in the directory `beside`, or in the system's for temporary files."""
+    with tempfile.TemporaryDirectory(dir=beside) as directory, zipfile.ZipFile(file, "w") as archive:
+        _write(pathlib.Path(directory), model, optimizer, iteration, extra)
+        for part in pathlib.Path(directory).iterdir():
+            archive.write(part, part.name)
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_digest(state: dict[str, Any]) -> str:
+    """Of state.json without its own checksum."""
+    others = {name: digest for name, digest in state["checksums"].items() if name != STATE}
+    return hashlib.sha256(json.dumps(state | {"checksums": others}).encode()).hexdigest()
 
 
 def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
@@ -237,6 +311,37 @@ def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str
 # ---- reading ----
 
 
+@contextlib.contextmanager
+def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLike]:
+    """A checkpoint's directory; that of an archive is unpacked for as long as it is needed."""
+    if isinstance(path, str | os.PathLike) and not os.path.isfile(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(directory)
+        except zipfile.BadZipFile as error:
+            what = path if isinstance(path, str | os.PathLike) else "the file object"
+            raise DamagedError(f"{what} holds no checkpoint: {error}") from None
+        yield directory
+
+
+def _is_archive(path: pathlib.Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return STATE in archive.namelist()
+
+
+def _verify(path: pathlib.Path, checksums: dict[str, str]) -> None:
+    for name, digest in checksums.items():
+        if not (path / name).exists():
+            raise DamagedError(f"checkpoint {path} is damaged: {name} is not there")
+        if _digest(path / name) != digest:
+            raise DamagedError(f"checkpoint {path} is damaged: {name} is not what was written (its checksum differs)")
+
+
 def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
     path = pathlib.Path(os.path.abspath(path))
     found = next((p for p in (path, _previous(path)) if (p / STATE).exists()), None)
@@ -244,10 +349,12 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}")
     try:
         state = json.loads((found / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']}, expected {FORMAT}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {found} cannot be read: {STATE}: {error}") from None
+        if state["format"] not in READABLE:
+            raise ValueError(f"format {state['format']}, expected {' or '.join(map(str, READABLE))}")
+        if "checksums" in state and state["checksums"].get(STATE) != _text_digest(state):
+            raise ValueError("it is not what was written (its checksum differs)")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"checkpoint {found} cannot be read: {STATE}: {error}") from None
     return found, state
 
 
@@ -255,7 +362,7 @@ def _read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
+        raise DamagedError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
 
 
 def _load_optimizer(

@@ -8,7 +8,19 @@ from torch import Tensor, nn
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient became infinite or not a number."""
+    """A loss or a gradient became infinite or not a number; `record` is what failure.json says of it."""
+
+    def __init__(self, message: str, **record: Any):
+        super().__init__(message)
+        self.record = record
+
+
+class NonFiniteStep(Exception):
+    """A step whose loss or gradient is not finite, before its cause is known."""
+
+    def __init__(self, step: int, values: dict[str, float]):
+        super().__init__(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
+        self.step, self.values = step, values
 
 
 def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:

@@ -1,21 +1,17 @@
-"""A model, its optimizer and its precision: what happens within one step. B = batch, T = context length."""
+"""A model, its objective, its optimizer and its precision: what happens within one step. B = batch, T = context."""
 
 import contextlib
-import functools
-import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cs336.data import TokenDataset
-from cs336.data.dataset import to_device
 from cs336.models import Transformer
 from cs336.ops import registry
-from cs336.optim import AdamW, clip_scale, grad_norm, param_groups
+from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
 from cs336.training.guard import first_non_finite
+from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.nvtx import annotate
 
@@ -38,54 +34,44 @@ class Learner:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device)
-        self._loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
-        settings = config.optimizer
-        groups = param_groups(self.model, weight_decay=settings.weight_decay)
-        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
+        self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
+        self.optimizer = config.optimizer.build(self.model)
+
+    def _eager_terms(self, *batch: Tensor) -> Terms:
+        return self.config.objective(self.model, batch)
+
+    def terms(self, batch: Batch) -> Terms:
+        """The objective's sum, count and metrics, under the precision of training."""
+        with registry.determinism(self.deterministic), self.autocast():
+            return self._terms(*batch)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def update(self, x_BT: Tensor, y_BT: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns the mean loss and the gradients' norm before clipping, still on the device."""
+    def update(self, batch: Batch, lr: float) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        Returns scalars, still on the device: the mean "loss", "grad_norm" before clipping, and the objective's metrics.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = []
-        for x_bT, y_bT in self._micro_batches(x_BT, y_BT):
-            with registry.determinism(self.deterministic):
-                with annotate("forward"):
-                    loss = self._forward(x_bT, y_bT)
-                with annotate("backward"):
-                    (loss * (len(x_bT) / len(x_BT))).backward()
-            losses.append(loss.detach())
+        parts = []
+        for part in micro_batches(batch, self.micro_batch_size):
+            with annotate("forward"):
+                loss, count, metrics = self.terms(part)
+            with annotate("backward"), registry.determinism(self.deterministic):
+                loss.backward()
+            parts.append(torch.stack([count, loss.detach(), *(value.detach() for value in metrics.values())]))
         with annotate("optimizer"):
-            norm = grad_norm(self.model.parameters())
-            self.optimizer.step(grad_scale=clip_scale(norm, self.config.optimizer.max_grad_norm))
+            count, *sums = over_ranks(torch.stack(parts).sum(0))
+            scale = gradient_scale(count)
+            norm = grad_norm(self.model.parameters()) * scale
+            self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
             self.optimizer.zero_grad()
-        return torch.stack(losses).mean(), norm
-
-    def evaluate(self, data: TokenDataset) -> dict[str, float]:
-        """Mean loss over config.eval_tokens of the data: "val/loss" in nats per token, "val/bpb" in bits per byte.
-
-        The windows are spread evenly, whole batches of them, and are the same each time. Bits per byte need the data's
-        sidecar.
-        """
-        size = min(self.micro_batch_size, len(data))
-        tokens = self.config.eval_tokens
-        if tokens is None:
-            tokens = min(262_144, 32 * self.config.batch_size * data.context_length)
-        count = min(len(data), max(size, tokens // data.context_length)) // size * size
-        index_N = np.arange(count) * len(data) // count
-        total = torch.zeros((), device=self.device)
-        # A compiled loss keeps its gradients and mode: without them it would be compiled again.
-        with contextlib.nullcontext() if self.compiled else self.evaluating():
-            for index_B in np.split(index_N, range(size, count, size)):
-                loss = self._forward(*to_device(data.windows(index_B), self.device))
-                total += loss.detach() * len(index_B)
-        mean = total.item() / count
-        if data.meta is None or not data.meta.text_bytes:
-            return {"val/loss": mean}
-        return {"val/loss": mean, "val/bpb": mean * data.meta.tokens / (math.log(2) * data.meta.text_bytes)}
+        means = [total / count.clamp(min=1) for total in sums]
+        return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:
@@ -97,17 +83,11 @@ class Learner:
         finally:
             self.model.train()
 
-    def first_non_finite(self, x_BT: Tensor, y_BT: Tensor) -> str | None:
-        """What first stops being finite in the step that (x, y) would make, as a phrase; None if nothing does."""
-        for x_bT, y_bT in self._micro_batches(x_BT, y_BT):
+    def first_non_finite(self, batch: Batch) -> str | None:
+        """What first stops being finite in the step that the batch would make, as a phrase; None if nothing does."""
+        for part in micro_batches(batch, self.micro_batch_size):
             with self.autocast():
-                if found := first_non_finite(self.model, functools.partial(self.model.loss, x_bT, y_bT)):
-                    return found
+                found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
+            if found:
+                return found
         return None
-
-    def _forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        with self.autocast():
-            return self._loss(x_BT, y_BT)
-
-    def _micro_batches(self, x_BT: Tensor, y_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(x_BT.split(self.micro_batch_size), y_BT.split(self.micro_batch_size), strict=True)

@@ -1,54 +1,44 @@
 """The training loop: one process, one device, a run directory that can be killed at any moment.
 
-    RUN/config.toml, run.json    what runs, and on what
-    RUN/metrics.jsonl            a row each log_interval and each validation
-    RUN/samples.jsonl            what the `sample` function returned
-    RUN/checkpoints/step_*       see cs336.training.checkpoint
-    RUN/export/                  the finished model, in the Hugging Face layout
-
 A step follows from the configuration and the checkpoint before it alone, so that a run continued from its newest
 checkpoint repeats the lost steps bit for bit. On a GPU the host waits for the device only at rows, validations,
-samples and checkpoints.
+samples and checkpoints. The files are those of cs336.training.run_dir.
 """
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cs336 import __version__
 from cs336.data import TokenDataset, TokenLoader
-from cs336.models import Transformer, save_pretrained
-from cs336.optim import constant_schedule, cosine_schedule
+from cs336.models import save_pretrained
 from cs336.training import checkpoint
-from cs336.training.budget import Budget, Plan
-from cs336.training.config import TrainConfig, differences
-from cs336.training.guard import NonFiniteError
+from cs336.training.budget import Budget
+from cs336.training.config import TrainConfig
+from cs336.training.decisions import Decisions
+from cs336.training.evaluators import Evaluator, Sample, Samples, Validation
+from cs336.training.facts import announcement, describe, memory_used, peak_memory
+from cs336.training.guard import NonFiniteError, NonFiniteStep
+from cs336.training.identity import (
+    check_budget,
+    check_same_config,
+    check_same_data,
+    fingerprints,
+    kept_tokenizer,
+)
 from cs336.training.learner import Learner
-from cs336.training.metrics import Display, JsonLines, duration
-from cs336.training.session import locked, stop_requests
-from cs336.utils.files import replacing
+from cs336.training.metrics import Display, Meter
+from cs336.training.rate import LearningRate
+from cs336.training.run_dir import RunDir
+from cs336.training.signals import stop_requests
+from cs336.training.weights import load_weights
+from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
-from cs336.utils.terminal import visible
 
 if TYPE_CHECKING:
     from cs336.tokenizer import Tokenizer
-
-Sample = Callable[[Transformer], list[dict[str, Any]]]
-
-UNPLANNED_WARMUP = 100  # steps, while a time budget still measures how many there will be
-JOINING = 0.05  # of what is left then: the learning rate goes in a straight line to that of the plan
-LOOK_PART = 0.01  # of a time budget: the longest time without a look at the clock
-EVALS, SAMPLES, CHECKPOINTS = 20, 10, 10  # a run, where the configuration does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +59,7 @@ class Trainer:
     """Trains a Transformer as a TrainConfig says, and continues the run that is in config.run_dir, if one is.
 
     Args:
-        tokenizer: of the data; checked against them and exported with the model.
+        tokenizer: of the data; checked against them and exported with the model. None: the one beside the shards.
         sample: called with the model in eval mode; returns rows like {"prompt": ..., "text": ...}.
 
     Raises ValueError for data, a schedule or a configuration that cannot work, before anything is written.
@@ -79,14 +69,12 @@ class Trainer:
     """Optimizer steps done."""
     val: dict[str, float]
     """The last validation."""
-    _restored: pathlib.Path | None  # the checkpoint this continues
     _started: float  # on the clock; 0 before `train`
-    _pending: list[tuple[Tensor, Tensor]]  # loss and gradient norm of the steps the host has not waited for
-    _losses: list[float]  # of the steps since the last row
-    _unplanned_lr: float  # the learning rate when a time budget was first planned
-    _paused: dict[str, float]  # seconds of the latest validation, sample and checkpoint
-    _row_steps: int
-    _row_seconds: float  # training alone, without validation and the like
+    _seconds_before: float  # of the processes that this one continues
+    _restored: pathlib.Path | None  # the checkpoint this continues
+    _newest: pathlib.Path | None  # the one last written or seen, whole or not
+    _rebudgeted: bool  # the run that is continued had another budget
+    _suspect: NonFiniteStep | None  # the step up to which steps are being repeated
 
     def __init__(
         self,
@@ -98,17 +86,22 @@ class Trainer:
     ):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("this trainer runs one process on one device: start it without torchrun")
-        self.config, self.tokenizer, self.sample = config, tokenizer, sample
-        self.display = display or Display()
-        self.run_dir = pathlib.Path(config.run_dir)
-        self.checkpoints = self.run_dir / "checkpoints"
-        self._check_run()
+        self.config, self.display = config, display or Display()
+        self.run = RunDir(config.run_dir, config.keep_checkpoints)
+        check_same_config(self.run.saved_config(), config)
+        self.tokenizer = kept_tokenizer(config.data.train) if tokenizer is None else tokenizer
         self.train_data = self._data(config.data.train)
         self.val_data = None if config.data.val is None else self._data(config.data.val)
+        self._repeated: set[int] = set()  # steps that were not finite once
+        self.evaluators: list[Evaluator] = []
+        if self.val_data is not None:
+            self.evaluators.append(Validation(self.val_data, config))
+        if sample is not None:
+            self.evaluators.append(Samples(sample, config))
         self.tokens_per_step = config.batch_size * config.model.context_length
-        self.flops_per_token = config.model.flops_per_token()
+        self.fingerprints = fingerprints(self.train_data, self.val_data)
         self._restore()
-        self._check_schedule()
+        self.rate.check()
 
     @property
     def tokens(self) -> int:
@@ -122,296 +115,235 @@ class Trainer:
     def train(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop, and leave a checkpoint either way.
 
-        Raises NonFiniteError if the loss or a gradient stops being finite, OSError if something cannot be written,
-        RuntimeError if another process is at this run.
+        Raises NonFiniteError if the loss or a gradient stops being finite and does so again when the steps are
+        repeated, OSError if something cannot be written, RuntimeError if another process is at this run.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locked(self.run_dir))
-            if self._started or self._newest() != self._restored:  # an earlier call, or another process, went on
-                del self.learner
+            stack.enter_context(self.run.held())
+            if self._started or self.run.newest() != self._newest:  # an earlier call, or another process, went on
                 self._restore()
+            self.run.clear_failure()
             self._write_setup()
-            self._metrics, self._samples = (
-                stack.enter_context(contextlib.closing(JsonLines(self.run_dir / name, upto=self.step)))
-                for name in ("metrics.jsonl", "samples.jsonl")
-            )
+            stack.enter_context(self.run.open_rows(upto=self.step))
             stack.enter_context(self.display)
-            stop_requested = stack.enter_context(stop_requests())
-            self._started = self._mark = time.perf_counter()
+            signalled = stack.enter_context(stop_requests())
+            self._started = time.perf_counter()
+            self.meter.start()
             self._announce()
             stop = False
-            while not (self._finished or stop):
-                with annotate("step"):
-                    self._pending.append(self._update())
-                stop = stop_requested()
-                self._after_step(stop)
+            while not (self.decisions.finished(self.step) or stop):
+                try:
+                    if self._suspect is not None and self.step + 1 == self._suspect.step:
+                        self._examine(self._suspect)
+                    self._update()
+                    stop = self.decisions.stop(lambda: signalled() or self.display.lost)
+                    self._after_step(stop)
+                except NonFiniteStep as bad:
+                    self._go_back(bad)
+                    stop = False
             return self._conclude()
 
-    # ---- a step ----
+    # ---- a step, and what comes after it ----
 
-    def _update(self) -> tuple[Tensor, Tensor]:
-        result = self.learner.update(*next(self.loader), self._lr(self.step + 1))
+    def _update(self) -> None:
+        with annotate("step"):
+            self.meter.add(self.learner.update(next(self.loader), self.rate.at(self.step + 1)))
         self.step += 1
-        return result
-
-    def _lr(self, step: int) -> float:
-        """Of a step counted from 1, so that the first is above zero and the last is the lowest."""
-        if not self.plan.measuring:
-            decided, total = self.plan.decisions[0]
-            place, joined = self.plan.place(step), decided + JOINING * (total - decided)
-            if not decided or place >= joined:
-                return self._planned_lr(place, total)
-            part = (place - decided) / (joined - decided)
-            return (1 - part) * self._unplanned_lr + part * self._planned_lr(joined, total)
-        if self._restored:  # a longer time budget: as it was, until it is planned
-            return self._current_lr
-        warmup = self.config.schedule.warmup_steps
-        top, warmup = self.config.optimizer.lr, UNPLANNED_WARMUP if warmup is None else warmup
-        return constant_schedule(step, max_lr=top, warmup_steps=warmup)
-
-    def _planned_lr(self, place: float, total: int) -> float:
-        top, warmup = self.config.optimizer.lr, self._warmup_steps(total)
-        low = top * self.config.schedule.min_lr_ratio
-        return cosine_schedule(place, max_lr=top, min_lr=low, warmup_steps=warmup, total_steps=total)
-
-    def _warmup_steps(self, total: int) -> int:
-        return total // 20 if self.config.schedule.warmup_steps is None else self.config.schedule.warmup_steps
-
-    @property
-    def _current_lr(self) -> float:
-        return self.learner.optimizer.param_groups[0]["lr"]
-
-    @property
-    def _finished(self) -> bool:
-        return self.plan.total_steps is not None and self.step >= self.plan.total_steps
-
-    # ---- between steps ----
 
     def _after_step(self, stop: bool) -> None:
-        planned = False
-        if self._finished or self.step % self.config.log_interval == 0 or self._must_look():
-            self._settle()
-            if self.plan.measuring:
-                self._unplanned_lr = self._current_lr
-            planned = self.plan.observe(self.step, self.seconds, reserve=sum(self._paused.values()))
-            if planned and len(self.plan.decisions) == 1:
-                self._check_schedule()
+        decisions, planned = self.decisions, False
+        if decisions.look(self.step, time.perf_counter() - self.meter.mark):
+            self.meter.settle(self.step)
+            planned = self._plan()
             self._log()
-        if self.val_data is not None and self._due("validate", self.config.eval_interval, EVALS):
-            self._validate(self.val_data)
-        if self.sample is not None and self._due("sample", self.config.sample_interval, SAMPLES):
-            self._write_samples(self.sample)
+        for evaluator in self.evaluators:
+            if decisions.due(evaluator.pause, self.step):
+                self._evaluate(evaluator)
         # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise.
-        if planned or stop or self._due("checkpoint", self.config.checkpoint_interval, CHECKPOINTS):
+        if planned or stop or decisions.due(decisions.save, self.step):
             self._save()
 
-    def _must_look(self) -> bool:
-        """Whether a time budget wants to know what the time is."""
-        budget = self.plan.budget
-        late = budget.kind == "seconds" and time.perf_counter() - self._mark > LOOK_PART * budget.amount
-        return self.plan.measuring or late
-
-    def _due(self, phase: str, interval: int | None, times: int) -> bool:
-        total = self.plan.total_steps
-        if interval is None:
-            times = self.plan.affordable(times, self._paused.get(phase, 0.0))
-            interval = max(1, total // times) if total and times else 0
-        return self._finished or (interval > 0 and self.step % interval == 0)
-
-    def _settle(self) -> None:
-        """Wait for the device, and take the losses of the steps since the last time."""
-        if not self._pending:
-            return
-        values = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
-        now = time.perf_counter()
-        for step, (loss, norm) in enumerate(values, self.step - len(values) + 1):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._fail(step, loss, norm)
-            self._losses.append(loss)
-            self._norm = norm
-        self._pending = []
-        self._row_steps += len(values)
-        self._row_seconds += now - self._mark
-        self._mark = now
-
-    @contextlib.contextmanager
-    def _pause(self, phase: str) -> Iterator[None]:
-        """Around what is not training: its time does not count as throughput."""
-        self._settle()
-        start = time.perf_counter()
-        with annotate(phase):
-            yield
-        self._mark = time.perf_counter()
-        self._paused[phase] = self._mark - start
+    def _plan(self) -> bool:
+        """Look at the time; whether the number of steps changed. Steps that are repeated keep their plan."""
+        if self._suspect is not None and self.step < self._suspect.step:
+            return False
+        plan = self.decisions.plan
+        if plan.measuring:
+            self.rate.unplanned = self._lr
+        planned = self.decisions.observe(self.step, self.seconds)
+        if planned and len(plan.decisions) == 1:
+            self.rate.check()
+            self._announce_rate()
+        return planned
 
     def _log(self) -> None:
-        rate = self._row_steps * self.tokens_per_step / self._row_seconds
-        row = self._position() | {
-            "train/loss": math.fsum(self._losses) / len(self._losses),
-            "train/grad_norm": self._norm,
-            "train/tok_per_sec": rate,
-            "lr": self._current_lr,
-        }
+        row = self._position() | self.meter.row() | {"lr": self._lr}
+        speed = row["train/tok_per_sec"]
         if self.learner.peak_flops:
-            row["train/mfu"] = rate * self.flops_per_token / self.learner.peak_flops
-        self._metrics.write(row)
-        self.display.row(row, self.plan.total_steps, self._seconds_left(rate))
-        self._losses, self._row_steps, self._row_seconds = [], 0, 0.0
+            row["train/mfu"] = speed * self.config.model.flops_per_token() / self.learner.peak_flops
+        self.run.metrics.write(row)
+        left = self.decisions.seconds_left(self.step, self.seconds, self.tokens_per_step / speed)
+        self.display.row(row, self.decisions.plan.total_steps, left)
 
-    def _seconds_left(self, tokens_per_second: float) -> float | None:
-        if self.plan.budget.kind == "seconds":
-            return self.plan.budget.amount - self.seconds
-        assert self.plan.total_steps is not None  # known from the start
-        return (self.plan.total_steps - self.step) * self.tokens_per_step / tokens_per_second
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        with self.meter.paused(self.step) as taken, annotate(evaluator.pause.name):
+            found = evaluator(self.learner, self.decisions.plan.first_total)
+        self.decisions.took(evaluator.pause, taken[0])
+        if found.metrics:
+            self.val = self.val | found.metrics
+            self.run.metrics.write(self._position() | found.metrics)
+        for sample in found.samples:
+            self.run.samples.write({"step": self.step} | sample)
+        if found.text:
+            self.display.say(f"step {self.step}: {found.text}")
 
     def _position(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
 
-    def _validate(self, data: TokenDataset) -> None:
-        with self._pause("validate"):
-            self.val = self.learner.evaluate(data)
-        self._metrics.write(self._position() | self.val)
-        bpb = f", {self.val['val/bpb']:.4f} bits per byte" if "val/bpb" in self.val else ""
-        self.display.say(f"step {self.step}: validation loss {self.val['val/loss']:.4f}{bpb}")
+    @property
+    def _lr(self) -> float:
+        """Of the latest step."""
+        return self.learner.optimizer.param_groups[0]["lr"]
 
-    def _write_samples(self, sample: Sample) -> None:
-        with self._pause("sample"), self.learner.evaluating() as model:
-            rows = sample(model)
-        for row in rows:
-            self._samples.write({"step": self.step} | row)
-        if rows:
-            self.display.say(visible(f"step {self.step}: {rows[0].get('prompt', '')}{rows[0].get('text', '')}"))
+    # ---- a step that is not finite ----
+
+    def _go_back(self, bad: NonFiniteStep) -> None:
+        """Return to the newest checkpoint, to repeat the steps from there up to the bad one as they were."""
+        if bad.step in self._repeated:
+            self._fail(bad, "its modules were finite one by one, and it was not when it was made again")
+        self._repeated.add(bad.step)
+        self._restore()
+        self._suspect = bad
+        self._started = time.perf_counter()
+        self.meter.start()
+        self.run.metrics.cut(self.step)
+        self.run.samples.cut(self.step)
+        self.display.say(f"{bad}: repeating the steps from {self.step + 1} on to find the cause")
+
+    def _examine(self, bad: NonFiniteStep) -> None:
+        """Look for what first stops being finite in the step that is about to be repeated; if nothing, go on."""
+        self._suspect = None
+        found = self.learner.first_non_finite(self.loader.batch(self.loader.step))
+        if found:
+            self._fail(bad, f"the first that is not finite is {found}")
+        self.display.say(f"step {bad.step} is finite now that it is repeated (a fault of the device?): going on")
+
+    def _fail(self, bad: NonFiniteStep, cause: str) -> None:
+        values = {f"train/{name}": value for name, value in bad.values.items()}
+        seconds = round(self.seconds, 3)
+        self.run.metrics.write(
+            {"step": bad.step, "tokens": bad.step * self.tokens_per_step, "seconds": seconds} | values
+        )
+        raise NonFiniteError(
+            f"{bad}; {cause}. Last good checkpoint: {self._restored or 'none yet'}. "
+            "A lower optimizer.lr or a longer schedule.warmup_steps in a new run_dir may avoid it.",
+            step=bad.step,
+            cause=cause,
+            checkpoint=None if self._restored is None else str(self._restored),
+        ) from None
 
     # ---- state ----
 
     def _save(self) -> None:
-        with self._pause("checkpoint"):
-            self._metrics.sync()
-            self._samples.sync()
+        with self.meter.paused(self.step) as taken, annotate("checkpoint"):
             extra = {
                 "loader": self.loader.state_dict(),
-                "plan": self.plan.state_dict(),
+                "plan": self.decisions.plan.state_dict(),
                 "rng": checkpoint.rng_state(),
                 "seconds": self.seconds,
-                "unplanned_lr": self._unplanned_lr,
-                "losses": self._losses,
-                "norm": self._norm,
                 "val": self.val,
+                "data": self.fingerprints,
             }
-            path = checkpoint.step_path(self.checkpoints, self.step)
-            checkpoint.save_checkpoint(self.learner.model, self.learner.optimizer, self.step, path, extra=extra)
-            checkpoint.prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
+            extra |= self.rate.state_dict() | self.meter.state_dict()
+            self._newest = self.run.save(self.learner.model, self.learner.optimizer, self.step, extra)
+        self.decisions.took(self.decisions.save, taken[0])
 
     def _restore(self) -> None:
-        """Become what the seed gives, or what the newest checkpoint holds."""
-        self.learner = Learner(self.config)
-        self.loader = TokenLoader(
-            self.train_data, self.config.batch_size, seed=self.config.seed, device=self.learner.device
+        """Become what the seed and init_from give, or what the newest whole checkpoint holds."""
+        vars(self).pop("learner", None)  # room for the new one
+        config, self.learner = self.config, Learner(self.config)
+        self.loader = TokenLoader(self.train_data, config.batch_size, seed=config.seed, device=self.learner.device)
+        flops = config.model.flops_per_token() * self.tokens_per_step
+        self.decisions = Decisions(
+            config,
+            tokens_per_step=self.tokens_per_step,
+            flops_per_step=flops,
+            pauses=[evaluator.pause for evaluator in self.evaluators],
         )
-        flops_per_step = self.flops_per_token * self.tokens_per_step
-        budget = Budget.parse(self.config.budget)
-        self.plan = Plan(budget, tokens_per_step=self.tokens_per_step, flops_per_step=flops_per_step)
+        self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
+        self.meter = Meter(self.tokens_per_step)
         self.step, self.val = 0, {}
-        self._seconds_before = self._started = self._mark = 0.0
-        self._pending, self._losses, self._norm = [], [], 0.0
-        self._unplanned_lr, self._paused = 0.0, {}
-        self._row_steps, self._row_seconds = 0, 0.0
-        self._restored = self._newest()
-        if self._restored:
-            self.step = checkpoint.load_checkpoint(self._restored, self.learner.model, self.learner.optimizer)
-            extra = checkpoint.read_extra(self._restored)
-            self.loader.load_state_dict(extra["loader"])
-            self.plan.load_state_dict(extra["plan"])
-            checkpoint.set_rng_state(extra["rng"])
-            self._seconds_before, self.val = extra["seconds"], extra["val"]
-            self._losses, self._norm = extra["losses"], extra["norm"]
-            self._unplanned_lr = extra["unplanned_lr"]
+        self._seconds_before = self._started = 0.0
+        self._suspect, self._rebudgeted = None, False
+        self._restored = self.run.load_newest(self.learner.model, self.learner.optimizer, self.display.say)
+        self._newest = self.run.newest()
+        if self._restored is not None:
+            self._continue(self._restored)
+        elif config.init_from is not None:
+            load_weights(self.learner.model, config.init_from)
 
-    def _newest(self) -> pathlib.Path | None:
-        return next(reversed(checkpoint.list_checkpoints(self.checkpoints)), None)
-
-    def _fail(self, step: int, loss: float, norm: float) -> None:
-        """Repeat the steps since the newest checkpoint to find out what stopped being finite first, and raise."""
-        position = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)}
-        self._metrics.write(position | {"train/loss": loss, "train/grad_norm": norm})
-        self.display.say(f"step {step}: loss {loss}, gradient norm {norm}; repeating the last steps to find the cause")
-        del self.learner  # room for the new one
-        self._restore()
-        while self.step < step - 1:
-            self._update()
-        found = self.learner.first_non_finite(*next(self.loader))
-        cause = f"the first that is not finite is {found}" if found else "it did not happen again when repeated"
-        raise NonFiniteError(
-            f"step {step}: loss {loss}, gradient norm {norm}; {cause}. "
-            f"Last good checkpoint: {self._restored or 'none yet'}. "
-            "A lower optimizer.lr or a longer schedule.warmup_steps in a new run_dir may avoid it."
-        )
-
-    # ---- beginning and end ----
+    def _continue(self, path: pathlib.Path) -> None:
+        """Take over from a checkpoint what its weights and the optimizer do not say."""
+        self.step, extra = checkpoint.load_checkpoint(path), checkpoint.read_extra(path)
+        check_same_data(extra.get("data"), self.fingerprints, self.run.saved_config(), self.config)
+        self.loader.load_state_dict(extra["loader"])
+        self.decisions.plan.load_state_dict(extra["plan"])
+        self.rate.load_state_dict(extra, held=self._lr)
+        self.meter.load_state_dict(extra)
+        checkpoint.set_rng_state(extra["rng"])
+        self._seconds_before, self.val = extra["seconds"], extra["val"]
+        plan, saved = self.decisions.plan, Budget(**extra["plan"]["budget"])
+        self._rebudgeted = plan.budget != saved
+        if self._rebudgeted:
+            check_budget(plan.budget, plan.total_steps, self.step, self.seconds, self.run.path)
 
     def _data(self, path: pathlib.Path) -> TokenDataset:
         fingerprint = None if self.tokenizer is None else self.tokenizer.fingerprint
         model = self.config.model
         return TokenDataset(path, model.context_length, vocab_size=model.vocab_size, tokenizer=fingerprint)
 
-    def _check_run(self) -> None:
-        saved = self.run_dir / "config.toml"
-        if not (self._newest() and saved.exists()):
-            return
-        if changed := differences(TrainConfig.from_toml(saved), self.config):
-            raise ValueError(
-                f"{self.run_dir} holds a run with another configuration ({'; '.join(changed)}): "
-                "use another run_dir, or the same configuration to continue it"
-            )
-
-    def _check_schedule(self) -> None:
-        """A time budget's later plans go along the first one's schedule, however many steps they have."""
-        total = self.plan.decisions[0][1] if self.plan.decisions else self.plan.total_steps
-        if total is not None and self._warmup_steps(total) >= total:
-            raise ValueError(
-                f"the schedule cannot land: {self._warmup_steps(total)} warm-up steps, and the budget of "
-                f"{self.config.budget} makes {total} steps; set schedule.warmup_steps lower or give more budget"
-            )
+    # ---- beginning and end ----
 
     def _write_setup(self) -> None:
-        self.config.save(self.run_dir / "config.toml")
-        device = self.learner.device
-        name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        facts = {
-            "device": name,
-            "parameters": self.config.model.num_parameters(),
-            "flops_per_token": self.flops_per_token,
-            "peak_flops": self.learner.peak_flops,
-            "tokens_per_step": self.tokens_per_step,
-            "train_tokens": self.train_data.num_tokens,
-            "precision": str(self.learner.dtype).removeprefix("torch."),
-            "compiled": self.learner.compiled,
-            "cs336": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        with replacing(self.run_dir / "run.json") as file:
-            json.dump(facts, file, indent=2)
+        """config.toml and run.json, which keeps every budget that the run has been given, and the rate it began at."""
+        facts = describe(self.config, self.learner, self.train_data.num_tokens, self.fingerprints)
+        budgets = self.run.facts().get("budgets", []) if self.step else []
+        if not budgets or budgets[-1]["budget"] != self.config.budget:
+            highest = self.rate.highest_after(self.step)
+            budgets.append(
+                {"budget": self.config.budget, "from_step": self.step, "lr": self._lr, "highest_lr": highest}
+            )
+        self.config.save(self.run.path / "config.toml")
+        self.run.write_facts(facts | {"budgets": budgets})
 
     def _announce(self) -> None:
-        total, learner = self.plan.total_steps, self.learner
-        how = f"{str(learner.dtype).removeprefix('torch.')}{', compiled' if learner.compiled else ''}"
-        steps = "as many steps as fit" if total is None else f"{total:,} steps, {total * self.tokens_per_step:,} tokens"
-        self.display.say(
-            f"{self.config.model.num_parameters():,} parameters on {learner.device} ({how}), "
-            f"{self.train_data.num_tokens:,} tokens of data, budget {self.config.budget}: {steps}"
-        )
+        plan = self.decisions.plan
+        self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
+        if self.tokenizer is None:
+            self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:
             self.display.say(f"continuing after step {self.step}")
+            self._announce_rate()
+
+    def _announce_rate(self) -> None:
+        """A schedule that is stretched to a larger budget may lead up again."""
+        highest = self.rate.highest_after(self.step)
+        if self._rebudgeted and highest > 1.01 * self._lr:
+            self.display.say(
+                f"the new budget of {self.config.budget} stretches the schedule: the learning rate goes up again, from "
+                f"{self._lr:.3g} to {highest:.3g}, before it falls"
+            )
 
     def _conclude(self) -> TrainResult:
         seconds, export = self.seconds, None
-        kept = checkpoint.step_path(self.checkpoints, self.step)
-        if self._finished:
-            export = self.run_dir / "export"
-            save_pretrained(self.learner.model, export, tokenizer=self.tokenizer)
+        kept = checkpoint.step_path(self.run.checkpoints, self.step)
+        if self.decisions.finished(self.step):
+            export = self.run.export
+            save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
+            self.run.write_facts(self.run.facts() | {"peak_memory_bytes": peak_memory(self.learner.device)})
+            if used := memory_used(self.learner):
+                self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")
-        return TrainResult(self._finished, self.step, self.tokens, seconds, self.val, kept, export)
+        return TrainResult(self.decisions.finished(self.step), self.step, self.tokens, seconds, self.val, kept, export)

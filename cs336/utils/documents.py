@@ -1,6 +1,7 @@
-"""Text from files: as documents, out of text, JSON lines, parquet, compressed or not, or a directory of them.
+"""Documents from files: text, JSON lines, parquet, compressed or not, or a directory of them.
 
-The order is that of the sorted paths, and of the lines in a file: the same on every machine.
+The order is that of the sorted paths, and of the lines in a file: the same on every machine. No torch here: the
+tokenizer alone reads with this too.
 """
 
 import bz2
@@ -13,15 +14,35 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from dataclasses import dataclass, field
+from typing import IO, Any
 
+from cs336.utils import zstd
 from cs336.utils.files import Paths, path_list
 from cs336.utils.special_tokens import END_OF_TEXT
 
 PIECE_CHARS = 8192  # at least, of a document that is a part of a text
 BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 JSON_LINES = {".jsonl", ".ndjson"}
+TEXT_FIELD = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, and where it came from."""
+
+    text: str
+    id: str
+    """The "id" that its file gives it, else the file and, of several, its number there: books.jsonl:3."""
+    source: str
+    """The file."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The other fields of a JSON line, the other columns of a parquet file."""
+
+
+def text_of(document: Document | str) -> str:
+    return document if isinstance(document, str) else document.text
 
 
 def holds_documents(path: str | os.PathLike) -> bool:
@@ -31,39 +52,50 @@ def holds_documents(path: str | os.PathLike) -> bool:
 
 
 def open_bytes(path: str | os.PathLike) -> IO[bytes]:
-    """The bytes of a file; those of `.gz`, `.xz` and `.bz2` are unpacked as they are read."""
+    """The bytes of a file; those of `.gz`, `.xz`, `.bz2` and `.zst` are unpacked as they are read."""
     return COMPRESSED.get(pathlib.Path(path).suffix.lower(), open)(path, "rb")  # type: ignore[operator]
 
 
-def read_documents(paths: Paths, separator: str = END_OF_TEXT, *, without: pathlib.Path | None = None) -> Iterator[str]:
+def read_documents(
+    paths: Paths,
+    separator: str = END_OF_TEXT,
+    *,
+    text_field: str = TEXT_FIELD,
+    metadata: bool = True,
+    without: pathlib.Path | None = None,
+) -> Iterator[Document]:
     """Yield the documents of a file, of every file below a directory, or of a list of either.
 
-    - `.jsonl`, `.ndjson`: the field "text" of each line.
-    - `.parquet`: the column "text". Needs pyarrow: pip install 'cs336[data]'.
+    - `.jsonl`, `.ndjson`: the field `text_field` of each line.
+    - `.parquet`: the column `text_field`. Needs pyarrow: pip install 'cs336[data]'.
     - any other file is text: its parts between separators, or the whole file. A text file without a separator that is
       named on its own, or longer than a million characters, is cut at line ends into pieces of about 8192 characters,
       so that it can be split and shuffled, and fits in memory.
-    - `.gz`, `.xz` and `.bz2` around text or JSON lines are unpacked on the way.
+    - `.gz`, `.xz`, `.bz2` and `.zst` around text or JSON lines are unpacked on the way. `.zst` needs zstandard:
+      pip install 'cs336[data]'.
 
     In a directory hidden files, `__pycache__`, binary files and the directory `without` are passed over. Bytes that are
     not UTF-8 become U+FFFD. Documents without a visible character are dropped.
 
-    Raises FileNotFoundError, or ValueError that names the file and the line.
+    metadata: False leaves the other fields and columns out; those of a parquet file are then not read.
+
+    Raises FileNotFoundError, ImportError that names the extra, or ValueError that names the file and the line.
     """
+    reader = _Reader(separator, text_field, metadata)
     for path in path_list(paths):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} does not exist: expected a text, JSON lines or parquet file, or a directory"
             )
-        files = _read_directory(path, separator, without) if path.is_dir() else _read_file(path, separator, alone=True)
-        for text in files:
-            if text and not text.isspace():
-                yield text
+        found = reader.directory(path, without) if path.is_dir() else reader.file(path, alone=True)
+        for document in found:
+            if document.text and not document.text.isspace():
+                yield document
 
 
-def _read_directory(directory: pathlib.Path, separator: str, without: pathlib.Path | None) -> Iterator[str]:
-    for path in files_below(directory, without):
-        yield from _read_file(path, separator, alone=False)
+def read_texts(paths: Paths, *, text_field: str = TEXT_FIELD, without: pathlib.Path | None = None) -> Iterator[str]:
+    """The texts of read_documents, for a reader that asks for nothing else."""
+    return (d.text for d in read_documents(paths, text_field=text_field, metadata=False, without=without))
 
 
 def files_below(directory: str | os.PathLike, without: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
@@ -83,21 +115,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read_file(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
-    suffix = _suffix(path)
-    with unpacking(path):
-        if suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif suffix in JSON_LINES:
-            yield from _read_json_lines(path)
-        else:
-            if alone:
-                refuse_binary(path)
-            elif is_binary(path):
-                return
-            yield from _read_text(path, separator, alone)
-
-
 def _suffix(path: pathlib.Path) -> str:
     """The last that does not name a compression."""
     return next((s.lower() for s in reversed(path.suffixes) if s.lower() not in COMPRESSED), "")
@@ -105,7 +122,7 @@ def _suffix(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def unpacking(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what a damaged .gz, .xz or .bz2 makes its reader raise into a ValueError that names the file."""
+    """Turns what a damaged compressed file makes its reader raise into a ValueError that names the file."""
     try:
         yield
     except (EOFError, lzma.LZMAError, zlib.error) as error:
@@ -125,17 +142,101 @@ def is_binary(path: str | os.PathLike) -> bool:
 def refuse_binary(path: str | os.PathLike) -> None:
     """Raises ValueError for a binary file."""
     if is_binary(path):
-        raise ValueError(f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2)")
+        raise ValueError(
+            f"{path} is binary: expected text, .jsonl or .parquet (or text, .jsonl as .gz, .xz, .bz2, .zst)"
+        )
 
 
-def _read_text(path: pathlib.Path, separator: str, alone: bool) -> Iterator[str]:
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="") as file:
-        head = file.read(BLOCK_CHARS)
-        if separator not in head and not alone and len(head) < BLOCK_CHARS:
-            yield head
+@dataclass(frozen=True)
+class _Reader:
+    """How documents are told apart in a file."""
+
+    separator: str
+    text_field: str
+    metadata: bool
+
+    def directory(self, directory: pathlib.Path, without: pathlib.Path | None) -> Iterator[Document]:
+        for path in files_below(directory, without):
+            yield from self.file(path, alone=False)
+
+    def file(self, path: pathlib.Path, alone: bool) -> Iterator[Document]:
+        suffix = _suffix(path)
+        with unpacking(path):
+            if suffix == ".parquet":
+                yield from self._parquet(path)
+            elif suffix in JSON_LINES:
+                yield from self._json_lines(path)
+            else:
+                if alone:
+                    refuse_binary(path)
+                elif is_binary(path):
+                    return
+                yield from self._text(path, alone)
+
+    def _text(self, path: pathlib.Path, alone: bool) -> Iterator[Document]:
+        with _open_text(path) as file:
+            head = file.read(BLOCK_CHARS)
+        if self.separator not in head and not alone and len(head) < BLOCK_CHARS:
+            yield Document(head, str(path), str(path))
             return
-        file.seek(0)
-        yield from _split(file, separator) if separator in head else _cut(file)
+        with _open_text(path) as file:
+            texts = _split(file, self.separator) if self.separator in head else _cut(file)
+            for number, text in enumerate(texts, 1):
+                yield Document(text, f"{path}:{number}", str(path))
+
+    def _json_lines(self, path: pathlib.Path) -> Iterator[Document]:
+        name = self.text_field
+        with open_bytes(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line.decode("utf-8", "replace"))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f'{where}: expected an object like {{"{name}": "..."}} ({error})') from None
+                if not isinstance(row, dict) or name not in row:
+                    known = f"it has {_names(row)}: name one with text_field" if isinstance(row, dict) else "it is none"
+                    raise ValueError(f'{where}: expected an object like {{"{name}": "..."}}; {known}')
+                text = row.pop(name)
+                if not isinstance(text, str):
+                    raise ValueError(f'{where}: "{name}" must be a string, got {type(text).__name__}')
+                text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # "\ud800" is valid JSON
+                yield Document(text, str(row.pop("id", where)), str(path), row if self.metadata else {})
+
+    def _parquet(self, path: pathlib.Path) -> Iterator[Document]:
+        try:
+            from pyarrow import ArrowInvalid, parquet
+        except ImportError:
+            raise ImportError(f"reading {path} needs pyarrow: pip install 'cs336[data]'") from None
+        try:
+            table = parquet.ParquetFile(path)
+        except ArrowInvalid as error:
+            raise ValueError(f"{path} is not a parquet file: {error}") from None
+        names = table.schema_arrow.names
+        if self.text_field not in names:
+            raise ValueError(
+                f'{path} has no column "{self.text_field}", only: {", ".join(names)}; name one with text_field'
+            )
+        wanted = None if self.metadata else [n for n in (self.text_field, "id") if n in names]
+        number = 0
+        for batch in table.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                text = row.pop(self.text_field)
+                if not isinstance(text, str | None):
+                    raise ValueError(
+                        f'{path}: the column "{self.text_field}" must hold strings, got {type(text).__name__}'
+                    )
+                yield Document(text or "", str(row.pop("id", f"{path}:{number}")), str(path), row)
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "no fields"
+
+
+def _open_text(path: pathlib.Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="")
 
 
 def _split(file: IO[str], separator: str) -> Iterator[str]:
@@ -162,35 +263,3 @@ def _cut(file: IO[str]) -> Iterator[str]:
             yield "".join(piece)
             piece, chars = [], 0
     yield "".join(piece)
-
-
-def _read_json_lines(path: pathlib.Path) -> Iterator[str]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line.decode("utf-8", "replace"))["text"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f'{path}:{number}: expected an object like {{"text": "..."}} ({error!r})') from None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}:{number}: "text" must be a string, got {type(text).__name__}')
-            yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # "\ud800" is valid JSON
-
-
-def _read_parquet(path: pathlib.Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: pip install 'cs336[data]'") from None
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from None
-    if "text" not in table.schema_arrow.names:
-        raise ValueError(f'{path} has no column "text", only: {", ".join(table.schema_arrow.names)}')
-    for batch in table.iter_batches(columns=["text"]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str | None):
-                raise ValueError(f'{path}: the column "text" must hold strings, got {type(text).__name__}')
-            yield text or ""

@@ -24,15 +24,17 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            permissions = os.fstat(file.fileno()).st_mode  # as the umask says
             yield file
             file.flush()
-            os.fsync(file.fileno())
+        os.chmod(temporary, permissions)  # by name: a library may have put its own file in this one's place
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # What fails is named as the user named it; a full disk is met by write(), which names no file.
         if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
-            error.filename = os.fspath(path)
+            error.filename = os.fspath(path if path.parent.exists() else path.parent)
         raise
     sync(path.parent)
 

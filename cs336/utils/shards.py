@@ -6,13 +6,13 @@
 Everything is little-endian. Tokens are uint16 where the vocabulary fits, else uint32.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from typing import IO
+from collections.abc import Callable
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from cs336.utils.files import Paths, path_list, replacing
 HEADER = 256  # int32
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 MAGIC = {dtype: (magic, version) for magic, (version, dtype) in FORMATS.items()}
-META = "meta.json"
+META, TOKENIZER = "meta.json", "tokenizer.json"
 SHARD_TOKENS = 100_000_000
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 
@@ -43,6 +43,8 @@ class TokenMeta:
     """UTF-8 bytes of the documents."""
     shards: tuple[str, ...]
     """File names, in order."""
+    tokenizer_file: str | None = None
+    """The tokenizer itself, in the same directory."""
     format: int = 1
 
 
@@ -105,6 +107,11 @@ class ShardWriter:
 
     Shards are written into DIR/.unfinished. When the block ends they take the place of those that the directory held;
     if it raises, or the process dies before it ends, those are as they were. One writer at a time.
+
+    What `state_dict` returned lets a later writer go on from there, after an error or the death of the process:
+    `load_state_dict`. Once it has been asked for, an error leaves the unfinished shards where they are.
+
+    save_tokenizer: called with a path when all is written; that file then travels with the shards.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class ShardWriter:
         tokenizer: str,
         eot_id: int,
         shard_tokens: int = SHARD_TOKENS,
+        save_tokenizer: Callable[[str | os.PathLike], None] | None = None,
     ):
         if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
             raise ValueError(f"shard_tokens must be in 1..{MAX_SHARD_TOKENS}, got {shard_tokens}")
@@ -122,11 +130,12 @@ class ShardWriter:
         self.directory = pathlib.Path(directory)
         self.shard_tokens = shard_tokens
         self.meta = TokenMeta(tokenizer, vocab_size, eot_id, documents=0, tokens=0, text_bytes=0, shards=())
-        self._shard = contextlib.ExitStack()  # the file being written, under its temporary name
-        self._file: IO[bytes] | None = None
+        self._save_tokenizer = save_tokenizer
+        self._file: IO[bytes] | None = None  # the shard being written
         self._filled = 0
         self._unfinished = self.directory / ".unfinished"
         self._begun = False
+        self._kept = False  # what is unfinished may be continued
 
     def write(self, ids: np.ndarray, *, documents: int = 0, text_bytes: int = 0) -> None:
         """Append ids (N,), which hold `documents` documents of `text_bytes` bytes of text.
@@ -138,10 +147,14 @@ class ShardWriter:
             raise ValueError(f"ids must be 1-D integers, got shape {ids.shape} {ids.dtype}")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab_size:
             raise ValueError(f"ids must be in 0..{self.meta.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
-        rest = ids.astype(self.dtype, copy=False)
+        rest = np.ascontiguousarray(ids, self.dtype)
         while len(rest):
             head, rest = np.split(rest, [self.shard_tokens - self._filled])
-            self._begin_shard().write(head.data)
+            try:
+                self._begin_shard().write(head.data)
+            except OSError as error:
+                error.filename = error.filename or os.fspath(self.directory)  # a full disk names no file
+                raise
             self._filled += len(head)
             if self._filled == self.shard_tokens:
                 self._finish_shard()
@@ -164,6 +177,9 @@ class ShardWriter:
         for name in self.meta.shards:
             (self._unfinished / name).rename(self.directory / name)
         self._unfinished.rmdir()
+        if self._save_tokenizer is not None:
+            self._save_tokenizer(self.directory / TOKENIZER)
+            self.meta = dataclasses.replace(self.meta, tokenizer_file=TOKENIZER)
         with replacing(self.directory / META) as file:
             json.dump(dataclasses.asdict(self.meta), file, indent=2)
         return self.meta
@@ -175,9 +191,39 @@ class ShardWriter:
         if kind is None:
             self.close()
             return
-        self._shard.__exit__(kind, error, trace)
-        if self._begun:
+        if self._file is not None:
+            self._file.close()
+        if self._begun and not self._kept:
             shutil.rmtree(self._unfinished)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the shards are, as JSON values. What is written so far is on the disk when this returns."""
+        self._begin()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._kept = True
+        return {"meta": dataclasses.asdict(self.meta), "filled": self._filled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on where another writer of the same settings was. False, and nothing has changed, where its shards are not
+        there any more."""
+        meta = TokenMeta(**(state["meta"] | {"shards": tuple(state["meta"]["shards"])}))
+        sizes = [4 * HEADER + self.shard_tokens * self.dtype.itemsize] * len(meta.shards)
+        if state["filled"]:
+            sizes[-1] = 4 * HEADER + state["filled"] * self.dtype.itemsize
+        paths = [self._unfinished / name for name in meta.shards]
+        if not all(path.exists() and path.stat().st_size >= size for path, size in zip(paths, sizes, strict=True)):
+            return False
+        self.meta, self._filled, self._begun, self._kept = meta, state["filled"], True, True
+        for path in self._unfinished.iterdir():
+            if path not in paths:  # begun later
+                path.unlink()
+        if self._filled:
+            self._file = open(paths[-1], "r+b")  # noqa: SIM115 (open until the shard is full)
+            self._file.truncate(sizes[-1])
+            self._file.seek(sizes[-1])
+        return True
 
     def _begin(self) -> None:
         if not self._begun:
@@ -190,7 +236,7 @@ class ShardWriter:
         self._begin()
         if self._file is None:
             name = f"{len(self.meta.shards):05d}.bin"
-            self._file = self._shard.enter_context(replacing(self._unfinished / name, "wb"))
+            self._file = open(self._unfinished / name, "wb")  # noqa: SIM115 (open until the shard is full)
             self._file.write(_header(self.dtype, 0))
             self.meta = dataclasses.replace(self.meta, shards=(*self.meta.shards, name))
         return self._file
@@ -199,7 +245,9 @@ class ShardWriter:
         assert self._file is not None
         self._file.seek(0)
         self._file.write(_header(self.dtype, self._filled))
-        self._shard.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         self._file, self._filled = None, 0
 
 
@@ -237,6 +285,14 @@ def open_tokens(paths: Paths) -> tuple[list[np.ndarray], TokenMeta | None]:
         shards += found
         metas.append(meta)
     return shards, _merge(metas)
+
+
+def shard_files(paths: Paths) -> list[pathlib.Path]:
+    """The files of the shards that open_tokens maps, in the same order."""
+    files: list[pathlib.Path] = []
+    for path in path_list(paths):
+        files += [path / name for name in read_meta(path).shards] if path.is_dir() else [path]
+    return files
 
 
 def _merge(metas: list[TokenMeta | None]) -> TokenMeta | None:

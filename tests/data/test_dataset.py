@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,42 @@ def test_get_batch_refuses_short_data(count):
         get_batch(np.arange(count), 1, 5)
     with pytest.raises(ValueError, match="expected tokens"):
         get_batch(np.zeros((4, 9), int), 1, 1)
+
+
+def test_a_token_beyond_the_vocabulary_names_its_shard(tmp_path):
+    """A sidecar that promises less than its shards hold: no IndexError out of an embedding."""
+    with ShardWriter(tmp_path, vocab_size=100, tokenizer="t", eot_id=0, shard_tokens=20) as writer:
+        writer.write(np.full(50, 9))
+    tokens = np.full(20, 9, np.uint16)
+    tokens[7] = 99
+    write_shard(tmp_path / "00001.bin", tokens)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 99}))
+    damaged = TokenDataset(tmp_path, 4, vocab_size=99)
+    assert damaged.windows(np.array([0, 1])).max() == 9
+    with pytest.raises(ValueError, match=r"00001\.bin holds the token 99 \(its 8th\), and the vocabulary has 99"):
+        damaged.windows(np.array([0, 6]))
+
+
+@pytest.mark.parametrize("count", [5, 5000, 400_000])
+def test_a_fingerprint_is_of_the_content(tmp_path, count):
+    tokens = np.random.default_rng(0).integers(0, 90, count)
+    found = {}
+
+    def fingerprint(name, tokens, shard_tokens=1 << 20, tokenizer="t"):
+        settings = {"vocab_size": 100, "tokenizer": tokenizer, "eot_id": 0, "shard_tokens": shard_tokens}
+        with ShardWriter(tmp_path / name, **settings) as writer:
+            writer.write(tokens)
+        found[name] = TokenDataset(tmp_path / name, 4).fingerprint
+
+    fingerprint("a", tokens)
+    fingerprint("the same, elsewhere and in other files", tokens, count // 3)
+    fingerprint("reversed", tokens[::-1])
+    fingerprint("shorter", tokens[:-1] if count > 5 else np.append(tokens, 1))
+    fingerprint("of another tokenizer", tokens, tokenizer="u")
+    changed = tokens.copy()
+    changed[-1] += 1
+    fingerprint("another end", changed)
+    names = list(found)
+    assert found[names[0]] == found[names[1]]
+    assert len(set(found.values())) == len(found) - 1

@@ -1,12 +1,14 @@
 import gzip
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from cs336 import ops
 from cs336.data import ShardWriter, TokenDataset
-from cs336.evaluation import baselines, bits_per_byte, mean_loss
+from cs336.evaluation import baselines, bits_per_byte, evaluate, mean_loss
 from cs336.models import Transformer, TransformerConfig
 
 
@@ -28,7 +30,7 @@ def test_mean_loss_is_over_every_window(tmp_path):
     torch.manual_seed(0)
     data = TokenDataset(write(tmp_path / "t", ["how do you train the best model?" * 3] * 5), 16)
     model = Transformer(TransformerConfig(257, 16, 1, 32, 2)).train()
-    losses = [model.loss(x[None], y[None]).item() for x, y in (data[i] for i in range(len(data)))]
+    losses = [ops.cross_entropy(model(x[None]), y[None]).item() for x, y in (data[i] for i in range(len(data)))]
     assert len(losses) % 7 != 0  # the last batch is a smaller one
     assert mean_loss(model, data, batch_size=7) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert mean_loss(model, data, most_windows=10**9) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -56,7 +58,7 @@ def test_baselines_by_hand(tmp_path):
 def test_counting_in_chunks(tmp_path, monkeypatch):
     documents = ["how do you train the best model with a fixed set of resources?"] * 3
     whole = baselines(documents, documents, write(tmp_path / "t", documents), tmp_path / "t")
-    monkeypatch.setattr("cs336.evaluation.held_out.CHUNK", 10)
+    monkeypatch.setattr("cs336.evaluation.baseline.CHUNK", 10)
     assert baselines(documents, documents, tmp_path / "t", tmp_path / "t") == whole
 
 
@@ -66,3 +68,49 @@ def test_nothing_to_measure(tmp_path):
         baselines(["a"], [], tmp_path / "t", tmp_path / "t")
     with pytest.raises(ValueError, match=r"meta\.json"):
         baselines(["a"], ["a"], tmp_path / "t", tmp_path / "t" / "00000.bin")
+
+
+def test_a_long_text_is_compressed_in_part(tmp_path, monkeypatch):
+    documents = ["how do you train the best model with a fixed set of resources? " * 40]
+    write(tmp_path / "t", documents)
+    whole = baselines(None, documents, None, tmp_path / "t")
+    assert [b.name for b in whole] == ["gzip -9", "xz -9e"]  # nothing is known of a training text
+    monkeypatch.setattr("cs336.evaluation.baseline.MOST_COMPRESSED", 1000)
+    part = baselines(None, documents, None, tmp_path / "t")[0]
+    assert part.bits_per_byte == pytest.approx(8 * len(gzip.compress(documents[0].encode()[:1000], 9)) / 1000)
+    assert "its first 0 MB" in part.how
+
+
+class Bytes:
+    fingerprint = "bytes"
+
+    def decode(self, ids):
+        return bytes(ids.astype(np.uint8)).decode()
+
+
+def test_evaluation_of_shards_is_that_of_their_text(tmp_path):
+    torch.manual_seed(0)
+    train, held_out = ["how do you train the best model? " * 9, "naïve"], ["with a fixed set of resources " * 3] * 4
+    write(tmp_path / "train", train)
+    write(tmp_path / "val", held_out)
+    model = Transformer(TransformerConfig(257, 16, 1, 32, 2))
+    found = evaluate(model, Bytes(), tmp_path / "val", tmp_path / "train")
+    data = TokenDataset(tmp_path / "val", 16)
+    assert found.loss == pytest.approx(mean_loss(model, data))
+    assert found.bits_per_byte == bits_per_byte(found.loss, data.meta.tokens, data.meta.text_bytes)
+    assert list(found.baselines) == baselines(train, held_out, tmp_path / "train", tmp_path / "val")
+    assert found.how == "4 documents, 0.00 MB, read 16 tokens at a time"
+    assert "9% of them" in evaluate(model, Bytes(), tmp_path / "val", most_tokens=32).how
+    path = found.save(tmp_path)
+    saved = json.loads(path.read_text())
+    assert path == tmp_path / "evaluation.json"
+    assert saved["bits_per_byte"] == found.bits_per_byte
+    assert {b["name"] for b in saved["baselines"]} == {"byte unigram", "token unigram", "gzip -9", "xz -9e"}
+
+
+def test_evaluation_refuses_the_tokens_of_another(tmp_path):
+    write(tmp_path / "val", ["how do you train the best model?"])
+    other = Bytes()
+    other.fingerprint = "another"
+    with pytest.raises(ValueError, match="was made by tokenizer bytes"):
+        evaluate(Transformer(TransformerConfig(257, 16, 1, 32, 2)), other, tmp_path / "val")

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -42,17 +43,13 @@ class Input {
   std::string_view data_;
 };
 
-template <class Scanner>
-std::vector<size_t> scan(std::string_view text) {
+std::vector<size_t> scan(Pattern pattern, std::string_view text) {
   std::vector<size_t> ends;
   const Ptr begin = reinterpret_cast<Ptr>(text.data()), end = begin + text.size();
-  for (Ptr p = begin; p < end;) ends.push_back(static_cast<size_t>((p = Scanner::next(p, end)) - begin));
+  with_scanner(pattern, [&](auto scanner) {
+    for (Ptr p = begin; p < end;) ends.push_back(static_cast<size_t>((p = scanner.next(p, end)) - begin));
+  });
   return ends;
-}
-
-std::vector<size_t> scan(Pattern pattern, std::string_view text) {
-  if (pattern == Pattern::kGpt2) return scan<Gpt2>(text);
-  return pattern == Pattern::kCl100k ? scan<Cl100k>(text) : scan<O200k>(text);
 }
 
 std::vector<size_t> pieces(Pattern pattern, std::string_view text) {
@@ -159,7 +156,7 @@ std::vector<uint32_t> encode(const Encoder& encoder, std::string_view text, cons
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input(data, size);
-  const auto pattern = static_cast<Pattern>(input.byte() % 3);
+  const auto pattern = static_cast<Pattern>(input.byte() % std::size(kPatternNames));
   const Vocabulary v = read_vocabulary(input);
   std::vector<std::string> specials;
   for (size_t i = input.byte() % 4; i > 0; --i) {
@@ -179,12 +176,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   require(stable == 0 || std::binary_search(ends.begin(), ends.end(), stable), "pieces end at a stable prefix");
 
   auto tokens = v.tokens;
+  std::vector<uint32_t> ordinary(tokens.size());
+  std::iota(ordinary.begin(), ordinary.end(), 0);
   std::vector<uint32_t> special_ids;
   for (const std::string& special : specials) {
     special_ids.push_back(static_cast<uint32_t>(tokens.size()));
     tokens.emplace_back(special_ids.back(), special);
   }
-  const Encoder encoder(tokens, v.byte_ids, merges, merges.empty(), specials, special_ids, Splitter(pattern));
+  const Encoder encoder(tokens, ordinary, v.byte_ids, merges, merges.empty(), specials, special_ids, Splitter(pattern));
   const TokenSet none{std::vector<bool>(specials.size(), false), true};
   const TokenSet all{std::vector<bool>(specials.size(), true), specials.empty()};
 

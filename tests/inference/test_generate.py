@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cs336.inference import Completion, SamplingParams, generate, generate_ids, sample, stream
+from cs336.inference.sampling import Uniforms
 from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
 
@@ -20,24 +21,23 @@ def model():
 
 
 class Scripted(torch.nn.Module):
-    """Stands in for a model: after n tokens, padding included, it is sure that the next is script[n]."""
+    """Stands in for a model: after n tokens it is sure that the next is script[n]."""
 
     def __init__(self, script, vocab_size=257, context_length=64):
         super().__init__()
-        self.script = list(script)
+        self.script = torch.tensor([*script, *[0] * (context_length + 1 - len(script))])
         self.config = dataclasses.replace(CONFIG, vocab_size=vocab_size, context_length=context_length, num_layers=1)
         self.real = Transformer(self.config)
-        self.device, self.new_cache = self.real.device, self.real.new_cache
+        self.device, self.new_state = self.real.device, self.real.new_state
+        self.end_ids, self.special_ids = (), {}
 
-    def features(self, ids_BS, cache):
-        features = self.real.features(ids_BS, cache)
-        self.length = cache.length
-        return features
+    def features(self, ids_BS, *, segments=None, state):
+        counts_BS = state.lengths[:, None] + 1 + torch.arange(ids_BS.shape[1])
+        self.real.features(ids_BS, segments=segments, state=state)
+        return counts_BS[..., None]
 
     def logits(self, features):
-        out = torch.zeros(*features.shape[:-1], self.config.vocab_size)
-        out[..., self.script[self.length]] = 50.0
-        return out
+        return 50.0 * torch.nn.functional.one_hot(self.script[features[..., 0]], self.config.vocab_size)
 
 
 def says(text, end=True):
@@ -47,12 +47,12 @@ def says(text, end=True):
 
 def no_cache(model, ids, params, count):
     """Generation by the definition: the whole text again for each token."""
-    generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
+    uniforms = Uniforms(params.seed)
     ids = list(ids)
     for _ in range(count):
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[:, -1]
-        ids += sample(logits, params, generator).tolist()
+        ids += sample(logits, params, uniforms.draw([0])).tolist()
     return ids[-count:]
 
 
@@ -97,6 +97,48 @@ def test_ends_at_the_end_of_text():
     assert generate(model, TOKENIZER, "x") == [Completion("x", "that is all", list(b"that is all"), "stop")]
     assert "".join(stream(model, TOKENIZER, "x")) == "that is all"
     assert generate_ids(model, [[7]], end_id=256) == [[*b"that is all", 256]]
+
+
+@pytest.mark.parametrize("ends", [(105,), (300, 105)])
+def test_ends_where_the_model_says(ends):
+    model = says("that is all")
+    model.end_ids = ends  # 105: i
+    assert generate(model, TOKENIZER, "x") == [Completion("x", "that ", list(b"that "), "stop")]
+    assert "".join(stream(model, TOKENIZER, "x")) == "that "
+    assert generate_ids(model, [[7]]) == [list(b"that i")]
+    assert generate_ids(model, [[7]], end_id=[32, 104]) == [list(b"th")]
+    model.end_ids = (300,)
+    with pytest.raises(ValueError, match="ends a text with token 300, which the tokenizer does not have"):
+        generate(model, TOKENIZER, "x")
+
+
+def test_samples_of_each_prompt(model):
+    params = SamplingParams(seed=4, max_tokens=9, temperature=3.0)
+    got = generate(model, TOKENIZER, ["ab", "cde"], params, num_samples=3)
+    assert [c.prompt for c in got] == ["ab"] * 3 + ["cde"] * 3
+    for i, completion in enumerate(got):
+        alone = dataclasses.replace(params, seed=4 + i % 3)
+        assert generate(model, TOKENIZER, completion.prompt, alone) == [completion]
+    assert len({c.text for c in got}) > 4
+    assert len(generate(model, TOKENIZER, "ab", SamplingParams(max_tokens=9), num_samples=2)) == 2
+
+
+@pytest.mark.parametrize(("length", "max_tokens", "kept"), [(47, 1, 47), (48, 1, 47), (100, 10, 38), (100, 1000, 24)])
+def test_of_a_long_prompt_the_end_is_read(model, length, max_tokens, kept):
+    prompt = "".join(chr(97 + i % 26) for i in range(length))
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    (completion,) = generate(model, TOKENIZER, prompt, params)
+    assert (completion.prompt, completion.dropped) == (prompt, length - kept)
+    assert completion.token_ids == generate(model, TOKENIZER, prompt[-kept:], params)[0].token_ids
+    if completion.dropped:
+        with pytest.warns(UserWarning, match=f"the model's context 48: its first {length - kept} are not read"):
+            assert "".join(stream(model, TOKENIZER, prompt, params)) == completion.text
+
+
+def test_greedy_generation_takes_no_random_number(model):
+    state = torch.get_rng_state()
+    generate(model, TOKENIZER, "x", SamplingParams(temperature=0, max_tokens=3))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ends_at_max_tokens():
@@ -173,7 +215,9 @@ def test_under_autocast(model):
 
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="prompt 1 has 48 tokens, which leaves no room in the model's context of 48"):
-        generate(model, TOKENIZER, ["a", "x" * 48])
+        generate_ids(model, [[1], [1] * 48])
+    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
+        generate(model, TOKENIZER, "a", num_samples=0)
     with pytest.raises(ValueError, match="the tokenizer has 257 tokens, the model 200"):
         generate(Transformer(dataclasses.replace(CONFIG, vocab_size=200)), TOKENIZER, "a")
     bare = Tokenizer({i: bytes([i]) for i in range(256)}, [])

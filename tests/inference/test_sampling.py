@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.inference import SamplingParams, sample
-from cs336.inference.sampling import draw, filter_logits, min_p, top_k, top_p
+from cs336.inference.sampling import Uniforms, draw, filter_logits, min_p, top_k, top_p
 
 PROBS = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]])
 
@@ -100,9 +100,18 @@ def test_seed():
     assert len({tuple(ids.tolist()) for ids in with_seed}) > 15
     for row in range(3):  # a row's token does not depend on the batch
         assert all(sample(logits[row : row + 1], SamplingParams(seed=i)) == ids[row] for i, ids in enumerate(with_seed))
-    generator = torch.Generator().manual_seed(3)
-    assert torch.equal(sample(logits, SamplingParams(), generator), with_seed[3])
-    assert not torch.equal(sample(logits, SamplingParams(), generator), with_seed[3])
+    uniforms = Uniforms(3)
+    first, second = (sample(logits, SamplingParams(), uniforms.draw([0] * 3)) for _ in range(2))
+    assert torch.equal(first, with_seed[3])
+    assert not torch.equal(second, with_seed[3])
+
+
+def test_uniforms_of_samples():
+    several, alone = Uniforms(7, 3), [Uniforms(seed) for seed in (7, 8, 9)]
+    for rows in ([0, 1, 2, 0, 1, 2], [2, 0], [1, 1, 1]):
+        want = torch.cat([u.draw([0]) for u in alone])
+        assert torch.equal(several.draw(rows), want[rows])
+    assert len(set(Uniforms(None, 3).draw([0] * 9).tolist())) == 9
 
 
 @pytest.mark.parametrize("bad", [[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
@@ -126,6 +135,8 @@ def test_logits_that_are_not_finite(bad):
         ({"max_tokens": None}, "max_tokens must be an integer, 1 or more"),
         ({"stop": ["a", ""]}, "empty string"),
         ({"stop": ""}, "empty string"),
+        ({"seed": -1}, r"seed must be in 0\.\.2\*\*63 - 1, got -1"),
+        ({"seed": 10**30}, "seed must be in"),
     ],
 )
 def test_bad_values(values, message):

@@ -1,12 +1,24 @@
 import dataclasses
 import json
+import os
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cs336.models import Transformer, TransformerConfig, from_pretrained, save_pretrained
+from cs336 import ops
+from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
+from cs336.models.huggingface import read_step
+from cs336.nn import (
+    AttentionConfig,
+    GELUConfig,
+    LayerNormConfig,
+    NoPositionsConfig,
+    RMSNormConfig,
+    RopeConfig,
+    SwiGLUConfig,
+)
 
 SMALL = TransformerConfig(97, 24, num_layers=2, d_model=32, num_heads=4, init_std=0.15)
 VARIANTS = {
@@ -61,7 +73,7 @@ def test_round_trip(tmp_path, variant):
             assert torch.equal(a, b), name
     resolved = {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "d_ff": config.ff_size}
     assert again.config == dataclasses.replace(config, **resolved)
-    again.loss(X, X).backward()
+    ops.cross_entropy(again(X), X).backward()
     assert all(p.grad is not None for p in again.parameters())
 
 
@@ -149,14 +161,128 @@ def test_a_failed_export_leaves_the_last_one(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_the_layout_cannot_hold(tmp_path):
-    with pytest.raises(ValueError, match="no logit soft-cap"):
-        save_pretrained(make(logit_softcap=5.0), tmp_path)
-    with pytest.raises(ValueError, match="no qk_norm and Qwen3's no qkv_bias"):
-        save_pretrained(make(qk_norm=True, qkv_bias=True), tmp_path)
+OTHER_BLOCKS = (
+    BlockConfig(AttentionConfig(4), GELUConfig(), LayerNormConfig(), NoPositionsConfig()),
+    BlockConfig(AttentionConfig(2, 1, qkv_bias=True, qk_norm=True), positions=RopeConfig(interleaved=True)),
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logit_softcap": 5.0, "rope_interleaved": True},
+        {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True},
+        {"num_heads": None, "layers": OTHER_BLOCKS},
+    ],
+)
+def test_what_no_family_has_is_written_as_our_own(tmp_path, change):
+    model = make(**change)
+    save_pretrained(model, tmp_path, Tokenizer(), step=7)
+    again = from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(X), model(X))
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["eos_token_id"]) == ("cs336", 89)
+    edited(tmp_path, config=config["config"] | {"num_layer": 2})
+    with pytest.raises(ValueError, match="unknown key num_layer; did you mean num_layers"):
+        from_pretrained(tmp_path)
+
+
+def test_blocks_that_are_llamas_are_written_as_llamas(tmp_path):
+    block = BlockConfig(AttentionConfig(4, 2), SwiGLUConfig(40), RMSNormConfig(1e-6), RopeConfig(500.0))
+    model = make(num_heads=None, layers=(block,))
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+    again = from_pretrained(tmp_path)
+    assert again.config.blocks[0] == dataclasses.replace(block, mixer=AttentionConfig(4, 2, 8))
+    assert torch.equal(again(X), model(X))
+
+
+def test_only_a_model_is_written(tmp_path):
     with pytest.raises(TypeError, match=r"must be a cs336\.models\.Transformer, got Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_pretrained(make(), tmp_path, Tokenizer())
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        path.name: 0o666 & ~mask for path in tmp_path.iterdir()
+    }
+
+
+def test_weights_are_on_the_disk_before_their_name(tmp_path, monkeypatch):
+    flushed, replace = set(), os.replace
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.add(os.fstat(file).st_ino), fsync(file)))
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in flushed, target
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", checked)
+    save_pretrained(make(), tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_step_of_training(tmp_path):
+    save_pretrained(make(), tmp_path)
+    assert read_step(tmp_path) is None
+    save_pretrained(make(), tmp_path, step=12)
+    assert read_step(tmp_path) == 12
+
+
+@pytest.mark.parametrize("eos", [3, [3, 5]])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ends_of_text_and_generation_config_go_round(tmp_path, offline, eos, elsewhere):
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97}
+    config = offline.LlamaConfig(**options, intermediate_size=40, bos_token_id=1, eos_token_id=7 if elsewhere else eos)
+    theirs = offline.LlamaForCausalLM(config)
+    theirs.generation_config = offline.GenerationConfig(
+        bos_token_id=1, eos_token_id=eos, pad_token_id=0, do_sample=True, temperature=0.6, top_p=0.9
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = from_pretrained(tmp_path / "theirs")
+    assert model.end_ids == ((3,) if eos == 3 else (3, 5))
+    save_pretrained(model, tmp_path / "ours", Tokenizer())
+    read = [json.loads((tmp_path / d / "generation_config.json").read_text()) for d in ("theirs", "ours")]
+    assert read[0] == read[1]
+    assert read[0]["temperature"] == 0.6
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("theirs", "ours")]
+    assert configs[0]["eos_token_id"] == configs[1]["eos_token_id"]
+    assert from_pretrained(tmp_path / "ours").end_ids == model.end_ids
+    again = offline.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.generation_config.eos_token_id == eos
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    assert from_pretrained(tmp_path / "theirs").end_ids == ((7,) if elsewhere else model.end_ids)
+
+
+def test_an_end_that_is_no_id(tmp_path):
+    save_pretrained(make(), tmp_path)
+    model = from_pretrained(tmp_path)
+    assert model.end_ids == ()
+    save_pretrained(model, tmp_path, Tokenizer())  # no end is not an end of its own
+    assert from_pretrained(tmp_path).end_ids == (89,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}')
+    with pytest.raises(ValueError, match="eos_token_id '</s>': expected a token's id, or a list of them"):
+        from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_names_the_models_end(tmp_path):
+    model = make()
+    model.special_ids = {"bos_token_id": None, "eos_token_id": [88, 89]}
+    tokenizer = Tokenizer()
+    tokenizer.special_tokens = {"<|endoftext|>": 89, "<|im_end|>": 88}
+    save_pretrained(model, tmp_path, tokenizer)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["eos_token"] == "<|im_end|>"
+    assert "bos_token" not in written
 
 
 def edited(directory, **changes):
@@ -169,7 +295,7 @@ def edited(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2, qwen3, cs336, got 'gpt2'"),
         ({"model_type": "mistral", "sliding_window": 23}, "lets a token see the last 23 alone"),
         ({"model_type": "mistral", "max_position_embeddings": 5000}, "lets a token see the last 4096 alone"),
         ({"model_type": "qwen2"}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),

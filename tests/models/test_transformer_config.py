@@ -1,10 +1,22 @@
 import dataclasses
+import tomllib
 
+import pydantic
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cs336.models import Transformer, TransformerConfig
+from cs336 import ops
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import (
+    AttentionConfig,
+    GELUConfig,
+    LayerNormConfig,
+    NoPositionsConfig,
+    RMSNormConfig,
+    RopeConfig,
+    SwiGLUConfig,
+)
 from cs336.ops import registry
 
 GPT2 = TransformerConfig(50304, 1024, num_layers=12, d_model=768, num_heads=12, tie_embeddings=True)
@@ -14,7 +26,29 @@ VARIANTS = [
     {"tie_embeddings": True},
     {"num_kv_heads": 2, "d_ff": 40},
     {"num_kv_heads": 1, "head_dim": 6, "qk_norm": True, "qkv_bias": True},
+    {"num_heads": None, "layers": (BlockConfig(AttentionConfig(2), GELUConfig(), LayerNormConfig()),)},
+    {
+        "num_heads": None,
+        "layers": (BlockConfig(AttentionConfig(8)), BlockConfig(AttentionConfig(4, 2), SwiGLUConfig(40))),
+        "num_layers": 4,
+    },
 ]
+READ = pydantic.TypeAdapter(TransformerConfig).validate_python
+LAYERS = """
+vocab_size = 97
+context_length = 16
+num_layers = 4
+d_model = 32
+
+[[layers]]
+mixer = {kind = "attention", num_heads = 8, num_kv_heads = 2}
+mlp = {kind = "gelu"}
+norm = {kind = "layer_norm", bias = false}
+positions = {kind = "none"}
+
+[[layers]]
+mixer = {kind = "attention", num_heads = 4}
+"""
 
 
 def test_what_follows_from_the_rest():
@@ -47,7 +81,7 @@ def test_counts_of_the_model_itself(change):
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     ids = torch.zeros(3, 11, dtype=torch.long, device="meta")
     with registry.use("ref"), FlopCounterMode(display=False) as counter:
-        model.loss(ids, ids).backward()
+        ops.cross_entropy(model(ids), ids).backward()
     assert counter.get_total_flops() == 3 * 11 * config.flops_per_token(11)
 
 
@@ -73,3 +107,36 @@ def test_counts_of_the_model_itself(change):
 def test_bad_values(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+def test_layers_from_toml():
+    config = READ(tomllib.loads(LAYERS))
+    first = BlockConfig(AttentionConfig(8, 2), GELUConfig(), LayerNormConfig(bias=False), NoPositionsConfig())
+    second = BlockConfig(AttentionConfig(4), SwiGLUConfig(), RMSNormConfig(), RopeConfig())
+    assert config.blocks == (first, second, first, second)
+    assert READ(dataclasses.asdict(config)) == config
+    assert READ(dataclasses.asdict(GPT2)) == GPT2
+    model = Transformer(config, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"gelu"', '"relu"', r"layers\.0\.mlp\s.*'relu'.*'swiglu', 'gelu'"),
+        ('"attention", num_heads = 4', '"mamba"', r"layers\.1\.mixer"),
+        ("num_heads = 4", "num_heads = 5", "d_model 32 is not a multiple of num_heads 5"),
+        ("num_layers = 4", "num_layers = 5", "num_layers 5 is not a multiple of the 2 layers that repeat"),
+        ("num_layers = 4", "num_layers = 4\nd_ff = 10", "layers describe the blocks whole: say d_ff there"),
+    ],
+)
+def test_layers_that_do_not_fit(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        READ(tomllib.loads(LAYERS.replace(old, new)))
+
+
+def test_no_layers():
+    with pytest.raises(ValueError, match="not a multiple of the 0 layers"):
+        dataclasses.replace(SMALL, num_heads=None, layers=())
+    with pytest.raises(ValueError, match="num_heads must be a positive integer, got None"):
+        dataclasses.replace(SMALL, num_heads=None)

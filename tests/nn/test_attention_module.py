@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from cs336.models.cache import LayerKV
-from cs336.nn import Attention, RotaryEmbedding
+from cs336.nn import Attention, AttentionConfig, Context, RotaryEmbedding
+from cs336.ops import registry
 
 
 def test_is_torchs_multi_head_attention():
@@ -44,11 +45,10 @@ def test_grouped_queries_qk_norm_and_rope(num_kv_heads, head_dim):
     torch.testing.assert_close(layer(x), o.transpose(1, 2).reshape(2, 7, 4 * D) @ layer.o_proj.weight.T)
 
 
-def test_cache_continues():
+def test_state_continues():
     layer = Attention(16, 4, 2, rope=RotaryEmbedding(4, 16))
-    x = torch.randn(2, 9, 16)
-    cache = LayerKV(*(torch.full((2, 2, 9, 4), torch.nan) for _ in range(2)))  # NaN past the end
-    parts = [layer(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
+    x, state = torch.randn(2, 9, 16), layer.new_state(2, 16)
+    parts = [layer(x[:, a:b], Context(lengths=torch.tensor([a, a])), state) for a, b in ((0, 4), (4, 5), (5, 9))]
     torch.testing.assert_close(torch.cat(parts, 1), layer(x))
 
 
@@ -56,8 +56,7 @@ def test_positions_and_mask():
     layer = Attention(16, 4, rope=RotaryEmbedding(4, 16))
     x = torch.randn(1, 5, 16)
     padded = torch.cat((torch.randn(1, 3, 16), x), 1)
-    mask = torch.arange(8) >= 3
-    y = layer(padded, positions=(torch.arange(8) - 3).clamp(min=0), mask=mask)
+    y = layer(padded, Context((torch.arange(8) - 3).clamp(min=0), torch.arange(8) >= 3))
     torch.testing.assert_close(y[:, 3:], layer(x))
 
 
@@ -66,12 +65,12 @@ def test_any_number_of_batch_dims(lead):
     layer = Attention(16, 4, 2, qk_norm=True, rope=RotaryEmbedding(4, 16))
     x, positions = torch.randn(*lead, 5, 16), torch.randint(0, 16, (*lead, 5))
     mask = torch.randn(*lead, 4, 5, 5)
-    got, moved, masked = layer(x), layer(x, positions), layer(x, mask=mask)
+    got, moved, masked = layer(x), layer(x, Context(positions)), layer(x, Context(mask=mask))
     one = x.view(-1, 5, 16), positions.view(-1, 5), mask.view(-1, 4, 5, 5)
     for i, (row, row_positions, row_mask) in enumerate(zip(*one, strict=True)):
         torch.testing.assert_close(got.view(-1, 5, 16)[i], layer(row[None])[0])
-        torch.testing.assert_close(moved.view(-1, 5, 16)[i], layer(row[None], row_positions)[0])
-        torch.testing.assert_close(masked.view(-1, 5, 16)[i], layer(row[None], mask=row_mask)[0])
+        torch.testing.assert_close(moved.view(-1, 5, 16)[i], layer(row[None], Context(row_positions))[0])
+        torch.testing.assert_close(masked.view(-1, 5, 16)[i], layer(row[None], Context(mask=row_mask))[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 16), (2, 0, 16)])
@@ -92,3 +91,26 @@ def test_bad_arguments():
     for bad in (torch.zeros(16), torch.zeros(1, 7, 8)):
         with pytest.raises(ValueError, match=r"x must be \(\.\.\., tokens, 16\), got shape"):
             Attention(16, 4)(bad)
+    layer = Attention(16, 4)
+    state = layer.new_state(2, 4)
+    with pytest.raises(ValueError, match=r"needs context\.lengths"):
+        layer(torch.zeros(2, 3, 16), Context(), state)
+    for context in (Context(mask=torch.ones(3, 3), lengths=torch.zeros(2).long()), Context(lengths=torch.tensor([0]))):
+        with pytest.raises(ValueError, match=r"without a mask|fit the state"):
+            layer(torch.zeros(1 if context.mask is None else 2, 3, 16), context, state)
+    layer.causal = False
+    with pytest.raises(ValueError, match="a state needs causal attention"):
+        layer(torch.zeros(2, 3, 16), Context(lengths=torch.zeros(2).long()), state)
+
+
+@pytest.mark.parametrize("change", [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "head_dim": 6, "qkv_bias": True}])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_config_builds_and_counts(change, qk_norm):
+    config = AttentionConfig(4, **change, qk_norm=qk_norm)
+    layer = config.build(16, norm_eps=1e-3, rope=None)
+    assert config.num_parameters(16) == sum(p.numel() for p in layer.parameters())
+    assert config.state_bytes(16, 9, 4) == layer.new_state(3, 9).nbytes // 3
+    assert not qk_norm or layer.q_norm.eps == 1e-3
+    with registry.use("ref"), FlopCounterMode(display=False) as counter:
+        layer(torch.zeros(2, 5, 16))
+    assert counter.get_total_flops() == 2 * 5 * config.flops(16, 5)

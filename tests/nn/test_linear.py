@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -7,7 +8,7 @@ from cs336.nn import Linear
 def test_is_torchs_function():
     x = torch.randn(2, 3, 8)
     for bias in (False, True):
-        layer, theirs = Linear(8, 5, bias), torch.nn.Linear(8, 5, bias)
+        layer, theirs = Linear(8, 5, bias=bias), torch.nn.Linear(8, 5, bias)
         theirs.load_state_dict(layer.state_dict())  # the same names and shapes
         assert torch.equal(layer(x), theirs(x))
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -25,3 +26,12 @@ def test_starts_as_the_field_does():
 def test_device_and_dtype():
     layer = Linear(2, 3, bias=True, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_is_found_by_type():
+    assert isinstance(Linear(2, 3), torch.nn.Linear)
+
+
+def test_a_device_is_no_bias():
+    with pytest.raises(TypeError, match="positional"):
+        Linear(4, 5, "cpu")

@@ -1,7 +1,9 @@
+import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from cs336.nn import SwiGLU, default_d_ff
+from cs336.nn import GELU, GELUConfig, SwiGLU, SwiGLUConfig, default_d_ff
 
 
 def test_swiglu():
@@ -10,6 +12,32 @@ def test_swiglu():
     gate, up, down = (getattr(layer, f"{name}_proj").weight for name in ("gate", "up", "down"))
     assert (gate.shape, up.shape, down.shape) == ((20, 12), (20, 12), (12, 20))
     torch.testing.assert_close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+
+
+def test_gelu():
+    layer = GELU(12, 20)
+    x = torch.randn(2, 3, 12)
+    up, down = layer.up_proj.weight, layer.down_proj.weight
+    assert (up.shape, down.shape) == ((20, 12), (12, 20))
+    torch.testing.assert_close(layer(x), F.gelu(x @ up.T) @ down.T)
+
+
+@pytest.mark.parametrize("config", [SwiGLUConfig(), SwiGLUConfig(20), GELUConfig(), GELUConfig(20)])
+def test_config_builds_and_counts(config):
+    layer = config.build(12, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert layer.down_proj.in_features == config.width(12)
+    assert config.num_parameters(12) == sum(p.numel() for p in layer.parameters())
+    x = torch.zeros(7, 12, device="meta", dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 7 * config.flops(12)
+
+
+def test_bad_width():
+    for kind in (SwiGLUConfig, GELUConfig):
+        with pytest.raises(ValueError, match="d_ff must be a positive integer, got 0"):
+            kind(0)
 
 
 def test_default_width():

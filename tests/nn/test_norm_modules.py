@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cs336.nn import LayerNorm, RMSNorm
+from cs336.nn import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -41,3 +41,36 @@ def test_start_as_the_identity():
     assert layer.weight.tolist() == [1, 1, 1]
     assert layer.bias.tolist() == [0, 0, 0]
     assert layer.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("layer", [RMSNorm(6), LayerNorm(6), LayerNorm(6, bias=False)])
+def test_float64(layer):
+    layer = layer.double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x, residual = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(layer, (x,))
+    torch.autograd.gradcheck(layer, (x, residual))
+
+
+def test_float64_is_not_rounded():
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for ours, theirs in ((RMSNorm, torch.nn.RMSNorm), (LayerNorm, torch.nn.LayerNorm)):
+        want = theirs(24, eps=1e-5, dtype=torch.float64)(x)
+        torch.testing.assert_close(ours(24, dtype=torch.float64)(x), want, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("config", [RMSNormConfig(1e-3), LayerNormConfig(1e-3), LayerNormConfig(bias=False)])
+def test_config_builds_and_counts(config):
+    layer = config.build(12, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert layer.eps == config.eps
+    assert config.num_parameters(12) == sum(p.numel() for p in layer.parameters())
+    with pytest.raises(ValueError, match="eps must be a positive, finite number, got 0"):
+        type(config)(0)
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_a_device_is_no_option(kind):
+    with pytest.raises(TypeError, match="positional"):
+        kind(3, 1e-5, "cpu")

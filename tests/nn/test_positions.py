@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cs336.nn import RotaryEmbedding
+from cs336.nn import NoPositionsConfig, RopeConfig, RotaryEmbedding
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -45,10 +45,24 @@ def test_tables_are_float32_and_no_state():
     assert torch.equal(rope.bfloat16().cos, cos)
     assert torch.equal(rope.double().float().cos, cos)
     assert rope(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    late = RotaryEmbedding(8, 32, device="meta").to_empty(device="cpu")
-    late.reset_parameters()
-    assert torch.equal(late.cos, cos)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_to_empty_derives_the_tables(device):
+    rope, late = RotaryEmbedding(8, 32), RotaryEmbedding(8, 32, device=device).to_empty(device="cpu")
+    assert torch.equal(late.cos, rope.cos)
     assert torch.equal(late.sin, rope.sin)
+
+
+def test_configs():
+    rope = RopeConfig(50.0, interleaved=True).build(8, 16, device="meta")
+    assert (rope.theta, rope.interleaved, rope.cos.shape, rope.cos.device.type) == (50.0, True, (16, 4), "meta")
+    assert NoPositionsConfig().build(7, 16) is None
+    NoPositionsConfig().check(7)
+    with pytest.raises(ValueError, match="head_dim must be even for rotary positions, got 7"):
+        RopeConfig().check(7)
+    with pytest.raises(ValueError, match="theta must be a positive, finite number, got -1"):
+        RopeConfig(-1)
 
 
 def test_bad_arguments():

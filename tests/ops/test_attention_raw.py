@@ -235,7 +235,7 @@ def test_varlen_refuses_int64_lengths():
     ],
 )
 def test_why_not_native(tensors, message):
-    reason = _native_refuses(*tensors)
+    reason = _native_refuses("backward", *tensors)
     assert reason is None if message is None else pytest.importorskip("re").search(message, reason)
 
 

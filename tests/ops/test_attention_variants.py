@@ -75,6 +75,17 @@ def test_head_dims_and_dtypes(variant, device, D, E, options, dtype):
     compare(variant, leaves(1, 2, 1, S, T, D, E, dtype, device), **options)
 
 
+@pytest.mark.skipif(not CUDA, reason="native kernels need a GPU")
+@pytest.mark.parametrize("S", [1, 65, 1000])
+@pytest.mark.parametrize(("D", "E"), NATIVE_HEAD_DIMS["forward"])
+def test_native_forward_with_whichever_backward(device, D, E, S):
+    q, k, v = leaves(1, 4, 2, S, S + 13, D, E, BF16, device)
+    if reason := registry.why_not("attention_fwd", "native", q, k, v, 1.0, True, -1, -1, 0.0):
+        pytest.skip(reason)
+    ours = lambda q, k, v: ops.attention(q, k, v, causal=True, return_lse=True)  # noqa: E731
+    check(ours, lambda q, k, v: definition(q, k, v, causal=True), [q, k, v])
+
+
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
 def test_groups(variant, device, Hkv):
     S, T = (100, 140) if CUDA else (4, 9)
@@ -195,7 +206,7 @@ def test_gradients_are_deterministic(variant, device):
 def random_case(rng, variant, device):
     """Leaves and options: any combination of what attention has."""
     native = variant == "native"
-    D, E = rng.choice(NATIVE_HEAD_DIMS) if native else (rng.randint(1, 48), rng.randint(1, 48))
+    D, E = rng.choice(NATIVE_HEAD_DIMS["backward"]) if native else (rng.randint(1, 48), rng.randint(1, 48))
     longest = 300 if CUDA else 24
     Hkv, group = rng.randint(1, 2), rng.randint(1, 3 if CUDA else 2)
     dtype = rng.choice([BF16, F16] if native else [BF16, F16, F32])

@@ -1,16 +1,30 @@
 """The report of a run: whole, partial, torn and hostile run directories, parsed as a browser would."""
 
 import html.parser
+import itertools
 import json
 import math
+import re
+import shutil
 
 import pytest
 
-from cs336.report import write_report
-from cs336.report.chart import Series, bar_chart, compact, line_chart, linear_ticks, log_ticks, smooth, thin
+from cs336.report import write_comparison, write_report
+from cs336.report.chart import (
+    Series,
+    bar_chart,
+    compact,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    smooth,
+    thin,
+    time_ticks,
+)
+from cs336.utils.duration import duration
 
 SECTIONS = {"evaluation", "training", "samples", "tokenizer", "stages", "config"}
-VOID = {"meta", "link", "br", "img", "input", "hr", "line", "rect", "circle", "polyline"}
+VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = '</pre><script>alert("x")</script><img src=http://example.com/x.png onerror=alert(1)>&amp;'
 
 
@@ -90,7 +104,7 @@ def run_dir(tmp_path):
 def test_whole_run(run_dir):
     page, text = report(run_dir)
     assert "missing" not in page.ids
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 8
     for number in ("1.500", "2.250", "5.8M", "4.1M", "4 min 10 s", "16.5k", "25.0%", "4 min 01 s", "4,096", "0.003"):
         assert number in text, number
     assert "1.50 bits for each byte of text it has never seen: 25% fewer than" in text
@@ -134,7 +148,8 @@ def test_torn_and_wrong_lines(run_dir):
     _, text = report(run_dir)
     assert "1 line of metrics.jsonl cannot be read" in text
     assert "evaluation.json cannot be read" in text
-    assert "Not evaluated yet" in text
+    assert "not evaluated yet" not in text.lower()  # there is what validation found
+    assert "This model" in text
 
 
 def test_resumed_run_counts_each_step_once(tmp_path):
@@ -187,3 +202,147 @@ def test_thin_and_smooth():
     noisy = smooth([1.0, -1.0] * 200, 10)
     assert abs(noisy[-1]) < 0.2  # the end, too
     assert max(map(abs, noisy[100:300])) < 0.1
+
+
+def test_how_a_run_stands(run_dir):
+    from cs336.utils.locks import locked
+
+    assert "Stopped after step 1,000; the same command goes on" in report(run_dir)[1]
+    with run_dir.joinpath(".lock").open("w"), locked(run_dir):
+        assert "Running when this page was written, after step 1,000." in report(run_dir)[1]
+    run_dir.joinpath("export").mkdir()
+    run_dir.joinpath("export/config.json").write_text("{}")
+    assert "Done after step 1,000." in report(run_dir)[1]
+    failure = {"step": 1001, "cause": f"the output of layers.0 {HOSTILE}", "checkpoint": "step_1000", "time": "today"}
+    run_dir.joinpath("failure.json").write_text(json.dumps(failure))
+    text = report(run_dir)[1]
+    assert f"Failed at step 1,001. the output of layers.0 {HOSTILE}" in text
+    assert "Last good checkpoint: step_1000. (today)" in text
+    failure |= {"message": "step 1001: loss nan. Last good checkpoint: step_1000."}
+    run_dir.joinpath("failure.json").write_text(json.dumps(failure))
+    assert "Failed at step 1,001. loss nan. Last good checkpoint: step_1000. (today)" in report(run_dir)[1]
+
+
+def test_where_a_run_came_from_and_what_it_cost(run_dir):
+    facts = {"parameters": 2_048_000, "flops_per_token": 1e7, "train_tokens": 1_024_000, "peak_memory_bytes": 3 << 30}
+    facts |= {"predicted_memory_bytes": 5 << 29}
+    facts |= {
+        "command": "/usr/lib/cs336/__main__.py train --seed 7",
+        "commit": "abc1234",
+        "started": "2026-01-02T03:04:05+00:00",
+    }
+    run_dir.joinpath("run.json").write_text(json.dumps(facts | {"data": {"train": "f" * 64, "val": None}}))
+    _, text = report(run_dir)
+    for fact in ("cs336 train --seed 7", "commit abc1234", "2026-01-02T03:04:05", "train data ffffffffffff"):
+        assert fact in text, fact
+    for label, value in {
+        "Epochs": "4",
+        "Tokens per parameter": "2",
+        "Total FLOPs": "4.10e+13",
+        "Peak memory": "3.00 GiB 2.50 GiB predicted for a step",
+    }.items():
+        assert f"{label} {value} " in text, label
+
+
+def test_one_validation_loss_a_report(run_dir):
+    """Validation while training reads a part of the text; at the end the evaluation takes its place in the curve."""
+    from cs336.report.run import read_run
+
+    run = read_run(run_dir)
+    assert run.column("val/loss")[1][-1] == run.last("val/loss") == 2.25
+    assert run.last("val/bpb") == run.bits_per_byte == 1.5
+    evaluation = json.loads(run_dir.joinpath("evaluation.json").read_text())
+    for other in ({"text": "other.txt"}, {"step": 500}):  # another text, an earlier model: another number
+        run_dir.joinpath("evaluation.json").write_text(json.dumps(evaluation | other))
+        assert read_run(run_dir).last("val/loss") == 8 / 1000 + 2.1
+    run_dir.joinpath("evaluation.json").write_text(json.dumps(evaluation | {"text": "other.txt"}))
+    assert "1.50 bits for each byte of other.txt" in report(run_dir)[1]
+
+
+def test_a_run_that_was_only_validated_is_not_called_unevaluated(run_dir):
+    run_dir.joinpath("evaluation.json").unlink()
+    _, text = report(run_dir)
+    assert "not evaluated yet" not in text.lower()
+    assert "1.008" in text
+
+
+def elements(svg, tag, style):
+    return [
+        dict(re.findall(r'([\w-]+)="([^"]*)"', found))
+        for found in re.findall(rf"<{tag} ([^>]*)>", svg)
+        if f'class="{style}"' in found
+    ]
+
+
+def test_no_name_is_printed_across_a_curve():
+    """Of four rules within the reach of the curve, two a hair apart."""
+    curve = Series("validation", list(range(100)), [5 - i / 25 for i in range(100)], "second", dots=True)
+    rules = [("gzip -9", 2.31), ("xz -9e", 2.30), ("byte unigram", 4.77), ("token unigram", 3.2)]
+    svg = line_chart([curve], title="t", x_label="x", rules=rules, from_zero=True)
+    names = elements(svg, "text", "rule-name")
+    reach = max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", re.search(r'points="([^"]*)"', svg)[1]))
+    assert len(names) == 4
+    assert all(float(name["x"]) > reach for name in names)
+    assert all(name["text-anchor"] == "start" for name in names)
+    heights = sorted(float(name["y"]) for name in names)
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 11
+    assert all(float(name["x"]) + 5.8 * len("token unigram 3.20") <= 360 for name in names)
+
+
+def test_values_are_shown_under_the_pointer():
+    steps = list(range(0, 5000, 10))
+    series = [Series("train", steps, [9 - s / 1000 for s in steps]), Series("validation", [0, 4000], [9.5, 5.5])]
+    svg = line_chart(series, title="t", x_label="tokens")
+    strips = elements(svg, "rect", "hover")
+    assert 50 < len(strips) <= 90
+    ends = [float(s["x"]) + float(s["width"]) for s in strips]
+    assert ends == pytest.approx([*(float(s["x"]) for s in strips[1:]), 352], abs=0.2)  # without a gap
+    titles = re.findall(r"<title>([^<]*)</title>", svg)
+    assert titles[0].startswith("tokens ")
+    middle = titles[len(titles) // 2]
+    assert re.search(r"train: 6\.\d+", middle)
+    assert re.search(r"validation: [59]\.5 \(at ", middle)
+
+
+def test_a_time_axis_has_round_times():
+    svg = line_chart([Series("a", [0, 245], [3, 2])], title="t", x_label="time", x_text=duration)
+    assert "2 min 00 s</text>" in svg
+    assert len(time_ticks(0, 245)) <= 5
+    for high in (0.5, 7, 61, 1000, 9000, 1e6):
+        ticks = time_ticks(0, high)
+        assert 2 <= len(ticks) <= 5, (high, ticks)
+        assert all(0 <= t <= high for t in ticks)
+
+
+def test_runs_side_by_side(run_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    other.joinpath("config.toml").write_text(run_dir.joinpath("config.toml").read_text().replace("0.003", "0.001"))
+    evaluation = json.loads(run_dir.joinpath("evaluation.json").read_text())
+    other.joinpath("evaluation.json").write_text(json.dumps(evaluation | {"bits_per_byte": 1.25}))
+    path = write_comparison([run_dir, other], tmp_path / "both.html")
+    page = Page(path.read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert "other needs the fewest bits for each byte: 1.250" in text
+    assert "optimizer.lr 0.001 0.003" in text
+    assert page.tags.count("svg") == 5
+    assert "a<b>&run" in text
+    assert not {"script", "link", "img"} & set(page.tags)
+    with pytest.raises(ValueError, match="takes 2 to 6 runs, got 7"):
+        write_comparison([run_dir] * 7, path)
+
+
+def test_a_section_registers_itself():
+    from cs336.report.section import all_sections, section
+
+    titles = [found.title for found in all_sections()]
+    assert titles[0] == "What was learned"
+
+    @section("Mine", order=1)
+    def mine(run):
+        return None
+
+    assert all_sections()[0].build is mine
+    from cs336.report import section as registry
+
+    del registry._SECTIONS["mine"]

@@ -15,7 +15,9 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cs336.tokenizer import PATTERNS, Tokenizer
+from cs336.tokenizer import PATTERNS, Tokenizer, convert
+from cs336.tokenizer.dialect import translate
+from cs336.utils.shards import read_meta
 
 
 def naive_encode(tokenizer, text):
@@ -24,7 +26,7 @@ def naive_encode(tokenizer, text):
     special_ids = tokenizer.special_tokens.values()
     id_of = {token: i for i, token in tokenizer.vocab.items() if i not in special_ids}
     ids = []
-    for piece in regex.findall(PATTERNS[tokenizer.pattern], text):
+    for piece in regex.findall(translate(PATTERNS[tokenizer.pattern]), text):
         tokens = [bytes([byte]) for byte in piece.encode()]
         while len(tokens) > 1:
             best = min(range(len(tokens) - 1), key=lambda i: rank.get((tokens[i], tokens[i + 1]), len(rank)))
@@ -484,7 +486,7 @@ def test_processes(tokenizer, text, method):
 
 
 def test_pickle(tokenizer, text):
-    for original in (tokenizer, Tokenizer(tokenizer.vocab, None, ["<|end|>"], r"\w+|\W")):
+    for original in (tokenizer, Tokenizer(tokenizer.vocab, None, ["<|end|>"], r"\p{L}+|\P{L}")):
         copy = pickle.loads(pickle.dumps(original))
         assert copy == original
         assert repr(copy) == repr(original)
@@ -518,3 +520,48 @@ else:
     raise SystemExit("there was memory enough")
 """
     subprocess.run([sys.executable, "-c", program, str(megabytes)], check=True)
+
+
+def test_allowed_special_of_the_constructor(tokenizer, tmp_path):
+    text = "a<|end|>b"
+    with pytest.raises(ValueError, match="not allowed here"):
+        tokenizer.encode(text)
+    expected = tokenizer.encode(text, allowed_special="all")
+    tokenizer.save(tmp_path / "t.json")
+    tokenizer.to_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    tokenizer.to_tiktoken(tmp_path / "ranks")
+    specials, files = tokenizer.special_tokens, (tmp_path / "vocab.json", tmp_path / "merges.txt")
+    for allowed in ("all", {"<|end|>"}):
+        for made in (
+            Tokenizer(tokenizer.vocab, tokenizer.merges, specials, allowed_special=allowed),
+            Tokenizer.load(tmp_path / "t.json", allowed_special=allowed),
+            convert.load(tmp_path / "t.json", allowed_special=allowed),
+            Tokenizer.from_huggingface(tmp_path / "t.json", allowed_special=allowed),
+            Tokenizer.from_gpt2(*files, list(specials), allowed_special=allowed),
+            Tokenizer.from_tiktoken(tmp_path / "ranks", "gpt2", specials, allowed_special=allowed),
+            pickle.loads(pickle.dumps(Tokenizer.load(tmp_path / "t.json", allowed_special=allowed))),
+        ):
+            assert made.encode(text) == expected
+            assert made.encode_batch([text]) == [expected]
+            assert made.encode_batch_numpy([text])[0].tolist() == expected
+            assert [*made.encode_iterable([text])] == expected
+            assert made.encode(text, allowed_special=(), disallowed_special=()) == tokenizer.encode_ordinary(text)
+    with pytest.raises(ValueError, match="are not special tokens"):
+        Tokenizer(tokenizer.vocab, tokenizer.merges, specials, allowed_special={"<|none|>"})
+
+
+def test_shards_of_another_tokenizer_are_kept(tokenizer, tmp_path):
+    other = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, "cl100k")
+    tokenizer.encode_to_file(["a"], tmp_path / "shards")
+    tokenizer.encode_to_file(["ab"], tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"holds shards of another tokenizer.*replace=True"):
+        other.encode_to_file(["a"], tmp_path / "shards")
+    assert read_meta(tmp_path / "shards").tokenizer == tokenizer.fingerprint
+    other.encode_to_file(["a"], tmp_path / "shards", replace=True)
+    assert read_meta(tmp_path / "shards").tokenizer == other.fingerprint
+
+
+def test_saving_into_no_directory(tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        tokenizer.save(tmp_path / "none" / "t.json")
+    assert error.value.filename == str(tmp_path / "none")

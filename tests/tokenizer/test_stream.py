@@ -33,7 +33,7 @@ TEXTS = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=[*PATTERNS, r"\w+|\W+"])
+@pytest.fixture(scope="module", params=[*PATTERNS, r"[\p{L}_]+|[^\p{L}_]+"])
 def stream_tokenizer(request, text):
     specials = ["<|endoftext|>", "<|end|>", "<|end|><|of|>", "n <|"]
     return Tokenizer.train([text], 600, specials, pattern=request.param)
@@ -58,7 +58,9 @@ def test_a_stream_refuses_a_second_thread():
         other.join()
         return [len(data)]
 
-    encoder = _text.Encoder([(i, bytes([i])) for i in range(256)], merges=None, specials=[], pattern=split)
+    encoder = _text.Encoder(
+        [(i, bytes([i])) for i in range(256)], ordinary=range(256), merges=None, specials=[], pattern=split
+    )
     stream = _text.StreamEncoder(encoder, _text.Policy([], []), 1)
     assert stream.feed("a", True) == [97]
     assert len(refusals) == 1

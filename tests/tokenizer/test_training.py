@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from cs336 import _text
 from cs336.tokenizer import PATTERNS, Tokenizer, training
+from cs336.tokenizer.dialect import translate
 
 
 def split_at_specials(text, specials):
@@ -34,7 +35,7 @@ def naive_merges(documents, num_merges, specials=(), pattern="gpt2"):
     words = collections.Counter()
     for document in documents:
         for part in split_at_specials(document, specials):
-            for piece in regex.findall(PATTERNS[pattern], part):
+            for piece in regex.findall(translate(PATTERNS[pattern]), part):
                 words[tuple(bytes([byte]) for byte in piece.encode())] += 1
     merges = []
     while len(merges) < num_merges:
@@ -283,3 +284,10 @@ def test_progress_and_interrupt(capsys):
 
     with pytest.raises(KeyboardInterrupt):
         counter.train(5, interrupt)
+
+
+@pytest.mark.parametrize("names", [["a.md", "b.md"], ["data/corpus.text"], ["./corpus", "/data/x"]])
+def test_names_of_files_that_are_missing(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.train(names, 300)

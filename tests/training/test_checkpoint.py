@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cs336.optim import AdamW
+from cs336.models import Transformer, TransformerConfig
+from cs336.optim import AdamW, param_groups
 from cs336.training import checkpoint, load_checkpoint, save_checkpoint
 from cs336.training.checkpoint import MODEL, OPTIMIZER, STATE, list_checkpoints, prune_checkpoints, read_extra
 
@@ -243,3 +244,61 @@ def test_random_numbers_continue():
     first = torch.rand(5)
     checkpoint.set_rng_state(state)
     assert torch.equal(torch.rand(5), first)
+
+
+def test_files_and_paths_are_one_thing(tmp_path):
+    """What a file object holds is read by its path, and what a path with a suffix holds by a file object."""
+    net, other = model(), model()
+    optimizer, resumed = AdamW(net.parameters()), AdamW(other.parameters())
+    step(net, optimizer, 0)
+    with open(tmp_path / "by_file.pt", "wb") as file:
+        save_checkpoint(net, optimizer, 3, file, extra={"a": 1})
+    save_checkpoint(net, optimizer, 3, tmp_path / "by_path.pt", extra={"a": 1})
+    for name in ("by_file.pt", "by_path.pt"):
+        assert load_checkpoint(tmp_path / name, other, resumed) == 3
+        assert read_extra(str(tmp_path / name)) == {"a": 1}
+        with open(tmp_path / name, "rb") as file:
+            assert load_checkpoint(file, other, resumed) == 3
+    assert step(other, resumed, 1) == step(net, optimizer, 1)
+    save_checkpoint(net, optimizer, 4, tmp_path / "by_file.pt")
+    assert load_checkpoint(tmp_path / "by_file.pt") == 4
+    (tmp_path / "mine.pt").write_text("precious")
+    with pytest.raises(FileExistsError, match="is not a checkpoint"):
+        save_checkpoint(net, optimizer, 3, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=r"mine\.pt holds no checkpoint"):
+        load_checkpoint(tmp_path / "mine.pt")
+
+
+def test_damage_that_leaves_the_form_whole_is_found(tmp_path):
+    net = model(width=64)
+    for name in ("c", "c.pt"):
+        path = save_checkpoint(net, None, 1, tmp_path / name)
+        file = path / MODEL if path.is_dir() else path
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 2)
+            stream.write(b"\xff" * 64)
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        with pytest.raises(checkpoint.DamagedError, match=r"is not what was written|holds no checkpoint"):
+            load_checkpoint(path, net)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_the_models_configuration_is_kept(tmp_path):
+    config = TransformerConfig(vocab_size=32, context_length=8, num_layers=1, d_model=16, num_heads=2)
+    save_checkpoint(Transformer(config), None, 1, tmp_path / "c")
+    assert checkpoint.read_model_config(tmp_path / "c", TransformerConfig) == config
+    save_checkpoint(model(), None, 1, tmp_path / "d")
+    assert checkpoint.read_model_config(tmp_path / "d", TransformerConfig) is None
+
+
+def test_format_1_is_read_and_a_later_one_refused(tmp_path):
+    old = pathlib.Path(__file__).parent / "fixtures/run_before/checkpoints/step_00000004"
+    config = TransformerConfig(vocab_size=32, context_length=8, num_layers=1, d_model=8, num_heads=2)
+    net = Transformer(config)
+    assert load_checkpoint(old, net, AdamW(param_groups(net, 0.1))) == 4
+    assert checkpoint.read_model_config(old, TransformerConfig) is None
+    save_checkpoint(net, None, 1, tmp_path / "c")
+    state = json.loads((tmp_path / "c" / STATE).read_text())
+    (tmp_path / "c" / STATE).write_text(json.dumps(state | {"format": 3}))
+    with pytest.raises(ValueError, match="format 3, expected 1 or 2"):
+        load_checkpoint(tmp_path / "c")

@@ -69,6 +69,7 @@ def test_killed_at_every_kind_of_moment(processes, unbroken, tmp_path):
 
 
 def test_killed_at_random_from_outside(processes, unbroken, tmp_path):
+    tiny_run.write_data(tmp_path)  # here: a child might be killed before it has
     delays = random.Random(int(os.environ.get("SEED", "0")))
     kills = 0
     for delay in (0.2, *(delays.uniform(0.2, 0.8) for _ in range(4)), None):
@@ -82,7 +83,7 @@ def test_killed_at_random_from_outside(processes, unbroken, tmp_path):
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step(processes, unbroken, tmp_path, number):
     process = processes(tmp_path, budget="100000steps", checkpoint_interval=0, eval_interval=0, sample_interval=0)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -99,7 +100,7 @@ def test_a_signal_stops_after_the_step(processes, unbroken, tmp_path, number):
 
 
 def test_another_process_at_the_same_run_is_refused(tmp_path):
-    from cs336.training.session import locked
+    from cs336.utils.locks import locked
 
     tiny = tiny_run.config(tmp_path)
     tiny.run_dir.mkdir()

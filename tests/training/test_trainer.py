@@ -11,16 +11,29 @@ import tiny_run
 import torch
 from torch._dynamo.utils import counters
 
+from cs336 import ops
 from cs336.data import ShardWriter
 from cs336.models import Transformer, from_pretrained
-from cs336.training import DataConfig, NonFiniteError, OptimizerConfig, ScheduleConfig, Trainer, checkpoint
+from cs336.training import (
+    ConstantConfig,
+    CosineConfig,
+    DataConfig,
+    LinearConfig,
+    NonFiniteError,
+    OptimizerConfig,
+    TrainConfig,
+    Trainer,
+    WSDConfig,
+    checkpoint,
+)
+from cs336.training.decisions import Pause
 from cs336.training.learner import Learner
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
-    tiny = tiny_run.config(root, budget="40steps", log_interval=10, eval_interval=None, sample_interval=20)
+    tiny = tiny_run.config(root, budget="40steps", log_interval=10, eval_interval=2, sample_interval=20)
     tiny = tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.02), checkpoint_interval=None, keep_checkpoints=3)
     return tiny, tiny_run.train(tiny)
 
@@ -121,8 +134,8 @@ def test_a_longer_time_budget_keeps_the_learning_rate_until_it_is_planned(tmp_pa
     tiny = tiny_run.config(tmp_path, budget="1s", eval_interval=0, checkpoint_interval=0)
     Trainer(tiny, display=tiny_run.quiet()).train()
     trainer = Trainer(tiny_run.changed(tiny, budget="3s"), display=tiny_run.quiet())
-    assert trainer.plan.measuring
-    assert trainer._lr(trainer.step + 1) == tiny_run.rows(tiny.run_dir, of="lr")[-1]["lr"] < 1.5e-4
+    assert trainer.decisions.plan.measuring
+    assert trainer.rate.at(trainer.step + 1) == tiny_run.rows(tiny.run_dir, of="lr")[-1]["lr"] < 1.5e-4
     assert trainer.train().seconds > 2.5
     assert tiny_run.rows(tiny.run_dir, of="lr")[-1]["lr"] < 1.5e-4
 
@@ -140,8 +153,7 @@ def test_accumulated_gradients_equal_the_large_batch(tmp_path):
         kept = {}
         for name, parameter in learner.model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda p, n=name, k=kept: k.__setitem__(n, p.grad.clone()))
-        loss, norm = learner.update(*batch(tiny), lr=0.0)
-        gradients.append(kept | {"loss": loss, "norm": norm})
+        gradients.append(kept | learner.update(batch(tiny), lr=0.0))
     for other in gradients[1:]:
         for name, value in gradients[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
@@ -154,9 +166,9 @@ def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(
         learner.optimizer, "step", lambda grad_scale: (scales.append(grad_scale), step(grad_scale=grad_scale))
     )
-    _, norm = learner.update(*batch(learner.config), lr=1e-3)
+    norm = learner.update(batch(learner.config), lr=1e-3)["grad_norm"]
     assert norm > 0.01
-    assert scales[0] * norm == pytest.approx(0.01, rel=1e-3)
+    assert scales[0] * 32 * norm == pytest.approx(0.01, rel=1e-3)  # the scale divides by the 32 targets too
 
 
 def test_only_matrices_decay(tmp_path):
@@ -167,9 +179,9 @@ def test_only_matrices_decay(tmp_path):
 
 
 def test_learning_rate_lands(tmp_path):
-    tiny = tiny_run.config(tmp_path, budget="100steps", schedule=ScheduleConfig(warmup_steps=10, min_lr_ratio=0.2))
+    tiny = tiny_run.config(tmp_path, budget="100steps", schedule=CosineConfig(warmup_steps=10, min_lr_ratio=0.2))
     trainer = Trainer(tiny, display=tiny_run.quiet())
-    rates = [trainer._lr(step) for step in range(1, 101)]
+    rates = [trainer.rate.at(step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == 1e-3
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -187,15 +199,15 @@ def test_learning_rate_lands(tmp_path):
     ],
 )
 def test_learning_rate_does_not_jump_when_a_time_budget_is_planned(tmp_path, decisions, warmup):
-    tiny = tiny_run.config(tmp_path, budget="1h", schedule=ScheduleConfig(warmup_steps=warmup))
+    tiny = tiny_run.config(tmp_path, budget="1h", schedule=CosineConfig(warmup_steps=warmup))
     trainer = Trainer(tiny, display=tiny_run.quiet())
     (decided, first), *_ = decisions
-    rates = [trainer._lr(step) for step in range(1, decided + 1)]
-    trainer._unplanned_lr = rates[-1]
+    rates = [trainer.rate.at(step) for step in range(1, decided + 1)]
+    trainer.rate.unplanned = rates[-1]
     for number, (_, total) in enumerate(decisions, 1):
-        trainer.plan.decisions, trainer.plan.total_steps = decisions[:number], total
+        trainer.decisions.plan.decisions, trainer.decisions.plan.total_steps = decisions[:number], total
         until = decisions[number][0] if number < len(decisions) else total
-        rates += [trainer._lr(step) for step in range(len(rates) + 1, until + 1)]
+        rates += [trainer.rate.at(step) for step in range(len(rates) + 1, until + 1)]
     assert len(rates) == decisions[-1][1]
     assert rates[-1] == pytest.approx(1e-4)
     assert 0.95e-3 < max(rates) <= 1e-3
@@ -208,7 +220,7 @@ def test_learning_rate_does_not_jump_when_a_time_budget_is_planned(tmp_path, dec
 
 @pytest.mark.parametrize(("budget", "warmup"), [("10steps", 10), ("320tok", 99)])
 def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget, warmup):
-    tiny = tiny_run.config(tmp_path, budget=budget, schedule=ScheduleConfig(warmup_steps=warmup))
+    tiny = tiny_run.config(tmp_path, budget=budget, schedule=CosineConfig(warmup_steps=warmup))
     with pytest.raises(
         ValueError, match=f"cannot land: {warmup} warm-up steps, and the budget of {budget} makes 10 steps"
     ):
@@ -218,19 +230,19 @@ def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget
 
 def test_a_time_budget_that_becomes_slower_than_its_warm_up_goes_on(tmp_path):
     """The first plan's schedule is gone along faster: no plan after it has to hold the warm-up."""
-    trainer = Trainer(tiny_run.config(tmp_path, budget="100s", schedule=ScheduleConfig(warmup_steps=100)))
-    trainer.plan.decisions = [[5, 333], [41, 90]]
-    trainer._check_schedule()
-    trainer.plan.decisions = [[5, 90]]
+    trainer = Trainer(tiny_run.config(tmp_path, budget="100s", schedule=CosineConfig(warmup_steps=100)))
+    trainer.decisions.plan.decisions = [[5, 333], [41, 90]]
+    trainer.rate.check()
+    trainer.decisions.plan.decisions = [[5, 90]]
     with pytest.raises(ValueError, match="cannot land"):
-        trainer._check_schedule()
+        trainer.rate.check()
 
 
 def test_guards_before_training(tmp_path):
     tiny = tiny_run.config(tmp_path)
 
     class Other:
-        fingerprint = "other"
+        fingerprint, vocab_size = "other", 32
 
     with pytest.raises(ValueError, match="made by tokenizer t, the one in use is other"):
         Trainer(tiny, tokenizer=Other())
@@ -260,7 +272,7 @@ def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch)
         display=tiny_run.quiet(),
     )
     result = trainer.train()
-    decisions = trainer.plan.decisions
+    decisions = trainer.decisions.plan.decisions
     saved = [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")]
     assert result.finished
     assert saved == sorted({step for step, _ in decisions} | {result.step})
@@ -275,7 +287,7 @@ def test_a_time_budget_holds_when_steps_become_slow_between_rows(tmp_path, monke
     update = Trainer._update
 
     def slower(self):
-        if not self.plan.measuring:
+        if not self.decisions.plan.measuring:
             time.sleep(0.1)
         return update(self)
 
@@ -309,7 +321,7 @@ def test_a_loss_that_is_not_finite_names_its_module(tmp_path, monkeypatch, log_i
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
     bad = tiny_run.rows(tmp_path / "run", of="train/loss")[-1]
     assert bad["step"] == 7
-    assert math.isnan(bad["train/loss"])
+    assert math.isnan(float(bad["train/loss"]))
 
 
 def test_divergence_before_the_first_checkpoint(tmp_path):
@@ -355,10 +367,11 @@ def test_validation_reads_whole_batches_spread_over_the_set(tmp_path):
     read = []
     windows = trainer.val_data.windows
     trainer.val_data.windows = lambda index: (read.append(index), windows(index))[1]
-    value = trainer.learner.evaluate(trainer.val_data)
+    found = trainer.evaluators[0](trainer.learner, 100)
     assert [index.tolist() for index in read] == [[0, 1], [3, 5], [6, 8]]
     x_BT1 = windows(np.concatenate(read))
-    assert value == {"val/loss": pytest.approx(trainer.learner.model.loss(x_BT1[:, :-1], x_BT1[:, 1:]).item())}
+    loss = ops.cross_entropy(trainer.learner.model(x_BT1[:, :-1]), x_BT1[:, 1:])
+    assert found.metrics == {"val/loss": pytest.approx(loss.item())}
     assert trainer.learner.model.training
 
 
@@ -384,18 +397,45 @@ def test_validation_runs_the_graph_of_training(tmp_path, monkeypatch):
 
 
 def test_a_slow_pause_comes_seldom_in_a_time_budget(tmp_path):
-    trainer = Trainer(tiny_run.config(tmp_path, budget="100s"), display=tiny_run.quiet())
-    trainer.plan.decisions, trainer.plan.total_steps = [[0, 1000]], 1000
+    decisions = Trainer(tiny_run.config(tmp_path, budget="100s"), display=tiny_run.quiet()).decisions
+    decisions.plan.decisions, decisions.plan.total_steps = [[0, 1000]], 1000
+    pause = Pause("validate", None, 20)
 
     def times(seconds):
-        trainer._paused["validate"] = seconds
-        due = []
-        for trainer.step in range(1, 1001):
-            due.append(trainer._due("validate", None, 20))
+        decisions.took(pause, seconds)
+        due = [decisions.due(pause, step) for step in range(1, 1001)]
         assert due[-1]
         return sum(due)
 
     assert [times(seconds) for seconds in (0.1, 1.0, 10.0)] == [20, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (LinearConfig(warmup_steps=2, min_lr_ratio=0.0), [0.5, 1.0, 0.875, 0.5, 0.0]),
+        (WSDConfig(warmup_steps=2, min_lr_ratio=0.0, decay_part=0.4), [0.5, 1.0, 1.0, 1.0, 0.0]),
+        (ConstantConfig(warmup_steps=2), [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_other_schedules_can_be_chosen(tmp_path, schedule, rates):
+    tiny = tiny_run.config(tmp_path, budget="10steps", schedule=schedule)
+    tiny.save(tmp_path / "c.toml")
+    assert TrainConfig.from_toml(tmp_path / "c.toml") == tiny
+    tiny_run.train(tiny)
+    found = [row["lr"] / 1e-3 for row in tiny_run.rows(tiny.run_dir, of="lr")]
+    assert [found[i] for i in (0, 1, 2, 5, 9)] == pytest.approx(rates)
+
+
+def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path):
+    kept = []
+    for on in (False, True):
+        tiny = tiny_run.config(tmp_path, str(on), gradient_checkpointing=on, budget="3steps")
+        trainer = Trainer(tiny, display=tiny_run.quiet())
+        assert trainer.learner.model.gradient_checkpointing is on
+        trainer.train()
+        kept.append(tiny_run.rows(tiny.run_dir))
+    assert kept[0] == kept[1]
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.utils import documents
-from cs336.utils.documents import read_documents
+from cs336.utils.documents import Document, read_documents, read_texts
 from cs336.utils.special_tokens import END_OF_TEXT
 
 
@@ -17,6 +17,12 @@ def put(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
+
+
+def zst(data):
+    """Two frames, as `cat` of two files makes them."""
+    zstandard = pytest.importorskip("zstandard")
+    return b"".join(map(zstandard.compress, (data[: len(data) // 2], data[len(data) // 2 :])))
 
 
 def jsonl(*texts):
@@ -29,7 +35,7 @@ def test_separators_are_found_across_blocks(tmp_path_factory, texts, block):
     path = put(tmp_path_factory.mktemp("s") / "a.txt", END_OF_TEXT.join(["x" * block, *texts]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK_CHARS", block + len(END_OF_TEXT))
-        assert list(read_documents(path)) == ["x" * block, *texts]
+        assert list(read_texts(path)) == ["x" * block, *texts]
 
 
 @settings(deadline=None, max_examples=50)
@@ -38,7 +44,7 @@ def test_a_lone_text_file_is_cut_at_line_ends(tmp_path_factory, text):
     path = put(tmp_path_factory.mktemp("s") / "a.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_CHARS", 20)
-        pieces = list(documents._read_file(path, END_OF_TEXT, alone=True))
+        pieces = [d.text for d in documents._Reader(END_OF_TEXT, "text", metadata=True).file(path, alone=True)]
     assert "".join(pieces) == text
     assert all(len(p) >= 20 and p[-1] in "\n\r" for p in pieces[:-2])
 
@@ -47,14 +53,14 @@ def test_a_text_file_in_a_directory_is_one_document(tmp_path):
     text = "line\n" * 10_000
     put(tmp_path / "d/a.txt", text)
     put(tmp_path / "d/b.md", f"one{END_OF_TEXT}two")
-    assert list(read_documents(tmp_path / "d")) == [text, "one", "two"]
-    assert len(list(read_documents(tmp_path / "d/a.txt"))) == 7
+    assert list(read_texts(tmp_path / "d")) == [text, "one", "two"]
+    assert len(list(read_texts(tmp_path / "d/a.txt"))) == 7
 
 
 def test_a_long_file_in_a_directory_is_cut(tmp_path):
     text = "line\n" * 300_000
     put(tmp_path / "d/a.txt", text)
-    pieces = list(read_documents(tmp_path / "d"))
+    pieces = list(read_texts(tmp_path / "d"))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) < 9000
 
@@ -63,7 +69,7 @@ def test_a_directory_is_read_without_one_below_it(tmp_path):
     put(tmp_path / "d/a.txt", "one")
     put(tmp_path / "d/e/f/b.txt", "two")
     put(tmp_path / "d/e/g/c.txt", "three")
-    assert list(read_documents(tmp_path / "d", without=tmp_path / "d" / "e" / ".." / "e" / "f")) == ["one", "three"]
+    assert list(read_texts(tmp_path / "d", without=tmp_path / "d" / "e" / ".." / "e" / "f")) == ["one", "three"]
 
 
 def test_a_directory_is_read_in_sorted_order(tmp_path):
@@ -77,29 +83,32 @@ def test_a_directory_is_read_in_sorted_order(tmp_path):
     put(tmp_path / "a/image.png", b"\x89PNG\0\0")
     put(tmp_path / "a/empty.txt", " \n")
     (tmp_path / "a/dangling").symlink_to("nowhere")
-    assert list(read_documents(tmp_path)) == ["top", "az", "b1", "b1 again", "b2"]
-    assert list(read_documents([tmp_path / "b/2.txt", tmp_path / "a"])) == ["b2", "az"]
+    assert list(read_texts(tmp_path)) == ["top", "az", "b1", "b1 again", "b2"]
+    assert list(read_texts([tmp_path / "b/2.txt", tmp_path / "a"])) == ["b2", "az"]
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress), (".zst", zst)],
 )
 def test_compressed(tmp_path, suffix, compress):
-    assert list(read_documents(put(tmp_path / f"a.txt{suffix}", compress(b"hello")))) == ["hello"]
+    assert list(read_texts(put(tmp_path / f"a.txt{suffix}", compress(b"hello")))) == ["hello"]
+    with pytest.raises(ValueError, match=r"a\.txt.* is damaged"):
+        list(read_texts(put(tmp_path / f"a.txt{suffix}", compress(b"hello" * 999)[:-1])))
     whole = compress(jsonl("one", "two" * 9999).encode())
     path = put(tmp_path / f"a.jsonl{suffix}", whole)
-    assert list(read_documents(path)) == ["one", "two" * 9999]
+    assert list(read_texts(path)) == ["one", "two" * 9999]
     for damaged in (whole[:-20], whole[:20] + b"\x55" * 20 + whole[40:], b"nonsense"):
         put(path, damaged)
         with pytest.raises(ValueError, match=r"damaged|expected an object") as error:
-            list(read_documents(path))
+            list(read_texts(path))
         assert str(path) in str(error.value)
 
 
 def test_bad_utf8_is_replaced(tmp_path):
-    assert list(read_documents(put(tmp_path / "a.txt", b"caf\xe9\r\n"))) == ["caf\ufffd\r\n"]
-    assert list(read_documents(put(tmp_path / "a.jsonl", b'{"text": "caf\xe9"}'))) == ["caf\ufffd"]
-    (text,) = read_documents(put(tmp_path / "a.jsonl", rb'{"text": "a\ud800b"}'))
+    assert list(read_texts(put(tmp_path / "a.txt", b"caf\xe9\r\n"))) == ["caf\ufffd\r\n"]
+    assert list(read_texts(put(tmp_path / "a.jsonl", b'{"text": "caf\xe9"}'))) == ["caf\ufffd"]
+    (text,) = read_texts(put(tmp_path / "a.jsonl", rb'{"text": "a\ud800b"}'))
     text.encode()
     assert text[0] + text[-1] == "ab"
 
@@ -107,10 +116,10 @@ def test_bad_utf8_is_replaced(tmp_path):
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"txt": "a"}', '{"text": 3}', "[" * 100_000])
 def test_a_bad_json_line_is_named(tmp_path, line):
     path = put(tmp_path / "a.jsonl", jsonl("fine") + "\n" + line + "\n")
-    documents = read_documents(path)
-    assert next(documents) == "fine"
+    found = read_texts(path)
+    assert next(found) == "fine"
     with pytest.raises(ValueError, match=r"a\.jsonl:3"):
-        next(documents)
+        next(found)
 
 
 def test_parquet(tmp_path):
@@ -118,25 +127,61 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "three"]}), path)
-    assert list(read_documents(path)) == ["one", "three"]
+    assert list(read_texts(path)) == ["one", "three"]
     parquet.write_table(pyarrow.table({"body": ["one"]}), path)
     with pytest.raises(ValueError, match='no column "text", only: body'):
-        list(read_documents(path))
+        list(read_texts(path))
     parquet.write_table(pyarrow.table({"text": [1]}), path)
     with pytest.raises(ValueError, match="must hold strings, got int"):
-        list(read_documents(path))
+        list(read_texts(path))
     with pytest.raises(ValueError, match="not a parquet file"):
-        list(read_documents(put(path, b"nonsense")))
+        list(read_texts(put(path, b"nonsense")))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'cs336\[data\]'"):
-        list(read_documents(put(tmp_path / "a.parquet", b"")))
+        list(read_texts(put(tmp_path / "a.parquet", b"")))
 
 
 def test_missing_and_binary(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist: expected a text"):
-        list(read_documents(tmp_path / "nowhere"))
+        list(read_texts(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="is binary"):
-        list(read_documents(put(tmp_path / "a.png", b"\x89PNG\0\0")))
+        list(read_texts(put(tmp_path / "a.png", b"\x89PNG\0\0")))
+
+
+def test_a_document_knows_where_it_came_from(tmp_path):
+    lines = put(tmp_path / "d/a.jsonl", '{"text": "one", "id": 7, "url": "u"}\n\n{"text": "two"}\n')
+    text = put(tmp_path / "d/b.txt", f"three{END_OF_TEXT}four")
+    put(tmp_path / "d/c.txt", "five")
+    one, two, three, four, five = read_documents(tmp_path / "d")
+    assert one == Document("one", "7", str(lines), {"url": "u"})
+    assert two == Document("two", f"{lines}:3", str(lines), {})
+    assert (three.id, four.id, four.source, five.id) == (f"{text}:1", f"{text}:2", str(text), str(tmp_path / "d/c.txt"))
+    assert [d.metadata for d in read_documents(lines, metadata=False)] == [{}, {}]
+
+
+def test_the_columns_of_a_parquet_file_are_metadata(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": ["x", "y"], "body": ["one", "two"], "score": [0.5, 0.25]}), path)
+    assert list(read_documents(path, text_field="body")) == [
+        Document("one", "x", str(path), {"score": 0.5}),
+        Document("two", "y", str(path), {"score": 0.25}),
+    ]
+    first = next(read_documents(path, text_field="body", metadata=False))
+    assert (first.id, first.metadata) == ("x", {})
+
+
+def test_the_text_may_be_in_another_field(tmp_path):
+    path = put(tmp_path / "a.jsonl", '{"content": "one", "title": "t"}\n')
+    assert list(read_texts(path, text_field="content")) == ["one"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*\{\"text\": .*it has 'content', 'title': name one"):
+        list(read_texts(path))
+
+
+def test_zstandard_is_asked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ImportError, match=r"a\.jsonl\.zst needs zstandard: pip install 'cs336\[data\]'"):
+        list(read_texts(put(tmp_path / "a.jsonl.zst", b"(\xb5/\xfd")))

@@ -32,8 +32,8 @@ def test_path_list(tmp_path):
     assert path_list("a") == path_list(["a"]) == path_list(path_list("a"))
 
 
-def test_a_missing_directory_is_an_error_of_the_file_asked_for(tmp_path):
+def test_a_missing_directory_is_named(tmp_path):
     path = tmp_path / "none" / "a.json"
     with pytest.raises(FileNotFoundError) as caught, replacing(path):
         pass
-    assert caught.value.filename == str(path)
+    assert caught.value.filename == str(path.parent)

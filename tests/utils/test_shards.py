@@ -150,10 +150,39 @@ def test_sidecar_is_plain_json(tmp_path):
     meta = write(tmp_path, range(20))
     found = json.loads((tmp_path / shards.META).read_text())
     assert found["tokens"] == meta.tokens == 20
-    assert set(found) == {"tokenizer", "vocab_size", "eot_id", "documents", "tokens", "text_bytes", "shards", "format"}
+    counts = {"documents", "tokens", "text_bytes"}
+    assert set(found) == {"tokenizer", "tokenizer_file", "vocab_size", "eot_id", "shards", "format"} | counts
 
 
 def test_the_folder_above_says_which_are_inside(tmp_path):
     write(tmp_path / "train", [1, 2, 0])
     with pytest.raises(ValueError, match=r"did you mean .*train\?"):
         read_meta(tmp_path)
+
+
+@pytest.mark.parametrize(("at", "end"), [(0, 9), (3, 9), (4, 9), (7, 9), (5, 6)])
+def test_a_writer_goes_on_where_another_died(tmp_path, at, end):
+    write(tmp_path / "whole", range(end), shard_tokens=4)
+    settings = {"vocab_size": 1000, "tokenizer": "t", "eot_id": 0, "shard_tokens": 4}
+    died = ShardWriter(tmp_path / "a", **settings)
+    died.write(np.arange(at), documents=1, text_bytes=5)
+    state = json.loads(json.dumps(died.state_dict()))
+    died.write(np.full(6, 7))  # after the record: written again by the next
+    died._file.flush()
+    with ShardWriter(tmp_path / "a", **settings) as writer:
+        assert writer.load_state_dict(state)
+        writer.write(np.arange(at, end), text_bytes=5)
+    names = [path.name for path in (tmp_path / "whole").iterdir()]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(names)
+    for name in names:
+        if name != shards.META:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (writer.meta.tokens, writer.meta.documents, writer.meta.text_bytes) == (end, 1, 10)
+
+
+def test_a_writer_whose_shards_are_gone_is_not_gone_on_with(tmp_path):
+    died = ShardWriter(tmp_path, **SMALL)
+    died.write(np.ones(3, int))
+    state = died.state_dict()
+    (tmp_path / ".unfinished/00000.bin").unlink()
+    assert not ShardWriter(tmp_path, **SMALL).load_state_dict(state)

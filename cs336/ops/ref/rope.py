@@ -12,7 +12,8 @@ def fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         x1, x2 = wide[..., 0 : 2 * pairs : 2], wide[..., 1 : 2 * pairs : 2]
         y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
     else:
-        x1, x2 = wide[..., :pairs], wide[..., pairs : 2 * pairs]
+        whole = 2 * pairs == x.shape[-1]  # two slices would be slower to differentiate
+        x1, x2 = (wide if whole else wide[..., : 2 * pairs]).chunk(2, -1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
     return torch.cat((y.to(x.dtype), x[..., 2 * pairs :]), -1) if 2 * pairs < x.shape[-1] else y.to(x.dtype)
 

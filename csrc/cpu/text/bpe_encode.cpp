@@ -3,24 +3,8 @@
 #include <algorithm>
 #include <span>
 #include <stdexcept>
-#include <unordered_set>
 
 namespace cs336::text {
-namespace {
-
-// Ascending.
-std::vector<uint32_t> ordinary_ids(const Tokens& tokens, const std::vector<uint32_t>& special_ids) {
-  const std::unordered_set<uint32_t> special(special_ids.begin(), special_ids.end());
-  std::vector<uint32_t> ids;
-  for (const auto& [id, bytes] : tokens) {
-    if (!special.contains(id)) ids.push_back(id);
-  }
-  std::sort(ids.begin(), ids.end());
-  return ids;
-}
-
-}  // namespace
-
 Encoder::Lease::Lease(const Encoder& encoder) : encoder_(encoder) {
   for (auto& slot : encoder_.caches_) {
     if (slot.load(std::memory_order_relaxed) == nullptr) continue;
@@ -40,18 +24,17 @@ Encoder::Lease::~Lease() {
   }
 }
 
-Encoder::Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges,
-                 bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids,
-                 Splitter splitter)
+Encoder::Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const std::array<uint32_t, 256>& byte_ids,
+                 const std::vector<Merge>& merges, bool any_split, std::vector<std::string> specials,
+                 std::vector<uint32_t> special_ids, Splitter splitter)
     : tokens_(tokens),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)),
-      merger_(any_split ? Merger(tokens_, byte_ids, ordinary_ids(tokens, special_ids_))
-                        : Merger(tokens_, byte_ids, merges)),
+      merger_(any_split ? Merger(tokens_, byte_ids, ordinary) : Merger(tokens_, byte_ids, merges)),
       rows_(tokens_.size()) {
   std::vector<uint32_t> ids;
-  for (const uint32_t id : ordinary_ids(tokens, special_ids_)) {
+  for (const uint32_t id : ordinary) {
     const std::string_view bytes = tokens_[id];
     if (!any_split) {
       ids.resize(bytes.size());
@@ -188,7 +171,8 @@ void Encoder::refuse(const std::string& id) const {
 template <class Id>
 void Encoder::decode(const Id* ids, size_t count, Buffer<char>& out) const {
   constexpr size_t kSome = 4096;
-  for (size_t some; count > 0; ids += some, count -= some) {
+  PollEvery<64> poll;
+  for (size_t some; count > 0; ids += some, count -= some, poll()) {
     some = std::min(count, kSome);
     char* next = out.room(some * sizeof(Row));
     const auto flush = [&] { out.advance(static_cast<size_t>(next - (out.data() + out.size()))); };

@@ -20,12 +20,14 @@ namespace cs336::text {
 
 class Encoder {
  public:
-  // tokens: id and bytes of each, special tokens too; the ids of special tokens are never the result of a merge.
+  // tokens: id and bytes of each, special tokens too.
+  // ordinary: the ids of those that text may merge to, ascending.
   // byte_ids: the token of each byte, or kNoId.
   // any_split: merge any two tokens that together are a token, and take the id for the rank (tiktoken's rule);
   // `merges` is then empty. A whole piece that is a token is then that token, whatever its merges say.
-  Encoder(const Tokens& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges,
-          bool any_split, std::vector<std::string> specials, std::vector<uint32_t> special_ids, Splitter splitter);
+  Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const std::array<uint32_t, 256>& byte_ids,
+          const std::vector<Merge>& merges, bool any_split, std::vector<std::string> specials,
+          std::vector<uint32_t> special_ids, Splitter splitter);
   ~Encoder();
 
   // A cache of words for one thread, taken out of those at rest, or made where all are in use. A thread keeps it for as

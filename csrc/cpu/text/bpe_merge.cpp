@@ -9,6 +9,8 @@
 #include <string>
 #include <unordered_map>
 
+#include "cpu/text/interrupt.h"
+
 namespace cs336::text {
 namespace {
 
@@ -190,19 +192,21 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
   };
   std::vector<Node> nodes(size);
   std::vector<Candidate> candidates;
-  const auto last = static_cast<uint32_t>(size - 1);
-  for (uint32_t i = 0; i <= last; ++i) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoRank};
-  for (uint32_t i = 0; i < last; ++i) {
-    nodes[i].rank = byte_ranks_[piece[i] << 8 | piece[i + 1]];
-    if (nodes[i].rank < below) candidates.push_back({nodes[i].rank, i});
-  }
+  candidates.reserve(size);
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
+  const auto last = static_cast<uint32_t>(size - 1);
+  PollEvery<1 << 12> poll;
+  for (uint32_t i = 0; i <= last; ++i, poll()) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoRank};
+  for (uint32_t i = 0; i < last; ++i, poll()) {
+    nodes[i].rank = byte_ranks_[piece[i] << 8 | piece[i + 1]];
+    if (nodes[i].rank < below) queue.push({nodes[i].rank, i});
+  }
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
     node.rank = node.next <= last ? ranks_.find(node.id, nodes[node.next].id) : kNoRank;
     if (node.rank < below) queue.push({node.rank, i});
   };
-  while (!queue.empty()) {
+  for (; !queue.empty(); poll()) {
     const Candidate top = queue.top();
     queue.pop();
     Node& node = nodes[top.position];

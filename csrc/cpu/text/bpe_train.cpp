@@ -269,7 +269,8 @@ class Trainer {
 
   template <class Visit>
   void each_pair(size_t part, Visit&& visit) const {
-    for (uint32_t place = text_.begin_of(part), next; place < text_.end_of(part); place = next) {
+    PollEvery<1 << 16> poll;
+    for (uint32_t place = text_.begin_of(part), next; place < text_.end_of(part); place = next, poll()) {
       const uint32_t left = text_[place];
       next = place + (left == kNone ? 1 : sizes_[left]);
       if (left != kNone && text_[next] != kNone) visit(left, text_[next], place);
@@ -351,6 +352,7 @@ class Trainer {
   }
 
   void merge(uint32_t number) {
+    Interrupt::poll();
     const uint32_t left = pairs_[number].left, right = pairs_[number].right;
     const auto made = static_cast<uint32_t>(tokens_.size());
     add_token(tokens_[left] + tokens_[right]);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <stdexcept>
+#include <iterator>
 
 #include "cpu/text/byte_masks.h"
 #include "cpu/text/scanners.h"
@@ -48,14 +48,22 @@ class Block {
     if (is_.high == 0) return;
     const uint64_t first = ideographs(begin_);
     tail_ = first << 1 | first << 2;
-    caseless_ = first | tail_;
-    for (uint64_t left = is_.high & ~caseless_; left != 0;) {
+    (Scanner::kApart ? apart_ : caseless_) = first | tail_;
+    for (uint64_t left = is_.high & ~(first | tail_); left != 0;) {
       const int i = std::countr_zero(left);
       if (i >= limit_) break;
       const Char c = multibyte_at(begin_ + i, end_);
       const uint64_t bytes = bit(i + c.size) - bit(i);
       left &= ~bytes;
       tail_ |= bytes & ~bit(i);
+      if (c.cls & Scanner::kApart) {
+        if (!(c.cls & kLetter)) {
+          limit_to(i);
+          break;
+        }
+        apart_ |= bytes;
+        continue;
+      }
       if (c.cls & kLetter) is_.letter |= bytes;
       if (c.cls & kLower) is_.lower |= bytes;
       if (c.cls & kUpper) is_.upper |= bytes;
@@ -67,16 +75,18 @@ class Block {
   }
 
   uint64_t letters() const { return is_.letter | caseless_; }
-  uint64_t symbols() const { return ~(letters() | is_.number | is_.white); }
+  uint64_t symbols() const { return ~(letters() | apart_ | is_.number | is_.white); }
   static uint64_t run_starts(uint64_t mask) { return mask & ~(mask << 1); }
   // Of the run that ends before bit i.
   static int run_start(uint64_t mask, int i) { return 64 - std::countl_zero(~mask & (bit(i) - 1)); }
 
-  uint64_t starts(Gpt2) {
+  template <bool kDigits>
+  uint64_t starts(Gpt2<kDigits>) {
     const uint64_t white = is_.white;
     uint64_t starts = run_starts(letters()) | run_starts(is_.number) | run_starts(symbols());
     starts &= ~(is_.space << 1);                            // a space goes with what follows it
     starts |= run_starts(white) | (white & ~(white >> 1));  // the last of a run is a piece, or that space
+    if (kDigits) starts = (starts & ~(white & (white << 1) & (is_.number >> 1))) | is_.number;
     for (uint64_t left = is_.apostrophe & starts; left != 0; left &= left - 1) {
       const int i = std::countr_zero(left);
       const ptrdiff_t e = contraction<false>(begin_ + i, end_) - begin_;
@@ -85,8 +95,8 @@ class Block {
     return starts;
   }
 
-  // What cl100k and o200k have in common. Sets `glued`: newlines that belong to the symbols before them.
-  uint64_t common_starts(uint64_t& glued) {
+  // What cl100k's family and o200k's have in common. Sets `glued`: newlines that belong to the symbols before them.
+  uint64_t common_starts(int numbers, uint64_t& glued) {
     const uint64_t letter = letters(), number = is_.number, symbol = symbols();
     const uint64_t after_symbol = is_.newline & (symbol << 1);
     glued = ((is_.newline + after_symbol) ^ is_.newline) & is_.newline;
@@ -105,15 +115,16 @@ class Block {
     const uint64_t after_one = (second & ~tail_) | ((tail_ + (second & tail_)) & ~tail_);
     starts |= symbol_starts | (run_starts(letter) & ~after_one & ~(blank << 1));
 
-    // Numbers by threes.
+    if (numbers == 1) return starts | number;
     const uint64_t goes_on = number & (number << 1) & (number << 2);
     for (uint64_t threes = run_starts(number); threes != 0; threes = (threes << 3) & goes_on) starts |= threes;
     return starts;
   }
 
-  uint64_t starts(Cl100k) {
+  template <Cl100kRules kRules>
+  uint64_t starts(Cl100k<kRules>) {
     uint64_t glued;
-    uint64_t starts = common_starts(glued);
+    uint64_t starts = common_starts(kRules.numbers, glued);
     for (uint64_t left = is_.apostrophe & starts; left != 0; left &= left - 1) {
       const int i = std::countr_zero(left);
       const ptrdiff_t e = contraction<true>(begin_ + i, end_) - begin_;
@@ -122,17 +133,18 @@ class Block {
     return starts;
   }
 
-  uint64_t starts(O200k) {
+  template <O200kRules kRules>
+  uint64_t starts(O200k<kRules>) {
     uint64_t glued;
-    uint64_t starts = common_starts(glued);
-    for (uint64_t left = (glued << 1) & symbols(); left != 0; left &= left - 1) {  // slashes are glued on as well
+    uint64_t starts = common_starts(kRules.numbers, glued) | run_starts(apart_);
+    for (uint64_t left = kRules.slashes ? (glued << 1) & symbols() : 0; left != 0; left &= left - 1) {
       const int i = std::countr_zero(left);
       if (begin_[i] == '/') limit_to(i);
     }
     starts |= is_.upper & (is_.lower << 1);
     if (const uint64_t mixed = is_.upper & (caseless_ << 1)) limit_to(std::countr_zero(mixed));
     ptrdiff_t last = -1;
-    for (uint64_t left = is_.apostrophe & (letters() << 1); left != 0; left &= left - 1) {
+    for (uint64_t left = kRules.contractions ? is_.apostrophe & (letters() << 1) : 0; left != 0; left &= left - 1) {
       const int i = std::countr_zero(left);
       if (i == last) continue;  // a word takes one contraction
       const ptrdiff_t e = contraction<true>(begin_ + i, end_) - begin_;
@@ -146,49 +158,55 @@ class Block {
   Ptr begin_, end_;
   ByteMasks is_;
   uint64_t caseless_ = 0;
-  uint64_t tail_ = 0;  // bytes of characters after their first
-  int limit_ = 64;     // what starts at and after it is not known
+  uint64_t apart_ = 0;  // letters that are in words of their own
+  uint64_t tail_ = 0;   // bytes of characters after their first
+  int limit_ = 64;      // what starts at and after it is not known
 };
 
 template <class Scanner>
-size_t split_with(std::string_view text, size_t begin, size_t* ends, size_t capacity) {
+size_t split_with(Scanner, std::string_view text, size_t begin, size_t* ends, size_t capacity) {
   const Ptr base = reinterpret_cast<Ptr>(text.data()), end = base + text.size();
   Ptr p = base + begin;
   size_t count = 0;
-  while (p < end && count + 64 <= capacity) {
-    uint64_t starts = Block::starts<Scanner>(p, end) & ~uint64_t{1};
-    if (starts == 0) {
+  if constexpr (!requires { Scanner::kRare; }) {  // one piece at a time
+    while (p < end && count < capacity) {
       p = Scanner::next(p, end);
       ends[count++] = static_cast<size_t>(p - base);
-      continue;
     }
-    const auto offset = static_cast<size_t>(p - base);
-    p += 63 - std::countl_zero(starts);
-    for (; starts != 0; starts &= starts - 1) ends[count++] = offset + static_cast<size_t>(std::countr_zero(starts));
+  } else {
+    while (p < end && count + 64 <= capacity) {
+      uint64_t starts = Block::starts<Scanner>(p, end) & ~uint64_t{1};
+      if (starts == 0) {
+        p = Scanner::next(p, end);
+        ends[count++] = static_cast<size_t>(p - base);
+        continue;
+      }
+      const auto offset = static_cast<size_t>(p - base);
+      p += 63 - std::countl_zero(starts);
+      for (; starts != 0; starts &= starts - 1) ends[count++] = offset + static_cast<size_t>(std::countr_zero(starts));
+    }
   }
   return count;
 }
 
 // The class of the character that ends just before p.
-uint8_t class_before(Ptr begin, Ptr p, Ptr end) {
+uint16_t class_before(Ptr begin, Ptr p, Ptr end) {
   Ptr q = p - 1;
   while (q > begin && p - q < 4 && (*q & 0xC0) == 0x80) --q;
   const Char c = char_at(q, end);
-  return q + c.size == p ? c.cls : uint8_t{kOther};
+  return q + c.size == p ? c.cls : uint16_t{kOther};
 }
 
 }  // namespace
 
+std::optional<Pattern> pattern_named(std::string_view name) {
+  const auto* const found = std::find(std::begin(kPatternNames), std::end(kPatternNames), name);
+  if (found == std::end(kPatternNames)) return std::nullopt;
+  return static_cast<Pattern>(found - std::begin(kPatternNames));
+}
+
 size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends, size_t capacity) {
-  switch (pattern) {
-    case Pattern::kGpt2:
-      return split_with<Gpt2>(text, begin, ends, capacity);
-    case Pattern::kCl100k:
-      return split_with<Cl100k>(text, begin, ends, capacity);
-    case Pattern::kO200k:
-      return split_with<O200k>(text, begin, ends, capacity);
-  }
-  throw std::logic_error("unknown pattern");
+  return with_scanner(pattern, [&](auto scanner) { return split_with(scanner, text, begin, ends, capacity); });
 }
 
 size_t stable_prefix(Pattern pattern, std::string_view text) {

@@ -4,13 +4,20 @@
 #include <array>
 #include <cstddef>
 #include <functional>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "cpu/text/interrupt.h"
+
 namespace cs336::text {
 
-enum class Pattern { kGpt2, kCl100k, kO200k };
+enum class Pattern { kGpt2, kGpt2Digits, kCl100k, kLlama3, kQwen2, kO200k, kTekken, kKimi, kDeepSeek };
+constexpr std::string_view kPatternNames[] = {"gpt2",  "gpt2_digits", "cl100k", "llama3",  "qwen2",
+                                              "o200k", "tekken",      "kimi",   "deepseek"};
+// The one of this name.
+std::optional<Pattern> pattern_named(std::string_view name);
 
 // Writes where each piece of text[begin:] ends, up to `capacity` (at least 64) pieces, and returns how many it wrote.
 // The pieces cover the text, so the next call begins at the last end; the end of `text` is the end of the text.
@@ -33,15 +40,18 @@ class Splitter {
   // batch(begin, ends, count) for at most kBatch pieces at a time, in order.
   template <class Batch>
   void for_each_batch(std::string_view text, Batch&& batch) const {
+    PollEvery<256> poll;
     if (function_) {
       const std::vector<size_t> ends = function_(text);
       for (size_t i = 0; i < ends.size(); i += kBatch) {
+        poll();
         batch(i == 0 ? 0 : ends[i - 1], &ends[i], std::min(kBatch, ends.size() - i));
       }
       return;
     }
     std::array<size_t, kBatch> ends;
     for (size_t begin = 0; begin < text.size();) {
+      poll();
       const size_t count = split(pattern_, text, begin, ends.data(), ends.size());
       batch(begin, static_cast<const size_t*>(ends.data()), count);
       begin = ends[count - 1];

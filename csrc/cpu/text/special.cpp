@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/text/interrupt.h"
+
 namespace cs336::text {
 
 SpecialTokens::SpecialTokens(std::vector<std::string> texts) : texts_(std::move(texts)), nodes_(1) {
@@ -35,8 +37,9 @@ SpecialMatch SpecialTokens::find(std::string_view text, size_t begin, const Toke
       const void* hit = std::memchr(text.data() + i, only_start_, text.size() - i);
       if (hit == nullptr) break;
       i = static_cast<size_t>(static_cast<const char*>(hit) - text.data());
-    } else if (!starts_[static_cast<uint8_t>(text[i])]) {
-      continue;
+    } else {
+      for (PollEvery<1 << 20> poll; i < text.size() && !starts_[static_cast<uint8_t>(text[i])]; ++i) poll();
+      if (i == text.size()) break;
     }
     SpecialMatch match;
     uint32_t node = 0;

@@ -8,8 +8,8 @@
 
 namespace cs336::text {
 
-// Bits, so that a set of classes is one mask. Every character has exactly one.
-enum CharClass : uint8_t {
+// Bits, so that a set of classes is one mask. Every character has exactly one of the first eight.
+enum CharClass : uint16_t {
   kNewline = 1,  // \r and \n, which are white space too
   kBlank = 2,    // the other white space
   kNumber = 4,
@@ -18,14 +18,18 @@ enum CharClass : uint8_t {
   kCaseless = 32,  // Lm, Lo
   kMark = 64,
   kOther = 128,  // punctuation, symbols, controls, unassigned, invalid bytes
+  // Beside those:
+  kPunctuation = 256,  // \p{P} and \p{S}
+  kHan = 512,          // \p{Han}
+  kCjk = 1024,         // U+3040 to U+30FF and U+4E00 to U+9FA5, assigned or not: what DeepSeek splits off
   kSpace = kNewline | kBlank,
   kLetter = kUpper | kLower | kCaseless,
 };
 
-extern const uint8_t* const kClassOf;  // indexed by code point
+extern const uint16_t* const kClassOf;  // indexed by code point
 
 struct Char {
-  uint8_t cls;
+  uint16_t cls;
   uint8_t size;  // bytes
 };
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/text/interrupt.h"
+
 namespace cs336::text {
 namespace {
 
@@ -42,7 +44,8 @@ char* put(uint32_t code, char* out) {
 template <class Unit>
 void to_utf8(const Unit* text, size_t size, Buffer<char>& out) {
   const auto is_half = [](uint32_t code, uint32_t first) { return code - first < 0x400; };
-  for (size_t i = 0; i < size;) {
+  PollEvery<1 << 15> poll;
+  for (size_t i = 0; i < size; poll()) {
     char* const first = out.room(4 * kBlock);
     if (size - i >= kBlock && copy_ascii(text + i, first)) {
       out.advance(kBlock);

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs336.inference.text import TextStream
+from cs336.tokenizer.text_stream import TextStream
 
 
 class Pieces:

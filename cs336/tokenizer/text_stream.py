@@ -18,7 +18,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is now certain. Sets `stopped` once a stop string is complete; then push no more."""
-        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._release(text) if self._stop else text
 
     def close(self) -> str:
         """What was held back; bytes that never became a character are U+FFFD."""

@@ -1,0 +1,35 @@
+"""`cs336 env`, `cs336 bench`."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from cs336.cli.common import Run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def env(arguments: list[str]) -> Run:
+    """What is installed, what is compiled, and what is missing."""
+    from cs336.env import print_env
+
+    def run() -> None:
+        print_env()
+
+    return run
+
+
+def bench(arguments: list[str]) -> Run:
+    """Time the kernels and training beside their peers: `cs336 bench ops`, `cs336 bench train`."""
+    if not (ROOT / "benchmarks" / "run.py").exists():
+        raise FileNotFoundError(
+            "the benchmarks are in the repository, not in an installed package: run this in a clone"
+        )
+
+    def run() -> int:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "benchmarks.run", *arguments]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+
+    return run

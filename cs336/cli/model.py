@@ -1,0 +1,148 @@
+"""What is done with a trained model: `cs336 generate`, `evaluate`, `compare-hf`, `report`."""
+
+import itertools
+import sys
+import warnings
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from cs336.cli.common import MaybePath, Path, Paths, Run
+from cs336.utils.documents import TEXT_FIELD, read_texts
+from cs336.utils.terminal import visible
+
+MOST_DOCUMENTS, MOST_CHARS = 100, 200_000  # of text to compare on: more than a context holds
+RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]
+
+
+def generate(arguments: list[str]) -> Run:
+    """Continue a prompt with a trained model, as it is written."""
+    import torch
+
+    from cs336.inference import SamplingParams, stream
+    from cs336.inference import generate as continue_all
+    from cs336.inference.load import find_model, load_model, load_tokenizer
+    from cs336.tokenizer import convert
+
+    def run(
+        model: Positional[Path],
+        prompt: str = "",
+        num_samples: int = 1,
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            prompt: text to continue; - reads it from standard input, an empty one begins a document.
+            num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: of the weights. auto: as they were saved.
+        """
+        found = find_model(model)
+        loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        network = load_model(found, device, None if dtype == "auto" else getattr(torch, dtype))
+        torch.seed()  # without --seed every run is another
+        shown = visible if sys.stdout.isatty() else str
+        if num_samples == 1:
+            pieces = stream(network, loaded, prompt, sampling)
+            # Together: a prompt that is refused is not written.
+            print(shown(prompt + next(pieces, "")), end="", flush=True)
+            for piece in pieces:
+                print(shown(piece), end="", flush=True)
+            print()
+            return
+        for number, found_text in enumerate(continue_all(network, loaded, prompt, sampling, num_samples=num_samples)):
+            if found_text.dropped and not number:
+                warnings.warn(f"the first {found_text.dropped} tokens of the prompt are not read", stacklevel=1)
+            print(shown(f"{prompt}{found_text.text}"), end="\n\n" if number + 1 < num_samples else "\n")
+
+    return run
+
+
+def evaluate(arguments: list[str]) -> Run:
+    """Loss and bits per byte of a model on text, beside what needs no neural network; writes evaluation.json."""
+    from cs336.evaluation import MOST_TOKENS, evaluate_saved
+
+    def run(
+        model: Positional[Path],
+        text: Paths = (),
+        text_field: str = TEXT_FIELD,
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        max_tokens: int = MOST_TOKENS,
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            text: files or directories of text, JSON lines or parquet; the run's own validation data if there are none.
+            text_field: of JSON lines and parquet: the field that holds the text.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            max_tokens: read about no more than this, spread evenly over the text.
+        """
+        documents = read_texts(text, text_field=text_field) if text else None
+        name = ", ".join(map(str, text))
+        found, place = evaluate_saved(
+            model, documents, text=name, tokenizer=tokenizer, device=device, most_tokens=max_tokens
+        )
+        print(f"loss {found.loss:.4f} nats per token\nbits per byte")
+        rows = [("this model", found.bits_per_byte, found.how)]
+        rows += [(b.name, b.bits_per_byte, b.how) for b in found.baselines]
+        for label, bits, how in sorted(rows, key=lambda row: row[1]):
+            print(f"{bits:7.3f}  {label:<14}{how}")
+        print(found.save(place))
+
+    return run
+
+
+def compare_hf(arguments: list[str]) -> Run:
+    """A model beside transformers' reading of the same files: likelihoods, greedy tokens, the worst difference."""
+    import torch
+
+    from cs336.inference.compare import compare_huggingface
+    from cs336.inference.load import find_model
+
+    def run(
+        model: Positional[Path],
+        text: tuple[Path, ...],
+        text_field: str = TEXT_FIELD,
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        new_tokens: int = 64,
+    ) -> None:
+        """
+        Args:
+            model: a directory in the Hugging Face layout, or a finished run.
+            text: files or directories of text, JSON lines or parquet; read until the model's context is full.
+            text_field: of JSON lines and parquet: the field that holds the text.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: that both compute in.
+            new_tokens: continued greedily from the first half of the text.
+        """
+        documents = itertools.islice(read_texts(text, text_field=text_field), MOST_DOCUMENTS)
+        read = "\n".join(documents)[:MOST_CHARS]
+        print(compare_huggingface(find_model(model), read, device, dtype=getattr(torch, dtype), new_tokens=new_tokens))
+
+    return run
+
+
+def report(arguments: list[str]) -> Run:
+    """Write a run directory's report.html, or one page that compares several."""
+    from cs336.report import write_comparison, write_report
+
+    def run(run_dirs: Positional[RunDirs], output: Path = Path("comparison.html")) -> None:  # noqa: B008 (immutable)
+        """
+        Args:
+            run_dirs: of training runs, finished or not.
+            output: the page, of several runs.
+        """
+        if not run_dirs:
+            raise ValueError("there is nothing to report: name a run directory")
+        print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
+
+    return run

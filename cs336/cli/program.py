@@ -1,0 +1,112 @@
+"""The program: finds the verb, runs it, and turns what went wrong into a sentence and an exit status."""
+
+import inspect
+import os
+import sys
+import warnings
+
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+from cs336 import __version__
+from cs336.cli import tokenizer
+from cs336.cli.common import Make, Run, Stopped
+from cs336.cli.env import bench, env
+from cs336.cli.model import compare_hf, evaluate, generate, report
+from cs336.cli.quickstart import quickstart
+from cs336.cli.train import train
+
+DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
+
+VERBS: dict[str, Make] = {
+    "quickstart": quickstart,
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "compare-hf": compare_hf,
+    "report": report,
+    "env": env,
+    "bench": bench,
+}
+OWN_OPTIONS = {"train", "bench"}  # which read the rest of the command line themselves
+TOKENIZER_VERBS: dict[str, Run] = {
+    "train": tokenizer.train,
+    "encode": tokenizer.encode,
+    "decode": tokenizer.decode,
+    "inspect": tokenizer.inspect,
+    "convert": tokenizer.convert,
+    "compare": tokenizer.compare,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb. The exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
+            status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except (Stopped, KeyboardInterrupt) as stop:
+        if isinstance(stop, KeyboardInterrupt):
+            print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `cs336 ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("CS336_DEBUG") == "1":
+            raise
+        hint = " (CS336_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            hint = (
+                ": only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
+            )
+        print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb == "--version":
+        print(f"cs336 {__version__}")
+        return 0
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp reads this when torch loads. By default threads spin for milliseconds while they wait for each other.
+        # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if verb in OWN_OPTIONS:
+        return VERBS[verb](rest)() or 0
+    app = tyro.extras.SubcommandApp()
+    for name, make in VERBS.items():
+        app.command(name=name)(_described(make, rest) if name == verb else _named(make))
+    nested = tyro.extras.SubcommandApp()
+    for name, run in TOKENIZER_VERBS.items():
+        nested.command(name=name)(run)
+    app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    return (
+        app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
+    )
+
+
+def _named(make: Make) -> Run:
+    """In the list of verbs: the first line of its description."""
+
+    def run() -> None:
+        raise AssertionError(f"{make.__name__} was not made")
+
+    run.__doc__ = (make.__doc__ or "").partition("\n")[0]
+    return run
+
+
+def _described(make: Make, rest: list[str]) -> Run:
+    """The verb itself: its description, then that of its arguments."""
+    run = make(rest)
+    run.__doc__ = inspect.cleandoc(make.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
+    return run
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

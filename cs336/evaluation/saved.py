@@ -1,0 +1,49 @@
+"""Evaluation of a model where training left it: an export, a run directory, or one checkpoint."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from cs336.evaluation.evaluation import MOST_TOKENS, Evaluation, evaluate, evaluate_text, last_step
+from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.tokenizer import convert
+from cs336.training import TrainConfig
+
+
+def evaluate_saved(
+    path: str | os.PathLike,
+    documents: Iterable[str] | None = None,
+    *,
+    text: str = "",
+    tokenizer: str | os.PathLike | None = None,
+    device: str = "auto",
+    most_tokens: int = MOST_TOKENS,
+) -> tuple[Evaluation, pathlib.Path]:
+    """Evaluate on documents, or on the run's own validation data, and say into which directory that belongs.
+
+    Args:
+        text: names the documents.
+        tokenizer: tokenizer.json, ours or Hugging Face's; None: the one that is where the model is.
+
+    Raises FileNotFoundError where there is no model or tokenizer, ValueError for text that cannot be measured.
+    """
+    found = find_model(path)
+    checkpoint = not (found / "config.json").exists()
+    place = found.parent.parent if checkpoint else found
+    if (found.parent / "config.toml").exists():
+        place = found.parent  # of an export, its run
+    saved = place / "config.toml"
+    data = TrainConfig.from_toml(saved).data if saved.exists() else None
+    if documents is None and (data is None or data.val is None):
+        raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
+    encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
+    model = load_model(found, device)
+    train = data.train if data is not None and data.train.is_dir() else None
+    step = int(found.name.removeprefix("step_")) if checkpoint else last_step(place)
+    if documents is not None:
+        how: dict[str, Any] = {"text": text, "most_tokens": most_tokens, "step": step}
+        return evaluate_text(model, encoder, documents, train, **how), place
+    assert data is not None  # as asked above
+    assert data.val is not None
+    return evaluate(model, encoder, data.val, train, most_tokens=most_tokens, step=step), place

@@ -1,0 +1,83 @@
+"""What a model takes of a device's memory, added up from its description before anything is allocated.
+
+Counted as eager torch keeps it, with attention that recomputes its scores; torch.compile keeps less. Left out are the
+rotary tables, workspaces of libraries, and what a caching allocator holds in reserve.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from cs336.models.config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what they are for."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    casts: int = 0
+    """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward."""
+    activations: int = 0
+    """Kept for the backward, of all but the head; with gradient checkpointing, and while one block is recomputed."""
+    logits: int = 0
+    """Of all tokens at once, and what their gradient takes."""
+    state: int = 0
+    """Of the sequences that are being decoded."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size / 2**20:,.1f}" for name, size in dataclasses.asdict(self).items() if size]
+        return f"{self.total / 2**20:,.1f} MiB ({', '.join(parts)})"
+
+
+def training_memory(
+    config: TransformerConfig,
+    batch_size: int,
+    *,
+    context_length: int | None = None,
+    weight_bytes: int = 4,
+    compute_bytes: int | None = None,
+    optimizer_bytes: int = 8,
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
+) -> Memory:
+    """Of a training step at its peak: when the backward begins, of a micro-batch that adds to gradients already there.
+
+    Args:
+        batch_size: sequences of a forward pass, of context_length tokens (the config's if None).
+        weight_bytes: of a weight, and of its gradient.
+        compute_bytes: of an activation: 2 under autocast to bfloat16. None: weight_bytes.
+        optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
+        compiled: torch.compile makes one pass of the loss's backward.
+    """
+    width = weight_bytes if compute_bytes is None else compute_bytes
+    tokens = batch_size * (config.context_length if context_length is None else context_length)
+    parameters, V = config.num_parameters(), config.vocab_size
+    capped = width * V if config.logit_softcap is None or compiled else 8 * V  # float32 before and after the cap
+    gradient = (width if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
+    logits = tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
+    activations = tokens * config.activation_bytes(width, gradient_checkpointing=gradient_checkpointing)
+    if gradient_checkpointing:  # the logits are gone when the first block is recomputed
+        block = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
+        activations += max(0, tokens * block - logits)
+    return Memory(
+        weights=weight_bytes * parameters,
+        gradients=weight_bytes * parameters,
+        optimizer=optimizer_bytes * parameters,
+        casts=0 if width == weight_bytes else width * config.flops_per_token(0) // 6,  # the weights that multiply
+        activations=activations,
+        logits=logits,
+    )
+
+
+def decoding_memory(
+    config: TransformerConfig, batch_size: int, max_len: int | None = None, *, width: int = 2
+) -> Memory:
+    """Of batch_size sequences of up to max_len tokens (context_length if None), `width` bytes an element."""
+    state = batch_size * config.state_bytes(max_len, width)
+    return Memory(weights=width * config.num_parameters(), state=state)

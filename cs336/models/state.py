@@ -1,0 +1,64 @@
+"""What a model keeps of the tokens before, while it decodes: a state a mixer, and how many tokens they hold.
+
+    state = model.new_state(batch_size=2, max_len=128)
+    logits = model(prompts, state=state)        prompts padded on the right
+    state.truncate(prompt_lengths)              forgets the padding
+    logits = model(next_ids, state=state)       each row goes on at its own position
+
+No step changes a shape or waits for the device. B = batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cs336.nn import MixerState
+
+
+class DecodingState:
+    def __init__(self, layers: Sequence[MixerState], lengths_B: Tensor, max_len: int):
+        self.layers = list(layers)
+        self.lengths = lengths_B
+        """(B,) int64: tokens of each row so far. Forward passes add to it in place."""
+        self.max_len = max_len
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.lengths.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Go back to the first lengths (B,) tokens of each row; a row that holds fewer stays as it is.
+
+        Raises ValueError for another number of rows.
+        """
+        lengths_B = torch.as_tensor(lengths, device=self.lengths.device)
+        if lengths_B.shape != self.lengths.shape:
+            raise ValueError(f"lengths must be {self.batch_size} numbers of tokens, got shape {tuple(lengths_B.shape)}")
+        self.lengths.copy_(torch.minimum(self.lengths, lengths_B.clamp(min=0)))
+        for layer in self.layers:
+            layer.truncate(self.lengths)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "DecodingState":
+        """A new state with copies of these rows, in this order; a row may be taken more than once."""
+        rows_N = torch.as_tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        return DecodingState([layer.select(rows_N) for layer in self.layers], self.lengths[rows_N], self.max_len)
+
+    def copy(self) -> "DecodingState":
+        """A new state that goes on apart from this one."""
+        return self.select(range(self.batch_size))
+
+    def check_room(self, tokens: int) -> None:
+        """Raises ValueError if `tokens` more do not fit, where asking costs nothing: on a CPU, not under torch.compile.
+
+        Elsewhere the device checks the index itself.
+        """
+        if self.lengths.device.type != "cpu" or torch.compiler.is_compiling() or not self.batch_size:
+            return
+        if (longest := int(self.lengths.max()) + tokens) > self.max_len:
+            raise ValueError(f"the state has room for {self.max_len} tokens a row, {longest} were to be kept")

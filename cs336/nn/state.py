@@ -1,0 +1,110 @@
+"""Where the tokens of a forward pass stand, and what mixers keep of the tokens before them while decoding.
+
+A row's state holds as many tokens as `context.lengths` says: a tensor, so that a step neither waits for the device nor
+changes a shape, and can be captured in a CUDA graph. B = batch, H = key-value heads, S = new tokens, T = tokens that a
+state has room for, D = features of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the S tokens of a forward pass share in every layer."""
+
+    positions: Tensor | None = None
+    """(S,) or (..., S) integers for rotary positions. None: 0 to S - 1, or behind the state's tokens."""
+    mask: Tensor | None = None
+    """As in ops.attention, broadcastable to (..., H, S, S): what attention may see, causality apart."""
+    segments: Tensor | None = None
+    """(B, S) integers: tokens with different ones are strangers. A mixer without a mask keeps them apart by these."""
+    lengths: Tensor | None = None
+    """(B,) int64: the tokens that the state holds before these. None without a state."""
+
+    @staticmethod
+    def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":
+        """Documents packed in a row: each is a run of equal ids, sees no other, and counts its positions from 0."""
+        if positions is None:
+            column_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
+            begins_BS = segments_BS.diff(prepend=segments_BS[:, :1]) != 0
+            positions = column_S - torch.where(begins_BS, column_S, 0).cummax(-1).values
+        mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
+        return Context(positions, mask_B1SS, segments_BS)
+
+    def slots(self, S: int) -> Tensor:
+        """(B, S): where the new tokens go among those of their row."""
+        if self.lengths is None:
+            raise ValueError("a mixer with a state needs context.lengths, the tokens that each row's state holds")
+        return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
+
+
+class MixerState(Protocol):
+    """What one mixer keeps of the tokens before, for B rows. Its memory is taken once; its shapes do not change."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+
+    def select(self, rows: Tensor) -> Self:
+        """A new state with copies of these rows, int64 (N,), in this order."""
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Go back to the first lengths (B,) tokens of each row, never more than it holds."""
+
+
+class KeyValues:
+    """Attention's state: keys and values (B, T, H, D). What is past a row's length is never attended to."""
+
+    def __init__(self, keys_BTHD: Tensor, values_BTHD: Tensor, *, empty: bool = True):
+        self.keys, self.values = keys_BTHD, values_BTHD
+        self.empty = empty  # nothing was ever written: attention then needs no mask
+
+    @staticmethod
+    def allocate(batch_size: int, max_len: int, num_kv_heads: int, head_dim: int, *, device, dtype) -> "KeyValues":
+        shape = (batch_size, max_len, num_kv_heads, head_dim)
+        # Zeros, for attention gives the slots that are not yet filled a weight of zero, and zero times NaN is NaN.
+        return KeyValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, k_BSHD: Tensor, v_BSHD: Tensor, context: Context) -> None:
+        """Write k and v behind the tokens so far, without their gradients.
+
+        Raises ValueError past the room there is (on a GPU the index is checked by the device), and for a shape or dtype
+        that is not the state's.
+        """
+        B, T, H, D = self.keys.shape
+        if k_BSHD.shape != (B, k_BSHD.shape[1], H, D) or v_BSHD.shape != k_BSHD.shape:
+            raise ValueError(
+                f"k and v must be ({B}, S, {H}, {D}) to fit the state, "
+                f"got {tuple(k_BSHD.shape)} and {tuple(v_BSHD.shape)}"
+            )
+        if k_BSHD.dtype != self.keys.dtype:
+            raise ValueError(f"k is {k_BSHD.dtype}, the state {self.keys.dtype}: make it where the model runs")
+        row_B1 = torch.arange(B, device=self.keys.device)[:, None]
+        slots_BS = context.slots(k_BSHD.shape[1])
+        try:
+            self.keys.index_put_((row_B1, slots_BS), k_BSHD.detach())
+            self.values.index_put_((row_B1, slots_BS), v_BSHD.detach())
+        except IndexError:
+            raise ValueError(
+                f"the state has room for {T} tokens a row, {int(slots_BS.max()) + 1} were to be kept: make a longer one"
+            ) from None
+        self.empty = False
+
+    def visible(self, S: int, context: Context) -> Tensor:
+        """Boolean (B, 1, S, T): the new tokens see all before them, and themselves."""
+        slots_T = torch.arange(self.keys.shape[1], device=self.keys.device)
+        return (slots_T <= context.slots(S)[:, :, None])[:, None]
+
+    def select(self, rows: Tensor) -> "KeyValues":
+        return KeyValues(self.keys[rows], self.values[rows], empty=self.empty)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """What is past the lengths is not seen, and is written over."""

@@ -1,0 +1,114 @@
+"""What is measured and shown between steps: validation, samples. A run has a list of these."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cs336.data import TokenDataset
+from cs336.data.dataset import to_device
+from cs336.models import Transformer
+from cs336.training.budget import PAUSED_PART
+from cs336.training.config import TrainConfig
+from cs336.training.decisions import Pause
+from cs336.training.learner import Learner
+from cs336.training.objectives import Batch, Terms
+from cs336.utils.terminal import visible
+
+EVALS, SAMPLES = 20, 10  # a run, where the configuration does not say
+MOST_TOKENS = 262_144  # of one validation, and of
+LEAST_STEPS, MOST_STEPS = 2, 32  # steps' tokens, where the configuration does not say
+FORWARD_PART = 0.5  # of a step's time, at most: what a forward pass of its batch takes
+
+Sample = Callable[[Transformer], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    metrics: dict[str, float] = field(default_factory=dict)
+    """A row of metrics.jsonl."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of samples.jsonl."""
+    text: str = ""
+    """For the terminal."""
+
+
+class Evaluator(Protocol):
+    pause: Pause
+
+    def __call__(self, learner: Learner, total_steps: int) -> Finding:
+        """Look at the model. total_steps: of the run, as first planned."""
+
+
+class Validation:
+    """Mean loss over part of the data: "val/loss" in nats per token, and "val/bpb" in bits per byte.
+
+    The windows are spread evenly, whole batches of them, and the same each time. Bits per byte need the data's sidecar.
+    """
+
+    def __init__(self, data: TokenDataset, config: TrainConfig):
+        self.data, self.config = data, config
+        self.size = min(config.micro_batch_size or config.batch_size, len(data))
+        self.tokens_per_step = config.batch_size * data.context_length
+        self.pause = Pause("validate", config.eval_interval, EVALS, self._steps)
+
+    def __call__(self, learner: Learner, total_steps: int) -> Finding:
+        # A compiled objective keeps its gradients and mode: without them it would be compiled again.
+        with contextlib.nullcontext() if learner.compiled else learner.evaluating():
+            loss = mean_loss(learner.terms, self.data, self.windows(total_steps), self.size, learner.device)
+        metrics, text = {"val/loss": loss}, f"validation loss {loss:.4f}"
+        meta = self.data.meta
+        if meta is not None and meta.text_bytes:
+            metrics["val/bpb"] = loss * meta.tokens / (math.log(2) * meta.text_bytes)
+            text += f", {metrics['val/bpb']:.4f} bits per byte"
+        return Finding(metrics, text=text)
+
+    def windows(self, total_steps: int) -> int:
+        """How many are read, in a run of so many steps: with the default, no more than a twentieth of them takes."""
+        tokens, interval, affordable = self.config.eval_tokens, self.config.eval_interval, PAUSED_PART / FORWARD_PART
+        if tokens is None:
+            steps = affordable * (total_steps / EVALS if interval is None else interval or total_steps)
+            if interval is None:  # rather seldom than of too little text
+                steps = min(max(steps, LEAST_STEPS), affordable * total_steps)
+            tokens = min(MOST_TOKENS, int(min(steps, MOST_STEPS) * self.tokens_per_step))
+        count = min(len(self.data), max(self.size, tokens // self.data.context_length))
+        return count // self.size * self.size
+
+    def _steps(self, total_steps: int) -> float:
+        return FORWARD_PART * self.windows(total_steps) * self.data.context_length / self.tokens_per_step
+
+
+def mean_loss(
+    terms: Callable[[Batch], Terms], data: TokenDataset, count: int, size: int, device: torch.device | str
+) -> float:
+    """Mean loss over `count` windows spread evenly over the data, `size` at a time."""
+    total = torch.zeros(2, device=device, dtype=torch.float64)
+    for index_B in spread(len(data), count, size):
+        loss, counted, _ = terms(to_device(data.windows(index_B), device))
+        total += torch.stack([loss.detach().double(), counted.double()])
+    loss_sum, num_targets = total.tolist()
+    return loss_sum / num_targets
+
+
+def spread(windows: int, count: int, size: int) -> Iterator[np.ndarray]:
+    """`count` of `windows` indices, evenly, in parts of `size`."""
+    index_N = np.arange(count) * windows // count
+    return iter(np.split(index_N, range(size, count, size)))
+
+
+class Samples:
+    """What the model writes: rows like {"prompt": ..., "text": ...} that `sample` returns, called in eval mode."""
+
+    def __init__(self, sample: Sample, config: TrainConfig):
+        self.sample = sample
+        self.pause = Pause("sample", config.sample_interval, SAMPLES)
+
+    def __call__(self, learner: Learner, total_steps: int) -> Finding:
+        with learner.evaluating() as model:
+            rows = self.sample(model)
+        text = visible(f"{rows[0].get('prompt', '')}{rows[0].get('text', '')}") if rows else ""
+        return Finding(samples=rows, text=text)

@@ -1,0 +1,82 @@
+"""What run.json and the first lines on the terminal say of a run."""
+
+import datetime
+import platform
+import resource
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+from cs336 import __version__
+from cs336.models.memory import Memory, training_memory
+from cs336.training.budget import Plan
+from cs336.training.config import TrainConfig
+from cs336.training.learner import Learner
+from cs336.utils.commit import commit
+
+
+def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dict[str, str | None]) -> dict[str, Any]:
+    """What runs, and on what. data: the fingerprints of the training and validation data."""
+    device = learner.device
+    name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "device": name,
+        "parameters": config.model.num_parameters(),
+        "flops_per_token": config.model.flops_per_token(),
+        "peak_flops": learner.peak_flops,
+        "predicted_memory_bytes": predicted_memory(learner).total,
+        "tokens_per_step": config.batch_size * config.model.context_length,
+        "train_tokens": train_tokens,
+        "data": data,
+        "precision": _precision(learner),
+        "compiled": learner.compiled,
+        "command": shlex.join(sys.argv),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cs336": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def predicted_memory(learner: Learner) -> Memory:
+    """What a step will take of the device's memory."""
+    return training_memory(
+        learner.config.model,
+        learner.micro_batch_size,
+        compute_bytes=learner.dtype.itemsize,
+        gradient_checkpointing=learner.config.gradient_checkpointing,
+        compiled=learner.compiled,
+    )
+
+
+def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens: int) -> str:
+    """The run in a line."""
+    total, tokens = plan.total_steps, config.batch_size * config.model.context_length
+    steps = "as many steps as fit" if total is None else f"{total:,} steps, {total * tokens:,} tokens"
+    return (
+        f"{config.model.num_parameters():,} parameters on {learner.device} "
+        f"({_precision(learner)}{', compiled' if learner.compiled else ''}), {train_tokens:,} tokens of data, "
+        f"budget {config.budget}: {steps}; a step takes about {predicted_memory(learner).total / 2**20:,.0f} MiB"
+    )
+
+
+def memory_used(learner: Learner) -> str:
+    """What was predicted beside what a GPU's allocator gave at most; nothing on a CPU, which does not count it."""
+    if learner.device.type != "cuda":
+        return ""
+    peak, predicted = peak_memory(learner.device), predicted_memory(learner).total
+    return f"memory: {peak / 2**20:,.0f} MiB at most, {peak / predicted - 1:+.0%} of the prediction"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _precision(learner: Learner) -> str:
+    return str(learner.dtype).removeprefix("torch.")

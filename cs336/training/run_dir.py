@@ -1,0 +1,133 @@
+"""A run on disk, which can be killed at any moment.
+
+RUN/config.toml, run.json    what runs, and on what; run.json also holds each budget that the run has been given
+RUN/metrics.jsonl            a row each log_interval and each validation
+RUN/samples.jsonl            what the model wrote
+RUN/checkpoints/step_*       see cs336.training.checkpoint
+RUN/failure.json             why the latest process ended early, if an error ended it
+RUN/export/                  the finished model, in the Hugging Face layout
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cs336.training import checkpoint
+from cs336.training.config import TrainConfig
+from cs336.training.metrics import JsonLines, json_line
+from cs336.utils.files import replacing
+from cs336.utils.locks import locked
+
+
+class RunDir:
+    """The files of one run. Its rows are open within `open_rows`."""
+
+    def __init__(self, path: str | os.PathLike, keep_checkpoints: int):
+        self.path = pathlib.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self.keep_checkpoints = keep_checkpoints
+        self.metrics: JsonLines
+        self.samples: JsonLines
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory and keep other processes out. An error that ends the block is left in failure.json.
+
+        Raises RuntimeError if another process is at this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path), contextlib.ExitStack() as stack:
+            stack.push(self._record_failure)
+            yield
+
+    @contextlib.contextmanager
+    def open_rows(self, upto: int) -> Iterator[None]:
+        """metrics.jsonl and samples.jsonl, cut after step `upto`."""
+        with contextlib.ExitStack() as stack:
+            self.metrics, self.samples = (
+                stack.enter_context(contextlib.closing(JsonLines(self.path / name, upto)))
+                for name in ("metrics.jsonl", "samples.jsonl")
+            )
+            yield
+
+    # ---- what runs ----
+
+    def saved_config(self) -> TrainConfig | None:
+        """Of the run that is there, if it has a checkpoint to continue from."""
+        path = self.path / "config.toml"
+        return TrainConfig.from_toml(path) if path.exists() and self.newest() else None
+
+    def facts(self) -> dict[str, Any]:
+        """run.json; empty where it is not there or torn."""
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        with replacing(self.path / "run.json") as file:
+            json.dump(facts, file, indent=2)
+
+    # ---- checkpoints ----
+
+    def newest(self) -> pathlib.Path | None:
+        """The newest checkpoint, whole or not."""
+        return next(reversed(checkpoint.list_checkpoints(self.checkpoints)), None)
+
+    def load_newest(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+    ) -> pathlib.Path | None:
+        """Load the newest checkpoint that is whole, and return it; those that are damaged are named with `say`.
+
+        Raises ValueError if there are checkpoints and all are damaged, or if it does not fit.
+        """
+        damaged = []
+        for path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
+            try:
+                checkpoint.load_checkpoint(path, model, optimizer)
+            except checkpoint.DamagedError as error:
+                damaged.append(path)
+                say(f"{error}; taking the one before it")
+                continue
+            return path
+        if damaged:
+            raise ValueError(f"every checkpoint in {self.checkpoints} is damaged: use another run_dir to begin anew")
+        return None
+
+    def save(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any]
+    ) -> pathlib.Path:
+        """Write the checkpoint of a step, in place of those that are too old. Rows are on the disk before it is."""
+        self.metrics.sync()
+        self.samples.sync()
+        path = checkpoint.step_path(self.checkpoints, step)
+        for later in checkpoint.list_checkpoints(self.checkpoints):
+            if later > path:  # damaged, or of a run that was gone back in: it would be taken for the newest
+                checkpoint.remove_checkpoint(later)
+        checkpoint.save_checkpoint(model, optimizer, step, path, extra=extra)
+        checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
+        return path
+
+    # ---- failures ----
+
+    def clear_failure(self) -> None:
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    def _record_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        record = {
+            "error": type(error).__name__,
+            "message": str(error) or "interrupted",
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        record |= getattr(error, "record", {})
+        with contextlib.suppress(OSError), replacing(self.path / "failure.json") as file:  # the disk may be full
+            file.write(json_line(record, indent=2))

@@ -1,0 +1,448 @@
+"""Configurations: frozen dataclasses, the TOML tables that they are, and dotted options that change them.
+
+    parse(TrainConfig, {"optimizer": {"kind": "adamw", "lr": 3e-4}, ...})     a table -> a dataclass, checked
+    override(TrainConfig, table, ["--optimizer.lr", "1e-3"])                  options -> another table
+    dumps(config)                                                             a dataclass -> TOML
+
+A choice between classes is a tagged union, Annotated[A | B, pydantic.Field(discriminator="kind")], where each member
+declares kind: Literal["a"] = "a". A table may leave the tag out where the field's default has one. Types are checked as
+they are in JSON: 3 is a float too, "3" and true are no int.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import os
+import pathlib
+import re
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+
+T = TypeVar("T")
+Table = dict[str, Any]
+TAG = "kind"
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def load(kind: type[T], path: str | os.PathLike) -> T:
+    """Read a TOML file. Raises ValueError, naming the file and the key, for what does not fit."""
+    try:
+        return parse(kind, read_table(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_table(path: str | os.PathLike) -> Table:
+    """The table that a TOML file is. Raises ValueError for another file."""
+    return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def parse(kind: type[T], table: Mapping[str, Any]) -> T:
+    """A table as the dataclass `kind`.
+
+    Raises ValueError, naming the key by its dotted path, for one that is unknown (with the known one that is nearest),
+    missing, or of another type, and for what a class refuses itself.
+    """
+    tagged = _with_tags(kind, table)
+    try:
+        # JSON, because there a list is a tuple and a string a path, while types stay strict.
+        return _adapter(typing.cast(type, kind)).validate_json(json.dumps([tagged], default=str), strict=True)[0]
+    except pydantic.ValidationError as error:
+        raise ValueError(_message(kind, tagged, error)) from None
+
+
+def to_table(config: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars: its tag first, without fields that are None."""
+    if dataclasses.is_dataclass(config):
+        names = sorted((f.name for f in dataclasses.fields(config)), key=lambda name: name != TAG)
+        fields = ((name, getattr(config, name)) for name in names)
+        return {name: to_table(value) for name, value in fields if value is not None}
+    if isinstance(config, Mapping):
+        return {str(key): to_table(value) for key, value in config.items() if value is not None}
+    if isinstance(config, list | tuple):
+        return [to_table(value) for value in config]
+    return str(config) if isinstance(config, os.PathLike) else config
+
+
+def dumps(config: Any) -> str:
+    """A dataclass as TOML. Raises ValueError for a None in a list, which TOML does not have."""
+    return "\n".join(_toml_lines(to_table(config), ())) + "\n"
+
+
+# ---- dotted options ----
+
+
+def override(kind: type, table: Mapping[str, Any], options: Sequence[str]) -> Table:
+    """The table with options applied: `--a.b 3`, `--a.b=3`, `--a.b 0.9 0.95` for a list, `--a.b` for true.
+
+    Dashes stand for underscores, a number for the place in a list (`--layers.0.mlp.kind moe`), None for a field that is
+    left out. Another tag than the table's begins from that class's own defaults. Raises ValueError for an unknown key.
+    """
+    changed: Table = _with_tags(kind, to_table(table))
+    for key, words in _pairs(options):
+        path = tuple(re.sub("-", "_", key).split("."))
+        _set(kind, changed, path, words)
+    return changed
+
+
+def _pairs(options: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    words = list(options)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise ValueError(f"expected an option like --optimizer.lr 3e-4, got {word!r}")
+        key, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        yield key, values
+
+
+def _set(kind: Any, table: Any, path: tuple[str, ...], words: list[str]) -> None:
+    *parents, last = path
+    hint, place, above = kind, table, ""
+    for name in parents:
+        hint = _member(hint, place, name, above)
+        above += f"{name}."
+        if isinstance(place, list):
+            place = place[_index(place, name, above[:-1])]
+        else:
+            place = place.setdefault(name, {})
+    value = _value(_member(hint, place, last, above), words, ".".join(path))
+    if isinstance(place, list):
+        place[_index(place, last, f"{above}{last}")] = value
+        return
+    if last == TAG and _tag(hint, place) != value:
+        place.clear()
+    if value is None:
+        place.pop(last, None)
+    else:
+        place[last] = value
+
+
+def _index(place: list, name: str, path: str) -> int:
+    if name.isdecimal() and int(name) < len(place):
+        return int(name)
+    raise ValueError(f"{path}: expected a place in a list of {len(place)}")
+
+
+def _member(hint: Any, table: Any, name: str, above: str) -> Any:
+    """The type that stands at `name` in a table of type `hint`."""
+    hint = _plain(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (tuple, list):
+        return args[0]
+    if origin is dict:
+        return args[1]
+    classes = [c for c in _classes(hint) if name in _hints(c)]
+    if not classes:
+        raise ValueError(_unknown(_classes(hint), name, above))
+    tag = _tag(hint, table)
+    chosen = [c for c in classes if name == TAG or tag is None or _tag_of(c) == tag]
+    if not chosen:
+        raise ValueError(f"unknown key {above}{name} of {TAG} {tag!r}; it is of {TAG} {_tag_of(classes[0])!r}")
+    if name == TAG:
+        return Literal[tuple(_tag_of(c) for c in classes)]  # type: ignore[misc]
+    return _hints(chosen[0])[name]
+
+
+def _value(hint: Any, words: list[str], key: str) -> Any:
+    """The words of an option as the type of its field; what does not fit stays text, which `parse` refuses by name."""
+    hint = _plain(hint)
+    if typing.get_origin(hint) in (tuple, list) and not (len(words) == 1 and words[0].startswith("[")):
+        return [_value(typing.get_args(hint)[0], [word], key) for word in words]
+    if not words:
+        return True
+    if len(words) > 1:
+        raise ValueError(f"--{key} takes one value, got {' '.join(words)}")
+    (word,) = words
+    if word == "None":
+        return None
+    if hint is str or hint is pathlib.Path or (typing.get_origin(hint) is Literal):
+        return word
+    try:
+        return tomllib.loads(f"value = {word.lower() if word in ('True', 'False') else word}")["value"]
+    except ValueError:
+        return _number(word)
+
+
+def _number(word: str) -> Any:
+    try:
+        return float(word)  # 1e5, .5 and 3., which TOML does not read
+    except ValueError:
+        return word
+
+
+# ---- what the keys are ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    name: str
+    """Dotted path."""
+    type: str
+    """int, float, 'adamw' | 'muon', ..."""
+    default: str | None
+    """As TOML; None: it must be given, "": it may be left out."""
+    doc: str
+    of: str = ""
+    """Where a tagged union's class has it alone: the tag, e.g. optimizer.kind = "adamw"."""
+
+
+def keys(kind: type) -> list[Key]:
+    """Every key of a configuration in order, for a list of options; those in lists and dicts excepted."""
+    return list(_keys(kind, "", ""))
+
+
+def _keys(kind: type, prefix: str, of: str) -> Iterator[Key]:
+    docs = _docs(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name, hint = prefix + field.name, _hints(kind)[field.name]
+        classes = _classes(hint)
+        if field.name == TAG and of:
+            continue
+        if not classes:
+            yield Key(name, _name(hint), _default_text(field), docs.get(field.name, ""), of)
+        elif len(classes) == 1:
+            yield from _keys(classes[0], f"{name}.", of)
+        else:
+            tags = " | ".join(repr(_tag_of(c)) for c in classes)
+            default = _default_tag(field)
+            yield Key(f"{name}.{TAG}", tags, None if default is None else repr(default), docs.get(field.name, ""), of)
+            for member in classes:
+                yield from _keys(member, f"{name}.", f"{name}.{TAG} = {_tag_of(member)!r}")
+
+
+def _default_text(field: dataclasses.Field) -> str | None:
+    if field.default is field.default_factory is MISSING:
+        return None
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    return "" if value is None else _toml_value(to_table(value))
+
+
+@functools.cache
+def _docs(kind: type) -> dict[str, str]:
+    """The strings that stand under the fields of a dataclass, its bases' included."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):  # a class without a file
+            continue
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                docs[ast.unparse(field.target)] = inspect.cleandoc(str(text.value.value))
+    return docs
+
+
+# ---- types ----
+
+
+@functools.cache
+def _adapter(kind: type) -> pydantic.TypeAdapter:
+    # Around a tuple, because a dataclass cannot be given a configuration from outside, and takes on that of its parent.
+    return pydantic.TypeAdapter(tuple[kind], config=pydantic.ConfigDict(extra="forbid"))  # type: ignore[valid-type]
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _plain(hint: Any) -> Any:
+    """Without Annotated and without None."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        some = [a for a in typing.get_args(hint) if a is not types.NoneType]
+        return _plain(some[0]) if len(some) == 1 else typing.Union[tuple(some)]  # noqa: UP007 (made from a list)
+    return hint
+
+
+def _classes(hint: Any) -> list[type]:
+    """The dataclass, or the dataclasses of a union, that a hint names."""
+    hint = _plain(hint)
+    args = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return [a for a in map(_plain, args) if isinstance(a, type) and dataclasses.is_dataclass(a)]
+
+
+def _tag_of(kind: type) -> Any:
+    return next((f.default for f in dataclasses.fields(kind) if f.name == TAG), None)  # type: ignore[arg-type]
+
+
+def _tag(hint: Any, table: Any) -> Any:
+    classes = _classes(hint)
+    default = _tag_of(classes[0]) if len(classes) == 1 else None
+    return table.get(TAG, default) if isinstance(table, Mapping) else None
+
+
+def _default_tag(field: dataclasses.Field) -> Any:
+    if field.default_factory is not MISSING:
+        return getattr(field.default_factory(), TAG, None)
+    return getattr(field.default, TAG, None)
+
+
+def _with_tags(hint: Any, table: Any) -> Any:
+    """The table with each tag that it leaves out and a field's default has."""
+    hint = _plain(hint)
+    if isinstance(table, list) and typing.get_origin(hint) in (tuple, list):
+        return [_with_tags(typing.get_args(hint)[0], value) for value in table]
+    classes = _classes(hint)
+    if not isinstance(table, Mapping):
+        return table
+    if typing.get_origin(hint) is dict:
+        return {name: _with_tags(typing.get_args(hint)[1], value) for name, value in table.items()}
+    kind = next((c for c in classes if len(classes) == 1 or _tag_of(c) == table.get(TAG)), None)
+    if kind is None:
+        return dict(table)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    tagged: Table = {}
+    for name, value in table.items():
+        if name in fields:
+            member = _hints(kind)[name]
+            tag = _default_tag(fields[name])
+            if isinstance(value, Mapping) and tag is not None and len(_classes(member)) > 1:
+                value = {TAG: tag} | dict(value)
+            value = _with_tags(member, value)
+        tagged[name] = value
+    return tagged
+
+
+# ---- errors ----
+
+
+def _message(kind: type, table: Table, error: pydantic.ValidationError) -> str:
+    found = [(e, *_locate(kind, table, e["loc"][1:])) for e in error.errors()]
+    for e, path, hint in found:
+        if e["type"] == "unexpected_keyword_argument":
+            above, _, name = path.rpartition(".")
+            return _unknown(_classes(hint), name, f"{above}." if above else "", kind)
+    missing = [path for e, path, _ in found if e["type"] in ("missing", "missing_argument", "union_tag_not_found")]
+    if missing:
+        return f"missing: {', '.join(missing)}"
+    e, path, hint = found[0]
+    if e["type"] == "value_error":
+        return f"[{path}] {e['ctx']['error']}" if path else str(e["ctx"]["error"])
+    value = e["input"]
+    if e["type"] == "union_tag_invalid":
+        tags = [str(_tag_of(c)) for c in _classes(hint)]
+        near = difflib.get_close_matches(str(value[TAG]), tags, 1, 0.6)
+        hinted = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}.{TAG} must be {' or '.join(map(repr, tags))}, got {value[TAG]!r}{hinted}"
+    if _classes(hint) and not isinstance(value, Mapping):
+        return f"{path} must be a table [{path}], got {value!r}"
+    return f"{path} must be {_name(hint)}, got {value!r}"
+
+
+def _locate(kind: type, table: Any, loc: Iterable[Any]) -> tuple[str, Any]:
+    """The dotted path of an error, without the tags that pydantic puts in, and the type that is expected there."""
+    path: list[str] = []
+    hint: Any = kind
+    value: Any = table
+    *front, last = loc or [None]
+    for step in [*front, last]:
+        classes = _classes(hint)
+        if len(classes) > 1 and isinstance(value, Mapping) and step == value.get(TAG):
+            hint = next(c for c in classes if _tag_of(c) == step)
+            continue
+        if isinstance(value, Mapping):
+            origin = typing.get_origin(_plain(hint))
+            owner = next((c for c in classes if step in _hints(c)), None)
+            if step not in value and owner is None:
+                continue
+            if owner is not None:
+                hint = _hints(owner)[step]
+            elif origin is dict:
+                hint = typing.get_args(_plain(hint))[1]
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int):
+            args = typing.get_args(_plain(hint))
+            hint = args[step] if len(args) > step and args[-1] is not ... else args[0]
+            value = value[step] if step < len(value) else None
+        else:
+            continue
+        path.append(str(step))
+    return ".".join(path), hint
+
+
+def _unknown(classes: Sequence[type], name: str, above: str, root: type | None = None) -> str:
+    """The known key that looks most like an unknown one, of its own table or of any other."""
+    own = list(dict.fromkeys(key for c in classes for key in _hints(c)))
+    text = f"unknown key {above}{name}"
+    if near := difflib.get_close_matches(name, own, 1, 0.7):
+        return f"{text}; did you mean {above}{near[0]}?"
+    known = keys(root) if root else []
+    if other := next((key.of for key in known if key.name == above + name), ""):
+        return f"{text} of this {TAG}: it goes with {other}"
+    elsewhere = {key.name.rpartition(".")[2]: key.name for key in known}
+    if near := difflib.get_close_matches(name, elsewhere, 1, 0.7):
+        return f"{text}; did you mean {elsewhere[near[0]]}?"
+    return f"{text}: known are {', '.join(above + key for key in own)}"
+
+
+def _name(hint: Any) -> str:
+    hint = _plain(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is tuple:
+        return f"a list of {_name(args[0])}" if args[-1] is ... else f"a list [{', '.join(map(_name, args))}]"
+    if origin is list:
+        return f"a list of {_name(args[0])}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_name, args))
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return "a table"
+    return "a path" if hint is pathlib.Path else getattr(hint, "__name__", str(hint))
+
+
+# ---- writing TOML ----
+
+
+def _toml_lines(table: Table, path: tuple[str, ...]) -> Iterator[str]:
+    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    lists = {k: v for k, v in table.items() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)}
+    for key, value in table.items():
+        if key not in tables and key not in lists:
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
+    for key, value in tables.items():
+        yield f"\n[{_dotted(*path, key)}]"
+        yield from _toml_lines(value, (*path, key))
+    for key, values in lists.items():
+        for value in values:
+            yield f"\n[[{_dotted(*path, key)}]]"
+            yield from _toml_lines(value, (*path, key))
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if value is None:
+        raise ValueError("a list holds None, which TOML cannot write")
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if BARE_KEY.fullmatch(key) else _toml_value(key)
+
+
+def _dotted(*path: str) -> str:
+    return ".".join(map(_toml_key, path))

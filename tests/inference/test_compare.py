@@ -1,0 +1,69 @@
+"""A model beside transformers' own."""
+
+import pytest
+import torch
+
+from cs336.inference import compare
+from cs336.inference.compare import compare_huggingface
+from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.tokenizer import Tokenizer
+
+TEXT = "the cat sat on the mat, and the dog did not: naïve café. " * 3
+VOCAB = {i: bytes([i]) for i in range(256)} | {256: b"he", 257: b" t", 258: b" the"}
+TOKENIZER = Tokenizer(VOCAB, [(b"h", b"e"), (b" ", b"t"), (b" t", b"he")], ["<|endoftext|>"])
+CONFIG = TransformerConfig(272, 200, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.2)
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_pretrained(Transformer(CONFIG), tmp_path, TOKENIZER)
+    return tmp_path
+
+
+def test_the_same_model(directory, capsys):
+    got = compare_huggingface(directory, TEXT, "cpu")
+    assert got.tokens == len(TOKENIZER.encode(TEXT)) < 200
+    assert got.same_tokens
+    assert got.worst_difference < 1e-4
+    assert got.log_likelihood == pytest.approx(got.their_log_likelihood, abs=1e-5)
+    assert got.log_likelihood < -4
+    assert (got.new_tokens, got.same_new_tokens, got.margin) == (64, 64, None)
+    assert "64 of 64 greedy tokens are the same" in str(got)
+    assert f"worst difference {got.worst_difference:.2g}" in str(got)
+
+
+def test_a_difference_is_seen(directory, monkeypatch):
+    original = compare.from_pretrained
+
+    def damaged(*args):
+        model = original(*args)
+        model.layers[1].mlp.down_proj.weight.data[0] += 1.0
+        return model
+
+    monkeypatch.setattr(compare, "from_pretrained", damaged)
+    got = compare_huggingface(directory, TEXT, "cpu", new_tokens=20)
+    assert got.worst_difference > 0.01
+    assert got.same_new_tokens < got.new_tokens == 20
+    assert got.margin > 0
+    assert "apart" in str(got)
+
+
+def test_other_ids_are_seen(directory, monkeypatch):
+    monkeypatch.setattr(compare, "load_tokenizer", lambda path: Tokenizer(VOCAB, [(b"h", b"e")]))
+    got = compare_huggingface(directory, TEXT, "cpu", new_tokens=2)
+    assert not got.same_tokens
+    assert "OTHER IDS" in str(got)
+
+
+def test_a_long_text_is_cut(directory):
+    got = compare_huggingface(directory, TEXT * 5, "cpu")
+    assert (got.tokens, got.same_tokens, got.new_tokens) == (200, True, 64)
+    with pytest.raises(ValueError, match="the text has 1 tokens"):
+        compare_huggingface(directory, "a", "cpu")
+
+
+def test_sixteen_bits(directory):
+    got = compare_huggingface(directory, TEXT, "cpu", dtype=torch.bfloat16, new_tokens=4)
+    assert 1e-4 < got.worst_difference < 0.5

@@ -1,0 +1,118 @@
+"""The predictor against what torch holds: every tensor that a forward saves, and the peak of a whole step."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from cs336 import ops
+from cs336.models import BlockConfig, Transformer, TransformerConfig, decoding_memory, training_memory
+from cs336.nn import AttentionConfig, GELUConfig, LayerNormConfig
+from cs336.optim import AdamW
+
+SMALL = TransformerConfig(512, 64, num_layers=3, d_model=32, num_heads=4)
+VARIANTS = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2, "d_ff": 40, "tie_embeddings": True},
+    "wide heads": {"head_dim": 12, "num_kv_heads": 1, "qk_norm": True, "qkv_bias": True},
+    "capped": {"logit_softcap": 3.0},
+    "blocks": {
+        "num_heads": None,
+        "num_layers": 4,
+        "layers": (
+            BlockConfig(AttentionConfig(4), GELUConfig(), LayerNormConfig()),
+            BlockConfig(AttentionConfig(2, 1, qk_norm=True)),
+        ),
+    },
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request):
+    return dataclasses.replace(SMALL, **VARIANTS[request.param])
+
+
+def saved_bytes(model, token_ids, targets, autocast):
+    """Of the distinct memory that the forward keeps for the backward, weights and rotary tables apart."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), token_ids, targets)}
+    saved = {}
+
+    def keep(t):
+        saved[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
+        return t
+
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ops.cross_entropy(model(token_ids), targets, reduction="sum")
+    return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_forward_keeps(config, autocast):
+    token_ids, targets = torch.randint(512, (2, 3, 64))
+    memory = training_memory(config, 3, compute_bytes=2 if autocast else None)
+    gradient = 3 * 64 * 512 * (10 if autocast else 4)  # comes with the backward
+    kept = memory.casts + memory.activations + memory.logits - gradient
+    assert kept == saved_bytes(Transformer(config), token_ids, targets, autocast)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 2048])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_peak_of_a_step(vocab_size, gradient_checkpointing, autocast):
+    config = dataclasses.replace(SMALL, vocab_size=vocab_size, num_layers=8, d_model=64)
+    model, x = Transformer(config), torch.randint(vocab_size, (8, 64))
+    model.gradient_checkpointing = gradient_checkpointing
+    optimizer = AdamW(model.parameters())
+
+    def micro_batch():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = ops.cross_entropy(model(x), x)
+        loss.backward()
+
+    micro_batch()
+    optimizer.step()  # makes its state
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        micro_batch()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    memory = training_memory(
+        config, 8, compute_bytes=2 if autocast else None, gradient_checkpointing=gradient_checkpointing
+    )
+    assert 0.94 < memory.total / peak < 1.05
+
+
+def test_weights_and_optimizer(config):
+    model = Transformer(config)
+    memory = training_memory(config, 1)
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    optimizer = AdamW(model.parameters())
+    ops.cross_entropy(model(torch.zeros(1, 4).long()), torch.zeros(1, 4).long()).backward()
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    assert memory.optimizer == sum(t.nbytes for t in tensors if t.dim())
+    assert training_memory(config, 1, weight_bytes=2).weights == memory.weights // 2
+
+
+def test_decoding(config):
+    model = Transformer(config, dtype=torch.bfloat16)
+    memory = decoding_memory(config, 5, 20)
+    state = model.new_state(5, 20)
+    assert memory.state == state.nbytes - state.lengths.nbytes
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.total == memory.weights + memory.state
+
+
+def test_a_compiled_loss_has_no_float32_logits():
+    eager, compiled = (training_memory(SMALL, 3, compute_bytes=2, compiled=c) for c in (False, True))
+    assert eager.logits - compiled.logits == 3 * 64 * 512 * 8
+    assert dataclasses.replace(eager, logits=0) == dataclasses.replace(compiled, logits=0)
+
+
+def test_says_what_for():
+    memory = training_memory(SMALL, 4)
+    assert str(memory).startswith(f"{memory.total / 2**20:.1f} MiB (weights ")
+    assert "state" not in str(memory)

@@ -1,0 +1,128 @@
+"""A step is the same however its batch is cut: into micro-batches, over ranks, under DDP and FSDP."""
+
+import dataclasses
+
+import pytest
+import tiny_run
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from cs336.models import Transformer
+from cs336.optim import grad_norm
+from cs336.training.decisions import agreed
+from cs336.training.learner import Learner
+from cs336.training.objectives import NextToken, gradient_scale, micro_batches, over_ranks
+
+MODEL = dataclasses.replace(tiny_run.MODEL, d_model=8, vocab_size=31)  # 31: nothing divides evenly
+
+
+def batch():
+    """Four rows with 8, 1, 5 and 2 targets that count."""
+    x_BT1 = torch.randint(31, (4, 9), generator=torch.Generator().manual_seed(0))
+    targets = x_BT1[:, 1:].clone()
+    for row, count in zip(targets, (8, 1, 5, 2), strict=True):
+        row[count:] = -100
+    return x_BT1[:, :-1], targets
+
+
+def step(model, parts):
+    """Loss, norm and whole gradients of one step over micro-batches of this rank's rows."""
+    totals = torch.zeros(2)
+    for part in parts:
+        loss, count, _ = NextToken()(model, part)
+        loss.backward()
+        totals += torch.stack([loss.detach(), count])
+    loss, count = over_ranks(totals)
+    scale = gradient_scale(count)
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    return (loss / count).item(), [g * scale for g in grads]
+
+
+def model():
+    torch.manual_seed(0)
+    return Transformer(MODEL)
+
+
+def test_ignored_targets_weigh_the_same_in_every_micro_batch_size(tmp_path):
+    found = []
+    for size in (4, 2, 1):
+        learner = Learner(tiny_run.config(tmp_path, model=MODEL, batch_size=4, micro_batch_size=size))
+        found.append(learner.update(batch(), lr=0.0))
+    learner.model.load_state_dict(Learner(tiny_run.config(tmp_path, model=MODEL)).model.state_dict())
+    logits = learner.model(batch()[0])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch()[1].flatten()).backward()
+    expected = grad_norm(learner.model.parameters())
+    for values in found:
+        assert values["loss"].item() == pytest.approx(found[0]["loss"].item(), rel=1e-6)
+        assert values["grad_norm"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_means_of_means_are_not_what_is_computed():
+    """The case that was wrong: rows with few targets would count as much as rows with many."""
+    net = model()
+    whole = step(net, [batch()])[0]
+    means = [step(net, [part])[0] for part in micro_batches(batch(), 1)]
+    assert abs(sum(means) / 4 - whole) > 1e-3
+
+
+def test_nothing_that_counts_is_no_gradient_and_no_nan(tmp_path):
+    learner = Learner(tiny_run.config(tmp_path, model=MODEL))
+    before = [p.clone() for p in learner.model.parameters()]
+    x, y = batch()
+    values = learner.update((x, torch.full_like(y, -100)), lr=0.0)
+    assert (values["loss"], values["grad_norm"]) == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+
+
+def test_metrics_are_means_over_the_same_count(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Accuracy(NextToken):
+        def __call__(self, model: nn.Module, batch):
+            loss, count, _ = super().__call__(model, batch)
+            return loss, count, {"twice": 2 * loss.detach()}
+
+    tiny = tiny_run.config(tmp_path, model=MODEL, micro_batch_size=1)
+    learner = Learner(dataclasses.replace(tiny, objective=Accuracy()))
+    values = learner.update(batch(), lr=0.0)
+    assert values["twice"].item() == pytest.approx(2 * values["loss"].item())
+
+
+def on_a_rank(rank, world, file, results):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(file, world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, store=store)
+    try:
+        rows = tuple(t[rank::world] for t in batch())  # 8 + 5 and 1 + 2 targets
+        for name, wrap in WRAPPERS.items():
+            results[rank, name] = step(wrap(model()), micro_batches(rows, 1))
+        results[rank, "agreed"] = agreed(f"of rank {rank}")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp": fully_shard}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(on_a_rank, (2, str(tmp_path_factory.mktemp("gloo") / "store"), results), nprocs=2)
+        return dict(results)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_two_ranks_equal_one_process(ranks, name):
+    loss, gradients = step(model(), [batch()])
+    for rank in range(2):
+        their_loss, theirs = ranks[rank, name]
+        assert their_loss == pytest.approx(loss, rel=1e-6)
+        for ours, grad in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(grad, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_decisions_are_those_of_rank_0(ranks):
+    assert [ranks[rank, "agreed"] for rank in range(2)] == ["of rank 0", "of rank 0"]
