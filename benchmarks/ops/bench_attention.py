@@ -106,9 +106,15 @@ def sdpa_fwd(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float,
 
 
 def sdpa_bwd(backend: SDPBackend, do: Tensor, dlse: None, *rest) -> harness.Call:
+    """Autograd runs a backward on the stream of its forward, and the default stream cannot be captured in a graph."""
     q, k, v, _, _, *options = rest
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    (o,) = sdpa_fwd(backend, *leaves, *options)()
+    forward = sdpa_fwd(backend, *leaves, *options)
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        (o,) = forward()
+    here.wait_stream(side)
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
 

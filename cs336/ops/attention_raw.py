@@ -124,9 +124,11 @@ def _triton_refuses(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _native_refuses(direction: str, *tensors: Tensor) -> str | None:
+def _native_refuses(direction: str, *tensors: Tensor, scale: float = 1.0, softcap: float = 0.0) -> str | None:
     """tensors: q, k, v, and what else is read row by row."""
     q, _, v, *_ = tensors
+    if not scale > 0:
+        return f"the native kernels take a positive scale, not {scale}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the native kernels take float16 and bfloat16, not {q.dtype}"
     if (q.shape[-1], v.shape[-1]) not in NATIVE_HEAD_DIMS[direction]:
@@ -134,6 +136,8 @@ def _native_refuses(direction: str, *tensors: Tensor) -> str | None:
         return (
             f"the native {direction} has head dims (of q and k, and of v) {dims}, not {q.shape[-1]} and {v.shape[-1]}"
         )
+    if direction == "backward" and q.shape[-1] == 64 and softcap > 0:
+        return "the native backward has no softcap for heads of 64 features"
     for x in tensors:
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
             if size > 1 and (stride % 8 != 0 or stride == 0):
@@ -175,7 +179,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda q, k, v, *options: check(q, k, v, None, *options),
     supports={
-        "native": lambda q, k, v, *_: _native_refuses("forward", q, k, v),
+        "native": lambda q, k, v, *rest: _native_refuses("forward", q, k, v, scale=rest[-5], softcap=rest[-1]),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -188,7 +192,9 @@ registry.define(
     capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *options: _check_bwd(do, dlse, q, k, v, o, lse, None, *options),
     supports={
-        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses("backward", q, k, v, do, o),
+        "native": lambda do, dlse, q, k, v, o, *rest: _native_refuses(
+            "backward", q, k, v, do, o, scale=rest[-6], softcap=rest[-2]
+        ),
         "triton": lambda do, dlse, q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -201,7 +207,7 @@ registry.define(
     capabilities=HOPPER,
     check=lambda q, k, v, *rest: check(q, k, v, rest[:4], *rest[4:]),
     supports={
-        "native": lambda q, k, v, *_: _native_refuses("forward", q, k, v),
+        "native": lambda q, k, v, *rest: _native_refuses("forward", q, k, v, scale=rest[-5], softcap=rest[-1]),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
     },
 )
@@ -214,7 +220,9 @@ registry.define(
     capabilities=HOPPER,
     check=lambda do, dlse, q, k, v, o, lse, *rest: _check_bwd(do, dlse, q, k, v, o, lse, rest[:4], *rest[4:]),
     supports={
-        "native": lambda do, dlse, q, k, v, o, *_: _native_refuses("backward", q, k, v, do, o),
+        "native": lambda do, dlse, q, k, v, o, *rest: _native_refuses(
+            "backward", q, k, v, do, o, scale=rest[-6], softcap=rest[-2]
+        ),
         "triton": lambda do, dlse, q, k, v, *_: _triton_refuses(q, v),
     },
 )

@@ -127,8 +127,8 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
     STD_TORCH_CHECK(packing->max_q >= 0, "max_seqlen_q must not be negative, got ", packing->max_q);
     STD_TORCH_CHECK(packing->max_k >= 0, "max_seqlen_k must not be negative, got ", packing->max_k);
     p.sequences = static_cast<int>(packing->cu_q.size(0) - 1);
-    p.max_q = static_cast<int>(std::min<int64_t>(packing->max_q, p.q_tokens));
-    p.max_k = static_cast<int>(std::min<int64_t>(packing->max_k, p.k_tokens));
+    p.max_q = static_cast<int>(std::clamp<int64_t>(p.q_tokens, 1, std::max<int64_t>(1, packing->max_q)));
+    p.max_k = static_cast<int>(std::clamp<int64_t>(p.k_tokens, 1, std::max<int64_t>(1, packing->max_k)));
     p.cu_q = static_cast<const int*>(packing->cu_q.const_data_ptr());
     p.cu_k = static_cast<const int*>(packing->cu_k.const_data_ptr());
   }

@@ -279,6 +279,20 @@ def test_why_not_native(tensors, message):
     assert reason is None if message is None else pytest.importorskip("re").search(message, reason)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("suffix", ["fwd", "bwd"])
+def test_why_not_native_by_numbers(suffix, D):
+    """Where the arguments of each raw op stand: the sentence names the one that was refused."""
+    q = torch.zeros(1, 2, 4, D, dtype=BF16)
+    lse = torch.zeros(1, 2, 4)
+    ask = registry.OPS[f"attention_{suffix}"].supports["native"]
+    tensors, last = ((q, q, q), ()) if suffix == "fwd" else ((q, None, q, q, q, q, lse), (False,))
+    assert ask(*tensors, 0.1, True, -1, -1, 0.0, *last) is None
+    assert "positive scale, not -0.5" in ask(*tensors, -0.5, True, -1, -1, 0.0, *last)
+    capped = ask(*tensors, 0.1, True, -1, -1, 5.0, *last)
+    assert ("no softcap" in capped) if (suffix, D) == ("bwd", 64) else capped is None
+
+
 def test_a_forced_kernel_never_falls_back(device):
     q, k, v = (t.detach() for t in leaves(1, 2, 1, 4, 6, 80, None, BF16, device))
     with registry.use("native"), pytest.raises(NotImplementedError, match=r"80|no native kernel|_C_cuda|capability"):

@@ -1,0 +1,97 @@
+// Asks attention's launch plans about many shapes, and fails with the first that breaks a rule. Run by
+// test_attention_plan.py.
+#include "kernels/attention/attention_plan.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+using namespace cs336;
+
+namespace {
+
+constexpr int kSms = 132;
+
+#define CHECK(condition)                                                                                            \
+  do {                                                                                                              \
+    if (!(condition)) {                                                                                             \
+      std::printf("%s: D %d heads %d/%d sequences %d tokens %d, %d packed %d\n", #condition, p.head_dim, p.q_heads, \
+                  p.kv_heads, p.sequences, p.q_tokens, p.k_tokens, p.cu_q != nullptr);                              \
+      std::exit(1);                                                                                                 \
+    }                                                                                                               \
+  } while (0)
+
+// Packed sequences of any lengths find room in the tiles: each begins where the one before has ended.
+void check_packed_tiles(const AttentionProblem& p, int rows) {
+  std::mt19937 random(p.q_tokens);
+  std::vector<int> starts{0};
+  for (int i = 1; i < p.sequences; i++)
+    starts.push_back(std::uniform_int_distribution(starts.back(), p.q_tokens)(random));
+  starts.push_back(p.q_tokens);
+  int64_t end = 0;
+  for (int i = 0; i < p.sequences; i++) {
+    const int64_t first = starts[i] / rows + i;
+    CHECK(first >= end);
+    end = first + ceil_div(starts[i + 1] - starts[i], rows);
+  }
+  CHECK(end <= attention_tiles(p, p.q_tokens, rows));
+}
+
+void check_heads(const AttentionProblem& p) {
+  const int group = p.q_heads / p.kv_heads, heads = attention_bwd_heads(p, kSms);
+  const int64_t key_tiles = attention_tiles(p, p.k_tokens, 128);
+  CHECK(heads >= 1 && group % heads == 0);
+  CHECK(heads == group || key_tiles * p.q_heads / (2 * heads) < 3 * kSms);  // split no further than needed
+  CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
+  for (int all : {1, 3, 64, 1000})
+    for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
+      const int section = attention_section(all, bytes), bwd = attention_bwd_section(all, key_tiles, kSms, bytes);
+      CHECK(section >= 1 && section <= all && bwd >= section && bwd <= all);
+      CHECK(bwd == all || bwd * key_tiles >= 2 * kSms);
+    }
+}
+
+void check_workspace(const AttentionProblem& p) {
+  for (bool deterministic : {false, true}) {
+    const AttentionBwdWorkspace at(p, deterministic, kSms);
+    const int64_t batch = p.cu_q ? 1 : p.sequences,
+                  rows = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.head_dim)->queries;
+    const int64_t tiles = at.query_tiles * batch * p.q_heads;
+    CHECK(at.query_tiles * rows >= p.q_tokens && at.key_tiles * 128 >= p.k_tokens);
+    CHECK(at.rows >= tiles * rows * p.head_dim * 4 && at.rows % 16 == 0);
+    CHECK(at.turns - at.rows >= tiles * rows * 8);
+    CHECK(at.key_tile_list - at.turns >= (deterministic ? tiles * 8 : 0));
+    CHECK(at.dk_parts - at.key_tile_list >= (p.cu_q ? at.key_tiles * 8 : 0) && at.dk_parts % 16 == 0);
+    const bool in_parts = at.heads * p.kv_heads != p.q_heads;
+    const int64_t part = in_parts ? batch * p.k_tokens * (p.q_heads / at.heads) * p.head_dim * 2 : 0;
+    CHECK(at.dv_parts - at.dk_parts >= part && at.counter - at.dv_parts >= part && at.dv_parts % 16 == 0);
+    CHECK(at.bytes == at.counter + 4);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int packed_marker = 0;
+  for (const AttentionFwdShape& shape : kAttentionFwdShapes)
+    for (int kv_heads : {1, 3, 8})
+      for (int group : {1, 2, 6, 8})
+        for (int sequences : {1, 2, 17})
+          for (int tokens : {1, 63, 64, 65, 191, 193, 1000, 4097, 100000})
+            for (bool packed : {false, true}) {
+              AttentionProblem p{};
+              p.head_dim = shape.head_dim, p.value_dim = shape.value_dim;
+              p.q_heads = kv_heads * group, p.kv_heads = kv_heads, p.sequences = sequences;
+              p.q_tokens = p.k_tokens = p.max_q = p.max_k = tokens;
+              if (packed) p.cu_q = p.cu_k = &packed_marker;
+              if (packed) check_packed_tiles(p, 64 * shape.groups);
+              CHECK(attention_fwd_workspace(p) >= (packed ? 2 + 2 * attention_tiles(p, tokens, 64 * shape.groups) : 1));
+              if (!find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)) continue;
+              check_heads(p);
+              check_workspace(p);
+            }
+  AttentionProblem p{};
+  CHECK(!find_attention_shape(kAttentionFwdShapes, 80, 80) && !find_attention_shape(kAttentionBwdShapes, 256, 256));
+}
