@@ -293,6 +293,16 @@ def test_why_not_native_by_numbers(suffix, D):
     assert ("no softcap" in capped) if (suffix, D) == ("bwd", 64) else capped is None
 
 
+def test_the_choice_of_a_kernel_breaks_no_graph():
+    """Also where there is no GPU to choose it for."""
+
+    def choose(*tensors):
+        return tensors[0] + 1, _native_refuses("backward", *tensors, scale=0.5, softcap=2.0)
+
+    tensors = [torch.randn(2, 5, 4, 128, dtype=BF16).transpose(1, 2) for _ in range(5)]
+    assert torch.compile(choose, backend="eager", fullgraph=True)(*tensors)[1] is None
+
+
 def test_a_forced_kernel_never_falls_back(device):
     q, k, v = (t.detach() for t in leaves(1, 2, 1, 4, 6, 80, None, BF16, device))
     with registry.use("native"), pytest.raises(NotImplementedError, match=r"80|no native kernel|_C_cuda|capability"):
