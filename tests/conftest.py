@@ -1,9 +1,13 @@
 import os
+import signal
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before triton is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is: see cs336/cli/program.py
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes side by side share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's "&" does it, and children would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
