@@ -38,9 +38,9 @@ def variant(request):
         yield request.param
 
 
-def skip_without(variant, q, k, v, name="attention_fwd", packing=()):
-    """Skips with the reason why the variant does not take these tensors, forward or backward."""
-    options = (1.0, True, -1, -1, 0.0)
+def skip_without(variant, q, k, v, name="attention_fwd", packing=(), scale=1.0, softcap=0.0, **_):
+    """Skips with the reason why the variant does not take these arguments, forward or backward."""
+    options = (scale, True, -1, -1, softcap)
     for suffix in ("fwd", "bwd"):
         args = (q, k, v, *packing, *options)
         if suffix == "bwd":
@@ -51,7 +51,7 @@ def skip_without(variant, q, k, v, name="attention_fwd", packing=()):
 
 
 def compare(variant, tensors, **options):
-    skip_without(variant, *tensors)
+    skip_without(variant, *tensors, **options)
 
     def ours(q, k, v):
         return ops.attention(q, k, v, **options, return_lse=True)
@@ -137,7 +137,7 @@ if CUDA:
 def test_varlen(variant, device, pack, options):
     tensors, cus, lists = packed(*pack, 4 if CUDA else 2, 2 if CUDA else 1, 64 if CUDA else 8, None, BF16, device)
     packing = *cus, max(pack[0]), max(pack[1])
-    skip_without(variant, *tensors, "attention_varlen_fwd", packing)
+    skip_without(variant, *tensors, "attention_varlen_fwd", packing, **options)
 
     def ours(q, k, v):
         return ops.attention_varlen(q, k, v, *packing, **options, return_lse=True)
