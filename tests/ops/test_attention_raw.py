@@ -293,6 +293,21 @@ def test_why_not_native_by_numbers(suffix, D):
     assert ("no softcap" in capped) if (suffix, D) == ("bwd", 64) else capped is None
 
 
+@pytest.mark.skipif(not CUDA, reason="on a CPU wrong starts are refused")
+@pytest.mark.parametrize("starts", [[0, 1000, 0, 1000], [0, 2000, 500, 1000], [-5, 300, 1000, 10**6], [900, 10, 5, 0]])
+def test_wrong_starts_do_not_hang(variant, device, starts):
+    """Key tiles that take turns would wait for those that wrong starts leave out."""
+    tensors = leaves(1, 4, 2, 1000, 1000, D, None, DTYPE, device)
+    cu, right = (torch.tensor(s, dtype=torch.int32, device=device) for s in (starts, [0, 300, 700, 1000]))
+    for cus in ((cu, cu), (cu, right), (right, cu)):
+        args = *(x[0].transpose(0, 1) for x in tensors), *cus, 1000, 1000
+        if reason := registry.why_not("attention_varlen_fwd", variant, *args, *OPTIONS):
+            pytest.skip(reason)
+        with registry.determinism(True):
+            torch.autograd.grad(ops.attention_varlen(*args, causal=True).sum(), tensors)
+        torch.cuda.synchronize()
+
+
 def test_the_choice_of_a_kernel_breaks_no_graph():
     """Also where there is no GPU to choose it for."""
 

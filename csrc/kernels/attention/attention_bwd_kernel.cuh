@@ -101,7 +101,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   using T = typename Tile::T;
   const int row_blocks = rows.tiles * batch * p.q_heads;
   if (packed)
-    list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(p.cu_k, p.sequences, p.k_tokens, Tile::kKeys,
+    list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, true, Tile::kKeys,
                                                                        at.key_tiles, packed, rows.counter);
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());

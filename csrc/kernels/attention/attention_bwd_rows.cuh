@@ -46,7 +46,7 @@ __device__ __forceinline__ T* vector_of(const AttentionTensor& t, const Sequence
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsArgs a) {
   constexpr int kLanes = kHeadDim / 8, kRows = 256 / kLanes;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.counter = 0;
+  if (!a.sequences.cu_q && blockIdx.x == 0 && threadIdx.x == 0) *a.counter = 0;  // packed: list_packed_tiles has
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
   if (a.turns) {  // whose first turn stores instead of adding

@@ -44,8 +44,9 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
   int* counter = params.workspace;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
+  const Sequences sequences{p.q_tokens, p.k_tokens, p.cu_q, p.cu_k};
   if (packed)
-    list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(p.cu_q, p.sequences, p.q_tokens, Tile::kRows,
+    list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, false, Tile::kRows,
                                                                     row_tiles, packed, counter);
   else
     CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
@@ -54,7 +55,7 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
       .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, Tile::kValueDim, Tile::kKeys),
       .o = tensor_map(params.o, p, p.q_tokens, p.q_heads, Tile::kValueDim, 64),
-      .sequences = {p.q_tokens, p.k_tokens, p.cu_q, p.cu_k},
+      .sequences = sequences,
       .window = Window(p),
       .order = {row_tiles, heads, std::min(heads, attention_section(heads, kv_bytes) * group), packed},
       .lse = params.lse,

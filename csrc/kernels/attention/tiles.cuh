@@ -24,13 +24,27 @@ __device__ __forceinline__ SequenceTile find_packed_tile(const int* cu, int sequ
   return row0 >= 0 && row0 < end - start ? SequenceTile{low, row0} : SequenceTile{-1, 0};
 }
 
-// Writes all packed tiles behind each other, so that nobody has to search again, and zeroes the counter that deals
-// them.
-static __global__ void list_packed_tiles(const int* cu, int sequences, int tokens, int rows, int count,
+// Whether starts decrease or overrun; for all threads of a block together.
+__device__ __forceinline__ bool wrong_starts(const int* cu, int sequences, int tokens) {
+  bool wrong = false;
+  for (int i = threadIdx.x; i <= sequences; i += blockDim.x) wrong |= cu[i] < (i ? cu[i - 1] : 0) || cu[i] > tokens;
+  return __syncthreads_or(wrong);
+}
+
+// Writes the packed tiles of queries or of keys behind each other, so that nobody has to search again, and zeroes the
+// counter that deals them. Where starts are wrong it deals none: tiles that are cut wrongly would wait for a turn that
+// never comes.
+static __global__ void list_packed_tiles(const Sequences s, int sequences, bool of_keys, int rows, int count,
                                          SequenceTile* tiles, int* counter) {
+  constexpr int kNone = 1 << 30;
+  if (blockIdx.x == 0) {
+    const bool wrong = wrong_starts(s.cu_q, sequences, s.q_tokens) || wrong_starts(s.cu_k, sequences, s.k_tokens);
+    if (threadIdx.x == 0) *counter = wrong ? kNone : 0;
+  }
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
-  if (index == 0) *counter = 0;
-  if (index < count) tiles[index] = find_packed_tile(cu, sequences, tokens, rows, index);
+  if (index < count)
+    tiles[index] =
+        find_packed_tile(of_keys ? s.cu_k : s.cu_q, sequences, of_keys ? s.k_tokens : s.q_tokens, rows, index);
 }
 
 // Heads go in sections whose keys and values (queries, in the backward) fit in L2 together. Within a section all heads
