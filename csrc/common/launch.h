@@ -1,4 +1,4 @@
-// Launch a kernel with what its LaunchShape asks for: shared memory, a cluster, an early start, residence.
+// Launch a kernel with what its LaunchShape asks for: shared memory, a cluster, an early start.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -38,7 +38,6 @@ struct LaunchShape {
   size_t shared_bytes = 0;   // dynamic
   dim3 cluster = {1, 1, 1};  // blocks; the grid is a multiple
   bool dependent = false;    // starts while the kernel before it still runs, and calls wait_for_predecessor()
-  bool cooperative = false;  // all blocks are resident at once: grid <= max_resident_blocks
 
   unsigned cluster_size() const { return cluster.x * cluster.y * cluster.z; }
 };
@@ -57,7 +56,7 @@ void allow_shared_memory(const LaunchShape& shape, const Device& device) {
 }
 
 struct LaunchConfig {
-  std::array<cudaLaunchAttribute, 3> attributes;
+  std::array<cudaLaunchAttribute, 2> attributes;
   cudaLaunchConfig_t config;
 
   LaunchConfig(const LaunchShape& shape, cudaStream_t stream, const Device& device)
@@ -69,7 +68,6 @@ struct LaunchConfig {
                .numAttrs = 0} {
     if (shape.dependent && device.has_clusters)
       add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
-    if (shape.cooperative) add(cudaLaunchAttributeCooperative).cooperative = 1;
     if (shape.cluster_size() > 1)
       add(cudaLaunchAttributeClusterDimension).clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
   }
@@ -91,9 +89,10 @@ void launch(const LaunchShape& shape, cudaStream_t stream, const Params&... para
   CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kKernel, params...));
 }
 
-// What `ask` answers for a kernel and a shape, remembered for each device: the driver takes microseconds.
-template <auto kKernel, typename Ask>
-int remembered(const LaunchShape& shape, Ask ask) {
+// How many clusters of this shape the device holds at a time: what a grid that must be resident at once may have.
+// Remembered for each device: the driver takes microseconds.
+template <auto kKernel>
+int max_resident_clusters(const LaunchShape& shape) {
   static std::mutex mutex;
   static std::map<std::array<size_t, 4>, int> answers;
   const Device& device = current_device();
@@ -103,30 +102,12 @@ int remembered(const LaunchShape& shape, Ask ask) {
   auto answer = answers.find(key);
   if (answer == answers.end()) {
     allow_shared_memory<kKernel>(shape, device);
-    answer = answers.emplace(key, ask(device, static_cast<int>(threads))).first;
-  }
-  return answer->second;
-}
-
-// How many clusters of this shape the device holds at a time: what a grid that must be resident at once may have.
-template <auto kKernel>
-int max_resident_clusters(const LaunchShape& shape) {
-  return remembered<kKernel>(shape, [&](const Device& device, int) {
     const LaunchConfig launch(shape, nullptr, device);
     int clusters;
     CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config));
-    return clusters;
-  });
-}
-
-// The same for blocks without clusters.
-template <auto kKernel>
-int max_resident_blocks(const LaunchShape& shape) {
-  return remembered<kKernel>(shape, [&](const Device& device, int threads) {
-    int blocks;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shape.shared_bytes));
-    return blocks * device.num_sms;
-  });
+    answer = answers.emplace(key, clusters).first;
+  }
+  return answer->second;
 }
 
 }  // namespace cs336

@@ -1,4 +1,4 @@
-// What every torch binding needs: dtypes, checks, views, workspaces, the stream. Header-only, stable ABI only.
+// What every torch binding needs: dtypes, checks, workspaces, the stream. Header-only, stable ABI only.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,7 +13,6 @@
 #include <initializer_list>
 
 #include "common/dtype.h"
-#include "common/view.h"
 
 namespace cs336 {
 
@@ -59,15 +58,6 @@ inline Dtype float_dtype_of(const Tensor& t, const char* name) {
 }
 
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
-
-// A tensor of kRank dims, any strides.
-template <int kRank>
-View<kRank> view_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == kRank, name, " must have ", kRank, " dims, got ", t.dim());
-  View<kRank> view{.data = data_of(t), .sizes = {}, .strides = {}, .dtype = dtype_of(t, name)};
-  for (int d = 0; d < kRank; d++) view.sizes[d] = t.size(d), view.strides[d] = t.stride(d);
-  return view;
-}
 
 inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(
@@ -119,13 +109,6 @@ inline Tensor new_tensor(const Tensor& x, std::initializer_list<int64_t> sizes, 
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
                                                   device_type, x.get_device_index(), &handle));
   return Tensor(handle);
-}
-
-// Bytes for counters and partial sums, all zero, on x's device.
-inline Tensor new_zeroed(const Tensor& x, int64_t bytes) {
-  Tensor workspace = new_tensor(x, {bytes}, ScalarType::Byte);
-  torch::stable::zero_(workspace);
-  return workspace;
 }
 
 #ifdef USE_CUDA
