@@ -97,19 +97,21 @@ class Attention(nn.Module):
                 positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
         if state is None and context.cu_seqlens is not None:
-            o_BHSD = self._packed(q_BHSD, k_BHTD, v_BHTD, context)
+            o_BHSD = self._packed(q_BHSD, k_BHTD, v_BHTD, context.cu_seqlens, context.mask)
         elif state is None:
             o_BHSD = ops.attention(q_BHSD, k_BHTD, v_BHTD, context.mask, causal=self.causal)
         else:
             o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
 
-    def _packed(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context) -> Tensor:
-        if context.mask is not None or q_BHSD.dim() != 4:
+    def _packed(
+        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, cu_seqlens: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if mask is not None or q_BHSD.dim() != 4:
             raise ValueError("cu_seqlens, the ends of packed documents, take x (B, S, d_model) and no mask")
         B, _, S, _ = q_BHSD.shape
         q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-        o_THD = ops.attention_varlen(q_THD, k_THD, v_THD, context.cu_seqlens, None, S, S, causal=self.causal)
+        o_THD = ops.attention_varlen(q_THD, k_THD, v_THD, cu_seqlens, None, S, S, causal=self.causal)
         return o_THD.unflatten(0, (B, S)).transpose(1, 2)
 
     def _continue(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues) -> Tensor:
