@@ -148,17 +148,12 @@ class Extractor {
       const float long_words = c.words >= 10 && ratio(c.link_words, c.words) < 0.33f ? c.words : 0;
       subtrees_[block.element].add(
           {c.words, c.link_words, 1, long_words, static_cast<float>(long_words > 0), c.commas});
-      // As readability has it: a paragraph speaks for its parent, and half for the parent of that.
-      uint32_t above = page.elements[block.element].tag == Tag::kP ? page.elements[block.element].parent : block.element;
-      float gain = long_words > 0 ? 1 + c.commas + std::min(c.words / 20, 3.0f) : 0;
-      for (; above != kNone && gain > 0.1f; above = page.elements[above].parent, gain /= 2) candidates_[above] += gain;
+      vote(page.elements[block.element].tag == Tag::kP ? page.elements[block.element].parent : block.element, c);
     }
     for (size_t e = subtrees_.size(); e-- > 1;) subtrees_[page.elements[e].parent].add(subtrees_[e]);
-    for (size_t e = 0; e < candidates_.size(); ++e) {
-      candidates_[e] *= 1 - ratio(subtrees_[e].link_words, subtrees_[e].words);
-      best_ = std::max(best_, candidates_[e]);
-    }
     score_hints(hints);
+    choose_candidate();
+    describe_page();
   }
 
   Features all() {
@@ -179,6 +174,8 @@ class Extractor {
            log1(whole.words), log1(whole.blocks), ratio(whole.link_words, whole.words),
            ratio(whole.long_words, whole.words), log1(since_heading), since_h1 < 0 ? -1 : log1(since_h1),
            may_be_title ? share_of_title(page_, page_.blocks[b], title) : 0});
+      row_.insert(row_.end(), style_.begin(), style_.end());
+      add_candidate(b);
       add_ancestors(b);
       add_neighbours(b);
       before += blocks_[b].words;
@@ -192,6 +189,61 @@ class Extractor {
 
  private:
   void add(std::initializer_list<float> values) { row_.insert(row_.end(), values); }
+
+  // As readability has it: a paragraph speaks for its parent, half for the parent of that, and less and less further up.
+  void vote(uint32_t element, const BlockCounts& c) {
+    if (c.words < 5) return;
+    const float gain = 1 + c.commas + std::min(c.words / 18, 3.0f);
+    for (uint32_t level = 0; element != kNone && level < 5; ++level, element = page_.elements[element].parent) {
+      candidates_[element] += gain / static_cast<float>(level == 0 ? 1 : level == 1 ? 2 : 3 * level);
+    }
+  }
+
+  void choose_candidate() {
+    for (size_t e = 0; e < candidates_.size(); ++e) {
+      if (candidates_[e] == 0) continue;
+      candidates_[e] = std::max(candidates_[e] + 8 * hints_[e], 0.0f);
+      candidates_[e] *= 1 - ratio(subtrees_[e].link_words, subtrees_[e].words);
+      if (candidates_[e] <= best_) continue;
+      best_ = candidates_[e];
+      best_element_ = static_cast<uint32_t>(e);
+    }
+  }
+
+  // Whether a block is in the best candidate, the parent of that, the parent of that.
+  void add_candidate(size_t b) {
+    std::array<float, 3> inside{};
+    std::array<uint32_t, 3> of{best_element_, best_element_, best_element_};
+    for (size_t i = 1; i < of.size(); ++i) {
+      of[i] = page_.elements[of[i - 1]].parent == kNone ? of[i - 1] : page_.elements[of[i - 1]].parent;
+    }
+    float distance = 0, steps = 0;
+    for (uint32_t e = page_.blocks[b].element; e != kNone; e = page_.elements[e].parent, ++steps) {
+      for (size_t i = 0; i < of.size(); ++i) inside[i] = std::max(inside[i], static_cast<float>(e == of[i]));
+      if (e == best_element_) distance = steps;
+    }
+    row_.insert(row_.end(), inside.begin(), inside.end());
+    add({distance, ratio(subtrees_[of[0]].long_words, subtrees_[0].long_words),
+         ratio(subtrees_[of[2]].long_words, subtrees_[0].long_words)});
+  }
+
+  // Old pages are laid out by tables and name nothing; what is content there differs.
+  void describe_page() {
+    float classes = 0, ids = 0, divs = 0, cells = 0, paragraphs = 0, links = 0, articles = 0;
+    for (const Element& element : page_.elements) {
+      classes += !element.classes.empty();
+      ids += !element.id.empty();
+      divs += element.tag == Tag::kDiv;
+      cells += element.tag == Tag::kTd;
+      paragraphs += element.tag == Tag::kP;
+      links += element.tag == Tag::kA;
+      articles += element.tag == Tag::kArticle;
+    }
+    const auto all = static_cast<float>(page_.elements.size());
+    const auto blocks = static_cast<float>(blocks_.size());
+    style_ = {log1(all),     classes / all,    ids / all,      divs / all,        cells / all,
+              links / all,   log1(paragraphs), log1(articles), subtrees_[0].paragraphs / blocks, log1(best_)};
+  }
 
   void score_hints(const HintWeights& weights) {
     for (const Element& element : page_.elements) {
@@ -269,8 +321,9 @@ class Extractor {
   const Page& page_;
   std::vector<BlockCounts> blocks_;
   std::vector<SubtreeCounts> subtrees_;
-  std::vector<float> candidates_, hints_, all_hints_, least_hints_, most_hints_, row_;
+  std::vector<float> candidates_, hints_, all_hints_, least_hints_, most_hints_, style_, row_;
   float best_ = 0;
+  uint32_t best_element_ = 0;
 };
 
 }  // namespace

@@ -64,6 +64,7 @@ class Example:
 
 
 def load(sets: list[pathlib.Path], most: int, folds: int) -> list[Example]:
+    """A set weighs as the square root of its pages: none is drowned."""
     examples = []
     for directory in sets:
         rows = [json.loads(line) for line in (directory / "gold.jsonl").open(encoding="utf-8")]
@@ -77,6 +78,9 @@ def load(sets: list[pathlib.Path], most: int, folds: int) -> list[Example]:
             if texts:
                 hints = [set(words) for words in page.hints()]
                 examples.append(Example(directory.name, fold, row["gold"], page, texts, hints))
+        for example in examples:
+            if example.where == directory.name:
+                example.weight_B /= len(rows[:most]) ** 0.5
         print(f"{directory.name}: {min(len(rows), most)} pages", flush=True)
     return examples
 
@@ -169,7 +173,8 @@ def validate(examples: list[Example], folds: int, epochs: int) -> None:
         for example, score_B in zip(held_out, scores, strict=True):
             kept = (t for t, s in zip(example.texts, score_B, strict=True) if s > 0)
             totals[example.where].add(example.gold, "\n".join(kept))
-        print(f"fold {fold}:", {k: round(v.f1, 4) for k, v in totals.items()}, flush=True)
+        f1 = {k: (round(v.f1, 4), round(v.precision, 3), round(v.recall, 3)) for k, v in totals.items()}
+        print(f"fold {fold}: F1, precision, recall:", f1, flush=True)
 
 
 def array(name: str, values: torch.Tensor) -> str:

@@ -1,13 +1,29 @@
-#include "text_data_bindings.h"
-
+// Pages to text for cs336.data.extract.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "cpu/text/content.h"
+#include "cpu/text/html_render.h"
+#include "text_data_bindings.h"
 #include "text_strings.h"
 
 namespace cs336::text {
 namespace {
+
+py::str html_to_text(py::handle html, bool main, bool markdown) {
+  const Text text(html);
+  std::string rendered;
+  {
+    const py::gil_scoped_release release;
+    const Page page = parse_html(text.view());
+    std::vector<bool> keep = main ? main_content(page) : std::vector<bool>();
+    if (!main) {
+      for (const Block& block : page.blocks) keep.push_back(!page.elements[block.element].hidden);
+    }
+    rendered = render(page, keep, markdown);
+  }
+  return str_of(rendered);
+}
 
 py::array_t<float> to_array(const Features& features, size_t rows) {
   return py::array_t<float>({rows, features.width}, features.values.data());
@@ -48,7 +64,8 @@ class ContentPage {
 
 }  // namespace
 
-void bind_data(py::module_& m) {
+void bind_extract(py::module_& m) {
+  m.def("html_to_text", &html_to_text, py::arg("html"), py::arg("main"), py::arg("markdown"));
   py::class_<ContentPage>(m, "ContentPage")
       .def(py::init<const std::string&>(), py::arg("html"))
       .def("texts", &ContentPage::texts)
