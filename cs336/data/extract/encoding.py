@@ -79,7 +79,7 @@ def _is_utf8(sample: bytes) -> bool:
 def _is_nearly(sample: bytes, encoding: str) -> bool:
     """Whether at most one in ten characters that are not ASCII is broken."""
     text = sample.decode(encoding, "replace")
-    return text.count(REPLACEMENT) * 10 <= sum(not c.isascii() for c in text)
+    return text.count(REPLACEMENT) * 10 <= len(text) - len(text.encode("ascii", "ignore"))
 
 
 def _guess(sample: bytes) -> str:

@@ -19,14 +19,40 @@ struct BlockCounts {
   bool ends_sentence = false, starts_lower = false;
 };
 
-// The most frequent words of running text in seven languages.
-const std::unordered_set<std::string_view> kStopWords = {
+// The most frequent words of running text in nine languages.
+constexpr std::string_view kStopWords[] = {
     "the", "and", "of", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they",
     "at", "be", "this", "from", "have", "or", "had", "by", "not", "but", "what", "were", "we", "when", "can", "there",
     "an", "which", "their", "if", "will", "about", "how", "up", "he", "she", "i", "you", "has", "been", "who", "would",
     "der", "die", "das", "und", "ist", "nicht", "ein", "eine", "zu", "den", "mit", "von", "auf", "le", "la", "les", "des",
     "et", "est", "une", "que", "dans", "pour", "el", "los", "las", "y", "en", "por", "con", "para", "una", "del", "il",
     "di", "che", "per", "non", "sono", "o", "os", "da", "do", "um", "uma", "het", "een", "van", "dat"};
+
+// Words of up to six bytes as numbers, in an open table.
+class StopWords {
+ public:
+  StopWords() {
+    for (const std::string_view word : kStopWords) {
+      uint64_t key = 0;
+      for (const char c : word) key = key << 8 | static_cast<uint8_t>(c);
+      size_t at = place(key);
+      while (table_[at] != 0) at = (at + 1) % kSize;
+      table_[at] = key;
+    }
+  }
+  bool contains(uint64_t key) const {
+    for (size_t at = place(key); table_[at] != 0; at = (at + 1) % kSize) {
+      if (table_[at] == key) return true;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr size_t kSize = 1024;
+  static size_t place(uint64_t key) { return (key * 0x9E3779B97F4A7C15u) >> 54; }
+  std::array<uint64_t, kSize> table_{};
+};
+const StopWords kStops;
 
 void count_run(const Run& run, BlockCounts& counts) {
   std::string_view text = run.text;
@@ -56,10 +82,10 @@ void count_run(const Run& run, BlockCounts& counts) {
     counts.letters += static_cast<float>(word.size());
     counts.digits += digits;
     counts.capitals += is_upper(c);
-    char lower[6];
-    if (word.size() <= sizeof(lower)) {
-      std::transform(word.begin(), word.end(), lower, [](char x) { return is_upper(x) ? static_cast<char>(x | 32) : x; });
-      counts.stop_words += kStopWords.contains({lower, word.size()});
+    if (word.size() <= 6) {
+      uint64_t key = 0;
+      for (const char x : word) key = key << 8 | static_cast<uint8_t>(is_upper(x) ? x | 32 : x);
+      counts.stop_words += kStops.contains(key);
     }
     counts.ends_sentence = false;
   }
@@ -78,7 +104,15 @@ struct SubtreeCounts {
 };
 
 float ratio(float part, float whole) { return whole > 0 ? part / whole : 0; }
-float log1(float x) { return std::log1p(x); }
+// log(1 + x) of counts, which are whole but for those of Chinese and Japanese words.
+float log1(float x) {
+  static const std::vector<float> kTable = [] {
+    std::vector<float> table;
+    for (int i = 0; i < 1024; ++i) table.push_back(std::log1p(static_cast<float>(i)));
+    return table;
+  }();
+  return x < 1024 ? kTable[static_cast<size_t>(x)] : std::log1p(x);
+}
 
 uint64_t word_hash(std::string_view word) {
   uint64_t hash = 0xCBF29CE484222325u;
@@ -86,21 +120,26 @@ uint64_t word_hash(std::string_view word) {
   return hash;
 }
 
-std::unordered_set<uint64_t> word_set(std::string_view text) {
-  std::unordered_set<uint64_t> words;
+template <class Visit>
+void for_each_word(std::string_view text, Visit&& visit) {
   for (size_t i = 0; i < text.size();) {
     const size_t begin = i;
     while (i < text.size() && is_word(static_cast<unsigned char>(text[i]))) ++i;
-    if (i > begin) words.insert(word_hash(text.substr(begin, i - begin)));
+    if (i > begin) visit(word_hash(text.substr(begin, i - begin)));
     i += i == begin;
   }
-  return words;
 }
 
 float share_of_title(const Page& page, const Block& block, const std::unordered_set<uint64_t>& title) {
-  const auto words = word_set(block_text(page, block));
-  const auto common = std::count_if(words.begin(), words.end(), [&](uint64_t w) { return title.contains(w); });
-  return ratio(static_cast<float>(common), static_cast<float>(words.size()));
+  float words = 0, common = 0;
+  if (title.empty()) return 0;
+  for (uint32_t r = block.first_run; r < block.end_run; ++r) {
+    for_each_word(page.runs[r].text, [&](uint64_t word) {
+      ++words;
+      common += title.contains(word);
+    });
+  }
+  return ratio(common, words);
 }
 
 // What class and id names say of an element.
@@ -158,7 +197,8 @@ class Extractor {
 
   Features all() {
     Features features;
-    const auto title = word_set(page_.title);
+    std::unordered_set<uint64_t> title;
+    for_each_word(page_.title, [&](uint64_t word) { title.insert(word); });
     float before = 0, since_heading = 0, since_h1 = -1;
     for (size_t b = 0; b < blocks_.size(); ++b) {
       row_.clear();

@@ -4,24 +4,34 @@
 
 #include "cpu/text/content.h"
 #include "cpu/text/content_weights.h"
+#include "cpu/text/widest.h"
 
 namespace cs336::text {
 namespace {
 
 constexpr float kClip = 4;  // standard deviations: what is further out says no more
 
-// inputs: the rows `parts` of a block, one after the other.
+// hidden += standardised features times weights (F, H), which begin at feature `first`.
+CS336_WIDEST void add_features(const ContentNet& net, size_t first, const float* values, size_t count, float* hidden) {
+  float sums[kContentHidden];
+  std::copy_n(hidden, kContentHidden, sums);
+  for (size_t i = 0; i < count; ++i) {
+    const float x = (values[i] - net.mean[first + i]) * net.inverse_std[first + i];
+    const float clipped = std::min(std::max(x, -kClip), kClip);
+    const float* weights = net.hidden + (first + i) * kContentHidden;
+    for (size_t h = 0; h < kContentHidden; ++h) sums[h] += clipped * weights[h];
+  }
+  std::copy_n(sums, kContentHidden, hidden);
+}
+
+// parts: the rows of a block, one after the other.
 float run_net(const ContentNet& net, std::initializer_list<std::span<const float>> parts) {
   std::array<float, kContentHidden> hidden;
-  std::copy(net.hidden_bias, net.hidden_bias + kContentHidden, hidden.begin());
-  size_t i = 0;
+  std::copy_n(net.hidden_bias, kContentHidden, hidden.begin());
+  size_t first = 0;
   for (const std::span<const float> part : parts) {
-    for (const float value : part) {
-      const float x = std::clamp((value - net.mean[i]) * net.inverse_std[i], -kClip, kClip);
-      const float* weights = net.hidden + i * kContentHidden;
-      for (size_t h = 0; h < kContentHidden; ++h) hidden[h] += x * weights[h];
-      ++i;
-    }
+    add_features(net, first, part.data(), part.size(), hidden.data());
+    first += part.size();
   }
   float score = net.bias;
   for (size_t h = 0; h < kContentHidden; ++h) score += std::max(hidden[h], 0.0f) * net.out[h];

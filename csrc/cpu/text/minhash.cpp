@@ -3,18 +3,12 @@
 #include <algorithm>
 
 #include "cpu/text/hash.h"
+#include "cpu/text/widest.h"
 
 namespace cs336::text {
 namespace {
 
 constexpr size_t kLanes = 32;  // minima that stay in registers: four of AVX2, with as many for a and b
-
-// One binary for every x86-64: the loader takes the widest that the machine has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CS336_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CS336_WIDEST
-#endif
 
 CS336_WIDEST void minima(const uint32_t* x, size_t count, const uint32_t* a, const uint32_t* b, uint32_t* out) {
   uint32_t least[kLanes];
