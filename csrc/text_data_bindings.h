@@ -10,6 +10,7 @@ void bind_dedup(pybind11::module_& m);
 
 inline void bind_data(pybind11::module_& m) {
   bind_extract(m);
+  bind_filter(m);
   bind_dedup(m);
 }
 
