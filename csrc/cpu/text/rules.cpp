@@ -103,61 +103,53 @@ struct Repeats {
   }
 };
 
+// Hashes of the n-grams of words, from those of all beginnings of the text.
+class NGrams {
+ public:
+  explicit NGrams(const std::vector<Word>& words) : hashes_{0}, chars_{0} {
+    for (const Word& word : words) {
+      hashes_.push_back(hashes_.back() * kBase + hash_bytes(word.text));
+      chars_.push_back(chars_.back() + word.chars);
+    }
+  }
+  void set_size(size_t n) {
+    n_ = n;
+    power_ = 1;
+    for (size_t i = 0; i < n; ++i) power_ *= kBase;
+  }
+  size_t count() const { return hashes_.size() > n_ ? hashes_.size() - n_ : 0; }
+  uint64_t hash(size_t i) const { return hash_number(hashes_[i + n_] - hashes_[i] * power_); }
+  uint64_t chars(size_t i) const { return chars_[i + n_] - chars_[i]; }  // without spaces
+
+ private:
+  std::vector<uint64_t> hashes_, chars_;
+  size_t n_ = 1;
+  uint64_t power_ = 1;
+};
+
 // Of several n-grams that are as frequent it is the one that comes first.
-uint64_t top_ngram_chars(const std::vector<Word>& words, const std::vector<uint64_t>& hashes, size_t n, HashCounts& seen) {
-  if (words.size() < n) return 0;
-  seen.clear(words.size());
+uint64_t top_ngram_chars(const NGrams& ngrams, size_t n, HashCounts& seen) {
+  if (ngrams.count() == 0) return 0;
+  seen.clear(ngrams.count());
   uint32_t best = 0, first = 0;
-  for (size_t i = 0; i + n <= words.size(); ++i) {
-    uint64_t hash = 0;
-    for (size_t k = 0; k < n; ++k) hash = hash * kBase + hashes[i + k];
-    HashCounts::Entry& entry = seen.find(hash_number(hash));
+  for (size_t i = 0; i < ngrams.count(); ++i) {
+    HashCounts::Entry& entry = seen.find(ngrams.hash(i));
     if (entry.count++ == 0) entry.first = static_cast<uint32_t>(i);
     if (entry.count < best || (entry.count == best && entry.first > first)) continue;
     best = entry.count;
     first = entry.first;
   }
-  uint64_t chars = n - 1;
-  for (size_t k = 0; k < n; ++k) chars += words[first + k].chars;
-  return chars * best;
+  return (ngrams.chars(first) + n - 1) * best;
 }
 
-// The hash of words i .. i + n joined, from those of all prefixes of the joined text.
-class Joined {
- public:
-  explicit Joined(const std::vector<Word>& words) {
-    hashes_.push_back(0);
-    ends_.push_back(0);
-    chars_.push_back(0);
-    for (const Word& word : words) {
-      uint64_t hash = hashes_.back();
-      for (const char c : word.text) hash = hash * kBase + static_cast<uint8_t>(c) + 1;
-      hashes_.push_back(hash);
-      ends_.push_back(ends_.back() + word.text.size());
-      chars_.push_back(chars_.back() + word.chars);
-    }
-  }
-  uint64_t hash(size_t begin, size_t end) {
-    return hash_number(hashes_[end] - hashes_[begin] * power(ends_[end] - ends_[begin]));
-  }
-  uint64_t chars(size_t begin, size_t end) const { return chars_[end] - chars_[begin]; }
-
- private:
-  uint64_t power(size_t exponent) {
-    while (powers_.size() <= exponent) powers_.push_back(powers_.back() * kBase);
-    return powers_[exponent];
-  }
-  std::vector<uint64_t> hashes_, ends_, chars_, powers_{1};
-};
-
-uint64_t repeated_ngram_chars(Joined& joined, size_t words, size_t n, HashCounts& seen) {
-  seen.clear(words);
+uint64_t repeated_ngram_chars(const NGrams& ngrams, size_t n, HashCounts& seen) {
+  seen.clear(ngrams.count());
   uint64_t chars = 0;
-  for (size_t i = 0; i + n <= words;) {
-    if (seen.find(joined.hash(i, i + n)).count++ == 0) {
+  for (size_t i = 0; i < ngrams.count();) {
+    if (seen.find(ngrams.hash(i)).count++ == 0) {
       ++i;
     } else {
-      chars += joined.chars(i, i + n);
+      chars += ngrams.chars(i);
       i += n;
     }
   }
@@ -218,16 +210,15 @@ RepetitionCounts gopher_repetition_counts(View text) {
   counts.repeated_line_chars = lines.repeated_chars;
 
   split_words(text, words);
-  std::vector<uint64_t> hashes;
-  hashes.reserve(words.size());
-  for (const Word& word : words) hashes.push_back(hash_bytes(word.text));
+  NGrams ngrams(words);
   for (size_t i = 0; i < counts.kTop; ++i) {
-    counts.top_chars[i] = top_ngram_chars(words, hashes, counts.kFirstTop + i, seen);
+    ngrams.set_size(counts.kFirstTop + i);
+    counts.top_chars[i] = top_ngram_chars(ngrams, counts.kFirstTop + i, seen);
   }
-  Joined joined(words);
   for (size_t i = 0; i < counts.kRepeated; ++i) {
-    counts.repeated_chars[i] = repeated_ngram_chars(joined, words.size(), counts.kFirstRepeated + i, seen);
-    if (counts.repeated_chars[i] == 0) break;  // what repeats nothing shorter repeats nothing longer
+    ngrams.set_size(counts.kFirstRepeated + i);
+    counts.repeated_chars[i] = repeated_ngram_chars(ngrams, counts.kFirstRepeated + i, seen);
+    if (counts.repeated_chars[i] == 0) break;  // where no n-gram repeats no longer one does
   }
   return counts;
 }
