@@ -21,7 +21,8 @@ Unit unit_of(const std::string& name) {
 }
 
 // Signatures of texts, one after the other: memory for one text at a time.
-py::array_t<uint32_t> sign_all(const MinHash& minhash, const py::list& texts, size_t ngram, const std::string& unit_name) {
+py::array_t<uint32_t> sign_all(const MinHash& minhash, const py::list& texts, size_t ngram,
+                               const std::string& unit_name) {
   const Unit unit = unit_of(unit_name);
   const Texts all(texts);
   py::array_t<uint32_t> signatures({all.raws().size(), minhash.num_hashes()});
@@ -88,7 +89,9 @@ void bind_dedup(py::module_& m) {
 
   py::class_<LineCounts>(m, "LineCounts")
       .def(py::init<uint64_t, uint64_t>(), py::arg("part"), py::arg("parts"))
-      .def("add", [](LineCounts& c, const py::buffer& b) { with_bytes(b, [&](auto text) { c.add(text); }); }, py::arg("text"))
+      .def(
+          "add", [](LineCounts& c, const py::buffer& b) { with_bytes(b, [&](auto text) { c.add(text); }); },
+          py::arg("text"))
       .def("distinct", &LineCounts::distinct)
       .def(
           "mark_repeated",
@@ -116,8 +119,10 @@ void bind_dedup(py::module_& m) {
   py::class_<BloomFilter>(m, "BloomFilter")
       .def(py::init<uint64_t, double>(), py::arg("capacity"), py::arg("error"))
       .def(py::init([](const py::bytes& saved) { return BloomFilter(std::string_view(saved)); }), py::arg("saved"))
-      .def("add", [](BloomFilter& f, py::handle key) { return f.add(Text(key).view()); }, py::arg("key"))
-      .def("contains", [](const BloomFilter& f, py::handle key) { return f.contains(Text(key).view()); }, py::arg("key"))
+      .def(
+          "add", [](BloomFilter& f, py::handle key) { return f.add(Text(key).view()); }, py::arg("key"))
+      .def(
+          "contains", [](const BloomFilter& f, py::handle key) { return f.contains(Text(key).view()); }, py::arg("key"))
       .def(
           "add_many",
           [](BloomFilter& filter, const py::list& keys) {

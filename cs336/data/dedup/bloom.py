@@ -16,7 +16,9 @@ class BloomFilter:
 
     def __init__(self, capacity: int, error: float = 0.01):
         if capacity < 1 or not 0 < error < 1:
-            raise ValueError(f"a Bloom filter needs a capacity of 1 or more and an error between 0 and 1, got {capacity}, {error}")
+            raise ValueError(
+                f"a Bloom filter needs a capacity of 1 or more and an error between 0 and 1, got {capacity}, {error}"
+            )
         self._native = _text.BloomFilter(capacity, error)
 
     def add(self, key: str | bytes) -> bool:

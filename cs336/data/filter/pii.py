@@ -37,16 +37,18 @@ PHONE = re.compile(
     )(?:[ ]?(?:x|ext\.?)[ ]?\d{1,5})?(?![\w/:=%$€£]|[.,-]\d)""",
     re.VERBOSE,
 )
-DATE = re.compile(r"(?:19|20)?\d\d([ .-])(?:0?[1-9]|1[0-2])\1\d{2,4}|\d{1,2}([ .-])\d{1,2}\2(?:19|20)\d\d|\d{3}-\d\d-\d{4}")
+DATE = re.compile(
+    r"(?:19|20)?\d\d([ .-])(?:0?[1-9]|1[0-2])\1\d{2,4}|\d{1,2}([ .-])\d{1,2}\2(?:19|20)\d\d|\d{3}-\d\d-\d{4}"
+)
 
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IPV4 = re.compile(rf"(?<![\w.-]){OCTET}(?:\.{OCTET}){{3}}(?![\w-]|\.\w)")
-IPV6 = re.compile(r"(?<![\w:.])(?=[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:)[0-9a-fA-F:][0-9a-fA-F:.]{1,44}+(?![\w:])")
+IPV6 = re.compile(r"(?<![\w:.])(?=[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:)(?:[0-9a-fA-F:]|\.(?=\d)){2,45}+(?![\w:])")
 
 CARD = re.compile(r"(?<![\w.,+-])(?:\d[ -]?){11,18}\d(?![\w-]|[.,]\d)")
 
 SECRETS = re.compile(
-    r"""-----BEGIN\ (?P<kind>[A-Z ]{0,20}PRIVATE\ KEY)-----[\s\S]{1,20000}?-----END\ (?P=kind)-----
+    r"""-----BEGIN\ (?P<kind>[A-Z ]{0,20}PRIVATE\ KEY)-----(?:[^-]|-(?!----))++-----END\ (?P=kind)-----
       | (?<![A-Za-z0-9_-])(?:
             (?:AKIA|ASIA)[0-9A-Z]{16}                        # Amazon
           | gh[opsur]_[A-Za-z0-9]{36,255} | github_pat_\w{22,255} | glpat-[\w-]{20,64}
@@ -77,7 +79,9 @@ def mask_phone_numbers(text: str, mask: str = PHONE_MASK) -> tuple[str, int]:
 
     Dates, American social security numbers, decimals and parts of longer numbers are not telephone numbers.
     """
-    return _mask(text, mask, PHONE, lambda found: not DATE.fullmatch(found) and 7 <= sum(c.isdigit() for c in found) <= 15)
+    return _mask(
+        text, mask, PHONE, lambda found: not DATE.fullmatch(found) and 7 <= sum(c.isdigit() for c in found) <= 15
+    )
 
 
 def mask_ip_addresses(text: str, mask: str = IP_MASK) -> tuple[str, int]:
@@ -133,7 +137,7 @@ def _mask(text: str, mask: str, pattern: re.Pattern, accept: Callable[[str], boo
 
 def _is_ipv6(found: str) -> bool:
     try:
-        return ipaddress.ip_address(found.rstrip(".")).version == 6 and any(c.isdigit() for c in found)
+        return ipaddress.ip_address(found).version == 6 and any(c.isdigit() for c in found)
     except ValueError:
         return False
 

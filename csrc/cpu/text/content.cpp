@@ -9,7 +9,9 @@
 namespace cs336::text {
 namespace {
 
-constexpr bool is_word(unsigned char c) { return c >= 0x80 || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z'); }
+constexpr bool is_word(unsigned char c) {
+  return c >= 0x80 || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z');
+}
 constexpr bool is_upper(unsigned char c) { return c >= 'A' && c <= 'Z'; }
 
 // What a block says by itself.
@@ -21,12 +23,13 @@ struct BlockCounts {
 
 // The most frequent words of running text in nine languages.
 constexpr std::string_view kStopWords[] = {
-    "the", "and", "of", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they",
-    "at", "be", "this", "from", "have", "or", "had", "by", "not", "but", "what", "were", "we", "when", "can", "there",
-    "an", "which", "their", "if", "will", "about", "how", "up", "he", "she", "i", "you", "has", "been", "who", "would",
-    "der", "die", "das", "und", "ist", "nicht", "ein", "eine", "zu", "den", "mit", "von", "auf", "le", "la", "les", "des",
-    "et", "est", "une", "que", "dans", "pour", "el", "los", "las", "y", "en", "por", "con", "para", "una", "del", "il",
-    "di", "che", "per", "non", "sono", "o", "os", "da", "do", "um", "uma", "het", "een", "van", "dat"};
+    "the",  "and",  "of",   "to",   "in",    "a",    "is",    "that",  "it",  "was",  "for",   "on",  "are",   "as",
+    "with", "his",  "they", "at",   "be",    "this", "from",  "have",  "or",  "had",  "by",    "not", "but",   "what",
+    "were", "we",   "when", "can",  "there", "an",   "which", "their", "if",  "will", "about", "how", "up",    "he",
+    "she",  "i",    "you",  "has",  "been",  "who",  "would", "der",   "die", "das",  "und",   "ist", "nicht", "ein",
+    "eine", "zu",   "den",  "mit",  "von",   "auf",  "le",    "la",    "les", "des",  "et",    "est", "une",   "que",
+    "dans", "pour", "el",   "los",  "las",   "y",    "en",    "por",   "con", "para", "una",   "del", "il",    "di",
+    "che",  "per",  "non",  "sono", "o",     "os",   "da",    "do",    "um",  "uma",  "het",   "een", "van",   "dat"};
 
 // Words of up to six bytes as numbers, in an open table.
 class StopWords {
@@ -154,8 +157,8 @@ float hint_score(const Element& element, const HintWeights& weights) {
 
 constexpr std::array kLeaves = {Tag::kP,  Tag::kDiv, Tag::kLi, Tag::kTd,         Tag::kTh,         Tag::kDd,
                                 Tag::kDt, Tag::kPre, Tag::kH1, Tag::kBlockquote, Tag::kFigcaption, Tag::kSection};
-constexpr std::array kAround = {Tag::kArticle, Tag::kMain, Tag::kAside,   Tag::kNav,  Tag::kHeader,     Tag::kFooter,
-                                Tag::kForm,    Tag::kTable, Tag::kUl,     Tag::kOl,   Tag::kBlockquote, Tag::kFigure,
+constexpr std::array kAround = {Tag::kArticle, Tag::kMain,  Tag::kAside,   Tag::kNav, Tag::kHeader,     Tag::kFooter,
+                                Tag::kForm,    Tag::kTable, Tag::kUl,      Tag::kOl,  Tag::kBlockquote, Tag::kFigure,
                                 Tag::kSection, Tag::kDl,    Tag::kAddress, Tag::kLi};
 constexpr size_t kLevels = 4;      // ancestors whose counts are features
 constexpr size_t kNeighbours = 3;  // blocks on each side
@@ -230,7 +233,8 @@ class Extractor {
  private:
   void add(std::initializer_list<float> values) { row_.insert(row_.end(), values); }
 
-  // As readability has it: a paragraph speaks for its parent, half for the parent of that, and less and less further up.
+  // As readability has it: a paragraph speaks for its parent, half for the parent of that, and less and less further
+  // up.
   void vote(uint32_t element, const BlockCounts& c) {
     if (c.words < 5) return;
     const float gain = 1 + c.commas + std::min(c.words / 18, 3.0f);
@@ -281,8 +285,10 @@ class Extractor {
     }
     const auto all = static_cast<float>(page_.elements.size());
     const auto blocks = static_cast<float>(blocks_.size());
-    style_ = {log1(all),     classes / all,    ids / all,      divs / all,        cells / all,
-              links / all,   log1(paragraphs), log1(articles), subtrees_[0].paragraphs / blocks, log1(best_)};
+    style_ = {log1(all),        classes / all,  ids / all,
+              divs / all,       cells / all,    links / all,
+              log1(paragraphs), log1(articles), subtrees_[0].paragraphs / blocks,
+              log1(best_)};
   }
 
   void score_hints(const HintWeights& weights) {
@@ -303,9 +309,10 @@ class Extractor {
   void add_own(size_t b) {
     const BlockCounts& c = blocks_[b];
     const float runs = static_cast<float>(page_.blocks[b].end_run - page_.blocks[b].first_run);
-    add({log1(c.words), ratio(c.link_words, c.words), ratio(c.letters, c.words), ratio(c.commas, c.words), log1(c.stops),
-         ratio(c.digits, c.words), ratio(c.capitals, c.words), ratio(c.stop_words, c.words), ratio(c.bold_words, c.words),
-         log1(c.breaks), log1(runs), static_cast<float>(c.ends_sentence), static_cast<float>(c.starts_lower)});
+    add({log1(c.words), ratio(c.link_words, c.words), ratio(c.letters, c.words), ratio(c.commas, c.words),
+         log1(c.stops), ratio(c.digits, c.words), ratio(c.capitals, c.words), ratio(c.stop_words, c.words),
+         ratio(c.bold_words, c.words), log1(c.breaks), log1(runs), static_cast<float>(c.ends_sentence),
+         static_cast<float>(c.starts_lower)});
   }
 
   void add_tags(size_t b) {

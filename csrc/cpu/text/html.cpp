@@ -22,7 +22,8 @@ constexpr bool has(TagSet set, Tag tag) { return set >> static_cast<int>(tag) & 
 constexpr TagSet kRows = set_of({Tag::kTbody, Tag::kThead, Tag::kTfoot, Tag::kTr, Tag::kTd, Tag::kTh, Tag::kCaption});
 constexpr TagSet kCells = set_of({Tag::kTd, Tag::kTh, Tag::kCaption});
 constexpr TagSet kScope = set_of({Tag::kTable, Tag::kTd, Tag::kTh, Tag::kCaption});
-constexpr TagSet kListScope = kScope | set_of({Tag::kUl, Tag::kOl, Tag::kDl, Tag::kSection, Tag::kArticle, Tag::kBlockquote});
+constexpr TagSet kListScope =
+    kScope | set_of({Tag::kUl, Tag::kOl, Tag::kDl, Tag::kSection, Tag::kArticle, Tag::kBlockquote});
 
 constexpr bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r' || c == '\f'; }
 constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 32) : c; }
@@ -49,7 +50,8 @@ struct Attributes {
 class Parser {
  public:
   explicit Parser(std::string_view html) : html_(html) {
-    if (html.size() > INT32_MAX) throw std::invalid_argument("a page of 2 GB or more: expected at most 2147483647 bytes");
+    if (html.size() > INT32_MAX)
+      throw std::invalid_argument("a page of 2 GB or more: expected at most 2147483647 bytes");
     // Views of the text must not move. No reference stands for more than 6 bytes out of 5.
     page_.text.reserve(html.size() + html.size() / 4 + 16);
     push(Tag::kOther, 0, {});
@@ -136,12 +138,18 @@ class Parser {
   }
 
   static void keep(std::string_view name, std::string_view value, Attributes& found) {
-    if (equal_lower(name, "class")) found.classes = value;
-    else if (equal_lower(name, "id")) found.id = value;
-    else if (equal_lower(name, "href")) found.href = value;
-    else if (equal_lower(name, "start")) found.start = value;
-    else if (equal_lower(name, "hidden")) found.hidden = true;
-    else if (equal_lower(name, "style") && hides(value)) found.hidden = true;
+    if (equal_lower(name, "class"))
+      found.classes = value;
+    else if (equal_lower(name, "id"))
+      found.id = value;
+    else if (equal_lower(name, "href"))
+      found.href = value;
+    else if (equal_lower(name, "start"))
+      found.start = value;
+    else if (equal_lower(name, "hidden"))
+      found.hidden = true;
+    else if (equal_lower(name, "style") && hides(value))
+      found.hidden = true;
   }
 
   void read_start_tag() {
@@ -155,7 +163,8 @@ class Parser {
       return;
     }
     if (tag == Tag::kDropped && html_[at_ - 2] == '/') return;  // <svg/>
-    if (!(entry.kind & kIsMetadata) && open_[static_cast<size_t>(Tag::kHead)] > 0 && tag != Tag::kOther) close(Tag::kHead);
+    if (!(entry.kind & kIsMetadata) && open_[static_cast<size_t>(Tag::kHead)] > 0 && tag != Tag::kOther)
+      close(Tag::kHead);
     if (entry.kind & kClosesP) close_within(set_of({Tag::kP}), kScope);
     if (entry.kind & kIsHeading && page_.elements[stack_.back()].kind & kIsHeading) pop();
     close_implied(tag);

@@ -1,6 +1,6 @@
 // HTML to elements and blocks of text, forgiving as browsers are. It follows the standard's rules for implied and
-// misplaced tags where they move text; formatting that overlaps (<b><p></b>) is not rebuilt, since no text depends on it.
-// Time is linear: below kMaxDepth elements are no longer nested, so that every search of the open ones is bounded.
+// misplaced tags where they move text; formatting that overlaps (<b><p></b>) is not rebuilt, since no text depends on
+// it. Time is linear: below kMaxDepth elements are no longer nested, so that every search of the open ones is bounded.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,10 +19,10 @@ enum RunStyle : uint8_t { kBold = 1, kItalic = 2, kCode = 4, kPreformatted = 8 }
 
 struct Element {
   Tag tag;
-  uint8_t kind;          // of TagKind
-  bool hidden;           // it or one above it is marked so
+  uint8_t kind;  // of TagKind
+  bool hidden;   // it or one above it is marked so
   uint16_t depth;
-  uint32_t parent;       // index; kNone for the root
+  uint32_t parent;                            // index; kNone for the root
   std::string_view classes, id, href, start;  // of the source, as written there
 };
 

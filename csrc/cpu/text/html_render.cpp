@@ -67,9 +67,12 @@ std::string url_of(const Page& page, uint32_t link) {
   append_unescaped(page.elements[link].href, raw);
   const Trimmed trimmed(raw);
   for (const char c : trimmed.core) {
-    if (c == ' ') url += "%20";
-    else if (c == ')') url += "%29";
-    else if (c != '\n' && c != '\t') url += c;
+    if (c == ' ')
+      url += "%20";
+    else if (c == ')')
+      url += "%29";
+    else if (c != '\n' && c != '\t')
+      url += c;
   }
   return url.starts_with("javascript:") ? "" : url;
 }

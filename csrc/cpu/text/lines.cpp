@@ -9,8 +9,8 @@
 namespace cs336::text {
 namespace {
 
-constexpr size_t kBatch = 32;         // lines whose places in the table are fetched together
-constexpr uint64_t kRepeated = 1;     // bit of a key
+constexpr size_t kBatch = 32;      // lines whose places in the table are fetched together
+constexpr uint64_t kRepeated = 1;  // bit of a key
 constexpr uint64_t kKey = ~kRepeated;
 
 template <class Visit>

@@ -1,4 +1,5 @@
-// Exact duplicates among lines, by 64-bit hashes: two different lines of n are taken for one with a chance of n^2 / 2^65.
+// Exact duplicates among lines, by 64-bit hashes: two different lines of n are taken for one with a chance of n^2 /
+// 2^65.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -52,7 +52,8 @@ class Example:
         owner = np.repeat(np.arange(len(tokens)), [len(t) for t in tokens])
         ids: dict[str, int] = {}
         flat, gold = (
-            [ids.setdefault(t, len(ids)) for t in ts] for ts in ((t for b in tokens for t in b), TOKEN.findall(self.gold))
+            [ids.setdefault(t, len(ids)) for t in ts]
+            for ts in ((t for b in tokens for t in b), TOKEN.findall(self.gold))
         )
         hits_B = np.zeros(len(tokens))
         for op in LCSseq.opcodes(flat, gold):
@@ -128,7 +129,9 @@ def fit(x_BF: torch.Tensor, label_B: torch.Tensor, weight_B: torch.Tensor, epoch
     scale = 1 / weight_B.mean()
     for _ in range(epochs):
         for rows in torch.randperm(len(x_BF)).split(batch):
-            loss_B = torch.nn.functional.binary_cross_entropy_with_logits(net(x_BF[rows]), label_B[rows], reduction="none")
+            loss_B = torch.nn.functional.binary_cross_entropy_with_logits(
+                net(x_BF[rows]), label_B[rows], reduction="none"
+            )
             optimizer.zero_grad()
             (loss_B * weight_B[rows]).mean().mul(scale).backward()
             optimizer.step()

@@ -1,5 +1,5 @@
-// The counts that the published quality rules look at: Gopher (arXiv 2112.11446), C4 (1910.10683), FineWeb (2406.17557).
-// Lengths are in code points. The thresholds are in cs336/data/filter/rules.py.
+// The counts that the published quality rules look at: Gopher (arXiv 2112.11446), C4 (1910.10683), FineWeb
+// (2406.17557). Lengths are in code points. The thresholds are in cs336/data/filter/rules.py.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -37,7 +37,7 @@ FineWebCounts fineweb_counts(std::string_view utf8);
 
 struct C4Counts {
   uint64_t lines, long_word, no_end, few_words, javascript, policy, kept;  // lines, by what became of them
-  uint64_t sentences;                                                     // of the kept lines
+  uint64_t sentences;                                                      // of the kept lines
   bool lorem_ipsum, curly_bracket;
 };
 // text: the lines that are kept, without citation marks.

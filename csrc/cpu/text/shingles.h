@@ -1,4 +1,5 @@
-// The n-grams of a text as hashes, after all that copies differ in is taken out: case, accents, punctuation, white space.
+// The n-grams of a text as hashes, after all that copies differ in is taken out: case, accents, punctuation, white
+// space.
 #pragma once
 #include <cstdint>
 #include <span>

@@ -43,11 +43,12 @@ struct Range {
 };
 
 // Quotes, brackets and marks of other scripts that are taken off both ends.
-constexpr Range kBothEnds[] = {{0xA1, 0xA1},     {0xAB, 0xAB},     {0xB4, 0xB4},     {0xB7, 0xB7},    {0xBB, 0xBB},
-                               {0xBF, 0xBF},     {0x61B, 0x61B},   {0x61F, 0x61F},   {0x66A, 0x66A},  {0x6D4, 0x6D4},
-                               {0x60C, 0x60C},   {0x964, 0x964},   {0x2018, 0x201A}, {0x201C, 0x201E}, {0x2026, 0x2026},
-                               {0x2039, 0x203A}, {0x3001, 0x3002}, {0x3008, 0x3011}, {0x3014, 0x3015}, {0xFF01, 0xFF01},
-                               {0xFF08, 0xFF09}, {0xFF0C, 0xFF0C}, {0xFF1A, 0xFF1B}, {0xFF1F, 0xFF1F}, {0xFF5E, 0xFF5E}};
+constexpr Range kBothEnds[] = {
+    {0xA1, 0xA1},     {0xAB, 0xAB},     {0xB4, 0xB4},     {0xB7, 0xB7},     {0xBB, 0xBB},
+    {0xBF, 0xBF},     {0x61B, 0x61B},   {0x61F, 0x61F},   {0x66A, 0x66A},   {0x6D4, 0x6D4},
+    {0x60C, 0x60C},   {0x964, 0x964},   {0x2018, 0x201A}, {0x201C, 0x201E}, {0x2026, 0x2026},
+    {0x2039, 0x203A}, {0x3001, 0x3002}, {0x3008, 0x3011}, {0x3014, 0x3015}, {0xFF01, 0xFF01},
+    {0xFF08, 0xFF09}, {0xFF0C, 0xFF0C}, {0xFF1A, 0xFF1B}, {0xFF1F, 0xFF1F}, {0xFF5E, 0xFF5E}};
 constexpr Range kFrontOnly[] = {{0xA2, 0xA5}, {0xA7, 0xA7}, {0x20A0, 0x20C0}};  // money, section
 constexpr Range kDashes[] = {{0x2013, 0x2014}};
 // So: pictures are words of their own.
@@ -115,18 +116,18 @@ bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 // Words that keep their full stop, in lower case without it.
 const std::unordered_set<std::string_view> kAbbreviations = {
-    "mr",  "mrs", "ms",  "dr",  "prof", "st",  "jr",  "sr",  "inc", "co",  "corp", "ltd", "vs",  "e.g",  "i.e", "a.m",
-    "p.m", "jan", "feb", "mar", "apr",  "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "gov",  "gen", "sen",
-    "rep", "rev", "mt",  "bros", "adm", "ph.d", "messrs", "v.s", "o.o", "ala", "ariz", "ark", "calif", "colo", "conn",
-    "del", "fla", "ga",  "ia",  "id",   "ill", "ind", "kan", "kans", "ky", "la", "mass", "md", "mich", "minn", "miss",
-    "mo", "mont", "n.c", "n.d", "n.h", "n.j", "n.m", "n.y", "neb", "nebr", "nev", "okla", "ore", "pa", "s.c", "tenn",
-    "va", "wash", "wis", "d.c"};
-const std::unordered_set<std::string_view> kNegated = {"ai",   "are", "ca",   "can",   "could", "did", "does", "do",
-                                                       "had",  "has", "have", "is",    "may",   "might", "must", "need",
-                                                       "ought", "sha", "should", "was", "were",  "wo",  "would", "dare"};
-const std::unordered_set<std::string_view> kPronouns = {"i",    "you",  "he",    "she",  "it",   "we",    "they",  "who",
-                                                        "what", "when", "where", "why",  "how",  "there", "that",  "this",
-                                                        "these", "those"};
+    "mr",   "mrs", "ms",    "dr",   "prof", "st",   "jr",   "sr",   "inc",  "co",   "corp",   "ltd",  "vs",  "e.g",
+    "i.e",  "a.m", "p.m",   "jan",  "feb",  "mar",  "apr",  "jun",  "jul",  "aug",  "sep",    "sept", "oct", "nov",
+    "dec",  "gov", "gen",   "sen",  "rep",  "rev",  "mt",   "bros", "adm",  "ph.d", "messrs", "v.s",  "o.o", "ala",
+    "ariz", "ark", "calif", "colo", "conn", "del",  "fla",  "ga",   "ia",   "id",   "ill",    "ind",  "kan", "kans",
+    "ky",   "la",  "mass",  "md",   "mich", "minn", "miss", "mo",   "mont", "n.c",  "n.d",    "n.h",  "n.j", "n.m",
+    "n.y",  "neb", "nebr",  "nev",  "okla", "ore",  "pa",   "s.c",  "tenn", "va",   "wash",   "wis",  "d.c"};
+const std::unordered_set<std::string_view> kNegated = {
+    "ai",  "are",   "ca",   "can",  "could", "did", "does",   "do",  "had",  "has", "have",  "is",
+    "may", "might", "must", "need", "ought", "sha", "should", "was", "were", "wo",  "would", "dare"};
+const std::unordered_set<std::string_view> kPronouns = {"i",    "you",   "he",   "she",  "it",    "we",
+                                                        "they", "who",   "what", "when", "where", "why",
+                                                        "how",  "there", "that", "this", "these", "those"};
 const std::unordered_set<std::string_view> kModals = {"could", "might", "must", "should", "would"};
 
 // Nearly no word may: an apostrophe, or the end of "dont", "cannot", "gonna", "gotta".
@@ -140,7 +141,8 @@ bool may_contract(std::string_view word) {
 size_t contraction(std::string_view word) {
   char buffer[16];
   if (word.size() < 3 || word.size() > sizeof(buffer) || !may_contract(word)) return 0;
-  std::transform(word.begin(), word.end(), buffer, [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 32) : c; });
+  std::transform(word.begin(), word.end(), buffer,
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 32) : c; });
   const std::string_view lower(buffer, word.size());
   if (lower == "cannot" || lower == "gonna" || lower == "gotta") return 3;
   for (const std::string_view ending : {"n't", "n\xE2\x80\x99t", "nt"}) {
@@ -155,8 +157,8 @@ size_t contraction(std::string_view word) {
   const size_t size = lower[mark] == '\'' ? 1 : 3;
   if (mark + size > lower.size()) return 0;
   const std::string_view stem = lower.substr(0, mark), ending = lower.substr(mark + size);
-  const bool pronoun = kPronouns.contains(stem) &&
-                       (ending == "ll" || ending == "d" || ending == "ve" || ending == "re" || ending == "m" || ending == "s");
+  const bool pronoun = kPronouns.contains(stem) && (ending == "ll" || ending == "d" || ending == "ve" ||
+                                                    ending == "re" || ending == "m" || ending == "s");
   return pronoun || (kModals.contains(stem) && ending == "ve") ? mark : 0;
 }
 
@@ -164,9 +166,11 @@ bool keeps_stop(std::string_view word) {
   char buffer[8];
   const std::string_view stem = word.substr(0, word.size() - 1);
   if (stem.empty() || stem.size() > sizeof(buffer)) return false;
-  std::transform(stem.begin(), stem.end(), buffer, [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 32) : c; });
+  std::transform(stem.begin(), stem.end(), buffer,
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 32) : c; });
   if (stem.size() == 1) return buffer[0] >= 'a' && buffer[0] <= 'z';
-  const bool written_so = (stem[0] >= 'A' && stem[0] <= 'Z') || stem.find('.') != stem.npos || stem == "vs" || stem == "co";
+  const bool written_so =
+      (stem[0] >= 'A' && stem[0] <= 'Z') || stem.find('.') != stem.npos || stem == "vs" || stem == "co";
   return written_so && kAbbreviations.contains({buffer, stem.size()});
 }
 
@@ -187,6 +191,7 @@ class Splitter {
   void split(std::string_view chunk) {
     suffixes_.clear();
     while (!chunk.empty()) {
+      if (is_emoticon(chunk)) break;
       if (const size_t at = contraction(chunk); at > 0) {
         add(chunk.substr(0, at));
         chunk.remove_prefix(at);
@@ -215,6 +220,14 @@ class Splitter {
   }
 
  private:
+  static bool is_emoticon(std::string_view chunk) {
+    static const std::unordered_set<std::string_view> kEmoticons = {
+        ":)", ":(", ":D",  ":P",  ":p",  ":/",  ":|",  ":o",  ":O",  ":x",  ":*",   ";)",  ";D",  "=)",  "=(",
+        "=D", "<3", "<33", ":-)", ":-(", ":-D", ":-P", ":-/", ";-)", ":))", ":)))", ":((", ":'(", ":')", "):",
+        "(:", "(;", "</3", ":]",  "8)",  "8-)", "xD",  "XD",  "^_^", "^^",  "-_-",  "o_o", "o.O"};
+    return chunk.size() <= 5 && kEmoticons.contains(chunk);
+  }
+
   static size_t dots_at(std::string_view text, size_t at) {
     size_t size = 0;
     while (at + size < text.size() && text[at + size] == '.') ++size;
@@ -253,8 +266,9 @@ class Splitter {
   // "5km": a unit after a digit.
   static size_t unit(std::string_view chunk) {
     static const std::unordered_set<std::string_view> kUnits = {
-        "km", "m",  "dm", "cm", "mm", "ha", "nm",  "yd", "in",  "ft", "kg", "g",  "mg", "t",  "lb", "oz", "m/s", "km/h",
-        "mph", "hPa", "Pa", "mbar", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K"};
+        "km", "m",  "dm", "cm", "mm",  "ha",   "nm",  "yd",  "in", "ft",   "kg", "g",
+        "mg", "t",  "lb", "oz", "m/s", "km/h", "mph", "hPa", "Pa", "mbar", "mb", "MB",
+        "kb", "KB", "gb", "GB", "tb",  "TB",   "T",   "G",   "M",  "K",    "am", "pm"};
     size_t size = 0;
     while (size < chunk.size() && size < 5 && !is_digit(chunk[chunk.size() - size - 1])) ++size;
     if (size == 0 || size == chunk.size() || !is_digit(chunk[chunk.size() - size - 1])) return 0;
@@ -263,7 +277,8 @@ class Splitter {
 
   // What is between letters parts them, unless it is an address.
   void split_inside(std::string_view chunk) {
-    if (chunk.find("://") != chunk.npos || chunk.starts_with("www.") || chunk.find('@') != chunk.npos) return add(chunk);
+    if (chunk.find("://") != chunk.npos || chunk.starts_with("www.") || chunk.find('@') != chunk.npos)
+      return add(chunk);
     size_t begin = 0;
     for (size_t i = 1; i + 1 < chunk.size();) {
       const auto byte = static_cast<unsigned char>(chunk[i]);
@@ -286,8 +301,9 @@ class Splitter {
     if (c.code == 0xFFFD) return 0;
     const uint8_t edges = edges_of(c.code);
     if (c.code == 0x2026 || within(kPictures, c.code)) return c.size;
-    const bool parts = edges & kHyphen || c.code == ':' || c.code == '<' || c.code == '>' || c.code == '=' || c.code == '/' ||
-                       c.code == ',' || c.code == '.' || c.code == '+' || c.code == '*' || c.code == '^';
+    const bool parts = edges & kHyphen || c.code == ':' || c.code == '<' || c.code == '>' || c.code == '=' ||
+                       c.code == '/' || c.code == ',' || c.code == '.' || c.code == '+' || c.code == '*' ||
+                       c.code == '^';
     if (!parts || at + c.size >= chunk.size()) return 0;
     size_t size = c.size;
     while (c.code == '-' && at + size < chunk.size() && chunk[at + size] == '-' && size < 3) ++size;
@@ -298,7 +314,8 @@ class Splitter {
     const bool digit_after = after.code >= '0' && after.code <= '9';
     if (c.code == '.') return (kClassOf[before.code] & kLower) && (kClassOf[after.code] & kUpper) ? size : 0;
     if (c.code == ',') return letter_before && letter_after ? size : 0;
-    if (digit_before && (digit_after || after.code == '-') && (c.code == '+' || c.code == '-' || c.code == '*' || c.code == '^'))
+    if (digit_before && (digit_after || after.code == '-') &&
+        (c.code == '+' || c.code == '-' || c.code == '*' || c.code == '^'))
       return c.size;
     if (c.code == '+' || c.code == '*' || c.code == '^') return 0;
     return (letter_before || digit_before) && letter_after ? size : 0;
@@ -351,7 +368,9 @@ void split_words(std::string_view utf8, std::vector<Word>& words) {
   }
 }
 
-bool ends_sentence(uint32_t code) { return code < 0x80 ? code == '.' || code == '!' || code == '?' : within(kSentenceEnds, code); }
+bool ends_sentence(uint32_t code) {
+  return code < 0x80 ? code == '.' || code == '!' || code == '?' : within(kSentenceEnds, code);
+}
 
 size_t count_sentences(const std::vector<Word>& words) {
   size_t sentences = !words.empty();

@@ -10,9 +10,9 @@ namespace cs336::text {
 
 struct Word {
   std::string_view text;
-  uint32_t chars;   // code points
+  uint32_t chars;  // code points
   bool has_letter;
-  bool is_symbol;   // punctuation alone
+  bool is_symbol;  // punctuation alone
 };
 
 // Instead of what `words` held.
