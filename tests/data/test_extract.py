@@ -8,17 +8,21 @@ from cs336.data import html_to_text, pdf_to_text
 from cs336.data.extract.encoding import decode, detect_encoding
 
 PAGE = """<!doctype html><html><head><title>Rivers of the north</title><style>p {color: red}</style></head><body>
-<header><nav class="menu"><ul><li><a href="/">Home</a><li><a href="/news">News</a><li><a href="/about">About us</a></ul></nav></header>
-<div class="sidebar"><h3>Most read</h3><ul><li><a href="/1">Ten boats you must see</a><li><a href="/2">Cheap flights</a></ul></div>
+<header><nav class="menu"><ul><li><a href="/">Home</a><li><a href="/news">News</a><li><a href="/about">About us</a></ul>
+</nav></header>
+<div class="sidebar"><h3>Most read</h3><ul><li><a href="/1">Ten boats you must see</a>
+<li><a href="/2">Cheap flights</a></ul></div>
 <article><h1>Rivers of the north</h1>
 <p>The river rises in the hills, where the snow of the long winter melts late in May, and it runs for two hundred miles
 before it meets the sea near a small town that few people have ever heard of.</p>
 <p>Along its banks, the villages have kept their old mills, and in the summer, when the water is low, one can still walk
 from one side to the other without getting wet above the knee, as the farmers did for centuries.</p>
-<p>Nobody knows how old the bridge is, but the stones in its arches, some of them larger than a man, were cut by hand.</p>
+<p>Nobody knows how old the bridge is, but the stones in its arches,
+some of them larger than a man, were cut by hand.</p>
 </article>
 <div class="comments"><h3>Comments</h3><p>Reply</p><p><a href="#">Log in to post</a></p></div>
-<footer class="footer"><p>Copyright 2020 North Media. <a href="/terms">Terms</a> <a href="/privacy">Privacy</a></p></footer>
+<footer class="footer"><p>Copyright 2020 North Media.
+<a href="/terms">Terms</a> <a href="/privacy">Privacy</a></p></footer>
 </body></html>"""
 
 
@@ -41,7 +45,8 @@ def test_markdown_keeps_structure():
 </code></pre><p>use <code>f()</code>"""
     assert html_to_text(html, "full", "markdown") == (
         "## Head line\n\nOne [link *here*](/a%20b?x=1&y=2), **two**.\n\n- a\n- b\n  - b1\n- c\n  more\n\n3. x\n4. y\n\n"
-        "| A | B |\n| --- | --- |\n| 1 | 2\\|3 |\n|  | only b |\n\n> quoted\n\n```\ndef f():\n    return 1\n```\n\nuse `f()`"
+        "| A | B |\n| --- | --- |\n| 1 | 2\\|3 |\n|  | only b |\n\n> quoted\n\n"
+        "```\ndef f():\n    return 1\n```\n\nuse `f()`"
     )
 
 

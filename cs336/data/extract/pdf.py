@@ -1,5 +1,6 @@
 """The text of a PDF, in reading order, by pypdfium2."""
 
+import itertools
 import os
 import pathlib
 import statistics
@@ -90,7 +91,7 @@ def _in_reading_order(lines: list[Line]) -> list[Line]:
 
     A page whose file order goes up the page more often than columns explain is sorted from top to bottom.
     """
-    jumps = sum(b.bottom > a.top and b.left <= a.right for a, b in zip(lines, lines[1:], strict=False))
+    jumps = sum(b.bottom > a.top and b.left <= a.right for a, b in itertools.pairwise(lines))
     return sorted(lines, key=lambda line: (-line.top, line.left)) if jumps > 0.2 * len(lines) else lines
 
 
@@ -100,7 +101,7 @@ def join_lines(lines: list[Line]) -> str:
         return ""
     height = statistics.median(line.top - line.bottom for line in lines)
     out = lines[0].text
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         gap = above.bottom - line.top
         new_column = gap < -2 * height
         if gap > 0.9 * height or (new_column and out.endswith((".", "!", "?", ":"))):
