@@ -76,7 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     print(
-        "| set | extractor | F1 | precision | recall | pages/s | failed |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+        "| set | extractor | F1 | precision | recall | pages/s | failed |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
     )
     for directory in args.sets:
         for name, extract in peers().items():
