@@ -21,6 +21,7 @@
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
 #include "cpu/text/word_count.h"
+#include "text_data_bindings.h"
 #include "text_strings.h"
 
 namespace py = pybind11;
@@ -536,4 +537,6 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
         return make_splitter(pattern).stable_prefix(Text(text).view());
       },
       py::arg("pattern"), py::arg("text"), "Where a text may be cut, whatever follows it.");
+
+  bind_data(m);
 }

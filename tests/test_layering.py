@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cs336/optim": OPS,
     "cs336/models": NN,
     "cs336/parallel": MODELS,
-    "cs336/data": MODELS,
+    "cs336/data": MODELS | {"cs336._text"},
     "cs336/training": DATA,
     "cs336/inference": TRAINING,
     "cs336/evaluation": INFERENCE,

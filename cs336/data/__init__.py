@@ -1,6 +1,7 @@
-"""From documents to batches: sources, split, token shards, packed windows, a shuffled loader with a saved position.
+"""From pages to batches: text extraction, filters, deduplication, split, token shards, packed windows, a loader.
 
-The names that need torch load it when they are first used, so that a tokenizer alone can make shards.
+The names that need torch or an optional package load it when they are first used, so that a tokenizer alone can make
+shards, and a filter needs nothing but itself.
 """
 
 import importlib
@@ -24,9 +25,39 @@ from cs336.utils.shards import write_shard as write_shard
 if TYPE_CHECKING:
     from cs336.data.dataset import TokenDataset as TokenDataset
     from cs336.data.dataset import get_batch as get_batch
+    from cs336.data.dedup.bloom import BloomFilter as BloomFilter
+    from cs336.data.dedup.lines import dedup_documents as dedup_documents
+    from cs336.data.dedup.lines import dedup_lines as dedup_lines
+    from cs336.data.dedup.minhash import dedup_minhash as dedup_minhash
+    from cs336.data.dedup.minhash import minhash as minhash
+    from cs336.data.dedup.minhash import near_duplicates as near_duplicates
+    from cs336.data.extract.html import html_to_text as html_to_text
+    from cs336.data.extract.pdf import pdf_to_text as pdf_to_text
+    from cs336.data.filter.language import identify_language as identify_language
+    from cs336.data.filter.pii import mask_cards as mask_cards
+    from cs336.data.filter.pii import mask_emails as mask_emails
+    from cs336.data.filter.pii import mask_ip_addresses as mask_ip_addresses
+    from cs336.data.filter.pii import mask_phone_numbers as mask_phone_numbers
+    from cs336.data.filter.pii import mask_secrets as mask_secrets
+    from cs336.data.filter.rules import c4_quality as c4_quality
+    from cs336.data.filter.rules import fineweb_quality as fineweb_quality
+    from cs336.data.filter.rules import gopher_quality as gopher_quality
+    from cs336.data.filter.rules import gopher_repetition as gopher_repetition
     from cs336.data.loader import TokenLoader as TokenLoader
 
-_HOME = {"TokenDataset": "dataset", "get_batch": "dataset", "TokenLoader": "loader"}
+_NAMES = {
+    "dataset": ["TokenDataset", "get_batch"],
+    "loader": ["TokenLoader"],
+    "extract.html": ["html_to_text"],
+    "extract.pdf": ["pdf_to_text"],
+    "filter.language": ["identify_language"],
+    "filter.pii": ["mask_cards", "mask_emails", "mask_ip_addresses", "mask_phone_numbers", "mask_secrets"],
+    "filter.rules": ["c4_quality", "fineweb_quality", "gopher_quality", "gopher_repetition"],
+    "dedup.bloom": ["BloomFilter"],
+    "dedup.lines": ["dedup_documents", "dedup_lines"],
+    "dedup.minhash": ["dedup_minhash", "minhash", "near_duplicates"],
+}
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 // What both adamw_ bindings do before they touch memory.
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -31,7 +32,8 @@ inline bool is_dense(const Tensor& t) {
 inline void check_like(const Tensor& t, const char* name, const Tensor& p, size_t i) {
   check_device(t, name, p);
   const auto t_sizes = t.sizes(), p_sizes = p.sizes(), t_strides = t.strides(), p_strides = p.strides();
-  STD_TORCH_CHECK(t_sizes == p_sizes, name, "[", i, "] must have the shape of params[", i, "]");
+  const bool same_shape = std::equal(t_sizes.begin(), t_sizes.end(), p_sizes.begin(), p_sizes.end());
+  STD_TORCH_CHECK(same_shape, name, "[", i, "] must have the shape of params[", i, "]");
   bool same_order = true;  // a dim of size 1 may have any stride
   for (size_t d = 0; d < p_sizes.size(); d++) same_order &= p_sizes[d] <= 1 || t_strides[d] == p_strides[d];
   STD_TORCH_CHECK(same_order || p.numel() == 0, name, "[", i, "] must have the strides of params[", i, "]");

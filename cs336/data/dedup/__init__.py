@@ -1,0 +1,1 @@
+"""Duplicates: equal lines, equal documents, near duplicates; a Bloom filter."""

@@ -1,0 +1,98 @@
+"""The character encoding of a page, and its text."""
+
+import codecs
+import re
+
+PRESCAN = 4096  # bytes in which a <meta> may declare the encoding; the standard asks for 1024, pages do not keep to it
+META = re.compile(rb"""<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", re.IGNORECASE)
+BOMS = [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")]
+# The web's meaning of a label where it is wider than Python's.
+WIDER = {
+    "iso8859-1": "windows-1252",
+    "ascii": "windows-1252",
+    "iso8859-9": "windows-1254",
+    "tis-620": "windows-874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "utf-16": "utf-8",  # a <meta> that could be read is not UTF-16
+    "utf-16-le": "utf-8",
+    "utf-16-be": "utf-8",
+}
+GUESSES = {  # encodings of languages that fill few code points, and the range of those
+    "cp932": r"[\u3040-\u30ff]",
+    "euc_jp": r"[\u3040-\u30ff]",
+    "gb18030": r"[\u4e00-\u9fa5]",
+    "big5": r"[\u4e00-\u9fa5]",
+    "cp949": r"[\uac00-\ud7a3]",
+    "windows-1251": r"[а-яё]{3,}",  # words: one such letter in a French page is an accented one
+    "koi8-r": r"[а-яё]{3,}",
+}
+FREQUENT_HAN = "的一是不了在人有我他这這个個们們中来來上大为為和国國地到以说說时時要就出会會可也你对對生能而子那得于"
+SAMPLE = 1 << 16
+REPLACEMENT = "\ufffd"
+
+
+def detect_encoding(page: bytes) -> str:
+    """The name of a codec of Python's: by byte order mark, `<meta>` or XML declaration, or what the bytes look like.
+
+    A page that is valid UTF-8 with other than ASCII in it is UTF-8, whatever it says. Without a sign: windows-1252.
+    """
+    for mark, name in BOMS:
+        if page.startswith(mark):
+            return name
+    sample = page[:SAMPLE]
+    if not sample.isascii() and _is_utf8(sample, whole=len(page) <= SAMPLE):
+        return "utf-8"
+    declared = _declared(page)
+    if declared is not None and not (declared == "utf-8" and not _is_nearly(sample, "utf-8")):
+        return declared
+    return "utf-8" if sample.isascii() else _guess(sample)
+
+
+def decode(page: bytes) -> str:
+    """The text of a page; bytes that the encoding does not have become U+FFFD."""
+    return page.decode(detect_encoding(page), "replace").removeprefix("\ufeff")
+
+
+def _declared(page: bytes) -> str | None:
+    found = META.search(page[:PRESCAN])
+    if found is None:
+        return None
+    try:
+        info = codecs.lookup(found[1].decode())
+    except LookupError:
+        return None
+    name = WIDER.get(info.name, info.name)
+    return name if info._is_text_encoding else None
+
+
+def _is_utf8(sample: bytes, whole: bool) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample, final=whole)  # a sample may end within a character
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_nearly(sample: bytes, encoding: str) -> bool:
+    """Whether at most one in ten characters that are not ASCII is broken."""
+    text = sample.decode(encoding, "replace")
+    return text.count(REPLACEMENT) * 10 <= len(text) - len(text.encode("ascii", "ignore"))
+
+
+def _guess(sample: bytes) -> str:
+    """The encoding whose language fills the text best, if any fills half of what is not ASCII."""
+    best, best_share = "windows-1252", 0.5
+    for name, letters in GUESSES.items():
+        text = re.sub(r"[\x00-\x7f]+", " ", sample.decode(name, "replace"))
+        size = len(text.replace(" ", ""))
+        if size == 0 or text.count(REPLACEMENT) * 50 > size:
+            continue
+        share = sum(map(len, re.findall(letters, text))) / size
+        if name in ("gb18030", "big5"):  # nearly all pairs of bytes are some Han character: ask for frequent ones
+            share *= min(1.0, 8 * sum(map(text.count, FREQUENT_HAN)) / size)
+        if share > best_share:
+            best, best_share = name, share
+    return best

@@ -1,0 +1,1 @@
+"""What to keep: language, personal data, quality rules."""

@@ -1,0 +1,100 @@
+// Counts of the quality rules for cs336.data.filter.
+#include <pybind11/stl.h>
+
+#include "cpu/text/rules.h"
+#include "cpu/text/words.h"
+#include "text_data_bindings.h"
+#include "text_strings.h"
+
+namespace cs336::text {
+namespace {
+
+template <class Count>
+auto counted(py::handle object, Count&& count) {
+  const Text text(object);
+  const py::gil_scoped_release release;
+  return count(text.view());
+}
+
+py::dict gopher_quality(py::handle text) {
+  const QualityCounts c = counted(text, gopher_quality_counts);
+  py::dict counts;
+  counts["words"] = c.words;
+  counts["plain_words"] = c.plain_words;
+  counts["plain_chars"] = c.plain_chars;
+  counts["hashes"] = c.hashes;
+  counts["ellipses"] = c.ellipses;
+  counts["lines"] = c.lines;
+  counts["bullet_lines"] = c.bullet_lines;
+  counts["ellipsis_lines"] = c.ellipsis_lines;
+  counts["letter_words"] = c.letter_words;
+  counts["stop_words"] = c.stop_words;
+  return counts;
+}
+
+py::dict gopher_repetition(py::handle text) {
+  const RepetitionCounts c = counted(text, gopher_repetition_counts);
+  py::dict counts;
+  counts["chars"] = c.chars;
+  counts["paragraphs"] = c.paragraphs;
+  counts["repeated_paragraphs"] = c.repeated_paragraphs;
+  counts["repeated_paragraph_chars"] = c.repeated_paragraph_chars;
+  counts["lines"] = c.lines;
+  counts["repeated_lines"] = c.repeated_lines;
+  counts["repeated_line_chars"] = c.repeated_line_chars;
+  const auto name = [](const char* what, size_t n) { return py::str(what + std::to_string(n) + "_gram_chars"); };
+  for (size_t i = 0; i < c.kTop; ++i) counts[name("top_", c.kFirstTop + i)] = c.top_chars[i];
+  for (size_t i = 0; i < c.kRepeated; ++i) counts[name("repeated_", c.kFirstRepeated + i)] = c.repeated_chars[i];
+  return counts;
+}
+
+py::dict fineweb(py::handle text) {
+  const FineWebCounts c = counted(text, fineweb_counts);
+  py::dict counts;
+  counts["lines"] = c.lines;
+  counts["ended_lines"] = c.ended_lines;
+  counts["short_lines"] = c.short_lines;
+  counts["chars"] = c.chars;
+  counts["repeated_chars"] = c.repeated_chars;
+  counts["newlines"] = c.newlines;
+  counts["words"] = c.words;
+  return counts;
+}
+
+py::tuple c4(py::handle text) {
+  std::string kept;
+  const C4Counts c = counted(text, [&](std::string_view view) { return c4_counts(view, kept); });
+  py::dict counts;
+  counts["lines"] = c.lines;
+  counts["long_word"] = c.long_word;
+  counts["no_end"] = c.no_end;
+  counts["few_words"] = c.few_words;
+  counts["javascript"] = c.javascript;
+  counts["policy"] = c.policy;
+  counts["kept"] = c.kept;
+  counts["sentences"] = c.sentences;
+  counts["lorem_ipsum"] = static_cast<int>(c.lorem_ipsum);
+  counts["curly_bracket"] = static_cast<int>(c.curly_bracket);
+  return py::make_tuple(counts, str_of(kept));
+}
+
+std::vector<py::str> words_of(py::handle object) {
+  const Text text(object);
+  std::vector<Word> words;
+  split_words(text.view(), words);
+  std::vector<py::str> all;
+  for (const Word& word : words) all.push_back(str_of(word.text));
+  return all;
+}
+
+}  // namespace
+
+void bind_filter(py::module_& m) {
+  m.def("gopher_quality_counts", &gopher_quality, py::arg("text"));
+  m.def("gopher_repetition_counts", &gopher_repetition, py::arg("text"));
+  m.def("fineweb_counts", &fineweb, py::arg("text"));
+  m.def("c4_counts", &c4, py::arg("text"));
+  m.def("rule_words", &words_of, py::arg("text"), "The words that the rules count.");
+}
+
+}  // namespace cs336::text
