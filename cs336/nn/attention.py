@@ -116,9 +116,7 @@ class Attention(nn.Module):
 
     def _continue(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues) -> Tensor:
         if not self.causal or context.mask is not None or context.cu_seqlens is not None:
-            raise ValueError(
-                "a state needs causal attention without a mask or cu_seqlens: it holds what may be seen"
-            )
+            raise ValueError("a state needs causal attention without a mask or cu_seqlens: it holds what may be seen")
         begins = state.empty
         state.append(k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2), context)
         if begins:

@@ -138,11 +138,13 @@ def _native_refuses(direction: str, *tensors: Tensor, scale: float = 1.0, softca
         )
     if direction == "backward" and q.shape[-1] == 64 and softcap > 0:
         return "the native backward has no softcap for heads of 64 features"
+    seen = not torch.compiler.is_compiling()  # where offsets would break the graph: the op checks them again
     for x in tensors:
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-            if size > 1 and (stride % 8 != 0 or stride == 0):
-                return f"the native kernels read rows at multiples of 16 bytes, not at strides {x.stride()}"
-        if not torch.compiler.is_compiling() and x.storage_offset() % 8 != 0:  # a graph break; the op checks again
+        steps = x.stride()
+        for size, step in zip(x.shape[:-1], steps, strict=False):
+            if size > 1 and (step % 8 != 0 or step == 0):
+                return f"the native kernels read rows at multiples of 16 bytes, not at strides {steps}"
+        if seen and x.storage_offset() % 8 != 0:
             return "the native kernels read rows at multiples of 16 bytes: a tensor starts between two of them"
     return None
 
