@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.nn.checks import check_positive
 from cs336.nn.embedding import look_up
+from cs336.ops import rope_tables
 
 
 class RotaryEmbedding(nn.Module):
@@ -38,12 +39,8 @@ class RotaryEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
-        positions = torch.arange(self.max_seq_len, dtype=torch.float64, device="cpu")
-        angles = torch.outer(
-            positions, self.theta ** (-pairs / self.head_dim)
-        )  # in fp32 they are off by 1e-7 * position
-        self.cos, self.sin = (table.to(self.cos.device, torch.float32) for table in (angles.cos(), angles.sin()))
+        frequencies = rope_tables.inverse_frequencies(self.head_dim, self.theta)
+        self.cos, self.sin = rope_tables.tables(frequencies, self.max_seq_len, device=self.cos.device)
 
     def _apply(self, fn, recurse=True):
         """On another device derive the tables anew: no cast rounds them, and to_empty leaves no garbage in them."""

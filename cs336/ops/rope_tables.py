@@ -2,7 +2,8 @@
 
     inverse_frequencies -> linear | ntk | yarn | llama3 -> tables
 
-Pair i of P turns by position * theta^(-i / P). All in float64: in float32 an angle is off by 1e-7 of the position.
+Pair i of P turns by position * theta^(-i / P). All in float64 on the CPU, whatever the default device: in float32 an
+angle is off by 1e-7 of the position.
 """
 
 import math
@@ -56,7 +57,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)
     stretched = ramp.clamp(0, 1)
     attention_factor = 0.1 * math.log(_at_least_one(factor)) + 1.0
     return torch.lerp(frequencies, frequencies / factor, stretched), attention_factor
@@ -78,7 +79,7 @@ def tables(
     frequencies: Tensor, max_len: int, scale: float = 1.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (max_len, P) float32, times scale (YaRN's attention factor)."""
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float64), frequencies.double().cpu())
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float64, device="cpu"), frequencies.double().cpu())
     return tuple((scale * t).to(device, torch.float32) for t in (angles.cos(), angles.sin()))  # type: ignore[return-value]
 
 

@@ -79,3 +79,14 @@ def test_far_positions_keep_their_angle():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_default_device_does_not_matter():
+    def made():
+        frequencies, scale = rope_tables.yarn(8, 100.0, 4.0, 16)
+        stretched = rope_tables.llama3(frequencies, 8.0, 1.0, 4.0, 64)
+        return *rope_tables.tables(frequencies, 5, scale, device="cpu"), *rope_tables.tables(stretched, 5)
+
+    want = made()
+    with torch.device("meta"):
+        assert all(torch.equal(got, w) for got, w in zip(made(), want, strict=True))
