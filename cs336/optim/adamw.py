@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
         Parameters that have made the same steps share the tensor that counts them: one addition instead of hundreds.
         """
         buckets: Buckets = defaultdict(list)
-        first: dict[torch.device, Tensor] = {}  # the count of those that make their first step
+        first: dict[tuple[torch.device, bool], Tensor] = {}  # the count of those that make their first step
         paused: set[int] = set()
         for p in group["params"]:
             g = p.grad
@@ -123,15 +123,13 @@ class AdamW(torch.optim.Optimizer):
                 )
             if not (g.is_contiguous() and p.is_contiguous()) and g.stride() != p.stride():
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-            state = self.state[p]
+            state, place = self.state[p], (p.device, p.dtype == torch.float64)
             if not state:
-                if p.device not in first:
-                    first[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["step"] = first[p.device]
+                if place not in first:
+                    first[place] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["step"] = first[place]
                 state |= {name: torch.zeros_like(p, dtype=_moment_dtype(p)) for name in MOMENTS}
-            buckets[p.device, p.dtype == torch.float64].append(
-                (p, g, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            )
+            buckets[place].append((p, g, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         if paused:
             self._leave_behind(paused, buckets)
         return buckets

@@ -267,6 +267,19 @@ def test_counts_are_shared_until_someone_pauses():
     assert [step.item() for step in counts(set(params))] == [2, 3, 3]
 
 
+def test_float64_beside_float32_in_a_group():
+    """Two launches, and one step of each parameter."""
+    ours, torchs = ([torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.float64)] for _ in range(2))
+    optimizers = AdamW(ours, **HYPER), torch.optim.AdamW(torchs, foreach=False, **HYPER)
+    for _ in range(3):
+        for p in ours + torchs:
+            p.grad = torch.arange(1, 4, dtype=p.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, torchs)
+    assert [optimizers[0].state[p]["step"].item() for p in ours] == [3, 3]
+
+
 def test_float64_follows_torch():
     ours, torchs = model(torch.float64), model(torch.float64)
     losses = train(ours, AdamW(ours.parameters(), **HYPER), 5)
