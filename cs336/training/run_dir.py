@@ -35,6 +35,7 @@ class RunDir:
         self.keep_checkpoints = keep_checkpoints
         self.metrics: JsonLines
         self.samples: JsonLines
+        self._damaged: list[pathlib.Path] = []  # checkpoints
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -88,16 +89,16 @@ class RunDir:
 
         Raises ValueError if there are checkpoints and all are damaged, or if it does not fit.
         """
-        damaged = []
+        self._damaged = []
         for path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
             try:
                 checkpoint.load_checkpoint(path, model, optimizer)
             except checkpoint.DamagedError as error:
-                damaged.append(path)
+                self._damaged.append(path)
                 say(f"{error}; taking the one before it")
                 continue
             return path
-        if damaged:
+        if self._damaged:
             raise ValueError(f"every checkpoint in {self.checkpoints} is damaged: use another run_dir to begin anew")
         return None
 
@@ -108,9 +109,10 @@ class RunDir:
         self.metrics.sync()
         self.samples.sync()
         path = checkpoint.step_path(self.checkpoints, step)
-        for later in checkpoint.list_checkpoints(self.checkpoints):
-            if later > path:  # damaged, or of a run that was gone back in: it would be taken for the newest
-                checkpoint.remove_checkpoint(later)
+        for other in checkpoint.list_checkpoints(self.checkpoints):
+            # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
+            if other in self._damaged or other > path:
+                checkpoint.remove_checkpoint(other)
         checkpoint.save_checkpoint(model, optimizer, step, path, extra=extra)
         checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
         return path

@@ -1,5 +1,6 @@
 """What users met, each with its right value."""
 
+import dataclasses
 import json
 import math
 import os
@@ -90,6 +91,18 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, monkeypatch, name):
     assert "taking the one before it" in display
     assert "continuing after step 4" in display
     assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path, monkeypatch):
+    tiny = tiny_run.config(tmp_path)
+    stop_at(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.train(tiny)
+    spoil(tiny.run_dir / "checkpoints/step_00000008" / checkpoint.MODEL)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.train(dataclasses.replace(tiny, checkpoint_interval=9))
+    kept = checkpoint.list_checkpoints(tiny.run_dir / "checkpoints")
+    assert [path.name for path in kept] == ["step_00000004", "step_00000009"]
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
