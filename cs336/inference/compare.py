@@ -72,6 +72,11 @@ def compare_huggingface(
     except ImportError as error:
         raise ImportError(f"comparing needs transformers ({error}): pip install 'cs336[hf]'") from None
     directory, where = pathlib.Path(directory), pick(device)
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(
+            f"{directory} is not in the Hugging Face layout, which transformers reads: name an export, which a "
+            "finished run has"
+        )
     ours = from_pretrained(directory, where, dtype).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     ids, their_ids = load_tokenizer(directory).encode(text), their_tokenizer.encode(text, add_special_tokens=False)

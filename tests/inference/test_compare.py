@@ -72,3 +72,9 @@ def test_a_long_text_is_cut(directory):
 def test_sixteen_bits(directory):
     got = compare_huggingface(directory, TEXT, "cpu", dtype=torch.bfloat16, new_tokens=4)
     assert 1e-4 < got.worst_difference < 0.5
+
+
+def test_a_checkpoint_is_refused(directory):
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="name an export"):
+        compare_huggingface(directory, TEXT, "cpu")
