@@ -24,6 +24,8 @@ from cs336.training.metrics import JsonLines, json_line
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 
+FORMAT = 1  # of a run's files; each checkpoint has its own
+
 
 class RunDir:
     """The files of one run. Its rows are open within `open_rows`."""
@@ -61,8 +63,13 @@ class RunDir:
     # ---- what runs ----
 
     def saved_config(self) -> TrainConfig | None:
-        """Of the run that is there, if it has a checkpoint to continue from."""
+        """Of the run that is there, if it has a checkpoint to continue from.
+
+        Raises ValueError for a run of another format.
+        """
         path = self.path / "config.toml"
+        if (found := self.facts().get("format", FORMAT)) != FORMAT:
+            raise ValueError(f"{self.path} holds a run of format {found}, expected {FORMAT}: use another run_dir")
         return TrainConfig.from_toml(path) if path.exists() and self.newest() else None
 
     def facts(self) -> dict[str, Any]:
@@ -74,7 +81,7 @@ class RunDir:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         with replacing(self.path / "run.json") as file:
-            json.dump(facts, file, indent=2)
+            json.dump({"format": FORMAT} | facts, file, indent=2)
 
     # ---- checkpoints ----
 

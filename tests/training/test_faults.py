@@ -128,6 +128,24 @@ def test_a_run_from_before_checksums_goes_on(tmp_path, monkeypatch):
     np.testing.assert_allclose(found, expected[4:], rtol=1e-5)
 
 
+def test_a_finished_run_that_is_asked_for_again_keeps_its_peak_memory(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps")
+    tiny_run.train(tiny)
+    path = tiny.run_dir / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_bytes": 1 << 50}))
+    tiny_run.train(tiny)
+    assert json.loads(path.read_text())["peak_memory_bytes"] == 1 << 50
+
+
+def test_a_run_of_another_format_is_refused(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps")
+    tiny_run.train(tiny)
+    path = tiny.run_dir / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="holds a run of format 2, expected 1"):
+        tiny_run.train(dataclasses.replace(tiny, budget="8steps"))
+
+
 # ---- identity ----
 
 
