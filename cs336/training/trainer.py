@@ -314,7 +314,9 @@ class Trainer:
             budgets.append(
                 {"budget": self.config.budget, "from_step": self.step, "lr": self._lr, "highest_lr": highest}
             )
-        self.config.save(self.run.path / "config.toml")
+        source = self.config.init_from  # kept whole: the run may go on from another directory
+        saved = dataclasses.replace(self.config, init_from=None if source is None else source.resolve())
+        saved.save(self.run.path / "config.toml")
         self.run.write_facts(before | facts | {"budgets": budgets})
 
     def _announce(self) -> None:

@@ -455,6 +455,16 @@ def test_a_run_begins_from_weights(tmp_path, source):
     assert again.step == 12  # goes on from its own checkpoint
 
 
+def test_a_run_from_weights_goes_on_from_another_directory(tmp_path, monkeypatch):
+    tiny_run.train(tiny_run.config(tmp_path, "first", budget="4steps"))
+    monkeypatch.chdir(tmp_path)
+    tiny_run.train(tiny_run.config(tmp_path, budget="4steps", init_from=pathlib.Path("first")))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = tiny_run.config(tmp_path, init_from=pathlib.Path("../first"))
+    assert tiny_run.train(again).step == 12
+
+
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     first = tiny_run.config(tmp_path, "first", budget="4steps")
     tiny_run.train(first)
