@@ -10,7 +10,6 @@ from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.models.huggingface import read_step
 from cs336.tokenizer import convert
 from cs336.training import TrainConfig, load_checkpoint
-from cs336.training.checkpoint import STATE
 
 
 def evaluate_saved(
@@ -32,10 +31,10 @@ def evaluate_saved(
     Raises FileNotFoundError where there is no model or tokenizer, ValueError for text that cannot be measured.
     """
     found = find_model(path).resolve()
-    checkpoint = (found / STATE).exists()
+    checkpoint = not (found / "config.json").exists()
     run = found.parent.parent if checkpoint else found.parent
     data = TrainConfig.from_toml(run / "config.toml").data if (run / "config.toml").exists() else None
-    place = run if data is not None and find_model(run) == found else found
+    place = run if data is not None and find_model(run) == found else found if found.is_dir() else found.parent
     if documents is None and (data is None or data.val is None):
         raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
     encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
