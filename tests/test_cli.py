@@ -521,6 +521,12 @@ def test_evaluate(data, tokenizer, text_file, capsys):
     other = json.loads((run / "evaluation.json").read_text())
     assert other["text"] == str(text_file)
     assert other["loss"] == pytest.approx(own["loss"])  # the same text
+    (older,) = list((run / "checkpoints").glob("step_*"))[:1]
+    step = int(older.name.removeprefix("step_"))
+    named = older.rename(run / "checkpoints" / "kept")
+    assert main(["evaluate", str(named), "--text", str(text_file), "--tokenizer", tokenizer]) == 0
+    assert json.loads((named / "evaluation.json").read_text())["step"] == step
+    assert json.loads((run / "evaluation.json").read_text()) == other  # of the run's newest model
     capsys.readouterr()
     assert "give text to measure it on" in fails(["evaluate", str(bare_export(run, data))], capsys)
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from cs336.data import TokenDataset, tokenize_documents
 from cs336.evaluation.baseline import MOST_COUNTED, Baseline, baselines
-from cs336.evaluation.held_out import bits_per_byte, mean_loss
+from cs336.evaluation.held_out import mean_loss
 from cs336.models import Transformer
+from cs336.training.evaluators import bits_per_byte
 from cs336.utils.files import Paths, replacing
 from cs336.utils.shards import TokenMeta, open_tokens
 

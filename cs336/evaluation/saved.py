@@ -7,8 +7,9 @@ from typing import Any
 
 from cs336.evaluation.evaluation import MOST_TOKENS, Evaluation, evaluate, evaluate_text, last_step
 from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.models.huggingface import read_step
 from cs336.tokenizer import convert
-from cs336.training import TrainConfig
+from cs336.training import TrainConfig, load_checkpoint
 
 
 def evaluate_saved(
@@ -20,7 +21,8 @@ def evaluate_saved(
     device: str = "auto",
     most_tokens: int = MOST_TOKENS,
 ) -> tuple[Evaluation, pathlib.Path]:
-    """Evaluate on documents, or on the run's own validation data, and say into which directory that belongs.
+    """Evaluate on documents, or on the run's own validation data, and say into which directory that belongs: the run's
+    for its newest model, else the model's own.
 
     Args:
         text: names the documents.
@@ -28,19 +30,17 @@ def evaluate_saved(
 
     Raises FileNotFoundError where there is no model or tokenizer, ValueError for text that cannot be measured.
     """
-    found = find_model(path)
+    found = find_model(path).resolve()
     checkpoint = not (found / "config.json").exists()
-    place = found.parent.parent if checkpoint else found
-    if (found.parent / "config.toml").exists():
-        place = found.parent  # of an export, its run
-    saved = place / "config.toml"
-    data = TrainConfig.from_toml(saved).data if saved.exists() else None
+    run = found.parent.parent if checkpoint else found.parent
+    data = TrainConfig.from_toml(run / "config.toml").data if (run / "config.toml").exists() else None
+    place = run if data is not None and find_model(run) == found else found if found.is_dir() else found.parent
     if documents is None and (data is None or data.val is None):
         raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
     encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
     model = load_model(found, device)
     train = data.train if data is not None and data.train.is_dir() else None
-    step = int(found.name.removeprefix("step_")) if checkpoint else last_step(place)
+    step = load_checkpoint(found) if checkpoint else read_step(found) or last_step(run)
     if documents is not None:
         how: dict[str, Any] = {"text": text, "most_tokens": most_tokens, "step": step}
         return evaluate_text(model, encoder, documents, train, **how), place

@@ -15,6 +15,7 @@ from cs336.inference.generate import generate_ids
 from cs336.inference.load import load_tokenizer
 from cs336.inference.sampling import SamplingParams
 from cs336.models import Transformer, from_pretrained
+from cs336.models.huggingface import OURS, read_kind
 from cs336.utils.device import pick
 
 
@@ -72,6 +73,13 @@ def compare_huggingface(
     except ImportError as error:
         raise ImportError(f"comparing needs transformers ({error}): pip install 'cs336[hf]'") from None
     directory, where = pathlib.Path(directory), pick(device)
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(
+            f"{directory} is not in the Hugging Face layout, which transformers reads: name an export, which a "
+            "finished run has"
+        )
+    if read_kind(directory) == OURS:
+        raise ValueError(f"{directory} holds a model that no family of transformers has: see save_pretrained")
     ours = from_pretrained(directory, where, dtype).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     ids, their_ids = load_tokenizer(directory).encode(text), their_tokenizer.encode(text, add_special_tokens=False)

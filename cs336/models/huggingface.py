@@ -158,6 +158,11 @@ def read_step(directory: str | os.PathLike) -> int | None:
     return _read_json(pathlib.Path(directory) / "config.json").get("training_step")
 
 
+def read_kind(directory: str | os.PathLike) -> str | None:
+    """The model_type in a directory's config.json: OURS, or a family of transformers."""
+    return _read_json(pathlib.Path(directory) / "config.json").get("model_type")
+
+
 def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
     config, weights = model.config.short_form(), model.state_dict()

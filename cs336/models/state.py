@@ -53,12 +53,14 @@ class DecodingState:
         """A new state that goes on apart from this one."""
         return self.select(range(self.batch_size))
 
-    def check_room(self, tokens: int) -> None:
-        """Raises ValueError if `tokens` more do not fit, where asking costs nothing: on a CPU, not under torch.compile.
+    def reach(self, tokens: int) -> int | None:
+        """Slots that hold all tokens once `tokens` more are kept; None, which is all slots, where asking costs: on a
+        GPU, whose index is checked by the device, and under torch.compile.
 
-        Elsewhere the device checks the index itself.
+        Raises ValueError if they do not fit.
         """
         if self.lengths.device.type != "cpu" or torch.compiler.is_compiling() or not self.batch_size:
-            return
+            return None
         if (longest := int(self.lengths.max()) + tokens) > self.max_len:
             raise ValueError(f"the state has room for {self.max_len} tokens a row, {longest} were to be kept")
+        return longest

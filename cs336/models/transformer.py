@@ -162,8 +162,7 @@ class Transformer(nn.Module):
         if state is not None:
             if state.batch_size != B:
                 raise ValueError(f"the state is of {state.batch_size} rows, token_ids of {B}")
-            state.check_room(S)
-            return Context(positions, None, segments_BS, state.lengths)
+            return Context(positions, None, segments_BS, state.lengths, state.reach(S))
         if segments_BS is not None:
             return Context.packed(segments_BS, positions)
         if positions is None and self.config.context_length < S:

@@ -121,8 +121,7 @@ class Attention(nn.Module):
         state.append(k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2), context)
         if begins:
             return ops.attention(q_BHSD, k_BHSD, v_BHSD, causal=True)
-        k_BHTD, v_BHTD = state.keys.transpose(1, 2), state.values.transpose(1, 2)
-        return ops.attention(q_BHSD, k_BHTD, v_BHTD, state.visible(q_BHSD.shape[2], context))
+        return ops.attention(q_BHSD, *state.read(q_BHSD.shape[2], context))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class Context:
     cu_seqlens: Tensor | None = None
     """(N + 1,) int32: where documents start among the B * S tokens, and where the last ends. It keeps
     them apart in attention, in place of a mask."""
+    reach: int | None = None
+    """How many of a state's slots hold all tokens, these included, where that is known: no others are read."""
 
     @staticmethod
     def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":
@@ -109,10 +111,12 @@ class KeyValues:
             ) from None
         self.empty = False
 
-    def visible(self, S: int, context: Context) -> Tensor:
-        """Boolean (B, 1, S, T): the new tokens see all before them, and themselves."""
-        slots_T = torch.arange(self.keys.shape[1], device=self.keys.device)
-        return (slots_T <= context.slots(S)[:, :, None])[:, None]
+    def read(self, S: int, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, H, T, D) of the slots within reach, and what the S newest tokens see of them: all before
+        them, and themselves; boolean (B, 1, S, T)."""
+        k_BHTD, v_BHTD = (t[:, : context.reach].transpose(1, 2) for t in (self.keys, self.values))
+        slots_T = torch.arange(k_BHTD.shape[2], device=self.keys.device)
+        return k_BHTD, v_BHTD, (slots_T <= context.slots(S)[:, :, None])[:, None]
 
     def select(self, rows: Tensor) -> "KeyValues":
         return KeyValues(self.keys[rows], self.values[rows], empty=self.empty)

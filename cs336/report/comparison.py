@@ -7,7 +7,7 @@ from typing import Any
 from cs336.report.chart import Series, line_chart, smooth
 from cs336.report.headline import banner, tiles
 from cs336.report.page import render, write_page
-from cs336.report.run import Run, read_run
+from cs336.report.run import Run, mapping, read_run
 from cs336.utils.duration import duration
 
 MOST = 6  # runs whose colours can be told apart
@@ -22,7 +22,6 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         raise ValueError(f"a comparison takes 2 to {MOST} runs, got {len(run_dirs)}")
     runs = sorted(map(read_run, run_dirs), key=_bits)
     names = _names(runs)
-    best = names[0] if runs[0].bits_per_byte is not None else None
     parts: list[tuple[str, str, dict[str, Any]]] = [
         ("runs", "Side by side", {"columns": _table(runs, names), "changed": _changed(runs, names)}),
         ("training", "Curves", {"charts": _charts(runs, names)}),
@@ -31,7 +30,7 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         Path(path),
         eyebrow="Comparison",
         name=f"{len(runs)} runs",
-        verdict=f"{best} needs the fewest bits for each byte: {runs[0].bits_per_byte:.3f}." if best else "",
+        verdict=_verdict(runs, names),
         banners=[],
         tiles=[],
         sections=[
@@ -39,6 +38,20 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
             for name, title, content in parts
         ],
     )
+
+
+def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
+    if runs[0].bits_per_byte is None:
+        return ""
+    if len({_text(run) for run in runs if run.bits_per_byte is not None}) > 1:
+        return "Their bits per byte are of different texts, which says nothing of which model is better."
+    return f"{names[0]} needs the fewest bits for each byte: {runs[0].bits_per_byte:.3f}."
+
+
+def _text(run: Run) -> tuple[str, str]:
+    """What the run was measured on."""
+    named = str(run.evaluation.get("text") or "")
+    return named, "" if named else str(mapping(run.facts.get("data")).get("val"))
 
 
 def _bits(run: Run) -> float:

@@ -63,7 +63,7 @@ class Validation:
         metrics, text = {"val/loss": loss}, f"validation loss {loss:.4f}"
         meta = self.data.meta
         if meta is not None and meta.text_bytes:
-            metrics["val/bpb"] = loss * meta.tokens / (math.log(2) * meta.text_bytes)
+            metrics["val/bpb"] = bits_per_byte(loss, meta.tokens, meta.text_bytes)
             text += f", {metrics['val/bpb']:.4f} bits per byte"
         return Finding(metrics, text=text)
 
@@ -92,6 +92,15 @@ def mean_loss(
         total += torch.stack([loss.detach().double(), counted.double()])
     loss_sum, num_targets = total.tolist()
     return loss_sum / num_targets
+
+
+def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
+    """How many bits a model needs for each byte of a text, whatever its tokens are. An arithmetic coder driven by the
+    model would reach it (Shannon 1948), which makes a compressor a fair rival.
+
+    loss: mean nats per token; tokens: of the text, end-of-text tokens included; num_bytes: of the text in UTF-8.
+    """
+    return loss * tokens / (math.log(2) * num_bytes)
 
 
 def spread(windows: int, count: int, size: int) -> Iterator[np.ndarray]:

@@ -24,6 +24,8 @@ from cs336.training.metrics import JsonLines, json_line
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 
+FORMAT = 1  # of a run's files; each checkpoint has its own
+
 
 class RunDir:
     """The files of one run. Its rows are open within `open_rows`."""
@@ -35,6 +37,7 @@ class RunDir:
         self.keep_checkpoints = keep_checkpoints
         self.metrics: JsonLines
         self.samples: JsonLines
+        self._damaged: list[pathlib.Path] = []  # checkpoints
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -60,8 +63,13 @@ class RunDir:
     # ---- what runs ----
 
     def saved_config(self) -> TrainConfig | None:
-        """Of the run that is there, if it has a checkpoint to continue from."""
+        """Of the run that is there, if it has a checkpoint to continue from.
+
+        Raises ValueError for a run of another format.
+        """
         path = self.path / "config.toml"
+        if (found := self.facts().get("format", FORMAT)) != FORMAT:
+            raise ValueError(f"{self.path} holds a run of format {found}, expected {FORMAT}: use another run_dir")
         return TrainConfig.from_toml(path) if path.exists() and self.newest() else None
 
     def facts(self) -> dict[str, Any]:
@@ -73,7 +81,7 @@ class RunDir:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         with replacing(self.path / "run.json") as file:
-            json.dump(facts, file, indent=2)
+            json.dump({"format": FORMAT} | facts, file, indent=2)
 
     # ---- checkpoints ----
 
@@ -88,16 +96,16 @@ class RunDir:
 
         Raises ValueError if there are checkpoints and all are damaged, or if it does not fit.
         """
-        damaged = []
+        self._damaged = []
         for path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
             try:
                 checkpoint.load_checkpoint(path, model, optimizer)
             except checkpoint.DamagedError as error:
-                damaged.append(path)
+                self._damaged.append(path)
                 say(f"{error}; taking the one before it")
                 continue
             return path
-        if damaged:
+        if self._damaged:
             raise ValueError(f"every checkpoint in {self.checkpoints} is damaged: use another run_dir to begin anew")
         return None
 
@@ -108,9 +116,10 @@ class RunDir:
         self.metrics.sync()
         self.samples.sync()
         path = checkpoint.step_path(self.checkpoints, step)
-        for later in checkpoint.list_checkpoints(self.checkpoints):
-            if later > path:  # damaged, or of a run that was gone back in: it would be taken for the newest
-                checkpoint.remove_checkpoint(later)
+        for other in checkpoint.list_checkpoints(self.checkpoints):
+            # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
+            if other in self._damaged or other > path:
+                checkpoint.remove_checkpoint(other)
         checkpoint.save_checkpoint(model, optimizer, step, path, extra=extra)
         checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
         return path

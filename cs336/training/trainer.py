@@ -307,14 +307,17 @@ class Trainer:
     def _write_setup(self) -> None:
         """config.toml and run.json, which keeps every budget that the run has been given, and the rate it began at."""
         facts = describe(self.config, self.learner, self.train_data.num_tokens, self.fingerprints)
-        budgets = self.run.facts().get("budgets", []) if self.step else []
+        before = self.run.facts() if self.step else {}
+        budgets = before.get("budgets", [])
         if not budgets or budgets[-1]["budget"] != self.config.budget:
             highest = self.rate.highest_after(self.step)
             budgets.append(
                 {"budget": self.config.budget, "from_step": self.step, "lr": self._lr, "highest_lr": highest}
             )
-        self.config.save(self.run.path / "config.toml")
-        self.run.write_facts(facts | {"budgets": budgets})
+        source = self.config.init_from  # kept whole: the run may go on from another directory
+        saved = dataclasses.replace(self.config, init_from=None if source is None else source.resolve())
+        saved.save(self.run.path / "config.toml")
+        self.run.write_facts(before | facts | {"budgets": budgets})
 
     def _announce(self) -> None:
         plan = self.decisions.plan
@@ -340,7 +343,8 @@ class Trainer:
         if self.decisions.finished(self.step):
             export = self.run.export
             save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
-            self.run.write_facts(self.run.facts() | {"peak_memory_bytes": peak_memory(self.learner.device)})
+            facts, peak = self.run.facts(), peak_memory(self.learner.device)
+            self.run.write_facts(facts | {"peak_memory_bytes": max(peak, facts.get("peak_memory_bytes", 0))})
             if used := memory_used(self.learner):
                 self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")

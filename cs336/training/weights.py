@@ -1,12 +1,36 @@
-"""Weights to begin with: of an export, a checkpoint, or a model in the Hugging Face layout."""
+"""A trained model where it lies: an export, a checkpoint, a run directory, a model in the Hugging Face layout."""
 
+import os
 import pathlib
 
+import torch
+from safetensors import safe_open
+
 from cs336.models import Transformer, TransformerConfig, from_pretrained
-from cs336.training.checkpoint import STATE, list_checkpoints, load_checkpoint, read_model_config
+from cs336.models.huggingface import read_step
+from cs336.training.checkpoint import MODEL, STATE, list_checkpoints, load_checkpoint, read_model_config
 from cs336.utils.config import to_table
 
 MAY_DIFFER = {"context_length", "init_std"}  # no weight has their shape, and no result at the same positions changes
+
+
+def find_model(path: str | os.PathLike) -> pathlib.Path:
+    """The export (any directory in the Hugging Face layout) or checkpoint (a directory, or a file) that `path` means:
+    itself, or that of a run directory which was trained for most steps.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = pathlib.Path(path)
+    if _is_layout(path) or (path / STATE).exists() or path.is_file():
+        return path
+    found = {p: _step(p) for p in list_checkpoints(path / "checkpoints") if (path / "config.toml").exists()}
+    if _is_layout(path / "export"):
+        found[path / "export"] = _export_step(path / "export", list(found))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} holds no model: expected an export, a checkpoint, a run directory, or the Hugging Face layout"
+        )
+    return max(reversed(found), key=found.__getitem__)  # the export is last: at the same step it is taken
 
 
 def load_weights(model: Transformer, path: pathlib.Path) -> None:
@@ -14,7 +38,7 @@ def load_weights(model: Transformer, path: pathlib.Path) -> None:
 
     Raises FileNotFoundError if there is no model, ValueError if it is another one.
     """
-    path = _find(path)
+    path = find_model(path)
     if _is_layout(path):
         source = from_pretrained(path, device=model.device)
         _check_same(source.config, model.config, path)
@@ -34,26 +58,11 @@ def model_config(path: pathlib.Path) -> TransformerConfig:
 
     Raises FileNotFoundError if there is no model, ValueError for a checkpoint that does not hold it.
     """
-    path = _find(path)
+    path = find_model(path)
     config = from_pretrained(path).config if _is_layout(path) else read_model_config(path, TransformerConfig)
     if config is None:
         raise ValueError(f"{path} is a checkpoint from before they held the model's configuration: give [model] too")
     return config
-
-
-def _find(path: pathlib.Path) -> pathlib.Path:
-    """The model itself, or that of a run directory."""
-    if _is_layout(path) or (path / STATE).exists() or path.is_file():
-        return path
-    if _is_layout(path / "export"):
-        return path / "export"
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise FileNotFoundError(
-            f"init_from {path} holds no model: expected an export, a checkpoint, a run directory, or a directory in "
-            "the Hugging Face layout"
-        )
-    return found[-1]
 
 
 def _is_layout(path: pathlib.Path) -> bool:
@@ -65,3 +74,21 @@ def _check_same(theirs: TransformerConfig, ours: TransformerConfig, path: pathli
     names = [name for name in before if name in now and name not in MAY_DIFFER]
     if changed := [f"{name}: {before[name]} -> {now[name]}" for name in names if before[name] != now[name]]:
         raise ValueError(f"init_from {path} is another model than [model] ({'; '.join(changed)})")
+
+
+def _step(checkpoint: pathlib.Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _export_step(export: pathlib.Path, checkpoints: list[pathlib.Path]) -> int:
+    """Of one that does not say, the step of the checkpoint with its embedding; before all of them if none has it."""
+    if (step := read_step(export)) is not None:
+        return step
+    embedding = _embedding(export / "model.safetensors")
+    return max((_step(p) for p in checkpoints if torch.equal(_embedding(p / MODEL), embedding)), default=-1)
+
+
+def _embedding(path: pathlib.Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        (name,) = {"embedding.weight", "model.embed_tokens.weight"} & set(file.keys())
+        return file.get_tensor(name)

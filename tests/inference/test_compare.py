@@ -1,5 +1,7 @@
 """A model beside transformers' own."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,3 +74,15 @@ def test_a_long_text_is_cut(directory):
 def test_sixteen_bits(directory):
     got = compare_huggingface(directory, TEXT, "cpu", dtype=torch.bfloat16, new_tokens=4)
     assert 1e-4 < got.worst_difference < 0.5
+
+
+def test_a_checkpoint_is_refused(directory):
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="name an export"):
+        compare_huggingface(directory, TEXT, "cpu")
+
+
+def test_a_kind_of_our_own_is_refused(directory):
+    save_pretrained(Transformer(dataclasses.replace(CONFIG, logit_softcap=30.0)), directory, TOKENIZER)
+    with pytest.raises(ValueError, match="no family of transformers has"):
+        compare_huggingface(directory, TEXT, "cpu")

@@ -77,6 +77,8 @@ def test_a_checkpoint_alone(run, tmp_path):
     model = load_model(run / "export", device="cpu")
     alone = save_checkpoint(model, None, 80, tmp_path / "alone")
     assert torch.equal(load_model(alone, device="cpu")(X), model(X))
+    file = save_checkpoint(model, None, 80, tmp_path / "model.pt")
+    assert torch.equal(load_model(find_model(file), device="cpu")(X), model(X))
     shutil.copytree(run / "checkpoints" / "step_00000060", tmp_path / "old" / "alone" / "step")
     with pytest.raises(FileNotFoundError, match=r"checkpoint outside its run directory: .*config\.toml"):
         load_model(tmp_path / "old" / "alone" / "step")

@@ -101,6 +101,19 @@ def test_a_prompt_needs_no_mask(monkeypatch):
     assert masked == [False] * 6 + [True] * 3
 
 
+def test_slots_past_the_longest_row_cost_nothing(monkeypatch):
+    read, attention = [], ops.attention
+    monkeypatch.setattr(
+        ops, "attention", lambda q, k, *rest, **how: read.append(k.shape[-2]) or attention(q, k, *rest, **how)
+    )
+    model, x = make(SMALL), ids(SMALL)
+    state = model.new_state(2)
+    model(x[:, :9], state=state)
+    state.truncate([3, 5])
+    model(x[:, 9:11], state=state)
+    assert set(read) == {9, 7}
+
+
 def test_bytes(config):
     model = make(config, dtype=torch.bfloat16)
     state = model.new_state(3, 11)
@@ -181,8 +194,13 @@ def test_key_values():
     assert torch.equal(state.keys[0, 1:3], k[0])
     assert torch.equal(state.values[1, 2:4], v[1])
     assert not state.keys[1, :2].any()
-    visible = state.visible(2, Context(lengths=torch.tensor([1, 2])))
+    keys, values, visible = state.read(2, Context(lengths=torch.tensor([1, 2])))
+    assert torch.equal(keys, state.keys.transpose(1, 2))
+    assert torch.equal(values, state.values.transpose(1, 2))
     assert visible.int().tolist() == [[[[1, 1, 0, 0], [1, 1, 1, 0]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    keys, values, visible = state.read(1, Context(lengths=torch.tensor([1, 2]), reach=3))
+    assert keys.shape == values.shape == (2, 3, 3, 5)
+    assert visible.int().tolist() == [[[[1, 1, 0]]], [[[1, 1, 1]]]]
     with pytest.raises(ValueError, match="room for 4 tokens a row, 5 were to be kept: make a longer one"):
         state.append(k, v, Context(lengths=torch.tensor([1, 3])))
     with pytest.raises(ValueError, match=r"k and v must be \(2, S, 3, 5\) to fit the state"):

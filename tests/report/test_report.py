@@ -328,6 +328,10 @@ def test_runs_side_by_side(run_dir, tmp_path):
     assert page.tags.count("svg") == 5
     assert "a<b>&run" in text
     assert not {"script", "link", "img"} & set(page.tags)
+    other.joinpath("evaluation.json").write_text(json.dumps(evaluation | {"text": "books.txt"}))
+    page = Page(write_comparison([run_dir, other], path).read_text())
+    assert "of different texts" in " ".join(page.text)
+    assert "fewest bits" not in " ".join(page.text)
     with pytest.raises(ValueError, match="takes 2 to 6 runs, got 7"):
         write_comparison([run_dir] * 7, path)
 

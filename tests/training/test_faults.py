@@ -1,5 +1,6 @@
 """What users met, each with its right value."""
 
+import dataclasses
 import json
 import math
 import os
@@ -92,6 +93,18 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, monkeypatch, name):
     assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(tmp_path / "whole")
 
 
+def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path, monkeypatch):
+    tiny = tiny_run.config(tmp_path)
+    stop_at(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.train(tiny)
+    spoil(tiny.run_dir / "checkpoints/step_00000008" / checkpoint.MODEL)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.train(dataclasses.replace(tiny, checkpoint_interval=9))
+    kept = checkpoint.list_checkpoints(tiny.run_dir / "checkpoints")
+    assert [path.name for path in kept] == ["step_00000004", "step_00000009"]
+
+
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     tiny = tiny_run.config(tmp_path, budget="8steps")
     tiny_run.train(tiny)
@@ -113,6 +126,24 @@ def test_a_run_from_before_checksums_goes_on(tmp_path, monkeypatch):
     found = [[row["train/loss"], row["train/grad_norm"]] for row in tiny_run.rows("run", of="train/loss")]
     expected = json.loads((old / "losses.json").read_text())
     np.testing.assert_allclose(found, expected[4:], rtol=1e-5)
+
+
+def test_a_finished_run_that_is_asked_for_again_keeps_its_peak_memory(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps")
+    tiny_run.train(tiny)
+    path = tiny.run_dir / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_bytes": 1 << 50}))
+    tiny_run.train(tiny)
+    assert json.loads(path.read_text())["peak_memory_bytes"] == 1 << 50
+
+
+def test_a_run_of_another_format_is_refused(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps")
+    tiny_run.train(tiny)
+    path = tiny.run_dir / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="holds a run of format 2, expected 1"):
+        tiny_run.train(dataclasses.replace(tiny, budget="8steps"))
 
 
 # ---- identity ----
@@ -422,6 +453,16 @@ def test_a_run_begins_from_weights(tmp_path, source):
     assert trainer.train().step == 12
     again = Trainer(trainer.config, display=Lines())
     assert again.step == 12  # goes on from its own checkpoint
+
+
+def test_a_run_from_weights_goes_on_from_another_directory(tmp_path, monkeypatch):
+    tiny_run.train(tiny_run.config(tmp_path, "first", budget="4steps"))
+    monkeypatch.chdir(tmp_path)
+    tiny_run.train(tiny_run.config(tmp_path, budget="4steps", init_from=pathlib.Path("first")))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = tiny_run.config(tmp_path, init_from=pathlib.Path("../first"))
+    assert tiny_run.train(again).step == 12
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
