@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         if state is not None:
             if state.batch_size != B:
                 raise ValueError(f"the state is of {state.batch_size} rows, token_ids of {B}")
-            return Context(positions, None, segments_BS, state.lengths, state.reach(S))
+            return Context(positions, segments=segments_BS, lengths=state.lengths, reach=state.reach(S))
         if segments_BS is not None:
             return Context.packed(segments_BS, positions)
         if positions is None and self.config.context_length < S:
