@@ -36,13 +36,14 @@ class Context:
     def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":
         """Documents packed in a row: each is a run of equal ids, sees no other, and counts its positions from 0.
 
-        On a GPU attention gets their ends, for which the host waits once; elsewhere, and compiled, a mask.
+        On a GPU attention gets their ends, for which the host waits once; elsewhere, compiled or captured, a mask.
         """
         begins_BS = segments_BS.diff(prepend=segments_BS[:, :1]) != 0
         if positions is None:
             column_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
             positions = column_S - torch.where(begins_BS, column_S, 0).cummax(-1).values
-        if segments_BS.is_cuda and not torch.compiler.is_compiling():
+        on_gpu = segments_BS.is_cuda and not torch.compiler.is_compiling()
+        if on_gpu and not torch.cuda.is_current_stream_capturing():
             return Context(positions, segments=segments_BS, cu_seqlens=cu_seqlens(segments_BS))
         run_BS = begins_BS.cumsum(-1)  # an id may come again
         return Context(positions, (run_BS[:, :, None] == run_BS[:, None, :])[:, None], segments_BS)
