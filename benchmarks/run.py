@@ -78,6 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """The exit status: 1 if one of our own variants failed or disagreed with what it is compared with."""
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["ops", *argv]  # `cs336 bench --check`
     options = parse(argv)
     device = harness.default_device()
     header = results.header(device, command(argv), options.commit)

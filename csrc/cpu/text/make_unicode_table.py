@@ -63,7 +63,8 @@ def main() -> None:
 
 namespace cs336::text {{
 // Each run of code points as first << 8 | class. Classes:
-// 0 other, {names}; and beside them {beside}.
+// 0 other, {names};
+// and beside them {beside}.
 // clang-format off
 inline constexpr uint32_t kUnicodeRuns[] = {{
 {chr(10).join("    " + line for line in lines)}

@@ -4,7 +4,8 @@
 
 namespace cs336::text {
 // Each run of code points as first << 8 | class. Classes:
-// 0 other, 1 newline, 2 space, 3 number, 4 upper, 5 lower, 6 caseless, 7 mark, 8 unassigned; and beside them 16 punctuation, 32 Han, 64 CJK.
+// 0 other, 1 newline, 2 space, 3 number, 4 upper, 5 lower, 6 caseless, 7 mark, 8 unassigned;
+// and beside them 16 punctuation, 32 Han, 64 CJK.
 // clang-format off
 inline constexpr uint32_t kUnicodeRuns[] = {
     0x0, 0x902, 0xa01, 0xb02, 0xd01, 0xe00, 0x2002, 0x2110, 0x3003, 0x3a10, 0x4104, 0x5b10,
