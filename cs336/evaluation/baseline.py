@@ -57,7 +57,7 @@ def baselines(
         "byte unigram": "each byte by its frequency in the training text",
         "token unigram": "each token by its frequency in the training text",
     }
-    stream = "the held-out text in one stream" + (f", its first {len(head) / 1e6:.0f} MB" if scale > 1 else "")
+    stream = "the text in one stream" + (f", its first {len(head) / 1e6:.0f} MB" if scale > 1 else "")
     return [Baseline(name, b / len(text), how.get(name, stream)) for name, b in bits.items()]
 
 

@@ -74,6 +74,8 @@ def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """A window as raw ops have it: -1 where it is open."""
     if window is None:
         return -1, -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"window must be (left, right), None where a side is open, got {window!r}")
     left, right = window
     for side, value in (("left", left), ("right", right)):
         if value is not None and value < 0:

@@ -220,6 +220,7 @@ KV = torch.zeros(2, 2, 5, 8)
         ({"k": KV.bfloat16()}, "k must be torch.float32"),
         ({"v": KV.to("meta")}, "v must be torch.float32 on cpu"),
         ({"softcap": 0.0}, "softcap must be positive"),
+        ({"window": 5}, "window must be .left, right., .* got 5"),
         ({"window": (-2, 3)}, "window's left must be at least 0, or None .* got -2"),
         ({"window": (3, -1)}, "window's right must be at least 0"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
