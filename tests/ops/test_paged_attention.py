@@ -129,7 +129,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(variant, device, group, Q):
         width = max(1, -(-length // 16))
         o = ops.paged_attention(q[alone], k, v, table[alone, :width], lens[alone])
         assert torch.equal(o, together[alone])
-    many = [b for b in range(len(LENGTHS)) for _ in range(37)]
+    many = [b for b in range(len(LENGTHS)) for _ in range(37 if CUDA else 2)]
     repeated = ops.paged_attention(q[many], k, v, table[many], lens[many])
     assert torch.equal(repeated, together[many])
 
