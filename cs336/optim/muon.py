@@ -195,7 +195,7 @@ class Muon(AdamW):
         ns_dtype = getattr(torch, group["ns_dtype"]) if group["ns_dtype"] else _default_dtype(device, dtype)
         x_BMN = torch.cat([u.to(ns_dtype).reshape(-1, *u.shape[-2:]) for u in lying])
         o_BMN = orthogonalize(x_BMN, group["ns_steps"], group["method"])
-        lr = group["lr"].to(device, dtype) if isinstance(group["lr"], Tensor) else group["lr"]
+        lr = torch.as_tensor(group["lr"], dtype=dtype, device=device)  # rounded alike as number and as tensor
         o_BMN = o_BMN.to(dtype) * (lr * (RMS * o_BMN.shape[-1] ** 0.5))
 
         targets = [widened(p, self.state[p], group.get("rounding", "nearest")) for p in params]

@@ -10,6 +10,9 @@ from torch import Tensor
 class Optimizer(torch.optim.Optimizer):
     """A subclass updates the parameters of a group and says what its state takes."""
 
+    capturable = True
+    """Whether a step never waits for the device, so that a CUDA graph can hold it."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:

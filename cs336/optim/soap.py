@@ -38,6 +38,8 @@ class SOAP(AdamW):
     Raises ValueError for numbers or dtypes that do not fit.
     """
 
+    capturable = False  # it counts on the host
+
     def __init__(
         self,
         params: Any,

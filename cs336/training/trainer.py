@@ -147,7 +147,8 @@ class Trainer:
 
     def _update(self) -> None:
         with annotate("step"):
-            self.meter.add(self.learner.update(next(self.loader), self.rate.at(self.step + 1)))
+            step = self.step + 1
+            self.meter.add(self.learner.update(next(self.loader), self.rate.at(step), self.rate.done(step)))
         self.step += 1
 
     def _after_step(self, stop: bool) -> None:
