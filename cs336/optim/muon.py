@@ -195,7 +195,8 @@ class Muon(AdamW):
         ns_dtype = getattr(torch, group["ns_dtype"]) if group["ns_dtype"] else _default_dtype(device, dtype)
         x_BMN = torch.cat([u.to(ns_dtype).reshape(-1, *u.shape[-2:]) for u in lying])
         o_BMN = orthogonalize(x_BMN, group["ns_steps"], group["method"])
-        lr = torch.as_tensor(group["lr"], dtype=dtype, device=device)  # rounded alike as number and as tensor
+        lr = group["lr"]  # rounded alike as a number and as a tensor
+        lr = lr.to(device, dtype) if isinstance(lr, Tensor) else torch.full((), lr, dtype=dtype, device=device)
         o_BMN = o_BMN.to(dtype) * (lr * (RMS * o_BMN.shape[-1] ** 0.5))
 
         targets = [widened(p, self.state[p], group.get("rounding", "nearest")) for p in params]

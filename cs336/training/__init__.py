@@ -16,7 +16,10 @@ from cs336.training.checkpoint import load_checkpoint as load_checkpoint
 from cs336.training.checkpoint import save_checkpoint as save_checkpoint
 from cs336.training.config import DataConfig as DataConfig
 from cs336.training.config import TrainConfig as TrainConfig
+from cs336.training.guard import GuardConfig as GuardConfig
 from cs336.training.guard import NonFiniteError as NonFiniteError
+from cs336.training.guard import SpikeError as SpikeError
+from cs336.training.guard import StepError as StepError
 from cs336.training.objectives import NextToken as NextToken
 from cs336.training.objectives import Objective as Objective
 from cs336.training.trainer import Trainer as Trainer

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from cs336.models import TransformerConfig
 from cs336.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
 from cs336.training.budget import Budget
+from cs336.training.guard import GuardConfig
+from cs336.training.loggers import LoggerName
 from cs336.training.objectives import NextToken
 from cs336.training.weights import model_config
 from cs336.utils import config as configs
@@ -79,6 +81,11 @@ class TrainConfig:
     """Steps between checkpoints. None: a tenth of the run."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    async_checkpoints: bool | None = None
+    """Write checkpoints while training goes on, from a copy on the host. None: on a GPU."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    loggers: tuple[LoggerName, ...] = ()
+    """Also write metrics to: tensorboard, wandb, trackio. Each is a package of its own."""
 
     def __post_init__(self):
         Budget.parse(self.budget)
@@ -141,7 +148,7 @@ FREE = {
     "eval_interval",
 }
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
-FREE |= {"cuda_graph"}
+FREE |= {"cuda_graph", "async_checkpoints", "loggers"}
 
 
 def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:

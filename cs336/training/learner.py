@@ -1,7 +1,7 @@
 """A model, its objective, its optimizer and its precision: what happens within one step. B = batch, T = context."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from cs336.training.guard import first_non_finite
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.nvtx import annotate
+
+Accept = Callable[[dict[str, Tensor]], bool]
 
 
 class Learner:
@@ -57,11 +59,13 @@ class Learner:
         enabled = self.dtype == torch.bfloat16 != self.weight_dtype
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def update(self, batch: Batch, lr: float, done: float = 0.0) -> dict[str, Tensor]:
+    def update(self, batch: Batch, lr: float, done: float = 0.0, accept: Accept | None = None) -> dict[str, Tensor]:
         """One optimizer step.
 
         Args:
             done: the part of the run that is over, which the weight decay follows.
+            accept: called with what is returned while gradients are there; if it is false they are dropped, and
+                weights and state stay as they are.
 
         Returns scalars, still on the device: the mean "loss", "grad_norm" before clipping, and the objective's metrics.
         """
@@ -70,7 +74,7 @@ class Learner:
         for group, whole in zip(groups, self._decays, strict=True):
             group["lr"], group["weight_decay"] = lr, whole * decay
         if self.graph is None:
-            return self._step(batch)
+            return self._step(batch, accept)
         self._lr.fill_(lr)
         for group in groups:
             group["lr"] = self._lr
@@ -80,7 +84,7 @@ class Learner:
             for group in groups:  # what a checkpoint keeps
                 group["lr"] = lr
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
         parts = []
         for part in micro_batches(batch, self.micro_batch_size):
             with annotate("forward"):
@@ -92,10 +96,12 @@ class Learner:
             count, *sums = over_ranks(torch.stack(parts).sum(0))
             scale = gradient_scale(count)
             norm = grad_norm(self.model.parameters()) * scale
-            self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+            means = [total / count.clamp(min=1) for total in sums]
+            values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
+            if accept is None or accept(values):
+                self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
             self.optimizer.zero_grad()
-        means = [total / count.clamp(min=1) for total in sums]
-        return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
+        return values
 
     def _graph(self) -> StepGraph | None:
         """Where a CUDA graph is asked for; by itself, where its memory beside that of other steps is no matter."""
@@ -107,6 +113,8 @@ class Learner:
             reason = f"it is a GPU's, and the device is {self.device}"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
+        elif self.config.guard.reads_each_step:
+            reason = "guard reads each step's loss before the optimizer's step"
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
         if reason is None and wanted == "auto":
