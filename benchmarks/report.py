@@ -344,7 +344,7 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
     causal = [r for r in rows if r["pass"] == "fwd causal" and "seconds" in r]
     most = max(r["flops"] for r in causal)
     c = {r["variant"]: r for r in causal if r["flops"] == most}
-    B, S, heads, kv_heads, D = c["native"]["shape"]
+    _, S, heads, kv_heads, D = c["native"]["shape"]
     what = f"causal attention, {S} tokens, {heads}/{kv_heads} heads of {D}, forward"
     return what, f"{c['native']['tflops']:.0f} TFLOP/s", beside(c, ("cudnn", "fa3"))
 

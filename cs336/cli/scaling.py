@@ -37,8 +37,8 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
         found["resampled"] = [[law.E, law.A, law.B, law.alpha, law.beta] for law in fitted.resampled]
         print(f"{'residual':18} {100 * found['residual_rms']:.2f} % of the loss, root mean square")
     else:
-        valley = "lowest" if law == "isoflop-lowest" else "parabola"
-        through = fit_envelope(runs) if law == "envelope" else fit_isoflop(runs, valley)
+        lowest = law == "isoflop-lowest"
+        through = fit_envelope(runs) if law == "envelope" else fit_isoflop(runs, "lowest" if lowest else "parabola")
         if law != "envelope":
             for C, N, loss in zip(through.flops, through.parameters, through.loss, strict=True):
                 print(f"{C:.3g} FLOPs: {N:.4g} parameters, {C / (6 * N):.4g} tokens, loss {loss:.4f}")
