@@ -98,9 +98,8 @@ def test_terms(variant, device, V, options, dtype):
     logits = (3 * torch.randn(4, V, device=device)).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (4,), device=device)
     targets[2] = -100
-    scale = (
-        0.0 if dtype == BF16 else 2.0 if V < 100 else 0.02
-    )  # of the gradient's terms: the log-sum-exp, rounded, is in all
+    # of the gradient's terms: the log-sum-exp, rounded, is in all
+    scale = 0.0 if dtype == BF16 else 2.0 if V < 100 else 0.02
     check(logits, targets, reduction="none", scale=scale, **options)
     check(logits, targets, reduction="mean", scale=scale, **options)
 
@@ -125,7 +124,7 @@ def test_layouts(variant, device, shape, dtype, layout):
 @pytest.mark.parametrize("layout", [None, "strided rows", "unaligned"])
 @pytest.mark.parametrize(("V", "dtype"), [(96, BF16), (1001, F32), (8200, F16)])
 def test_gradient_in_place(variant, device, V, dtype, layout, with_terms):
-    """Losses, and their gradient in the place of the logits, are what forward and backward give; NaN beside them stay."""
+    """Losses and gradient are what forward and backward give; NaN beside the logits stay."""
     logits, targets = torch.randn(6, V, device=device).to(dtype), torch.randint(0, V, (6,), device=device)
     targets[2] = -1
     logits = relaid(logits, layout) if layout else logits
