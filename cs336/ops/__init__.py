@@ -1,5 +1,8 @@
 """One function an op, plain tensors in and out. Each runs the best variant for its arguments: see registry.py."""
 
+from cs336.ops.activation import geglu as geglu
+from cs336.ops.activation import relu2 as relu2
+from cs336.ops.activation import swiglu as swiglu
 from cs336.ops.adamw import adamw_ as adamw_
 from cs336.ops.attention import attention as attention
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
@@ -13,4 +16,3 @@ from cs336.ops.rope import rope as rope
 from cs336.ops.rope import rope_qk as rope_qk
 from cs336.ops.silu import silu as silu
 from cs336.ops.softmax import softmax as softmax
-from cs336.ops.swiglu import swiglu as swiglu
