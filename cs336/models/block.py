@@ -15,7 +15,11 @@ from cs336.nn import (
     AttentionConfig,
     Context,
     GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
     LayerNormConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
     MixerState,
     NoPositionsConfig,
     RMSNormConfig,
@@ -24,7 +28,10 @@ from cs336.nn import (
     SwiGLUConfig,
 )
 
-Mixer = AttentionConfig  # of one kind so far; a second makes it a union, tagged as the others
+Mixer = Annotated[
+    AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
+    Field(discriminator="kind"),
+]
 MLP = Annotated[SwiGLUConfig | GELUConfig, Field(discriminator="kind")]
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 Positions = Annotated[RopeConfig | NoPositionsConfig, Field(discriminator="kind")]

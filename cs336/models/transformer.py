@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.state import DecodingState
-from cs336.nn import Context, Embedding, Linear, RotaryEmbedding
+from cs336.nn import Context, Embedding, Hyena, Linear, LinearAttention, Mamba2, RotaryEmbedding
 
 
 class Transformer(nn.Module):
@@ -50,14 +50,19 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0."""
+        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0.
+        Decays, convolutions and filters start as their mixers say."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith("bias") else 1)
             else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_layers if writes else 1
                 parameter.normal_(std=self.config.init_std / depth**0.5)
+        for layer in self.layers:
+            mixer = cast(TransformerBlock, layer).attention
+            if isinstance(mixer, LinearAttention | Mamba2 | Hyena):
+                mixer.reset_dynamics()
 
     def forward(
         self,

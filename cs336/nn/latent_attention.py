@@ -123,7 +123,9 @@ class LatentAttention(nn.Module):
         """All heads attend to the latents themselves."""
         D, L, dtype = self.config.head_dim, self.config.kv_rank, q_BHSD.dtype
         up_HDL, values_HEL = (
-            self.kv_b_proj.weight.to(dtype).unflatten(0, (self.config.num_heads, -1)).split((D, self.config.value_size), 1)
+            self.kv_b_proj.weight.to(dtype)
+            .unflatten(0, (self.config.num_heads, -1))
+            .split((D, self.config.value_size), 1)
         )
         q_BHSQ = torch.cat((q_BHSD @ up_HDL, q_BHSR), -1)
         kv_B1TQ = state.entries[0][:, None, : context.reach]
@@ -139,7 +141,7 @@ class LatentAttentionConfig:
 
     num_heads: int
     kv_rank: int
-    """Features of the latent that keys and values are made of: with rope_head_dim all that decoding keeps of a token."""
+    """Features of the latent that keys and values are made of: with rope_head_dim all that decoding keeps."""
     head_dim: int
     """Features of a query and a key that know no position."""
     rope_head_dim: int
@@ -179,9 +181,9 @@ class LatentAttentionConfig:
         return 2 * self._matrices(d_model) + 2 * self.num_heads * attended * context_length
 
     def activation_bytes(self, d_model: int, width: int) -> int:
-        """Kept for the backward, a token: x; the latents, in and out of their norms, a latent with the rotary key beside
-        it; whole q, k, and v beside the keys it was made with; o as attention returns it and as o_proj reads it;
-        float32 log-sum-exps."""
+        """Kept for the backward, a token: x; the latents, in and out of their norms, that of the keys with the rotary
+        key beside it; whole q, k, and v beside the keys it was made with; o as attention returns it and as o_proj reads
+        it; float32 log-sum-exps."""
         H, Q = self.num_heads, self.head_dim + self.rope_head_dim
         latents = self.kv_rank + self.rope_head_dim + self.kv_rank + 2 * (self.q_rank or 0)
         norms = 4 * (2 if self.q_rank else 1)

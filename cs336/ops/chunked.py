@@ -1,4 +1,4 @@
-"""Linear recurrences in chunks of tokens: matmuls inside a chunk, a state from chunk to chunk; plain torch, fp32 inside.
+"""Linear recurrences in chunks of tokens: matmuls inside one, a state from one to the next; plain torch, fp32 inside.
 
 Inside a chunk, with c_i the sum of the log-decays up to token i (Mamba-2's state-space duality, arXiv:2405.21060,
 which is RetNet's chunkwise form, arXiv:2307.08621):

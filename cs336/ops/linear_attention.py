@@ -154,7 +154,7 @@ def linear_attention(
     elif v.numel() and has_kernel("linear_attention_fwd", *args):
         o, last = _LinearAttention.apply(*(rows(x) for x in (q, k, v)), g, state, segments, scale)
     else:
-        o, last = _recomputed(chunked.linear_attention, *args)
+        o, last = recomputed(chunked.linear_attention, *args)
     return (o, last) if return_state else o
 
 
@@ -191,11 +191,11 @@ def gated_delta_rule(
         o, last = delta_ref.step(*tokens, beta[:, :, 0], None if g is None else g[:, :, 0], state, scale)
         o = o[:, :, None].to(v.dtype)
     else:
-        o, last = _recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
+        o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
     return (o, last) if return_state else o
 
 
-def _recomputed(function: Callable, *args: Any) -> Any:
+def recomputed(function: Callable, *args: Any) -> Any:
     """Keeps the arguments alone for the backward."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -71,7 +71,7 @@ def bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dg (B, H, T), and the gradient of the state before the first token."""
-    (B, H, T, _), G = v_BHTV.shape, q_BGTK.shape[1]
+    (_, H, T, _), G = v_BHTV.shape, q_BGTK.shape[1]
     q, k, v, do = heads(wide(q_BGTK), H), heads(wide(k_BGTK), H), wide(v_BHTV), wide(do_BHTV)
     decay_BHT = torch.ones_like(v[..., 0]) if g_BHT is None else torch.exp(g_BHT)
     state, before = start(k, v, state_BHKV), []

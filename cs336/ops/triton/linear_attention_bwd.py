@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from cs336.ops.triton.attention_tile import dot, rows_of
+from cs336.ops.triton.cast import cast
 from cs336.ops.triton.linear_attention import (
     CHUNK,
     decays,
@@ -25,7 +26,6 @@ from cs336.ops.triton.linear_attention import (
     strides,
     tiles,
 )
-from cs336.ops.triton.cast import cast
 
 
 @triton.jit
