@@ -65,7 +65,7 @@ def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
     stat = torch.promote_types(q.dtype, torch.float32)
     (B, H, T, V), K = v.shape, q.shape[-1]
     return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *(x.new_empty(B, T, *x.shape[1::2]).transpose(1, 2) for x in (q, k, v)),
         v.new_empty(B, H, T, dtype=stat),
         v.new_empty(B, H, K, V, dtype=stat),
     )

@@ -158,7 +158,9 @@ def test_under_autocast(name):
     model, x = make(name), ids()
     with torch.autocast("cpu", torch.bfloat16):
         state = model.new_state(2)
-        parts = torch.cat((model(x[:, :9], state=state), model(x[:, 9:10], state=state), model(x[:, 10:], state=state)), 1)
+        parts = torch.cat(
+            (model(x[:, :9], state=state), model(x[:, 9:10], state=state), model(x[:, 10:], state=state)), 1
+        )
         want = model(x)
     error = (parts - want).float().square().mean().sqrt() / want.float().square().mean().sqrt()
     assert error < 0.05

@@ -23,7 +23,10 @@ def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
     total = 0.0
     if g_ptr is not None:
         g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
-        c, total = tl.cumsum(g, 0), tl.sum(g, 0)
+        c = tl.cumsum(g, 0)
+        total = tl.sum(
+            tl.where(index == start + CHUNK - 1, c, 0.0), 0
+        )  # the same bits: of the last token nothing fades
     into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
     run = tl.zeros((CHUNK,), tl.int32)
     last = 0
