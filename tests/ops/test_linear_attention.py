@@ -46,8 +46,8 @@ def in_one_matrix(q, k, v, g, initial_state, segments):
     into, out = (torch.exp(c) * first).to(dtype), (torch.exp(c[..., -1:] - c) * last).to(dtype)
     scale, through = q.shape[-1] ** -0.5, (torch.exp(c[..., -1]) * (first & last)[..., -1])[..., None, None]
     o = scale * (q @ k.transpose(-1, -2) * decay @ v + into[..., None] * (q @ initial_state.to(dtype)))
-    state = through * initial_state + ((k * out[..., None]).transpose(-1, -2) @ v).to(initial_state.dtype)
-    return o, state
+    state = through.to(dtype) * initial_state.to(dtype) + (k * out[..., None]).transpose(-1, -2) @ v
+    return o, state.to(initial_state.dtype)
 
 
 @pytest.fixture(params=[*registry.NAMESPACE, "chunks"])
