@@ -15,7 +15,11 @@ from cs336.nn import (
     AttentionConfig,
     Context,
     GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
     LayerNormConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
     MixerState,
     NoPositionsConfig,
     RMSNormConfig,
@@ -24,7 +28,10 @@ from cs336.nn import (
     SwiGLUConfig,
 )
 
-Mixer = AttentionConfig  # of one kind so far; a second makes it a union, tagged as the others
+Mixer = Annotated[
+    AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
+    Field(discriminator="kind"),
+]
 MLP = Annotated[SwiGLUConfig | GELUConfig, Field(discriminator="kind")]
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 Positions = Annotated[RopeConfig | NoPositionsConfig, Field(discriminator="kind")]
@@ -37,13 +44,23 @@ class BlockConfig:
     norm: Norm = field(default_factory=RMSNormConfig)
     """Before the mixer and before the MLP."""
     positions: Positions = field(default_factory=RopeConfig)
+    """Of kind "none" if left out where the mixer takes no rotary ones."""
+    name: str = field(default="", compare=False)
+    """What a pattern calls this block."""
+
+    def __post_init__(self):
+        if "rope" not in self.mixer.takes_positions and self.positions == RopeConfig():
+            object.__setattr__(self, "positions", NoPositionsConfig())
+        if self.positions.kind not in self.mixer.takes_positions:
+            known = " or ".join(map(repr, self.mixer.takes_positions))
+            raise ValueError(f"a {self.mixer.kind} mixer takes positions of kind {known}, got {self.positions.kind!r}")
 
     def check(self, d_model: int) -> None:
         """Raises ValueError for values that do not fit together."""
-        self.positions.check(self.mixer.head_size(d_model))
+        self.positions.check(self.mixer.rope_dim(d_model))
 
     def build_rope(self, d_model: int, context_length: int, *, device=None) -> RotaryEmbedding | None:
-        return self.positions.build(self.mixer.head_size(d_model), context_length, device=device)
+        return self.positions.build(self.mixer.rope_dim(d_model), context_length, device=device)
 
     def num_parameters(self, d_model: int) -> int:
         norms = 2 * self.norm.num_parameters(d_model)
@@ -58,9 +75,9 @@ class BlockConfig:
         norms = 2 * self.norm.activation_bytes(d_model, width)
         return self.mixer.activation_bytes(d_model, width) + self.mlp.activation_bytes(d_model, width) + norms
 
-    def state_bytes(self, d_model: int, max_len: int, width: int) -> int:
+    def state_bytes(self, d_model: int, max_len: int, width: int, rollback: int = 0) -> int:
         """Of one sequence while decoding, `width` bytes an element."""
-        return self.mixer.state_bytes(d_model, max_len, width)
+        return self.mixer.state_bytes(d_model, max_len, width, rollback)
 
 
 class Stream(NamedTuple):
@@ -78,7 +95,8 @@ class Stream(NamedTuple):
 class TransformerBlock(nn.Module):
     """x (..., S, d_model) -> x like it; a Stream gives a Stream, so that a stack of blocks adds within its norms.
 
-    rope: config.build_rope(...), which blocks may share.
+    rope: config.build_rope(...), which blocks may share. The mixer's place in the tree is `attention`, whatever its
+    kind, and its norm's `attention_norm`: the names that weights have had since there was one kind.
     """
 
     def __init__(
