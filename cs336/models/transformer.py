@@ -9,11 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.state import DecodingState
-from cs336.nn import Context, Embedding, Linear, RotaryEmbedding
+from cs336.nn import Context, Embedding, LearnedPositions, Linear, SinusoidalPositions
+from cs336.nn.derived import Derived
 
 
 class Transformer(nn.Module):
-    """Pre-norm decoder, made of its config's blocks.
+    """A decoder, made of its config's blocks.
 
     Under torch.autocast the residual stream is in autocast's dtype. Set `gradient_checkpointing` to recompute each
     layer in the backward instead of keeping its activations.
@@ -32,6 +33,11 @@ class Transformer(nn.Module):
         d_model = config.d_model
         place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
         self.embedding = Embedding(config.vocab_size, d_model, **place)
+        self.position_embedding: nn.Module | None = None
+        if config.position_embedding == "learned":
+            self.position_embedding = LearnedPositions(config.context_length, d_model, **place)
+        elif config.position_embedding == "sinusoidal":
+            self.position_embedding = SinusoidalPositions(config.context_length, d_model, device="meta")
         ropes = {
             (block.positions, block.mixer.head_size(d_model)): block.build_rope(
                 d_model, config.context_length, device="meta"
@@ -42,9 +48,9 @@ class Transformer(nn.Module):
             TransformerBlock(block, d_model, ropes[block.positions, block.mixer.head_size(d_model)], **place)
             for block in config.blocks
         )
-        self.norm = config.blocks[-1].norm.build(d_model, **place)
+        self.norm = config.final_norm.build(d_model, **place) if config.final_norm else None
         self.head = None if config.tie_embeddings else Linear(d_model, config.vocab_size, **place)
-        self.register_load_state_dict_post_hook(_place_tables)
+        self.register_load_state_dict_post_hook(_place_derived)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
@@ -71,8 +77,8 @@ class Transformer(nn.Module):
 
         Args:
             token_ids_BS: (B, S) int64 or int32 in [0, vocab_size).
-            positions: (S,) or (B, S) int64 or int32 in [0, context_length). None: 0 to S - 1, from 0 again in each
-                segment, and behind the state's tokens.
+            positions: (S,) or (B, S) int64 or int32 in [0, context_length), of rotary and absolute positions. None: 0
+                to S - 1, from 0 again in each segment, and behind the state's tokens.
             segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
                 is one document, and a negative segment marks padding on the right, which the state does not count.
             state: the tokens before these, of which these become part.
@@ -92,7 +98,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
         context = self._context(token_ids_BS, positions, segments, state)
-        stream = Stream(self.embedding(token_ids_BS).to(self.compute_dtype), None)
+        stream = Stream(self._embed(token_ids_BS, context), None)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled() and state is None:
                 stream = checkpoint(layer, stream, context, use_reentrant=False)
@@ -100,7 +106,18 @@ class Transformer(nn.Module):
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:
             state.lengths += token_ids_BS.shape[1] if segments is None else (segments >= 0).sum(-1)
-        return stream.normed(self.norm)[0]
+        return stream.value if self.norm is None else stream.normed(self.norm)[0]
+
+    def _embed(self, token_ids_BS: Tensor, context: Context) -> Tensor:
+        x_BSM, config = self.embedding(token_ids_BS), self.config
+        if config.embedding_scale is not None:
+            x_BSM = config.embedding_scale * x_BSM
+        if self.position_embedding is not None:
+            S, positions = token_ids_BS.shape[1], context.positions
+            if positions is None:
+                positions = torch.arange(S, device=x_BSM.device) if context.lengths is None else context.slots(S)
+            x_BSM = x_BSM + self.position_embedding(positions).to(x_BSM.dtype)
+        return nn.functional.dropout(x_BSM.to(self.compute_dtype), config.embedding_dropout, self.training)
 
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""
@@ -170,8 +187,8 @@ class Transformer(nn.Module):
         return Context(positions)
 
 
-def _place_tables(model: Transformer, incompatible_keys) -> None:
-    """Rotary tables follow weights that load_state_dict(assign=True) has put in place of those on meta."""
+def _place_derived(model: Transformer, incompatible_keys) -> None:
+    """Tables follow weights that load_state_dict(assign=True) has put in place of those on meta."""
     for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.to_empty(device=model.device)
+        if isinstance(module, Derived):
+            module.place(model.device)

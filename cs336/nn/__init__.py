@@ -8,7 +8,9 @@ from cs336.nn.attention import AttentionConfig as AttentionConfig
 from cs336.nn.embedding import Embedding as Embedding
 from cs336.nn.linear import Linear as Linear
 from cs336.nn.mlp import GELU as GELU
+from cs336.nn.mlp import MLP as MLP
 from cs336.nn.mlp import GELUConfig as GELUConfig
+from cs336.nn.mlp import MLPConfig as MLPConfig
 from cs336.nn.mlp import SwiGLU as SwiGLU
 from cs336.nn.mlp import SwiGLUConfig as SwiGLUConfig
 from cs336.nn.mlp import default_d_ff as default_d_ff
@@ -16,9 +18,16 @@ from cs336.nn.norms import LayerNorm as LayerNorm
 from cs336.nn.norms import LayerNormConfig as LayerNormConfig
 from cs336.nn.norms import RMSNorm as RMSNorm
 from cs336.nn.norms import RMSNormConfig as RMSNormConfig
+from cs336.nn.position_embedding import LearnedPositions as LearnedPositions
+from cs336.nn.position_embedding import SinusoidalPositions as SinusoidalPositions
+from cs336.nn.positions import AlibiConfig as AlibiConfig
 from cs336.nn.positions import NoPositionsConfig as NoPositionsConfig
 from cs336.nn.positions import RopeConfig as RopeConfig
 from cs336.nn.positions import RotaryEmbedding as RotaryEmbedding
+from cs336.nn.rope_scaling import LinearScaling as LinearScaling
+from cs336.nn.rope_scaling import Llama3Scaling as Llama3Scaling
+from cs336.nn.rope_scaling import NtkScaling as NtkScaling
+from cs336.nn.rope_scaling import YarnScaling as YarnScaling
 from cs336.nn.state import Context as Context
 from cs336.nn.state import KeyValues as KeyValues
 from cs336.nn.state import MixerState as MixerState
