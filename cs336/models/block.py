@@ -12,7 +12,7 @@ for f the mixer, then the MLP. What f gives is dropped out and scaled before it 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, get_args, overload
+from typing import Annotated, Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from pydantic import Field
@@ -64,9 +64,7 @@ class BlockConfig:
         check_positive(residual_scale=self.residual_scale)
         check_probabilities(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
         if self.parallel and self.placement != "pre":
-            raise ValueError(
-                f"parallel blocks have one norm before both: placement must be 'pre', not {self.placement!r}"
-            )
+            raise ValueError(f"parallel blocks are normed before: placement must be 'pre', got {self.placement!r}")
 
     def check(self, d_model: int) -> None:
         """Raises ValueError for values that do not fit together."""
@@ -134,7 +132,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.config = config
         alibi = {"alibi": True} if isinstance(config.positions, AlibiConfig) else {}
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         sandwich = config.placement == "sandwich"
         self.attention_norm = config.norm.build(d_model, **place)
         self.attention = config.mixer.build(d_model, norm_eps=config.norm.eps, rope=rope, **alibi, **place)

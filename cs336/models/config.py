@@ -78,7 +78,7 @@ class TransformerConfig:
             block.check(self.d_model)
             if self.position_embedding is not None and not isinstance(block.positions, NoPositionsConfig):
                 raise ValueError(
-                    f"position_embedding {self.position_embedding!r} beside positions of kind {block.positions.kind!r}: "
+                    f"position_embedding {self.position_embedding!r} beside {block.positions.kind!r} positions: "
                     'give each layer positions = {kind = "none"}, or leave it out'
                 )
         if self.position_embedding == "sinusoidal" and self.d_model % 2 != 0:

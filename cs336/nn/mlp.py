@@ -143,8 +143,15 @@ class MLPConfig(_Counts):
         check_counts(optional=True, d_ff=self.d_ff)
 
     def build(self, d_model: int, *, device=None, dtype=None) -> MLP:
-        named = {"activation": self.activation, "gated": self.gated, "bias": self.bias}
-        return MLP(d_model, self.d_ff, **named, device=device, dtype=dtype)
+        return MLP(
+            d_model,
+            self.d_ff,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+            device=device,
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)
