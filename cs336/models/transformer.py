@@ -30,6 +30,8 @@ class Transformer(nn.Module):
         """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
         self.generation_config: dict[str, Any] = {}
         """What generation_config.json said; save_pretrained writes it again."""
+        self.chat_template: str | None = None
+        """How a conversation becomes a text, in Jinja, as the tokenizer's files said; saved as the two above."""
         d_model = config.d_model
         place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
         self.embedding = Embedding(config.vocab_size, d_model, **place)
