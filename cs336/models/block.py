@@ -23,7 +23,11 @@ from cs336.nn import (
     AttentionConfig,
     Context,
     GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
     LayerNormConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
     MixerState,
     MLPConfig,
     NoPositionsConfig,
@@ -34,7 +38,10 @@ from cs336.nn import (
 )
 from cs336.nn.checks import check_choice, check_flags, check_positive, check_probabilities
 
-Mixer = AttentionConfig  # of one kind so far; a second makes it a union, tagged as the others
+Mixer = Annotated[
+    AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
+    Field(discriminator="kind"),
+]
 MLP = Annotated[SwiGLUConfig | GELUConfig | MLPConfig, Field(discriminator="kind")]
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 Positions = Annotated[RopeConfig | AlibiConfig | NoPositionsConfig, Field(discriminator="kind")]
@@ -47,6 +54,7 @@ class BlockConfig:
     mlp: MLP = field(default_factory=SwiGLUConfig)
     norm: Norm = field(default_factory=RMSNormConfig)
     positions: Positions = field(default_factory=RopeConfig)
+    """Of kind "none" if left out where the mixer takes no rotary ones."""
     placement: Placement = "pre"
     """Of the norms: pre, post, sandwich or reordered, as the top of the file has them."""
     parallel: bool = False
@@ -57,6 +65,8 @@ class BlockConfig:
     """Share of the features that is dropped, in training, of what the mixer and the MLP give."""
     stochastic_depth: float = 0.0
     """How often, in training, a sequence skips a mixer or an MLP (arXiv:1603.09382); those kept count for more."""
+    name: str = field(default="", compare=False)
+    """What a pattern calls this block."""
 
     def __post_init__(self):
         check_choice("placement", self.placement, get_args(Placement))
@@ -65,13 +75,18 @@ class BlockConfig:
         check_probabilities(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
         if self.parallel and self.placement != "pre":
             raise ValueError(f"parallel blocks are normed before: placement must be 'pre', got {self.placement!r}")
+        if "rope" not in self.mixer.takes_positions and self.positions == RopeConfig():
+            object.__setattr__(self, "positions", NoPositionsConfig())
+        if self.positions.kind not in self.mixer.takes_positions:
+            known = " or ".join(map(repr, self.mixer.takes_positions))
+            raise ValueError(f"a {self.mixer.kind} mixer takes positions of kind {known}, got {self.positions.kind!r}")
 
     def check(self, d_model: int) -> None:
         """Raises ValueError for values that do not fit together."""
-        self.positions.check(self.mixer.head_size(d_model))
+        self.positions.check(self.mixer.rope_dim(d_model))
 
     def build_rope(self, d_model: int, context_length: int, *, device=None) -> RotaryEmbedding | None:
-        return self.positions.build(self.mixer.head_size(d_model), context_length, device=device)
+        return self.positions.build(self.mixer.rope_dim(d_model), context_length, device=device)
 
     @property
     def num_norms(self) -> int:
@@ -93,9 +108,9 @@ class BlockConfig:
         sublayers = self.mixer.activation_bytes(d_model, width) + self.mlp.activation_bytes(d_model, width)
         return sublayers + norms + drawn - shared
 
-    def state_bytes(self, d_model: int, max_len: int, width: int) -> int:
+    def state_bytes(self, d_model: int, max_len: int, width: int, rollback: int = 0) -> int:
         """Of one sequence while decoding, `width` bytes an element."""
-        return self.mixer.state_bytes(d_model, max_len, width)
+        return self.mixer.state_bytes(d_model, max_len, width, rollback)
 
 
 class Stream(NamedTuple):
@@ -117,7 +132,8 @@ class Stream(NamedTuple):
 class TransformerBlock(nn.Module):
     """x (..., S, d_model) -> x like it; a Stream gives a Stream, so that a stack of blocks adds within its norms.
 
-    rope: config.build_rope(...), which blocks may share.
+    rope: config.build_rope(...), which blocks may share. The mixer's place in the tree is `attention`, whatever its
+    kind, and its norm's `attention_norm`: the names that weights have had since there was one kind.
     """
 
     def __init__(

@@ -22,7 +22,9 @@ class TransformerConfig:
         mixer = {kind = "attention", num_heads = 8, num_kv_heads = 2}
         mlp = {kind = "gelu"}
 
-    Either way the model is made of `blocks`. Raises ValueError for values that do not fit together.
+    A `pattern` says in which order layers that have a `name` follow each other: "SSSL" where names are letters, else
+    names with spaces between them. Either way the model is made of `blocks`. Raises ValueError for values that do not
+    fit together.
     """
 
     vocab_size: int
@@ -60,7 +62,9 @@ class TransformerConfig:
     embedding_dropout: float = 0.0
     """Share of the embedding's features that is dropped in training."""
     layers: tuple[BlockConfig, ...] | None = None
-    """The blocks, or a pattern that repeats up to num_layers. None: the short form."""
+    """The blocks, which repeat up to num_layers. None: the short form."""
+    pattern: str | None = None
+    """The names of layers in order, which repeat up to num_layers: "SSSL", or "sliding sliding full"."""
 
     def __post_init__(self):
         check_counts(vocab_size=self.vocab_size, context_length=self.context_length)
@@ -74,6 +78,8 @@ class TransformerConfig:
             check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))
         if self.layers is not None:
             self._check_layers(self.layers)
+        elif self.pattern is not None:
+            raise ValueError(f"pattern {self.pattern!r} orders layers by their names: describe them in layers")
         for block in set(self.blocks):
             block.check(self.d_model)
             if self.position_embedding is not None and not isinstance(block.positions, NoPositionsConfig):
@@ -89,8 +95,25 @@ class TransformerConfig:
             f.name for f in dataclasses.fields(self) if f.name in SHORT and getattr(self, f.name) != f.default
         ]:
             raise ValueError(f"layers describe the blocks whole: say {', '.join(twice)} there, or leave layers out")
-        if not layers or self.num_layers % len(layers) != 0:
-            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {len(layers)} layers that repeat")
+        order = self._ordered(layers)
+        if not order or self.num_layers % len(order) != 0:
+            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {len(order)} layers that repeat")
+
+    def _ordered(self, layers: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+        """Once through the pattern."""
+        if self.pattern is None:
+            return layers
+        named = {block.name: block for block in layers}
+        if len(named) < len(layers) or "" in named or any(len(name.split()) != 1 for name in named):
+            raise ValueError("a pattern needs layers with names, each another and one word")
+        letters = all(len(name) == 1 for name in named)
+        order = list("".join(self.pattern.split())) if letters else self.pattern.split()
+        for name in order:
+            if name not in named:
+                raise ValueError(f"pattern {self.pattern!r} names the layer {name!r}; there are {', '.join(named)}")
+        if unused := named.keys() - set(order):
+            raise ValueError(f"pattern {self.pattern!r} leaves out the layer {', '.join(sorted(unused))}")
+        return tuple(named[name] for name in order)
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
@@ -101,6 +124,7 @@ class TransformerConfig:
             mixer = AttentionConfig(self.num_heads, self.num_kv_heads, self.head_dim, self.qkv_bias, self.qk_norm)
             rope = RopeConfig(self.rope_theta, self.rope_interleaved)
             layers = (BlockConfig(mixer, SwiGLUConfig(self.d_ff), RMSNormConfig(self.norm_eps), rope),)
+        layers = self._ordered(layers)
         return layers * (self.num_layers // len(layers))
 
     def short_form(self) -> "TransformerConfig | None":
@@ -120,16 +144,26 @@ class TransformerConfig:
         }
         if not isinstance(short["qk_norm"], bool):
             return None
-        config = dataclasses.replace(self, layers=None, **short)
+        config = dataclasses.replace(self, layers=None, pattern=None, **short)
         return config if config.blocks == self.blocks else None
 
     @property
     def kv_heads(self) -> int:
-        return self.blocks[0].mixer.kv_heads
+        """Of the first layer of attention. Raises ValueError without one; so does head_size."""
+        return self._attention.kv_heads
 
     @property
     def head_size(self) -> int:
-        return self.blocks[0].mixer.head_size(self.d_model)
+        return self._attention.head_size(self.d_model)
+
+    @property
+    def _attention(self) -> AttentionConfig:
+        for block in self.blocks:
+            if isinstance(block.mixer, AttentionConfig):
+                return block.mixer
+        raise ValueError(
+            f"no layer has heads of attention: the mixers are {sorted({b.mixer.kind for b in self.blocks})}"
+        )
 
     @property
     def ff_size(self) -> int:
@@ -172,7 +206,8 @@ class TransformerConfig:
             return features * (1 + sum(1 if b.placement == "post" else 2 for b in self.blocks[:-1])) + ends
         return sum(block.activation_bytes(self.d_model, width) for block in self.blocks) + ends
 
-    def state_bytes(self, max_len: int | None = None, width: int = 2) -> int:
-        """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element."""
+    def state_bytes(self, max_len: int | None = None, width: int = 2, rollback: int = 0) -> int:
+        """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element, that can
+        go back `rollback` tokens."""
         max_len = self.context_length if max_len is None else max_len
-        return sum(block.state_bytes(self.d_model, max_len, width) for block in self.blocks)
+        return sum(block.state_bytes(self.d_model, max_len, width, rollback) for block in self.blocks)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.state import DecodingState
-from cs336.nn import Context, Embedding, LearnedPositions, Linear, SinusoidalPositions
+from cs336.nn import Context, Embedding, Hyena, LearnedPositions, Linear, LinearAttention, Mamba2, SinusoidalPositions
 from cs336.nn.derived import Derived
 
 
@@ -41,13 +41,13 @@ class Transformer(nn.Module):
         elif config.position_embedding == "sinusoidal":
             self.position_embedding = SinusoidalPositions(config.context_length, d_model, device="meta")
         ropes = {
-            (block.positions, block.mixer.head_size(d_model)): block.build_rope(
+            (block.positions, block.mixer.rope_dim(d_model)): block.build_rope(
                 d_model, config.context_length, device="meta"
             )
             for block in config.blocks
         }
         self.layers = nn.ModuleList(
-            TransformerBlock(block, d_model, ropes[block.positions, block.mixer.head_size(d_model)], **place)
+            TransformerBlock(block, d_model, ropes[block.positions, block.mixer.rope_dim(d_model)], **place)
             for block in config.blocks
         )
         self.norm = config.final_norm.build(d_model, **place) if config.final_norm else None
@@ -58,14 +58,19 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0."""
+        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0.
+        Decays, convolutions and filters start as their mixers say."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith("bias") else 1)
             else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_layers if writes else 1
                 parameter.normal_(std=self.config.init_std / depth**0.5)
+        for layer in self.layers:
+            mixer = cast(TransformerBlock, layer).attention
+            if isinstance(mixer, LinearAttention | Mamba2 | Hyena):
+                mixer.reset_dynamics()
 
     def forward(
         self,
@@ -107,7 +112,7 @@ class Transformer(nn.Module):
             else:
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:
-            state.lengths += token_ids_BS.shape[1] if segments is None else (segments >= 0).sum(-1)
+            state.advance(context.counts(token_ids_BS.shape[1]))
         return stream.value if self.norm is None else stream.normed(self.norm)[0]
 
     def _embed(self, token_ids_BS: Tensor, context: Context) -> Tensor:
@@ -149,9 +154,10 @@ class Transformer(nn.Module):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # is_autocast_available: a graph break in 2.11
         return torch.get_autocast_dtype(kind) if autocast else dtype
 
-    def new_state(self, batch_size: int, max_len: int | None = None) -> DecodingState:
+    def new_state(self, batch_size: int, max_len: int | None = None, *, rollback: int = 0) -> DecodingState:
         """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.
 
+        rollback: how many tokens a row may go back in layers whose memory is bounded; in others it may go back to any.
         Raises ValueError for more than context_length.
         """
         limit = self.config.context_length
@@ -159,8 +165,12 @@ class Transformer(nn.Module):
         if max_len > limit:
             raise ValueError(f"{max_len} tokens do not fit the model's context_length of {limit}")
         device, dtype = self.device, self.compute_dtype
+        if rollback < 0:
+            raise ValueError(f"rollback must be 0 or more tokens, got {rollback}")
         mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
-        layers = [mixer.new_state(batch_size, max_len, device=device, dtype=dtype) for mixer in mixers]
+        layers = [
+            mixer.new_state(batch_size, max_len, rollback=rollback, device=device, dtype=dtype) for mixer in mixers
+        ]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
     def _context(

@@ -6,7 +6,15 @@ Each has a frozen description beside it, which builds it and counts what it take
 from cs336.nn.attention import Attention as Attention
 from cs336.nn.attention import AttentionConfig as AttentionConfig
 from cs336.nn.embedding import Embedding as Embedding
+from cs336.nn.hyena import Hyena as Hyena
+from cs336.nn.hyena import HyenaConfig as HyenaConfig
+from cs336.nn.latent_attention import LatentAttention as LatentAttention
+from cs336.nn.latent_attention import LatentAttentionConfig as LatentAttentionConfig
 from cs336.nn.linear import Linear as Linear
+from cs336.nn.linear_attention import LinearAttention as LinearAttention
+from cs336.nn.linear_attention import LinearAttentionConfig as LinearAttentionConfig
+from cs336.nn.mamba2 import Mamba2 as Mamba2
+from cs336.nn.mamba2 import Mamba2Config as Mamba2Config
 from cs336.nn.mlp import GELU as GELU
 from cs336.nn.mlp import MLP as MLP
 from cs336.nn.mlp import GELUConfig as GELUConfig

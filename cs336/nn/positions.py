@@ -189,9 +189,7 @@ class AlibiSlopes(Derived):
         exponents = [(h + 1) / power for h in range(power)] + [(h + 0.5) / power for h in range(H - power)]
         self.slopes = torch.tensor([2.0 ** (-8 * e) for e in exponents], dtype=torch.float32).to(self.slopes.device)
 
-    def bias(self, seen_BHST: Tensor, slots_BS: Tensor) -> Tensor:
-        """What is added to scores (B, H, S, T) float32 of queries at slots_BS on keys at 0 to T - 1; -inf where seen
-        (B, 1, S, T) is false."""
-        keys_T = torch.arange(seen_BHST.shape[-1], device=slots_BS.device)
-        distance_BHST = (slots_BS[:, None, :, None] - keys_T).abs()
-        return (-self.slopes[:, None, None] * distance_BHST).masked_fill(~seen_BHST, -torch.inf)
+    def bias(self, seen_B1ST: Tensor, behind_BST: Tensor) -> Tensor:
+        """What is added to scores, (B, H, S, T) float32, where each key stands `behind` its query by so many tokens;
+        -inf where it is not seen."""
+        return (-self.slopes[:, None, None] * behind_BST[:, None].abs()).masked_fill(~seen_B1ST, -torch.inf)
