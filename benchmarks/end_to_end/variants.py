@@ -11,6 +11,7 @@ from cs336.nn import (
     LinearScaling,
     Llama3Scaling,
     MLPConfig,
+    MoEConfig,
     NoPositionsConfig,
     NtkScaling,
     RMSNormConfig,
@@ -69,4 +70,11 @@ BOUNDS = {
     "scaled residuals": model(BlockConfig(ATTENTION, residual_scale=0.4), embedding_scale=2.0, tie_embeddings=True),
 }
 DROPOUT = model(BlockConfig(AttentionConfig(4, dropout=0.1), dropout=0.1, stochastic_depth=0.1), embedding_dropout=0.1)
-VARIANTS = MLPS | NORMS | POSITIONS | BOUNDS | {"dropout": DROPOUT}
+EXPERTS = {
+    "MoE": block(mlp=MoEConfig(4, 2, d_ff=40)),
+    "MoE, z-loss": block(mlp=MoEConfig(8, 2, d_ff=24, z_loss=0.001, normalize=False)),
+    "MoE, shared and fine": block(mlp=MoEConfig(12, 3, d_ff=16, num_shared=2, router="sigmoid", scale=1.5)),
+    "MoE, bias balance": block(mlp=MoEConfig(6, 2, d_ff=24, router="sigmoid", balance="bias", gated=False)),
+    "MoE among others": model(BlockConfig(ATTENTION), BlockConfig(ATTENTION, MoEConfig(4, 1, 40), parallel=True)),
+}
+VARIANTS = MLPS | NORMS | POSITIONS | BOUNDS | EXPERTS | {"dropout": DROPOUT}

@@ -9,8 +9,6 @@
 for f the mixer, then the MLP. What f gives is dropped out and scaled before it is added.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, get_args, overload
 
@@ -30,10 +28,12 @@ from cs336.nn import (
     Mamba2Config,
     MixerState,
     MLPConfig,
+    MoEConfig,
     NoPositionsConfig,
     RMSNormConfig,
     RopeConfig,
     RotaryEmbedding,
+    Routing,
     SwiGLUConfig,
 )
 from cs336.nn.checks import check_choice, check_flags, check_positive, check_probabilities
@@ -42,7 +42,7 @@ Mixer = Annotated[
     AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
     Field(discriminator="kind"),
 ]
-MLP = Annotated[SwiGLUConfig | GELUConfig | MLPConfig, Field(discriminator="kind")]
+MLP = Annotated[SwiGLUConfig | GELUConfig | MLPConfig | MoEConfig, Field(discriminator="kind")]
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 Positions = Annotated[RopeConfig | AlibiConfig | NoPositionsConfig, Field(discriminator="kind")]
 Placement = Literal["pre", "post", "sandwich", "reordered"]
@@ -119,6 +119,8 @@ class Stream(NamedTuple):
     total: Tensor
     update: Tensor | None
     """What the last sublayer returned, not yet added."""
+    routing: Routing | None = None
+    """Of the mixtures of experts so far."""
 
     @property
     def value(self) -> Tensor:
@@ -166,29 +168,42 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context=None, state=None):
         """context, state: of the mixer."""
         stream = x if isinstance(x, Stream) else Stream(x, None)
-        mix = functools.partial(self.attention, context=context, state=state)
+        read, total = self._read(stream, self.attention_norm)
+        y = self.attention(read, context, state)
         if self.config.parallel:
-            normed, total = stream.normed(self.attention_norm)
-            stream = Stream(total, self._update(mix(normed) + self.mlp(normed)))
+            more, routing = self._mlp(read, stream.routing)
+            stream = Stream(total, self._update(y + more), routing)
         else:
-            stream = self._sublayer(stream, mix, self.attention_norm, self.attention_post_norm)
-            stream = self._sublayer(stream, self.mlp, self.mlp_norm, self.mlp_post_norm)
+            after = self._add(total, y, self.attention_norm, self.attention_post_norm)
+            read, total = self._read(after, self.mlp_norm)
+            y, routing = self._mlp(read, stream.routing)
+            stream = self._add(total, y, self.mlp_norm, self.mlp_post_norm)._replace(routing=routing)
         return stream if isinstance(x, Stream) else stream.value
 
-    def _sublayer(self, stream: Stream, f: Callable[[Tensor], Tensor], norm, post_norm) -> Stream:
+    def _read(self, stream: Stream, norm) -> tuple[Tensor, Tensor]:
+        """What a sublayer reads, and the stream's value."""
+        if self.config.placement in ("pre", "sandwich"):
+            return stream.normed(norm)
+        return (value := stream.value), value
+
+    def _add(self, total: Tensor, y: Tensor, norm, post_norm) -> Stream:
+        """The stream after a sublayer gave y."""
         match self.config.placement:
             case "pre":
-                normed, total = stream.normed(norm)
-                return Stream(total, self._update(f(normed)))
+                return Stream(total, self._update(y))
             case "sandwich":
-                normed, total = stream.normed(norm)
-                return Stream(total, self._update(post_norm(f(normed))))
+                return Stream(total, self._update(post_norm(y)))
             case "reordered":
-                total = stream.value
-                return Stream(total, self._update(norm(f(total))))
+                return Stream(total, self._update(norm(y)))
             case _:
-                total = stream.value
-                return Stream(Stream(total, self._update(f(total))).normed(norm)[0], None)
+                return Stream(Stream(total, self._update(y)).normed(norm)[0], None)
+
+    def _mlp(self, x: Tensor, before: Routing | None) -> tuple[Tensor, Routing | None]:
+        y = self.mlp(x)
+        if isinstance(y, Tensor):
+            return y, before
+        y, routing = y
+        return y, routing if before is None else before.plus(routing)
 
     def _update(self, x: Tensor) -> Tensor:
         """What is added to the stream: dropped out, skipped by some sequences, scaled."""

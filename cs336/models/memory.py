@@ -69,10 +69,16 @@ def training_memory(
         weights=weight_bytes * parameters,
         gradients=weight_bytes * parameters,
         optimizer=optimizer_bytes * parameters,
-        casts=0 if width == weight_bytes else width * config.flops_per_token(0) // 6,  # the weights that multiply
+        casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,
         logits=logits,
     )
+
+
+def _matrices(config: TransformerConfig) -> int:
+    """The weights that multiply some token."""
+    idle = sum(block.mlp.idle_parameters(config.d_model) for block in config.blocks)
+    return config.flops_per_token(0) // 6 + idle
 
 
 def decoding_memory(

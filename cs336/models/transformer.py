@@ -9,8 +9,19 @@ from torch.utils.checkpoint import checkpoint
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.state import DecodingState
-from cs336.nn import Context, Embedding, Hyena, LearnedPositions, Linear, LinearAttention, Mamba2, SinusoidalPositions
+from cs336.nn import (
+    Context,
+    Embedding,
+    Hyena,
+    LearnedPositions,
+    Linear,
+    LinearAttention,
+    Mamba2,
+    MoE,
+    SinusoidalPositions,
+)
 from cs336.nn.derived import Derived
+from cs336.nn.moe import add_loads
 
 
 class Transformer(nn.Module):
@@ -64,11 +75,14 @@ class Transformer(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith("bias") else 1)
             else:
-                writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+                writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
                 depth = 2 * self.config.num_layers if writes else 1
                 parameter.normal_(std=self.config.init_std / depth**0.5)
         for layer in self.layers:
             mixer = cast(TransformerBlock, layer).attention
+            mlp = cast(TransformerBlock, layer).mlp
+            if isinstance(mlp, MoE):
+                mlp.reset_balance()
             if isinstance(mixer, LinearAttention | Mamba2 | Hyena):
                 mixer.reset_dynamics()
 
@@ -79,7 +93,8 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         state: DecodingState | None = None,
-    ) -> Tensor:
+        return_routing: bool = False,
+    ) -> Any:
         """Logits (B, S, V) of the next token after each.
 
         Args:
@@ -89,11 +104,15 @@ class Transformer(nn.Module):
             segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
                 is one document, and a negative segment marks padding on the right, which the state does not count.
             state: the tokens before these, of which these become part.
+            return_routing: return (logits, Routing) of a model with mixtures of experts: what their routers add to a
+                loss, and the load of the experts. (logits, None) of another.
 
         Returns the weights' dtype, or autocast's; at least float32 with a soft-cap.
         Raises ValueError for a shape or dtype that does not fit, or past context_length.
         """
-        return self.logits(self.features(token_ids_BS, positions=positions, segments=segments, state=state))
+        stream = self._layers(token_ids_BS, positions, segments, state)
+        logits_BSV = self.logits(self._normed(stream))
+        return (logits_BSV, stream.routing) if return_routing else logits_BSV
 
     def features(
         self,
@@ -104,6 +123,18 @@ class Transformer(nn.Module):
         state: DecodingState | None = None,
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
+        return self._normed(self._layers(token_ids_BS, positions, segments, state))
+
+    def _normed(self, stream: Stream) -> Tensor:
+        return stream.value if self.norm is None else stream.normed(self.norm)[0]
+
+    def _layers(
+        self,
+        token_ids_BS: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        state: DecodingState | None,
+    ) -> Stream:
         context = self._context(token_ids_BS, positions, segments, state)
         stream = Stream(self._embed(token_ids_BS, context), None)
         for i, layer in enumerate(self.layers):
@@ -113,7 +144,9 @@ class Transformer(nn.Module):
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:
             state.advance(context.counts(token_ids_BS.shape[1]))
-        return stream.value if self.norm is None else stream.normed(self.norm)[0]
+        if stream.routing is not None and self.training and torch.is_grad_enabled():
+            add_loads(self, stream.routing)  # here, for a layer that is checkpointed runs twice
+        return stream
 
     def _embed(self, token_ids_BS: Tensor, context: Context) -> Tensor:
         x_BSM, config = self.embedding(token_ids_BS), self.config

@@ -22,6 +22,9 @@ from cs336.nn.mlp import MLPConfig as MLPConfig
 from cs336.nn.mlp import SwiGLU as SwiGLU
 from cs336.nn.mlp import SwiGLUConfig as SwiGLUConfig
 from cs336.nn.mlp import default_d_ff as default_d_ff
+from cs336.nn.moe import MoE as MoE
+from cs336.nn.moe import MoEConfig as MoEConfig
+from cs336.nn.moe import Routing as Routing
 from cs336.nn.norms import LayerNorm as LayerNorm
 from cs336.nn.norms import LayerNormConfig as LayerNormConfig
 from cs336.nn.norms import RMSNorm as RMSNorm

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cs336.models import Transformer
+from cs336.nn.moe import balance_experts
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
@@ -69,6 +70,7 @@ class Learner:
             scale = gradient_scale(count)
             norm = grad_norm(self.model.parameters()) * scale
             self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+            balance_experts(self.model)
             self.optimizer.zero_grad()
         means = [total / count.clamp(min=1) for total in sums]
         return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}

@@ -8,12 +8,13 @@ a tuple of tensors, one sequence (or pair, or prompt) a row in each. B = batch, 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.moe import Routing, experts_of
 
 Batch = tuple[Tensor, ...]
 Terms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -30,7 +31,8 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of each next token, in nats. The batch is (token_ids_BS, targets_BS), both int64.
 
-    With smoothing or a z-loss the sum that is minimised is more than the cross-entropy, which is a metric of its own.
+    With smoothing, a z-loss or a mixture of experts, whose routers add theirs, the sum that is minimised is more than
+    the cross-entropy, which is a metric of its own.
     """
 
     kind: Literal["next_token"] = "next_token"
@@ -50,14 +52,18 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
-        logits_BSV = model(token_ids_BS)
+        logits_BSV, routing = logits_and_routing(model, token_ids_BS)
         loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
         counted_BS = targets_BS != self.ignore_index
-        metrics = {}
-        if self.label_smoothing or self.z_loss:
+        count, metrics = counted_BS.sum(), {}
+        if self.label_smoothing or self.z_loss or routing is not None:
             metrics["cross_entropy"] = loss
+        if self.label_smoothing or self.z_loss:
             loss = loss + self._regularisers(logits_BSV, targets_BS, counted_BS)
-        return loss, counted_BS.sum(), metrics
+        if routing is not None:
+            loss = loss + count * (routing.balance + routing.z)
+            metrics |= {name: count * value for name, value in routing.metrics().items()}
+        return loss, count, metrics
 
     def _regularisers(self, logits_BSV: Tensor, targets_BS: Tensor, counted_BS: Tensor) -> Tensor:
         """The sum of what is added to each counted cross-entropy: e (z[target] - mean(z)), and c log(Z)^2."""
@@ -69,6 +75,13 @@ class NextToken:
         if self.z_loss:
             added_BS = added_BS + self.z_loss * logits_BSV.logsumexp(-1).square()
         return added_BS.masked_fill(~counted_BS, 0).sum()
+
+
+def logits_and_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:
+    """model(...), and what its mixtures of experts add to the loss: None where it has none. Wrapped or not."""
+    if next(experts_of(model), None) is None:
+        return model(*args, **kwargs), None
+    return model(*args, **kwargs, return_routing=True)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:

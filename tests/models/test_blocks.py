@@ -21,6 +21,7 @@ from cs336.nn import (
     LinearScaling,
     Llama3Scaling,
     MLPConfig,
+    MoEConfig,
     NoPositionsConfig,
     RopeConfig,
     YarnScaling,
@@ -34,6 +35,10 @@ OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS
 @pytest.fixture(params=VARIANTS)
 def config(request):
     return VARIANTS[request.param]
+
+
+def uses_experts(config):
+    return any(isinstance(block.mlp, MoEConfig) for block in config.blocks)
 
 
 def ids(config, B=2, S=17):
@@ -172,7 +177,10 @@ def test_causal_and_packed(config):
     changed = x.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % config.vocab_size
     whole = model(x)
-    assert torch.equal(model(changed)[:, :9], whole[:, :9])
+    if uses_experts(config):  # how many rows an expert multiplies at once decides how they are rounded
+        torch.testing.assert_close(model(changed)[:, :9], whole[:, :9], atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(model(changed)[:, :9], whole[:, :9])
     segments = torch.tensor([[0] * 6 + [1] * 11] * 2)
     packed = model(x, segments=segments)
     torch.testing.assert_close(packed[:, :6], model(x[:, :6]), atol=2e-5, rtol=2e-5)
@@ -197,13 +205,12 @@ def test_decoding_is_the_parallel_form(config):
 
 
 def test_counts_are_the_models_own(config):
-    meta = Transformer(config, device="meta").eval()
-    assert sum(p.numel() for p in meta.parameters()) == config.num_parameters()
-    x = torch.zeros(3, 11, dtype=torch.long, device="meta")
+    model = Transformer(config).eval()
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    x = ids(config, 3, 11)
     with registry.use("ref"), FlopCounterMode(display=False) as counter:
-        ops.cross_entropy(meta(x), x).backward()
+        ops.cross_entropy(model(x), x).backward()
     assert counter.get_total_flops() == 3 * 11 * config.flops_per_token(11)
-    model = Transformer(config)
     state = model.new_state(2, 20)
     assert state.nbytes - state.lengths.nbytes == 2 * config.state_bytes(20, 4)
 
@@ -223,7 +230,11 @@ def test_what_a_forward_keeps(name, autocast):
         kept -= 2 * 3 * 32 * 32 * (2 if autocast else 4)
     if config.position_embedding == "learned":
         kept += 32 * 8  # the positions themselves
-    assert kept == saved_bytes(Transformer(config), token_ids, targets, autocast)
+    found = saved_bytes(Transformer(config), token_ids, targets, autocast)
+    if uses_experts(config):  # and the shares of the choices, once a layer
+        assert 0 <= found - kept <= 2 * 4 * 12
+    else:
+        assert kept == found
 
 
 def test_dropped_features_are_kept():
