@@ -37,6 +37,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_f
 LLAMA3 |= {"original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 24}
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 16, "truncate": False}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 THEIRS = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 narrow, untied": (
@@ -56,6 +58,13 @@ THEIRS = {
     "qwen3 with biases": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
     "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 4}),
     "olmo2 grouped": ("Olmo2", SIZES | {"rms_norm_eps": 1e-3}),
+    "mistral with a window": ("Mistral", SIZES | {"sliding_window": 5}),
+    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 3, "sliding_window": None}),
+    "mixtral with a window": ("Mixtral", SIZES | {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": False}),
+    "qwen3_moe normalised": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": True}),
+    "gemma2": ("Gemma2", SIZES | {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20}),
+    "gemma2 without caps": ("Gemma2", SIZES | {"head_dim": 8, "sliding_window": 7} | CAPLESS),
 }
 
 
@@ -106,7 +115,7 @@ def test_there_and_back(tmp_path, name):
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     assert_same_greedy(ours, again)
-    expected = theirs.config.model_type if "mistral" not in name else "llama"  # which without a window it is
+    expected = "llama" if name == "mistral" else theirs.config.model_type  # which without a window it is
     assert again.config.model_type == expected
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 

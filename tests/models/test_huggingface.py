@@ -297,8 +297,7 @@ def edited(directory, **changes):
     [
         ({"model_type": "bert"}, "model_type must be one of llama, .*gpt2, .*cs336, got 'bert'"),
         ({"model_type": "gpt2"}, "config.json lacks n_positions, n_embd, n_layer, n_head"),
-        ({"model_type": "mistral", "sliding_window": 23}, "sliding_window = 23"),
-        ({"model_type": "mistral", "max_position_embeddings": 5000}, "sliding_window = 4096"),
+        ({"model_type": "mistral", "sliding_window": "23"}, "window must be a positive integer, got '23'"),
         ({"model_type": "qwen2", "mlp_bias": None}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh'"),

@@ -1,7 +1,9 @@
 """What Llama and its many relatives share: RMSNorm, rotary grouped-query attention, a gated MLP in every block."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from cs336.models.block import MLP, BlockConfig
 from cs336.models.config import TransformerConfig
@@ -26,8 +28,8 @@ NAMES = {
 }
 
 
-def rules(names: Iterable[str]) -> list[Rule]:
-    return renamed(names, NAMES)
+def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
+    return renamed(shapes, NAMES)
 
 
 def sizes(fields: Fields) -> dict[str, Any]:

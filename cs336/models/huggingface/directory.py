@@ -16,19 +16,25 @@ from torch import Tensor
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.family import Family, Rule
+from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.llama import LLAMA
 from cs336.models.huggingface.mistral import MISTRAL
+from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
 from cs336.models.huggingface.qwen2 import QWEN2
 from cs336.models.huggingface.qwen3 import QWEN3
+from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.transformer import Transformer
 from cs336.nn import RopeConfig
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
 
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2)}
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2)  # the first that fits
+}
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -147,7 +153,7 @@ def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _their_weights(
     weights: dict[str, Tensor], config: TransformerConfig, family: Family
 ) -> Iterator[tuple[str, Tensor]]:
-    for rule in family.rules(weights):
+    for rule in family.rules({name: t.shape for name, t in weights.items()}):
         written = rule.write([_half_split(name, weights[name], config) for name in rule.ours])
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
@@ -226,7 +232,7 @@ def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
         return t
     if not re.search(r"\.[qk]_(proj|norm)\.", name):
         return t
-    pairs = t.unflatten(0, (-1, block.mixer.head_size(config.d_model) // 2, 2))
+    pairs = t.unflatten(0, (-1, block.mixer.rope_dim(config.d_model) // 2, 2))
     return pairs.transpose(1, 2).flatten(0, 2)
 
 

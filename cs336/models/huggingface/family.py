@@ -2,7 +2,7 @@
 
     config = family.read(Fields(config_json))            raises where the model is another
     fields = family.write(config)                        None where the family has no such model
-    family.rules(our_names)                              how weights are named and laid out
+    family.rules(our_shapes)                             how weights are named and laid out
 
 A written configuration counts only if it is read as the same model: so an adapter cannot lose a field.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cs336.models.block import BlockConfig
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.fields import Fields
-from cs336.nn import AttentionConfig, GELUConfig, MLPConfig, RopeConfig, SwiGLUConfig
+from cs336.nn import AttentionConfig, GELUConfig, MLPConfig, MoEConfig, RopeConfig, SwiGLUConfig
 
 Convert = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -44,7 +45,8 @@ class Family:
     architecture: str
     read: Callable[[Fields], TransformerConfig]
     write: Callable[[TransformerConfig], dict[str, Any] | None]
-    rules: Callable[[Iterable[str]], list[Rule]]
+    rules: Callable[[Mapping[str, torch.Size]], list[Rule]]
+    """Of our names, with their shapes."""
     prefix: str = "model."
     """Before the names of all weights but the head, where a file has the head."""
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
@@ -71,12 +73,13 @@ class Family:
 
 def resolved(config: TransformerConfig) -> TransformerConfig:
     """The same model with every default said, whatever the names of its kinds, and rotary pairs half-split: which, with
-    their rows reordered, are the same. Dropout, of which a family may have no field, is left out: no logit knows it."""
+    their rows reordered, are the same. Dropout and the routers' losses, of which a
+    family may have no field, are left out: no logit knows them."""
     plain = {f.name: f.default for f in dataclasses.fields(TransformerConfig) if f.default is not dataclasses.MISSING}
     kept = ("logit_softcap", "tie_embeddings", "init_std", "position_embedding", "embedding_scale")
     changes = plain | {name: getattr(config, name) for name in kept}
     layers = tuple(_resolved(block, config.d_model) for block in config.blocks)
-    return dataclasses.replace(config, **changes | {"layers": layers})
+    return dataclasses.replace(config, **changes | {"layers": layers, "pattern": None})
 
 
 def _resolved(block: BlockConfig, d_model: int) -> BlockConfig:
@@ -84,13 +87,17 @@ def _resolved(block: BlockConfig, d_model: int) -> BlockConfig:
     if isinstance(block.mixer, AttentionConfig):
         D, mixer = block.mixer.head_size(d_model), block.mixer
         scale = D**-0.5 if mixer.scale is None else mixer.scale
-        heads = {"num_kv_heads": mixer.kv_heads, "head_dim": D}
-        changes["mixer"] = dataclasses.replace(mixer, **heads, scale=scale, dropout=0.0)
+        changes["mixer"] = dataclasses.replace(mixer, num_kv_heads=mixer.kv_heads, head_dim=D, scale=scale, dropout=0.0)
     if isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig):
         mlp = block.mlp
         changes["mlp"] = MLPConfig(mlp.activation, mlp.gated, mlp.width(d_model), mlp.bias)
     if isinstance(block.positions, RopeConfig):
         changes["positions"] = dataclasses.replace(block.positions, interleaved=False)
+    if isinstance(block.mlp, MoEConfig):
+        routed = {"balance_loss": 0.0, "z_loss": 0.0, "bias_rate": 1.0} | (
+            {} if block.mlp.balance == "bias" else {"balance": "none"}
+        )
+        changes["mlp"] = dataclasses.replace(block.mlp, d_ff=block.mlp.width(d_model), **routed)
     return dataclasses.replace(block, **changes)
 
 

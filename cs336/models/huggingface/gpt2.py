@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, biases everywhere, one matrix for queries, keys and values, stored (in, out)."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
     }
 
 
-def rules(names: Iterable[str]) -> list[Rule]:
+def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
     found: list[Rule] = []
-    for layer, of_layer in layer_names(names).items():
+    for layer, of_layer in layer_names(shapes).items():
         qkv = [name for name in of_layer if name.startswith(f"layers.{layer}.attention.") and "o_proj" not in name]
         for rule in renamed((name for name in of_layer if name not in qkv), NAMES):
             stored = layer and rule.ours[0].endswith("_proj.weight")

@@ -10,17 +10,16 @@ from cs336.nn import AttentionConfig
 
 
 def read(fields: Fields) -> TransformerConfig:
-    window = fields.take("sliding_window", 4096 if "sliding_window" not in fields.given else None)
-    fields.require("max_position_embeddings")
-    if window is not None and window < fields.take("max_position_embeddings"):
-        fields.refuse("sliding_window", window)
-    mixer = AttentionConfig(**decoder.heads(fields, num_kv_heads=8))
+    window = fields.take("sliding_window", None if "sliding_window" in fields.given else 4096)
+    mixer = AttentionConfig(**decoder.heads(fields, num_kv_heads=8), window=window)
     return decoder.decoder(fields, mixer, decoder.gated_mlp(fields))
 
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:
-    """Without a window it is a Llama."""
-    return None
+    fields = decoder.written(config)
+    if fields is None or fields.pop("attention_bias"):
+        return None
+    return fields | {"sliding_window": getattr(config.blocks[0].mixer, "window", None)}
 
 
 MISTRAL = Family("mistral", "MistralForCausalLM", read, write, decoder.rules)

@@ -1,6 +1,8 @@
 """OLMo 2: norms after the mixer and the MLP, within the residual, and queries and keys normalised over all heads."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+
+import torch
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface import decoder
@@ -20,8 +22,8 @@ def read(fields: Fields) -> TransformerConfig:
     return decoder.decoder(fields, mixer, decoder.gated_mlp(fields), eps=1e-5, placement="reordered")
 
 
-def rules(names: Iterable[str]) -> list[Rule]:
-    return renamed(names, NAMES | {k: v for k, v in decoder.NAMES.items() if k not in NAMES})
+def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
+    return renamed(shapes, NAMES | {k: v for k, v in decoder.NAMES.items() if k not in NAMES})
 
 
 OLMO2 = Family("olmo2", "Olmo2ForCausalLM", read, decoder.written, rules)
