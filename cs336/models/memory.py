@@ -78,7 +78,7 @@ def training_memory(
         weights=weight_bytes * parameters,
         gradients=weight_bytes * parameters,
         optimizer=round(optimizer_bytes * parameters),
-        casts=0 if width == weight_bytes else width * config.flops_per_token(0) // 6,  # the weights that multiply
+        casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,
         logits=logits,
     )
@@ -88,6 +88,12 @@ def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:
     """What selective recomputation keeps of a block, a token: what its linear layers return, and its attention."""
     built = TransformerBlock(block, d_model, device="meta")
     return width * (sum(m.out_features for m in built.modules() if isinstance(m, Linear)) + d_model)
+
+
+def _matrices(config: TransformerConfig) -> int:
+    """The weights that multiply some token."""
+    idle = sum(block.mlp.idle_parameters(config.d_model) for block in config.blocks)
+    return config.flops_per_token(0) // 6 + idle
 
 
 def decoding_memory(

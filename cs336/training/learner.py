@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
+from cs336.nn.moe import balance_experts
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
@@ -104,6 +105,7 @@ class Learner:
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
                 self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+                balance_experts(self.model)
             self.optimizer.zero_grad()
         return values
 
