@@ -12,7 +12,7 @@ from cs336 import __version__
 from cs336.cli import tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import compare_hf, evaluate, generate, report
+from cs336.cli.model import compare_hf, evaluate, generate, info, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.train import train
 
@@ -84,6 +84,9 @@ def _run(arguments: list[str]) -> int:
     for name, run in TOKENIZER_VERBS.items():
         nested.command(name=name)(run)
     app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    of_models = tyro.extras.SubcommandApp()
+    of_models.command(name="info")(info)
+    app.command(of_models, name="model", help="What a model is made of: info.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )
