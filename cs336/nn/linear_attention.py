@@ -110,7 +110,9 @@ class LinearAttention(nn.Module):
             head_H = torch.arange(H, device=x_BSM.device, dtype=torch.float64)
             g_H = torch.log1p(-torch.exp2(-5 - head_H)).to(torch.promote_types(x_BSM.dtype, torch.float32))
             return g_H[None, :, None].expand(B, H, S)
-        dt_BSH = F.softplus(_wide(self.a_proj(x_BSM)) + _wide(self.dt_bias))
+        # softplus(a) = log(exp(a) + exp(0)): F.softplus's own backward is compiled for strides that it does not have.
+        a_BSH = _wide(self.a_proj(x_BSM)) + _wide(self.dt_bias)
+        dt_BSH = torch.logaddexp(a_BSH, torch.zeros_like(self.dt_bias, dtype=a_BSH.dtype))
         return (-torch.exp(_wide(self.A_log)) * dt_BSH).transpose(1, 2)
 
 
