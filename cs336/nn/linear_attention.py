@@ -49,7 +49,7 @@ class LinearAttention(nn.Module):
         self.k_proj = Linear(d_model, H * K, **place)
         self.v_proj = Linear(d_model, H * V, **place)
         size = config.conv_size
-        self.conv1d = None if size is None else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
+        self.conv1d = None if size == 0 else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
         self.b_proj = Linear(d_model, H, **place) if config.delta else None
         self.a_proj = self.A_log = self.dt_bias = None
         if config.decay == "token":
@@ -133,16 +133,18 @@ class LinearAttentionConfig:
     """How the state fades: not at all, at a pace of each head's (arXiv:2307.08621), or as the token says."""
     delta: bool = False
     """Replace what the state holds under a key instead of adding to it (arXiv:2406.06484)."""
-    conv_size: int | None = 4
-    """Taps of the causal convolution over queries, keys and values. None: no convolution."""
+    conv_size: int = 4
+    """Taps of the causal convolution over queries, keys and values. 0: no convolution."""
     kind: Literal["linear_attention"] = "linear_attention"
     takes_positions: ClassVar[tuple[str, ...]] = ("none",)
 
     def __post_init__(self):
         check_counts(num_heads=self.num_heads)
-        check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim, conv_size=self.conv_size)
+        check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim)
+        if self.conv_size != 0:
+            check_counts(conv_size=self.conv_size)
         if self.conv_size == 1:
-            raise ValueError("conv_size must be 2 or more, a convolution of 1 sees no other token; or leave it out")
+            raise ValueError("conv_size must be 2 or more, a convolution of 1 sees no other token, or 0 for none")
 
     def key_size(self, d_model: int) -> int:
         """Raises ValueError where d_model is not a multiple of num_heads."""
@@ -167,7 +169,7 @@ class LinearAttentionConfig:
 
     def num_parameters(self, d_model: int) -> int:
         H, V = self.num_heads, self.value_size(d_model)
-        conv = (self.conv_size or 0) * self._channels(d_model)
+        conv = self.conv_size * self._channels(d_model)
         return self._matrices(d_model) + conv + (2 * H if self.decay == "token" else 0) + V
 
     def flops(self, d_model: int, context_length: int) -> int:
@@ -183,7 +185,7 @@ class LinearAttentionConfig:
         gate before and after silu, and their product; in float32 what makes the decay and beta, and the norm's rstd.
         The recurrence is computed again."""
         H, K, V, channels = self.num_heads, self.key_size(d_model), self.value_size(d_model), self._channels(d_model)
-        elements = d_model + channels * (2 if self.conv_size is None else 3) + 5 * H * V
+        elements = d_model + channels * (2 if self.conv_size == 0 else 3) + 5 * H * V
         if self.delta:
             elements += 2 * H * K + 4 * H  # of length 1, and their lengths before
         stats = 3 * H * (self.decay == "token") + H * self.delta + H
@@ -193,7 +195,7 @@ class LinearAttentionConfig:
         """Of one sequence: a float32 matrix a head and token that it can go back, and the convolution's inputs, `width`
         bytes an element."""
         memory = max(width, 4) * self.num_heads * self.key_size(d_model) * self.value_size(d_model) * (rollback + 1)
-        conv = 0 if self.conv_size is None else width * self._channels(d_model) * (self.conv_size - 1 + rollback)
+        conv = 0 if self.conv_size == 0 else width * self._channels(d_model) * (self.conv_size - 1 + rollback)
         return memory + conv
 
     def _channels(self, d_model: int) -> int:

@@ -69,7 +69,7 @@ def causal_conv(x_SC, w):
 def linear_attention(x, w, c):
     H, K, V = c.num_heads, c.key_size(32), c.value_size(32)
     qkv = torch.cat([x @ w[f"{n}_proj.weight"].T for n in "qkv"], -1)
-    qkv = F.silu(qkv if c.conv_size is None else causal_conv(qkv, w))
+    qkv = F.silu(qkv if c.conv_size == 0 else causal_conv(qkv, w))
     q, k, v = (t.unflatten(-1, (H, -1)) for t in qkv.split((H * K, H * K, H * V), -1))
     if c.delta:
         q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
