@@ -11,8 +11,9 @@ B = batch, S = tokens, M = d_model, H = heads, K = features of a key, V = of a v
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,11 @@ class LinearAttention(nn.Module):
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
         weight, config = self.q_proj.weight, self.config
-        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        place: dict[str, Any] = {
+            "rollback": rollback,
+            "device": device or weight.device,
+            "dtype": dtype or weight.dtype,
+        }
         sizes = config.num_heads, config.key_size(self.d_model), config.value_size(self.d_model)
         memory = Snapshots.allocate(batch_size, *sizes, **place)
         return RecurrentState(memory, None if self.conv1d is None else self.conv1d.new_state(batch_size, **place))
@@ -90,7 +95,7 @@ class LinearAttention(nn.Module):
             x.unflatten(-1, (H, -1)).transpose(1, 2) for x in F.silu(qkv).split((keys, keys, values), -1)
         )  # (B, H, S, K or V)
         tokens = {"q": q, "k": k, "v": v}
-        op = ops.linear_attention
+        op: Callable = ops.linear_attention
         if self.b_proj is not None:
             op = ops.gated_delta_rule
             tokens |= {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1)}

@@ -10,7 +10,7 @@ G = groups of heads that share B and C, N = features of the state.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,11 @@ class Mamba2(nn.Module):
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
         weight, config = self.in_proj.weight, self.config
-        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        place: dict[str, Any] = {
+            "rollback": rollback,
+            "device": device or weight.device,
+            "dtype": dtype or weight.dtype,
+        }
         memory = Snapshots.allocate(
             batch_size, config.num_heads(self.d_model), config.state_dim, config.head_dim, **place
         )

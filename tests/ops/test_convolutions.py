@@ -88,5 +88,5 @@ def test_what_does_not_fit():
     for op, weight in ((ops.causal_conv1d, torch.zeros(3, 2)), (ops.long_conv, torch.zeros(2, 3))):
         with pytest.raises(ValueError, match=r"segments must be \(2, 5\) to fit x, got \(2, 4\)"):
             op(x, weight, segments=torch.zeros(2, 4))
-        with pytest.raises(ValueError, match=r"x must be \(B, T, C\), floating point"):
+        with pytest.raises(ValueError, match=r"x must be \(B, [ST], C\), floating point, got \(5, 3\)"):
             op(x[0], weight)
