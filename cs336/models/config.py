@@ -1,10 +1,10 @@
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from cs336.models.block import BlockConfig
-from cs336.nn import AttentionConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
-from cs336.nn.checks import check_counts, check_positive
+from cs336.models.block import BlockConfig, Norm
+from cs336.nn import AttentionConfig, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
 
 # The fields that the short form alone reads.
 SHORT = {"num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "d_ff", "norm_eps"}
@@ -13,7 +13,7 @@ SHORT |= {"rope_theta", "rope_interleaved"}
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a pre-norm decoder: its blocks, described one by one, or all at once in the short form.
+    """Shape of a decoder: its blocks, described one by one, or all at once in the short form.
 
     The short form is `num_heads` and what follows it to `head_dim`: RMSNorm, rotary grouped-query attention, SwiGLU in
     every block. `layers` says the same and more, in TOML:
@@ -55,6 +55,12 @@ class TransformerConfig:
     """Of every matrix; those that write to the residual stream start at init_std / sqrt(2 * num_layers)."""
     head_dim: int | None = None
     """Features of a head, even. None: d_model / num_heads."""
+    position_embedding: Literal["learned", "sinusoidal"] | None = None
+    """Absolute positions, added to the embedding: of GPT-2, or of arXiv:1706.03762. Of layers without positions."""
+    embedding_scale: float | None = None
+    """What the embedding is multiplied by: sqrt(d_model) in arXiv:1706.03762 and in Gemma."""
+    embedding_dropout: float = 0.0
+    """Share of the embedding's features that is dropped in training."""
     layers: tuple[BlockConfig, ...] | None = None
     """The blocks, which repeat up to num_layers. None: the short form."""
     pattern: str | None = None
@@ -66,13 +72,23 @@ class TransformerConfig:
         check_counts(optional=self.layers is not None, num_heads=self.num_heads)
         check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
         check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)
-        check_positive(optional=True, logit_softcap=self.logit_softcap)
+        check_positive(optional=True, logit_softcap=self.logit_softcap, embedding_scale=self.embedding_scale)
+        check_probabilities(embedding_dropout=self.embedding_dropout)
+        if self.position_embedding is not None:
+            check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))
         if self.layers is not None:
             self._check_layers(self.layers)
         elif self.pattern is not None:
             raise ValueError(f"pattern {self.pattern!r} orders layers by their names: describe them in layers")
         for block in set(self.blocks):
             block.check(self.d_model)
+            if self.position_embedding is not None and not isinstance(block.positions, NoPositionsConfig):
+                raise ValueError(
+                    f"position_embedding {self.position_embedding!r} beside {block.positions.kind!r} positions: "
+                    'give each layer positions = {kind = "none"}, or leave it out'
+                )
+        if self.position_embedding == "sinusoidal" and self.d_model % 2 != 0:
+            raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
 
     def _check_layers(self, layers: tuple[BlockConfig, ...]) -> None:
         if twice := [
@@ -114,22 +130,22 @@ class TransformerConfig:
     def short_form(self) -> "TransformerConfig | None":
         """The same model in the short form; None where its blocks differ or are of other kinds."""
         block = self.blocks[0]
-        mlp, norm, rope = block.mlp, block.norm, block.positions
-        if not isinstance(block.mixer, AttentionConfig) or block.mixer.window is not None:
+        mixer, mlp, norm, rope = block.mixer, block.mlp, block.norm, block.positions
+        if not (isinstance(mixer, AttentionConfig) and isinstance(mlp, SwiGLUConfig)):
             return None
-        if not (isinstance(mlp, SwiGLUConfig) and isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
+        if not (isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
             return None
-        if len(set(self.blocks)) > 1:
-            return None
-        short: dict[str, Any] = dataclasses.asdict(block.mixer)
-        del short["kind"], short["window"]
+        short: dict[str, Any] = {name: getattr(mixer, name) for name in SHORT if hasattr(mixer, name)}
         short |= {
             "d_ff": mlp.d_ff,
             "norm_eps": norm.eps,
             "rope_theta": rope.theta,
             "rope_interleaved": rope.interleaved,
         }
-        return dataclasses.replace(self, layers=None, pattern=None, **short)
+        if not isinstance(short["qk_norm"], bool):
+            return None
+        config = dataclasses.replace(self, layers=None, pattern=None, **short)
+        return config if config.blocks == self.blocks else None
 
     @property
     def kv_heads(self) -> int:
@@ -153,12 +169,19 @@ class TransformerConfig:
     def ff_size(self) -> int:
         return self.blocks[0].mlp.width(self.d_model)
 
+    @property
+    def final_norm(self) -> Norm | None:
+        """Before the head: the last block's, unless that one's output is normed already."""
+        last = self.blocks[-1]
+        return None if last.placement == "post" else last.norm
+
     def num_parameters(self, embeddings: bool = True) -> int:
         """Weights of the model; without embeddings, less the token embedding and the output head (arXiv:2001.08361)."""
         blocks = sum(block.num_parameters(self.d_model) for block in self.blocks)
         tables = 1 if self.tie_embeddings else 2
-        norm = self.blocks[-1].norm.num_parameters(self.d_model)
-        return blocks + norm + (tables * self.vocab_size * self.d_model if embeddings else 0)
+        rows = tables * self.vocab_size + (self.context_length if self.position_embedding == "learned" else 0)
+        norm = self.final_norm.num_parameters(self.d_model) if self.final_norm else 0
+        return blocks + norm + (rows * self.d_model if embeddings else 0)
 
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token, forward and backward: 6 N + 12 L H D T for L layers of attention.
@@ -176,11 +199,12 @@ class TransformerConfig:
 
         With gradient checkpointing each block keeps its inputs alone: the residual stream and what is to be added.
         """
-        blocks = [block.activation_bytes(self.d_model, width) for block in self.blocks]
-        last = self.blocks[-1].norm.activation_bytes(self.d_model, width) + width * self.d_model
+        features = width * self.d_model
+        ends = features + (self.final_norm.activation_bytes(self.d_model, width) if self.final_norm else 0)
+        ends += features if self.embedding_dropout else 0
         if gradient_checkpointing:
-            return width * self.d_model * (2 * len(blocks) - 1) + last
-        return sum(blocks) + last
+            return features * (1 + sum(1 if b.placement == "post" else 2 for b in self.blocks[:-1])) + ends
+        return sum(block.activation_bytes(self.d_model, width) for block in self.blocks) + ends
 
     def state_bytes(self, max_len: int | None = None, width: int = 2, rollback: int = 0) -> int:
         """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element, that can
