@@ -4,10 +4,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
+from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
 from cs336.models.state import DecodingState
 from cs336.nn import (
     Context,
@@ -28,7 +28,7 @@ class Transformer(nn.Module):
     """A decoder, made of its config's blocks.
 
     Under torch.autocast the residual stream is in autocast's dtype. Set `gradient_checkpointing` to recompute each
-    layer in the backward instead of keeping its activations.
+    layer in the backward instead of keeping its activations: see cs336.models.recompute.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Recompute = False
         self.special_ids: dict[str, Any] = {}
         """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
         self.generation_config: dict[str, Any] = {}
@@ -138,8 +138,8 @@ class Transformer(nn.Module):
         context = self._context(token_ids_BS, positions, segments, state)
         stream = Stream(self._embed(token_ids_BS, context), None)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled() and state is None:
-                stream = checkpoint(layer, stream, context, use_reentrant=False)
+            if self.gradient_checkpointing not in KEEPS_ALL and torch.is_grad_enabled() and state is None:
+                stream = recomputed(self.gradient_checkpointing, layer, stream, context)
             else:
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:

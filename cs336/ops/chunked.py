@@ -36,7 +36,7 @@ def linear_attention(
     if T == 0:
         return v_BHTV.clone(), start(heads(wide(k_BGTK), H), v_BHTV, state_BHKV)
     q, k, v = (_cut(heads(wide(x), H)) for x in (q_BGTK, k_BGTK, v_BHTV))
-    c_BHNC = v.new_zeros(v.shape[:-1]) if g_BHT is None else _cut(wide(g_BHT)[..., None])[..., 0].cumsum(-1)
+    g_BHNC = None if g_BHT is None else _cut(wide(g_BHT)[..., None])[..., 0]
     causal_CC = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
     enters, leaves, goes_through = None, None, None
     if segments_BT is not None:
@@ -45,6 +45,12 @@ def linear_attention(
         before = torch.cat((run_BNC[:, :, :1, 0], run_BNC[:, :, :-1, -1]), 2)[..., None]  # the run before each chunk
         enters, leaves = run_BNC == before, run_BNC == run_BNC[..., -1:]
         goes_through = enters & leaves
+    if g_BHNC is None:
+        c_BHNC = v.new_zeros(v.shape[:-1])
+    elif segments_BT is None:
+        c_BHNC = g_BHNC.cumsum(-1)
+    else:  # from the segment's start, so that what was before it does not even change how this is rounded
+        c_BHNC = torch.where(causal_CC, g_BHNC[..., None, :], 0).sum(-1)
     decay = torch.exp((c_BHNC[..., :, None] - c_BHNC[..., None, :]).masked_fill(~causal_CC, -torch.inf))
     with _full_precision(v.device):
         p = q @ k.transpose(-1, -2) * decay

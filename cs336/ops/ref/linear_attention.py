@@ -70,7 +70,7 @@ def bwd(
     segments_BT: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg (B, H, T), and the gradient of the state before the first token."""
+    """dq, dk, dv, stored by token, dg (B, H, T), and the gradient of the state before the first token."""
     (_, H, T, _), G = v_BHTV.shape, q_BGTK.shape[1]
     q, k, v, do = heads(wide(q_BGTK), H), heads(wide(k_BGTK), H), wide(v_BHTV), wide(do_BHTV)
     decay_BHT = torch.ones_like(v[..., 0]) if g_BHT is None else torch.exp(g_BHT)
@@ -94,4 +94,5 @@ def bwd(
             d = torch.where(continues(segments_BT, t), d, 0)
     if G != H:
         dq, dk = (x.unflatten(1, (G, H // G)).sum(2) for x in (dq, dk))
-    return dq.to(q_BGTK.dtype), dk.to(k_BGTK.dtype), dv.to(v_BHTV.dtype), dg, d.clone()
+    dq, dk, dv = (x.to(v_BHTV.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (dq, dk, dv))
+    return dq, dk, dv, dg, d.clone()

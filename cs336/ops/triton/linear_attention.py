@@ -18,19 +18,25 @@ CHUNK = 64
 def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
     """Of the chunk at `start`, (CHUNK,) each: the log-decay up to a token, what it sees of the state before the chunk,
     its share of the state after it, its segment; and what is left of the state before."""
-    index = start + tl.arange(0, CHUNK)
-    c = tl.zeros((CHUNK,), tl.float32)
-    total = 0.0
-    if g_ptr is not None:
-        g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
-        c, total = tl.cumsum(g, 0), tl.sum(g, 0)
-    into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
+    i = tl.arange(0, CHUNK)
+    index = start + i
     run = tl.zeros((CHUNK,), tl.int32)
-    last = 0
+    before, last = 0, 0
     if segments_ptr is not None:
         run = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
         before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
         last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32)
+    c = tl.zeros((CHUNK,), tl.float32)
+    total = 0.0
+    if g_ptr is not None:
+        g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
+        if segments_ptr is None:
+            c = tl.cumsum(g, 0)
+        else:  # from the segment's start: what was before it does not even change how this is rounded
+            c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
+        total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
+    into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
+    if segments_ptr is not None:
         into = tl.where(run == before, into, 0.0)
         out = tl.where(run == last, out, 0.0)
         through = tl.where(before == last, through, 0.0)
