@@ -12,7 +12,7 @@ from cs336 import __version__
 from cs336.cli import scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import compare_hf, evaluate, generate, report
+from cs336.cli.model import compare_hf, evaluate, generate, info, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.train import train
 
@@ -37,6 +37,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
+MODEL_VERBS: dict[str, Run] = {"info": info}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
 
 
@@ -83,6 +84,7 @@ def _run(arguments: list[str]) -> int:
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
     for group, verbs, help in (
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
+        ("model", MODEL_VERBS, "What a model is made of."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
     ):
         nested = tyro.extras.SubcommandApp()
