@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.state import DecodingState
@@ -66,8 +67,10 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         state: DecodingState | None = None,
+        targets: Tensor | None = None,
+        ignore_index: int = -100,
     ) -> Tensor:
-        """Logits (B, S, V) of the next token after each.
+        """Logits (B, S, V) of the next token after each; with targets the sum of their cross-entropy.
 
         Args:
             token_ids_BS: (B, S) int64 or int32 in [0, vocab_size).
@@ -76,11 +79,20 @@ class Transformer(nn.Module):
             segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
                 is one document, and a negative segment marks padding on the right, which the state does not count.
             state: the tokens before these, of which these become part.
+            targets: (B, S) int64 or int32, each in [0, vocab_size) or ignore_index, which counts for nothing. The
+                logits are then never kept whole: see ops.linear_cross_entropy.
 
-        Returns the weights' dtype, or autocast's; at least float32 with a soft-cap.
+        Returns the weights' dtype, or autocast's; at least float32 with a soft-cap. The sum is a float32 scalar.
         Raises ValueError for a shape or dtype that does not fit, or past context_length.
         """
-        return self.logits(self.features(token_ids_BS, positions=positions, segments=segments, state=state))
+        features_BSM = self.features(token_ids_BS, positions=positions, segments=segments, state=state)
+        if targets is None:
+            return self.logits(features_BSM)
+        head = self.embedding if self.head is None else self.head
+        return ops.linear_cross_entropy(
+            features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
+            reduction="sum",
+        )  # fmt: skip
 
     def features(
         self,

@@ -8,6 +8,7 @@ losses of single tokens. A chunk's logits take CHUNK_BYTES; weight's gradient is
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -296,7 +297,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """`cross_entropy(F.linear(x, weight, bias), targets)`, a chunk of tokens at a time.
 
     Args:
@@ -349,7 +350,7 @@ def linear_log_probs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """log softmax(x weight^T + bias) at the targets, (...) float32, and with return_entropy each row's entropy too.
 
     0 where a target is ignore_index. Arguments, errors and gradients: see linear_cross_entropy.

@@ -33,11 +33,17 @@ class NextToken:
     kind: Literal["next_token"] = "next_token"
     ignore_index: int = -100
     """A target that counts for nothing."""
+    fused_head: bool = False
+    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
-        logits_BSV = model(token_ids_BS)
-        loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
+        if self.fused_head:
+            loss = model(token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
+        else:
+            loss = ops.cross_entropy(
+                model(token_ids_BS), targets_BS, ignore_index=self.ignore_index, reduction="sum"
+            )  # fmt: skip
         return loss, (targets_BS != self.ignore_index).sum(), {}
 
 
