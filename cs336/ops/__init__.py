@@ -8,6 +8,7 @@ from cs336.ops.attention import attention as attention
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.dropout import dropout as dropout
+from cs336.ops.embedding import embedding as embedding
 from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
