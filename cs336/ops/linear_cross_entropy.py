@@ -308,6 +308,9 @@ def linear_cross_entropy(
         chunk_size: tokens of a chunk; by default as many as have 1 GiB of logits on a GPU, 64 MiB elsewhere.
         ignore_index, softcap, z_loss, label_smoothing, reduction, return_lse, return_entropy: see cross_entropy.
 
+    A vocabulary split over devices: each takes its rows of weight, any target where another has it, reduction "none" and
+    return_lse; the whole loss is the logsumexp of their lse minus the sum of lse - loss where they have the target.
+
     Returns what cross_entropy returns. A sum or mean alone costs three matmuls, forward and backward; a loss, or an lse
     or entropy, of each token four, and less memory. All are differentiable, once, by x, weight and bias.
     Raises ValueError for shapes, dtypes, devices, numbers or a reduction that do not fit, and IndexError on a CPU for a

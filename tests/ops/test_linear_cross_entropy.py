@@ -115,6 +115,23 @@ def test_log_probs(variant, device):
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_vocabulary_in_shards(variant, device):
+    """Each shard's log-sum-exp and its logit of the targets that it holds make the whole loss, and its gradients."""
+    x, weight = leaves_of((10,), 8, 21, F32, device, bias=False)
+    targets = torch.randint(0, 21, (10,), device=device)
+    lses, picked = [], []
+    for first, shard in ((0, weight[:9]), (9, weight[9:])):
+        inside = (targets >= first) & (targets < first + len(shard))
+        local = torch.where(inside, targets - first, 0)
+        loss, lse = ops.linear_cross_entropy(x, shard, local, reduction="none", return_lse=True, chunk_size=4)
+        lses.append(lse)
+        picked.append(torch.where(inside, lse - loss, 0))
+    got = (torch.stack(lses).logsumexp(0) - sum(picked)).mean()
+    want = ops.cross_entropy(F.linear(x, weight), targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (x, weight)) for loss in (got, want)))
+
+
 def test_many_chunks_sum_weights_gradient_in_fp32(device):
     """A bfloat16 sum over 256 chunks would stop growing."""
     x = torch.ones(256, 8, dtype=BF16, device=device)
