@@ -200,7 +200,11 @@ def flash_attn_with_kvcache(
         lens = lens + len(new)
     elif (k is None) != (v is None):
         raise ValueError("k and v must be given together")
-    options = {"scale": softmax_scale, "window": left if left >= 0 else None, "softcap": softcap or None}
+    options: dict[str, Any] = {
+        "scale": softmax_scale,
+        "window": left if left >= 0 else None,
+        "softcap": softcap or None,
+    }
     if not causal and S > 1:  # every query sees all keys: as the only one of a sequence of its own
         table, lens = table.repeat_interleave(S, 0), lens.repeat_interleave(S)
         alone = q.reshape(B * S, 1, *q.shape[2:])

@@ -5,6 +5,7 @@ from cs336.ops.attention import attention as attention
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.layer_norm import layer_norm as layer_norm
+from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.paged_attention import paged_attention as paged_attention
 from cs336.ops.paged_attention import paged_prefill as paged_prefill
 from cs336.ops.paged_cache import append_kv_ as append_kv_
