@@ -51,10 +51,8 @@ HOST_DEVICE int block_of(int64_t total, int tile, int blocks) {
   return static_cast<int>(((int64_t{tile} + 1) * blocks + total - 1) / total - 1);
 }
 
-// Counters at the start of the workspace, as many as keep what follows aligned to 16 bytes.
-HOST_DEVICE int64_t counters(const PagedAttentionParams& p, const PagedPlan& plan) {
-  return (int64_t{p.sequences} * plan.segments + 3) / 4 * 4;
-}
+// Flags of pieces at the start of the workspace, as many as keep what follows aligned to 16 bytes.
+HOST_DEVICE int64_t flag_words(const PagedPlan& plan) { return (plan.slots + 1) / 2 * 2; }
 
 // resident: blocks that the device holds at once. One long sequence alone is cut so that it fills them, about.
 inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
