@@ -42,7 +42,7 @@ def training_memory(
     context_length: int | None = None,
     weight_bytes: int = 4,
     compute_bytes: int | None = None,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
     gradient_checkpointing: bool = False,
     compiled: bool = False,
 ) -> Memory:
@@ -68,7 +68,7 @@ def training_memory(
     return Memory(
         weights=weight_bytes * parameters,
         gradients=weight_bytes * parameters,
-        optimizer=optimizer_bytes * parameters,
+        optimizer=round(optimizer_bytes * parameters),
         casts=0 if width == weight_bytes else width * config.flops_per_token(0) // 6,  # the weights that multiply
         activations=activations,
         logits=logits,

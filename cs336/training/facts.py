@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from cs336 import __version__
-from cs336.models.memory import Memory, training_memory
 from cs336.training.budget import Plan
 from cs336.training.config import TrainConfig
-from cs336.training.learner import Learner
+from cs336.training.learner import Learner, predicted_memory
 from cs336.utils.commit import commit
 
 
@@ -39,17 +38,6 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def predicted_memory(learner: Learner) -> Memory:
-    """What a step will take of the device's memory."""
-    return training_memory(
-        learner.config.model,
-        learner.micro_batch_size,
-        compute_bytes=learner.dtype.itemsize,
-        gradient_checkpointing=learner.config.gradient_checkpointing,
-        compiled=learner.compiled,
-    )
 
 
 def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens: int) -> str:
@@ -79,4 +67,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _precision(learner: Learner) -> str:
-    return str(learner.dtype).removeprefix("torch.")
+    weights = " weights" if learner.weight_dtype == torch.bfloat16 else ""
+    return str(learner.dtype).removeprefix("torch.") + weights
