@@ -37,12 +37,12 @@ def test_against_fp64(variant, device, M, N, K, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("N", "K"), [(48, 130), (17, 64)] + ([(4096, 4096), (1000, 14336)] if CUDA else []))
+@pytest.mark.parametrize(("N", "K"), [(17, 70)] + ([(4096, 4096), (1000, 14336)] if CUDA else []))
 def test_a_row_has_the_same_bits_in_any_batch(variant, device, N, K, dtype):
-    M = 1000 if CUDA else 40
+    M = 1000 if CUDA else 24
     x, w, b = inputs(M, N, K, dtype, device)
     whole = ops.linear_invariant(x, w, b)
-    for rows in (slice(0, 1), slice(7, 8), slice(3, 20), slice(M - 1, M), slice(0, 64), slice(5, 70), slice(0, 257)):
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 19), slice(M - 1, M), slice(0, 64), slice(5, 70), slice(0, 257)):
         assert torch.equal(ops.linear_invariant(x[rows], w, b), whole[rows])
     order = torch.randperm(M, device=device)
     assert torch.equal(ops.linear_invariant(x[order], w, b), whole[order])
