@@ -44,13 +44,10 @@ def sample(
     z_BV = kept(z_BV, top_k_B, top_p_B, min_p_B)
     score_BV = torch.where(greedy_B[:, None], l_BV, z_BV - exponential(seeds_B, offsets_B, logits_BV.shape[1]).log())
     token_B = score_BV.argmax(-1)  # the first of equal ones
-    top = torch.sort(logprobs_BV, dim=-1, descending=True, stable=True)
-    return (
-        token_B,
-        logprobs_BV.gather(1, token_B[:, None])[:, 0],
-        top.indices[:, :num_logprobs].contiguous(),
-        top.values[:, :num_logprobs].contiguous(),
-    )
+    top_BN = token_B.new_empty(len(token_B), 0)
+    if num_logprobs > 0:
+        top_BN = torch.sort(logprobs_BV, dim=-1, descending=True, stable=True).indices[:, :num_logprobs].contiguous()
+    return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0], top_BN, logprobs_BV.gather(1, top_BN)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -74,6 +71,8 @@ def kept(z_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Ten
     """z with -inf for what is filtered out. top_k <= 0, top_p >= 1 and min_p <= 0 filter nothing."""
     V = z_BV.shape[1]
     z_BV = z_BV.masked_fill(z_BV < min_p_B.clamp(0, 1).log()[:, None], -torch.inf)
+    if z_BV.device.type == "cpu" and not ((top_k_B > 0) | (top_p_B < 1)).any():  # looking makes a GPU's host wait
+        return z_BV
     sorted_BV = z_BV.sort(-1, descending=True).values
     k_B = torch.where(top_k_B > 0, top_k_B, V).clamp(max=V).long()
     least_B1 = sorted_BV.gather(1, k_B[:, None] - 1)
