@@ -16,7 +16,7 @@ TILES = ((64, (64, 32, 4, 6)), (256, (64, 64, 4, 5)), (1 << 62, (128, 128, 8, 3)
 BLOCK_K = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # it changes from call to call: not compiled anew for 1, or a multiple of 16
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, M, N, K, x_stride, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
