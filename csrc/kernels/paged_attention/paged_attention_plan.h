@@ -36,9 +36,9 @@ inline constexpr int kMaxPieces = 128;
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of a piece: a multiple of the warps that share it.
+// Tiles of a piece: two or a multiple of that for each of the warps that share it, since its end costs them two barriers.
 HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
-  return ceil_div(ceil_div(tiles, max_pieces), kWarps) * kWarps;
+  return ceil_div(ceil_div(tiles, max_pieces), 2 * kWarps) * (2 * kWarps);
 }
 
 // The first tile of all segments that block i works on.
@@ -66,7 +66,7 @@ inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   const int64_t keys = int64_t{p.table_width} * p.page_size;
   plan.max_tiles = static_cast<int>(std::max<int64_t>(1, (keys + kTile - 1) / kTile));
   const int64_t segments = int64_t{p.sequences} * plan.segments;
-  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, kWarps));
+  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps));
   plan.blocks = static_cast<int>(std::min<int64_t>(resident, pieces_at_most));
   plan.by_segment = segments <= 2 * plan.blocks;
   plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * plan.max_pieces;
