@@ -36,7 +36,7 @@ inline constexpr int kMaxPieces = 128;
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of a piece: two or a multiple of that for each of the warps that share it, since its end costs them two barriers.
+// Tiles of a piece: a multiple of two for each of the warps that share it, since its end costs them two barriers.
 HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
   return ceil_div(ceil_div(tiles, max_pieces), 2 * kWarps) * (2 * kWarps);
 }
