@@ -51,8 +51,11 @@ class TrainConfig:
     """Sequences an optimizer step."""
     micro_batch_size: int | None = None
     """Sequences a forward pass; gradients add up to those of batch_size. None: batch_size."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward instead of keeping its activations: less memory, a third more work."""
+    gradient_checkpointing: bool | Literal["none", "selective", "full", "auto"] = False
+    """Compute again in the backward instead of keeping: none; selective, all but the products, for little work; full,
+    each layer, for a third more work (true and false are full and none). auto: the first of these that fits."""
+    memory_limit: float | None = None
+    """GiB that a step may take. None: what the device has. A run whose step would take more is refused."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1."""
     precision: Literal["auto", "bf16", "bf16_weights", "fp32"] = "auto"
@@ -148,7 +151,7 @@ FREE = {
     "eval_interval",
 }
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
-FREE |= {"cuda_graph", "async_checkpoints", "loggers"}
+FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers"}
 
 
 def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:

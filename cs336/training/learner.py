@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from cs336.models import Transformer
-from cs336.models.memory import Memory, training_memory
+from cs336.models.memory import Memory
+from cs336.nn.moe import balance_experts
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
+from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
 from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
@@ -37,9 +39,12 @@ class Learner:
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled)
+        self.room = room(self.device, config.memory_limit)
+        self.recompute = choose_recompute(config, self.numerics, self.room)
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.gradient_checkpointing = self.recompute
         # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
         self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
         self.optimizer = config.optimizer.build(self.model)
@@ -100,8 +105,13 @@ class Learner:
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
                 self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+                balance_experts(self.model)
             self.optimizer.zero_grad()
         return values
+
+    def predicted_memory(self) -> Memory:
+        """What a step will take of the device's memory."""
+        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size)
 
     def _graph(self) -> StepGraph | None:
         """Where a CUDA graph is asked for; by itself, where its memory beside that of other steps is no matter."""
@@ -117,10 +127,8 @@ class Learner:
             reason = "guard reads each step's loss before the optimizer's step"
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
-        if reason is None and wanted == "auto":
-            room = torch.cuda.get_device_properties(self.device).total_memory
-            if 3 * predicted_memory(self).total > room:
-                return None
+        if reason is None and wanted == "auto" and 3 * self.predicted_memory().total > self.room:
+            return None
         if reason is not None:
             if wanted is True:
                 raise ValueError(f"cuda_graph = true is not possible: {reason}")
@@ -145,17 +153,3 @@ class Learner:
             if found:
                 return found
         return None
-
-
-def predicted_memory(learner: Learner) -> Memory:
-    """What a step will take of the device's memory."""
-    config = learner.config
-    return training_memory(
-        config.model,
-        learner.micro_batch_size,
-        weight_bytes=learner.weight_dtype.itemsize,
-        compute_bytes=learner.dtype.itemsize,
-        optimizer_bytes=learner.optimizer.state_bytes() / config.model.num_parameters(),
-        gradient_checkpointing=config.gradient_checkpointing,
-        compiled=learner.compiled,
-    )
