@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import tokenizer
+from cs336.cli import data, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, report
@@ -37,6 +37,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
+DATA_VERBS: dict[str, Run] = {"build": data.build}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +85,10 @@ def _run(arguments: list[str]) -> int:
     for name, run in TOKENIZER_VERBS.items():
         nested.command(name=name)(run)
     app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    nested = tyro.extras.SubcommandApp()
+    for name, run in DATA_VERBS.items():
+        nested.command(name=name)(run)
+    app.command(nested, name="data", help="Build training data from crawls, pages, papers, texts and tables.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

@@ -5,3 +5,4 @@ from cs336.data.sources.record import Record as Record
 from cs336.data.sources.record import Unread as Unread
 from cs336.data.sources.unit import Unit as Unit
 from cs336.data.sources.warc import read_archive as read_archive
+from cs336.data.sources.warc_writer import WarcWriter as WarcWriter
