@@ -28,8 +28,8 @@ def build(
         workers: processes of the engine local; 0: one a core.
         dry_run: print the plan and an estimate from a sample, and build nothing.
     """
-    from cs336.data.build import Build
     from cs336.data.build.estimate import estimate
+    from cs336.data.build.job import Build
     from cs336.data.recipe import Recipe
     from cs336.report import write_build_report
     from cs336.utils.config import load, parse, to_table

@@ -23,6 +23,7 @@ from cs336.utils.shards import read_shard as read_shard
 from cs336.utils.shards import write_shard as write_shard
 
 if TYPE_CHECKING:
+    from cs336.data.build.job import Build as Build
     from cs336.data.dataset import TokenDataset as TokenDataset
     from cs336.data.dataset import get_batch as get_batch
     from cs336.data.dedup.bloom import BloomFilter as BloomFilter
@@ -44,8 +45,11 @@ if TYPE_CHECKING:
     from cs336.data.filter.rules import gopher_quality as gopher_quality
     from cs336.data.filter.rules import gopher_repetition as gopher_repetition
     from cs336.data.loader import TokenLoader as TokenLoader
+    from cs336.data.recipe import Recipe as Recipe
 
 _NAMES = {
+    "build.job": ["Build"],
+    "recipe": ["Recipe"],
     "dataset": ["TokenDataset", "get_batch"],
     "loader": ["TokenLoader"],
     "extract.html": ["html_to_text"],

@@ -5,8 +5,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
-from cs336.data.build.build import Build
 from cs336.data.build.counts import Counts, total
+from cs336.data.build.job import Build
 from cs336.data.build.supervisor import Supervisor
 from cs336.data.build.unit import Work
 from cs336.data.dedup.lines import TABLE_BYTES

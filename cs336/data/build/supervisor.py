@@ -30,6 +30,7 @@ POLL_SECONDS = 0.1
 MOST_LOST = 100  # records of one unit; then the rest of it is lost
 TRIES = 2  # before a record is blamed: a worker may also be killed by a person or for others' memory
 SETUP = -1  # before the first unit
+WORKER = "import sys; from cs336.data.build.worker import main; main(int(sys.argv[1]), sys.argv[2])"
 
 
 class WorkerFailed(RuntimeError):
@@ -122,7 +123,7 @@ class Supervisor:
         self._said.seek(0)
         self._said.truncate()
         process = self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cs336.data.build.worker", str(self._beat.fileno()), self.lock],
+            [sys.executable, "-P", "-c", WORKER, str(self._beat.fileno()), self.lock],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -1,11 +1,4 @@
-"""A worker process: reads units of work from its standard input, one JSON line each, and makes their files.
-
-    python -m cs336.data.build.worker BEAT LOCK
-
-BEAT, a descriptor: eight bytes that hold the number of the record that is being read or worked on, where the
-supervisor sees it without a word between them. LOCK, a file that a worker holds shared while it lives, so that a build
-begins only when no worker of an earlier one is left.
-"""
+"""A worker process: reads units of work from its standard input, one JSON line each, and makes their files."""
 
 import _thread
 import fcntl
@@ -26,6 +19,12 @@ from cs336.utils.config import parse
 
 
 def main(beat: int, lock: str) -> None:
+    """Work until standard input ends, which it does when the supervisor is gone.
+
+    beat: a descriptor of eight bytes for the number of the record that is being read or worked on, where the supervisor
+        sees it without a word between them.
+    lock: a file to hold shared, so that a build begins only when no worker of an earlier one is left.
+    """
     held = open(lock, "a")  # noqa: SIM115 (until the process ends)
     fcntl.flock(held, fcntl.LOCK_SH)
     replies = os.fdopen(os.dup(1), "w")
@@ -88,7 +87,3 @@ def _bound(size: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = size if hard == resource.RLIM_INFINITY else min(size, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

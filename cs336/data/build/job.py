@@ -260,13 +260,6 @@ class Build:
         return Outcome(f"{documents:,} documents, {size / 1e6:,.1f} MB: {share:.0%} of the records")
 
 
-def build(recipe: Recipe, **options: Any) -> pathlib.Path:
-    """Build a recipe, or what is left of it, and return its directory. Options: those of Build."""
-    found = Build(recipe, **options)
-    found.run()
-    return found.output
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 

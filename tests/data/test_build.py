@@ -1,0 +1,320 @@
+"""cs336 data build: a recipe end to end, what every stage says, and what is lost and what is not."""
+
+import json
+import os
+import pathlib
+import shutil
+import textwrap
+
+import numpy as np
+import pytest
+from tiny_crawl import NOTICE, tree, write_crawl, write_recipe
+
+from cs336.cli import main
+from cs336.data import Build, Recipe, read_meta
+from cs336.data.build.estimate import estimate
+from cs336.data.build.store import Store
+from cs336.tokenizer import Tokenizer
+from cs336.utils.config import load, parse, to_table
+from cs336.utils.shards import open_tokens
+
+
+@pytest.fixture(scope="module")
+def crawl(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("crawl") / "crawl"
+    return directory, write_crawl(directory)
+
+
+@pytest.fixture(scope="module")
+def built(crawl, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("built")
+    os.chdir(directory)
+    recipe = write_recipe(directory / "recipe.toml", crawl[0], top="keep_removed = true")
+    assert main(["data", "build", str(recipe), "--workers", "2"]) == 0
+    return directory / "out"
+
+
+def rows(directory, pattern):
+    return [json.loads(line) for path in sorted(directory.glob(pattern)) for line in path.open()]
+
+
+def recipe_of(tmp_path, crawl, monkeypatch, **changes):
+    monkeypatch.chdir(tmp_path)
+    table = to_table(load(Recipe, write_recipe(tmp_path / "recipe.toml", crawl[0])))
+    return parse(Recipe, table | changes)
+
+
+class TestWhole:
+    def test_counts_add_up(self, built):
+        found = json.loads((built / "build.json").read_text())
+        assert found["records"] == 3 * 13 + 6
+        assert found["unread"] == {"damaged": 4, "status 404": 3, "warcinfo": 3}
+        assert [stage["name"] for stage in found["stages"]] == [
+            "extract", "length", "gopher_quality", "mask_pii", "documents", "lines", "minhash",
+        ]  # fmt: skip
+        for stage, after in zip(found["stages"], [*found["stages"][1:], found], strict=True):
+            assert stage["documents"] - sum(n for n, _ in stage["removed"].values()) == after["documents"]
+        assert found["stages"][1]["removed"] == {"too short": [3, 51]}
+        assert sum(found["lengths_in"].values()) == found["records"]
+
+    def test_duplicates_that_were_planted_are_found(self, built, crawl):
+        """Every copy goes, near or equal, and nothing else: recall 1, precision 1."""
+        removed = [r for r in rows(built, "*/removed/*.jsonl") if r["stage"] in ("documents", "lines", "minhash")]
+        assert {r["id"] for r in removed} == set(crawl[1])
+        assert all(crawl[1][r["id"]] in r["detail"] for r in removed if r["stage"] == "documents")
+        assert {r["reason"] for r in removed} == {"equal document", "near duplicate"}
+
+    def test_lines_of_every_page_are_dropped(self, built):
+        before, after = (rows(built, f"{stage}/documents/*.jsonl") for stage in ("2-documents", "3-lines"))
+        assert sum(NOTICE in row["text"] for row in before) > 20
+        assert not any(NOTICE in row["text"] for row in after)
+
+    def test_documents_keep_where_they_come_from(self, built):
+        documents = list(Store(built / "4-minhash"))
+        page, note = documents[0], documents[-1]
+        assert (page.id, page.metadata["url"]) == ("http://crawl/0/0", "http://crawl/0/0")
+        assert page.metadata["date"] == "2025-03-01T12:00:00Z"
+        assert page.source.endswith("crawl-0.warc.gz")
+        assert (note.id, note.metadata["licence"], note.metadata["collection"]) == ("note-5", "CC0-1.0", "notes")
+
+    def test_removed_documents_are_kept_whole(self, built):
+        short = [row for row in rows(built, "1-extract/removed/*.jsonl") if row["reason"] == "too short"]
+        assert [row["text"] for row in short] == ["too short to stay"] * 3
+        assert short[0]["detail"] == "17 characters"
+
+    def test_records_that_could_not_be_read_are_listed(self, built):
+        listed = rows(built, "1-extract/unread/*.jsonl")
+        assert [row["reason"] for row in listed] == ["damaged"] * 4
+        assert "Content-Length is 'none'" in listed[0]["detail"]
+        assert listed[3]["id"].endswith("notes.jsonl:7")
+
+    def test_tokens_are_the_documents_in_another_order(self, built):
+        tokenizer = Tokenizer.load(built / "tokenizer.json")
+        texts = {document.text for document in Store(built / "4-minhash")}
+        decoded = []
+        for side in ("train", "val"):
+            shards, meta = open_tokens(built / "tokens" / side)
+            ids = np.concatenate(shards)
+            assert len(shards) > 1
+            ends = np.flatnonzero(ids == meta.eot_id)
+            begins = [0, *(ends[:-1] + 1)]
+            decoded += [tokenizer.decode(ids[a:b].tolist()) for a, b in zip(begins, ends, strict=True)]
+        assert sorted(decoded) == sorted(texts)
+        assert decoded != sorted(decoded)
+
+    def test_the_report_is_there(self, built):
+        page = (built / "report.html").read_text()
+        for words in ("What became of the records", "equal document", "Kept and removed", "http://crawl/0/short"):
+            assert words in page
+
+
+class TestAgain:
+    def test_same_bytes_by_any_number_of_workers(self, built, crawl, tmp_path, monkeypatch):
+        Build(recipe_of(tmp_path, crawl, monkeypatch, keep_removed=True), workers=1).run()
+        assert tree(tmp_path / "out") == tree(built)
+
+    def test_nothing_is_made_twice(self, built, monkeypatch, capsys):
+        monkeypatch.chdir(built.parent)
+        before = {path: path.stat().st_mtime_ns for path in built.rglob("*.jsonl")}
+        assert main(["data", "build", "recipe.toml"]) == 0
+        assert capsys.readouterr().out.count("(done before)") == 7
+        assert {path: path.stat().st_mtime_ns for path in built.rglob("*.jsonl")} == before
+
+    def test_another_file_is_one_unit_more(self, crawl, tmp_path, monkeypatch):
+        copy = tmp_path / "crawl"
+        shutil.copytree(crawl[0], copy)
+        recipe = recipe_of(tmp_path, (copy,), monkeypatch)
+        Build(recipe).run()
+        first = tmp_path / "out/1-extract/counts/00000.json"
+        before = first.stat().st_mtime_ns
+        (copy / "crawl-9.warc.gz").write_bytes((copy / "crawl-0.warc.gz").read_bytes())
+        Build(recipe).run()
+        assert first.stat().st_mtime_ns == before
+        assert json.loads((tmp_path / "out/build.json").read_text())["records"] == 4 * 13 + 6
+
+    def test_a_directory_of_another_is_refused(self, crawl, tmp_path, monkeypatch):
+        recipe = recipe_of(tmp_path, crawl, monkeypatch)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/build.json").write_text("mine")
+        with pytest.raises(ValueError, match=r"holds build\.json, which this job did not make"):
+            Build(recipe).run()
+        assert (tmp_path / "out/build.json").read_text() == "mine"
+
+
+HOSTILE = """
+import os, time
+import cs336.data.extract.record as record
+
+real = record.html_to_text
+
+def html_to_text(page, *options):
+    if b"HANGS" in page:
+        time.sleep(1000)
+    if b"DIES" in page:
+        os.kill(os.getpid(), 9)
+    if b"RAISES" in page:
+        raise KeyError("what nobody thought of")
+    if b"EATS" in page:
+        return "x" * (1 << 40)
+    if b"ALL FAIL" in page:
+        raise TypeError("a step that is wrong")
+    return real(page, *options)
+
+record.html_to_text = html_to_text
+"""
+
+
+class TestWorkers:
+    """The pages that kill do so by a sitecustomize.py, which every worker loads before anything else."""
+
+    def crawl(self, tmp_path, monkeypatch, words, before=""):
+        from cs336.data.sources import WarcWriter
+
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site/sitecustomize.py").write_text(HOSTILE)
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        monkeypatch.chdir(tmp_path)
+        with (tmp_path / "a.warc.gz").open("wb") as file:
+            writer = WarcWriter(file)
+            for word in words:
+                page = f"<p>page about {word}, with some more words to it</p>".encode()
+                writer.page(f"http://x/{word}", page, date="2025-01-01T00:00:00Z")
+        table = {
+            "output": "out",
+            "sources": [{"kind": "warc", "paths": ["a.warc.gz"]}],
+            "limits": {"record_seconds": 1.5},
+        }
+        return parse(Recipe, table)
+
+    def test_a_document_that_kills_is_lost_alone(self, tmp_path, monkeypatch):
+        words = ["one", "HANGS", "two", "DIES", "RAISES", "three", "EATS", "four"]
+        Build(self.crawl(tmp_path, monkeypatch, words)).run()
+        kept = [row["id"] for row in rows(tmp_path / "out", "1-extract/documents/*.jsonl")]
+        assert kept == [f"http://x/{word}" for word in ("one", "two", "three", "four")]
+        lost = rows(tmp_path / "out", "1-extract/unread/*.jsonl")
+        listed = {row["id"].rpartition("/")[2]: (row["reason"], row["detail"]) for row in lost}
+        assert listed == {
+            "HANGS": ("too slow", "longer than 1.5 s"),
+            "DIES": ("killed its worker", "SIGKILL"),
+            "RAISES": ("failed", "KeyError: 'what nobody thought of'"),
+            "EATS": ("out of memory", ""),
+        }
+
+    def test_a_step_that_fails_for_most_stops_the_build(self, tmp_path, monkeypatch):
+        recipe = self.crawl(tmp_path, monkeypatch, ["ALL FAIL"] * 30)
+        with pytest.raises(RuntimeError, match="a step fails for most documents: TypeError: a step that is wrong"):
+            Build(recipe).run()
+
+    def test_a_read_that_kills_ends_its_unit_and_names_the_place(self, tmp_path, monkeypatch):
+        recipe = self.crawl(tmp_path, monkeypatch, ["one", "two", "three"])
+        path = tmp_path / "site/sitecustomize.py"
+        path.write_text(
+            path.read_text()
+            + textwrap.dedent("""
+                import cs336.data.sources.warc as warc
+                real_page = warc._page
+
+                def page(number, *rest):
+                    if number == 1:
+                        os.kill(os.getpid(), 9)
+                    return real_page(number, *rest)
+
+                warc._page = page
+            """)
+        )
+        Build(recipe).run()
+        (listed,) = rows(tmp_path / "out", "1-extract/unread/*.jsonl")
+        assert listed["id"] == "a.warc.gz, from record 1 on"
+        assert "what follows it in its unit is not read" in listed["detail"]
+        assert [row["id"] for row in rows(tmp_path / "out", "1-extract/documents/*.jsonl")] == ["http://x/one"]
+
+    def test_a_full_disk_is_no_documents_fault(self, tmp_path, monkeypatch):
+        recipe = self.crawl(tmp_path, monkeypatch, ["one"])
+        path = tmp_path / "site/sitecustomize.py"
+        path.write_text(
+            path.read_text()
+            + textwrap.dedent("""
+                import errno
+                import cs336.data.build.unit as unit
+
+                def full(document):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+                unit.line_of = full
+            """)
+        )
+        with pytest.raises(RuntimeError, match="No space left on device"):
+            Build(recipe).run()
+
+
+class TestPlan:
+    def test_dry_run_prints_the_plan_and_builds_nothing(self, crawl, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        recipe = write_recipe(tmp_path / "recipe.toml", crawl[0])
+        assert main(["data", "build", str(recipe), "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert "source   warc         3 files" in out
+        assert "step     gopher_quality" in out
+        assert "From a sample of 45 records" in out
+        assert "dedup    minhash" in out
+        assert not (tmp_path / "out").exists()
+
+    def test_an_estimate_from_a_part_is_near_the_whole(self, crawl, tmp_path, monkeypatch):
+        monkeypatch.setattr("cs336.data.build.estimate.SAMPLE_RECORDS", 8)
+        recipe = recipe_of(
+            tmp_path, crawl, monkeypatch, sources=[{"kind": "jsonl", "paths": [str(tmp_path / "a.jsonl")]}]
+        )
+        note = json.loads((pathlib.Path(crawl[0]) / "notes.jsonl").open().readline())["text"]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for _ in range(4000)))
+        lines = list(estimate(Build(recipe)))
+        documents = next(int(line.split()[1].replace(",", "")) for line in lines[::-1] if line.startswith("extract"))
+        assert 3000 < documents < 5000
+
+
+TEXT = 'output = "x"\n[[sources]]\nkind = "text"\npaths = ["a.txt"]\n'
+ERRORS = [
+    ('output = "x"', "missing: sources"),
+    ('output = "x"\nsources = []', "the recipe has no source: add a table"),
+    ('output = "x"\n[[source]]\nkind = "warc"', "unknown key source; did you mean sources?"),
+    (TEXT.replace("text", "txt"), "did you mean 'text'?"),
+    (TEXT.replace("paths", "path"), "unknown key sources.0.path; did you mean sources.0.paths?"),
+    (TEXT.replace("a.txt", "missing"), "missing does not exist: expected a file"),
+    (TEXT + '[[steps]]\nkind = "gopher_qualty"', "did you mean 'gopher_quality'?"),
+    (TEXT + '[[steps]]\nkind = "length"\nmin_char = 3', "did you mean steps.0.min_chars?"),
+    (TEXT + "[tokenize]\nval_fraction = 1", "val_fraction must be at least 0 and below 1, got 1"),
+    (TEXT + '[tokenize]\ntokenizer = "no.json"', "no.json does not exist: tokenize.tokenizer names"),
+    (TEXT + '[[dedup]]\nkind = "minhash"\nnum_bands = 7', "num_hashes must be a multiple of num_bands"),
+    ("output = ", "Invalid value"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), ERRORS, ids=range(len(ERRORS)))
+def test_errors_name_the_key_and_what_would_do(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "r.toml").write_text(text)
+    assert main(["data", "build", "r.toml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_engines_that_are_none(crawl, tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path, crawl, monkeypatch)
+    with pytest.raises(ValueError, match=r"the engine is .local. or .ray., got 'slurm'"):
+        Build(recipe, engine="slurm")
+    with pytest.raises(ValueError, match="workers must be 1 or more, got 0"):
+        Build(recipe, workers=0)
+
+
+def test_ray_gives_the_same_bytes(built, crawl, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    Build(recipe_of(tmp_path, crawl, monkeypatch, keep_removed=True), engine="ray").run()
+    assert tree(tmp_path / "out") == tree(built)
+
+
+def test_without_validation_the_shards_are_in_one_directory(crawl, tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path, crawl, monkeypatch, tokenize={"vocab_size": 300, "val_fraction": 0.0}, dedup=[])
+    Build(recipe).run()
+    assert (
+        read_meta(tmp_path / "out/tokens").documents
+        == json.loads((tmp_path / "out/build.json").read_text())["documents"]
+    )
