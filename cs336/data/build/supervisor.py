@@ -119,10 +119,27 @@ class Supervisor:
     # ---- the process ----
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """A process that has built the recipe's steps. One that a signal ends before that is started again."""
+        for _ in range(1 + TRIES):
+            process = self._process = self._spawn()
+            self._send(process, to_table(self.recipe))
+            reply = None
+            while reply is None and process.poll() is None and not self._stopped.is_set():
+                reply = self._reply(process)
+            if reply is not None and "error" not in reply:
+                return process
+            code = process.poll()
+            words = reply["error"] if reply else self._last_words() or f"a worker ended with exit status {code}"
+            self._kill()
+            if code is None or code >= 0:
+                break
+        raise WorkerFailed(words)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         self._set(SETUP)
         self._said.seek(0)
         self._said.truncate()
-        process = self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-c", WORKER, str(self._beat.fileno()), self.lock],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -131,15 +148,6 @@ class Supervisor:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for the supervisor
         )
-        self._send(process, to_table(self.recipe))
-        reply = None
-        while reply is None and process.poll() is None and not self._stopped.is_set():
-            reply = self._reply(process)
-        if reply is None or "error" in reply:
-            words = reply["error"] if reply else self._last_words() or f"exit status {process.poll()}"
-            self._kill()
-            raise WorkerFailed(words)
-        return process
 
     def _send(self, process: subprocess.Popen[bytes], request: dict) -> bool:
         assert process.stdin is not None
