@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path
+from cs336.cli.common import MaybePath, Path, Stopped
 
 
 def build(
@@ -44,3 +44,30 @@ def build(
         return
     job.run()
     print(f"open {write_build_report(found.output)} in a browser")
+
+
+def demo(
+    run_dir: Path = Path("runs/data-demo"),  # noqa: B008 (immutable)
+    pages: int = 500,
+    tokens: int = 300_000,
+    seeds: int = 1,
+    device: str = "auto",
+) -> None:
+    """The whole recipe on any machine, without a network: a crawl, two builds of it, a model on each, a report.
+
+    The crawl is made of the running Python's documentation, with copies, foreign text, spam and broken records planted.
+
+    Args:
+        run_dir: where everything is written; the same command goes on with what is there.
+        pages: of documentation.
+        tokens: that each model is trained on.
+        seeds: models of each kind.
+        device: auto (a GPU if there is one), cpu, cuda.
+    """
+    from cs336.data_demo import DataDemo, data_demo
+    from cs336.utils.stages import Interrupted
+
+    try:
+        data_demo(DataDemo(run_dir, pages=pages, tokens=tokens, seeds=seeds, device=device))
+    except Interrupted:
+        raise Stopped from None

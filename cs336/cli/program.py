@@ -37,7 +37,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
-DATA_VERBS: dict[str, Run] = {"build": data.build}
+DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -81,8 +81,8 @@ def run_ray(recipe: Recipe, works: Sequence[Work], lock: str, address: str | Non
         try:
             for number in pool.map_unordered(lambda a, request: a.run.remote(request), requests):
                 finished(by_number[number])
-        except ray.exceptions.RayTaskError as error:
-            raise WorkerFailed(str(error.cause)) from None
+        except ray.exceptions.RayError as error:
+            raise WorkerFailed(str(getattr(error, "cause", error))) from None
     finally:
         if started:
             ray.shutdown()
