@@ -33,7 +33,7 @@ def write_build_report(directory: str | pathlib.Path) -> pathlib.Path:
         ("build_removed", "Removed, by rule", {"rows": _rules(found)}),
         ("build_samples", "Kept and removed, side by side", {"pairs": _pairs(path, found)}),
         ("build_histograms", "Languages and lengths", {"charts": _charts(found)}),
-        ("build_planted", "Duplicates that were planted", {"rows": _planted(path)}),
+        ("build_planted", "Planted, and found", {"rows": _planted(path)}),
         ("build_models", "A model on raw text, and one on curated text", {"models": _models(path)}),
         ("build_unread", "Not read", _unread(path, found)),
         ("stages", "Where the time went", {"stages": _times(stages)}),
@@ -57,9 +57,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
     records, documents = _count(found, "records"), _count(found, "documents")
     removed = sum(n for stage in _stages(found) for n, _ in _removed(stage).values())
     share = f"{documents / records:.0%}" if records else "none"
-    return (
-        f"Of {records:,} records {documents:,} documents are left, {share}; {removed:,} were removed, each by a rule."
-    )
+    return f"Of {records:,} records {documents:,} documents are left ({share}); {removed:,} were removed by a rule."
 
 
 def _tiles(path: pathlib.Path, found: Mapping[str, Any], stages: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -127,13 +125,13 @@ def _pairs(path: pathlib.Path, found: Mapping[str, Any]) -> list[dict[str, Any]]
     }
     wanted = sorted(counts, key=lambda rule: -counts[rule])
     samples: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in _rows(sorted(path.glob("*/removed/*.jsonl"))):
+    for row in _rows(_files(path, found, "removed")):
         rule = (str(row.get("stage")), str(row.get("reason")))
         if row.get("text") and rule not in samples:
             samples[rule] = row
     shown = [rule for rule in wanted if rule in samples][:MOST_RULES]
-    folders = sorted(path.glob("*/documents"), key=lambda folder: int(folder.parent.name.partition("-")[0]))
-    kept = list(itertools.islice(_rows(sorted(folders[-1].glob("*.jsonl"))), KEPT_SAMPLES)) if folders else []
+    last = {"folders": found.get("folders", [])[-1:]}
+    kept = list(itertools.islice(_rows(_files(path, last, "documents")), KEPT_SAMPLES))
     return [
         {
             "stage": rule[0],
@@ -165,7 +163,7 @@ def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     for title, table in zip(("Lengths before the steps", "Lengths of what is left"), lengths, strict=True):
         bars = bar_chart(
-            [compact(step) for step in steps],
+            [f"{step:,}" for step in steps],
             [table.get(str(step), 0) for step in steps],
             title=title,
             x_label="characters or more",
@@ -231,6 +229,11 @@ def _size(size: float) -> str:
         if size >= 10**power:
             return f"{size / 10**power:.3g} {unit}"
     return f"{size:.0f} B"
+
+
+def _files(path: pathlib.Path, found: Mapping[str, Any], kind: str) -> list[pathlib.Path]:
+    """Of this build's stages: the directory may hold those of an earlier recipe too."""
+    return [file for folder in found.get("folders", []) for file in sorted((path / folder / kind).glob("*.jsonl"))]
 
 
 def _rows(files: list[pathlib.Path]) -> Iterator[dict[str, Any]]:

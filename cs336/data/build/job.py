@@ -243,10 +243,12 @@ class Build:
             {"name": stage.name, "documents": stage.documents, "bytes": stage.bytes, "removed": stage.removed}
             for stage in counts.stages
         ]
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"folders": [EXTRACT]}
         documents, size = counts.documents, counts.bytes
         for number, config in enumerate(self.recipe.dedup, 2):
-            index = read_index(self.output / f"{number}-{config.kind}")
+            folder = f"{number}-{config.kind}"
+            index = read_index(self.output / folder)
+            facts["folders"].append(folder)
             stages.append(index["passed"])
             documents, size = index["documents"], index["bytes"]
             if "lines" in index:
