@@ -11,15 +11,16 @@ from cs336.data.sources.record import HTML, PDF, Record
 from cs336.data.step import Removed
 from cs336.utils.documents import Document
 
-HEAD = 1 << 16  # bytes of a page in which it says what it is
-ATTRIBUTE = rb"""\s*=\s*["']?([^"'\s>]{1,500})"""
-TAG = re.compile(rb"<(?:link|meta|a)\b[^<>]{1,1000}>", re.IGNORECASE)
-LICENCE = re.compile(rb"""\brel\s*=\s*["']?license\b""", re.IGNORECASE)
-CANONICAL = re.compile(rb"""\brel\s*=\s*["']?canonical\b""", re.IGNORECASE)
-PUBLISHED = re.compile(
-    rb"""\b(?:property|name|itemprop)\s*=\s*["']?(?:article:published_time|datePublished|date)\b""", re.IGNORECASE
+HEAD = 1 << 16  # bytes at either end of a page in which it says what it is
+TAG_BYTES, LOOKED_AT = 1000, 8  # the longest tag, and how often a word is looked up
+VALUE = r"""\s*=\s*["']?([^"'\s>]{1,500})"""
+HREF, CONTENT = (re.compile((rf"\b{name}" + VALUE).encode(), re.IGNORECASE) for name in ("href", "content"))
+FACTS = (  # (fact, a word that stands in the tag that names it, how it stands there, where the fact is)
+    ("licence", b"license", rb"""\brel\s*=\s*["']?license\b""", HREF),
+    ("url", b"canonical", rb"""\brel\s*=\s*["']?canonical\b""", HREF),
+    ("date", b"published_time", rb"""\bproperty\s*=\s*["']?article:published_time\b""", CONTENT),
+    ("date", b"datepublished", rb"""\b(?:name|itemprop)\s*=\s*["']?datepublished\b""", CONTENT),
 )
-HREF, CONTENT = (re.compile(rb"\b" + name + ATTRIBUTE, re.IGNORECASE) for name in (b"href", b"content"))
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ def document_of(record: Record, settings: Extract = Extract()) -> Document | Rem
 def page_facts(page: bytes) -> dict[str, Any]:
     """licence, url and date, where a page names them: rel=license, rel=canonical, the time it was published."""
     facts: dict[str, Any] = {}
-    for tag in TAG.finditer(page[:HEAD] + page[HEAD:][-HEAD:]):
-        for fact, mark, value in (
-            ("licence", LICENCE, HREF),
-            ("url", CANONICAL, HREF),
-            ("date", PUBLISHED, CONTENT),
-        ):
-            if fact not in facts and mark.search(tag[0]) and (found := value.search(tag[0])):
+    ends = page[:HEAD] + page[HEAD:][-HEAD:]
+    lower = ends.lower()
+    for fact, word, mark, value in FACTS:
+        at = -1
+        for _ in range(LOOKED_AT if fact not in facts else 0):
+            at = lower.find(word, at + 1)
+            if at < 0:
+                break
+            begin, end = lower.rfind(b"<", max(0, at - TAG_BYTES), at), lower.find(b">", at, at + TAG_BYTES)
+            if begin >= 0 and re.search(mark, lower[begin:end]) and (found := value.search(ends[begin:end])):
                 facts[fact] = found[1].decode("utf-8", "replace")
+                break
     return facts
