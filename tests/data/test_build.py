@@ -1,10 +1,12 @@
 """cs336 data build: a recipe end to end, what every stage says, and what is lost and what is not."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import textwrap
+import typing
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from cs336.cli import main
 from cs336.data import Build, Recipe, read_meta
 from cs336.data.build.estimate import estimate
 from cs336.data.build.store import Store
+from cs336.data.recipe import Documents, Lines, MinHash, Tokenize
+from cs336.data.sources import Limits
 from cs336.tokenizer import Tokenizer
 from cs336.utils.config import load, parse, to_table
 from cs336.utils.shards import open_tokens
@@ -335,3 +339,15 @@ def test_recipes_that_ship_are_read_and_their_steps_can_be_built(path):
 
 def test_there_are_recipes():
     assert {path.stem for path in RECIPES} >= {"tinystories", "openwebtext", "common_crawl_wet", "common_crawl_warc"}
+
+
+def test_the_reference_names_every_kind_and_key():
+    page = (pathlib.Path(__file__).parents[2] / "docs/data.md").read_text()
+    recipe = typing.get_type_hints(Recipe, include_extras=True)
+    for name in ("sources", "steps", "dedup"):
+        union = typing.get_args(typing.get_args(recipe[name])[0])[0]
+        for member in typing.get_args(union):
+            assert f"`{member.kind}`" in page, member
+    for config in (Recipe, Tokenize, Limits, Documents, Lines, MinHash):
+        for field in dataclasses.fields(config):
+            assert f"`{field.name}" in page or f"[{field.name}]" in page, field.name

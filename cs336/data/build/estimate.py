@@ -15,6 +15,7 @@ from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 
 SAMPLE_UNITS, SAMPLE_RECORDS = 8, 200  # of each source
+DOCUMENT_BYTES = 70  # of memory: digests or keys, their order, where each document is
 BYTES_PER_TOKEN = 4.2  # of English text, by a tokenizer of 32,000
 LINE_BYTES = 60  # of web text, the mean
 DOCUMENTS_PER_SECOND = 8000.0  # that MinHash signs, one core, 1.5 kB each; measured by benchmarks/end_to_end
@@ -110,10 +111,14 @@ def _cost(
 ) -> tuple[float, float, float]:
     """(bytes of memory, bytes of disk, seconds)."""
     if isinstance(config, Documents):
-        return 40 * documents, 0.0, 2 * one_pass
+        return DOCUMENT_BYTES * documents, 0.0, 2 * one_pass
     if isinstance(config, Lines):
         lines = size / LINE_BYTES
         parts = max(1.0, -(-lines * TABLE_BYTES // config.max_memory))
         return min(lines * TABLE_BYTES, config.max_memory) + lines, 0.0, (2 + 2 * parts) * one_pass
     signatures = 4.0 * config.num_hashes * documents
-    return 40 * documents, signatures, 2 * one_pass + documents / DOCUMENTS_PER_SECOND * config.num_hashes / 128
+    return (
+        DOCUMENT_BYTES * documents,
+        signatures,
+        2 * one_pass + documents / DOCUMENTS_PER_SECOND * config.num_hashes / 128,
+    )
