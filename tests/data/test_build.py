@@ -288,6 +288,11 @@ ERRORS = [
     (TEXT + "[tokenize]\nval_fraction = 1", "val_fraction must be at least 0 and below 1, got 1"),
     (TEXT + '[tokenize]\ntokenizer = "no.json"', "no.json does not exist: tokenize.tokenizer names"),
     (TEXT + '[[dedup]]\nkind = "minhash"\nnum_bands = 7', "num_hashes must be a multiple of num_bands"),
+    (
+        TEXT + '[[steps]]\nkind = "length"\nmin_chars = 100\n[tokenize]',
+        "no document is left to tokenize: x/build.json says",
+    ),
+    (TEXT + "[tokenize]\nvocab_size = 258", "no validation document: 1 documents in all"),
     ("output = ", "Invalid value"),
 ]
 

@@ -7,6 +7,7 @@ tokens/           shards
 recipe.toml, build.json, stages.json, report.html
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -78,10 +79,16 @@ class Build:
         """The units of every source, in order, each with the key of what it is made from."""
         settings = to_table(self.recipe)
         shared = [VERSION, *(settings.get(name) for name in ("extract", "steps", "limits", "keep_removed"))]
+        units = self.units()
         works = []
-        with Contents(self.output / SEEN) as contents:
-            for number, (source, unit) in enumerate(self.units()):
+        with (
+            Contents(self.output / SEEN) as contents,
+            Progress(self.console, "compare", sum(unit.size for _, unit in units)) as progress,
+        ):
+            shared.append([contents.digest(path) for step in self.recipe.steps for path in _paths(step)])
+            for number, (source, unit) in enumerate(units):
                 held = [[file, contents.digest(file)] for file in unit.files]
+                progress.advance(unit.size)
                 key = _digest([shared, settings["sources"][source], held])
                 works.append(Work(number, source, unit, str(self.output / EXTRACT), key))
         return works
@@ -103,8 +110,6 @@ class Build:
             target = f"{number}-{config.kind}"
             stages.append(self._dedup_stage(config, source, target, shared))
             source = target
-        if recipe.tokenize is not None:
-            stages += self._token_stages(recipe.tokenize, source)
         stages.append(
             Stage(
                 "account",
@@ -115,6 +120,8 @@ class Build:
                 settings={"recipe": _digest(to_table(recipe))},
             )
         )
+        if recipe.tokenize is not None:
+            stages += self._token_stages(recipe.tokenize, source)
         return stages
 
     def _dedup_stage(self, config: Dedup, source: str, target: str, shared: dict[str, Any]) -> Stage:
@@ -208,14 +215,14 @@ class Build:
         return Outcome(f"{index['documents']:,} of {passed.documents:,} documents are left{lines}")
 
     def tokenizer(self, config: Tokenize, source: str) -> Outcome:
-        store = Store(self.output / source)
+        store = self._left(source)
         tokenizer = Tokenizer.train((d.text for d in store), config.vocab_size, [END_OF_TEXT])
         tokenizer.save(self.output / TOKENIZER)
         return Outcome(f"{tokenizer.vocab_size:,} tokens")
 
     def tokenize(self, config: Tokenize, source: str) -> Outcome:
         tokenizer = Tokenizer.load(config.tokenizer or self.output / TOKENIZER)
-        texts = iter(self._ordered(Store(self.output / source), config))
+        texts = iter(self._ordered(self._left(source), config))
         directory = self.output / TOKENS
         if not config.val_fraction:
             meta = tokenize_documents(texts, tokenizer, directory, shard_tokens=config.shard_tokens, progress=True)
@@ -230,6 +237,12 @@ class Build:
             progress=True,
         )
         return Outcome(f"{train.tokens:,} tokens to train on, {val.tokens:,} held out")
+
+    def _left(self, source: str) -> Store:
+        store = Store(self.output / source)
+        if not len(store):
+            raise ValueError(f"no document is left to tokenize: {self.output / 'build.json'} says what removed them")
+        return store
 
     def _ordered(self, store: Store, config: Tokenize) -> Texts:
         order = np.arange(len(store))
@@ -260,6 +273,15 @@ class Build:
             json.dump(table, file, indent=1)
         share = documents / counts.records if counts.records else 0.0
         return Outcome(f"{documents:,} documents, {size / 1e6:,.1f} MB: {share:.0%} of the records")
+
+
+def _paths(step: Any) -> Iterator[pathlib.Path]:
+    """The files that a step reads: models, lists."""
+    for field in dataclasses.fields(step):
+        value = getattr(step, field.name)
+        yield from (
+            path for path in (value if isinstance(value, tuple) else (value,)) if isinstance(path, pathlib.Path)
+        )
 
 
 def _digest(value: Any) -> str:
