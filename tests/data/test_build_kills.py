@@ -11,11 +11,10 @@ import time
 import pytest
 from tiny_crawl import tree, write_crawl, write_recipe
 
-from cs336.data import Build, Recipe
-from cs336.utils.config import load
+from cs336.data import Recipe
+from cs336.utils.config import parse
 
-KILLS = 20
-# Each is made within another stage: where the directory has it, that stage is under way or just done.
+KILLS = 10  # at random times, beside one at each of these moments: when the build has made
 MOMENTS = (
     ".sources.json",
     "1-extract/documents",
@@ -50,40 +49,65 @@ def kill(process):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(recipe's text, what an undisturbed build makes)."""
+    """(recipe's text, what an undisturbed build makes, seconds that it takes)."""
     directory = tmp_path_factory.mktemp("whole")
     write_crawl(directory / "crawl")
-    os.chdir(directory)
     path = write_recipe(directory / "recipe.toml", directory / "crawl")
-    Build(load(Recipe, path), workers=2).run()
-    return path.read_text(), tree(directory / "out")
+    began = time.monotonic()
+    process = start(directory)
+    finish(process)
+    return path.read_text(), tree(directory / "out"), time.monotonic() - began
 
 
-def test_killed_at_twenty_moments_the_bytes_are_the_same(whole, tmp_path):
-    text, expected = whole
-    rng = random.Random(time.time_ns())
-    moments = [MOMENTS[i % len(MOMENTS)] for i in range(KILLS)]
+def finish(process):
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()
+
+
+def new_directory(path, text):
+    path.mkdir()
+    (path / "recipe.toml").write_text(text)
+    return path
+
+
+def test_killed_in_each_stage_the_bytes_are_the_same(whole, tmp_path):
+    """A build that goes on ten times with what the one before it left."""
+    text, expected, _ = whole
+    directory = new_directory(tmp_path / "build", text)
     killed = 0
-    for turn in range(2):  # the moments in order, each a build that goes on with what the one before it left
-        directory = tmp_path / str(turn)
-        directory.mkdir()
-        (directory / "recipe.toml").write_text(text)
-        for moment in moments[turn::2]:
-            process = start(directory)
-            while process.poll() is None and not (directory / "out" / moment).exists():
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.05)
-            killed += process.poll() is None
-            kill(process)
+    for moment in MOMENTS:
         process = start(directory)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said.decode()
+        while process.poll() is None and not (directory / "out" / moment).exists():
+            time.sleep(0.002)
+        killed += process.poll() is None
+        kill(process)
+    finish(start(directory))
+    assert tree(directory / "out") == expected
+    assert killed >= len(MOMENTS) - 2
+
+
+def test_killed_at_random_times_the_bytes_are_the_same(whole, tmp_path):
+    text, expected, seconds = whole
+    rng = random.Random(time.time_ns())
+    killed = builds = 0
+    directory = new_directory(tmp_path / "0", text)
+    while killed < KILLS:
+        process = start(directory)
+        time.sleep(rng.uniform(0.2, 1) * seconds)
+        if process.poll() is None:
+            killed += 1
+            kill(process)
+            continue
+        finish(process)  # before its time came: looked at, and another begun
         assert tree(directory / "out") == expected
-    assert killed >= KILLS * 3 // 4
+        builds += 1
+        directory = new_directory(tmp_path / str(builds), text)
+    finish(start(directory))
+    assert tree(directory / "out") == expected
 
 
 def test_a_worker_that_is_killed_from_outside_loses_nothing(whole, tmp_path):
-    text, expected = whole
+    text, expected, _ = whole
     (tmp_path / "recipe.toml").write_text(text)
     process = start(tmp_path)
     counts = tmp_path / "out/1-extract/documents"
@@ -91,8 +115,7 @@ def test_a_worker_that_is_killed_from_outside_loses_nothing(whole, tmp_path):
         time.sleep(0.002)
     for child in children(process.pid):
         os.kill(child, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said.decode()
+    finish(process)
     assert tree(tmp_path / "out") == expected
 
 
@@ -110,7 +133,6 @@ def test_what_a_killed_build_remembers_of_losses_is_not_paid_twice(tmp_path, mon
     from cs336.data.build.supervisor import Supervisor
     from cs336.data.build.unit import Work
     from cs336.data.sources.unit import Unit
-    from cs336.utils.config import parse
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
