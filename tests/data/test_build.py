@@ -136,6 +136,18 @@ class TestAgain:
         assert first.stat().st_mtime_ns == before
         assert json.loads((tmp_path / "out/build.json").read_text())["records"] == 4 * 13 + 6
 
+    def test_another_setting_makes_anew_what_depends_on_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a.jsonl").write_text('{"text": "short"}\n{"text": "a longer text"}\n')
+        table = {
+            "output": "out",
+            "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}],
+            "dedup": [{"kind": "documents"}],
+        }
+        for least, kept in ((1, ["short", "a longer text"]), (8, ["a longer text"]), (1, ["short", "a longer text"])):
+            Build(parse(Recipe, table | {"steps": [{"kind": "length", "min_chars": least}]})).run()
+            assert [document.text for document in Store(tmp_path / "out/2-documents")] == kept
+
     def test_a_directory_of_another_is_refused(self, crawl, tmp_path, monkeypatch):
         recipe = recipe_of(tmp_path, crawl, monkeypatch)
         (tmp_path / "out").mkdir()
@@ -249,6 +261,19 @@ class TestWorkers:
         )
         with pytest.raises(RuntimeError, match="No space left on device"):
             Build(recipe).run()
+
+
+@pytest.mark.parametrize("keep", ["first", "none"])
+def test_lines_that_are_empty_or_short_stay(tmp_path, monkeypatch, keep):
+    monkeypatch.chdir(tmp_path)
+    texts = ["one\n\nshared line\n\nx", "shared line\n \n\nx\ntwo", "shared line"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    table = {"output": "out", "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}]}
+    Build(parse(Recipe, table | {"dedup": [{"kind": "lines", "keep": keep, "min_chars": 2}]})).run()
+    first = texts[0] if keep == "first" else "one\n\n\nx"
+    assert [document.text for document in Store(tmp_path / "out/2-lines")] == [first, " \n\nx\ntwo"]
+    removed = rows(tmp_path / "out", "2-lines/removed/*.jsonl")
+    assert [(row["reason"], row["detail"]) for row in removed] == [("no line left", "1 lines that others have")]
 
 
 class TestPlan:
