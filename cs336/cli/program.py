@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import tokenizer
+from cs336.cli import data_classifier, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, report
@@ -37,6 +37,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
+CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +85,12 @@ def _run(arguments: list[str]) -> int:
     for name, run in TOKENIZER_VERBS.items():
         nested.command(name=name)(run)
     app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    classifier = tyro.extras.SubcommandApp()
+    for name, run in CLASSIFIER_VERBS.items():
+        classifier.command(name=name)(run)
+    data = tyro.extras.SubcommandApp()
+    data.command(classifier, name="classifier", help="Train and apply linear n-gram classifiers of documents.")
+    app.command(data, name="data", help="Filters and models of training data.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

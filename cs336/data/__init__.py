@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cs336.data.dedup.minhash import near_duplicates as near_duplicates
     from cs336.data.extract.html import html_to_text as html_to_text
     from cs336.data.extract.pdf import pdf_to_text as pdf_to_text
+    from cs336.data.filter.classifier import Classifier as Classifier
     from cs336.data.filter.language import identify_language as identify_language
     from cs336.data.filter.pii import mask_cards as mask_cards
     from cs336.data.filter.pii import mask_emails as mask_emails
@@ -50,6 +51,7 @@ _NAMES = {
     "loader": ["TokenLoader"],
     "extract.html": ["html_to_text"],
     "extract.pdf": ["pdf_to_text"],
+    "filter.classifier": ["Classifier"],
     "filter.language": ["identify_language"],
     "filter.pii": ["mask_cards", "mask_emails", "mask_ip_addresses", "mask_phone_numbers", "mask_secrets"],
     "filter.rules": ["c4_quality", "fineweb_quality", "gopher_quality", "gopher_repetition"],
