@@ -1,6 +1,8 @@
 // Counts of the quality rules for cs336.data.filter.
 #include <pybind11/stl.h>
 
+#include "cpu/text/ngram_index.h"
+#include "cpu/text/phrases.h"
 #include "cpu/text/rules.h"
 #include "cpu/text/words.h"
 #include "text_data_bindings.h"
@@ -87,6 +89,17 @@ std::vector<py::str> words_of(py::handle object) {
   return all;
 }
 
+py::object find_ngram(const NgramIndex& index, py::handle text) {
+  const auto match = counted(text, [&](std::string_view view) { return index.find(view); });
+  if (!match) return py::none();
+  return py::make_tuple(match->count, match->item, str_of(match->ngram));
+}
+
+py::tuple find_phrase(const Phrases& phrases, py::handle text, size_t most) {
+  const Phrases::Found found = counted(text, [&](std::string_view view) { return phrases.find(view, most); });
+  return py::make_tuple(found.count, found.count == 0 ? py::object(py::none()) : py::int_(found.first));
+}
+
 }  // namespace
 
 void bind_filter(py::module_& m) {
@@ -94,6 +107,18 @@ void bind_filter(py::module_& m) {
   m.def("gopher_repetition_counts", &gopher_repetition, py::arg("text"));
   m.def("fineweb_counts", &fineweb, py::arg("text"));
   m.def("c4_counts", &c4, py::arg("text"));
+  py::class_<NgramIndex>(m, "NgramIndex")
+      .def(py::init<size_t>(), py::arg("n"))
+      .def(
+          "add", [](NgramIndex& index, py::handle text, uint32_t item) { return index.add(Text(text).view(), item); },
+          py::arg("text"), py::arg("item"))
+      .def("find", &find_ngram, py::arg("text"), "(how many n-grams, item of the first, that n-gram) or None.")
+      .def("__len__", &NgramIndex::size);
+  py::class_<Phrases>(m, "Phrases")
+      .def(py::init(
+               [](const std::vector<std::string>& phrases, bool whole_words) { return Phrases(phrases, whole_words); }),
+           py::arg("phrases"), py::arg("whole_words"))
+      .def("find", &find_phrase, py::arg("text"), py::arg("most"), "(how many, index of the first or None).");
   m.def("rule_words", &words_of, py::arg("text"), "The words that the rules count.");
 }
 

@@ -25,6 +25,7 @@ from cs336.utils.shards import write_shard as write_shard
 if TYPE_CHECKING:
     from cs336.data.dataset import TokenDataset as TokenDataset
     from cs336.data.dataset import get_batch as get_batch
+    from cs336.data.decontaminate import Decontaminator as Decontaminator
     from cs336.data.dedup.bloom import BloomFilter as BloomFilter
     from cs336.data.dedup.lines import dedup_documents as dedup_documents
     from cs336.data.dedup.lines import dedup_lines as dedup_lines
@@ -51,6 +52,7 @@ _NAMES = {
     "loader": ["TokenLoader"],
     "extract.html": ["html_to_text"],
     "extract.pdf": ["pdf_to_text"],
+    "decontaminate": ["Decontaminator"],
     "filter.classifier": ["Classifier"],
     "filter.language": ["identify_language"],
     "filter.pii": ["mask_cards", "mask_emails", "mask_ip_addresses", "mask_phone_numbers", "mask_secrets"],
