@@ -1,7 +1,10 @@
 // Counts of the quality rules for cs336.data.filter.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "cpu/text/ngram_index.h"
+#include "cpu/text/ngram_model.h"
+#include "cpu/text/parallel.h"
 #include "cpu/text/phrases.h"
 #include "cpu/text/rules.h"
 #include "cpu/text/words.h"
@@ -100,6 +103,65 @@ py::tuple find_phrase(const Phrases& phrases, py::handle text, size_t most) {
   return py::make_tuple(found.count, found.count == 0 ? py::object(py::none()) : py::int_(found.first));
 }
 
+void add_texts(NgramModel& model, const py::list& texts) {
+  const Texts all(texts);
+  const Unlocked unlocked;
+  Utf8 utf8;
+  for (const RawText& raw : all.raws()) model.add(utf8.assign({&raw, 1})[0]);
+}
+
+// (N,) natural logarithms of probabilities, (N,) units.
+py::tuple score_texts(const NgramModel& model, const py::list& texts, size_t num_threads) {
+  const Texts all(texts);
+  py::array_t<double> logs(static_cast<py::ssize_t>(all.raws().size()));
+  py::array_t<uint64_t> units(static_cast<py::ssize_t>(all.raws().size()));
+  double* log = logs.mutable_data();
+  uint64_t* unit = units.mutable_data();
+  const std::vector<size_t> ends = all.groups(1 << 16);
+  {
+    const Unlocked unlocked;
+    parallel_for(ends.size(), num_threads, [&](size_t g, size_t) {
+      Utf8 utf8;
+      for (size_t i = g == 0 ? 0 : ends[g - 1]; i < ends[g]; ++i) {
+        const NgramModel::Score score = model.score(utf8.assign(all.raws().subspan(i, 1))[0]);
+        log[i] = score.log_probability;
+        unit[i] = score.units;
+      }
+    });
+  }
+  return py::make_tuple(logs, units);
+}
+
+// (N,) keys, (N, 3) counts, sums and distinct; (2 n,) how many n-grams of each order were counted once and twice.
+py::tuple ngram_state(const NgramModel& model) {
+  const std::vector<NgramModel::Entry> entries = model.entries();
+  py::array_t<uint64_t> keys(static_cast<py::ssize_t>(entries.size()));
+  py::array_t<uint32_t> counts({entries.size(), size_t{3}});
+  uint32_t* count = counts.mutable_data();
+  for (size_t i = 0; i < entries.size(); ++i) {
+    keys.mutable_data()[i] = entries[i].key;
+    *count++ = entries[i].count;
+    *count++ = entries[i].sum;
+    *count++ = entries[i].distinct;
+  }
+  return py::make_tuple(keys, counts,
+                        py::array_t<uint64_t>(static_cast<py::ssize_t>(model.few().size()), model.few().data()));
+}
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void restore_ngrams(NgramModel& model, const Array<uint64_t>& keys, const Array<uint32_t>& counts,
+                    const Array<uint64_t>& few) {
+  if (counts.size() != keys.size() * 3) throw py::value_error("expected three counts a key");
+  std::vector<NgramModel::Entry> entries;
+  for (py::ssize_t i = 0; i < keys.size(); ++i) {
+    const uint32_t* count = counts.data() + i * 3;
+    entries.push_back({keys.data()[i], count[0], count[1], count[2]});
+  }
+  model.restore(entries, {few.data(), static_cast<size_t>(few.size())});
+}
+
 }  // namespace
 
 void bind_filter(py::module_& m) {
@@ -114,6 +176,14 @@ void bind_filter(py::module_& m) {
           py::arg("text"), py::arg("item"))
       .def("find", &find_ngram, py::arg("text"), "(how many n-grams, item of the first, that n-gram) or None.")
       .def("__len__", &NgramIndex::size);
+  py::class_<NgramModel>(m, "NgramModel")
+      .def(py::init([](size_t order, bool words) { return NgramModel(order, words ? Unit::kWord : Unit::kChar); }),
+           py::arg("order"), py::arg("words"))
+      .def("add", &add_texts, py::arg("texts"))
+      .def("score", &score_texts, py::arg("texts"), py::arg("num_threads"))
+      .def("state", &ngram_state)
+      .def("restore", &restore_ngrams, py::arg("keys"), py::arg("counts"), py::arg("few"))
+      .def("__len__", &NgramModel::size);
   py::class_<Phrases>(m, "Phrases")
       .def(py::init(
                [](const std::vector<std::string>& phrases, bool whole_words) { return Phrases(phrases, whole_words); }),
