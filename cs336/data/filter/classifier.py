@@ -7,8 +7,6 @@
 Training and prediction are native (csrc/cpu/text/classifier.*). No model of others is shipped: train your own.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,13 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from cs336 import _text
+from cs336.data.filter.model_file import load_model, save_model
 from cs336.data.step import Apply, Removed
 from cs336.utils.documents import Document, read_texts
-from cs336.utils.files import Paths, replacing
+from cs336.utils.files import Paths
 from cs336.utils.threads import thread_count
 
 FORMAT = "cs336 classifier 1"
@@ -181,30 +178,14 @@ class Classifier:
         tensors = {"bias": self.bias, "weights": self.weights}
         if self.scales is not None:
             tensors["scales"] = self.scales
-        header = {
-            "format": FORMAT,
-            "labels": json.dumps(self.labels),
-            "features": json.dumps(asdict(self.features)),
-        }
-        header["sha256"] = _digest(header, tensors)
-        with replacing(path, "wb") as file:
-            file.write(safetensors.numpy.save(tensors, header))
+        save_model(path, FORMAT, {"labels": self.labels, "features": asdict(self.features)}, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Classifier":
         """Raises ValueError, naming the file, for one that is damaged or no classifier."""
+        facts, tensors = load_model(path, FORMAT)
         try:
-            with safetensors.safe_open(path, "numpy") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}")
-        if header.pop("sha256", None) != _digest(header, tensors):
-            raise ValueError(f"{path} is damaged: its checksum is another one; train or copy it again")
-        try:
-            return cls(json.loads(header["labels"]), _features(json.loads(header["features"])), **tensors)
+            return cls(facts["labels"], _features(facts["features"]), **tensors)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no classifier: {error}") from None
 
@@ -267,14 +248,6 @@ def _auc(scores_N: np.ndarray, is_true_N: np.ndarray) -> float:
     _, place_N, count_U = np.unique(scores_N, return_inverse=True, return_counts=True)
     rank_U = np.cumsum(count_U) - (count_U - 1) / 2
     return float((rank_U[place_N][is_true_N].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def _digest(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
-        digest.update(np.ascontiguousarray(tensor).data)
-    return digest.hexdigest()
 
 
 def _features(table: dict[str, Any]) -> Features:
