@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, tokenizer
+from cs336.cli import data, data_classifier, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, report
@@ -38,6 +38,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "compare": tokenizer.compare,
 }
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
+CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,10 +86,14 @@ def _run(arguments: list[str]) -> int:
     for name, run in TOKENIZER_VERBS.items():
         nested.command(name=name)(run)
     app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
-    nested = tyro.extras.SubcommandApp()
+    data_app = tyro.extras.SubcommandApp()
     for name, run in DATA_VERBS.items():
-        nested.command(name=name)(run)
-    app.command(nested, name="data", help="Build training data from crawls, pages, papers, texts and tables.")
+        data_app.command(name=name)(run)
+    classifier = tyro.extras.SubcommandApp()
+    for name, run in CLASSIFIER_VERBS.items():
+        classifier.command(name=name)(run)
+    data_app.command(classifier, name="classifier", help="Train and apply linear n-gram classifiers of documents.")
+    app.command(data_app, name="data", help="Build training data from crawls, pages, papers, texts and tables.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

@@ -14,14 +14,20 @@ kind = "minhash"
 tokenizer = "tokenizer.json"
 """
 
+import math
 import pathlib
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import pydantic
 
+from cs336.data.decontaminate import Decontaminate
 from cs336.data.extract.record import Extract
 from cs336.data.filter import steps as filters
+from cs336.data.filter.classifier import ClassifierFilter
+from cs336.data.filter.lists import BadWords, UrlList
+from cs336.data.filter.perplexity import Perplexity
+from cs336.data.mix import Buckets
 from cs336.data.sources.configs import Source
 from cs336.data.sources.record import Limits
 from cs336.utils.shards import SHARD_TOKENS
@@ -33,7 +39,12 @@ Step = Annotated[
     | filters.GopherRepetition
     | filters.FineWeb
     | filters.C4
-    | filters.MaskPii,
+    | filters.MaskPii
+    | UrlList
+    | BadWords
+    | ClassifierFilter
+    | Perplexity
+    | Decontaminate,
     pydantic.Field(discriminator="kind"),
 ]
 
@@ -75,6 +86,26 @@ Dedup = Annotated[Documents | Lines | MinHash, pydantic.Field(discriminator="kin
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How much of each source there is in the tokens. A document is repeated or left out by its text and the seed."""
+
+    weights: dict[str, float]
+    """Of every source, by its name: shares of the text."""
+    max_epochs: float = 4.0
+    """Times that a source may be repeated (arXiv 2305.16264)."""
+    total_bytes: float | None = None
+    """Of the mixture; None: as much as keeps the weights exact."""
+    buckets: Buckets | None = None
+    """Repeats by a score that a classifier or perplexity step noted."""
+
+    def __post_init__(self):
+        if not self.weights or not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise ValueError(f"weights must name sources, each with a number above 0, got {self.weights}")
+        if not 0 < self.max_epochs < math.inf:
+            raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """Token shards in OUTPUT/tokens/train and OUTPUT/tokens/val."""
 
@@ -87,8 +118,12 @@ class Tokenize:
     shuffle: bool = True
     """Documents in another order than the sources have them, decided by the seed."""
     shard_tokens: int = SHARD_TOKENS
+    pack: int | None = None
+    """Context length of windows that hold whole documents, in OUTPUT/packed; None: only documents one after another."""
 
     def __post_init__(self):
+        if self.pack is not None and self.pack < 1:
+            raise ValueError(f"pack is a context length of 1 or more, got {self.pack}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
 
@@ -105,6 +140,8 @@ class Recipe:
     """Over each document, in order."""
     dedup: tuple[Dedup, ...] = ()
     """Over all documents, in order."""
+    mix: Mix | None = None
+    """None: every document once."""
     tokenize: Tokenize | None = None
     """None: the build ends with documents."""
     limits: Limits = field(default_factory=Limits)
@@ -115,3 +152,11 @@ class Recipe:
     def __post_init__(self):
         if not self.sources:
             raise ValueError("the recipe has no source: add a table [[sources]]")
+        names = {source.name for source in self.sources}
+        if self.mix is not None and names != set(self.mix.weights):
+            raise ValueError(
+                f"mix.weights must name every source and nothing else: they name {sorted(self.mix.weights)}, and the "
+                f"sources' names are {sorted(names)}"
+            )
+        if self.mix is not None and self.tokenize is None:
+            raise ValueError("a mix is of tokens: add a table [tokenize]")

@@ -16,7 +16,7 @@ from cs336.cli import main
 from cs336.data import Build, Recipe, read_meta
 from cs336.data.build.estimate import estimate
 from cs336.data.build.store import Store
-from cs336.data.recipe import Documents, Lines, MinHash, Tokenize
+from cs336.data.recipe import Documents, Lines, MinHash, Mix, Tokenize
 from cs336.data.sources import Limits
 from cs336.tokenizer import Tokenizer
 from cs336.utils.config import load, parse, to_table
@@ -54,7 +54,7 @@ class TestWhole:
         assert found["records"] == 3 * 13 + 6
         assert found["unread"] == {"damaged": 4, "status 404": 3, "warcinfo": 3}
         assert [stage["name"] for stage in found["stages"]] == [
-            "extract", "length", "gopher_quality", "mask_pii", "documents", "lines", "minhash",
+            "extract", "length", "gopher_quality", "mask_pii", "documents", "minhash", "lines",
         ]  # fmt: skip
         for stage, after in zip(found["stages"], [*found["stages"][1:], found], strict=True):
             assert stage["documents"] - sum(n for n, _ in stage["removed"].values()) == after["documents"]
@@ -69,12 +69,12 @@ class TestWhole:
         assert {r["reason"] for r in removed} == {"equal document", "near duplicate"}
 
     def test_lines_of_every_page_are_dropped(self, built):
-        before, after = (rows(built, f"{stage}/documents/*.jsonl") for stage in ("2-documents", "3-lines"))
+        before, after = (rows(built, f"{stage}/documents/*.jsonl") for stage in ("3-minhash", "4-lines"))
         assert sum(NOTICE in row["text"] for row in before) > 20
         assert not any(NOTICE in row["text"] for row in after)
 
     def test_documents_keep_where_they_come_from(self, built):
-        documents = list(Store(built / "4-minhash"))
+        documents = list(Store(built / "4-lines"))
         page, note = documents[0], documents[-1]
         assert (page.id, page.metadata["url"]) == ("http://crawl/0/0", "http://crawl/0/0")
         assert page.metadata["date"] == "2025-03-01T12:00:00Z"
@@ -94,7 +94,7 @@ class TestWhole:
 
     def test_tokens_are_the_documents_in_another_order(self, built):
         tokenizer = Tokenizer.load(built / "tokenizer.json")
-        texts = {document.text for document in Store(built / "4-minhash")}
+        texts = {document.text for document in Store(built / "4-lines")}
         decoded = []
         for side in ("train", "val"):
             shards, meta = open_tokens(built / "tokens" / side)
@@ -276,6 +276,74 @@ def test_lines_that_are_empty_or_short_stay(tmp_path, monkeypatch, keep):
     assert [(row["reason"], row["detail"]) for row in removed] == [("no line left", "1 lines that others have")]
 
 
+def build(tmp_path, monkeypatch, **table):
+    monkeypatch.chdir(tmp_path)
+    Build(parse(Recipe, {"output": "out", "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}]} | table)).run()
+    return tmp_path / "out"
+
+
+def test_mixtures_take_sources_by_their_weights(tmp_path, monkeypatch):
+    """web has 40 documents and books 10, of one length: at equal weights and 60 in all, books are taken three times."""
+    for name, count in (("web", 40), ("books", 10)):
+        lines = (json.dumps({"text": f"{name} {i:02d} " + "word " * 10}) for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [{"kind": "jsonl", "paths": [f"{name}.jsonl"], "name": name} for name in ("web", "books")]
+    size = len("books 00 " + "word " * 10)
+    mix = {"weights": {"web": 1.0, "books": 1.0}, "total_bytes": 60.0 * size}
+    out = build(
+        tmp_path,
+        monkeypatch,
+        sources=sources,
+        mix=mix,
+        tokenize={"vocab_size": 280, "val_fraction": 0.0, "pack": 64},
+    )
+    shards, meta = open_tokens(out / "tokens")
+    text = Tokenizer.load(out / "tokenizer.json").decode(np.concatenate(shards).tolist())
+    assert text.count("books") == 30
+    assert all(text.count(f"books {i:02d}") == 3 for i in range(10))
+    assert 22 <= text.count("web") <= 40
+    packed, packed_meta = open_tokens(out / "packed")
+    assert packed_meta.documents == meta.documents
+    ids, windows = np.concatenate(shards), np.concatenate(packed)[:-1]
+    assert len(windows) % 64 == 0
+    assert (np.sort(ids[ids != meta.eot_id]) == np.sort(windows[windows != meta.eot_id])).all()
+    with pytest.raises(ValueError, match=r"they name .'web'., and the sources' names are .'books', 'web'."):
+        build(tmp_path, monkeypatch, sources=sources, mix={"weights": {"web": 1.0}}, tokenize={})
+
+
+def test_models_and_lists_are_steps(tmp_path, monkeypatch):
+    from cs336.data.filter.classifier import Classifier
+
+    good, bad = "the river and the garden in summer", "cheap pills buy now click here"
+    Classifier.train([(good, "good"), (bad, "bad")] * 30).save(tmp_path / "quality.safetensors")
+    (tmp_path / "words.txt").write_text("forbidden\n")
+    (tmp_path / "hosts.txt").write_text("bad.example\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"q": "one two three four five six seven"}) + "\n")
+    rows_in = [
+        {"text": good},
+        {"text": bad},
+        {"text": "a forbidden river in the garden"},
+        {"text": f"{good}!", "url": "http://www.bad.example/x"},
+        {"text": f"{good}: one two three four five"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_in))
+    steps = [
+        {"kind": "url_list", "domains": ["hosts.txt"]},
+        {"kind": "bad_words", "path": "words.txt"},
+        {"kind": "decontaminate", "paths": ["eval.jsonl"], "ngram": 4},
+        {"kind": "classifier", "model": "quality.safetensors", "label": "good", "min_score": 0.5, "field": "quality"},
+    ]
+    out = build(tmp_path, monkeypatch, steps=steps)
+    reasons = [row["reason"] for row in rows(out, "1-extract/removed/*.jsonl")]
+    assert sorted(reasons) == ["bad words", "contaminated", "not good", "url: domain"]
+    (left,) = Store(out / "1-extract")
+    assert left.text == good
+    assert left.metadata["quality"] > 0.5
+    (tmp_path / "words.txt").write_text("nothing of the kind\n")  # another list: made anew
+    build(tmp_path, monkeypatch, steps=steps)
+    assert len(Store(out / "1-extract")) == 2
+
+
 class TestPlan:
     def test_dry_run_prints_the_plan_and_builds_nothing(self, crawl, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
@@ -378,6 +446,6 @@ def test_the_reference_names_every_kind_and_key():
         union = typing.get_args(typing.get_args(recipe[name])[0])[0]
         for member in typing.get_args(union):
             assert f"`{member.kind}`" in page, member
-    for config in (Recipe, Tokenize, Limits, Documents, Lines, MinHash):
+    for config in (Recipe, Tokenize, Mix, Limits, Documents, Lines, MinHash):
         for field in dataclasses.fields(config):
             assert f"`{field.name}" in page or f"[{field.name}]" in page, field.name

@@ -83,11 +83,11 @@ kind = "mask_pii"
 [[dedup]]
 kind = "documents"
 [[dedup]]
-kind = "lines"
-keep = "none"
-[[dedup]]
 kind = "minhash"
 threshold = 0.7
+[[dedup]]
+kind = "lines"
+keep = "none"
 [tokenize]
 vocab_size = 300
 val_fraction = 0.2

@@ -105,32 +105,37 @@ def _equal_lines(config: Lines, store: Store, extra: dict[str, int]) -> Decide:
     begins_D = np.cumsum([0, *(_text.count_lines(text) for text in _encoded(store))])
     drop_L = np.zeros(int(begins_D[-1]), np.uint8)
     parts = max(1, -(-len(drop_L) * TABLE_BYTES // config.max_memory))
+    first = config.keep == "first"
     for part in range(parts):
-        counts = _text.LineCounts(part, parts)
-        if config.keep == "none":
+        lines = _text.LineDedup(part, parts, 1)
+        if not first:
             for text in _encoded(store):
-                counts.add(text)
-        mark = counts.mark_repeated if config.keep == "none" else counts.mark_seen
+                lines.count(text)
         for index, text in enumerate(_encoded(store)):
-            mark(text, drop_L[begins_D[index] : begins_D[index + 1]])
+            lines.drop_repeated(text, first, drop_L[begins_D[index] : begins_D[index + 1]], None)
     extra["lines"] = len(drop_L)
     extra["lines_dropped"] = 0
 
     def decide(index: int, document: Document) -> Document | Removed:
-        text = document.text.encode("utf-8", "surrogatepass")
-        drop = drop_L[begins_D[index] : begins_D[index + 1]]
-        long = [bool(line.strip()) and len(line) >= config.min_chars for line in document.text.split("\n")]
-        drop &= np.array(long[: len(drop)], np.uint8)
-        dropped = int(drop.sum())
+        lines = [f"{line}\n" for line in document.text.split("\n")]
+        lines[-1] = lines[-1][:-1]  # which has no end of its own, and is none where it is empty
+        drop = [*drop_L[begins_D[index] : begins_D[index + 1]].tolist(), 0]
+        kept = [line for line, gone in zip(lines, drop, strict=False) if not gone or _stays(line, config.min_chars)]
+        dropped = len(lines) - len(kept)
         if not dropped:
             return document
         extra["lines_dropped"] += dropped
-        kept = _text.keep_lines(text, drop).decode("utf-8", "surrogatepass")
-        if not kept or kept.isspace():
+        text = "".join(kept)
+        if not text or text.isspace():
             return Removed("no line left", f"{dropped:,} lines that others have")
-        return replace(document, text=kept)
+        return replace(document, text=text)
 
     return decide
+
+
+def _stays(line: str, min_chars: int) -> bool:
+    """Whether a line stays however often it is there: an empty or a short one."""
+    return line.isspace() or len(line.removesuffix("\n")) < min_chars
 
 
 def _encoded(store: Store) -> Iterator[bytes]:

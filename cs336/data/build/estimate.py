@@ -48,6 +48,8 @@ def _plan(recipe: Recipe, works: Sequence[Work]) -> Iterator[str]:
         yield f"step     {step.kind:<12} {_settings(step)}"
     for config in recipe.dedup:
         yield f"dedup    {config.kind:<12} {_settings(config)}"
+    if recipe.mix:
+        yield f"mix      {_settings(recipe.mix)}"
     yield f"tokenize {_settings(recipe.tokenize)}" if recipe.tokenize else "tokenize no: the build ends with documents"
 
 

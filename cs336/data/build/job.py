@@ -14,31 +14,35 @@ import json
 import os
 import pathlib
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
-from cs336.data.build.counts import total
+from cs336.data.build.counts import text_bytes, total
 from cs336.data.build.dedup import run_dedup
 from cs336.data.build.engines import run_local, run_ray
 from cs336.data.build.progress import Progress
 from cs336.data.build.store import Store, Texts, counts_of, read_index, write_index
 from cs336.data.build.unit import Work
-from cs336.data.recipe import Dedup, Recipe, Tokenize
+from cs336.data.mix import mixture_epochs, times
+from cs336.data.pack import pack_shards
+from cs336.data.recipe import Dedup, Mix, Recipe, Tokenize
 from cs336.data.sources.unit import Unit
 from cs336.data.tokenize import tokenize_corpus, tokenize_documents
 from cs336.tokenizer import Tokenizer
 from cs336.utils.config import dumps, to_table
 from cs336.utils.contents import Contents
+from cs336.utils.documents import Document
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Outcome, Stage, run_stages
 
 Engine = Literal["local", "ray"]
 VERSION = 1  # of what the outputs of a unit are: another one makes them anew
-EXTRACT, TOKENIZER, TOKENS = "1-extract", "tokenizer.json", "tokens"
+EXTRACT, TOKENIZER, TOKENS, PACKED = "1-extract", "tokenizer.json", "tokens", "packed"
 WORKER_LOCK, SEEN = ".workers.lock", ".sources.json"
 ORPHAN_SECONDS = 60.0  # that a worker of a killed build may take to see that it is alone
 
@@ -161,8 +165,17 @@ class Build:
             outputs=tuple(f"{TOKENS}/{side}meta.json" for side in sides),
             inputs=(documents, tokenizer),
             settings={name: getattr(config, name) for name in ("val_fraction", "shuffle", "shard_tokens")}
-            | {"seed": self.recipe.seed},
+            | {"seed": self.recipe.seed, "mix": to_table(self.recipe.mix)},
         )
+        if config.pack is not None:
+            yield Stage(
+                "pack",
+                "put whole documents into windows",
+                lambda: self.pack(config),
+                outputs=(f"{PACKED}/meta.json",),
+                inputs=(self.output / TOKENS,),
+                settings={"pack": config.pack, "shard_tokens": config.shard_tokens, "seed": self.recipe.seed},
+            )
 
     @property
     def cores(self) -> int:
@@ -172,12 +185,6 @@ class Build:
     def lock(self) -> str:
         """The file that workers hold."""
         return str((self.output / WORKER_LOCK).resolve())
-
-    @property
-    def last(self) -> pathlib.Path:
-        """The directory of the documents that are left at the end."""
-        dedup = self.recipe.dedup
-        return self.output / (f"{len(dedup) + 1}-{dedup[-1].kind}" if dedup else EXTRACT)
 
     # ---- what the stages do ----
 
@@ -245,10 +252,36 @@ class Build:
         return store
 
     def _ordered(self, store: Store, config: Tokenize) -> Texts:
-        order = np.arange(len(store))
+        order_T = np.arange(len(store)) if self.recipe.mix is None else self._mixed(store, self.recipe.mix)
         if config.shuffle:
-            order = np.random.default_rng(self.recipe.seed).permutation(len(store))
-        return Texts(store, order)
+            order_T = np.random.default_rng(self.recipe.seed).permutation(order_T)
+        return Texts(store, order_T)
+
+    def _mixed(self, store: Store, mix: Mix) -> np.ndarray:
+        """(T,) places of documents, each as often as it is taken."""
+        sizes = dict.fromkeys(mix.weights, 0.0)
+
+        def repeats(document: Document) -> float:
+            return 1.0 if mix.buckets is None else mix.buckets.repeat(document)
+
+        for document in store:
+            sizes[document.metadata["collection"]] += text_bytes(document.text) * repeats(document)
+        epochs = mixture_epochs(sizes, mix.weights, dict.fromkeys(mix.weights, mix.max_epochs), mix.total_bytes)
+        taken = array("q")
+        for index, document in enumerate(store):
+            count = times(document.text, repeats(document) * epochs[document.metadata["collection"]], self.recipe.seed)
+            taken.extend([index] * count)
+        return np.frombuffer(taken, np.int64) if taken else np.zeros(0, np.int64)
+
+    def pack(self, config: Tokenize) -> Outcome:
+        assert config.pack is not None
+        source = self.output / TOKENS / ("train" if config.val_fraction else "")
+        found = pack_shards(
+            source, self.output / PACKED, config.pack, seed=self.recipe.seed, shard_tokens=config.shard_tokens
+        )
+        return Outcome(
+            f"{found.windows:,} windows of {config.pack:,} tokens, {found.padding / found.tokens:.1%} padding"
+        )
 
     def account(self) -> Outcome:
         counts = counts_of(self.output / EXTRACT)
