@@ -8,6 +8,7 @@
 #include "cpu/text/byte_masks.h"
 #include "cpu/text/hash.h"
 #include "cpu/text/parallel.h"
+#include "cpu/text/widest.h"
 
 namespace cs336::text {
 namespace {
@@ -155,8 +156,9 @@ void LineDedup::gather(Chunk& chunk) {
   chunk.kept.advance(size);
 }
 
-size_t count_lines(std::string_view text) {
-  const auto ends = static_cast<size_t>(std::count(text.begin(), text.end(), '\n'));
+CS336_WIDEST size_t count_lines(std::string_view text) {
+  size_t ends = 0;
+  for (const char c : text) ends += c == '\n';
   return ends + (!text.empty() && text.back() != '\n');
 }
 
