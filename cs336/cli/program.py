@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, data_classifier, tokenizer
+from cs336.cli import data, data_classifier, scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, report
@@ -38,6 +38,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "compare": tokenizer.compare,
 }
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
+SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
@@ -82,18 +83,21 @@ def _run(arguments: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
-    nested = tyro.extras.SubcommandApp()
-    for name, run in TOKENIZER_VERBS.items():
-        nested.command(name=name)(run)
-    app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
-    data_app = tyro.extras.SubcommandApp()
-    for name, run in DATA_VERBS.items():
-        data_app.command(name=name)(run)
+    groups = {}
+    for group, verbs, help in (
+        ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
+        ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
+        ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
+    ):
+        nested = groups[group] = tyro.extras.SubcommandApp()
+        for name, run in verbs.items():
+            nested.command(name=name)(run)
+        app.command(nested, name=group, help=help)
     classifier = tyro.extras.SubcommandApp()
     for name, run in CLASSIFIER_VERBS.items():
         classifier.command(name=name)(run)
-    data_app.command(classifier, name="classifier", help="Train and apply linear n-gram classifiers of documents.")
-    app.command(data_app, name="data", help="Build training data from crawls, pages, papers, texts and tables.")
+    help = "Train and apply linear n-gram classifiers of documents."
+    groups["data"].command(classifier, name="classifier", help=help)
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

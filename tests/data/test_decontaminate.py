@@ -103,6 +103,7 @@ def test_the_step_says_what_matched(tmp_path):
     assert isinstance(removed, Removed)
     assert removed.reason == "contaminated"
     assert removed.detail.startswith(f"{path}:1: natalia sold clips")
+    assert isinstance(Decontaminate((path,), min_matches=8).build()(Document(QUESTION, "2", "f")), Removed)
     tolerant = config.parse(Decontaminate, table | {"min_matches": 9}).build()
     assert isinstance(tolerant(Document(QUESTION, "2", "f")), Document)
     with pytest.raises(ValueError, match="min_matches >= 1"):

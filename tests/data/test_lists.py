@@ -128,7 +128,9 @@ class TestUrls:
             ("https://axxxb.example/", "url: substring"),
             ("http://[broken/xxx", "url: substring"),
             ("", None),
+            ("http://" + "a." * 300_000 + "bad.example/", None),  # no host is so long
         ],
+        ids=lambda value: str(value)[:30],
     )
     def test_each_rule(self, apply, url, reason):
         result = apply(Document("text", "1", "f", {"url": url}))

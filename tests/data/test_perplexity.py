@@ -119,7 +119,7 @@ def test_the_file_holds_the_model_and_damage_is_seen(tmp_path):
         (lambda: NgramModel.train(["a"], 9), "order in 1..8"),
         (lambda: NgramModel(3, "byte"), '"word" or "char"'),
         (lambda: Perplexity("m"), "changes nothing"),
-        (lambda: Perplexity("m", 5, 1), "least <= most"),
+        (lambda: Perplexity("m", 5.0, 1.0), "least <= most"),
     ],
 )
 def test_refuses_what_cannot_be_meant(make, message):

@@ -55,8 +55,10 @@ def dedup_lines(
     drops: list[np.ndarray | None] = [None] * len(pairs)
     parts = 1
     if sum(source.stat().st_size for source, _ in pairs) * TABLE_BYTES > max_memory:  # which were enough in any case
-        drops = [np.zeros(_counted(source), np.uint8) for source, _ in pairs]
-        parts = max(1, -(-sum(len(drop) for drop in drops if drop is not None) * TABLE_BYTES // max_memory))
+        counts = [_counted(source) for source, _ in pairs]
+        parts = max(1, -(-sum(counts) * TABLE_BYTES // max_memory))
+        if parts > 1:
+            drops = [np.zeros(count, np.uint8) for count in counts]
     report = DedupReport(0, 0)
     for part in range(parts):
         lines = _text.LineDedup(part, parts, threads)

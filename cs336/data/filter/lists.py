@@ -15,6 +15,7 @@ from cs336.data.step import Apply, Removed
 from cs336.utils.documents import Document, files_below, open_bytes, refuse_binary, unpacking
 
 WORD = re.compile(r"[^\W_]+")
+LONGEST_HOST = 253  # that the domain name system has
 
 
 class PhraseMatcher:
@@ -139,6 +140,6 @@ def _domains_of(url: str) -> Iterator[str]:
     except ValueError:  # of [ without ]
         return
     rest = _host(host or "")
-    while rest:
+    while rest and len(rest) <= LONGEST_HOST:
         yield rest
         rest = rest.partition(".")[2]

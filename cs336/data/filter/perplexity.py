@@ -31,7 +31,7 @@ Unit = Literal["word", "char"]
 
 
 class NgramModel:
-    """Probabilities of texts. Made by `train` and `load`. It takes 24 bytes to 96 for each n-gram of 1..order units."""
+    """Probabilities of texts. Made by `train` and `load`. It takes 48 to 96 bytes for each n-gram of 1..order units."""
 
     def __init__(self, order: int, unit: Unit):
         if not 1 <= order <= MOST_ORDER or unit not in ("word", "char"):
@@ -88,26 +88,27 @@ class Perplexity:
 
     model: pathlib.Path
     """What `NgramModel.save` wrote."""
-    least: float = 0.0
-    most: float = float("inf")
+    least: float | None = None
+    most: float | None = None
     field: str | None = None
     """The metadata field that gets the perplexity, for quality buckets."""
     kind: Literal["perplexity"] = "perplexity"
 
     def __post_init__(self):
-        if not 0 <= self.least <= self.most:
-            raise ValueError(f"expected 0 <= least <= most, got {self.least}, {self.most}")
-        if (self.least, self.most, self.field) == (0, float("inf"), None):
+        if self.least is self.most is self.field is None:
             raise ValueError("this perplexity filter changes nothing: give least, most or field")
+        if self.least is not None and self.most is not None and not self.least <= self.most:
+            raise ValueError(f"expected least <= most, got {self.least}, {self.most}")
 
     def build(self) -> Apply:
         model = NgramModel.load(self.model)
 
         def apply(document: Document) -> Document | Removed:
             perplexity = float(model.perplexity([document.text])[0])
-            if not self.least <= perplexity <= self.most:
-                side = "low" if perplexity < self.least else "high"
-                return Removed(f"perplexity too {side}", f"{perplexity:.0f}")
+            if self.least is not None and perplexity < self.least:
+                return Removed("perplexity too low", f"{perplexity:.0f}")
+            if self.most is not None and perplexity > self.most:
+                return Removed("perplexity too high", f"{perplexity:.0f}")
             if self.field is None:
                 return document
             return replace(document, metadata=document.metadata | {self.field: perplexity})

@@ -8,11 +8,12 @@
 #include "cpu/text/byte_masks.h"
 #include "cpu/text/hash.h"
 #include "cpu/text/parallel.h"
+#include "cpu/text/widest.h"
 
 namespace cs336::text {
 namespace {
 
-constexpr size_t kChunk = 1 << 20;  // bytes; what is known of its lines stays in a core's cache
+constexpr size_t kChunk = 1 << 18;  // bytes; they and what is known of their lines stay in a core's cache
 constexpr size_t kAhead = 16;       // keys whose places are fetched ahead
 
 // The next kChunk bytes, to the end of a line.
@@ -111,10 +112,11 @@ void LineDedup::hash(Chunk& chunk) const {
   chunk.keys.resize(tables);
   std::vector<size_t> found(tables);
   for (auto& keys : chunk.keys) keys.resize(count);
+  const size_t last = text.ends_with('\n') ? count : count - 1;  // the line without its "\n", if there is one
   size_t begin = 0;
   for (size_t i = 0; i < count; ++i) {
     const size_t end = chunk.ends[i];
-    const uint64_t key = LineTable::key_of(text.substr(begin, end - begin - (text[end - 1] == '\n'))), high = key >> 32;
+    const uint64_t key = LineTable::key_of(text.substr(begin, end - begin - (i != last))), high = key >> 32;
     begin = end;
     if (parts_ > 1 && high % parts_ != part_) continue;
     // The table is another function of the hash than the place in it, and than the part.
@@ -155,8 +157,9 @@ void LineDedup::gather(Chunk& chunk) {
   chunk.kept.advance(size);
 }
 
-size_t count_lines(std::string_view text) {
-  const auto ends = static_cast<size_t>(std::count(text.begin(), text.end(), '\n'));
+CS336_WIDEST size_t count_lines(std::string_view text) {
+  size_t ends = 0;
+  for (const char c : text) ends += c == '\n';
   return ends + (!text.empty() && text.back() != '\n');
 }
 
