@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
-from cs336.models.state import DecodingState
+from cs336.models.state import DecodingState, PagedState
 from cs336.nn import Context, Embedding, Linear, RotaryEmbedding
 
 
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        state: DecodingState | None = None,
+        state: DecodingState | PagedState | None = None,
     ) -> Tensor:
         """Logits (B, S, V) of the next token after each.
 
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        state: DecodingState | None = None,
+        state: DecodingState | PagedState | None = None,
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
         context = self._context(token_ids_BS, positions, segments, state)
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
             else:
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:
-            state.lengths += token_ids_BS.shape[1] if segments is None else (segments >= 0).sum(-1)
+            state.advance(token_ids_BS, segments)
         return stream.normed(self.norm)[0]
 
     def logits(self, features_BSM: Tensor) -> Tensor:
@@ -144,12 +144,23 @@ class Transformer(nn.Module):
         layers = [mixer.new_state(batch_size, max_len, device=device, dtype=dtype) for mixer in mixers]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
+    def new_pages(self, num_pages: int, page_size: int) -> PagedState:
+        """Pools of num_pages pages of page_size tokens, of this model's dtype and device: see nn/paged.py.
+
+        Raises ValueError where a mixer's state has no pages.
+        """
+        mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
+        if odd := next((mixer for mixer in mixers if not hasattr(mixer, "new_pages")), None):
+            raise ValueError(f"{type(odd).__name__} keeps a state that has no pages: use generate")
+        place = {"device": self.device, "dtype": self.compute_dtype}
+        return PagedState([mixer.new_pages(num_pages, page_size, **place) for mixer in mixers])
+
     def _context(
         self,
         token_ids_BS: Tensor,
         positions: Tensor | None,
         segments_BS: Tensor | None,
-        state: DecodingState | None,
+        state: DecodingState | PagedState | None,
     ) -> Context:
         if token_ids_BS.dim() != 2:
             raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids_BS.shape)}")
@@ -160,9 +171,7 @@ class Transformer(nn.Module):
                 f"got {tuple(segments_BS.shape)} {segments_BS.dtype}"
             )
         if state is not None:
-            if state.batch_size != B:
-                raise ValueError(f"the state is of {state.batch_size} rows, token_ids of {B}")
-            return Context(positions, segments=segments_BS, lengths=state.lengths, reach=state.reach(S))
+            return state.context(token_ids_BS, positions, segments_BS)
         if segments_BS is not None:
             return Context.packed(segments_BS, positions)
         if positions is None and self.config.context_length < S:
