@@ -1,9 +1,9 @@
 """Pages of the cache on the host: who holds which, and which tokens an idle page still knows.
 
-A page is held by each sequence that reads it, and by the prefix tree once its tokens are complete: a node is a page, its
-tokens, and the node before. Who begins with the same tokens reads the same pages. A page is written by the one sequence
-that took it; of a page that begins right and goes on otherwise, a copy is made. Idle pages, which the tree alone holds,
-are given away when no free ones are left: leaves first, the longest unused first.
+A page is held by each sequence that reads it, and by the prefix tree once its tokens are complete: a node is a page,
+its tokens, and the node before. Who begins with the same tokens reads the same pages. A page is written by the one
+sequence that took it; of a page that begins right and goes on otherwise, a copy is made. Idle pages, which the tree alone
+holds, are given away when no free ones are left: leaves first, the longest unused first.
 
     take:  free -> 1 holder        remember: + the tree        release: - a holder, and free at none
 """
@@ -73,7 +73,7 @@ class PageCache:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give back what was taken or matched, once each; those that the tree knows stay until their place is wanted."""
+        """Give back what was taken or matched, once each; those that the tree knows stay until they are wanted."""
         self._clock += 1
         for page in pages:
             assert self._holders[page] > (self._node_of[page] is not None)
@@ -89,7 +89,8 @@ class PageCache:
     def match(self, token_ids: Sequence[int], most: int, step: int) -> Match:
         """The longest known beginning of token_ids, of `most` tokens at most. A page that step `step` itself will write
         can be read by it, but not be copied before."""
-        node, pages, size = self.root, [], self.page_size
+        node, size = self.root, self.page_size
+        pages: list[int] = []
         while (at := len(pages) * size) + size <= most:
             found = node.children.get(tuple(token_ids[at : at + size]))
             if found is None:

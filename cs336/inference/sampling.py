@@ -3,8 +3,8 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,12 +47,13 @@ class SamplingParams:
     """Taken off the logits of tokens in the output."""
     frequency_penalty: float = 0.0
     """Taken off the logits of tokens in the output, for each time that they are there."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Token: what is added to its logits. Kept as pairs."""
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", self.biases)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         for name in ("top_k", "max_tokens"):
@@ -80,10 +81,35 @@ class SamplingParams:
         for name, value in (
             ("presence_penalty", self.presence_penalty),
             ("frequency_penalty", self.frequency_penalty),
-            *((f"logit_bias of token {token}", bias) for token, bias in self.logit_bias.items()),
+            *((f"logit_bias of token {token}", bias) for token, bias in self.biases),
         ):
             if not -100 <= value <= 100:
                 raise ValueError(f"{name} must be in -100..100, got {value}")
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as pairs."""
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        return tuple((int(token), float(value)) for token, value in pairs)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def ends(self, of_model: Collection[int]) -> tuple[int, ...]:
+        """The tokens that end a text, of which a model has some of its own."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else of_model))
+
+
+ENGINE_ONLY = {"min_tokens", "n", "logprobs", "prompt_logprobs", "logit_bias"}
+ENGINE_ONLY |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+
+
+def refuse_engine_only(params: SamplingParams) -> None:
+    """Raises ValueError for what an engine does, and `generate` does not."""
+    if wanted := [name for name in sorted(ENGINE_ONLY) if getattr(params, name) != getattr(SamplingParams, name)]:
+        raise ValueError(f"generate and stream do not take {', '.join(wanted)}: use cs336.inference.LLM")
 
 
 def top_k(logits_BV: Tensor, k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which tokens the next step computes: continuous batching, chunked prefill, prefix hits, preemption by recomputation.
 
-A sequence waits, runs, and leaves. A step computes one token of each sequence that decodes, and chunks of the prompts of
-others, as far as its budget of tokens reaches: first of those that have begun, then of those that wait, in their order.
+A sequence waits, runs, and leaves. A step computes one token of each sequence that decodes, and chunks of the prompts
+of others, as far as its budget of tokens reaches: first of those that have begun, then of those that wait, in order.
 Pages for a whole prompt are taken when it is admitted; a decoding sequence takes one when it needs it. Where there is
 none, the sequence admitted last gives up its pages and waits again, to compute its tokens anew.
 
@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cs336.inference.pages import Node, PageCache
+from cs336.inference.sampling import SamplingParams
 
 
 @dataclass(eq=False)
@@ -22,8 +23,12 @@ class Sequence:
     """Prompt and what was sampled, as far as the host has seen it."""
     limit: int
     """New tokens, at most."""
-    reusable: int | None = None
-    """Tokens of the prompt that may come from the cache; None: all."""
+    params: SamplingParams
+    seed: int = 0
+    ends: tuple[int, ...] = ()
+    """Tokens that end it."""
+    score_from: int | None = None
+    """The first token of the prompt whose log-probability is asked for."""
     num_prompt: int = field(init=False)
     pending: int = 0
     """Tokens sampled that the host has not seen yet."""
@@ -102,8 +107,6 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None where nothing can be computed before the host has seen more tokens."""
         self._step += 1
-        self.cache.release(self._borrowed)
-        self._borrowed = []
         decodes = self._decodes()
         budget = self.max_step_tokens - len(decodes)
         chunks: list[Chunk] = []
@@ -118,6 +121,17 @@ class Scheduler:
             self.waiting.popleft()
             budget -= self._chunk(sequence, budget, chunks)
         return Step(decodes, chunks, copies) if decodes or chunks else None
+
+    def launched(self) -> None:
+        """The step laid out last is on its way: what later ones write is written after it."""
+        self.cache.release(self._borrowed)
+        self._borrowed = []
+
+    def forget(self) -> None:
+        """What was computed holds no more: all that run begin anew, and no page is known."""
+        for sequence in reversed(list(self.running)):
+            self.preempt(sequence)
+        self.cache.forget()
 
     def append(self, sequence: Sequence, token_id: int) -> None:
         """The host sees the oldest pending token."""
@@ -168,8 +182,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
         cache, total = self.cache, len(sequence.token_ids)
         most = total - 1  # one is computed, for the next to be drawn
-        if sequence.reusable is not None:
-            most = min(most, sequence.reusable)
+        if sequence.score_from is not None:
+            most = min(most, sequence.score_from - 1)
         match = cache.match(sequence.token_ids, most, self._step)
         borrowed = [] if match.copy is None else [match.copy]
         missing = -(-total // cache.page_size) - len(match.pages)

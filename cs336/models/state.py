@@ -28,7 +28,7 @@ class DecodingState:
         return len(self.lengths)
 
     def context(self, token_ids_BS: Tensor, positions: Tensor | None, segments_BS: Tensor | None) -> Context:
-        """Where these tokens stand. Raises ValueError for another number of rows, and for more than there is room for."""
+        """Where these tokens stand. Raises ValueError for another number of rows, and where there is no room."""
         if self.batch_size != len(token_ids_BS):
             raise ValueError(f"the state is of {self.batch_size} rows, token_ids of {len(token_ids_BS)}")
         reach = self.reach(token_ids_BS.shape[1])
