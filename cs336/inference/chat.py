@@ -77,7 +77,13 @@ class ChatTemplate:
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)})
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation, up to where the assistant answers.
 
         messages: {"role": ..., "content": a text, or a list of {"type": "text", "text": ...}}.
@@ -87,7 +93,8 @@ class ChatTemplate:
         plain = [_plain(i, message) for i, message in enumerate(messages)]
         if not plain:
             raise ValueError("there are no messages: give at least one")
-        known = self._special_tokens | extra | {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        known = self._special_tokens | dict(extra or {}) | own
         pieces, length = [], 0
         try:
             for piece in self._template.generate(known):

@@ -142,6 +142,11 @@ class Stats:
     sampled_tokens: int = 0
     finished: int = 0
 
+    @property
+    def hit_share(self) -> float:
+        """Of the prompts' tokens, how much was found in the cache."""
+        return self.cached_tokens / max(1, self.cached_tokens + self.prompt_tokens)
+
 
 class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.

@@ -7,8 +7,9 @@ print(outputs[0].text)
 
 import dataclasses
 import os
+import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ class LLM:
         quiet: bool = False,
         **options: Any,
     ):
-        self.chat_template = ChatTemplate()
+        self.chat_template, self.name = ChatTemplate(), "cs336"
         if not isinstance(model, Transformer):
             found = find_model(model)
+            self.name = pathlib.Path(model).resolve().name
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
             self.chat_template = ChatTemplate.find(found)
             model = load_model(found, str(pick(device)), dtype)
@@ -84,7 +86,7 @@ class LLM:
             raise ValueError(f"there are {len(encoded)} prompts and {len(each)} params: give one, or one a prompt")
         return self._run([(ids, p, text, 1) for (text, ids), p in zip(encoded, each, strict=True)])
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
         """Continue one prompt, piece by piece: joined, they are generate's text. Closing it early ends the request.
 
         Raises what generate does.
@@ -133,6 +135,14 @@ class LLM:
         found = [output.prompt_logprobs or [] for output in outputs]
         return [[t for t in row[len(a) :] if t] for row, ((_, a), _) in zip(found, pairs, strict=True)]
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of prompts: special tokens written in one are taken as such, an empty one begins a document."""
+        return encode_prompts(self.model, self.tokenizer, texts) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises ValueError for an id that the tokenizer does not have."""
+        return self.tokenizer.decode(ids)
+
     def update_weights(self, weights: Transformer | Mapping[str, Tensor]) -> None:
         """Go on with other weights, without a restart: see Engine.update_weights."""
         self.engine.update_weights(weights)
@@ -156,5 +166,5 @@ class LLM:
         texts = [prompt for prompt in listed if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
-        ids = iter(encode_prompts(self.model, self.tokenizer, texts) if texts else [])
+        ids = iter(self.encode(texts))
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]

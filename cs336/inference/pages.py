@@ -2,8 +2,8 @@
 
 A page is held by each sequence that reads it, and by the prefix tree once its tokens are complete: a node is a page,
 its tokens, and the node before. Who begins with the same tokens reads the same pages. A page is written by the one
-sequence that took it; of a page that begins right and goes on otherwise, a copy is made. Idle pages, which the tree alone
-holds, are given away when no free ones are left: leaves first, the longest unused first.
+sequence that took it; of a page that begins right and goes on otherwise, a copy is made. Idle pages, which the tree
+alone holds, are given away when no free ones are left: leaves first, the longest unused first.
 
     take:  free -> 1 holder        remember: + the tree        release: - a holder, and free at none
 """
