@@ -101,7 +101,7 @@ def soak(clients, **options):
 
 
 def test_fifty_clients():
-    engine = soak(50, num_pages=40, overlap=True)
+    engine = soak(50, num_pages=20, overlap=True)
     assert engine.stats.cached_tokens > 0
     assert engine.scheduler.num_preemptions > 0
 
