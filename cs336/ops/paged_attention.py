@@ -8,6 +8,7 @@ B = sequences, Q = query tokens a sequence, T = of all sequences, H, Hkv = query
 head, E = of its values, P = pages, M = entries of a row of the table.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from cs336.ops.dispatch import rows, run
 from cs336.ops.ref import paged_attention as ref
 
 MAX_DECODE_QUERIES = 8
+NATIVE_HEAD_DIMS = (64, 128)  # of the kernels in csrc/kernels/paged_attention
+NATIVE_SHARED_MEMORY = 115 * 1024
 
 
 def paged_attention(
@@ -208,6 +211,41 @@ def _like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
+# ---- what a variant refuses: sentences ----
+
+
+def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
+    if q.device.type == "cpu":
+        return None
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the native kernel takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] not in NATIVE_HEAD_DIMS or v_cache.shape[-1] != q.shape[-1]:
+        return f"the native kernel has heads of 64 and 128 features, not {q.shape[-1]} and {v_cache.shape[-1]}"
+    if k_cache.shape[1] % 16 != 0:
+        return f"the native kernel has pages of a multiple of 16 tokens, not {k_cache.shape[1]}"
+    seen = not torch.compiler.is_compiling()  # where offsets would break the graph: the op checks them again
+    for x in (q, k_cache, v_cache):
+        if any(size > 1 and step % 8 != 0 for size, step in zip(x.shape[:-1], x.stride(), strict=False)):
+            return f"the native kernel reads rows at multiples of 16 bytes, not at strides {x.stride()}"
+        if seen and x.storage_offset() % 8 != 0:
+            return "the native kernel reads rows at multiples of 16 bytes: a tensor starts between two of them"
+    if q.is_cuda and _shared_memory(q.device) < NATIVE_SHARED_MEMORY:
+        return f"the native kernel needs {NATIVE_SHARED_MEMORY} bytes of shared memory a block"
+    return None
+
+
+def _triton_refuses(q, *_) -> str | None:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}"
+    return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 # ---- the ops ----
 
 CACHE = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens"
@@ -224,10 +262,15 @@ registry.define(
     fake=lambda q, k, v, *_: _fake(q, (q.shape[0], q.shape[2], q.shape[1]), v),
     ref=ref.paged_attention,
     check=_check_decode,
+    capabilities={"native": ((8, 0), registry.ANY[1])},
+    supports={"native": _native_refuses, "triton": _triton_refuses},
+    triton="paged_attention.paged_attention",
 )
 registry.define(
     f"paged_prefill({CACHE}, Tensor cu_seqlens_q, int max_seqlen_q, {OPTIONS}) -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: _fake(q, (q.shape[1], q.shape[0]), v),
     ref=ref.paged_prefill,
     check=_check_prefill,
+    supports={"triton": _triton_refuses},
+    triton="paged_attention.paged_prefill",
 )

@@ -16,6 +16,7 @@ from cs336.ops.dispatch import rows, run
 from cs336.ops.ref import sample as ref
 
 IN_PROMPT = ref.IN_PROMPT
+NATIVE_VOCABULARY = 8 * 48 * 1024  # what the shared memory of a cluster holds: csrc/kernels/sample.h
 
 
 class Sampled(NamedTuple):
@@ -119,6 +120,14 @@ def _like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
+def _native_refuses(logits, *_) -> str | None:
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the native kernel takes float32, float16 and bfloat16, not {logits.dtype}"
+    if logits.shape[1] > NATIVE_VOCABULARY:
+        return f"the native kernel takes at most {NATIVE_VOCABULARY} tokens, not {logits.shape[1]}"
+    return None
+
+
 def _fake(logits, *rest):
     B, N = logits.shape[0], rest[-1]
     return (
@@ -136,4 +145,6 @@ registry.define(
     fake=_fake,
     ref=ref.sample,
     check=_check,
+    capabilities={"native": ((9, 0), (9, 0))},  # clusters of blocks that read each other's shared memory
+    supports={"native": _native_refuses},
 )

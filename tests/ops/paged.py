@@ -18,9 +18,10 @@ def pool(lengths, page, Hkv, D, E=None, dtype=torch.float32, device="cpu", spare
     for b, (length, count) in enumerate(zip(lengths, pages, strict=True)):
         table[b, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
         dense.append([torch.randn(length, Hkv, c.shape[-1], dtype=torch.float32).to(device, dtype) for c in caches])
+        token = torch.arange(length)
+        places = (table[b].long()[token // page].to(device), (token % page).to(device))
         for cache, x in zip(caches, dense[-1], strict=True):
-            for i in range(length):
-                cache[table[b, i // page], i % page] = x[i]
+            cache[places] = x
     return *caches, table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device), dense
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cs336.ops.ref.philox import philox
 
 IN_PROMPT = 1 << 30  # in counts: the token is in the prompt
-ROUNDS = 10
+ROUNDS = 7
 
 
 def sample(
@@ -88,7 +88,7 @@ def kept(z_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Ten
 
 
 def exponential(seeds_B: Tensor, offsets_B: Tensor, V: int) -> Tensor:
-    """-log(1 - u), u = (word + 1/2) 2^-32: word v % 4 of Philox4x32-10 at (v // 4, offset, offset >> 32, 0)."""
+    """-log(1 - u), u = (word + 1/2) 2^-32: word v % 4 of Philox4x32-7 at (v // 4, offset, offset >> 32, 0)."""
     v_1N = torch.arange((V + 3) // 4, device=seeds_B.device)[None]
     low_B1, high_B1 = (offsets_B & 0xFFFFFFFF)[:, None], (offsets_B >> 32 & 0xFFFFFFFF)[:, None]
     words = philox(seeds_B[:, None], [v_1N, low_B1, high_B1, torch.zeros_like(low_B1)], ROUNDS)
