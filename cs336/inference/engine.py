@@ -301,7 +301,8 @@ class Engine:
     def _advance(self, sample: Sample, token: Token) -> Update:
         self.scheduler.append(sample, token.id)
         self.stats.sampled_tokens += 1
-        token = token._replace(top=token.top[: sample.params.logprobs or 0])
+        if token.top:  # as many as the request of the step that wants most
+            token = token._replace(top=token.top[: sample.params.logprobs or 0])
         text, reason, shown = "", None, None
         if math.isnan(token.logprob):
             sample.request.error, reason = NOT_FINITE, "error"

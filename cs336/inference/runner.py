@@ -8,6 +8,7 @@ R = sequences of a step, those that decode first; T = its tokens; B = those sequ
 V = vocabulary; N = log-probabilities beside that of the token.
 """
 
+import warnings
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from cs336.inference.scheduler import Chunk, Sequence, Step
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
 from cs336.nn import PagedTokens
+from cs336.ops import registry
 from cs336.utils import nvtx
 
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
@@ -79,6 +81,19 @@ class Slots:
         return drawn
 
 
+def _capturable(device: torch.device) -> bool:
+    """Whether a decoding step can be captured: plain torch looks at what tensors hold, which a graph cannot."""
+    if device.type != "cuda":
+        return False
+    slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
+    if slow:
+        reason = registry.missing(slow[0], "native", device)
+        warnings.warn(
+            f"steps are not captured in CUDA graphs: {', '.join(slow)} run plain torch ({reason})", stacklevel=2
+        )
+    return not slow
+
+
 class Runner:
     """Runs steps of a model on its paged state.
 
@@ -105,7 +120,7 @@ class Runner:
         size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 2 * max_seqs + 8
         self._staging = Staging(size, self.device)
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
-        self._sizes = tuple(sorted(graphs)) if self.device.type == "cuda" else ()
+        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(self.device) else ()
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
