@@ -6,7 +6,7 @@ import json
 import pathlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from cs336.inference.server.protocol import (
 )
 from cs336.inference.server.worker import EngineFailed, Message, Ticket, Worker
 
+Call = Callable[..., Awaitable[Response]]
 PAGE = pathlib.Path(__file__).with_name("page.html")
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -140,16 +141,13 @@ class Server:
             (Exception, _unexpected),
         ):
             self.app.add_exception_handler(kind, handler)
-        for path, call in (("/", self._page), ("/health", self._health), ("/metrics", self._metrics)):
-            self.app.add_api_route(path, call, methods=["GET"], response_model=None)
-        self.app.add_api_route("/v1/models", self._models, methods=["GET"], response_model=None)
-        for path, call in (
-            ("/v1/completions", self._completions),
-            ("/v1/chat/completions", self._chat),
-            ("/tokenize", self._tokenize),
-            ("/detokenize", self._detokenize),
-        ):
-            self.app.add_api_route(path, call, methods=["POST"], response_model=None)
+        gets: dict[str, Call] = {"/": self._page, "/health": self._health, "/metrics": self._metrics}
+        gets |= {"/v1/models": self._models}
+        posts: dict[str, Call] = {"/v1/completions": self._completions, "/v1/chat/completions": self._chat}
+        posts |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
+        for method, calls in (("GET", gets), ("POST", posts)):
+            for path, call in calls.items():
+                self.app.add_api_route(path, call, methods=[method], response_model=None)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI):

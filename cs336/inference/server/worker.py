@@ -97,7 +97,7 @@ class Worker(threading.Thread):
 
     def _cancel(self, ticket: Ticket) -> None:
         ticket.cancelled = True
-        if ticket.request is not None and self._tickets.pop(ticket.request, None):
+        if ticket.request is not None and self._tickets.pop(ticket.request, None) is not None:
             self.engine.cancel(ticket.request)
             self.metrics.requests.labels("cancelled").inc()
 
