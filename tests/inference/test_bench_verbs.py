@@ -60,7 +60,8 @@ def test_offline_and_latency(directory, capsys):
     assert main(["bench", "offline", directory, "--device", "cpu", "--max-seqs", "4", *LOAD]) == 0
     found = last_line(capsys)
     assert (found["bench"], found["requests"]) == ("offline", 6)
-    assert main(["bench", "latency", directory, "--input-len", "8", "--output-len", "4", "--device", "cpu", "--repeats", "1"]) == 0
+    one = ["--input-len", "8", "--output-len", "4", "--device", "cpu", "--repeats", "1"]
+    assert main(["bench", "latency", directory, *one]) == 0
     found = last_line(capsys)
     assert (found["bench"], found["output_tokens"], found["steps"]) == ("latency", 4, 4)
     assert main(["bench", "offline", directory, "--input-len", "5", "2"]) == 2
