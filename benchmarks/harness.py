@@ -92,6 +92,7 @@ def variants(op: str, keep: tuple[int, ...]) -> dict[str, Bind]:
 
         def call() -> tuple:
             outputs = overload(*args)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             return tuple(outputs[i] for i in keep)
 
         return call

@@ -6,6 +6,7 @@ P = pages, S = tokens a page, H = key-value heads, D = features of a head.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +55,18 @@ class PagedKeyValues:
         for cache_PSHD in (self.keys, self.values):
             ops.copy_pages_(cache_PSHD, source_N, target_N)
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens) -> Tensor:
-        """Keep k and v, then let each query see the tokens of its sequence up to its own: (T, Hq, D)."""
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens, **options: Any) -> Tensor:
+        """Keep k and v, then let each query see the tokens of its sequence up to its own: (T, Hq, D).
+
+        options: window, softcap, scale of ops.paged_attention.
+        """
         ops.append_kv_(self.keys, self.values, k_THD, v_THD, tokens.table, tokens.sequence, tokens.position)
         n, caches = tokens.num_decodes, (self.keys, self.values)
         outs = []
         if n:
-            outs.append(ops.paged_attention(q_THD[:n, None], *caches, tokens.table[:n], tokens.lengths[:n])[:, 0])
+            rows = tokens.table[:n], tokens.lengths[:n]
+            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *rows, **options)[:, 0])
         if tokens.cu_seqlens is not None:
-            rows = tokens.table[n:], tokens.lengths[n:], tokens.cu_seqlens
-            outs.append(ops.paged_prefill(q_THD[n:], *caches, *rows, max_seqlen_q=tokens.longest))
+            chunks = tokens.table[n:], tokens.lengths[n:], tokens.cu_seqlens
+            outs.append(ops.paged_prefill(q_THD[n:], *caches, *chunks, max_seqlen_q=tokens.longest, **options))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,10 +1,19 @@
 """One function an op, plain tensors in and out. Each runs the best variant for its arguments: see registry.py."""
 
+from cs336.ops.activation import geglu as geglu
+from cs336.ops.activation import relu2 as relu2
+from cs336.ops.activation import swiglu as swiglu
 from cs336.ops.adamw import adamw_ as adamw_
 from cs336.ops.attention import attention as attention
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
+from cs336.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.layer_norm import layer_norm as layer_norm
+from cs336.ops.linear_attention import gated_delta_rule as gated_delta_rule
+from cs336.ops.linear_attention import linear_attention as linear_attention
+from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
+from cs336.ops.long_conv import long_conv as long_conv
 from cs336.ops.paged_attention import paged_attention as paged_attention
 from cs336.ops.paged_attention import paged_prefill as paged_prefill
 from cs336.ops.paged_cache import append_kv_ as append_kv_
@@ -18,4 +27,3 @@ from cs336.ops.sample import Sampled as Sampled
 from cs336.ops.sample import sample as sample
 from cs336.ops.silu import silu as silu
 from cs336.ops.softmax import softmax as softmax
-from cs336.ops.swiglu import swiglu as swiglu

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import rows
 from cs336.ops.ref import paged_attention as ref
 
 MAX_DECODE_QUERIES = 8
@@ -62,7 +62,9 @@ def paged_attention(
             "ops.paged_prefill takes more"
         )
     args = _contiguous(q), _contiguous(k_cache), _contiguous(v_cache), page_table, seq_lens
-    out, lse = registry.call("paged_attention", *args, *_options(q, scale, window, softcap, sinks))
+    options = _options(q, scale, window, softcap, sinks)
+    _check_decode(*args, *options)
+    out, lse = registry.call("paged_attention", *args, *options)
     return (out, lse) if return_lse else out
 
 
@@ -93,7 +95,9 @@ def paged_prefill(
     Returns out (T, H, E) like q, or (out, lse). Raises ValueError as `paged_attention` does.
     """
     args = _contiguous(q), _contiguous(k_cache), _contiguous(v_cache), page_table, seq_lens, cu_seqlens_q, max_seqlen_q
-    out, lse = run("paged_prefill", *args, *_options(q, scale, window, softcap, sinks))
+    options = _options(q, scale, window, softcap, sinks)
+    _check_prefill(*args, *options)
+    out, lse = registry.call("paged_prefill", *args, *options)
     return (out, lse) if return_lse else out
 
 
@@ -130,7 +134,7 @@ def _check_prefill(
     if max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q must not be negative, got {max_seqlen_q}")
     _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks, cu_seqlens_q.shape[0] - 1)
-    if not _readable(cu_seqlens_q):
+    if not readable(cu_seqlens_q):
         return
     lengths = cu_seqlens_q.diff()
     if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != q.shape[0] or (lengths < 0).any():
@@ -166,7 +170,7 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
         raise ValueError(f"sinks must be {(H,)} torch.float32 on {q.device}, got {_like(sinks)}")
     if sinks is not None and not sinks.is_contiguous():
         raise ValueError(f"sinks must be contiguous, got stride {sinks.stride()}")
-    if _readable(seq_lens, page_table):
+    if readable(seq_lens, page_table):
         _check_pages(k_cache, page_table, seq_lens)
 
 
@@ -202,9 +206,9 @@ def _check_ints(name: str, x: Tensor, shape: str, dims: int, device: torch.devic
         raise ValueError(f"{name} must be contiguous, got stride {x.stride()}")
 
 
-def _readable(*tensors: Tensor) -> bool:
-    """Whether looking at what they hold costs nothing: on a GPU it would wait, and a fake tensor holds nothing."""
-    return all(x.device.type == "cpu" and type(x) is Tensor for x in tensors)
+def readable(*tensors: Tensor) -> bool:
+    """Whether looking at what they hold costs nothing: on a GPU it would wait, and a compiler's hold nothing."""
+    return not torch.compiler.is_compiling() and all(x.device.type == "cpu" and type(x) is Tensor for x in tensors)
 
 
 def _like(x: Tensor) -> str:

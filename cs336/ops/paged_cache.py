@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.dispatch import rows
-from cs336.ops.paged_attention import check_caches, check_table
+from cs336.ops.paged_attention import check_caches, check_table, readable
 from cs336.ops.ref import paged_cache as ref
 
 
@@ -33,7 +33,9 @@ def append_kv_(
     Raises ValueError for arguments that do not fit. What the int32 tensors hold is checked on a CPU; on a GPU a token
     whose place is outside the table or the cache is skipped.
     """
-    registry.call("append_kv_", k_cache, v_cache, rows(k), rows(v), page_table, sequences, positions)
+    args = k_cache, v_cache, _contiguous(k), _contiguous(v), page_table, sequences, positions
+    _check_append(*args)
+    registry.call("append_kv_", *args)
 
 
 def copy_pages_(cache: Tensor, sources: Tensor, targets: Tensor) -> None:
@@ -47,7 +49,12 @@ def copy_pages_(cache: Tensor, sources: Tensor, targets: Tensor) -> None:
     Raises ValueError for arguments that do not fit. What sources and targets hold is checked on a CPU; on a GPU a pair
     outside the cache is skipped.
     """
+    _check_copy(cache, sources, targets)
     registry.call("copy_pages_", cache, sources, targets)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 else rows(x)
 
 
 def _check_append(k_cache, v_cache, k, v, page_table, sequences, positions) -> None:
@@ -65,7 +72,7 @@ def _check_append(k_cache, v_cache, k, v, page_table, sequences, positions) -> N
     check_table(page_table, k_cache)
     _check_indices("sequences", sequences, k.shape[0], k_cache.device)
     _check_indices("positions", positions, k.shape[0], k_cache.device)
-    if positions.device.type != "cpu" or type(positions) is not Tensor:
+    if not readable(page_table, sequences, positions):
         return
     live = positions >= 0
     sequence, position = sequences[live].long(), positions[live].long()
@@ -84,7 +91,7 @@ def _check_copy(cache, sources, targets) -> None:
         raise ValueError("cache must be (P, page, Hkv, D), got no dims")
     _check_indices("sources", sources, None, cache.device)
     _check_indices("targets", targets, sources.shape[0], cache.device)
-    if targets.device.type != "cpu" or type(targets) is not Tensor:
+    if not readable(sources, targets):
         return
     for name, x in (("sources", sources), ("targets", targets)):
         if (x >= cache.shape[0]).any():

@@ -66,6 +66,7 @@ def sample(
         logits = rows(logits)
     penalties = repetition_penalty, presence_penalty, frequency_penalty
     options = counts, *penalties, bias, num_logprobs
+    _check(logits, temperature, top_k, top_p, min_p, seeds, offsets, *options)
     return Sampled(*run("sample", logits, temperature, top_k, top_p, min_p, seeds, offsets, *options))
 
 

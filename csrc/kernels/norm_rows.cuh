@@ -1,22 +1,12 @@
 // A thread's place in the rows of norm_fwd and norm_bwd, and how it reads and writes them.
 #pragma once
 #include <cstdint>
-#include <initializer_list>
 
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "kernels/norm_plan.h"
 
 namespace cs336::cuda {
-
-// Whether these rows, and these features, all start at multiples of 16 bytes.
-inline bool all_aligned(int64_t M, int64_t element_size, std::initializer_list<int64_t> strides,
-                        std::initializer_list<const void*> pointers) {
-  const auto stride_fits = [&](int64_t stride) { return M <= 1 || stride * element_size % 16 == 0; };
-  const auto pointer_fits = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return std::all_of(strides.begin(), strides.end(), stride_fits) &&
-         std::all_of(pointers.begin(), pointers.end(), pointer_fits);
-}
 
 // One thread's place.
 template <typename T, Span kSpan>
@@ -48,30 +38,6 @@ struct Place {
   __device__ __forceinline__ int column(int v) const { return (v * width + mine) * kVec<T>; }
   __device__ __forceinline__ bool has(int v) const { return column(v) < N; }
 };
-
-enum class Access { kVectors, kElements };  // 16 bytes at once, where they are aligned, or one element after the other
-
-// Not through the read-only path (__ldg): a predecessor may still be writing when the kernel starts.
-template <typename T, Access kAccess = Access::kVectors>
-__device__ __forceinline__ uint4 load(const void* global, int64_t element) {
-  if constexpr (kAccess == Access::kVectors) {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(global) + element);
-  } else if constexpr (sizeof(T) == 4) {
-    const uint32_t* words = static_cast<const uint32_t*>(global) + element;
-    return {words[0], words[1], words[2], words[3]};
-  } else {
-    const uint16_t* halves = static_cast<const uint16_t*>(global) + element;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = halves[2 * i] | static_cast<uint32_t>(halves[2 * i + 1]) << 16;
-    return {words[0], words[1], words[2], words[3]};
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void store(void* global, int64_t element, const uint4& packed) {
-  *reinterpret_cast<uint4*>(static_cast<T*>(global) + element) = packed;
-}
 
 // As many of the features (N,) from `column` on as rows of T have in 16 bytes; the features are float or T.
 template <typename T, Access kAccess = Access::kVectors>

@@ -37,8 +37,8 @@ void append_kv_op(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
 
 void copy_pages_op(const Tensor& cache, const Tensor& sources, const Tensor& targets) {
   check_cache(cache, "cache");
-  check_index(sources, "sources", sources.size(0), cache);
-  check_index(targets, "targets", sources.size(0), cache);
+  check_index(sources, "sources", sources.numel(), cache);
+  check_index(targets, "targets", sources.numel(), cache);
   if (sources.size(0) == 0) return;
   torch::stable::accelerator::DeviceGuard guard(cache.get_device_index());
   copy_pages({.cache = bytes_of(cache),

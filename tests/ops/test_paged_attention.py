@@ -114,8 +114,7 @@ def test_no_sequences_and_no_pages(variant, device):
     assert ops.paged_attention(q[:0], k, v, table[:0], lens[:0]).shape == (0, 1, 2, DIMS[0])
 
 
-@pytest.mark.parametrize("Q", [1, 3])
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("group", "Q"), [(1, 1), (4, 3), (4, 1)] if CUDA else [(2, 3)])
 def test_a_sequence_gets_the_same_bits_in_any_batch(variant, device, group, Q):
     if variant == "ref":
         pytest.skip("plain torch does not promise it")

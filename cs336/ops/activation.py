@@ -1,0 +1,131 @@
+"""Activations of an MLP, gated or not.
+
+    swiglu = silu(gate) * up        geglu = gelu(gate) * up        Shazeer 2020, arXiv:2002.05202
+    relu2  = max(x, 0)^2                                           So et al. 2021, arXiv:2109.08668
+
+The backward computes the activation again: it keeps the inputs alone. Bytes that must move, in elements of a tensor:
+gated 3 forward and 5 backward, relu2 2 and 3; 5 to 30 FLOPs an element: memory-bound on every device.
+"""
+
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cs336.ops import registry
+from cs336.ops.dispatch import has_kernel
+from cs336.ops.norm import rows
+from cs336.ops.ref import activation as ref
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Kind(IntEnum):
+    """As csrc/kernels/activation.h and ops/triton/activation.py number them."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU2 = 3
+
+
+def _check(x: Tensor, up: Tensor | None, kind: int, **others: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be (M, N), floating point, its last dim contiguous, got {_like(x)} {x.stride()}")
+    for name, t in {"up": up, **others}.items():
+        if t is None:
+            continue
+        if (t.shape, t.dtype, t.device) != (x.shape, x.dtype, x.device) or (t.shape[1] > 1 and t.stride(1) != 1):
+            raise ValueError(f"{name} must be like x, {_like(x)}, its last dim contiguous, got {_like(t)} {t.stride()}")
+    if kind not in tuple(Kind):
+        raise ValueError(f"kind must be one of {', '.join(f'{k.value} ({k.name})' for k in Kind)}, got {kind}")
+
+
+def _no_float64(x: Tensor, *_) -> str | None:
+    return None if x.dtype in FLOATS else f"{x.dtype} is computed by the reference alone"
+
+
+KERNELS = {"native": _no_float64, "triton": _no_float64}
+
+registry.define(
+    "activation_fwd(Tensor x, Tensor? up, int kind) -> Tensor",
+    fake=lambda x, up, kind: x.new_empty(x.shape),
+    ref=ref.fwd,
+    triton="activation.fwd",
+    check=_check,
+    supports=KERNELS,
+)
+registry.define(
+    "activation_bwd(Tensor x, Tensor? up, Tensor dy, int kind) -> (Tensor dx, Tensor dup)",
+    fake=lambda x, up, dy, kind: (x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape)),
+    ref=ref.bwd,
+    triton="activation.bwd",
+    check=lambda x, up, dy, kind: _check(x, up, kind, dy=dy),
+    supports=KERNELS,
+)
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MN, up_MN, kind):
+        ctx.save_for_backward(x_MN, up_MN)
+        ctx.kind = kind
+        return registry.call("activation_fwd", x_MN, up_MN, kind)
+
+    @staticmethod
+    def backward(ctx, dy_MN):
+        x_MN, up_MN = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: differentiable again
+            dx_MN, dup_MN = ref.bwd(x_MN, up_MN, dy_MN, ctx.kind)
+        else:
+            dx_MN, dup_MN = registry.call("activation_bwd", x_MN, up_MN, rows(dy_MN), ctx.kind)
+        return dx_MN, None if up_MN is None else dup_MN, None
+
+
+def activate(x: Tensor, up: Tensor | None, kind: Kind) -> Tensor | None:
+    """act(x), or act(x) * up, by a kernel; by the reference if that is forced; None if neither is to run."""
+    if registry.forced() == "ref":
+        return ref.fwd(x, up, int(kind))
+    if x.dim() == 0 or x.shape[-1] == 0 or not has_kernel("activation_fwd", x, up, int(kind)):
+        return None
+    return _Activation.apply(rows(x), None if up is None else rows(up), int(kind)).view(x.shape)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element by element.
+
+    gate, up: one shape (any), one floating-point dtype; rows may be strided, as halves of one matmul's result are.
+    Returns a tensor like them. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check_gated(gate, up)
+    y = activate(gate, up, Kind.SILU)
+    return F.silu(gate) * up if y is None else y
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up, element by element; approximate "tanh" as torch's gelu has it. Otherwise as swiglu."""
+    _check_gated(gate, up)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    y = activate(gate, up, Kind.GELU if approximate == "none" else Kind.GELU_TANH)
+    return F.gelu(gate, approximate=approximate) * up if y is None else y
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2, element by element. x: any shape, floating point; else ValueError."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    y = activate(x, None, Kind.RELU2)
+    return F.relu(x).square() if y is None else y
+
+
+def _check_gated(gate: Tensor, up: Tensor) -> None:
+    if not gate.is_floating_point():
+        raise ValueError(f"gate must be floating point, got {gate.dtype}")
+    if (up.shape, up.dtype, up.device) != (gate.shape, gate.dtype, gate.device):
+        raise ValueError(f"up must be like gate, {_like(gate)}, got {_like(up)}")
+
+
+def _like(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
