@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from cs336.cli import serving
 from cs336.cli.common import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,7 +22,12 @@ def env(arguments: list[str]) -> Run:
 
 
 def bench(arguments: list[str]) -> Run:
-    """Time the kernels and training beside their peers: `cs336 bench ops`, `cs336 bench train`."""
+    """Time what there is: kernels and training beside their peers, and a model's answers.
+
+    `cs336 bench ops`, `cs336 bench train`; `cs336 bench offline|latency MODEL`, `cs336 bench serve URL`.
+    """
+    if arguments and arguments[0] in {"offline", "latency", "serve"}:
+        return serving.bench(arguments)
     if not (ROOT / "benchmarks" / "run.py").exists():
         raise FileNotFoundError(
             "the benchmarks are in the repository, not in an installed package: run this in a clone"

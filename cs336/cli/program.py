@@ -14,6 +14,7 @@ from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, info, report
 from cs336.cli.quickstart import quickstart
+from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
@@ -22,6 +23,8 @@ VERBS: dict[str, Make] = {
     "quickstart": quickstart,
     "train": train,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "evaluate": evaluate,
     "compare-hf": compare_hf,
     "report": report,

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cs336.inference.sampling import SamplingParams, Uniforms, sample
+from cs336.inference.sampling import SamplingParams, Uniforms, refuse_engine_only, sample
+from cs336.inference.vocabulary import encode_prompts, ends_of, unused_ids
 from cs336.models import DecodingState, Transformer
 from cs336.tokenizer.text_stream import TextStream
 from cs336.utils import nvtx
-from cs336.utils.special_tokens import END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if num_samples < 1:
         raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
-    ends, encoded = _ends(model, tokenizer), _encode(model, tokenizer, prompts)
+    ends, encoded = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, prompts)
     read = [_end_of(ids, model, params) for ids in encoded]
     count = len(prompts) * num_samples
     texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
     pieces: list[list[str]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
     finished: set[int] = set()
-    for row, token_id in _decode(model, read, params, finished, _unused(model, tokenizer), num_samples):
+    for row, token_id in _decode(model, read, params, finished, unused_ids(model, tokenizer), num_samples):
         if token_id in ends:
             finished.add(row)
             continue
@@ -86,7 +86,7 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
     Warns where generate sets `dropped`. Raises what generate does.
     """
     params = params or SamplingParams()
-    ends, (ids,) = _ends(model, tokenizer), _encode(model, tokenizer, [prompt])
+    ends, (ids,) = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, [prompt])
     read = _end_of(ids, model, params)
     if dropped := len(ids) - len(read):
         warnings.warn(
@@ -95,7 +95,7 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
             stacklevel=2,
         )
     text = TextStream(tokenizer, params.stop)
-    for _, token_id in _decode(model, [read], params, set(), _unused(model, tokenizer)):
+    for _, token_id in _decode(model, [read], params, set(), unused_ids(model, tokenizer)):
         if token_id in ends:
             break
         if piece := text.push(token_id):
@@ -127,7 +127,8 @@ def generate_ids(
     if any(isinstance(row, int) for row in token_ids):
         raise ValueError("token_ids must be a sequence of sequences of ids: write [ids] for one row")
     prompts = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
-    ends: Collection[int] = model.end_ids if end_id is None else (end_id,) if isinstance(end_id, int) else end_id
+    own: Collection[int] = model.end_ids if end_id is None else (end_id,) if isinstance(end_id, int) else end_id
+    ends = params.ends(own)
     ids: list[list[int]] = [[] for _ in prompts]
     finished: set[int] = set()
     for row, token_id in _decode(model, prompts, params, finished):
@@ -137,47 +138,12 @@ def generate_ids(
     return ids
 
 
-def _ends(model: Transformer, tokenizer) -> Collection[int]:
-    """The ids that end a text."""
-    if not model.end_ids:
-        return [i for text, i in tokenizer.special_tokens.items() if text == END_OF_TEXT]
-    if not any(i in tokenizer.vocab for i in model.end_ids):
-        raise ValueError(
-            f"the model ends a text with token {model.end_ids[0]}, which the tokenizer does not have: "
-            "use the tokenizer that the model was trained with"
-        )
-    return model.end_ids
-
-
-def _encode(model: Transformer, tokenizer, prompts: list[str]) -> list[list[int]]:
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-            "use the tokenizer that the model was trained with"
-        )
-    encoded = [tokenizer.encode(prompt, allowed_special="all") for prompt in prompts]
-    if all(encoded):
-        return encoded
-    begin = tokenizer.special_tokens.get(END_OF_TEXT, model.special_ids.get("bos_token_id"))
-    if begin is None:
-        raise ValueError(
-            f"an empty prompt begins a document after {END_OF_TEXT}, which this tokenizer lacks: give a text"
-        )
-    return [ids or [begin] for ids in encoded]
-
-
 def _end_of(ids: list[int], model: Transformer, params: SamplingParams) -> list[int]:
     """A prompt, or of one that leaves no room in the context its end."""
     context_length = model.config.context_length
     if len(ids) < context_length:
         return ids
     return ids[-max(1, context_length - min(params.max_tokens, context_length // 2)) :]
-
-
-def _unused(model: Transformer, tokenizer) -> list[int]:
-    """Rows of the embedding that are no token: holes in the vocabulary, and padding to a round size."""
-    vocab = tokenizer.vocab
-    return [i for i in range(model.config.vocab_size) if i not in vocab]
 
 
 @torch.inference_mode()
@@ -193,6 +159,7 @@ def _decode(
 
     Row i * num_samples + n is sample n of prompt i. The caller adds the rows that shall end to `finished`.
     """
+    refuse_engine_only(params)
     _check(model, prompts)
     if not prompts:
         return

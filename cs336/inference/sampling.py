@@ -3,11 +3,13 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,31 @@ class SamplingParams:
     """Same seed, same continuation, whatever else is in the batch. None: torch's global generator."""
     stop: tuple[str, ...] | str = ()
     """Strings that end the text; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text, besides the model's own; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on past the model's own ends."""
+    min_tokens: int = 0
+    """Until so many tokens are sampled none of those that end the text is."""
+    n: int = 1
+    """Continuations of each prompt; with a seed the i-th is that of seed + i."""
+    logprobs: int | None = None
+    """Log-probabilities of each sampled token and of so many likeliest ones, 0 to 20."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, from the second on."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that were there, and multiplies the others (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens in the output, for each time that they are there."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Token: what is added to its logits. Kept as pairs."""
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", self.biases)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         for name in ("top_k", "max_tokens"):
@@ -44,6 +68,48 @@ class SamplingParams:
             raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which would end every text at once")
+        if not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"n must be an integer, 1 or more, got {self.n}")
+        if not isinstance(self.min_tokens, int) or not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens must be in 0..max_tokens, {self.max_tokens}, got {self.min_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 0 <= value <= MAX_LOGPROBS):
+                raise ValueError(f"{name} must be an integer in 0..{MAX_LOGPROBS}, got {value}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        for name, value in (
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+            *((f"logit_bias of token {token}", bias) for token, bias in self.biases),
+        ):
+            if not -100 <= value <= 100:
+                raise ValueError(f"{name} must be in -100..100, got {value}")
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as pairs."""
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        return tuple((int(token), float(value)) for token, value in pairs)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def ends(self, of_model: Collection[int]) -> tuple[int, ...]:
+        """The tokens that end a text, of which a model has some of its own."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else of_model))
+
+
+ENGINE_ONLY = {"min_tokens", "n", "logprobs", "prompt_logprobs", "logit_bias"}
+ENGINE_ONLY |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+
+
+def refuse_engine_only(params: SamplingParams) -> None:
+    """Raises ValueError for what an engine does, and `generate` does not."""
+    if wanted := [name for name in sorted(ENGINE_ONLY) if getattr(params, name) != getattr(SamplingParams, name)]:
+        raise ValueError(f"generate and stream do not take {', '.join(wanted)}: use cs336.inference.LLM")
 
 
 def top_k(logits_BV: Tensor, k: int) -> Tensor:

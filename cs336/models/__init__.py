@@ -11,4 +11,5 @@ from cs336.models.memory import Memory as Memory
 from cs336.models.memory import decoding_memory as decoding_memory
 from cs336.models.memory import training_memory as training_memory
 from cs336.models.state import DecodingState as DecodingState
+from cs336.models.state import PagedState as PagedState
 from cs336.models.transformer import Transformer as Transformer

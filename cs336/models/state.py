@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cs336.nn import MixerState
+from cs336.nn import Context, MixerState, PagedKeyValues, PagedTokens
 
 
 class DecodingState:
@@ -36,6 +36,13 @@ class DecodingState:
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
+
+    def context(self, token_ids_BS: Tensor, positions: Tensor | None, segments_BS: Tensor | None) -> Context:
+        """Where these tokens stand. Raises ValueError for another number of rows, and where there is no room."""
+        if self.batch_size != len(token_ids_BS):
+            raise ValueError(f"the state is of {self.batch_size} rows, token_ids of {len(token_ids_BS)}")
+        reach = self.reach(token_ids_BS.shape[1])
+        return Context(positions, segments=segments_BS, lengths=self.lengths, reach=reach)
 
     @property
     def nbytes(self) -> int:
@@ -101,3 +108,34 @@ class DecodingState:
         if (longest := int(self.lengths.max()) + tokens) > self.max_len:
             raise ValueError(f"the state has room for {self.max_len} tokens a row, {longest} were to be kept")
         return longest
+
+
+class PagedState:
+    """Pools of pages, one a layer, which sequences share by one table: see nn/paged.py. `tokens` says whose those of
+    the next pass are; these are one row (1, T) of token_ids."""
+
+    def __init__(self, layers: Sequence[PagedKeyValues]):
+        self.layers = list(layers)
+        self.tokens: PagedTokens | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
+        """In every layer what page source_N[i] holds is in page target_N[i] too. int64."""
+        for layer in self.layers:
+            layer.copy_pages(source_N, target_N)
+
+    def context(self, token_ids_BS: Tensor, positions: Tensor | None, segments_BS: Tensor | None) -> Context:
+        """Where these tokens stand. Raises ValueError where `tokens` does not say it, and for positions or segments."""
+        tokens = self.tokens
+        if tokens is None or token_ids_BS.shape != (1, len(tokens.position)):
+            raise ValueError(f"a paged state needs its tokens described for token_ids {tuple(token_ids_BS.shape)}")
+        if positions is not None or segments_BS is not None:
+            raise ValueError("a paged state knows the positions of its tokens: give neither positions nor segments")
+        return Context(tokens.position.clamp(min=0)[None], paged=tokens)
+
+    def advance(self, counts: Tensor | int) -> None:
+        """Its sequences are as long as the next `tokens` will say."""

@@ -9,7 +9,7 @@ from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
-from cs336.models.state import DecodingState
+from cs336.models.state import DecodingState, PagedState
 from cs336.nn import (
     Context,
     Embedding,
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        state: DecodingState | None = None,
+        state: DecodingState | PagedState | None = None,
         targets: Tensor | None = None,
         ignore_index: int = -100,
         return_routing: bool = False,
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        state: DecodingState | None = None,
+        state: DecodingState | PagedState | None = None,
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
         return self._normed(self._layers(token_ids_BS, positions, segments, state))
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         token_ids_BS: Tensor,
         positions: Tensor | None,
         segments: Tensor | None,
-        state: DecodingState | None,
+        state: DecodingState | PagedState | None,
     ) -> Stream:
         context = self._context(token_ids_BS, positions, segments, state)
         stream = Stream(self._embed(token_ids_BS, context), None)
@@ -219,12 +219,23 @@ class Transformer(nn.Module):
         ]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
+    def new_pages(self, num_pages: int, page_size: int) -> PagedState:
+        """Pools of num_pages pages of page_size tokens, of this model's dtype and device: see nn/paged.py.
+
+        Raises ValueError where a mixer's state has no pages.
+        """
+        mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
+        if odd := next((mixer for mixer in mixers if not hasattr(mixer, "new_pages")), None):
+            raise ValueError(f"{type(odd).__name__} keeps a state that has no pages: use generate")
+        place = {"device": self.device, "dtype": self.compute_dtype}
+        return PagedState([mixer.new_pages(num_pages, page_size, **place) for mixer in mixers])
+
     def _context(
         self,
         token_ids_BS: Tensor,
         positions: Tensor | None,
         segments_BS: Tensor | None,
-        state: DecodingState | None,
+        state: DecodingState | PagedState | None,
     ) -> Context:
         if token_ids_BS.dim() != 2:
             raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids_BS.shape)}")
@@ -235,9 +246,7 @@ class Transformer(nn.Module):
                 f"got {tuple(segments_BS.shape)} {segments_BS.dtype}"
             )
         if state is not None:
-            if state.batch_size != B:
-                raise ValueError(f"the state is of {state.batch_size} rows, token_ids of {B}")
-            return Context(positions, segments=segments_BS, lengths=state.lengths, reach=state.reach(S))
+            return state.context(token_ids_BS, positions, segments_BS)
         if segments_BS is not None:
             return Context.packed(segments_BS, positions)
         if positions is None and self.config.context_length < S:

@@ -10,6 +10,7 @@ from cs336 import ops
 from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities
 from cs336.nn.linear import Linear
 from cs336.nn.norms import RMSNorm, RMSNormConfig
+from cs336.nn.paged import PagedKeyValues
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
 from cs336.nn.recent import Recent
 from cs336.nn.state import Context, KeyValues
@@ -97,10 +98,24 @@ class Attention(nn.Module):
             return Recent.allocate(batch_size, self.window, shape, shape, rollback=rollback, device=device, dtype=dtype)
         return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
 
-    def forward(self, x_BSM: Tensor, context: Context | None = None, state: KeyValues | Recent | None = None) -> Tensor:
+    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
+        """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state.
+
+        Raises ValueError for attention that is not causal, and with alibi.
+        """
+        if not self.causal or self.alibi is not None:
+            raise ValueError("attention reads pages where it is causal and without alibi: use generate")
+        weight = self.k_proj.weight
+        place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        return PagedKeyValues.allocate(num_pages, page_size, self.num_kv_heads, self.head_dim, **place)
+
+    def forward(
+        self, x_BSM: Tensor, context: Context | None = None, state: KeyValues | Recent | PagedKeyValues | None = None
+    ) -> Tensor:
         """x (..., S, d_model) -> (..., S, d_model).
 
-        context: positions, and the mask of x or its cu_seqlens; with a state its lengths.
+        context: positions, and the mask of x or its cu_seqlens; with a state its lengths, or whose tokens x (1, T,
+            d_model) are and the pages of theirs.
         state: the tokens before x (B, S, d_model), of which context.lengths are kept; x's keys and values join them.
 
         Raises ValueError for shapes or dtypes that do not fit.
@@ -157,10 +172,22 @@ class Attention(nn.Module):
         return None if self.window is None or self.window >= S else (self.window - 1, 0)
 
     def _continue(
-        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state: KeyValues | Recent
+        self,
+        q_BHSD: Tensor,
+        k_BHSD: Tensor,
+        v_BHSD: Tensor,
+        context: Context,
+        state: KeyValues | Recent | PagedKeyValues,
     ) -> Tensor:
         if not self.causal or context.mask is not None or context.cu_seqlens is not None:
             raise ValueError("a state needs causal attention without a mask or cu_seqlens: it holds what may be seen")
+        if isinstance(state, PagedKeyValues):
+            if context.paged is None:
+                raise ValueError("a paged state needs context.paged: whose tokens these are, and their pages")
+            q_THD, k_THD, v_THD = (x_BHSD[0].transpose(0, 1) for x_BHSD in (q_BHSD, k_BHSD, v_BHSD))
+            before = None if self.window is None else self.window - 1
+            options = {"window": before, "softcap": self.softcap, "scale": self.scale}
+            return state.attend(q_THD, k_THD, v_THD, context.paged, **options).transpose(0, 1)[None]
         begins, S, new = state.empty, q_BHSD.shape[2], (k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2))
         if isinstance(state, KeyValues):
             state.append(*new, context)

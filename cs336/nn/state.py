@@ -7,12 +7,15 @@ B = batch, H = key-value heads, S = new tokens, T = tokens that a state has room
 """
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from cs336.ops.attention_varlen import cu_seqlens
+
+if TYPE_CHECKING:
+    from cs336.nn.paged import PagedTokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Context:
     them apart in attention, in place of a mask."""
     reach: int | None = None
     """How many of a state's slots hold all tokens, these included, where that is known: no others are read."""
+    paged: "PagedTokens | None" = None
+    """Whose tokens these are, and the pages of theirs, where the state is paged."""
 
     @staticmethod
     def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":

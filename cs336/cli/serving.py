@@ -1,0 +1,116 @@
+"""`cs336 serve`, `cs336 chat`, and `cs336 bench serve|offline|latency`."""
+
+import os
+import sys
+from typing import Annotated, Any, Literal
+
+from tyro.conf import DisallowNone, Positional, arg
+
+from cs336.cli.common import MaybePath, Path, Run
+from cs336.utils.terminal import visible
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _dtype(name: Dtype) -> Any:
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def serve(arguments: list[str]) -> Run:
+    """A model behind OpenAI's interface, with a page to chat on: `cs336 serve runs/mine`, then open the address."""
+    from cs336.inference import LLM, EngineConfig
+
+    try:
+        from cs336.inference.server.app import ServerConfig
+        from cs336.inference.server.serve import serve as listen
+    except ImportError as error:
+        raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
+
+    def run(
+        model: Positional[Path],
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
+        engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: of the weights. auto: as they were saved.
+        """
+        listen(LLM(model, tokenizer, device=device, dtype=_dtype(dtype), **vars(engine)), server)
+
+    return run
+
+
+def chat(arguments: list[str]) -> Run:
+    """Talk to a model in the terminal. /new forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from cs336.inference import LLM, SamplingParams
+    from cs336.inference.talk import Talk
+
+    def run(
+        model: Positional[Path],
+        system: DisallowNone[str | None] = None,
+        tokenizer: MaybePath = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(temperature=0.7, max_tokens=512),  # noqa: B008
+    ) -> None:
+        """
+        Args:
+            model: an export, a checkpoint, or a run directory, of which the newest is taken.
+            system: what the model is told first.
+            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            device: auto (a GPU if there is one), cpu, cuda.
+            dtype: of the weights. auto: as they were saved.
+        """
+        llm = LLM(model, tokenizer, device=device, dtype=_dtype(dtype), max_seqs=1)
+        talk = Talk(llm, sampling, system)
+        shown = visible if sys.stdout.isatty() else str
+        prompt = "> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                said = input(prompt).strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if said == "/quit":
+                return
+            if said == "/new":
+                talk.forget()
+                continue
+            if not said:
+                continue
+            pieces = talk.say(said)
+            try:
+                for piece in pieces:
+                    print(shown(piece), end="", flush=True)
+                print(f"\n[{talk.speed:.1f} tokens/s]")
+            except KeyboardInterrupt:
+                pieces.close()
+                print()
+            except ValueError as error:
+                print(f"cs336: {error}", file=sys.stderr)
+
+    return run
+
+
+def bench(arguments: list[str]) -> Run:
+    """Time a model's answers: `cs336 bench offline|latency|serve MODEL`; the last line is JSON."""
+    import tyro
+
+    from cs336.inference import bench as measured
+
+    def run() -> int:
+        app = tyro.extras.SubcommandApp()
+        for name, call in (("offline", measured.offline), ("latency", measured.latency), ("serve", measured.serve)):
+            app.command(name=name)(call)
+        app.cli(prog="cs336 bench", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        return os.EX_OK
+
+    return run

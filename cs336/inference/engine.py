@@ -1,0 +1,368 @@
+"""Requests in, tokens out: lays out steps, runs them, and turns what they draw into texts.
+
+While the device runs a step the host lays out the next one, so that tokens are seen one step late: a sequence that ends
+with one of them has been given a token more, which is dropped. On a CPU, where nothing runs beside the host, there is
+no such lag.
+"""
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cs336 import ops
+from cs336.inference.memory import EngineMemory, free_memory, plan_memory
+from cs336.inference.outputs import CompletionOutput, RequestOutput, Token
+from cs336.inference.pages import PageCache
+from cs336.inference.runner import Launched, Runner
+from cs336.inference.sampling import SamplingParams
+from cs336.inference.scheduler import Scheduler, Sequence
+from cs336.inference.vocabulary import ends_of, unused_ids
+from cs336.models import Transformer
+from cs336.tokenizer.text_stream import TextStream
+
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or training diverged"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine uses its device."""
+
+    max_seqs: int = 64
+    """That run at once; the others wait."""
+    max_len: int | None = None
+    """Tokens of a sequence, its prompt included; the model's context_length if None."""
+    max_step_tokens: int | None = None
+    """Computed in a step: long prompts come in chunks. None: 8192 on a GPU, 512 on a CPU."""
+    page_size: int = 64
+    num_pages: int | None = None
+    """None: as many as fit and are of use."""
+    memory_share: float | None = None
+    """Of the free memory, for pages and steps. None: 0.9 on a GPU, 0.25 on a CPU."""
+    prefix_cache: bool = True
+    """Prompts that begin with the same tokens share what was computed of these."""
+    cuda_graphs: bool = True
+    overlap: bool | None = None
+    """Lay out a step while the one before runs. None: on a GPU."""
+
+    def __post_init__(self):
+        for name in ("max_seqs", "max_len", "max_step_tokens", "page_size", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.max_step_tokens is not None and self.max_step_tokens < self.max_seqs:
+            raise ValueError(f"max_step_tokens {self.max_step_tokens} must reach max_seqs {self.max_seqs}")
+        if self.memory_share is not None and not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share must be in (0, 1], got {self.memory_share}")
+
+
+@dataclass(eq=False, kw_only=True)
+class Sample(Sequence):
+    """One continuation of a request's prompt."""
+
+    request: "Request"
+    index: int
+    stream: TextStream | None
+    pieces: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    """Those that were sampled, without the end."""
+    end: Token | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, with what became of it so far. Times are of time.perf_counter."""
+
+    id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    samples: list[Sample] = field(default_factory=list)
+    prompt_tokens: dict[int, Token] = field(default_factory=dict)
+    """By their place, of a prompt whose log-probabilities are asked for."""
+    arrived: float = field(default_factory=time.perf_counter)
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finished for sample in self.samples)
+
+    @property
+    def prompt_logprobs(self) -> list[Token | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        return [self.prompt_tokens.get(i) for i in range(len(self.prompt_token_ids))]
+
+    def output(self) -> RequestOutput:
+        """Of a request that has finished. Raises ValueError where its logits were not finite."""
+        if self.error:
+            raise ValueError(self.error)
+        logprobs = self.params.logprobs is not None
+        outputs = [
+            CompletionOutput(
+                s.index,
+                "".join(s.pieces),
+                [token.id for token in s.tokens],
+                s.finish_reason or "cancelled",
+                s.tokens if logprobs else None,
+                s.end,
+            )
+            for s in self.samples
+        ]
+        ids, cached = self.prompt_token_ids, self.samples[0].cached
+        return RequestOutput(self.prompt, ids, outputs, self.prompt_logprobs, cached)
+
+
+class Update(NamedTuple):
+    """A sample went on by a token, ended, or both."""
+
+    sample: Sample
+    text: str
+    """That is certain now."""
+    token: Token | None
+    """None where the end itself was drawn."""
+
+
+@dataclass
+class Stats:
+    """Counted since the engine began."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompts' tokens, those that were not computed."""
+    sampled_tokens: int = 0
+    finished: int = 0
+
+    @property
+    def hit_share(self) -> float:
+        """Of the prompts' tokens, how much was found in the cache."""
+        return self.cached_tokens / max(1, self.cached_tokens + self.prompt_tokens)
+
+
+class Engine:
+    """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
+
+    tokenizer: of the model; without one there are ids alone, and no stop strings.
+    Raises ValueError where the model and what it needs do not fit the memory, and for a tokenizer that is not its.
+    """
+
+    def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
+        config = EngineConfig() if config is None else config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        on_gpu = model.device.type == "cuda"
+        self.max_len = min(config.max_len or model.config.context_length, model.config.context_length)
+        step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
+        self.memory: EngineMemory = plan_memory(
+            model.config,
+            width=model.compute_dtype.itemsize,
+            page_size=config.page_size,
+            max_seqs=config.max_seqs,
+            max_step_tokens=step_tokens,
+            max_len=self.max_len,
+            free=free_memory(model.device, config.memory_share),
+            num_pages=config.num_pages,
+        )
+        self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
+        self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=config.prefix_cache)
+        self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
+        self.runner = Runner(
+            model,
+            model.new_pages(self.memory.num_pages, config.page_size),
+            max_seqs=config.max_seqs,
+            max_step_tokens=step_tokens,
+            most_pages=-(-self.max_len // config.page_size),
+            unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
+            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
+        )
+        self.stats = Stats()
+        self._lag = int(on_gpu if config.overlap is None else config.overlap)
+        self._in_flight: deque[Launched] = deque()
+        self._numbers = itertools.count()
+        self.runner.capture()
+
+    # ---- requests ----
+
+    def add(
+        self,
+        prompt_token_ids: Rows[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        *,
+        score_from: int = 1,
+    ) -> Request:
+        """A new request, the last in the queue.
+
+        score_from: the first token whose log-probability params.prompt_logprobs asks for; those before may be cached.
+
+        Raises ValueError for an empty prompt or one that leaves no room, ids that the model does not have, and stop
+        strings without a tokenizer.
+        """
+        ids = list(prompt_token_ids)
+        self.validate(ids, params)
+        request = Request(next(self._numbers), prompt, ids, params)
+        for index in range(params.n):
+            scored = params.prompt_logprobs is not None and index == 0
+            sample = Sample(
+                token_ids=list(ids),
+                limit=min(params.max_tokens, self.max_len - len(ids)),
+                params=params,
+                seed=_seed(params, index),
+                ends=params.ends(self.ends),
+                score_from=max(1, score_from) if scored else None,
+                request=request,
+                index=index,
+                stream=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
+            )
+            request.samples.append(sample)
+            self.scheduler.add(sample)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End what has not ended of a request; its pages are given back at once."""
+        for sample in request.samples:
+            if not sample.finished:
+                self._finish(sample, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to step for."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight)
+
+    def step(self) -> list[Update]:
+        """Start the next step, and tell what the one before drew; without a lag, what this one did."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._in_flight.append(self.runner.launch(step))
+            self.scheduler.launched()
+            self.stats.steps += 1
+            self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks)
+        if self._in_flight and (step is None or len(self._in_flight) > self._lag):
+            return self._take(self._in_flight.popleft())
+        return []
+
+    def update_weights(self, weights: "Transformer | Mapping[str, Tensor]") -> None:
+        """Go on with other weights: a module's, whose tensors are the engine's from now on, or values by their names,
+        which are copied. Nothing that was computed with the old ones is used again: requests that run begin anew with
+        the tokens that they have.
+
+        Raises ValueError for weights that are not those of the engine's model.
+        """
+        own, module = dict(self.model.named_parameters()), weights if isinstance(weights, Transformer) else None
+        new = dict(weights.named_parameters() if isinstance(weights, Transformer) else weights)
+        for name in own.keys() | new.keys():
+            if name not in own or name not in new or own[name].shape != new[name].shape:
+                shapes = [tuple(x[name].shape) if name in x else "none" for x in (own, new)]
+                raise ValueError(f"{name} is {shapes[0]} in the engine's model and {shapes[1]} in the new weights")
+            kinds = [(x[name].dtype, x[name].device) for x in (own, new)]
+            if module is not None and kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{name} is {kinds[0][0]} on {kinds[0][1]} in the engine's model, {kinds[1][0]} on {kinds[1][1]} "
+                    "in the module: give its state_dict(), which is copied"
+                )
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # the old ones may be in use
+        self.scheduler.forget()
+        if module is None:
+            with torch.no_grad():
+                for name, tensor in new.items():
+                    own[name].copy_(tensor)
+        elif any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items()):
+            self.model.load_state_dict(module.state_dict(), assign=True)
+            self.runner.drop_graphs()
+
+    def check(self) -> None:
+        """Raises AssertionError where a page is held by no sequence, or is free and held."""
+        self.cache.check([sequence.pages for sequence in self.scheduler.running])
+
+    # ---- what was drawn ----
+
+    def _take(self, launched: Launched) -> list[Update]:
+        launched.wait()
+        for scores in launched.scores:
+            assert isinstance(scores.sequence, Sample)
+            for i, token in enumerate(_tokens(scores.drawn), scores.start):
+                scores.sequence.request.prompt_tokens[i] = token
+        updates = []
+        for sample, token in zip(launched.sequences, _tokens(launched.drawn), strict=True):
+            assert isinstance(sample, Sample)
+            if not sample.finished:
+                updates.append(self._advance(sample, token))
+        return updates
+
+    def _advance(self, sample: Sample, token: Token) -> Update:
+        self.scheduler.append(sample, token.id)
+        self.stats.sampled_tokens += 1
+        if token.top:  # as many as the request of the step that wants most
+            token = token._replace(top=token.top[: sample.params.logprobs or 0])
+        text, reason, shown = "", None, None
+        if math.isnan(token.logprob):
+            sample.request.error, reason = NOT_FINITE, "error"
+        elif token.id in sample.ends:
+            sample.end, reason = token, "stop"
+        else:
+            sample.tokens.append(token)
+            shown = token
+            text = "" if sample.stream is None else sample.stream.push(token.id)
+            if sample.stream is not None and sample.stream.stopped:
+                reason = "stop"
+            elif len(sample.token_ids) - sample.num_prompt >= sample.limit:
+                reason = "length"
+        if reason is not None:
+            text += self._finish(sample, reason)
+        if text:
+            sample.pieces.append(text)
+        return Update(sample, text, shown)
+
+    def _finish(self, sample: Sample, reason: str) -> str:
+        """What its text stream held back."""
+        self.scheduler.finish(sample)
+        sample.finish_reason = reason
+        self.stats.finished += 1
+        self.stats.cached_tokens += sample.cached
+        return "" if sample.stream is None else sample.stream.close()
+
+    def validate(self, ids: Rows[int], params: SamplingParams) -> None:
+        """Raises ValueError as `add` does; from any thread."""
+        vocab_size = self.model.config.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty: give it at least one token")
+        named = [*ids, *params.stop_token_ids, *(token for token, _ in params.biases)]
+        if not 0 <= min(named) <= max(named) < vocab_size:
+            bad = min(named) if min(named) < 0 else max(named)
+            raise ValueError(f"there is no token {bad}: the model's are 0 to {vocab_size - 1}")
+        if len(ids) >= self.max_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, which leaves no room in a sequence of {self.max_len}: shorten it"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: give stop_token_ids")
+
+
+def _seed(params: SamplingParams, index: int) -> int:
+    """Of a sample: without one in params, from torch's global generator, but for greedy decoding, which needs none."""
+    if params.seed is not None:
+        return (params.seed + index) % 2**63
+    return int(torch.randint(2**63 - 1, (), device="cpu")) if params.temperature else 0
+
+
+def _tokens(drawn: ops.Sampled) -> Iterator[Token]:
+    ids, logprobs = drawn.token_ids.tolist(), drawn.logprobs.tolist()
+    if not drawn.top_token_ids.shape[1]:
+        return map(Token, ids, logprobs)
+    tops = zip(drawn.top_token_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
+    return map(Token, ids, logprobs, (tuple(zip(*top, strict=True)) for top in tops))
+
+
+def graph_sizes(max_seqs: int) -> tuple[int, ...]:
+    """Batches to capture: all that are computed without an empty row in seven of eight where they are large."""
+    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_seqs + 32, 32)}
+    return tuple(sorted({size for size in sizes if size < max_seqs} | {max_seqs}))

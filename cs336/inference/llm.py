@@ -1,0 +1,170 @@
+"""A model with its engine, for programs: prompts in, texts out.
+
+llm = LLM("runs/mine")
+outputs = llm.generate(["how do ", "def "], SamplingParams(temperature=0.7, max_tokens=64))
+print(outputs[0].text)
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.inference.chat import ChatTemplate
+from cs336.inference.engine import Engine, EngineConfig, Request
+from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.inference.outputs import RequestOutput, Token
+from cs336.inference.sampling import SamplingParams
+from cs336.inference.vocabulary import encode_prompts
+from cs336.models import Transformer
+from cs336.tokenizer import convert
+from cs336.utils.device import pick
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Args:
+        model: an export, a checkpoint or a run directory, of which the newest is taken; or a Transformer, whose tensors
+            are used as they are.
+        tokenizer: of the model, or a file of it; what lies beside a model that is read, if None. A Transformer without
+            one takes and gives ids alone.
+        device, dtype: of a model that is read: "auto" is a GPU if there is one; the dtype is that of the files if None.
+        quiet: do not print on stderr what the memory is for.
+        options: of EngineConfig, max_seqs, max_len, num_pages and more.
+
+    Raises FileNotFoundError where there is no model, ValueError where it does not fit the memory, and for a tokenizer
+    that is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | Transformer,
+        tokenizer: Any = None,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ):
+        self.chat_template, self.name = ChatTemplate(), "cs336"
+        if not isinstance(model, Transformer):
+            found = find_model(model)
+            self.name = pathlib.Path(model).resolve().name
+            tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
+            self.chat_template = ChatTemplate.find(found)
+            model = load_model(found, str(pick(device)), dtype)
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = convert.load(tokenizer)
+        self.tokenizer = tokenizer
+        self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options))
+        if not quiet:
+            print(f"memory: {self.engine.memory}", file=sys.stderr)
+
+    @property
+    def model(self) -> Transformer:
+        return self.engine.model
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt, a text or a list of ids: an output a prompt, in their order.
+
+        params: for all of them, or of each. Special tokens written in a prompt are taken as such.
+        Raises ValueError for prompts that are empty or leave no room, and where a model's logits are not finite.
+        """
+        encoded = self._encode(prompts)
+        each = [params or SamplingParams()] * len(encoded) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(encoded):
+            raise ValueError(f"there are {len(encoded)} prompts and {len(each)} params: give one, or one a prompt")
+        return self._run([(ids, p, text, 1) for (text, ids), p in zip(encoded, each, strict=True)])
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
+        """Continue one prompt, piece by piece: joined, they are generate's text. Closing it early ends the request.
+
+        Raises what generate does.
+        """
+        if self.tokenizer is None:
+            raise ValueError("to stream text takes a tokenizer: give LLM one")
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"a stream is of one continuation, got n = {params.n}")
+        ((text, ids),) = self._encode([prompt])
+        request = self.engine.add(ids, params, text)
+        pieces, seen = request.samples[0].pieces, 0
+        try:
+            while not request.finished:
+                self.engine.step()
+                while seen < len(pieces):
+                    seen += 1
+                    yield pieces[seen - 1]
+            request.output()
+        finally:
+            self.engine.cancel(request)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: lists of {"role": ..., "content": ...}, written by the chat template."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        given = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
+        ending = [dataclasses.replace(p, stop=(*p.stop, *self.chat_template.stop)) for p in given]
+        return self.generate([self.chat_template.render(m) for m in several], ending)  # type: ignore[arg-type]
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], top: int = 0) -> list[list[Token]]:
+        """How likely each continuation is after its prompt: a Token for each of its tokens. What prompts have in common
+        is computed once.
+
+        top: how many of the likeliest tokens to tell in the place of each.
+        Raises ValueError for another number of continuations, and for empty ones.
+        """
+        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
+        if not all(ids for _, (_, ids) in pairs):
+            raise ValueError("there is an empty continuation, which has no tokens to score")
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
+        outputs = self._run([([*a, *b], params, None, len(a)) for (_, a), (_, b) in pairs])
+        found = [output.prompt_logprobs or [] for output in outputs]
+        return [[t for t in row[len(a) :] if t] for row, ((_, a), _) in zip(found, pairs, strict=True)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of prompts: special tokens written in one are taken as such, an empty one begins a document."""
+        return encode_prompts(self.model, self.tokenizer, texts) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises ValueError for an id that the tokenizer does not have."""
+        return self.tokenizer.decode(ids)
+
+    def update_weights(self, weights: Transformer | Mapping[str, Tensor]) -> None:
+        """Go on with other weights, without a restart: see Engine.update_weights."""
+        self.engine.update_weights(weights)
+
+    def _run(self, requests: Sequence[tuple[Sequence[int], SamplingParams, str | None, int]]) -> list[RequestOutput]:
+        added: list[Request] = []
+        try:
+            for ids, params, text, score_from in requests:
+                added.append(self.engine.add(ids, params, text, score_from=score_from))
+            while not all(request.finished for request in added):
+                self.engine.step()
+            return [request.output() for request in added]
+        finally:
+            for request in added:
+                self.engine.cancel(request)
+
+    def _encode(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, Sequence[int]]]:
+        """(text if it was one, ids) of each."""
+        one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
+        listed: list[Any] = [prompts] if one else list(prompts)
+        texts = [prompt for prompt in listed if isinstance(prompt, str)]
+        if texts and self.tokenizer is None:
+            raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
+        ids = iter(self.encode(texts))
+        return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]

@@ -1,0 +1,93 @@
+"""What an engine takes of a device's memory, settled before anything is allocated, or refused with a reason."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cs336.models import TransformerConfig
+
+GPU_SHARE = 0.9  # of what is free, where nothing else is said; the rest is for graphs and libraries
+CPU_SHARE = 0.25
+LOGITS_COPIES = 3  # of the rows that are sampled, in float32: as the head gives them, and what sampling makes of them
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes, by what they are for."""
+
+    weights: int
+    activations: int
+    """Of the largest step, while it runs."""
+    pages: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def tokens(self) -> int:
+        """That the pages hold."""
+        return self.num_pages * self.page_size
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "largest step": self.activations, "pages": self.pages}
+        sizes = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
+        total = sum(parts.values()) / 2**20
+        return f"{total:,.1f} MiB ({sizes}): {self.num_pages} pages of {self.page_size} tokens, {self.tokens} in all"
+
+
+def plan_memory(
+    config: TransformerConfig,
+    *,
+    width: int,
+    page_size: int,
+    max_seqs: int,
+    max_step_tokens: int,
+    max_len: int,
+    free: int,
+    num_pages: int | None = None,
+) -> EngineMemory:
+    """Weights and the largest step first, then as many pages as are of use: at most max_seqs sequences of max_len.
+
+    Args:
+        width: bytes of a weight, of an activation and of what the pages hold.
+        free: bytes that may be used, beside the weights.
+        num_pages: that there shall be, whatever is of use.
+
+    Raises ValueError where not even one sequence of max_len tokens fits.
+    """
+    weights = width * config.num_parameters()
+    block = max(config.blocks, key=lambda block: block.activation_bytes(config.d_model, width))
+    token = block.activation_bytes(config.d_model, width) + 4 * width * config.d_model
+    activations = max_step_tokens * token + max_seqs * config.vocab_size * 4 * LOGITS_COPIES
+    page = config.state_bytes(page_size, width)
+    one = -(-max_len // page_size)
+    fits = max(0, free - activations) // page
+    wanted = max_seqs * one if num_pages is None else num_pages
+    count, MiB = min(fits, wanted), 2**20
+    if count < one or (num_pages is not None and fits < num_pages):
+        what = f"{num_pages} pages" if num_pages is not None and num_pages >= one else f"a sequence of {max_len} tokens"
+        size = max(one, num_pages or 0) * page / MiB
+        raise ValueError(
+            f"{what} takes {size:,.1f} MiB in pages of {page_size} tokens, and {count} pages, "
+            f"{count * page / MiB:,.1f} MiB, may be used: {free / MiB:,.1f} MiB are to be had beside the weights' "
+            f"{weights / MiB:,.1f}, of which the largest step takes {activations / MiB:,.1f}. Lower max_len, "
+            "max_step_tokens or max_seqs, or raise memory_share"
+        )
+    return EngineMemory(weights, activations, count * page, count, page_size)
+
+
+def free_memory(device: torch.device, share: float | None) -> int:
+    """Bytes of a device that may be used: a share of what is free now, by default GPU_SHARE or CPU_SHARE of it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * (GPU_SHARE if share is None else share))
+    return int(_available_on_cpu() * (CPU_SHARE if share is None else share))
+
+
+def _available_on_cpu() -> int:
+    """As the kernel estimates it, without swapping; 4 GiB where it does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            rows = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return 4 << 30
+    return int(rows["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,323 @@
+"""The device's side of a step: what the host says of it in one copy, the forward pass, and a token for each sequence.
+
+A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
+step reads there, so that the host may lay that step out before it has seen the token. A step that only decodes is one
+CUDA graph, captured for batches of a few sizes; smaller batches are filled up with a slot that stays empty.
+
+R = sequences of a step, those that decode first; T = its tokens; B = those sequences of which a token is drawn;
+V = vocabulary; N = log-probabilities beside that of the token.
+"""
+
+import warnings
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cs336 import ops
+from cs336.inference.controls import Controls
+from cs336.inference.sampling import MAX_LOGPROBS
+from cs336.inference.scheduler import Chunk, Sequence, Step
+from cs336.inference.staging import Staging
+from cs336.models import PagedState, Transformer
+from cs336.nn import PagedTokens
+from cs336.ops import registry
+from cs336.utils import nvtx
+
+SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the tokens of a prompt from `start` on, and the likeliest in their places (rows, N)."""
+
+    sequence: Sequence
+    start: int
+    drawn: ops.Sampled
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: once waited for, a token of each sequence, and what was asked of prompts."""
+
+    sequences: list[Sequence]
+    drawn: ops.Sampled
+    scores: list[Scores]
+    done: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+
+class Slots:
+    """What the device knows of the sequences that run: a row each, and an empty one at the end."""
+
+    def __init__(self, num: int, most_pages: int, device: torch.device):
+        self.empty = num
+        self.table = torch.zeros(num + 1, most_pages, dtype=torch.int32, device=device)
+        self.newest = torch.zeros(num + 1, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(num + 1, dtype=torch.int64, device=device)
+        self.top_k = torch.zeros(num + 1, dtype=torch.int32, device=device)
+        self.floats = torch.zeros(3, num + 1, dtype=torch.float32, device=device)  # temperature, top_p, min_p
+
+    def sample(self, logits_BV: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
+        temperature_B, top_p_B, min_p_B = self.floats.index_select(1, slot_B)
+        top_k_B, seed_B = self.top_k.index_select(0, slot_B), self.seeds.index_select(0, slot_B)
+        drawn = ops.sample(
+            logits_BV,
+            temperature_B,
+            top_k_B,
+            top_p_B,
+            min_p_B,
+            seed_B,
+            offset_B.long(),
+            num_logprobs=num_logprobs,
+            **options,
+        )
+        self.newest.index_copy_(0, slot_B.long(), drawn.token_ids)
+        return drawn
+
+
+def _capturable(device: torch.device) -> bool:
+    """Whether a decoding step can be captured: plain torch looks at what tensors hold, which a graph cannot."""
+    if device.type != "cuda":
+        return False
+    slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
+    if slow:
+        reason = registry.missing(slow[0], "native", device)
+        warnings.warn(
+            f"steps are not captured in CUDA graphs: {', '.join(slow)} run plain torch ({reason})", stacklevel=2
+        )
+    return not slow
+
+
+class Runner:
+    """Runs steps of a model on its paged state.
+
+    unused: ids that are no token, and are never drawn.
+    graphs: sizes of the batches whose decoding steps are captured, on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        state: PagedState,
+        *,
+        max_seqs: int,
+        max_step_tokens: int,
+        most_pages: int,
+        unused: tuple[int, ...] = (),
+        graphs: tuple[int, ...] = (),
+    ):
+        self.model, self.state, self.device = model, state, model.device
+        self.slots = Slots(max_seqs, most_pages, self.device)
+        self.controls = Controls(max_seqs + 1, model.config.vocab_size, unused, self.device)
+        self._owners: list[Sequence | None] = [None] * max_seqs
+        # At most: 3 numbers of a row, 4 of a token, 7 of a sequence that begins, 3 of a new entry of the table.
+        size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 2 * max_seqs + 8
+        self._staging = Staging(size, self.device)
+        self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
+        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(self.device) else ()
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the decoding step for each size of batch, the largest first: the others share its memory."""
+        for size in reversed(self._sizes):
+            self._captured(size, 0)
+
+    def drop_graphs(self) -> None:
+        """The weights are other tensors now."""
+        self._graphs.clear()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Start a step, and on a CPU end it. The step before the last must have been waited for."""
+        sequences, n = step.sequences, len(step.decodes)
+        drawn_from = step.decodes + [chunk.sequence for chunk in step.chunks if chunk.samples]
+        controlled = self.controls.wanted(drawn_from)
+        num_logprobs = MAX_LOGPROBS if any(s.params.logprobs for s in drawn_from) else 0
+        num_logprobs = min(num_logprobs, self.model.config.vocab_size)
+        captured = None if step.chunks or controlled else next((size for size in self._sizes if size >= n), None)
+        if captured:
+            graph, drawn = self._captured(captured, num_logprobs)
+        self._staging.begin()
+        rows = self._put_rows(sequences, captured)
+        chunks = self._put_chunks(step) if step.chunks else None
+        self._put_news(sequences, step.copies)
+        scores: list[Scores] = []
+        with nvtx.annotate("prefill" if step.chunks else "decode"):
+            if captured:
+                graph.replay()
+            elif chunks is None:
+                options = self.controls.options(step.decodes, rows[0]) if controlled else self.controls.common(n)
+                drawn = self._decode(rows, num_logprobs, options)
+            else:
+                drawn, scores = self._mixed(step, rows, chunks, drawn_from, num_logprobs, controlled)
+        if controlled:
+            slots = torch.tensor([s.slot for s in drawn_from], device=self.device)
+            self.controls.drawn(slots, drawn.token_ids)
+        drawn = ops.Sampled(*(x[: len(drawn_from)] for x in drawn))
+        return self._bring_home(drawn_from, drawn, scores)
+
+    # ---- what the host tells ----
+
+    def _put_rows(self, sequences: Rows[Sequence], size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, length with the tokens of this step, and how many tokens were drawn before: int32 (R,), first of all,
+        for a graph reads them there."""
+        put, empty = self._staging.put, self.slots.empty
+        slots = put([s.slot for s in sequences], size, empty)  # type: ignore[misc]  # those of a step have one
+        lengths = put([s.computed for s in sequences], size)
+        return slots, lengths, put([s.sampled - 1 for s in sequences], size)
+
+    def _put_chunks(self, step: Step) -> dict[str, Tensor]:
+        put, n = self._staging.put, len(step.decodes)
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        ends = [0]
+        for row, chunk in enumerate(step.chunks, n):
+            ids += chunk.sequence.token_ids[chunk.start : chunk.start + chunk.count]
+            positions += range(chunk.start, chunk.start + chunk.count)
+            rows += [row] * chunk.count
+            ends.append(len(ids))
+        samples = [i for i, chunk in enumerate(step.chunks) if chunk.samples]
+        return {
+            "ids": put(ids),
+            "positions": put(positions),
+            "rows": put(rows),
+            "ends": put(ends),
+            "drawn_tokens": put([*range(n), *(n + ends[i + 1] - 1 for i in samples)]),
+            "drawn_rows": put([*range(n), *(n + i for i in samples)]),
+        }
+
+    def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
+        """Send all, and place what is new of these sequences: pages, and how those are sampled that have new slots."""
+        entries = [(s.slot, j, s.pages[j]) for s in sequences for j in range(s.told, len(s.pages))]
+        fresh = [s for s in sequences if self._owners[s.slot] is not s]  # type: ignore[index]
+        put = self._staging.put
+        cells = [put(column) for column in zip(*entries, strict=True)]
+        pages = [put(column) for column in zip(*copies, strict=True)]
+        if fresh:
+            slots, params = put([s.slot for s in fresh]), [s.params for s in fresh]  # type: ignore[misc]
+            top_k = put([min(p.top_k or 0, self.model.config.vocab_size) for p in params])
+            floats = [self._staging.put_floats(p.temperature for p in params)]
+            floats.append(self._staging.put_floats(1.0 if p.top_p is None else p.top_p for p in params))
+            floats.append(self._staging.put_floats(p.min_p or 0.0 for p in params))
+            halves = put(np.array([s.seed for s in fresh], dtype=np.int64).view(np.int32))
+        self._staging.send()
+        if entries:
+            slot_K, column_K, page_K = cells
+            self.slots.table.index_put_((slot_K.long(), column_K.long()), page_K)
+        for s in sequences:
+            s.told = len(s.pages)
+        if fresh:
+            where = slots.long()
+            self.slots.top_k.index_copy_(0, where, top_k)
+            self.slots.floats.index_copy_(1, where, torch.stack(floats).view(torch.float32))
+            low, high = halves.long().view(-1, 2).unbind(1)
+            self.slots.seeds.index_copy_(0, where, high << 32 | low & 0xFFFFFFFF)
+        for s in fresh:
+            self._owners[s.slot] = s  # type: ignore[index]
+            self.controls.begin(s)
+        if pages:
+            self.state.copy_pages(*pages)
+
+    # ---- the forward pass ----
+
+    def _decode(self, rows: Rows[Tensor], num_logprobs: int, options) -> ops.Sampled:
+        """One token more of each row."""
+        slot_R, length_R, offset_R = rows
+        R = len(slot_R)
+        table = self.slots.table.index_select(0, slot_R)
+        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R)
+        ids_1R = self.slots.newest.index_select(0, slot_R)[None]
+        logits_RV = self.model.logits(self.model.features(ids_1R, state=self.state)[0])
+        return self.slots.sample(logits_RV, slot_R, offset_R, num_logprobs, options)
+
+    def _mixed(
+        self,
+        step: Step,
+        rows,
+        chunks: dict[str, Tensor],
+        drawn_from: list[Sequence],
+        num_logprobs: int,
+        controlled: bool,
+    ) -> tuple[ops.Sampled, list[Scores]]:
+        """One token more of the first rows, and chunks of the others."""
+        slot_R, length_R, offset_R = rows
+        n = len(step.decodes)
+        ids_T = torch.cat((self.slots.newest.index_select(0, slot_R[:n]), chunks["ids"].long()))
+        self.state.tokens = PagedTokens(
+            self.slots.table.index_select(0, slot_R),
+            length_R,
+            torch.cat((self._arange[:n], chunks["rows"])),
+            torch.cat((length_R[:n] - 1, chunks["positions"])),
+            n,
+            chunks["ends"],
+            max(chunk.count for chunk in step.chunks),
+        )
+        features_TM = self.model.features(ids_T[None], state=self.state)[0]
+        scores, begin = [], n
+        for chunk in step.chunks:
+            if chunk.sequence.score_from is not None:
+                scores += self._score(chunk, features_TM[begin : begin + chunk.count])
+            begin += chunk.count
+        slot_B, offset_B = (x.index_select(0, chunks["drawn_rows"]) for x in (slot_R, offset_R))
+        logits_BV = self.model.logits(features_TM.index_select(0, chunks["drawn_tokens"]))
+        options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
+        return self.slots.sample(logits_BV, slot_B, offset_B, num_logprobs, options), scores
+
+    def _score(self, chunk: Chunk, features_TM: Tensor) -> list[Scores]:
+        """Of the tokens that follow those of a chunk, as far as they are of the prompt and asked for."""
+        sequence = chunk.sequence
+        first = max(chunk.start + 1, sequence.score_from or 0)
+        ids = sequence.token_ids[first : min(chunk.start + chunk.count + 1, sequence.num_prompt)]
+        N, scores = sequence.params.prompt_logprobs or 0, []
+        for at in range(0, len(ids), SCORED_ROWS):
+            ids_S1 = torch.tensor(ids[at : at + SCORED_ROWS], device=self.device)[:, None]
+            begin = first + at - 1 - chunk.start  # of the tokens before them
+            logits_SV = self.model.logits(features_TM[begin : begin + len(ids_S1)])
+            logprobs_SV = logits_SV.log_softmax(-1, dtype=torch.float32)
+            top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
+            drawn = ops.Sampled(ids_S1[:, 0], logprobs_SV.gather(1, ids_S1)[:, 0], top.indices, top.values)
+            scores.append(Scores(sequence, first + at, drawn))
+        return scores
+
+    def _captured(self, size: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+        """The graph of a decoding step of `size` rows, which reads them where a step puts them first."""
+        if found := self._graphs.get((size, num_logprobs)):
+            return found
+        rows = slot_R, length_R, _ = self._staging.first(3, size)
+        slot_R.fill_(self.slots.empty)
+        length_R.zero_()
+        options = self.controls.common(size)
+        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
+            self._decode(rows, num_logprobs, options)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            drawn = self._decode(rows, num_logprobs, options)
+        self._graphs[size, num_logprobs] = graph, drawn
+        return graph, drawn
+
+    # ---- what comes back ----
+
+    def _bring_home(self, sequences: list[Sequence], drawn: ops.Sampled, scores: list[Scores]) -> Launched:
+        if self.device.type == "cpu":
+            return Launched(sequences, drawn, scores, None)
+
+        def copy(found: ops.Sampled) -> ops.Sampled:
+            hosts = (torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0) for x in found)
+            return ops.Sampled(*(host.copy_(x, non_blocking=True) for host, x in zip(hosts, found, strict=True)))
+
+        home, scored = copy(drawn), [Scores(s.sequence, s.start, copy(s.drawn)) for s in scores]
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(sequences, home, scored, done)

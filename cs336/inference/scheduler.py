@@ -1,0 +1,240 @@
+"""Which tokens the next step computes: continuous batching, chunked prefill, prefix hits, preemption by recomputation.
+
+A sequence waits, runs, and leaves. A step computes one token of each sequence that decodes, and chunks of the prompts
+of others, as far as its budget of tokens reaches: first of those that have begun, then of those that wait, in order.
+Pages for a whole prompt are taken when it is admitted; a decoding sequence takes one when it needs it. Where there is
+none, the sequence admitted last gives up its pages and waits again, to compute its tokens anew.
+
+The scheduler knows how many tokens a sequence has, not which: a step may be laid out while the one before still runs.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from cs336.inference.pages import Node, PageCache
+from cs336.inference.sampling import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of a prompt, as the scheduler sees it."""
+
+    token_ids: list[int]
+    """Prompt and what was sampled, as far as the host has seen it."""
+    limit: int
+    """New tokens, at most."""
+    params: SamplingParams
+    seed: int = 0
+    ends: tuple[int, ...] = ()
+    """Tokens that end it."""
+    score_from: int | None = None
+    """The first token of the prompt whose log-probability is asked for."""
+    num_prompt: int = field(init=False)
+    pending: int = 0
+    """Tokens sampled that the host has not seen yet."""
+    computed: int = 0
+    """Tokens whose state is in the pages, once the steps laid out so far have run."""
+    cached: int = 0
+    """Of these, found in the cache when it was admitted first."""
+    slot: int | None = None
+    """Its row on the device while it runs."""
+    pages: list[int] = field(default_factory=list)
+    told: int = 0
+    """Pages that the device has in this sequence's row."""
+    known: int = 0
+    """Pages that are in the prefix tree."""
+    node: Node | None = None
+    """Of the last of these."""
+    decoding: bool = False
+    """Its newest token is on the device, in its slot."""
+    finished: bool = False
+    preemptions: int = 0
+
+    def __post_init__(self):
+        self.num_prompt = len(self.token_ids)
+
+    @property
+    def sampled(self) -> int:
+        return len(self.token_ids) + self.pending - self.num_prompt
+
+    @property
+    def exhausted(self) -> bool:
+        """All of its tokens are sampled, if not seen."""
+        return self.sampled >= self.limit
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence; samples: the token after them is drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+    """Pages (from, to) to copy before."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return self.decodes + [chunk.sequence for chunk in self.chunks]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """max_seqs: that run at once. max_step_tokens: the budget of a step, at least max_seqs."""
+
+    def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int):
+        self.cache, self.max_step_tokens = cache, max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._slots = list(range(max_seqs - 1, -1, -1))
+        self._step = 0
+        self._borrowed: list[int] = []  # pages that the step laid out last copies from
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Step | None:
+        """The next step; None where nothing can be computed before the host has seen more tokens."""
+        self._step += 1
+        decodes = self._decodes()
+        budget = self.max_step_tokens - len(decodes)
+        chunks: list[Chunk] = []
+        copies: list[tuple[int, int]] = []
+        for sequence in self.running:
+            if not sequence.decoding and not sequence.exhausted and budget > 0:
+                budget -= self._chunk(sequence, budget, chunks)
+        while self.waiting and self._slots and budget > 0:
+            sequence = self.waiting[0]
+            if sequence.pending or not self._admit(sequence, copies):
+                break
+            self.waiting.popleft()
+            budget -= self._chunk(sequence, budget, chunks)
+        return Step(decodes, chunks, copies) if decodes or chunks else None
+
+    def launched(self) -> None:
+        """The step laid out last is on its way: what later ones write is written after it."""
+        self.cache.release(self._borrowed)
+        self._borrowed = []
+
+    def forget(self) -> None:
+        """What was computed holds no more: all that run begin anew, and no page is known."""
+        for sequence in reversed(list(self.running)):
+            self.preempt(sequence)
+        self.cache.forget()
+
+    def append(self, sequence: Sequence, token_id: int) -> None:
+        """The host sees the oldest pending token."""
+        sequence.pending -= 1
+        sequence.token_ids.append(token_id)
+        if sequence.slot is not None:
+            self._remember(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence leaves, wherever it is; its pages are given back."""
+        assert not sequence.finished
+        sequence.finished = True
+        if sequence.slot is not None:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """A running sequence waits again, before the others; it will compute its tokens anew."""
+        self._leave(sequence)
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _decodes(self) -> list[Sequence]:
+        decodes: list[Sequence] = []
+        for sequence in list(self.running):
+            if sequence.slot is None or not sequence.decoding or sequence.exhausted:
+                continue
+            if self._has_room(sequence):
+                sequence.computed += 1
+                sequence.pending += 1
+                decodes.append(sequence)
+        return decodes
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether it has a page for one more token, for which those after it may have to leave, or itself."""
+        if sequence.computed < len(sequence.pages) * self.cache.page_size:
+            return True
+        while (page := self.cache.take(1)) is None:
+            last = next(other for other in reversed(self.running) if not other.exhausted)
+            self.preempt(last)
+            if last is sequence:
+                return False
+        sequence.pages += page
+        return True
+
+    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
+        cache, total = self.cache, len(sequence.token_ids)
+        most = total - 1  # one is computed, for the next to be drawn
+        if sequence.score_from is not None:
+            most = min(most, sequence.score_from - 1)
+        match = cache.match(sequence.token_ids, most, self._step)
+        borrowed = [] if match.copy is None else [match.copy]
+        missing = -(-total // cache.page_size) - len(match.pages)
+        if cache.available < missing + len(self.running):  # each that runs soon wants one
+            cache.release(match.pages + borrowed)
+            return False
+        taken = cache.take(missing)
+        assert taken is not None
+        sequence.pages = match.pages + taken
+        if match.copy is not None:
+            copies.append((match.copy, taken[0]))
+            self._borrowed += borrowed
+        sequence.told, sequence.node, sequence.known = 0, match.node, len(match.pages)
+        sequence.computed = match.tokens
+        if not sequence.preemptions:
+            sequence.cached = match.tokens
+        sequence.slot = self._slots.pop()
+        self.running.append(sequence)
+        return True
+
+    def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        start = sequence.computed
+        count = min(budget, len(sequence.token_ids) - start)
+        sequence.computed += count
+        last = sequence.computed == len(sequence.token_ids)
+        chunks.append(Chunk(sequence, start, count, last))
+        if last:
+            sequence.decoding = True
+            sequence.pending += 1
+        self._remember(sequence)
+        return count
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Tell the tree of pages that are complete, or will be once the steps laid out so far have run."""
+        size = self.cache.page_size
+        if not self.cache.remembering:
+            return
+        while (end := (sequence.known + 1) * size) <= min(sequence.computed, len(sequence.token_ids)):
+            i, tokens = sequence.known, tuple(sequence.token_ids[end - size : end])
+            assert sequence.node is not None
+            node = self.cache.remember(sequence.node, tokens, sequence.pages[i], self._step)
+            if node.page != sequence.pages[i]:
+                sequence.pages[i] = node.page
+                sequence.told = min(sequence.told, i)
+            sequence.node, sequence.known = node, i + 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        self.cache.release(sequence.pages)
+        sequence.slot, sequence.pages, sequence.node = None, [], None
+        sequence.computed = sequence.known = sequence.told = 0
+        sequence.decoding = False

@@ -1,0 +1,349 @@
+"""The server: OpenAI's routes over one engine."""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from cs336.inference.llm import LLM
+from cs336.inference.sampling import SamplingParams
+from cs336.inference.server import answers
+from cs336.inference.server.answers import Answers, choice
+from cs336.inference.server.gate import Gate
+from cs336.inference.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+)
+from cs336.inference.server.worker import EngineFailed, Message, Ticket, Worker
+
+Call = Callable[..., Awaitable[Response]]
+PAGE = pathlib.Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Whom a server listens to, and how much it takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    """That clients must know; anyone may ask if None."""
+    name: str | None = None
+    """Of the model, to clients; its directory's if None."""
+    max_requests: int = 256
+    """Sequences that run or wait; more are told to come back later."""
+    max_body_bytes: int = 4 << 20
+    timeout: float = 600.0
+    """Seconds, of a request."""
+    drain: float = 60.0
+    """Seconds for requests that are under way, after SIGTERM."""
+
+
+class Group:
+    """The tickets of one HTTP request, and their place among those that are under way."""
+
+    def __init__(self, server: "Server", prompts: list[tuple[list[int], SamplingParams]]):
+        self._server, self._deadline = server, time.monotonic() + server.config.timeout
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.tickets = [Ticket(ids, p, self.messages, number) for number, (ids, p) in enumerate(prompts)]
+        self.size = sum(ticket.params.n for ticket in self.tickets)
+        self._open = False
+
+    def begin(self) -> None:
+        """Raises ValueError for what the engine refuses, HTTPException where there is no place."""
+        server, most = self._server, self._server.config.max_requests
+        for ticket in self.tickets:
+            server.llm.engine.validate(ticket.ids, ticket.params)
+        if self.size > most:
+            raise ValueError(f"{self.size} continuations were asked for at once, {most} is the most: ask for fewer")
+        if server.under_way + self.size > most:
+            message = f"{server.under_way} sequences are under way, {most} is the most: come back later"
+            raise HTTPException(429, message, {"Retry-After": "1"})
+        server.under_way += self.size
+        self._open = True
+        for ticket in self.tickets:
+            server.worker.submit(ticket)
+
+    def close(self) -> None:
+        """What has not ended is cancelled, and the place is free."""
+        if self._open:
+            self._open = False
+            self._server.under_way -= self.size
+            for ticket in self.tickets:
+                self._server.worker.cancel(ticket)
+
+    async def updates(self) -> AsyncIterator[Message]:
+        """As they come, until all have ended. Raises what went wrong, and TimeoutError after the server's."""
+        left = len(self.tickets)
+        while left:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                ticket, message = await self.messages.get()
+            if isinstance(message, Exception):
+                raise message
+            left -= message is None
+            if message is not None:
+                yield ticket, message
+
+    @property
+    def requests(self) -> list[Any]:
+        return [ticket.request for ticket in self.tickets]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. The group is closed whatever becomes of the connection, even before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], group: Group):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._group = group
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._group.close()
+
+
+class Server:
+    """`app` is the ASGI application."""
+
+    def __init__(self, llm: LLM, config: ServerConfig | None = None):
+        self.llm, self.config = llm, ServerConfig() if config is None else config
+        if llm.tokenizer is None:
+            raise ValueError("a server needs a tokenizer: give LLM one")
+        self.worker = Worker(llm.engine)
+        self.answers = Answers(self.config.name or llm.name, llm.tokenizer)
+        self.under_way = 0
+        self.app = FastAPI(title="cs336", lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        self.app.add_middleware(Gate, api_key=self.config.api_key, max_body_bytes=self.config.max_body_bytes)
+        for kind, handler in (
+            (RequestValidationError, _invalid),
+            (HTTPException, _http_error),
+            (ValueError, _value_error),
+            (EngineFailed, _failed),
+            (TimeoutError, _timed_out),
+            (Exception, _unexpected),
+        ):
+            self.app.add_exception_handler(kind, handler)
+        gets: dict[str, Call] = {"/": self._page, "/health": self._health, "/metrics": self._metrics}
+        gets |= {"/v1/models": self._models}
+        posts: dict[str, Call] = {"/v1/completions": self._completions, "/v1/chat/completions": self._chat}
+        posts |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
+        for method, calls in (("GET", gets), ("POST", posts)):
+            for path, call in calls.items():
+                self.app.add_api_route(path, call, methods=[method], response_model=None)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI):
+        self.worker.begin()
+        yield
+        await asyncio.to_thread(self.worker.stop)
+
+    # ---- what generates ----
+
+    async def _completions(self, asked: CompletionRequest, http: Request) -> Response:
+        self._check_model(asked)
+        llm, prompts = self.llm, asked.prompts
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(llm.encode(texts))
+        ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+        room = llm.engine.max_len
+        group = Group(self, [(i, asked.params(max(1, room - len(i)))) for i in ids])
+        shown = [llm.decode(i) for i in ids] if asked.echo else [""] * len(ids)
+        id = f"cmpl-{uuid.uuid4().hex}"
+
+        def whole() -> dict[str, Any]:
+            choices = self.answers.completion(asked, group.requests, shown)
+            used = answers.usage(group.requests)
+            return self.answers.envelope(id, "text_completion", choices, usage=used)
+
+        def piece(ticket: Ticket, update, begun: set[int]) -> list[dict[str, Any]]:
+            sample, token = update.sample, update.token
+            index = ticket.number * asked.n + sample.index
+            found: list[dict[str, Any]] = []
+            if asked.echo and index not in begun:
+                begun.add(index)
+                tokens = self.answers.echoed(asked, sample.request)
+                logprobs = None if asked.logprobs is None else self.answers.completion_logprobs(tokens)
+                found.append(choice(index, None, text=shown[ticket.number], logprobs=logprobs))
+            text, tokens = update.text, [token or sample.end] if token or sample.end else []
+            if asked.max_tokens == 0:
+                text, tokens = "", []
+            logprobs = None if asked.logprobs is None else self.answers.completion_logprobs(tokens)
+            reason = sample.finish_reason
+            if text or reason or logprobs:
+                found.append(choice(index, reason, text=text, logprobs=logprobs))
+            return [self.answers.envelope(id, "text_completion", [c]) for c in found]
+
+        return await self._answer(asked, http, group, whole, piece, lambda: self._empty(id, "text_completion", group))
+
+    async def _chat(self, asked: ChatRequest, http: Request) -> Response:
+        self._check_model(asked)
+        llm = self.llm
+        (ids,) = llm.encode([llm.chat_template.render(asked.messages, extra=asked.chat_template_kwargs)])
+        room = max(1, llm.engine.max_len - len(ids))
+        group = Group(self, [(ids, asked.params(room, llm.chat_template.stop))])
+        id, object = f"chatcmpl-{uuid.uuid4().hex}", "chat.completion"
+
+        def whole() -> dict[str, Any]:
+            (request,) = group.requests
+            choices = self.answers.chat(asked, request)
+            return self.answers.envelope(id, object, choices, usage=answers.usage([request]))
+
+        def piece(ticket: Ticket, update, begun: set[int]) -> list[dict[str, Any]]:
+            sample, token = update.sample, update.token
+            found: list[dict[str, Any]] = []
+            if sample.index not in begun:
+                begun.add(sample.index)
+                found.append(choice(sample.index, None, delta={"role": "assistant", "content": ""}))
+            logprobs = self.answers.chat_logprobs([token]) if asked.logprobs and token else None
+            if update.text or logprobs:
+                found.append(choice(sample.index, None, delta={"content": update.text}, logprobs=logprobs))
+            if sample.finish_reason:
+                found.append(choice(sample.index, sample.finish_reason, delta={}))
+            return [self.answers.envelope(id, f"{object}.chunk", [c]) for c in found]
+
+        return await self._answer(asked, http, group, whole, piece, lambda: self._empty(id, f"{object}.chunk", group))
+
+    def _empty(self, id: str, object: str, group: Group) -> dict[str, Any]:
+        """The last event, which tells what was used."""
+        return self.answers.envelope(id, object, [], usage=answers.usage(group.requests))
+
+    async def _answer(
+        self,
+        asked: Generation,
+        http: Request,
+        group: Group,
+        whole: Callable[[], dict[str, Any]],
+        piece: Callable[[Ticket, Any, set[int]], list[dict[str, Any]]],
+        used: Callable[[], dict[str, Any]],
+    ) -> Response:
+        group.begin()
+        if asked.stream:
+            return EventStream(_events(group, piece, used if asked.wants_usage else None), group)
+        try:
+            await _until_gone(http, _drained(group))
+            return _json(whole())
+        finally:
+            group.close()
+
+    def _check_model(self, asked: Generation) -> None:
+        if asked.model not in (None, self.answers.name):
+            raise HTTPException(404, f"there is no model {asked.model!r:.80} here, but {self.answers.name!r}")
+
+    # ---- the rest ----
+
+    async def _page(self) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+
+    async def _health(self) -> Response:
+        if self.worker.failure is not None:
+            raise EngineFailed(f"the engine has failed: {self.worker.failure}")
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self) -> Response:
+        return Response(self.worker.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def _models(self) -> Response:
+        about = {"id": self.answers.name, "object": "model", "created": 0, "owned_by": "cs336"}
+        return JSONResponse({"object": "list", "data": [about | {"max_model_len": self.llm.engine.max_len}]})
+
+    async def _tokenize(self, asked: TokenizeRequest) -> Response:
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ValueError("give either a prompt or messages")
+        text = asked.prompt if asked.messages is None else self.llm.chat_template.render(asked.messages)
+        ids = self.llm.tokenizer.encode(text, allowed_special="all")
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.llm.engine.max_len})
+
+    async def _detokenize(self, asked: DetokenizeRequest) -> Response:
+        return _json({"prompt": self.llm.decode(asked.tokens)})
+
+
+async def _events(group: Group, piece, used) -> AsyncIterator[str]:
+    begun: set[int] = set()
+    try:
+        async for ticket, update in group.updates():
+            for content in piece(ticket, update, begun):
+                yield f"data: {json.dumps(content)}\n\n"
+        if used is not None:
+            yield f"data: {json.dumps(used())}\n\n"
+        yield "data: [DONE]\n\n"
+    except TimeoutError:
+        yield f"data: {json.dumps(answers.error('the request took too long', 'timeout'))}\n\n"
+    except (ValueError, RuntimeError) as error:
+        yield f"data: {json.dumps(answers.error(str(error), 'server_error'))}\n\n"
+
+
+async def _drained(group: Group) -> None:
+    async for _ in group.updates():
+        pass
+
+
+async def _until_gone(http: Request, work) -> None:
+    """Await the work, or the end of the connection. Raises HTTPException for the latter."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise HTTPException(499, "the client has gone")
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    """Of any text, lone surrogates too."""
+    return Response(json.dumps(content), status, media_type="application/json")
+
+
+# ---- errors, as OpenAI's ----
+
+
+async def _invalid(http: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return JSONResponse(answers.error(message), 400)
+
+
+async def _http_error(http: Request, error: Any) -> Response:
+    kind = {429: "rate_limit_exceeded", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
+    return JSONResponse(answers.error(str(error.detail), kind), error.status_code, error.headers)
+
+
+async def _value_error(http: Request, error: Exception) -> Response:
+    return _json(answers.error(str(error)), 400)
+
+
+async def _failed(http: Request, error: Exception) -> Response:
+    return JSONResponse(answers.error(str(error), "server_error"), 503)
+
+
+async def _timed_out(http: Request, error: Exception) -> Response:
+    return JSONResponse(answers.error("the request took too long", "timeout"), 504)
+
+
+async def _unexpected(http: Request, error: Exception) -> Response:
+    return JSONResponse(answers.error("an error of the server's own, which its log describes", "server_error"), 500)

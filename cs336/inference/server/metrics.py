@@ -1,0 +1,43 @@
+"""What Prometheus reads at /metrics."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from cs336.inference.engine import Engine
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Of one engine. Histograms are told; gauges and counts are read from the engine when they are asked for."""
+
+    def __init__(self, engine: Engine):
+        self._registry = registry = CollectorRegistry()
+
+        def histogram(name: str, what: str) -> Histogram:
+            return Histogram(f"cs336_{name}_seconds", what, buckets=SECONDS, registry=registry)
+
+        self.time_to_first_token = histogram("time_to_first_token", "From a request's arrival to its first token.")
+        self.inter_token_latency = histogram("inter_token_latency", "Between two tokens of a sequence.")
+        self.request_latency = histogram("request_latency", "From a request's arrival to its end.")
+        self.requests = Counter("cs336_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
+        scheduler, stats, cache = engine.scheduler, engine.stats, engine.cache
+        for name, what, read in (
+            ("running_sequences", "Sequences that run.", lambda: len(scheduler.running)),
+            ("waiting_sequences", "Sequences that wait for a place.", lambda: len(scheduler.waiting)),
+            ("cache_use", "Share of the pages that sequences hold.", lambda: cache.in_use / cache.num_pages),
+            ("prefix_hit_share", "Share of the prompts' tokens that were found in the cache.", lambda: stats.hit_share),
+            ("prompt_tokens_total", "Tokens of prompts that were computed.", lambda: stats.prompt_tokens),
+            (
+                "prefix_cached_tokens_total",
+                "Tokens of prompts that were found in the cache.",
+                lambda: stats.cached_tokens,
+            ),
+            ("generated_tokens_total", "Tokens that were sampled.", lambda: stats.sampled_tokens),
+            ("preemptions_total", "Sequences that gave up their pages.", lambda: scheduler.num_preemptions),
+            ("steps_total", "Steps of the engine.", lambda: stats.steps),
+        ):
+            Gauge(f"cs336_{name}", what, registry=registry).set_function(read)
+
+    def render(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

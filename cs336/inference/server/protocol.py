@@ -1,0 +1,131 @@
+"""OpenAI's requests, as far as they are understood; what else a client sends is passed over, but for what would change
+the answer: that is refused."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
+
+MOST_PROMPTS = 1024  # of one request
+MOST_SAMPLES = 128
+
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = list[TokenId]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Generation(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=MOST_SAMPLES)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenId, float] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # not OpenAI's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: TokenIds = []
+    ignore_eos: bool = False
+
+    def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
+        """Raises ValueError for values out of range."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_tokens=max_tokens,
+            seed=None if self.seed is None else self.seed % 2**63,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            n=self.n,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias or {},
+            **more,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def refuse(self, **usual: Any) -> None:
+        """Raises ValueError for a field that has another value than None or the usual one."""
+        given = self.model_extra or {}
+        for name, value in usual.items():
+            if given.get(name) not in (None, value):
+                raise ValueError(f"{name} is not supported: leave it out")
+
+
+class CompletionRequest(Generation):
+    prompt: str | list[str] | TokenIds | list[TokenIds] = ""
+    max_tokens: int | None = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | TokenIds]:
+        """Raises ValueError for none, and for too many."""
+        prompt: Any = self.prompt
+        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int))
+        prompts = list(prompt) if several else [prompt]
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise ValueError(f"prompt must be 1 to {MOST_PROMPTS} prompts, got {len(prompts)}")
+        return prompts
+
+    def params(self, room: int) -> SamplingParams:
+        """For a prompt after which there is room for so many tokens."""
+        self.refuse(best_of=self.n, suffix="")
+        max_tokens = room if self.max_tokens is None else max(1, self.max_tokens)
+        prompt_logprobs = self.logprobs if self.echo else None
+        more = {"stop": self.stops, "logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs}
+        return self.sampling(max_tokens, **more)
+
+
+class ChatRequest(Generation):
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] = {}
+
+    def params(self, room: int, stop: tuple[str, ...]) -> SamplingParams:
+        """For a prompt after which there is room for so many tokens. stop: the template's."""
+        self.refuse(tools=[], functions=[], response_format={"type": "text"}, audio=None, modalities=["text"])
+        max_tokens = self.max_completion_tokens or self.max_tokens or room
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling(max_tokens, stop=(*self.stops, *stop), logprobs=logprobs)
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    model: str | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+    tokens: TokenIds
+    model: str | None = None

@@ -1,0 +1,42 @@
+"""What a tokenizer means to a model: which tokens end a text, which ids are none, and the ids of prompts."""
+
+from collections.abc import Collection, Sequence
+
+from cs336.models import Transformer
+from cs336.utils.special_tokens import END_OF_TEXT
+
+
+def ends_of(model: Transformer, tokenizer) -> Collection[int]:
+    """The ids that end a text."""
+    if not model.end_ids:
+        return [i for text, i in tokenizer.special_tokens.items() if text == END_OF_TEXT]
+    if not any(i in tokenizer.vocab for i in model.end_ids):
+        raise ValueError(
+            f"the model ends a text with token {model.end_ids[0]}, which the tokenizer does not have: "
+            "use the tokenizer that the model was trained with"
+        )
+    return model.end_ids
+
+
+def encode_prompts(model: Transformer, tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each; special tokens written in one are taken as such, and an empty one begins a document."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            "use the tokenizer that the model was trained with"
+        )
+    encoded = [tokenizer.encode(prompt, allowed_special="all") for prompt in prompts]
+    if all(encoded):
+        return encoded
+    begin = tokenizer.special_tokens.get(END_OF_TEXT, model.special_ids.get("bos_token_id"))
+    if begin is None:
+        raise ValueError(
+            f"an empty prompt begins a document after {END_OF_TEXT}, which this tokenizer lacks: give a text"
+        )
+    return [ids or [begin] for ids in encoded]
+
+
+def unused_ids(model: Transformer, tokenizer) -> list[int]:
+    """Rows of the embedding that are no token: holes in the vocabulary, and padding to a round size."""
+    vocab = tokenizer.vocab
+    return [i for i in range(model.config.vocab_size) if i not in vocab]

@@ -1,0 +1,72 @@
+"""Attention's state in pages that sequences share: their keys and values lie in one pool, found through a table.
+
+The tokens of a forward pass are those of R sequences, one after the other and without padding: first one token each of
+those that decode, then the chunks of those that read their prompt. T = tokens, R = sequences, M = most pages of one,
+P = pages, S = tokens a page, H = key-value heads, D = features of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336 import ops
+
+
+@dataclass(frozen=True)
+class PagedTokens:
+    """Whose the T tokens of a forward pass are, and where their state is."""
+
+    table: Tensor
+    """(R, M) int32: entry j of row r is the page with the tokens [j * S, (j + 1) * S) of sequence r; what is past its
+    end may be anything."""
+    lengths: Tensor
+    """(R,) int32: tokens of each sequence, those of this pass included. 0: a row without a sequence."""
+    sequence: Tensor
+    """(T,) int32: the row that each token belongs to."""
+    position: Tensor
+    """(T,) int32: its place in the sequence; negative: padding, which is kept nowhere."""
+    num_decodes: int
+    """The first rows, of one token each."""
+    cu_seqlens: Tensor | None = None
+    """(R - num_decodes + 1,) int32: where the chunks start among the tokens past num_decodes, and where they end."""
+    longest: int = 0
+    """Tokens of the longest chunk."""
+
+
+class PagedKeyValues:
+    """One layer's pool: keys and values (P, S, H, D). A page is of one sequence, or of several that begin alike."""
+
+    def __init__(self, keys_PSHD: Tensor, values_PSHD: Tensor):
+        self.keys, self.values = keys_PSHD, values_PSHD
+
+    @staticmethod
+    def allocate(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, device, dtype):
+        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        return PagedKeyValues(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
+        """What page source_N[i] holds is in page target_N[i] too. int64."""
+        for cache_PSHD in (self.keys, self.values):
+            ops.copy_pages_(cache_PSHD, source_N, target_N)
+
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens, **options: Any) -> Tensor:
+        """Keep k and v, then let each query see the tokens of its sequence up to its own: (T, Hq, D).
+
+        options: window, softcap, scale of ops.paged_attention.
+        """
+        ops.append_kv_(self.keys, self.values, k_THD, v_THD, tokens.table, tokens.sequence, tokens.position)
+        n, caches = tokens.num_decodes, (self.keys, self.values)
+        outs = []
+        if n:
+            rows = tokens.table[:n], tokens.lengths[:n]
+            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *rows, **options)[:, 0])
+        if tokens.cu_seqlens is not None:
+            chunks = tokens.table[n:], tokens.lengths[n:], tokens.cu_seqlens
+            outs.append(ops.paged_prefill(q_THD[n:], *caches, *chunks, max_seqlen_q=tokens.longest, **options))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,0 +1,110 @@
+"""`cs336 bench offline|latency|serve` and `cs336 chat`, as they are typed."""
+
+import io
+import json
+
+import pytest
+import torch
+from inference.serving import CONFIG, TOKENIZER, listening, tiny_llm
+
+from cs336.cli import main
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.bench import Load, Times, run_engine, summary
+from cs336.inference.talk import Talk
+from cs336.models import Transformer, save_pretrained
+
+LOAD = ["--num-requests", "6", "--input-len", "3", "9", "--output-len", "2", "5"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    save_pretrained(Transformer(CONFIG), path, TOKENIZER)
+    return str(path)
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_load():
+    requests = Load(50, (3, 9), (2, 5), shared_prefix=4).requests(100)
+    assert requests == Load(50, (3, 9), (2, 5), shared_prefix=4).requests(100)
+    assert {len(ids) for ids, _ in requests} == set(range(7, 14))
+    assert {p.max_tokens for _, p in requests} == {2, 3, 4, 5}
+    assert len({tuple(ids[:4]) for ids, _ in requests}) == 1
+    assert all(0 <= i < 100 for ids, _ in requests for i in ids)
+    with pytest.raises(ValueError, match="input_len must be 1 <= fewest <= most, got 9 and 3"):
+        Load(input_len=(9, 3))
+
+
+def test_a_summary():
+    found = summary([Times(0.0, [1.0, 1.5, 2.5]), Times(1.0, [1.25])], 4.0)
+    assert (found["requests"], found["output_tokens"], found["tok_s"], found["req_s"]) == (2, 4, 1.0, 0.5)
+    assert (found["ttft_p50_ms"], found["ttft_p99_ms"]) == (250.0, 1000.0)
+    assert (found["itl_p50_ms"], found["itl_p99_ms"], found["tpot_p50_ms"]) == (500.0, 1000.0, 750.0)
+
+
+def test_what_is_counted():
+    llm = tiny_llm()
+    requests = [([1, 2, 3] * 8, SamplingParams(max_tokens=4, ignore_eos=True))] * 3
+    found = run_engine(llm, requests)
+    assert (found["input_tokens"], found["output_tokens"]) == (72, 12)
+    assert found["cached_tokens"] == 2 * 16
+    assert 0 < found["cache_peak"] <= 1
+    assert {"mbu", "mfu"} <= found.keys()
+
+
+def test_offline_and_latency(directory, capsys):
+    assert main(["bench", "offline", directory, "--device", "cpu", "--max-seqs", "4", *LOAD]) == 0
+    found = last_line(capsys)
+    assert (found["bench"], found["requests"]) == ("offline", 6)
+    one = ["--input-len", "8", "--output-len", "4", "--device", "cpu", "--repeats", "1"]
+    assert main(["bench", "latency", directory, *one]) == 0
+    found = last_line(capsys)
+    assert (found["bench"], found["output_tokens"], found["steps"]) == ("latency", 4, 4)
+    assert main(["bench", "offline", directory, "--input-len", "5", "2"]) == 2
+
+
+def test_a_server_from_outside(capsys):
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package)
+    with listening(tiny_llm()) as (_, port):
+        assert main(["bench", "serve", f"http://127.0.0.1:{port}", "--concurrency", "3", *LOAD]) == 0
+        found = last_line(capsys)
+        assert (found["bench"], found["requests"], found["concurrency"]) == ("serve", 6, 3)
+        assert 0 < found["ttft_p50_ms"] <= found["ttft_p99_ms"]
+        assert main(["bench", "serve", f"http://127.0.0.1:{port}", *LOAD, "--input-len", "500", "500"]) == 2
+        assert "6 of 6 requests failed, the first with: HTTP/1.1 400" in capsys.readouterr().err
+
+
+def test_talking(directory, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/new\nhello\n" + "x" * 200 + "\n/quit\nnever said\n"))
+    options = ["--device", "cpu", "--max-tokens", "5", "--temperature", "0", "--ignore-eos"]
+    assert main(["chat", directory, "--system", "be brief", *options]) == 0
+    out, err = capsys.readouterr()
+    talk = Talk(
+        LLM(directory, device="cpu", quiet=True, max_seqs=1),
+        SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        "be brief",
+    )
+    answer = "".join(talk.say("hello"))
+    assert out.count(answer) == 2
+    assert out.count("tokens/s]") == 2
+    assert "leaves no room" in err
+
+
+def test_a_conversation_goes_on():
+    talk = Talk(tiny_llm(), SamplingParams(temperature=0, max_tokens=3), None)
+    first = "".join(talk.say("a"))
+    assert talk.messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": first}]
+    pieces = talk.say("b")
+    begun = next(pieces)
+    pieces.close()
+    assert talk.messages[3] == {"role": "assistant", "content": begun}
+    with pytest.raises(ValueError, match="leaves no room"):
+        next(talk.say("x" * 200))
+    assert len(talk.messages) == 4
+    talk.forget()
+    assert talk.messages == []

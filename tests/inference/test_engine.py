@@ -1,0 +1,382 @@
+"""The engine's tokens are those of full forward passes, whatever is batched, cut in chunks, found or begun anew."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cs336.inference import Engine, EngineConfig, SamplingParams
+from cs336.models import Transformer, TransformerConfig
+from cs336.nn import PagedTokens
+from cs336.tokenizer import Tokenizer
+
+CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+PROMPTS = [[5, 6, 7], [28], list(range(30)), [9] * 11, list(range(60)), [*range(40), 1]]
+GREEDY = SamplingParams(temperature=0, max_tokens=15)
+SMALL = {"page_size": 4, "max_seqs": 4, "max_step_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    return Transformer(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What full forward passes give, token by token, greedily: of a prompt, so many."""
+    known = {}
+
+    @torch.inference_mode()
+    def continuation(prompt, count):
+        key = tuple(prompt)
+        ids = known.get(key, list(prompt))
+        while len(ids) < len(prompt) + count:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        known[key] = ids
+        return ids[len(prompt) : len(prompt) + count]
+
+    return continuation
+
+
+def engine(model, tokenizer=None, **options):
+    return Engine(model, tokenizer, EngineConfig(**({"page_size": 16, "max_seqs": 8} | options)))
+
+
+def run(engine):
+    while engine.busy:
+        engine.step()
+        engine.check()
+
+
+def ids_of(request):
+    return [[token.id for token in sample.tokens] for sample in request.samples]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefix_cache": False},
+        {"max_step_tokens": 7, "max_seqs": 3},
+        SMALL | {"num_pages": 24},
+        {"page_size": 8, "num_pages": 13},
+        {"page_size": 1, "max_seqs": 6, "num_pages": 150},
+    ],
+)
+def test_equals_full_forward(model, alone, options, overlap):
+    e = engine(model, overlap=overlap, **options)
+    for _ in range(2):  # the second time from what the first left in the pages
+        requests = [e.add(prompt, GREEDY) for prompt in PROMPTS]
+        run(e)
+        for prompt, request in zip(PROMPTS, requests, strict=True):
+            assert ids_of(request) == [alone(prompt, 15)]
+            assert request.samples[0].finish_reason == "length"
+        assert e.cache.in_use == 0
+    hits = [request.samples[0].cached for request in requests]
+    assert hits == [0] * 6 if options.get("prefix_cache") is False else hits[2] == 29
+
+
+def test_preemption_begins_anew_and_changes_nothing(model, alone):
+    e = engine(model, page_size=4, num_pages=26, max_seqs=4, overlap=True)
+    requests = [e.add([i] * 8, dataclasses.replace(GREEDY, max_tokens=30)) for i in range(4)]
+    run(e)
+    assert e.scheduler.num_preemptions > 0
+    for i, request in enumerate(requests):
+        assert ids_of(request) == [alone([i] * 8, 30)]
+
+
+def test_a_page_is_copied_where_prompts_part_within_it(model, alone):
+    e = engine(model)
+    first = e.add([*range(20)], GREEDY)
+    run(e)
+    second = e.add([*range(25)], GREEDY)
+    third = e.add([*range(18), 99, 98], GREEDY)
+    run(e)
+    assert [second.samples[0].cached, third.samples[0].cached] == [20, 18]
+    for request in (first, second, third):
+        assert ids_of(request) == [alone(request.prompt_token_ids, 15)]
+
+
+def test_late_comers_join(model, alone):
+    e = engine(model, overlap=True, max_step_tokens=16)
+    requests = []
+    for prompt in PROMPTS:
+        requests.append(e.add(prompt, GREEDY))
+        e.step()
+        e.step()
+    run(e)
+    assert [ids_of(r) for r in requests] == [[alone(p, 15)] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ends(model, alone, overlap):
+    want = alone([5, 6, 7], 15)
+    at = next(i for i in range(3, 15) if want[i] not in want[:i])
+    e = engine(model, overlap=overlap)
+    params = dataclasses.replace(GREEDY, stop_token_ids=(want[at],), logprobs=0)
+    stopped, later = e.add([5, 6, 7], params), e.add([5, 6, 7], dataclasses.replace(params, min_tokens=at + 2))
+    run(e)
+    output = stopped.output().outputs[0]
+    assert (output.token_ids, output.finish_reason, output.end.id) == (want[:at], "stop", want[at])
+    assert [t.id for t in output.logprobs] == want[:at]
+    tokens = later.output().token_ids
+    assert tokens[:at] == want[:at]
+    assert tokens[at] != want[at]  # it was not allowed yet
+    assert want[at] not in tokens
+    full = e.add(list(range(90)), dataclasses.replace(GREEDY, max_tokens=50))
+    run(e)
+    assert ids_of(full) == [alone(list(range(90)), 6)]
+    assert full.output().finish_reason == "length"
+
+
+def test_seeds(model):
+    params = SamplingParams(temperature=3.0, max_tokens=12, seed=7, n=3)
+    together, alone_ = engine(model, overlap=True), engine(model, max_seqs=1)
+    many = [together.add(p, params) for p in PROMPTS]
+    run(together)
+    samples = ids_of(many[2])
+    assert len({tuple(ids) for ids in samples}) == 3
+    for i, ids in enumerate(samples):
+        one = alone_.add(PROMPTS[2], dataclasses.replace(params, seed=7 + i, n=1))
+        run(alone_)
+        assert ids_of(one) == [ids]
+    torch.manual_seed(0)
+    a, b = (together.add([1], dataclasses.replace(params, seed=None)) for _ in range(2))
+    state = torch.get_rng_state()
+    together.add([1], GREEDY)
+    assert torch.equal(torch.get_rng_state(), state)
+    run(together)
+    assert len({tuple(ids) for ids in ids_of(a) + ids_of(b)}) == 6
+
+
+def test_log_probabilities(model):
+    prompt = list(range(20, 43))
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=3)
+    for options in ({}, {"max_step_tokens": 8}):
+        e = engine(model, **options)
+        e.add(prompt, GREEDY)
+        request = e.add(prompt, params)
+        run(e)
+        output = request.output()
+        ids = prompt + output.token_ids
+        with torch.inference_mode():
+            want = model(torch.tensor([ids]))[0].log_softmax(-1)
+        assert output.prompt_logprobs[0] is None
+        for i, token in enumerate(output.prompt_logprobs[1:] + output.outputs[0].logprobs, 1):
+            assert token.id == ids[i]
+            assert token.logprob == pytest.approx(want[i - 1, ids[i]].item(), abs=1e-4)
+            top = want[i - 1].topk(3 if i < len(prompt) else 2)
+            assert [t for t, _ in token.top] == top.indices.tolist()
+            assert [p for _, p in token.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_scores_after_a_prefix_that_is_known(model):
+    e = engine(model)
+    params = dataclasses.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    whole = e.add(list(range(50)), params)
+    run(e)
+    e.stats.prompt_tokens = 0
+    part = e.add(list(range(50)), params, score_from=40)
+    run(e)
+    assert e.stats.prompt_tokens == 50 - 39
+    assert part.prompt_logprobs[:40] == [None] * 40
+    a, b = ([token.logprob for token in r.prompt_logprobs[40:]] for r in (whole, part))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_penalties_and_biases(model, alone):
+    want = alone([5, 6, 7], 1)[0]
+    e = engine(model, overlap=True)
+    forbid = e.add([5, 6, 7], dataclasses.replace(GREEDY, logit_bias={want: -100}))
+    force = e.add([5, 6, 7], dataclasses.replace(GREEDY, logit_bias={200: 100}))
+    never_twice = e.add([5, 6, 7], dataclasses.replace(GREEDY, presence_penalty=100.0))
+    unlike = e.add([5, 6, 7], dataclasses.replace(GREEDY, repetition_penalty=1e6, frequency_penalty=1.0))
+    plain = e.add([5, 6, 7], GREEDY)
+    run(e)
+    assert want not in ids_of(forbid)[0]
+    assert ids_of(force) == [[200] * 15]
+    assert len(set(ids_of(never_twice)[0])) == 15
+    assert not {5, 6, 7} & set(ids_of(unlike)[0])
+    assert ids_of(plain) == [alone([5, 6, 7], 15)]
+
+
+def test_penalties_survive_preemption(model):
+    params = dataclasses.replace(GREEDY, presence_penalty=100.0, max_tokens=30)
+    e = engine(model, page_size=4, num_pages=26, max_seqs=4, overlap=True)
+    requests = [e.add([i] * 8, params) for i in range(4)]
+    run(e)
+    assert e.scheduler.num_preemptions > 0
+    assert all(len(set(ids_of(r)[0])) == 30 for r in requests)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_cancelled_requests_leave_no_page(model, alone, overlap):
+    e = engine(model, overlap=overlap, **SMALL)
+    requests = [e.add(p, dataclasses.replace(GREEDY, n=2)) for p in PROMPTS]
+    for step in range(200):
+        e.step()
+        if step == 3:
+            for request in (requests[0], requests[4], requests[5]):
+                e.cancel(request)
+        e.check()
+    assert not e.busy
+    assert e.cache.in_use == 0
+    for i in (1, 2, 3):
+        assert ids_of(requests[i]) == [alone(PROMPTS[i], 15)] * 2
+    assert requests[4].output().finish_reason == "cancelled"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_workload_keeps_the_books(model, alone, data):
+    size = data.draw(st.sampled_from([1, 3, 8]))
+    e = engine(
+        model,
+        page_size=size,
+        num_pages=data.draw(st.integers(-(-40 // size), 120 // size)),
+        max_len=40,
+        max_seqs=data.draw(st.integers(1, 4)),
+        max_step_tokens=data.draw(st.integers(4, 20)),
+        overlap=data.draw(st.booleans()),
+        prefix_cache=data.draw(st.booleans()),
+    )
+    live, cancelled = [], set()
+    for _ in range(data.draw(st.integers(1, 12))):
+        action = data.draw(st.sampled_from(["add", "step", "step", "cancel"]))
+        if action == "add":
+            prompt = [1, 2, 3][: data.draw(st.integers(1, 3))] * data.draw(st.integers(1, 12))
+            live.append(e.add(prompt, dataclasses.replace(GREEDY, max_tokens=data.draw(st.integers(1, 12)))))
+        elif action == "cancel" and live:
+            e.cancel(request := live[data.draw(st.integers(0, len(live) - 1))])
+            cancelled.add(request)
+        e.step()
+        e.check()
+    run(e)
+    assert e.cache.in_use == 0
+    assert sorted(e.scheduler._slots) == list(range(e.config.max_seqs))
+    for request in live:
+        ids, prompt = ids_of(request)[0], request.prompt_token_ids
+        assert ids == alone(prompt, len(ids))
+        assert request in cancelled or len(ids) == min(request.params.max_tokens, 40 - len(prompt))
+
+
+def test_text_and_stop_strings(model):
+    e = engine(model, TOKENIZER)
+    whole = e.add([104, 105], SamplingParams(temperature=2.0, seed=3, max_tokens=40))
+    run(e)
+    text = whole.output().text
+    assert text == TOKENIZER.decode(whole.output().token_ids)
+    stop = text[20:23]
+    cut = e.add([104, 105], dataclasses.replace(whole.params, stop=stop))
+    updates = []
+    while e.busy:
+        updates += e.step()
+    output = cut.output()
+    assert (output.text, output.finish_reason) == (text[: text.index(stop)], "stop")
+    assert "".join(update.text for update in updates) == output.text
+
+
+def test_other_weights_without_a_restart(model, alone):
+    torch.manual_seed(9)
+    other = Transformer(CONFIG).eval()
+    serving = Transformer(CONFIG).eval()
+    serving.load_state_dict(model.state_dict())
+    e = engine(serving, overlap=True)
+    before = e.add(PROMPTS[2], GREEDY)
+    run(e)
+    assert ids_of(before) == [alone(PROMPTS[2], 15)]
+    under_way = e.add(PROMPTS[3], GREEDY)
+    for _ in range(5):
+        e.step()
+    e.update_weights(other)
+    run(e)
+    e.check()
+    fresh = engine(other)
+    wanted = fresh.add(PROMPTS[2], GREEDY)
+    seen = [*PROMPTS[3], *alone(PROMPTS[3], 5)]
+    rest = fresh.add(seen, dataclasses.replace(GREEDY, max_tokens=10))
+    run(fresh)
+    after = e.add(PROMPTS[2], GREEDY)
+    run(e)
+    assert ids_of(after) == ids_of(wanted) != ids_of(before)
+    assert ids_of(under_way)[0] == alone(PROMPTS[3], 5) + ids_of(rest)[0]
+    assert serving.embedding.weight.data_ptr() == other.embedding.weight.data_ptr()
+    e.update_weights(dict(model.named_parameters()))
+    assert torch.equal(other.embedding.weight, model.embedding.weight)  # copied into the tensors that are shared
+    again = e.add(PROMPTS[2], GREEDY)
+    run(e)
+    assert ids_of(again) == ids_of(before)
+    with pytest.raises(ValueError, match=r"norm.weight is \(32,\) in the engine's model and none in the new weights"):
+        e.update_weights({k: v for k, v in model.named_parameters() if k != "norm.weight"})
+
+
+def test_sixteen_bits(model):
+    half = Transformer(CONFIG, dtype=torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    e = engine(half, overlap=True)
+    requests = [e.add(p, dataclasses.replace(GREEDY, logprobs=0)) for p in PROMPTS]
+    run(e)
+    assert e.memory.pages == e.runner.state.nbytes
+    for request in requests:
+        assert len(ids_of(request)[0]) == 15
+        assert all(math.isfinite(t.logprob) for t in request.samples[0].tokens)
+
+
+def test_memory_is_planned_or_refused(model):
+    e = engine(model, num_pages=7)
+    assert (e.memory.num_pages, e.memory.pages) == (7, 7 * 16 * 2 * 2 * 2 * 8 * 4)
+    assert e.memory.weights == 4 * model.config.num_parameters()
+    assert "7 pages of 16 tokens, 112 in all" in str(e.memory)
+    assert engine(model).memory.num_pages == 8 * 6  # no more than are of use
+    with pytest.raises(ValueError, match=r"a sequence of 96 tokens takes .* and 5 pages, .* may be used"):
+        engine(model, num_pages=5)
+    with pytest.raises(ValueError, match=r"Lower max_len, max_step_tokens or max_seqs"):
+        engine(model, memory_share=1e-9)
+    assert engine(model, num_pages=5, max_len=80).max_len == 80
+
+
+def test_bad_requests(model):
+    e = engine(model)
+    for ids, params, message in (
+        ([], GREEDY, "the prompt is empty"),
+        ([1, 272], GREEDY, "there is no token 272: the model's are 0 to 271"),
+        ([-1], GREEDY, "there is no token -1"),
+        ([1], SamplingParams(stop_token_ids=(500,)), "there is no token 500"),
+        ([1], SamplingParams(logit_bias={300: 1.0}), "there is no token 300"),
+        ([1] * 96, GREEDY, "96 tokens, which leaves no room in a sequence of 96"),
+        ([1], SamplingParams(stop="a"), "stop strings need a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            e.add(ids, params)
+    assert not e.busy
+    for values, message in (
+        ({"max_seqs": 0}, "max_seqs must be 1 or more"),
+        ({"max_step_tokens": 7}, "max_step_tokens 7 must reach max_seqs 8"),
+        ({"memory_share": 1.5}, "memory_share must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine(model, **values)
+    broken = Transformer(CONFIG)
+    torch.nn.init.constant_(broken.norm.weight, torch.nan)
+    e = engine(broken)
+    request = e.add([1], GREEDY)
+    run(e)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        request.output()
+
+
+def test_a_paged_state_needs_its_tokens_described(model):
+    state = model.new_pages(4, 16)
+    with pytest.raises(ValueError, match="needs its tokens described"):
+        model(torch.tensor([[1, 2]]), state=state)
+    row, place = torch.tensor([[0]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    state.tokens = PagedTokens(row, place + 1, place, place, 1)
+    with pytest.raises(ValueError, match="give neither positions nor segments"):
+        model(torch.tensor([[1]]), positions=torch.tensor([0]), state=state)
+    assert torch.allclose(model(torch.tensor([[1]]), state=state), model(torch.tensor([[1]])), atol=1e-5)

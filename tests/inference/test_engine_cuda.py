@@ -1,0 +1,94 @@
+"""On a GPU: captured steps, in batches of any size, give the tokens of full forward passes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cs336.inference import Engine, EngineConfig, SamplingParams
+from cs336.models import Transformer, TransformerConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CONFIG = TransformerConfig(512, 512, num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, init_std=0.2, qk_norm=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=40, logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 512, (n,), generator=draw).tolist() for n in (1, 5, 64, 65, 130, 200, 17, 90, 33, 300)]
+
+
+def make(dtype):
+    torch.manual_seed(3)
+    return Transformer(CONFIG, device="cuda", dtype=dtype).eval()
+
+
+def run(model, prompts, params=GREEDY, **options):
+    e = Engine(model, None, EngineConfig(**({"max_seqs": 8, "max_step_tokens": 128} | options)))
+    requests = [e.add(prompt, params) for prompt in prompts]
+    while e.busy:
+        e.step()
+        e.check()
+    assert e.cache.in_use == 0
+    return e, [[t.id for t in r.samples[0].tokens] for r in requests], requests
+
+
+@torch.inference_mode()
+def regret(model, prompt, ids):
+    """How far each token is from the likeliest one, in the logits of a full forward pass."""
+    logits = model(torch.tensor([prompt + ids], device="cuda"))[0, len(prompt) - 1 : -1].float()
+    return (logits.amax(-1) - logits.gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0]).max().item()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"num_pages": 12}, {"page_size": 16, "overlap": False}])
+def test_equals_full_forward(prompts, dtype, graphs, options):
+    model = make(dtype)
+    e, ids, _ = run(model, prompts, cuda_graphs=graphs, **options)
+    assert bool(e.runner._graphs) == graphs
+    for prompt, found in zip(prompts, ids, strict=True):
+        assert len(found) == 40
+        assert regret(model, prompt, found) <= (1e-3 if dtype == torch.float32 else 0.15)
+
+
+def test_log_probabilities_in_a_graph(prompts):
+    model = make(torch.float32)
+    _, ids, requests = run(model, prompts, dataclasses.replace(GREEDY, logprobs=3))
+    for prompt, found, request in zip(prompts, ids, requests, strict=True):
+        with torch.inference_mode():
+            log_p = model(torch.tensor([prompt + found], device="cuda"))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for i, token in enumerate(request.samples[0].tokens):
+            assert token.logprob == pytest.approx(log_p[i, token.id].item(), abs=1e-3)
+            assert [p for _, p in token.top] == pytest.approx(log_p[i].topk(3).values.tolist(), abs=1e-3)
+
+
+def test_seeds_do_not_depend_on_the_batch(prompts):
+    params = SamplingParams(temperature=1.5, top_k=50, top_p=0.9, seed=11, max_tokens=20)
+    model = make(torch.float32)
+    _, together, _ = run(model, prompts, params)
+    for prompt, ids in zip(prompts[:4], together, strict=False):
+        assert run(model, [prompt], params, max_seqs=1)[1] == [ids]
+
+
+def test_other_weights(prompts):
+    model, other = make(torch.float32), make(torch.float32)
+    with torch.no_grad():
+        other.norm.weight.mul_(-1)
+    e = Engine(model, None, EngineConfig(max_seqs=8, max_step_tokens=128))
+    found = []
+    for weights in (other, dict(make(torch.float32).named_parameters())):
+        first = e.add(prompts[2], GREEDY)
+        for _ in range(5):
+            e.step()
+        e.update_weights(weights)
+        second = e.add(prompts[4], GREEDY)
+        while e.busy:
+            e.step()
+        found.append((first, second))
+        ids = [t.id for t in second.samples[0].tokens]
+        assert regret(e.model, prompts[4], ids) <= 1e-3
+    a, b = ([t.id for t in second.samples[0].tokens] for _, second in found)
+    assert a != b

@@ -1,0 +1,135 @@
+"""A model with its engine, as programs use it."""
+
+import pytest
+import torch
+
+from cs336.inference import LLM, SamplingParams, generate
+from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+PROMPTS = ["hello", "", "a much longer prompt, of 36 bytes", "naïve", "<|endoftext|>x"]
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    return Transformer(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, TOKENIZER, quiet=True, page_size=16, max_seqs=4)
+
+
+def test_texts_are_those_of_generate(model, llm):
+    for params in (GREEDY, SamplingParams(temperature=0, max_tokens=200, stop=["\n", "a"])):
+        want = generate(model, TOKENIZER, PROMPTS, params)
+        got = llm.generate(PROMPTS, params)
+        assert [(o.prompt, o.text, o.token_ids, o.finish_reason) for o in got] == [
+            (c.prompt, c.text, c.token_ids, c.finish_reason) for c in want
+        ]
+        for output in got:
+            assert "".join(llm.stream(output.prompt, params)) == output.text
+    assert llm.engine.cache.in_use == 0
+
+
+def test_params_of_each_prompt_and_ids(llm):
+    short, long = SamplingParams(temperature=0, max_tokens=2), GREEDY
+    a, b = llm.generate(["hello", [*b"hello"]], [short, long])
+    assert (a.prompt, b.prompt) == ("hello", None)
+    assert a.prompt_token_ids == b.prompt_token_ids
+    assert a.token_ids == b.token_ids[:2]
+    (c,) = llm.generate([*b"hello"], long)
+    assert c.token_ids == b.token_ids
+    (d,) = llm.generate("hello", SamplingParams(n=3, temperature=2.0, max_tokens=5))
+    assert [o.index for o in d.outputs] == [0, 1, 2]
+    assert len({o.text for o in d.outputs}) == 3
+    assert llm.generate([]) == []
+    with pytest.raises(ValueError, match="2 prompts and 1 params"):
+        llm.generate(["a", "b"], [short])
+
+
+def test_a_stream_that_is_left_ends_its_request(llm):
+    pieces = llm.stream("hello", SamplingParams(temperature=0, max_tokens=60))
+    first = next(pieces)
+    (other,) = llm.generate("naïve", GREEDY)  # meanwhile the stream goes on
+    assert first + next(pieces) == llm.generate("hello", GREEDY)[0].text[: len(first) + 1]
+    assert other.text == llm.generate("naïve", GREEDY)[0].text
+    pieces.close()
+    assert not llm.engine.busy or not llm.engine.scheduler.running
+    assert llm.engine.cache.in_use == 0
+
+
+def test_scores_are_log_likelihoods(model, llm):
+    prefix = "the cat sat on the mat, and "
+    continuations = ["the dog", "a", [7, 8, 9]]
+    scores = llm.score([prefix] * 3, continuations, top=1)
+    for continuation, tokens in zip(continuations, scores, strict=True):
+        ids = [*continuation.encode()] if isinstance(continuation, str) else continuation
+        whole = [*prefix.encode(), *ids]
+        with torch.inference_mode():
+            log_p = model(torch.tensor([whole]))[0].log_softmax(-1)
+        assert [t.id for t in tokens] == ids
+        for i, token in enumerate(tokens, len(prefix) - 1):
+            assert token.logprob == pytest.approx(log_p[i, token.id].item(), abs=1e-4)
+            assert token.top[0][0] == int(log_p[i].argmax())
+    with pytest.raises(ValueError, match="empty continuation"):
+        llm.score(["a"], [[]])
+    with pytest.raises(ValueError, match="shorter"):
+        llm.score(["a", "b"], ["c"])
+
+
+def test_from_a_directory(tmp_path, model, llm, capsys):
+    save_pretrained(model, tmp_path, TOKENIZER)
+    read = LLM(tmp_path, device="cpu", page_size=16, max_seqs=4)
+    assert "memory: " in capsys.readouterr().err
+    assert [o.outputs for o in read.generate(PROMPTS, GREEDY)] == [o.outputs for o in llm.generate(PROMPTS, GREEDY)]
+    half = LLM(tmp_path, tmp_path / "tokenizer.json", device="cpu", dtype=torch.bfloat16, quiet=True, max_seqs=1)
+    assert half.model.embedding.weight.dtype == torch.bfloat16
+    assert capsys.readouterr().err == ""
+
+
+def test_chat(tmp_path, model, llm):
+    messages = [{"role": "user", "content": "hi"}]
+    (answer,) = llm.chat(messages, GREEDY)
+    written = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.prompt == written
+    assert answer.text == llm.generate(written, GREEDY)[0].text
+    assert [o.text for o in llm.chat([messages, messages], GREEDY)] == [answer.text] * 2
+    save_pretrained(model, tmp_path, TOKENIZER)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    other = LLM(tmp_path, device="cpu", quiet=True, max_seqs=1, page_size=16)
+    assert other.chat(messages, GREEDY)[0].prompt == "hi!"
+
+
+def test_the_weights_of_a_module_that_is_trained_on(model):
+    trained = Transformer(CONFIG).eval()
+    llm = LLM(trained, TOKENIZER, quiet=True, page_size=16, max_seqs=2)
+    before = llm.generate("hello", GREEDY)[0].text
+    with torch.no_grad():
+        for mine, other in zip(trained.parameters(), model.parameters(), strict=True):
+            mine.copy_(other)  # an optimizer's step, in place
+    llm.update_weights(trained)
+    assert llm.generate("hello", GREEDY)[0].text == generate(model, TOKENIZER, "hello", GREEDY)[0].text != before
+
+
+def test_without_a_tokenizer(model):
+    llm = LLM(model, quiet=True, max_seqs=1, page_size=16)
+    assert len(llm.generate([[1, 2]], GREEDY)[0].token_ids) == 20
+    assert llm.generate([[1, 2]], GREEDY)[0].text == ""
+    for call in (lambda: llm.generate("a"), lambda: next(llm.stream([1]))):
+        with pytest.raises(ValueError, match="tokenizer"):
+            call()
+    with pytest.raises(ValueError, match="of one continuation"):
+        next(LLM(model, TOKENIZER, quiet=True).stream("a", SamplingParams(n=2)))
+
+
+def test_generate_names_what_it_does_not_do(model):
+    with pytest.raises(ValueError, match=r"do not take logprobs, n: use cs336.inference.LLM"):
+        generate(model, TOKENIZER, "a", SamplingParams(n=2, logprobs=1))
+    greedy = generate(model, TOKENIZER, "hello", GREEDY)[0].token_ids
+    (cut,) = generate(model, TOKENIZER, "hello", SamplingParams(temperature=0, stop_token_ids=(greedy[4],)))
+    assert cut.token_ids == greedy[: greedy.index(greedy[4])]
