@@ -17,6 +17,7 @@ PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
+PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense kernel"}  # of attention
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -48,7 +49,7 @@ def table(name: str, results: Results) -> str:
     runs = [machine[name] for machine in results.values() if name in machine]
     if not runs:
         return f"Not measured yet: `{name}` is in no file of `benchmarks/results/`.\n"
-    body = {"train": train, "train_deterministic": train, "adamw": optimizer, "tokenizer": tokenizer}.get(name, op)
+    body = BODIES.get(name, op)
     return "\n".join("\n".join([*body(run["rows"]), "", where(run["header"])]) + "\n" for run in runs)
 
 
@@ -109,6 +110,25 @@ def optimizer(rows: list[Row]) -> Iterator[str]:
         cells = [both([native.get("percent_of_roof")]), *(both([ratio(c, p)], ".2f") for p in present)]
         yield f"| {native['shape'][0] / 1e6:.0f} M {native['dtype']} | " + " | ".join(cells) + " |"
     yield from host(c for c in cases if "cs336" in c)
+
+
+def rated(rows: list[Row]) -> Iterator[str]:
+    """A row for each case: native's rate, its share of the roof, and how many times as fast as each peer it is."""
+    cases = [{row["variant"]: row for row in group} for _, group in itertools.groupby(rows, case)]
+    timed = [c for c in cases if "seconds" in c.get("native", {})]
+    present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
+    yield "Native: its rate, its share of the roof, and how many times as fast as each peer"
+    yield ""
+    yield "| pass | shape | us | rate | % of roof | " + " | ".join(PEERS[p] for p in present) + " |"
+    yield "| --- | --- | ---: | ---: | ---: " + "| ---: " * len(present) + "|"
+    for c in timed:
+        native = c["native"]
+        rate = f"{native['tflops']:.0f} TFLOP/s" if "tflops" in native else f"{native['gbps']:.0f} GB/s"
+        cells = [f"{1e6 * native['seconds']:.1f}", rate, both([native.get("percent_of_roof")])]
+        cells += [both([ratio(c, p)], ".2f") for p in present]
+        yield f"| {native['pass']} | {'x'.join(map(str, native['shape']))} | " + " | ".join(cells) + " |"
+    yield ""
+    yield losses(timed)
 
 
 def case(row: Row) -> tuple:
@@ -319,9 +339,28 @@ def train_headline(rows: list[Row]) -> tuple[str, str, str]:
     return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336'])}", f"{ours / plain:.2f}x compiled PyTorch"
 
 
+def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the forward with the most FLOPs that is causal."""
+    causal = [r for r in rows if r["pass"] == "fwd causal" and "seconds" in r]
+    most = max(r["flops"] for r in causal)
+    c = {r["variant"]: r for r in causal if r["flops"] == most}
+    _, S, heads, kv_heads, D = c["native"]["shape"]
+    what = f"causal attention, {S} tokens, {heads}/{kv_heads} heads of {D}, forward"
+    return what, f"{c['native']['tflops']:.0f} TFLOP/s", beside(c, ("cudnn", "fa3"))
+
+
+BODIES = {
+    "train": train,
+    "train_deterministic": train,
+    "adamw": optimizer,
+    "tokenizer": tokenizer,
+    "attention": rated,
+    "attention_varlen": rated,
+}
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,
+    "attention": attention_headline,
     "rms_norm": norm_headline,
     "layer_norm": norm_headline,
     "adamw": adamw_headline,

@@ -58,7 +58,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
     train.add_argument("--nondeterministic", action="store_true", help="ours too: plain PyTorch always is, on a GPU")
-    for kind in (ops, train):
+    mixers = kinds.add_parser("mixers", help="training and decoding of each mixer, and the recurrences beside fla's")
+    mixers.add_argument("names", nargs="*", metavar="MIXER", help="all, and the recurrences, if none is named")
+    mixers.add_argument("--size", default="350M", choices=("tiny", "350M"), help="of the model (%(default)s)")
+    mixers.add_argument("--tokens", type=int, default=16384, help="a step (%(default)s)")
+    mixers.add_argument("--compile", action="store_true", help="each layer")
+    for kind in (ops, train, mixers):
         kind.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
         kind.add_argument("--commit", help="to record where there is no git checkout")
     options = parser.parse_args(argv)
@@ -86,7 +91,7 @@ def main(argv: list[str]) -> int:
     print(
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
-    return (ops if options.kind == "ops" else train)(options, device, header)
+    return {"ops": ops, "train": train, "mixers": mixers}[options.kind](options, device, header)
 
 
 def command(argv: list[str]) -> str:
@@ -140,8 +145,10 @@ def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any
     workers = default_workers(device) if options.workers is None else options.workers
     if size == "full" and workers and (only is None or only & {"compile", "quack"}):
         compile_cases(names, size, workers)
+    left = start + options.limit - time.monotonic()  # compiling ahead took the rest
+    start = time.monotonic()
     for i, name in enumerate(names, 1):
-        deadline = start + options.limit * i / len(names)
+        deadline = start + left * i / len(names)
         rows = sweep(importlib.import_module(f"benchmarks.ops.bench_{name}"), size, device, only, deadline)
         if options.out:
             results.write(options.out, name, header, rows)
@@ -187,6 +194,18 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.out and rows:
         results.write(options.out, "train", header, rows)
     return 1 if failed else 0
+
+
+def mixers(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
+    from benchmarks.end_to_end import bench_mixers
+
+    made = []
+    for row in bench_mixers.rows(options.names, options.size, options.tokens, compile=options.compile):
+        print(bench_mixers.line(row), flush=True)
+        made.append(row)
+        if options.out:
+            results.write(options.out, "mixers", header, made)
+    return 1 if any("failed" in row and row["variant"] != "fla" for row in made) else 0
 
 
 def sweep(

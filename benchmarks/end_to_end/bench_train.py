@@ -114,7 +114,9 @@ def compare(
 
 
 def rate(step: int, total: int) -> float:
-    return cosine_schedule(step + 1, max_lr=6e-4, min_lr=6e-5, warmup_steps=total // 10, total_steps=total)
+    """Small and slowly rising: at 6e-4 from step 10 on the loss of 124M jumps, and weights moved by a thousandth of
+    themselves end 0.8 % apart in plain PyTorch alone."""
+    return cosine_schedule(step + 1, max_lr=2e-4, min_lr=2e-5, warmup_steps=total // 2, total_steps=total)
 
 
 def check_curves(ours: Tensor, plain: Tensor) -> None:

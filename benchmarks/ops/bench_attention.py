@@ -118,13 +118,14 @@ def sdpa_bwd(backend: SDPBackend, do: Tensor, dlse: None, *rest) -> harness.Call
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
 
-def fa3_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, *_) -> harness.Call:
+def fa3_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, *_) -> harness.Call:
     from flash_attn_interface import flash_attn_func
 
     by_token = [t.transpose(1, 2) for t in (q, k, v)]
+    window = (left, 0) if left >= 0 else (-1, -1)
 
     def call() -> tuple:
-        o = flash_attn_func(*by_token, softmax_scale=scale, causal=causal)
+        o = flash_attn_func(*by_token, softmax_scale=scale, causal=causal, window_size=window)
         return ((o[0] if isinstance(o, tuple) else o).transpose(1, 2),)
 
     return call

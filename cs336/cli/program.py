@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import tokenizer
+from cs336.cli import scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, report
@@ -37,6 +37,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
+SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,10 +81,14 @@ def _run(arguments: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
-    nested = tyro.extras.SubcommandApp()
-    for name, run in TOKENIZER_VERBS.items():
-        nested.command(name=name)(run)
-    app.command(nested, name="tokenizer", help="Train and use byte-level BPE tokenizers.")
+    for group, verbs, help in (
+        ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
+        ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
+    ):
+        nested = tyro.extras.SubcommandApp()
+        for name, run in verbs.items():
+            nested.command(name=name)(run)
+        app.command(nested, name=group, help=help)
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

@@ -42,7 +42,7 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
     from cs336.report import write_report
     from cs336.tokenizer import convert
     from cs336.tokenizer.statistics import keep
-    from cs336.training import NonFiniteError, Trainer
+    from cs336.training import StepError, Trainer
     from cs336.training.identity import kept_tokenizer
 
     kept = settings.run_dir / "tokenizer.json"
@@ -54,7 +54,7 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         keep(loaded, settings.run_dir)
     try:
         result = trainer.train()
-    except NonFiniteError:
+    except StepError:
         print(f"report: {write_report(settings.run_dir)}")  # it says why
         raise
     if result.export is not None and loaded is not None and "val/bpb" in result.val:

@@ -1,10 +1,10 @@
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from cs336.models.block import BlockConfig
-from cs336.nn import AttentionConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
-from cs336.nn.checks import check_counts, check_positive
+from cs336.models.block import BlockConfig, Norm
+from cs336.nn import AttentionConfig, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
 
 # The fields that the short form alone reads.
 SHORT = {"num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "d_ff", "norm_eps"}
@@ -13,7 +13,7 @@ SHORT |= {"rope_theta", "rope_interleaved"}
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a pre-norm decoder: its blocks, described one by one, or all at once in the short form.
+    """Shape of a decoder: its blocks, described one by one, or all at once in the short form.
 
     The short form is `num_heads` and what follows it to `head_dim`: RMSNorm, rotary grouped-query attention, SwiGLU in
     every block. `layers` says the same and more, in TOML:
@@ -22,7 +22,9 @@ class TransformerConfig:
         mixer = {kind = "attention", num_heads = 8, num_kv_heads = 2}
         mlp = {kind = "gelu"}
 
-    Either way the model is made of `blocks`. Raises ValueError for values that do not fit together.
+    A `pattern` says in which order layers that have a `name` follow each other: "SSSL" where names are letters, else
+    names with spaces between them. Either way the model is made of `blocks`. Raises ValueError for values that do not
+    fit together.
     """
 
     vocab_size: int
@@ -53,8 +55,16 @@ class TransformerConfig:
     """Of every matrix; those that write to the residual stream start at init_std / sqrt(2 * num_layers)."""
     head_dim: int | None = None
     """Features of a head, even. None: d_model / num_heads."""
+    position_embedding: Literal["learned", "sinusoidal"] | None = None
+    """Absolute positions, added to the embedding: of GPT-2, or of arXiv:1706.03762. Of layers without positions."""
+    embedding_scale: float | None = None
+    """What the embedding is multiplied by: sqrt(d_model) in arXiv:1706.03762 and in Gemma."""
+    embedding_dropout: float = 0.0
+    """Share of the embedding's features that is dropped in training."""
     layers: tuple[BlockConfig, ...] | None = None
-    """The blocks, or a pattern that repeats up to num_layers. None: the short form."""
+    """The blocks, which repeat up to num_layers. None: the short form."""
+    pattern: str | None = None
+    """The names of layers in order, which repeat up to num_layers: "SSSL", or "sliding sliding full"."""
 
     def __post_init__(self):
         check_counts(vocab_size=self.vocab_size, context_length=self.context_length)
@@ -62,19 +72,48 @@ class TransformerConfig:
         check_counts(optional=self.layers is not None, num_heads=self.num_heads)
         check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
         check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)
-        check_positive(optional=True, logit_softcap=self.logit_softcap)
+        check_positive(optional=True, logit_softcap=self.logit_softcap, embedding_scale=self.embedding_scale)
+        check_probabilities(embedding_dropout=self.embedding_dropout)
+        if self.position_embedding is not None:
+            check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))
         if self.layers is not None:
             self._check_layers(self.layers)
+        elif self.pattern is not None:
+            raise ValueError(f"pattern {self.pattern!r} orders layers by their names: describe them in layers")
         for block in set(self.blocks):
             block.check(self.d_model)
+            if self.position_embedding is not None and not isinstance(block.positions, NoPositionsConfig):
+                raise ValueError(
+                    f"position_embedding {self.position_embedding!r} beside {block.positions.kind!r} positions: "
+                    'give each layer positions = {kind = "none"}, or leave it out'
+                )
+        if self.position_embedding == "sinusoidal" and self.d_model % 2 != 0:
+            raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
 
     def _check_layers(self, layers: tuple[BlockConfig, ...]) -> None:
         if twice := [
             f.name for f in dataclasses.fields(self) if f.name in SHORT and getattr(self, f.name) != f.default
         ]:
             raise ValueError(f"layers describe the blocks whole: say {', '.join(twice)} there, or leave layers out")
-        if not layers or self.num_layers % len(layers) != 0:
-            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {len(layers)} layers that repeat")
+        order = self._ordered(layers)
+        if not order or self.num_layers % len(order) != 0:
+            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {len(order)} layers that repeat")
+
+    def _ordered(self, layers: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+        """Once through the pattern."""
+        if self.pattern is None:
+            return layers
+        named = {block.name: block for block in layers}
+        if len(named) < len(layers) or "" in named or any(len(name.split()) != 1 for name in named):
+            raise ValueError("a pattern needs layers with names, each another and one word")
+        letters = all(len(name) == 1 for name in named)
+        order = list("".join(self.pattern.split())) if letters else self.pattern.split()
+        for name in order:
+            if name not in named:
+                raise ValueError(f"pattern {self.pattern!r} names the layer {name!r}; there are {', '.join(named)}")
+        if unused := named.keys() - set(order):
+            raise ValueError(f"pattern {self.pattern!r} leaves out the layer {', '.join(sorted(unused))}")
+        return tuple(named[name] for name in order)
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
@@ -85,44 +124,64 @@ class TransformerConfig:
             mixer = AttentionConfig(self.num_heads, self.num_kv_heads, self.head_dim, self.qkv_bias, self.qk_norm)
             rope = RopeConfig(self.rope_theta, self.rope_interleaved)
             layers = (BlockConfig(mixer, SwiGLUConfig(self.d_ff), RMSNormConfig(self.norm_eps), rope),)
+        layers = self._ordered(layers)
         return layers * (self.num_layers // len(layers))
 
     def short_form(self) -> "TransformerConfig | None":
         """The same model in the short form; None where its blocks differ or are of other kinds."""
         block = self.blocks[0]
-        mlp, norm, rope = block.mlp, block.norm, block.positions
-        if not (isinstance(mlp, SwiGLUConfig) and isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
+        mixer, mlp, norm, rope = block.mixer, block.mlp, block.norm, block.positions
+        if not (isinstance(mixer, AttentionConfig) and isinstance(mlp, SwiGLUConfig)):
             return None
-        if len(set(self.blocks)) > 1:
+        if not (isinstance(norm, RMSNormConfig) and isinstance(rope, RopeConfig)):
             return None
-        short: dict[str, Any] = dataclasses.asdict(block.mixer)
-        del short["kind"]
+        short: dict[str, Any] = {name: getattr(mixer, name) for name in SHORT if hasattr(mixer, name)}
         short |= {
             "d_ff": mlp.d_ff,
             "norm_eps": norm.eps,
             "rope_theta": rope.theta,
             "rope_interleaved": rope.interleaved,
         }
-        return dataclasses.replace(self, layers=None, **short)
+        if not isinstance(short["qk_norm"], bool):
+            return None
+        config = dataclasses.replace(self, layers=None, pattern=None, **short)
+        return config if config.blocks == self.blocks else None
 
     @property
     def kv_heads(self) -> int:
-        return self.blocks[0].mixer.kv_heads
+        """Of the first layer of attention. Raises ValueError without one; so does head_size."""
+        return self._attention.kv_heads
 
     @property
     def head_size(self) -> int:
-        return self.blocks[0].mixer.head_size(self.d_model)
+        return self._attention.head_size(self.d_model)
+
+    @property
+    def _attention(self) -> AttentionConfig:
+        for block in self.blocks:
+            if isinstance(block.mixer, AttentionConfig):
+                return block.mixer
+        raise ValueError(
+            f"no layer has heads of attention: the mixers are {sorted({b.mixer.kind for b in self.blocks})}"
+        )
 
     @property
     def ff_size(self) -> int:
         return self.blocks[0].mlp.width(self.d_model)
 
+    @property
+    def final_norm(self) -> Norm | None:
+        """Before the head: the last block's, unless that one's output is normed already."""
+        last = self.blocks[-1]
+        return None if last.placement == "post" else last.norm
+
     def num_parameters(self, embeddings: bool = True) -> int:
         """Weights of the model; without embeddings, less the token embedding and the output head (arXiv:2001.08361)."""
         blocks = sum(block.num_parameters(self.d_model) for block in self.blocks)
         tables = 1 if self.tie_embeddings else 2
-        norm = self.blocks[-1].norm.num_parameters(self.d_model)
-        return blocks + norm + (tables * self.vocab_size * self.d_model if embeddings else 0)
+        rows = tables * self.vocab_size + (self.context_length if self.position_embedding == "learned" else 0)
+        norm = self.final_norm.num_parameters(self.d_model) if self.final_norm else 0
+        return blocks + norm + (rows * self.d_model if embeddings else 0)
 
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token, forward and backward: 6 N + 12 L H D T for L layers of attention.
@@ -140,13 +199,15 @@ class TransformerConfig:
 
         With gradient checkpointing each block keeps its inputs alone: the residual stream and what is to be added.
         """
-        blocks = [block.activation_bytes(self.d_model, width) for block in self.blocks]
-        last = self.blocks[-1].norm.activation_bytes(self.d_model, width) + width * self.d_model
+        features = width * self.d_model
+        ends = features + (self.final_norm.activation_bytes(self.d_model, width) if self.final_norm else 0)
+        ends += features if self.embedding_dropout else 0
         if gradient_checkpointing:
-            return width * self.d_model * (2 * len(blocks) - 1) + last
-        return sum(blocks) + last
+            return features * (1 + sum(1 if b.placement == "post" else 2 for b in self.blocks[:-1])) + ends
+        return sum(block.activation_bytes(self.d_model, width) for block in self.blocks) + ends
 
-    def state_bytes(self, max_len: int | None = None, width: int = 2) -> int:
-        """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element."""
+    def state_bytes(self, max_len: int | None = None, width: int = 2, rollback: int = 0) -> int:
+        """Of one sequence of max_len tokens (context_length if None) while decoding, `width` bytes an element, that can
+        go back `rollback` tokens."""
         max_len = self.context_length if max_len is None else max_len
-        return sum(block.state_bytes(self.d_model, max_len, width) for block in self.blocks)
+        return sum(block.state_bytes(self.d_model, max_len, width, rollback) for block in self.blocks)

@@ -7,7 +7,10 @@ rotary tables, workspaces of libraries, and what a caching allocator holds in re
 import dataclasses
 from dataclasses import dataclass
 
+from cs336.models.block import BlockConfig, TransformerBlock
 from cs336.models.config import TransformerConfig
+from cs336.models.recompute import KEEPS_ALL, Recompute
+from cs336.nn import Linear
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ def training_memory(
     context_length: int | None = None,
     weight_bytes: int = 4,
     compute_bytes: int | None = None,
-    optimizer_bytes: int = 8,
-    gradient_checkpointing: bool = False,
+    optimizer_bytes: float = 8,
+    gradient_checkpointing: Recompute = False,
     compiled: bool = False,
 ) -> Memory:
     """Of a training step at its peak: when the backward begins, of a micro-batch that adds to gradients already there.
@@ -61,18 +64,36 @@ def training_memory(
     capped = width * V if config.logit_softcap is None or compiled else 8 * V  # float32 before and after the cap
     gradient = (width if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
     logits = tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
-    activations = tokens * config.activation_bytes(width, gradient_checkpointing=gradient_checkpointing)
-    if gradient_checkpointing:  # the logits are gone when the first block is recomputed
-        block = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
-        activations += max(0, tokens * block - logits)
+    activations = tokens * config.activation_bytes(
+        width, gradient_checkpointing=gradient_checkpointing not in KEEPS_ALL
+    )
+    if gradient_checkpointing not in KEEPS_ALL:  # the logits are gone when the first block is recomputed
+        block_bytes = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
+        if gradient_checkpointing == "selective":
+            kept = {block: products_bytes(block, config.d_model, width) for block in config.blocks}
+            activations += tokens * sum(kept[block] for block in config.blocks)
+            block_bytes -= min(kept.values())
+        activations += max(0, tokens * block_bytes - logits)
     return Memory(
         weights=weight_bytes * parameters,
         gradients=weight_bytes * parameters,
-        optimizer=optimizer_bytes * parameters,
-        casts=0 if width == weight_bytes else width * config.flops_per_token(0) // 6,  # the weights that multiply
+        optimizer=round(optimizer_bytes * parameters),
+        casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,
         logits=logits,
     )
+
+
+def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:
+    """What selective recomputation keeps of a block, a token: what its linear layers return, and its attention."""
+    built = TransformerBlock(block, d_model, device="meta")
+    return width * (sum(m.out_features for m in built.modules() if isinstance(m, Linear)) + d_model)
+
+
+def _matrices(config: TransformerConfig) -> int:
+    """The weights that multiply some token."""
+    idle = sum(block.mlp.idle_parameters(config.d_model) for block in config.blocks)
+    return config.flops_per_token(0) // 6 + idle
 
 
 def decoding_memory(

@@ -5,7 +5,9 @@
     state.truncate(prompt_lengths)              forgets the padding
     logits = model(next_ids, state=state)       each row goes on at its own position
 
-No step changes a shape or waits for the device. B = batch.
+Attention's keys and values let a row go back to any token. Windows and recurrences keep a bounded memory, in which a
+row may go back by `rollback` tokens: model.new_state(..., rollback=4) for a speculation of 4. No step changes a shape
+or waits for the device. B = batch.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,14 @@ class DecodingState:
         self.lengths = lengths_B
         """(B,) int64: tokens of each row so far. Forward passes add to it in place."""
         self.max_len = max_len
+        self.oldest = lengths_B.clone() if self.rollback is not None else None
+        """(B,) int64: the least length that each row may go back to; None: 0."""
+
+    @property
+    def rollback(self) -> int | None:
+        """How many tokens a row may go back, as far as all layers can; None: all."""
+        limits = [layer.rollback for layer in self.layers if layer.rollback is not None]
+        return min(limits, default=None)
 
     @property
     def batch_size(self) -> int:
@@ -30,24 +40,51 @@ class DecodingState:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
-        return self.lengths.nbytes + sum(layer.nbytes for layer in self.layers)
+        rows = self.lengths.nbytes if self.oldest is None else 2 * self.lengths.nbytes
+        return rows + sum(layer.nbytes for layer in self.layers)
+
+    def advance(self, counts: Tensor | int) -> None:
+        """Count (B,) tokens more in each row, in place."""
+        self.lengths += counts
+        if self.oldest is not None:
+            assert self.rollback is not None
+            self.oldest.copy_(torch.maximum(self.oldest, self.lengths - self.rollback))
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Go back to the first lengths (B,) tokens of each row; a row that holds fewer stays as it is.
 
-        Raises ValueError for another number of rows.
+        A row may always begin anew, at 0. Raises ValueError for another number of rows, and for a length that lies
+        further back than `rollback` (on a GPU the device checks it).
         """
         lengths_B = torch.as_tensor(lengths, device=self.lengths.device)
         if lengths_B.shape != self.lengths.shape:
             raise ValueError(f"lengths must be {self.batch_size} numbers of tokens, got shape {tuple(lengths_B.shape)}")
-        self.lengths.copy_(torch.minimum(self.lengths, lengths_B.clamp(min=0)))
-        for layer in self.layers:
-            layer.truncate(self.lengths)
+        lengths_B = torch.minimum(self.lengths, lengths_B.clamp(min=0))
+        if self.oldest is not None:
+            self._check_reach(lengths_B)
+            self.oldest.copy_(torch.minimum(self.oldest, lengths_B))
+        self.lengths.copy_(lengths_B)
+
+    def _check_reach(self, lengths_B: Tensor) -> None:
+        assert self.oldest is not None
+        lost_B = (lengths_B < self.oldest) & (lengths_B > 0)
+        message = f"a row can go back {self.rollback} tokens: make the state with a larger rollback"
+        if lost_B.device.type == "cpu":
+            if lost_B.any():
+                row = int(lost_B.nonzero()[0])
+                raise ValueError(
+                    f"row {row} goes back from {self.lengths[row]} to {lengths_B[row]} tokens, and {message}"
+                )
+        elif lost_B.is_cuda:
+            torch._assert_async(~lost_B.any(), message)
 
     def select(self, rows: Tensor | Sequence[int]) -> "DecodingState":
         """A new state with copies of these rows, in this order; a row may be taken more than once."""
         rows_N = torch.as_tensor(rows, dtype=torch.int64, device=self.lengths.device)
-        return DecodingState([layer.select(rows_N) for layer in self.layers], self.lengths[rows_N], self.max_len)
+        state = DecodingState([layer.select(rows_N) for layer in self.layers], self.lengths[rows_N], self.max_len)
+        if self.oldest is not None:
+            state.oldest = self.oldest[rows_N]
+        return state
 
     def copy(self) -> "DecodingState":
         """A new state that goes on apart from this one."""

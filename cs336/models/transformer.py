@@ -4,20 +4,32 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
+from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
 from cs336.models.state import DecodingState
-from cs336.nn import Context, Embedding, Linear, RotaryEmbedding
+from cs336.nn import (
+    Context,
+    Embedding,
+    Hyena,
+    LearnedPositions,
+    Linear,
+    LinearAttention,
+    Mamba2,
+    MoE,
+    SinusoidalPositions,
+)
+from cs336.nn.derived import Derived
+from cs336.nn.moe import add_loads
 
 
 class Transformer(nn.Module):
-    """Pre-norm decoder, made of its config's blocks.
+    """A decoder, made of its config's blocks.
 
     Under torch.autocast the residual stream is in autocast's dtype. Set `gradient_checkpointing` to recompute each
-    layer in the backward instead of keeping its activations.
+    layer in the backward instead of keeping its activations: see cs336.models.recompute.
     """
 
     def __init__(
@@ -25,40 +37,55 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Recompute = False
         self.special_ids: dict[str, Any] = {}
         """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
         self.generation_config: dict[str, Any] = {}
         """What generation_config.json said; save_pretrained writes it again."""
+        self.chat_template: str | None = None
+        """How a conversation becomes a text, in Jinja, as the tokenizer's files said; saved as the two above."""
         d_model = config.d_model
         place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
         self.embedding = Embedding(config.vocab_size, d_model, **place)
+        self.position_embedding: nn.Module | None = None
+        if config.position_embedding == "learned":
+            self.position_embedding = LearnedPositions(config.context_length, d_model, **place)
+        elif config.position_embedding == "sinusoidal":
+            self.position_embedding = SinusoidalPositions(config.context_length, d_model, device="meta")
         ropes = {
-            (block.positions, block.mixer.head_size(d_model)): block.build_rope(
+            (block.positions, block.mixer.rope_dim(d_model)): block.build_rope(
                 d_model, config.context_length, device="meta"
             )
             for block in config.blocks
         }
         self.layers = nn.ModuleList(
-            TransformerBlock(block, d_model, ropes[block.positions, block.mixer.head_size(d_model)], **place)
+            TransformerBlock(block, d_model, ropes[block.positions, block.mixer.rope_dim(d_model)], **place)
             for block in config.blocks
         )
-        self.norm = config.blocks[-1].norm.build(d_model, **place)
+        self.norm = config.final_norm.build(d_model, **place) if config.final_norm else None
         self.head = None if config.tie_embeddings else Linear(d_model, config.vocab_size, **place)
-        self.register_load_state_dict_post_hook(_place_tables)
+        self.register_load_state_dict_post_hook(_place_derived)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0."""
+        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0.
+        Decays, convolutions and filters start as their mixers say."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith("bias") else 1)
             else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
                 depth = 2 * self.config.num_layers if writes else 1
                 parameter.normal_(std=self.config.init_std / depth**0.5)
+        for layer in self.layers:
+            mixer = cast(TransformerBlock, layer).attention
+            mlp = cast(TransformerBlock, layer).mlp
+            if isinstance(mlp, MoE):
+                mlp.reset_balance()
+            if isinstance(mixer, LinearAttention | Mamba2 | Hyena):
+                mixer.reset_dynamics()
 
     def forward(
         self,
@@ -69,28 +96,34 @@ class Transformer(nn.Module):
         state: DecodingState | None = None,
         targets: Tensor | None = None,
         ignore_index: int = -100,
-    ) -> Tensor:
+        return_routing: bool = False,
+    ) -> Any:
         """Logits (B, S, V) of the next token after each; with targets the sum of their cross-entropy.
 
         Args:
             token_ids_BS: (B, S) int64 or int32 in [0, vocab_size).
-            positions: (S,) or (B, S) int64 or int32 in [0, context_length). None: 0 to S - 1, from 0 again in each
-                segment, and behind the state's tokens.
+            positions: (S,) or (B, S) int64 or int32 in [0, context_length), of rotary and absolute positions. None: 0
+                to S - 1, from 0 again in each segment, and behind the state's tokens.
             segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
                 is one document, and a negative segment marks padding on the right, which the state does not count.
             state: the tokens before these, of which these become part.
             targets: (B, S) int64 or int32, each in [0, vocab_size) or ignore_index, which counts for nothing. The
                 logits are then never kept whole: see ops.linear_cross_entropy.
+            return_routing: return (logits, Routing) of a model with mixtures of experts: what their routers add to a
+                loss, and the load of the experts. (logits, None) of another.
 
         Returns the weights' dtype, or autocast's; at least float32 with a soft-cap. The sum is a float32 scalar.
         Raises ValueError for a shape or dtype that does not fit, or past context_length.
         """
-        features_BSM = self.features(token_ids_BS, positions=positions, segments=segments, state=state)
-        if targets is None:
-            return self.logits(features_BSM)
+        stream = self._layers(token_ids_BS, positions, segments, state)
+        features_BSM = self._normed(stream)
+        out = self.logits(features_BSM) if targets is None else self._summed_loss(features_BSM, targets, ignore_index)
+        return (out, stream.routing) if return_routing else out
+
+    def _summed_loss(self, features_BSM: Tensor, targets_BS: Tensor, ignore_index: int) -> Tensor:
         head = self.embedding if self.head is None else self.head
         return ops.linear_cross_entropy(
-            features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
+            features_BSM, head.weight, targets_BS, ignore_index=ignore_index, softcap=self.config.logit_softcap,
             reduction="sum",
         )  # fmt: skip
 
@@ -103,16 +136,41 @@ class Transformer(nn.Module):
         state: DecodingState | None = None,
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
+        return self._normed(self._layers(token_ids_BS, positions, segments, state))
+
+    def _normed(self, stream: Stream) -> Tensor:
+        return stream.value if self.norm is None else stream.normed(self.norm)[0]
+
+    def _layers(
+        self,
+        token_ids_BS: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        state: DecodingState | None,
+    ) -> Stream:
         context = self._context(token_ids_BS, positions, segments, state)
-        stream = Stream(self.embedding(token_ids_BS).to(self.compute_dtype), None)
+        stream = Stream(self._embed(token_ids_BS, context), None)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled() and state is None:
-                stream = checkpoint(layer, stream, context, use_reentrant=False)
+            if self.gradient_checkpointing not in KEEPS_ALL and torch.is_grad_enabled() and state is None:
+                stream = recomputed(self.gradient_checkpointing, layer, stream, context)
             else:
                 stream = layer(stream, context, None if state is None else state.layers[i])
         if state is not None:
-            state.lengths += token_ids_BS.shape[1] if segments is None else (segments >= 0).sum(-1)
-        return stream.normed(self.norm)[0]
+            state.advance(context.counts(token_ids_BS.shape[1]))
+        if stream.routing is not None and self.training and torch.is_grad_enabled():
+            add_loads(self, stream.routing)  # here, for a layer that is checkpointed runs twice
+        return stream
+
+    def _embed(self, token_ids_BS: Tensor, context: Context) -> Tensor:
+        x_BSM, config = self.embedding(token_ids_BS), self.config
+        if config.embedding_scale is not None:
+            x_BSM = config.embedding_scale * x_BSM
+        if self.position_embedding is not None:
+            S, positions = token_ids_BS.shape[1], context.positions
+            if positions is None:
+                positions = torch.arange(S, device=x_BSM.device) if context.lengths is None else context.slots(S)
+            x_BSM = x_BSM + self.position_embedding(positions).to(x_BSM.dtype)
+        return nn.functional.dropout(x_BSM.to(self.compute_dtype), config.embedding_dropout, self.training)
 
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""
@@ -142,9 +200,10 @@ class Transformer(nn.Module):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # is_autocast_available: a graph break in 2.11
         return torch.get_autocast_dtype(kind) if autocast else dtype
 
-    def new_state(self, batch_size: int, max_len: int | None = None) -> DecodingState:
+    def new_state(self, batch_size: int, max_len: int | None = None, *, rollback: int = 0) -> DecodingState:
         """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.
 
+        rollback: how many tokens a row may go back in layers whose memory is bounded; in others it may go back to any.
         Raises ValueError for more than context_length.
         """
         limit = self.config.context_length
@@ -152,8 +211,12 @@ class Transformer(nn.Module):
         if max_len > limit:
             raise ValueError(f"{max_len} tokens do not fit the model's context_length of {limit}")
         device, dtype = self.device, self.compute_dtype
+        if rollback < 0:
+            raise ValueError(f"rollback must be 0 or more tokens, got {rollback}")
         mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
-        layers = [mixer.new_state(batch_size, max_len, device=device, dtype=dtype) for mixer in mixers]
+        layers = [
+            mixer.new_state(batch_size, max_len, rollback=rollback, device=device, dtype=dtype) for mixer in mixers
+        ]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
     def _context(
@@ -182,8 +245,8 @@ class Transformer(nn.Module):
         return Context(positions)
 
 
-def _place_tables(model: Transformer, incompatible_keys) -> None:
-    """Rotary tables follow weights that load_state_dict(assign=True) has put in place of those on meta."""
+def _place_derived(model: Transformer, incompatible_keys) -> None:
+    """Tables follow weights that load_state_dict(assign=True) has put in place of those on meta."""
     for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.to_empty(device=model.device)
+        if isinstance(module, Derived):
+            module.place(model.device)

@@ -1,5 +1,6 @@
 """What the configurations of modules ask of their numbers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -17,3 +18,23 @@ def check_positive(*, optional: bool = False, **values: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not ((number and 0 < value < float("inf")) or (optional and value is None)):
             raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
+
+
+def check_probabilities(**values: Any) -> None:
+    """Raises ValueError for a value that is not a number in [0, 1)."""
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1):
+            raise ValueError(f"{name} must be a number from 0 to below 1, got {value!r}")
+
+
+def check_flags(**values: Any) -> None:
+    """Raises ValueError for a value that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    if value not in (known := tuple(choices)):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")

@@ -1,3 +1,16 @@
+"""Dense MLPs.   down(act(up(x)))   or, gated,   down(act(gate(x)) * up(x))
+
+    act(h)       plain                            gated
+    relu         ReLU                             ReGLU
+    relu2        ReLU^2, arXiv:2109.08668
+    gelu         GELU, arXiv:1606.08415           GEGLU
+    gelu_tanh    GELU's tanh approximation        GEGLU as Gemma has it
+    silu         SiLU                             SwiGLU
+
+Gates are from Shazeer 2020, arXiv:2002.05202. M = d_model, F = d_ff.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -6,8 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts
+from cs336.nn.checks import check_choice, check_counts, check_flags
 from cs336.nn.linear import Linear
+
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": ops.silu,
+}
+# Tensors of d_ff features that the backward of an activation and of the product behind it reads.
+KEPT = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2}
 
 
 def default_d_ff(d_model: int) -> int:
@@ -15,10 +39,16 @@ def default_d_ff(d_model: int) -> int:
     return -(-8 * d_model // (3 * 64)) * 64
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv:2002.05202.  x (..., d_model) -> (..., d_model).
+def gate(activation: str, gate_F: Tensor, up_F: Tensor) -> Tensor:
+    """act(gate) * up."""
+    return ops.swiglu(gate_F, up_F) if activation == "silu" else ACTIVATIONS[activation](gate_F) * up_F
 
-    gate_proj and up_proj are (d_ff, d_model), down_proj (d_model, d_ff); d_ff is default_d_ff(d_model) if None.
+
+class MLP(nn.Module):
+    """x (..., d_model) -> (..., d_model); the formula is at the top of the file.
+
+    up_proj, and gate_proj if gated, are (d_ff, d_model), down_proj (d_model, d_ff). d_ff None is 4 d_model, or
+    default_d_ff(d_model) if gated. bias: of each.
     """
 
     # One matmul for gate and up was no faster on an H200, forward and backward, compiled: 22.0 ms to 21.6 for 6 layers.
@@ -27,91 +57,132 @@ class SwiGLU(nn.Module):
         d_model: int,
         d_ff: int | None = None,
         *,
+        activation: Activation = "gelu",
+        gated: bool = False,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        d_ff = default_d_ff(d_model) if d_ff is None else d_ff
-        self.gate_proj = Linear(d_model, d_ff, device=device, dtype=dtype)
-        self.up_proj = Linear(d_model, d_ff, device=device, dtype=dtype)
-        self.down_proj = Linear(d_ff, d_model, device=device, dtype=dtype)
+        self.activation, self.gated = activation, gated
+        d_ff = MLPConfig(activation, gated, d_ff).width(d_model)
+        if gated:
+            self.gate_proj = Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.up_proj = Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.down_proj = Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        if self.gated:
+            return self.down_proj(gate(self.activation, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, gated={self.gated}"
 
 
-class GELU(nn.Module):
-    """down(gelu(up(x))), the plain MLP of GPT-2 without biases; gelu is x * Phi(x), arXiv:1606.08415.
+class SwiGLU(MLP):
+    """down(silu(gate(x)) * up(x)): a gated MLP without biases."""
 
-    x (..., d_model) -> (..., d_model). up_proj is (d_ff, d_model), down_proj (d_model, d_ff); d_ff None is 4 d_model.
-    """
+    def __init__(self, d_model: int, d_ff: int | None = None, *, device=None, dtype=None):
+        super().__init__(d_model, d_ff, activation="silu", gated=True, device=device, dtype=dtype)
 
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        self.up_proj = Linear(d_model, d_ff, device=device, dtype=dtype)
-        self.down_proj = Linear(d_ff, d_model, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))
+class GELU(MLP):
+    """down(gelu(up(x))), the plain MLP of GPT-2 without biases."""
+
+    def __init__(self, d_model: int, d_ff: int | None = None, *, device=None, dtype=None):
+        super().__init__(d_model, d_ff, device=device, dtype=dtype)
+
+
+class _Counts:
+    """What a dense MLP takes, of its d_ff, activation, gated and bias."""
+
+    d_ff: int | None
+    activation: Activation
+    gated: bool
+    bias: bool
+
+    def width(self, d_model: int) -> int:
+        default = default_d_ff(d_model) if self.gated else 4 * d_model
+        return default if self.d_ff is None else self.d_ff
+
+    def num_parameters(self, d_model: int) -> int:
+        biases = (2 if self.gated else 1) * self.width(d_model) + d_model if self.bias else 0
+        return self._matrices(d_model) + biases
+
+    def idle_parameters(self, d_model: int) -> int:
+        """Weights of matrices that do not multiply a given token."""
+        return 0
+
+    def flops(self, d_model: int) -> int:
+        """Of the forward pass, a token: its matmuls."""
+        return 2 * self._matrices(d_model)
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x, the hidden features that the activation keeps, and gated ones' product."""
+        return width * (d_model + (KEPT[self.activation] + 2 * self.gated) * self.width(d_model))
+
+    def _matrices(self, d_model: int) -> int:
+        return (3 if self.gated else 2) * d_model * self.width(d_model)
 
 
 @dataclass(frozen=True)
-class SwiGLUConfig:
+class MLPConfig(_Counts):
+    """See MLP. Of silu, gated, SwiGLUConfig is the short name; of gelu, plain, GELUConfig."""
+
+    activation: Activation = "gelu"
+    gated: bool = False
+    d_ff: int | None = None
+    """Hidden features. None: 4 d_model, or if gated 8/3 d_model rounded up to a multiple of 64."""
+    bias: bool = False
+    kind: Literal["mlp"] = "mlp"
+
+    def __post_init__(self):
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_flags(gated=self.gated, bias=self.bias)
+        check_counts(optional=True, d_ff=self.d_ff)
+
+    def build(self, d_model: int, *, device=None, dtype=None) -> MLP:
+        return MLP(
+            d_model,
+            self.d_ff,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class SwiGLUConfig(_Counts):
     d_ff: int | None = None
     """Hidden features. None: 8/3 d_model, rounded up to a multiple of 64."""
     kind: Literal["swiglu"] = "swiglu"
 
+    activation = "silu"
+    gated = True
+    bias = False
+
     def __post_init__(self):
         check_counts(optional=True, d_ff=self.d_ff)
-
-    def width(self, d_model: int) -> int:
-        return default_d_ff(d_model) if self.d_ff is None else self.d_ff
 
     def build(self, d_model: int, *, device=None, dtype=None) -> SwiGLU:
         return SwiGLU(d_model, self.d_ff, device=device, dtype=dtype)
 
-    def num_parameters(self, d_model: int) -> int:
-        return 3 * d_model * self.width(d_model)
-
-    def flops(self, d_model: int) -> int:
-        """Of the forward pass, a token: its matmuls."""
-        return 2 * self.num_parameters(d_model)
-
-    def activation_bytes(self, d_model: int, width: int) -> int:
-        """Kept for the backward, a token: x, the gate before and after silu, up, and their product."""
-        return width * (d_model + 4 * self.width(d_model))
-
 
 @dataclass(frozen=True)
-class GELUConfig:
+class GELUConfig(_Counts):
     d_ff: int | None = None
     """Hidden features. None: 4 d_model."""
     kind: Literal["gelu"] = "gelu"
 
+    activation = "gelu"
+    gated = False
+    bias = False
+
     def __post_init__(self):
         check_counts(optional=True, d_ff=self.d_ff)
 
-    def width(self, d_model: int) -> int:
-        return 4 * d_model if self.d_ff is None else self.d_ff
-
     def build(self, d_model: int, *, device=None, dtype=None) -> GELU:
         return GELU(d_model, self.d_ff, device=device, dtype=dtype)
-
-    def num_parameters(self, d_model: int) -> int:
-        return 2 * d_model * self.width(d_model)
-
-    def flops(self, d_model: int) -> int:
-        """Of the forward pass, a token: its matmuls."""
-        return 2 * self.num_parameters(d_model)
-
-    def activation_bytes(self, d_model: int, width: int) -> int:
-        """Kept for the backward, a token: x, and the hidden features before and after gelu."""
-        return width * (d_model + 2 * self.width(d_model))

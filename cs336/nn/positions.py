@@ -2,19 +2,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cs336 import ops
-from cs336.nn.checks import check_positive
+from cs336.nn.checks import check_flags, check_positive
+from cs336.nn.derived import Derived
 from cs336.nn.embedding import look_up
+from cs336.nn.rope_scaling import RopeScaling
 from cs336.ops import rope_tables
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding, Su et al. 2021, arXiv:2104.09864: pair i turns by position * theta^(-2i / head_dim).
+class RotaryEmbedding(Derived):
+    """Rotary position embedding, Su et al. 2021, arXiv:2104.09864: pair i turns by position * theta^(-2i / rotary_dim).
 
-    Pairs are (x[i], x[i + head_dim / 2]), or neighbours when interleaved. The tables cos and sin
-    (max_seq_len, head_dim / 2) are float32 whatever the model's dtype, and derived, so no part of its state.
+    Pairs are (x[i], x[i + rotary_dim / 2]), or neighbours when interleaved, of the first rotary_dim features (all of
+    head_dim if None); the others pass. The tables cos and sin (max_seq_len, rotary_dim / 2) are float32 whatever the
+    model's dtype, and derived, so no part of its state. scaling stretches them: see nn/rope_scaling.py.
     """
 
     cos: Tensor
@@ -27,29 +30,27 @@ class RotaryEmbedding(nn.Module):
         theta: float = 10000.0,
         *,
         interleaved: bool = False,
+        rotary_dim: int | None = None,
+        scaling: RopeScaling | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         if head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even to rotate pairs, got {head_dim}")
         self.head_dim, self.max_seq_len, self.theta, self.interleaved = head_dim, max_seq_len, theta, interleaved
+        self.rotary_dim, self.scaling = head_dim if rotary_dim is None else rotary_dim, scaling
+        if self.rotary_dim % 2 != 0 or not 2 <= self.rotary_dim <= head_dim:
+            raise ValueError(f"rotary_dim must be even and from 2 to head_dim {head_dim}, got {rotary_dim}")
         for name in ("cos", "sin"):
-            table = torch.empty(max_seq_len, head_dim // 2, device=device, dtype=torch.float32)
+            table = torch.empty(max_seq_len, self.rotary_dim // 2, device=device, dtype=torch.float32)
             self.register_buffer(name, table, persistent=False)
-        self.reset_parameters()
+        self.reset_buffers()
 
-    def reset_parameters(self) -> None:
-        frequencies = rope_tables.inverse_frequencies(self.head_dim, self.theta)
-        self.cos, self.sin = rope_tables.tables(frequencies, self.max_seq_len, device=self.cos.device)
-
-    def _apply(self, fn, recurse=True):
-        """On another device derive the tables anew: no cast rounds them, and to_empty leaves no garbage in them."""
-        device = fn(torch.empty(0, device=self.cos.device)).device
-        if device != self.cos.device:
-            self.cos = torch.empty_like(self.cos, device=device)
-            self.sin = torch.empty_like(self.sin, device=device)
-            self.reset_parameters()
-        return self
+    def reset_buffers(self) -> None:
+        frequencies, scale = rope_tables.inverse_frequencies(self.rotary_dim, self.theta), 1.0
+        if self.scaling is not None:
+            frequencies, scale = self.scaling.frequencies(self.rotary_dim, self.theta)
+        self.cos, self.sin = rope_tables.tables(frequencies, self.max_seq_len, scale, device=self.cos.device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate x by the positions of its rows.
@@ -61,14 +62,22 @@ class RotaryEmbedding(nn.Module):
         Returns a tensor like x.
         Raises ValueError for shapes or dtypes that do not fit, IndexError for positions outside the tables.
         """
-        return ops.rope(x, *self._tables(x, positions), interleaved=self.interleaved)
+        tables = self._tables(x, positions)
+        turned = ops.rope(x[..., : self.rotary_dim], *tables, interleaved=self.interleaved)
+        return self._with_rest(turned, x)
 
     def rotate_qk(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward` of q (..., Hq, S, head_dim) and of k (..., Hkv, S, head_dim), which heads share: in one launch on a
         GPU where these have four dims."""
         if q.dim() != 4 or (positions is not None and positions.dim() > 2):
             return self(q, positions), self(k, positions)
-        return ops.rope_qk(q, k, *self._tables(q, positions), interleaved=self.interleaved)
+        tables, r = self._tables(q, positions), self.rotary_dim
+        q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], *tables, interleaved=self.interleaved)
+        return self._with_rest(q_turned, q), self._with_rest(k_turned, k)
+
+    def _with_rest(self, turned: Tensor, x: Tensor) -> Tensor:
+        r = self.rotary_dim
+        return turned if r == self.head_dim else torch.cat((turned, x[..., r:]), -1)
 
     def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin of x's rows, broadcastable to x."""
@@ -89,7 +98,10 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, {self.max_seq_len}, theta={self.theta}, interleaved={self.interleaved}"
+        return (
+            f"{self.head_dim}, {self.max_seq_len}, theta={self.theta}, interleaved={self.interleaved}, "
+            f"rotary_dim={self.rotary_dim}, scaling={self.scaling}"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,17 +109,40 @@ class RopeConfig:
     theta: float = 10000.0
     interleaved: bool = False
     """Rotate neighbouring features, as arXiv:2104.09864 does, instead of the two halves of a head."""
+    fraction: float = 1.0
+    """How much of a head is rotated, its first features, and the rest left as it is: GPT-NeoX's, arXiv:2204.06745."""
+    scaling: RopeScaling | None = None
+    """To a longer context: linear, ntk, yarn or llama3."""
     kind: Literal["rope"] = "rope"
 
     def __post_init__(self):
-        check_positive(theta=self.theta)
+        check_positive(theta=self.theta, fraction=self.fraction)
+        check_flags(interleaved=self.interleaved)
+        if self.fraction > 1:
+            raise ValueError(f"fraction must be at most 1, got {self.fraction}")
+
+    def rotary_dim(self, head_dim: int) -> int:
+        return int(head_dim * self.fraction)
 
     def check(self, head_dim: int) -> None:
         if head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+        if self.rotary_dim(head_dim) < 2 or self.rotary_dim(head_dim) % 2 != 0:
+            raise ValueError(
+                f"fraction {self.fraction} of head_dim {head_dim} rotates {self.rotary_dim(head_dim)} features: "
+                "they must be an even number, at least 2"
+            )
 
     def build(self, head_dim: int, max_seq_len: int, *, device=None) -> RotaryEmbedding:
-        return RotaryEmbedding(head_dim, max_seq_len, self.theta, interleaved=self.interleaved, device=device)
+        return RotaryEmbedding(
+            head_dim,
+            max_seq_len,
+            self.theta,
+            interleaved=self.interleaved,
+            rotary_dim=self.rotary_dim(head_dim),
+            scaling=self.scaling,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,3 +156,40 @@ class NoPositionsConfig:
 
     def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class AlibiConfig:
+    """Attention with linear biases, arXiv:2108.12409: each head takes its slope times the distance in tokens off the
+    scores. It counts tokens, whatever positions a forward pass is told."""
+
+    kind: Literal["alibi"] = "alibi"
+
+    def check(self, head_dim: int) -> None:
+        """Any head will do."""
+
+    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
+        return None
+
+
+class AlibiSlopes(Derived):
+    """slopes (num_heads,) float32: 2^(-8 (h + 1) / num_heads) of head h where num_heads is a power of two; else those
+    of the power below, then every other one of the power above, as the paper does."""
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.register_buffer("slopes", torch.empty(num_heads, device=device), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        H = len(self.slopes)
+        power = 1 << (H.bit_length() - 1)
+        exponents = [(h + 1) / power for h in range(power)] + [(h + 0.5) / power for h in range(H - power)]
+        self.slopes = torch.tensor([2.0 ** (-8 * e) for e in exponents], dtype=torch.float32).to(self.slopes.device)
+
+    def bias(self, seen_B1ST: Tensor, behind_BST: Tensor) -> Tensor:
+        """What is added to scores, (B, H, S, T) float32, where each key stands `behind` its query by so many tokens;
+        -inf where it is not seen."""
+        return (-self.slopes[:, None, None] * behind_BST[:, None].abs()).masked_fill(~seen_B1ST, -torch.inf)

@@ -1,8 +1,9 @@
 """Where the tokens of a forward pass stand, and what mixers keep of the tokens before them while decoding.
 
 A row's state holds as many tokens as `context.lengths` says: a tensor, so that a step neither waits for the device nor
-changes a shape, and can be captured in a CUDA graph. B = batch, H = key-value heads, S = new tokens, T = tokens that a
-state has room for, D = features of a head.
+changes a shape, and can be captured in a CUDA graph. To go back a row gets a smaller length, and nothing is moved: what
+a mixer keeps of its last `rollback` tokens is still there. nn/recent.py has the states of a bounded size.
+B = batch, H = key-value heads, S = new tokens, T = tokens that a state has room for, D = features of a head.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Context:
     mask: Tensor | None = None
     """As in ops.attention, broadcastable to (..., H, S, S): what attention may see, causality apart."""
     segments: Tensor | None = None
-    """(B, S) integers: tokens with different ones are strangers. A mixer without a mask keeps them apart by these."""
+    """(B, S) integers: tokens with different ones are strangers, and equal ones stand together. A mixer without a mask
+    keeps them apart by these. With a state a row is one document, and negative ones are padding on the right."""
     lengths: Tensor | None = None
     """(B,) int64: the tokens that the state holds before these. None without a state."""
     cu_seqlens: Tensor | None = None
@@ -43,10 +45,10 @@ class Context:
             column_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
             positions = column_S - torch.where(begins_BS, column_S, 0).cummax(-1).values
         on_gpu = segments_BS.is_cuda and not torch.compiler.is_compiling()
+        run_BS = begins_BS.cumsum(-1, dtype=torch.int32)  # an id may come again
         if on_gpu and not torch.cuda.is_current_stream_capturing():
-            return Context(positions, segments=segments_BS, cu_seqlens=cu_seqlens(segments_BS))
-        run_BS = begins_BS.cumsum(-1)  # an id may come again
-        return Context(positions, (run_BS[:, :, None] == run_BS[:, None, :])[:, None], segments_BS)
+            return Context(positions, segments=run_BS, cu_seqlens=cu_seqlens(segments_BS))
+        return Context(positions, (run_BS[:, :, None] == run_BS[:, None, :])[:, None], run_BS)
 
     def slots(self, S: int) -> Tensor:
         """(B, S): where the new tokens go among those of their row."""
@@ -54,9 +56,25 @@ class Context:
             raise ValueError("a mixer with a state needs context.lengths, the tokens that each row's state holds")
         return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
 
+    def real(self, S: int) -> Tensor | None:
+        """(B, S): which of the new tokens are no padding; None: all of them."""
+        return None if self.segments is None else self.segments >= 0
+
+    def counts(self, S: int) -> Tensor | int:
+        """(B,): how many of the new tokens are no padding."""
+        return S if self.segments is None else (self.segments >= 0).sum(-1)
+
 
 class MixerState(Protocol):
-    """What one mixer keeps of the tokens before, for B rows. Its memory is taken once; its shapes do not change."""
+    """What one mixer keeps of the tokens before, for B rows. Its memory is taken once; its shapes do not change.
+
+    What it says of a row is a matter of context.lengths alone: a row of n tokens that is continued as one of m < n goes
+    on after its first m, as if the others had never been, provided n - m is within `rollback`.
+    """
+
+    @property
+    def rollback(self) -> int | None:
+        """How many tokens a row may go back; None: all."""
 
     @property
     def nbytes(self) -> int:
@@ -65,16 +83,61 @@ class MixerState(Protocol):
     def select(self, rows: Tensor) -> Self:
         """A new state with copies of these rows, int64 (N,), in this order."""
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Go back to the first lengths (B,) tokens of each row, never more than it holds."""
 
+class Slots:
+    """An entry a token: tensors (B, T, ...). What is past a row's length is never looked at, and is written over."""
 
-class KeyValues:
-    """Attention's state: keys and values (B, T, H, D). What is past a row's length is never attended to."""
+    rollback = None
+    names = "entries"
 
-    def __init__(self, keys_BTHD: Tensor, values_BTHD: Tensor, *, empty: bool = True):
-        self.keys, self.values = keys_BTHD, values_BTHD
+    def __init__(self, *entries_BT: Tensor, empty: bool = True):
+        self.entries = entries_BT
         self.empty = empty  # nothing was ever written: attention then needs no mask
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    def write(self, entries_BS: tuple[Tensor, ...], context: Context) -> None:
+        """Put entries (B, S, ...) behind the tokens so far, without their gradients.
+
+        Raises ValueError past the room there is (on a GPU the index is checked by the device), and for a shape or dtype
+        that is not the state's.
+        """
+        (B, T), S = self.entries[0].shape[:2], entries_BS[0].shape[1]
+        for new, kept in zip(entries_BS, self.entries, strict=True):
+            if new.shape != (B, S, *kept.shape[2:]):
+                want = ", ".join(map(str, (B, "S", *kept.shape[2:])))
+                got = " and ".join(str(tuple(entry.shape)) for entry in entries_BS)
+                raise ValueError(f"{self.names} must be ({want}) to fit the state, got {got}")
+            if new.dtype != kept.dtype:
+                first = self.names.partition(" ")[0]
+                raise ValueError(f"{first} is {new.dtype}, the state {kept.dtype}: make it where the model runs")
+        row_B1 = torch.arange(B, device=self.entries[0].device)[:, None]
+        slots_BS = context.slots(S)
+        try:
+            for new, kept in zip(entries_BS, self.entries, strict=True):
+                kept.index_put_((row_B1, slots_BS), new.detach())
+        except IndexError:
+            raise ValueError(
+                f"the state has room for {T} tokens a row, {int(slots_BS.max()) + 1} were to be kept: make a longer one"
+            ) from None
+        self.empty = False
+
+    def visible(self, S: int, context: Context) -> Tensor:
+        """What the S newest tokens see of the slots within reach: all before them, and themselves; boolean
+        (B, 1, S, T)."""
+        slots_T = torch.arange(self.entries[0][:, : context.reach].shape[1], device=self.entries[0].device)
+        return (slots_T <= context.slots(S)[:, :, None])[:, None]
+
+    def select(self, rows: Tensor) -> Self:
+        return type(self)(*(entry[rows] for entry in self.entries), empty=self.empty)
+
+
+class KeyValues(Slots):
+    """Attention's state: keys and values (B, T, H, D)."""
+
+    names = "k and v"
 
     @staticmethod
     def allocate(batch_size: int, max_len: int, num_kv_heads: int, head_dim: int, *, device, dtype) -> "KeyValues":
@@ -83,43 +146,19 @@ class KeyValues:
         return KeyValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
     @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def keys(self) -> Tensor:
+        return self.entries[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.entries[1]
 
     def append(self, k_BSHD: Tensor, v_BSHD: Tensor, context: Context) -> None:
-        """Write k and v behind the tokens so far, without their gradients.
-
-        Raises ValueError past the room there is (on a GPU the index is checked by the device), and for a shape or dtype
-        that is not the state's.
-        """
-        B, T, H, D = self.keys.shape
-        if k_BSHD.shape != (B, k_BSHD.shape[1], H, D) or v_BSHD.shape != k_BSHD.shape:
-            raise ValueError(
-                f"k and v must be ({B}, S, {H}, {D}) to fit the state, "
-                f"got {tuple(k_BSHD.shape)} and {tuple(v_BSHD.shape)}"
-            )
-        if k_BSHD.dtype != self.keys.dtype:
-            raise ValueError(f"k is {k_BSHD.dtype}, the state {self.keys.dtype}: make it where the model runs")
-        row_B1 = torch.arange(B, device=self.keys.device)[:, None]
-        slots_BS = context.slots(k_BSHD.shape[1])
-        try:
-            self.keys.index_put_((row_B1, slots_BS), k_BSHD.detach())
-            self.values.index_put_((row_B1, slots_BS), v_BSHD.detach())
-        except IndexError:
-            raise ValueError(
-                f"the state has room for {T} tokens a row, {int(slots_BS.max()) + 1} were to be kept: make a longer one"
-            ) from None
-        self.empty = False
+        """Write k and v behind the tokens so far: see `write`."""
+        self.write((k_BSHD, v_BSHD), context)
 
     def read(self, S: int, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, H, T, D) of the slots within reach, and what the S newest tokens see of them: all before
-        them, and themselves; boolean (B, 1, S, T)."""
-        k_BHTD, v_BHTD = (t[:, : context.reach].transpose(1, 2) for t in (self.keys, self.values))
-        slots_T = torch.arange(k_BHTD.shape[2], device=self.keys.device)
-        return k_BHTD, v_BHTD, (slots_T <= context.slots(S)[:, :, None])[:, None]
-
-    def select(self, rows: Tensor) -> "KeyValues":
-        return KeyValues(self.keys[rows], self.values[rows], empty=self.empty)
-
-    def truncate(self, lengths: Tensor) -> None:
-        """What is past the lengths is not seen, and is written over."""
+        """Keys and values (B, H, T, D) of the slots within reach, and what the S newest tokens see of them: boolean
+        (B, 1, S, T)."""
+        k_BHTD, v_BHTD = (t[:, : context.reach].transpose(1, 2) for t in self.entries)
+        return k_BHTD, v_BHTD, self.visible(S, context)

@@ -2,13 +2,15 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cs336.ops import adamw_
+from cs336.optim.optimizer import Optimizer, check_group, gradient
+from cs336.optim.rounding import ROUNDINGS, Rounding, join, split, stochastic_round
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -29,7 +31,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """A torch.optim.Optimizer with torch.optim.AdamW's defaults; their state_dicts load into each other.
 
     Args:
@@ -39,6 +41,10 @@ class AdamW(torch.optim.Optimizer):
         betas: of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: see also `param_groups`.
+        state_dtype: bfloat16 halves the moments, which are then rounded stochastically: to nearest, a second moment
+            with beta2 0.999 would never fall.
+        rounding: of bfloat16 parameters. "remainder" keeps the other 16 bits of a float32 weight in the state, so that
+            a step is that of float32 weights; "stochastic" keeps nothing. See cs336.optim.rounding.
 
     Raises ValueError for numbers or dtypes that do not fit, and for a group with amsgrad or maximize.
     """
@@ -46,61 +52,68 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        *,
+        state_dtype: torch.dtype = torch.float32,
+        rounding: Rounding = "nearest",
+        **others: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | others
+        if state_dtype != torch.float32:  # groups are torch.optim.AdamW's where they can be
+            defaults["state_dtype"] = str(state_dtype).removeprefix("torch.")
+        if rounding != "nearest":
+            defaults["rounding"] = rounding
+        super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check(group)
 
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
-    ) -> Any:
-        """Update every parameter that has a gradient.
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
+        lr = group["lr"]
+        for (device, _), whole in self._by_device(group).items():
+            counts = list({id(step): step for *_, step in whole}.values())
+            torch._foreach_add_(counts, 1)
+            numbers = {
+                "lr": lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr,
+                "beta1": group["betas"][0],
+                "beta2": group["betas"][1],
+                "eps": group["eps"],
+                "weight_decay": group["weight_decay"],
+                "grad_scale": None if grad_scale is None else grad_scale.to(device),
+            }
+            try:
+                if group.keys().isdisjoint(("state_dtype", "rounding")):
+                    params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*whole, strict=True))
+                    adamw_(params, grads, exp_avgs, exp_avg_sqs, step=steps, **numbers)
+                else:
+                    for part in _parts(whole):
+                        self._step_rounded(part, group.get("rounding", "nearest"), numbers)
+            except ValueError:  # nothing has changed, so nothing is counted
+                torch._foreach_sub_(counts, 1)
+                raise
 
-        Args:
-            closure: computes the gradients and returns the loss, which step returns.
-            grad_scale: one float32 element that multiplies the gradients on their way, e.g. clip_scale(norm, 1.0).
+    def _step_rounded(self, bucket: list[tuple[Tensor, ...]], rounding: Rounding, numbers: dict[str, Any]) -> None:
+        """In float32 copies, which are rounded back."""
+        params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
+        kept = [*exp_avgs, *exp_avg_sqs]
+        wide = [widened(p, self.state[p], rounding) for p in params]
+        moments = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in kept]
+        adamw_(wide, grads, moments[: len(params)], moments[len(params) :], step=steps, **numbers)
+        for p, w in zip(params, wide, strict=True):
+            store_(p, w, self.state[p], rounding)
+        for m, w in zip(kept, moments, strict=True):
+            if m.dtype == torch.bfloat16:
+                m.copy_(stochastic_round(w))
 
-        Raises ValueError for sparse gradients, before any parameter of their group is changed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for (device, _), bucket in self._by_device(group).items():
-                params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
-                lr = group["lr"]
-                counts = list({id(step): step for step in steps}.values())
-                torch._foreach_add_(counts, 1)
-                try:
-                    adamw_(
-                        params,
-                        grads,
-                        exp_avgs,
-                        exp_avg_sqs,
-                        lr=lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr,
-                        beta1=group["betas"][0],
-                        beta2=group["betas"][1],
-                        eps=group["eps"],
-                        weight_decay=group["weight_decay"],
-                        step=steps,
-                        grad_scale=None if grad_scale is None else grad_scale.to(device),
-                    )
-                except ValueError:  # nothing has changed, so nothing is counted
-                    torch._foreach_sub_(counts, 1)
-                    raise
-        return loss
+    def state_bytes(self) -> int:
+        return sum(self._bytes_of(p, group) for group in self.param_groups for p in group["params"])
+
+    def _bytes_of(self, p: Tensor, group: dict[str, Any]) -> int:
+        remainder = 2 if keeps_remainder(p, group.get("rounding", "nearest")) else 0
+        return p.numel() * (2 * _moment_dtype(p, group).itemsize + remainder)
 
     def _by_device(self, group: dict[str, Any]) -> Buckets:
         """(parameter, gradient, moments, step) of those that have a gradient, by device; float64 apart.
@@ -111,24 +124,17 @@ class AdamW(torch.optim.Optimizer):
         first: dict[tuple[torch.device, bool], Tensor] = {}  # the count of those that make their first step
         paused: set[int] = set()
         for p in group["params"]:
-            g = p.grad
+            g = gradient(p)
             if g is None:
                 if p in self.state:
                     paused.add(id(self.state[p]["step"]))
                 continue
-            if g.is_sparse:
-                raise ValueError(
-                    f"AdamW takes dense gradients, and the one of a parameter of shape {tuple(p.shape)} is sparse: "
-                    "make it dense, e.g. Embedding(sparse=False)"
-                )
-            if not (g.is_contiguous() and p.is_contiguous()) and g.stride() != p.stride():
-                g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             state, place = self.state[p], (p.device, p.dtype == torch.float64)
             if not state:
                 if place not in first:
                     first[place] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["step"] = first[place]
-                state |= {name: torch.zeros_like(p, dtype=_moment_dtype(p)) for name in MOMENTS}
+                state |= {name: torch.zeros_like(p, dtype=_moment_dtype(p, group)) for name in MOMENTS}
             buckets[place].append((p, g, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         if paused:
             self._leave_behind(paused, buckets)
@@ -151,7 +157,7 @@ class AdamW(torch.optim.Optimizer):
         return {**whole, "state": {i: {**s, "step": s["step"].clone()} if "step" in s else s for i, s in states}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class or torch.optim.AdamW saved; the moments are copied, in float32.
+        """Load what this class or torch.optim.AdamW saved; the moments are copied, in the dtype of this one's.
 
         Raises ValueError, before anything is changed, for a state that is not AdamW's (amsgrad, maximize, other
         optimizers) or whose shapes do not fit.
@@ -160,27 +166,88 @@ class AdamW(torch.optim.Optimizer):
         for group in groups:
             _check_flags(group)
         indices = itertools.chain.from_iterable(group["params"] for group in groups)
-        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        pairs = [(p, states[i]) for i, p in zip(indices, params, strict=False) if states.get(i)]
-        for p, state in pairs:
-            _check_state(state, p)
-        ours = [{k: v for k, v in group.items() if k not in TORCH_ONLY} for group in groups]
+        owners = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        pairs = [(p, of, states[i]) for i, (p, of) in zip(indices, owners, strict=False) if states.get(i)]
+        for p, of, state in pairs:
+            self._check_state(state, p, {**self.param_groups[of], **_numbers(groups[of])})
+        mine = [_numbers(group) for group in self.param_groups] + [{}] * len(groups)
+        ours = [m | {k: v for k, v in g.items() if k not in TORCH_ONLY} for m, g in zip(mine, groups, strict=False)]
         super().load_state_dict({**state_dict, "param_groups": ours})
-        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         counts: dict[tuple, Tensor] = {}
-        for p, state in pairs:  # torch has cast the moments to the parameter's dtype
-            step = float(state["step"])
-            key = (group_of[p], p.device, step)
-            if key not in counts:
-                counts[key] = torch.tensor(step, dtype=torch.float32, device=p.device)
-            self.state[p] = {"step": counts[key]}
-            for name in MOMENTS:
-                moment = torch.empty_like(p, dtype=_moment_dtype(p), requires_grad=False)
-                self.state[p][name] = moment.copy_(state[name])
+        for p, of, state in pairs:  # torch has cast the state to the parameter's dtype
+            self.state[p] = {}
+            if "step" in state:
+                key = (of, p.device, step := float(state["step"]))
+                if key not in counts:
+                    counts[key] = torch.tensor(step, dtype=torch.float32, device=p.device)
+                self.state[p]["step"] = counts[key]
+            for name, value in state.items():
+                if name != "step":
+                    self.state[p][name] = self._copied(name, value, p, self.param_groups[of])
+
+    def _copied(self, name: str, value: Tensor, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """A tensor of a saved state, as that of a parameter is kept."""
+        dtype = _moment_dtype(p, group) if name in MOMENTS else value.dtype
+        if value.shape == p.shape:
+            return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
+        return value.to(p.device, dtype, copy=True)
+
+    def _check_state(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        check_state(state, p, "AdamW", dict.fromkeys(MOMENTS, p.shape))
 
 
-def _moment_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def check_state(state: dict[str, Any], p: Tensor, kind: str, shapes: dict[str, torch.Size]) -> None:
+    """Raises ValueError if the saved state of a parameter lacks a tensor, or one has another shape."""
+    if missing := {"step", *shapes} - state.keys():
+        raise ValueError(f"the state has no {', '.join(sorted(missing))}: it was not saved by {kind}")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(p.shape)}")
+
+
+def keeps_remainder(p: Tensor, rounding: Rounding) -> bool:
+    return rounding == "remainder" and p.dtype == torch.bfloat16
+
+
+def widened(p: Tensor, state: dict[str, Any], rounding: Rounding) -> Tensor:
+    """A parameter in float32, to be updated and given to `store_`; float32 ones are themselves."""
+    if not keeps_remainder(p, rounding):
+        return p.to(torch.promote_types(p.dtype, torch.float32))
+    if "remainder" not in state:
+        state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+    return join(p, state["remainder"])
+
+
+def store_(p: Tensor, wide: Tensor, state: dict[str, Any], rounding: Rounding) -> None:
+    """Write what `widened` gave back to the parameter."""
+    if wide is p:
+        return
+    if keeps_remainder(p, rounding):
+        rounded, remainder = split(wide)
+        state["remainder"].copy_(remainder)
+        p.copy_(rounded)
+    else:
+        p.copy_(stochastic_round(wide) if rounding == "stochastic" and p.dtype == torch.bfloat16 else wide)
+
+
+def _parts(bucket: list[tuple[Tensor, ...]], elements: int = 1 << 26) -> Iterator[list[tuple[Tensor, ...]]]:
+    """So many at a time that their float32 copies stay small beside the model."""
+    part: list[tuple[Tensor, ...]] = []
+    for row in bucket:
+        part.append(row)
+        if sum(p.numel() for p, *_ in part) >= elements:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _moment_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else getattr(torch, group.get("state_dtype", "float32"))
 
 
 def _check_flags(group: dict[str, Any]) -> None:
@@ -191,21 +258,10 @@ def _check_flags(group: dict[str, Any]) -> None:
 
 def _check(group: dict[str, Any]) -> None:
     _check_flags(group)
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    check_group(group, not_negative=("lr", "eps", "weight_decay"), dtypes=DTYPES)
     if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
         raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
-    for p in group["params"]:
-        if p.dtype not in DTYPES:
-            raise ValueError(
-                f"parameters must be float32, float16, bfloat16 or float64, got {p.dtype} {tuple(p.shape)}"
-            )
-
-
-def _check_state(state: dict[str, Any], p: Tensor) -> None:
-    if missing := {"step", *MOMENTS} - state.keys():
-        raise ValueError(f"the state has no {', '.join(sorted(missing))}: it was not saved by AdamW")
-    for name in MOMENTS:
-        if state[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(p.shape)}")
+    if group.get("state_dtype", "float32") not in ("float32", "bfloat16"):
+        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got torch.{group['state_dtype']}")
+    if group.get("rounding", "nearest") not in ROUNDINGS:
+        raise ValueError(f"rounding must be {', '.join(ROUNDINGS)}, got {group['rounding']!r}")

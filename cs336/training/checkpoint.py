@@ -65,8 +65,58 @@ def save_checkpoint(
     Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
+    return write_snapshot(snapshot(model, optimizer, iteration, extra=extra), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    optimizer_tensors: dict[str, Tensor] | None
+    state: dict[str, Any]
+    """JSON values: state.json but for the checksums."""
+
+
+def snapshot(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    *,
+    extra: dict[str, Any] | None = None,
+    copy: bool = False,
+) -> Snapshot:
+    """What save_checkpoint writes; with `copy` in memory of its own on the host, so that training may go on."""
+    tensors, tied = _distinct(_unwrapped(model).state_dict())
+    optimizer_tensors, numbers = None, None
+    if optimizer is not None:
+        apart, numbers = _split_optimizer(optimizer.state_dict())
+        optimizer_tensors = _distinct(apart, tie=False)[0]
+    config = getattr(_unwrapped(model), "config", None)
+    state = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "tied": tied,
+        "optimizer": numbers,
+        "model": to_table(config) if dataclasses.is_dataclass(config) else None,
+        "extra": extra or {},
+    }
+    if copy:
+        state = json.loads(json.dumps(state))
+        tensors = _on_host(tensors)
+        optimizer_tensors = None if optimizer_tensors is None else _on_host(optimizer_tensors)
+    return Snapshot(tensors, tied, optimizer_tensors, state)
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def write_snapshot(snapshot: Snapshot, path: str | os.PathLike | IO[bytes]) -> pathlib.Path | None:
+    """Write a checkpoint as save_checkpoint does, with its errors."""
     if not isinstance(path, str | os.PathLike):
-        _write_archive(path, None, model, optimizer, iteration, extra or {})
+        _write_archive(path, None, snapshot)
         return None
     path = pathlib.Path(os.path.abspath(path))
     if path.suffix and not path.is_dir():
@@ -74,7 +124,7 @@ def save_checkpoint(
             raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            _write_archive(file, path.parent, model, optimizer, iteration, extra or {})
+            _write_archive(file, path.parent, snapshot)
         return path
     if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
@@ -82,7 +132,7 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, model, optimizer, iteration, extra or {})
+        _write(temporary, snapshot)
         _put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} was not written ({error}); earlier checkpoints are whole") from error
@@ -192,29 +242,11 @@ def _from_text(text: str) -> Tensor:
 # ---- writing ----
 
 
-def _write(
-    path: pathlib.Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    iteration: int,
-    extra: dict[str, Any],
-) -> None:
-    tensors, tied = _distinct(_unwrapped(model).state_dict())
-    save_file(tensors, path / MODEL)
-    numbers = None
-    if optimizer is not None:
-        optimizer_tensors, numbers = _split_optimizer(optimizer.state_dict())
-        save_file(_distinct(optimizer_tensors, tie=False)[0], path / OPTIMIZER)
-    config = getattr(_unwrapped(model), "config", None)
-    state: dict[str, Any] = {
-        "format": FORMAT,
-        "iteration": iteration,
-        "tied": tied,
-        "optimizer": numbers,
-        "model": to_table(config) if dataclasses.is_dataclass(config) else None,
-        "extra": extra,
-        "checksums": {file.name: _digest(file) for file in sorted(path.iterdir())},
-    }
+def _write(path: pathlib.Path, snapshot: Snapshot) -> None:
+    save_file(snapshot.tensors, path / MODEL)
+    if snapshot.optimizer_tensors is not None:
+        save_file(snapshot.optimizer_tensors, path / OPTIMIZER)
+    state = snapshot.state | {"checksums": {file.name: _digest(file) for file in sorted(path.iterdir())}}
     state["checksums"][STATE] = _text_digest(state)
     (path / STATE).write_text(json.dumps(state), encoding="utf-8")
     mode = (path / STATE).stat().st_mode
@@ -224,17 +256,10 @@ def _write(
     sync(path)
 
 
-def _write_archive(
-    file: IO[bytes],
-    beside: pathlib.Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    iteration: int,
-    extra: dict[str, Any],
-) -> None:
+def _write_archive(file: IO[bytes], beside: pathlib.Path | None, snapshot: Snapshot) -> None:
     """The directory as a zip archive; it is made in the directory `beside`, or in the system's for temporary files."""
     with tempfile.TemporaryDirectory(dir=beside) as directory, zipfile.ZipFile(file, "w") as archive:
-        _write(pathlib.Path(directory), model, optimizer, iteration, extra)
+        _write(pathlib.Path(directory), snapshot)
         for part in pathlib.Path(directory).iterdir():
             archive.write(part, part.name)
 

@@ -10,10 +10,14 @@ from typing import Any, Literal
 from cs336.models import TransformerConfig
 from cs336.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
 from cs336.training.budget import Budget
+from cs336.training.guard import GuardConfig
+from cs336.training.loggers import LoggerName
 from cs336.training.objectives import NextToken
 from cs336.training.weights import model_config
 from cs336.utils import config as configs
 from cs336.utils.files import replacing
+
+PRECISIONS = ("auto", "bf16", "bf16_weights", "fp32")
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,21 @@ class TrainConfig:
     """Sequences an optimizer step."""
     micro_batch_size: int | None = None
     """Sequences a forward pass; gradients add up to those of batch_size. None: batch_size."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward instead of keeping its activations: less memory, a third more work."""
+    gradient_checkpointing: bool | Literal["none", "selective", "full", "auto"] = False
+    """Compute again in the backward instead of keeping: none; selective, all but the products, for little work; full,
+    each layer, for a third more work (true and false are full and none). auto: the first of these that fits."""
+    memory_limit: float | None = None
+    """GiB that a step may take. None: what the device has. A run whose step would take more is refused."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the matrix products; weights are fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "bf16", "bf16_weights", "fp32"] = "auto"
+    """Of the matrix products; weights are fp32. auto: bf16 on a GPU, fp32 on a CPU. bf16_weights: weights are bf16 too,
+    which generation reads as training writes them; optimizer.rounding says what becomes of their other 16 bits."""
     compile: bool | None = None
     """torch.compile the model. None: on a GPU."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Capture a step once and replay it, where the host would be slower than the GPU. auto: on a GPU, if the memory of
+    a step is less than a third of the device's and the optimizer can."""
     deterministic: bool = False
     """On a GPU, repeat a run bit for bit, stopped and continued or not: 8 % slower for a GPT-2 of 124M on an H200,
     where torch's faster gradients of attention add in any order. A CPU is deterministic without it."""
@@ -73,6 +84,11 @@ class TrainConfig:
     """Steps between checkpoints. None: a tenth of the run."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    async_checkpoints: bool | None = None
+    """Write checkpoints while training goes on, from a copy on the host. None: on a GPU."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    loggers: tuple[LoggerName, ...] = ()
+    """Also write metrics to: tensorboard, wandb, trackio. Each is a package of its own."""
 
     def __post_init__(self):
         Budget.parse(self.budget)
@@ -90,8 +106,8 @@ class TrainConfig:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     @staticmethod
     def from_table(table: Mapping[str, Any]) -> "TrainConfig":
@@ -123,8 +139,19 @@ class TrainConfig:
 
 # What a run that goes on may change: none of it alters a step but in rounding, and a new budget plans anew. Whether the
 # data are the same is asked of their content: see cs336.training.identity.
-FREE = {"run_dir", "data", "budget", "micro_batch_size", "device", "compile", "log_interval", "eval_interval"}
+FREE = {
+    "run_dir",
+    "data",
+    "budget",
+    "micro_batch_size",
+    "device",
+    "compile",
+    "cuda_graph",
+    "log_interval",
+    "eval_interval",
+}
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
+FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers"}
 
 
 def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:

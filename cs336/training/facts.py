@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cs336 import __version__
-from cs336.models.memory import Memory, training_memory
+from cs336.models.recompute import KEEPS_ALL
 from cs336.training.budget import Plan
 from cs336.training.config import TrainConfig
 from cs336.training.learner import Learner
@@ -26,7 +26,7 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
         "parameters": config.model.num_parameters(),
         "flops_per_token": config.model.flops_per_token(),
         "peak_flops": learner.peak_flops,
-        "predicted_memory_bytes": predicted_memory(learner).total,
+        "predicted_memory_bytes": learner.predicted_memory().total,
         "tokens_per_step": config.batch_size * config.model.context_length,
         "train_tokens": train_tokens,
         "data": data,
@@ -41,17 +41,6 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
     }
 
 
-def predicted_memory(learner: Learner) -> Memory:
-    """What a step will take of the device's memory."""
-    return training_memory(
-        learner.config.model,
-        learner.micro_batch_size,
-        compute_bytes=learner.dtype.itemsize,
-        gradient_checkpointing=learner.config.gradient_checkpointing,
-        compiled=learner.compiled,
-    )
-
-
 def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens: int) -> str:
     """The run in a line."""
     total, tokens = plan.total_steps, config.batch_size * config.model.context_length
@@ -59,7 +48,8 @@ def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens
     return (
         f"{config.model.num_parameters():,} parameters on {learner.device} "
         f"({_precision(learner)}{', compiled' if learner.compiled else ''}), {train_tokens:,} tokens of data, "
-        f"budget {config.budget}: {steps}; a step takes about {predicted_memory(learner).total / 2**20:,.0f} MiB"
+        f"budget {config.budget}: {steps}; a step takes about {learner.predicted_memory().total / 2**20:,.0f} MiB"
+        f"{'' if learner.recompute in KEEPS_ALL else f', with {_recompute(learner)} recomputation'}"
     )
 
 
@@ -67,7 +57,7 @@ def memory_used(learner: Learner) -> str:
     """What was predicted beside what a GPU's allocator gave at most; nothing on a CPU, which does not count it."""
     if learner.device.type != "cuda":
         return ""
-    peak, predicted = peak_memory(learner.device), predicted_memory(learner).total
+    peak, predicted = peak_memory(learner.device), learner.predicted_memory().total
     return f"memory: {peak / 2**20:,.0f} MiB at most, {peak / predicted - 1:+.0%} of the prediction"
 
 
@@ -78,5 +68,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _recompute(learner: Learner) -> str:
+    return "full" if learner.recompute is True else str(learner.recompute)
+
+
 def _precision(learner: Learner) -> str:
-    return str(learner.dtype).removeprefix("torch.")
+    weights = " weights" if learner.weight_dtype == torch.bfloat16 else ""
+    return str(learner.dtype).removeprefix("torch.") + weights

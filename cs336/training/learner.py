@@ -1,43 +1,56 @@
 """A model, its objective, its optimizer and its precision: what happens within one step. B = batch, T = context."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from cs336.models import Transformer
+from cs336.models.memory import Memory
+from cs336.nn.moe import balance_experts
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
+from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
+from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.nvtx import annotate
 
+Accept = Callable[[dict[str, Tensor]], bool]
+
 
 class Learner:
     """Weights drawn from config.seed, trained step by step.
 
-    Raises ValueError if config.device is not there.
+    Raises ValueError if config.device is not there, or cannot do what the configuration asks of it.
     """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.device = pick(config.device)
         on_gpu = self.device.type == "cuda"
-        low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+        low = config.precision.startswith("bf16") or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
+        self.weight_dtype = torch.bfloat16 if config.precision == "bf16_weights" else torch.float32
         self.compiled = on_gpu if config.compile is None else config.compile
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled)
+        self.room = room(self.device, config.memory_limit)
+        self.recompute = choose_recompute(config, self.numerics, self.room)
         torch.manual_seed(config.seed)
-        self.model = Transformer(config.model, device=self.device)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
+        self.model.gradient_checkpointing = self.recompute
         # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
         self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
         self.optimizer = config.optimizer.build(self.model)
+        self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.graph = self._graph()
+        self._lr = torch.zeros((), device=self.device)  # of the graph
 
     def _eager_terms(self, *batch: Tensor) -> Terms:
         return self.config.objective(self.model, batch)
@@ -48,15 +61,35 @@ class Learner:
             return self._terms(*batch)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        enabled = self.dtype == torch.bfloat16 != self.weight_dtype
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def update(self, batch: Batch, lr: float) -> dict[str, Tensor]:
+    def update(self, batch: Batch, lr: float, done: float = 0.0, accept: Accept | None = None) -> dict[str, Tensor]:
         """One optimizer step.
+
+        Args:
+            done: the part of the run that is over, which the weight decay follows.
+            accept: called with what is returned while gradients are there; if it is false they are dropped, and
+                weights and state stay as they are.
 
         Returns scalars, still on the device: the mean "loss", "grad_norm" before clipping, and the objective's metrics.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        groups = self.optimizer.param_groups
+        decay = 1 - done * (1 - self.config.optimizer.weight_decay_end)
+        for group, whole in zip(groups, self._decays, strict=True):
+            group["lr"], group["weight_decay"] = lr, whole * decay
+        if self.graph is None:
+            return self._step(batch, accept)
+        self._lr.fill_(lr)
+        for group in groups:
+            group["lr"] = self._lr
+        try:
+            return self.graph(batch)
+        finally:
+            for group in groups:  # what a checkpoint keeps
+                group["lr"] = lr
+
+    def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
         parts = []
         for part in micro_batches(batch, self.micro_batch_size):
             with annotate("forward"):
@@ -68,10 +101,39 @@ class Learner:
             count, *sums = over_ranks(torch.stack(parts).sum(0))
             scale = gradient_scale(count)
             norm = grad_norm(self.model.parameters()) * scale
-            self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+            means = [total / count.clamp(min=1) for total in sums]
+            values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
+            if accept is None or accept(values):
+                self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
+                balance_experts(self.model)
             self.optimizer.zero_grad()
-        means = [total / count.clamp(min=1) for total in sums]
-        return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
+        return values
+
+    def predicted_memory(self) -> Memory:
+        """What a step will take of the device's memory."""
+        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size)
+
+    def _graph(self) -> StepGraph | None:
+        """Where a CUDA graph is asked for; by itself, where its memory beside that of other steps is no matter."""
+        wanted = self.config.cuda_graph
+        if wanted is False or (wanted == "auto" and self.device.type != "cuda"):
+            return None
+        reason = None
+        if self.device.type != "cuda":
+            reason = f"it is a GPU's, and the device is {self.device}"
+        elif not self.optimizer.capturable:
+            reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
+        elif self.config.guard.reads_each_step:
+            reason = "guard reads each step's loss before the optimizer's step"
+        elif self.config.optimizer.weight_decay_end != 1:
+            reason = "the weight decay is captured as a number, and weight_decay_end changes it"
+        if reason is None and wanted == "auto" and 3 * self.predicted_memory().total > self.room:
+            return None
+        if reason is not None:
+            if wanted is True:
+                raise ValueError(f"cuda_graph = true is not possible: {reason}")
+            return None
+        return StepGraph(self._step, self.device, required=wanted is True)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:

@@ -85,6 +85,11 @@ class Meter:
         self.mark = time.perf_counter()
         taken.append(self.mark - start)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no step was settled since the last row."""
+        return not self._steps
+
     def row(self) -> dict[str, float]:
         """Means since the last row, the last gradient norm, and tokens a second of training alone."""
         rate = self._steps * self.tokens_per_step / self._seconds

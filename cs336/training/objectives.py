@@ -8,12 +8,13 @@ a tuple of tensors, one sequence (or pair, or prompt) a row in each. B = batch, 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.nn.moe import Routing, experts_of
 
 Batch = tuple[Tensor, ...]
 Terms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -28,23 +29,67 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of each next token, in nats. The batch is (token_ids_BS, targets_BS), both int64."""
+    """Cross-entropy of each next token, in nats. The batch is (token_ids_BS, targets_BS), both int64.
+
+    With smoothing, a z-loss or a mixture of experts, whose routers add theirs, the sum that is minimised is more than
+    the cross-entropy, which is a metric of its own.
+    """
 
     kind: Literal["next_token"] = "next_token"
     ignore_index: int = -100
     """A target that counts for nothing."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability that is spread evenly over the vocabulary (arXiv:1512.00567)."""
+    z_loss: float = 0.0
+    """How much of the square of log Z, the logits' log-sum-exp, is added: it keeps logits from drifting
+    (arXiv:2204.02311, which takes 1e-4)."""
     fused_head: bool = False
-    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole."""
+    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole. With neither of the above."""
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be a number from 0 to below 1, got {self.label_smoothing!r}")
+        if not 0 <= self.z_loss < float("inf"):
+            raise ValueError(f"z_loss must be a finite number, 0 or more, got {self.z_loss!r}")
+        if self.fused_head and (self.label_smoothing or self.z_loss):
+            raise ValueError("fused_head takes no label_smoothing and no z_loss: set them to 0, or fused_head to false")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
         if self.fused_head:
-            loss = model(token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
+            given = {"targets": targets_BS, "ignore_index": self.ignore_index}
+            loss, routing = logits_and_routing(model, token_ids_BS, **given)
         else:
-            loss = ops.cross_entropy(
-                model(token_ids_BS), targets_BS, ignore_index=self.ignore_index, reduction="sum"
-            )  # fmt: skip
-        return loss, (targets_BS != self.ignore_index).sum(), {}
+            logits_BSV, routing = logits_and_routing(model, token_ids_BS)
+            loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
+        counted_BS = targets_BS != self.ignore_index
+        count, metrics = counted_BS.sum(), {}
+        if self.label_smoothing or self.z_loss or routing is not None:
+            metrics["cross_entropy"] = loss
+        if self.label_smoothing or self.z_loss:
+            loss = loss + self._regularisers(logits_BSV, targets_BS, counted_BS)
+        if routing is not None:
+            loss = loss + count * (routing.balance + routing.z)
+            metrics |= {name: count * value for name, value in routing.metrics().items()}
+        return loss, count, metrics
+
+    def _regularisers(self, logits_BSV: Tensor, targets_BS: Tensor, counted_BS: Tensor) -> Tensor:
+        """The sum of what is added to each counted cross-entropy: e (z[target] - mean(z)), and c log(Z)^2."""
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        added_BS = torch.zeros_like(logits_BSV[..., 0])
+        if self.label_smoothing:
+            z_BS = logits_BSV.gather(-1, targets_BS.masked_fill(~counted_BS, 0)[..., None])[..., 0]
+            added_BS = self.label_smoothing * (z_BS - logits_BSV.mean(-1))
+        if self.z_loss:
+            added_BS = added_BS + self.z_loss * logits_BSV.logsumexp(-1).square()
+        return added_BS.masked_fill(~counted_BS, 0).sum()
+
+
+def logits_and_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:
+    """model(...), and what its mixtures of experts add to the loss: None where it has none. Wrapped or not."""
+    if next(experts_of(model), None) is None:
+        return model(*args, **kwargs), None
+    return model(*args, **kwargs, return_routing=True)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:

@@ -44,6 +44,12 @@ class LearningRate:
                 f"the schedule cannot land: {self.schedule.warmup(total)} warm-up steps, and the budget of "
                 f"{self.plan.budget.text} makes {total} steps; set schedule.warmup_steps lower or give more budget"
             )
+        if total is not None:
+            self.schedule.lr(total, total, self.top)
+
+    def done(self, step: int) -> float:
+        """How far along the first plan a step is, 0 to 1; 0 while there is none."""
+        return 0.0 if self.plan.measuring else self.plan.place(step) / self.plan.first_total
 
     def highest_after(self, step: int) -> float:
         """Of the steps that are left; 0 if there are none or it is not known how many."""

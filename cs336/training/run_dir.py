@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class RunDir:
         self.metrics: JsonLines
         self.samples: JsonLines
         self._damaged: list[pathlib.Path] = []  # checkpoints
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -110,19 +113,53 @@ class RunDir:
         return None
 
     def save(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict[str, Any]
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        extra: dict[str, Any],
+        *,
+        background: bool = False,
     ) -> pathlib.Path:
-        """Write the checkpoint of a step, in place of those that are too old. Rows are on the disk before it is."""
+        """Write the checkpoint of a step, in place of those that are too old. Rows are on the disk before it is.
+
+        In the background, within `saving`, training goes on once weights and state are copied to the host; an error is
+        raised by the next `save` or `wait`.
+        """
+        self.wait()
         self.metrics.sync()
         self.samples.sync()
         path = checkpoint.step_path(self.checkpoints, step)
+        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background)
+        if background:
+            assert self._writer is not None, "the background is open within `saving`"
+            self._writing = self._writer.submit(self._put, kept, path)
+        else:
+            self._put(kept, path)
+        return path
+
+    def _put(self, kept: checkpoint.Snapshot, path: pathlib.Path) -> None:
         for other in checkpoint.list_checkpoints(self.checkpoints):
             # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
             if other in self._damaged or other > path:
                 checkpoint.remove_checkpoint(other)
-        checkpoint.save_checkpoint(model, optimizer, step, path, extra=extra)
+        checkpoint.write_snapshot(kept, path)
         checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
-        return path
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A thread for checkpoints in the background, the latest of which is whole when the block ends."""
+        with ThreadPoolExecutor(1, "checkpoint") as self._writer:
+            try:
+                yield
+            finally:
+                self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint in the background is on the disk. Raises OSError if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     # ---- failures ----
 

@@ -7,10 +7,15 @@ samples and checkpoints. The files are those of cs336.training.run_dir.
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import pathlib
 import time
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import save_pretrained
@@ -20,7 +25,7 @@ from cs336.training.config import TrainConfig
 from cs336.training.decisions import Decisions
 from cs336.training.evaluators import Evaluator, Sample, Samples, Validation
 from cs336.training.facts import announcement, describe, memory_used, peak_memory
-from cs336.training.guard import NonFiniteError, NonFiniteStep
+from cs336.training.guard import NonFiniteError, NonFiniteStep, SpikeError, StepError, StepGuard, steepest
 from cs336.training.identity import (
     check_budget,
     check_same_config,
@@ -29,11 +34,14 @@ from cs336.training.identity import (
     kept_tokenizer,
 )
 from cs336.training.learner import Learner
+from cs336.training.loggers import Logger, check_installed, open_loggers
 from cs336.training.metrics import Display, Meter
+from cs336.training.objectives import Batch
 from cs336.training.rate import LearningRate
 from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
 from cs336.training.weights import load_weights
+from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
 
@@ -89,10 +97,13 @@ class Trainer:
         self.config, self.display = config, display or Display()
         self.run = RunDir(config.run_dir, config.keep_checkpoints)
         check_same_config(self.run.saved_config(), config)
+        check_installed(config.loggers)
+        self.loggers: list[Logger] = []
         self.tokenizer = kept_tokenizer(config.data.train) if tokenizer is None else tokenizer
         self.train_data = self._data(config.data.train)
         self.val_data = None if config.data.val is None else self._data(config.data.val)
         self._repeated: set[int] = set()  # steps that were not finite once
+        self._refused: str | None = None  # why the latest step was left out
         self.evaluators: list[Evaluator] = []
         if self.val_data is not None:
             self.evaluators.append(Validation(self.val_data, config))
@@ -125,6 +136,10 @@ class Trainer:
             self.run.clear_failure()
             self._write_setup()
             stack.enter_context(self.run.open_rows(upto=self.step))
+            stack.enter_context(self.run.saving())
+            self.loggers = open_loggers(self.config.loggers, self.run.path, to_table(self.config), self.step)
+            for logger in self.loggers:
+                stack.callback(logger.close)
             stack.enter_context(self.display)
             signalled = stack.enter_context(stop_requests())
             self._started = time.perf_counter()
@@ -147,7 +162,15 @@ class Trainer:
 
     def _update(self) -> None:
         with annotate("step"):
-            self.meter.add(self.learner.update(next(self.loader), self.rate.at(self.step + 1)))
+            step, batch, self._refused = self.step + 1, next(self.loader), None
+            accept = functools.partial(self._accept, batch) if self.config.guard.reads_each_step else None
+            values = self.learner.update(batch, self.rate.at(step), self.rate.done(step), accept)
+            if self._refused is None:
+                self.guard.skipped = 0
+                self.meter.add(values)
+            else:
+                self.meter.settle(self.step)
+                self.display.say(f"step {step} is left out: {self._refused}")
         self.step += 1
 
     def _after_step(self, stop: bool) -> None:
@@ -161,7 +184,7 @@ class Trainer:
                 self._evaluate(evaluator)
         # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise.
         if planned or stop or decisions.due(decisions.save, self.step):
-            self._save()
+            self._save(background=not (planned or stop))
 
     def _plan(self) -> bool:
         """Look at the time; whether the number of steps changed. Steps that are repeated keep their plan."""
@@ -177,11 +200,13 @@ class Trainer:
         return planned
 
     def _log(self) -> None:
+        if self.meter.empty:  # all were left out
+            return
         row = self._position() | self.meter.row() | {"lr": self._lr}
         speed = row["train/tok_per_sec"]
         if self.learner.peak_flops:
             row["train/mfu"] = speed * self.config.model.flops_per_token() / self.learner.peak_flops
-        self.run.metrics.write(row)
+        self._write(row)
         left = self.decisions.seconds_left(self.step, self.seconds, self.tokens_per_step / speed)
         self.display.row(row, self.decisions.plan.total_steps, left)
 
@@ -191,7 +216,7 @@ class Trainer:
         self.decisions.took(evaluator.pause, taken[0])
         if found.metrics:
             self.val = self.val | found.metrics
-            self.run.metrics.write(self._position() | found.metrics)
+            self._write(self._position() | found.metrics)
         for sample in found.samples:
             self.run.samples.write({"step": self.step} | sample)
         if found.text:
@@ -205,7 +230,34 @@ class Trainer:
         """Of the latest step."""
         return self.learner.optimizer.param_groups[0]["lr"]
 
-    # ---- a step that is not finite ----
+    def _write(self, row: dict[str, Any]) -> None:
+        self.run.metrics.write(row)
+        for logger in self.loggers:
+            logger.log(row)
+
+    # ---- a step that is not like the others ----
+
+    def _accept(self, batch: Batch, values: dict[str, Tensor]) -> bool:
+        """Whether a step is made, as [guard] says; if not, why is in _refused."""
+        guard, step = self.config.guard, self.step + 1
+        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+            if guard.non_finite == "stop":
+                return True  # found by the meter
+            cause = self.learner.first_non_finite(batch) or "nothing when it is made again: a fault of the device?"
+            self._refused = f"loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g}; the first that is "
+            self._refused += f"not finite is {cause}"
+        elif guard.spike != "keep" and (spike := self.guard.spike(numbers)):
+            self._refused = f"a spike, {spike}; {steepest(self.learner.model)}"
+            if guard.spike == "stop":
+                raise SpikeError(f"step {step}: {self._refused}", step=step, cause=self._refused)
+        if self._refused is None:
+            return True
+        self.guard.skipped += 1
+        if self.guard.skipped > guard.most_skipped:
+            message = f"{self.guard.skipped} steps in a row would be left out; the last, {step}: {self._refused}"
+            raise StepError(message, step=step, cause=self._refused)
+        return False
 
     def _go_back(self, bad: NonFiniteStep) -> None:
         """Return to the newest checkpoint, to repeat the steps from there up to the bad one as they were."""
@@ -231,9 +283,7 @@ class Trainer:
     def _fail(self, bad: NonFiniteStep, cause: str) -> None:
         values = {f"train/{name}": value for name, value in bad.values.items()}
         seconds = round(self.seconds, 3)
-        self.run.metrics.write(
-            {"step": bad.step, "tokens": bad.step * self.tokens_per_step, "seconds": seconds} | values
-        )
+        self._write({"step": bad.step, "tokens": bad.step * self.tokens_per_step, "seconds": seconds} | values)
         raise NonFiniteError(
             f"{bad}; {cause}. Last good checkpoint: {self._restored or 'none yet'}. "
             "A lower optimizer.lr or a longer schedule.warmup_steps in a new run_dir may avoid it.",
@@ -244,7 +294,7 @@ class Trainer:
 
     # ---- state ----
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool) -> None:
         with self.meter.paused(self.step) as taken, annotate("checkpoint"):
             extra = {
                 "loader": self.loader.state_dict(),
@@ -254,12 +304,16 @@ class Trainer:
                 "val": self.val,
                 "data": self.fingerprints,
             }
-            extra |= self.rate.state_dict() | self.meter.state_dict()
-            self._newest = self.run.save(self.learner.model, self.learner.optimizer, self.step, extra)
+            extra |= self.rate.state_dict() | self.meter.state_dict() | {"guard": self.guard.state_dict()}
+            asked = self.config.async_checkpoints
+            background &= self.learner.device.type == "cuda" if asked is None else asked
+            state = self.learner.model, self.learner.optimizer, self.step, extra
+            self._newest = self.run.save(*state, background=True) if background else self.run.save(*state)
         self.decisions.took(self.decisions.save, taken[0])
 
     def _restore(self) -> None:
         """Become what the seed and init_from give, or what the newest whole checkpoint holds."""
+        self.run.wait()
         vars(self).pop("learner", None)  # room for the new one
         config, self.learner = self.config, Learner(self.config)
         self.loader = TokenLoader(self.train_data, config.batch_size, seed=config.seed, device=self.learner.device)
@@ -271,7 +325,7 @@ class Trainer:
             pauses=[evaluator.pause for evaluator in self.evaluators],
         )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
-        self.meter = Meter(self.tokens_per_step)
+        self.meter, self.guard = Meter(self.tokens_per_step), StepGuard(config.guard)
         self.step, self.val = 0, {}
         self._seconds_before = self._started = 0.0
         self._suspect, self._rebudgeted = None, False
@@ -290,6 +344,8 @@ class Trainer:
         self.decisions.plan.load_state_dict(extra["plan"])
         self.rate.load_state_dict(extra, held=self._lr)
         self.meter.load_state_dict(extra)
+        if "guard" in extra:
+            self.guard.load_state_dict(extra["guard"])
         checkpoint.set_rng_state(extra["rng"])
         self._seconds_before, self.val = extra["seconds"], extra["val"]
         plan, saved = self.decisions.plan, Budget(**extra["plan"]["budget"])
@@ -338,6 +394,7 @@ class Trainer:
             )
 
     def _conclude(self) -> TrainResult:
+        self.run.wait()
         seconds, export = self.seconds, None
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):

@@ -155,7 +155,7 @@ def test_a_failed_export_leaves_the_last_one(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("cs336.models.huggingface.save_file", full)
+    monkeypatch.setattr("cs336.models.huggingface.directory.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(make(d_ff=40), tmp_path, Tokenizer())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -295,14 +295,22 @@ def edited(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2, qwen3, cs336, got 'gpt2'"),
-        ({"model_type": "mistral", "sliding_window": 23}, "lets a token see the last 23 alone"),
-        ({"model_type": "mistral", "max_position_embeddings": 5000}, "lets a token see the last 4096 alone"),
-        ({"model_type": "qwen2"}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scales its rotary positions"),
+        ({"model_type": "bert"}, "model_type must be one of llama, .*gpt2, .*cs336, got 'bert'"),
+        ({"model_type": "gpt2"}, "config.json lacks n_positions, n_embd, n_layer, n_head"),
+        ({"model_type": "mistral", "sliding_window": "23"}, "window must be a positive integer, got '23'"),
+        ({"model_type": "qwen2", "mlp_bias": None}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
+        ({"hidden_act": "tanh"}, "hidden_act = 'tanh'"),
+        ({"attention_bias": True}, r"lacks weights: model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"attention_bias": 1}, "attention_bias = 1: expected true or false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json lacks rope_parameters.low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_parameters.rope_type = 'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_parameters.beta = 1"),
+        ({"rope_scaling": 3}, "rope_scaling = 3: expected a table"),
+        ({"rope_theta": "10"}, "rope_theta = '10': expected a number"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier = 0.2, which cs336.models.Transformer does not do"),
+        ({"is_decoder": True}, "is_decoder = True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None, "vocab_size": None}, "config.json lacks vocab_size, hidden_size"),
         ({"num_hidden_layers": 3}, r"lacks weights: model\.layers\.2\.input_layernorm"),

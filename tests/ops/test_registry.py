@@ -321,7 +321,7 @@ import os, torch
 from cs336 import ops
 if (child := os.fork()) == 0:
     x = torch.ones(2, 8, device="cuda")
-    print(ops.rms_norm(x, x[0]).sum().item(), flush=True)
+    print(round(ops.rms_norm(x, x[0]).sum().item(), 3), flush=True)
     os._exit(0)
 raise SystemExit(os.waitpid(child, 0)[1])
 """

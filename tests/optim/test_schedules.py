@@ -4,12 +4,15 @@ import math
 
 import pytest
 
-from cs336.optim import constant_schedule, cosine_schedule, linear_schedule, wsd_schedule
+from cs336.optim import constant_schedule, cosine_schedule, linear_schedule, wsd_s_schedule, wsd_schedule
 
 RANGE = {"max_lr": 1.0, "min_lr": 0.1}
 COSINE = functools.partial(cosine_schedule, **RANGE, warmup_steps=4, total_steps=12)
 LINEAR = functools.partial(linear_schedule, **RANGE, warmup_steps=4, total_steps=13)
 WSD = functools.partial(wsd_schedule, **RANGE, warmup_steps=4, decay_steps=4, total_steps=12)
+WSD_LINEAR = functools.partial(WSD, decay="linear")
+WSD_COSINE = functools.partial(WSD, decay="cosine")
+WSD_S = functools.partial(wsd_s_schedule, **RANGE, warmup_steps=4, ends=(12, 20), decay_part=0.5)
 CONSTANT = functools.partial(constant_schedule, max_lr=1.0, warmup_steps=4)
 
 
@@ -34,6 +37,20 @@ CONSTANT = functools.partial(constant_schedule, max_lr=1.0, warmup_steps=4)
         (WSD, 10, 0.1 + 0.9 * (1 - math.sqrt(0.5))),
         (WSD, 12, 0.1),
         (WSD, 1000, 0.1),
+        (WSD_LINEAR, 8, 1.0),
+        (WSD_LINEAR, 10, 0.55),
+        (WSD_LINEAR, 11, 0.325),
+        (WSD_COSINE, 9, 0.1 + 0.5 * (1 + math.sqrt(0.5)) * 0.9),
+        (WSD_COSINE, 12, 0.1),
+        (WSD_S, 4, 1.0),
+        (WSD_S, 6, 1.0),
+        (WSD_S, 7.5, 0.55),
+        (WSD_S, 12, 0.1),
+        (WSD_S, 12.01, 1.0),
+        (WSD_S, 16, 1.0),
+        (WSD_S, 17, 0.55),
+        (WSD_S, 20, 0.1),
+        (WSD_S, 1000, 0.1),
         (CONSTANT, 4, 1.0),
         (CONSTANT, 10**9, 1.0),
     ],
@@ -46,15 +63,16 @@ def test_positional_arguments():
     assert cosine_schedule(8, 1.0, 0.1, 4, 12) == COSINE(8)
     assert linear_schedule(8, 1.0, 0.1, 4, 13) == LINEAR(8)
     assert wsd_schedule(9, 1.0, 0.1, 4, 4, 12) == WSD(9)
+    assert wsd_s_schedule(17, 1.0, 0.1, 4, (12, 20), 0.5) == WSD_S(17)
     assert constant_schedule(2, 1.0, 4) == CONSTANT(2)
 
 
-@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD, CONSTANT])
+@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD, WSD_S, CONSTANT])
 def test_warm_up(schedule):
     assert [schedule(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD])
+@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD, WSD_LINEAR, WSD_COSINE])
 def test_falls_once_warm(schedule):
     lrs = [schedule(step / 8) for step in range(4 * 8, 14 * 8)]
     assert all(a >= b for a, b in itertools.pairwise(lrs))
@@ -104,3 +122,25 @@ def test_bad_constant(changed):
     settings = {"step": 3, "max_lr": 1.0, "warmup_steps": 4} | changed
     with pytest.raises(ValueError, match="must"):
         constant_schedule(settings.pop("step"), **settings)
+
+
+def test_a_period_that_warms_up_decays_in_what_is_left():
+    rates = [wsd_s_schedule(step, 1.0, 0.0, 8, (10, 20), 1.0, decay="linear") for step in range(21)]
+    assert rates[8:11] == [1.0, 0.5, 0.0]
+    assert rates[11] == pytest.approx(0.9)
+    assert rates[20] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ends": ()}, "ends must be steps that rise"),
+        ({"ends": (5, 5)}, r"ends must be steps that rise from above 0, got \[5, 5\]"),
+        ({"decay_part": 1.5}, "decay_part must be in"),
+        ({"decay": "steep"}, "decay must be sqrt, linear, cosine, got 'steep'"),
+        ({"warmup_steps": 13}, "warmup_steps must be between 0 and total_steps"),
+    ],
+)
+def test_periods_that_cannot_be_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        wsd_s_schedule(3, 1.0, 0.1, **{"warmup_steps": 4, "ends": (12, 20), "decay_part": 0.5} | changed)

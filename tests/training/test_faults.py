@@ -18,7 +18,7 @@ import torch
 from cs336.data import ShardWriter, write_shard
 from cs336.models import Transformer, from_pretrained
 from cs336.models.memory import training_memory
-from cs336.training import CosineConfig, DataConfig, NonFiniteError, OptimizerConfig, TrainConfig, Trainer, checkpoint
+from cs336.training import AdamWConfig, CosineConfig, DataConfig, NonFiniteError, TrainConfig, Trainer, checkpoint
 from cs336.training.learner import Learner
 from cs336.training.run_dir import RunDir
 from cs336.utils import files
@@ -445,7 +445,7 @@ def test_an_export_without_a_tokenizer_is_said_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("source", ["export", "checkpoints/step_00000004", "."])
 def test_a_run_begins_from_weights(tmp_path, source):
-    first = tiny_run.config(tmp_path, "first", budget="4steps", optimizer=OptimizerConfig(lr=0.05))
+    first = tiny_run.config(tmp_path, "first", budget="4steps", optimizer=AdamWConfig(lr=0.05))
     tiny_run.train(first)
     trainer = Trainer(tiny_run.config(tmp_path, seed=1, init_from=first.run_dir / source), display=Lines())
     ids = torch.arange(8)[None]

@@ -101,6 +101,29 @@ def test_metrics_are_means_over_the_same_count(tmp_path):
     assert values["twice"].item() == pytest.approx(2 * values["loss"].item())
 
 
+@pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 0.01), (0.2, 0.02)])
+def test_label_smoothing_and_z_loss(smoothing, z):
+    net, (x, y) = model(), batch()
+    loss, count, metrics = NextToken(label_smoothing=smoothing, z_loss=z)(net, (x, y))
+    logits = net(x).flatten(0, 1).double()
+    want = nn.functional.cross_entropy(logits, y.flatten(), label_smoothing=smoothing, reduction="sum")
+    want = want + z * logits[y.flatten() != -100].logsumexp(-1).square().sum()
+    torch.testing.assert_close(loss.double(), want)
+    plain, plain_count, no_metrics = NextToken()(net, (x, y))
+    assert torch.equal(metrics["cross_entropy"], plain)
+    assert (count, no_metrics) == (plain_count, {})
+    params = list(net.parameters())
+    for got, grad in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params), strict=True):
+        torch.testing.assert_close(got, grad.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_bad_regularisers():
+    with pytest.raises(ValueError, match="label_smoothing must be a number from 0 to below 1, got 1"):
+        NextToken(label_smoothing=1.0)
+    with pytest.raises(ValueError, match="z_loss must be a finite number, 0 or more, got -1"):
+        NextToken(z_loss=-1.0)
+
+
 def on_a_rank(rank, world, file, results):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(file, world)

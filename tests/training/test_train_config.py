@@ -5,7 +5,7 @@ import pytest
 import tiny_run
 
 from cs336.models import TransformerConfig
-from cs336.training import CosineConfig, DataConfig, OptimizerConfig, TrainConfig, WSDConfig
+from cs336.training import AdamWConfig, CosineConfig, DataConfig, TrainConfig, WSDConfig
 from cs336.training.config import differences
 from cs336.utils.config import keys, override, to_table
 
@@ -15,7 +15,7 @@ FULL = TrainConfig(
     run_dir=pathlib.Path('a "quoted"\\ back\tslash é\x7f'),
     data=DataConfig(pathlib.Path("t"), pathlib.Path("v")),
     model=dataclasses.replace(MODEL, num_kv_heads=1, logit_softcap=30.0, tie_embeddings=True),
-    optimizer=OptimizerConfig(lr=1e-5, betas=(0.8, 0.999), max_grad_norm=float("inf")),
+    optimizer=AdamWConfig(lr=1e-5, betas=(0.8, 0.999), max_grad_norm=float("inf")),
     schedule=CosineConfig(warmup_steps=7, min_lr_ratio=0.0),
     budget="90m",
     micro_batch_size=8,
@@ -43,7 +43,7 @@ def test_toml_round_trip(tmp_path, config):
         ("batch_size = 2.5", "batch_size must be int, got 2.5"),
         ("batch_size = true", "batch_size must be int, got True"),
         ("compile = 1", "compile must be bool, got 1"),
-        ("precision = 'fp8'", "precision must be 'auto' or 'bf16' or 'fp32', got 'fp8'"),
+        ("precision = 'fp8'", "precision must be 'auto' or 'bf16' or .*'fp32', got 'fp8'"),
         ("[optimizer]\nbetas = [0.9]", "missing: optimizer.betas.1"),
         ("[optimizer]\nlr = 'high'", "optimizer.lr must be float, got 'high'"),
         ("optimizer = 3", r"optimizer must be a table \[optimizer\], got 3"),
@@ -80,7 +80,7 @@ def test_missing_keys_and_bad_models_are_named(tmp_path):
 
 def test_what_may_differ_in_a_continued_run():
     assert differences(PLAIN, dataclasses.replace(PLAIN, budget="5m", log_interval=1, keep_checkpoints=9)) == []
-    changed = dataclasses.replace(PLAIN, seed=1, optimizer=OptimizerConfig(lr=0.5))
+    changed = dataclasses.replace(PLAIN, seed=1, optimizer=AdamWConfig(lr=0.5))
     assert differences(PLAIN, changed) == ["optimizer.lr: 0.001 -> 0.5", "seed: 0 -> 1"]
 
 
@@ -104,7 +104,7 @@ def test_options_change_a_file(tmp_path):
     tiny = tiny_run.config(tmp_path)
     options = ["--optimizer.lr", "0.5", "--budget", "3steps", "--schedule.kind", "wsd"]
     changed = TrainConfig.from_table(override(TrainConfig, to_table(tiny), options))
-    assert changed == tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.5), budget="3steps", schedule=WSDConfig())
+    assert changed == tiny_run.changed(tiny, optimizer=AdamWConfig(lr=0.5), budget="3steps", schedule=WSDConfig())
 
 
 def test_a_file_of_a_run_before_kinds_still_loads():

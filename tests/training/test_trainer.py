@@ -15,12 +15,12 @@ from cs336 import ops
 from cs336.data import ShardWriter
 from cs336.models import Transformer, from_pretrained
 from cs336.training import (
+    AdamWConfig,
     ConstantConfig,
     CosineConfig,
     DataConfig,
     LinearConfig,
     NonFiniteError,
-    OptimizerConfig,
     TrainConfig,
     Trainer,
     WSDConfig,
@@ -34,7 +34,7 @@ from cs336.training.learner import Learner
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     tiny = tiny_run.config(root, budget="40steps", log_interval=10, eval_interval=2, sample_interval=20)
-    tiny = tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.02), checkpoint_interval=None, keep_checkpoints=3)
+    tiny = tiny_run.changed(tiny, optimizer=AdamWConfig(lr=0.02), checkpoint_interval=None, keep_checkpoints=3)
     return tiny, tiny_run.train(tiny)
 
 
@@ -102,7 +102,7 @@ def test_another_configuration_is_refused(tmp_path):
     tiny = tiny_run.config(tmp_path, budget="3steps")
     tiny_run.train(tiny)
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.001 -> 0\.5.*use another run_dir"):
-        tiny_run.train(tiny_run.changed(tiny, optimizer=OptimizerConfig(lr=0.5)))
+        tiny_run.train(tiny_run.changed(tiny, optimizer=AdamWConfig(lr=0.5)))
 
 
 def test_a_trainer_can_be_asked_again(tmp_path):
@@ -160,7 +160,7 @@ def test_accumulated_gradients_equal_the_large_batch(tmp_path):
 
 
 def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
-    learner = Learner(tiny_run.config(tmp_path, optimizer=OptimizerConfig(max_grad_norm=0.01)))
+    learner = Learner(tiny_run.config(tmp_path, optimizer=AdamWConfig(max_grad_norm=0.01)))
     scales = []
     step = learner.optimizer.step
     monkeypatch.setattr(
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_names_its_module(tmp_path, monkeypatch, log_i
 
 
 def test_divergence_before_the_first_checkpoint(tmp_path):
-    tiny = tiny_run.config(tmp_path, optimizer=OptimizerConfig(lr=1e30), log_interval=2)
+    tiny = tiny_run.config(tmp_path, optimizer=AdamWConfig(lr=1e30), log_interval=2)
     with pytest.raises(NonFiniteError, match=r"step 2: .* the first that is not finite is the .*checkpoint: none yet"):
         tiny_run.train(tiny)
 

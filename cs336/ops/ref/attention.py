@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.philox import philox
+
 
 def fwd(
     q_BHSD: Tensor,
@@ -205,19 +207,7 @@ def _dropout(seed: Tensor | None, p: float, first_batch: int, shape: tuple[int, 
     heads = (torch.arange(B * Hq, device=seed.device) + first_batch * Hq).view(B, Hq, 1, 1)
     i, j = torch.arange(S, device=seed.device)[:, None], torch.arange(T, device=seed.device)
     counter = [x.expand(shape) for x in (i, j, heads, torch.zeros_like(heads))]
-    return (philox(seed, counter) >= int(p * 2**32)) / (1 - p)
-
-
-def philox(seed: Tensor, counter: list[Tensor], rounds: int = 7) -> Tensor:
-    """The first word, in [0, 2^32), of Philox4x32 for a 64-bit seed and a counter of four words, all int64."""
-    word = 0xFFFFFFFF
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & word, (seed >> 32) & word
-    for _ in range(rounds):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # mod 2^64: the high words need no sign
-        c0, c1, c2, c3 = (p1 >> 32 & word) ^ c1 ^ k0, p1 & word, (p0 >> 32 & word) ^ c3 ^ k1, p0 & word
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return c0
+    return (philox(seed, counter, rounds=7)[0] >= int(p * 2**32)) / (1 - p)
 
 
 def _stored_by_token(x_BHSD: Tensor) -> Tensor:

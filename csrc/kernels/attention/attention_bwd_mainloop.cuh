@@ -182,6 +182,7 @@ __device__ __forceinline__ void await_turn(const int* turns, int turn) {
   do {
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(done) : "l"(turns) : "memory");
   } while (done != turn);
+  asm volatile("fence.proxy.async.global;" ::: "memory");  // what follows is written by the async proxy
 }
 __device__ __forceinline__ void pass_turn(int* turns) {
   asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");

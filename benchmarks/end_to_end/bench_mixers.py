@@ -1,0 +1,202 @@
+"""Mixers at one model's shape: tokens a second of training and of decoding, and memory, with short texts and long.
+
+Training is the forward, loss and backward under autocast to bfloat16, each layer compiled or not; decoding is a step of
+all rows behind a prompt of T tokens, replayed as a CUDA graph. The recurrences themselves stand beside fla's kernels
+(pip install fla-core) where these are installed.
+
+    python -m benchmarks.run mixers [NAME ...] [--size 350M] [--tokens 16384] [--compile] [--out FILE]
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from cs336 import ops
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AttentionConfig, HyenaConfig, LatentAttentionConfig, LinearAttentionConfig, Mamba2Config
+from cs336.ops import registry
+
+SIZES = {"tiny": (64, 2, 64), "350M": (50304, 24, 1024)}  # vocabulary, layers, d_model
+LENGTHS = {"tiny": (32, 64), "350M": (2048, 16384)}
+STEPS = 5  # of training, timed one by one
+
+
+def mixers(d_model: int, T: int) -> dict[str, Any]:
+    """Each with the heads that its paper has at about this width."""
+    heads = max(1, d_model // 128)
+    return {
+        "attention": AttentionConfig(2 * heads),
+        "grouped": AttentionConfig(2 * heads, max(1, heads // 2)),
+        "window": AttentionConfig(2 * heads, window=min(1024, T // 2)),
+        "latent": LatentAttentionConfig(2 * heads, d_model // 4, 64, 32),
+        "retention": LinearAttentionConfig(heads, decay="head"),
+        "gated linear": LinearAttentionConfig(heads),
+        "gated delta": LinearAttentionConfig(heads, delta=True),
+        "mamba2": Mamba2Config(min(128, d_model), min(64, d_model)),
+        "hyena": HyenaConfig(T),
+    }
+
+
+def config(name: str, size: str, T: int) -> TransformerConfig:
+    vocab_size, num_layers, d_model = SIZES[size]
+    layers = (BlockConfig(mixers(d_model, T)[name]),)
+    return TransformerConfig(vocab_size, T + 256, num_layers, d_model, layers=layers, tie_embeddings=True)
+
+
+def measure(name: str, size: str, T: int, tokens: int, *, compile: bool = False) -> dict[str, Any]:
+    """One row: training on `tokens` tokens a step in texts of T, then decoding as many rows."""
+    device, B = harness.default_device(), max(1, tokens // T)
+    model = Transformer(config(name, size, T), device=device)
+    if compile:
+        for layer in model.layers:
+            layer.compile()
+    row = {"op": "mixer", "variant": name, "model": size, "shape": [B, T], "compiled": compile}
+    row["parameters"] = model.config.num_parameters()
+    row |= _train(model, torch.randint(model.config.vocab_size, (B, T), device=device))
+    model.zero_grad(set_to_none=True)
+    return row | _decode(model.to(torch.bfloat16 if device.type == "cuda" else torch.float32), B, T)
+
+
+def _train(model: Transformer, x_BT: Tensor) -> dict[str, Any]:
+    device, seconds = x_BT.device, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS + 2):
+        harness.synchronize(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = ops.cross_entropy(model(x_BT), x_BT)
+        loss.backward()
+        harness.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    timing = harness.summary(seconds[2:], 1, "perf_counter")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    speed = round(x_BT.numel() / timing.seconds, 1)
+    return {"train_tokens_per_second": speed, "spread": round(timing.spread, 4), "train_bytes": peak}
+
+
+@torch.no_grad()
+def _decode(model: Transformer, B: int, T: int) -> dict[str, Any]:
+    state = model.new_state(B, T + 256)
+    for first in range(0, T, 4096):
+        model.features(
+            torch.randint(model.config.vocab_size, (B, min(4096, T - first)), device=model.device), state=state
+        )
+    token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=model.device)
+
+    def step() -> tuple:
+        state.lengths.fill_(T)  # each at the same length, whatever their number
+        return (model(token_B1, state=state),)
+
+    timing = harness.measure([step], model.device)
+    return {"state_bytes": state.nbytes // B, "decode_tokens_per_second": round(B / timing.seconds, 1)}
+
+
+def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Forward, and forward with backward, of the ops alone."""
+    d_model = SIZES[size][2]
+    for T in LENGTHS[size]:
+        B, D = max(1, tokens // T), min(128, d_model)
+        H = d_model // D
+        shapes = {"linear_attention": (H, H, D, D), "ssd": (1, 2 * d_model // min(64, d_model), D, min(64, d_model))}
+        for op, (G, H, K, V) in (*shapes.items(), ("gated_delta_rule", shapes["linear_attention"])):
+            drawn = _draw(B, G, H, T, K, V, device)
+            for variant, call in _contenders(op, G == H).items():
+                row = {"op": op, "variant": variant, "shape": [B, G, H, T, K, V], "dtype": "bf16"}
+                try:
+                    for pass_, backward in (("fwd", False), ("fwd+bwd", True)):
+                        timing = harness.measure([_bind(call, drawn, backward)], device, graph=False)
+                        yield row | {"pass": pass_, "seconds": timing.seconds, "spread": round(timing.spread, 4)}
+                except (RuntimeError, ImportError, TypeError) as error:  # of a peer whose version is another
+                    yield row | {"failed": str(error).partition("\n")[0][:200]}
+
+
+def _draw(B: int, G: int, H: int, T: int, K: int, V: int, device: torch.device) -> dict[str, Tensor]:
+    """Stored by token (B, T, heads, features), as layers make them."""
+    normal = {"q": (B, T, G, K), "k": (B, T, G, K), "v": (B, T, H, V)}
+    drawn = {name: torch.randn(shape, device=device, dtype=torch.bfloat16) for name, shape in normal.items()}
+    drawn["k"] = torch.nn.functional.normalize(drawn["k"], dim=-1)
+    drawn["g"] = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device=device) + 4)
+    drawn["beta"] = torch.rand(B, T, H, device=device)
+    return {name: x.requires_grad_() for name, x in drawn.items()}
+
+
+def _contenders(op: str, as_many_heads: bool) -> dict[str, Callable[..., Tensor]]:
+    """(q, k, v, g, beta) stored by token -> o."""
+
+    def ours(q, k, v, g, beta):
+        q, k, v, g, beta = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+        return ops.gated_delta_rule(q, k, v, beta, g) if op == "gated_delta_rule" else ops.linear_attention(q, k, v, g)
+
+    found: dict[str, Callable[..., Tensor]] = {"cs336": ours}
+    try:
+        fla = importlib.import_module("fla.ops")
+    except ImportError:
+        return found
+    if op == "gated_delta_rule":
+        found["fla"] = lambda q, k, v, g, beta: fla.chunk_gated_delta_rule(q, k, v, g, beta.to(q.dtype))[0]
+    elif as_many_heads:
+        found["fla"] = lambda q, k, v, g, beta: fla.chunk_simple_gla(q, k, v, g)[0]
+    else:  # which has no heads that share keys
+        found["fla"] = lambda q, k, v, g, beta: fla.chunk_simple_gla(*_repeated(q, k, v), v, g)[0]
+    return found
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    times = v.shape[2] // q.shape[2]
+    return q.repeat_interleave(times, 2), k.repeat_interleave(times, 2)
+
+
+def _bind(call: Callable[..., Tensor], drawn: dict[str, Tensor], backward: bool) -> Callable[[], tuple]:
+    def forward() -> tuple:
+        with torch.no_grad():
+            return (call(**drawn),)
+
+    def both() -> tuple:
+        o = call(**drawn)
+        return torch.autograd.grad(o, list(drawn.values()), o.detach(), allow_unused=True)
+
+    return both if backward else forward
+
+
+def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator[dict[str, Any]]:
+    """Everything, the recurrences first. Raises ValueError for names that are no mixer's."""
+    device = harness.default_device()
+    known = mixers(SIZES[size][2], LENGTHS[size][0])
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no mixer {', '.join(unknown)}: expected some of {', '.join(known)}")
+    if not names:
+        yield from recurrences(size, tokens, device)
+    for name in names or known:
+        for T in LENGTHS[size]:
+            try:
+                yield measure(name, size, T, tokens, compile=compile)
+            except torch.OutOfMemoryError as error:
+                yield {"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]}
+
+
+def line(row: dict[str, Any]) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    if "failed" in row:
+        return f"{row['op']:18} {row['variant']:14} {shape:24} failed: {row['failed']}"
+    if row["op"] != "mixer":
+        return f"{row['op']:18} {row['variant']:14} {shape:24} {row['pass']:8} {row['seconds'] * 1e6:10.1f} us"
+    memory = "" if row["train_bytes"] is None else f"{row['train_bytes'] / 2**30:7.1f} GiB"
+    return (
+        f"{row['op']:18} {row['variant']:14} {shape:24} {row['train_tokens_per_second']:12.0f} tokens/s {memory} "
+        f"state {row['state_bytes'] / 2**20:8.2f} MiB  decode {row['decode_tokens_per_second']:10.0f} tokens/s"
+    )
+
+
+def bench_mixers(benchmark):
+    def all_of_them():
+        with registry.use(None):
+            return list(rows([], "tiny", 64, compile=False))
+
+    made = benchmark.pedantic(all_of_them)
+    assert not [row for row in made if "failed" in row]

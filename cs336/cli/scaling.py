@@ -1,0 +1,114 @@
+"""`cs336 scaling`: fit a law to finished runs, ask it about others, draw it."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from cs336.cli.common import MaybePath, Path
+
+Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope"]
+
+
+def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400, out: MaybePath = None) -> None:
+    """Fit a scaling law to runs, and print it with its 95 % intervals.
+
+    Args:
+        points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row.
+        law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
+            lowest run a budget), envelope (1: training curves).
+        bootstrap: resamples of the runs, for the intervals of approach 3.
+        out: write it here, for `cs336 scaling predict`.
+    """
+    from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
+
+    runs = read_points(points)
+    found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
+    if law == "chinchilla":
+        fitted = fit_chinchilla(runs, bootstrap=bootstrap)
+        for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):
+            found[name] = getattr(fitted.law, name)
+            interval = fitted.interval(name) if bootstrap else None
+            found[f"{name}_interval"] = interval
+            shown = f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""
+            print(f"{name:18} {found[name]:.5g}{shown}")
+        found["residual_rms"] = float((fitted.residuals**2).mean() ** 0.5)
+        found["residuals"] = fitted.residuals.tolist()
+        found["resampled"] = [[law.E, law.A, law.B, law.alpha, law.beta] for law in fitted.resampled]
+        print(f"{'residual':18} {100 * found['residual_rms']:.2f} % of the loss, root mean square")
+    else:
+        lowest = law == "isoflop-lowest"
+        through = fit_envelope(runs) if law == "envelope" else fit_isoflop(runs, "lowest" if lowest else "parabola")
+        if law != "envelope":
+            for C, N, loss in zip(through.flops, through.parameters, through.loss, strict=True):
+                print(f"{C:.3g} FLOPs: {N:.4g} parameters, {C / (6 * N):.4g} tokens, loss {loss:.4f}")
+        for name, power in (("parameters", through.parameter_law), ("tokens", through.token_law)):
+            found[name] = {"coefficient": power.coefficient, "exponent": power.exponent}
+            print(f"{name:10} = {power.coefficient:.4g} C^{power.exponent:.4f}")
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def predict(
+    law: Annotated[Positional[str], arg(metavar="FIT.json|epoch")],
+    flops: float | None = None,
+    parameters: float | None = None,
+    tokens: float | None = None,
+    inference_tokens: float = 0.0,
+    unique_tokens: float | None = None,
+) -> None:
+    """What a budget buys: the best size and tokens for --flops, or the loss of --parameters on --tokens.
+
+    Args:
+        law: what `fit --out` wrote, or epoch for the published law of arXiv:2404.10102.
+        flops: a training budget.
+        parameters: of a run that is planned.
+        tokens: of that run.
+        inference_tokens: tokens that the model will serve: the budget's loss is then reached by the size that is
+            cheapest over both (arXiv:2401.00448).
+        unique_tokens: as many exist; those that are read again are worth less (arXiv:2305.16264).
+    """
+    import pathlib
+
+    from cs336.scaling import EPOCH, DataConstrainedLaw
+    from cs336.scaling.saved import load_fit
+
+    fitted = None if law == "epoch" else load_fit(pathlib.Path(law))
+    base = EPOCH if fitted is None else fitted.law
+    constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens)
+    if (flops is None) == (parameters is None) or (parameters is None) != (tokens is None):
+        raise ValueError("say --flops, or --parameters and --tokens")
+    if parameters is not None and tokens is not None:
+        print(f"loss {float(constrained.loss(parameters, tokens)):.4f}")
+        if fitted is not None and fitted.resampled and unique_tokens is None:
+            low, high = fitted.predict(parameters, tokens)[1]
+            print(f"95 % of such runs between {low:.4f} and {high:.4f}")
+        return
+    assert flops is not None
+    best = constrained.optimum(flops)
+    print(f"{best.parameters:.4g} parameters, {best.tokens:.4g} tokens ({best.tokens / best.parameters:.1f} each)")
+    print(f"loss {best.loss:.4f}")
+    if fitted is not None and fitted.resampled and unique_tokens is None:
+        low, high = fitted.optimum(flops)[1]
+        print(f"95 % interval of the parameters: {low:.4g} to {high:.4g}")
+    if inference_tokens:
+        cheap = base.cheapest(best.loss, inference_tokens)
+        both = 6 * best.parameters * best.tokens + 2 * best.parameters * inference_tokens
+        print(
+            f"with {inference_tokens:.3g} tokens served: {cheap.parameters:.4g} parameters, {cheap.tokens:.4g} tokens "
+            f"for the same loss, {100 * (1 - cheap.flops / both):.0f} % fewer FLOPs in all"
+        )
+
+
+def plot(points: Positional[Path], out: Path) -> None:
+    """Draw runs by budget with approach 2's valleys, and approach 3's residuals, as one picture (png, svg, pdf).
+
+    Args:
+        points: as for `fit`.
+        out: the picture. Needs matplotlib: pip install 'cs336[plot]'.
+    """
+    from cs336.scaling import read_points
+    from cs336.scaling.plot import draw
+
+    draw(read_points(points), out)
+    print(out)

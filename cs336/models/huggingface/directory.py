@@ -1,0 +1,277 @@
+"""The files of a model in the Hugging Face layout, written whole and read with every field and weight accounted for."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cs336.models.config import TransformerConfig
+from cs336.models.huggingface.family import Family, Rule
+from cs336.models.huggingface.gemma2 import GEMMA2
+from cs336.models.huggingface.gpt2 import GPT2
+from cs336.models.huggingface.llama import LLAMA
+from cs336.models.huggingface.mistral import MISTRAL
+from cs336.models.huggingface.mixtral import MIXTRAL
+from cs336.models.huggingface.olmo2 import OLMO2
+from cs336.models.huggingface.qwen2 import QWEN2
+from cs336.models.huggingface.qwen3 import QWEN3
+from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
+from cs336.models.transformer import Transformer
+from cs336.nn import RopeConfig
+from cs336.utils.config import parse, to_table
+from cs336.utils.files import replacing
+from cs336.utils.special_tokens import END_OF_TEXT
+
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2)  # the first that fits
+}
+OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+def save_pretrained(
+    model: Transformer,
+    directory: str | os.PathLike,
+    tokenizer=None,
+    *,
+    step: int | None = None,
+    max_shard_bytes: int = 50 * 10**9,
+) -> None:
+    """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
+
+    Each file replaces its predecessor once all are written. The family is the first that has such a model; one with
+    interleaved rotary positions is written with its query and key rows reordered for the half-split ones of this
+    layout, and dropout is written where the family has a field for it. What no family has (a soft-cap on a Llama;
+    qk_norm with the biases of Qwen2; blocks of several kinds) is written as our own kind of model, with our
+    configuration and names, for `from_pretrained` alone. Special ids, generation_config.json and the chat template are
+    those that the model was read with; without any ids, the tokenizer's <|endoftext|> begins and ends a text.
+
+    step: of training; `read_step` finds it.
+    max_shard_bytes: of a file of weights; more than it holds are written as shards with an index.
+    Raises ValueError for a tokenizer that exceeds the model.
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model must be a cs336.models.Transformer, got {type(model).__name__}")
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+    end = None if tokenizer is None else tokenizer.special_tokens.get(END_OF_TEXT)
+    special_ids = model.special_ids or {"bos_token_id": end, "eos_token_id": end}
+    config, weights = _in_layout(model)
+    config |= special_ids | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+    config |= {} if step is None else {"training_step": step}
+    files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
+    if tokenizer is not None:
+        files[TOKENIZER] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
+    shards = _shards(weights, max_shard_bytes)
+    if len(shards) > 1:
+        total = sum(t.nbytes for t in weights.values())
+        places = {name: file for file, part in shards.items() for name in part}
+        files[INDEX] = {"metadata": {"total_size": total}, "weight_map": places}
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as renames:
+        for name, content in files.items():
+            renames.enter_context(replacing(directory / name)).write(json.dumps(content, indent=2) + "\n")
+        if model.chat_template is not None:
+            renames.enter_context(replacing(directory / TEMPLATE)).write(model.chat_template)
+        if tokenizer is not None:
+            tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
+        for name, part in shards.items():
+            file = renames.enter_context(replacing(directory / name, "wb"))
+            save_file(part, file.name, metadata={"format": "pt"})
+    if len(shards) > 1:  # a whole file would be read before them
+        (directory / WEIGHTS).unlink(missing_ok=True)
+
+
+def from_pretrained(
+    directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
+    """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout.
+
+    dtype: of the weights; as they are stored if None. The model is in eval mode, as one of transformers.
+    Raises FileNotFoundError where a file is missing, ValueError for a model of another kind, naming the field of
+    config.json that says so, and for damaged files.
+    """
+    directory = pathlib.Path(directory)
+    theirs = _read_json(directory / CONFIG)
+    config, family = _our_config(theirs)
+    model = Transformer(config, device="meta").eval()
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    weights = _our_weights(directory, found, shapes, family)
+    dtype = weights["embedding.weight"].dtype if dtype is None else dtype
+    model.load_state_dict({name: weights[name].to(dtype) for name in shapes}, assign=True)
+    model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
+    if (directory / GENERATION).exists():
+        generation = _read_json(directory / GENERATION)
+        model.generation_config = {k: v for k, v in generation.items() if v is not None or k not in SPECIAL_IDS}
+    model.chat_template = _chat_template(directory)
+    _check_ends(directory, model)
+    return model
+
+
+def read_step(directory: str | os.PathLike) -> int | None:
+    """The step of training at which the model in a directory was written; None where it does not say."""
+    return _read_json(pathlib.Path(directory) / CONFIG).get("training_step")
+
+
+def read_kind(directory: str | os.PathLike) -> str | None:
+    """The model_type in a directory's config.json: OURS, or a family of transformers."""
+    return _read_json(pathlib.Path(directory) / CONFIG).get("model_type")
+
+
+def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json without its special ids, and the weights by the names it implies."""
+    config, weights = model.config, model.state_dict()
+    for family in FAMILIES.values():
+        table = family.table(config)
+        if table is not None:
+            return table, dict(_their_weights(weights, config, family))
+    ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(config)}
+    return ours, {name: t.contiguous() for name, t in weights.items()}
+
+
+def _their_weights(
+    weights: dict[str, Tensor], config: TransformerConfig, family: Family
+) -> Iterator[tuple[str, Tensor]]:
+    for rule in family.rules({name: t.shape for name, t in weights.items()}):
+        written = rule.write([_half_split(name, weights[name], config) for name in rule.ours])
+        yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
+
+
+def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """File names, and what is in each: at most so many bytes, but for a weight that is larger alone."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, t in weights.items():
+        if parts[-1] and size + t.nbytes > most:
+            parts.append({})
+            size = 0
+        parts[-1][name] = t
+        size += t.nbytes
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _tokenizer_config(
+    config: TransformerConfig, special_ids: dict[str, Any], special_tokens: dict[str, int]
+) -> dict[str, Any]:
+    """With the text of each special id; of several ends, the first."""
+    text_of = {i: text for text, i in special_tokens.items()}
+    first = {name: i[0] if isinstance(i, list) and i else i for name, i in special_ids.items()}
+    texts = {name.removesuffix("_id"): text_of[i] for name, i in first.items() if i in text_of}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length} | texts
+
+
+def _check_ends(directory: pathlib.Path, model: Transformer) -> None:
+    if bad := [i for i in model.end_ids if type(i) is not int or i < 0]:
+        raise ValueError(f"{directory} has eos_token_id {bad[0]!r}: expected a token's id, or a list of them")
+
+
+def _our_config(theirs: dict[str, Any]) -> tuple[TransformerConfig, Family | None]:
+    """And the family that its weights are laid out as; None for ours."""
+    kind = theirs.get("model_type")
+    if kind == OURS:
+        return parse(TransformerConfig, theirs.get("config", {})), None
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
+    return FAMILIES[kind].config(theirs), FAMILIES[kind]
+
+
+def _our_weights(
+    directory: pathlib.Path, found: dict[str, Tensor], shapes: dict[str, torch.Size], family: Family | None
+) -> dict[str, Tensor]:
+    rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
+    if family is not None and not any(name.startswith(family.prefix) for name in found):
+        found = {family.prefix + name: t for name, t in found.items()}  # of a file without a head
+    expected = {name for rule in rules for name in rule.theirs}
+    if missing := expected - found.keys():
+        raise ValueError(f"{directory} lacks weights: {', '.join(sorted(missing))}")
+    # A tied head may be written twice, and old files hold tables.
+    ignored = ("lm_head.weight", *(() if family is None else family.ignored))
+    if unknown := [name for name in found if name not in expected and not name.endswith(ignored)]:
+        raise ValueError(f"{directory} has unknown weights: {', '.join(sorted(unknown))}")
+    weights: dict[str, Tensor] = {}
+    for rule in rules:
+        try:
+            read = rule.read([found[name] for name in rule.theirs])
+        except RuntimeError as error:
+            raise ValueError(f"{', '.join(rule.theirs)} cannot be laid out as ours: {error}") from None
+        for name, t in zip(rule.ours, read, strict=True):
+            if t.shape != shapes[name]:
+                shown = rule.theirs[0] if len(rule.ours) == len(rule.theirs) == 1 else name
+                raise ValueError(f"{shown} has shape {tuple(t.shape)}, config.json means {tuple(shapes[name])}")
+            weights[name] = t.contiguous()
+    return weights
+
+
+def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
+    """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
+    block = config.blocks[0]  # of a family: all are alike
+    if not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
+        return t
+    if not re.search(r"\.[qk]_(proj|norm)\.", name):
+        return t
+    pairs = t.unflatten(0, (-1, block.mixer.rope_dim(config.d_model) // 2, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def _chat_template(directory: pathlib.Path) -> str | None:
+    """In a file of its own, or in tokenizer_config.json; of several there the default, and a warning."""
+    if (directory / TEMPLATE).exists():
+        return (directory / TEMPLATE).read_text(encoding="utf-8")
+    if not (directory / TOKENIZER).exists():
+        return None
+    template = _read_json(directory / TOKENIZER).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        others = ", ".join(str(name) for name in named if name != "default")
+        warnings.warn(f"{directory} has several chat templates: the default is read, and not {others}", stacklevel=3)
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{directory / TOKENIZER} has chat_template = {template!r}: expected a text")
+    return template
+
+
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    index = directory / INDEX
+    names = [WEIGHTS]
+    if index.exists() and not (directory / names[0]).exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if bad := [name for name in names if pathlib.PurePath(name).name != name]:
+            raise ValueError(f"{index} names files outside its directory: {', '.join(bad)}")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")
+    return [directory / name for name in names]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a model's directory?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,202 @@
+"""Linear attention with a decay and, if asked, the delta rule: ops/linear_attention.py has the recurrences.
+
+    q, k, v = silu(conv(W x))        o = norm(recurrence(q, k, v, beta, g)) * silu(W_g x)        y = W_o o
+
+The decay of a head is none (arXiv:2006.16236, with a norm in the place of its normaliser, arXiv:2210.10340), constant
+(RetNet, arXiv:2307.08621: g_h = log(1 - 2^(-5-h))), or made of the token (arXiv:2312.06635, by Mamba-2's formula,
+arXiv:2405.21060: g = -exp(A_log) softplus(W_a x + dt_bias)). The delta rule has beta = sigmoid(W_b x) and q, k of
+length 1 (DeltaNet, arXiv:2406.06484); with the token's decay it is Gated DeltaNet (arXiv:2412.06464).
+
+B = batch, S = tokens, M = d_model, H = heads, K = features of a key, V = of a value.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cs336 import ops
+from cs336.nn.checks import check_counts
+from cs336.nn.linear import Linear
+from cs336.nn.norms import RMSNorm
+from cs336.nn.positions import RotaryEmbedding
+from cs336.nn.recent import Snapshots
+from cs336.nn.recurrence import CausalConv1d, RecurrentState, recur
+from cs336.nn.state import Context
+
+
+def draw_decay(A_log: Tensor, dt_bias: Tensor) -> None:
+    """Mamba-2's start: exp(A_log) uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+    A_log.uniform_(1, 16).log_()
+    dt = torch.exp(torch.empty_like(dt_bias).uniform_(math.log(1e-3), math.log(0.1)))
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class LinearAttention(nn.Module):
+    """x (B, S, d_model) -> like x. The arguments are LinearAttentionConfig's."""
+
+    def __init__(
+        self, d_model: int, config: "LinearAttentionConfig", *, norm_eps: float = 1e-5, device=None, dtype=None
+    ):
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.d_model, self.config = d_model, config
+        H, K, V = config.num_heads, config.key_size(d_model), config.value_size(d_model)
+        self.q_proj = Linear(d_model, H * K, **place)
+        self.k_proj = Linear(d_model, H * K, **place)
+        self.v_proj = Linear(d_model, H * V, **place)
+        size = config.conv_size
+        self.conv1d = None if size is None else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
+        self.b_proj = Linear(d_model, H, **place) if config.delta else None
+        self.a_proj = self.A_log = self.dt_bias = None
+        if config.decay == "token":
+            self.a_proj = Linear(d_model, H, **place)
+            self.A_log, self.dt_bias = (nn.Parameter(torch.empty(H, **place)) for _ in range(2))
+        self.g_proj = Linear(d_model, H * V, **place)
+        self.o_norm = RMSNorm(V, norm_eps, **place)
+        self.o_proj = Linear(H * V, d_model, **place)
+        self.reset_dynamics()
+
+    @torch.no_grad()
+    def reset_dynamics(self) -> None:
+        """The start of what is no matrix and no norm: the decays and the convolution."""
+        if self.A_log is not None and self.dt_bias is not None:
+            draw_decay(self.A_log, self.dt_bias)
+        if self.conv1d is not None:
+            self.conv1d.reset_parameters()
+
+    def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
+        """The same size whatever max_len is; device and dtype are the weights' if None."""
+        weight, config = self.q_proj.weight, self.config
+        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        sizes = config.num_heads, config.key_size(self.d_model), config.value_size(self.d_model)
+        memory = Snapshots.allocate(batch_size, *sizes, **place)
+        return RecurrentState(memory, None if self.conv1d is None else self.conv1d.new_state(batch_size, **place))
+
+    def forward(self, x_BSM: Tensor, context: Context | None = None, state: RecurrentState | None = None) -> Tensor:
+        """x (B, S, d_model) -> (B, S, d_model). context: segments keep documents apart; with a state its lengths."""
+        if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
+            raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        context = Context() if context is None else context
+        config, H, conv = self.config, self.config.num_heads, None if state is None else state.conv
+        qkv = torch.cat((self.q_proj(x_BSM), self.k_proj(x_BSM), self.v_proj(x_BSM)), -1)
+        if self.conv1d is not None:
+            qkv = self.conv1d(qkv, context, conv)
+        keys, values = H * config.key_size(self.d_model), H * config.value_size(self.d_model)
+        q, k, v = (
+            x.unflatten(-1, (H, -1)).transpose(1, 2) for x in F.silu(qkv).split((keys, keys, values), -1)
+        )  # (B, H, S, K or V)
+        tokens = {"q": q, "k": k, "v": v}
+        op = ops.linear_attention
+        if self.b_proj is not None:
+            op = ops.gated_delta_rule
+            tokens |= {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1)}
+            tokens["beta"] = torch.sigmoid(_wide(self.b_proj(x_BSM))).transpose(1, 2)
+        g_BHS = self._decay(x_BSM)
+        if g_BHS is not None:
+            tokens["g"] = g_BHS
+        o_BHSV = recur(op, tokens, context, None if state is None else state.memory)
+        o_BSHV = self.o_norm(o_BHSV.transpose(1, 2))
+        return self.o_proj(ops.swiglu(self.g_proj(x_BSM), o_BSHV.flatten(-2)))
+
+    def _decay(self, x_BSM: Tensor) -> Tensor | None:
+        if self.config.decay == "none":
+            return None
+        if self.a_proj is None or self.A_log is None or self.dt_bias is None:
+            B, S, H = *x_BSM.shape[:2], self.config.num_heads
+            head_H = torch.arange(H, device=x_BSM.device, dtype=torch.float64)
+            g_H = torch.log1p(-torch.exp2(-5 - head_H)).to(torch.promote_types(x_BSM.dtype, torch.float32))
+            return g_H[None, :, None].expand(B, H, S)
+        dt_BSH = F.softplus(_wide(self.a_proj(x_BSM)) + _wide(self.dt_bias))
+        return (-torch.exp(_wide(self.A_log)) * dt_BSH).transpose(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Linear attention: see LinearAttention. Its state is of one size whatever the length of the text."""
+
+    num_heads: int
+    head_dim: int | None = None
+    """Features of a query and a key. None: d_model / num_heads."""
+    value_dim: int | None = None
+    """Features of a value. None: head_dim."""
+    decay: Literal["none", "head", "token"] = "token"
+    """How the state fades: not at all, at a pace of each head's (arXiv:2307.08621), or as the token says."""
+    delta: bool = False
+    """Replace what the state holds under a key instead of adding to it (arXiv:2406.06484)."""
+    conv_size: int | None = 4
+    """Taps of the causal convolution over queries, keys and values. None: no convolution."""
+    kind: Literal["linear_attention"] = "linear_attention"
+    takes_positions: ClassVar[tuple[str, ...]] = ("none",)
+
+    def __post_init__(self):
+        check_counts(num_heads=self.num_heads)
+        check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim, conv_size=self.conv_size)
+        if self.conv_size == 1:
+            raise ValueError("conv_size must be 2 or more, a convolution of 1 sees no other token; or leave it out")
+
+    def key_size(self, d_model: int) -> int:
+        """Raises ValueError where d_model is not a multiple of num_heads."""
+        if self.head_dim is None and d_model % self.num_heads != 0:
+            raise ValueError(
+                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"
+            )
+        return d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    def value_size(self, d_model: int) -> int:
+        return self.key_size(d_model) if self.value_dim is None else self.value_dim
+
+    def rope_dim(self, d_model: int) -> int:
+        """Order is known from the recurrence: no feature is rotated. Raises ValueError for heads that do not fit."""
+        self.key_size(d_model)
+        return 0
+
+    def build(
+        self, d_model: int, *, norm_eps: float, rope: RotaryEmbedding | None, device=None, dtype=None
+    ) -> LinearAttention:
+        return LinearAttention(d_model, self, norm_eps=norm_eps, device=device, dtype=dtype)
+
+    def num_parameters(self, d_model: int) -> int:
+        H, V = self.num_heads, self.value_size(d_model)
+        conv = (self.conv_size or 0) * self._channels(d_model)
+        return self._matrices(d_model) + conv + (2 * H if self.decay == "token" else 0) + V
+
+    def flops(self, d_model: int, context_length: int) -> int:
+        """Of the forward pass, a token: its matmuls, in chunks of 64 tokens; the delta rule's triangular solve too."""
+        H, K, V, C = self.num_heads, self.key_size(d_model), self.value_size(d_model), ops.chunked.CHUNK
+        recurrence = 2 * C * (K + V) + 4 * K * V
+        if self.delta:
+            recurrence += 2 * C * K + 2 * K * V + C * (K + V)
+        return 2 * self._matrices(d_model) + H * recurrence
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        """Kept for the backward, a token: x; q, k and v before the convolution, before silu and after; o, normed, its
+        gate before and after silu, and their product; in float32 what makes the decay and beta, and the norm's rstd.
+        The recurrence is computed again."""
+        H, K, V, channels = self.num_heads, self.key_size(d_model), self.value_size(d_model), self._channels(d_model)
+        elements = d_model + channels * (2 if self.conv_size is None else 3) + 5 * H * V
+        if self.delta:
+            elements += 2 * H * K + 4 * H  # of length 1, and their lengths before
+        stats = 3 * H * (self.decay == "token") + H * self.delta + H
+        return width * elements + 4 * stats
+
+    def state_bytes(self, d_model: int, max_len: int, width: int, rollback: int = 0) -> int:
+        """Of one sequence: a float32 matrix a head and token that it can go back, and the convolution's inputs, `width`
+        bytes an element."""
+        memory = max(width, 4) * self.num_heads * self.key_size(d_model) * self.value_size(d_model) * (rollback + 1)
+        conv = 0 if self.conv_size is None else width * self._channels(d_model) * (self.conv_size - 1 + rollback)
+        return memory + conv
+
+    def _channels(self, d_model: int) -> int:
+        return self.num_heads * (2 * self.key_size(d_model) + self.value_size(d_model))
+
+    def _matrices(self, d_model: int) -> int:
+        H, V = self.num_heads, self.value_size(d_model)
+        return d_model * (self._channels(d_model) + 2 * H * V + H * self.delta + H * (self.decay == "token"))

@@ -1,0 +1,107 @@
+"""How rotary positions are stretched to contexts longer than a model was first trained on: see ops/rope_tables.py.
+
+Each config's `frequencies(rotary_dim, theta)` gives radians a token of each pair, (rotary_dim / 2,) float64, and
+what cos and sin are multiplied by. factor is how many times longer the context becomes, at least 1.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from cs336.nn.checks import check_counts, check_flags, check_positive
+from cs336.ops import rope_tables
+
+
+def _check_factor(factor: float) -> None:
+    check_positive(factor=factor)
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation, arXiv:2306.15595: positions are divided by factor."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+
+    def frequencies(self, rotary_dim: int, theta: float) -> tuple[Tensor, float]:
+        return rope_tables.linear(rope_tables.inverse_frequencies(rotary_dim, theta), self.factor), 1.0
+
+
+@dataclass(frozen=True)
+class NtkScaling:
+    """NTK-aware: theta grows so that the slowest pair is stretched by factor, the fastest not at all."""
+
+    factor: float
+    kind: Literal["ntk"] = "ntk"
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+
+    def frequencies(self, rotary_dim: int, theta: float) -> tuple[Tensor, float]:
+        return rope_tables.ntk(rotary_dim, theta, self.factor), 1.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN, arXiv:2309.00071: fast pairs are kept, slow ones divided by factor, a ramp joins them."""
+
+    factor: float
+    original_context_length: int
+    beta_fast: float = 32.0
+    """Pairs that turn more often in the original context are kept."""
+    beta_slow: float = 1.0
+    """Pairs that turn less often are divided by factor."""
+    truncate: bool = True
+    """The ramp begins and ends at whole pairs."""
+    attention_factor: float | None = None
+    """Of cos and sin. None: 0.1 ln(factor) + 1."""
+    kind: Literal["yarn"] = "yarn"
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+        check_counts(original_context_length=self.original_context_length)
+        check_positive(beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        check_positive(optional=True, attention_factor=self.attention_factor)
+        check_flags(truncate=self.truncate)
+
+    def frequencies(self, rotary_dim: int, theta: float) -> tuple[Tensor, float]:
+        original, betas = self.original_context_length, (self.beta_fast, self.beta_slow)
+        scaled, factor = rope_tables.yarn(rotary_dim, theta, self.factor, original, *betas, self.truncate)
+        return scaled, factor if self.attention_factor is None else self.attention_factor
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's: long wavelengths are stretched by factor, short ones kept, and between them it is gradual."""
+
+    factor: float
+    original_context_length: int
+    low_freq_factor: float = 1.0
+    """Wavelengths beyond original_context_length / low_freq_factor are stretched whole."""
+    high_freq_factor: float = 4.0
+    """Those short of original_context_length / high_freq_factor are kept."""
+    kind: Literal["llama3"] = "llama3"
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+        check_counts(original_context_length=self.original_context_length)
+        check_positive(low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor must exceed low_freq_factor {self.low_freq_factor}, got {self.high_freq_factor}"
+            )
+
+    def frequencies(self, rotary_dim: int, theta: float) -> tuple[Tensor, float]:
+        frequencies = rope_tables.inverse_frequencies(rotary_dim, theta)
+        factors = self.factor, self.low_freq_factor, self.high_freq_factor, self.original_context_length
+        return rope_tables.llama3(frequencies, *factors), 1.0
+
+
+RopeScaling = Annotated[LinearScaling | NtkScaling | YarnScaling | Llama3Scaling, Field(discriminator="kind")]

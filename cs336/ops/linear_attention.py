@@ -1,0 +1,202 @@
+"""Linear attention with decay: attention without the softmax, so that a state of K V numbers stands for all tokens.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
+
+Without g that of arXiv:2006.16236, less its feature map and normaliser; with a constant g a head RetNet
+(arXiv:2307.08621); with g made of the token the scalar gate of gated linear attention (arXiv:2312.06635) and Mamba-2's
+state space (arXiv:2405.21060), where q is C, k is B and v is dt x. `gated_delta_rule` corrects what the state holds
+under a key instead of adding to it (DeltaNet, arXiv:2406.06484; with decay arXiv:2412.06464).
+
+In chunks of C = 64 tokens a head takes 2 C (K + V) + 4 K V FLOPs a token forward, and must move q, k, v, o, once.
+B = batch, H = heads, G = heads of q and k, T = tokens, K = features of a key, V = of a value.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cs336.ops import chunked, registry
+from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.ref import gated_delta_rule as delta_ref
+from cs336.ops.ref import linear_attention as ref
+from cs336.ops.ref.wide import wide
+
+
+def _check(q, k, v, g, state, segments, scale) -> None:
+    if q.dim() != 4 or k.shape != q.shape or not q.is_floating_point():
+        raise ValueError(f"q and k must be one (B, G, T, K), floating point, got {_like(q)} and {_like(k)}")
+    (B, G, T, K), V = q.shape, v.shape[-1]
+    if v.dim() != 4 or (v.shape[0], v.shape[2]) != (B, T) or G == 0 or v.shape[1] % G:
+        raise ValueError(f"v must be ({B}, a multiple of {G}, {T}, V) to fit q {tuple(q.shape)}, got {_like(v)}")
+    H, stat = v.shape[1], torch.promote_types(q.dtype, torch.float32)
+    if k.dtype != q.dtype or v.dtype != q.dtype or len({x.device for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must have one dtype and device, got {_like(q)}, {_like(k)}, {_like(v)}")
+    for name, x, shape in (("g", g, (B, H, T)), ("state", state, (B, H, K, V))):
+        if x is not None and (x.shape != shape or x.dtype != stat or x.device != q.device):
+            raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {_like(x)}")
+    if segments is not None and (
+        segments.shape != (B, T) or segments.dtype.is_floating_point or segments.device != q.device
+    ):
+        raise ValueError(f"segments must be ({B}, {T}) integers on {q.device}, got {_like(segments)}")
+
+
+def _like(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def _triton_refuses(q, k, v, g, state, segments, scale) -> str | None:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"the Triton kernels take keys and values of up to 256 features, not {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+def _fake_fwd(q, k, v, g, state, segments, scale):
+    (B, H, T, V), K = v.shape, q.shape[-1]
+    stat = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
+
+
+def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
+    stat = torch.promote_types(q.dtype, torch.float32)
+    (B, H, T, V), K = v.shape, q.shape[-1]
+    return (
+        *(x.new_empty(B, T, *x.shape[1::2]).transpose(1, 2) for x in (q, k, v)),
+        v.new_empty(B, H, T, dtype=stat),
+        v.new_empty(B, H, K, V, dtype=stat),
+    )
+
+
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segments, float scale"
+registry.define(
+    f"linear_attention_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
+    fake=_fake_fwd,
+    ref=ref.fwd,
+    triton="linear_attention.fwd",
+    check=_check,
+    supports={"triton": _triton_refuses},
+)
+registry.define(
+    f"linear_attention_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst)",
+    fake=_fake_bwd,
+    ref=ref.bwd,
+    triton="linear_attention_bwd.bwd",
+    check=lambda do, dstate, *rest: _check(*rest),
+    supports={"triton": lambda do, dstate, *rest: _triton_refuses(*rest)},
+)
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, segments, scale):
+        ctx.save_for_backward(q, k, v, g, state, segments)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return registry.call("linear_attention_fwd", q, k, v, g, state, segments, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlast):
+        q, k, v, g, state, segments = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(v)
+        dq, dk, dv, dg, dfirst = registry.call(
+            "linear_attention_bwd", rows(do), dlast, q, k, v, g, state, segments, ctx.scale
+        )
+        return dq, dk, dv, None if g is None else dg, None if state is None else dfirst, None, None
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Causal linear attention whose state decays by exp(g) a token.
+
+    Args:
+        q, k: (B, G, T, K) floating point.
+        v: (B, H, T, V) like q; head h reads heads h // (H / G) of q and k.
+        g: (B, H, T), log of the decay, 0 or less; none if None.
+        scale: of the outputs; 1 / sqrt(K) if None.
+        initial_state: (B, H, K, V), what the tokens before have come to; zeros if None.
+        segments: (B, T) integers, equal ones side by side: tokens with different ones are strangers. The first sees
+            the initial state.
+        return_state: return the state after the last token too, (B, H, K, V) in float32 or wider.
+
+    Returns o (B, H, T, V) like v, or (o, state). Raises ValueError for shapes, dtypes or devices that do not fit.
+
+    On a GPU Triton's kernels; elsewhere plain torch in chunks, which the backward computes again, and one token by
+    itself; the recurrence where "ref" is forced.
+    """
+    g, state = (None if x is None else wide(x) for x in (g, initial_state))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    args = q, k, v, g, state, segments, scale
+    _check(*args)
+    if registry.forced() == "ref":
+        o, last = ref.fwd(*args)
+    elif v.shape[2] == 1:
+        H = v.shape[1]
+        tokens = (wide(x[:, :, 0]) for x in (ref.heads(q, H), ref.heads(k, H), v))
+        state = ref.start(ref.heads(wide(k), H), v, state)
+        o, last = ref.step(*tokens, None if g is None else g[:, :, 0], state, scale)
+        o = o[:, :, None].to(v.dtype)
+    elif v.numel() and has_kernel("linear_attention_fwd", *args):
+        o, last = _LinearAttention.apply(*(rows(x) for x in (q, k, v)), g, state, segments, scale)
+    else:
+        o, last = recomputed(chunked.linear_attention, *args)
+    return (o, last) if return_state else o
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Linear attention that writes by the delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+
+    beta: (B, H, T), how far what the state holds under k is replaced by v, 0 to 1 (to 2 with negative eigenvalues).
+    k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
+    linear_attention's. In plain torch on every device, in chunks, which the backward computes again.
+    """
+    g, state, beta = (None if x is None else wide(x) for x in (g, initial_state, beta))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, g, state, segments, scale)
+    assert beta is not None
+    H = v.shape[1]
+    if beta.shape != (v.shape[0], H, v.shape[2]):
+        raise ValueError(f"beta must be {(v.shape[0], H, v.shape[2])} to fit v {tuple(v.shape)}, got {_like(beta)}")
+    if registry.forced() == "ref":
+        o, last = delta_ref.fwd(q, k, v, beta, g, state, segments, scale)
+    elif v.shape[2] == 1:
+        tokens = (wide(x[:, :, 0]) for x in (ref.heads(q, H), ref.heads(k, H), v))
+        state = ref.start(ref.heads(wide(k), H), v, state)
+        o, last = delta_ref.step(*tokens, beta[:, :, 0], None if g is None else g[:, :, 0], state, scale)
+        o = o[:, :, None].to(v.dtype)
+    else:
+        o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
+    return (o, last) if return_state else o
+
+
+def recomputed(function: Callable, *args: Any) -> Any:
+    """Keeps the arguments alone for the backward."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)

@@ -1,0 +1,211 @@
+"""Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
+
+One kernel walks the chunks of a head in order and leaves the state before each; another takes all chunks side by side
+and makes their outputs. A head's sums depend on nothing but its own sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cs336.ops.triton.attention_tile import dot, rows_of, tile
+from cs336.ops.triton.cast import cast
+
+CHUNK = 64
+
+
+@triton.jit
+def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
+    """Of the chunk at `start`, (CHUNK,) each: the log-decay up to a token, what it sees of the state before the chunk,
+    its share of the state after it, its segment; and what is left of the state before."""
+    i = tl.arange(0, CHUNK)
+    index = start + i
+    run = tl.zeros((CHUNK,), tl.int32)
+    before, last = 0, 0
+    if segments_ptr is not None:
+        run = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
+        before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
+        last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32)
+    c = tl.zeros((CHUNK,), tl.float32)
+    total = 0.0
+    if g_ptr is not None:
+        g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
+        if segments_ptr is None:
+            c = tl.cumsum(g, 0)
+        else:  # from the segment's start: what was before it does not even change how this is rounded
+            c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
+        total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
+    into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
+    if segments_ptr is not None:
+        into = tl.where(run == before, into, 0.0)
+        out = tl.where(run == last, out, 0.0)
+        through = tl.where(before == last, through, 0.0)
+    return c, into, out, through, run, last
+
+
+@triton.jit
+def inner_decay(c, run, CHUNK: tl.constexpr):
+    """exp(c_i - c_j) where token i sees token j of its chunk, else 0."""
+    i = tl.arange(0, CHUNK)
+    seen = (i[:, None] >= i[None, :]) & (run[:, None] == run[None, :])
+    return tl.exp(tl.where(seen, c[:, None] - c[None, :], float("-inf")))
+
+
+@triton.jit
+def load_state(ptr, k, v, K, V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_K, BLOCK_V) from row k and column v of a state (K, V)."""
+    rows, columns = k + tl.arange(0, BLOCK_K), v + tl.arange(0, BLOCK_V)
+    mask = (rows < K)[:, None] & (columns < V)[None, :]
+    return tl.load(ptr + rows[:, None] * V + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(ptr, state, k, v, K, V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    rows, columns = k + tl.arange(0, BLOCK_K), v + tl.arange(0, BLOCK_V)
+    mask = (rows < K)[:, None] & (columns < V)[None, :]
+    tl.store(ptr + rows[:, None] * V + columns[None, :], cast(state, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(ptr, stride, start, T, column, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) from row `start` and `column`; zero from row T and column WIDTH on."""
+    mask = (start + tl.arange(0, ROWS) < T)[:, None] & (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
+    return tl.load(tile(ptr + column, stride, start, ROWS, COLUMNS), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_columns(ptr, stride, values, start, T, column, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    mask = (start + tl.arange(0, ROWS) < T)[:, None] & (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
+    tl.store(tile(ptr + column, stride, start, ROWS, COLUMNS), cast(values, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled(x, weights):
+    """Rows of x times their weights, in x's dtype."""
+    return cast(x.to(tl.float32) * weights[:, None], x.dtype)
+
+
+@triton.jit
+def _states_kernel(
+    k_ptr,  # (B, G, T, K)
+    v_ptr,  # (B, H, T, V)
+    g_ptr,  # (B, H, T) float32, or None
+    first_ptr,  # (B, H, K, V) float32, or None
+    segments_ptr,  # (B, T), or None
+    states_ptr,  # (B, H, N, K, V): before each chunk
+    last_ptr,  # (B, H, K, V) float32: after the last
+    k_b, k_h, k_stride, v_b, v_h, v_stride, g_b, g_h, g_stride, segments_b,
+    H, group, T, K, V,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
+    k_ptr = rows_of(k_ptr, b, h // group, 0, k_b, k_h, k_stride)
+    v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
+    if g_ptr is not None:
+        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
+    if segments_ptr is not None:
+        segments_ptr += tl.cast(b, tl.int64) * segments_b
+    head = tl.program_id(1).to(tl.int64)
+    num_chunks = tl.cdiv(T, CHUNK)
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if first_ptr is not None:
+        state = load_state(first_ptr + head * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
+    for n in range(0, num_chunks):
+        store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
+        start = n * CHUNK
+        _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+        k = load_columns(k_ptr, k_stride, start, T, k0, K, CHUNK, BLOCK_K)
+        v = load_columns(v_ptr, v_stride, start, T, v0, V, CHUNK, BLOCK_V)
+        state = state * through + dot(tl.trans(scaled(k, out)), v)
+    store_state(last_ptr + head * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
+
+
+@triton.jit
+def _out_kernel(
+    q_ptr,  # (B, G, T, K)
+    k_ptr,
+    v_ptr,  # (B, H, T, V)
+    g_ptr,
+    segments_ptr,
+    states_ptr,  # (B, H, N, K, V)
+    o_ptr,  # (B, H, T, V)
+    q_b, q_h, q_stride, k_b, k_h, k_stride, v_b, v_h, v_stride, o_b, o_h, o_stride, g_b, g_h, g_stride, segments_b,
+    H, group, T, K, V, scale,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    n, v0 = tl.program_id(0) // tiles_v, (tl.program_id(0) % tiles_v) * BLOCK_V
+    start = n * CHUNK
+    q_ptr = rows_of(q_ptr, b, h // group, 0, q_b, q_h, q_stride)
+    k_ptr = rows_of(k_ptr, b, h // group, 0, k_b, k_h, k_stride)
+    v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
+    o_ptr = rows_of(o_ptr, b, h, 0, o_b, o_h, o_stride)
+    if g_ptr is not None:
+        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
+    if segments_ptr is not None:
+        segments_ptr += tl.cast(b, tl.int64) * segments_b
+    states_ptr += (tl.program_id(1).to(tl.int64) * tl.cdiv(T, CHUNK) + n) * K * V
+    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    o = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        q = load_columns(q_ptr, q_stride, start, T, k0, K, CHUNK, BLOCK_K)
+        k = load_columns(k_ptr, k_stride, start, T, k0, K, CHUNK, BLOCK_K)
+        scores += dot(q, tl.trans(k))
+        o += dot(q, load_state(states_ptr, k0, v0, K, V, BLOCK_K, BLOCK_V))
+    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+    v = load_columns(v_ptr, v_stride, start, T, v0, V, CHUNK, BLOCK_V)
+    o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, CHUNK), v.dtype), v)
+    store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, CHUNK, BLOCK_V)
+
+
+def tiles(K: int, V: int) -> dict[str, int]:
+    return {
+        "CHUNK": CHUNK,
+        "BLOCK_K": min(max(triton.next_power_of_2(K), 16), 64),
+        "BLOCK_V": min(max(triton.next_power_of_2(V), 16), 64),
+    }
+
+
+def strides(x) -> tuple[int, ...]:
+    """Of the batch, the head and the token; zeros of what is not there."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def states(k, v, g, state, segments):
+    """The state before each chunk (B, H, N, K, V), in 16 bits where k is, and after the last (B, H, K, V)."""
+    (B, H, T, V), K = v.shape, k.shape[-1]
+    plan = tiles(K, V)
+    before = v.new_empty(B, H, triton.cdiv(T, CHUNK), K, V)
+    last = v.new_empty(B, H, K, V, dtype=torch.float32)
+    state = None if state is None else state.contiguous()
+    grid = (triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)
+    with torch.cuda.device_of(k):
+        _states_kernel[grid](
+            k, v, g, state, segments, before, last,
+            *strides(k), *strides(v), *strides(g), 0 if segments is None else segments.stride(0),
+            H, H // k.shape[1], T, K, V, **plan,
+        )  # fmt: skip
+    return before, last
+
+
+def fwd(q, k, v, g, state, segments, scale):
+    (B, H, T, V), K = v.shape, q.shape[-1]
+    segments = _rows(segments)
+    before, last = states(k, v, g, state, segments)
+    o = v.new_empty(B, T, H, V).transpose(1, 2)
+    plan = tiles(K, V)
+    with torch.cuda.device_of(q):
+        _out_kernel[(triton.cdiv(T, CHUNK) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
+            q, k, v, g, segments, before, o,
+            *strides(q), *strides(k), *strides(v), *strides(o), *strides(g),
+            0 if segments is None else segments.stride(0),
+            H, H // q.shape[1], T, K, V, scale, **plan,
+        )  # fmt: skip
+    return o, last
+
+
+def _rows(segments):
+    return segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()

@@ -1,0 +1,198 @@
+"""Attention over a paged cache in Triton: one program a tile of rows, a row being a query token of a query head.
+
+The heads of a group are rows of one tile and share its keys. Blocks of keys start at multiples of BLOCK_N whatever the
+queries, and what a row does not see adds exact zeros: so a row's bits depend on its position and its sequence alone,
+not on its batch, nor on how a prompt is cut into chunks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, scores, visible
+from cs336.ops.triton.cast import cast
+
+
+@triton.jit
+def _gather(
+    cache_ptr, table_ptr, key, T, P, page, page_stride, token_stride, feature,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of the keys `key`, zero from T on. Pages outside of the cache are not read."""
+    seen = key < T
+    entry = tl.load(table_ptr + key // page, mask=seen, other=0)
+    seen = seen & (entry >= 0) & (entry < P)
+    row = entry.to(tl.int64) * page_stride + (key % page).to(tl.int64) * token_stride
+    return tl.load(
+        cache_ptr + row[:, None] + feature[None, :], mask=seen[:, None] & (feature < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _walk(
+    acc, m, l, q, k_ptr, v_ptr, table_ptr, lo, hi, T, position, P, page, k_page, k_token, v_page, v_token,
+    inner, outer, left, D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    for start in range(lo, hi, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        k = _gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
+        s, _ = scores(dot(q, tl.trans(k)), position, key[None, :], 0.0, inner, outer, CAPPED, False)
+        if not WHOLE:
+            s = tl.where(visible(position, key[None, :], T, left, 0, HAS_LEFT, True), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - -inf) would be NaN
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m - m_safe)
+        l = l * alpha + tl.sum(p, 1)
+        v = _gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
+        acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def _paged_kernel(
+    q_ptr,  # (B, Q, H, D), or (T, H, D) with cu_ptr
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    lens_ptr,
+    cu_ptr,
+    sinks_ptr,
+    o_ptr,  # as q, contiguous
+    lse_ptr,  # (B, H, Q) or (H, T)
+    q_b, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, table_b, lse_b, lse_h,
+    rows, Q, H, G, P, page, M, tiles, inner, outer, left,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr,
+):  # fmt: skip
+    h, b = tl.program_id(1), tl.program_id(2)
+    start = (tiles - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
+    if cu_ptr is None:
+        first = b * Q
+    else:
+        first = tl.minimum(tl.maximum(tl.load(cu_ptr + b), 0), rows)
+        Q = tl.minimum(tl.maximum(tl.load(cu_ptr + b + 1), first), rows) - first
+    if start >= Q * G:
+        return
+    T = tl.minimum(tl.maximum(tl.load(lens_ptr + b), 0), M * page)
+    row = start + tl.arange(0, BLOCK_M)
+    query, head = row // G, h * G + row % G
+    inside = row < Q * G
+    if cu_ptr is None:
+        token = b.to(tl.int64) * q_b + query.to(tl.int64) * q_token
+    else:
+        token = (first + query).to(tl.int64) * q_token
+    feature = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        q_ptr + (token + head.to(tl.int64) * q_head)[:, None] + feature[None, :],
+        mask=inside[:, None] & (feature < D)[None, :],
+        other=0.0,
+    )
+    position = (T - Q + query)[:, None]
+    earliest = T - Q + start // G
+    latest = T - Q + tl.minimum((start + BLOCK_M - 1) // G, Q - 1)
+    lo, whole_from = 0, 0
+    if HAS_LEFT:
+        lo = tl.maximum(earliest - left, 0) // BLOCK_N * BLOCK_N
+        whole_from = tl.cdiv(tl.maximum(latest - left, 0), BLOCK_N) * BLOCK_N
+    end = tl.maximum(latest + 1, lo)
+    whole_from = tl.minimum(whole_from, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    whole_to = tl.maximum(tl.maximum(earliest + 1, 0) // BLOCK_N * BLOCK_N, whole_from)
+
+    table_ptr += b.to(tl.int64) * table_b
+    k_ptr += h.to(tl.int64) * k_head
+    v_ptr += h.to(tl.int64) * v_head
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_LEFT:
+        acc, m, l = _walk(
+            acc, m, l, q, k_ptr, v_ptr, table_ptr, lo, tl.minimum(whole_from, end), T, position, P, page,
+            k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT,
+            False,
+        )  # fmt: skip
+    acc, m, l = _walk(
+        acc, m, l, q, k_ptr, v_ptr, table_ptr, whole_from, whole_to, T, position, P, page,
+        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT, True,
+    )  # fmt: skip
+    acc, m, l = _walk(
+        acc, m, l, q, k_ptr, v_ptr, table_ptr, whole_to, end, T, position, P, page,
+        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT, False,
+    )  # fmt: skip
+
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=inside, other=0.0) * 1.4426950408889634
+        top = tl.maximum(m, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        acc *= tl.exp2(m - top)[:, None]
+        l = l * tl.exp2(m - top) + tl.exp2(sink - top)
+        m = top
+    some = tl.where(l == 0.0, 1.0, l)  # 0 where a query sees nothing
+    o = acc / some[:, None]
+    of_value = tl.arange(0, BLOCK_E)
+    place = ((first + query).to(tl.int64) * H + head) * E
+    tl.store(
+        o_ptr + place[:, None] + of_value[None, :],
+        cast(o, o_ptr.dtype.element_ty),
+        mask=inside[:, None] & (of_value < E)[None, :],
+    )
+    lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(some)) * 0.6931471805599453)
+    if cu_ptr is None:
+        place = b.to(tl.int64) * lse_b + head * lse_h + query
+    else:
+        place = head.to(tl.int64) * lse_h + first + query
+    tl.store(lse_ptr + place, lse, mask=inside)
+
+
+def _blocks(D: int, E: int, rows: int, dtype: torch.dtype) -> dict:
+    """rows: at least that many in a tile. What depends on how many there are is the caller's."""
+    wide = max(16, triton.next_power_of_2(max(D, E)))
+    if INTERPRET.value:
+        return {"BLOCK_M": max(16, rows), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    keys = (64 if wide <= 128 else 32) // (2 if dtype == torch.float32 else 1)
+    if wide > 256:  # latent attention's 576 features
+        keys, rows = 16, min(rows, 32)
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4 if rows * wide <= 8192 else 8, "num_stages": 2}
+
+
+def _run(
+    q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strides, scale, window, softcap, sinks, rows
+):
+    (P, page, Hkv, D), E, H = k_cache.shape, v_cache.shape[-1], q.shape[-2]
+    B, G = seq_lens.shape[0], H // Hkv
+    plan = _blocks(D, E, rows, q.dtype)
+    tiles = triton.cdiv(max_q * G, plan["BLOCK_M"])
+    if tiles == 0 or B == 0:
+        return
+    q_strides = q.stride()[:3] if cu is None else (0, *q.stride()[:2])
+    with torch.cuda.device_of(q):
+        _paged_kernel[(tiles, Hkv, B)](
+            q, k_cache, v_cache, page_table, seq_lens, cu, sinks, o, lse,
+            *q_strides, *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0), *lse_strides,
+            q.shape[0], max_q, H, G, P, page, page_table.shape[1], tiles,
+            scale / softcap if softcap > 0 else 1.0, (softcap if softcap > 0 else scale) * LOG2E, window,
+            D=D, E=E, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+            CAPPED=softcap > 0, HAS_LEFT=window >= 0, **plan,
+        )  # fmt: skip
+
+
+def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks):
+    B, Q, H, _ = q.shape
+    o = q.new_empty(B, Q, H, v_cache.shape[-1])
+    lse = q.new_empty(B, H, Q, dtype=torch.float32)
+    rows = 16 if Q * H // k_cache.shape[2] <= 16 else 64
+    strides = lse.stride()[:2]
+    _run(q, k_cache, v_cache, page_table, seq_lens, None, Q, o, lse, strides, scale, window, softcap, sinks, rows)
+    return o, lse
+
+
+def paged_prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale, window, softcap, sinks):
+    T, H, _ = q.shape
+    o = q.new_zeros(T, H, v_cache.shape[-1])
+    lse = q.new_full((H, T), -torch.inf, dtype=torch.float32)
+    strides = 0, T
+    args = q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, o, lse, strides
+    _run(*args, scale, window, softcap, sinks, 64)
+    return o, lse

@@ -1,0 +1,22 @@
+"""Scaling laws: what loss a budget buys, fitted to runs that were made and asked about runs that were not."""
+
+from cs336.scaling.fit import Fit, fit_chinchilla
+from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflop
+from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
+from cs336.scaling.points import Points, read_points
+
+__all__ = [
+    "EPOCH",
+    "Allocation",
+    "ChinchillaLaw",
+    "DataConstrainedLaw",
+    "Fit",
+    "IsoFlopFit",
+    "Points",
+    "PowerLaw",
+    "fit_chinchilla",
+    "fit_envelope",
+    "fit_isoflop",
+    "read_points",
+    "step_law",
+]

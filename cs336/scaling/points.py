@@ -1,0 +1,112 @@
+"""Finished runs as arrays: parameters, tokens, FLOPs, loss; read from CSV or JSON."""
+
+import csv
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# What others call the columns, in lower case.
+NAMES = {
+    "parameters": ("parameters", "params", "n", "num_parameters", "model size"),
+    "tokens": ("tokens", "d", "num_tokens", "training tokens"),
+    "flops": ("flops", "c", "compute", "compute_budget", "training flop"),
+    "loss": ("loss", "final_loss", "val/loss", "val_loss"),
+}
+
+
+@dataclass(frozen=True)
+class Points:
+    """Runs: (n,) float64 arrays. Raises ValueError for lengths that differ and values that are not positive."""
+
+    parameters: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    flops: np.ndarray
+    """6 parameters * tokens, unless it was counted in another way."""
+
+    def __post_init__(self):
+        for name in ("parameters", "tokens", "loss", "flops"):
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            object.__setattr__(self, name, values)
+            if values.ndim != 1 or len(values) != len(self.parameters):
+                raise ValueError(f"{name} must be one number a run, {len(self.parameters)}; got shape {values.shape}")
+            if bad := np.flatnonzero(~(np.isfinite(values) & (values > 0))).tolist():
+                raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
+
+    @staticmethod
+    def of(parameters, tokens, loss, flops=None) -> "Points":
+        parameters, tokens = np.asarray(parameters, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+        return Points(parameters, tokens, np.asarray(loss), 6 * parameters * tokens if flops is None else flops)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def take(self, which: np.ndarray) -> "Points":
+        return Points(self.parameters[which], self.tokens[which], self.loss[which], self.flops[which])
+
+
+def read_points(path: str | os.PathLike) -> Points:
+    """Runs from a CSV file with a header, a JSON list of objects, or JSON lines.
+
+    Columns: loss, and two of parameters, tokens and flops; the third follows from flops = 6 parameters * tokens
+    (arXiv:2001.08361). Other usual names are understood: N, D, C, compute_budget, final_loss, val/loss.
+
+    Raises ValueError that names the file, the row and what is missing.
+    """
+    path = pathlib.Path(path)
+    text = path.read_text(encoding="utf-8-sig")
+    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
+    if not rows:
+        raise ValueError(f"{path} holds no runs")
+    known = [_named(row) for row in rows]
+    columns = {name: [row.get(name) for row in known] for name in NAMES}
+    for name in ("parameters", "tokens", "flops", "loss"):
+        if all(value is None for value in columns[name]):
+            del columns[name]
+    if "loss" not in columns or len(columns) < 3:
+        raise ValueError(
+            f"{path} must have loss and two of parameters, tokens and flops as columns; it has {', '.join(rows[0])}"
+        )
+    numbers = {name: _numbers(name, values, path) for name, values in columns.items()}
+    if "tokens" not in numbers:
+        numbers["tokens"] = numbers["flops"] / (6 * numbers["parameters"])
+    if "parameters" not in numbers:
+        numbers["parameters"] = numbers["flops"] / (6 * numbers["tokens"])
+    try:
+        return Points.of(numbers["parameters"], numbers["tokens"], numbers["loss"], numbers.get("flops"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        rows = json.loads(text) if rows is None else rows
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path} must hold a list of objects like {{"parameters": 1e6, "flops": 1e15, "loss": 4.2}}')
+    return rows
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    lower = {str(key).strip().lower(): value for key, value in row.items()}
+    return {
+        name: next(lower[other] for other in others if other in lower)
+        for name, others in NAMES.items()
+        if any(other in lower for other in others)
+    }
+
+
+def _numbers(name: str, values: list[Any], path: pathlib.Path) -> np.ndarray:
+    numbers = []
+    for row, value in enumerate(values, 1):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}, run {row}: {name} must be a number, got {value!r}") from None
+    return np.array(numbers)

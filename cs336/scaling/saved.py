@@ -1,0 +1,23 @@
+"""A fit on disk: what `cs336 scaling fit --out` writes."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from cs336.scaling.fit import Fit
+from cs336.scaling.laws import ChinchillaLaw
+
+
+def load_fit(path: pathlib.Path) -> Fit:
+    """Raises ValueError that names the file where it holds no Chinchilla law."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        law = ChinchillaLaw(**{name: saved[name] for name in ("E", "A", "B", "alpha", "beta")})
+        resampled = tuple(ChinchillaLaw(*numbers) for numbers in saved["resampled"])
+        return Fit(law, resampled, np.array(saved["residuals"], dtype=np.float64))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no fitted law: expected what `cs336 scaling fit POINTS --law chinchilla --out FILE` writes "
+            f"({type(error).__name__}: {error})"
+        ) from None

@@ -1,0 +1,84 @@
+"""Whether a step fits the device, before anything of it is allocated."""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from cs336.models import Transformer
+from cs336.models.memory import Memory, training_memory
+from cs336.models.recompute import Recompute
+
+if TYPE_CHECKING:
+    from cs336.training.config import TrainConfig
+
+GIB = 2**30
+USABLE = 0.95  # of a device: the rest is the context's, and what the allocator cannot use
+WAYS: tuple[Recompute, ...] = ("none", "selective", "full")  # the fastest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How a run computes, as far as memory goes."""
+
+    weight_bytes: int
+    compute_bytes: int
+    compiled: bool
+
+
+def predicted_memory(config: "TrainConfig", numerics: Numerics, recompute: Recompute, micro_batch_size: int) -> Memory:
+    """What a step will take of the device's memory."""
+    dtype = torch.bfloat16 if numerics.weight_bytes == 2 else torch.float32
+    optimizer = config.optimizer.build(Transformer(config.model, device="meta", dtype=dtype))
+    return training_memory(
+        config.model,
+        micro_batch_size,
+        weight_bytes=numerics.weight_bytes,
+        compute_bytes=numerics.compute_bytes,
+        optimizer_bytes=optimizer.state_bytes() / config.model.num_parameters(),
+        gradient_checkpointing=recompute,
+        compiled=numerics.compiled,
+    )
+
+
+def room(device: torch.device, limit_gib: float | None) -> float:
+    """Bytes that a step may take."""
+    if limit_gib is not None:
+        return limit_gib * GIB
+    if device.type == "cuda":
+        return USABLE * torch.cuda.get_device_properties(device).total_memory
+    return USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def choose_recompute(config: "TrainConfig", numerics: Numerics, room: float) -> Recompute:
+    """config.gradient_checkpointing, or for "auto" the fastest way that fits.
+
+    Raises ValueError, with what would fit, for a step that does not.
+    """
+    micro = config.micro_batch_size or config.batch_size
+    asked = config.gradient_checkpointing
+    ways: tuple[Recompute, ...] = WAYS if asked == "auto" else (asked,)
+    needs = {way: predicted_memory(config, numerics, way, micro) for way in ways}
+    if fitting := [way for way in ways if needs[way].total <= room]:
+        return fitting[0]
+    raise ValueError(
+        f"a step takes about {needs[ways[-1]].total / GIB:,.2f} GiB, and {room / GIB:,.2f} can be used: "
+        f"{_what_would_fit(config, numerics, room, micro)}"
+    )
+
+
+def _what_would_fit(config: "TrainConfig", numerics: Numerics, room: float, micro: int) -> str:
+    """The change that costs least: smaller micro-batches down to a quarter, then recomputation, then both."""
+    sizes = [size for size in range(micro, 0, -1) if config.batch_size % size == 0]
+    few = [size for size in sizes if 4 * size >= micro]
+    asked = "full" if config.gradient_checkpointing in (True, "auto") else config.gradient_checkpointing
+    options = [(asked, size) for size in few] + [(way, size) for way in WAYS[1:] for size in few]
+    for way, size in [*options, *(("full", size) for size in sizes)]:
+        need = predicted_memory(config, numerics, way, size).total
+        if need <= room:
+            changes = [] if size == micro else [f"micro_batch_size = {size}"]
+            changes += [] if way == asked else [f'gradient_checkpointing = "{way}"']
+            return f"{' and '.join(changes)} would fit, at {need / GIB:,.2f} GiB"
+    least = predicted_memory(config, numerics, "full", 1)
+    return f"even one sequence at a time takes {least}; use a smaller model, a shorter context or a larger device"

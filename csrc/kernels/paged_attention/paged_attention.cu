@@ -1,0 +1,65 @@
+// Launches of paged attention.
+#include "common/launch.h"
+#include "common/nvtx.h"
+#include "kernels/paged_attention/paged_attention_kernel.cuh"
+
+namespace cs336 {
+namespace {
+
+// f(T(), head_dim as a constant).
+template <typename F>
+auto dispatch(const PagedAttentionParams& p, F&& f) {
+  const auto of_dim = [&](auto dim) { return p.dtype == Dtype::BF16 ? f(__nv_bfloat16(), dim) : f(__half(), dim); };
+  switch (p.head_dim) {
+    case 64:
+      return of_dim(std::integral_constant<int, 64>());
+    case 128:
+      return of_dim(std::integral_constant<int, 128>());
+    default:
+      throw std::invalid_argument("paged attention has heads of 64 and 128 features alone");
+  }
+}
+
+template <int kDim>
+LaunchShape shape_of(int blocks) {
+  return {.grid = dim3(blocks), .threads = dim3(paged::kThreads), .shared_bytes = sizeof(paged::Shared<kDim>)};
+}
+
+// Blocks that the device holds at once; the driver is asked once.
+template <auto kKernel>
+int resident_blocks(const LaunchShape& shape) {
+  static std::array<int, 64> answers;
+  static std::array<std::once_flag, 64> asked;
+  const Device& device = current_device();
+  std::call_once(asked.at(device.index), [&] {
+    allow_shared_memory<kKernel>(shape, device);
+    int blocks;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, shape.threads.x, shape.shared_bytes));
+    answers[device.index] = std::max(1, blocks) * device.num_sms;
+  });
+  return answers[device.index];
+}
+
+PagedPlan plan_of(const PagedAttentionParams& p) {
+  return dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
+    return paged::plan(p, resident_blocks<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(1)));
+  });
+}
+
+}  // namespace
+
+int64_t paged_attention_workspace(const PagedAttentionParams& p) {
+  const PagedPlan plan = plan_of(p);
+  return 4 * (paged::counters(p, plan) + plan.slots * plan.rows * (p.head_dim + 2));
+}
+
+void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
+  NVTX_FN();
+  const PagedPlan plan = plan_of(p);
+  CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, 4 * paged::counters(p, plan), stream));
+  dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
+    launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks), stream, p, plan);
+  });
+}
+
+}  // namespace cs336

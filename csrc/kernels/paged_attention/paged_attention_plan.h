@@ -1,0 +1,79 @@
+// How paged attention is cut into work, as plain functions of the problem. Host and device alike.
+//
+// The keys of a sequence, as one key head sees them for one tile of rows, are a segment: tiles of 16 keys, cut into
+// pieces. Where the cuts are depends on that sequence's length alone, and pieces are added up one after the other: so
+// a sequence's bits do not depend on its batch. All segments behind each other are dealt evenly to the blocks.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "kernels/paged_attention/paged_attention.h"
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline
+#endif
+
+namespace cs336 {
+
+struct PagedPlan {
+  int row_tiles;   // of 16 rows, a row being a query token of a query head that reads the key head
+  int rows;        // of a tile that are used
+  int segments;    // of a sequence: key heads times row tiles
+  int max_pieces;  // of a segment
+  int max_tiles;   // of a segment: what the page table can hold
+  int blocks;
+  bool by_segment;  // every segment has slots of its own for the pieces that blocks hand over; else every block has
+  int64_t slots;
+};
+
+namespace paged {
+
+inline constexpr int kRows = 16, kTile = 16, kWarps = 4, kThreads = 32 * kWarps;
+inline constexpr int kMaxPieces = 128;
+
+HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Tiles of a piece: a multiple of the warps that share it.
+HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
+  return ceil_div(ceil_div(tiles, max_pieces), kWarps) * kWarps;
+}
+
+// The first tile of all segments that block i works on.
+HOST_DEVICE int first_of_block(int64_t total, int block, int blocks) {
+  return static_cast<int>(total * block / blocks);
+}
+
+// The block whose share holds that tile.
+HOST_DEVICE int block_of(int64_t total, int tile, int blocks) {
+  return static_cast<int>(((int64_t{tile} + 1) * blocks + total - 1) / total - 1);
+}
+
+// Counters at the start of the workspace, as many as keep what follows aligned to 16 bytes.
+HOST_DEVICE int64_t counters(const PagedAttentionParams& p, const PagedPlan& plan) {
+  return (int64_t{p.sequences} * plan.segments + 3) / 4 * 4;
+}
+
+// resident: blocks that the device holds at once. One long sequence alone is cut so that it fills them, about.
+inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
+  PagedPlan plan{};
+  const int rows = p.group * p.queries;
+  plan.row_tiles = ceil_div(rows, kRows);
+  plan.rows = std::min(rows, kRows);
+  plan.segments = p.kv_heads * plan.row_tiles;
+  const unsigned pieces = std::clamp(resident / plan.segments, 1, kMaxPieces);
+  plan.max_pieces = static_cast<int>(std::bit_floor(pieces));
+  const int64_t keys = int64_t{p.table_width} * p.page_size;
+  plan.max_tiles = static_cast<int>(std::max<int64_t>(1, (keys + kTile - 1) / kTile));
+  const int64_t segments = int64_t{p.sequences} * plan.segments;
+  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, kWarps));
+  plan.blocks = static_cast<int>(std::min<int64_t>(resident, pieces_at_most));
+  plan.by_segment = segments <= 2 * plan.blocks;
+  plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * plan.max_pieces;
+  return plan;
+}
+
+}  // namespace paged
+}  // namespace cs336

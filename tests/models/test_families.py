@@ -1,0 +1,245 @@
+"""Each family of transformers, tiny and random: equal greedy tokens and distributions, both ways."""
+
+import json
+
+import pytest
+import torch
+from test_transformer import make
+
+from benchmarks.end_to_end.variants import VARIANTS
+from cs336.inference import SamplingParams
+from cs336.inference.generate import generate_ids
+from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
+from cs336.models.huggingface.directory import FAMILIES
+from cs336.models.huggingface.family import resolved
+from cs336.nn import (
+    AttentionConfig,
+    LayerNormConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MLPConfig,
+    NoPositionsConfig,
+    RMSNormConfig,
+    RopeConfig,
+    SwiGLUConfig,
+    YarnScaling,
+)
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 96}
+SIZES |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "eos_token_id": None}
+GPT2 |= {"bos_token_id": None}
+NARROW = {"n_inner": 24, "activation_function": "relu", "tie_word_embeddings": False}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 24}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 16, "truncate": False}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+THEIRS = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 narrow, untied": (
+        "GPT2",
+        GPT2 | {"n_inner": 24, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+    "llama": ("Llama", SIZES),
+    "llama with biases": ("Llama", SIZES | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama 3": ("Llama", SIZES | {"rope_parameters": LLAMA3, "head_dim": 12}),
+    "llama, linear": ("Llama", SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama of gelu": ("Llama", SIZES | {"hidden_act": "gelu"}),
+    "mistral": ("Mistral", SIZES | {"sliding_window": None}),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen2, yarn": ("Qwen2", SIZES | {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen2, yarn's mscale": ("Qwen2", SIZES | {"rope_parameters": YARN | MSCALE}),
+    "qwen3": ("Qwen3", SIZES | {"head_dim": 12}),
+    "qwen3 with biases": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
+    "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 4}),
+    "olmo2 grouped": ("Olmo2", SIZES | {"rms_norm_eps": 1e-3}),
+    "mistral with a window": ("Mistral", SIZES | {"sliding_window": 5}),
+    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 3, "sliding_window": None}),
+    "mixtral with a window": ("Mixtral", SIZES | {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": False}),
+    "qwen3_moe normalised": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": True}),
+    "gemma2": ("Gemma2", SIZES | {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20}),
+    "gemma2 without caps": ("Gemma2", SIZES | {"head_dim": 8, "sliding_window": 7} | CAPLESS),
+}
+
+
+def made(name):
+    """A model of transformers whose every weight counts."""
+    family, options = THEIRS[name]
+    config = getattr(transformers, f"{family}Config")(**options)
+    head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    return randomised(getattr(transformers, head)(config))
+
+
+def randomised(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.rand_like(p) - 0.5)  # 1 of norms, 0 of biases
+            else:
+                p.normal_(std=0.25)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_greedy(ours, theirs):
+    """64 tokens, and at every one of them the distributions."""
+    prompt = torch.randint(97, (2, 9))
+    how = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how)
+    got = generate_ids(ours, prompt, SamplingParams(temperature=0, max_tokens=64), end_id=())
+    assert got == want[:, 9:].tolist()
+    assert_same(ours, theirs, want)
+
+
+@torch.no_grad()
+def assert_same(ours, theirs, ids=None):
+    ids = torch.randint(97, (2, 90)) if ids is None else ids
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (theirs(ids).logits, ours(ids)))
+    assert log_p.std(1).mean() > 0.3  # tokens that all give one distribution would prove little
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_there_and_back(tmp_path, name):
+    theirs = made(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "theirs")
+    assert_same_greedy(ours, theirs)
+    save_pretrained(ours, tmp_path / "ours")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same_greedy(ours, again)
+    expected = "llama" if name == "mistral" else theirs.config.model_type  # which without a window it is
+    assert again.config.model_type == expected
+    assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
+
+
+ROPE = RopeConfig(50.0)
+OURS = {
+    "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
+    "linear, interleaved": ("llama", {"positions": RopeConfig(scaling=LinearScaling(2.0), interleaved=True)}),
+    "yarn": ("llama", {"positions": RopeConfig(scaling=YarnScaling(4.0, 24, truncate=False, attention_factor=1.2))}),
+    "geglu with biases": ("llama", {"mlp": MLPConfig("gelu_tanh", gated=True, d_ff=40, bias=True)}),
+    "attention biases": ("llama", {"mixer": AttentionConfig(4, 2, qkv_bias=True, out_bias=True)}),
+    "dropped out": ("llama", {"mixer": AttentionConfig(4, dropout=0.1), "dropout": 0.1}),
+    "qwen2": ("qwen2", {"mixer": AttentionConfig(4, 1, qkv_bias=True), "mlp": SwiGLUConfig(24)}),
+    "qwen3": ("qwen3", {"mixer": AttentionConfig(4, 1, 12, qk_norm=True), "norm": RMSNormConfig(1e-3)}),
+    "olmo2": ("olmo2", {"mixer": AttentionConfig(4, 2, qk_norm="all"), "placement": "reordered"}),
+    "olmo2, interleaved": (
+        "olmo2",
+        {
+            "mixer": AttentionConfig(4, qk_norm="all"),
+            "placement": "reordered",
+            "positions": RopeConfig(interleaved=True),
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "mixer": AttentionConfig(4, qkv_bias=True, out_bias=True),
+            "mlp": MLPConfig("gelu", bias=True),
+            "norm": LayerNormConfig(),
+            "positions": NoPositionsConfig(),
+        },
+    ),
+}
+
+
+def our_config(parts, **options):
+    block = BlockConfig(**{"mixer": AttentionConfig(4), "positions": ROPE} | parts)
+    position = {"position_embedding": "learned"} if block.positions.kind == "none" else {}
+    return TransformerConfig(97, 96, 2, 32, layers=(block,), **position, **options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", OURS)
+def test_ours_is_theirs(tmp_path, name, tied):
+    family, parts = OURS[name]
+    ours = randomised(Transformer(our_config(parts, tie_embeddings=tied)))
+    save_pretrained(ours, tmp_path, max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert theirs.config.model_type == family
+    assert_same(ours, theirs)
+    again = from_pretrained(tmp_path)
+    torch.testing.assert_close(again(torch.arange(9)[None]), ours(torch.arange(9)[None]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_saved_whole(tmp_path, name):
+    """In a family's form or our own: what is read back is the same model."""
+    ours = make(VARIANTS[name]).eval()
+    save_pretrained(ours, tmp_path)
+    again, x = from_pretrained(tmp_path), torch.randint(64, (2, 20))
+    torch.testing.assert_close(again(x), ours(x), atol=1e-5, rtol=1e-5)
+    if json.loads((tmp_path / "config.json").read_text())["model_type"] == "cs336":
+        assert again.config == VARIANTS[name]
+
+
+def test_shards_take_the_place_of_a_whole_file(tmp_path):
+    first, second = (make(our_config({})) for _ in range(2))
+    save_pretrained(first, tmp_path)
+    save_pretrained(second, tmp_path, max_shard_bytes=20_000)
+    assert torch.equal(from_pretrained(tmp_path).embedding.weight, second.embedding.weight)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in second.parameters())
+    save_pretrained(first, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path).embedding.weight, first.embedding.weight)
+
+
+@pytest.mark.parametrize("where", ["file", "tokenizer_config"])
+def test_chat_templates_go_round(tmp_path, where):
+    save_pretrained(make(our_config({})), tmp_path)
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}ü{% endfor %}"
+    if where == "file":
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    model = from_pretrained(tmp_path)
+    save_pretrained(model, tmp_path / "again")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text(encoding="utf-8") == template
+    assert from_pretrained(tmp_path / "again").chat_template == template
+
+
+def test_of_several_chat_templates_the_default_is_read(tmp_path):
+    save_pretrained(make(our_config({})), tmp_path)
+    named = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    with pytest.warns(UserWarning, match="several chat templates: the default is read, and not tool_use"):
+        assert from_pretrained(tmp_path).chat_template == "A"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(ValueError, match="chat_template = 3: expected a text"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_field_is_ignored(family):
+    """Their own configuration is read whole; every field that is not known is refused by its name."""
+    config = transformers.AutoConfig.for_model(family).to_dict()
+    config["sliding_window"] = None
+    FAMILIES[family].config(config)
+    for name in ("attention_multiplier", "num_experts", "rope_local_base_freq", "quantization_config"):
+        with pytest.raises(ValueError, match=f"config.json has {name} = 7, which cs336"):
+            FAMILIES[family].config(config | {name: 7})
+
+
+def test_a_file_without_a_head_is_a_models(tmp_path):
+    """As OpenAI's GPT-2 lies on the hub: names without `transformer.`"""
+    theirs = made("gpt2")
+    theirs.transformer.save_pretrained(tmp_path)
+    assert_same(from_pretrained(tmp_path), theirs)
+
+
+def test_a_fused_matrix_of_another_shape(tmp_path):
+    made("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": 16}))
+    with pytest.raises(ValueError, match=r"has shape \(97, 32\), config\.json means \(97, 16\)"):
+        from_pretrained(tmp_path)

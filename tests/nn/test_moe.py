@@ -1,0 +1,145 @@
+"""Mixture of experts against its formula, and its balance."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cs336.nn import MoEConfig, moe
+
+CONFIGS = {
+    "softmax": MoEConfig(5, 2, d_ff=12),
+    "not normalised": MoEConfig(5, 2, d_ff=12, normalize=False, activation="gelu", gated=False),
+    "sigmoid, shared": MoEConfig(6, 3, d_ff=8, num_shared=2, router="sigmoid", scale=2.5),
+    "bias": MoEConfig(4, 1, d_ff=8, balance="bias", router="sigmoid"),
+    "all of them": MoEConfig(3, 3, d_ff=8, balance="none"),
+}
+
+
+def built(config, d_model=16, **place):
+    layer = config.build(d_model, **place)
+    if layer.balance_bias is not None:
+        layer.balance_bias.normal_(std=0.3)
+    return layer
+
+
+def definition(layer, x):
+    """Token by token, in float64."""
+    config, w = layer.config, {name: t.detach().double() for name, t in layer.state_dict().items()}
+    act = {"silu": F.silu, "gelu": F.gelu}[config.activation]
+
+    def mlp(token, up, down, gate):
+        return down @ (act(up @ token) if gate is None else act(gate @ token) * (up @ token))
+
+    out = []
+    for token in x.double():
+        logits = w["router.weight"] @ token
+        score = logits.softmax(0) if config.router == "softmax" else logits.sigmoid()
+        chosen = (score + w.get("balance_bias", 0)).argsort(descending=True)[: config.top_k]
+        weight = score[chosen] / (score[chosen].sum() if config.normalize else 1) * config.scale
+        gates = w.get("experts.gate_proj")
+        y = sum(
+            g * mlp(token, w["experts.up_proj"][e], w["experts.down_proj"][e], None if gates is None else gates[e])
+            for g, e in zip(weight, chosen.tolist(), strict=True)
+        )
+        if config.num_shared:
+            up, down, gate = (w[f"shared.{name}_proj.weight"] for name in ("up", "down", "gate"))
+            y = y + mlp(token, up, down, gate)
+        out.append(y)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_the_formula(name):
+    layer, x = built(CONFIGS[name]), torch.randn(4, 7, 16)
+    y, routing = layer(x)
+    torch.testing.assert_close(y.double().flatten(0, 1), definition(layer, x.flatten(0, 1)), atol=1e-5, rtol=1e-4)
+    assert routing.load_E[0].sum() == 28 * layer.config.top_k
+    alone = torch.stack([layer(token)[0] for token in x.flatten(0, 1)[:, None]])
+    torch.testing.assert_close(alone.flatten(0, 1), y.flatten(0, 1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid, shared"])
+def test_gradients_in_float64(name):
+    layer, x = built(CONFIGS[name], 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(x, *values):
+        y, routing = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+        return y, routing.balance
+
+    torch.autograd.gradcheck(call, (x.requires_grad_(), *(v.detach().requires_grad_() for v in values)))
+
+
+def test_the_losses_of_the_router():
+    config = MoEConfig(4, 2, d_ff=8, balance_loss=0.5, z_loss=0.1)
+    layer, x = built(config), torch.randn(50, 16)
+    _, routing = layer(x)
+    logits = x @ layer.router.weight.T
+    probability, counts = logits.softmax(-1), torch.zeros(4)
+    for chosen in probability.topk(2).indices:
+        counts[chosen] += 1
+    assert torch.equal(routing.load_E[0], counts.long())
+    torch.testing.assert_close(routing.balance, 0.5 * 4 * (counts / 100 * probability.mean(0)).sum())
+    torch.testing.assert_close(routing.z, 0.1 * logits.logsumexp(-1).square().mean())
+    torch.nn.init.zeros_(layer.router.weight)  # every expert is as likely
+    torch.testing.assert_close(layer(x)[1].balance, torch.tensor(0.5))
+    metrics = routing.metrics()
+    assert metrics["router_busiest"] == counts.max() / 25
+    assert (metrics["router_balance"], metrics["router_z"]) == (routing.balance, routing.z)
+
+
+def test_nothing_is_dropped_where_one_expert_takes_all():
+    layer, x = built(MoEConfig(4, 1, d_ff=8, normalize=False)), torch.rand(30, 16)
+    with torch.no_grad():
+        layer.router.weight.zero_()[2] = 1.0
+    y, routing = layer(x)
+    assert routing.load_E[0].tolist() == [0, 0, 30, 0]
+    torch.testing.assert_close(y.double(), definition(layer, x), atol=1e-5, rtol=1e-4)
+    empty, none = layer(x[:0])
+    assert empty.shape == (0, 16)
+    assert none.balance == 0
+    assert none.z == 0
+
+
+def test_the_grouped_matmul_is_the_loop(monkeypatch):
+    x, w = torch.randn(24, 16, dtype=torch.bfloat16), torch.randn(3, 8, 16)
+    load = torch.tensor([10, 0, 14])
+    loop = moe.grouped_matmul(x, w, load)
+    monkeypatch.setattr(moe, "_has_grouped_mm", lambda *_: True)
+    try:
+        grouped = moe.grouped_matmul(x, w, load)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"torch's grouped matmul does not run here: {error}")
+    torch.testing.assert_close(grouped, loop, atol=0.05, rtol=0.02)
+
+
+def test_a_bias_evens_the_loads():
+    layer, x = MoEConfig(4, 1, d_ff=8, balance="bias", router="sigmoid", bias_rate=0.02).build(16), torch.randn(400, 16)
+    with torch.no_grad():
+        layer.router.weight[0] += 0.5 * x.mean(0) + 0.3
+    before = layer(x)[1].metrics()["router_busiest"]
+    for _ in range(200):
+        routing = layer(x)[1]
+        moe.add_loads(layer, routing)
+        moe.balance_experts(layer)
+    assert routing.metrics()["router_busiest"] < min(1.2, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 6}, "top_k 6 is more than the num_experts 5 there are"),
+        ({"top_k": 0}, "top_k must be a positive integer, got 0"),
+        ({"router": "tanh"}, "router must be 'softmax' or 'sigmoid', got 'tanh'"),
+        ({"balance": "both"}, "balance must be 'loss' or 'bias' or 'none', got 'both'"),
+        ({"num_shared": -1}, "num_shared must be an integer, 0 or more, got -1"),
+        ({"z_loss": -1.0}, "z_loss must be a finite number, 0 or more"),
+        ({"scale": 0.0}, "scale must be a positive, finite number"),
+        ({"activation": "tanh"}, "activation must be 'relu'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MoEConfig(5, 2), **change)

@@ -1,0 +1,60 @@
+"""`cs336 scaling` on files, as it is typed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cs336.cli import main
+from cs336.scaling import EPOCH
+
+
+@pytest.fixture
+def points(tmp_path):
+    flops = np.repeat(np.geomspace(1e18, 1e21, 5), 7)
+    best = np.array([EPOCH.optimum(c).parameters for c in flops])
+    N = best * np.tile(np.geomspace(0.3, 3, 7), 5)
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(N)))
+    rows = zip(N, flops, EPOCH.loss(N, flops / (6 * N)) * noise, strict=True)
+    path = tmp_path / "points.json"
+    path.write_text(json.dumps([{"parameters": n, "compute_budget": c, "final_loss": loss} for n, c, loss in rows]))
+    return path
+
+
+def test_fit_then_predict(points, tmp_path, capsys):
+    out = tmp_path / "fit.json"
+    assert main(["scaling", "fit", str(points), "--bootstrap", "50", "--out", str(out)]) == 0
+    assert "parameter_exponent" in capsys.readouterr().out
+    assert json.loads(out.read_text())["alpha"] == pytest.approx(EPOCH.alpha, rel=0.2)
+    assert main(["scaling", "predict", str(out), "--flops", "1e22", "--inference-tokens", "1e12"]) == 0
+    said = capsys.readouterr().out
+    assert "95 % interval of the parameters" in said
+    assert "fewer FLOPs in all" in said
+    assert main(["scaling", "predict", str(out), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    loss = float(capsys.readouterr().out.split()[1])
+    assert loss == pytest.approx(float(EPOCH.loss(1e9, 2e10)), rel=0.02)
+
+
+@pytest.mark.parametrize("law", ["isoflop", "isoflop-lowest", "envelope"])
+def test_the_other_approaches(points, law, capsys):
+    assert main(["scaling", "fit", str(points), "--law", law]) == 0
+    assert "parameters = " in capsys.readouterr().out
+
+
+def test_the_published_law_needs_no_file(capsys):
+    assert main(["scaling", "predict", "epoch", "--flops", "1e21", "--unique-tokens", "1e9"]) == 0
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_plot(points, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "law.png"
+    assert main(["scaling", "plot", str(points), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_a_sentence(points, tmp_path, capsys):
+    assert main(["scaling", "predict", "epoch", "--flops", "1e21", "--tokens", "1e9"]) == 2
+    assert "say --flops, or --parameters and --tokens" in capsys.readouterr().err
+    assert main(["scaling", "predict", str(points), "--flops", "1e21"]) == 2
+    assert "holds no fitted law" in capsys.readouterr().err
