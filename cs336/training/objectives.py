@@ -44,7 +44,7 @@ class NextToken:
     """How much of the square of log Z, the logits' log-sum-exp, is added: it keeps logits from drifting
     (arXiv:2204.02311, which takes 1e-4)."""
     fused_head: bool = False
-    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole. With neither of the above."""
+    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole. Without the above."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
