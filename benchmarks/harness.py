@@ -50,6 +50,8 @@ class Case:
     bytes: int = 0
     flops: int = 0
     own_bytes: dict[str, int] = field(default_factory=dict)
+    graph: bool = True
+    """Whether calls are captured: not where someone's waits for the device, which spoils torch's generator too."""
 
     def __str__(self) -> str:
         return f"{self.op} {self.pass_} {'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
@@ -307,13 +309,15 @@ def rows(case: Case, device: torch.device, only: set[str] | None = None, timed: 
     """One row a contender: its time, or why it has none ("skipped": not here; "failed": broken, or wrong)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # every graph has its own pool
+    if timed and case.flops:
+        matmul_roof(device, case.dtype)  # before anything is captured: it draws random numbers
     sets = draw(case, device) if timed else [case.inputs(device)]
     expected = case.contenders["ref"](*sets[0])()
     outcomes: dict[str, dict] = {}
     batches: dict[str, Batch] = {}
     for name, bind in case.contenders.items():
         if only is None or name in only:
-            outcome = _prepared(bind, sets, expected, device, timed)
+            outcome = _prepared(bind, sets, expected, device, timed, case.graph)
             outcomes[name] = {}
             if isinstance(outcome, Batch):
                 batches[name] = outcome
@@ -328,13 +332,15 @@ def rows(case: Case, device: torch.device, only: set[str] | None = None, timed: 
     ]
 
 
-def _prepared(bind: Bind, sets: list[tuple], expected: tuple, device: torch.device, timed: bool) -> Batch | dict:
+def _prepared(
+    bind: Bind, sets: list[tuple], expected: tuple, device: torch.device, timed: bool, graph: bool
+) -> Batch | dict:
     """What to time, or a row's end that says why there is nothing."""
     try:
         calls = [bind(*inputs) for inputs in sets]
         if reason := disagreement(calls[0](), expected):
             return {"failed": reason}
-        return prepare(calls, device) if timed else {}
+        return prepare(calls, device, graph) if timed else {}
     except (ImportError, NotImplementedError) as refusal:
         return {"skipped": _one_line(refusal)}
     except Exception as error:  # a peer breaks in any way it likes; the row says how, and the sweep goes on
@@ -380,7 +386,7 @@ def bench(benchmark: Any, case: Case) -> None:
     if benchmark.disabled:
         benchmark.pedantic(calls[0])
         return
-    batch = prepare(calls, device)
+    batch = prepare(calls, device, case.graph)
 
     def replay() -> None:
         batch.run()

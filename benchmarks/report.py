@@ -202,6 +202,21 @@ def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
 
 
+def optimizers(rows: list[Row]) -> Iterator[str]:
+    """A row for each optimizer: the learning rate that the sweep chose, and where it leads, over the seeds."""
+    yield "| optimizer | a step, AdamW's is 1 | steps | learning rate, of those swept | loss, by seed | mean |"
+    yield "| --- | ---: | ---: | --- | --- | ---: |"
+    for name, group in itertools.groupby(rows, lambda row: row["optimizer"]):
+        found = list(group)
+        swept = [row for row in found if row["seed"] == found[0]["seed"]]
+        best = min(swept, key=lambda row: row["val_loss"])["lr"]
+        losses = [row["val_loss"] for row in found if row["lr"] == best]
+        rates = ", ".join(f"{row['lr']:g}" for row in swept)
+        each = ", ".join(f"{loss:.3f}" for loss in losses)
+        mean = sum(losses) / len(losses)
+        yield f"| {name} | {found[0]['cost']:.2f} | {found[0]['steps']} | {best:g} of {rates} | {each} | {mean:.3f} |"
+
+
 def tokenizer(rows: list[Row]) -> Iterator[str]:
     """Encoding and decoding, a table for each vocabulary; training; linear time; who is not there."""
     ran = [row for row in rows if "skipped" not in row]
@@ -354,6 +369,7 @@ BODIES = {
     "train_deterministic": train,
     "adamw": optimizer,
     "tokenizer": tokenizer,
+    "optimizers": optimizers,
     "attention": rated,
     "attention_varlen": rated,
 }

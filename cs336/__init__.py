@@ -18,6 +18,7 @@ _HOME |= dict.fromkeys(
     ),
     "cs336.flash_attn",
 )
+_HOME["flash_attn_with_kvcache"] = "cs336.flash_attn"
 __all__ = ["__version__", *_HOME]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336 import ops
-from cs336.ops import sdpa
+from cs336.ops import sdpa, torch_cross_entropy
 
 _ORIGINAL: dict[str, Callable] = {}
 _depth = 0
@@ -73,6 +73,7 @@ REPLACEMENTS: dict[str, Callable] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "scaled_dot_product_attention": sdpa.drop_in,
+    "cross_entropy": torch_cross_entropy.drop_in,
 }
 
 

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="cs336"): norms, attention and rotary positions of a plain model become ours.
+"""torch.compile(model, backend="cs336"): norms, attention, rotary positions, MLPs and losses become ours.
 
 What Dynamo captured is searched for these patterns, whoever wrote them, and the rest goes to inductor:
 
@@ -6,12 +6,16 @@ What Dynamo captured is searched for these patterns, whoever wrote them, and the
     layer_norm  F.layer_norm over the last dim, with a weight
     rms_norm    F.rms_norm with a weight, or  w * (x * rsqrt(mean(x^2) + eps))  spelt out, as transformers does
     rope        x * cos + rotate_half(x) * sin, where cos and sin repeat their halves
+    swiglu      F.silu(gate) * up, and geglu F.gelu(gate) * up, of equal shapes; relu2 the square of F.relu(x)
+    cross_entropy           F.cross_entropy of rows of logits
+    linear_cross_entropy    the same of F.linear's result, where nothing else reads it
 """
 
 import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cs336 import ops
-from cs336.ops import sdpa
+from cs336.ops import sdpa, torch_cross_entropy
 
 log = logging.getLogger(__name__)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,7 +118,76 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.rope(x, cos[..., :pairs].float(), sin[..., :pairs].float())
 
 
+def _gated(activation: Callable, op: Callable) -> Callable:
+    """The pattern activation(gate) * up."""
+
+    def match(node: Node):
+        for activated, up in _both_ways(node, operator.mul):
+            if not (_calls(activated, activation) and len(activated.users) == 1 and isinstance(up, Node)):
+                continue
+            gate: Any = activated.args[0]
+            options = {k: v for k, v in activated.kwargs.items() if k != "inplace"}
+            if len(activated.args) == 1 and _alike(node, gate, up):
+                return op, (gate, up), options
+        return None
+
+    return match
+
+
+def _alike(*nodes) -> bool:
+    """Whether all have one shape, device and dtype, one that our kernels take."""
+    values = [_value(x) for x in nodes]
+    if not all(isinstance(v, Tensor) and v.dtype in FLOATS for v in values):
+        return False
+    return len({(v.shape, v.dtype, v.device) for v in values}) == 1
+
+
+def _relu2(node: Node):
+    if _calls(node, torch.square) or (_calls(node, torch.pow, operator.pow) and node.args[1] == 2):
+        rectified: Any = node.args[0]
+        if _calls(rectified, F.relu, torch.relu) and len(rectified.users) == 1 and _alike(node, rectified.args[0]):
+            return ops.relu2, (rectified.args[0],), {}
+    return None
+
+
+def _cross_entropy(node: Node):
+    if node.target is not F.cross_entropy:
+        return None
+    values = [_value(a) for a in node.args], {k: _value(v) for k, v in node.kwargs.items()}
+    taken = torch_cross_entropy.takes(*values[0], **values[1])
+    return (torch_cross_entropy.of_logits, node.args, dict(node.kwargs)) if taken else None
+
+
+def _linear_cross_entropy(node: Node):
+    if _cross_entropy(node) is None:
+        return None
+    names = "input target weight size_average ignore_index reduce reduction label_smoothing"
+    logits, target, _, _, ignore_index, _, reduction, smoothing = _arguments(
+        node, names, (None, None, -100, None, "mean", 0.0)
+    )
+    linear: Any = logits
+    while _calls(linear, torch.Tensor.view, torch.Tensor.reshape, torch.flatten, torch.Tensor.contiguous) or (
+        _calls(linear, torch.Tensor.float, torch.Tensor.to) and _value(linear).dtype == torch.float32
+    ):
+        if len(linear.users) != 1:
+            return None
+        linear = linear.args[0]
+    if not (_calls(linear, F.linear) and len(linear.users) == 1):
+        return None
+    x, weight, bias = _arguments(linear, "input weight bias", (None,))
+    dtypes = {_value(t).dtype for t in (linear, x, weight, bias) if t is not None}
+    if len(dtypes) > 1 or _value(weight).dim() != 2 or _value(weight).shape[0] != _value(logits).shape[1]:
+        return None
+    args = (x, weight, bias, target, ignore_index, reduction, smoothing, _value(node).dtype)
+    return torch_cross_entropy.of_linear, args, {}
+
+
 PATTERNS: dict[str, Callable] = {
+    "linear_cross_entropy": _linear_cross_entropy,
+    "cross_entropy": _cross_entropy,
+    "swiglu": _gated(F.silu, ops.swiglu),
+    "geglu": _gated(F.gelu, ops.geglu),
+    "relu2": _relu2,
     "attention": _attention,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,

@@ -9,9 +9,12 @@ float32, any head dim, values of another width, and tensors on a CPU. With retur
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, new_seed
+from cs336.ops.paged_attention import MAX_DECODE_QUERIES, paged_attention, paged_prefill
+from cs336.ops.paged_cache import append_kv_
 
 
 def flash_attn_func(
@@ -128,6 +131,117 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpacked("kv", kv, 4, 2)
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     return flash_attn_varlen_func(q, k, v, *packing, *args, **kwargs)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention to a cache of keys and values, to which k and v are appended first, in place. No gradient.
+
+    Args:
+        q: (B, S, H, D), the last tokens of each sequence.
+        k_cache, v_cache: (C, T, Hkv, D), a row a sequence; or (P, page, Hkv, D), the pages that block_table lists.
+        k, v: (B, N, Hkv, D) new tokens, written behind cache_seqlens.
+        rotary_cos, rotary_sin: (positions, R / 2): rotates the first R features of k, and of q, to their positions:
+            cache_seqlens and on (all of q to cache_seqlens where it is neither causal nor in a window).
+        cache_seqlens: tokens in the cache before the call, (B,) int32 or one number; all T if None.
+        cache_batch_idx: (B,) int32, the row of the cache of each sequence; the first B if None.
+        block_table: (B, M) int32 pages of each sequence, in order.
+        softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
+        rotary_interleaved: rotates features 2i and 2i + 1 together, not i and i + R / 2.
+        num_splits: ours depends on a sequence's length alone, whatever is asked for.
+        return_softmax_lse: return (out, lse (B, H, S) float32).
+
+    Returns out (B, S, H, D). cache_seqlens stays as it is. Raises ValueError for arguments that do not fit,
+    NotImplementedError for cache_leftpad, alibi_slopes, and a window that is not causal with S > 1.
+    """
+    if cache_leftpad is not None or alibi_slopes is not None:
+        raise NotImplementedError("cs336.flash_attn_with_kvcache supports neither cache_leftpad nor alibi_slopes")
+    left, right = window_size
+    if min(left, right) < -1:
+        raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {tuple(window_size)}")
+    if q.dim() != 4 or k_cache.dim() != 4:
+        raise ValueError(f"q and k_cache must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}")
+    B, S = q.shape[:2]
+    if not causal and (left, right) != (-1, -1) and (S > 1 or right > 0):
+        raise NotImplementedError("cs336.flash_attn_with_kvcache supports a window where causal=True or S = 1")
+    table = _pages(B, cache_batch_idx, q.device) if block_table is None else block_table
+    lens = _lengths(cache_seqlens, B, table.shape[-1] * k_cache.shape[1], q.device)
+    if rotary_cos is not None and rotary_sin is not None:
+        if k is None:
+            raise ValueError("rotary_cos and rotary_sin rotate k to its place in the cache: k and v are needed too")
+        steps = torch.arange(S if causal or left >= 0 else 1, device=q.device)
+        q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
+        steps = torch.arange(k.shape[1], device=q.device)
+        k = _rotated(k, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
+    if k is not None and v is not None:
+        new = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+        sequences = torch.arange(B, dtype=torch.int32, device=q.device).repeat_interleave(len(new))
+        positions = (lens[:, None] + new).flatten()
+        append_kv_(k_cache, v_cache, k.flatten(0, 1), v.flatten(0, 1), table, sequences, positions)
+        lens = lens + len(new)
+    elif (k is None) != (v is None):
+        raise ValueError("k and v must be given together")
+    options: dict[str, Any] = {
+        "scale": softmax_scale,
+        "window": left if left >= 0 else None,
+        "softcap": softcap or None,
+    }
+    if not causal and S > 1:  # every query sees all keys: as the only one of a sequence of its own
+        table, lens = table.repeat_interleave(S, 0), lens.repeat_interleave(S)
+        alone = q.reshape(B * S, 1, *q.shape[2:])
+        out, lse = paged_attention(alone, k_cache, v_cache, table, lens, **options, return_lse=True)
+        out, lse = out.view(B, S, *out.shape[2:]), lse.view(B, S, -1).transpose(1, 2)
+    elif S <= MAX_DECODE_QUERIES:
+        out, lse = paged_attention(q, k_cache, v_cache, table, lens, **options, return_lse=True)
+    else:
+        cu = torch.arange(B + 1, dtype=torch.int32, device=q.device) * S
+        args = q.reshape(B * S, *q.shape[2:]), k_cache, v_cache, table, lens, cu
+        out, lse = paged_prefill(*args, max_seqlen_q=S, **options, return_lse=True)
+        out, lse = out.view(B, S, *out.shape[1:]), lse.view(-1, B, S).transpose(0, 1)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _pages(B: int, cache_batch_idx: Tensor | None, device: torch.device) -> Tensor:
+    """A cache without pages is one page a sequence."""
+    if cache_batch_idx is None:
+        return torch.arange(B, dtype=torch.int32, device=device)[:, None]
+    return cache_batch_idx.to(torch.int32)[:, None]
+
+
+def _lengths(cache_seqlens: int | Tensor | None, B: int, most: int, device: torch.device) -> Tensor:
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens.to(torch.int32)
+    return torch.full((B,), most if cache_seqlens is None else cache_seqlens, dtype=torch.int32, device=device)
+
+
+def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor, interleaved: bool) -> Tensor:
+    half = cos.shape[-1]
+    cos, sin = (t[positions_BS.long()][:, :, None].float() for t in (cos, sin))
+    turned, rest = x_BSHD[..., : 2 * half], x_BSHD[..., 2 * half :]
+    pairs = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    a, b = (t.float() for t in pairs)
+    a, b = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((turned.to(x_BSHD.dtype), rest), -1)
 
 
 def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float) -> tuple:

@@ -1,10 +1,16 @@
 // Lines, Bloom filters and MinHash for cs336.data.dedup.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <optional>
+#include <system_error>
 
 #include "cpu/text/bloom.h"
 #include "cpu/text/lines.h"
 #include "cpu/text/minhash.h"
+#include "cpu/text/packing.h"
 #include "cpu/text/shingles.h"
 #include "text_data_bindings.h"
 #include "text_strings.h"
@@ -69,12 +75,48 @@ auto with_bytes(const py::buffer& buffer, Work&& work) {
   return work(view_of(info));
 }
 
-// One flag a line.
-uint8_t* flags_for(Flags& flags, std::string_view text) {
-  const size_t lines = count_lines(text);
-  if (static_cast<size_t>(flags.size()) == lines) return flags.mutable_data();
-  throw std::invalid_argument("expected " + std::to_string(lines) + " flags, one a line, got " +
-                              std::to_string(flags.size()));
+template <class T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::tuple packed(const py::array_t<uint32_t, py::array::c_style>& lengths, uint32_t capacity) {
+  const std::span all(lengths.data(), static_cast<size_t>(lengths.size()));
+  Packing packing;
+  {
+    const Unlocked unlocked;
+    packing = best_fit(all, capacity);
+  }
+  return py::make_tuple(array_of(packing.items), array_of(packing.ends));
+}
+
+void write_all(int file, std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::write(file, bytes.data(), bytes.size());
+    if (written < 0 && errno != EINTR) throw std::system_error(errno, std::generic_category());
+    bytes.remove_prefix(static_cast<size_t>(std::max<ssize_t>(written, 0)));
+  }
+}
+
+// (lines, how many were dropped). drop: one flag a line, or None. file: a descriptor that gets what stays, or None.
+py::tuple drop_repeated(LineDedup& dedup, const py::buffer& buffer, bool first, std::optional<Flags> drop,
+                        std::optional<int> file) {
+  const py::buffer_info info = buffer.request();
+  const std::string_view text = view_of(info);
+  if (drop && static_cast<size_t>(drop->size()) != count_lines(text)) throw py::value_error("expected one flag a line");
+  uint8_t* flags = drop ? drop->mutable_data() : nullptr;
+  LineDedup::Write write;
+  if (file) write = [&](std::string_view kept) { write_all(*file, kept); };
+  LineDedup::Report report;
+  try {
+    const Unlocked unlocked;
+    report = dedup.drop_repeated(text, first, flags, write);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+  return py::make_tuple(report.lines, report.dropped);
 }
 
 }  // namespace
@@ -87,34 +129,21 @@ void bind_dedup(py::module_& m) {
   m.def("jaccard", &jaccard_of, py::arg("a"), py::arg("b"));
   m.def("normalize", &normalized, py::arg("text"));
 
-  py::class_<LineCounts>(m, "LineCounts")
-      .def(py::init<uint64_t, uint64_t>(), py::arg("part"), py::arg("parts"))
+  py::class_<LineDedup>(m, "LineDedup")
+      .def(py::init<uint64_t, uint64_t, size_t>(), py::arg("part"), py::arg("parts"), py::arg("num_threads"))
       .def(
-          "add", [](LineCounts& c, const py::buffer& b) { with_bytes(b, [&](auto text) { c.add(text); }); },
+          "count",
+          [](LineDedup& dedup, const py::buffer& buffer) {
+            const py::buffer_info info = buffer.request();
+            const Unlocked unlocked;
+            dedup.count(view_of(info));
+          },
           py::arg("text"))
-      .def("distinct", &LineCounts::distinct)
-      .def(
-          "mark_repeated",
-          [](const LineCounts& counts, const py::buffer& buffer, Flags flags) {
-            const py::buffer_info info = buffer.request();
-            counts.mark_repeated(view_of(info), flags_for(flags, view_of(info)));
-          },
-          py::arg("text"), py::arg("drop").noconvert())
-      .def(
-          "mark_seen",
-          [](LineCounts& counts, const py::buffer& buffer, Flags flags) {
-            const py::buffer_info info = buffer.request();
-            counts.mark_seen(view_of(info), flags_for(flags, view_of(info)));
-          },
-          py::arg("text"), py::arg("drop").noconvert());
+      .def("drop_repeated", &drop_repeated, py::arg("text"), py::arg("first"), py::arg("drop").noconvert(),
+           py::arg("file"));
   m.def("count_lines", [](const py::buffer& buffer) { return with_bytes(buffer, count_lines); }, py::arg("text"));
-  m.def(
-      "keep_lines",
-      [](const py::buffer& buffer, Flags drop) {
-        const py::buffer_info info = buffer.request();
-        return py::bytes(keep_lines(view_of(info), flags_for(drop, view_of(info))));
-      },
-      py::arg("text"), py::arg("drop"));
+  m.def("best_fit", &packed, py::arg("lengths"), py::arg("capacity"),
+        "(items in the order of the bins, where each bin ends).");
 
   py::class_<BloomFilter>(m, "BloomFilter")
       .def(py::init<uint64_t, double>(), py::arg("capacity"), py::arg("error"))

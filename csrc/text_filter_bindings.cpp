@@ -1,6 +1,11 @@
 // Counts of the quality rules for cs336.data.filter.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "cpu/text/ngram_index.h"
+#include "cpu/text/ngram_model.h"
+#include "cpu/text/parallel.h"
+#include "cpu/text/phrases.h"
 #include "cpu/text/rules.h"
 #include "cpu/text/words.h"
 #include "text_data_bindings.h"
@@ -87,6 +92,76 @@ std::vector<py::str> words_of(py::handle object) {
   return all;
 }
 
+py::object find_ngram(const NgramIndex& index, py::handle text) {
+  const auto match = counted(text, [&](std::string_view view) { return index.find(view); });
+  if (!match) return py::none();
+  return py::make_tuple(match->count, match->item, str_of(match->ngram));
+}
+
+py::tuple find_phrase(const Phrases& phrases, py::handle text, size_t most) {
+  const Phrases::Found found = counted(text, [&](std::string_view view) { return phrases.find(view, most); });
+  return py::make_tuple(found.count, found.count == 0 ? py::object(py::none()) : py::int_(found.first));
+}
+
+void add_texts(NgramModel& model, const py::list& texts) {
+  const Texts all(texts);
+  const Unlocked unlocked;
+  Utf8 utf8;
+  for (const RawText& raw : all.raws()) model.add(utf8.assign({&raw, 1})[0]);
+}
+
+// (N,) natural logarithms of probabilities, (N,) units.
+py::tuple score_texts(const NgramModel& model, const py::list& texts, size_t num_threads) {
+  const Texts all(texts);
+  py::array_t<double> logs(static_cast<py::ssize_t>(all.raws().size()));
+  py::array_t<uint64_t> units(static_cast<py::ssize_t>(all.raws().size()));
+  double* log = logs.mutable_data();
+  uint64_t* unit = units.mutable_data();
+  const std::vector<size_t> ends = all.groups(1 << 16);
+  {
+    const Unlocked unlocked;
+    parallel_for(ends.size(), num_threads, [&](size_t g, size_t) {
+      Utf8 utf8;
+      for (size_t i = g == 0 ? 0 : ends[g - 1]; i < ends[g]; ++i) {
+        const NgramModel::Score score = model.score(utf8.assign(all.raws().subspan(i, 1))[0]);
+        log[i] = score.log_probability;
+        unit[i] = score.units;
+      }
+    });
+  }
+  return py::make_tuple(logs, units);
+}
+
+// (N,) keys, (N, 3) counts, sums and distinct; (2 n,) how many n-grams of each order were counted once and twice.
+py::tuple ngram_state(const NgramModel& model) {
+  const std::vector<NgramModel::Entry> entries = model.entries();
+  py::array_t<uint64_t> keys(static_cast<py::ssize_t>(entries.size()));
+  py::array_t<uint32_t> counts({entries.size(), size_t{3}});
+  uint32_t* count = counts.mutable_data();
+  for (size_t i = 0; i < entries.size(); ++i) {
+    keys.mutable_data()[i] = entries[i].key;
+    *count++ = entries[i].count;
+    *count++ = entries[i].sum;
+    *count++ = entries[i].distinct;
+  }
+  return py::make_tuple(keys, counts,
+                        py::array_t<uint64_t>(static_cast<py::ssize_t>(model.few().size()), model.few().data()));
+}
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void restore_ngrams(NgramModel& model, const Array<uint64_t>& keys, const Array<uint32_t>& counts,
+                    const Array<uint64_t>& few) {
+  if (counts.size() != keys.size() * 3) throw py::value_error("expected three counts a key");
+  std::vector<NgramModel::Entry> entries;
+  for (py::ssize_t i = 0; i < keys.size(); ++i) {
+    const uint32_t* count = counts.data() + i * 3;
+    entries.push_back({keys.data()[i], count[0], count[1], count[2]});
+  }
+  model.restore(entries, {few.data(), static_cast<size_t>(few.size())});
+}
+
 }  // namespace
 
 void bind_filter(py::module_& m) {
@@ -94,6 +169,26 @@ void bind_filter(py::module_& m) {
   m.def("gopher_repetition_counts", &gopher_repetition, py::arg("text"));
   m.def("fineweb_counts", &fineweb, py::arg("text"));
   m.def("c4_counts", &c4, py::arg("text"));
+  py::class_<NgramIndex>(m, "NgramIndex")
+      .def(py::init<size_t>(), py::arg("n"))
+      .def(
+          "add", [](NgramIndex& index, py::handle text, uint32_t item) { return index.add(Text(text).view(), item); },
+          py::arg("text"), py::arg("item"))
+      .def("find", &find_ngram, py::arg("text"), "(how many n-grams, item of the first, that n-gram) or None.")
+      .def("__len__", &NgramIndex::size);
+  py::class_<NgramModel>(m, "NgramModel")
+      .def(py::init([](size_t order, bool words) { return NgramModel(order, words ? Unit::kWord : Unit::kChar); }),
+           py::arg("order"), py::arg("words"))
+      .def("add", &add_texts, py::arg("texts"))
+      .def("score", &score_texts, py::arg("texts"), py::arg("num_threads"))
+      .def("state", &ngram_state)
+      .def("restore", &restore_ngrams, py::arg("keys"), py::arg("counts"), py::arg("few"))
+      .def("__len__", &NgramModel::size);
+  py::class_<Phrases>(m, "Phrases")
+      .def(py::init(
+               [](const std::vector<std::string>& phrases, bool whole_words) { return Phrases(phrases, whole_words); }),
+           py::arg("phrases"), py::arg("whole_words"))
+      .def("find", &find_phrase, py::arg("text"), py::arg("most"), "(how many, index of the first or None).");
   m.def("rule_words", &words_of, py::arg("text"), "The words that the rules count.");
 }
 

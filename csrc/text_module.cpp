@@ -66,15 +66,6 @@ Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
   });
 }
 
-// Without the GIL, and asking for signals all the same: Python acts on them in the main thread alone.
-class Unlocked {
-  py::gil_scoped_release release_;
-  Interrupt interrupt_{[] {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }};
-};
-
 // A list to be filled with PyList_SET_ITEM.
 py::list list_of(size_t size) {
   py::list list(size);

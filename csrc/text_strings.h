@@ -1,4 +1,4 @@
-// Python's strings as UTF-8, and back.
+// Python's strings as UTF-8, and back; work without the GIL.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -8,11 +8,21 @@
 #include <vector>
 
 #include "cpu/text/huge_pages.h"
+#include "cpu/text/interrupt.h"
 #include "cpu/text/utf8.h"
 
 namespace cs336::text {
 
 namespace py = pybind11;
+
+// Without the GIL, and asking for signals all the same: Python acts on them in the main thread alone.
+class Unlocked {
+  py::gil_scoped_release release_;
+  Interrupt interrupt_{[] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }};
+};
 
 // A str or bytes of Python's that somebody keeps: what is needed to read it without the GIL.
 struct RawText {

@@ -1,41 +1,44 @@
-"""A few training steps for Nsight Systems: warm ones first, then the ones to look at, between profiler start and stop.
+"""A few training steps to look at, after warm ones: for Nsight Systems, or as a trace that torch.profiler writes.
 
-python -m profiling.step 124M --batch 32 --steps 5
+    python -m profiling.step 124M --trace step.json     open in https://ui.perfetto.dev; any device
+    profiling/nsys.sh step 124M                         runs this script under Nsight Systems
+    profiling/nsys.sh step 124M --optimizer muon
+
+Both have the ranges step, forward, backward and optimizer.
 """
 
 import argparse
 import pathlib
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.end_to_end.bench_train import MODELS
-from cs336.training import DataConfig, TrainConfig
-from cs336.training.learner import Learner
-from cs336.utils import nvtx
+from profiling.steps import Steps, add_options
 
 WARM_UP = 5  # steps: compile, allocate, settle
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m profiling.step", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="124M", choices=MODELS, help=", ".join(MODELS))
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    add_options(parser)
     parser.add_argument("--steps", type=int, default=5, help="to look at (%(default)s)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("Nsight Systems would see no GPU here: torch sees none")
-    model, nowhere = MODELS[options.model], pathlib.Path("unused")  # a Learner reads and writes no files
-    learner = Learner(TrainConfig(nowhere, DataConfig(nowhere), model, batch_size=options.batch))
-    shape = (options.batch, model.context_length)
-    x_BT, y_BT = (torch.randint(model.vocab_size, shape, device=learner.device) for _ in range(2))
-    for step in range(WARM_UP + options.steps):
-        if step == WARM_UP:
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-        with nvtx.annotate("step"):
-            learner.update((x_BT, y_BT), lr=1e-4)
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="write a Chrome trace; without it, Nsight")
+    options = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and options.trace is None:
+        raise SystemExit("Nsight Systems would see no GPU here: torch sees none. --trace FILE works on a CPU too")
+    steps = Steps.of(options)
+    steps.make(WARM_UP)
+    if options.trace is None:
+        torch.cuda.profiler.start()
+        steps.make(options.steps)
+        torch.cuda.profiler.stop()
+        return
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=True) as found:
+        steps.make(options.steps)
+    found.export_chrome_trace(str(options.trace))
+    print(f"{options.trace}: {options.steps} steps; open it in https://ui.perfetto.dev")
 
 
 if __name__ == "__main__":

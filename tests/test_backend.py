@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 import cs336
 from cs336 import ops
 from cs336.backend import REPLACEMENTS, Backend
+from cs336.ops import registry, torch_cross_entropy
+from cs336.ops.dispatch import has_kernel
 
 BF16 = torch.bfloat16
 
@@ -193,3 +195,61 @@ def test_a_gradient_of_a_gradient(device, calls):
             got = penalty()
         assert calls.pop()
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
+class TestCrossEntropy:
+    """Where a kernel runs: on a GPU, or interpreted."""
+
+    @pytest.fixture(autouse=True)
+    def _kernel(self, device):
+        variant = None if device == "cuda" else "triton"
+        with registry.use(variant):
+            if not has_kernel("cross_entropy_fwd", torch.zeros(1, 2, device=device)):
+                pytest.skip("no kernel runs here")
+            yield
+
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        names, op = [], torch_cross_entropy.cross_entropy
+        monkeypatch.setattr(torch_cross_entropy, "cross_entropy", lambda *a, **k: (names.append(1), op(*a, **k))[1])
+        return names
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16])
+    @pytest.mark.parametrize(
+        "options", [{}, {"reduction": "sum", "ignore_index": 3}, {"reduction": "none", "label_smoothing": 0.1}]
+    )
+    def test_gives_what_torch_gives(self, device, ran, dtype, options):
+        logits = torch.randn(6, 11, device=device, dtype=dtype, requires_grad=True)
+        targets = torch.tensor([3, 1, 4, 1, 5, 10], device=device)
+        want = F.cross_entropy(logits, targets, **options)
+        with Backend():
+            got = F.cross_entropy(logits, targets, **options)
+        assert len(ran) == 1
+        tolerance = {"rtol": 2e-2, "atol": 4e-3} if dtype == BF16 else {}  # torch's rounds its log-probabilities
+        torch.testing.assert_close(got, want, **tolerance)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), logits)[0] for y in (got, want)), **tolerance)
+
+    def test_autocast(self, device, ran):
+        logits, targets = torch.randn(6, 11, device=device, dtype=BF16), torch.arange(6, device=device)
+        with torch.autocast(device, BF16):
+            want = F.cross_entropy(logits, targets)
+            with Backend():
+                torch.testing.assert_close(F.cross_entropy(logits, targets), want)
+        assert ran
+
+    def test_the_rest_goes_to_torch(self, device, ran):
+        z, t = torch.randn(4, 5, 3, device=device), torch.zeros(4, 3, dtype=torch.long, device=device)
+        for case in (
+            lambda: F.cross_entropy(z, t),
+            lambda: F.cross_entropy(z[..., 0], z[..., 0].softmax(-1)),
+            lambda: F.cross_entropy(z[..., 0], t[:, 0], weight=z[0, :, 0].abs()),
+            lambda: F.cross_entropy(z[0, :, 0], t[0, 0]),
+            lambda: F.cross_entropy(z[..., 0].double(), t[:, 0]),
+        ):
+            want = case()
+            with Backend():
+                assert torch.equal(case(), want)
+        assert not ran
+        with Backend():
+            assert F.cross_entropy(z[..., 0], t[:, 0] - 100).isnan()  # a mean of nothing, as torch's

@@ -13,7 +13,7 @@ import textwrap
 
 import pytest
 
-from cs336.cli import TOKENIZER_VERBS, VERBS, main
+from cs336.cli import DATA_VERBS, TOKENIZER_VERBS, VERBS, main
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
@@ -84,6 +84,12 @@ def test_help_of_each_verb(verb, capsys):
 def test_help_of_each_tokenizer_verb(verb, capsys):
     shown = help_of(["tokenizer", verb], capsys)
     assert TOKENIZER_VERBS[verb].__doc__.split("\n")[0] in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("verb", DATA_VERBS)
+def test_help_of_each_data_verb(verb, capsys):
+    shown = help_of(["data", verb], capsys)
+    assert DATA_VERBS[verb].__doc__.split("\n")[0] in " ".join(shown.split())
 
 
 def test_readme_names_every_verb():

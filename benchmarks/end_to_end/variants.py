@@ -7,9 +7,13 @@ from cs336.nn import (
     AlibiConfig,
     AttentionConfig,
     GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
     LayerNormConfig,
+    LinearAttentionConfig,
     LinearScaling,
     Llama3Scaling,
+    Mamba2Config,
     MLPConfig,
     MoEConfig,
     NoPositionsConfig,
@@ -27,7 +31,7 @@ def model(*layers: BlockConfig, **options: Any) -> TransformerConfig:
     return TransformerConfig(**SHAPE | options, layers=layers)
 
 
-def block(mixer: AttentionConfig = ATTENTION, **options: Any) -> TransformerConfig:
+def block(mixer: Any = ATTENTION, **options: Any) -> TransformerConfig:
     return model(BlockConfig(mixer, **options))
 
 
@@ -78,3 +82,16 @@ EXPERTS = {
     "MoE among others": model(BlockConfig(ATTENTION), BlockConfig(ATTENTION, MoEConfig(4, 1, 40), parallel=True)),
 }
 VARIANTS = MLPS | NORMS | POSITIONS | BOUNDS | EXPERTS | {"dropout": DROPOUT}
+
+MIXERS = {
+    "sliding window": block(AttentionConfig(4, 2, window=8)),
+    "multi-query": block(AttentionConfig(4, 1)),
+    "latent attention": block(LatentAttentionConfig(4, 12, 8, 4)),
+    "linear attention": block(LinearAttentionConfig(4, decay="none", conv_size=None)),
+    "retention": block(LinearAttentionConfig(4, decay="head")),
+    "gated linear attention": block(LinearAttentionConfig(4)),
+    "delta rule": block(LinearAttentionConfig(4, decay="none", delta=True)),
+    "gated delta rule": block(LinearAttentionConfig(4, delta=True)),
+    "Mamba-2": block(Mamba2Config(8, 16)),
+    "Hyena": block(HyenaConfig(32, 16)),
+}

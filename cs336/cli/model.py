@@ -1,4 +1,4 @@
-"""What is done with a trained model: `cs336 generate`, `evaluate`, `compare-hf`, `report`."""
+"""What is done with a model: `cs336 generate`, `evaluate`, `compare-hf`, `report`, `model info`."""
 
 import itertools
 import sys
@@ -129,6 +129,38 @@ def compare_hf(arguments: list[str]) -> Run:
         print(compare_huggingface(find_model(model), read, device, dtype=getattr(torch, dtype), new_tokens=new_tokens))
 
     return run
+
+
+def info(
+    model: Positional[Path],
+    batch_size: int = 1,
+    device: str = "auto",
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:
+    """What each layer of a model takes: parameters, FLOPs, activation and state bytes, and the roofline of a forward
+    pass over batch_size sequences of its whole context on a device.
+
+    Args:
+        model: a TOML file with [model] or its fields, a GGUF file, an export, a checkpoint or a run directory.
+        batch_size: sequences of the forward pass whose time is told.
+        device: auto (a GPU if there is one), cpu, cuda. Its FLOP/s and bandwidth are the roofs.
+        dtype: of the weights, the activations and the state.
+    """
+    import torch
+
+    from cs336.inference.load import read_config
+    from cs336.models.info import table
+    from cs336.utils.device import peak_bandwidth, peak_flops, pick
+
+    config, kind = read_config(model), getattr(torch, dtype)
+    where = pick(device)
+    flops, bandwidth = peak_flops(where, kind), peak_bandwidth(where)
+    print(table(config, width=kind.itemsize, batch_size=batch_size, peak_flops=flops, bandwidth=bandwidth))
+    shape = f"{batch_size} x {config.context_length:,} tokens in {dtype}"
+    if flops and bandwidth:
+        print(f"forward of {shape} on {where}: roofs {flops / 1e12:,.2f} TFLOP/s, {bandwidth / 1e9:,.1f} GB/s")
+    else:
+        print(f"forward of {shape}; the roofs of {where} are not known here")
 
 
 def report(arguments: list[str]) -> Run:

@@ -9,10 +9,10 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import scaling, tokenizer
+from cs336.cli import data, data_classifier, scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import compare_hf, evaluate, generate, report
+from cs336.cli.model import compare_hf, evaluate, generate, info, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
@@ -40,7 +40,10 @@ TOKENIZER_VERBS: dict[str, Run] = {
     "convert": tokenizer.convert,
     "compare": tokenizer.compare,
 }
+MODEL_VERBS: dict[str, Run] = {"info": info}
+DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,14 +87,22 @@ def _run(arguments: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
+    groups = {}
     for group, verbs, help in (
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
+        ("model", MODEL_VERBS, "What a model is made of."),
+        ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
     ):
-        nested = tyro.extras.SubcommandApp()
+        nested = groups[group] = tyro.extras.SubcommandApp()
         for name, run in verbs.items():
             nested.command(name=name)(run)
         app.command(nested, name=group, help=help)
+    classifier = tyro.extras.SubcommandApp()
+    for name, run in CLASSIFIER_VERBS.items():
+        classifier.command(name=name)(run)
+    help = "Train and apply linear n-gram classifiers of documents."
+    groups["data"].command(classifier, name="classifier", help=help)
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

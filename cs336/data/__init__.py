@@ -23,8 +23,10 @@ from cs336.utils.shards import read_shard as read_shard
 from cs336.utils.shards import write_shard as write_shard
 
 if TYPE_CHECKING:
+    from cs336.data.build.job import Build as Build
     from cs336.data.dataset import TokenDataset as TokenDataset
     from cs336.data.dataset import get_batch as get_batch
+    from cs336.data.decontaminate import Decontaminator as Decontaminator
     from cs336.data.dedup.bloom import BloomFilter as BloomFilter
     from cs336.data.dedup.lines import dedup_documents as dedup_documents
     from cs336.data.dedup.lines import dedup_lines as dedup_lines
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from cs336.data.dedup.minhash import near_duplicates as near_duplicates
     from cs336.data.extract.html import html_to_text as html_to_text
     from cs336.data.extract.pdf import pdf_to_text as pdf_to_text
+    from cs336.data.filter.classifier import Classifier as Classifier
     from cs336.data.filter.language import identify_language as identify_language
+    from cs336.data.filter.perplexity import NgramModel as NgramModel
     from cs336.data.filter.pii import mask_cards as mask_cards
     from cs336.data.filter.pii import mask_emails as mask_emails
     from cs336.data.filter.pii import mask_ip_addresses as mask_ip_addresses
@@ -44,12 +48,24 @@ if TYPE_CHECKING:
     from cs336.data.filter.rules import gopher_quality as gopher_quality
     from cs336.data.filter.rules import gopher_repetition as gopher_repetition
     from cs336.data.loader import TokenLoader as TokenLoader
+    from cs336.data.mix import MixSource as MixSource
+    from cs336.data.mix import mix_documents as mix_documents
+    from cs336.data.pack import pack_shards as pack_shards
+    from cs336.data.pack import shuffle_shards as shuffle_shards
+    from cs336.data.recipe import Recipe as Recipe
 
 _NAMES = {
+    "build.job": ["Build"],
+    "recipe": ["Recipe"],
     "dataset": ["TokenDataset", "get_batch"],
     "loader": ["TokenLoader"],
     "extract.html": ["html_to_text"],
     "extract.pdf": ["pdf_to_text"],
+    "decontaminate": ["Decontaminator"],
+    "filter.classifier": ["Classifier"],
+    "filter.perplexity": ["NgramModel"],
+    "mix": ["MixSource", "mix_documents"],
+    "pack": ["pack_shards", "shuffle_shards"],
     "filter.language": ["identify_language"],
     "filter.pii": ["mask_cards", "mask_emails", "mask_ip_addresses", "mask_phone_numbers", "mask_secrets"],
     "filter.rules": ["c4_quality", "fineweb_quality", "gopher_quality", "gopher_repetition"],

@@ -92,8 +92,8 @@ def tokenize_corpus(
             if not meta.documents:
                 raise ValueError(
                     f"no {name} document: {train.documents + val.documents} documents in all, of which a "
-                    f"fraction {val_fraction} is held out; give more documents, another fraction, or 0 to "
-                    "`cs336 tokenizer encode --val-fraction` for one directory of shards"
+                    f"fraction {val_fraction} is held out; give more documents, another fraction, or 0 for one "
+                    "directory of shards (--val-fraction of `cs336 tokenizer encode`, val_fraction of a recipe)"
                 )
     return writers["train"].meta, writers["val"].meta
 

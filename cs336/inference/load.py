@@ -5,21 +5,26 @@ import pathlib
 
 import torch
 
-from cs336.models import Transformer, TransformerConfig, from_pretrained
+from cs336.models import Transformer, TransformerConfig, from_gguf, from_pretrained, tokenizer_from_gguf
+from cs336.models.gguf.model import config_of_gguf
 from cs336.tokenizer import Tokenizer, convert
 from cs336.training import TrainConfig, load_checkpoint
 from cs336.training.checkpoint import STATE, read_model_config
 from cs336.training.weights import find_model as find_model
+from cs336.training.weights import model_config
+from cs336.utils.config import parse, read_table
 from cs336.utils.device import pick
 
 
 def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
-    """The model at `path`, an export or a checkpoint, for inference.
+    """The model at `path`, an export, a checkpoint or a GGUF file, for inference.
 
     device: "auto" is a GPU if there is one. dtype: of the weights; as they are stored if None.
     Raises FileNotFoundError where a file is missing, ValueError for damaged files.
     """
     path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        return from_gguf(path, pick(device), dtype)
     if not ((path / STATE).exists() or path.is_file()):
         return from_pretrained(path, pick(device), dtype).eval()
     config = read_model_config(path, TransformerConfig)
@@ -33,6 +38,24 @@ def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype
     model = Transformer(config, device=pick(device))
     load_checkpoint(path, model)
     return model.to(dtype).eval()
+
+
+def read_config(path: str | os.PathLike) -> TransformerConfig:
+    """The configuration of a model, without its weights where these need not be read.
+
+    path: a TOML file, of a run or of a model's fields alone; or what `load_model` and `find_model` take.
+    Raises FileNotFoundError where there is none, ValueError for one that does not fit.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".toml":
+        table = read_table(path)
+        try:
+            return parse(TransformerConfig, table.get("model", table))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if path.suffix == ".gguf":
+        return config_of_gguf(path)
+    return model_config(path)
 
 
 def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
@@ -53,4 +76,6 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises FileNotFoundError where there is none, ValueError for one that does what a Tokenizer does not.
     """
+    if pathlib.Path(path).suffix == ".gguf":
+        return tokenizer_from_gguf(path)
     return convert.load(find_tokenizer(path))

@@ -3,6 +3,8 @@
 from cs336.models.block import BlockConfig as BlockConfig
 from cs336.models.block import TransformerBlock as TransformerBlock
 from cs336.models.config import TransformerConfig as TransformerConfig
+from cs336.models.gguf import from_gguf as from_gguf
+from cs336.models.gguf import tokenizer_from_gguf as tokenizer_from_gguf
 from cs336.models.huggingface import from_pretrained as from_pretrained
 from cs336.models.huggingface import save_pretrained as save_pretrained
 from cs336.models.memory import Memory as Memory

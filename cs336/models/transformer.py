@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
@@ -93,9 +94,11 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         state: DecodingState | PagedState | None = None,
+        targets: Tensor | None = None,
+        ignore_index: int = -100,
         return_routing: bool = False,
     ) -> Any:
-        """Logits (B, S, V) of the next token after each.
+        """Logits (B, S, V) of the next token after each; with targets the sum of their cross-entropy.
 
         Args:
             token_ids_BS: (B, S) int64 or int32 in [0, vocab_size).
@@ -104,15 +107,25 @@ class Transformer(nn.Module):
             segments: (B, S) integers. Each run of equal ones is a document that sees no other. With a state the row
                 is one document, and a negative segment marks padding on the right, which the state does not count.
             state: the tokens before these, of which these become part.
-            return_routing: return (logits, Routing) of a model with mixtures of experts: what their routers add to a
-                loss, and the load of the experts. (logits, None) of another.
+            targets: (B, S) int64 or int32, each in [0, vocab_size) or ignore_index, which counts for nothing. The
+                logits are then never kept whole: see ops.linear_cross_entropy.
+            return_routing: return (logits or sum, Routing) of a model with mixtures of experts: what their routers add
+                to a loss, and the load of the experts. (logits or sum, None) of another.
 
-        Returns the weights' dtype, or autocast's; at least float32 with a soft-cap.
+        Returns the weights' dtype, or autocast's; at least float32 with a soft-cap. The sum is a float32 scalar.
         Raises ValueError for a shape or dtype that does not fit, or past context_length.
         """
         stream = self._layers(token_ids_BS, positions, segments, state)
-        logits_BSV = self.logits(self._normed(stream))
-        return (logits_BSV, stream.routing) if return_routing else logits_BSV
+        features_BSM = self._normed(stream)
+        if targets is None:
+            out = self.logits(features_BSM)
+        else:
+            head = self.embedding if self.head is None else self.head
+            out = ops.linear_cross_entropy(
+                features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
+                reduction="sum",
+            )  # fmt: skip
+        return (out, stream.routing) if return_routing else out
 
     def features(
         self,

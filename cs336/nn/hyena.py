@@ -10,7 +10,7 @@ B = batch, S = tokens, M = d_model, L = lags, F = features.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,11 @@ class Hyena(nn.Module):
         """Room for the products of max_len tokens, or of as many as the filter reaches; device and dtype are the
         weights' if None."""
         weight = self.in_proj.weight
-        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        place: dict[str, Any] = {
+            "rollback": rollback,
+            "device": device or weight.device,
+            "dtype": dtype or weight.dtype,
+        }
         size = min(max_len, self.config.filter_length)
         products = Recent.allocate(batch_size, size, (self.d_model,), **place)
         with torch.no_grad():

@@ -11,8 +11,9 @@ B = batch, S = tokens, M = d_model, H = heads, K = features of a key, V = of a v
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class LinearAttention(nn.Module):
         self.k_proj = Linear(d_model, H * K, **place)
         self.v_proj = Linear(d_model, H * V, **place)
         size = config.conv_size
-        self.conv1d = None if size is None else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
+        self.conv1d = None if size == 0 else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
         self.b_proj = Linear(d_model, H, **place) if config.delta else None
         self.a_proj = self.A_log = self.dt_bias = None
         if config.decay == "token":
@@ -71,7 +72,11 @@ class LinearAttention(nn.Module):
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
         weight, config = self.q_proj.weight, self.config
-        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        place: dict[str, Any] = {
+            "rollback": rollback,
+            "device": device or weight.device,
+            "dtype": dtype or weight.dtype,
+        }
         sizes = config.num_heads, config.key_size(self.d_model), config.value_size(self.d_model)
         memory = Snapshots.allocate(batch_size, *sizes, **place)
         return RecurrentState(memory, None if self.conv1d is None else self.conv1d.new_state(batch_size, **place))
@@ -90,7 +95,7 @@ class LinearAttention(nn.Module):
             x.unflatten(-1, (H, -1)).transpose(1, 2) for x in F.silu(qkv).split((keys, keys, values), -1)
         )  # (B, H, S, K or V)
         tokens = {"q": q, "k": k, "v": v}
-        op = ops.linear_attention
+        op: Callable = ops.linear_attention
         if self.b_proj is not None:
             op = ops.gated_delta_rule
             tokens |= {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1)}
@@ -110,7 +115,9 @@ class LinearAttention(nn.Module):
             head_H = torch.arange(H, device=x_BSM.device, dtype=torch.float64)
             g_H = torch.log1p(-torch.exp2(-5 - head_H)).to(torch.promote_types(x_BSM.dtype, torch.float32))
             return g_H[None, :, None].expand(B, H, S)
-        dt_BSH = F.softplus(_wide(self.a_proj(x_BSM)) + _wide(self.dt_bias))
+        # softplus(a) = log(exp(a) + exp(0)): F.softplus's own backward is compiled for strides that it does not have.
+        a_BSH = _wide(self.a_proj(x_BSM)) + _wide(self.dt_bias)
+        dt_BSH = torch.logaddexp(a_BSH, torch.zeros_like(self.dt_bias, dtype=a_BSH.dtype))
         return (-torch.exp(_wide(self.A_log)) * dt_BSH).transpose(1, 2)
 
 
@@ -131,16 +138,18 @@ class LinearAttentionConfig:
     """How the state fades: not at all, at a pace of each head's (arXiv:2307.08621), or as the token says."""
     delta: bool = False
     """Replace what the state holds under a key instead of adding to it (arXiv:2406.06484)."""
-    conv_size: int | None = 4
-    """Taps of the causal convolution over queries, keys and values. None: no convolution."""
+    conv_size: int = 4
+    """Taps of the causal convolution over queries, keys and values. 0: no convolution."""
     kind: Literal["linear_attention"] = "linear_attention"
     takes_positions: ClassVar[tuple[str, ...]] = ("none",)
 
     def __post_init__(self):
         check_counts(num_heads=self.num_heads)
-        check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim, conv_size=self.conv_size)
+        check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim)
+        if self.conv_size != 0:
+            check_counts(conv_size=self.conv_size)
         if self.conv_size == 1:
-            raise ValueError("conv_size must be 2 or more, a convolution of 1 sees no other token; or leave it out")
+            raise ValueError("conv_size must be 2 or more, a convolution of 1 sees no other token, or 0 for none")
 
     def key_size(self, d_model: int) -> int:
         """Raises ValueError where d_model is not a multiple of num_heads."""
@@ -165,7 +174,7 @@ class LinearAttentionConfig:
 
     def num_parameters(self, d_model: int) -> int:
         H, V = self.num_heads, self.value_size(d_model)
-        conv = (self.conv_size or 0) * self._channels(d_model)
+        conv = self.conv_size * self._channels(d_model)
         return self._matrices(d_model) + conv + (2 * H if self.decay == "token" else 0) + V
 
     def flops(self, d_model: int, context_length: int) -> int:
@@ -181,7 +190,7 @@ class LinearAttentionConfig:
         gate before and after silu, and their product; in float32 what makes the decay and beta, and the norm's rstd.
         The recurrence is computed again."""
         H, K, V, channels = self.num_heads, self.key_size(d_model), self.value_size(d_model), self._channels(d_model)
-        elements = d_model + channels * (2 if self.conv_size is None else 3) + 5 * H * V
+        elements = d_model + channels * (2 if self.conv_size == 0 else 3) + 5 * H * V
         if self.delta:
             elements += 2 * H * K + 4 * H  # of length 1, and their lengths before
         stats = 3 * H * (self.decay == "token") + H * self.delta + H
@@ -191,7 +200,7 @@ class LinearAttentionConfig:
         """Of one sequence: a float32 matrix a head and token that it can go back, and the convolution's inputs, `width`
         bytes an element."""
         memory = max(width, 4) * self.num_heads * self.key_size(d_model) * self.value_size(d_model) * (rollback + 1)
-        conv = 0 if self.conv_size is None else width * self._channels(d_model) * (self.conv_size - 1 + rollback)
+        conv = 0 if self.conv_size == 0 else width * self._channels(d_model) * (self.conv_size - 1 + rollback)
         return memory + conv
 
     def _channels(self, d_model: int) -> int:

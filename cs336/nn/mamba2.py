@@ -2,7 +2,7 @@
 
     z, xBC, dt = W x        x, B, C = silu(conv(xBC))        dt = softplus(dt + dt_bias)
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
-    out = W_o norm(y * silu(z))
+    out = W_o norm(y * silu(z))                                          over the features of each group
 
 Which is linear attention with q = C, k = B and v = dt x, so that ops.linear_attention runs it. Parameter names are the
 reference implementation's. B = batch, S = tokens, M = d_model, I = inner features, H = heads, P = features of a head,
@@ -10,7 +10,7 @@ G = groups of heads that share B and C, N = features of the state.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,11 @@ class Mamba2(nn.Module):
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
         weight, config = self.in_proj.weight, self.config
-        place = {"rollback": rollback, "device": device or weight.device, "dtype": dtype or weight.dtype}
+        place: dict[str, Any] = {
+            "rollback": rollback,
+            "device": device or weight.device,
+            "dtype": dtype or weight.dtype,
+        }
         memory = Snapshots.allocate(
             batch_size, config.num_heads(self.d_model), config.state_dim, config.head_dim, **place
         )
@@ -80,7 +84,16 @@ class Mamba2(nn.Module):
         }
         o_BHSP = recur(_unscaled, tokens, context, None if state is None else state.memory)
         y_BSHP = o_BHSP.transpose(1, 2) + u_BSHP * self.D.to(u_BSI.dtype)[:, None]
-        return self.out_proj(self.norm(y_BSHP.flatten(-2) * F.silu(z_BSI)))
+        return self.out_proj(self._normed(y_BSHP.flatten(-2) * F.silu(z_BSI)))
+
+    def _normed(self, y_BSI: Tensor) -> Tensor:
+        """Each group's features by themselves."""
+        if self.config.num_groups == 1:
+            return self.norm(y_BSI)
+        y_BSGI = y_BSI.unflatten(-1, (self.config.num_groups, -1))
+        normed = ops.rms_norm(y_BSGI, y_BSI.new_ones(y_BSGI.shape[-1]), self.norm.eps)
+        assert isinstance(normed, Tensor)
+        return normed.flatten(-2) * self.norm.weight.to(y_BSI.dtype)
 
 
 def _unscaled(**tokens):
@@ -97,7 +110,7 @@ class Mamba2Config:
     expand: int = 2
     """Inner features are expand * d_model, a multiple of head_dim."""
     num_groups: int = 1
-    """Of heads that share B and C."""
+    """Of heads that share B and C; each is normed by itself."""
     conv_size: int = 4
     """Taps of the causal convolution."""
     kind: Literal["mamba2"] = "mamba2"
@@ -143,10 +156,12 @@ class Mamba2Config:
 
     def activation_bytes(self, d_model: int, width: int) -> int:
         """Kept for the backward, a token: x and what in_proj makes of it; x, B and C before silu and after; v; y,
-        silu(z), their product, and it normed; in float32 dt before and after softplus, the decay and the norm's rstd.
-        The recurrence is computed again."""
+        silu(z), their product, and it normed, with groups before its weight too; in float32 dt before and after
+        softplus, the decay and the norm's rstd. The recurrence is computed again."""
         inner, channels, H = self.inner_size(d_model), self.conv_channels(d_model), self.num_heads(d_model)
-        return width * (d_model + (inner + channels + H) + 2 * channels + 5 * inner) + 4 * (3 * H + 1)
+        inners = 5 if self.num_groups == 1 else 6
+        elements = d_model + (inner + channels + H) + 2 * channels + inners * inner
+        return width * elements + 4 * (3 * H + self.num_groups)
 
     def state_bytes(self, d_model: int, max_len: int, width: int, rollback: int = 0) -> int:
         """Of one sequence: a float32 matrix a head and token that it can go back, and the convolution's inputs, `width`

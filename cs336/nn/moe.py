@@ -183,6 +183,12 @@ def balance_experts(model: nn.Module) -> None:
         moe.load = None
 
 
+def forget_loads(model: nn.Module) -> None:
+    """After a step that is left out, in place of `balance_experts`."""
+    for moe in experts_of(model):
+        moe.load = None
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """See MoE. Raises ValueError for values that do not fit together."""

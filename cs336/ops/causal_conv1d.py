@@ -26,7 +26,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, dy_BSC):
         x_BSC, weight_CK, segments_BS = ctx.saved_tensors
         dy_BSC, S = wide(dy_BSC), x_BSC.shape[1]
-        dx_BSC, dtaps = 0, []
+        dx_BSC, dtaps = torch.zeros_like(dy_BSC), []
         for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
             part = dy_BSC[:, k:] * seen
             dx_BSC = dx_BSC + torch.nn.functional.pad(part * tap_C, (0, 0, 0, k))

@@ -7,6 +7,8 @@ probabilities are kept. N = rows, V = vocabulary. Bytes that must move, in eleme
 2NV; both at once, in place, 2NV.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -118,14 +120,22 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss_N, dlse_N, dentropy_N):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("cross_entropy is differentiable once; create_graph=True needs torch's F.cross_entropy")
         logits_NV, targets_N, lse_N, entropy_N = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            ignore_index, softcap, z_loss, label_smoothing = ctx.options
+            outs = ref.fwd(logits_NV, targets_N, ignore_index, softcap, z_loss, label_smoothing, True)
+            return _differentiable_gradient(outs, logits_NV, (dloss_N, dlse_N, dentropy_N)), None, None, None
         if dentropy_N is not None and dentropy_N.numel() != lse_N.numel():
             dentropy_N = None  # of the empty one that nobody asked for
         dloss_N = torch.zeros_like(lse_N) if dloss_N is None else dloss_N
         gradients = [None if g is None else g.contiguous() for g in (dloss_N, dlse_N, dentropy_N)]
         return run_bwd(logits_NV, targets_N, lse_N, entropy_N, *gradients, *ctx.options), None, None, None
+
+
+def _differentiable_gradient(outs: tuple[Tensor, ...], logits_NV: Tensor, douts: tuple) -> Tensor:
+    """With create_graph: in plain torch, differentiable again."""
+    given = [(out, d) for out, d in zip(outs, douts, strict=True) if d is not None and d.shape == out.shape]
+    return torch.autograd.grad([o for o, _ in given], logits_NV, [d for _, d in given], create_graph=True)[0]
 
 
 def cross_entropy(
@@ -139,7 +149,7 @@ def cross_entropy(
     reduction: str = "mean",
     return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Negative log-likelihood of targets under softmax(logits), with fp32 accumulation.
 
     With reduction "none" and no extra terms it is minus the log-probability of each target.
@@ -157,7 +167,7 @@ def cross_entropy(
         return_entropy: return the entropy of each row too, (...) in nats.
 
     Returns float32 (float64 for float64 logits): a scalar, or (...) with reduction "none"; a tuple (loss, lse,
-    entropy) with those that were asked for. All are differentiable, once.
+    entropy) with those that were asked for. All are differentiable.
     Raises ValueError for shapes, dtypes, devices, numbers or a reduction that do not fit, and IndexError on a CPU for a
     target outside the vocabulary; on a GPU that makes its row NaN.
     """

@@ -146,10 +146,8 @@ def linear_attention(
     if registry.forced() == "ref":
         o, last = ref.fwd(*args)
     elif v.shape[2] == 1:
-        H = v.shape[1]
-        tokens = (wide(x[:, :, 0]) for x in (ref.heads(q, H), ref.heads(k, H), v))
-        state = ref.start(ref.heads(wide(k), H), v, state)
-        o, last = ref.step(*tokens, None if g is None else g[:, :, 0], state, scale)
+        q0, k0, v0, g0, before = _first(q, k, v, g, state)
+        o, last = ref.step(q0, k0, v0, g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif v.numel() and has_kernel("linear_attention_fwd", *args):
         o, last = _LinearAttention.apply(*(rows(x) for x in (q, k, v)), g, state, segments, scale)
@@ -176,23 +174,28 @@ def gated_delta_rule(
     k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
     linear_attention's. In plain torch on every device, in chunks, which the backward computes again.
     """
-    g, state, beta = (None if x is None else wide(x) for x in (g, initial_state, beta))
+    g, state = (None if x is None else wide(x) for x in (g, initial_state))
+    beta = wide(beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, g, state, segments, scale)
-    assert beta is not None
-    H = v.shape[1]
-    if beta.shape != (v.shape[0], H, v.shape[2]):
-        raise ValueError(f"beta must be {(v.shape[0], H, v.shape[2])} to fit v {tuple(v.shape)}, got {_like(beta)}")
+    if beta.shape != v.shape[:-1]:
+        raise ValueError(f"beta must be {tuple(v.shape[:-1])} to fit v {tuple(v.shape)}, got {_like(beta)}")
     if registry.forced() == "ref":
         o, last = delta_ref.fwd(q, k, v, beta, g, state, segments, scale)
     elif v.shape[2] == 1:
-        tokens = (wide(x[:, :, 0]) for x in (ref.heads(q, H), ref.heads(k, H), v))
-        state = ref.start(ref.heads(wide(k), H), v, state)
-        o, last = delta_ref.step(*tokens, beta[:, :, 0], None if g is None else g[:, :, 0], state, scale)
+        q0, k0, v0, g0, before = _first(q, k, v, g, state)
+        o, last = delta_ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
     return (o, last) if return_state else o
+
+
+def _first(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
+    """What a step takes: the first token's q, k, v and g, wide and for each head of the values, and a state."""
+    q, k = (wide(ref.heads(x, v.shape[1])) for x in (q, k))
+    state = ref.start(k, v, state)
+    return q[:, :, 0], k[:, :, 0], wide(v[:, :, 0]), None if g is None else g[:, :, 0], state
 
 
 def recomputed(function: Callable, *args: Any) -> Any:

@@ -8,6 +8,7 @@ losses of single tokens. A chunk's logits take CHUNK_BYTES; weight's gradient is
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from cs336.ops.cross_entropy import (
     cross_entropy,
     reduced,
 )
+from cs336.ops.scale import scale_to
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # of logits, unless chunk_size says otherwise
 ROW_UNIT = 256  # tokens that a chunk is a multiple of: whole tiles for the matmuls
@@ -229,17 +231,26 @@ class _Reduced(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         loss_N, _, *gradients = _gradient_op(*layer, targets_N, now, *options, chunk_size, wanted)
         ctx.save_for_backward(later, *gradients)
+        ctx.spent = False
         ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (x_NH, weight_VH, bias_V)]
         return loss_N.sum() * scale
 
     @staticmethod
     def backward(ctx, dloss):
         _refuse_second_derivatives()
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradient of linear_cross_entropy's weight has been scaled in place by its first backward: call it "
+                'again, or take reduction="none", for a second one'
+            )
         later, *gradients = ctx.saved_tensors
         scale = dloss if later is None else dloss * later
+        # the one that may be a GB, and has its own dtype already
+        spent = [g.is_cuda and g.element_size() == 2 and not torch.compiler.is_compiling() for g in gradients]
+        ctx.spent = any(spent)
         scaled = [
-            torch.mul(g, scale, out=g.new_empty(g.shape, dtype=dtype)) if wanted else None  # one pass, rounded once
-            for g, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+            scale_to(g, scale, dtype, in_place=in_place) if wanted else None
+            for g, dtype, wanted, in_place in zip(gradients, ctx.dtypes, ctx.wanted, spent, strict=True)
         ]
         return *scaled, None, None, None, None, None
 
@@ -296,7 +307,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """`cross_entropy(F.linear(x, weight, bias), targets)`, a chunk of tokens at a time.
 
     Args:
@@ -307,8 +318,11 @@ def linear_cross_entropy(
         chunk_size: tokens of a chunk; by default as many as have 1 GiB of logits on a GPU, 64 MiB elsewhere.
         ignore_index, softcap, z_loss, label_smoothing, reduction, return_lse, return_entropy: see cross_entropy.
 
+    A vocabulary split over devices: each takes its rows of weight, any target where another has it, reduction "none"
+    and return_lse; the whole loss is the logsumexp of all lse minus the sum of lse - loss where they have the target.
+
     Returns what cross_entropy returns. A sum or mean alone costs three matmuls, forward and backward; a loss, or an lse
-    or entropy, of each token four, and less memory. All are differentiable, once, by x, weight and bias.
+    or entropy, of each token four, and less memory. All are differentiable by x, weight and bias, but not twice.
     Raises ValueError for shapes, dtypes, devices, numbers or a reduction that do not fit, and IndexError on a CPU for a
     target outside the vocabulary; on a GPU that makes its token NaN.
     """
@@ -349,7 +363,7 @@ def linear_log_probs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """log softmax(x weight^T + bias) at the targets, (...) float32, and with return_entropy each row's entropy too.
 
     0 where a target is ignore_index. Arguments, errors and gradients: see linear_cross_entropy.

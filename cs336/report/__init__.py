@@ -1,6 +1,7 @@
-"""Run directories, read back as self-contained HTML pages: one run, or several compared."""
+"""Run directories, read back as self-contained HTML pages: one run, or several compared; and builds of data."""
 
+from cs336.report.build import write_build_report
 from cs336.report.comparison import write_comparison
 from cs336.report.page import write_report
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_build_report", "write_comparison", "write_report"]

@@ -21,6 +21,7 @@ from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
 from cs336.utils.shards import META, SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.threads import thread_count
 
 Specials = Literal["all"] | Iterable[str]
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
@@ -116,7 +117,7 @@ class Tokenizer:
         """
         pattern = canonical(pattern)
         specials = checked_specials(special_tokens)
-        merges = train(source, operator.index(vocab_size), specials, pattern, _num_threads(num_threads), progress)
+        merges = train(source, operator.index(vocab_size), specials, pattern, thread_count(num_threads), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         pairs = []
         for left, right in merges:
@@ -235,11 +236,11 @@ class Tokenizer:
         otherwise.
         """
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch([text], policy, _num_threads(num_threads))[0]
+        return self._core.encode_batch([text], policy, thread_count(num_threads))[0]
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
-        return self._core.encode_batch([text], self._ordinary, _num_threads(num_threads))[0]
+        return self._core.encode_batch([text], self._ordinary, thread_count(num_threads))[0]
 
     def encode_batch(
         self,
@@ -250,7 +251,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, on several threads (None: as many as this process may run on)."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch(_listed(texts), policy, _num_threads(num_threads))
+        return self._core.encode_batch(_listed(texts), policy, thread_count(num_threads))
 
     def encode_batch_numpy(
         self,
@@ -262,7 +263,7 @@ class Tokenizer:
         """The ids of many texts one after the other, (N,) uint16 or uint32 by vocab_size, and where each text begins
         and the last ends, (len(texts) + 1,) int64."""
         policy = self._get_policy(allowed_special, disallowed_special)
-        return self._core.encode_batch_numpy(_listed(texts), policy, _num_threads(num_threads))
+        return self._core.encode_batch_numpy(_listed(texts), policy, thread_count(num_threads))
 
     def encode_documents(
         self, texts: Iterable[str | bytes], eot_token: str = END_OF_TEXT, num_threads: int | None = None
@@ -273,7 +274,7 @@ class Tokenizer:
         Raises ValueError if eot_token is not one of the special tokens.
         """
         after = list(self._specials.values()).index(self._special_id(eot_token))
-        return self._core.encode_documents(_listed(texts), self._ordinary, after, _num_threads(num_threads))
+        return self._core.encode_documents(_listed(texts), self._ordinary, after, thread_count(num_threads))
 
     def encode_iterable(
         self,
@@ -520,13 +521,3 @@ def _frozen(specials: Specials) -> Literal["all"] | frozenset[str]:
     if isinstance(specials, str):
         raise ValueError(f'expected "all" or a set of special tokens, got the str {specials!r}')
     return frozenset(specials)
-
-
-def _num_threads(wanted: int | None) -> int:
-    if wanted is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted < 1:
-        raise ValueError(
-            f"num_threads must be at least 1, or None for as many as this process may run on, got {wanted}"
-        )
-    return wanted

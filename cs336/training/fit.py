@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,7 +57,7 @@ def choose_recompute(config: "TrainConfig", numerics: Numerics, room: float) -> 
     Raises ValueError, with what would fit, for a step that does not.
     """
     micro = config.micro_batch_size or config.batch_size
-    asked = config.gradient_checkpointing
+    asked: Any = config.gradient_checkpointing
     ways: tuple[Recompute, ...] = WAYS if asked == "auto" else (asked,)
     needs = {way: predicted_memory(config, numerics, way, micro) for way in ways}
     if fitting := [way for way in ways if needs[way].total <= room]:
@@ -72,7 +72,7 @@ def _what_would_fit(config: "TrainConfig", numerics: Numerics, room: float, micr
     """The change that costs least: smaller micro-batches down to a quarter, then recomputation, then both."""
     sizes = [size for size in range(micro, 0, -1) if config.batch_size % size == 0]
     few = [size for size in sizes if 4 * size >= micro]
-    asked = "full" if config.gradient_checkpointing in (True, "auto") else config.gradient_checkpointing
+    asked: Any = "full" if config.gradient_checkpointing in (True, "auto") else config.gradient_checkpointing
     options = [(asked, size) for size in few] + [(way, size) for way in WAYS[1:] for size in few]
     for way, size in [*options, *(("full", size) for size in sizes)]:
         need = predicted_memory(config, numerics, way, size).total

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
-from cs336.nn.moe import balance_experts
+from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
 from cs336.training.config import TrainConfig
@@ -106,6 +106,8 @@ class Learner:
             if accept is None or accept(values):
                 self.optimizer.step(grad_scale=scale * clip_scale(norm, self.config.optimizer.max_grad_norm))
                 balance_experts(self.model)
+            else:
+                forget_loads(self.model)
             self.optimizer.zero_grad()
         return values
 
@@ -127,8 +129,9 @@ class Learner:
             reason = "guard reads each step's loss before the optimizer's step"
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
-        if reason is None and wanted == "auto" and 3 * self.predicted_memory().total > self.room:
-            return None
+        large = 3 * self.predicted_memory().total > self.room
+        if wanted == "auto" and (large or next(experts_of(self.model), None) is not None):
+            return None  # mixtures of experts may ask on the host how many tokens each has
         if reason is not None:
             if wanted is True:
                 raise ValueError(f"cuda_graph = true is not possible: {reason}")

@@ -43,19 +43,26 @@ class NextToken:
     z_loss: float = 0.0
     """How much of the square of log Z, the logits' log-sum-exp, is added: it keeps logits from drifting
     (arXiv:2204.02311, which takes 1e-4)."""
+    fused_head: bool = False
+    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be a number from 0 to below 1, got {self.label_smoothing!r}")
         if not 0 <= self.z_loss < float("inf"):
             raise ValueError(f"z_loss must be a finite number, 0 or more, got {self.z_loss!r}")
+        if self.fused_head and (self.label_smoothing or self.z_loss):
+            raise ValueError("fused_head gives the cross-entropy alone: leave label_smoothing and z_loss at 0 with it")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
-        logits_BSV, routing = logits_and_routing(model, token_ids_BS)
-        loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
         counted_BS = targets_BS != self.ignore_index
         count, metrics = counted_BS.sum(), {}
+        if self.fused_head:
+            loss, routing = with_routing(model, token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
+        else:
+            logits_BSV, routing = with_routing(model, token_ids_BS)
+            loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
         if self.label_smoothing or self.z_loss or routing is not None:
             metrics["cross_entropy"] = loss
         if self.label_smoothing or self.z_loss:
@@ -77,7 +84,7 @@ class NextToken:
         return added_BS.masked_fill(~counted_BS, 0).sum()
 
 
-def logits_and_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:
+def with_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:
     """model(...), and what its mixtures of experts add to the loss: None where it has none. Wrapped or not."""
     if next(experts_of(model), None) is None:
         return model(*args, **kwargs), None

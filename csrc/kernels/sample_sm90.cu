@@ -11,6 +11,7 @@
 
 #include "common/dispatch.h"
 #include "common/launch.h"
+#include "common/mma.cuh"
 #include "common/nvtx.h"
 #include "common/vec.cuh"
 #include "kernels/sample.h"
@@ -20,7 +21,8 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = 2048;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
+constexpr int kAhead = 4;  // vectors of four logits that a thread loads before it uses them
 constexpr int kInPrompt = 1 << 30;
 constexpr float kLog2E = 1.4426950408889634f, kMax = 3.402823466e38f;
 
@@ -56,7 +58,7 @@ struct Shared {
   int histogram[kBins];
   uint4 of_warps[kWarps];
   uint4 of_blocks[2][kSampleCluster];
-  int sums[kWarps];
+  int sums[kWarps], totals[kSampleCluster];
   int bin, left;
 };
 
@@ -99,16 +101,9 @@ class Row {
         if (high == 31 || key >> high == found) atomicAdd(&shared_.histogram[key >> low & ((1 << bits) - 1)], 1);
       }
       cluster_.sync();
-      int counts[kBins / kThreads] = {};
-      for (int rank = 0; rank < kSampleCluster; rank++) {
-        const int* histogram = cluster_.map_shared_rank(shared_.histogram, rank) + threadIdx.x * (kBins / kThreads);
-#pragma unroll
-        for (int i = 0; i < kBins / kThreads; i++) counts[i] += histogram[i];
-      }
-      k = find(counts, k);
+      k = find(k);
       found = found << bits | shared_.bin;
       high = low;
-      cluster_.sync();
     }
     return found;
   }
@@ -125,12 +120,14 @@ class Row {
     return all;
   }
 
-  // The bin in which the k-th is, and which it is in there: of counts that lie over the threads in order.
-  __device__ int find(const int (&counts)[kBins / kThreads], int k) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Puts the bin in which the k-th is into `bin` of every block; returns which it is in there. Each block adds up an
+  // eighth of the bins of all blocks.
+  __device__ int find(int k) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = cluster_.block_rank();
+    const int bin = rank * kThreads + threadIdx.x;
     int mine = 0;
 #pragma unroll
-    for (int count : counts) mine += count;
+    for (int r = 0; r < kSampleCluster; r++) mine += cluster_.map_shared_rank(shared_.histogram, r)[bin];
     int before = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -140,21 +137,21 @@ class Row {
     if (lane == 31) shared_.sums[warp] = before;
     before -= mine;
     __syncthreads();
-    for (int w = 0; w < warp; w++) before += shared_.sums[w];
-    if (before < k && k <= before + mine) {
-      int left = k - before, bin = 0;
-      bool done = false;
-#pragma unroll
-      for (int i = 0; i < kBins / kThreads; i++) {
-        if (done) continue;
-        done = left <= counts[i];
-        bin = i;
-        if (!done) left -= counts[i];
-      }
-      shared_.bin = threadIdx.x * (kBins / kThreads) + bin;
-      shared_.left = left;
+    int all = 0;
+    for (int w = 0; w < kWarps; w++) {
+      if (w < warp) before += shared_.sums[w];
+      all += shared_.sums[w];
     }
-    __syncthreads();
+    if (threadIdx.x < kSampleCluster) cluster_.map_shared_rank(shared_.totals, threadIdx.x)[rank] = all;
+    cluster_.sync();
+    for (int r = 0; r < rank; r++) before += shared_.totals[r];
+    if (before < k && k <= before + mine) {
+      for (int r = 0; r < kSampleCluster; r++) {
+        *cluster_.map_shared_rank(&shared_.bin, r) = bin;
+        *cluster_.map_shared_rank(&shared_.left, r) = k - before;
+      }
+    }
+    cluster_.sync();
     return shared_.left;
   }
 
@@ -194,23 +191,23 @@ struct Settings {
   }
 };
 
+// Four logits as they lie in memory, loaded at once where they are whole and aligned.
 template <typename T>
-__device__ __forceinline__ void load_four(const T* row, int first, int n, bool aligned, float (&x)[4]) {
-  if (aligned && first + 4 <= n) {
-    if constexpr (sizeof(T) == 4) {
-      const float4 four = __ldcs(reinterpret_cast<const float4*>(row + first));
-      x[0] = finite(four.x), x[1] = finite(four.y), x[2] = finite(four.z), x[3] = finite(four.w);
-    } else {
-      const uint2 four = __ldcs(reinterpret_cast<const uint2*>(row + first));
-      const T* values = reinterpret_cast<const T*>(&four);
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = finite(values[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = first + i < n ? finite(row[first + i]) : -INFINITY;
+struct Four {
+  using Words = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+  Words words;
+  bool whole;
+
+  __device__ __forceinline__ void load(const T* row, int first, int n, bool aligned) {
+    whole = aligned && first + 4 <= n;
+    if (whole) words = __ldcs(reinterpret_cast<const Words*>(row + first));
   }
-}
+  __device__ __forceinline__ void unpack(const T* row, int first, int n, float (&x)[4]) const {
+    const T* values = reinterpret_cast<const T*>(&words);
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = whole ? finite(values[i]) : first + i < n ? finite(row[first + i]) : -INFINITY;
+  }
+};
 
 // Loads this block's part of the row, from `begin` on, into shared memory.
 template <typename T>
@@ -219,29 +216,42 @@ __device__ Stats load(const SampleParams& p, const Settings& settings, int row, 
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % (4 * sizeof(T)) == 0;
   const float* bias = p.bias ? p.bias + row * p.bias_stride + begin : nullptr;
   const int* counts = settings.counted ? p.counts + row * p.counts_stride + begin : nullptr;
-  Stats mine{-INFINITY, 0.f, -INFINITY, begin};
-  if (n <= 0) mine.token = 0x7fffffff;
-#pragma unroll 4
-  for (int first = 4 * threadIdx.x; first < n; first += 4 * kThreads) {
-    float x[4];
-    load_four(logits, first, n, aligned, x);
-    const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])), largest = fmaxf(mine.raw_top, top);
-    if (largest > -INFINITY) {
-      float sum = 0.f;
-#pragma unroll
-      for (float value : x) sum += exp2f((value - largest) * kLog2E);
-      mine.raw_sum = fmaf(mine.raw_sum, exp2f((mine.raw_top - largest) * kLog2E), sum);
-      mine.raw_top = largest;
+  Stats mine{-INFINITY, 0.f, -INFINITY, n > 0 ? begin : 0x7fffffff};
+  const auto take = [&](int first, float (&x)[4]) {
+    const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+    if (top > mine.raw_top) {
+      mine.raw_sum *= exp2_approx((mine.raw_top - top) * kLog2E);
+      mine.raw_top = top;
     }
+    if (mine.raw_top > -INFINITY) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (first + i < n) {
+      for (float value : x) mine.raw_sum += exp2_approx((value - mine.raw_top) * kLog2E);
+    }
+    if (bias || counts) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (first + i >= n) continue;
         if (bias) x[i] = finite(x[i] + bias[first + i]);
         if (counts) x[i] = settings.penalised(x[i], counts[first + i]);
-        if (x[i] > mine.top) mine.top = x[i], mine.token = begin + first + i;
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (x[i] > mine.top) mine.top = x[i], mine.token = begin + first + i;
     *reinterpret_cast<float4*>(values + first) = make_float4(x[0], x[1], x[2], x[3]);
+  };
+  for (int start = 4 * threadIdx.x; start < n; start += 4 * kThreads * kAhead) {
+    Four<T> four[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) four[i].load(logits, start + 4 * kThreads * i, n, aligned);
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      const int first = start + 4 * kThreads * i;
+      if (first >= n) break;
+      float x[4];
+      four[i].unpack(logits, first, n, x);
+      take(first, x);
+    }
   }
   return mine;
 }
@@ -260,6 +270,13 @@ __device__ __forceinline__ uint4 philox(uint32_t index, uint64_t offset, uint64_
   return c;
 }
 
+// Floats as integers of the same order, and back.
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+__device__ __forceinline__ float unordered(int x) { return __int_as_float(x < 0 ? x ^ 0x7fffffff : x); }
+
 struct Draw {
   float top, inverse, farthest;  // the largest logit, 1 / temperature, the distance up to which tokens are kept
   uint64_t seed, offset;
@@ -267,23 +284,31 @@ struct Draw {
   // The best of this thread's tokens that are kept and nearer than `nearer`.
   __device__ Candidate best(const float* values, int begin, int n, float nearer) const {
     Candidate mine{-INFINITY, INFINITY, 0x7fffffff, 0};
-    for (int first = 4 * threadIdx.x; first < n; first += 4 * kThreads) {
-      const float4 four = *reinterpret_cast<const float4*>(values + first);
+    int bar = ordered(-INFINITY);  // the best score of the warp
+    for (int start = threadIdx.x / 32 * 128; start < n; start += 4 * kThreads) {
+      const int first = start + 4 * (threadIdx.x % 32);
+      const float4 four = first < n ? *reinterpret_cast<const float4*>(values + first)
+                                    : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
       const float distances[4] = {top - four.x, top - four.y, top - four.z, top - four.w};
       const float nearest = fminf(fminf(distances[0], distances[1]), fminf(distances[2], distances[3]));
-      if (!(nearest <= farthest && nearest < nearer)) continue;
-      const uint4 random = philox((begin + first) / 4, offset, seed);
-      const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+      const bool live = nearest <= farthest && nearest < nearer;
+      if (!__any_sync(~0u, live)) continue;
+      const float least = unordered(bar);
+      if (live) {
+        const uint4 random = philox((begin + first) / 4, offset, seed);
+        const uint32_t words[4] = {random.x, random.y, random.z, random.w};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float z = -distances[i] * inverse;
-        // -log(e) <= -log(u) <= (leading zeros + 1) log 2: most tokens cannot win, and need no logarithm.
-        if (!(z + (__clz(words[i]) + 1) * 0.6931473f >= mine.score)) continue;
-        if (!(distances[i] <= farthest && distances[i] < nearer) || first + i >= n) continue;
-        const float u = fminf((__uint2float_rn(words[i]) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
-        const float score = z - logf(-log1pf(-u));
-        if (score > mine.score) mine = {score, distances[i], begin + first + i, 0};
+        for (int i = 0; i < 4; i++) {
+          const float z = -distances[i] * inverse;
+          // -log(e) <= -log(u) <= (leading zeros + 1) log 2: most tokens cannot win, and need no logarithm.
+          if (!(z + (__clz(words[i]) + 1) * 0.6931473f >= least)) continue;
+          if (!(distances[i] <= farthest && distances[i] < nearer) || first + i >= n) continue;
+          const float u = fminf((__uint2float_rn(words[i]) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
+          const float score = z - logf(-log1pf(-u));
+          if (score > mine.score) mine = {score, distances[i], begin + first + i, 0};
+        }
       }
+      bar = max(bar, __reduce_max_sync(~0u, ordered(mine.score)));
     }
     return mine;
   }
@@ -297,7 +322,7 @@ struct Draw {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         if (distances[i] <= farthest && distances[i] < nearer && first + i < n)
-          mine.mass += exp2f(-distances[i] * inverse * kLog2E);
+          mine.mass += exp2_approx(-distances[i] * inverse * kLog2E);
       }
     }
     return mine;

@@ -87,6 +87,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                          .o = o.mutable_data_ptr(),
                          .lse = static_cast<float*>(lse.mutable_data_ptr()),
                          .workspace = nullptr,
+                         .tag = 0,
                          .sequences = static_cast<int>(B),
                          .queries = static_cast<int>(Q),
                          .kv_heads = static_cast<int>(kv_heads),

@@ -1,6 +1,7 @@
 """Duplicates: lines, documents, near duplicates; the Bloom filter."""
 
 import collections
+import contextlib
 import random
 import unicodedata
 
@@ -32,10 +33,10 @@ class TestLines:
 
     @pytest.mark.parametrize("keep", ["none", "first"])
     @pytest.mark.parametrize("max_memory", [1 << 30, 5000])
-    def test_equals_counting(self, tmp_path, keep, max_memory, monkeypatch):
-        monkeypatch.setattr(lines_module, "CHUNK_BYTES", 100)
+    @pytest.mark.parametrize("num_threads", [1, 3])
+    def test_equals_counting(self, tmp_path, keep, max_memory, num_threads):
         texts, files = self.make(tmp_path)
-        report = dedup_lines(files, tmp_path / "out", keep=keep, max_memory=max_memory)
+        report = dedup_lines(files, tmp_path / "out", keep, max_memory, num_threads)
         split = {name: text.split(b"\n") for name, text in texts.items()}
         for name, text in texts.items():
             if not text or text.endswith(b"\n"):
@@ -52,6 +53,37 @@ class TestLines:
                 expected += (line + (b"" if last else b"\n")) * stays
             assert (tmp_path / "out" / name).read_bytes() == expected
         assert (report.total, report.kept) == (sum(counts.values()), kept)
+
+    @pytest.mark.parametrize("keep", ["none", "first"])
+    def test_chunks_and_threads_change_nothing(self, tmp_path, keep):
+        """Several megabytes, of which copies lie far apart, and a line that is longer than a chunk."""
+        rng = random.Random(1)
+        lines = [b"%d %s" % (i, b"x" * rng.randint(0, 60)) for i in rng.choices(range(60_000), k=90_000)]
+        lines[5000] = lines[80_000] = b"y" * 3_000_000
+        files = write(tmp_path / "in", a=b"\n".join(lines), b=b"\n".join(lines[:1000]) + b"\n")
+        seen, expected = collections.Counter(lines + lines[:1000]), []
+        if keep == "none":
+            expected = [line for line in lines if seen[line] == 1]
+        else:
+            expected = list(dict.fromkeys(lines))
+        for num_threads in (1, 2, 5):
+            for max_memory in (1 << 32, 4_000_000):
+                report = dedup_lines(files, tmp_path / "out", keep, max_memory, num_threads)
+                assert (report.total, report.kept) == (91_000, len(expected))
+                assert (tmp_path / "out" / "a").read_bytes().removesuffix(b"\n") == b"\n".join(expected)
+                assert (tmp_path / "out" / "b").read_bytes() == b""
+
+    def test_a_full_disk_is_an_error(self, tmp_path, monkeypatch):
+        files = write(tmp_path / "in", a=b"1\n2\n")
+
+        @contextlib.contextmanager
+        def onto_a_full_disk(path, mode):
+            with open("/dev/full", "wb", buffering=0) as file:
+                yield file
+
+        monkeypatch.setattr(lines_module, "replacing", onto_a_full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            dedup_lines(files, tmp_path / "out")
 
     def test_outputs_are_planned_before_anything_is_written(self, tmp_path):
         files = write(tmp_path / "a", x=b"1\n") + write(tmp_path / "b", x=b"1\n")
@@ -246,3 +278,10 @@ class TestBloom:
     def test_refuses_what_makes_no_sense(self, capacity, error):
         with pytest.raises(ValueError, match="needs a capacity"):
             BloomFilter(capacity, error)
+
+
+def test_hashes_tell_lengths_and_first_bytes_apart():
+    """A length must not cancel against a byte: "1..." of 20 bytes and "5..." of 16 had one hash."""
+    keys = {b"%d%s" % (i, b"x" * n) for i in range(2000) for n in range(40)}
+    shingles = _text.shingles(b" ".join(keys), 1, "word")
+    assert len(shingles) == len(keys)

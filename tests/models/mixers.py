@@ -19,7 +19,7 @@ MIXERS = {
     "window, normed": AttentionConfig(2, qk_norm=True, qkv_bias=True, window=1),
     "latent": LatentAttentionConfig(4, 12, 8, 4),
     "latent, all options": LatentAttentionConfig(2, 10, 6, 8, value_dim=12, q_rank=14),
-    "linear": LinearAttentionConfig(4, decay="none", conv_size=None),
+    "linear": LinearAttentionConfig(4, decay="none", conv_size=0),
     "retention": LinearAttentionConfig(4, decay="head"),
     "gated linear": LinearAttentionConfig(2, 6, 10),
     "delta": LinearAttentionConfig(4, decay="none", delta=True, conv_size=3),

@@ -106,6 +106,20 @@ def mean_loss(model, token_ids, targets):
     return ops.cross_entropy(model(token_ids), targets)
 
 
+def test_the_sum_of_losses_without_logits(config):
+    """Head and loss together: the loss and gradients of the logits' cross-entropy."""
+    model, x, y = make(config), ids(config), ids(config)
+    y[0, :3] = -1
+    want = ops.cross_entropy(model(x), y, ignore_index=-1, reduction="sum")
+    got = model(x, targets=y, ignore_index=-1)
+    torch.testing.assert_close(got, want)
+    parameters = list(model.parameters())
+    for g, w in zip(*(torch.autograd.grad(loss, parameters) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, targets=y, ignore_index=-1), want)
+
+
 @pytest.mark.parametrize("forced", [None, "ref"])
 def test_logits_loss_and_gradients_against_fp64(config, forced):
     model, x, y = make(config), ids(config), ids(config)

@@ -6,6 +6,7 @@
 #include <random>
 #include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/paged_attention/work.h"
@@ -47,6 +48,7 @@ void check(const PagedAttentionParams& p, int resident) {
     const Share share = share_of(p, plan, block);
     Walk walk(p, plan, share);
     int64_t tiles = 0;
+    bool ends_one = false;
     total = share.total;
     for (Segment s; walk.next(p, plan, s);) {
       CHECK(s.b < p.sequences && s.index < plan.segments && s.begin % s.piece == 0 && s.begin < s.end);
@@ -56,6 +58,11 @@ void check(const PagedAttentionParams& p, int resident) {
       const std::pair<int, int> segment{s.b, s.index};
       CHECK(s.whole() || share.begin >= s.start || tiles_done[segment] == s.begin);
       tiles_done[segment] += s.end - s.begin;
+      if (!s.whole()) {
+        for (int piece = s.begin / s.piece; piece * s.piece < s.end; piece++)
+          CHECK(starts_a_part(plan, share.total, s, piece) == (piece * s.piece == s.begin));
+        CHECK(s.end < s.sequence.tiles || !std::exchange(ends_one, true));  // it waits for earlier blocks, once
+      }
       tiles += s.end - s.begin;
       for (int begin = s.begin; begin < s.end; begin += s.piece) {
         pieces_done[segment]++;

@@ -69,7 +69,7 @@ def check(leaves, targets, chunk_size, **options):
     ("lead", "H", "V", "chunk_size"),
     [
         ((21,), 24, 101, 8),
-        ((2, 20), 16, 64, None),
+        ((2, 40), 16, 160, None),
         ((5,), 1, 1, 2),
         (((700,), 256, 3001, 128) if CUDA else ((9,), 8, 33, 4)),
     ],
@@ -115,6 +115,23 @@ def test_log_probs(variant, device):
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_vocabulary_in_shards(variant, device):
+    """Each shard's log-sum-exp and its logit of the targets that it holds make the whole loss, and its gradients."""
+    x, weight = leaves_of((10,), 8, 21, F32, device, bias=False)
+    targets = torch.randint(0, 21, (10,), device=device)
+    lses, picked = [], []
+    for first, shard in ((0, weight[:9]), (9, weight[9:])):
+        inside = (targets >= first) & (targets < first + len(shard))
+        local = torch.where(inside, targets - first, 0)
+        loss, lse = ops.linear_cross_entropy(x, shard, local, reduction="none", return_lse=True, chunk_size=4)
+        lses.append(lse)
+        picked.append(torch.where(inside, lse - loss, 0))
+    got = (torch.stack(lses).logsumexp(0) - sum(picked)).mean()
+    want = ops.cross_entropy(F.linear(x, weight), targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (x, weight)) for loss in (got, want)))
+
+
 def test_many_chunks_sum_weights_gradient_in_fp32(device):
     """A bfloat16 sum over 256 chunks would stop growing."""
     x = torch.ones(256, 8, dtype=BF16, device=device)
@@ -142,6 +159,24 @@ def test_the_upstream_gradient_scales_all(variant, device):
         got = torch.autograd.grad(scale * ops.linear_cross_entropy(*leaves, targets), leaves)
         want = torch.autograd.grad(scale * ops.cross_entropy(F.linear(*leaves), targets), leaves)
         torch.testing.assert_close(got, want)
+
+
+def test_a_second_backward(device):
+    leaves, targets = leaves_of((6,), 8, 11, F32, device, bias=False), torch.arange(6, device=device)
+    loss = ops.linear_cross_entropy(*leaves, targets)
+    first, second = (
+        torch.autograd.grad(loss, leaves, torch.tensor(3.0, device=device), retain_graph=True) for _ in range(2)
+    )
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.skipif(not CUDA, reason="in place on a GPU alone")
+def test_a_second_backward_is_refused_where_the_first_has_scaled_in_place(device):
+    leaves, targets = leaves_of((6,), 8, 11, BF16, device, bias=False), torch.arange(6, device=device)
+    loss = ops.linear_cross_entropy(*leaves, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="scaled in place by its first backward"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -87,7 +87,7 @@ def test_sinks(variant, device, window):
     decode(variant, LENGTHS, 32, 2, 3, DIMS[0], 2, DTYPES[0], device, window=window, sinks=sinks)
 
 
-@pytest.mark.parametrize(("D", "E"), [(24, 16), (33, 7)])
+@pytest.mark.parametrize(("D", "E"), [(24, 16), (33, 7), (576, 512)])
 def test_other_widths(variant, device, D, E):
     decode(variant, LENGTHS[:4], 16, 1, 2, D, 2, F32, device, E=E)
 

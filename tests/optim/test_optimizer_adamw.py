@@ -8,6 +8,7 @@ import pytest
 import torch
 from close import assert_close_to_ref
 from torch import nn
+from torch.torch_version import TorchVersion as Version
 
 from cs336.optim import AdamW, param_groups
 
@@ -199,7 +200,8 @@ def test_a_compiled_step_takes_new_numbers(device):
             optimizer.param_groups[0]["lr"].fill_(1e-2 / (i + 1))
         step()
         b.step()
-    assert len(graphs) <= 2
+    allowed = 2 if Version(torch.__version__) >= Version("2.13") else 3  # a break within a call breaks the caller too
+    assert len(graphs) <= allowed
     assert all(torch.equal(p, q) for p, q in zip(ours, want, strict=True))
 
 

@@ -17,7 +17,7 @@ class Reference:
         self.t, self.m, self.v = 0, torch.zeros_like(g), torch.zeros_like(g)
         self.covariances = [g @ g.mT * (1 - beta2), g.mT @ g * (1 - beta2)]
         self.bases = [
-            torch.linalg.eigh(c)[1].flip(-1) if len(c) <= max_dim else torch.eye(len(c), dtype=g.dtype)
+            torch.linalg.eigh(c)[1].flip(-1) if len(c) <= max_dim else torch.eye(len(c), dtype=g.dtype, device=g.device)
             for c in self.covariances
         ]
         self.fixed = [len(c) > max_dim for c in self.covariances]

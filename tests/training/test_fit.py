@@ -115,7 +115,7 @@ def test_what_is_refused_says_what_would_fit_and_it_does(large):
         way = advice.split('"')[1] if "gradient_checkpointing" in advice else False
         changed = dataclasses.replace(large, micro_batch_size=size or 64, gradient_checkpointing=way)
         assert choose_recompute(changed, FP32, room) == way
-    with pytest.raises(ValueError, match="even one sequence at a time takes .*; use a smaller model"):
+    with pytest.raises(ValueError, match=r"even one sequence at a time takes .*; use a smaller model"):
         choose_recompute(large, FP32, 1000)
 
 

@@ -60,6 +60,17 @@ def test_ignored_targets_weigh_the_same_in_every_micro_batch_size(tmp_path):
         assert values["grad_norm"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_fused_head_trains_the_same(tmp_path):
+    found = []
+    for fused in (False, True):
+        objective = NextToken(fused_head=fused)
+        learner = Learner(tiny_run.config(tmp_path, model=MODEL, batch_size=4, micro_batch_size=2, objective=objective))
+        values = learner.update(batch(), lr=1e-2)
+        found.append([values["loss"], values["grad_norm"], *(p.detach() for p in learner.model.parameters())])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
 def test_means_of_means_are_not_what_is_computed():
     """The case that was wrong: rows with few targets would count as much as rows with many."""
     net = model()

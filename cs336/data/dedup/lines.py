@@ -14,8 +14,8 @@ import numpy as np
 from cs336 import _text
 from cs336.data.dedup.outputs import copy, plan_outputs
 from cs336.utils.files import Paths, replacing
+from cs336.utils.threads import thread_count
 
-CHUNK_BYTES = 1 << 26
 TABLE_BYTES = 80  # a distinct line, at most: a table at a quarter of its load, and the smaller one it grew from
 
 
@@ -32,38 +32,49 @@ class DedupReport:
 
 
 def dedup_lines(
-    files: Paths, out_dir: str | os.PathLike, keep: Literal["none", "first"] = "none", max_memory: int = 1 << 32
+    files: Paths,
+    out_dir: str | os.PathLike,
+    keep: Literal["none", "first"] = "none",
+    max_memory: int = 1 << 32,
+    num_threads: int | None = None,
 ) -> DedupReport:
     """Write each file to `out_dir` under its name, without the lines that occur more than once in all of them.
 
     keep: `"none"` drops every copy of such a line (navigation, boilerplate), `"first"` keeps the first one.
     max_memory: bytes for the table of lines; where they are not enough, the files are read several times, for a part of
-        the lines each. One byte a line is needed beside it.
+        the lines each, and one byte a line is needed beside it.
+    num_threads: None for as many as this process may run on. The result is the same for any number.
 
     A line is the bytes before "\\n"; empty lines are lines too. Lines are compared by 64-bit hashes: among n different
     ones a pair is taken for equal with a chance of n^2 / 2^65 (1e-3 at 2e8). The files may be larger than memory.
     """
     if keep not in ("none", "first"):
         raise ValueError(f'keep is "none" (drop every copy) or "first", got {keep!r}')
+    threads, first = thread_count(num_threads), keep == "first"
     pairs = plan_outputs(files, out_dir)
-    drops = []
-    for source, _ in pairs:
-        with _mapped(source) as text:
-            drops.append(np.zeros(_text.count_lines(text), np.uint8))
-    parts = max(1, -(-sum(map(len, drops)) * TABLE_BYTES // max_memory))
+    drops: list[np.ndarray | None] = [None] * len(pairs)
+    parts = 1
+    if sum(source.stat().st_size for source, _ in pairs) * TABLE_BYTES > max_memory:  # which were enough in any case
+        counts = [_counted(source) for source, _ in pairs]
+        parts = max(1, -(-sum(counts) * TABLE_BYTES // max_memory))
+        if parts > 1:
+            drops = [np.zeros(count, np.uint8) for count in counts]
+    report = DedupReport(0, 0)
     for part in range(parts):
-        counts = _text.LineCounts(part, parts)
-        if keep == "none":
+        lines = _text.LineDedup(part, parts, threads)
+        if not first:
             for source, _ in pairs:
                 with _mapped(source) as text:
-                    counts.add(text)
-        mark = counts.mark_repeated if keep == "none" else counts.mark_seen
-        for (source, _), drop in zip(pairs, drops, strict=True):
+                    lines.count(text)
+        for (source, target), drop in zip(pairs, drops, strict=True):
             with _mapped(source) as text:
-                mark(text, drop)
-    for (source, target), drop in zip(pairs, drops, strict=True):
-        _write_kept(source, target, drop)
-    return DedupReport(sum(map(len, drops)), int(sum(drop.sum(dtype=np.int64) for drop in drops)))
+                if part < parts - 1:
+                    lines.drop_repeated(text, first, drop, None)
+                    continue
+                with replacing(target, "wb") as out:
+                    total, dropped = lines.drop_repeated(text, first, drop, out.fileno())
+            report = DedupReport(report.total + total, report.dropped + dropped)
+    return report
 
 
 def dedup_documents(files: Paths, out_dir: str | os.PathLike) -> DedupReport:
@@ -88,13 +99,6 @@ def _mapped(path: pathlib.Path) -> Iterator[mmap.mmap | bytes]:
         yield text
 
 
-def _write_kept(source: pathlib.Path, target: pathlib.Path, drop: np.ndarray) -> None:
-    """Chunk by chunk, each of whole lines."""
-    with _mapped(source) as text, replacing(target, "wb") as out, memoryview(text) as view:
-        begin = line = 0
-        while begin < len(view):
-            end = text.find(b"\n", min(begin + CHUNK_BYTES, len(view))) + 1 or len(view)
-            with view[begin:end] as chunk:
-                lines = _text.count_lines(chunk)
-                out.write(_text.keep_lines(chunk, drop[line : line + lines]))
-            begin, line = end, line + lines
+def _counted(path: pathlib.Path) -> int:
+    with _mapped(path) as text:
+        return _text.count_lines(text)

@@ -94,10 +94,8 @@ def _resolved(block: BlockConfig, d_model: int) -> BlockConfig:
     if isinstance(block.positions, RopeConfig):
         changes["positions"] = dataclasses.replace(block.positions, interleaved=False)
     if isinstance(block.mlp, MoEConfig):
-        routed = {"balance_loss": 0.0, "z_loss": 0.0, "bias_rate": 1.0} | (
-            {} if block.mlp.balance == "bias" else {"balance": "none"}
-        )
-        changes["mlp"] = dataclasses.replace(block.mlp, d_ff=block.mlp.width(d_model), **routed)
+        mlp = dataclasses.replace(block.mlp, d_ff=block.mlp.width(d_model), balance_loss=0.0, z_loss=0.0, bias_rate=1.0)
+        changes["mlp"] = mlp if mlp.balance == "bias" else dataclasses.replace(mlp, balance="none")
     return dataclasses.replace(block, **changes)
 
 

@@ -25,13 +25,13 @@ class Fields:
     Raises ValueError, naming the field, for one that is missing, of a value that the model cannot do, or not taken.
     """
 
-    def __init__(self, table: Mapping[str, Any], above: str = ""):
+    def __init__(self, table: Mapping[str, Any], above: str = "", source: str = "config.json"):
         self.table = {name: value for name, value in table.items() if value is not None}
-        self.given, self.above, self.taken = set(table), above, set[str]()
+        self.given, self.above, self.source, self.taken = set(table), above, source, set[str]()
 
     def require(self, *names: str) -> None:
         if missing := [f"{self.above}{name}" for name in names if name not in self.table]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+            raise ValueError(f"{self.source} lacks {', '.join(missing)}")
 
     def take(self, name: str, default: Any = None) -> Any:
         self.taken.add(name)
@@ -41,13 +41,13 @@ class Fields:
         """A number, or the default. TOML and JSON write 1 for 1.0."""
         value = self.take(name, default)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"config.json has {self.above}{name} = {value!r}: expected a number")
+            raise ValueError(f"{self.source} has {self.above}{name} = {value!r}: expected a number")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.take(name, default)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json has {self.above}{name} = {value!r}: expected true or false")
+            raise ValueError(f"{self.source} has {self.above}{name} = {value!r}: expected true or false")
         return value
 
     def only(self, name: str, *values: Any) -> None:
@@ -59,7 +59,9 @@ class Fields:
     def refuse(self, name: str, value: Any = None) -> NoReturn:
         """value: that which stands for one that is left out."""
         value = self.table.get(name, value)
-        raise ValueError(f"config.json has {self.above}{name} = {value!r}, which cs336.models.Transformer does not do")
+        raise ValueError(
+            f"{self.source} has {self.above}{name} = {value!r}, which cs336.models.Transformer does not do"
+        )
 
     def finish(self) -> None:
         """Raises ValueError for the first field that was not taken and would mean something."""

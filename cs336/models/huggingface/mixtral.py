@@ -39,7 +39,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
         "num_local_experts": mlp.num_experts,
         "num_experts_per_tok": mlp.top_k,
         "router_aux_loss_coef": experts.coefficient(config, mlp),
-        "sliding_window": config.blocks[0].mixer.window,
+        "sliding_window": getattr(config.blocks[0].mixer, "window", None),
     }
 
 

@@ -38,19 +38,16 @@ def sample(
     l_BV = raw_BV if bias_BV is None else finite(raw_BV + bias_BV)
     if counts_BV is not None:
         l_BV = penalised(l_BV, counts_BV, repetition_B, presence_B, frequency_B)
-    greedy_B = temperature_B <= 0
+    greedy_B = ~(temperature_B > 0)
     z_BV = (l_BV - l_BV.amax(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-torch.inf)  # a row of -inf: all equal
     z_BV = z_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     z_BV = kept(z_BV, top_k_B, top_p_B, min_p_B)
     score_BV = torch.where(greedy_B[:, None], l_BV, z_BV - exponential(seeds_B, offsets_B, logits_BV.shape[1]).log())
     token_B = score_BV.argmax(-1)  # the first of equal ones
-    top = torch.sort(logprobs_BV, dim=-1, descending=True, stable=True)
-    return (
-        token_B,
-        logprobs_BV.gather(1, token_B[:, None])[:, 0],
-        top.indices[:, :num_logprobs].contiguous(),
-        top.values[:, :num_logprobs].contiguous(),
-    )
+    top_BN = token_B.new_empty(len(token_B), 0)
+    if num_logprobs > 0:
+        top_BN = torch.sort(logprobs_BV, dim=-1, descending=True, stable=True).indices[:, :num_logprobs].contiguous()
+    return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0], top_BN, logprobs_BV.gather(1, top_BN)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -73,7 +70,9 @@ def penalised(l_BV, counts_BV, repetition_B, presence_B, frequency_B) -> Tensor:
 def kept(z_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
     """z with -inf for what is filtered out. top_k <= 0, top_p >= 1 and min_p <= 0 filter nothing."""
     V = z_BV.shape[1]
-    z_BV = z_BV.masked_fill(z_BV < min_p_B.clamp(min=0).log()[:, None], -torch.inf)
+    z_BV = z_BV.masked_fill(z_BV < min_p_B.clamp(0, 1).log()[:, None], -torch.inf)
+    if z_BV.device.type == "cpu" and not ((top_k_B > 0) | (top_p_B < 1)).any():  # looking makes a GPU's host wait
+        return z_BV
     sorted_BV = z_BV.sort(-1, descending=True).values
     k_B = torch.where(top_k_B > 0, top_k_B, V).clamp(max=V).long()
     least_B1 = sorted_BV.gather(1, k_B[:, None] - 1)

@@ -19,15 +19,17 @@ def _activated(x, KIND: tl.constexpr):
     """act(x) and its derivative."""
     if KIND == 0:  # silu
         s = _sigmoid(x)
-        return x * s, s * (1.0 + x * (1.0 - s))
-    if KIND == 1:  # gelu
+        y, slope = x * s, s * (1.0 + x * (1.0 - s))
+    elif KIND == 1:  # gelu
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    if KIND == 2:  # gelu_tanh
+        y, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif KIND == 2:  # gelu_tanh
         s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    r = tl.where(x <= 0, 0.0, x)  # NaN stays
-    return r * r, 2.0 * r
+        y, slope = x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:  # relu2
+        r = tl.where(x <= 0, 0.0, x)  # NaN stays
+        y, slope = r * r, 2.0 * r
+    return y, slope
 
 
 @triton.jit

@@ -16,11 +16,13 @@ MAX_BLOCK = 8192
 @triton.jit
 def _capped(x, softcap):
     """z = softcap * tanh(x / softcap) and dz / dx, from an exponential that cannot overflow; x and 1 without a cap."""
-    if softcap is None:
-        return x, 1.0
-    e = tl.exp(-2.0 * tl.abs(x) / softcap)
-    magnitude = softcap * (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -magnitude, magnitude), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    z, slope = x, 1.0
+    if softcap is not None:
+        e = tl.exp(-2.0 * tl.abs(x) / softcap)
+        magnitude = softcap * (1.0 - e) / (1.0 + e)
+        z = tl.where(x < 0, -magnitude, magnitude)
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return z, slope
 
 
 @triton.jit

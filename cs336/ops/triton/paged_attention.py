@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, scores, visible
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, scores, shared_memory, visible
 from cs336.ops.triton.cast import cast
 
 
@@ -51,7 +51,8 @@ def _walk(
     return acc, m, l
 
 
-@triton.jit
+# Not compiled anew for numbers that change from call to call: a multiple of 16, or 1.
+@triton.jit(do_not_specialize=["table_b", "lse_b", "lse_h", "rows", "Q", "P", "M", "tiles", "left"])
 def _paged_kernel(
     q_ptr,  # (B, Q, H, D), or (T, H, D) with cu_ptr
     k_ptr,
@@ -146,23 +147,24 @@ def _paged_kernel(
     tl.store(lse_ptr + place, lse, mask=inside)
 
 
-def _blocks(D: int, E: int, rows: int, dtype: torch.dtype) -> dict:
-    """rows: at least that many in a tile. What depends on how many there are is the caller's."""
+def _blocks(D: int, E: int, decode_rows: int | None, dtype: torch.dtype, device: torch.device) -> dict:
+    """decode_rows: query tokens times heads of a group, few; None for prefill, whose tiles never depend on its rows."""
     wide = max(16, triton.next_power_of_2(max(D, E)))
+    roomy = shared_memory(device) >= 160_000 and wide * dtype.itemsize <= 256
+    rows = 16 if decode_rows is not None and decode_rows <= 16 else 128 if roomy else 64
     if INTERPRET.value:
-        return {"BLOCK_M": max(16, rows), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     keys = (64 if wide <= 128 else 32) // (2 if dtype == torch.float32 else 1)
     if wide > 256:  # latent attention's 576 features
         keys, rows = 16, min(rows, 32)
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4 if rows * wide <= 8192 else 8, "num_stages": 2}
+    warps = 4 if rows * wide <= 8192 else 8
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 3 if roomy else 2}
 
 
-def _run(
-    q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strides, scale, window, softcap, sinks, rows
-):
+def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strides, scale, window, softcap, sinks):
     (P, page, Hkv, D), E, H = k_cache.shape, v_cache.shape[-1], q.shape[-2]
     B, G = seq_lens.shape[0], H // Hkv
-    plan = _blocks(D, E, rows, q.dtype)
+    plan = _blocks(D, E, max_q * G if cu is None else None, q.dtype, q.device)
     tiles = triton.cdiv(max_q * G, plan["BLOCK_M"])
     if tiles == 0 or B == 0:
         return
@@ -182,9 +184,8 @@ def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, so
     B, Q, H, _ = q.shape
     o = q.new_empty(B, Q, H, v_cache.shape[-1])
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
-    rows = 16 if Q * H // k_cache.shape[2] <= 16 else 64
     strides = lse.stride()[:2]
-    _run(q, k_cache, v_cache, page_table, seq_lens, None, Q, o, lse, strides, scale, window, softcap, sinks, rows)
+    _run(q, k_cache, v_cache, page_table, seq_lens, None, Q, o, lse, strides, scale, window, softcap, sinks)
     return o, lse
 
 
@@ -194,5 +195,5 @@ def paged_prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, s
     lse = q.new_full((H, T), -torch.inf, dtype=torch.float32)
     strides = 0, T
     args = q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, o, lse, strides
-    _run(*args, scale, window, softcap, sinks, 64)
+    _run(*args, scale, window, softcap, sinks)
     return o, lse

@@ -10,7 +10,7 @@
 namespace cs336::text {
 namespace {
 
-constexpr std::string_view kMagic = "cs336bf1";
+constexpr std::string_view kMagic = "cs336bf2";
 constexpr uint64_t kSecondSeed = 0xA0761D6478BD642Fu;
 
 }  // namespace

@@ -21,7 +21,7 @@ inline uint64_t hash_bytes(std::string_view bytes, uint64_t seed = 0) {
   constexpr uint64_t kA = 0x2D358DCCAA6C78A5u, kB = 0x8BB84B93962EACC9u, kC = 0x4B33A62ED433D4A3u;
   const char* p = bytes.data();
   size_t left = bytes.size();
-  uint64_t state = seed ^ kC ^ left;
+  uint64_t state = seed ^ kC;
   const auto word = [](const char* from, size_t size) {
     uint64_t value = 0;
     std::memcpy(&value, from, size);
@@ -39,7 +39,9 @@ inline uint64_t hash_bytes(std::string_view bytes, uint64_t seed = 0) {
     low = static_cast<uint64_t>(static_cast<uint8_t>(p[0])) << 16 |
           static_cast<uint64_t>(static_cast<uint8_t>(p[left / 2])) << 8 | static_cast<uint8_t>(p[left - 1]);
   }
-  return mix(mix(low ^ kA ^ state, high ^ kB) ^ kC, kA);
+  // The length joins where nothing of the bytes is left to cancel it: beside the first ones, "1..." of 20 bytes would
+  // be "5..." of 16.
+  return mix(mix(low ^ kA ^ state, high ^ kB) ^ bytes.size(), kA);
 }
 
 }  // namespace cs336::text

@@ -2,7 +2,7 @@
 // 2^65.
 #pragma once
 #include <cstdint>
-#include <string>
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -11,33 +11,65 @@
 namespace cs336::text {
 
 // What has been seen once, and what more often: an open table of hashes, the lowest bit says which.
-class LineCounts {
+class LineTable {
  public:
-  // Only lines whose hash is `part` modulo `parts` are counted: the table of one part fits where all do not.
-  LineCounts(uint64_t part, uint64_t parts) : part_(part), parts_(parts) {}
-
-  // A line ends before "\n", or with the text.
-  void add(std::string_view text);
-  size_t distinct() const { return used_; }
-
-  // For the lines of a text in order, of this part: drop[i] = 1 for those seen more than once in all.
-  void mark_repeated(std::string_view text, uint8_t* drop) const;
-  // drop[i] = 1 for those seen before, here or in earlier calls.
-  void mark_seen(std::string_view text, uint8_t* drop);
+  // Of a line; never 0.
+  static uint64_t key_of(std::string_view line);
+  bool insert(uint64_t key);  // whether it is new
+  bool is_repeated(uint64_t key) const { return *slot(key) & kRepeated; }
+  void prefetch(uint64_t key) const { __builtin_prefetch(&table_[key >> 2 & (table_.size() - 1)]); }
 
  private:
-  bool is_mine(uint64_t hash) const { return parts_ == 1 || (hash >> 32) % parts_ == part_; }
+  static constexpr uint64_t kRepeated = 1, kKey = ~kRepeated;  // an empty place is 0
   uint64_t* slot(uint64_t key) const;
-  bool insert(uint64_t key);  // whether it is new
   void grow();
 
-  uint64_t part_, parts_;
   TableVector<uint64_t> table_ = TableVector<uint64_t>(1024);
   size_t used_ = 0;
 };
 
+// A line ends before "\n", or with the text. Texts are worked on in chunks, one a thread: lines are hashed, then each
+// thread asks its own table, which has the hashes that fall to it, then the lines that stay are gathered.
+class LineDedup {
+ public:
+  // Only lines whose hash is `part` modulo `parts` are looked at: the tables of one part fit where all do not.
+  LineDedup(uint64_t part, uint64_t parts, size_t num_threads) : part_(part), parts_(parts), tables_(num_threads) {}
+
+  void count(std::string_view text) { work(text, Pass::kCount, nullptr, nullptr); }
+
+  struct Report {
+    uint64_t lines = 0, dropped = 0;
+  };
+  using Write = std::function<void(std::string_view)>;
+  // Which lines of a text go: those that were counted more than once, or with `first` those that were there before, in
+  // this text or an earlier one. drop: a flag a line, which other parts may have set, or null. write, if there is one,
+  // gets the lines that stay, in order and with their ends.
+  Report drop_repeated(std::string_view text, bool first, uint8_t* drop, const Write& write) {
+    return work(text, first ? Pass::kFirst : Pass::kRepeated, drop, write);
+  }
+
+ private:
+  enum class Pass { kCount, kRepeated, kFirst };
+  struct Keyed {
+    uint64_t key;
+    size_t line;
+  };
+  struct Chunk {
+    std::string_view text;
+    std::vector<size_t> ends;              // of lines, their "\n" included
+    std::vector<std::vector<Keyed>> keys;  // for each table
+    std::vector<uint8_t> drop;
+    Buffer<char> kept;
+  };
+  Report work(std::string_view text, Pass pass, uint8_t* drop, const Write& write);
+  void hash(Chunk& chunk) const;
+  static void ask(LineTable& table, const std::vector<Keyed>& keys, Pass pass, uint8_t* drop);
+  static void gather(Chunk& chunk);
+
+  uint64_t part_, parts_;
+  std::vector<LineTable> tables_;
+};
+
 size_t count_lines(std::string_view text);
-// The lines that are not dropped, with their line ends.
-std::string keep_lines(std::string_view text, const uint8_t* drop);
 
 }  // namespace cs336::text

@@ -111,12 +111,10 @@ void normalize(std::string_view utf8, std::string& out) {
   if (!out.empty() && out.back() == ' ') out.pop_back();
 }
 
-void shingles_into(std::string_view utf8, size_t n, Unit unit, std::string& scratch, std::vector<uint64_t>& out) {
-  normalize(utf8, scratch);
-  out.clear();
-  thread_local std::vector<uint64_t> units;
+void units_of(std::string_view utf8, Unit unit, std::string& normalized, std::vector<uint64_t>& units) {
+  normalize(utf8, normalized);
   units.clear();
-  const std::string_view text = scratch;
+  const std::string_view text = normalized;
   if (unit == Unit::kChar) {
     for (size_t i = 0; i < text.size();) {
       size_t size = 1;
@@ -124,13 +122,19 @@ void shingles_into(std::string_view utf8, size_t n, Unit unit, std::string& scra
       units.push_back(hash_bytes(text.substr(i, size)));
       i += size;
     }
-  } else {
-    for (size_t begin = 0; begin < text.size();) {
-      const size_t end = std::min(text.find(' ', begin), text.size());
-      units.push_back(hash_bytes(text.substr(begin, end - begin)));
-      begin = end + 1;
-    }
+    return;
   }
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(' ', begin), text.size());
+    units.push_back(hash_bytes(text.substr(begin, end - begin)));
+    begin = end + 1;
+  }
+}
+
+void shingles_into(std::string_view utf8, size_t n, Unit unit, std::string& scratch, std::vector<uint64_t>& out) {
+  thread_local std::vector<uint64_t> units;
+  units_of(utf8, unit, scratch, units);
+  out.clear();
   roll(units, n, out);
 }
 

@@ -14,6 +14,9 @@ enum class Unit : uint8_t { kWord, kChar };
 // Canonically decomposed (NFD), without accents, in lower case, words parted by one space. Symbols part words too.
 void normalize(std::string_view utf8, std::string& out);
 
+// Hashes of the words or characters of the normalized text, which is left in `normalized`.
+void units_of(std::string_view utf8, Unit unit, std::string& normalized, std::vector<uint64_t>& units);
+
 // Distinct hashes of the n-grams of words or characters of the normalized text, sorted. A text that is shorter than one
 // n-gram is one shingle, and one without words has none. n > 0.
 std::vector<uint64_t> shingles(std::string_view utf8, size_t n, Unit unit);

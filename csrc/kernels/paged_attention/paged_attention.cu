@@ -1,4 +1,7 @@
 // Launches of paged attention.
+#include <atomic>
+#include <random>
+
 #include "common/launch.h"
 #include "common/nvtx.h"
 #include "kernels/paged_attention/paged_attention_kernel.cuh"
@@ -22,7 +25,10 @@ auto dispatch(const PagedAttentionParams& p, F&& f) {
 
 template <int kDim>
 LaunchShape shape_of(int blocks) {
-  return {.grid = dim3(blocks), .threads = dim3(paged::kThreads), .shared_bytes = sizeof(paged::Shared<kDim>)};
+  return {.grid = dim3(blocks),
+          .threads = dim3(paged::kThreads),
+          .shared_bytes = sizeof(paged::Shared<kDim>),
+          .dependent = true};
 }
 
 // Blocks that the device holds at once; the driver is asked once.
@@ -46,17 +52,26 @@ PagedPlan plan_of(const PagedAttentionParams& p) {
   });
 }
 
+// 64 bits that are no float or integer of anyone: a workspace is not cleared (a node of a graph, 2 us).
+uint64_t new_tag() {
+  static std::atomic<uint64_t> next = uint64_t{std::random_device()()} << 32 | std::random_device()();
+  uint64_t x = next.fetch_add(0x9E3779B97F4A7C15);  // Steele, Lea & Flood 2014: splitmix64
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+  x = (x ^ x >> 27) * 0x94D049BB133111EB;
+  return (x ^ x >> 31) | 1;
+}
+
 }  // namespace
 
 int64_t paged_attention_workspace(const PagedAttentionParams& p) {
   const PagedPlan plan = plan_of(p);
-  return 4 * (paged::counters(p, plan) + plan.slots * plan.rows * (p.head_dim + 2));
+  return 8 * paged::flag_words(plan) + 4 * plan.slots * plan.rows * (p.head_dim + 2);
 }
 
-void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
+void paged_attention(PagedAttentionParams p, cudaStream_t stream) {
   NVTX_FN();
   const PagedPlan plan = plan_of(p);
-  CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, 4 * paged::counters(p, plan), stream));
+  p.tag = new_tag();
   dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
     launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks), stream, p, plan);
   });

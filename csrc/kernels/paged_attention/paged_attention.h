@@ -24,7 +24,8 @@ struct PagedAttentionParams {
   const float* sinks;   // (kv_heads * group,) or null
   void* o;              // contiguous, as q
   float* lse;           // (sequences, kv_heads * group, queries)
-  void* workspace;      // paged_attention_workspace(plan) bytes, 16-byte aligned
+  void* workspace;      // paged_attention_workspace(p) bytes, 16-byte aligned, holding anything
+  uint64_t tag;         // what no memory holds by chance; the launcher makes one up
   int sequences, queries, kv_heads, group;
   int num_pages, page_size, table_width;
   int head_dim;
@@ -34,6 +35,6 @@ struct PagedAttentionParams {
 };
 
 int64_t paged_attention_workspace(const PagedAttentionParams& p);
-void paged_attention(const PagedAttentionParams& p, cudaStream_t stream);
+void paged_attention(PagedAttentionParams p, cudaStream_t stream);
 
 }  // namespace cs336

@@ -22,7 +22,6 @@ struct Shared {
   float o[kWarps][kHalf * kDim];
   float top[kWarps][kRows], sum[kWarps][kRows];
   int scratch[kWarps + 2];
-  int is_last;
 };
 
 __device__ __forceinline__ float max_of_quad(float x) {
@@ -313,6 +312,20 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
   return share;
 }
 
+// A block's part of a segment is in the workspace when the flag of its first piece holds the launch's tag. The block
+// that waits for it, one with a higher index than those it waits for and so started after them, takes the flag down
+// again: a graph launches with one tag always.
+__device__ __forceinline__ void raise(uint64_t* flag, uint64_t tag) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(tag) : "memory");
+}
+__device__ __forceinline__ void await(uint64_t* flag, uint64_t tag) {
+  uint64_t now;
+  do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(flag) : "memory");
+  while (now != tag);
+  *flag = 0;
+}
+
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     paged_attention_kernel(const __grid_constant__ PagedAttentionParams p, const __grid_constant__ PagedPlan plan) {
@@ -320,10 +333,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic);
   constexpr int kDepth = kStages<kDim>;
   const int warp = threadIdx.x / 32;
-  int* arrived = static_cast<int*>(p.workspace);  // pieces of each segment, zeroed by the launch
-  float* part_o = reinterpret_cast<float*>(arrived + counters(p, plan));
+  uint64_t* flags = static_cast<uint64_t*>(p.workspace);
+  float* part_o = reinterpret_cast<float*>(flags + flag_words(plan));
   float2* part_stats = reinterpret_cast<float2*>(part_o + plan.slots * plan.rows * kDim);
 
+  wait_for_predecessor();
   const Share share = find_share(p, plan, shared.scratch);
   Walk walk(p, plan, share);
   Stream<T, kDim> stream(walk, warp);
@@ -333,6 +347,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   WarpRows<T, kDim> mine;
   BlockRows<T, kDim> all;
+  Segment shared_with_others;  // the one that starts in an earlier block's share and ends in this one's
+  bool ends_it = false;
   for (Segment s; walk.next(p, plan, s);) {
     mine.load(p, plan, s);
     all.begin(p, plan, s);
@@ -346,24 +362,28 @@ __global__ void __launch_bounds__(kThreads, 2)
         mine.add(p, shared.tiles[warp][stage], (s.sequence.first_tile + tile) * kTile, s.sequence.length);
         stage = stage + 1 == kDepth ? 0 : stage + 1;
       }
-      const int64_t slot = s.whole() ? 0 : slot_of(plan, share.total, s, begin / s.piece) * plan.rows;
-      all.gather(shared, mine, s.whole() ? nullptr : part_o + slot * kDim, part_stats + slot);
+      const int64_t row = s.whole() ? 0 : slot_of(plan, share.total, s, begin / s.piece) * plan.rows;
+      all.gather(shared, mine, s.whole() ? nullptr : part_o + row * kDim, part_stats + row);
     }
-    if (!s.whole()) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        const int done = ceil_div(s.end - s.begin, s.piece);
-        shared.is_last = atomicAdd(arrived + s.b * plan.segments + s.index, done) + done == s.pieces();
-      }
-      __syncthreads();
-      if (!shared.is_last) continue;
-      __threadfence();
-      all.collect(plan, share.total, s, part_o, part_stats);
+    if (s.whole()) {
+      all.write(p, plan, s);
+      continue;
     }
-    all.write(p, plan, s);
+    if (threadIdx.x == 0) raise(flags + slot_of(plan, share.total, s, s.begin / s.piece), p.tag);
+    if (s.end == s.sequence.tiles) {
+      shared_with_others = s;
+      ends_it = true;
+    }
   }
-  wait_copies<0>();
+  if (!ends_it) return;
+  // All blocks have their shares behind them by now, or soon: waiting earlier would put them in a queue.
+  const Segment& s = shared_with_others;
+  for (int piece = threadIdx.x; piece < s.pieces(); piece += kThreads)
+    if (starts_a_part(plan, share.total, s, piece)) await(flags + slot_of(plan, share.total, s, piece), p.tag);
+  __syncthreads();
+  all.begin(p, plan, s);
+  all.collect(plan, share.total, s, part_o, part_stats);
+  all.write(p, plan, s);
 }
 
 }  // namespace cs336::paged

@@ -36,9 +36,9 @@ inline constexpr int kMaxPieces = 128;
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of a piece: a multiple of the warps that share it.
+// Tiles of a piece: a multiple of two for each of the warps that share it, since its end costs them two barriers.
 HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
-  return ceil_div(ceil_div(tiles, max_pieces), kWarps) * kWarps;
+  return ceil_div(ceil_div(tiles, max_pieces), 2 * kWarps) * (2 * kWarps);
 }
 
 // The first tile of all segments that block i works on.
@@ -51,10 +51,8 @@ HOST_DEVICE int block_of(int64_t total, int tile, int blocks) {
   return static_cast<int>(((int64_t{tile} + 1) * blocks + total - 1) / total - 1);
 }
 
-// Counters at the start of the workspace, as many as keep what follows aligned to 16 bytes.
-HOST_DEVICE int64_t counters(const PagedAttentionParams& p, const PagedPlan& plan) {
-  return (int64_t{p.sequences} * plan.segments + 3) / 4 * 4;
-}
+// Flags of pieces at the start of the workspace, as many as keep what follows aligned to 16 bytes.
+HOST_DEVICE int64_t flag_words(const PagedPlan& plan) { return (plan.slots + 1) / 2 * 2; }
 
 // resident: blocks that the device holds at once. One long sequence alone is cut so that it fills them, about.
 inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
@@ -68,7 +66,7 @@ inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   const int64_t keys = int64_t{p.table_width} * p.page_size;
   plan.max_tiles = static_cast<int>(std::max<int64_t>(1, (keys + kTile - 1) / kTile));
   const int64_t segments = int64_t{p.sequences} * plan.segments;
-  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, kWarps));
+  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps));
   plan.blocks = static_cast<int>(std::min<int64_t>(resident, pieces_at_most));
   plan.by_segment = segments <= 2 * plan.blocks;
   plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * plan.max_pieces;

@@ -87,4 +87,10 @@ HOST_DEVICE int64_t slot_of(const PagedPlan& plan, int64_t total, const Segment&
   return (int64_t{2} * block + (before > 0 ? 0 : 1)) * plan.max_pieces + piece - first;
 }
 
+// Whether a piece is the first that its block has of the segment.
+HOST_DEVICE bool starts_a_part(const PagedPlan& plan, int64_t total, const Segment& segment, int piece) {
+  const auto block = [&](int i) { return block_of(total, segment.start + i * segment.piece, plan.blocks); };
+  return piece == 0 || block(piece) != block(piece - 1);
+}
+
 }  // namespace cs336::paged

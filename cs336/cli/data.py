@@ -1,0 +1,73 @@
+"""`cs336 data VERB`."""
+
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from cs336.cli.common import MaybePath, Path, Stopped
+
+
+def build(
+    recipe: Positional[Path],
+    output: MaybePath = None,
+    engine: Literal["local", "ray"] = "local",
+    address: Annotated[str, arg(metavar="HOST:PORT")] = "",
+    workers: int = 0,
+    dry_run: bool = False,
+) -> None:
+    """From sources to token shards, as a recipe says.
+
+    Reads the sources, filters, deduplicates, tokenizes, and writes report.html. What is done is not done again: after
+    Ctrl-C, a crash or a change of the recipe the same command goes on.
+
+    Args:
+        recipe: a TOML file; docs/data.md names its keys.
+        output: the directory of the build, in place of the recipe's.
+        engine: local (processes of this machine) or ray.
+        address: of a Ray cluster that runs; without one, Ray is started here.
+        workers: processes of the engine local; 0: one a core.
+        dry_run: print the plan and an estimate from a sample, and build nothing.
+    """
+    from cs336.data.build.estimate import estimate
+    from cs336.data.build.job import Build
+    from cs336.data.recipe import Recipe
+    from cs336.report import write_build_report
+    from cs336.utils.config import load, parse, to_table
+
+    found = load(Recipe, recipe)
+    if output is not None:
+        found = parse(Recipe, to_table(found) | {"output": str(output)})
+    job = Build(found, engine=engine, address=address or None, workers=workers or None)
+    if dry_run:
+        for line in estimate(job):
+            print(line)
+        return
+    job.run()
+    print(f"open {write_build_report(found.output)} in a browser")
+
+
+def demo(
+    run_dir: Path = Path("runs/data-demo"),  # noqa: B008 (immutable)
+    pages: int = 500,
+    tokens: int = 300_000,
+    seeds: int = 1,
+    device: str = "auto",
+) -> None:
+    """The whole recipe on any machine, without a network: a crawl, two builds of it, a model on each, a report.
+
+    The crawl is made of the running Python's documentation, with copies, foreign text, spam and broken records planted.
+
+    Args:
+        run_dir: where everything is written; the same command goes on with what is there.
+        pages: of documentation.
+        tokens: that each model is trained on.
+        seeds: models of each kind.
+        device: auto (a GPU if there is one), cpu, cuda.
+    """
+    from cs336.data_demo import DataDemo, data_demo
+    from cs336.utils.stages import Interrupted
+
+    try:
+        data_demo(DataDemo(run_dir, pages=pages, tokens=tokens, seeds=seeds, device=device))
+    except Interrupted:
+        raise Stopped from None

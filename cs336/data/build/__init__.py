@@ -1,0 +1,1 @@
+"""From a recipe to shards: units of work over processes or a cluster, deduplication, tokens."""

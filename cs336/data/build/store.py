@@ -1,0 +1,103 @@
+"""The documents of a stage: JSON lines files, named in an index, read in order or one by one."""
+
+import hashlib
+import json
+import pathlib
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from cs336.data.build.counts import Counts
+from cs336.utils.documents import Document
+from cs336.utils.files import replacing
+
+INDEX = "index.json"
+BLOCK = 1 << 22
+
+
+def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, Any]) -> None:
+    """DIRECTORY/index.json: the files of the stage's documents with their digests, and what was counted."""
+    files = []
+    for name in names:
+        with (directory / "documents" / name).open("rb") as file:
+            files.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    with replacing(directory / INDEX) as out:
+        json.dump({"files": files, **facts}, out, indent=1)
+
+
+def read_index(directory: pathlib.Path) -> dict[str, Any]:
+    return json.loads((directory / INDEX).read_text(encoding="utf-8"))
+
+
+def counts_of(directory: pathlib.Path) -> Counts:
+    return Counts.from_json(read_index(directory)["counts"])
+
+
+class Store:
+    """The documents of a stage's directory. 8 bytes of memory a document."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.files = [directory / "documents" / name for name, _ in read_index(directory)["files"]]
+        ends = [_line_ends(path) for path in self.files]
+        self._ends = ends
+        self._first_D = np.cumsum([0, *map(len, ends)])
+
+    def __len__(self) -> int:
+        return int(self._first_D[-1])
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for path in self.files for document in read_file(path))
+
+    def document(self, index: int) -> Document:
+        place = int(np.searchsorted(self._first_D, index, "right")) - 1
+        ends, at = self._ends[place], index - int(self._first_D[place])
+        begin = ends[at - 1] if at else 0
+        with self.files[place].open("rb") as file:
+            file.seek(begin)
+            return document_of_line(file.read(ends[at] - begin))
+
+    @property
+    def texts(self) -> "Texts":
+        return Texts(self, range(len(self)))
+
+
+class Texts(Sequence[str]):
+    """The texts of documents in an order of their own, each read when it is asked for."""
+
+    def __init__(self, store: Store, order: Sequence[int] | np.ndarray):
+        self._store, self._order = store, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Texts": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Texts(self._store, self._order[index])
+        return self._store.document(int(self._order[index])).text
+
+
+def read_file(path: pathlib.Path) -> Iterator[Document]:
+    with path.open("rb") as file:
+        yield from map(document_of_line, file)
+
+
+def document_of_line(line: bytes) -> Document:
+    row = json.loads(line)
+    return Document(row["text"], row["id"], row["source"], row["metadata"])
+
+
+def _line_ends(path: pathlib.Path) -> array:
+    """Where each line of a file ends: bytes from its beginning."""
+    ends = array("q")
+    at = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            ends.frombytes((np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1).astype(np.int64).tobytes())
+            at += len(block)
+    return ends

@@ -1,0 +1,162 @@
+"""A recipe: sources, extraction, steps over each document, deduplication, tokens. A TOML file is one:
+
+output = "build/crawl"
+[[sources]]
+kind = "warc"
+paths = ["crawl/*.warc.gz"]
+[[steps]]
+kind = "language"
+[[steps]]
+kind = "gopher_quality"
+[[dedup]]
+kind = "minhash"
+[tokenize]
+tokenizer = "tokenizer.json"
+"""
+
+import math
+import pathlib
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pydantic
+
+from cs336.data.decontaminate import Decontaminate
+from cs336.data.extract.record import Extract
+from cs336.data.filter import steps as filters
+from cs336.data.filter.classifier import ClassifierFilter
+from cs336.data.filter.lists import BadWords, UrlList
+from cs336.data.filter.perplexity import Perplexity
+from cs336.data.mix import Buckets
+from cs336.data.sources.configs import Source
+from cs336.data.sources.record import Limits
+from cs336.utils.shards import SHARD_TOKENS
+
+Step = Annotated[
+    filters.Length
+    | filters.Language
+    | filters.GopherQuality
+    | filters.GopherRepetition
+    | filters.FineWeb
+    | filters.C4
+    | filters.MaskPii
+    | UrlList
+    | BadWords
+    | ClassifierFilter
+    | Perplexity
+    | Decontaminate,
+    pydantic.Field(discriminator="kind"),
+]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Drops documents whose text equals an earlier one's. 16 bytes of memory a document."""
+
+    kind: Literal["documents"] = "documents"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Drops lines that several documents have, such as navigation and notices."""
+
+    keep: Literal["first", "none"] = "first"
+    """first: of equal lines the first stays; none: no copy stays."""
+    min_chars: int = 20
+    """Shorter lines stay: they are alike by chance, and code and lists need them. So do empty ones."""
+    max_memory: int = 1 << 32
+    """Bytes for the table of lines; with fewer the documents are read several times."""
+    kind: Literal["lines"] = "lines"
+
+
+@dataclass(frozen=True)
+class MinHash:
+    """Drops near duplicates: of documents whose n-grams are alike the first stays."""
+
+    num_hashes: int = 128
+    num_bands: int = 16
+    ngram: int = 5
+    threshold: float = 0.8
+    """Jaccard similarity of the sets of n-grams, from which on two documents are duplicates."""
+    unit: Literal["word", "char"] = "word"
+    kind: Literal["minhash"] = "minhash"
+
+
+Dedup = Annotated[Documents | Lines | MinHash, pydantic.Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How much of each source there is in the tokens. A document is repeated or left out by its text and the seed."""
+
+    weights: dict[str, float]
+    """Of every source, by its name: shares of the text."""
+    max_epochs: float = 4.0
+    """Times that a source may be repeated (arXiv 2305.16264)."""
+    total_bytes: float | None = None
+    """Of the mixture; None: as much as keeps the weights exact."""
+    buckets: Buckets | None = None
+    """Repeats by a score that a classifier or perplexity step noted."""
+
+    def __post_init__(self):
+        if not self.weights or not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise ValueError(f"weights must name sources, each with a number above 0, got {self.weights}")
+        if not 0 < self.max_epochs < math.inf:
+            raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Token shards in OUTPUT/tokens/train and OUTPUT/tokens/val."""
+
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json; None: one is trained on the documents."""
+    vocab_size: int = 32_000
+    """Of the tokenizer that is trained."""
+    val_fraction: float = 0.01
+    """Of the documents, held out by their text; 0: all are for training, and the shards are in OUTPUT/tokens."""
+    shuffle: bool = True
+    """Documents in another order than the sources have them, decided by the seed."""
+    shard_tokens: int = SHARD_TOKENS
+    pack: int | None = None
+    """Context length of windows that hold whole documents, in OUTPUT/packed; None: only documents one after another."""
+
+    def __post_init__(self):
+        if self.pack is not None and self.pack < 1:
+            raise ValueError(f"pack is a context length of 1 or more, got {self.pack}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build. The same recipe over the same files gives the same bytes, by whichever engine."""
+
+    output: pathlib.Path
+    """The directory of the build; the same command goes on with what is there."""
+    sources: tuple[Source, ...]
+    extract: Extract = field(default_factory=Extract)
+    steps: tuple[Step, ...] = ()
+    """Over each document, in order."""
+    dedup: tuple[Dedup, ...] = ()
+    """Over all documents, in order."""
+    mix: Mix | None = None
+    """None: every document once."""
+    tokenize: Tokenize | None = None
+    """None: the build ends with documents."""
+    limits: Limits = field(default_factory=Limits)
+    keep_removed: bool = False
+    """Every removed document is kept whole in OUTPUT/*/removed; otherwise the first few of each reason, cut short."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("the recipe has no source: add a table [[sources]]")
+        names = {source.name for source in self.sources}
+        if self.mix is not None and names != set(self.mix.weights):
+            raise ValueError(
+                f"mix.weights must name every source and nothing else: they name {sorted(self.mix.weights)}, and the "
+                f"sources' names are {sorted(names)}"
+            )
+        if self.mix is not None and self.tokenize is None:
+            raise ValueError("a mix is of tokens: add a table [tokenize]")

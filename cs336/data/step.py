@@ -1,0 +1,39 @@
+"""A step over one document: it passes the document on, changed or not, or says why it is removed.
+
+    @dataclass(frozen=True)
+    class Longer:
+        kind: Literal["longer"] = "longer"
+        than: int = 100
+
+        def build(self) -> Callable[[Document], Document | Removed]:
+            return lambda d: d if len(d.text) > self.than else Removed("short", f"{len(d.text)} characters")
+
+A config is data, so that it can stand in a recipe and travel to another process; what `build` returns is made where it
+runs, and loads what it needs there.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from cs336.utils.documents import Document
+
+
+class Removed(NamedTuple):
+    """Why a document is not passed on."""
+
+    reason: str
+    """One of a few words that are counted: "gopher_short"."""
+    detail: str = ""
+    """Of this document: "12 words"."""
+
+
+Apply = Callable[[Document], Document | Removed]
+
+
+class Step(Protocol):
+    """A frozen dataclass, told apart from others by `kind`."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def build(self) -> Apply: ...

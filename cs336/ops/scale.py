@@ -1,0 +1,54 @@
+"""out = x * scale, a number on the device: what is left of a backward whose gradients the forward has made.
+
+In place where x is None; then nothing is read or written if scale is 1, as it is where a loss's own backward is called.
+Bytes that must move: x once, out once.
+"""
+
+import torch
+from torch import Tensor
+
+from cs336.ops import dispatch, registry
+from cs336.ops.ref import scale as ref
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check(out: Tensor, x: Tensor | None, scale: Tensor) -> None:
+    if not out.is_floating_point() or not out.is_contiguous():
+        raise ValueError(f"out must be floating point and contiguous, got {_like(out)} {out.stride()}")
+    if x is not None and (
+        x.shape != out.shape or x.device != out.device or not x.is_floating_point() or not x.is_contiguous()
+    ):
+        raise ValueError(f"x must be floating point, contiguous and fit out {_like(out)}, got {_like(x)}")
+    wide = torch.promote_types(out.dtype, torch.float32)
+    if scale.numel() != 1 or scale.dtype != wide or scale.device != out.device:
+        raise ValueError(f"scale must be one {wide} on {out.device}, got {_like(scale)}")
+
+
+def _refuses(out: Tensor, x: Tensor | None, scale: Tensor) -> str | None:
+    fits = out.dtype in FLOATS and (x is None or x.dtype in FLOATS)
+    return None if fits else "float64 is computed by the reference alone"
+
+
+registry.define(
+    "scale_(Tensor(a!) out, Tensor? x, Tensor scale) -> ()",
+    fake=lambda out, x, scale: None,
+    ref=ref.scale_,
+    triton="scale.scale_",
+    check=_check,
+    supports={"native": _refuses, "triton": _refuses},
+)
+
+
+def scale_to(x: Tensor, scale: Tensor, dtype: torch.dtype, *, in_place: bool = False) -> Tensor:
+    """x * scale in dtype; in place only if that is x's."""
+    if torch.compiler.is_compiling():
+        return (x.to(scale.dtype) * scale).to(dtype)
+    in_place = in_place and x.dtype == dtype
+    out = x if in_place else x.new_empty(x.shape, dtype=dtype)
+    dispatch.run("scale_", out, None if in_place else x, scale)
+    return out
+
+
+def _like(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

@@ -1,0 +1,63 @@
+"""y = x w^T + b in Triton. Every sum runs over K in steps of BLOCK_K, in one order and without a split.
+
+Tiles grow with the number of rows, which the bits do not: a tile is made of the same 64-row products of 16 of K (16-row
+ones before Hopper), and its size says only how many of them a program has.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cs336.ops.triton.attention_tile import INTERPRET, dot
+from cs336.ops.triton.cast import cast
+
+# BLOCK_M, BLOCK_N, warps, stages, by rows up to: narrow tiles keep all multiprocessors reading w where rows are few
+TILES = ((64, (64, 32, 4, 6)), (256, (64, 64, 4, 5)), (1 << 62, (128, 128, 8, 3)))
+BLOCK_K = 64
+
+
+@triton.jit(do_not_specialize=["M"])  # it changes from call to call: not compiled anew for 1, or a multiple of 16
+def _linear_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, M, N, K, x_stride, w_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles_n) * GROUP  # GROUP tiles of rows side by side share w in L2
+    in_group = tl.minimum(tiles_m - first, GROUP)
+    tile_m = first + pid % (GROUP * tiles_n) % in_group
+    tile_n = pid % (GROUP * tiles_n) // in_group
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = (start + k < K)[None, :]
+        x = tl.load(x_ptrs + start, mask=inside & (m < M)[:, None], other=0.0)
+        w = tl.load(w_ptrs + start, mask=inside & (n < N)[:, None], other=0.0)
+        acc += dot(x, tl.trans(w))
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def linear_invariant(x, weight, bias):
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    block_m, block_n, warps, stages = next(tile for most, tile in TILES if most >= M)
+    if INTERPRET.value:
+        block_m, block_n = 16, 16
+    elif x.dtype == torch.float32:
+        block_m, block_n, warps, stages = 64, 32, 4, 2
+    grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
+    with torch.cuda.device_of(x):
+        _linear_kernel[grid](
+            x, weight, bias, y, M, N, K, x.stride(0), weight.stride(0),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K, GROUP=8, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y

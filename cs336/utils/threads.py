@@ -1,0 +1,14 @@
+"""How many threads to work with."""
+
+import os
+
+
+def thread_count(wanted: int | None) -> int:
+    """`wanted`, or as many as this process may run on for None. Raises ValueError for fewer than 1."""
+    if wanted is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted < 1:
+        raise ValueError(
+            f"num_threads must be at least 1, or None for as many as this process may run on, got {wanted}"
+        )
+    return wanted

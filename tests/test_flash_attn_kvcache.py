@@ -1,0 +1,148 @@
+import pytest
+import torch
+from close import assert_close_to_ref
+from ops.attentions import BF16, CUDA, F32, F64, definition
+
+import cs336
+
+DTYPE, D = (BF16, 64) if CUDA else (F32, 16)
+
+CASES = [
+    ({}, {"causal": False}),
+    ({"causal": True, "softmax_scale": 0.2}, {"causal": True, "scale": 0.2}),
+    ({"causal": True, "window_size": (5, 0)}, {"causal": True, "window": (5, None)}),
+    ({"causal": True, "softcap": 3.0}, {"causal": True, "softcap": 3.0}),
+]
+
+
+def cache(device, paged, lengths, capacity=48, page=16):
+    """k and v of B sequences as a cache, with NaN behind their lengths, and the block table or None."""
+    B = len(lengths)
+    dense = torch.randn(2, B, capacity, 2, D, device=device).to(DTYPE)
+    stored = dense.clone()
+    for b, n in enumerate(lengths):
+        stored[:, b, n:] = torch.nan
+    if not paged:
+        return dense, stored.unbind(0), None
+    table = torch.randperm(B * capacity // page, device=device).view(B, -1).to(torch.int32)
+    pages = torch.empty(2, B * capacity // page, page, 2, D, device=device, dtype=DTYPE)
+    pages[:, table.flatten().long()] = stored.view(2, -1, page, 2, D)
+    return dense, pages.unbind(0), table
+
+
+def formula(q, dense, lengths, dtype, causal, window=None, **options):
+    outs, lses = [], []
+    for b, n in enumerate(lengths):
+        args = (x.to(dtype).transpose(0, 1)[None] for x in (q[b], dense[0, b, :n], dense[1, b, :n]))
+        o, lse = definition(*args, causal=causal, window=window, **options)
+        outs.append(o[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.stack(outs), torch.stack(lses)
+
+
+def compare(got, q, dense, lengths, **options):
+    want, torchs = (formula(q, dense, lengths, dtype, **options) for dtype in (F64, DTYPE))
+    wide = formula(q, dense, lengths, F32, **options)
+    assert_close_to_ref(got[0], want[0], torchs[0], scale=1.0)
+    assert_close_to_ref(got[1], want[1], wide[1], scale=4.0)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("S", [1, 3, 11])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, {"causal": False}),
+        ({"causal": True, "softmax_scale": 0.2}, {"causal": True, "scale": 0.2}),
+        (
+            {"causal": True, "window_size": (5, 0), "softcap": 3.0},
+            {"causal": True, "window": (5, None), "softcap": 3.0},
+        ),
+    ],
+    ids=str,
+)
+def test_against_the_definition(device, given, meant, S, paged):
+    lengths = [20, 37, 11]
+    dense, (k, v), table = cache(device, paged, lengths)
+    q = torch.randn(3, S, 4, D, device=device).to(DTYPE)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    got = cs336.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lens, block_table=table, **given, return_softmax_lse=True
+    )
+    compare(got, q, dense, lengths, **meant)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_appends_new_tokens_first(device, paged):
+    lengths, new = [20, 0, 37], 4
+    dense, (k, v), table = cache(device, paged, lengths)
+    fresh = torch.randn(2, 3, new, 2, D, device=device).to(DTYPE)
+    for b, n in enumerate(lengths):
+        dense[:, b, n : n + new] = fresh[:, b]
+    q = torch.randn(3, new, 4, D, device=device).to(DTYPE)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    got = cs336.flash_attn_with_kvcache(
+        q, k, v, *fresh, cache_seqlens=lens, block_table=table, causal=True, return_softmax_lse=True
+    )
+    compare(got, q, dense, [n + new for n in lengths], causal=True)
+    assert lens.tolist() == lengths
+
+
+def test_rows_of_a_larger_cache_and_one_length(device):
+    dense, (k, v), _ = cache(device, False, [48] * 5)
+    rows = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    q = torch.randn(2, 1, 4, D, device=device).to(DTYPE)
+    got = cs336.flash_attn_with_kvcache(q, k, v, cache_batch_idx=rows, cache_seqlens=30, return_softmax_lse=True)
+    compare(got, q, dense[:, [3, 0]], [30, 30], causal=True)
+    whole = cs336.flash_attn_with_kvcache(q, k, v, cache_batch_idx=rows, return_softmax_lse=True)
+    compare(whole, q, dense[:, [3, 0]], [48, 48], causal=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotary(device, causal, interleaved):
+    """Rotation by angle position * frequency: complex numbers say it in one line."""
+    lengths, new, R = [20, 3], 2, D // 2
+    dense, (k, v), _ = cache(device, False, lengths)
+    angles = torch.arange(48, device=device)[:, None] * torch.logspace(0, -2, R // 2, device=device)
+    fresh = torch.randn(2, 2, new, 2, D, device=device).to(DTYPE)
+    q = torch.randn(2, new, 4, D, device=device).to(DTYPE)
+
+    def rotated(x, position):
+        order = torch.arange(R).view(-1, 2) if interleaved else torch.arange(R).view(2, -1).T
+        pairs = torch.view_as_complex(x[..., order].double().contiguous())
+        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles[0]).double(), angles[position].double()))
+        out = x.clone()
+        out[..., order] = turned.to(x.dtype)
+        return out
+
+    rotated_q = q.clone()
+    for b, n in enumerate(lengths):
+        dense[1, b, n : n + new] = fresh[1, b]
+        for i in range(new):
+            dense[0, b, n + i] = rotated(fresh[0, b, i], n + i)
+            rotated_q[b, i] = rotated(q[b, i], n + i if causal else n)
+    got = cs336.flash_attn_with_kvcache(
+        q, k, v, *fresh, angles.cos(), angles.sin(), torch.tensor(lengths, dtype=torch.int32, device=device),
+        causal=causal, rotary_interleaved=interleaved, return_softmax_lse=True,
+    )  # fmt: skip
+    want = formula(rotated_q, dense, [n + new for n in lengths], F64, causal=causal)
+    torch.testing.assert_close(got[0].double(), want[0], atol=3e-2 if CUDA else 1e-4, rtol=1e-2)
+    torch.testing.assert_close(got[1].double(), want[1], atol=3e-2 if CUDA else 1e-4, rtol=1e-2)
+    assert torch.equal(k[0, :20], dense[0, 0, :20])
+
+
+def test_refusals(device):
+    _, (k, v), _ = cache(device, False, [48])
+    q = torch.randn(1, 2, 4, D, device=device).to(DTYPE)
+    for error, match, options in (
+        (NotImplementedError, "cache_leftpad", {"alibi_slopes": torch.ones(4, device=device)}),
+        (NotImplementedError, "causal=True", {"window_size": (3, 3)}),
+        (ValueError, "window_size", {"window_size": (-2, 0)}),
+        (ValueError, "together", {"k": q[:, :, :2]}),
+        (ValueError, "rotary_cos", {"rotary_cos": q[0, :, 0], "rotary_sin": q[0, :, 0]}),
+    ):
+        with pytest.raises(error, match=match):
+            cs336.flash_attn_with_kvcache(q, k, v, **options)
+    with pytest.raises(ValueError, match="4 dims"):
+        cs336.flash_attn_with_kvcache(q[0], k, v)
