@@ -82,9 +82,8 @@ class PagedKeyValues:
             rows = tokens.table[some.rows], tokens.lengths[some.rows], some.ends
             outs.append(ops.paged_prefill(q_THD[some.tokens], *caches, *rows, max_seqlen_q=some.longest, **options))
         if (some := tokens.fresh) is not None:
-            new = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
+            q, k, v = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
             before = options.get("window")
-            window = None if before is None else (before, 0)
-            ends = some.ends, None, some.longest, some.longest
-            outs.append(ops.attention_varlen(*new, *ends, causal=True, **options | {"window": window}))
+            seen = options | {"window": None if before is None else (before, 0)}
+            outs.append(ops.attention_varlen(q, k, v, some.ends, None, some.longest, some.longest, causal=True, **seen))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
