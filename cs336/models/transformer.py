@@ -224,7 +224,7 @@ class Transformer(nn.Module):
 
         Raises ValueError where a mixer's state has no pages.
         """
-        mixers = [cast(TransformerBlock, layer).attention for layer in self.layers]
+        mixers: list[Any] = [cast(TransformerBlock, layer).attention for layer in self.layers]
         if odd := next((mixer for mixer in mixers if not hasattr(mixer, "new_pages")), None):
             raise ValueError(f"{type(odd).__name__} keeps a state that has no pages: use generate")
         place = {"device": self.device, "dtype": self.compute_dtype}
