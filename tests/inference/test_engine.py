@@ -400,6 +400,7 @@ def test_bad_requests(model):
         ([], GREEDY, "the prompt is empty"),
         ([1, 272], GREEDY, "there is no token 272: the model's are 0 to 271"),
         ([-1], GREEDY, "there is no token -1"),
+        ([1, 2.5], GREEDY, "tokens are integers, got 2.5"),
         ([1], SamplingParams(stop_token_ids=(500,)), "there is no token 500"),
         ([1], SamplingParams(logit_bias={300: 1.0}), "there is no token 300"),
         ([1] * 96, GREEDY, "96 tokens, which leaves no room in a sequence of 96"),
