@@ -129,6 +129,11 @@ def from_pretrained(
     return model
 
 
+def read_config(directory: str | os.PathLike) -> TransformerConfig:
+    """The configuration of the model in a directory, without its weights. Errors: as from_pretrained's."""
+    return _our_config(_read_json(pathlib.Path(directory) / CONFIG))[0]
+
+
 def read_step(directory: str | os.PathLike) -> int | None:
     """The step of training at which the model in a directory was written; None where it does not say."""
     return _read_json(pathlib.Path(directory) / CONFIG).get("training_step")
