@@ -76,6 +76,7 @@ def test_end_to_end_then_only_what_changed(corpus, tiny, tmp_path):
     evaluation = json.loads((settings.run_dir / "evaluation.json").read_text())
     bits = {b["name"]: b["bits_per_byte"] for b in evaluation["baselines"]}
     assert 0 < evaluation["bits_per_byte"] < 8
+    assert evaluation["loss"] == [r for r in rows(settings.run_dir / "metrics.jsonl") if "val/loss" in r][-1]["val/loss"]
     assert 1 < bits["xz -9e"] < bits["byte unigram"] < 6
     assert bits["token unigram"] < bits["byte unigram"]
     samples = rows(settings.run_dir / "samples.jsonl")
