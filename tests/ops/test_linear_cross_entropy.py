@@ -185,9 +185,9 @@ def test_a_second_backward_where_the_first_has_scaled_nothing_in_place(device):
     targets = torch.arange(6, device=device)
     x, weight = leaves_of((6,), 8, 11, F32, device, bias=False)
     with torch.autocast(device, torch.bfloat16):
-        loss = ops.linear_cross_entropy(x, weight, targets)
+        of_both = ops.linear_cross_entropy(x, weight, targets)
     of_x_alone = ops.linear_cross_entropy(x.bfloat16(), weight.detach().bfloat16(), targets)
-    for loss, leaves in ((loss, [x, weight]), (of_x_alone, [x])):
+    for loss, leaves in ((of_both, [x, weight]), (of_x_alone, [x])):
         first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
