@@ -160,8 +160,8 @@ def flash_attn_with_kvcache(
         q: (B, S, H, D), the last tokens of each sequence.
         k_cache, v_cache: (C, T, Hkv, D), a row a sequence; or (P, page, Hkv, D), the pages that block_table lists.
         k, v: (B, N, Hkv, D) new tokens, written behind cache_seqlens.
-        rotary_cos, rotary_sin: (at least as many as a sequence's cache holds, R / 2): rotates the first R features of k, and of q, to their positions:
-            cache_seqlens and on (all of q to cache_seqlens where it is neither causal nor in a window).
+        rotary_cos, rotary_sin: (positions, R / 2), at least as many as a sequence's cache has: rotates the first R
+            features of k, and of q, to their positions: cache_seqlens and on (all of q to cache_seqlens where it is neither causal nor in a window).
         cache_seqlens: tokens in the cache before the call, (B,) int32 or one number; all T if None.
         cache_batch_idx: (B,) int32, the row of the cache of each sequence; the first B if None.
         block_table: (B, M) int32 pages of each sequence, in order.
@@ -193,8 +193,8 @@ def flash_attn_with_kvcache(
         capacity = table.shape[-1] * k_cache.shape[1]
         if rotary_cos.dim() != 2 or rotary_sin.shape != rotary_cos.shape or rotary_cos.shape[0] < capacity:
             raise ValueError(
-                f"rotary_cos and rotary_sin must have one shape (at least {capacity}, R / 2), a row for each token that "
-                f"the cache holds, got {tuple(rotary_cos.shape)} and {tuple(rotary_sin.shape)}"
+                f"rotary_cos and rotary_sin must have one shape (at least {capacity}, R / 2), a row for each token "
+                f"that the cache holds, got {tuple(rotary_cos.shape)} and {tuple(rotary_sin.shape)}"
             )
         steps = torch.arange(S if causal or left >= 0 else 1, device=q.device)
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
