@@ -236,6 +236,19 @@ def tokenizer(rows: list[Row]) -> Iterator[str]:
         yield f"Not installed here: {absent}."
 
 
+def data(rows: list[Row]) -> Iterator[str]:
+    """Pages a CPU second from a crawl to documents."""
+    ran = [row for row in rows if "skipped" not in row]
+    yield "| | pages kept | pages a CPU second | CPU time, ours = 1 |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in ran:
+        kept = f"{row['kept']} of {row['pages']}"
+        yield f"| {row['tool']} | {kept} | {row['pages_per_cpu_second']:.1f} | {row['to_ours']:.1f} |"
+    if absent := ", ".join(row["tool"] for row in rows if "skipped" in row):
+        yield ""
+        yield f"Not installed here: {absent}."
+
+
 def coding(name: str, rows: list[Row]) -> Iterator[str]:
     columns = list(dict.fromkeys((row["text"], row["threads"]) for row in rows))
     yield (
@@ -368,6 +381,7 @@ BODIES = {
     "train": train,
     "train_deterministic": train,
     "adamw": optimizer,
+    "data": data,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "attention": rated,

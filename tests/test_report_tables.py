@@ -111,6 +111,17 @@ def coded(tool, output, cold, warm, **more):
     return {**shared, "tool": tool, "output": output, "cold_cpu": cold, "warm_cpu": warm, **more}
 
 
+def test_data():
+    ours = {"op": "data", "tool": "cs336", "pages": 100, "kept": 92, "pages_per_cpu_second": 300.04, "to_ours": 1.0}
+    theirs = {**ours, "tool": "datatrove", "kept": 78, "pages_per_cpu_second": 12.0, "to_ours": 25.0}
+    header = {"cpu": "EPYC", "cores": 2, "python": "3.12", "peers": {}, "commit": "abc", "date": "d", "command": "c"}
+    rows = [ours, theirs, {"op": "data", "tool": "dolma", "skipped": "No module"}]
+    text = report.table("data", {"cpu": {"data": {"header": header, "rows": rows}}})
+    assert "| cs336 | 92 of 100 | 300.0 | 1.0 |" in text
+    assert "| datatrove | 78 of 100 | 12.0 | 25.0 |" in text
+    assert "Not installed here: dolma." in text
+
+
 def test_tokenizers():
     trained = {
         "op": "tokenizer",

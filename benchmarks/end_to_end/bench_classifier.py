@@ -28,11 +28,11 @@ Tool = Callable[[Pairs, Pairs], tuple[float, float, np.ndarray, int]]  # -> seco
 WORD = re.compile(r"\w+|[^\w\s]+")
 
 
-def cs336(features: Features, quantize: bool = False) -> Tool:
+def cs336(features: Features, lr: float = 2.0, quantize: bool = False) -> Tool:
     def run(train: Pairs, test: Pairs):
         texts = [text for text, _ in test]
         start = time.process_time()
-        model = Classifier.train(train, features=features)
+        model = Classifier.train(train, features=features, learning_rate=lr)
         trained = time.process_time()
         if quantize:
             model = model.quantize()
@@ -75,10 +75,11 @@ def fasttext(dim: int, lr: float, epoch: int, **options: Any) -> Tool:
 
 
 def tools() -> Iterator[tuple[str, Tool]]:
-    yield "cs336, pairs of words", cs336(Features())
-    yield "cs336, pairs of words, int8", cs336(Features(), quantize=True)
-    yield "cs336, words", cs336(Features(word_ngrams=1))
-    yield "cs336, words and 3- to 5-grams of characters", cs336(Features(1, (3, 5)))
+    for lr in (1.0, 2.0, 3.0):
+        yield f"cs336, pairs of words, lr {lr}", cs336(Features(word_ngrams=2), lr)
+        yield f"cs336, words, lr {lr}", cs336(Features(), lr)
+    yield "cs336, words, int8, lr 2.0", cs336(Features(), quantize=True)
+    yield "cs336, words and 3- to 5-grams of characters, lr 2.0", cs336(Features(1, (3, 5)))
     try:
         import fasttext as _  # noqa: F401 (whether there is one)
     except ImportError:

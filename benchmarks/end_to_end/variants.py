@@ -87,7 +87,7 @@ MIXERS = {
     "sliding window": block(AttentionConfig(4, 2, window=8)),
     "multi-query": block(AttentionConfig(4, 1)),
     "latent attention": block(LatentAttentionConfig(4, 12, 8, 4)),
-    "linear attention": block(LinearAttentionConfig(4, decay="none", conv_size=None)),
+    "linear attention": block(LinearAttentionConfig(4, decay="none", conv_size=0)),
     "retention": block(LinearAttentionConfig(4, decay="head")),
     "gated linear attention": block(LinearAttentionConfig(4)),
     "delta rule": block(LinearAttentionConfig(4, decay="none", delta=True)),

@@ -96,6 +96,8 @@ def cases(size: str) -> Iterator[harness.Case]:
             }
             if gated:
                 fwd["liger"], bwd["liger"] = liger_fwd(kind), liger_bwd(kind)
+            if size == "tiny":
+                del fwd["compile"], bwd["compile"]  # takes seconds
             for name_of_pass, contenders, moved in (("fwd", fwd, 3 if gated else 2), ("bwd", bwd, 5 if gated else 3)):
                 make = functools.partial(inputs, kind, m, n, name_of_pass == "bwd")
                 nbytes = moved * m * n * DTYPE.itemsize

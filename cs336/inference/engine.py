@@ -152,7 +152,8 @@ class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
     tokenizer: of the model; without one there are ids alone, and no stop strings.
-    Raises ValueError where the model and what it needs do not fit the memory, and for a tokenizer that is not its.
+    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
+    mixers whose state has no pages.
     """
 
     def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
@@ -164,6 +165,7 @@ class Engine:
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
+            page_bytes=model.new_pages(1, config.page_size).nbytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,

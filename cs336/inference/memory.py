@@ -38,6 +38,7 @@ def plan_memory(
     config: TransformerConfig,
     *,
     width: int,
+    page_bytes: int,
     page_size: int,
     max_seqs: int,
     max_step_tokens: int,
@@ -48,7 +49,8 @@ def plan_memory(
     """Weights and the largest step first, then as many pages as are of use: at most max_seqs sequences of max_len.
 
     Args:
-        width: bytes of a weight, of an activation and of what the pages hold.
+        width: bytes of a weight and of an activation.
+        page_bytes: of page_size tokens, in all layers.
         free: bytes that may be used, beside the weights.
         num_pages: that there shall be, whatever is of use.
 
@@ -58,21 +60,20 @@ def plan_memory(
     block = max(config.blocks, key=lambda block: block.activation_bytes(config.d_model, width))
     token = block.activation_bytes(config.d_model, width) + 4 * width * config.d_model
     activations = max_step_tokens * token + max_seqs * config.vocab_size * 4 * LOGITS_COPIES
-    page = config.state_bytes(page_size, width)
     one = -(-max_len // page_size)
-    fits = max(0, free - activations) // page
+    fits = max(0, free - activations) // page_bytes
     wanted = max_seqs * one if num_pages is None else num_pages
     count, MiB = min(fits, wanted), 2**20
     if count < one or (num_pages is not None and fits < num_pages):
         what = f"{num_pages} pages" if num_pages is not None and num_pages >= one else f"a sequence of {max_len} tokens"
-        size = max(one, num_pages or 0) * page / MiB
+        size = max(one, num_pages or 0) * page_bytes / MiB
         raise ValueError(
             f"{what} takes {size:,.1f} MiB in pages of {page_size} tokens, and {count} pages, "
-            f"{count * page / MiB:,.1f} MiB, may be used: {free / MiB:,.1f} MiB are to be had beside the weights' "
+            f"{count * page_bytes / MiB:,.1f} MiB, may be used: {free / MiB:,.1f} MiB are free beside the weights' "
             f"{weights / MiB:,.1f}, of which the largest step takes {activations / MiB:,.1f}. Lower max_len, "
             "max_step_tokens or max_seqs, or raise memory_share"
         )
-    return EngineMemory(weights, activations, count * page, count, page_size)
+    return EngineMemory(weights, activations, count * page_bytes, count, page_size)
 
 
 def free_memory(device: torch.device, share: float | None) -> int:

@@ -22,7 +22,7 @@ from cs336.inference.sampling import MAX_LOGPROBS
 from cs336.inference.scheduler import Chunk, Sequence, Step
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
-from cs336.nn import PagedTokens
+from cs336.nn import Chunks, PagedTokens
 from cs336.ops import registry
 from cs336.utils import nvtx
 
@@ -117,8 +117,11 @@ class Runner:
         self.controls = Controls(max_seqs + 1, model.config.vocab_size, unused, self.device)
         self._owners: list[Sequence | None] = [None] * max_seqs
         # At most: 3 numbers of a row, 4 of a token, 7 of a sequence that begins, 3 of a new entry of the table.
-        size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 2 * max_seqs + 8
+        size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
         self._staging = Staging(size, self.device)
+        self.fresh_apart = self.device.type == "cuda"
+        """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
+        at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
         self._sizes = tuple(sorted(graphs)) if graphs and _capturable(self.device) else ()
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
@@ -184,12 +187,14 @@ class Runner:
             positions += range(chunk.start, chunk.start + chunk.count)
             rows += [row] * chunk.count
             ends.append(len(ids))
+        old = self._continued(step)
         samples = [i for i, chunk in enumerate(step.chunks) if chunk.samples]
         return {
             "ids": put(ids),
             "positions": put(positions),
             "rows": put(rows),
-            "ends": put(ends),
+            "continued": put(ends[: old + 1]),
+            "fresh": put([end - ends[old] for end in ends[old:]]),
             "drawn_tokens": put([*range(n), *(n + ends[i + 1] - 1 for i in samples)]),
             "drawn_rows": put([*range(n), *(n + i for i in samples)]),
         }
@@ -257,8 +262,7 @@ class Runner:
             torch.cat((self._arange[:n], chunks["rows"])),
             torch.cat((length_R[:n] - 1, chunks["positions"])),
             n,
-            chunks["ends"],
-            max(chunk.count for chunk in step.chunks),
+            *self._groups(step, chunks),
         )
         features_TM = self.model.features(ids_T[None], state=self.state)[0]
         scores, begin = [], n
@@ -270,6 +274,21 @@ class Runner:
         logits_BV = self.model.logits(features_TM.index_select(0, chunks["drawn_tokens"]))
         options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
         return self.slots.sample(logits_BV, slot_B, offset_B, num_logprobs, options), scores
+
+    def _continued(self, step: Step) -> int:
+        """How many of the chunks look into the pages: on a CPU all, on a GPU those of sequences with tokens before."""
+        return len(step.chunks) - self.fresh_apart * sum(chunk.start == 0 for chunk in step.chunks)
+
+    def _groups(self, step: Step, put: dict[str, Tensor]) -> list[Chunks | None]:
+        """The chunks that look into the pages, and those that need not."""
+        groups: list[Chunks | None] = []
+        row, token, old = len(step.decodes), len(step.decodes), self._continued(step)
+        for name, chunks in (("continued", step.chunks[:old]), ("fresh", step.chunks[old:])):
+            counts = [chunk.count for chunk in chunks]
+            rows, tokens = slice(row, row + len(counts)), slice(token, token + sum(counts))
+            groups.append(Chunks(rows, tokens, put[name], max(counts)) if counts else None)
+            row, token = rows.stop, tokens.stop
+        return groups
 
     def _score(self, chunk: Chunk, features_TM: Tensor) -> list[Scores]:
         """Of the tokens that follow those of a chunk, as far as they are of the prompt and asked for."""
@@ -315,7 +334,8 @@ class Runner:
 
         def copy(found: ops.Sampled) -> ops.Sampled:
             hosts = (torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0) for x in found)
-            return ops.Sampled(*(host.copy_(x, non_blocking=True) for host, x in zip(hosts, found, strict=True)))
+            pairs = zip(hosts, found, strict=True)
+            return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
         home, scored = copy(drawn), [Scores(s.sequence, s.start, copy(s.drawn)) for s in scores]
         done = torch.cuda.Event()

@@ -77,6 +77,7 @@ class Chunk:
 class Step:
     decodes: list[Sequence]
     chunks: list[Chunk]
+    """Those that begin a sequence last."""
     copies: list[tuple[int, int]]
     """Pages (from, to) to copy before."""
 
@@ -120,6 +121,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             budget -= self._chunk(sequence, budget, chunks)
+        chunks.sort(key=lambda chunk: chunk.start == 0)
         return Step(decodes, chunks, copies) if decodes or chunks else None
 
     def launched(self) -> None:

@@ -25,7 +25,7 @@ from cs336.nn.linear import Linear
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": ops.relu2,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": ops.silu,
@@ -41,7 +41,11 @@ def default_d_ff(d_model: int) -> int:
 
 def gate(activation: str, gate_F: Tensor, up_F: Tensor) -> Tensor:
     """act(gate) * up."""
-    return ops.swiglu(gate_F, up_F) if activation == "silu" else ACTIVATIONS[activation](gate_F) * up_F
+    if activation == "silu":
+        return ops.swiglu(gate_F, up_F)
+    if activation in ("gelu", "gelu_tanh"):
+        return ops.geglu(gate_F, up_F, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return ACTIVATIONS[activation](gate_F) * up_F
 
 
 class MLP(nn.Module):

@@ -111,11 +111,11 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.config = config
-        E, place = config.num_experts, {"device": device, "dtype": dtype}
-        self.router = Linear(d_model, E, **place)
+        E = config.num_experts
+        self.router = Linear(d_model, E, device=device, dtype=dtype)
         self.experts = Experts(E, d_model, config.width(d_model), config.activation, config.gated, device, dtype)
         shared = config.shared(d_model)
-        self.shared = None if shared is None else shared.build(d_model, **place)
+        self.shared = None if shared is None else shared.build(d_model, device=device, dtype=dtype)
         self.balance_bias: Tensor | None
         bias = torch.zeros(E, device=device) if config.balance == "bias" else None
         self.register_buffer("balance_bias", bias)

@@ -15,6 +15,18 @@ from cs336 import ops
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """Sequences of which a pass has several tokens: their rows, their tokens, and where each one's are among these."""
+
+    rows: slice
+    tokens: slice
+    ends: Tensor
+    """(N + 1,) int32: from 0 to the number of tokens."""
+    longest: int
+    """Tokens of the longest."""
+
+
+@dataclass(frozen=True)
 class PagedTokens:
     """Whose the T tokens of a forward pass are, and where their state is."""
 
@@ -29,10 +41,10 @@ class PagedTokens:
     """(T,) int32: its place in the sequence; negative: padding, which is kept nowhere."""
     num_decodes: int
     """The first rows, of one token each."""
-    cu_seqlens: Tensor | None = None
-    """(R - num_decodes + 1,) int32: where the chunks start among the tokens past num_decodes, and where they end."""
-    longest: int = 0
-    """Tokens of the longest chunk."""
+    continued: Chunks | None = None
+    """Behind these: chunks of sequences that have tokens before."""
+    fresh: Chunks | None = None
+    """Behind these: chunks without tokens before, which need not look into the pages."""
 
 
 class PagedKeyValues:
@@ -64,9 +76,14 @@ class PagedKeyValues:
         n, caches = tokens.num_decodes, (self.keys, self.values)
         outs = []
         if n:
-            rows = tokens.table[:n], tokens.lengths[:n]
-            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *rows, **options)[:, 0])
-        if tokens.cu_seqlens is not None:
-            chunks = tokens.table[n:], tokens.lengths[n:], tokens.cu_seqlens
-            outs.append(ops.paged_prefill(q_THD[n:], *caches, *chunks, max_seqlen_q=tokens.longest, **options))
+            decodes = tokens.table[:n], tokens.lengths[:n]
+            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **options)[:, 0])
+        if (some := tokens.continued) is not None:
+            rows = tokens.table[some.rows], tokens.lengths[some.rows], some.ends
+            outs.append(ops.paged_prefill(q_THD[some.tokens], *caches, *rows, max_seqlen_q=some.longest, **options))
+        if (some := tokens.fresh) is not None:
+            q, k, v = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
+            before = options.get("window")
+            seen = options | {"window": None if before is None else (before, 0)}
+            outs.append(ops.attention_varlen(q, k, v, some.ends, None, some.longest, some.longest, causal=True, **seen))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

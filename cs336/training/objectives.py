@@ -56,32 +56,26 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
-        counted_BS = targets_BS != self.ignore_index
-        count, metrics = counted_BS.sum(), {}
+        count = (targets_BS != self.ignore_index).sum()
+        metrics: dict[str, Tensor] = {}
         if self.fused_head:
             loss, routing = with_routing(model, token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
         else:
             logits_BSV, routing = with_routing(model, token_ids_BS)
-            loss = ops.cross_entropy(logits_BSV, targets_BS, ignore_index=self.ignore_index, reduction="sum")
-        if self.label_smoothing or self.z_loss or routing is not None:
-            metrics["cross_entropy"] = loss
+            loss = self._sum(logits_BSV, targets_BS, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
         if self.label_smoothing or self.z_loss:
-            loss = loss + self._regularisers(logits_BSV, targets_BS, counted_BS)
+            metrics["cross_entropy"] = self._sum(logits_BSV.detach(), targets_BS)
         if routing is not None:
-            loss = loss + count * (routing.balance + routing.z)
+            metrics = {"cross_entropy": loss} | metrics
             metrics |= {name: count * value for name, value in routing.metrics().items()}
+            loss = loss + count * (routing.balance + routing.z)
         return loss, count, metrics
 
-    def _regularisers(self, logits_BSV: Tensor, targets_BS: Tensor, counted_BS: Tensor) -> Tensor:
-        """The sum of what is added to each counted cross-entropy: e (z[target] - mean(z)), and c log(Z)^2."""
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        added_BS = torch.zeros_like(logits_BSV[..., 0])
-        if self.label_smoothing:
-            z_BS = logits_BSV.gather(-1, targets_BS.masked_fill(~counted_BS, 0)[..., None])[..., 0]
-            added_BS = self.label_smoothing * (z_BS - logits_BSV.mean(-1))
-        if self.z_loss:
-            added_BS = added_BS + self.z_loss * logits_BSV.logsumexp(-1).square()
-        return added_BS.masked_fill(~counted_BS, 0).sum()
+    def _sum(self, logits_BSV: Tensor, targets_BS: Tensor, **options: float) -> Tensor:
+        named: dict[str, Any] = {"ignore_index": self.ignore_index, "reduction": "sum"} | options
+        loss = ops.cross_entropy(logits_BSV, targets_BS, **named)
+        assert isinstance(loss, Tensor)  # nothing but the loss was asked for
+        return loss
 
 
 def with_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:

@@ -266,12 +266,12 @@ class TestWorkers:
 @pytest.mark.parametrize("keep", ["first", "none"])
 def test_lines_that_are_empty_or_short_stay(tmp_path, monkeypatch, keep):
     monkeypatch.chdir(tmp_path)
-    texts = ["one\n\nshared line\n\nx", "shared line\n \n\nx\ntwo", "shared line"]
+    texts = ["one\n   \nshared line\n\nx", "shared line\n   \n\nx\ntwo", "shared line"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     table = {"output": "out", "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}]}
     Build(parse(Recipe, table | {"dedup": [{"kind": "lines", "keep": keep, "min_chars": 2}]})).run()
-    first = texts[0] if keep == "first" else "one\n\n\nx"
-    assert [document.text for document in Store(tmp_path / "out/2-lines")] == [first, " \n\nx\ntwo"]
+    first = texts[0] if keep == "first" else "one\n   \n\nx"
+    assert [document.text for document in Store(tmp_path / "out/2-lines")] == [first, "   \n\nx\ntwo"]
     removed = rows(tmp_path / "out", "2-lines/removed/*.jsonl")
     assert [(row["reason"], row["detail"]) for row in removed] == [("no line left", "1 lines that others have")]
 

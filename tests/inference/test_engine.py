@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
-from cs336.models import Transformer, TransformerConfig
-from cs336.nn import PagedTokens
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AlibiConfig, AttentionConfig, GELUConfig, LayerNormConfig, Mamba2Config, MoEConfig, PagedTokens
 from cs336.tokenizer import Tokenizer
 
 CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
@@ -80,6 +80,47 @@ def test_equals_full_forward(model, alone, options, overlap):
         assert e.cache.in_use == 0
     hits = [request.samples[0].cached for request in requests]
     assert hits == [0] * 6 if options.get("prefix_cache") is False else hits[2] == 29
+
+
+def test_sequences_that_begin_may_attend_without_the_pages(model, alone):
+    e = engine(model, overlap=True, max_step_tokens=50)
+    e.runner.fresh_apart = True  # as on a GPU
+    for _ in range(2):
+        requests = [e.add(prompt, GREEDY) for prompt in PROMPTS]
+        run(e)
+        assert [ids_of(r) for r in requests] == [[alone(p, 15)] for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        BlockConfig(AttentionConfig(4, 2, window=6)),
+        BlockConfig(AttentionConfig(4, 1, softcap=5.0, scale=0.4, qk_norm="all"), GELUConfig(), placement="sandwich"),
+        BlockConfig(AttentionConfig(4, qkv_bias=True), MoEConfig(4, 2), LayerNormConfig(), parallel=True),
+    ],
+)
+def test_other_blocks_equal_full_forward(block):
+    torch.manual_seed(1)
+    model = Transformer(TransformerConfig(272, 96, num_layers=2, d_model=32, init_std=0.3, layers=(block,))).eval()
+    e = engine(model, overlap=True, max_step_tokens=16, num_pages=10)
+    assert e.memory.pages == e.runner.state.nbytes
+    requests = [e.add(prompt, GREEDY) for prompt in PROMPTS]
+    run(e)
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        (ids,) = ids_of(request)
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+        assert ids == logits.argmax(-1).tolist()
+
+
+def test_states_without_pages_are_refused():
+    for block, message in (
+        (BlockConfig(Mamba2Config()), "Mamba2 keeps a state that has no pages: use generate"),
+        (BlockConfig(AttentionConfig(4), positions=AlibiConfig()), "causal and without alibi: use generate"),
+    ):
+        config = TransformerConfig(272, 96, num_layers=1, d_model=32, layers=(block,))
+        with pytest.raises(ValueError, match=message):
+            engine(Transformer(config))
 
 
 def test_preemption_begins_anew_and_changes_nothing(model, alone):

@@ -140,6 +140,21 @@ def test_stop_strings(served, llm):
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_token_that_ends_the_text_is_among_those_told(served, llm):
+    first, *_ = llm.generate("hello", GREEDY)[0].token_ids
+    body = {
+        "prompt": "hello",
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 0,
+        "echo": True,
+        "stop_token_ids": [first],
+    }
+    (choice,) = post(served, body)[1]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hello", "stop")
+    assert len(choice["logprobs"]["tokens"]) == 5 + 1  # lm-eval leaves out the last
+
+
 def test_tokens_and_models(served):
     _, answer = post(served, {"prompt": "hé<|endoftext|>"}, "/tokenize")
     assert answer == {"tokens": [104, 195, 169, 256], "count": 4, "max_model_len": 128}
@@ -260,7 +275,7 @@ def test_a_key():
 
 
 def test_timeouts():
-    with listening(tiny_llm(), ServerConfig(timeout=0.05)) as served:
+    with listening(tiny_llm(), ServerConfig(timeout=0.01)) as served:
         assert post(served, {"prompt": "a", "max_tokens": 120})[0] == 504
         _, found = asyncio.run(ask(served[1], {"prompt": "a", "max_tokens": 120, "stream": True}))
         assert b"took too long" in found[-1]

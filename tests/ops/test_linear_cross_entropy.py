@@ -313,7 +313,7 @@ def test_logits_are_never_whole():
         before = torch.cuda.memory_allocated()
         ops.linear_cross_entropy(x, weight, targets, reduction=reduction, chunk_size=512).sum().backward()
         chunk, gradient = 512 * 65536 * 2, weight.numel() * (4 + 4 + 2)
-        assert torch.cuda.max_memory_allocated() - before < chunks * chunk + gradient + (16 << 20)
+        assert torch.cuda.max_memory_allocated() - before < chunks * chunk + gradient + (24 << 20)  # cuBLAS's workspace
 
 
 X, W, T = torch.zeros(3, 5), torch.zeros(7, 5), torch.zeros(3, dtype=torch.long)

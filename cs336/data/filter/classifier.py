@@ -34,8 +34,8 @@ Examples = Iterable[tuple[str, str]]
 class Features:
     """Which n-grams a text is told by, and in how many buckets they are hashed."""
 
-    word_ngrams: int = 2
-    """1: words; 2: pairs of neighbours too; and so on."""
+    word_ngrams: int = 1
+    """1: words; 2: pairs of neighbours too; and so on. More than 1 pays with many examples alone."""
     char_ngrams: tuple[int, int] | None = None
     """(least, most) n of the character n-grams in a word. They help where spelling varies, at a third of the speed."""
     bucket_bits: int = 20
@@ -104,7 +104,7 @@ class Classifier:
         *,
         features: Features | None = None,
         epochs: int = 5,
-        learning_rate: float = 1.0,
+        learning_rate: float = 2.0,
         seed: int = 0,
         num_threads: int | None = 1,
     ) -> "Classifier":

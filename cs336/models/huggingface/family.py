@@ -10,7 +10,7 @@ A written configuration counts only if it is read as the same model: so an adapt
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,8 +94,9 @@ def _resolved(block: BlockConfig, d_model: int) -> BlockConfig:
     if isinstance(block.positions, RopeConfig):
         changes["positions"] = dataclasses.replace(block.positions, interleaved=False)
     if isinstance(block.mlp, MoEConfig):
-        mlp = dataclasses.replace(block.mlp, d_ff=block.mlp.width(d_model), balance_loss=0.0, z_loss=0.0, bias_rate=1.0)
-        changes["mlp"] = mlp if mlp.balance == "bias" else dataclasses.replace(mlp, balance="none")
+        routed = dataclasses.replace(block.mlp, d_ff=block.mlp.width(d_model), balance_loss=0.0, z_loss=0.0)
+        balance: Literal["bias", "none"] = "bias" if routed.balance == "bias" else "none"
+        changes["mlp"] = dataclasses.replace(routed, balance=balance, bias_rate=1.0)
     return dataclasses.replace(block, **changes)
 
 

@@ -69,12 +69,12 @@ def bwd(
             share_N1 = dloss_N1 * (1 - label_smoothing)
             dz = log_p.exp() * (of_p - share_N1) + share_N1 * torch.expm1(log_p)
         else:
-            dz = log_p.exp() * of_p
+            dz = log_p.exp_().mul_(of_p)  # in place, as below: of all this size there is one tensor
         if label_smoothing:
-            dz = dz - dloss_N1 * (label_smoothing / logits_NV.shape[1])
+            dz -= dloss_N1 * (label_smoothing / logits_NV.shape[1])
         if softcap is not None:
-            dz = dz * (1 - (z / softcap).square())
-        return torch.where(kept_N1, dz, 0.0).to(logits.dtype)
+            dz *= 1 - (z / softcap).square()
+        return dz.masked_fill_(~kept_N1, 0.0).to(logits.dtype)
 
     # p everywhere, then p - 1 at the targets: no (N, V) one-hot.
     return gradient(logits_NV, False).scatter_(1, index_N1, gradient(logits_NV.gather(1, index_N1), True))

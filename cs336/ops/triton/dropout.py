@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.ref.dropout import threshold
 from cs336.ops.triton.cast import cast
 
 BLOCK = 2048
@@ -27,10 +26,10 @@ def _dropout_kernel(x_ptr, residual_ptr, y_ptr, seed_ptr, numel, below, scale, B
 
 
 def fwd(x, residual, seed, p):
-    y = x.new_empty(x.shape)
+    y, below = x.new_empty(x.shape), min(round(p * 2**32), 2**32 - 1)
     if x.numel():
         with torch.cuda.device_of(x):
             _dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, residual, y, seed, x.numel(), threshold(p), 1 / (1 - p), BLOCK
+                x, residual, y, seed, x.numel(), below, 1 / (1 - p), BLOCK
             )
     return y

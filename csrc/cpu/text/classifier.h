@@ -2,7 +2,7 @@
 // whose step shrinks to nothing. AdaGrad's steps a feature and the mean instead of 1 / sqrt(n) were measured: both
 // lose.
 //
-//   logits_k = bias_k + sum_f w[f][k] / sqrt(n)      over the n features f of a text, repeated ones too
+//   logits_k = bias_k + sum_f w[f][k] / sqrt(n)      over the n different features f of a text
 #pragma once
 #include <cstdint>
 #include <span>

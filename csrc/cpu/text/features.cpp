@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "cpu/text/hash.h"
 #include "cpu/text/unicode.h"
@@ -10,6 +11,7 @@ namespace cs336::text {
 namespace {
 
 enum Kind : uint8_t { kGap, kWordPart, kSymbol, kAlone };
+constexpr uint64_t kEmpty = UINT64_MAX;  // which no bucket is
 constexpr uint64_t kCharSeed = 0x8EBC6AF09C88C6E3u, kPairFactor = 0x589965CC75374CC3u;
 
 constexpr std::array<Kind, 128> kAsciiKind = [] {
@@ -33,6 +35,7 @@ void FeatureExtractor::extract(std::string_view utf8, std::vector<uint32_t>& out
   lower_.assign(utf8);
   for (char& c : lower_) c = static_cast<char>(c + (static_cast<uint8_t>(c - 'A') < 26) * 32);
   recent_.clear();
+  const size_t before = out.size();
   const auto* text = reinterpret_cast<const uint8_t*>(lower_.data());
   const uint8_t *p = text, *begin = text, *end = text + lower_.size();
   Kind open = kGap;  // what the word that began at `begin` is made of
@@ -50,6 +53,20 @@ void FeatureExtractor::extract(std::string_view utf8, std::vector<uint32_t>& out
     p += c.size;
   }
   close();
+  keep_distinct(out, before);
+}
+
+void FeatureExtractor::keep_distinct(std::vector<uint32_t>& out, size_t begin) {
+  const size_t mask = std::bit_ceil(2 * (out.size() - begin) + 1) - 1;
+  seen_.assign(mask + 1, kEmpty);
+  size_t kept = begin;
+  for (size_t i = begin; i < out.size(); ++i) {
+    size_t at = out[i] & mask;
+    while (seen_[at] != kEmpty && seen_[at] != out[i]) at = (at + 1) & mask;
+    if (seen_[at] == out[i]) continue;
+    seen_[at] = out[kept++] = out[i];
+  }
+  out.resize(kept);
 }
 
 void FeatureExtractor::add_word(std::string_view word, std::vector<uint32_t>& out) {

@@ -21,17 +21,19 @@ class FeatureExtractor {
   static constexpr size_t kLongestWord = 64;
   explicit FeatureExtractor(const FeatureSpec& spec) : spec_(spec) {}
 
-  // Appends the buckets of a text's features, repeated ones too, in order.
+  // Appends the buckets of a text's features, each once, in the order of their first places.
   void extract(std::string_view utf8, std::vector<uint32_t>& out);
 
  private:
   void add_word(std::string_view word, std::vector<uint32_t>& out);
   void add_chars(std::string_view word, std::vector<uint32_t>& out) const;
+  void keep_distinct(std::vector<uint32_t>& out, size_t begin);
   uint32_t bucket(uint64_t hash) const { return static_cast<uint32_t>(hash >> (64 - spec_.bucket_bits)); }
 
   FeatureSpec spec_;
   std::string lower_;
   std::vector<uint64_t> recent_;  // hashes of the last words, the newest first
+  std::vector<uint64_t> seen_;    // an open table of buckets
 };
 
 }  // namespace cs336::text
