@@ -161,7 +161,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (C, T, Hkv, D), a row a sequence; or (P, page, Hkv, D), the pages that block_table lists.
         k, v: (B, N, Hkv, D) new tokens, written behind cache_seqlens.
         rotary_cos, rotary_sin: (positions, R / 2), at least as many as a sequence's cache has: rotates the first R
-            features of k, and of q, to their positions: cache_seqlens and on (all of q to cache_seqlens where it is neither causal nor in a window).
+            features of k, and of q, to their positions: cache_seqlens and on (all of q to cache_seqlens where it
+            is neither causal nor in a window).
         cache_seqlens: tokens in the cache before the call, (B,) int32 or one number; all T if None.
         cache_batch_idx: (B,) int32, the row of the cache of each sequence; the first B if None.
         block_table: (B, M) int32 pages of each sequence, in order.
