@@ -54,3 +54,13 @@ def test_architectures():
     for target in ("sm_80.cubin", "sm_90.cubin", "sm_90.ptx"):
         assert target in listed, f"{target} is missing in:\n{listed}"
     assert b"80-real,90\0" in LIBRARY.read_bytes()  # what the library says of itself, to cs336/_load.py
+
+
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_exceptions_are_torchs_too(name):
+    """A library with a C++ run time of its own, linked statically, ends the process where an op refuses its arguments:
+    torch cannot catch what it throws."""
+    library = LIBRARY.with_name(name)
+    if not library.exists():
+        pytest.skip(f"{name} is not built")
+    assert b"libstdc++.so.6\0" in library.read_bytes(), f"{name} holds its own libstdc++: link the shared one"
