@@ -29,7 +29,7 @@ def _library():
 
 # With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a feature,
 # that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack.
-# The loss and its gradient in one block of 1024 threads have 64 registers; unaligned rows keep one pointer on the stack.
+# The loss and its gradient in a block of 1024 threads have 64 registers; unaligned rows keep one pointer on the stack.
 SPILLS = {  # kernel: bytes of stack that it may have
     r"norm_bwd_kernelIf\w+Lb1E": 16,
     r"norm_bwd_kernelIfLi8ELi1E\w+Lb0E": 16,
