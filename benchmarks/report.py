@@ -124,7 +124,7 @@ def rated(rows: list[Row]) -> Iterator[str]:
     present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
     yield "Native: its rate, its share of the roof, and how many times as fast as each peer"
     yield ""
-    yield "| pass | shape | us | rate | % of roof | " + " | ".join(PEERS[p] for p in present) + " |"
+    yield "| " + " | ".join(["pass", "shape", "us", "rate", "% of roof", *(PEERS[p] for p in present)]) + " |"
     yield "| --- | --- | ---: | ---: | ---: " + "| ---: " * len(present) + "|"
     for c in timed:
         native = c["native"]
@@ -134,7 +134,7 @@ def rated(rows: list[Row]) -> Iterator[str]:
         name = f"{native['op']} {native['pass']}" if several else native["pass"]
         yield f"| {name} | {'x'.join(map(str, native['shape']))} | " + " | ".join(cells) + " |"
     yield ""
-    yield losses(timed, sized=False)
+    yield losses(timed, sized=False) if present else "No peer ran."
 
 
 def case(row: Row) -> tuple:
