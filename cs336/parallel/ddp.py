@@ -7,7 +7,7 @@ whichever parameters a rank uses: a bucket waits for those before it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ class DDP(nn.Module):
             self._syncing = before
 
 
-def _divide(params: list[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:
+def _divide(params: Sequence[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:
     """Runs of one dtype and device, as they come; with None all of one dtype and device."""
     if bucket_mb is None:
         kinds = dict.fromkeys((p.dtype, p.device) for p in params)
