@@ -127,9 +127,13 @@ class LLM:
         top: how many of the likeliest tokens to tell in the place of each.
         Raises ValueError for another number of continuations, and for empty ones.
         """
-        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
-        if not all(ids for _, (_, ids) in pairs):
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"there are {len(prompts)} prompts and {len(continuations)} continuations: give one of each"
+            )
+        if not all(len(continuation) for continuation in continuations):
             raise ValueError("there is an empty continuation, which has no tokens to score")
+        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
         outputs = self._run([([*a, *b], params, None, len(a)) for (_, a), (_, b) in pairs])
         found = [output.prompt_logprobs or [] for output in outputs]

@@ -275,7 +275,7 @@ def test_a_key():
 
 
 def test_timeouts():
-    with listening(tiny_llm(), ServerConfig(timeout=0.05)) as served:
+    with listening(tiny_llm(), ServerConfig(timeout=0.01)) as served:
         assert post(served, {"prompt": "a", "max_tokens": 120})[0] == 504
         _, found = asyncio.run(ask(served[1], {"prompt": "a", "max_tokens": 120, "stream": True}))
         assert b"took too long" in found[-1]
