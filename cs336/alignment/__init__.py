@@ -12,3 +12,9 @@ from cs336.alignment.policy import policy_gradient_loss as policy_gradient_loss
 from cs336.alignment.policy import policy_gradient_terms as policy_gradient_terms
 from cs336.alignment.preferences import dpo_loss as dpo_loss
 from cs336.alignment.preferences import reward_model_loss as reward_model_loss
+from cs336.alignment.verifiers import Verdict as Verdict
+from cs336.alignment.verifiers import equal_answers as equal_answers
+from cs336.alignment.verifiers import extract_answer as extract_answer
+from cs336.alignment.verifiers import parse_number as parse_number
+from cs336.alignment.verifiers import verify_format as verify_format
+from cs336.alignment.verifiers import verify_math as verify_math
