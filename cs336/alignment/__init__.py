@@ -12,6 +12,10 @@ from cs336.alignment.policy import policy_gradient_loss as policy_gradient_loss
 from cs336.alignment.policy import policy_gradient_terms as policy_gradient_terms
 from cs336.alignment.preferences import dpo_loss as dpo_loss
 from cs336.alignment.preferences import reward_model_loss as reward_model_loss
+from cs336.alignment.sft import SFT as SFT
+from cs336.alignment.sft import Example as Example
+from cs336.alignment.sft import encode_chat as encode_chat
+from cs336.alignment.sft import pack_examples as pack_examples
 from cs336.alignment.verifiers import Verdict as Verdict
 from cs336.alignment.verifiers import equal_answers as equal_answers
 from cs336.alignment.verifiers import extract_answer as extract_answer
