@@ -6,6 +6,11 @@ from cs336.alignment.functions import masked_mean as masked_mean
 from cs336.alignment.functions import masked_normalize as masked_normalize
 from cs336.alignment.functions import response_mask as response_mask
 from cs336.alignment.functions import sequence_log_probs as sequence_log_probs
+from cs336.alignment.grpo import GRPOConfig as GRPOConfig
+from cs336.alignment.grpo import Rollouts as Rollouts
+from cs336.alignment.grpo import grpo_step as grpo_step
+from cs336.alignment.grpo import rollout as rollout
+from cs336.alignment.grpo import train_grpo as train_grpo
 from cs336.alignment.policy import gae as gae
 from cs336.alignment.policy import group_advantages as group_advantages
 from cs336.alignment.policy import policy_gradient_loss as policy_gradient_loss
