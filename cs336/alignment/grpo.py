@@ -274,7 +274,7 @@ def _update(
     count, *sums = torch.stack(totals).sum(0)
     scale = gradient_scale(count)
     norm = grad_norm(model.parameters()) * scale
-    optimizer.step(grad_scale=scale * clip_scale(norm, config.max_grad_norm))  # type: ignore[call-arg]
+    optimizer.step(grad_scale=scale * clip_scale(norm, config.max_grad_norm))  # type: ignore[call-overload]
     optimizer.zero_grad()
     means = [(total / count.clamp(min=1)).item() for total in sums]
     return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm.item()}

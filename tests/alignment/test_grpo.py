@@ -165,3 +165,12 @@ def test_steps_refuse():
     with pytest.raises(ValueError, match="no prompts"):
         train_grpo(llm, optimizer, [], copied, config, num_steps=1)
     assert not optimizer.grads
+
+
+def test_the_engine_forgets_what_older_weights_computed():
+    llm = llm_of(0.3)
+    optimizer = AdamWConfig(lr=1e-1, weight_decay=0).build(llm.model)
+    prompt = [("012345678=", "")]  # longer than a page, which the second step would find again
+    rows = train_grpo(llm, optimizer, prompt, length, GRPOConfig(8, 1, max_tokens=2), num_steps=2)
+    assert rows[0]["grad_norm"] > 0
+    assert rows[1]["sampling/sampling_logp_difference/max"] < 1e-4
