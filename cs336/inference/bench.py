@@ -6,6 +6,7 @@ tokens over what it could compute.
 """
 
 import asyncio
+import dataclasses
 import json
 import math
 import random
@@ -43,6 +44,14 @@ class Load:
             least, most = getattr(self, name)
             if not 1 <= least <= most:
                 raise ValueError(f"{name} must be 1 <= fewest <= most, got {least} and {most}")
+
+    def within(self, context_length: int) -> "Load":
+        """The same, with prompts and answers of at most half the context each."""
+        half = context_length // 2
+        prompt = max(1, half - self.shared_prefix)
+        (a, b), (c, d) = self.input_len, self.output_len
+        inputs, outputs = (min(a, prompt), min(b, prompt)), (min(c, half), min(d, half))
+        return dataclasses.replace(self, input_len=inputs, output_len=outputs)
 
     def requests(self, vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
         """First the prompts are drawn, then the lengths of the answers."""
@@ -147,7 +156,7 @@ def offline(
     """
     llm = LLM(model, device=device, **vars(engine))
     _warm_up(llm)
-    _tell("offline", run_engine(llm, load.requests(llm.model.config.vocab_size)))
+    _tell("offline", run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
 
 
 def latency(
@@ -172,9 +181,17 @@ def latency(
     found = []
     for seed in range(repeats):
         load = Load(batch_size, (input_len, input_len), (output_len, output_len), seed=seed)
-        found.append(run_engine(llm, load.requests(llm.model.config.vocab_size)))
+        found.append(run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
     found.sort(key=lambda row: row["seconds"])
     _tell("latency", found[len(found) // 2])
+
+
+def _fitted(load: Load, llm: LLM) -> Load:
+    context = llm.model.config.context_length
+    fitted = load.within(context)
+    if fitted != load:
+        print(f"to fit the context of {context}: prompts of {fitted.input_len} tokens, answers of {fitted.output_len}")
+    return fitted
 
 
 def _warm_up(llm: LLM) -> None:

@@ -56,6 +56,12 @@ def test_what_is_counted():
     assert {"mbu", "mfu"} <= found.keys()
 
 
+def test_lengths_fit_the_context():
+    fitted = Load(input_len=(100, 1024), output_len=(10, 1024), shared_prefix=8).within(256)
+    assert (fitted.input_len, fitted.output_len) == ((100, 120), (10, 128))
+    assert Load(input_len=(1, 8), output_len=(1, 8)).within(256) == Load(input_len=(1, 8), output_len=(1, 8))
+
+
 def test_offline_and_latency(directory, capsys):
     assert main(["bench", "offline", directory, "--device", "cpu", "--max-seqs", "4", *LOAD]) == 0
     found = last_line(capsys)
