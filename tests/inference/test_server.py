@@ -281,7 +281,7 @@ def test_timeouts():
         _, found = asyncio.run(ask(served[1], {"prompt": "a", "max_tokens": 120, "stream": True}))
         assert b"took too long" in found[-1]
         until(lambda: not served[0].llm.engine.busy)
-        assert served[0].llm.engine.cache.in_use == 0
+        until(lambda: served[0].llm.engine.cache.in_use == 0)  # a moment after it left the scheduler
 
 
 def test_an_engine_that_fails_says_so(monkeypatch):
