@@ -125,7 +125,7 @@ def case(rank):
             )
         net = DDP(Net(seed=rank), bucket_mb)
         results[name, "accumulate"] = train(
-            net, parts_of(rank, 2), [False] * 2, net.finish_gradient_synchronization, net.no_sync
+            net, parts_of(rank, 2), [True] * 2, net.finish_gradient_synchronization, net.no_sync
         )
         net = DDP(Net(seed=rank), bucket_mb)
         results[name, "rare"] = train(net, parts_of(rank), [rank == 1], net.finish_gradient_synchronization)
@@ -165,7 +165,8 @@ def assert_same(got, want):
 def test_two_ranks_equal_one_process(ranks, bucket, kind):
     parts = {"accumulate": 2}.get(kind, 1)
     every = [p for rank in range(WORLD) for p in parts_of(rank, parts)]
-    want = train(Net(seed=0), every, [kind == "rare" and p.start > 0 for p in every], set_to_none=kind is not False)
+    rares = [kind == "accumulate" or (kind == "rare" and p.start > 0) for p in every]
+    want = train(Net(seed=0), every, rares, set_to_none=kind is not False)
     assert_same(ranks[0][bucket, kind], want)
     assert_same(ranks[1][bucket, kind], want)
     for step, (loss, *_) in enumerate(want):
