@@ -18,6 +18,7 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTAL
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
 PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense kernel"}  # of attention
+PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -113,22 +114,27 @@ def optimizer(rows: list[Row]) -> Iterator[str]:
 
 
 def rated(rows: list[Row]) -> Iterator[str]:
-    """A row for each case: native's rate, its share of the roof, and how many times as fast as each peer it is."""
+    """A row for each case: native's rate, its share of the roof, and how many times as fast as each peer it is.
+
+    A run of several ops names each in its rows.
+    """
+    several = len({row["op"] for row in rows}) > 1
     cases = [{row["variant"]: row for row in group} for _, group in itertools.groupby(rows, case)]
     timed = [c for c in cases if "seconds" in c.get("native", {})]
     present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
     yield "Native: its rate, its share of the roof, and how many times as fast as each peer"
     yield ""
-    yield "| pass | shape | us | rate | % of roof | " + " | ".join(PEERS[p] for p in present) + " |"
+    yield "| " + " | ".join(["pass", "shape", "us", "rate", "% of roof", *(PEERS[p] for p in present)]) + " |"
     yield "| --- | --- | ---: | ---: | ---: " + "| ---: " * len(present) + "|"
     for c in timed:
         native = c["native"]
         rate = f"{native['tflops']:.0f} TFLOP/s" if "tflops" in native else f"{native['gbps']:.0f} GB/s"
         cells = [f"{1e6 * native['seconds']:.1f}", rate, both([native.get("percent_of_roof")])]
         cells += [both([ratio(c, p)], ".2f") for p in present]
-        yield f"| {native['pass']} | {'x'.join(map(str, native['shape']))} | " + " | ".join(cells) + " |"
+        name = f"{native['op']} {native['pass']}" if several else native["pass"]
+        yield f"| {name} | {'x'.join(map(str, native['shape']))} | " + " | ".join(cells) + " |"
     yield ""
-    yield losses(timed)
+    yield losses(timed, sized=False) if present else "No peer ran."
 
 
 def case(row: Row) -> tuple:
@@ -150,8 +156,8 @@ def both(values: Iterable[float | None], form: str = ".1f") -> str:
     return "–" if set(cells) == {"–"} else " / ".join(cells)
 
 
-def losses(cases: list[dict[str, Row]]) -> str:
-    """Where a peer is faster by more than the noise of both, in the whole sweep."""
+def losses(cases: list[dict[str, Row]], sized: bool = True) -> str:
+    """Where a peer is faster by more than the noise of both, in the whole sweep; sized: a shape is that of x, in MB."""
     found = []
     for c in cases:
         native = c["native"]
@@ -159,13 +165,12 @@ def losses(cases: list[dict[str, Row]]) -> str:
             faster = ratio(c, peer)
             if faster is not None and faster * (1 + native["spread"] + c[peer]["spread"]) < 1:
                 shape = "x".join(map(str, native["shape"]))
-                found.append(
-                    (faster, f"{PEERS[peer]} in {native['pass']} {shape} ({megabytes(native):g} MB): {faster:.2f}")
-                )
+                size = f" ({megabytes(native):g} MB)" if sized else ""
+                found.append((faster, f"{PEERS[peer]} in {native['pass']} {shape}{size}: {faster:.2f}"))
     if not cases:
         return "Native did not run."
     sizes = [megabytes(c["native"]) for c in cases]
-    sweep = f"the sweep's {len(cases)} cases, x of {min(sizes):g} MB to {max(sizes):g} MB"
+    sweep = f"the sweep's {len(cases)} cases" + (f", x of {min(sizes):g} MB to {max(sizes):g} MB" if sized else "")
     if not found:
         return f"In none of {sweep} is a peer faster by more than the noise."
     shown = "; ".join(sentence for _, sentence in sorted(found)[:LOSSES_SHOWN])
@@ -386,6 +391,11 @@ BODIES = {
     "optimizers": optimizers,
     "attention": rated,
     "attention_varlen": rated,
+    "cross_entropy": rated,
+    "linear_cross_entropy": rated,
+    "activation": rated,
+    "paged_attention": rated,
+    "sample": rated,
 }
 HEADLINES = {
     "tokenizer": tokenizer_headline,

@@ -6,6 +6,7 @@ It describes a whole build, wherever it is made: all libraries, for the architec
 """
 
 import contextlib
+import importlib
 import itertools
 import pathlib
 import re
@@ -21,6 +22,7 @@ from cs336.ops import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
+PAGED_ATTENTION = importlib.import_module("cs336.ops.paged_attention")  # whose name is the function's too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = {"CPU": None, "7.5 (T4)": (7, 5), "8.0 (A100)": (8, 0), "9.0 (H100, H200)": (9, 0), "10.0 (B200)": (10, 0)}
 HEADER = """# Support
@@ -44,9 +46,86 @@ def _norm(*kinds: str) -> Arguments:
 
 
 def _adamw(dtype: torch.dtype, device: str) -> tuple:
-    moments = torch.promote_types(dtype, torch.float32)
+    moments = _wide(dtype)
     lists = [[torch.empty(4, dtype=d, device=device)] for d in (dtype, dtype, moments, moments, torch.float32)]
     return *lists, torch.empty((), device=device), None, 0.9, 0.95, 1e-8, 0.1
+
+
+def _activation(*tensors: str) -> Arguments:
+    def arguments(dtype: torch.dtype, device: str) -> tuple:
+        return *(torch.empty(4, 64, dtype=dtype, device=device) for _ in tensors), 0
+
+    return arguments
+
+
+def _cross_entropy(kind: str) -> Arguments:
+    """Arguments of the "fwd", "bwd" or "gradient_" of 4 rows of 64 logits."""
+
+    def arguments(dtype: torch.dtype, device: str) -> tuple:
+        logits, targets = torch.empty(4, 64, dtype=dtype, device=device), _ints(4, torch.int64, device)
+        stat, scale = (torch.empty(n, dtype=_wide(dtype), device=device) for n in ((4,), ()))
+        options = -100, None, 0.0, 0.0
+        return {
+            "fwd": (logits, targets, *options, False),
+            "bwd": (logits, targets, stat, stat, stat, None, None, *options),
+            "gradient_": (logits, targets, scale, *options),
+        }[kind]
+
+    return arguments
+
+
+def _dropout(dtype: torch.dtype, device: str) -> tuple:
+    return torch.empty(4, 64, dtype=dtype, device=device), None, _ints(1, torch.int64, device), 0.1
+
+
+def _embedding(dtype: torch.dtype, device: str) -> tuple:
+    return torch.empty(4, 64, dtype=dtype, device=device), _ints(4, torch.int64, device), 8
+
+
+def _scale(dtype: torch.dtype, device: str) -> tuple:
+    return torch.empty(64, dtype=dtype, device=device), None, torch.empty((), dtype=_wide(dtype), device=device)
+
+
+def _linear(dtype: torch.dtype, device: str) -> tuple:
+    x, weight = (torch.empty(n, 64, dtype=dtype, device=device) for n in (4, 32))
+    return x, weight, None
+
+
+def _linear_attention_fwd(dtype: torch.dtype, device: str) -> tuple:
+    q, k, v = (torch.empty(1, 2, 64, 16, dtype=dtype, device=device) for _ in range(3))
+    return q, k, v, None, None, None, 0.25
+
+
+def _linear_attention_bwd(dtype: torch.dtype, device: str) -> tuple:
+    q, *rest = _linear_attention_fwd(dtype, device)
+    return torch.empty_like(q), None, q, *rest
+
+
+def _paged(q_shape: tuple[int, ...]) -> Arguments:
+    """Of decode (q: B, Q, H, D) or prefill (q: T, H, D), for 2 sequences over pages of 16 tokens."""
+
+    def arguments(dtype: torch.dtype, device: str) -> tuple:
+        q, *caches = (torch.empty(s, dtype=dtype, device=device) for s in (q_shape, (4, 16, 2, 64), (4, 16, 2, 64)))
+        table, lens = _ints((2, 2), torch.int32, device), _ints(2, torch.int32, device)
+        more = (_ints(3, torch.int32, device), 1) if len(q_shape) == 3 else ()
+        return q, *caches, table, lens, *more, 0.125, -1, 0.0, None
+
+    return arguments
+
+
+def _sample(dtype: torch.dtype, device: str) -> tuple:
+    logits = torch.empty(2, 64, dtype=dtype, device=device)
+    temperature, top_p, min_p = (torch.empty(2, device=device) for _ in range(3))
+    seeds, offsets = (_ints(2, torch.int64, device) for _ in range(2))
+    return logits, temperature, _ints(2, torch.int32, device), top_p, min_p, seeds, offsets, *[None] * 5, 0
+
+
+def _ints(shape: int | tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 # Of ops whose variants look at the dtype; the others are asked about devices alone.
@@ -58,6 +137,20 @@ SAMPLES: dict[str, Arguments] = {
     "layer_norm_residual_fwd": _norm("rows", "rows", "features", "features", "eps"),
     "layer_norm_bwd": _norm("rows", "rows", "rows", "features", "stats", "stats"),
     "adamw_": _adamw,
+    "activation_fwd": _activation("x", "up"),
+    "activation_bwd": _activation("x", "up", "dy"),
+    "cross_entropy_fwd": _cross_entropy("fwd"),
+    "cross_entropy_bwd": _cross_entropy("bwd"),
+    "cross_entropy_gradient_": _cross_entropy("gradient_"),
+    "dropout_fwd": _dropout,
+    "embedding_bwd": _embedding,
+    "scale_": _scale,
+    "linear_invariant": _linear,
+    "linear_attention_fwd": _linear_attention_fwd,
+    "linear_attention_bwd": _linear_attention_bwd,
+    "paged_attention": _paged((2, 1, 4, 64)),
+    "paged_prefill": _paged((2, 4, 64)),
+    "sample": _sample,
 }
 
 
@@ -98,6 +191,8 @@ def whole_build(capability: registry.Capability | None) -> Iterator[None]:
             (registry, "_forced", None),
             (_load, "missing", lambda kind: None),
             (_load, "architectures", _default_architectures),
+            # Of 8.0, 9.0 and 10.0 each has more than it asks for.
+            (PAGED_ATTENTION, "_shared_memory", lambda device: PAGED_ATTENTION.NATIVE_SHARED_MEMORY),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         yield

@@ -127,7 +127,7 @@ def _gated(activation: Callable, op: Callable) -> Callable:
                 continue
             gate: Any = activated.args[0]
             options = {k: v for k, v in activated.kwargs.items() if k != "inplace"}
-            if len(activated.args) == 1 and _alike(node, gate, up):
+            if len(activated.args) == 1 and not activated.kwargs.get("inplace") and _alike(node, gate, up):
                 return op, (gate, up), options
         return None
 
@@ -145,7 +145,8 @@ def _alike(*nodes) -> bool:
 def _relu2(node: Node):
     if _calls(node, torch.square) or (_calls(node, torch.pow, operator.pow) and node.args[1] == 2):
         rectified: Any = node.args[0]
-        if _calls(rectified, F.relu, torch.relu) and len(rectified.users) == 1 and _alike(node, rectified.args[0]):
+        plain = _calls(rectified, F.relu, torch.relu) and len(rectified.users) == 1 and len(rectified.args) == 1
+        if plain and not rectified.kwargs.get("inplace") and _alike(node, rectified.args[0]):
             return ops.relu2, (rectified.args[0],), {}
     return None
 

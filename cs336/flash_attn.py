@@ -160,8 +160,9 @@ def flash_attn_with_kvcache(
         q: (B, S, H, D), the last tokens of each sequence.
         k_cache, v_cache: (C, T, Hkv, D), a row a sequence; or (P, page, Hkv, D), the pages that block_table lists.
         k, v: (B, N, Hkv, D) new tokens, written behind cache_seqlens.
-        rotary_cos, rotary_sin: (positions, R / 2): rotates the first R features of k, and of q, to their positions:
-            cache_seqlens and on (all of q to cache_seqlens where it is neither causal nor in a window).
+        rotary_cos, rotary_sin: (positions, R / 2), at least as many as a sequence's cache has: rotates the first R
+            features of k, and of q, to their positions: cache_seqlens and on (all of q to cache_seqlens where it
+            is neither causal nor in a window).
         cache_seqlens: tokens in the cache before the call, (B,) int32 or one number; all T if None.
         cache_batch_idx: (B,) int32, the row of the cache of each sequence; the first B if None.
         block_table: (B, M) int32 pages of each sequence, in order.
@@ -185,9 +186,17 @@ def flash_attn_with_kvcache(
         raise NotImplementedError("cs336.flash_attn_with_kvcache supports a window where causal=True or S = 1")
     table = _pages(B, cache_batch_idx, q.device) if block_table is None else block_table
     lens = _lengths(cache_seqlens, B, table.shape[-1] * k_cache.shape[1], q.device)
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together")
     if rotary_cos is not None and rotary_sin is not None:
         if k is None:
             raise ValueError("rotary_cos and rotary_sin rotate k to its place in the cache: k and v are needed too")
+        capacity = table.shape[-1] * k_cache.shape[1]
+        if rotary_cos.dim() != 2 or rotary_sin.shape != rotary_cos.shape or rotary_cos.shape[0] < capacity:
+            raise ValueError(
+                f"rotary_cos and rotary_sin must have one shape (at least {capacity}, R / 2), a row for each token "
+                f"that the cache holds, got {tuple(rotary_cos.shape)} and {tuple(rotary_sin.shape)}"
+            )
         steps = torch.arange(S if causal or left >= 0 else 1, device=q.device)
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
         steps = torch.arange(k.shape[1], device=q.device)
@@ -235,7 +244,8 @@ def _lengths(cache_seqlens: int | Tensor | None, B: int, most: int, device: torc
 
 def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
-    cos, sin = (t[positions_BS.long()][:, :, None].float() for t in (cos, sin))
+    rows_BS = positions_BS.long().clamp(0, len(cos) - 1)  # what is outside is refused, or skipped, later
+    cos, sin = (t[rows_BS][:, :, None].float() for t in (cos, sin))
     turned, rest = x_BSHD[..., : 2 * half], x_BSHD[..., 2 * half :]
     pairs = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
     a, b = (t.float() for t in pairs)

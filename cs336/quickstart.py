@@ -19,7 +19,7 @@ from rich.text import Text
 
 from cs336.data import for_split, in_validation, read_meta, read_texts, tokenize_documents
 from cs336.data.stdlib import stdlib_documents, stdlib_name
-from cs336.evaluation import Evaluation, evaluate, last_step
+from cs336.evaluation import Evaluation, evaluate, last_validation
 from cs336.inference.load import load_model
 from cs336.inference.samples import sampler
 from cs336.models import Transformer, TransformerConfig
@@ -311,8 +311,8 @@ class Job:
 
     def evaluate(self) -> Outcome:
         model, tokenizer = self._trained()
-        step = last_step(self.run_dir)
-        found = evaluate(model, tokenizer, self._tokens("val"), self._tokens("train"), step=step)
+        step, loss = last_validation(self.run_dir)  # which the terminal has said: one number, not two
+        found = evaluate(model, tokenizer, self._tokens("val"), self._tokens("train"), step=step, loss=loss)
         found.save(self.run_dir)
         self.console.print(_table(found))
         return Outcome(

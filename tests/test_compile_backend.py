@@ -140,6 +140,9 @@ def halves(x):
         lambda x: F.silu(x) * W.double(),  # another dtype
         lambda x: (lambda s: s * x + s)(F.silu(x)),  # read twice
         lambda x: F.relu(x) ** 3,
+        lambda x: (lambda y: F.silu(y, inplace=True) * x + y)(x + 0),  # in place, and read again
+        lambda x: (lambda y: F.relu(y, True).square() + y)(x + 0),
+        lambda x: (lambda y: F.relu(y, inplace=True).square() + y)(x + 0),
         lambda x: F.cross_entropy(x, torch.zeros(2, 8, dtype=torch.long)),  # classes in the second dim of three
         lambda x: F.cross_entropy(x[0], x[0].softmax(-1)),  # probabilities
         lambda x: F.cross_entropy(x[0], torch.zeros(6, dtype=torch.long), weight=W),

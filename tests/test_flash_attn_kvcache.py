@@ -135,12 +135,15 @@ def test_rotary(device, causal, interleaved):
 def test_refusals(device):
     _, (k, v), _ = cache(device, False, [48])
     q = torch.randn(1, 2, 4, D, device=device).to(DTYPE)
+    new = {"k": q[:, :, :2], "v": q[:, :, :2], "cache_seqlens": 20}
     for error, match, options in (
         (NotImplementedError, "cache_leftpad", {"alibi_slopes": torch.ones(4, device=device)}),
         (NotImplementedError, "causal=True", {"window_size": (3, 3)}),
         (ValueError, "window_size", {"window_size": (-2, 0)}),
         (ValueError, "together", {"k": q[:, :, :2]}),
         (ValueError, "rotary_cos", {"rotary_cos": q[0, :, 0], "rotary_sin": q[0, :, 0]}),
+        (ValueError, "together", {"rotary_cos": v[0, :, 0], **new}),
+        (ValueError, r"\(at least 48, R / 2\)", {"rotary_cos": v[0, :9, 0], "rotary_sin": v[0, :9, 0], **new}),
     ):
         with pytest.raises(error, match=match):
             cs336.flash_attn_with_kvcache(q, k, v, **options)

@@ -76,6 +76,8 @@ def test_end_to_end_then_only_what_changed(corpus, tiny, tmp_path):
     evaluation = json.loads((settings.run_dir / "evaluation.json").read_text())
     bits = {b["name"]: b["bits_per_byte"] for b in evaluation["baselines"]}
     assert 0 < evaluation["bits_per_byte"] < 8
+    validated = [row["val/loss"] for row in rows(settings.run_dir / "metrics.jsonl") if "val/loss" in row]
+    assert evaluation["loss"] == validated[-1]
     assert 1 < bits["xz -9e"] < bits["byte unigram"] < 6
     assert bits["token unigram"] < bits["byte unigram"]
     samples = rows(settings.run_dir / "samples.jsonl")

@@ -82,6 +82,19 @@ def test_a_table_shows_roof_ratios_and_losses():
     assert "triton" not in text
 
 
+def test_a_run_of_several_ops_names_them_and_no_megabytes():
+    rows = [
+        {**row("fwd", variant, SMALL, seconds, gbps=4000.0, percent_of_roof=93.0), "op": op}
+        for op in ("swiglu", "relu2")
+        for variant, seconds in (("native", 20e-6), ("liger", 10e-6))
+    ]
+    text = report.table("activation", {"h200": {"activation": {"header": HEADER, "rows": rows}}})
+    assert "| relu2 fwd | 8192x4096 | 20.0 | 4000 GB/s | 93.0 | 0.50 |" in text
+    assert "the sweep's 2 cases, native loses to Liger in fwd 8192x4096: 0.50" in text
+    one = report.table("paged_attention", {"h200": {"paged_attention": {"header": HEADER, "rows": rows[:2]}}})
+    assert "| fwd | 8192x4096 |" in one
+
+
 def test_rendering_again_changes_nothing():
     once = report.render(TEXT, results(*ROWS))
     assert report.render(once, results(*ROWS)) == once != TEXT

@@ -100,11 +100,18 @@ def evaluate_text(
 
 def last_step(run_dir: str | os.PathLike) -> int | None:
     """The last step that a run's metrics.jsonl has; None without one."""
+    return last_validation(run_dir)[0]
+
+
+def last_validation(run_dir: str | os.PathLike) -> tuple[int | None, float | None]:
+    """The last step that a run's metrics.jsonl has, and the loss that validation found there; None for what is not."""
     try:
-        rows = (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return json.loads(rows[-1])["step"]
+        lines = (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines[-8:]]  # a step has few
+        step = rows[-1]["step"]
+        return step, next((row["val/loss"] for row in rows if row.get("step") == step and "val/loss" in row), None)
     except (FileNotFoundError, IndexError, ValueError, KeyError):
-        return None
+        return None, None
 
 
 def _first(documents: Iterable[str], size: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -337,6 +338,8 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if not ids:
             raise ValueError("the prompt is empty: give it at least one token")
+        if strange := [token for token in ids if not isinstance(token, Integral)]:
+            raise ValueError(f"a prompt's tokens are integers, got {strange[0]!r}")
         named = [*ids, *params.stop_token_ids, *(token for token, _ in params.biases)]
         if not 0 <= min(named) <= max(named) < vocab_size:
             bad = min(named) if min(named) < 0 else max(named)

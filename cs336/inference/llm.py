@@ -57,10 +57,12 @@ class LLM:
             found = find_model(model)
             self.name = pathlib.Path(model).resolve().name
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
-            self.chat_template = ChatTemplate.find(found)
             model = load_model(found, str(pick(device)), dtype)
+            self.chat_template = ChatTemplate.find(found)
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = convert.load(tokenizer)
+        if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
+            self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer
         self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options))
         if not quiet:
@@ -127,9 +129,13 @@ class LLM:
         top: how many of the likeliest tokens to tell in the place of each.
         Raises ValueError for another number of continuations, and for empty ones.
         """
-        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
-        if not all(ids for _, (_, ids) in pairs):
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"there are {len(prompts)} prompts and {len(continuations)} continuations: give one of each"
+            )
+        if not all(len(continuation) for continuation in continuations):
             raise ValueError("there is an empty continuation, which has no tokens to score")
+        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
         outputs = self._run([([*a, *b], params, None, len(a)) for (_, a), (_, b) in pairs])
         found = [output.prompt_logprobs or [] for output in outputs]
@@ -168,3 +174,11 @@ class LLM:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
         ids = iter(self.encode(texts))
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
+
+
+def _template_of(model: Transformer, tokenizer) -> ChatTemplate:
+    """The template that a model was read with, with the texts of its special ids."""
+    texts = {} if tokenizer is None else {i: text for text, i in tokenizer.special_tokens.items()}
+    first = {name: i[0] if isinstance(i, list) and i else i for name, i in model.special_ids.items()}
+    named = {name.removesuffix("_id"): texts[i] for name, i in first.items() if isinstance(i, int) and i in texts}
+    return ChatTemplate(model.chat_template, named)

@@ -5,11 +5,16 @@ A filter sets the logits of the tokens it excludes to -inf, and always leaves on
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_LOGPROBS = 20
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,27 @@ class SamplingParams:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         for name in ("top_k", "max_tokens"):
             value = getattr(self, name)
-            if not (value is None and name == "top_k") and (not isinstance(value, int) or value < 1):
+            if not (value is None and name == "top_k") and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} must be an integer, 1 or more, got {value}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}")
+        if self.seed is not None and not (_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed must be an integer in 0..2**63 - 1, got {self.seed!r}")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop must be strings, got {self.stop!r}: tokens that end a text are stop_token_ids")
+        if not all(_whole(token) for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must be integers, got {self.stop_token_ids!r}")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which would end every text at once")
-        if not isinstance(self.n, int) or self.n < 1:
+        if not _whole(self.n) or self.n < 1:
             raise ValueError(f"n must be an integer, 1 or more, got {self.n}")
-        if not isinstance(self.min_tokens, int) or not 0 <= self.min_tokens <= self.max_tokens:
+        if not _whole(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be in 0..max_tokens, {self.max_tokens}, got {self.min_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and 0 <= value <= MAX_LOGPROBS):
+            if value is not None and not (_whole(value) and 0 <= value <= MAX_LOGPROBS):
                 raise ValueError(f"{name} must be an integer in 0..{MAX_LOGPROBS}, got {value}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")

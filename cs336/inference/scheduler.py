@@ -9,7 +9,7 @@ The scheduler knows how many tokens a sequence has, not which: a step may be lai
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cs336.inference.pages import Node, PageCache
 from cs336.inference.sampling import SamplingParams
@@ -187,17 +187,20 @@ class Scheduler:
         if sequence.score_from is not None:
             most = min(most, sequence.score_from - 1)
         match = cache.match(sequence.token_ids, most, self._step)
-        borrowed = [] if match.copy is None else [match.copy]
         missing = -(-total // cache.page_size) - len(match.pages)
-        if cache.available < missing + len(self.running):  # each that runs soon wants one
-            cache.release(match.pages + borrowed)
+        wanted = missing + len(self.running)  # each that runs soon wants one
+        if match.copy is not None and cache.available < wanted:  # it is held beside those that are wanted
+            cache.release([match.copy])
+            match = replace(match, tokens=len(match.pages) * cache.page_size, copy=None)
+        if cache.available < wanted:
+            cache.release(match.pages)
             return False
         taken = cache.take(missing)
         assert taken is not None
         sequence.pages = match.pages + taken
         if match.copy is not None:
             copies.append((match.copy, taken[0]))
-            self._borrowed += borrowed
+            self._borrowed.append(match.copy)
         sequence.told, sequence.node, sequence.known = 0, match.node, len(match.pages)
         sequence.computed = match.tokens
         if not sequence.preemptions:

@@ -208,8 +208,9 @@ class TransformerBlock(nn.Module):
     def _update(self, x: Tensor) -> Tensor:
         """What is added to the stream: dropped out, skipped by some sequences, scaled."""
         config = self.config
-        x = nn.functional.dropout(x, config.dropout, self.training)
-        if self.training and config.stochastic_depth:
+        if config.dropout:  # asked first: what reads self.training is compiled once for training, once for validation
+            x = nn.functional.dropout(x, config.dropout, self.training)
+        if config.stochastic_depth and self.training:
             kept = 1 - config.stochastic_depth
             x = x * x.new_empty(*x.shape[:-2], 1, 1).bernoulli_(kept).div_(kept)
         return x if config.residual_scale == 1 else config.residual_scale * x

@@ -6,6 +6,7 @@ from cs336.models.block import BlockConfig, Norm
 from cs336.nn import AttentionConfig, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
 from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
 
+MOST_LAYERS = 1 << 16  # more are a damaged file's
 # The fields that the short form alone reads.
 SHORT = {"num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "d_ff", "norm_eps"}
 SHORT |= {"rope_theta", "rope_interleaved"}
@@ -69,6 +70,8 @@ class TransformerConfig:
     def __post_init__(self):
         check_counts(vocab_size=self.vocab_size, context_length=self.context_length)
         check_counts(num_layers=self.num_layers, d_model=self.d_model)
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers must be at most {MOST_LAYERS:,}, got {self.num_layers:,}")
         check_counts(optional=self.layers is not None, num_heads=self.num_heads)
         check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
         check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)

@@ -170,7 +170,10 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(S, device=x_BSM.device) if context.lengths is None else context.slots(S)
             x_BSM = x_BSM + self.position_embedding(positions).to(x_BSM.dtype)
-        return nn.functional.dropout(x_BSM.to(self.compute_dtype), config.embedding_dropout, self.training)
+        x_BSM = x_BSM.to(self.compute_dtype)
+        if config.embedding_dropout:
+            x_BSM = nn.functional.dropout(x_BSM, config.embedding_dropout, self.training)
+        return x_BSM
 
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""

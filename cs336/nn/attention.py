@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
     def _options(self, S: int) -> dict[str, Any]:
         """Of ops.attention, for S queries."""
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.dropout and self.training else 0.0
         return {"softcap": self.softcap, "scale": self.scale, "dropout_p": dropout, "window": self._sees(S)}
 
     @property

@@ -43,6 +43,27 @@ def _check(q, k, v, g, state, segments, scale) -> None:
         raise ValueError(f"segments must be ({B}, {T}) integers on {q.device}, got {_like(segments)}")
 
 
+def _check_raw(*args) -> None:
+    _check(*args)
+    for name, x in zip("qkv", args[:3], strict=True):
+        _check_rows(name, x)
+
+
+def _check_bwd(do, dstate, *args) -> None:
+    _check_raw(*args)
+    q, v, state_shape = args[0], args[2], (*args[2].shape[:2], args[0].shape[-1], args[2].shape[-1])
+    stat = torch.promote_types(q.dtype, torch.float32)
+    for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
+        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
+            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {_like(x)}")
+    _check_rows("do", do)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
+
+
 def _like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
@@ -77,7 +98,7 @@ registry.define(
     fake=_fake_fwd,
     ref=ref.fwd,
     triton="linear_attention.fwd",
-    check=_check,
+    check=_check_raw,
     supports={"triton": _triton_refuses},
 )
 registry.define(
@@ -86,7 +107,7 @@ registry.define(
     fake=_fake_bwd,
     ref=ref.bwd,
     triton="linear_attention_bwd.bwd",
-    check=lambda do, dstate, *rest: _check(*rest),
+    check=_check_bwd,
     supports={"triton": lambda do, dstate, *rest: _triton_refuses(*rest)},
 )
 
@@ -139,7 +160,7 @@ def linear_attention(
     On a GPU Triton's kernels; elsewhere plain torch in chunks, which the backward computes again, and one token by
     itself; the recurrence where "ref" is forced.
     """
-    g, state = (None if x is None else wide(x) for x in (g, initial_state))
+    g, state = _bounded(g), None if initial_state is None else wide(initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = q, k, v, g, state, segments, scale
     _check(*args)
@@ -174,7 +195,7 @@ def gated_delta_rule(
     k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
     linear_attention's. In plain torch on every device, in chunks, which the backward computes again.
     """
-    g, state = (None if x is None else wide(x) for x in (g, initial_state))
+    g, state = _bounded(g), None if initial_state is None else wide(initial_state)
     beta = wide(beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, g, state, segments, scale)
@@ -189,6 +210,11 @@ def gated_delta_rule(
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
     return (o, last) if return_state else o
+
+
+def _bounded(g: Tensor | None) -> Tensor | None:
+    """Log-decays that can be added up and taken off again; the least one's exponential is 0 all the same."""
+    return None if g is None else wide(g).clamp(min=-746.0 if g.dtype == torch.float64 else -104.0)
 
 
 def _first(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):

@@ -61,7 +61,7 @@ class _Gradients:
     """What chunks' gradients of the logits add to those of x, weight and bias; an empty tensor for one not wanted.
 
     They are fp32, to be scaled and then rounded; but weight's, which may be a GB, has the matmuls' dtype if all tokens
-    are one chunk.
+    are one chunk and that is not float16.
     """
 
     def __init__(self, logits: _Logits, wanted: Sequence[bool], dtype: torch.dtype):
@@ -163,7 +163,8 @@ def _joined(parts: list[tuple], x: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _sum_dtype(x: Tensor, num_chunks: int) -> torch.dtype:
-    return x.dtype if num_chunks == 1 else _wide(x)
+    """float16 is too narrow for a sum over tokens before it is scaled."""
+    return x.dtype if num_chunks == 1 and x.dtype != torch.float16 else _wide(x)
 
 
 def _fake_forward(x, weight, bias, targets, *options):
@@ -246,7 +247,10 @@ class _Reduced(torch.autograd.Function):
         later, *gradients = ctx.saved_tensors
         scale = dloss if later is None else dloss * later
         # the one that may be a GB, and has its own dtype already
-        spent = [g.is_cuda and g.element_size() == 2 and not torch.compiler.is_compiling() for g in gradients]
+        spent = [
+            wanted and g.is_cuda and g.element_size() == 2 and g.dtype == dtype and not torch.compiler.is_compiling()
+            for g, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        ]
         ctx.spent = any(spent)
         scaled = [
             scale_to(g, scale, dtype, in_place=in_place) if wanted else None

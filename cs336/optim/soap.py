@@ -63,7 +63,7 @@ class SOAP(AdamW):
         buckets = defaultdict(list)
         for p in group["params"]:
             if _is_soaps(p, group) and (g := gradient(p)) is not None and p.numel():
-                state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
+                state, wide = self.state.get(p), torch.promote_types(p.dtype, torch.float32)
                 g = g.to(wide)
                 if grad_scale is not None:
                     g = g * grad_scale.to(p.device, wide)
@@ -76,15 +76,15 @@ class SOAP(AdamW):
             self._step_matrices(group, bucket)
 
     def _begin(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        """Set the bases by the first gradient."""
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, which asks it when the bases are due
-        state |= {name: torch.zeros_like(p, dtype=g.dtype) for name in ("exp_avg", "exp_avg_sq")}
+        """Set the bases by the first gradient. One that has none, as it is not finite, leaves no state behind."""
+        step = torch.zeros((), dtype=torch.float32)  # on the host, which asks it when the bases are due
+        state = {"step": step, **{name: torch.zeros_like(p, dtype=g.dtype) for name in ("exp_avg", "exp_avg_sq")}}
         for side, turned in zip(SIDES, (g, g.mT), strict=True):
             if turned.shape[0] <= group["max_dim"]:
                 covariance = turned @ turned.mT * (1 - group["betas"][1])
                 state[f"{side}_covariance"] = covariance
                 state[f"{side}_basis"] = torch.linalg.eigh(covariance)[1].flip(-1).contiguous()
+        self.state[p] = state
 
     def _step_matrices(self, group: dict[str, Any], bucket: list[tuple[Tensor, Tensor]]) -> None:
         """Of one device, dtype and shape, at the same step."""

@@ -56,7 +56,8 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
-        count, metrics = (targets_BS != self.ignore_index).sum(), dict[str, Tensor]()
+        count = (targets_BS != self.ignore_index).sum()
+        metrics: dict[str, Tensor] = {}
         if self.fused_head:
             loss, routing = with_routing(model, token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
         else:

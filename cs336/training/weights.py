@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from cs336.models import Transformer, TransformerConfig, from_pretrained
-from cs336.models.huggingface import read_step
+from cs336.models.huggingface import read_config, read_step
 from cs336.training.checkpoint import MODEL, STATE, list_checkpoints, load_checkpoint, read_model_config
 from cs336.utils.config import to_table
 
@@ -59,7 +59,7 @@ def model_config(path: pathlib.Path) -> TransformerConfig:
     Raises FileNotFoundError if there is no model, ValueError for a checkpoint that does not hold it.
     """
     path = find_model(path)
-    config = from_pretrained(path).config if _is_layout(path) else read_model_config(path, TransformerConfig)
+    config = read_config(path) if _is_layout(path) else read_model_config(path, TransformerConfig)
     if config is None:
         raise ValueError(f"{path} is a checkpoint from before they held the model's configuration: give [model] too")
     return config

@@ -232,7 +232,7 @@ __device__ Stats load(const SampleParams& p, const Settings& settings, int row, 
       for (int i = 0; i < 4; i++) {
         if (first + i >= n) continue;
         if (bias) x[i] = finite(x[i] + bias[first + i]);
-        if (counts) x[i] = settings.penalised(x[i], counts[first + i]);
+        if (counts) x[i] = finite(settings.penalised(x[i], counts[first + i]));  // a penalty may have overflowed
       }
     }
 #pragma unroll

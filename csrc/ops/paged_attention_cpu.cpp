@@ -73,7 +73,8 @@ Outputs attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, co
   check_pages(k_cache, page_table, seq_lens);
 
   std::vector<cpu::PagedUnit> units;
-  for (int64_t b = 0, start = 0; b < B; b++) {
+  int64_t start = 0;
+  for (int64_t b = 0; b < B; b++) {
     const int64_t queries = cu_seqlens_q ? ints(*cu_seqlens_q)[b + 1] - start : Q;
     STD_TORCH_CHECK(queries >= 0 && (!cu_seqlens_q || start + queries <= T) &&
                         (b > 0 || !cu_seqlens_q || *ints(*cu_seqlens_q) == 0),
@@ -82,8 +83,8 @@ Outputs attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, co
     for (int64_t head = 0; head < kv_heads; head++)
       for (int64_t first = 0; first < queries; first += cpu::kPagedQueries)
         units.push_back({b, head, first, std::min(queries, first + cpu::kPagedQueries)});
-    STD_TORCH_CHECK(b + 1 < B || start == T, "cu_seqlens_q must rise from 0 to q's ", T, " rows");
   }
+  STD_TORCH_CHECK(!cu_seqlens_q || start == T, "cu_seqlens_q must rise from 0 to q's ", T, " rows");
   Tensor o = cu_seqlens_q ? new_tensor(q, {T, H, E}, q.scalar_type()) : new_tensor(q, {B, Q, H, E}, q.scalar_type());
   Tensor lse = cu_seqlens_q ? new_tensor(q, {H, T}, ScalarType::Float) : new_tensor(q, {B, H, Q}, ScalarType::Float);
   const cpu::PagedAttentionParams p{.q = q.const_data_ptr(),

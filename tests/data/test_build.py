@@ -282,6 +282,28 @@ def build(tmp_path, monkeypatch, **table):
     return tmp_path / "out"
 
 
+def test_rows_that_are_made_to_break_a_build_do_not(tmp_path, monkeypatch):
+    text = "some words of a page that stays, number"
+    lines = [json.dumps({"text": f"{text} one", "masked": "what mask_pii calls its count"}).encode()]
+    lines += [json.dumps({"text": f"{text} two, to jo@example.org", "masked": 7}).encode()]
+    lines += [
+        b'{"text": "%s %d", "m": %s}' % (text.encode(), n, b"[" * n + b"]" * n) for n in (64, 65, *range(960, 990))
+    ]
+    lines += [b'{"text": "%s"}' % (b"x" * (1 << 16) + b"y" * (1 << 11))]
+    most = len(lines[-1]) - 1  # and no line end after it
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    out = build(
+        tmp_path, monkeypatch, steps=[{"kind": "mask_pii"}], dedup=[{"kind": "lines"}], limits={"record_bytes": most}
+    )
+    kept = [row["text"].split()[-1] for row in rows(out, "2-lines/documents/*.jsonl")]
+    assert kept == ["one", "|||EMAIL_ADDRESS|||", "64"]
+    assert json.loads((out / "build.json").read_text())["masked"] == 1
+    lost = rows(out, "1-extract/unread/*.jsonl")
+    assert "nested more than 64 deep" in lost[0]["detail"]
+    assert len(lost) == 1 + 30 + 1
+    assert lost[-1]["reason"] == "too large"
+
+
 def test_mixtures_take_sources_by_their_weights(tmp_path, monkeypatch):
     """web has 40 documents and books 10, of one length: at equal weights and 60 in all, books are taken three times."""
     for name, count in (("web", 40), ("books", 10)):

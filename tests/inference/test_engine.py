@@ -144,6 +144,18 @@ def test_a_page_is_copied_where_prompts_part_within_it(model, alone):
         assert ids_of(request) == [alone(request.prompt_token_ids, 15)]
 
 
+@pytest.mark.timeout(30)
+def test_a_page_to_copy_does_not_keep_a_request_out_of_a_full_pool(model, alone):
+    """All pages are this prompt's: the one that it shares a beginning with cannot be held beside them."""
+    e = engine(model, page_size=4, max_len=8, num_pages=2)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 9, 5, 6, 7]]
+    for prompt in prompts:
+        request = e.add(prompt, dataclasses.replace(GREEDY, max_tokens=1))
+        run(e)
+        assert ids_of(request) == [alone(prompt, 1)]
+        assert e.cache.in_use == 0
+
+
 def test_late_comers_join(model, alone):
     e = engine(model, overlap=True, max_step_tokens=16)
     requests = []
@@ -388,6 +400,7 @@ def test_bad_requests(model):
         ([], GREEDY, "the prompt is empty"),
         ([1, 272], GREEDY, "there is no token 272: the model's are 0 to 271"),
         ([-1], GREEDY, "there is no token -1"),
+        ([1, 2.5], GREEDY, "tokens are integers, got 2.5"),
         ([1], SamplingParams(stop_token_ids=(500,)), "there is no token 500"),
         ([1], SamplingParams(logit_bias={300: 1.0}), "there is no token 300"),
         ([1] * 96, GREEDY, "96 tokens, which leaves no room in a sequence of 96"),

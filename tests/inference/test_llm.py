@@ -76,9 +76,10 @@ def test_scores_are_log_likelihoods(model, llm):
         for i, token in enumerate(tokens, len(prefix) - 1):
             assert token.logprob == pytest.approx(log_p[i, token.id].item(), abs=1e-4)
             assert token.top[0][0] == int(log_p[i].argmax())
-    with pytest.raises(ValueError, match="empty continuation"):
-        llm.score(["a"], [[]])
-    with pytest.raises(ValueError, match="shorter"):
+    for empty in ([], ""):  # as a prompt, an empty text would begin a document
+        with pytest.raises(ValueError, match="empty continuation"):
+            llm.score(["a"], [empty])
+    with pytest.raises(ValueError, match="2 prompts and 1 continuations"):
         llm.score(["a", "b"], ["c"])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer
+from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer, read_config
 from cs336.models import save_pretrained
 from cs336.tokenizer import Tokenizer
 from cs336.training import save_checkpoint
@@ -35,6 +35,12 @@ def test_what_the_first_release_left(where):
     want = load_file(FIXTURES / "logits.safetensors")["trained"]
     torch.testing.assert_close(model(X), want, atol=1e-6, rtol=1e-6)
     assert load_tokenizer(find_model(FIXTURES / where)).vocab_size == 257
+
+
+def test_a_configuration_is_read_without_the_weights(run):
+    want = load_model(run / "export", device="cpu").config
+    (run / "export" / "model.safetensors").unlink()
+    assert read_config(run / "export") == want
 
 
 def test_an_export_wins_over_the_checkpoint_it_was_made_of(run):

@@ -135,8 +135,13 @@ def test_logits_that_are_not_finite(bad):
         ({"max_tokens": None}, "max_tokens must be an integer, 1 or more"),
         ({"stop": ["a", ""]}, "empty string"),
         ({"stop": ""}, "empty string"),
-        ({"seed": -1}, r"seed must be in 0\.\.2\*\*63 - 1, got -1"),
-        ({"seed": 10**30}, "seed must be in"),
+        ({"seed": -1}, r"seed must be an integer in 0\.\.2\*\*63 - 1, got -1"),
+        ({"seed": 10**30}, "seed must be an integer in"),
+        ({"seed": 1.5}, "seed must be an integer in .* got 1.5"),
+        ({"seed": "1"}, "seed must be an integer in .* got '1'"),
+        ({"stop": (1,)}, "stop must be strings, .* stop_token_ids"),
+        ({"stop_token_ids": (1.5,)}, "stop_token_ids must be integers"),
+        ({"max_tokens": True}, "max_tokens must be an integer"),
     ],
 )
 def test_bad_values(values, message):

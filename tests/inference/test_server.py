@@ -178,6 +178,7 @@ def test_tokens_and_models(served):
         ({"n": 17}, 400, "17 continuations were asked for at once, 16 is the most"),
         ({"best_of": 4}, 400, "best_of is not supported"),
         ({"logprobs": 21}, 400, "logprobs: "),
+        ({"stop": ["a"] * 257}, 400, "stop"),
         ({"stop": [""]}, 400, "stop holds an empty string"),
         ({"logit_bias": {"3": 1000}}, 400, "logit_bias of token 3 must be in"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
@@ -275,7 +276,7 @@ def test_a_key():
 
 
 def test_timeouts():
-    with listening(tiny_llm(), ServerConfig(timeout=0.05)) as served:
+    with listening(tiny_llm(), ServerConfig(timeout=0.01)) as served:
         assert post(served, {"prompt": "a", "max_tokens": 120})[0] == 504
         _, found = asyncio.run(ask(served[1], {"prompt": "a", "max_tokens": 120, "stream": True}))
         assert b"took too long" in found[-1]

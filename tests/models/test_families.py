@@ -1,6 +1,8 @@
 """Each family of transformers, tiny and random: equal greedy tokens and distributions, both ways."""
 
+import contextlib
 import json
+import math
 
 import pytest
 import torch
@@ -228,6 +230,15 @@ def test_no_field_is_ignored(family):
     for name in ("attention_multiplier", "num_experts", "rope_local_base_freq", "quantization_config"):
         with pytest.raises(ValueError, match=f"config.json has {name} = 7, which cs336"):
             FAMILIES[family].config(config | {name: 7})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_of_any_value_is_read_or_refused(family):
+    config = transformers.AutoConfig.for_model(family).to_dict() | {"sliding_window": None}
+    for name in config:
+        for value in (-1, 0, 1.5, math.inf, 10**12, 10**30, "x", True, [], [None], {}, {"a": 1}):
+            with contextlib.suppress(ValueError):
+                FAMILIES[family].config(config | {name: value})
 
 
 def test_a_file_without_a_head_is_a_models(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_transformer import make
 
+from cs336.inference import LLM, SamplingParams
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.models import TransformerConfig, from_gguf, tokenizer_from_gguf
 from cs336.models.gguf.model import NAMES
@@ -153,6 +154,14 @@ def test_the_tokenizer(tmp_path):
     sample = "the heart of 123, naïve<|im_end|>"
     assert found.encode(sample, allowed_special="all") == want.encode(sample, allowed_special="all")
     assert found.special_tokens == specials
+
+
+def test_conversations_are_written_by_the_template_of_the_file(tmp_path):
+    template = "{{ messages[0]['content'] }}{{ eos_token }}"
+    path, _ = written(tmp_path, pairs=metadata() | {"tokenizer.chat_template": template})
+    llm = LLM(path, device="cpu", quiet=True, max_seqs=1, page_size=8)
+    (answer,) = llm.chat([{"role": "user", "content": "he"}], SamplingParams(max_tokens=1))
+    assert answer.prompt == "he<|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -340,9 +340,14 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors; only safetensors are read, never pickles"):
         from_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "../a.safetensors"}}')
-    with pytest.raises(ValueError, match="names files outside its directory"):
-        from_pretrained(tmp_path)
+    for name in ("../a.safetensors", "/a.safetensors", "..", ""):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match="names files outside its directory"):
+            from_pretrained(tmp_path)
+    for table in ({}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": ["b"]}}):
+        index.write_text(json.dumps(table))
+        with pytest.raises(ValueError, match="must have a weight_map"):
+            from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         from_pretrained(tmp_path)

@@ -198,6 +198,47 @@ def test_raw_ops(variant, device):
     torch.library.opcheck(overloads[1][variant], (x["v"], x["initial_state"], *args), test_utils=tests)
 
 
+def test_raw_ops_refuse_bad_tensors(variant, device):
+    """Each tensor argument spoilt in each way: an error, never a crash nor a result."""
+    if variant == "chunks":
+        pytest.skip("the raw ops have variants")
+    x = inputs((1, 1, 2, 5, 8, 6), F32, device, segments=True)
+    args = (*(x[name] for name in NAMES), 0.5)
+    spoilt = {
+        "int16": lambda t: t.short() if t.dtype.is_floating_point else t.float(),
+        "one dim more": lambda t: t[None],
+        "a row less": lambda t: t[:, :, :-1] if t.dim() > 2 else t[:, :-1],
+        "last dim strided": lambda t: t.repeat_interleave(2, -1)[..., ::2] if t is x["q"] else t[0],
+        "another device": lambda t: t.to("cpu" if device == "cuda" else "meta"),
+    }
+    for name, given in (("fwd", args), ("bwd", (torch.zeros_like(x["v"]), x["initial_state"], *args))):
+        overload = registry.OPS[f"linear_attention_{name}"].overloads[variant]
+        overload(*given)
+        for i, arg in enumerate(given):
+            for how, spoil in spoilt.items() if isinstance(arg, torch.Tensor) else ():
+                bad = (*given[:i], spoil(arg), *given[i + 1 :])
+                with pytest.raises((ValueError, RuntimeError)):
+                    pytest.fail(f"{name}'s argument {i} with {how} was taken: {overload(*bad)}")
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
+def test_a_decay_to_nothing(variant, device, op):
+    """exp(-inf) = 0: what was before is forgotten, and nothing else changes."""
+    x, leaves = leaves_of(inputs((1, 1, 2, 70, 8, 6), F32, device))
+    with torch.no_grad():
+        x["g"][:, :, [9, 10, 66]] = -torch.inf
+    if op == "linear_attention":
+        del x["beta"]
+        leaves = [leaf for leaf in leaves if any(leaf is given for given in x.values())]
+    results = []
+    for forced in ("ref", None if variant == "chunks" else variant):
+        with registry.use(forced):
+            o, state = getattr(ops, op)(**x, return_state=True)
+            results.append([o, state, *torch.autograd.grad(o.square().sum() + state.sum(), leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 @pytest.mark.parametrize("forced", [None, "triton"])
 def test_compiles_whole(device, op, forced):

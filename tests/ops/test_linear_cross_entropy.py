@@ -142,6 +142,15 @@ def test_many_chunks_sum_weights_gradient_in_fp32(device):
     assert weight.grad[1].tolist() == [16.0] * 8
 
 
+def test_float16_holds_what_many_tokens_add_up_to(device):
+    """Before the mean divides it, the gradient of a row of weight is beyond 65504."""
+    x = torch.full((512, 8), 300.0, dtype=F16, device=device)
+    weight = torch.zeros(4, 8, dtype=F16, device=device, requires_grad=True)
+    ops.linear_cross_entropy(x, weight, torch.zeros(512, dtype=torch.long, device=device)).backward()
+    want = torch.tensor([-225.0, 75, 75, 75], dtype=F16, device=device)[:, None].expand(4, 8)
+    torch.testing.assert_close(weight.grad, want)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_only_the_wanted_gradients(variant, device, reduction):
     for wanted in range(3):
@@ -168,6 +177,19 @@ def test_a_second_backward(device):
         torch.autograd.grad(loss, leaves, torch.tensor(3.0, device=device), retain_graph=True) for _ in range(2)
     )
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.skipif(not CUDA, reason="in place on a GPU alone")
+def test_a_second_backward_where_the_first_has_scaled_nothing_in_place(device):
+    """The weight's gradient becomes float32 on its way, or is not wanted."""
+    targets = torch.arange(6, device=device)
+    x, weight = leaves_of((6,), 8, 11, F32, device, bias=False)
+    with torch.autocast(device, torch.bfloat16):
+        of_both = ops.linear_cross_entropy(x, weight, targets)
+    of_x_alone = ops.linear_cross_entropy(x.bfloat16(), weight.detach().bfloat16(), targets)
+    for loss, leaves in ((of_both, [x, weight]), (of_x_alone, [x])):
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not CUDA, reason="in place on a GPU alone")

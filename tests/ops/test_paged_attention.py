@@ -219,6 +219,17 @@ def test_lengths_and_pages_out_of_range_are_refused(length, entry):
         ops.paged_attention(torch.randn(1, 1, 2, 8), k, v, table, lens)
 
 
+@pytest.mark.skipif(CUDA, reason="what tensors hold is checked on a CPU")
+@pytest.mark.parametrize("cu", [[0], [0, 2], [0, 4], [1, 3]])
+def test_native_prefill_refuses_rows_of_no_sequence(cu):
+    if reason := registry.missing("paged_prefill", "native", torch.device("cpu")):
+        pytest.skip(reason)
+    k, v, table, lens, _ = pool([20], 16, 1, 8)
+    cu, B = torch.tensor(cu, dtype=torch.int32), len(cu) - 1
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens_q must rise from 0 to q's 3 rows"):
+        torch.ops.cs336.paged_prefill(torch.randn(3, 2, 8), k, v, table[:B], lens[:B], cu, 3, 1.0, -1, 0.0, None)
+
+
 def test_opcheck_and_compile(device):
     k, v, table, lens, _ = pool([20, 5], 16, 2, DIMS[0], None, DTYPES[0], device)
     q = torch.randn(2, 1, 4, DIMS[0], device=device, dtype=DTYPES[0])

@@ -142,6 +142,20 @@ def test_penalties_and_bias(variant, device):
     assert chosen(repetition=2 * one) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, torch.inf])
+def test_penalties_that_overflow(variant, device, temperature, top_p):
+    """What is not finite is still drawn from: a distance of inf - inf would be NaN, and no token the nearest."""
+    args = arguments(3, 6, device, temperature=temperature, top_p=top_p)
+    args[0] = torch.tensor([[-torch.inf, 3.0, 2.0, 0.0, -1.0, 0.0]] * 3, device=device)
+    counts = torch.zeros(3, 6, dtype=torch.int32, device=device)
+    counts[:, :3] = 1
+    repetition = torch.tensor([1e-40, 0.0, torch.inf], device=device)  # +inf; also 0 * -inf; 0 and -inf
+    penalties = {"repetition_penalty": repetition, "frequency_penalty": torch.full_like(repetition, -1e38)}
+    tokens = run(variant, args, counts=counts, **penalties).token_ids.tolist()
+    assert all(token in ((1, 2) if temperature < torch.inf else range(1, 6)) for token in tokens)
+
+
 def test_logprobs_are_those_of_the_logits(variant, device):
     args = arguments(4, VOCABULARIES[-1], device, temperature=0.3, top_k=2)
     bias = torch.randn_like(args[0])

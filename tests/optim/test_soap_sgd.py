@@ -57,6 +57,17 @@ def test_soap_equals_the_definition_step_by_step(device, max_dim):
         torch.testing.assert_close(ours.get_parameter(name), plain.get_parameter(name), rtol=1e-8, atol=1e-8)
 
 
+def test_soap_begins_anew_after_a_first_gradient_without_bases():
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = SOAP([p])
+    p.grad = torch.full_like(p, torch.nan)
+    with pytest.raises(torch.linalg.LinAlgError):
+        optimizer.step()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {"rows_basis", "columns_basis"} <= optimizer.state[p].keys()
+
+
 def test_soap_leaves_the_rest_to_adamw():
     ours, others = tiny(), tiny()
     a = SOAP(muon_param_groups(ours, 0.1), lr=0.01)

@@ -97,11 +97,11 @@ def test_a_table_without_a_kind_is_adamws_and_options_choose(tmp_path):
         "--schedule.kind",
         "wsd_s",
         "--cuda-graph",
-        "false",
+        "auto",
     ]
     config = TrainConfig.from_table(override(TrainConfig, to_table(tiny_run.config(tmp_path)), options))
     assert (config.optimizer, config.schedule) == (MuonConfig(lr=0.01), WSDSConfig())
-    assert config.cuda_graph is False
+    assert config.cuda_graph == "auto"
     config.save(tmp_path / "c.toml")
     assert TrainConfig.from_toml(tmp_path / "c.toml") == config
 

@@ -135,7 +135,7 @@ class _Pass:
         counts.records += 1
         counts.record_bytes += len(record.content)
         passing: Any = record
-        size = len(record.content)
+        size, masked = len(record.content), 0
         for (name, apply), passed in zip(self.line.stages, counts.stages, strict=True):
             passed.documents += 1
             passed.bytes += size
@@ -152,10 +152,12 @@ class _Pass:
                 _count(counts.lengths_in, power(len(found.text)))
             elif name == "language":
                 _count(counts.languages, str(found.metadata["language"]))
+            elif name == "mask_pii" and found is not passing:  # else "masked" is a field of the source's own
+                masked += found.metadata["masked"]
             passing = found
         counts.documents += 1
         counts.bytes += size
-        counts.masked += passing.metadata.get("masked", 0)
+        counts.masked += masked
         _count(counts.lengths_out, power(len(passing.text)))
         self.documents.write(line_of(passing))
 

@@ -6,7 +6,7 @@ import json
 import lzma
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ from cs336.utils import zstd
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 ROWS = 256  # of a parquet file, in memory at once
+DEEPEST = 64  # levels of a row's fields: what can just be read may be too deep to be written or read again
 FACTS = {  # names that fields have for what every document keeps
     "url": ("url", "uri", "link"),
     "date": ("date", "timestamp", "created", "published"),
@@ -61,7 +62,7 @@ class Rows:
                     return
                 if not size:
                     return
-                if size > most + 1:
+                if size - line.endswith(b"\n") > most:
                     detail = f"a line of {size:,} bytes; {most:,} are read"
                     yield Unread(number, where, str(path), "too large", detail, position=raw.tell())
                 elif line.strip():
@@ -101,12 +102,24 @@ class Rows:
             known = ", ".join(map(repr, row)) or "no field"
             detail = f'"{self.text_field}" must be a text; it has {known}: name one with text_field'
             return Unread(number, where, self.file, "damaged", detail, position=position)
+        if _deeper(row.values(), DEEPEST):
+            detail = f"its fields are nested more than {DEEPEST} deep"
+            return Unread(number, where, self.file, "damaged", detail, position=position)
         if len(text) > self.limits.record_bytes:
             detail = f"{len(text):,} characters; {self.limits.record_bytes:,} are read"
             return Unread(number, where, self.file, "too large", detail, position=position)
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # "\ud800" is valid JSON
         name = str(row.pop("id", where))
         return Record(number, name, self.file, TEXT, text, _facts(row), position)
+
+
+def _deeper(values: Iterable[Any], most: int) -> bool:
+    """Whether lists and tables are nested in each other more than so deep."""
+    level = [value for value in values if isinstance(value, dict | list)]
+    for _ in range(most):
+        inner = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
+        level = [value for value in inner if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:

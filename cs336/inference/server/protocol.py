@@ -9,6 +9,7 @@ from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 
 MOST_PROMPTS = 1024  # of one request
 MOST_SAMPLES = 128
+MOST_STOPS = 256  # strings, each of which is looked for in every token's text
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = list[TokenId]
@@ -27,7 +28,7 @@ class Generation(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=MOST_SAMPLES)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[TokenId, float] | None = None

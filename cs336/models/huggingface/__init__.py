@@ -6,6 +6,7 @@ and, with a tokenizer, tokenizer.json, tokenizer_config.json and chat_template.j
 
 from cs336.models.huggingface.directory import OURS as OURS
 from cs336.models.huggingface.directory import from_pretrained as from_pretrained
+from cs336.models.huggingface.directory import read_config as read_config
 from cs336.models.huggingface.directory import read_kind as read_kind
 from cs336.models.huggingface.directory import read_step as read_step
 from cs336.models.huggingface.directory import save_pretrained as save_pretrained

@@ -38,8 +38,8 @@ def sizes(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.take("vocab_size"),
         "context_length": fields.take("max_position_embeddings"),
-        "num_layers": fields.take("num_hidden_layers"),
-        "d_model": fields.take("hidden_size"),
+        "num_layers": fields.count("num_hidden_layers"),
+        "d_model": fields.count("hidden_size"),
         "tie_embeddings": fields.flag("tie_word_embeddings"),
         "init_std": fields.number("initializer_range", 0.02),
     }
@@ -57,7 +57,7 @@ def heads(fields: Fields, num_kv_heads: int | None = None, head_dim: int | None 
 
 def activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> Any:
     theirs = fields.take(name, default)
-    if theirs not in ACTIVATIONS:
+    if not isinstance(theirs, str) or theirs not in ACTIVATIONS:
         fields.refuse(name)
     return ACTIVATIONS[theirs]
 
@@ -92,7 +92,7 @@ def no_window(fields: Fields) -> None:
     for name in ("sliding_window", "max_window_layers"):
         fields.take(name)
     kinds = fields.take("layer_types", [])
-    if any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         fields.refuse("layer_types")
 
 

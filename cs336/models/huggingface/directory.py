@@ -129,6 +129,11 @@ def from_pretrained(
     return model
 
 
+def read_config(directory: str | os.PathLike) -> TransformerConfig:
+    """The configuration of the model in a directory, without its weights. Errors: as from_pretrained's."""
+    return _our_config(_read_json(pathlib.Path(directory) / CONFIG))[0]
+
+
 def read_step(directory: str | os.PathLike) -> int | None:
     """The step of training at which the model in a directory was written; None where it does not say."""
     return _read_json(pathlib.Path(directory) / CONFIG).get("training_step")
@@ -257,9 +262,12 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     names = [WEIGHTS]
     if index.exists() and not (directory / names[0]).exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        if bad := [name for name in names if pathlib.PurePath(name).name != name]:
-            raise ValueError(f"{index} names files outside its directory: {', '.join(bad)}")
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{index} must have a weight_map, a table of weights and names of files")
+        names = sorted(set(places.values()))
+        if bad := [name for name in names if name in ("", "..") or pathlib.PurePath(name).name != name]:
+            raise ValueError(f"{index} names files outside its directory: {', '.join(map(repr, bad))}")
     if missing := [name for name in names if not (directory / name).exists()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")
     return [directory / name for name in names]

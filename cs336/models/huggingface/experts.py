@@ -14,7 +14,7 @@ from cs336.nn import MoEConfig
 
 def balance_loss(fields: Fields, top_k: int) -> float:
     """Of theirs, which counts a token once for each of its experts and takes the mean of the layers, not the sum."""
-    return fields.number("router_aux_loss_coef", 0.001) * top_k / fields.take("num_hidden_layers")
+    return fields.number("router_aux_loss_coef", 0.001) * top_k / fields.count("num_hidden_layers")
 
 
 def coefficient(config: TransformerConfig, mlp: MoEConfig) -> float:

@@ -44,6 +44,13 @@ class Fields:
             raise ValueError(f"{self.source} has {self.above}{name} = {value!r}: expected a number")
         return value
 
+    def count(self, name: str, default: Any = None) -> Any:
+        """A whole number of 1 or more, or the default."""
+        value = self.take(name, default)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{self.source} has {self.above}{name} = {value!r}: expected a whole number, 1 or more")
+        return value
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.take(name, default)
         if not isinstance(value, bool):

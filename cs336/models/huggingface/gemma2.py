@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cs336.models.block import BlockConfig
-from cs336.models.config import TransformerConfig
+from cs336.models.config import MOST_LAYERS, TransformerConfig
 from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, renamed
 from cs336.models.huggingface.fields import Fields
@@ -27,15 +27,20 @@ def read(fields: Fields) -> TransformerConfig:
     fields.only("use_bidirectional_attention", False)
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
     bias, depth = fields.flag("attention_bias"), sizes["num_layers"]
-    window, kinds = fields.take("sliding_window", 4096), fields.take("layer_types", [WINDOW, FULL] * depth)[:depth]
-    if len(kinds) != depth or set(kinds) - {WINDOW, FULL}:
+    if depth > MOST_LAYERS:
+        fields.refuse("num_hidden_layers")
+    window, kinds = fields.take("sliding_window", 4096), fields.take("layer_types", [WINDOW, FULL] * depth)
+    if not isinstance(kinds, list) or len(kinds) < depth or any(kind not in (WINDOW, FULL) for kind in kinds):
         fields.refuse("layer_types")
+    scale = fields.number("query_pre_attn_scalar", 256)
+    if not scale > 0:
+        fields.refuse("query_pre_attn_scalar")
     mixer = AttentionConfig(
         **decoder.heads(fields, num_kv_heads=4, head_dim=256),
         qkv_bias=bias,
         out_bias=bias,
         softcap=_cap(fields, "attn_logit_softcapping", 50.0),
-        scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        scale=scale**-0.5,
     )
     full = BlockConfig(
         mixer,
@@ -49,7 +54,7 @@ def read(fields: Fields) -> TransformerConfig:
         **sizes,
         embedding_scale=sizes["d_model"] ** 0.5,
         logit_softcap=_cap(fields, "final_logit_softcapping", 30.0),
-        layers=tuple(sliding if kind == WINDOW else full for kind in kinds),
+        layers=tuple(sliding if kind == WINDOW else full for kind in kinds[:depth]),
     )
 
 

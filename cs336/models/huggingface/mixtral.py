@@ -17,7 +17,7 @@ NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def read(fields: Fields) -> TransformerConfig:
     fields.require("intermediate_size", "num_hidden_layers")
     fields.only("router_jitter_noise", 0.0)
-    top_k = fields.take("num_experts_per_tok", 2)
+    top_k = fields.count("num_experts_per_tok", 2)
     mlp = MoEConfig(
         fields.take("num_local_experts", 8),
         top_k,

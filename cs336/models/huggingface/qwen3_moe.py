@@ -19,7 +19,7 @@ def read(fields: Fields) -> TransformerConfig:
     fields.only("decoder_sparse_step", 1)
     fields.only("mlp_only_layers", [])
     fields.take("intermediate_size")  # of layers without experts
-    top_k, num_experts = fields.take("num_experts_per_tok", 8), fields.take("num_experts", 128)
+    top_k, num_experts = fields.count("num_experts_per_tok", 8), fields.take("num_experts", 128)
     if fields.take("num_local_experts", num_experts) != num_experts and "num_experts" in fields.table:
         fields.refuse("num_experts")  # two names of one number
     mlp = MoEConfig(

@@ -1,6 +1,7 @@
 """Cross-entropy in plain torch, fp32 inside, any device. Per row: no reduction, and no probabilities in the forward.
 
-Rows whose target is ignore_index are not looked at: all they return is 0. N = rows, V = vocabulary.
+Rows whose target is ignore_index are not looked at: all they return is 0. A target outside the vocabulary makes its row
+NaN. N = rows, V = vocabulary.
 """
 
 import torch
@@ -20,8 +21,10 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-sum-exps and entropies (nothing if not asked for), each (N,)."""
     z_NV, kept_N = _capped(logits_NV, softcap), targets_N != ignore_index
+    inside_N = _inside(targets_N, logits_NV)
     lse_N = torch.logsumexp(z_NV, -1)
-    picked_N = z_NV.gather(1, torch.where(kept_N, targets_N, 0)[:, None])[:, 0]
+    picked_N = z_NV.gather(1, torch.where(inside_N, targets_N, 0)[:, None])[:, 0]
+    picked_N = torch.where(inside_N, picked_N, torch.nan)
     loss_N = lse_N - picked_N
     if label_smoothing:
         loss_N = loss_N + label_smoothing * (picked_N - z_NV.mean(-1))
@@ -49,9 +52,10 @@ def bwd(
 ) -> Tensor:
     """dz = p (dloss (1 + 2 z_loss lse) + dlse - dentropy (log p + entropy)) - dloss (target's share)."""
     kept_N1 = (targets_N != ignore_index)[:, None]
-    index_N1, lse_N1 = torch.where(kept_N1, targets_N[:, None], 0), lse_N[:, None]
+    inside_N1 = _inside(targets_N, logits_NV)[:, None]
+    index_N1, lse_N1 = torch.where(inside_N1, targets_N[:, None], 0), lse_N[:, None]
     dloss_N1 = dloss_N[:, None]
-    of_p_N1 = dloss_N1 * (1 + 2 * z_loss * lse_N1)
+    of_p_N1 = torch.where(inside_N1, dloss_N1 * (1 + 2 * z_loss * lse_N1), torch.nan)
     if dlse_N is not None:
         of_p_N1 = of_p_N1 + dlse_N[:, None]
 
@@ -65,12 +69,12 @@ def bwd(
             share_N1 = dloss_N1 * (1 - label_smoothing)
             dz = log_p.exp() * (of_p - share_N1) + share_N1 * torch.expm1(log_p)
         else:
-            dz = log_p.exp() * of_p
+            dz = log_p.exp_().mul_(of_p)  # in place, as below: of all this size there is one tensor
         if label_smoothing:
-            dz = dz - dloss_N1 * (label_smoothing / logits_NV.shape[1])
+            dz -= dloss_N1 * (label_smoothing / logits_NV.shape[1])
         if softcap is not None:
-            dz = dz * (1 - (z / softcap).square())
-        return torch.where(kept_N1, dz, 0.0).to(logits.dtype)
+            dz *= 1 - (z / softcap).square()
+        return dz.masked_fill_(~kept_N1, 0.0).to(logits.dtype)
 
     # p everywhere, then p - 1 at the targets: no (N, V) one-hot.
     return gradient(logits_NV, False).scatter_(1, index_N1, gradient(logits_NV.gather(1, index_N1), True))
@@ -90,6 +94,10 @@ def gradient_(
     loss_N, lse_N, nothing = fwd(logits_NV, targets_N, *options, False)
     logits_NV.copy_(bwd(logits_NV, targets_N, lse_N, nothing, scale.expand_as(lse_N), None, None, *options))
     return loss_N, lse_N
+
+
+def _inside(targets_N: Tensor, logits_NV: Tensor) -> Tensor:
+    return (targets_N >= 0) & (targets_N < logits_NV.shape[1])
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

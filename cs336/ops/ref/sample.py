@@ -37,10 +37,10 @@ def sample(
     logprobs_BV = torch.log_softmax(raw_BV, -1)
     l_BV = raw_BV if bias_BV is None else finite(raw_BV + bias_BV)
     if counts_BV is not None:
-        l_BV = penalised(l_BV, counts_BV, repetition_B, presence_B, frequency_B)
+        l_BV = finite(penalised(l_BV, counts_BV, repetition_B, presence_B, frequency_B))
     greedy_B = ~(temperature_B > 0)
     z_BV = (l_BV - l_BV.amax(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-torch.inf)  # a row of -inf: all equal
-    z_BV = z_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    z_BV = z_BV / torch.where(greedy_B, 1.0, temperature_B).clamp(max=torch.finfo(torch.float32).max)[:, None]
     z_BV = kept(z_BV, top_k_B, top_p_B, min_p_B)
     score_BV = torch.where(greedy_B[:, None], l_BV, z_BV - exponential(seeds_B, offsets_B, logits_BV.shape[1]).log())
     token_B = score_BV.argmax(-1)  # the first of equal ones

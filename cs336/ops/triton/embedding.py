@@ -15,6 +15,13 @@ MAX_BLOCK = 1024
 
 
 @triton.jit
+def _store_row(out_ptr, row, V, total, D, columns, live):
+    """Nowhere, if there is no such row."""
+    if (row >= 0) & (row < V):
+        tl.store(out_ptr + row * D + columns, cast(total, out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def _runs_kernel(
     dy_ptr,  # (N, D)
     ids_ptr,  # (N,) sorted
@@ -23,6 +30,7 @@ def _runs_kernel(
     first_ptr,  # (programs, D) float32: of the run at a program's start, if it began before
     last_ptr,  # (programs, D) float32: of the run at its end, if it goes on and began here
     N,
+    V,
     D,
     dy_stride,
     LENGTH: tl.constexpr,
@@ -51,13 +59,13 @@ def _runs_kernel(
             elif goes_on:
                 tl.store(last_ptr + offset, total, mask=live)
             else:
-                tl.store(out_ptr + here * D + columns, cast(total, out_ptr.dtype.element_ty), mask=live)
+                _store_row(out_ptr, here, V, total, D, columns, live)
             total = tl.zeros((BLOCK,), tl.float32)
             begins = i + 1
 
 
 @triton.jit
-def _joins_kernel(ids_ptr, out_ptr, first_ptr, last_ptr, N, D, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+def _joins_kernel(ids_ptr, out_ptr, first_ptr, last_ptr, N, V, D, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     """Of a run that begins in this program's part and goes on: its partial sums."""
     program = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -79,7 +87,7 @@ def _joins_kernel(ids_ptr, out_ptr, first_ptr, last_ptr, N, D, LENGTH: tl.conste
             beyond = tl.load(ids_ptr + end, mask=end < N, other=-1) == here
             more = (whole & beyond).to(tl.int32)
             part += 1
-        tl.store(out_ptr + here * D + columns, cast(total, out_ptr.dtype.element_ty), mask=live)
+        _store_row(out_ptr, here, V, total, D, columns, live)
 
 
 def bwd(dy, ids, num_rows):
@@ -92,6 +100,6 @@ def bwd(dy, ids, num_rows):
     grid = programs, triton.cdiv(D, block)
     first, last = (dy.new_empty(programs, D, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(dy):
-        _runs_kernel[grid](dy, ids, order, out, first, last, N, D, dy.stride(0), LENGTH, block)
-        _joins_kernel[grid](ids, out, first, last, N, D, LENGTH, block)
+        _runs_kernel[grid](dy, ids, order, out, first, last, N, num_rows, D, dy.stride(0), LENGTH, block)
+        _joins_kernel[grid](ids, out, first, last, N, num_rows, D, LENGTH, block)
     return out

@@ -1,0 +1,167 @@
+"""torch.distributed's collectives with an NVTX range each, and the bytes that a ring of N ranks makes every rank send.
+
+| collective     | S, bytes                  | sent by a rank |
+| ---            | ---                       | ---            |
+| all_reduce     | of the tensor             | 2 S (N-1) / N  |
+| reduce_scatter | of the whole input        | S (N-1) / N    |
+| all_gather     | of the whole output       | S (N-1) / N    |
+| all_to_all     | of the input              | S (N-1) / N    |
+| broadcast      | of the tensor             | S; 0 for N = 1 |
+
+(the factors of nccl-tests, doc/PERFORMANCE.md). Tensors are contiguous and on a device that the group's backend serves.
+With `async_op` a handle is returned whose `wait()` orders what follows after the collective; else None.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cs336.utils.nvtx import annotate
+
+MB = 2**20
+BUCKET_BYTES = 25 * MB  # torch's DistributedDataParallel's
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What one rank sent, by the name of the collective: `bytes` by the formulas above, and `calls`."""
+
+    bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+    calls: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+_counting: list[Traffic] = []  # of the process: hooks of a backward run in threads of autograd
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count the collectives of this module that are called inside, by any thread of this process."""
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting[:] = [t for t in _counting if t is not traffic]
+
+
+def ring_bytes(name: str, size: int, world: int) -> int:
+    """Bytes that each of `world` ranks sends in the collective `name` of S = `size` bytes."""
+    if name == "broadcast":
+        return size if world > 1 else 0
+    return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
+
+
+def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+    sent = ring_bytes(name, whole.nbytes, dist.get_world_size(group))
+    for traffic in _counting:
+        traffic.bytes[name] += sent
+        traffic.calls[name] += 1
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False) -> dist.Work | None:
+    """Replace x by its sum over the ranks."""
+    with annotate("all_reduce"):
+        _count("all_reduce", x, group)
+        return dist.all_reduce(x, group=group, async_op=async_op)
+
+
+def reduce_scatter(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+) -> dist.Work | None:
+    """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
+    with annotate("reduce_scatter"):
+        _count("reduce_scatter", x, group)
+        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+
+
+def all_gather(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+) -> dist.Work | None:
+    """Fill out (N * M, ...) with every rank's x (M, ...), in the order of ranks."""
+    with annotate("all_gather"):
+        _count("all_gather", out, group)
+        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
+
+
+def all_to_all(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+) -> dist.Work | None:
+    """Send the r-th of N equal parts of x to rank r; out receives, in order, what every rank sent here."""
+    with annotate("all_to_all"):
+        _count("all_to_all", x, group)
+        return dist.all_to_all_single(out, x, group=group, async_op=async_op)
+
+
+def broadcast(
+    x: Tensor, source: int, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+) -> dist.Work | None:
+    """Replace x by the one of rank `source` of the group."""
+    with annotate("broadcast"):
+        _count("broadcast", x, group)
+        return dist.broadcast(x, group=group, group_src=source, async_op=async_op)
+
+
+@torch.no_grad()
+def broadcast_all(tensors: Iterable[Tensor], source: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace tensors of any dtypes and layouts by those of rank `source`: as bytes, in flat buckets of 25 MB."""
+    for bucket in buckets([t.detach() for t in tensors], BUCKET_BYTES):
+        flat = torch.cat([t.reshape(-1).view(torch.uint8) for t in bucket])
+        broadcast(flat, source, group)
+        if dist.get_rank(group) != source:
+            parts = flat.split([t.nbytes for t in bucket])
+            for t, part in zip(bucket, parts, strict=True):
+                t.copy_(part.clone().view(t.dtype).view(t.shape))  # a part may begin at an odd byte
+
+
+def buckets(tensors: Iterable[Tensor], most: float) -> Iterator[list[Tensor]]:
+    """Runs of tensors on one device with at most `most` bytes; a larger tensor is alone, an empty one left out."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (t.device != bucket[0].device or size + t.nbytes > most):
+            yield bucket
+            bucket, size = [], 0
+        if t.numel():
+            bucket.append(t)
+            size += t.nbytes
+    if bucket:
+        yield bucket
+
+
+def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in the order of ranks. Nothing is unpickled."""
+    world = dist.get_world_size(group)
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = torch.empty(world, dtype=torch.int64, device=device)
+    all_gather(sizes, torch.tensor([text.numel()], device=device), group)
+    most = int(sizes.max())
+    padded = torch.nn.functional.pad(text, (0, most - text.numel()))
+    texts = torch.empty(world * most, dtype=torch.uint8, device=device)
+    all_gather(texts, padded, group)
+    rows = texts.view(world, most).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+def check_alike(what: Sequence[tuple[str, str]], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError, on every rank, that names the first (name, description) that differs from rank 0's."""
+    first, *others = gather_json(list(what), device, group)
+    for rank, other in enumerate(others, 1):
+        for i in range(max(len(first), len(other))):
+            here, there = (f"{x[i][0]}: {x[i][1]}" if i < len(x) else "nothing more" for x in (first, other))
+            if here != there:
+                raise ValueError(
+                    f"ranks must be given the same; first difference: rank 0 has {here}; rank {rank} has {there}. "
+                    "Build the model from the same configuration on every rank"
+                )
+
+
+def describe(t: Tensor) -> str:
+    """Shape and dtype, for `check_alike`."""
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -1,0 +1,195 @@
+"""ZeRO-1 (Rajbhandari et al., arXiv:1910.02054): every rank steps its share of the parameters and sends them around.
+
+A share is whole parameters, so that any optimizer works that updates each on its own (Muon's matrices, too). They are
+dealt by size, the largest first, each to the rank with the fewest elements so far.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cs336.parallel.collectives import broadcast, broadcast_all, check_alike, describe, gather_json
+
+OWN = ("params", "param_names")  # keys of a group that are not options
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is divided among the ranks.
+
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+
+    `step` expects the same gradients on every rank (see DDP) and leaves the same parameters on every rank.
+    `param_groups` are those of all parameters; what a schedule changes in them holds from the next step.
+    `state` is of this rank's share.
+
+    Args:
+        params: tensors or groups, the same on every rank.
+        optimizer_cls: updates each parameter by its own gradient and state: torch.optim.AdamW, cs336.optim.Muon, ...
+        group: of processes; None is the default one.
+        kwargs: of optimizer_cls.
+
+    Raises ValueError, on every rank, naming the first parameter that is not alike on all.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        optimizer_cls: type[torch.optim.Optimizer],
+        *,
+        group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._inner = optimizer_cls(params, **kwargs)  # of all, so that it refuses the same on every rank
+        self._group = group
+        self._shares: list[list[Tensor]] = [[] for _ in range(dist.get_world_size(group))]
+        self._loads = [0] * len(self._shares)
+        super().__init__([dict(g) for g in self._inner.param_groups], self._inner.defaults)
+        self.state = self._inner.state
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self._group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Deal the parameters of one more group; every rank calls it. The shares of the others stay."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if len(self._inner.param_groups) < len(self.param_groups):
+                self._inner.add_param_group({k: v for k, v in group.items() if k != "param_names"})
+            inner = self._inner.param_groups[len(self.param_groups) - 1]
+            self._check(group)
+        except ValueError:
+            self.param_groups.pop()
+            del self._inner.param_groups[len(self.param_groups) :]
+            raise
+        group.update(_options(inner))
+        for p in sorted(group["params"], key=Tensor.numel, reverse=True):
+            owner = self._loads.index(min(self._loads))
+            self._shares[owner].append(p)
+            self._loads[owner] += p.numel()
+        mine = set(self._shares[self._rank])
+        inner.pop("param_names", None)
+        inner["params"] = [p for p in group["params"] if p in mine]
+        for p in set(group["params"]) - mine:
+            self._inner.state.pop(p, None)  # Adagrad has made it already
+
+    def _check(self, group: dict[str, Any]) -> None:
+        place = f"group {len(self.param_groups) - 1}"
+        names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
+        what = [(f"{name} of {place}", describe(p)) for name, p in zip(names, group["params"], strict=True)]
+        device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else torch.device("cpu")
+        check_alike(what, device, self._group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Update this rank's share and receive the others'; kwargs are of the optimizer's own step (grad_scale)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update(_options(group))
+        self._inner.step(**kwargs)
+        self._take_options()
+        for owner, share in enumerate(self._shares):
+            broadcast_all(share, owner, self._group)
+        return loss
+
+    def _take_options(self) -> None:
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group.update(_options(inner))
+
+    def _all(self) -> list[Tensor]:
+        """Every parameter; its index is its name in a state_dict."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _share(self) -> list[int]:
+        """The index of each parameter of the inner optimizer."""
+        index = {p: i for i, p in enumerate(self._all())}
+        return [index[p] for group in self._inner.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank's share, to be loaded by the same rank of as many; `consolidate` gives that of all."""
+        shard = {"rank": self._rank, "world_size": len(self._shares)}
+        return {"state": self._share_state(), "param_groups": self._packed_groups(), "shard": shard}
+
+    def _share_state(self) -> dict[int, Any]:
+        share = self._share()
+        return {share[i]: state for i, state in self._inner.state_dict()["state"].items()}
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        index = {p: i for i, p in enumerate(self._all())}
+        return [{**group, "params": [index[p] for p in group["params"]]} for group in self.param_groups]
+
+    @torch.no_grad()
+    def consolidate(self, to: int | None = 0) -> dict[str, Any] | None:
+        """The state_dict of optimizer_cls over all parameters, on the CPU; every rank calls it.
+
+        It loads into optimizer_cls without ranks, and into a ShardedOptimizer of any number of ranks.
+
+        Args:
+            to: the rank that receives it, the others receive None; None: all receive it.
+
+        Raises TypeError for a state that holds other things than tensors, numbers, strings and None.
+        """
+        if to is not None and not 0 <= to < len(self._shares):
+            raise ValueError(f"to must be a rank, 0 to {len(self._shares) - 1}, or None for all, got {to}")
+        params, mine = self._all(), self._share_state()
+        device = params[0].device if params else torch.device("cpu")
+        entries = [[i, key, *_described(value)] for i, state in mine.items() for key, value in state.items()]
+        whole: dict[int, Any] = {}
+        for owner, theirs in enumerate(gather_json(entries, device, self._group)):
+            for i, key, dtype, value in theirs:
+                if dtype is not None:
+                    shape, dtype, place = value, getattr(torch, dtype), params[i].device
+                    if owner == self._rank:
+                        value = mine[i][key].detach().to(place, copy=True).contiguous()
+                    else:
+                        value = torch.empty(shape, dtype=dtype, device=place)
+                    if value.numel():
+                        broadcast(value.view(-1).view(torch.uint8), owner, self._group)
+                if to in (None, self._rank):
+                    whole.setdefault(i, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+        return {"state": whole, "param_groups": self._packed_groups()} if to in (None, self._rank) else None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this rank's own state_dict, or one of all: `consolidate`'s, or that of optimizer_cls without ranks.
+
+        Raises ValueError for another rank's share, and for groups of other sizes.
+        """
+        here = {"rank": self._rank, "world_size": len(self._shares)}
+        if (shard := state_dict.get("shard", here)) != here:
+            raise ValueError(
+                f"this is the share of rank {shard['rank']} of {shard['world_size']}, loaded on rank {here['rank']} of "
+                f"{here['world_size']}: save what consolidate() returns to load it elsewhere"
+            )
+        groups = state_dict["param_groups"]
+        saved, want = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
+        if saved != want:
+            raise ValueError(f"the saved groups have {saved} parameters, this optimizer's {want}")
+        names = [i for group in groups for i in group["params"]]
+        states = [state_dict["state"].get(names[i]) for i in self._share()]
+        packed = self._inner.state_dict()["param_groups"]
+        self._inner.load_state_dict(
+            {
+                "state": {i: state for i, state in enumerate(states) if state},
+                "param_groups": [{**_options(g), "params": p["params"]} for g, p in zip(groups, packed, strict=True)],
+            }
+        )
+        self.state = self._inner.state
+        self._take_options()
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in OWN}
+
+
+def _described(value: Any) -> tuple[str | None, Any]:
+    """(dtype, shape) of a tensor, (None, itself) of another value."""
+    if isinstance(value, Tensor):
+        return str(value.dtype).removeprefix("torch."), list(value.shape)
+    return None, value

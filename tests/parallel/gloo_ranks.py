@@ -1,0 +1,31 @@
+"""Two processes over gloo, that meet in a file."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def on_a_rank(rank, folder, function):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store)
+    try:
+        torch.save(function(rank), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(function, folder):
+    """[what function(0) returns in one process, function(1) in another]"""
+    mp.spawn(on_a_rank, (str(folder), function), nprocs=WORLD)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def error_of(call):
+    try:
+        call()
+    except (ValueError, RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
