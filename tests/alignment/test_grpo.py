@@ -171,6 +171,7 @@ def test_the_engine_forgets_what_older_weights_computed():
     llm = llm_of(0.3)
     optimizer = AdamWConfig(lr=1e-1, weight_decay=0).build(llm.model)
     prompt = [("012345678=", "")]  # longer than a page, which the second step would find again
-    rows = train_grpo(llm, optimizer, prompt, length, GRPOConfig(8, 1, max_tokens=2), num_steps=2)
+    config = GRPOConfig(8, 1, max_tokens=2)
+    rows = train_grpo(llm, optimizer, prompt, lambda response, _: float(response > "4"), config, num_steps=2)
     assert rows[0]["grad_norm"] > 0
     assert rows[1]["sampling/sampling_logp_difference/max"] < 1e-4
