@@ -214,7 +214,7 @@ def gated_delta_rule(
 
 def _bounded(g: Tensor | None) -> Tensor | None:
     """Log-decays that can be added up and taken off again; the least one's exponential is 0 all the same."""
-    return None if g is None else wide(g).clamp(min=-746.0 if g.dtype == torch.float64 else -104.0)
+    return None if g is None else _Bounded.apply(wide(g))
 
 
 def _first(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
@@ -229,3 +229,17 @@ def recomputed(function: Callable, *args: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
+
+
+class _Bounded(torch.autograd.Function):
+    """A gradient passes as it is, for where g is bounded its exponential, and what comes back, is 0: nothing is kept."""
+
+    @staticmethod
+    def forward(ctx, g):
+        least = -746.0 if g.dtype == torch.float64 else -104.0
+        one = g[tuple(slice(0, 1) if step == 0 else slice(None) for step in g.stride())]  # what is expanded stays so
+        return one.clamp(min=least).expand_as(g)
+
+    @staticmethod
+    def backward(ctx, dg):
+        return dg
