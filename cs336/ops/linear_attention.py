@@ -232,7 +232,7 @@ def recomputed(function: Callable, *args: Any) -> Any:
 
 
 class _Bounded(torch.autograd.Function):
-    """A gradient passes as it is, for where g is bounded its exponential, and what comes back, is 0: nothing is kept."""
+    """A gradient passes as it is: where g is bounded its exponential, and what comes back, is 0. Nothing is kept."""
 
     @staticmethod
     def forward(ctx, g):
