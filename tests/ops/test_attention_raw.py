@@ -91,7 +91,7 @@ def test_compiles_whole_with_its_backward(variant, device, varlen):
         return o, lse, *torch.autograd.grad(o.square().sum() + lse.square().sum(), tensors[:2])
 
     for got, want in zip(all_of(compiled), all_of(f), strict=True):
-        assert_near(got, want)
+        torch.testing.assert_close(got, want)
 
 
 def test_checkpoints_make_dropouts_draw_again(variant, device):

@@ -70,6 +70,7 @@ def check(leaves, targets, chunk_size, **options):
     [
         ((21,), 24, 101, 8),
         ((2, 40), 16, 160, None),
+        ((2, 20), 16, 64, None),
         ((5,), 1, 1, 2),
         (((700,), 256, 3001, 128) if CUDA else ((9,), 8, 33, 4)),
     ],
@@ -313,7 +314,7 @@ def test_logits_are_never_whole():
         before = torch.cuda.memory_allocated()
         ops.linear_cross_entropy(x, weight, targets, reduction=reduction, chunk_size=512).sum().backward()
         chunk, gradient = 512 * 65536 * 2, weight.numel() * (4 + 4 + 2)
-        assert torch.cuda.max_memory_allocated() - before < chunks * chunk + gradient + (24 << 20)  # cuBLAS's workspace
+        assert torch.cuda.max_memory_allocated() - before < chunks * chunk + gradient + (16 << 20)
 
 
 X, W, T = torch.zeros(3, 5), torch.zeros(7, 5), torch.zeros(3, dtype=torch.long)

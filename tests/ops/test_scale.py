@@ -35,8 +35,7 @@ def test_one_changes_nothing(scale_, device):
     x = torch.tensor([1.0, torch.nan, -torch.inf, -0.0], device=device)
     before = x.clone()
     scale_(x, None, torch.ones((), device=device))
-    assert torch.equal(x[[0, 2, 3]].view(torch.int32), before[[0, 2, 3]].view(torch.int32))
-    assert x[1].isnan()  # a product of plain torch's may have other bits
+    assert torch.equal(x.view(torch.int32), before.view(torch.int32))
 
 
 def test_unaligned(scale_, device):
