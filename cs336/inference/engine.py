@@ -149,6 +149,20 @@ class Stats:
         return self.cached_tokens / max(1, self.cached_tokens + self.prompt_tokens)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What an engine did before its first request, so that none waits for a compiler."""
+
+    graphs: int
+    """Sizes of batch whose decoding step was captured."""
+    steps: int
+    """Prompts of all kinds that were run once."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs captured and {self.steps} prompts run in {self.seconds:.1f} s"
+
+
 class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
@@ -190,7 +204,8 @@ class Engine:
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
         self._numbers = itertools.count()
-        self.runner.capture()
+        begin = time.perf_counter()
+        self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
 
     # ---- requests ----
 
