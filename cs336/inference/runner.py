@@ -26,8 +26,8 @@ from cs336.nn import Chunks, PagedTokens
 from cs336.ops import registry
 from cs336.utils import nvtx
 
-# Tokens of a step that Triton's kernels tell apart: their tiles grow in powers of two up to 32 rows, and numbers of 1 and
-# multiples of 16 are compiled for.
+# Tokens of a step that Triton's kernels tell apart: their tiles grow in powers of two up to 32 rows, and a size of 1 or
+# a multiple of 16 is compiled for.
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
@@ -133,7 +133,8 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self) -> int:
-        """Capture the decoding step for each size of batch, the largest first: the others share its memory. How many."""
+        """Capture the decoding step for each size of batch, the largest first: the others share its memory.
+        Returns how many."""
         for size in reversed(self._sizes):
             self._captured(size, 0)
         return len(self._sizes)
@@ -149,7 +150,7 @@ class Runner:
         for start, size in cases:
             ids = [0] * (start + size)
             pages = list(range(-(-len(ids) // page_size)))
-            sequence = Sequence(ids, 1, WARM_UP_PARAMS, slot=0, pages=pages, computed=len(ids), pending=1)
+            sequence = Sequence(ids, 1, WARM_UP_PARAMS, slot=0, pages=pages, computed=len(ids), sampled=1)
             self.launch(Step([], [Chunk(sequence, start, size, True)], [])).wait()
         self._owners[0] = None
         return len(cases)
@@ -223,8 +224,9 @@ class Runner:
 
     def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
         """Send all, and place what is new of these sequences: pages, and how those are sampled that have new slots."""
-        entries = [(s.slot, j, s.pages[j]) for s in sequences for j in range(s.told, len(s.pages))]
-        fresh = [s for s in sequences if self._owners[s.slot] is not s]  # type: ignore[index]
+        grown = [s for s in sequences if s.told < len(s.pages)]
+        entries = [(s.slot, j, s.pages[j]) for s in grown for j in range(s.told, len(s.pages))]
+        fresh = [s for s in grown if self._owners[s.slot] is not s]  # type: ignore[index]
         put = self._staging.put
         cells = [put(column) for column in zip(*entries, strict=True)]
         pages = [put(column) for column in zip(*copies, strict=True)]
@@ -239,7 +241,7 @@ class Runner:
         if entries:
             slot_K, column_K, page_K = cells
             self.slots.table.index_put_((slot_K.long(), column_K.long()), page_K)
-        for s in sequences:
+        for s in grown:
             s.told = len(s.pages)
         if fresh:
             where = slots.long()
