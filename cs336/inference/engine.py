@@ -72,10 +72,19 @@ class Sample(Sequence):
     index: int
     stream: TextStream | None
     pieces: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    """Those that were sampled, without the end."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of what was sampled, without the end."""
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest in these places, where they are asked for."""
     end: Token | None = None
     finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Those that were sampled, without the end."""
+        ids = self.token_ids[self.num_prompt :]
+        tops = self.tops or itertools.repeat(())
+        return [Token(*found) for found in zip(ids, self.logprobs, tops, strict=False)]
 
 
 @dataclass(eq=False)
@@ -111,7 +120,7 @@ class Request:
             CompletionOutput(
                 s.index,
                 "".join(s.pieces),
-                [token.id for token in s.tokens],
+                s.token_ids[s.num_prompt :][: len(s.logprobs)],
                 s.finish_reason or "cancelled",
                 s.tokens if logprobs else None,
                 s.end,
@@ -147,6 +156,20 @@ class Stats:
     def hit_share(self) -> float:
         """Of the prompts' tokens, how much was found in the cache."""
         return self.cached_tokens / max(1, self.cached_tokens + self.prompt_tokens)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What an engine did before its first request, so that none waits for a compiler."""
+
+    graphs: int
+    """Sizes of batch whose decoding step was captured."""
+    steps: int
+    """Prompts of all kinds that were run once."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs captured and {self.steps} prompts run in {self.seconds:.1f} s"
 
 
 class Engine:
@@ -190,7 +213,8 @@ class Engine:
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
         self._numbers = itertools.count()
-        self.runner.capture()
+        begin = time.perf_counter()
+        self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
 
     # ---- requests ----
 
@@ -306,18 +330,20 @@ class Engine:
         self.stats.sampled_tokens += 1
         if token.top:  # as many as the request of the step that wants most
             token = token._replace(top=token.top[: sample.params.logprobs or 0])
+        if sample.params.logprobs:
+            sample.tops.append(token.top)
         text, reason, shown = "", None, None
         if math.isnan(token.logprob):
             sample.request.error, reason = NOT_FINITE, "error"
         elif token.id in sample.ends:
             sample.end, reason = token, "stop"
         else:
-            sample.tokens.append(token)
+            sample.logprobs.append(token.logprob)
             shown = token
             text = "" if sample.stream is None else sample.stream.push(token.id)
             if sample.stream is not None and sample.stream.stopped:
                 reason = "stop"
-            elif len(sample.token_ids) - sample.num_prompt >= sample.limit:
+            elif len(sample.logprobs) >= sample.limit:
                 reason = "length"
         if reason is not None:
             text += self._finish(sample, reason)

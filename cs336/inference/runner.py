@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cs336 import ops
 from cs336.inference.controls import Controls
-from cs336.inference.sampling import MAX_LOGPROBS
+from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 from cs336.inference.scheduler import Chunk, Sequence, Step
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
@@ -26,6 +26,10 @@ from cs336.nn import Chunks, PagedTokens
 from cs336.ops import registry
 from cs336.utils import nvtx
 
+# Tokens of a step that Triton's kernels tell apart: their tiles grow in powers of two up to 32 rows, and a size of 1 or
+# a multiple of 16 is compiled for.
+WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
+WARM_UP_PARAMS = SamplingParams(temperature=0)
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -119,6 +123,7 @@ class Runner:
         # At most: 3 numbers of a row, 4 of a token, 7 of a sequence that begins, 3 of a new entry of the table.
         size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
         self._staging = Staging(size, self.device)
+        self.max_step_tokens = max_step_tokens
         self.fresh_apart = self.device.type == "cuda"
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
@@ -127,10 +132,28 @@ class Runner:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the decoding step for each size of batch, the largest first: the others share its memory."""
+    def capture(self) -> int:
+        """Capture the decoding step for each size of batch, the largest first: the others share its memory.
+        Returns how many."""
         for size in reversed(self._sizes):
             self._captured(size, 0)
+        return len(self._sizes)
+
+    def warm_up(self, page_size: int) -> int:
+        """Run prompts of all kinds once, on pages of the pool: what is compiled or tuned at a first call of a shape is
+        there when a request comes. Returns how many steps that took; on a CPU, where nothing is compiled, 0."""
+        if self.device.type == "cpu":
+            return 0
+        most = min(self.max_step_tokens, self.slots.table.shape[1] * page_size - 1)
+        sizes = [size for size in (most, *WARM_UP) if size <= most]
+        cases = [(start, size) for size in sizes for start in (0, 1) if start + size <= most]
+        for start, size in cases:
+            ids = [0] * (start + size)
+            pages = list(range(-(-len(ids) // page_size)))
+            sequence = Sequence(ids, 1, WARM_UP_PARAMS, slot=0, pages=pages, computed=len(ids), sampled=1)
+            self.launch(Step([], [Chunk(sequence, start, size, True)], [])).wait()
+        self._owners[0] = None
+        return len(cases)
 
     def drop_graphs(self) -> None:
         """The weights are other tensors now."""
@@ -201,8 +224,9 @@ class Runner:
 
     def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
         """Send all, and place what is new of these sequences: pages, and how those are sampled that have new slots."""
-        entries = [(s.slot, j, s.pages[j]) for s in sequences for j in range(s.told, len(s.pages))]
-        fresh = [s for s in sequences if self._owners[s.slot] is not s]  # type: ignore[index]
+        grown = [s for s in sequences if s.told < len(s.pages)]
+        entries = [(s.slot, j, s.pages[j]) for s in grown for j in range(s.told, len(s.pages))]
+        fresh = [s for s in grown if self._owners[s.slot] is not s]  # type: ignore[index]
         put = self._staging.put
         cells = [put(column) for column in zip(*entries, strict=True)]
         pages = [put(column) for column in zip(*copies, strict=True)]
@@ -217,7 +241,7 @@ class Runner:
         if entries:
             slot_K, column_K, page_K = cells
             self.slots.table.index_put_((slot_K.long(), column_K.long()), page_K)
-        for s in sequences:
+        for s in grown:
             s.told = len(s.pages)
         if fresh:
             where = slots.long()
