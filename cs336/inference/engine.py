@@ -27,6 +27,7 @@ from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import Transformer
+from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or training diverged"
@@ -50,6 +51,8 @@ class EngineConfig:
     prefix_cache: bool = True
     """Prompts that begin with the same tokens share what was computed of these."""
     cuda_graphs: bool = True
+    invariant: bool = False
+    """A sequence's log-probabilities are, bit for bit, those of a training forward inside cs336.invariant()."""
     overlap: bool | None = None
     """Lay out a step while the one before runs. None: on a GPU."""
 
@@ -176,13 +179,15 @@ class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
     tokenizer: of the model; without one there are ids alone, and no stop strings.
-    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
-    mixers whose state has no pages.
+    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, for
+    mixers whose state has no pages, and for blocks that `invariant` does not have.
     """
 
     def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
         config = EngineConfig() if config is None else config
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        if config.invariant:
+            check_invariant(model.config)
         on_gpu = model.device.type == "cuda"
         self.max_len = min(config.max_len or model.config.context_length, model.config.context_length)
         step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
@@ -208,6 +213,7 @@ class Engine:
             most_pages=-(-self.max_len // config.page_size),
             unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
             graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
+            invariant=config.invariant,
         )
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)

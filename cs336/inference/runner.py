@@ -103,6 +103,7 @@ class Runner:
 
     unused: ids that are no token, and are never drawn.
     graphs: sizes of the batches whose decoding steps are captured, on a GPU.
+    invariant: run inside cs336.invariant(), and take log-probabilities as training does.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Runner:
         most_pages: int,
         unused: tuple[int, ...] = (),
         graphs: tuple[int, ...] = (),
+        invariant: bool = False,
     ):
         self.model, self.state, self.device = model, state, model.device
         self.slots = Slots(max_seqs, most_pages, self.device)
@@ -124,7 +126,8 @@ class Runner:
         size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
         self._staging = Staging(size, self.device)
         self.max_step_tokens = max_step_tokens
-        self.fresh_apart = self.device.type == "cuda"
+        self.invariant = invariant
+        self.fresh_apart = self.device.type == "cuda" and not invariant
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
@@ -175,7 +178,7 @@ class Runner:
         chunks = self._put_chunks(step) if step.chunks else None
         self._put_news(sequences, step.copies)
         scores: list[Scores] = []
-        with nvtx.annotate("prefill" if step.chunks else "decode"):
+        with nvtx.annotate("prefill" if step.chunks else "decode"), registry.invariant(self.invariant):
             if captured:
                 graph.replay()
             elif chunks is None:
@@ -264,8 +267,17 @@ class Runner:
         table = self.slots.table.index_select(0, slot_R)
         self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R)
         ids_1R = self.slots.newest.index_select(0, slot_R)[None]
-        logits_RV = self.model.logits(self.model.features(ids_1R, state=self.state)[0])
-        return self.slots.sample(logits_RV, slot_R, offset_R, num_logprobs, options)
+        features_RM = self.model.features(ids_1R, state=self.state)[0]
+        return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+
+    def _draw(self, features_BM: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
+        drawn = self.slots.sample(self.model.logits(features_BM), slot_B, offset_B, num_logprobs, options)
+        return drawn._replace(logprobs=self._log_probs(features_BM, drawn.token_ids)) if self.invariant else drawn
+
+    def _log_probs(self, features_BM: Tensor, ids_B: Tensor) -> Tensor:
+        """As training takes them: (B,) float32."""
+        head = self.model.embedding if self.model.head is None else self.model.head
+        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=self.model.config.logit_softcap)
 
     def _mixed(
         self,
@@ -295,9 +307,9 @@ class Runner:
                 scores += self._score(chunk, features_TM[begin : begin + chunk.count])
             begin += chunk.count
         slot_B, offset_B = (x.index_select(0, chunks["drawn_rows"]) for x in (slot_R, offset_R))
-        logits_BV = self.model.logits(features_TM.index_select(0, chunks["drawn_tokens"]))
+        features_BM = features_TM.index_select(0, chunks["drawn_tokens"])
         options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
-        return self.slots.sample(logits_BV, slot_B, offset_B, num_logprobs, options), scores
+        return self._draw(features_BM, slot_B, offset_B, num_logprobs, options), scores
 
     def _continued(self, step: Step) -> int:
         """How many of the chunks look into the pages: on a CPU all, on a GPU those of sequences with tokens before."""
@@ -323,10 +335,11 @@ class Runner:
         for at in range(0, len(ids), SCORED_ROWS):
             ids_S1 = torch.tensor(ids[at : at + SCORED_ROWS], device=self.device)[:, None]
             begin = first + at - 1 - chunk.start  # of the tokens before them
-            logits_SV = self.model.logits(features_TM[begin : begin + len(ids_S1)])
-            logprobs_SV = logits_SV.log_softmax(-1, dtype=torch.float32)
-            top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
-            drawn = ops.Sampled(ids_S1[:, 0], logprobs_SV.gather(1, ids_S1)[:, 0], top.indices, top.values)
+            features_SM = features_TM[begin : begin + len(ids_S1)]
+            logprobs_SV = self.model.logits(features_SM).log_softmax(-1, dtype=torch.float32)
+            top, ids_S = logprobs_SV.topk(min(N, logprobs_SV.shape[1])), ids_S1[:, 0]
+            found_S = self._log_probs(features_SM, ids_S) if self.invariant else logprobs_SV.gather(1, ids_S1)[:, 0]
+            drawn = ops.Sampled(ids_S, found_S, top.indices, top.values)
             scores.append(Scores(sequence, first + at, drawn))
         return scores
 
@@ -341,12 +354,13 @@ class Runner:
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
-            self._decode(rows, num_logprobs, options)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            drawn = self._decode(rows, num_logprobs, options)
+        with registry.invariant(self.invariant):
+            with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
+                self._decode(rows, num_logprobs, options)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                drawn = self._decode(rows, num_logprobs, options)
         self._graphs[size, num_logprobs] = graph, drawn
         return graph, drawn
 
