@@ -99,13 +99,13 @@ class Attention(nn.Module):
             return Recent.allocate(batch_size, self.window, shape, shape, rollback=rollback, device=device, dtype=dtype)
         return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
 
-    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
-        """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state.
+    @property
+    def has_pages(self) -> bool:
+        """Whether it can read its state from pages, which knows no alibi."""
+        return self.causal and self.alibi is None
 
-        Raises ValueError for attention that is not causal, and with alibi.
-        """
-        if not self.causal or self.alibi is not None:
-            raise ValueError("attention reads pages where it is causal and without alibi: use generate")
+    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
+        """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state."""
         weight = self.k_proj.weight
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         return PagedKeyValues.allocate(num_pages, page_size, self.num_kv_heads, self.head_dim, **place)

@@ -43,10 +43,13 @@ class PagedTokens:
     """(T,) int32: its place in the sequence; negative: padding, which is kept nowhere."""
     num_decodes: int
     """The first rows, of one token each."""
+    slots: Tensor
+    """(R,) int32: where the state of each sequence is in what has no pages: see nn/slotted.py."""
     continued: Chunks | None = None
     """Behind these: chunks of sequences that have tokens before."""
     fresh: Chunks | None = None
-    """Behind these: chunks without tokens before, which need not look into the pages. None inside cs336.invariant()."""
+    """Behind these: chunks without tokens before, which need not look into the pages. None inside cs336.invariant() and
+    where a state has no pages."""
 
     @functools.cached_property
     def ends(self) -> Tensor:

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
 from cs336.models import BlockConfig, Transformer, TransformerConfig
-from cs336.nn import AlibiConfig, AttentionConfig, GELUConfig, LayerNormConfig, Mamba2Config, MoEConfig, PagedTokens
+from cs336.nn import (
+    AlibiConfig,
+    AttentionConfig,
+    GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
+    LayerNormConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    MoEConfig,
+    PagedTokens,
+)
 from cs336.tokenizer import Tokenizer
 
 CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
@@ -113,14 +124,54 @@ def test_other_blocks_equal_full_forward(block):
         assert ids == logits.argmax(-1).tolist()
 
 
-def test_states_without_pages_are_refused():
-    for block, message in (
-        (BlockConfig(Mamba2Config()), "Mamba2 keeps a state that has no pages: use generate"),
-        (BlockConfig(AttentionConfig(4), positions=AlibiConfig()), "causal and without alibi: use generate"),
-    ):
-        config = TransformerConfig(272, 96, num_layers=1, d_model=32, layers=(block,))
-        with pytest.raises(ValueError, match=message):
-            engine(Transformer(config))
+MIXERS = {
+    "latent": BlockConfig(LatentAttentionConfig(4, 16, 8, 8)),
+    "alibi": BlockConfig(AttentionConfig(4, 2), positions=AlibiConfig()),
+    "linear": BlockConfig(LinearAttentionConfig(2, conv_size=4)),
+    "delta": BlockConfig(LinearAttentionConfig(2, decay="head", delta=True, conv_size=0)),
+    "mamba2": BlockConfig(Mamba2Config(state_dim=8, head_dim=16)),
+    "hyena": BlockConfig(HyenaConfig(filter_length=20)),
+}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_equals_full_forward(name, overlap):
+    """Beside attention with a window, in chunks, with preemptions, and again in slots that others have left."""
+    torch.manual_seed(2)
+    blocks = (BlockConfig(AttentionConfig(4, 2, window=7)), MIXERS[name])
+    model = Transformer(TransformerConfig(272, 96, num_layers=2, d_model=32, init_std=0.3, layers=blocks)).eval()
+    e = engine(model, overlap=overlap, page_size=4, num_pages=30, max_seqs=4, max_step_tokens=16)
+    assert e.memory.pages + e.memory.slots == e.runner.state.nbytes
+    for _ in range(2):
+        requests = [e.add(prompt, dataclasses.replace(GREEDY, max_tokens=25)) for prompt in PROMPTS]
+        run(e)
+        for prompt, request in zip(PROMPTS, requests, strict=True):
+            (ids,) = ids_of(request)
+            assert len(ids) == 25
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+            regret = logits.amax(-1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert regret.max() < 1e-3
+        assert e.cache.in_use == 0
+    assert e.scheduler.num_preemptions > 0
+
+
+def test_a_mixer_alone_and_its_new_weights():
+    config = TransformerConfig(272, 96, num_layers=1, d_model=32, init_std=0.3, layers=(MIXERS["hyena"],))
+    torch.manual_seed(3)
+    models = [Transformer(config).eval() for _ in range(2)]
+    fresh = engine(models[1])
+    e = engine(models[0])
+    for each in (e, fresh):
+        each.add(PROMPTS[2], GREEDY)
+        run(each)
+    e.update_weights(dict(models[1].named_parameters()))
+    after, want = e.add(PROMPTS[3], GREEDY), fresh.add(PROMPTS[3], GREEDY)
+    for each in (e, fresh):
+        run(each)
+    assert ids_of(after) == ids_of(want)
+    assert e.memory.pages == 0
 
 
 def test_preemption_begins_anew_and_changes_nothing(model, alone):
@@ -430,7 +481,7 @@ def test_a_paged_state_needs_its_tokens_described(model):
     with pytest.raises(ValueError, match="needs its tokens described"):
         model(torch.tensor([[1, 2]]), state=state)
     row, place = torch.tensor([[0]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
-    state.tokens = PagedTokens(row, place + 1, place, place, 1)
+    state.tokens = PagedTokens(row, place + 1, place, place, 1, place)
     with pytest.raises(ValueError, match="give neither positions nor segments"):
         model(torch.tensor([[1]]), positions=torch.tensor([0]), state=state)
     assert torch.allclose(model(torch.tensor([[1]]), state=state), model(torch.tensor([[1]])), atol=1e-5)
