@@ -21,6 +21,8 @@ class EngineMemory:
     pages: int
     num_pages: int
     page_size: int
+    max_len: int
+    """Tokens of a sequence, at most: those asked for, or what the pages hold."""
     slots: int = 0
     """What is kept of a sequence outside of pages, of all that can run."""
 
@@ -35,7 +37,8 @@ class EngineMemory:
             parts["slots"] = self.slots
         sizes = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
         total = sum(parts.values()) / 2**20
-        return f"{total:,.1f} MiB ({sizes}): {self.num_pages} pages of {self.page_size} tokens, {self.tokens} in all"
+        pages = f"{self.num_pages} pages of {self.page_size} tokens, {self.tokens} in all"
+        return f"{total:,.1f} MiB ({sizes}): {pages}, {self.max_len} a sequence"
 
 
 def plan_memory(
@@ -47,6 +50,7 @@ def plan_memory(
     max_seqs: int,
     max_step_tokens: int,
     max_len: int,
+    shorten: bool = False,
     free: int,
     num_pages: int | None = None,
     slot_bytes: int = 0,
@@ -58,10 +62,11 @@ def plan_memory(
         width: bytes of a weight and of an activation.
         page_bytes: of page_size tokens, in all layers.
         free: bytes that may be used, beside the weights.
+        shorten: where no sequence of max_len tokens fits, plan for shorter ones.
         num_pages: that there shall be, whatever is of use.
         slot_bytes: of a sequence, outside of pages.
 
-    Raises ValueError where not even one sequence of max_len tokens fits.
+    Raises ValueError where not even one sequence of max_len tokens fits, or with `shorten` not even a page.
     """
     weights = width * config.num_parameters()
     block = max(config.blocks, key=lambda block: block.activation_bytes(config.d_model, width))
@@ -71,6 +76,8 @@ def plan_memory(
     slots = (max_seqs + 1) * slot_bytes
     left = free - activations - slots
     fits = max(0, left) // page_bytes if page_bytes else (left >= 0) * max(max_seqs * one, num_pages or 0)
+    if shorten and num_pages is None and 0 < fits < one:
+        one, max_len = fits, fits * page_size
     wanted = max_seqs * one if num_pages is None else num_pages
     count, MiB = min(fits, wanted), 2**20
     if count < one or (num_pages is not None and fits < num_pages):
@@ -82,7 +89,7 @@ def plan_memory(
             f"{weights / MiB:,.1f}, of which the largest step takes {activations / MiB:,.1f} and slots "
             f"{slots / MiB:,.1f}. Lower max_len, max_step_tokens or max_seqs, or raise memory_share"
         )
-    return EngineMemory(weights, activations, count * page_bytes, count, page_size, slots)
+    return EngineMemory(weights, activations, count * page_bytes, count, page_size, max_len, slots)
 
 
 def free_memory(device: torch.device, share: float | None) -> int:
