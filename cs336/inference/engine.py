@@ -40,7 +40,7 @@ class EngineConfig:
     max_seqs: int = 64
     """That run at once; the others wait."""
     max_len: int | None = None
-    """Tokens of a sequence, its prompt included; the model's context_length if None."""
+    """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it."""
     max_step_tokens: int | None = None
     """Computed in a step: long prompts come in chunks. None: 8192 on a GPU, 512 on a CPU."""
     page_size: int = 64
@@ -189,9 +189,11 @@ class Engine:
         if config.invariant:
             check_invariant(model.config)
         on_gpu = model.device.type == "cuda"
-        self.max_len = min(config.max_len or model.config.context_length, model.config.context_length)
+        if on_gpu and not config.invariant:
+            model.join_weights()
+        max_len = min(config.max_len or model.config.context_length, model.config.context_length)
         step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
-        sample = model.new_pages(1, config.page_size, 1, self.max_len)
+        sample = model.new_pages(1, config.page_size, 1, max_len)
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
@@ -200,10 +202,12 @@ class Engine:
             page_size=config.page_size,
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
-            max_len=self.max_len,
+            max_len=max_len,
+            shorten=config.max_len is None and sample.is_paged,
             free=free_memory(model.device, config.memory_share),
             num_pages=config.num_pages,
         )
+        self.max_len = self.memory.max_len
         self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
         remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)

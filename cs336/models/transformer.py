@@ -13,6 +13,8 @@ from cs336.models.invariance import check_invariant
 from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
 from cs336.models.state import DecodingState, PagedState
 from cs336.nn import (
+    MLP,
+    Attention,
     Context,
     Embedding,
     Hyena,
@@ -180,6 +182,13 @@ class Transformer(nn.Module):
         if config.embedding_dropout:
             x_BSM = nn.functional.dropout(x_BSM, config.embedding_dropout, self.training)
         return x_BSM
+
+    def join_weights(self) -> None:
+        """Lay those weights together that read the same features, for steps of few tokens: see nn/linear.py."""
+        for layer in self.layers:
+            for module in (cast(TransformerBlock, layer).attention, cast(TransformerBlock, layer).mlp):
+                if isinstance(module, Attention | MLP):
+                    module.join()
 
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
-from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.models import BlockConfig, Transformer, TransformerConfig, huggingface
 from cs336.nn import (
     AlibiConfig,
     AttentionConfig,
@@ -91,6 +91,21 @@ def test_equals_full_forward(model, alone, options, overlap):
         assert e.cache.in_use == 0
     hits = [request.samples[0].cached for request in requests]
     assert hits == [0] * 6 if options.get("prefix_cache") is False else hits[2] == 29
+
+
+def test_joined_weights_change_nothing(model, alone, tmp_path):
+    other = Transformer(CONFIG).eval()
+    other.load_state_dict(model.state_dict())
+    other.join_weights()  # as on a GPU
+    q, k = other.layers[0].attention.q_proj.weight, other.layers[0].attention.k_proj.weight
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    e = engine(other, max_step_tokens=16)
+    requests = [e.add(prompt, GREEDY) for prompt in PROMPTS]
+    run(e)
+    assert [ids_of(r) for r in requests] == [[alone(p, 15)] for p in PROMPTS]
+    huggingface.save_pretrained(other, tmp_path)
+    read = huggingface.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(read[name], x) for name, x in model.state_dict().items())
 
 
 def test_sequences_that_begin_may_attend_without_the_pages(model, alone):
@@ -443,6 +458,22 @@ def test_memory_is_planned_or_refused(model):
     with pytest.raises(ValueError, match=r"Lower max_len, max_step_tokens or max_seqs"):
         engine(model, memory_share=1e-9)
     assert engine(model, num_pages=5, max_len=80).max_len == 80
+
+
+def test_a_context_that_does_not_fit_is_shortened(monkeypatch):
+    config = dataclasses.replace(CONFIG, context_length=100_000)
+    model = Transformer(config).eval()
+    page = model.new_pages(1, 16).nbytes
+    step = engine(model, num_pages=6250).memory.activations
+    monkeypatch.setattr("cs336.inference.engine.free_memory", lambda *_: step + 21 * page + 5)
+    e = engine(model)
+    assert (e.max_len, e.memory.num_pages) == (21 * 16, 21)
+    assert "336 a sequence" in str(e.memory)
+    request = e.add(list(range(270)), GREEDY)
+    run(e)
+    assert len(ids_of(request)[0]) == 15
+    with pytest.raises(ValueError, match="a sequence of 2000 tokens takes"):
+        engine(model, max_len=2000)
 
 
 def test_bad_requests(model):
