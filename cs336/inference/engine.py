@@ -42,7 +42,7 @@ class EngineConfig:
     max_len: int | None = None
     """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it."""
     max_step_tokens: int | None = None
-    """Computed in a step: long prompts come in chunks. None: 8192 on a GPU, 512 on a CPU."""
+    """Computed in a step: long prompts come in chunks. None: 16384 on a GPU, 512 on a CPU."""
     page_size: int = 64
     num_pages: int | None = None
     """None: as many as fit and are of use."""
@@ -192,7 +192,7 @@ class Engine:
         if on_gpu and not config.invariant:
             model.join_weights()
         max_len = min(config.max_len or model.config.context_length, model.config.context_length)
-        step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
+        step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
         sample = model.new_pages(1, config.page_size, 1, max_len)
         self.memory: EngineMemory = plan_memory(
             model.config,

@@ -10,7 +10,7 @@ from cs336 import ops
 from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities
 from cs336.nn.linear import Linear, join, joined
 from cs336.nn.norms import RMSNorm, RMSNormConfig
-from cs336.nn.paged import PagedKeyValues
+from cs336.nn.paged import PagedKeyValues, PagedTokens
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
 from cs336.nn.recent import Recent
 from cs336.nn.state import Context, KeyValues
@@ -128,13 +128,14 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v_BTHD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        at_once = self._normed_and_turned(q, k, context, state)
-        if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "all" and at_once is None:
+        in_pages = isinstance(state, PagedKeyValues) and context.paged is not None and not torch.is_grad_enabled()
+        if in_pages and self.rope is not None and not registry.is_invariant():
+            o_THD = self._step(q[0], k[0], v_BTHD[0], context.paged, state)  # type: ignore[arg-type]
+            return self.o_proj(o_THD.flatten(-2)[None])
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v_BTHD))
-        if at_once is not None:
-            q_BHSD, k_BHTD = at_once
-        elif self.rope is not None:
+        if self.rope is not None:
             positions = context.positions
             if positions is None and state is not None:
                 positions = context.slots(x_BSM.shape[-2])
@@ -149,18 +150,17 @@ class Attention(nn.Module):
             o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
 
-    def _normed_and_turned(self, q: Tensor, k: Tensor, context: Context, state) -> tuple[Tensor, Tensor] | None:
-        """q and k (1, H, T, D) of a step in pages in one launch instead of three, on a GPU; None: not here. What is
-        normed is not rounded before it turns, as it is elsewhere."""
-        if not (q.is_cuda and isinstance(state, PagedKeyValues)) or registry.is_invariant():
-            return None
-        if self.q_norm is None or self.k_norm is None or self.qk_norm == "all" or self.rope is None:
-            return None
-        if self.rope.rotary_dim != self.head_dim or torch.is_grad_enabled():
-            return None
-        weights, tables = (self.q_norm.weight, self.k_norm.weight), (self.rope.cos, self.rope.sin)
-        options = {"positions": context.positions, "interleaved": self.rope.interleaved, "eps": self.q_norm.eps}
-        return ops.qk_norm_rope(q.transpose(1, 2), k.transpose(1, 2), *weights, *tables, **options)
+    def _step(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens, state: PagedKeyValues) -> Tensor:
+        """(T, H, D) of the tokens of a step in pages: normed, turned and kept in one launch, then attended. What is
+        normed is not rounded before it turns."""
+        assert self.rope is not None
+        options: dict[str, Any] = {"interleaved": self.rope.interleaved}
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "all":
+            options |= {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+        where = self.rope.cos, self.rope.sin, tokens.table, tokens.sequence, tokens.position
+        caches = state.keys, state.values
+        q_THD, k_THD = ops.qk_norm_rope_append_(*caches, q_THD, k_THD, v_THD, *where, **options)
+        return state.attend(q_THD, k_THD, v_THD, tokens, **self._paged_options)
 
     def join(self) -> None:
         """Lay the projections of queries, keys and values together: see nn/linear.py."""
@@ -170,6 +170,12 @@ class Attention(nn.Module):
         """Of ops.attention, for S queries."""
         dropout = self.dropout if self.dropout and self.training else 0.0
         return {"softcap": self.softcap, "scale": self.scale, "dropout_p": dropout, "window": self._sees(S)}
+
+    @property
+    def _paged_options(self) -> dict[str, Any]:
+        """Of ops.paged_attention and its like."""
+        before = None if self.window is None else self.window - 1
+        return {"window": before, "softcap": self.softcap, "scale": self.scale}
 
     @property
     def _slopes(self) -> Tensor | None:
@@ -208,9 +214,8 @@ class Attention(nn.Module):
             if context.paged is None:
                 raise ValueError("a paged state needs context.paged: whose tokens these are, and their pages")
             q_THD, k_THD, v_THD = (x_BHSD[0].transpose(0, 1) for x_BHSD in (q_BHSD, k_BHSD, v_BHSD))
-            before = None if self.window is None else self.window - 1
-            options = {"window": before, "softcap": self.softcap, "scale": self.scale}
-            return state.attend(q_THD, k_THD, v_THD, context.paged, **options).transpose(0, 1)[None]
+            state.append(k_THD, v_THD, context.paged)
+            return state.attend(q_THD, k_THD, v_THD, context.paged, **self._paged_options).transpose(0, 1)[None]
         begins, S, new = state.empty, q_BHSD.shape[2], (k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2))
         if isinstance(state, KeyValues):
             state.append(*new, context)
@@ -238,9 +243,7 @@ class Attention(nn.Module):
         ends = context.cu_seqlens
         if ends is None:
             ends = torch.arange(0, len(q_THD) + 1, S, dtype=torch.int32, device=q_THD.device)
-        before = None if self.window is None else self.window - 1
-        options = {"window": before, "softcap": self.softcap, "scale": self.scale}
-        o_THD = ops.attention_invariant(q_THD, k_THD, v_THD, ends, S, **options)
+        o_THD = ops.attention_invariant(q_THD, k_THD, v_THD, ends, S, **self._paged_options)
         return o_THD.unflatten(0, (*B, S)).transpose(-2, -3)
 
     def _attend_masked(
