@@ -329,7 +329,8 @@ def is_invariant() -> bool:
 def invariant(on: bool = True) -> Iterator[None]:
     """In the block a model gives each sequence the same bits, whatever is computed beside it and however it is cut:
     linear layers, attention and log-probabilities add in an order that the batch does not change. See
-    docs/inference.md. A backward that recomputes a forward belongs into the block too."""
+    docs/inference.md. A backward that recomputes a forward belongs into the block too. For the whole process, as
+    determinism is: threads that want different things disturb each other."""
     global _invariant
     before, _invariant = _invariant, on
     try:
