@@ -51,9 +51,6 @@ class Quickstart:
 
     corpus: pathlib.Path | None = None
     """Text, JSON lines, parquet, or a directory of them. None: the standard library of this Python."""
-    data_demo: bool = False
-    """Instead of a corpus: make a crawl of this Python's documentation, clean it as `cs336 data demo` does, and learn
-    from what is left."""
     run_dir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Where everything is written; the same command continues a run that is already there."""
     minutes: float = 4.0
@@ -68,6 +65,9 @@ class Quickstart:
     """auto (a GPU if there is one), cpu, cuda."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
+    data_demo: bool = False
+    """Instead of a corpus: make a crawl of this Python's documentation, clean it as `cs336 data demo` does, and learn
+    from what is left."""
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
