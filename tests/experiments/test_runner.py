@@ -127,12 +127,12 @@ def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def test_kill_of_a_study_and_of_a_worker(tmp_path):
     """The study is killed, then a worker, and what is left is trained: nothing twice, all from checkpoints."""
-    keys = {"vary": {"optimizer.lr": [1e-3, 2e-3]}, "changes": {"budget": "1000steps", "checkpoint_interval": 50}}
+    keys = {"vary": {"optimizer.lr": [1e-3, 2e-3]}, "changes": {"budget": "300steps", "checkpoint_interval": 20}}
     of = study(tmp_path, **keys, where={"kind": "local"})
     ledger, folder = Ledger(of.directory), of.runs / of.trials()[0].folder
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -144,7 +144,7 @@ def test_kill_of_a_study_and_of_a_worker(tmp_path):
     until(lambda: ledger.entries()[0].state == "waiting")  # its worker has saved itself and left
     kept = list_checkpoints(folder / "checkpoints")[-1]
     at = int(kept.name.removeprefix("step_"))
-    assert 0 < at < 1000
+    assert 0 < at < 300
 
     second = threading.Thread(target=run_study, args=(of,), kwargs={"console": quiet()})
     second.start()
@@ -157,9 +157,9 @@ def test_kill_of_a_study_and_of_a_worker(tmp_path):
     assert failed.spent.tokens > 16 * at
     third = run_study(study(tmp_path, **keys), retry=True, console=quiet())
     assert [entry.state for entry in third] == ["done", "done"]
-    assert steps(folder) == sorted(set(steps(folder)))
-    assert third[0].spent.tokens == 1000 * 16
-    assert third[0].result["step"] == 1000
+    assert steps(folder) == [*range(1, 301), 300]  # the last for its validation
+    assert third[0].spent.tokens == 300 * 16
+    assert third[0].result["step"] == 300
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
