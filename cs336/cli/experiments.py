@@ -1,6 +1,8 @@
 """`cs336 sweep`, `ablate`, `batch-size`, `leaderboard`: questions that take many runs."""
 
-from tyro.conf import Positional
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import Path, Stopped
 
@@ -28,6 +30,68 @@ def sweep(study: Positional[Path], retry: bool = False) -> None:
     if best is not None:
         print(f"best: {best}")
     print(f"report: {write_study_report(of.directory)}")
+
+
+def ablate(
+    config: Path,
+    vary: Annotated[str, arg(metavar="KEY=VALUE,VALUE")],
+    directory: Path,
+    match: Literal["params", "flops", "none"] = "params",
+    seeds: int = 3,
+    budget: str | None = None,
+    metric: str = "val/loss",
+    workers: int = 1,
+    gpus: tuple[int, ...] = (),
+    retry: bool = False,
+) -> None:
+    """Train configurations that differ in one thing and are of one size, and say whether they differ by chance.
+
+    `--vary mixer=attention,mamba2`, `mlp=all`, `norm=rms_norm,layer_norm`, `positions=...`, `placement=pre,post`, or a
+    dotted key: `--vary optimizer.kind=adamw,muon --match none`. The first value is the reference.
+
+    Args:
+        config: TOML of `cs336 train`, with the budget of each run.
+        vary: a part of every layer or a dotted key, and kinds or TOML values; all: every kind there is.
+        directory: where the runs and the report are written; the same command continues them.
+        match: solve the MLPs' d_ff for equal parameters, or for equal FLOPs a token.
+        seeds: runs of each value.
+        budget: of all runs together: 2e15flops, 500Mtok, 2h.
+        metric: the lower the better.
+        workers: runs at once.
+        gpus: CUDA_VISIBLE_DEVICES of each worker in turn.
+        retry: train runs that have failed once more.
+    """
+    from cs336.experiments import run_study
+    from cs336.experiments.ablation import Ablation, save
+    from cs336.experiments.arms import make_arms, split_values
+    from cs336.experiments.study import Local
+    from cs336.report import write_ablation_report
+    from cs336.training import TrainConfig
+    from cs336.utils import config as configs
+    from cs336.utils.stages import Interrupted
+
+    key, equals, values = vary.partition("=")
+    if not equals:
+        raise ValueError(f"--vary takes KEY=VALUE,VALUE, got {vary!r}")
+    base = TrainConfig.from_table({"run_dir": "."} | configs.read_table(config))
+    arms = make_arms(base, key.strip(), split_values(values), match)
+    where = Local(workers=workers, gpus=gpus)
+    ablation = Ablation(directory, key.strip(), arms, seeds, match, budget, metric, where)
+    for arm in arms:
+        width = "" if arm.d_ff is None else f", d_ff {arm.d_ff:,}, {100 * arm.residual:+.3f} % from the first"
+        print(f"{arm.name}: {arm.config.model.num_parameters():,} parameters{width}")
+    try:
+        entries = run_study(ablation, retry=retry)
+    except Interrupted:
+        print("stopped; to continue, run the same command again")
+        raise Stopped from None
+    for row in save(ablation, entries):
+        if row.mean is not None:
+            interval = "" if row.half_width is None else f" ± {row.half_width:.4f}"
+            p = "" if row.p is None else f", p {row.p:.4f}{' (significant)' if row.significant else ''}"
+            print(f"{row.name}: {metric} {row.mean:.4f}{interval}{p}")
+    _said_of(entries)
+    print(f"report: {write_ablation_report(directory)}")
 
 
 def _said_of(entries) -> None:

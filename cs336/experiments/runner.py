@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from cs336.experiments.ledger import Entry, Ledger, State, owner
-from cs336.experiments.study import Here, Local, Study
+from cs336.experiments.study import Here, Local, Runs
 from cs336.experiments.train import Train, reached, train_run
 from cs336.experiments.watch import Watch
 from cs336.training import TrainConfig
@@ -30,7 +30,7 @@ GRACE = 120  # seconds that a worker may take to save its run
 
 
 def run_study(
-    study: Study, *, retry: bool = False, console: Console | None = None, train: Train = train_run
+    study: Runs, *, retry: bool = False, console: Console | None = None, train: Train = train_run
 ) -> list[Entry]:
     """Train what is left of a study, and return its runs.
 
@@ -98,7 +98,7 @@ class Pool(Protocol):
         """See to it that runs are trained, up to `waiting` more, and come back soon, or after one."""
 
 
-def _pool(study: Study, ledger: Ledger, train: Train, stopped: Callable[[], bool]) -> Any:
+def _pool(study: Runs, ledger: Ledger, train: Train, stopped: Callable[[], bool]) -> Any:
     match study.where:
         case Here():
             return contextlib.nullcontext(_Here(ledger, study.runs, train, stopped))
@@ -123,7 +123,7 @@ class _Here:
 class _Workers:
     """Processes that train one run after another, each started anew after one that failed."""
 
-    def __init__(self, study: Study, where: Local, ledger: Ledger):
+    def __init__(self, study: Runs, where: Local, ledger: Ledger):
         self.study, self.where, self.ledger = study, where, ledger
         self.processes: dict[int, subprocess.Popen] = {}  # by slot
 
@@ -209,7 +209,7 @@ def end_with_parent() -> None:
     """Stop as a signal would, once the process at the other end of the input is gone."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        while os.read(0, 1):  # not sys.stdin, whose lock an interpreter that ends cannot take from this thread
             pass
         signal.raise_signal(signal.SIGTERM)
 

@@ -67,6 +67,12 @@ class Trial:
     planned: Cost
     rung: int = 0
 
+    @staticmethod
+    def of(config: TrainConfig, options: space.Options) -> "Trial":
+        """A run of a configuration, wherever that says it is trained. options: how it is called in tables."""
+        table = {name: value for name, value in configs.to_table(config).items() if name != "run_dir"}
+        return Trial(options, config.seed, table, identity(config), identity(config), cost(config))
+
 
 class Outcome(Protocol):
     """What a search is told of a trial: see cs336.experiments.ledger.Entry."""
@@ -173,9 +179,35 @@ Search = Annotated[Grid | Random | Halving, Field(discriminator="kind")]
 Where = Annotated[Here | Local | Ray, Field(discriminator="kind")]
 
 
+class Runs(Protocol):
+    """What `run_study` trains: a Study, or whatever else says which runs there are."""
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Where the ledger, the runs and the report are written."""
+
+    @property
+    def runs(self) -> pathlib.Path:
+        """Where the runs are, a folder each."""
+
+    @property
+    def budget(self) -> str | None:
+        """Of all runs together."""
+
+    @property
+    def metric(self) -> str:
+        """The lower the better."""
+
+    @property
+    def where(self) -> Where: ...
+
+    def trials(self, ended: Iterable[Outcome] = ()) -> list[Trial]:
+        """The runs, as far as those that have ended let it say."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """Raises ValueError, naming the key or the run, for what cannot be trained."""
+    """See the top of the file. Raises ValueError, naming the key or the run, for what cannot be trained."""
 
     directory: pathlib.Path
     """Where the ledger, the runs and the report are written."""
@@ -282,11 +314,9 @@ class Study:
                 parts = [self.search.eta ** (rungs - 1 - r) for r in range(rungs)]
                 stages = [dataclasses.replace(of_seed, budget=scaled(config.budget, 1 / part)) for part in parts]
             costs = [Cost(0, 0, 0), *map(cost, stages)]
-            stage = stages[rung]
-            table = configs.to_table(stage)
-            del table["run_dir"]
             planned = costs[rung + 1].minus(costs[rung])
-            found.append(Trial(options, seed, table, identity(stage), identity(stages[0]), planned, rung))
+            trial = Trial.of(stages[rung], options)
+            found.append(dataclasses.replace(trial, folder=identity(stages[0]), planned=planned, rung=rung))
         return found
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cs336.experiments import space
 from cs336.experiments.ledger import Entry, Ledger, expected
-from cs336.experiments.study import Cost, Here, Study
+from cs336.experiments.study import Cost, Here, Runs
 from cs336.experiments.train import reached
 from cs336.utils.duration import duration
 
@@ -68,7 +68,7 @@ def _plus(a: Cost, b: Cost) -> Cost:
 class Watch:
     """Shows a study within the block."""
 
-    def __init__(self, study: Study, ledger: Ledger, console: Console | None = None):
+    def __init__(self, study: Runs, ledger: Ledger, console: Console | None = None):
         self.study, self.ledger = study, ledger
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.workers = 1 if isinstance(study.where, Here) else getattr(study.where, "num_workers", 1)
