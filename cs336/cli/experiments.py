@@ -94,6 +94,45 @@ def ablate(
     print(f"report: {write_ablation_report(directory)}")
 
 
+def batch_size(
+    config: Path,
+    directory: Path,
+    factors: tuple[int, ...] = (1, 2, 4, 8),
+    places: int = 3,
+    tokens: int | None = None,
+    tolerance: float = 0.01,
+) -> None:
+    """Measure how large a batch may be before it wastes tokens, and recommend one.
+
+    Trains the run, measures its gradient noise scale (arXiv:1812.06162), and branches off with larger batches from its
+    checkpoints (arXiv:2505.23971).
+
+    Args:
+        config: TOML of `cs336 train`: its batch_size is the smallest that is compared, its budget of steps, tokens or
+            FLOPs.
+        directory: where everything is written; the same command continues it.
+        factors: of batch_size, from 1 up.
+        places: checkpoints that branches begin from, evenly over the run.
+        tokens: of a branch; a tenth of the run's if not given.
+        tolerance: nats that a larger batch may lose.
+    """
+    from cs336.experiments.batch_size import Branching, measure_batch_size
+    from cs336.report import write_batch_size_report
+    from cs336.training import TrainConfig
+    from cs336.utils import config as configs
+    from cs336.utils.stages import Interrupted
+
+    base = TrainConfig.from_table({"run_dir": "."} | configs.read_table(config))
+    try:
+        found = measure_batch_size(Branching(directory, base, factors, places, tokens, tolerance))
+    except Interrupted:
+        print("stopped; to continue, run the same command again")
+        raise Stopped from None
+    print(f"recommended: batch_size {found['recommended']}, optimizer.lr {found['lr']:.3g}")
+    print(found["reason"])
+    print(f"report: {write_batch_size_report(directory)}")
+
+
 def _said_of(entries) -> None:
     """What is not done, in a line each."""
     for state, why in (("failed", "see the report; --retry trains them again"), ("waiting", "beyond the budget")):

@@ -43,7 +43,11 @@ TOKENIZER_VERBS: dict[str, Run] = {
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
-STUDY_VERBS: dict[str, Run] = {"sweep": experiments.sweep, "ablate": experiments.ablate}
+STUDY_VERBS: dict[str, Run] = {
+    "sweep": experiments.sweep,
+    "ablate": experiments.ablate,
+    "batch-size": experiments.batch_size,
+}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
