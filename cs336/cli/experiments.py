@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import Path, Stopped
+from cs336.cli.common import MaybePath, Path, Stopped
 
 
 def sweep(study: Positional[Path], retry: bool = False) -> None:
@@ -131,6 +131,64 @@ def batch_size(
     print(f"recommended: batch_size {found['recommended']}, optimizer.lr {found['lr']:.3g}")
     print(found["reason"])
     print(f"report: {write_batch_size_report(directory)}")
+
+
+def leaderboard_run(
+    rule: Positional[str],
+    data: Path,
+    directory: Path,
+    recipe: MaybePath = None,
+    author: str = "",
+) -> None:
+    """Train under a board's rule, and write a submission: one command to repeat it, its log, its loss, samples.
+
+    Args:
+        rule: as `cs336 leaderboard rules` lists them.
+        data: a directory with token shards in train/ and val/, and tokenizer.json beside train's.
+        directory: of the submission; the same command continues its run.
+        recipe: TOML of `cs336 train` without data, budget and run_dir. Our best for the rule if not given.
+        author: who submits it.
+    """
+    from cs336.experiments.leaderboard import compete
+    from cs336.report import write_report
+    from cs336.utils import config as configs
+    from cs336.utils.stages import Interrupted
+
+    try:
+        entry = compete(rule, data, directory, None if recipe is None else configs.read_table(recipe), author)
+    except Interrupted:
+        print("stopped; to continue, run the same command again")
+        raise Stopped from None
+    print(f"{rule}: {entry['bits_per_byte']:.4f} bits per byte, loss {entry['loss']:.4f}")
+    print(f"submission: {directory}, report: {write_report(directory / 'run')}")
+
+
+def leaderboard_rules() -> None:
+    """List the boards."""
+    from cs336.experiments.leaderboard import load_rule, rules
+
+    for name in rules():
+        rule = load_rule(name)
+        print(f"{name}: {rule.title}. Data: {rule.text}. Device: {rule.device}.")
+
+
+def leaderboard_table(submissions: Positional[Path], output: MaybePath = None) -> None:
+    """Rank the submissions below a directory, as Markdown.
+
+    Args:
+        submissions: folders that `cs336 leaderboard run` wrote, at any depth.
+        output: write it here.
+    """
+    from cs336.experiments.leaderboard import markdown, read_submissions
+    from cs336.utils.files import replacing
+
+    table = markdown(read_submissions(submissions))
+    if output is None:
+        print(table, end="")
+        return
+    with replacing(output) as file:
+        file.write(table)
+    print(output)
 
 
 def _said_of(entries) -> None:

@@ -48,6 +48,11 @@ STUDY_VERBS: dict[str, Run] = {
     "ablate": experiments.ablate,
     "batch-size": experiments.batch_size,
 }
+BOARD_VERBS: dict[str, Run] = {
+    "run": experiments.leaderboard_run,
+    "rules": experiments.leaderboard_rules,
+    "table": experiments.leaderboard_table,
+}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
@@ -99,6 +104,7 @@ def _run(arguments: list[str]) -> int:
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
         ("model", MODEL_VERBS, "What a model is made of."),
         ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
+        ("leaderboard", BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
     ):
         nested = groups[group] = tyro.extras.SubcommandApp()

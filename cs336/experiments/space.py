@@ -122,8 +122,9 @@ def _put(place: Any, path: Sequence[str], value: Any, key: str) -> None:
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """Options as people read them: "lr 0.003, d_model 64"."""
-    return ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in options.items()) or "as it is"
+    """Options as people read them: "lr 0.003, mlp gelu"."""
+    ends = {key: key.removesuffix(f".{configs.TAG}").rpartition(".")[2] for key in options}
+    return ", ".join(f"{ends[key]} {shown(value)}" for key, value in options.items()) or "as it is"
 
 
 def shown(value: Any) -> str:

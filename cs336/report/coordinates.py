@@ -9,6 +9,7 @@ from markupsafe import Markup
 from cs336.report.chart import CHAR, compact, linear_ticks, log_ticks
 
 PITCH, HEIGHT, TOP, BOTTOM, SIDE = 130, 240, 30, 10, 46
+MOST_SCALE = 1.4  # on a wide screen
 MOST_CHARS = 14  # of a value's name
 
 
@@ -22,6 +23,8 @@ class Coordinate:
     names: Sequence[str] = ()
     """Where they are names: all of them, from the bottom up."""
     log: bool = False
+    marks: Sequence[float] = ()
+    """Where the axis of numbers is marked, if not at round ones."""
 
     def places(self) -> list[float]:
         """0 at the bottom to 1 at the top."""
@@ -48,7 +51,8 @@ class Coordinate:
         low, high = self._ends()
         if not high > low:
             return [(0.5, compact(low))]
-        return [(self.place(v), compact(v)) for v in (log_ticks if self.log else linear_ticks)(low, high, 5)]
+        inside = [mark for mark in self.marks if low <= mark <= high]
+        return [(self.place(v), compact(v)) for v in inside or (log_ticks if self.log else linear_ticks)(low, high, 5)]
 
 
 def parallel_chart(axes: Sequence[Coordinate], labels: Sequence[str], styles: Sequence[str], title: str) -> Markup:
@@ -75,8 +79,8 @@ def parallel_chart(axes: Sequence[Coordinate], labels: Sequence[str], styles: Se
         parts.append(_text(x, TOP - 14, _short(axis.title, int(PITCH / CHAR) - 1), "middle", "rule-name"))
         for place, name in axis.ticks():
             parts.append(_text(x + 5, y_at(place) + 3.5, _short(name, MOST_CHARS), "start", "rule-name"))
-    svg = '<svg viewBox="0 0 {0} {1}" style="min-width: {0}px" role="img" aria-label="{2}">{3}</svg>'
-    return Markup(svg).format(width, HEIGHT, title, Markup("").join(parts))
+    svg = '<svg viewBox="0 0 {0} {1}" style="min-width: {0}px; max-width: {2}px" role="img" aria-label="{3}">{4}</svg>'
+    return Markup(svg).format(width, HEIGHT, round(MOST_SCALE * width), title, Markup("").join(parts))
 
 
 def _short(text: str, most: int) -> str:

@@ -15,6 +15,7 @@ from cs336.utils.duration import duration
 CURVES = 6  # runs whose colours can be told apart
 BEST_PART = 0.1  # of the lines stand out
 MOST_ROWS = 60
+MOST_MARKS = 8  # of an axis
 
 
 def write_study_report(directory: str | Path) -> Path:
@@ -65,8 +66,13 @@ def finite(value: Any) -> bool:
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """Options in a few words: the last part of each key, and its value."""
-    return ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in options.items()) or "as it is"
+    """Options in a few words: the end of each key, and its value."""
+    return ", ".join(f"{end(key)} {value_text(value)}" for key, value in options.items()) or "as it is"
+
+
+def end(key: str) -> str:
+    """What a dotted key is about: lr of optimizer.lr, mlp of layers.0.mlp.kind."""
+    return key.removesuffix(".kind").rpartition(".")[2]
 
 
 def value_text(value: Any) -> str:
@@ -110,7 +116,7 @@ def _parallel(found: Mapping[str, Any], done: Sequence[Mapping[str, Any]], metri
     axes = []
     for key, axis in mapping(found.get("axes")).items():
         values = [mapping(group.get("options")).get(key) for group in shown]
-        axes.append(_coordinate(key.rpartition(".")[2], values, mapping(axis)))
+        axes.append(_coordinate(end(key), values, mapping(axis)))
     axes.append(Coordinate(metric, [group["mean"] for group in shown]))
     best = max(1, round(BEST_PART * len(shown)))
     styles = ["faint" if i < len(shown) - best else "second" for i in range(len(shown))]
@@ -126,7 +132,8 @@ def _coordinate(title: str, values: Sequence[Any], axis: Mapping[str, Any]) -> C
     if "low" in axis:
         return Coordinate(title, values, log=bool(axis.get("log")))
     if listed and len(numbers) == len(listed):
-        return Coordinate(title, values, log=min(numbers) > 0 and max(numbers) >= 4 * min(numbers))
+        log = min(numbers) > 0 and max(numbers) >= 4 * min(numbers)
+        return Coordinate(title, values, log=log, marks=sorted(numbers) if len(numbers) <= MOST_MARKS else ())
     return Coordinate(title, [value_text(v) for v in values], names=list(dict.fromkeys(map(value_text, listed))))
 
 
@@ -168,6 +175,7 @@ def _curves(path: Path, done: Sequence[Mapping[str, Any]], metric: str) -> list[
 
 def _table(groups: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     rungs = any(group.get("rung") for group in groups)
+    seeds = any(len(group.get("states", [])) > 1 for group in groups)
     rows = []
     for group in groups[:MOST_ROWS]:
         scores = [s for s in map(number, group.get("scores", [])) if s is not None]
@@ -176,9 +184,9 @@ def _table(groups: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         told = "; ".join(group.get("errors", [])) or ", ".join(s for s in dict.fromkeys(states) if s != "done")
         mean = f"{group['mean']:.4f}" if scores else "–"
         taken = duration(number(group.get("seconds")) or 0.0)
-        row = [label(mapping(group.get("options"))), mean, spread, f"{len(scores)}/{len(states)}", taken, told[:120]]
-        rows.append([row[0], str(group.get("rung")), *row[1:]] if rungs else row)
-    heads = ["", *(["rung"] if rungs else []), metric, "between seeds", "done", "training", ""]
+        row = [label(mapping(group.get("options"))), *([str(group.get("rung"))] if rungs else []), mean]
+        rows.append([*row, *([spread] if seeds else []), f"{len(scores)}/{len(states)}", taken, told[:120]])
+    heads = ["", *(["rung"] if rungs else []), metric, *(["between seeds"] if seeds else []), "done", "training", ""]
     more = f"The first {MOST_ROWS} of {len(groups)}." if len(groups) > MOST_ROWS else ""
     return {"heads": heads, "rows": rows, "note": more} if rows else {"note": ""}
 

@@ -201,3 +201,17 @@ def test_time_left(tmp_path):
     assert "1.5000" in said
     assert "[bold]no[/bold]" in said
     assert "2 waiting, 1 done, 1 failed; about 40 s left" in said
+
+
+@pytest.mark.slow
+def test_a_study_on_ray(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    vary = {"optimizer.lr": [1e-3, 2e-3], "data.train": [str(tmp_path / "train"), str(tmp_path / "none")]}
+    of = study(tmp_path, vary=vary, where={"kind": "ray", "address": "local", "workers": 2})
+    entries = run_study(of, console=quiet())
+    assert [entry.state for entry in entries] == ["done", "failed", "done", "failed"]
+    assert all("none" in entry.error for entry in entries[1::2])
+    here = study(tmp_path, vary=vary, directory=str(tmp_path / "here"))
+    assert [e.score("val/loss") for e in run_study(here, console=quiet())] == [e.score("val/loss") for e in entries]

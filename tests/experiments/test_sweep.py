@@ -84,7 +84,7 @@ def test_of_rungs_the_highest_counts(tmp_path):
 def test_the_verb(tmp_path, capsys):
     table = {"directory": str(tmp_path / "s"), "base": base(tmp_path, budget="2steps"), "where": {"kind": "here"}}
     table["vary"] = {"model.d_model": [16, 32], "model.num_layers": [1, 2]}
-    (tmp_path / "study.toml").write_text("\n".join(configs._toml_lines(table, ())))
+    (tmp_path / "study.toml").write_text(configs.dumps(table))
     assert main(["sweep", str(tmp_path / "study.toml")]) == 0
     said = capsys.readouterr().out
     assert "4/4" in said
