@@ -107,8 +107,8 @@ def rows(ablation: Ablation, entries: Sequence[Entry]) -> list[Row]:
             Row(
                 name=arm.name,
                 scores=mine,
-                mean=middle and middle.value,
-                half_width=middle and middle.half_width,
+                mean=None if middle is None else middle.value,
+                half_width=None if middle is None else middle.half_width,
                 difference=statistics.fmean(mine) - statistics.fmean(reference) if compare else None,
                 p=corrected.get(arm.name),
                 parameters=arm.config.model.num_parameters(),

@@ -128,8 +128,8 @@ def _takes(kind: str, positions: str, before: BlockConfig) -> bool:
 
 def _filled(part: str, table: Mapping[str, Any], model: TransformerConfig) -> dict[str, Any]:
     """A table with the fields that a kind must be told and a name alone leaves out, as the base's size suggests."""
-    heads = next((m.num_heads for b in model.blocks if (m := b.mixer) and hasattr(m, "num_heads")), None)
-    heads = heads or max(1, model.d_model // 64)
+    counts = (getattr(block.mixer, "num_heads", None) for block in model.blocks)  # Mamba-2's is a method
+    heads = next((count for count in counts if isinstance(count, int)), max(1, model.d_model // 64))
     per_head = model.d_model // heads
     suggested: dict[str, dict[str, Any]] = {
         "attention": {"num_heads": heads},

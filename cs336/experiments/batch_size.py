@@ -88,8 +88,13 @@ class Branching:
     @property
     def trunk(self) -> TrainConfig:
         """The run: it keeps the checkpoints that branches begin from."""
-        kept = {"checkpoint_interval": self.every, "keep_checkpoints": ALL, "cuda_graph": False}
-        return dataclasses.replace(self.config, run_dir=self.directory / "trunk", **kept)
+        return dataclasses.replace(
+            self.config,
+            run_dir=self.directory / "trunk",
+            checkpoint_interval=self.every,
+            keep_checkpoints=ALL,
+            cuda_graph=False,  # gradients are taken between its steps
+        )
 
 
 def measure_batch_size(branching: Branching, console: Console | None = None) -> dict[str, Any]:

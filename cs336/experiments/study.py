@@ -77,8 +77,11 @@ class Trial:
 class Outcome(Protocol):
     """What a search is told of a trial: see cs336.experiments.ledger.Entry."""
 
-    id: str
-    ended: bool
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def ended(self) -> bool: ...
 
     def score(self, metric: str) -> float: ...
 

@@ -82,9 +82,9 @@ def _effect(key: str, axis: space.Axis, values: list[Any], y: np.ndarray) -> Sen
         along = np.linspace(x.min(), x.max(), 101)
         curve = fit(along)
         lowest = float(along[int(np.argmin(curve))])
-        best = float(f"{math.exp(lowest) if axis.log else lowest:.4g}")
+        place = float(f"{math.exp(lowest) if axis.log else lowest:.4g}")
         explained = 1 - float(((y - fit(x)) ** 2).mean()) / y.var()
-        return Sensitivity(key, _unit(explained), float(curve.max() - curve.min()), best)
+        return Sensitivity(key, _unit(explained), float(curve.max() - curve.min()), place)
     names = [json.dumps(value, sort_keys=True) for value in values]
     means = {name: y[[n == name for n in names]].mean() for name in names}
     between = float(np.mean([(means[name] - y.mean()) ** 2 for name in names])) / y.var()

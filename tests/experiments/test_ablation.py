@@ -71,6 +71,13 @@ def test_positions_follow_the_mixer(tmp_path):
     assert arms[1].config.model.blocks[0].positions.theta == 500.0
 
 
+def test_a_base_without_attention(tmp_path):
+    mamba = make_arms(config(tmp_path), "mixer", ["attention", "mamba2"], "params")[1].config
+    arms = make_arms(mamba, "mixer", ["mamba2", "attention", "linear_attention"], "params")
+    assert arms[0].config == mamba
+    assert [arm.config.model.blocks[0].positions.kind for arm in arms] == ["none", "rope", "none"]
+
+
 def test_other_keys(tmp_path):
     adamw, sgd = make_arms(config(tmp_path), "optimizer.kind", ["adamw", "sgd"], "none")
     assert sgd.config.optimizer.kind == "sgd"
