@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, data_classifier, scaling, tokenizer
+from cs336.cli import data, data_classifier, experiments, scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, info, report
@@ -43,6 +43,16 @@ TOKENIZER_VERBS: dict[str, Run] = {
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+STUDY_VERBS: dict[str, Run] = {
+    "sweep": experiments.sweep,
+    "ablate": experiments.ablate,
+    "batch-size": experiments.batch_size,
+}
+BOARD_VERBS: dict[str, Run] = {
+    "run": experiments.leaderboard_run,
+    "rules": experiments.leaderboard_rules,
+    "table": experiments.leaderboard_table,
+}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
@@ -87,11 +97,14 @@ def _run(arguments: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
+    for name, run in STUDY_VERBS.items():
+        app.command(name=name)(run)
     groups = {}
     for group, verbs, help in (
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
         ("model", MODEL_VERBS, "What a model is made of."),
         ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
+        ("leaderboard", BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
     ):
         nested = groups[group] = tyro.extras.SubcommandApp()
