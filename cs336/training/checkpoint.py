@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cs336.parallel import ShardedOptimizer
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, sync
 
@@ -91,7 +92,9 @@ def snapshot(
     tensors, tied = _distinct(_unwrapped(model).state_dict())
     optimizer_tensors, numbers = None, None
     if optimizer is not None:
-        apart, numbers = _split_optimizer(optimizer.state_dict())
+        whole = optimizer.consolidate(to=None) if isinstance(optimizer, ShardedOptimizer) else optimizer.state_dict()
+        assert whole is not None
+        apart, numbers = _split_optimizer(whole)
         optimizer_tensors = _distinct(apart, tie=False)[0]
     config = getattr(_unwrapped(model), "config", None)
     state = {
@@ -219,16 +222,16 @@ def remove_checkpoint(path: pathlib.Path) -> None:
 # ---- random numbers ----
 
 
-def rng_state() -> dict[str, Any]:
-    """torch's generators, of the CPU and of every GPU in use, as JSON values."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """torch's generators, of the CPU and of `device` if that is a GPU, as JSON values."""
+    cuda = [torch.cuda.get_rng_state(device)] if device is not None and device.type == "cuda" else []
     return {"cpu": _to_text(torch.get_rng_state()), "cuda": [_to_text(s) for s in cuda]}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device | None = None) -> None:
     torch.set_rng_state(_from_text(state["cpu"]))
-    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_text(saved), device)
+    if device is not None and device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(_from_text(state["cuda"][0]), device)
 
 
 def _to_text(state: Tensor) -> str:

@@ -103,6 +103,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None
         if not parameter.isfinite().all():
             return f"the parameter {name}"
     found: list[str] = []
+    model.zero_grad()  # those of the step may be what other ranks spoiled
     try:
         with _watched(model, found):
             value = loss()
