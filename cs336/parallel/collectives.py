@@ -26,7 +26,8 @@ from torch import Tensor
 from cs336.utils.nvtx import annotate
 
 MB = 2**20
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 BUCKET_BYTES = 25 * MB  # torch's DistributedDataParallel's
 
 
@@ -79,7 +80,7 @@ def reduce_scatter(
     """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
     with annotate("reduce_scatter"):
         _count("reduce_scatter", x, group)
-        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
 def all_gather(

@@ -95,18 +95,18 @@ def control_device() -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def agreed(value: T) -> T:
+def agreed(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Rank 0's value, on every rank: what JSON can say."""
     if world_size() == 1:
         return value
     device = control_device()
     text = json.dumps(value).encode() if rank() == 0 else b""
     size = torch.tensor([len(text)], device=device)
-    broadcast(size, 0)
+    broadcast(size, 0, group)
     data = torch.tensor(list(text), dtype=torch.uint8, device=device)
     if rank() != 0:
         data = torch.empty(int(size), dtype=torch.uint8, device=device)
-    broadcast(data, 0)
+    broadcast(data, 0, group)
     return json.loads(bytes(data.tolist()))
 
 
@@ -119,7 +119,12 @@ def any_rank(flag: bool) -> bool:
     return bool(count.item())
 
 
-def together(function: Callable[[], T]) -> T:
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for CPU tensors, apart from the default one; None where there is one process."""
+    return None if world_size() == 1 else dist.new_group(backend="gloo")
+
+
+def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call it on every rank; if it fails on one it fails on all, instead of leaving the others to wait.
 
     Raises its own error where it failed, RankError, which names the rank, elsewhere.
@@ -131,25 +136,25 @@ def together(function: Callable[[], T]) -> T:
         result = function()
     except Exception as caught:
         error = caught
-    _raise_together(error)
+    _raise_together(error, group)
     return result
 
 
-def on_first(function: Callable[[], T]) -> T:
+def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call it on rank 0 alone; its JSON value is returned, or its failure raised, on every rank."""
     if world_size() == 1:
         return function()
-    result = together(function if rank() == 0 else lambda: None)
-    return agreed(result)  # type: ignore[return-value]
+    result = together(function if rank() == 0 else lambda: None, group)
+    return agreed(result, group)  # type: ignore[return-value]
 
 
-def from_ranks(value: Any) -> list[Any]:
+def from_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's JSON value, in the order of ranks."""
-    return [value] if world_size() == 1 else gather_json(value, control_device())
+    return [value] if world_size() == 1 else gather_json(value, control_device(), group)
 
 
-def _raise_together(error: Exception | None) -> None:
-    texts = from_ranks(None if error is None else f"{type(error).__name__}: {error}")
+def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    texts = from_ranks(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]

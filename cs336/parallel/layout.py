@@ -15,8 +15,8 @@ class ParallelConfig:
 
     data: int | None = None
     """Processes among which the sequences of a step are split. None: all there are."""
-    zero: Literal[0, 1] = 0
-    """What is split among them too: 0, nothing; 1, the optimizer's state."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What is split among them too: 0, nothing; 1, the optimizer's state; 2, gradients too; 3, weights too."""
     tensor: int = 1
     """Processes that split each matrix; training has 1."""
     pipeline: int = 1

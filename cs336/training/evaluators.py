@@ -136,7 +136,7 @@ class Samples:
         self.pause = Pause("sample", config.sample_interval, SAMPLES)
 
     def __call__(self, learner: Learner, total_steps: int) -> Finding:
-        with learner.evaluating() as model:
+        with learner.whole(), learner.evaluating() as model:
             rows = on_first(lambda: self.sample(model))
         text = visible(f"{rows[0].get('prompt', '')}{rows[0].get('text', '')}") if rows else ""
         return Finding(samples=rows, text=text)

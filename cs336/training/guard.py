@@ -156,7 +156,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def steepest(model: nn.Module) -> str:
-    """The parameter with the longest gradient, as a phrase."""
+    """The parameter with the longest gradient, of this rank's pieces where they are split, as a phrase."""
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     name = max(norms, key=norms.__getitem__)
     return f"the longest gradient is that of {name}"

@@ -2,27 +2,31 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
-from cs336.parallel import DDP, ShardedOptimizer
+from cs336.optim.optimizer import Optimizer
+from cs336.parallel import DDP, FSDP, ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.config import TrainConfig
 from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
 from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
+from cs336.training.weights import load_weights
 from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
+ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -41,32 +45,48 @@ class Learner:
         low = config.precision.startswith("bf16") or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.weight_dtype = torch.bfloat16 if config.precision == "bf16_weights" else torch.float32
-        self.compiled = on_gpu if config.compile is None else config.compile
+        self.sharded = config.parallel.zero >= 2 and world_size() > 1
+        self.compiled = on_gpu and not self.sharded if config.compile is None else config.compile
+        if self.sharded and (reason := self._unshardable()):
+            raise ValueError(f"parallel.zero = {config.parallel.zero} is not possible: {reason}; use zero = 1")
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or rows
         self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled)
         self.room = room(self.device, config.memory_limit)
-        self.recompute = choose_recompute(config, self.numerics, self.room)
+        self.recompute = choose_recompute(config, self.numerics, self.room, world_size())
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
         # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
         self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
-        self.synced, self.optimizer = self._split(config.optimizer.build(self.model))
+        self.synced, self.optimizer = self._split()
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
         self._lr = torch.zeros((), device=self.device)  # of the graph
 
-    def _split(self, optimizer: torch.optim.Optimizer) -> tuple[DDP | None, torch.optim.Optimizer]:
+    def _unshardable(self) -> str | None:
+        if self.config.optimizer.kind not in ELEMENTWISE:
+            return f"it splits every matrix, and {self.config.optimizer.kind} needs whole ones"
+        return "compile = true does not follow weights that come and go" if self.compiled else None
+
+    def _split(self) -> tuple[DDP | FSDP | None, Optimizer | ShardedOptimizer]:
         """What averages gradients over the ranks, and the optimizer of this rank's share."""
+        fsdp = FSDP(self.model, reshard=self.config.parallel.zero == 3) if self.sharded else None
+        optimizer = self.config.optimizer.build(self.model)
+        if fsdp is not None:
+            fsdp.split(optimizer)
+            return fsdp, optimizer
         if world_size() == 1:
             return None, optimizer
-        if self.config.parallel.zero:
-            optimizer = ShardedOptimizer(optimizer.param_groups, lambda _: optimizer)
-        return DDP(self.model), optimizer
+        return DDP(self.model), ShardedOptimizer.of(optimizer) if self.config.parallel.zero else optimizer
+
+    @property
+    def trained(self) -> nn.Module:
+        """What has the parameters that the optimizer steps, and their gradients."""
+        return self.synced if isinstance(self.synced, FSDP) else self.model
 
     def _eager_terms(self, *batch: Tensor) -> Terms:
         return self.config.objective(self.model if self.synced is None else self.synced, batch)
@@ -113,6 +133,8 @@ class Learner:
                 loss, count, metrics = self.terms(part)
             with annotate("backward"), registry.determinism(self.deterministic), self._unsynced(i < len(micro) - 1):
                 loss.backward()
+            if isinstance(self.synced, FSDP):
+                self.synced.finish_gradient_synchronization()
             parts.append(torch.stack([count, loss.detach(), *(value.detach() for value in metrics.values())]))
         with annotate("optimizer"):
             if self.synced is not None:
@@ -121,7 +143,8 @@ class Learner:
             self.own_loss = own[1] / own[0].clamp(min=1)
             count, *sums = over_ranks(own)
             scale = gradient_scale(count)
-            norm = grad_norm(self.model.parameters()) * scale
+            fsdp = self.synced if isinstance(self.synced, FSDP) else None
+            norm = (grad_norm(self.model.parameters()) if fsdp is None else fsdp.grad_norm()) * scale
             means = [total / count.clamp(min=1) for total in sums]
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
@@ -133,12 +156,28 @@ class Learner:
         return values
 
     def _unsynced(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
-        """Backwards that are each rank's own."""
-        return self.synced.no_sync() if wanted and self.synced is not None else contextlib.nullcontext()
+        """Backwards that are each rank's own. Where gradients are split none is: whole ones are not kept."""
+        return self.synced.no_sync() if wanted and isinstance(self.synced, DDP) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Transformer]:
+        """The model with all its weights on every rank; every rank enters it."""
+        with self.synced.gathered() if isinstance(self.synced, FSDP) else contextlib.nullcontext():
+            yield self.model
+
+    def load_weights(self, path: pathlib.Path) -> None:
+        """Take the weights at `path`: see cs336.training.weights. No rank waits for another."""
+        if not isinstance(self.synced, FSDP):
+            load_weights(self.model, path)
+            return
+        source = Transformer(self.config.model, device="cpu", dtype=self.weight_dtype)
+        load_weights(source, path)
+        self.synced.load_whole(source.state_dict())
+        self.model.special_ids, self.model.generation_config = source.special_ids, source.generation_config
 
     def predicted_memory(self) -> Memory:
         """What a step will take of the device's memory."""
-        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size)
+        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size, world_size())
 
     def _graph(self) -> StepGraph | None:
         """Where a CUDA graph is asked for; by itself, where its memory beside that of other steps is no matter."""
@@ -148,7 +187,7 @@ class Learner:
         reason = None
         if self.device.type != "cuda":
             reason = f"it is a GPU's, and the device is {self.device}"
-        elif self.synced is not None:
+        elif self.synced is not None or isinstance(self.optimizer, ShardedOptimizer):
             reason = "several processes take a step together"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
@@ -188,7 +227,7 @@ class Learner:
 
     def _first_non_finite(self, batch: Batch) -> str | None:
         for part in micro_batches(batch, self.micro_batch_size):
-            with self.autocast(), self._unsynced():
+            with self.autocast(), self._unsynced(), self.whole():
                 found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
             if found:
                 return found

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cs336.parallel.launch import on_first, rank, together
+from cs336.parallel.launch import from_ranks, host_group, on_first, rank, together
 from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
@@ -46,6 +46,7 @@ class RunDir:
         self.samples: JsonLines | DroppedLines
         self.ranks: JsonLines | DroppedLines
         self._damaged: list[pathlib.Path] = []  # checkpoints
+        self._group = host_group()  # of its own: checkpoints are written while others are in use
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
@@ -154,10 +155,6 @@ class RunDir:
         self.wait()
         path = checkpoint.step_path(self.checkpoints, step)
         kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background)
-        on_first(lambda: self._write(kept, path, background))
-        return path
-
-    def _write(self, kept: checkpoint.Snapshot, path: pathlib.Path, background: bool) -> None:
         for rows in (self.metrics, self.samples, self.ranks):
             rows.sync()
         if background:
@@ -165,14 +162,26 @@ class RunDir:
             self._writing = self._writer.submit(self._put, kept, path)
         else:
             self._put(kept, path)
+        return path
 
     def _put(self, kept: checkpoint.Snapshot, path: pathlib.Path) -> None:
-        for other in checkpoint.list_checkpoints(self.checkpoints):
-            # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
-            if other in self._damaged or other > path:
-                checkpoint.remove_checkpoint(other)
-        checkpoint.write_snapshot(kept, path)
-        checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
+        """Every rank writes what it has; rank 0 makes room before, and gives them their name after."""
+
+        def make_room() -> None:
+            for other in checkpoint.list_checkpoints(self.checkpoints):
+                # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
+                if other in self._damaged or other > path:
+                    checkpoint.remove_checkpoint(other)
+            checkpoint.begin(path)
+
+        def name(written: list[Any]) -> None:
+            checkpoint.finish(path, kept, written)
+            checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
+
+        with checkpoint.writing(path):
+            on_first(make_room, self._group)
+            written = from_ranks(together(lambda: checkpoint.write_files(path, kept), self._group), self._group)
+            on_first(lambda: name(written), self._group)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -185,7 +194,7 @@ class RunDir:
 
     def wait(self) -> None:
         """Until the checkpoint in the background is on the disk. Raises OSError if it could not be written."""
-        on_first(self._wait)
+        together(self._wait)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None

@@ -44,7 +44,6 @@ from cs336.training.objectives import Batch
 from cs336.training.rate import LearningRate
 from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
-from cs336.training.weights import load_weights
 from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
@@ -265,7 +264,7 @@ class Trainer:
             self._refused = f"loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g}; the first that is "
             self._refused += f"not finite is {cause}"
         elif guard.spike != "keep" and (spike := self.guard.spike(numbers)):
-            self._refused = f"a spike, {spike}; {steepest(self.learner.model)}"
+            self._refused = f"a spike, {spike}; {steepest(self.learner.trained)}"
             if guard.spike == "stop":
                 raise SpikeError(f"step {step}: {self._refused}", step=step, cause=self._refused)
         if self._refused is None:
@@ -325,7 +324,7 @@ class Trainer:
             extra |= self.rate.state_dict() | self.meter.state_dict() | {"guard": self.guard.state_dict()}
             asked = self.config.async_checkpoints
             background &= self.learner.device.type == "cuda" if asked is None else asked
-            state = self.learner.model, self.learner.optimizer, self.step, extra
+            state = self.learner.trained, self.learner.optimizer, self.step, extra
             self._newest = self.run.save(*state, background=True) if background else self.run.save(*state)
         self.decisions.took(self.decisions.save, taken[0])
 
@@ -354,13 +353,13 @@ class Trainer:
         self.step, self.val = 0, {}
         self._seconds_before = self._started = 0.0
         self._suspect, self._rebudgeted = None, False
-        self._restored = self.run.load_newest(self.learner.model, self.learner.optimizer, self.display.say)
+        self._restored = self.run.load_newest(self.learner.trained, self.learner.optimizer, self.display.say)
         self._newest = self.run.newest()
         if self._restored is not None:
             self._continue(self._restored)
         elif config.init_from is not None:
             source = config.init_from
-            together(lambda: load_weights(self.learner.model, source))
+            together(lambda: self.learner.load_weights(source))
 
     def _continue(self, path: pathlib.Path) -> None:
         """Take over from a checkpoint what its weights and the optimizer do not say."""
@@ -437,7 +436,8 @@ class Trainer:
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
-            on_first(lambda: self._export(export))
+            with self.learner.whole():
+                on_first(lambda: self._export(export))
             if used := memory_used(self.learner):
                 self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")

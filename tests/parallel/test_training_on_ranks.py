@@ -1,6 +1,7 @@
 """The trainer on two processes against itself in one. A batch of 4 is two micro-batches of 2, in one process or in two:
 then every sum has the same order, and the runs are equal bit for bit."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,12 +19,14 @@ from training import tiny_run
 from cs336.data import ShardWriter
 from cs336.models import TransformerConfig
 from cs336.parallel import ParallelConfig, launch
-from cs336.training import GuardConfig, MuonConfig, SOAPConfig, Trainer
+from cs336.training import AdamWConfig, GuardConfig, MuonConfig, SOAPConfig, Trainer
 
 TIED = TransformerConfig(
     vocab_size=tiny_run.VOCAB, context_length=8, num_layers=1, d_model=16, num_heads=2, tie_embeddings=True
 )
-ZERO1 = {"parallel": ParallelConfig(zero=1)}
+ZERO1, ZERO2, ZERO3 = ({"parallel": ParallelConfig(zero=zero)} for zero in (1, 2, 3))
+UNCLIPPED = {"optimizer": AdamWConfig(max_grad_norm=float("inf"))}  # the order in which a norm is summed is no matter
+DEEP = {"model": dataclasses.replace(TIED, num_layers=3), "gradient_checkpointing": True}
 RUNS = {  # name -> (what both have, what two ranks have)
     "data": ({}, {"parallel": ParallelConfig(log_ranks=True)}),
     "zero1": ({}, ZERO1),
@@ -31,7 +34,12 @@ RUNS = {  # name -> (what both have, what two ranks have)
     "muon": ({"optimizer": MuonConfig()}, ZERO1),
     "soap": ({"optimizer": SOAPConfig(frequency=2)}, ZERO1),
     "bf16": ({"precision": "bf16_weights"}, ZERO1),
+    "zero2": (UNCLIPPED, ZERO2),
+    "zero3": (UNCLIPPED, ZERO3),
+    "deep": (UNCLIPPED | DEEP, ZERO3),
+    "bf16 zero3": (UNCLIPPED | DEEP | {"precision": "bf16_weights"}, ZERO3),
 }
+LAYOUTS = [(3, None), (5, ZERO3), (7, ZERO1), (9, ZERO2), (10, {}), (12, None)]  # until which step; None: one process
 
 
 def config(root, name, **changes):
@@ -106,26 +114,35 @@ def write_other_data(path):
     torch.distributed.barrier()
 
 
-def stopped(root, rank):
-    """A run that a signal to rank 1 stops after step 5, and that goes on."""
-    settings = config(root, "stopped", parallel=ParallelConfig(zero=1))
+def train_until(settings, step, signalled):
+    """Until a signal to this process, if it is signalled."""
     trainer = Trainer(settings, display=tiny_run.quiet(), sample=sample)
     update = trainer._update
 
     def interrupted():
         update()
-        if trainer.step == 5 and rank == 1:
+        if trainer.step == step and signalled:
             signal.raise_signal(signal.SIGTERM)
 
     trainer._update = interrupted
-    first = trainer.train()
-    return {"stopped at": first.step, **train(settings)}
+    return trainer.train().step
+
+
+def moved(root, ranks):
+    """The part of a run that so many processes make: it goes from layout to layout."""
+    steps = []
+    for step, layout in LAYOUTS:
+        whole = tiny_run.config(root, "moved", sample_interval=5, **UNCLIPPED)
+        if (layout is None) == (ranks == 1) and (not steps or ranks == 2):
+            settings = tiny_run.changed(whole, micro_batch_size=2, **(layout or {}))
+            steps.append(train_until(settings, step, launch.rank() == ranks - 1))
+    return steps
 
 
 def on_a_rank(rank, root):
     results = {name: train(config(root, name, **(both | ranks))) for name, (both, ranks) in RUNS.items()}
     results["accumulated"] = train(config(root, "accumulated", micro_batch_size=1))
-    results["stopped"] = stopped(root, rank)
+    results["moved"] = moved(root, 2)
     results["agreed"] = [launch.agreed(rank + 5), launch.any_rank(rank == 1), launch.any_rank(False)]
     return results | {"mistakes": mistakes(root, rank)}
 
@@ -152,12 +169,13 @@ def alone(root):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     results = {name: train(config(root, f"{name}_alone", **both)) for name, (both, _) in RUNS.items()}
+    assert moved(root, 1) == [3]
     torch.set_num_threads(before)
     return results
 
 
 @pytest.fixture(scope="module")
-def ranks(root, tmp_path_factory):
+def ranks(root, alone, tmp_path_factory):
     return on_two_ranks(OnARank(root), tmp_path_factory.mktemp("gloo"))
 
 
@@ -170,11 +188,19 @@ def losses(run_dir):
     return tiny_run.rows(run_dir, of="train/loss")
 
 
+def check_same(run_dir, other, *, norms=True):
+    rows, wanted = losses(run_dir), losses(other)
+    for row, want in zip(rows, wanted, strict=True):
+        if not norms:
+            assert row.pop("train/grad_norm") == pytest.approx(want.pop("train/grad_norm"), rel=1e-5)
+        assert row == want
+    ours, theirs = weights(run_dir), weights(other)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs | ours)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process(root, alone, ranks, name):
-    assert losses(root / name) == losses(root / f"{name}_alone")
-    ours, want = weights(root / name), weights(root / f"{name}_alone")
-    assert all(torch.equal(ours[key], want[key]) for key in want | ours)
+    check_same(root / name, root / f"{name}_alone", norms=name in ("data", "zero1", "tied", "muon", "soap", "bf16"))
     for found in ranks:
         assert found[name]["step"] == 12
         assert found[name]["tokens"] == alone[name]["tokens"]
@@ -186,11 +212,11 @@ def test_gradients_accumulate_on_each_rank(root, alone, ranks):
         assert ours["train/loss"] == pytest.approx(want["train/loss"], rel=1e-5)
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(root, alone, ranks):
-    assert [found["stopped"]["stopped at"] for found in ranks] == [5, 5]
-    assert losses(root / "stopped") == losses(root / "data_alone")
-    state = json.loads((root / "stopped/checkpoints/step_00000012/state.json").read_text())
-    assert len(state["extra"]["rng"]["others"]) == 1
+def test_a_run_goes_from_layout_to_layout(root, ranks):
+    """A signal to the last rank stops all; the checkpoint of each layout is read under the next."""
+    assert [found["moved"] for found in ranks] == [[5, 7, 9, 10]] * 2
+    assert train(tiny_run.config(root, "moved", micro_batch_size=2, sample_interval=5, **UNCLIPPED))["step"] == 12
+    check_same(root / "moved", root / "zero3_alone", norms=False)
 
 
 def test_samples_are_drawn_once(root, ranks):
