@@ -26,6 +26,8 @@ from torch import Tensor
 from cs336.utils.nvtx import annotate
 
 MB = 2**20
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 BUCKET_BYTES = 25 * MB  # torch's DistributedDataParallel's
 
 
@@ -78,7 +80,7 @@ def reduce_scatter(
     """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
     with annotate("reduce_scatter"):
         _count("reduce_scatter", x, group)
-        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
 def all_gather(
@@ -87,7 +89,7 @@ def all_gather(
     """Fill out (N * M, ...) with every rank's x (M, ...), in the order of ranks."""
     with annotate("all_gather"):
         _count("all_gather", out, group)
-        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
+        return _all_gather(out, x, group=group, async_op=async_op)
 
 
 def all_to_all(
@@ -149,17 +151,21 @@ def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | Non
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def check_alike(what: Sequence[tuple[str, str]], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+def check_alike(
+    what: Sequence[tuple[str, str]],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    *,
+    advice: str = "Build the model from the same configuration on every rank",
+) -> None:
     """Raises ValueError, on every rank, that names the first (name, description) that differs from rank 0's."""
     first, *others = gather_json(list(what), device, group)
     for rank, other in enumerate(others, 1):
         for i in range(max(len(first), len(other))):
             here, there = (f"{x[i][0]}: {x[i][1]}" if i < len(x) else "nothing more" for x in (first, other))
             if here != there:
-                raise ValueError(
-                    f"ranks must be given the same; first difference: rank 0 has {here}; rank {rank} has {there}. "
-                    "Build the model from the same configuration on every rank"
-                )
+                difference = f"rank 0 has {here}; rank {rank} has {there}"
+                raise ValueError(f"ranks must be given the same; first difference: {difference}. {advice}")
 
 
 def describe(t: Tensor) -> str:
