@@ -3,4 +3,11 @@
 from cs336.parallel.collectives import Traffic as Traffic
 from cs336.parallel.collectives import count_traffic as count_traffic
 from cs336.parallel.ddp import DDP as DDP
+from cs336.parallel.mesh import Mesh as Mesh
 from cs336.parallel.sharded_optimizer import ShardedOptimizer as ShardedOptimizer
+from cs336.parallel.tensor import ColumnLinear as ColumnLinear
+from cs336.parallel.tensor import Region as Region
+from cs336.parallel.tensor import RowLinear as RowLinear
+from cs336.parallel.tensor import tensor_parallel as tensor_parallel
+from cs336.parallel.vocabulary import VocabularyEmbedding as VocabularyEmbedding
+from cs336.parallel.vocabulary import vocabulary_cross_entropy as vocabulary_cross_entropy

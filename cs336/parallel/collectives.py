@@ -91,12 +91,22 @@ def all_gather(
 
 
 def all_to_all(
-    out: Tensor, x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+    out: Tensor,
+    x: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    sent: Sequence[int] | None = None,
+    received: Sequence[int] | None = None,
+    async_op: bool = False,
 ) -> dist.Work | None:
-    """Send the r-th of N equal parts of x to rank r; out receives, in order, what every rank sent here."""
+    """Send the r-th part of x to rank r; out receives, in order, what every rank sent here.
+
+    sent, received: rows of each part of x, and of out. None: N equal parts.
+    """
     with annotate("all_to_all"):
         _count("all_to_all", x, group)
-        return dist.all_to_all_single(out, x, group=group, async_op=async_op)
+        sizes = {"input_split_sizes": sent and list(sent), "output_split_sizes": received and list(received)}
+        return dist.all_to_all_single(out, x, **sizes, group=group, async_op=async_op)
 
 
 def broadcast(
