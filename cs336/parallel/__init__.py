@@ -2,6 +2,11 @@
 
 from cs336.parallel.collectives import Traffic as Traffic
 from cs336.parallel.collectives import count_traffic as count_traffic
+from cs336.parallel.context import all_to_all_attention as all_to_all_attention
+from cs336.parallel.context import context_parallel as context_parallel
+from cs336.parallel.context import own_positions as own_positions
+from cs336.parallel.context import own_tokens as own_tokens
+from cs336.parallel.context import ring_attention as ring_attention
 from cs336.parallel.ddp import DDP as DDP
 from cs336.parallel.mesh import Mesh as Mesh
 from cs336.parallel.sharded_optimizer import ShardedOptimizer as ShardedOptimizer

@@ -7,6 +7,7 @@
 | all_gather     | of the whole output       | S (N-1) / N    |
 | all_to_all     | of the input              | S (N-1) / N    |
 | broadcast      | of the tensor             | S; 0 for N = 1 |
+| shift          | of the tensor             | S; 0 for N = 1 |
 
 (the factors of nccl-tests, doc/PERFORMANCE.md). Tensors are contiguous and on a device that the group's backend serves.
 With `async_op` a handle is returned whose `wait()` orders what follows after the collective; else None.
@@ -16,7 +17,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def count_traffic() -> Iterator[Traffic]:
 
 def ring_bytes(name: str, size: int, world: int) -> int:
     """Bytes that each of `world` ranks sends in the collective `name` of S = `size` bytes."""
-    if name == "broadcast":
+    if name in ("broadcast", "shift"):
         return size if world > 1 else 0
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
@@ -116,6 +117,28 @@ def broadcast(
     with annotate("broadcast"):
         _count("broadcast", x, group)
         return dist.broadcast(x, group=group, group_src=source, async_op=async_op)
+
+
+def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    """Send contiguous tensors to the next rank, the last one's to the first: a function that waits for the previous
+    rank's, which are like these. What is sent must not be written to before."""
+    with annotate("shift"):
+        N, rank = dist.get_world_size(group), dist.get_rank(group)
+        if N == 1:
+            return lambda: tuple(tensors)
+        came = tuple(torch.empty_like(x) for x in tensors)
+        sends = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % N) for x in tensors]
+        receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % N) for x in came]
+        for x in tensors:
+            _count("shift", x, group)
+        works = dist.batch_isend_irecv([*sends, *receives])
+
+    def wait() -> tuple[Tensor, ...]:
+        for work in works:
+            work.wait()
+        return came
+
+    return wait
 
 
 @torch.no_grad()
