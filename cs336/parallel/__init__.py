@@ -9,6 +9,8 @@ from cs336.parallel.context import own_tokens as own_tokens
 from cs336.parallel.context import ring_attention as ring_attention
 from cs336.parallel.ddp import DDP as DDP
 from cs336.parallel.mesh import Mesh as Mesh
+from cs336.parallel.pipeline import Pipeline as Pipeline
+from cs336.parallel.pipeline import pipeline_stage as pipeline_stage
 from cs336.parallel.sharded_optimizer import ShardedOptimizer as ShardedOptimizer
 from cs336.parallel.tensor import ColumnLinear as ColumnLinear
 from cs336.parallel.tensor import Region as Region

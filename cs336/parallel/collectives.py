@@ -7,7 +7,7 @@
 | all_gather     | of the whole output       | S (N-1) / N    |
 | all_to_all     | of the input              | S (N-1) / N    |
 | broadcast      | of the tensor             | S; 0 for N = 1 |
-| shift          | of the tensor             | S; 0 for N = 1 |
+| shift, send    | of the tensor             | S; 0 for N = 1 |
 
 (the factors of nccl-tests, doc/PERFORMANCE.md). Tensors are contiguous and on a device that the group's backend serves.
 With `async_op` a handle is returned whose `wait()` orders what follows after the collective; else None.
@@ -54,7 +54,7 @@ def count_traffic() -> Iterator[Traffic]:
 
 def ring_bytes(name: str, size: int, world: int) -> int:
     """Bytes that each of `world` ranks sends in the collective `name` of S = `size` bytes."""
-    if name in ("broadcast", "shift"):
+    if name in ("broadcast", "shift", "send"):
         return size if world > 1 else 0
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
@@ -139,6 +139,21 @@ def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> 
         return came
 
     return wait
+
+
+def send(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Send x to a rank of the group: a handle, until whose `wait()` x must be neither written to nor freed."""
+    with annotate("send"):
+        _count("send", x, group)
+        work = dist.isend(x, group=group, group_dst=rank)
+        assert work is not None  # this rank is of the group
+        return work
+
+
+def receive(out: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Fill out with what a rank of the group sent."""
+    with annotate("receive"):
+        dist.recv(out, group=group, group_src=rank)
 
 
 @torch.no_grad()

@@ -76,7 +76,8 @@ def ring_attention(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, group, causal, scale, softcap):
-        N, rank, kept = dist.get_world_size(group), dist.get_rank(group), (k, v)
+        N, rank = dist.get_world_size(group), dist.get_rank(group)
+        kept: tuple[Tensor, ...] = (k, v)
         wide = torch.promote_types(q.dtype, torch.float32)
         o = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=wide)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
@@ -101,7 +102,8 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, do):
         q, k, v, o, lse = ctx.saved_tensors
         group, causal, scale, softcap = ctx.args
-        N, rank, kept, do = dist.get_world_size(group), dist.get_rank(group), (k, v), do.contiguous()
+        N, rank, do = dist.get_world_size(group), dist.get_rank(group), do.contiguous()
+        kept: tuple[Tensor, ...] = (k, v)
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         arriving = None  # the gradients of `kept`, which go round one step behind it
         for step in range(N):
@@ -200,7 +202,7 @@ def context_parallel(model: Transformer, group: Group = None, kind: Kind = "ring
     if kind not in ("ring", "all_to_all"):
         raise ValueError(f"kind must be 'ring' or 'all_to_all', got {kind!r}")
     N = dist.get_world_size(group)
-    mixers = [cast(TransformerBlock, layer).attention for layer in model.layers]
+    mixers: list[Any] = [cast(TransformerBlock, layer).attention for layer in model.layers]
     for i, mixer in enumerate(mixers):
         if reason := _why_not(mixer, kind, N):
             raise ValueError(f"the tokens of layer {i} cannot be divided among {N} ranks: {reason}")
