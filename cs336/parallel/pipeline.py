@@ -96,7 +96,7 @@ class Stage(Transformer):
     def tied(self) -> nn.Parameter | None:
         """The table that the first stage and the last have both, if it is trained."""
         ends = self.first != self.last and self.config.tie_embeddings
-        return self.embedding.weight if ends and self.embedding.weight.requires_grad else None
+        return cast(nn.Parameter, self.embedding.weight) if ends and self.embedding.weight.requires_grad else None
 
     @property
     def device(self) -> torch.device:
