@@ -65,7 +65,6 @@ def data_x_pipeline(ids, targets):
     stage = pipeline_stage(model(), mesh.group("pipeline"))
     ddp, rows = DDP(stage, group=mesh.group("data")), rows_of(mesh, "data")
     pipeline = Pipeline(ddp, mesh.group("pipeline"), num_microbatches=2)
-    pipeline.step(ids[rows][:0], targets[rows][:0])  # no rows, no loss
     pipeline.step(ids[rows], targets[rows])
     ddp.finish_gradient_synchronization()
     return gradients(stage)
