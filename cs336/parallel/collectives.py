@@ -7,6 +7,8 @@
 | all_gather     | of the whole output       | S (N-1) / N    |
 | all_to_all     | of the input              | S (N-1) / N    |
 | broadcast      | of the tensor             | S; 0 for N = 1 |
+| reduce, gather | of the tensor             | S; 0 for N = 1 |
+| scatter        | of the source's tensor    | S (N-1) / N by the source, else 0 |
 | shift, send    | of the tensor             | S; 0 for N = 1 |
 
 (the factors of nccl-tests, doc/PERFORMANCE.md). Tensors are contiguous and on a device that the group's backend serves.
@@ -27,6 +29,8 @@ from torch import Tensor
 from cs336.utils.nvtx import annotate
 
 MB = 2**20
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until 2.12
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 BUCKET_BYTES = 25 * MB  # torch's DistributedDataParallel's
 
 
@@ -54,7 +58,7 @@ def count_traffic() -> Iterator[Traffic]:
 
 def ring_bytes(name: str, size: int, world: int) -> int:
     """Bytes that each of `world` ranks sends in the collective `name` of S = `size` bytes."""
-    if name in ("broadcast", "shift", "send"):
+    if name in ("broadcast", "reduce", "gather", "shift", "send"):
         return size if world > 1 else 0
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
@@ -79,7 +83,7 @@ def reduce_scatter(
     """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
     with annotate("reduce_scatter"):
         _count("reduce_scatter", x, group)
-        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
 def all_gather(
@@ -88,7 +92,7 @@ def all_gather(
     """Fill out (N * M, ...) with every rank's x (M, ...), in the order of ranks."""
     with annotate("all_gather"):
         _count("all_gather", out, group)
-        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
+        return _all_gather(out, x, group=group, async_op=async_op)
 
 
 def all_to_all(
@@ -139,6 +143,30 @@ def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> 
         return came
 
     return wait
+
+
+def reduce(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace x, on one rank of the group, by its sum over the ranks; on the others it is undefined afterwards."""
+    with annotate("reduce"):
+        _count("reduce", x, group)
+        dist.reduce(x, group=group, group_dst=rank)
+
+
+def gather(out: Tensor | None, x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Fill out (N * M, ...), of one rank of the group, None on the others, with every rank's x (M, ...)."""
+    with annotate("gather"):
+        _count("gather", x, group)
+        parts = None if out is None else list(out.chunk(dist.get_world_size(group)))
+        dist.gather(x, parts, group=group, group_dst=rank)
+
+
+def scatter(out: Tensor, x: Tensor | None, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank's out (M, ...) its part of x (N * M, ...), which one rank of the group has, None the others."""
+    with annotate("scatter"):
+        if x is not None:
+            _count("scatter", x, group)
+        parts = None if x is None else list(x.chunk(dist.get_world_size(group)))
+        dist.scatter(out, parts, group=group, group_src=rank)
 
 
 def send(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> dist.Work:
