@@ -125,14 +125,7 @@ class Transformer(nn.Module):
         """
         stream = self._layers(token_ids_BS, positions, segments, state)
         features_BSM = self._normed(stream)
-        if targets is None:
-            out = self.logits(features_BSM)
-        else:
-            head = self.embedding if self.head is None else self.head
-            out = ops.linear_cross_entropy(
-                features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
-                reduction="sum",
-            )  # fmt: skip
+        out = self.logits(features_BSM) if targets is None else self.loss(features_BSM, targets, ignore_index)
         return (out, stream.routing) if return_routing else out
 
     def features(
@@ -200,6 +193,14 @@ class Transformer(nn.Module):
         if cap is None:
             return logits_BSV
         return cap * torch.tanh(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / cap)
+
+    def loss(self, features_BSM: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+        """The sum of the cross-entropy of features (..., M) as `features` returns them; the rest as forward's."""
+        head = self.embedding if self.head is None else self.head
+        return ops.linear_cross_entropy(
+            features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
+            reduction="sum",
+        )  # fmt: skip
 
     @property
     def end_ids(self) -> tuple[int, ...]:
