@@ -4,12 +4,11 @@ Decisions follow from the clock and from signals, which differ from process to p
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from cs336.training.budget import Budget, Plan
-from cs336.training.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -59,13 +58,24 @@ class Pause:
         return inside + 1
 
 
+class Paced(Protocol):
+    """What of a configuration decides the pace of a run."""
+
+    @property
+    def budget(self) -> str: ...
+    @property
+    def log_interval(self) -> int: ...
+    @property
+    def checkpoint_interval(self) -> int | None: ...
+
+
 class Decisions:
     """The plan, the pauses and the stop of a run.
 
     Raises ValueError if the budget is less than one step.
     """
 
-    def __init__(self, config: TrainConfig, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
+    def __init__(self, config: Paced, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
         self.log_interval = config.log_interval
         budget = Budget.parse(config.budget)
         self.plan = Plan(budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
