@@ -10,7 +10,7 @@ A is (rank, in), normal; B is (out, rank), 0 at first: the model begins as it wa
 import copy
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale = config.alpha / config.rank
-        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_a = nn.Parameter(torch.randn(config.rank, base.in_features, **place) / base.in_features**0.5)
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
 

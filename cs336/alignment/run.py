@@ -137,11 +137,10 @@ class StageRun:
         row = {f"train/{name}" if name in ("loss", "grad_norm") else name: value for name, value in means.items()}
         row |= {"train/tok_per_sec": speed, "lr": self._lr}
         self._write(row)
-        per_step = self.seconds / self.step
-        left = (
-            self.decisions.seconds_left(self.step, self.seconds, per_step) if self.decisions.plan.total_steps else None
-        )
-        self.display.row(self._position() | row, self.decisions.plan.total_steps, left)
+        total, left = self.decisions.plan.total_steps, None
+        if total is not None:
+            left = self.decisions.seconds_left(self.step, self.seconds, self.seconds / self.step)
+        self.display.row(self._position() | row, total, left)
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
@@ -187,8 +186,8 @@ class StageRun:
             made_from = extra["made_from"]
             if others := [name for name, digest in self.stage.fingerprints.items() if made_from.get(name) != digest]:
                 raise ValueError(
-                    f"{self.run.path} holds a run with another {' and '.join(others)}: use another run_dir, or the same "
-                    "to continue it"
+                    f"{self.run.path} holds a run with another {' and '.join(others)}: use another run_dir, or the "
+                    "same to continue it"
                 )
             self.stage.load_state_dict(extra["stage"])
             self.decisions.plan.load_state_dict(extra["plan"])

@@ -229,9 +229,7 @@ def optimizer_step(
     for part in micro_batches(batch, micro_batch_size or len(batch[0])):
         loss, count, metrics = terms(part)
         loss.backward()
-        totals.append(
-            torch.stack([count.float(), loss.detach().float(), *(v.detach().float() for v in metrics.values())])
-        )
+        totals.append(torch.stack([x.detach().float() for x in (count, loss, *metrics.values())]))
     return step_on(optimizer, module, torch.stack(totals).sum(0), ("loss", *metrics), max_grad_norm)
 
 

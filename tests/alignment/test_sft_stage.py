@@ -49,7 +49,7 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path, model, batching):
     outputs = llm.chat([[{"role": "user", "content": str(d)}] for d in range(10)], SamplingParams(0, max_tokens=8))
     assert [(o.text, o.finish_reason) for o in outputs] == [(str(d), "stop") for d in range(10)]
     rows = rows_of(tmp_path / "run")
-    assert [row["val/loss"] for row in rows if "val/loss" in row][0] > 1
+    assert next(row["val/loss"] for row in rows if "val/loss" in row) > 1
     samples = rows_of(tmp_path / "run", "samples.jsonl")
     assert {sample["step"] for sample in samples} >= {0, 60}
     assert samples[-1]["prompt"] == "3="
@@ -91,7 +91,8 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     deadline = time.time() + 120
     while not list((tmp_path / "killed" / "checkpoints").glob("step_*")):
-        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.time() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -164,7 +165,7 @@ def test_a_batch_is_an_examples_turn_once_an_epoch():
     for bucketed in (False, True):
         batches = Batches(lengths, 8, seed=1, bucketed=bucketed)
         first, second = ([batches.batch(e * 125 + i) for i in range(125)] for e in (0, 1))
-        assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(1000))
+        assert sorted(i for b in first for i in b) == sorted(i for b in second for i in b) == list(range(1000))
         assert first != second
         assert Batches(lengths, 8, seed=1, bucketed=bucketed).batch(130) == second[5]
         spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first) / 125

@@ -1,4 +1,4 @@
-"""`cs336 sft`: supervised fine-tuning on conversations, packed or in buckets of length. R = rows, S = tokens of a row."""
+"""`cs336 sft`: supervised fine-tuning on conversations, packed or in buckets of length."""
 
 import pathlib
 from collections.abc import Sequence
@@ -107,8 +107,8 @@ class SFTStage:
                 loss, counted, _ = SFT()(self.policy.model, self._padded(order[start : start + self.config.batch_size]))
                 total, count = total + loss.item(), count + counted.item()
             answers = self._answers()
-        loss = total / count
-        return Finding({"val/loss": loss}, answers, f"validation loss {loss:.4f}")
+        mean = total / count
+        return Finding({"val/loss": mean}, answers, f"validation loss {mean:.4f}")
 
     def export(self, directory: pathlib.Path, step: int) -> None:
         self.policy.export(directory, step)
