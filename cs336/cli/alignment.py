@@ -17,6 +17,16 @@ def sft(arguments: list[str]) -> Run:
     return _verb("sft", arguments, SFTConfig, SFTStage, sft.__doc__)
 
 
+def dpo(arguments: list[str]) -> Run:
+    """Teach a model which of two answers is preferred, without a reward model, or continue the run in --run-dir.
+
+    DPO and its relatives. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.dpo import DPOConfig, DPOStage
+
+    return _verb("dpo", arguments, DPOConfig, DPOStage, dpo.__doc__)
+
+
 def _verb(verb: str, arguments: list[str], kind: Any, stage: Callable[[Any], Any], description: str | None) -> Run:
     from cs336.utils import config as configs
 
