@@ -27,10 +27,31 @@ def dpo(arguments: list[str]) -> Run:
     return _verb("dpo", arguments, DPOConfig, DPOStage, dpo.__doc__)
 
 
-def _verb(verb: str, arguments: list[str], kind: Any, stage: Callable[[Any], Any], description: str | None) -> Run:
+def grpo(arguments: list[str]) -> Run:
+    """Teach a model by the scores of its own answers, or continue the run in --run-dir.
+
+    GRPO and its relatives, on the engine that serves. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
+
+    return _verb("grpo", arguments, GRPOStageConfig, GRPOStage, grpo.__doc__, plans=True)
+
+
+def _verb(
+    verb: str,
+    arguments: list[str],
+    kind: Any,
+    stage: Callable[[Any], Any],
+    description: str | None,
+    *,
+    plans: bool = False,
+) -> Run:
     from cs336.utils import config as configs
 
     parser = own_options(verb)
+    if plans:
+        help = "say what memory and time the run would take, from two steps that are thrown away"
+        parser.add_argument("--plan", action="store_true", help=help)
     own, options = parser.parse_known_args(arguments)
 
     def run() -> None:
@@ -41,6 +62,9 @@ def _verb(verb: str, arguments: list[str], kind: Any, stage: Callable[[Any], Any
         settings = configs.parse(kind, configs.override(kind, table, options))
         if own.print_config:
             print(configs.dumps(settings), end="")
+            return
+        if plans and own.plan:
+            print(stage(settings).plan())
             return
         _run(settings, stage)
 

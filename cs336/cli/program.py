@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
 from cs336.cli import data, data_classifier, scaling, tokenizer
-from cs336.cli.alignment import dpo, sft
+from cs336.cli.alignment import dpo, grpo, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, info, report
@@ -25,6 +25,7 @@ VERBS: dict[str, Make] = {
     "train": train,
     "sft": sft,
     "dpo": dpo,
+    "grpo": grpo,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -34,7 +35,7 @@ VERBS: dict[str, Make] = {
     "env": env,
     "bench": bench,
 }
-OWN_OPTIONS = {"train", "bench", "sft", "dpo"}  # which read the rest of the command line themselves
+OWN_OPTIONS = {"train", "bench", "sft", "dpo", "grpo"}  # which read the rest of the command line themselves
 TOKENIZER_VERBS: dict[str, Run] = {
     "train": tokenizer.train,
     "encode": tokenizer.encode,

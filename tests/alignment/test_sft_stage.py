@@ -1,13 +1,8 @@
 """`cs336 sft`: what it learns, what it refuses, and that a run goes on where it was killed."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
+from killing import kill_once_saved
 from tiny_policy import TEMPLATE, digits, rows_of, save_model, tokenizer, without_time, write_rows
 
 from cs336.alignment.batches import Batches, pad_examples
@@ -87,15 +82,7 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     run(whole)
     path = tmp_path / "config.toml"
     path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    command = [sys.executable, "-m", "cs336", "sft", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-    deadline = time.time() + 120
-    while not list((tmp_path / "killed" / "checkpoints").glob("step_*")):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once_saved("sft", path, tmp_path / "killed")
     assert main(["sft", "--config", str(path)]) == 0
     assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
     a, b = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "killed"))
