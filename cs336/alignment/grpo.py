@@ -79,8 +79,8 @@ class GRPOConfig:
             raise ValueError(f"beta must be 0 or more and max_grad_norm above 0, got {self.beta}, {self.max_grad_norm}")
         if self.importance_cap is not None and not (self.importance_cap > 0 and self.temperature == 1):
             raise ValueError(
-                "importance_cap must be above 0, and temperature 1, for the engine tells log-probabilities before it: got "
-                f"{self.importance_cap} and {self.temperature}"
+                "importance_cap must be above 0, and temperature 1, for the engine's log-probabilities are before it, "
+                f"got {self.importance_cap} and {self.temperature}"
             )
 
 

@@ -1,9 +1,11 @@
 """`cs336 sft`, `dpo`, `grpo` and their kin: the keys of a stage's configuration as options."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from cs336.cli.common import Run, Stopped
+from tyro.conf import Positional
+
+from cs336.cli.common import MaybePath, Path, Run, Stopped
 from cs336.cli.settings import help_text, own_options
 
 
@@ -35,6 +37,52 @@ def grpo(arguments: list[str]) -> Run:
     from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 
     return _verb("grpo", arguments, GRPOStageConfig, GRPOStage, grpo.__doc__, plans=True)
+
+
+def pairs(
+    model: Positional[Path],
+    prompts: Positional[Path],
+    out: Positional[Path],
+    label: Literal["math", "exact", "characters", "format", "judge"] = "math",
+    judge: MaybePath = None,
+    rubric: MaybePath = None,
+    num_generations: int = 2,
+    temperature: float = 1.0,
+    max_tokens: int = 256,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Draw pairs of answers from a model, label which is better, and write preferences for `cs336 dpo`.
+
+    Args:
+        model: an export, a checkpoint or a run directory.
+        prompts: JSON lines of {"prompt": a text or messages, "answer": ...}.
+        out: JSON lines of {"history", "response_a", "response_b", "chosen", "margin"}.
+        label: the verifier that scores both answers, or judge.
+        judge: the model that judges, of which each pair is asked in both orders. None: the model itself.
+        rubric: a text file that tells the judge what is good.
+        num_generations: answers to a prompt, an even number.
+    """
+    import dataclasses
+    import json
+
+    from cs336.alignment.examples import read_prompts
+    from cs336.alignment.make_pairs import RUBRIC, JudgeLabels, LLMJudge, VerifierLabels, make_pairs
+    from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward
+    from cs336.inference import LLM
+
+    llm = LLM(model, device=device, quiet=True)
+    verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
+    if label == "judge":
+        text = RUBRIC if rubric is None else rubric.read_text(encoding="utf-8")
+        labels: Any = JudgeLabels(LLMJudge(llm if judge is None else LLM(judge, device=device, quiet=True), text))
+    else:
+        labels = VerifierLabels([verifiers[label]()])
+    report = make_pairs(
+        llm, read_prompts(prompts), out, labels,
+        num_generations=num_generations, temperature=temperature, max_tokens=max_tokens, seed=seed,
+    )  # fmt: skip
+    print(json.dumps({name: value for name, value in dataclasses.asdict(report).items() if value is not None}))
 
 
 def _verb(

@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, data_classifier, scaling, tokenizer
+from cs336.cli import alignment, data, data_classifier, scaling, tokenizer
 from cs336.cli.alignment import dpo, grpo, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
@@ -46,6 +46,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
 }
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
+ALIGN_VERBS: dict[str, Run] = {"pairs": alignment.pairs}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
@@ -96,6 +97,7 @@ def _run(arguments: list[str]) -> int:
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
         ("model", MODEL_VERBS, "What a model is made of."),
         ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
+        ("align", ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
     ):
         nested = groups[group] = tyro.extras.SubcommandApp()
