@@ -19,8 +19,12 @@ from cs336.alignment.policy import gae as gae
 from cs336.alignment.policy import group_advantages as group_advantages
 from cs336.alignment.policy import policy_gradient_loss as policy_gradient_loss
 from cs336.alignment.policy import policy_gradient_terms as policy_gradient_terms
+from cs336.alignment.ppo import PPOConfig as PPOConfig
+from cs336.alignment.ppo import ppo_step as ppo_step
 from cs336.alignment.preferences import dpo_loss as dpo_loss
 from cs336.alignment.preferences import reward_model_loss as reward_model_loss
+from cs336.alignment.reward_model import RewardModel as RewardModel
+from cs336.alignment.reward_model import load_reward_model as load_reward_model
 from cs336.alignment.rollouts import Rollouts as Rollouts
 from cs336.alignment.rollouts import rollout as rollout
 from cs336.alignment.sft import SFT as SFT

@@ -102,11 +102,11 @@ RewardConfig = Annotated[
 class Rewards:
     """The weighted sum of rewards, which remembers the mean of each until it is asked.
 
-    Raises ValueError without a reward whose weight is not 0.
+    measured_alone: something else is learned from. Raises ValueError where nothing is.
     """
 
-    def __init__(self, rewards: Sequence[Any]):
-        if not any(reward.weight for reward in rewards):
+    def __init__(self, rewards: Sequence[Any], *, measured_alone: bool = False):
+        if not measured_alone and not any(reward.weight for reward in rewards):
             raise ValueError("rewards must hold one whose weight is not 0: there would be nothing to learn from")
         self.rewards = rewards
         self._sums, self._count = [0.0] * len(rewards), 0

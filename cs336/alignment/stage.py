@@ -45,7 +45,7 @@ class StageConfig:
     """Special tokens that end an answer, besides those that the model says end a text."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters and leave the weights as they are; the export is merged. None: all weights."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(lr=1e-5, weight_decay=0.0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(lr=1e-5))
     schedule: ScheduleConfig = field(default_factory=ConstantConfig)
     budget: str = "100steps"
     """When to stop: 500steps, 90m, 1.5h."""

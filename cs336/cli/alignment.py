@@ -29,6 +29,26 @@ def dpo(arguments: list[str]) -> Run:
     return _verb("dpo", arguments, DPOConfig, DPOStage, dpo.__doc__)
 
 
+def reward(arguments: list[str]) -> Run:
+    """Train a model that says what an answer is worth, from preferences, or continue the run in --run-dir.
+
+    Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.reward import RewardConfig, RewardStage
+
+    return _verb("reward", arguments, RewardConfig, RewardStage, reward.__doc__)
+
+
+def ppo(arguments: list[str]) -> Run:
+    """Teach a model by the scores of its own answers, with a critic, or continue the run in --run-dir.
+
+    Proximal policy optimization. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.ppo import PPOStage, PPOStageConfig
+
+    return _verb("ppo", arguments, PPOStageConfig, PPOStage, ppo.__doc__)
+
+
 def grpo(arguments: list[str]) -> Run:
     """Teach a model by the scores of its own answers, or continue the run in --run-dir.
 

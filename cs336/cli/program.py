@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
 from cs336.cli import alignment, data, data_classifier, scaling, tokenizer
-from cs336.cli.alignment import dpo, grpo, sft
+from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, info, report
@@ -24,7 +24,9 @@ VERBS: dict[str, Make] = {
     "quickstart": quickstart,
     "train": train,
     "sft": sft,
+    "reward": reward,
     "dpo": dpo,
+    "ppo": ppo,
     "grpo": grpo,
     "generate": generate,
     "chat": chat,
@@ -35,7 +37,15 @@ VERBS: dict[str, Make] = {
     "env": env,
     "bench": bench,
 }
-OWN_OPTIONS = {"train", "bench", "sft", "dpo", "grpo"}  # which read the rest of the command line themselves
+OWN_OPTIONS = {
+    "train",
+    "bench",
+    "sft",
+    "reward",
+    "dpo",
+    "ppo",
+    "grpo",
+}  # which read the rest of the command line themselves
 TOKENIZER_VERBS: dict[str, Run] = {
     "train": tokenizer.train,
     "encode": tokenizer.encode,

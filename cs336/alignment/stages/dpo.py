@@ -76,9 +76,9 @@ class DPOStage:
         self.policy.model.eval()  # as the reference: without dropout
         self.module, self.optimizer = self.policy.module, config.optimizer.build(self.policy.module)
         self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
-        self.pairs, self.longer = self._read(config.data.train)
+        self.pairs, self.longer = read_pairs(config.data.train, self.policy)
         self.batches = Batches([p.length for p in self.pairs], config.batch_size, seed=config.seed, bucketed=True)
-        self.val = [] if config.data.val is None else self._read(config.data.val)[0]
+        self.val = [] if config.data.val is None else read_pairs(config.data.val, self.policy)[0]
         self.reference_N2 = None if config.loss_type == "simpo" else self._reference([*self.pairs, *self.val])
 
     def begin(self) -> None:
@@ -152,16 +152,6 @@ class DPOStage:
             batch = (*batch, self.reference_N2[places])
         return tuple(x.to(self.policy.device) for x in batch)
 
-    def _read(self, path: pathlib.Path) -> tuple[list[EncodedPair], int]:
-        policy = self.policy
-        try:
-            return encode_pairs(
-                read_preferences(path), policy.tokenizer, policy.template, policy.end_ids,
-                policy.model.config.context_length,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
     def _reference(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """(N, 2) float32, read from the run's directory if they are there and were made of the same."""
         mean = self.config.loss_type in MEANS
@@ -184,6 +174,20 @@ class DPOStage:
         with replacing(path, "wb") as file:
             save_file({"log_probs": out_N2}, file.name, metadata={"key": key})
         return out_N2
+
+
+def read_pairs(path: pathlib.Path, policy: Policy) -> tuple[list[EncodedPair], int]:
+    """Those of a file that fit the model, and how many do not. Raises what read_preferences and encode_pairs do."""
+    try:
+        return encode_pairs(
+            read_preferences(path),
+            policy.tokenizer,
+            policy.template,
+            policy.end_ids,
+            policy.model.config.context_length,
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def answer_log_probs(model: Transformer, token_ids_B2S: Tensor, mask_B2T: Tensor, *, mean: bool) -> Tensor:

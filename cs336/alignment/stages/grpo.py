@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,9 @@ class GRPOStage:
         self.policy.model.eval()
         self.module, self.optimizer = self.policy.module, config.optimizer.build(self.policy.module)
         self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
-        self.order = Order(self._read(config.data.train), config.seed)
-        self.val = [] if config.data.val is None else self._read(config.data.val)[: config.eval_prompts]
+        self.order = Order(read_pairs_of_prompts(config.data.train, self.policy), config.seed)
+        val = config.data.val
+        self.val = [] if val is None else read_pairs_of_prompts(val, self.policy)[: config.eval_prompts]
         self.rewards = Rewards(config.rewards)
         self.grpo = dataclasses.replace(
             config.grpo, seed=config.seed, micro_batch_size=config.micro_batch_size,
@@ -91,20 +93,8 @@ class GRPOStage:
         return collected.metrics | self.rewards.means() | values | {"tokens": tokens}
 
     def evaluate(self) -> Finding:
-        if not self.val:
-            return Finding()
-        params = SamplingParams(temperature=0, max_tokens=self.grpo.max_tokens)
         with self.policy.autocast():
-            outputs = self.llm.generate([prompt for prompt, _ in self.val], params)
-        scores = [self.rewards(o.text, answer) for o, (_, answer) in zip(outputs, self.val, strict=True)]
-        found = {"eval/reward": sum(scores) / len(scores)}
-        found |= {f"eval/{name}": mean for name, mean in self.rewards.means().items()}
-        found["eval/completions/mean_length"] = sum(len(o.token_ids) for o in outputs) / len(outputs)
-        samples = [
-            {"prompt": prompt, "text": o.text, "reward": score, "answer": answer}
-            for (prompt, answer), o, score in list(zip(self.val, outputs, scores, strict=True))[:SAMPLES]
-        ]
-        return Finding(found, samples, f"reward {found['eval/reward']:.3f} on {len(scores)} held-out prompts")
+            return answer_greedily(self.llm, self.val, self.rewards, self.grpo.max_tokens)
 
     def export(self, directory: pathlib.Path, step: int) -> None:
         self.policy.export(directory, step)
@@ -122,7 +112,7 @@ class GRPOStage:
         start, tokens = time.perf_counter(), self.update(2)["tokens"]
         seconds = time.perf_counter() - start
         model, g = self.policy.model.config, self.grpo
-        longest = min(model.context_length, max(len(p) for p in self._encoded(self.order.items)) + g.max_tokens)
+        longest = min(model.context_length, longest_prompt(self.order.items, self.policy) + g.max_tokens)
         width = 2 if self.policy.low else 4
         batch = self.config.micro_batch_size or g.prompts_per_step * g.num_generations
         learned = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
@@ -144,13 +134,35 @@ class GRPOStage:
             f"({whole / 3600:.2f} hours), evaluations aside"
         )
 
-    def _read(self, path: pathlib.Path) -> list[tuple[str, Any]]:
-        pairs = [(render(p.prompt, self.policy.template), p.answer) for p in read_prompts(path)]
-        room = self.policy.model.config.context_length
-        longest = max(len(ids) for ids in self._encoded(pairs))
-        if longest >= room:
-            raise ValueError(f"{path}: a prompt has {longest} tokens, and the model's context_length is {room}")
-        return pairs
 
-    def _encoded(self, pairs: Any) -> list[list[int]]:
-        return [self.policy.tokenizer.encode(prompt, allowed_special="all") for prompt, _ in pairs]
+def read_pairs_of_prompts(path: pathlib.Path, policy: Policy) -> list[tuple[str, Any]]:
+    """Prompts as the texts that the model continues, with their answers.
+
+    Raises ValueError for prompts that are none, or leave no room for an answer.
+    """
+    pairs = [(render(p.prompt, policy.template), p.answer) for p in read_prompts(path)]
+    longest, room = longest_prompt(pairs, policy), policy.model.config.context_length
+    if longest >= room:
+        raise ValueError(f"{path}: a prompt has {longest} tokens, and the model's context_length is {room}")
+    return pairs
+
+
+def longest_prompt(pairs: Sequence[tuple[str, Any]], policy: Policy) -> int:
+    """In tokens."""
+    return max(len(policy.tokenizer.encode(prompt, allowed_special="all")) for prompt, _ in pairs)
+
+
+def answer_greedily(llm: LLM, pairs: Sequence[tuple[str, Any]], rewards: Rewards, max_tokens: int) -> Finding:
+    """The rewards of the likeliest answers to held-out prompts, and the first answers as samples."""
+    if not pairs:
+        return Finding()
+    outputs = llm.generate([prompt for prompt, _ in pairs], SamplingParams(temperature=0, max_tokens=max_tokens))
+    scores = [rewards(o.text, answer) for o, (_, answer) in zip(outputs, pairs, strict=True)]
+    found = {"eval/reward": sum(scores) / len(scores)}
+    found |= {f"eval/{name}": mean for name, mean in rewards.means().items()}
+    found["eval/completions/mean_length"] = sum(len(o.token_ids) for o in outputs) / len(outputs)
+    samples = [
+        {"prompt": prompt, "text": o.text, "reward": score, "answer": answer}
+        for (prompt, answer), o, score in list(zip(pairs, outputs, scores, strict=True))[:SAMPLES]
+    ]
+    return Finding(found, samples, f"reward {found['eval/reward']:.3f} on {len(scores)} held-out prompts")
