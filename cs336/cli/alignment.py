@@ -1,5 +1,6 @@
 """`cs336 sft`, `dpo`, `grpo` and their kin: the keys of a stage's configuration as options."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -103,6 +104,45 @@ def pairs(
         num_generations=num_generations, temperature=temperature, max_tokens=max_tokens, seed=seed,
     )  # fmt: skip
     print(json.dumps({name: value for name, value in dataclasses.asdict(report).items() if value is not None}))
+
+
+def demo(
+    run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
+    model: MaybePath = None,
+    pretrain_steps: int = 100,
+    sft_steps: int = 75,
+    dpo_steps: int = 20,
+    grpo_steps: int = 500,
+    prompts_per_step: int = 64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """All stages on a task that two cores learn in minutes: sums that the model never saw.
+
+    Pretraining, SFT, preferences between its own answers, DPO, GRPO with a verifier, and a report. Stages whose output
+    is current are skipped; after Ctrl-C the same command continues.
+
+    Args:
+        run_dir: where everything is written; the same command goes on with what is there.
+        model: a base model to begin with, a run of quickstart for one; without it a tiny one is pretrained.
+        sft_steps: few, for the model should know how an answer looks, and seldom be right.
+        prompts_per_step: of GRPO, each answered 16 times.
+        device: cpu, auto (a GPU if there is one), cuda.
+    """
+    import webbrowser
+
+    from cs336.align_demo import AlignDemo, align_demo
+    from cs336.utils.stages import Interrupted
+
+    settings = AlignDemo(
+        run_dir, model, pretrain_steps, sft_steps, dpo_steps, grpo_steps, prompts_per_step, device, seed
+    )  # fmt: skip
+    try:
+        report = align_demo(settings)
+    except Interrupted:
+        raise Stopped from None
+    if sys.stdout.isatty():
+        webbrowser.open(report.resolve().as_uri())
 
 
 def _verb(

@@ -14,7 +14,6 @@ from cs336.cli.program import main
 from cs336.inference import LLM
 from cs336.utils import config as configs
 
-
 ADAPTERS = {"lora": {"rank": 16}, "optimizer": {"lr": 1e-2, "weight_decay": 0.0}, "budget": "150steps"}
 
 
