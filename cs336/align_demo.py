@@ -52,10 +52,10 @@ class AlignDemo:
     model: pathlib.Path | None = None
     """A base model to begin with, a run of quickstart for one. None: a tiny one of characters is pretrained."""
     pretrain_steps: int = 100
-    sft_steps: int = 75
+    sft_steps: int = 90
     """Few: the model should know how an answer looks, and seldom be right."""
     dpo_steps: int = 20
-    grpo_steps: int = 500
+    grpo_steps: int = 300
     prompts_per_step: int = 64
     """Of GRPO, each answered 16 times."""
     device: str = "cpu"
@@ -113,7 +113,7 @@ class _Job:
                 inputs=(self.run_dir / "sft" / "export", data / "prompts.jsonl"), settings={"seed": s.seed},
             ),
             self._stage("dpo", "prefer the better ones", self.dpo, exports["sft"], data / "pairs.jsonl", s.dpo_steps),
-            self._stage("grpo", "learn from a verifier", self.grpo, exports["dpo"], data / "prompts.jsonl", s.grpo_steps),
+            self._stage("grpo", "learn to add", self.grpo, exports["dpo"], data / "prompts.jsonl", s.grpo_steps),
             Stage(
                 "compare", "ask each the tested sums", self.compare, outputs=("results.json", "grpo/report.html"),
                 inputs=(*exports.values(), data / "test.jsonl"),

@@ -288,7 +288,15 @@ def _of_rollouts(rollouts: Rollouts, rewards_B: Tensor, num_generations: int) ->
 def _update(
     model: Transformer, optimizer: torch.optim.Optimizer, config: GRPOConfig, batch: _Batch
 ) -> dict[str, float]:
-    """One optimizer step on the whole batch, a part at a time."""
+    """One optimizer step on the whole batch, a part at a time.
+
+    Rows whose advantages are 0 have no gradient unless a divergence is paid for: they are counted and not computed.
+    """
+    idle_B = batch.advantages.reshape(len(batch.mask_BT), -1).eq(0).all(1)
+    if config.beta or idle_B.all():
+        idle_B = torch.zeros_like(idle_B)
+    idle = batch.mask_BT[idle_B].sum() if KINDS[config.loss_type].mean == "token" else idle_B.sum()
+    batch = _Batch(*(None if x is None else x[~idle_B] for x in batch))  # type: ignore[arg-type]
     totals = []
     for part in batch.split(config.micro_batch_size or len(batch.mask_BT)):
         loss, count, metrics = policy_gradient_terms(
@@ -300,4 +308,6 @@ def _update(
         )  # fmt: skip
         loss.backward()
         totals.append(torch.stack([x.detach().float() for x in (count, loss, *metrics.values())]))
-    return step_on(optimizer, model, torch.stack(totals).sum(0), ("loss", *metrics), config.max_grad_norm)
+    summed = torch.stack(totals).sum(0)
+    summed[0] += idle
+    return step_on(optimizer, model, summed, ("loss", *metrics), config.max_grad_norm)

@@ -110,9 +110,9 @@ def demo(
     run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
     model: MaybePath = None,
     pretrain_steps: int = 100,
-    sft_steps: int = 75,
+    sft_steps: int = 90,
     dpo_steps: int = 20,
-    grpo_steps: int = 500,
+    grpo_steps: int = 300,
     prompts_per_step: int = 64,
     device: str = "cpu",
     seed: int = 0,
