@@ -203,6 +203,16 @@ def train(rows: list[Row]) -> Iterator[str]:
         yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {ours['loss']:.4f} / {plain['loss']:.4f} |"
 
 
+def ladder(rows: list[Row]) -> Iterator[str]:
+    yield "| each rung has what those above it have | tokens/s | of plain PyTorch | memory at the peak | loss |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        faster = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        memory = f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] else ""
+        speed = f"{row['tokens_per_second'] / 1e3:.1f}k{mfu(row)}"
+        yield f"| {row['variant']} | {speed} | {faster:.3f}x | {memory} | {row['loss']:.4f} |"
+
+
 def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
 
@@ -385,6 +395,7 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 BODIES = {
     "train": train,
     "train_deterministic": train,
+    "ladder": ladder,
     "adamw": optimizer,
     "data": data,
     "tokenizer": tokenizer,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
+from cs336.models.invariance import check_invariant
 from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
 from cs336.models.state import DecodingState, PagedState
 from cs336.nn import (
@@ -22,7 +23,9 @@ from cs336.nn import (
     SinusoidalPositions,
 )
 from cs336.nn.derived import Derived
+from cs336.nn.linear import linear
 from cs336.nn.moe import add_loads
+from cs336.ops import registry
 
 
 class Transformer(nn.Module):
@@ -178,7 +181,7 @@ class Transformer(nn.Module):
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""
         if self.head is None:
-            logits_BSV = nn.functional.linear(features_BSM, self.embedding.weight)
+            logits_BSV = linear(features_BSM, self.embedding.weight)
         else:
             logits_BSV = self.head(features_BSM)
         cap = self.config.logit_softcap
@@ -242,6 +245,8 @@ class Transformer(nn.Module):
     ) -> Context:
         if token_ids_BS.dim() != 2:
             raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids_BS.shape)}")
+        if registry.is_invariant():
+            check_invariant(self.config)
         B, S = token_ids_BS.shape
         if segments_BS is not None and (segments_BS.shape != (B, S) or segments_BS.dtype.is_floating_point):
             raise ValueError(

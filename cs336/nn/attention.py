@@ -14,6 +14,7 @@ from cs336.nn.paged import PagedKeyValues
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
 from cs336.nn.recent import Recent
 from cs336.nn.state import Context, KeyValues
+from cs336.ops import registry
 
 
 class Attention(nn.Module):
@@ -135,7 +136,9 @@ class Attention(nn.Module):
             if positions is None and state is not None:
                 positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
-        if state is None and context.cu_seqlens is not None:
+        if registry.is_invariant() and not isinstance(state, PagedKeyValues):
+            o_BHSD = self._invariant(q_BHSD, k_BHTD, v_BHTD, context, state)
+        elif state is None and context.cu_seqlens is not None:
             o_BHSD = self._packed(q_BHSD, k_BHTD, v_BHTD, context.cu_seqlens, context.mask)
         elif state is None:
             o_BHSD = self._attend(q_BHSD, k_BHTD, v_BHTD, context.mask)
@@ -202,6 +205,23 @@ class Attention(nn.Module):
             state.write(new, context)
             return self._attend(q_BHSD, k_BHSD, v_BHSD)
         return self._attend_masked(q_BHSD, *self._recent(new, context, state))
+
+    def _invariant(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state) -> Tensor:
+        """Attention with the bits of a paged state's."""
+        dropped = self.dropout and self.training
+        if not self.causal or self.alibi is not None or context.mask is not None or dropped or state is not None:
+            raise ValueError(
+                "inside cs336.invariant() attention is causal, without alibi, masks and dropout, and its state is paged"
+            )
+        *B, _, S, _ = q_BHSD.shape
+        q_THD, k_THD, v_THD = (x.transpose(-2, -3).flatten(0, -3) for x in (q_BHSD, k_BHSD, v_BHSD))
+        ends = context.cu_seqlens
+        if ends is None:
+            ends = torch.arange(0, len(q_THD) + 1, S, dtype=torch.int32, device=q_THD.device)
+        before = None if self.window is None else self.window - 1
+        options = {"window": before, "softcap": self.softcap, "scale": self.scale}
+        o_THD = ops.attention_invariant(q_THD, k_THD, v_THD, ends, S, **options)
+        return o_THD.unflatten(0, (*B, S)).transpose(-2, -3)
 
     def _attend_masked(
         self, q_BHSD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, seen_B1ST: Tensor, behind_BST: Tensor

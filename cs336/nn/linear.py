@@ -1,5 +1,14 @@
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cs336 import ops
+from cs336.ops import registry
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; inside cs336.invariant() ops.linear_invariant."""
+    return ops.linear_invariant(x, weight, bias) if registry.is_invariant() else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -25,3 +34,6 @@ class Linear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

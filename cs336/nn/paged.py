@@ -5,6 +5,7 @@ those that decode, then the chunks of those that read their prompt. T = tokens, 
 P = pages, S = tokens a page, H = key-value heads, D = features of a head.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cs336 import ops
+from cs336.ops import registry
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,13 @@ class PagedTokens:
     continued: Chunks | None = None
     """Behind these: chunks of sequences that have tokens before."""
     fresh: Chunks | None = None
-    """Behind these: chunks without tokens before, which need not look into the pages."""
+    """Behind these: chunks without tokens before, which need not look into the pages. None inside cs336.invariant()."""
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """(R + 1,) int32: where each row's tokens are among the T, where no chunk is fresh."""
+        ends = torch.arange(self.num_decodes + 1, dtype=torch.int32, device=self.table.device)
+        return ends if self.continued is None else torch.cat((ends[:-1], self.continued.ends + self.num_decodes))
 
 
 class PagedKeyValues:
@@ -74,6 +82,11 @@ class PagedKeyValues:
         """
         ops.append_kv_(self.keys, self.values, k_THD, v_THD, tokens.table, tokens.sequence, tokens.position)
         n, caches = tokens.num_decodes, (self.keys, self.values)
+        if registry.is_invariant():  # decoding adds up in another order
+            assert tokens.fresh is None
+            longest = 1 if tokens.continued is None else tokens.continued.longest
+            rows = tokens.table, tokens.lengths, tokens.ends
+            return ops.paged_prefill(q_THD, *caches, *rows, max_seqlen_q=longest, **options)
         outs = []
         if n:
             decodes = tokens.table[:n], tokens.lengths[:n]

@@ -5,6 +5,7 @@ from cs336.ops.activation import relu2 as relu2
 from cs336.ops.activation import swiglu as swiglu
 from cs336.ops.adamw import adamw_ as adamw_
 from cs336.ops.attention import attention as attention
+from cs336.ops.attention_invariant import attention_invariant as attention_invariant
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
 from cs336.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy

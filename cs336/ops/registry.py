@@ -298,3 +298,25 @@ def determinism(on: bool) -> Iterator[None]:
         yield
     finally:
         deterministic(before)
+
+
+_invariant = False
+
+
+def is_invariant() -> bool:
+    """Whether each sequence shall have the bits that it has alone: what a layer with a faster, batch-dependent kernel
+    must look at."""
+    return _invariant
+
+
+@contextlib.contextmanager
+def invariant(on: bool = True) -> Iterator[None]:
+    """In the block a model gives each sequence the same bits, whatever is computed beside it and however it is cut:
+    linear layers, attention and log-probabilities add in an order that the batch does not change. See
+    docs/inference.md. A backward that recomputes a forward belongs into the block too."""
+    global _invariant
+    before, _invariant = _invariant, on
+    try:
+        yield
+    finally:
+        _invariant = before
