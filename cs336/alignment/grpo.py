@@ -22,6 +22,7 @@ from cs336.alignment.rollouts import Draw, Order, Reward, Rollouts, join, rollou
 from cs336.alignment.stage import step_on
 from cs336.inference import LLM
 from cs336.models import Transformer
+from cs336.ops import registry
 
 UNSCALED = ("rloo", "dr_grpo", "reinforce")  # losses whose advantages are not divided by a standard deviation
 
@@ -134,11 +135,26 @@ def learn(
 ) -> dict[str, float]:
     """num_iterations optimizer steps on responses, after which the engine goes on with the new weights: metrics.
 
+    With an engine that was made with invariant=True training runs inside cs336.invariant() too: the log-probabilities
+    of both are then the same bits.
     Raises ValueError for beta without reference, FloatingPointError for a loss or gradient that is not finite.
     """
     if config.beta and reference is None:
         raise ValueError(f"beta is {config.beta} and there is no reference: give the model to stay near to")
-    model, rollouts, rewards_B = llm.model, collected.rollouts, collected.rewards_B
+    with registry.invariant(llm.engine.config.invariant):
+        values = _learn(llm.model, optimizer, collected, config, reference)
+    llm.update_weights(llm.model)
+    return values
+
+
+def _learn(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    collected: Collected,
+    config: GRPOConfig,
+    reference: Transformer | None,
+) -> dict[str, float]:
+    rollouts, rewards_B = collected.rollouts, collected.rewards_B
     mask_BT = rollouts.mask_BT
     if config.mask_truncated_completions:
         mask_BT = mask_BT & ~rollouts.truncated_B[:, None]
@@ -170,7 +186,6 @@ def learn(
     batch = _Batch(rollouts.token_ids_BS, mask_BT, advantages, old_BT, reference_BT)
     for _ in range(config.num_iterations):
         values |= _update(model, optimizer, config, batch)
-    llm.update_weights(model)
     return values
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.nn import Linear
+from cs336.nn.linear import linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -51,16 +52,15 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
 
     def forward(self, x: Tensor) -> Tensor:
-        down = nn.functional.linear(x, self.lora_a)
-        return super().forward(x) + self.scale * nn.functional.linear(down, self.lora_b)
+        return linear(x, self.weight, self.bias) + self.scale * linear(linear(x, self.lora_a), self.lora_b)
 
     def merge(self) -> Linear:
         """A plain layer of the same function, but for rounding; the product is taken in float32."""
-        linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         product = self.scale * self.lora_b.detach().float() @ self.lora_a.detach().float()
-        linear.weight = nn.Parameter((self.weight.detach().float() + product).to(self.weight.dtype))
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return linear
+        plain.weight = nn.Parameter((self.weight.detach().float() + product).to(self.weight.dtype))
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return plain
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.ParameterDict:

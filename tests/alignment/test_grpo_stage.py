@@ -138,6 +138,50 @@ def letters(response, answer):
     return 2.0 * response[:1].isalpha()
 
 
+class Letters:
+    """How many letters are in the answer."""
+
+    kind, weight = "letters", 1.0
+
+    def __call__(self, response, answer):
+        return float(sum(c.isalpha() for c in response))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_engine_and_training_say_the_same_bits(tmp_path, model, lora):
+    grpo = {"num_generations": 6, "prompts_per_step": 5, "max_tokens": 7}
+    options = {"invariant": True, "grpo": grpo, "micro_batch_size": 4, "budget": "5steps", "lora": lora}
+    settings = config(tmp_path, model, **options)
+    stage = GRPOStage(settings)
+    stage.rewards = Rewards([Letters()])
+    StageRun(settings, stage).train()
+    rows = [row for row in rows_of(tmp_path / "run") if "reward" in row]
+    assert [row["sampling/sampling_logp_difference/max"] for row in rows] == [0.0] * 5
+    assert all(row["train/grad_norm"] > 0 for row in rows)
+
+
+def test_rows_that_teach_nothing_are_counted_all_the_same():
+    llm, steps = llm_of(), []
+    optimizer = torch.optim.SGD(llm.model.parameters(), lr=0.0)
+    optimizer.step = lambda grad_scale: steps.append([p.grad * grad_scale for p in llm.model.parameters()])
+
+    def reward(response, answer):
+        return letters(response, answer) * (answer == 1)
+
+    for loss_type in ("dapo", "grpo"):
+        steps.clear()
+        options = {"max_tokens": 3, "loss_type": loss_type, "max_grad_norm": math.inf, "scale_rewards": False}
+        grpo_step(llm, optimizer, ["1?", "2?"], [1, 2], reward, GRPOConfig(8, **options), seed=4)
+        found = collect(llm, lambda n: [("1?", 1), ("2?", 2)], reward, GRPOConfig(8, **options), seed=4)
+        ids, mask = found.rollouts.token_ids_BS, found.rollouts.mask_BT
+        assert found.rewards_B[:8].std() > 0
+        log_probs = llm.model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        each = -group_advantages(found.rewards_B, 8, normalize_std=False)[:, None] * log_probs * mask
+        loss = each.sum() / mask.sum() if loss_type == "dapo" else (each.sum(1) / mask.sum(1)).mean()
+        for got, wanted in zip(steps[0], torch.autograd.grad(loss, list(llm.model.parameters())), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_expert_iteration_imitates_what_was_good_alone():
     llm = llm_of()
     optimizer = torch.optim.SGD(llm.model.parameters(), lr=0.0)

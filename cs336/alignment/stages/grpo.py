@@ -43,6 +43,8 @@ class GRPOStageConfig(StageConfig):
     """Of the validation's, answered greedily at each evaluation."""
     max_seqs: int = 256
     """Responses that the engine draws at once."""
+    invariant: bool = False
+    """Run engine and training inside cs336.invariant(): their log-probabilities are then the same bits. Slower."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +77,9 @@ class GRPOStage:
     def begin(self) -> None:
         seqs = min(self.config.max_seqs, self.grpo.prompts_per_step * self.grpo.num_generations)
         with self.policy.autocast():
-            self.llm = LLM(self.policy.model, self.policy.tokenizer, quiet=True, max_seqs=seqs)
+            self.llm = LLM(
+                self.policy.model, self.policy.tokenizer, quiet=True, max_seqs=seqs, invariant=self.config.invariant
+            )
 
     def describe(self) -> str:
         g = self.grpo
