@@ -1,0 +1,11 @@
+"""Whether what a model wrote is right: a score and the reason for it."""
+
+from cs336.verifiers.answers import Verdict as Verdict
+from cs336.verifiers.answers import equal_answers as equal_answers
+from cs336.verifiers.answers import extract_answer as extract_answer
+from cs336.verifiers.answers import parse_number as parse_number
+from cs336.verifiers.answers import verify_format as verify_format
+from cs336.verifiers.answers import verify_math as verify_math
+from cs336.verifiers.code import extract_code as extract_code
+from cs336.verifiers.code import verify_code as verify_code
+from cs336.verifiers.sandbox import Limits as Limits
