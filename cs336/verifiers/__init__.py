@@ -8,4 +8,8 @@ from cs336.verifiers.answers import verify_format as verify_format
 from cs336.verifiers.answers import verify_math as verify_math
 from cs336.verifiers.code import extract_code as extract_code
 from cs336.verifiers.code import verify_code as verify_code
+from cs336.verifiers.constraints import check as check
+from cs336.verifiers.constraints import loosened as loosened
+from cs336.verifiers.constraints import verify_constraints as verify_constraints
+from cs336.verifiers.refusals import is_refusal as is_refusal
 from cs336.verifiers.sandbox import Limits as Limits

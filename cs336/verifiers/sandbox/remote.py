@@ -3,7 +3,7 @@
 The tests run where the program is not, so that it can neither read what they expect, nor change what == or assert
 means, nor leave before they have passed. What crosses is plain data, by value: None, bool, int, float, complex, str,
 bytes, list, tuple, dict, set, frozenset. Another object stays with the program, and the tests hold a `Remote`, which
-can be called, asked for an attribute and iterated over, but is equal to nothing and neither true nor false.
+can be called, iterated over, asked for an attribute and given one, but is equal to nothing and neither true nor false.
 
 This file is the beginning of both programs; it knows nothing of this package.
 """
@@ -20,7 +20,7 @@ LONGEST = 1 << 24  # characters of a message
 DEEPEST = 100
 
 
-def encode(value, keep=None, depth=0):
+def encode(value: Any, keep=None, depth=0):
     """A value as JSON. keep: takes what is no plain data and gives a number for it; without it that is a TypeError."""
     if depth > DEEPEST:
         raise ValueError(f"a value is nested more than {DEEPEST} deep")
@@ -41,6 +41,8 @@ def encode(value, keep=None, depth=0):
             return {kind.__name__: [encode(item, keep, depth + 1) for item in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(item, keep, depth + 1) for item in pair] for pair in value.items()]}
+    if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
+        return {"type": value.__name__}
     if keep is None:
         raise TypeError(f"a test hands the program a value of type {type(value).__name__}, which cannot be sent")
     return {"remote": keep(value)}
@@ -64,6 +66,8 @@ def decode(data, remote=None):
             return getattr(builtins, kind)([decode(item, remote) for item in inner])
         if kind == "dict" and type(inner) is list:
             return {decode(key, remote): decode(value, remote) for key, value in inner}
+        if kind == "type" and isinstance(found := getattr(builtins, str(inner), None), type):
+            return found
         if kind == "remote" and type(inner) is int and remote is not None:
             return remote(inner)
     raise ValueError(f"{data!r:.60} is no value")
@@ -110,7 +114,9 @@ def serve(source):
             if target is None and name not in namespace:
                 raise NameError(f"{name} is not defined")
             value: Any = namespace[name] if target is None else kept[target]
-            if target is not None and name is not None:
+            if what == "set":
+                setattr(value, name, arguments[0])
+            elif target is not None and name is not None:
                 value = getattr(value, name)
             if what == "iterate":
                 value = list(itertools.islice(value, 1 << 20))
@@ -124,7 +130,7 @@ def serve(source):
 
 
 class Remote:
-    """An object of the program, or one of its globals."""
+    """An object of the program by its number, or one of its globals by its name."""
 
     def __init__(self, asking, target, name=None):
         self.__dict__.update(_asking=asking, _target=target, _name=name)
@@ -132,16 +138,25 @@ class Remote:
     def __call__(self, *arguments, **keywords):
         return self._asking("call", self._target, self._name, arguments, keywords)
 
+    def _object(self):
+        """Itself, or what a global is."""
+        return self if self._name is None else self._asking("get", None, self._name, (), {})
+
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         if self._name is not None:
-            raise TypeError(f"{self._name} of the program can be called, but its {name} cannot be read")
-        found = self._asking("get", self._target, name, (), {})
-        return Remote(self._asking, self._target, name) if isinstance(found, Remote) else found
+            return getattr(self._object(), name)
+        return self._asking("get", self._target, name, (), {})
+
+    def __setattr__(self, name, value):
+        if self._name is not None:
+            setattr(self._object(), name, value)
+        else:
+            self._asking("set", self._target, name, (value,), {})
 
     def __iter__(self):
-        return iter(self._asking("iterate", self._target, None, (), {}))
+        return iter(self._asking("iterate", self._target, self._name, (), {}))
 
     def _refuse(self, *_):
         raise TypeError("the program gave an object that is no plain data where a test compares")
@@ -192,8 +207,9 @@ def judge(tests, names=()):
             return Remote(asking, number)
 
         def target_of(value):
-            if isinstance(value, Remote) and value._name is None:
-                return value._target
+            found = value._object() if isinstance(value, Remote) else None
+            if isinstance(found, Remote):
+                return found._target
             raise TypeError(f"a test hands the program a {type(value).__name__}, which cannot be sent")
 
         line.send([what, target, name, encode((arguments, keywords), target_of)])
