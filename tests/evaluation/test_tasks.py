@@ -97,7 +97,7 @@ def test_choice(llm, tmp_path):
     ]
     for row, pairs, gold in zip(result.rows, listed, (1, 2, 1), strict=True):
         sums = [logprobs(llm, *pair)[0] for pair in pairs]
-        norms = [value / len(c) for value, (_, c) in zip(sums, pairs, strict=True)]
+        norms = [value / len(c[1:]) for value, (_, c) in zip(sums, pairs, strict=True)]
         assert [a["logprob"] for a in row.answers] == pytest.approx(sums, abs=1e-4)
         assert row.scores == {"acc": sums.index(max(sums)) == gold, "acc_norm": norms.index(max(norms)) == gold}
     accs = [row.scores["acc"] for row in result.rows]
@@ -259,7 +259,7 @@ def test_rows_that_are_none(tmp_path, kind, row, message):
 
 
 def test_specs_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=rf"no task: expected a .toml file, or KIND:FILE .*{', '.join(KINDS)}"):
+    with pytest.raises(ValueError, match=", ".join(KINDS)):
         read_task("arc.jsonl")
     (tmp_path / "t.toml").write_text('kind = "x"\ndata = "d.jsonl"')
     with pytest.raises(ValueError, match="no kind 'x'"):
@@ -268,7 +268,7 @@ def test_specs_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="has no items"):
         read_task(f"text:{tmp_path / 'empty.jsonl'}")
     (tmp_path / "bad.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="bad.jsonl:1"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1"):
         read_task(f"text:{tmp_path / 'bad.jsonl'}")
     with pytest.raises(ValueError, match="samples must be 1 or more"):
         Options(samples=0)

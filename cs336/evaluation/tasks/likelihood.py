@@ -41,10 +41,30 @@ def loglikelihoods(model: Model, pairs: Sequence[tuple[str, str]]) -> list[Score
     ]
 
 
+def rolling(model: Model, texts: Sequence[str]) -> list[float]:
+    """Log-probability of each text, in nats, over windows of the model's context, each after the last token of the one
+    before, the first after the token that begins a document."""
+    window = model.engine.max_len - 2
+    (begin,) = model.encode([""])
+    heads: list[list[int]] = []
+    ends: list[list[int]] = []
+    owners: list[int] = []
+    for number, ids in enumerate(model.encode(texts)):
+        for at in range(0, len(ids), window):
+            heads.append(ids[at - 1 : at] or begin)
+            ends.append(ids[at : at + window])
+            owners.append(number)
+    nats = [0.0] * len(texts)
+    for owner, row in zip(owners, model.score(heads, ends), strict=True):
+        nats[owner] += sum(token.logprob for token in row)
+    return nats
+
+
 class Choice:
     """Rows: query or question, choices, gold (a number), as in llm-foundry; or ARC's choices = {text, label} and
     answerKey; or context_options and a continuation that all share (Winograd). Each choice follows the question after a
-    space; the likeliest is the model's, for acc_norm by its log-probability a character."""
+    space; the likeliest is the model's, for acc_norm by its log-probability a character
+    of the choice, as in lm-evaluation-harness."""
 
     name, separator = "choice", "\n\n"
 
@@ -75,7 +95,7 @@ class Choice:
         for prompt, size, gold in zip(prompts, sizes, golds, strict=True):
             mine = [next(scored) for _ in range(size)]
             sums = [found.logprob for _, found in mine]
-            norms = [found.logprob / len(continuation) for (_, continuation), found in mine]
+            norms = [found.logprob / max(1, len(c.removeprefix(" "))) for (_, c), found in mine]
             right = {"acc": float(_best(sums) == gold), "acc_norm": float(_best(norms) == gold)}
             said = [{"prompt": p, "choice": c, "logprob": f.logprob} for (p, c), f in mine]
             answered.append(Answered(prompt, said, right, [f"the right one is number {gold}"]))
@@ -111,22 +131,10 @@ class Text:
         return Item("", row["text"], row)
 
     def answer(self, model: Model, items: Sequence[Item], prompts: Sequence[str], options: Options) -> list[Answered]:
-        window = model.engine.max_len - 2
-        (begin,) = model.encode([""])
-        heads: list[list[int]] = []
-        ends: list[list[int]] = []
-        owners: list[int] = []
-        for number, ids in enumerate(model.encode([item.target for item in items])):
-            for at in range(0, len(ids), window):
-                heads.append(ids[at - 1 : at] or begin)
-                ends.append(ids[at : at + window])
-                owners.append(number)
-        nats = [0.0] * len(items)
-        for owner, row in zip(owners, model.score(heads, ends), strict=True):
-            nats[owner] -= sum(token.logprob for token in row)
+        nats = rolling(model, [item.target for item in items])
         sizes = [len(item.target.encode()) for item in items]
         return [
-            Answered(item.target, [], {"bits_per_byte": total / math.log(2) / size}, weight=size)
+            Answered(item.target, [], {"bits_per_byte": -total / math.log(2) / size}, weight=size)
             for item, total, size in zip(items, nats, sizes, strict=True)
         ]
 

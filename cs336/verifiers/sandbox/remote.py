@@ -36,13 +36,14 @@ def encode(value: Any, keep=None, depth=0):
         return str.__str__(value)
     if isinstance(value, bytes | bytearray):
         return {type(value).__name__: value.hex()}
-    for kind in (list, tuple, set, frozenset):
+    kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in kinds:
         if isinstance(value, kind):
             return {kind.__name__: [encode(item, keep, depth + 1) for item in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(item, keep, depth + 1) for item in pair] for pair in value.items()]}
-    if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
-        return {"type": value.__name__}
+    if isinstance(value, type) and vars(builtins).get(name := getattr(value, "__name__", "")) is value:
+        return {"type": name}
     if keep is None:
         raise TypeError(f"a test hands the program a value of type {type(value).__name__}, which cannot be sent")
     return {"remote": keep(value)}
