@@ -1,4 +1,5 @@
-"""Instructions that rules can check a response against: kinds and arguments as IFEval names them (arXiv:2311.07911).
+"""Instructions that rules can check a response against: kinds and arguments as IFEval names them (arXiv:2311.07911),
+and two of tone.
 
     check("length_constraints:number_words", response, num_words=100, relation="at least")
 
@@ -16,6 +17,13 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)")
 _BULLET = re.compile(r"^[ \t]*[*+-][ \t]+\S", re.MULTILINE)
 _HIGHLIGHT = re.compile(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*")
+_CONTRACTION = re.compile(r"\w['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
+_SLANG = re.compile(
+    r"\b(?:gonna|wanna|gotta|yeah|yep|nope|kinda|sorta|cool|awesome|hey|lol|guys|stuff)\b", re.IGNORECASE
+)
+_POLITE = re.compile(
+    r"\b(?:please|thank(?:s| you)|you['’]?re welcome|happy to|glad to|my pleasure|kindly|would you)\b", re.IGNORECASE
+)
 _OPTIONS = ("my answer is yes.", "my answer is no.", "my answer is maybe.")
 Check = Callable[..., bool]
 
@@ -161,6 +169,15 @@ def _no_comma(text: str) -> bool:
     return not re.search("[,，、]", text)
 
 
+def _formal(text: str) -> bool:
+    """No contractions, exclamations or slang: a floor, not a taste."""
+    return not ("!" in text or _CONTRACTION.search(text) or _SLANG.search(text))
+
+
+def _polite(text: str) -> bool:
+    return _POLITE.search(text) is not None
+
+
 CHECKS: dict[str, Check] = {
     "keywords:existence": _existence,
     "keywords:frequency": _frequency,
@@ -187,6 +204,8 @@ CHECKS: dict[str, Check] = {
     "change_case:english_capital": _upper,
     "change_case:english_lowercase": _lower,
     "punctuation:no_comma": _no_comma,
+    "tone:formal": _formal,
+    "tone:polite": _polite,
 }
 
 

@@ -40,6 +40,9 @@ CASES = [
     ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "A big BIG cat", "Big CAT"),
     ("change_case:english_capital", {}, "ALL OF IT!", "All of it"),
     ("change_case:english_lowercase", {}, "all of it!", "All of it"),
+    ("tone:formal", {}, "It does not matter.", "It doesn't matter."),
+    ("tone:formal", {}, "Good day.", "Hey, cool!"),
+    ("tone:polite", {}, "Thank you for asking.", "Thankless work."),
     ("punctuation:no_comma", {}, "a; b", "a, b"),
 ]  # fmt: skip
 
