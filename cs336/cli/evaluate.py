@@ -33,6 +33,7 @@ def evaluate(arguments: list[str]) -> Run:
         judge: DisallowNone[str | None] = None,
         judge_model: str = "default",
         contamination: Paths = (),
+        algebra: bool = False,
         weak_sandbox: bool = False,
         output: Path = Path("results.json"),  # noqa: B008 (immutable)
     ) -> None:
@@ -57,6 +58,7 @@ def evaluate(arguments: list[str]) -> Run:
             judge_model: what the server calls its model.
             contamination: training text; items that share 13 words in a row with it are told, and left out of a second
                 mean.
+            algebra: count answers of mathematics that are equal by algebra, which takes math-verify.
             weak_sandbox: run programs where there are no namespaces, behind Landlock alone.
             output: where prompts, answers and scores of tasks are written.
         """
@@ -69,7 +71,7 @@ def evaluate(arguments: list[str]) -> Run:
         from cs336.verifiers.judge import judge_from
 
         preference = None if judge is None else judge_from(judge, judge_model).preference
-        options = Options(samples, temperature, new_tokens, chat, seed, weak_sandbox, preference)
+        options = Options(samples, temperature, new_tokens, chat, seed, weak_sandbox, algebra, preference)
         read = [read_task(spec, limit) for spec in tasks]
         training = read_texts(contamination, text_field=text_field) if contamination else None
         llm = LLM(model, tokenizer, device=device)

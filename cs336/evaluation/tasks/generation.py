@@ -8,7 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cs336.evaluation.tasks.task import Answered, Item, Model, Options, Row, pass_at_k
-from cs336.verifiers import Verdict, check, extract_answer, extract_code, is_refusal, loosened, verify_code, verify_math
+from cs336.verifiers import (
+    Verdict,
+    check,
+    extract_answer,
+    extract_code,
+    is_refusal,
+    loosened,
+    verify_code,
+    verify_math,
+    verify_math_symbolic,
+)
 
 PARALLEL = 8  # programs at once, at most: each is several processes
 
@@ -39,8 +49,9 @@ class Solution:
 
     def answer(self, model: Model, items: Sequence[Item], prompts: Sequence[Any], options: Options) -> list[Answered]:
         answers = respond(model, prompts, options, self._new_tokens, self._stop)
+        verify = verify_math_symbolic if options.algebra else verify_math
         return [
-            _answered(prompt, texts, [verify_math(text, item.target.strip()) for text in texts])
+            _answered(prompt, texts, [verify(text, item.target.strip()) for text in texts])
             for prompt, texts, item in zip(prompts, answers, items, strict=True)
         ]
 

@@ -36,6 +36,8 @@ class Options:
     seed: int = 0
     weak_sandbox: bool = False
     """Run programs where there are no namespaces, too: see cs336.verifiers.sandbox."""
+    algebra: bool = False
+    """Count answers of mathematics that are equal by algebra (math-verify), not only as numbers and texts."""
     judge: Callable[[str, str, str], float] | None = None
     """(prompt, answer, reference) -> how far the answer wins, 0 to 1: for tasks of pairs."""
 
