@@ -13,7 +13,8 @@ from cs336.cli import alignment, data, data_classifier, experiments, scaling, to
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import compare_hf, evaluate, generate, info, report
+from cs336.cli.evaluate import evaluate
+from cs336.cli.model import compare_hf, generate, info, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
