@@ -212,16 +212,14 @@ class Engine:
         remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
-        graphs = graph_sizes(config.max_seqs) if config.cuda_graphs and on_gpu else ()
         self.runner = Runner(
             model,
-            model.new_pages(self.memory.num_pages + bool(graphs), config.page_size, config.max_seqs + 1, self.max_len),
+            model.new_pages(self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len),
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
             unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
-            graphs=graphs,
-            spare_page=self.memory.num_pages,
+            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
             invariant=config.invariant,
         )
         self.stats = Stats()
