@@ -1,4 +1,4 @@
-"""Two processes over gloo, that meet in a file."""
+"""Processes over gloo, that meet in a file."""
 
 import torch
 import torch.distributed as dist
@@ -7,10 +7,10 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
-def on_a_rank(rank, folder, function):
+def on_a_rank(rank, folder, function, world=WORLD):
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
     try:
         torch.save(function(rank), f"{folder}/{rank}.pt")
     finally:
@@ -19,8 +19,12 @@ def on_a_rank(rank, folder, function):
 
 def on_two_ranks(function, folder):
     """[what function(0) returns in one process, function(1) in another]"""
-    mp.spawn(on_a_rank, (str(folder), function), nprocs=WORLD)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(WORLD, function, folder)
+
+
+def on_ranks(world, function, folder):
+    mp.spawn(on_a_rank, (str(folder), function, world), nprocs=world)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def error_of(call):
