@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, data_classifier, scaling, tokenizer
+from cs336.cli import data, data_classifier, plan_parallel, scaling, tokenizer
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
 from cs336.cli.model import compare_hf, evaluate, generate, info, report
@@ -43,6 +43,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+PLAN_VERBS: dict[str, Run] = {"parallel": plan_parallel.parallel}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
@@ -93,6 +94,7 @@ def _run(arguments: list[str]) -> int:
         ("model", MODEL_VERBS, "What a model is made of."),
         ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
+        ("plan", PLAN_VERBS, "Predict what a run takes before paying for it."),
     ):
         nested = groups[group] = tyro.extras.SubcommandApp()
         for name, run in verbs.items():
