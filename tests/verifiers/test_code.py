@@ -70,7 +70,7 @@ def test_what_it_prints():
     ],
 )  # fmt: skip
 def test_right_programs_pass_their_tests(program, tests):
-    assert verify_code(program, tests) == (1.0, "the tests pass")
+    assert verify_code(program, tests, limits=Limits(seconds=30)) == (1.0, "the tests pass")
 
 
 @kept_in
@@ -93,7 +93,7 @@ def test_names_that_python_has():
     ],
 )
 def test_wrong_programs_fail_with_a_reason(program, reason):
-    verdict = verify_code(program, TESTS, limits=Limits(seconds=2))
+    verdict = verify_code(program, TESTS, limits=Limits(seconds=2 if "while" in program else 30))
     assert verdict.score == 0
     assert verdict.reason.startswith(reason), verdict
 
