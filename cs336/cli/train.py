@@ -4,12 +4,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from cs336.cli.common import Path, Run, Stopped
+from cs336.cli.settings import help_text, own_options
 
 if TYPE_CHECKING:
     from cs336.tokenizer import Tokenizer
     from cs336.training import TrainConfig, TrainResult
-
-WIDTH = 100
 
 
 def train(arguments: list[str]) -> Run:
@@ -25,7 +24,7 @@ def train(arguments: list[str]) -> Run:
 
     def run() -> None:
         if own.help:
-            print(_help())
+            print(help_text(_own_options(), TrainConfig, train.__doc__))
             return
         table = {} if own.config is None else configs.read_table(own.config)
         settings = TrainConfig.from_table(configs.override(TrainConfig, table, options))
@@ -82,9 +81,7 @@ def _tell(settings: "TrainConfig", loaded: "Tokenizer | None", result: "TrainRes
 
 
 def _own_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("cs336 train", add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
-    parser.add_argument("--config", type=Path, help="TOML file of settings, as --print-config writes it")
+    parser = own_options("train")
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -94,27 +91,4 @@ def _own_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", nargs="+", default=[""], help="what samples begin with; an empty one begins a document"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the settings as TOML, and do nothing else")
     return parser
-
-
-def _help() -> str:
-    """Every key with its type, its default and its description, those of a table together."""
-    import inspect
-    import textwrap
-
-    from cs336.training import TrainConfig
-    from cs336.utils import config as configs
-
-    parser = _own_options()
-    parser.usage = "cs336 train [--config FILE] [--KEY VALUE ...]"
-    parser.description = inspect.cleandoc(train.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
-    lines, table = [parser.format_help(), "settings, as in the TOML file:"], None
-    for key in configs.keys(TrainConfig):
-        if key.of != table:
-            table = key.of
-            lines += [f"\n  where {key.of}:"] if key.of else [""]
-        default = "(required)" if key.default is None else f"(default: {key.default})" if key.default else ""
-        lines.append(f"  --{key.name.replace('_', '-')} {key.type}")
-        lines += textwrap.wrap(f"{key.doc} {default}".strip(), WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,10 +156,13 @@ FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoi
 FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel"}
 
 
-def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each."""
+def differences(saved: Any, wanted: Any, free: Collection[str] = FREE) -> list[str]:
+    """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each.
+
+    free: fields of it that may.
+    """
     before, after = dict(flat(saved)), dict(flat(wanted))
-    names = [key for key in before | after if key.split(".")[0] not in FREE]
+    names = [key for key in before | after if key.split(".")[0] not in free]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in names if before.get(k) != after.get(k)]
 
 

@@ -5,10 +5,10 @@ and a signal to any of them stops all.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from cs336.parallel.launch import agreed, any_rank
 from cs336.training.budget import Budget, Plan
-from cs336.training.config import TrainConfig
 
 LOOK_PART = 0.01  # of a time budget: the longest time without a look at the clock
 CHECKPOINTS = 10  # a run, where the configuration does not say
@@ -47,13 +47,24 @@ class Pause:
         return inside + 1
 
 
+class Paced(Protocol):
+    """What of a configuration decides the pace of a run."""
+
+    @property
+    def budget(self) -> str: ...
+    @property
+    def log_interval(self) -> int: ...
+    @property
+    def checkpoint_interval(self) -> int | None: ...
+
+
 class Decisions:
     """The plan, the pauses and the stop of a run.
 
     Raises ValueError if the budget is less than one step.
     """
 
-    def __init__(self, config: TrainConfig, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
+    def __init__(self, config: Paced, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
         self.log_interval = config.log_interval
         budget = Budget.parse(config.budget)
         self.plan = Plan(budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)

@@ -209,6 +209,8 @@ class Display:
     def row(self, row: dict[str, Any], total_steps: int | None, seconds_left: float | None) -> None:
         """Show a row of training metrics, and the time that is left."""
         head = f"step {row['step']}/{total_steps or '?'}  loss {row['train/loss']:.4f}"
+        if "reward" in row:
+            head += f"  reward {row['reward']:.3f}"
         tail = f"lr {row['lr']:.2e}  norm {row['train/grad_norm']:.2f}  {row['train/tok_per_sec']:,.0f} tok/s"
         if "train/mfu" in row:
             tail += f"  MFU {row['train/mfu']:.1%}"

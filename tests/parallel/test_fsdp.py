@@ -149,7 +149,7 @@ def on_a_rank(rank):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_ranks(RANKS, on_a_rank, tmp_path_factory.mktemp("gloo"))
+    return on_ranks(on_a_rank, tmp_path_factory.mktemp("gloo"), RANKS)
 
 
 def alone(rare=(False,) * RANKS):
