@@ -264,6 +264,20 @@ def data(rows: list[Row]) -> Iterator[str]:
         yield f"Not installed here: {absent}."
 
 
+def curation(rows: list[Row]) -> Iterator[str]:
+    """Bits a byte of held-out books after equally many tokens of each side, and the gain over raw with its interval."""
+    yield "| text | documents | MB | times read | bits a byte, a seed each | mean | gain over raw, 95 % |"
+    yield "| --- | ---: | ---: | ---: | --- | ---: | ---: |"
+    for row in rows:
+        seeds = ", ".join(f"{bits:.3f}" for bits in row["bits_per_byte"])
+        spread = "" if row["gain_half_width"] is None else f" ± {row['gain_half_width']:.3f}"
+        gain = "–" if row is rows[0] else f"{row['gain']:+.3f}{spread}"
+        size = f"{row['documents']:,} | {row['megabytes']:.1f} | {row['epochs']:.2f}"
+        yield f"| {row['side']} | {size} | {seeds} | {row['mean']:.3f} | {gain} |"
+    yield ""
+    yield f"{rows[0]['tokens']:,} tokens each."
+
+
 def coding(name: str, rows: list[Row]) -> Iterator[str]:
     columns = list(dict.fromkeys((row["text"], row["threads"]) for row in rows))
     yield (
@@ -398,6 +412,7 @@ BODIES = {
     "ladder": ladder,
     "adamw": optimizer,
     "data": data,
+    "curation": curation,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "attention": rated,

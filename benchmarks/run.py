@@ -3,6 +3,7 @@
 python -m benchmarks.run ops                                # every op, whole sweep
 python -m benchmarks.run ops rms_norm --quick --only native,eager
 python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchmarks/report.py
+python -m benchmarks.run collectives --processes 4          # several processes, one for each GPU
 python -m benchmarks.run ops --quick --check   # exit status 1 if we fell behind a peer
 """
 
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import shlex
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +27,7 @@ from benchmarks import check, harness, results
 from benchmarks.ops.norms import TUNED
 from cs336.ops import registry
 
+DISTRIBUTED = ("collectives", "parallel")  # in several processes
 OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).parent / "ops").glob("bench_*.py"))
 
 
@@ -90,6 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """The exit status: 1 if one of our own variants failed or disagreed with what it is compared with."""
+    if argv and argv[0] in DISTRIBUTED:
+        return distributed(*argv)
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["ops", *argv]  # `cs336 bench --check`
     options = parse(argv)
@@ -99,6 +104,20 @@ def main(argv: list[str]) -> int:
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
     return {"ops": ops, "train": train, "ladder": ladder, "mixers": mixers}[options.kind](options, device, header)
+
+
+def distributed(name: str, *argv: str) -> int:
+    """benchmarks/end_to_end/bench_NAME.py under torchrun, in --processes: one for each GPU, two on a CPU."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    options, rest = parser.parse_known_args(argv)
+    if options.processes < 1:
+        raise SystemExit(f"--processes must be 1 or more, got {options.processes}")
+    if "--help" in rest:  # once
+        importlib.import_module(f"benchmarks.end_to_end.bench_{name}").parse(rest)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run([*torchrun, "-m", f"benchmarks.end_to_end.bench_{name}", *rest], env=environment).returncode
 
 
 def command(argv: list[str]) -> str:

@@ -31,9 +31,14 @@ from cs336.alignment.sft import SFT as SFT
 from cs336.alignment.sft import Example as Example
 from cs336.alignment.sft import encode_chat as encode_chat
 from cs336.alignment.sft import pack_examples as pack_examples
+from cs336.alignment.style import safety_rows as safety_rows
+from cs336.alignment.style import style_rows as style_rows
 from cs336.alignment.verifiers import Verdict as Verdict
 from cs336.alignment.verifiers import equal_answers as equal_answers
 from cs336.alignment.verifiers import extract_answer as extract_answer
+from cs336.alignment.verifiers import extract_code as extract_code
 from cs336.alignment.verifiers import parse_number as parse_number
+from cs336.alignment.verifiers import sandbox as sandbox
+from cs336.alignment.verifiers import verify_code as verify_code
 from cs336.alignment.verifiers import verify_format as verify_format
 from cs336.alignment.verifiers import verify_math as verify_math

@@ -7,13 +7,15 @@ from cs336.cli.common import Path, Run, Stopped
 from cs336.cli.settings import help_text, own_options
 
 if TYPE_CHECKING:
-    from cs336.training import TrainConfig
+    from cs336.tokenizer import Tokenizer
+    from cs336.training import TrainConfig, TrainResult
 
 
 def train(arguments: list[str]) -> Run:
     """Train a model on token shards, or continue the run that is in --run-dir.
 
     Settings come from --config FILE and from options, which win. `cs336 tokenizer encode --shards` makes the data.
+    On several GPUs: torchrun --standalone --nproc_per_node=8 -m cs336 train ..., with the same steps as on one.
     """
     from cs336.training import TrainConfig
     from cs336.utils import config as configs
@@ -35,27 +37,40 @@ def train(arguments: list[str]) -> Run:
 
 
 def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) -> None:
-    from cs336.evaluation import evaluate
-    from cs336.inference.load import load_model
     from cs336.inference.samples import sampler
+    from cs336.parallel.launch import connect, on_first, rank
     from cs336.report import write_report
     from cs336.tokenizer import convert
     from cs336.tokenizer.statistics import keep
     from cs336.training import StepError, Trainer
     from cs336.training.identity import kept_tokenizer
 
+    connect(settings.device)
     kept = settings.run_dir / "tokenizer.json"
     given = tokenizer or (kept if kept.exists() else None)
     loaded = kept_tokenizer(settings.data.train) if given is None else convert.load(given)
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:
-        keep(loaded, settings.run_dir)
+        on_first(lambda: keep(loaded, settings.run_dir))
     try:
         result = trainer.train()
     except StepError:
-        print(f"report: {write_report(settings.run_dir)}")  # it says why
+        if rank() == 0:
+            print(f"report: {write_report(settings.run_dir)}")  # it says why
         raise
+    if rank() == 0:
+        _tell(settings, loaded, result)
+    if not result.finished:
+        raise Stopped
+
+
+def _tell(settings: "TrainConfig", loaded: "Tokenizer | None", result: "TrainResult") -> None:
+    """The evaluation of a finished run, and the report."""
+    from cs336.evaluation import evaluate
+    from cs336.inference.load import load_model
+    from cs336.report import write_report
+
     if result.export is not None and loaded is not None and "val/bpb" in result.val:
         assert settings.data.val is not None  # it was validated
         train = settings.data.train if settings.data.train.is_dir() else None
@@ -63,8 +78,6 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         found = evaluate(model, loaded, settings.data.val, train, loss=loss, step=result.step)
         found.save(settings.run_dir)
     print(f"report: {write_report(settings.run_dir)}")
-    if not result.finished:
-        raise Stopped
 
 
 def _own_options() -> argparse.ArgumentParser:

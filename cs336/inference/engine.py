@@ -40,16 +40,16 @@ class EngineConfig:
     max_seqs: int = 64
     """That run at once; the others wait."""
     max_len: int | None = None
-    """Tokens of a sequence, its prompt included; the model's context_length if None."""
+    """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it."""
     max_step_tokens: int | None = None
-    """Computed in a step: long prompts come in chunks. None: 8192 on a GPU, 512 on a CPU."""
+    """Computed in a step: long prompts come in chunks. None: 16384 on a GPU, 512 on a CPU."""
     page_size: int = 64
     num_pages: int | None = None
     """None: as many as fit and are of use."""
     memory_share: float | None = None
     """Of the free memory, for pages and steps. None: 0.9 on a GPU, 0.25 on a CPU."""
     prefix_cache: bool = True
-    """Prompts that begin with the same tokens share what was computed of these."""
+    """Prompts that begin with the same tokens share what was computed of these; not where a state has no pages."""
     cuda_graphs: bool = True
     invariant: bool = False
     """A sequence's log-probabilities are, bit for bit, those of a training forward inside cs336.invariant()."""
@@ -179,8 +179,8 @@ class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
     tokenizer: of the model; without one there are ids alone, and no stop strings.
-    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, for
-    mixers whose state has no pages, and for blocks that `invariant` does not have.
+    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
+    blocks that `invariant` does not have.
     """
 
     def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
@@ -189,25 +189,32 @@ class Engine:
         if config.invariant:
             check_invariant(model.config)
         on_gpu = model.device.type == "cuda"
-        self.max_len = min(config.max_len or model.config.context_length, model.config.context_length)
-        step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
+        if on_gpu and not config.invariant:
+            model.join_weights()
+        max_len = min(config.max_len or model.config.context_length, model.config.context_length)
+        step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
+        sample = model.new_pages(1, config.page_size, 1, max_len)
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
-            page_bytes=model.new_pages(1, config.page_size).nbytes,
+            page_bytes=sample.page_bytes,
+            slot_bytes=sample.nbytes - sample.page_bytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
-            max_len=self.max_len,
+            max_len=max_len,
+            shorten=config.max_len is None and sample.is_paged,
             free=free_memory(model.device, config.memory_share),
             num_pages=config.num_pages,
         )
+        self.max_len = self.memory.max_len
         self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
-        self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=config.prefix_cache)
+        remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
+        self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
         self.runner = Runner(
             model,
-            model.new_pages(self.memory.num_pages, config.page_size),
+            model.new_pages(self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len),
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
@@ -311,6 +318,7 @@ class Engine:
         elif any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items()):
             self.model.load_state_dict(module.state_dict(), assign=True)
             self.runner.drop_graphs()
+        self.runner.state.renew()
 
     def check(self) -> None:
         """Raises AssertionError where a page is held by no sequence, or is free and held."""

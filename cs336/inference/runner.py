@@ -127,11 +127,11 @@ class Runner:
         self._staging = Staging(size, self.device)
         self.max_step_tokens = max_step_tokens
         self.invariant = invariant
-        self.fresh_apart = self.device.type == "cuda" and not invariant
+        self.fresh_apart = self.device.type == "cuda" and not invariant and state.is_paged
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
-        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(self.device) else ()
+        self._sizes = tuple(sorted(graphs)) if graphs and state.is_paged and _capturable(self.device) else ()
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
@@ -265,7 +265,7 @@ class Runner:
         slot_R, length_R, offset_R = rows
         R = len(slot_R)
         table = self.slots.table.index_select(0, slot_R)
-        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R)
+        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R)
         ids_1R = self.slots.newest.index_select(0, slot_R)[None]
         features_RM = self.model.features(ids_1R, state=self.state)[0]
         return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
@@ -298,6 +298,7 @@ class Runner:
             torch.cat((self._arange[:n], chunks["rows"])),
             torch.cat((length_R[:n] - 1, chunks["positions"])),
             n,
+            slot_R,
             *self._groups(step, chunks),
         )
         features_TM = self.model.features(ids_T[None], state=self.state)[0]

@@ -91,6 +91,9 @@ class MixerState(Protocol):
     def select(self, rows: Tensor) -> Self:
         """A new state with copies of these rows, int64 (N,), in this order."""
 
+    def put(self, rows: Tensor, state: Self) -> None:
+        """These rows, int64 (N,), become copies of those of `state`, in this order."""
+
 
 class Slots:
     """An entry a token: tensors (B, T, ...). What is past a row's length is never looked at, and is written over."""
@@ -140,6 +143,11 @@ class Slots:
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(*(entry[rows] for entry in self.entries), empty=self.empty)
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.empty = self.empty and state.empty
+        for entry, new in zip(self.entries, state.entries, strict=True):
+            entry.index_copy_(0, rows, new)
 
 
 class KeyValues(Slots):

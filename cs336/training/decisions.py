@@ -1,28 +1,17 @@
 """What a run decides while it goes: how many steps it has, when to pause for something else, when to stop.
 
-Decisions follow from the clock and from signals, which differ from process to process: rank 0's are taken by all.
+Decisions follow from the clock and from signals, which differ from process to process: rank 0's clock is that of all,
+and a signal to any of them stops all.
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import torch
-
+from cs336.parallel.launch import agreed, any_rank
 from cs336.training.budget import Budget, Plan
-
-T = TypeVar("T")
 
 LOOK_PART = 0.01  # of a time budget: the longest time without a look at the clock
 CHECKPOINTS = 10  # a run, where the configuration does not say
-
-
-def agreed(value: T) -> T:
-    """Rank 0's value, on every rank."""
-    if not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 class Pause:
@@ -86,13 +75,14 @@ class Decisions:
         return self.plan.total_steps is not None and step >= self.plan.total_steps
 
     def stop(self, requested: Callable[[], bool]) -> bool:
-        return agreed(requested())
+        return any_rank(requested())
 
     def look(self, step: int, waited: float) -> bool:
         """Whether to wait for the device after this step, `waited` seconds after the last time."""
+        if self.finished(step) or step % self.log_interval == 0 or self.plan.measuring:
+            return True
         budget = self.plan.budget
-        late = budget.kind == "seconds" and waited > LOOK_PART * budget.amount
-        return agreed(self.finished(step) or step % self.log_interval == 0 or self.plan.measuring or late)
+        return budget.kind == "seconds" and agreed(waited > LOOK_PART * budget.amount)
 
     def observe(self, step: int, seconds: float) -> bool:
         """Take note of the time; whether the number of steps changed."""

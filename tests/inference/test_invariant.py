@@ -8,11 +8,14 @@ import torch
 
 import cs336
 from cs336 import ops
+from cs336.alignment import GRPOConfig, grpo_step
 from cs336.alignment.functions import sequence_log_probs
 from cs336.inference import LLM, SamplingParams
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AlibiConfig, AttentionConfig, Mamba2Config, MoEConfig
 from cs336.ops.registry import is_invariant
+from cs336.optim import AdamWConfig
+from cs336.tokenizer import Tokenizer
 
 CUDA = torch.cuda.is_available()
 PLACES = [
@@ -150,3 +153,21 @@ def test_what_has_no_such_bits_is_refused():
     model = Transformer(CONFIG)
     with cs336.invariant(), pytest.raises(ValueError, match="its state is paged"):
         model(torch.tensor([[1, 2]]), state=model.new_state(1))
+
+
+def test_a_policy_and_its_sampler_are_one(model):
+    """Over several steps of GRPO, whose weights change: the engine's log-probabilities are the training forward's."""
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    policy = Transformer(CONFIG, device=model.device, dtype=model.compute_dtype).eval()
+    policy.load_state_dict(model.state_dict())
+    before = policy.layers[0].attention.q_proj.weight.clone()
+    llm = LLM(policy, tokenizer, invariant=True, quiet=True, max_seqs=5, page_size=16)
+    optimizer = AdamWConfig(lr=1e-2, weight_decay=0).build(policy)
+    config = GRPOConfig(4, max_tokens=8, micro_batch_size=3)
+    for seed in range(2):
+        with cs336.invariant():
+            found = grpo_step(
+                llm, optimizer, ["ab", "12345678"], ["", ""], lambda text, _: float(len(text)), config, seed=8 * seed
+            )
+        assert found["sampling/sampling_logp_difference/max"] == 0
+    assert not torch.equal(before, policy.layers[0].attention.q_proj.weight)
