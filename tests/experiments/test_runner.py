@@ -46,7 +46,7 @@ def test_a_study_is_trained_once(tmp_path):
     assert entries[0].spent == Cost(planned.flops, planned.tokens, 2.0)
     said = console.file.getvalue()
     assert said.count("\n") == 6
-    assert "lr 0.003" in said
+    assert "lr 0.003, seed 1: val/loss 3.1000, 2 s" in said
     assert "6/6" in said
 
 
