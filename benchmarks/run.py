@@ -3,6 +3,7 @@
 python -m benchmarks.run ops                                # every op, whole sweep
 python -m benchmarks.run ops rms_norm --quick --only native,eager
 python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchmarks/report.py
+python -m benchmarks.run collectives --processes 4          # several processes, one for each GPU
 python -m benchmarks.run ops --quick --check   # exit status 1 if we fell behind a peer
 """
 
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import shlex
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +27,7 @@ from benchmarks import check, harness, results
 from benchmarks.ops.norms import TUNED
 from cs336.ops import registry
 
+DISTRIBUTED = ("collectives", "parallel")  # in several processes
 OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).parent / "ops").glob("bench_*.py"))
 
 
@@ -58,12 +61,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
     train.add_argument("--nondeterministic", action="store_true", help="ours too: plain PyTorch always is, on a GPU")
+    ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
+    ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
+    ladder.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    ladder.add_argument("--blocks", type=int, default=3, help="timed, a rung (%(default)s)")
+    ladder.add_argument("--steps", type=int, default=20, help="in a block")
+    ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
+    ladder.add_argument("--no-compile", action="store_true")
     mixers = kinds.add_parser("mixers", help="training and decoding of each mixer, and the recurrences beside fla's")
     mixers.add_argument("names", nargs="*", metavar="MIXER", help="all, and the recurrences, if none is named")
     mixers.add_argument("--size", default="350M", choices=("tiny", "350M"), help="of the model (%(default)s)")
     mixers.add_argument("--tokens", type=int, default=16384, help="a step (%(default)s)")
     mixers.add_argument("--compile", action="store_true", help="each layer")
-    for kind in (ops, train, mixers):
+    for kind in (ops, train, ladder, mixers):
         kind.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
         kind.add_argument("--commit", help="to record where there is no git checkout")
     options = parser.parse_args(argv)
@@ -83,6 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """The exit status: 1 if one of our own variants failed or disagreed with what it is compared with."""
+    if argv and argv[0] in DISTRIBUTED:
+        return distributed(*argv)
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["ops", *argv]  # `cs336 bench --check`
     options = parse(argv)
@@ -91,7 +103,21 @@ def main(argv: list[str]) -> int:
     print(
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
-    return {"ops": ops, "train": train, "mixers": mixers}[options.kind](options, device, header)
+    return {"ops": ops, "train": train, "ladder": ladder, "mixers": mixers}[options.kind](options, device, header)
+
+
+def distributed(name: str, *argv: str) -> int:
+    """benchmarks/end_to_end/bench_NAME.py under torchrun, in --processes: one for each GPU, two on a CPU."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    options, rest = parser.parse_known_args(argv)
+    if options.processes < 1:
+        raise SystemExit(f"--processes must be 1 or more, got {options.processes}")
+    if "--help" in rest:  # once
+        importlib.import_module(f"benchmarks.end_to_end.bench_{name}").parse(rest)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run([*torchrun, "-m", f"benchmarks.end_to_end.bench_{name}", *rest], env=environment).returncode
 
 
 def command(argv: list[str]) -> str:
@@ -194,6 +220,26 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.out and rows:
         results.write(options.out, "train", header, rows)
     return 1 if failed else 0
+
+
+def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
+    from benchmarks.end_to_end import bench_ladder, bench_train
+
+    if options.model not in bench_train.MODELS:
+        raise SystemExit(f"no model {options.model}: expected one of {', '.join(bench_train.MODELS)}")
+    settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
+    made: list[dict[str, Any]] = []
+    for row in bench_ladder.climb(options.model, **settings, compile=not options.no_compile):
+        made.append(row)
+        memory = f"{row['bytes'] / 2**30:6.1f} GiB  " if row["bytes"] else ""
+        print(
+            f"{row['variant']:24} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a step "
+            f"(spread {row['spread']:.1%})  {made[0]['seconds'] / row['seconds']:.3f}x  {memory}loss {row['loss']:.4f}",
+            flush=True,
+        )
+        if options.out:
+            results.write(options.out, "ladder", header, made)
+    return 0
 
 
 def mixers(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:

@@ -24,7 +24,8 @@ def env(arguments: list[str]) -> Run:
 def bench(arguments: list[str]) -> Run:
     """Time what there is: kernels and training beside their peers, and a model's answers.
 
-    `cs336 bench ops`, `cs336 bench train`; `cs336 bench offline|latency MODEL`, `cs336 bench serve URL`.
+    `cs336 bench ops`, `cs336 bench train`, `cs336 bench collectives`, `cs336 bench parallel`;
+    `cs336 bench offline|latency MODEL`, `cs336 bench serve URL`.
     """
     if arguments and arguments[0] in {"offline", "latency", "serve"}:
         return serving.bench(arguments)

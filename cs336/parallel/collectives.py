@@ -7,6 +7,9 @@
 | all_gather     | of the whole output       | S (N-1) / N    |
 | all_to_all     | of the input              | S (N-1) / N    |
 | broadcast      | of the tensor             | S; 0 for N = 1 |
+| reduce, gather | of the tensor             | S; 0 for N = 1 |
+| scatter        | of the source's tensor    | S (N-1) / N by the source, else 0 |
+| shift, send    | of the tensor             | S; 0 for N = 1 |
 
 (the factors of nccl-tests, doc/PERFORMANCE.md). Tensors are contiguous and on a device that the group's backend serves.
 With `async_op` a handle is returned whose `wait()` orders what follows after the collective; else None.
@@ -16,7 +19,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ from torch import Tensor
 from cs336.utils.nvtx import annotate
 
 MB = 2**20
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until 2.12
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 BUCKET_BYTES = 25 * MB  # torch's DistributedDataParallel's
 
 
@@ -53,7 +58,7 @@ def count_traffic() -> Iterator[Traffic]:
 
 def ring_bytes(name: str, size: int, world: int) -> int:
     """Bytes that each of `world` ranks sends in the collective `name` of S = `size` bytes."""
-    if name == "broadcast":
+    if name in ("broadcast", "reduce", "gather", "shift", "send"):
         return size if world > 1 else 0
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
@@ -78,7 +83,7 @@ def reduce_scatter(
     """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
     with annotate("reduce_scatter"):
         _count("reduce_scatter", x, group)
-        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
 def all_gather(
@@ -87,16 +92,26 @@ def all_gather(
     """Fill out (N * M, ...) with every rank's x (M, ...), in the order of ranks."""
     with annotate("all_gather"):
         _count("all_gather", out, group)
-        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
+        return _all_gather(out, x, group=group, async_op=async_op)
 
 
 def all_to_all(
-    out: Tensor, x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False
+    out: Tensor,
+    x: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    sent: Sequence[int] | None = None,
+    received: Sequence[int] | None = None,
+    async_op: bool = False,
 ) -> dist.Work | None:
-    """Send the r-th of N equal parts of x to rank r; out receives, in order, what every rank sent here."""
+    """Send the r-th part of x to rank r; out receives, in order, what every rank sent here.
+
+    sent, received: rows of each part of x, and of out. None: N equal parts.
+    """
     with annotate("all_to_all"):
         _count("all_to_all", x, group)
-        return dist.all_to_all_single(out, x, group=group, async_op=async_op)
+        sizes = {"input_split_sizes": sent and list(sent), "output_split_sizes": received and list(received)}
+        return dist.all_to_all_single(out, x, **sizes, group=group, async_op=async_op)
 
 
 def broadcast(
@@ -106,6 +121,67 @@ def broadcast(
     with annotate("broadcast"):
         _count("broadcast", x, group)
         return dist.broadcast(x, group=group, group_src=source, async_op=async_op)
+
+
+def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    """Send contiguous tensors to the next rank, the last one's to the first: a function that waits for the previous
+    rank's, which are like these. What is sent must not be written to before."""
+    with annotate("shift"):
+        N, rank = dist.get_world_size(group), dist.get_rank(group)
+        if N == 1:
+            return lambda: tuple(tensors)
+        came = tuple(torch.empty_like(x) for x in tensors)
+        sends = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % N) for x in tensors]
+        receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % N) for x in came]
+        for x in tensors:
+            _count("shift", x, group)
+        works = dist.batch_isend_irecv([*sends, *receives])
+
+    def wait() -> tuple[Tensor, ...]:
+        for work in works:
+            work.wait()
+        return came
+
+    return wait
+
+
+def reduce(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace x, on one rank of the group, by its sum over the ranks; on the others it is undefined afterwards."""
+    with annotate("reduce"):
+        _count("reduce", x, group)
+        dist.reduce(x, group=group, group_dst=rank)
+
+
+def gather(out: Tensor | None, x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Fill out (N * M, ...), of one rank of the group, None on the others, with every rank's x (M, ...)."""
+    with annotate("gather"):
+        _count("gather", x, group)
+        parts = None if out is None else list(out.chunk(dist.get_world_size(group)))
+        dist.gather(x, parts, group=group, group_dst=rank)
+
+
+def scatter(out: Tensor, x: Tensor | None, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank's out (M, ...) its part of x (N * M, ...), which one rank of the group has, None the others."""
+    with annotate("scatter"):
+        if x is not None:
+            _count("scatter", x, group)
+        parts = None if x is None else list(x.chunk(dist.get_world_size(group)))
+        dist.scatter(out, parts, group=group, group_src=rank)
+
+
+def send(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Send x to a rank of the group: a handle, until whose `wait()` x must be neither written to nor freed."""
+    with annotate("send"):
+        _count("send", x, group)
+        work = dist.isend(x, group=group, group_dst=rank)
+        assert work is not None  # this rank is of the group
+        return work
+
+
+def receive(out: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+    """Fill out with what a rank of the group sent."""
+    with annotate("receive"):
+        dist.recv(out, group=group, group_src=rank)
 
 
 @torch.no_grad()
@@ -149,17 +225,21 @@ def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | Non
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def check_alike(what: Sequence[tuple[str, str]], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+def check_alike(
+    what: Sequence[tuple[str, str]],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    *,
+    advice: str = "Build the model from the same configuration on every rank",
+) -> None:
     """Raises ValueError, on every rank, that names the first (name, description) that differs from rank 0's."""
     first, *others = gather_json(list(what), device, group)
     for rank, other in enumerate(others, 1):
         for i in range(max(len(first), len(other))):
             here, there = (f"{x[i][0]}: {x[i][1]}" if i < len(x) else "nothing more" for x in (first, other))
             if here != there:
-                raise ValueError(
-                    f"ranks must be given the same; first difference: rank 0 has {here}; rank {rank} has {there}. "
-                    "Build the model from the same configuration on every rank"
-                )
+                difference = f"rank 0 has {here}; rank {rank} has {there}"
+                raise ValueError(f"ranks must be given the same; first difference: {difference}. {advice}")
 
 
 def describe(t: Tensor) -> str:

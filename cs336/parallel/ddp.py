@@ -7,7 +7,7 @@ whichever parameters a rank uses: a bucket waits for those before it.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,12 +83,18 @@ class DDP(nn.Module):
             is through; otherwise buckets of at most so many 2**20 bytes, in the reverse order of the parameters, that
             travel while the backward goes on.
         group: of processes; None is the default one.
+        ignored: parameters that each rank has for itself: neither sent here nor averaged.
 
     Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all.
     """
 
     def __init__(
-        self, module: nn.Module, bucket_mb: float | None = 25.0, *, group: dist.ProcessGroup | None = None
+        self,
+        module: nn.Module,
+        bucket_mb: float | None = 25.0,
+        *,
+        group: dist.ProcessGroup | None = None,
+        ignored: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         if bucket_mb is not None and not bucket_mb >= 0:
@@ -96,15 +102,16 @@ class DDP(nn.Module):
         self.module = module
         self.group = group
         self._syncing = True
-        named = [*module.named_parameters(), *module.named_buffers()]
+        self._known = set(ignored)
+        named = [(n, t) for n, t in (*module.named_parameters(), *module.named_buffers()) if t not in self._known]
         device = named[0][1].device if named else torch.device("cpu")
         what = [(name, f"{describe(t)}{', trained' if t.requires_grad else ''}") for name, t in named]
         check_alike([("bucket_mb", str(bucket_mb)), *what], device, group)
         broadcast_all([t for _, t in named], 0, group)
 
-        trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        trained = [p for p in module.parameters() if p.requires_grad and p.numel() and p not in self._known]
         self._buckets = [_Bucket(params) for params in _divide(trained[::-1], bucket_mb)]
-        self._known = {p for bucket in self._buckets for p in bucket.params}
+        self._known |= {p for bucket in self._buckets for p in bucket.params}
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
                 p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, i=i: self._arrived(bucket, i))

@@ -1,0 +1,256 @@
+"""Training split over N processes, beside DDP + ZeroRedundancyOptimizer and FSDP2, with one command.
+
+    cs336 bench parallel [zero] [equal] [gpt] [ring] [--processes N] [--size full|tiny] [--out FILE]
+
+    zero    a step of AdamW on 537M bfloat16 parameters (8 matrices of 8192 x 8192), 4096 rows a process: ours, the
+            peers, and what computes alone: one process's forward and backward, and AdamW on 1/N of the parameters
+    equal   losses and gradients of a small model divided by data, tensor, pipeline, context and expert, against
+            the whole model on one process
+    gpt     tokens a second of GPT-2 1.5B on N processes under ZeRO-1, over N times those of one
+    ring    attention of 128 Ki tokens divided by a ring and by all-to-all, over 1/N of the time on one
+
+Blocks of steps of the contenders alternate; a block counts as long as on its slowest rank; the median block counts.
+"""
+
+import argparse
+import gc
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks import harness, results
+from benchmarks.end_to_end.bench_collectives import block, slowest, start
+from benchmarks.end_to_end.bench_train import MODELS
+from benchmarks.end_to_end.equivalence import differences
+from cs336 import ops
+from cs336.models import Transformer
+from cs336.optim import AdamW
+from cs336.parallel import DDP, ShardedOptimizer, all_to_all_attention, own_tokens, ring_attention
+
+Step = Callable[[], Any]
+Row = dict[str, Any]
+STACK = {"full": (8, 8192, 4096), "tiny": (2, 32, 16)}  # layers, features, rows a process
+GPT = {"full": ("1.5B", 8), "tiny": ("tiny", 2)}  # model, sequences a process
+RING = {"full": (1 << 17, 16, 128), "tiny": (32, 2, 8)}  # tokens, heads, features of a head
+STEPS, BLOCKS = {"full": 10, "tiny": 1}, {"full": 5, "tiny": 2}
+
+
+# ---- ZeRO-1 ----
+
+
+def stack(size: str, device: torch.device) -> nn.Sequential:
+    layers, features, _ = STACK[size]
+    torch.manual_seed(0)
+    place = {"device": device, "dtype": torch.bfloat16}
+    made = [nn.Linear(features, features, bias=False, **place) for _ in range(layers)]
+    return nn.Sequential(*(module for linear in made for module in (linear, nn.ReLU())))
+
+
+def contenders(size: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Name, and what makes the step; one at a time is in memory."""
+    features, rows = STACK[size][1:]
+    x = torch.randn(rows, features, device=device, dtype=torch.bfloat16)
+    fused = {"fused": True} if device.type == "cuda" else {}
+
+    def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, finish: Step = lambda: None) -> Step:
+        def step() -> None:
+            model(x).mean().backward()
+            finish()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+        return step
+
+    def alone() -> Step:
+        model = stack(size, device)
+        linears = list(model.parameters())
+        mine = linears[:: dist.get_world_size()]
+        return step_of(model, torch.optim.AdamW(mine, lr=1e-4, **fused))
+
+    def ours() -> Step:
+        model = DDP(stack(size, device))
+        optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-4)
+        return step_of(model, optimizer, model.finish_gradient_synchronization)
+
+    def ours_with_torch() -> Step:
+        model = DDP(stack(size, device))
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, **fused)
+        return step_of(model, optimizer, model.finish_gradient_synchronization)
+
+    def redundancy() -> Step:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        model = nn.parallel.DistributedDataParallel(stack(size, device), gradient_as_bucket_view=True)
+        cls = torch.optim.AdamW
+        return step_of(model, ZeroRedundancyOptimizer(model.parameters(), cls, lr=1e-4, **fused))
+
+    def fsdp2() -> Step:
+        from torch.distributed.fsdp import fully_shard
+
+        model = stack(size, device)
+        for module in model:
+            if isinstance(module, nn.Linear):
+                fully_shard(module)
+        fully_shard(model)
+        return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-4, **fused))
+
+    yield "compute alone", alone
+    yield "cs336 DDP + ShardedOptimizer", ours
+    yield "cs336 DDP + ShardedOptimizer(torch.AdamW)", ours_with_torch
+    yield "DDP + ZeroRedundancyOptimizer", redundancy
+    yield "FSDP2", fsdp2
+
+
+def zero(size: str, device: torch.device) -> Iterator[Row]:
+    for name, make in contenders(size, device):
+        step = make()
+        seconds, peak = timed(step, size, device)
+        yield row("zero", name, STACK[size], seconds, peak)
+        del step
+        forget()
+
+
+def forget() -> None:
+    """Free what a contender held: modules and their hooks hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def timed(step: Step, size: str, device: torch.device, steps: int | None = None) -> tuple[float, int | None]:
+    """Seconds of a step, and the most bytes that a process held."""
+    steps = steps or STEPS[size]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    block(step, steps, device)  # makes what is made once
+    samples = [block(step, steps, device) for _ in range(BLOCKS[size])]
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return harness.summary(samples, 1, "perf_counter").seconds, peak
+
+
+# ---- 1.5B ----
+
+
+def gpt(size: str, device: torch.device) -> Iterator[Row]:
+    """First every process by itself, with an optimizer's whole state, then together."""
+    name, sequences = GPT[size]
+    config = MODELS[name]
+    ids, targets = torch.randint(config.vocab_size, (2, sequences, config.context_length), device=device)
+    speeds = {}
+    for variant in ("one", "together"):
+        torch.manual_seed(0)
+        model = Transformer(config, device=device)
+        together = variant == "together"
+        module = DDP(model) if together else model
+        make = ShardedOptimizer if together else lambda params, cls, **options: cls(params, **options)
+        optimizer = make(model.parameters(), AdamW, lr=1e-4)
+
+        def step(module=module, optimizer=optimizer) -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = module(ids, targets=targets)
+            (loss / targets.numel()).backward()
+            if isinstance(module, DDP):
+                module.finish_gradient_synchronization()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+        seconds, peak = timed(step, size, device)
+        processes = dist.get_world_size() if together else 1
+        speeds[variant] = processes * targets.numel() / seconds
+        extra = {"tokens_per_second": round(speeds[variant], 1), "model": name}
+        if together:
+            extra["of_linear"] = round(speeds["together"] / (processes * speeds["one"]), 4)
+        yield row("gpt", "cs336 ZeRO-1" if together else "one process", (sequences,), seconds, peak) | extra
+        del model, module, optimizer, step
+        forget()
+
+
+# ---- attention over the tokens of all ranks ----
+
+
+def ring(size: str, device: torch.device) -> Iterator[Row]:
+    """Forward and backward; on one process over all tokens, then each process over its part."""
+    S, H, D = RING[size]
+    N = dist.get_world_size()
+    whole = [torch.randn(1, H, S, D, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    *qkv, do = whole
+
+    def run_of(call: Callable[..., Tensor], tensors: list[Tensor], do: Tensor) -> Step:
+        leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
+        return lambda: torch.autograd.grad(call(*leaves), leaves, do)
+
+    seconds, peak = timed(run_of(lambda q, k, v: ops.attention(q, k, v, causal=True), qkv, do), size, device, 1)
+    yield row("ring", "one process", (S, H, D), seconds, peak)
+    for kind, call in (("ring", ring_attention), ("all_to_all", all_to_all_attention)):
+        *mine, mine_do = (own_tokens(x, dim=2, kind=kind) for x in whole)
+        step = run_of(lambda q, k, v, call=call: call(q, k, v, causal=True), mine, mine_do)
+        split, peak = timed(step, size, device, 1)
+        over = {"of_perfect_split": round(split * N / seconds, 3)}
+        yield row("ring", kind, (S, H, D), split, peak) | over
+
+
+def equal(size: str, device: torch.device) -> Iterator[Row]:
+    for name, loss, gradient in differences(device):
+        yield {
+            "op": "parallel equal",
+            "variant": name,
+            "processes": dist.get_world_size(),
+            "loss_difference": slowest(loss, device),
+            "gradient_difference": slowest(gradient, device),
+        }
+
+
+def row(section: str, variant: str, shape: tuple, seconds: float, peak: int | None) -> Row:
+    found: Row = {"op": f"parallel {section}", "variant": variant, "shape": list(shape), "seconds": seconds}
+    return found | {"processes": dist.get_world_size(), "peak_bytes": peak}
+
+
+SECTIONS = {"zero": zero, "equal": equal, "gpt": gpt, "ring": ring}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("cs336 bench parallel", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all if none is named")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="(%(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.names if name not in SECTIONS]:
+        parser.error(f"no section {', '.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    return options
+
+
+def shown(row: Row) -> str:
+    parts = [f"{row['op'].removeprefix('parallel '):6} {row['variant']:42} {row['processes']} processes"]
+    if "seconds" in row:
+        parts.append(f"{1e3 * row['seconds']:9.2f} ms")
+    if row.get("peak_bytes"):
+        parts.append(f"{row['peak_bytes'] / 2**30:6.2f} GiB")
+    known = ("op", "variant", "processes", "seconds", "peak_bytes", "shape")
+    for name in [name for name in row if name not in known]:
+        parts.append(f"{name} {row[name]:.4g}" if isinstance(row[name], float) else f"{name} {row[name]}")
+    return "  ".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    device = start()
+    for name in options.names or SECTIONS:
+        rows = []
+        for found in SECTIONS[name](options.size, device):
+            rows.append(found)
+            if dist.get_rank() == 0:
+                print(shown(found), flush=True)
+        if options.out and dist.get_rank() == 0:
+            header = results.header(device, f"cs336 bench parallel {name} --processes {dist.get_world_size()}")
+            results.write(options.out, f"parallel_{name}", header, rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

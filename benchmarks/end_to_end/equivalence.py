@@ -1,0 +1,115 @@
+"""A small float32 model divided in every way, on N processes, against the whole model on each."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AttentionConfig, MoEConfig
+from cs336.parallel import (
+    DDP,
+    Pipeline,
+    context_parallel,
+    expert_parallel,
+    expert_parameters,
+    own_tokens,
+    pipeline_stage,
+    tensor_parallel,
+)
+from cs336.parallel.differentiable import own_part
+
+Divided = tuple[Tensor, nn.Module, float]
+"""The loss, what holds the gradients, and how many times they are the whole model's."""
+
+
+def config(N: int, moe: bool) -> TransformerConfig:
+    if not moe:
+        return TransformerConfig(64 * N, 32 * N, N, 64 * N, 2 * N, N)
+    block = BlockConfig(AttentionConfig(N), MoEConfig(2 * N, 2, balance="none"))
+    return TransformerConfig(64 * N, 32 * N, 1, 64 * N, layers=(block,))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return own_part(x, 0, None)
+
+
+def _averaged(module: DDP, loss: Tensor) -> Divided:
+    loss.backward()
+    module.finish_gradient_synchronization()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total, module.module, 1 / dist.get_world_size()
+
+
+def data(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+    ddp = DDP(model)
+    return _averaged(ddp, ddp(_rows(ids), targets=_rows(targets)))
+
+
+def tensor(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+    loss = tensor_parallel(model)(ids, targets=targets)
+    loss.backward()
+    return loss.detach(), model, 1
+
+
+def tensor_and_sequence(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+    loss = tensor_parallel(model, sequence=True)(ids, targets=targets)
+    loss.backward()
+    return loss.detach(), model, 1
+
+
+def pipeline(schedule: str) -> Callable[[Transformer, Tensor, Tensor], Divided]:
+    def divided(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+        stage = pipeline_stage(model)
+        return Pipeline(stage, num_microbatches=len(ids), schedule=schedule).step(ids, targets), stage, 1
+
+    return divided
+
+
+def context(kind: str) -> Callable[[Transformer, Tensor, Tensor], Divided]:
+    def divided(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+        ddp = DDP(context_parallel(model, kind=kind))  # type: ignore[arg-type]
+        return _averaged(ddp, ddp(own_tokens(ids, kind=kind), targets=own_tokens(targets, kind=kind)))  # type: ignore[arg-type]
+
+    return divided
+
+
+def expert(model: Transformer, ids: Tensor, targets: Tensor) -> Divided:
+    ddp = DDP(expert_parallel(model), ignored=expert_parameters(model))
+    return _averaged(ddp, ddp(_rows(ids), targets=_rows(targets)))
+
+
+WAYS: dict[str, Callable[[Transformer, Tensor, Tensor], Divided]] = {
+    "data": data,
+    "tensor": tensor,
+    "tensor and sequence": tensor_and_sequence,
+    "pipeline gpipe": pipeline("gpipe"),
+    "pipeline 1f1b": pipeline("1f1b"),
+    "context ring": context("ring"),
+    "context all_to_all": context("all_to_all"),
+    "expert": expert,
+}
+
+
+def differences(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Each way, how far the loss is from one process's, relatively, and the gradients, over each one's largest."""
+    N = dist.get_world_size()
+    for name, way in WAYS.items():
+        shape = config(N, moe=name == "expert")
+        torch.manual_seed(0)
+        alone = Transformer(shape, device=device)
+        ids, targets = torch.randint(shape.vocab_size, (2, 2 * N, shape.context_length), device=device)
+        want = alone(ids, targets=targets)
+        want.backward()
+        torch.manual_seed(0)
+        loss, module, scale = way(Transformer(shape, device=device), ids, targets)
+        worst = 0.0
+        for parameter, p in module.named_parameters():
+            whole = scale * alone.get_parameter(parameter).grad
+            for dim in range(whole.dim()):
+                if whole.shape[dim] != p.shape[dim]:
+                    whole = own_part(whole, dim, None)
+            worst = max(worst, ((p.grad - whole).abs().max() / whole.abs().max()).item())
+        yield name, ((loss - want).abs() / want).item(), worst

@@ -1,0 +1,169 @@
+"""A vocabulary divided among ranks: rank r of N has rows r V/N to (r+1) V/N of the embedding and of the head.
+
+    embedding       rows of other ranks count as zeros, and the sum over ranks is the whole           (B S M sent twice)
+    cross-entropy   lse = log sum_r exp(lse_r), and the target's logit is one rank's                  (3 floats a token)
+
+so that logits (tokens, V) never travel (Shoeybi et al. 2019, arXiv:1909.08053, section 3). n = tokens, C = V/N.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cs336.nn import Embedding
+from cs336.ops.cross_entropy import check_reduction, check_targets, reduced
+from cs336.parallel.collectives import all_reduce
+from cs336.parallel.differentiable import Group, check_parts, own_part, sum_
+
+CHUNK_BYTES = 1 << 28  # of a chunk's float32 logits
+
+
+class VocabularyEmbedding(Embedding):
+    """An Embedding of which each rank has its rows: ids (...) in [0, num_embeddings) -> (..., embedding_dim), the same
+    on every rank and bit for bit what one table gives. weight is (num_embeddings / N, embedding_dim).
+
+    Raises ValueError where num_embeddings does not divide.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, group: Group = None, *, device=None, dtype=None):
+        N = dist.get_world_size(group)
+        check_parts(num_embeddings, N, "a vocabulary")
+        super().__init__(num_embeddings // N, embedding_dim, device=device, dtype=dtype)
+        self.group, self.vocab_size = group, num_embeddings
+
+    @classmethod
+    def of(cls, table: nn.Embedding, group: Group = None) -> "VocabularyEmbedding":
+        """This rank's part of a table."""
+        made = cls(table.num_embeddings, table.embedding_dim, group, device="meta")
+        weight = own_part(table.weight.detach(), 0, group).clone()
+        made.weight = nn.Parameter(weight, table.weight.requires_grad)
+        return made
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise IndexError(f"ids must be 0 to {self.vocab_size - 1}, got some from {ids.min()} to {ids.max()}")
+        local, mine = _local(ids, self.num_embeddings, self.group)
+        rows = super().forward(local).masked_fill(~mine[..., None], 0.0)
+        return sum_(rows, self.group)
+
+
+def _local(ids: Tensor, C: int, group: Group) -> tuple[Tensor, Tensor]:
+    """ids among this rank's C rows, 0 for those of others, and which are its own."""
+    local = ids - dist.get_rank(group) * C
+    mine = (local >= 0) & (local < C)
+    return local.masked_fill(~mine, 0), mine
+
+
+def vocabulary_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    group: Group = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """ops.cross_entropy of logits (..., V) of which this rank has its part (..., V / N).
+
+    targets (...), int64 or int32 in [0, V), and what is returned are the same on every rank. The gradient is that of
+    this rank's part of the logits.
+    """
+    C = logits.shape[-1]
+    targets_n = _checked(logits, targets, C, group, ignore_index, reduction)
+    loss_n = _Loss.apply(logits.reshape(-1, C), None, targets_n, group, ignore_index, softcap)
+    return reduced(loss_n, targets, ignore_index, reduction)
+
+
+def vocabulary_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: Group = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """ops.linear_cross_entropy of x (..., M) with the whole weight (V, M), of which this rank has its part (V / N, M).
+
+    x, targets (...) and what is returned are the same on every rank. x's gradient is a partial sum: pass
+    `differentiable.copy(x, group)` to have it summed. Logits are made in chunks of tokens, again in the backward.
+    """
+    targets_n = _checked(x, targets, weight.shape[0], group, ignore_index, reduction)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    loss_n = _Loss.apply(x.reshape(-1, x.shape[-1]), weight, targets_n, group, ignore_index, softcap)
+    return reduced(loss_n, targets, ignore_index, reduction)
+
+
+def _checked(x: Tensor, targets: Tensor, C: int, group: Group, ignore_index: int, reduction: str) -> Tensor:
+    check_reduction(reduction)
+    if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
+        got = f"{tuple(targets.shape)} {targets.dtype}"
+        raise ValueError(f"targets must be {tuple(x.shape[:-1])} int64 or int32 to fit {tuple(x.shape)}, got {got}")
+    targets_n = targets.reshape(-1).long()
+    check_targets(targets_n, C * dist.get_world_size(group), ignore_index)
+    return targets_n
+
+
+class _Loss(torch.autograd.Function):
+    """Losses (n,) in float32 or wider. x (n, M) with a weight (C, M), or logits (n, C) with None."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nM, weight_CM, targets_n, group, ignore_index, softcap):
+        C = x_nM.shape[1] if weight_CM is None else weight_CM.shape[0]
+        local_n, mine_n = _local(targets_n, C, group)
+        wide = torch.promote_types(x_nM.dtype, torch.float32)
+        lse_n, hit_n = (x_nM.new_zeros(len(x_nM), dtype=wide) for _ in range(2))
+        for rows in _chunks(len(x_nM), C):
+            z_nC = _logits(x_nM[rows], weight_CM, softcap)[0]
+            lse_n[rows] = z_nC.logsumexp(-1)
+            hit_n[rows] = z_nC.gather(-1, local_n[rows, None])[:, 0].masked_fill(~mine_n[rows], 0.0)
+        most_n = lse_n.clone()
+        dist.all_reduce(most_n, dist.ReduceOp.MAX, group=group)
+        both_2n = torch.stack(((lse_n - most_n).exp(), hit_n))
+        all_reduce(both_2n, group)
+        lse_n, hit_n = both_2n[0].log() + most_n, both_2n[1]
+        counts_n = targets_n != ignore_index
+        ctx.save_for_backward(x_nM, weight_CM, local_n, mine_n & counts_n, counts_n, lse_n)
+        ctx.softcap = softcap
+        return (lse_n - hit_n).masked_fill(~counts_n, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss_n):
+        x_nM, weight_CM, local_n, mine_n, counts_n, lse_n = ctx.saved_tensors
+        C = x_nM.shape[1] if weight_CM is None else weight_CM.shape[0]
+        dloss_n = dloss_n.masked_fill(~counts_n, 0.0)
+        dx_nM, dw_CM = torch.empty_like(x_nM), None
+        if weight_CM is not None:
+            dw_CM = torch.zeros_like(weight_CM, dtype=torch.promote_types(weight_CM.dtype, torch.float32))
+        for rows in _chunks(len(x_nM), C):
+            z_nC, slope_nC = _logits(x_nM[rows], weight_CM, ctx.softcap)
+            dz_nC = (z_nC - lse_n[rows, None]).exp_().mul_(dloss_n[rows, None])
+            hit_n = torch.where(mine_n[rows], -dloss_n[rows], 0.0)
+            dz_nC.scatter_add_(-1, local_n[rows, None], hit_n[:, None])
+            dz_nC = (dz_nC if slope_nC is None else dz_nC * slope_nC).to(x_nM.dtype)
+            dx_nM[rows] = dz_nC if weight_CM is None else dz_nC @ weight_CM
+            if dw_CM is not None:
+                dw_CM += dz_nC.T @ x_nM[rows]
+        return dx_nM, None if dw_CM is None else dw_CM.to(weight_CM.dtype), None, None, None, None
+
+
+def _logits(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """In float32 or wider, and the slope of the soft-cap."""
+    z_nC = x_nM if weight_CM is None else F.linear(x_nM, weight_CM)
+    z_nC = z_nC.to(torch.promote_types(z_nC.dtype, torch.float32))
+    if softcap is None:
+        return z_nC, None
+    t_nC = torch.tanh(z_nC / softcap)
+    return softcap * t_nC, 1 - t_nC.square()
+
+
+def _chunks(n: int, C: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * C))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
