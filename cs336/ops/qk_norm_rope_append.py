@@ -14,7 +14,7 @@ from cs336.ops import registry
 from cs336.ops.dispatch import rows, run
 from cs336.ops.paged_cache import _check_append
 from cs336.ops.ref import qk_norm_rope_append as ref
-from cs336.ops.rope import check_heads, check_tables, triton_refuses
+from cs336.ops.rope import check_heads, check_tables, kernels_refuse
 
 
 def qk_norm_rope_append_(
@@ -81,5 +81,5 @@ registry.define(
     ref=ref.qk_norm_rope_append_,
     triton="qk_norm_rope_append.qk_norm_rope_append_",
     check=_check,
-    supports={"triton": lambda k_cache, v_cache, q, *_: triton_refuses(q)},
+    supports={"triton": lambda k_cache, v_cache, q, *_: kernels_refuse(q)},
 )

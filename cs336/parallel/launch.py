@@ -21,7 +21,7 @@ ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch
 
 
 class RankError(RuntimeError):
-    """What went wrong on another rank."""
+    """What went wrong on another rank, which it names."""
 
 
 def connect(device: str = "auto") -> torch.device:
