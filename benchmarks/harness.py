@@ -71,6 +71,8 @@ class Batch:
     run: Callable[[], None]
     calls: int
     method: str
+    held: list[Call] = field(default_factory=list)
+    """Whose tensors a graph runs on: it knows their addresses alone, and freed ones may be unmapped before a replay."""
 
 
 def default_device() -> torch.device:
@@ -200,7 +202,7 @@ def _graph(calls: list[Call], rounds: int) -> Batch:
     except RuntimeError:  # the call synchronises, or uses another stream
         torch.cuda.synchronize()
         return _events(calls, rounds)
-    return Batch(graph.replay, rounds * len(calls), "cuda graph")
+    return Batch(graph.replay, rounds * len(calls), "cuda graph", held=calls)
 
 
 def _events(calls: list[Call], rounds: int) -> Batch:

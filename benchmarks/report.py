@@ -203,6 +203,16 @@ def train(rows: list[Row]) -> Iterator[str]:
         yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {ours['loss']:.4f} / {plain['loss']:.4f} |"
 
 
+def ladder(rows: list[Row]) -> Iterator[str]:
+    yield "| each rung has what those above it have | tokens/s | of plain PyTorch | memory at the peak | loss |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        faster = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        memory = f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] else ""
+        speed = f"{row['tokens_per_second'] / 1e3:.1f}k{mfu(row)}"
+        yield f"| {row['variant']} | {speed} | {faster:.3f}x | {memory} | {row['loss']:.4f} |"
+
+
 def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
 
@@ -252,6 +262,20 @@ def data(rows: list[Row]) -> Iterator[str]:
     if absent := ", ".join(row["tool"] for row in rows if "skipped" in row):
         yield ""
         yield f"Not installed here: {absent}."
+
+
+def curation(rows: list[Row]) -> Iterator[str]:
+    """Bits a byte of held-out books after equally many tokens of each side, and the gain over raw with its interval."""
+    yield "| text | documents | MB | times read | bits a byte, a seed each | mean | gain over raw, 95 % |"
+    yield "| --- | ---: | ---: | ---: | --- | ---: | ---: |"
+    for row in rows:
+        seeds = ", ".join(f"{bits:.3f}" for bits in row["bits_per_byte"])
+        spread = "" if row["gain_half_width"] is None else f" ± {row['gain_half_width']:.3f}"
+        gain = "–" if row is rows[0] else f"{row['gain']:+.3f}{spread}"
+        size = f"{row['documents']:,} | {row['megabytes']:.1f} | {row['epochs']:.2f}"
+        yield f"| {row['side']} | {size} | {seeds} | {row['mean']:.3f} | {gain} |"
+    yield ""
+    yield f"{rows[0]['tokens']:,} tokens each."
 
 
 def coding(name: str, rows: list[Row]) -> Iterator[str]:
@@ -385,8 +409,10 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 BODIES = {
     "train": train,
     "train_deterministic": train,
+    "ladder": ladder,
     "adamw": optimizer,
     "data": data,
+    "curation": curation,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "attention": rated,

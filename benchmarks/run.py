@@ -61,12 +61,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
     train.add_argument("--nondeterministic", action="store_true", help="ours too: plain PyTorch always is, on a GPU")
+    ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
+    ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
+    ladder.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    ladder.add_argument("--blocks", type=int, default=3, help="timed, a rung (%(default)s)")
+    ladder.add_argument("--steps", type=int, default=20, help="in a block")
+    ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
+    ladder.add_argument("--no-compile", action="store_true")
     mixers = kinds.add_parser("mixers", help="training and decoding of each mixer, and the recurrences beside fla's")
     mixers.add_argument("names", nargs="*", metavar="MIXER", help="all, and the recurrences, if none is named")
     mixers.add_argument("--size", default="350M", choices=("tiny", "350M"), help="of the model (%(default)s)")
     mixers.add_argument("--tokens", type=int, default=16384, help="a step (%(default)s)")
     mixers.add_argument("--compile", action="store_true", help="each layer")
-    for kind in (ops, train, mixers):
+    for kind in (ops, train, ladder, mixers):
         kind.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
         kind.add_argument("--commit", help="to record where there is no git checkout")
     options = parser.parse_args(argv)
@@ -96,7 +103,7 @@ def main(argv: list[str]) -> int:
     print(
         f"{header['gpu'] or 'CPU'}, torch {header['torch']}, copy roof {header['roofs']['copy_gbps']} GB/s", flush=True
     )
-    return {"ops": ops, "train": train, "mixers": mixers}[options.kind](options, device, header)
+    return {"ops": ops, "train": train, "ladder": ladder, "mixers": mixers}[options.kind](options, device, header)
 
 
 def distributed(name: str, *argv: str) -> int:
@@ -213,6 +220,26 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.out and rows:
         results.write(options.out, "train", header, rows)
     return 1 if failed else 0
+
+
+def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
+    from benchmarks.end_to_end import bench_ladder, bench_train
+
+    if options.model not in bench_train.MODELS:
+        raise SystemExit(f"no model {options.model}: expected one of {', '.join(bench_train.MODELS)}")
+    settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
+    made: list[dict[str, Any]] = []
+    for row in bench_ladder.climb(options.model, **settings, compile=not options.no_compile):
+        made.append(row)
+        memory = f"{row['bytes'] / 2**30:6.1f} GiB  " if row["bytes"] else ""
+        print(
+            f"{row['variant']:24} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a step "
+            f"(spread {row['spread']:.1%})  {made[0]['seconds'] / row['seconds']:.3f}x  {memory}loss {row['loss']:.4f}",
+            flush=True,
+        )
+        if options.out:
+            results.write(options.out, "ladder", header, made)
+    return 0
 
 
 def mixers(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:

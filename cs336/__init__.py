@@ -10,7 +10,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {"enable": "cs336.backend", "disable": "cs336.backend", "deterministic": "cs336.ops.registry"}
+_HOME = {"enable": "cs336.backend", "disable": "cs336.backend"}
+_HOME |= {"deterministic": "cs336.ops.registry", "invariant": "cs336.ops.registry"}
 _HOME |= dict.fromkeys(
     (
         f"flash_attn_{kind}func"

@@ -14,7 +14,7 @@ What Dynamo captured is searched for these patterns, whoever wrote them, and the
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -39,12 +39,13 @@ def cs336(graph_module: GraphModule, example_inputs: list, *, mode: str | None =
     return compile_fx(graph_module, example_inputs, config_patches=patches or None)
 
 
-def replace(graph_module: GraphModule) -> Counter:
-    """Put our ops in place of the patterns, in place. Returns how many of each were found."""
+def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> Counter:
+    """Put our ops in place of the patterns, in place: of `only` these, all if None. Returns how many of each there
+    were."""
     counts: Counter = Counter()
     for node in list(graph_module.graph.nodes):
         for name, match in PATTERNS.items():
-            found = match(node)
+            found = match(node) if only is None or name in only else None
             if found is None:
                 continue
             function, args, kwargs = found

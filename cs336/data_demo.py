@@ -44,15 +44,15 @@ class DataDemo:
     tokens: int = 300_000
     """That each model is trained on."""
     seeds: int = 1
-    """Models of each kind."""
+    """Models of each kind; 0: the crawl, its curated build and the report alone."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
 
     def __post_init__(self):
         if self.pages < 40:
             raise ValueError(f"pages must be 40 or more, so that some can be held out, got {self.pages}")
-        if self.seeds < 1 or self.tokens < CONTEXT * BATCH:
-            raise ValueError(f"seeds must be 1 or more and tokens {CONTEXT * BATCH} or more")
+        if self.seeds < 0 or self.tokens < CONTEXT * BATCH:
+            raise ValueError(f"seeds must be 0 or more and tokens {CONTEXT * BATCH} or more")
 
 
 def data_demo(settings: DataDemo, console: Console | None = None) -> pathlib.Path:
@@ -65,6 +65,12 @@ def data_demo(settings: DataDemo, console: Console | None = None) -> pathlib.Pat
     return settings.run_dir / "curated" / "report.html"
 
 
+def curated_documents(run_dir: pathlib.Path) -> pathlib.Path:
+    """The directory that the demo's curated documents are in, beside its index.json."""
+    dedup = _Job(DataDemo(run_dir), Console(quiet=True)).curated().dedup
+    return run_dir / "curated" / f"{len(dedup) + 1}-{dedup[-1].kind}" / "documents"
+
+
 class _Job:
     def __init__(self, settings: DataDemo, console: Console):
         self.settings, self.console = settings, console
@@ -75,7 +81,7 @@ class _Job:
 
     def stages(self) -> list[Stage]:
         settings = self.settings
-        shards = tuple(self.run_dir / side / "tokens" for side in ("curated", "raw"))
+        models = self.model_stages() if settings.seeds else []
         return [
             Stage(
                 "crawl",
@@ -92,6 +98,20 @@ class _Job:
                 inputs=(self.crawl,),
                 settings={"vocab_size": settings.vocab_size, "languages": _knows_languages()},
             ),
+            *models,
+            Stage(
+                "report",
+                "put everything on one page",
+                self.report,
+                outputs=("curated/report.html",),
+                inputs=(*((self.run_dir / "models.json",) if models else ()), self.run_dir / "curated" / "build.json"),
+            ),
+        ]
+
+    def model_stages(self) -> list[Stage]:
+        settings = self.settings
+        shards = tuple(self.run_dir / side / "tokens" for side in ("curated", "raw"))
+        return [
             Stage(
                 "raw",
                 "extract and tokenize alone",
@@ -106,13 +126,6 @@ class _Job:
                 outputs=("models.json",),
                 inputs=(*shards, self.held_out),
                 settings={name: getattr(settings, name) for name in ("tokens", "seeds", "device")},
-            ),
-            Stage(
-                "report",
-                "put everything on one page",
-                self.report,
-                outputs=("curated/report.html",),
-                inputs=(self.run_dir / "models.json", self.run_dir / "curated" / "build.json"),
             ),
         ]
 
@@ -241,8 +254,9 @@ class _Job:
 
     def report(self) -> Outcome:
         curated = self.run_dir / "curated"
-        with replacing(curated / "models.json") as file:
-            file.write((self.run_dir / "models.json").read_text(encoding="utf-8"))
+        if self.settings.seeds:
+            with replacing(curated / "models.json") as file:
+                file.write((self.run_dir / "models.json").read_text(encoding="utf-8"))
         return Outcome(f"open {write_build_report(curated)} in a browser")
 
 

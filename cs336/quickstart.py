@@ -1,6 +1,7 @@
 """The main job, end to end: text, tokenizer, tokens, a trained model, its measure, what it writes, a report.
 
-Seven stages on cs336.utils.stages: what is current is skipped, and a trained model is never replaced by another.
+Seven stages on cs336.utils.stages, eight where the data demo comes first: what is current is skipped, and a trained
+model is never replaced by another.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from cs336.data import for_split, in_validation, read_meta, read_texts, tokenize_documents
 from cs336.data.stdlib import stdlib_documents, stdlib_name
+from cs336.data_demo import DataDemo, curated_documents, data_demo
 from cs336.evaluation import Evaluation, evaluate, last_validation
 from cs336.inference.load import load_model
 from cs336.inference.samples import sampler
@@ -34,6 +36,7 @@ from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 from cs336.utils.terminal import visible
 
+DEMO = "data"  # below the run's directory: where the data demo works
 LEAST_BYTES, LEAST_HELD_OUT = 100_000, 2_000
 EPOCHS = 5  # passes over the text before more of it teaches little (arXiv:2305.16264)
 MFU, LEAST_MFU = 0.4, 0.15  # of the device's peak: what is expected, and what can be counted on
@@ -62,12 +65,17 @@ class Quickstart:
     """auto (a GPU if there is one), cpu, cuda."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
+    data_demo: bool = False
+    """Instead of a corpus: make a crawl of this Python's documentation, clean it as `cs336 data demo` does, and learn
+    from what is left."""
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
             raise ValueError(f"minutes must be more than zero and finite, got {self.minutes}")
         if not self.max_megabytes > 0:
             raise ValueError(f"max_megabytes must be more than zero, got {self.max_megabytes}")
+        if self.data_demo and self.corpus is not None:
+            raise ValueError(f"the data demo makes its own text: leave out either data_demo or corpus ({self.corpus})")
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class Job:
         self.settings, self.run_dir = settings, settings.run_dir
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.device = pick(settings.device)
+        self._demo = DataDemo(self.run_dir / DEMO, vocab_size=settings.vocab_size, seeds=0)
         if settings.corpus is not None and not settings.corpus.exists():
             raise FileNotFoundError(
                 f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
@@ -120,17 +129,29 @@ class Job:
 
     def stages(self) -> list[Stage]:
         settings, corpus, tokens = self.settings, self.settings.corpus, self.run_dir / "tokens"
+        demo = self._demo.run_dir
+        sources = (
+            (curated_documents(demo).parent / "index.json",) if settings.data_demo else (corpus,) if corpus else ()
+        )
+        first = Stage(
+            "curate",
+            "make a crawl of this Python's documentation, and clean it",
+            self.curate,
+            outputs=(f"{DEMO}/curated/build.json", f"{DEMO}/curated/report.html"),
+            settings={"pages": self._demo.pages, "python": stdlib_name()},
+        )
         texts = tuple(self._text(side) for side in ("train", "val"))
         tokenizer = self.run_dir / "tokenizer.json"
         return [
+            *([first] if settings.data_demo else []),
             Stage(
                 "collect",
                 "read the text, hold some documents out",
                 self.collect,
                 outputs=("corpus/train.jsonl", "corpus/val.jsonl"),
-                inputs=() if corpus is None else (corpus,),
+                inputs=sources,
                 settings={"max_megabytes": settings.max_megabytes, "text_field": settings.text_field}
-                | ({"standard library": _stdlib_digest()} if corpus is None else {}),
+                | ({} if sources else {"standard library": _stdlib_digest()}),
             ),
             Stage(
                 "tokenizer",
@@ -179,7 +200,12 @@ class Job:
             ),
         ]
 
-    # ---- collect ----
+    # ---- curate, collect ----
+
+    def curate(self) -> Outcome:
+        report = data_demo(self._demo, Console(quiet=True))
+        found = json.loads((report.parent / "build.json").read_text(encoding="utf-8"))
+        return Outcome(f"{found['documents']:,} of {found['records']:,} records are left: {report} says why")
 
     def collect(self) -> Outcome:
         counts = {"train": [0, 0], "val": [0, 0]}  # documents, bytes
@@ -213,14 +239,18 @@ class Job:
 
     def _documents(self) -> Iterator[str]:
         corpus = self.settings.corpus
-        if corpus is None:
+        if self.settings.data_demo:
+            source = read_texts(curated_documents(self._demo.run_dir))
+        elif corpus is None:
             source = stdlib_documents()
         else:
             source = read_texts(corpus, text_field=self.settings.text_field, without=self.run_dir)
         return (part for document in source for part in document.split(END_OF_TEXT) if part.strip())
 
     def _source(self) -> str:
-        return stdlib_name() if self.settings.corpus is None else str(self.settings.corpus)
+        if self.settings.corpus is not None:
+            return str(self.settings.corpus)
+        return f"documentation of {stdlib_name()}" if self.settings.data_demo else stdlib_name()
 
     def _text(self, side: str) -> pathlib.Path:
         return self.run_dir / "corpus" / f"{side}.jsonl"
@@ -298,7 +328,7 @@ class Job:
         )
 
     def _prompts(self) -> list[str]:
-        if self.settings.corpus is None:
+        if self.settings.corpus is None and not self.settings.data_demo:
             return list(PROMPTS)
         held_out = itertools.islice(read_texts(self._text("val")), 3)
         return [" ".join(document[:80].split()[:4])[:24] for document in held_out]  # 96 tokens at most

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.end_to_end import bench_train
+from benchmarks.end_to_end import bench_ladder, bench_train
 from benchmarks.end_to_end.plain import PlainTransformer
 from cs336 import ops
 from cs336.data import read_shard
@@ -74,3 +74,26 @@ def test_curves_that_disagree_are_an_error(monkeypatch, capsys):
 def test_bad_arguments(arguments, message):
     with pytest.raises(SystemExit, match=message):
         run.main(["train", *arguments])
+
+
+def test_each_rung_of_the_ladder_adds_its_piece(monkeypatch):
+    found = []
+
+    def backend(graph_module, example_inputs):  # what inductor would get
+        names = [getattr(node.target, "__name__", None) for node in graph_module.graph.nodes]
+        found.append([names.count(name) for name in ("sdpa", "rms_norm", "swiglu", "of_linear")])
+        return graph_module.forward
+
+    monkeypatch.setattr(bench_ladder, "compile_fx", backend)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
+    rows = list(bench_ladder.climb("tiny", batch_size=2, blocks=1, steps=2))
+    whole = [TINY.num_layers, 2 * TINY.num_layers + 1, TINY.num_layers, 1]
+    plain_norms = 2 * TINY.num_layers + 1  # torch's function has the same name
+    assert found == [
+        [n if i < pieces else plain_norms * (i == 1) for i, n in enumerate(whole)] for pieces in (0, 1, 2, 3, 4, 4)
+    ]
+    assert [row["variant"] for row in rows][-4:] == ["+ AdamW", "cs336 train", "+ CUDA graph", "+ bf16 weights"]
+    losses = [row["loss"] for row in rows]
+    assert losses[:-1] == pytest.approx([losses[0]] * 8, abs=1e-3)
+    assert losses[-1] == pytest.approx(losses[0], rel=0.02)

@@ -1,14 +1,20 @@
 """cs336 data demo, shortened: the crawl that it makes, what is found of what it plants, and its report."""
 
+import dataclasses
+import functools
 import io
 import json
 
 import pytest
 
+from cs336 import quickstart
 from cs336.cli import main
+from cs336.data import read_texts
+from cs336.data.build.store import Store
 from cs336.data.sources import Limits, Record, read_archive
 from cs336.data.stdlib_crawl import stdlib_pages, write_crawl
 from cs336.data_demo import DataDemo
+from cs336.quickstart import Job
 
 
 def test_the_crawl_holds_what_it_says():
@@ -52,5 +58,31 @@ def test_the_demo_runs_whole_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="pages must be 40 or more"):
         DataDemo(pages=3)
-    with pytest.raises(ValueError, match="seeds must be 1 or more and tokens 1024 or more"):
+    with pytest.raises(ValueError, match="seeds must be 0 or more and tokens 1024 or more"):
         DataDemo(tokens=3)
+
+
+def test_it_is_quickstarts_first_stage(tmp_path, monkeypatch, capsys):
+    """Quickstart learns from the documents that the demo leaves, and from nothing else."""
+    config, shape = Job._train_config, dataclasses.replace(quickstart.SHAPES[0], num_layers=1, d_model=32, num_heads=2)
+    monkeypatch.setattr(quickstart, "SHAPES", (shape,))
+    monkeypatch.setattr(Job, "_train_config", lambda job: dataclasses.replace(config(job), budget="3steps"))
+    monkeypatch.setattr(quickstart, "DataDemo", functools.partial(DataDemo, pages=60))
+    monkeypatch.chdir(tmp_path)
+    command = ["quickstart", "--data-demo", "--run-dir", "run", "--vocab-size", "300", "--device", "cpu"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "1/8 curate" in out
+    assert "records are left: run/data/curated/report.html says why" in out
+    run = tmp_path / "run"
+    kept = "".join(document.text for document in Store(run / "data/curated/4-lines"))
+    collected = list(read_texts([run / "corpus/train.jsonl", run / "corpus/val.jsonl"]))
+    assert len("".join("".join(collected).split())) == len("".join(kept.split()))  # cut into pieces, and split
+    assert all(text in kept for text in collected)
+    assert "a model on each" not in (run / "data/curated/report.html").read_text()
+    assert not (run / "data/models.json").exists()
+    assert (run / "report.html").exists()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("(done before)") == 8
+    assert main([*command, "--corpus", "x.txt"]) == 2
+    assert "leave out either data_demo or corpus" in capsys.readouterr().err

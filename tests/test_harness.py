@@ -1,9 +1,13 @@
 """The benchmark harness: what is timed, what is refused, and what is written down."""
 
+import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import time
+import types
+import weakref
 from concurrent.futures import BrokenExecutor
 
 import pytest
@@ -33,6 +37,24 @@ def test_calls_are_taken_in_turn():
     calls = [lambda i=i: seen.append(i) or (i,) for i in range(3)]
     harness._run(calls, 2)
     assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_captured_call_keeps_its_tensors(monkeypatch):
+    """A contender's own copies must outlive it: capturing the next one gives freed memory back to the device."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def bind(x):
+        own = x.clone()
+        alive.append(weakref.ref(own))
+        return lambda: (own,)
+
+    alive: list[weakref.ref] = []
+    batch = harness._graph([bind(torch.randn(4)), bind(torch.randn(4))], 2)
+    gc.collect()
+    assert batch.calls == 4
+    assert all(own() is not None for own in alive)
 
 
 def test_contenders_take_turns(monkeypatch):

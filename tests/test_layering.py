@@ -12,7 +12,7 @@ MODELS = NN | {"cs336.models"}
 DATA = MODELS | {"cs336.parallel", "cs336.data"}
 TRAINING = DATA | {"cs336.training"}
 INFERENCE = TRAINING | {"cs336.inference"}
-EVALUATION = INFERENCE | {"cs336.evaluation"}
+EVALUATION = INFERENCE | {"cs336.verifiers", "cs336.evaluation"}
 EXPERIMENTS = EVALUATION | {"cs336.experiments"}
 TOP = EXPERIMENTS | {"cs336.scaling", "cs336.alignment", "cs336.report", "cs336.env"}
 
@@ -37,13 +37,15 @@ MAY_IMPORT = {
     "cs336/data": MODELS | {"cs336._text"},
     "cs336/training": DATA,
     "cs336/inference": TRAINING,
-    "cs336/evaluation": INFERENCE,
+    "cs336/verifiers": INFERENCE,
+    "cs336/evaluation": INFERENCE | {"cs336.verifiers"},
     "cs336/experiments": EVALUATION,
     "cs336/scaling": EXPERIMENTS,
     "cs336/alignment": EXPERIMENTS,
-    "cs336/quickstart.py": TOP,
+    "cs336/quickstart.py": TOP | {"cs336.data_demo"},
     "cs336/data_demo.py": TOP,
-    "cs336/cli": TOP | {"cs336.quickstart", "cs336.data_demo"},
+    "cs336/align_demo.py": TOP,
+    "cs336/cli": TOP | {"cs336.quickstart", "cs336.data_demo", "cs336.align_demo"},
     "cs336": {"cs336"},
 }
 

@@ -135,6 +135,18 @@ def test_data():
     assert "Not installed here: dolma." in text
 
 
+def test_curation():
+    row = {"op": "curation", "documents": 1379, "megabytes": 13.6, "tokens": 150000, "epochs": 0.03}
+    rows = [
+        row | {"side": "raw", "bits_per_byte": [3.0, 3.2], "mean": 3.1, "gain": 0.0, "gain_half_width": 0.0},
+        row | {"side": "curated", "bits_per_byte": [2.8, 3.1], "mean": 2.95, "gain": 0.15, "gain_half_width": 0.635},
+    ]
+    text = "\n".join(report.curation(rows))
+    assert "| raw | 1,379 | 13.6 | 0.03 | 3.000, 3.200 | 3.100 | – |" in text
+    assert "| curated | 1,379 | 13.6 | 0.03 | 2.800, 3.100 | 2.950 | +0.150 ± 0.635 |" in text
+    assert "150,000 tokens each." in text
+
+
 def test_tokenizers():
     trained = {
         "op": "tokenizer",

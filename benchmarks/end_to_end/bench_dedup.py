@@ -7,11 +7,13 @@ process alone.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from cs336 import _text
 from cs336.data import c4_quality, dedup_lines, fineweb_quality, gopher_quality, gopher_repetition, minhash
@@ -54,6 +56,24 @@ def set_of_hashes(path: pathlib.Path) -> None:
         seen.add(hash(line))
 
 
+def set_files_to_files(path: pathlib.Path, out: pathlib.Path) -> None:
+    """The same work as dedup_lines(keep="first")."""
+    seen = set()
+    with path.open("rb") as lines, out.open("wb") as kept:
+        for line in lines:
+            if (key := hash(line)) not in seen:
+                seen.add(key)
+                kept.write(line)
+
+
+def counts_files_to_files(path: pathlib.Path, out: pathlib.Path) -> None:
+    """The same work as dedup_lines(keep="none")."""
+    with path.open("rb") as lines:
+        seen = collections.Counter(map(hash, lines))
+    with path.open("rb") as lines, out.open("wb") as kept:
+        kept.writelines(line for line in lines if seen[hash(line)] == 1)
+
+
 def count_lines(path: pathlib.Path) -> None:
     _text.LineDedup(0, 1, 1).count(path.read_bytes())
 
@@ -93,14 +113,23 @@ def main() -> None:
         # Lines of 40 bytes or so, as in text from the web.
         lines = [text[i : i + 40].replace("\n", " ") for text in texts for i in range(0, len(text), 40)]
         path.write_text("\n".join(lines * 4))
+        megabytes, kept = path.stat().st_size / 1e6, pathlib.Path(folder, "kept.txt")
+
+        def ours(keep: Literal["none", "first"]) -> None:
+            dedup_lines(path, pathlib.Path(folder, "out"), keep, num_threads=1)
+
+        peer = {"Python set of hashes, nothing written": lambda: set_of_hashes(path)}
+        report("lines counted", megabytes, {"cs336": lambda: count_lines(path)} | peer)
         report(
-            "lines",
-            path.stat().st_size / 1e6,
-            {
-                "cs336, counting": lambda: count_lines(path),
-                "cs336, files to files": lambda: dedup_lines(path, pathlib.Path(folder, "out"), num_threads=1),
-                "Python set of hashes": lambda: set_of_hashes(path),
-            },
+            "lines, the first copy kept",
+            megabytes,
+            {"cs336": lambda: ours("first"), "Python set of hashes": lambda: set_files_to_files(path, kept)} | peer,
+        )
+        report(
+            "lines, no copy kept",
+            megabytes,
+            {"cs336": lambda: ours("none"), "Python Counter of hashes": lambda: counts_files_to_files(path, kept)}
+            | peer,
         )
 
 

@@ -6,6 +6,7 @@ clocks; the median block counts, and the loss curves must agree.
     python -m benchmarks.run train [124M] [--batch 32] [--data TOKENS] [--nondeterministic] [--out FILE]
 """
 
+import functools
 import pathlib
 import tempfile
 import time
@@ -20,7 +21,7 @@ from benchmarks import harness
 from benchmarks.end_to_end.plain import PlainTransformer
 from cs336.data import TokenDataset, TokenLoader, write_shard
 from cs336.models import TransformerConfig
-from cs336.optim import cosine_schedule
+from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import DataConfig, TrainConfig
 from cs336.training.learner import Learner
 
@@ -43,18 +44,19 @@ def zipf_tokens(path: pathlib.Path, vocab_size: int, count: int) -> pathlib.Path
     return path
 
 
-def plain_update(ours: Learner) -> Update:
-    """What a Learner does, in plain PyTorch, from the same weights."""
+def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimizer: bool = False) -> Update:
+    """What a Learner does, in plain PyTorch, from the same weights; `compile` is called where the learner compiles."""
     settings, device = ours.config.optimizer, ours.device
     model = PlainTransformer(ours.config.model).to(device)
     model.copy_weights(ours.model)
-    loss_of = torch.compile(model.loss) if ours.compiled else model.loss
+    loss_of = compile(model.loss) if ours.compiled else model.loss
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    kind = AdamW if our_optimizer else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = kind(groups, betas=settings.betas, eps=settings.eps)
 
     def update(x_BT: Tensor, y_BT: Tensor, lr: float) -> Tensor:
         for group in optimizer.param_groups:
@@ -62,8 +64,11 @@ def plain_update(ours: Learner) -> Update:
         with torch.autocast(device.type, torch.bfloat16, enabled=ours.dtype == torch.bfloat16):
             loss = loss_of(x_BT, y_BT)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
-        optimizer.step()
+        if our_optimizer:
+            optimizer.step(grad_scale=clip_scale(grad_norm(parameters), settings.max_grad_norm))
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

@@ -1,5 +1,6 @@
 """From a base model to one that follows instructions and solves tasks: losses, verifiers, SFT and GRPO."""
 
+from cs336.alignment.examples import Turn as Turn
 from cs336.alignment.functions import entropy as entropy
 from cs336.alignment.functions import kl as kl
 from cs336.alignment.functions import masked_mean as masked_mean
@@ -7,23 +8,37 @@ from cs336.alignment.functions import masked_normalize as masked_normalize
 from cs336.alignment.functions import response_mask as response_mask
 from cs336.alignment.functions import sequence_log_probs as sequence_log_probs
 from cs336.alignment.grpo import GRPOConfig as GRPOConfig
-from cs336.alignment.grpo import Rollouts as Rollouts
 from cs336.alignment.grpo import grpo_step as grpo_step
-from cs336.alignment.grpo import rollout as rollout
 from cs336.alignment.grpo import train_grpo as train_grpo
+from cs336.alignment.lora import LoRAConfig as LoRAConfig
+from cs336.alignment.lora import apply_lora as apply_lora
+from cs336.alignment.lora import merged as merged
+from cs336.alignment.pairs import PreferenceExample as PreferenceExample
+from cs336.alignment.pairs import read_preferences as read_preferences
 from cs336.alignment.policy import gae as gae
 from cs336.alignment.policy import group_advantages as group_advantages
 from cs336.alignment.policy import policy_gradient_loss as policy_gradient_loss
 from cs336.alignment.policy import policy_gradient_terms as policy_gradient_terms
+from cs336.alignment.ppo import PPOConfig as PPOConfig
+from cs336.alignment.ppo import ppo_step as ppo_step
 from cs336.alignment.preferences import dpo_loss as dpo_loss
 from cs336.alignment.preferences import reward_model_loss as reward_model_loss
+from cs336.alignment.reward_model import RewardModel as RewardModel
+from cs336.alignment.reward_model import load_reward_model as load_reward_model
+from cs336.alignment.rollouts import Rollouts as Rollouts
+from cs336.alignment.rollouts import rollout as rollout
 from cs336.alignment.sft import SFT as SFT
 from cs336.alignment.sft import Example as Example
 from cs336.alignment.sft import encode_chat as encode_chat
 from cs336.alignment.sft import pack_examples as pack_examples
+from cs336.alignment.style import safety_rows as safety_rows
+from cs336.alignment.style import style_rows as style_rows
 from cs336.alignment.verifiers import Verdict as Verdict
 from cs336.alignment.verifiers import equal_answers as equal_answers
 from cs336.alignment.verifiers import extract_answer as extract_answer
+from cs336.alignment.verifiers import extract_code as extract_code
 from cs336.alignment.verifiers import parse_number as parse_number
+from cs336.alignment.verifiers import sandbox as sandbox
+from cs336.alignment.verifiers import verify_code as verify_code
 from cs336.alignment.verifiers import verify_format as verify_format
 from cs336.alignment.verifiers import verify_math as verify_math

@@ -6,7 +6,7 @@
 
 The engine that draws responses and the optimizer share the model's tensors: nothing is copied. The model stays in eval
 mode, without dropout, so that both see the same function. Metrics have TRL's names.
-B = responses of a step, S = tokens of a row, T = S - 1 predictions.
+B = responses of a step, S = tokens of a row, T = S - 1 predictions, P = prompts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cs336.alignment.functions import masked_mean, response_mask, sequence_log_probs
+from cs336.alignment.functions import masked_mean, sequence_log_probs
 from cs336.alignment.policy import KINDS, LossType, group_advantages, policy_gradient_terms
-from cs336.alignment.verifiers import Verdict
-from cs336.inference import LLM, SamplingParams
+from cs336.alignment.rollouts import Draw, Order, Reward, Rollouts, join, rollout, rows, scores
+from cs336.alignment.stage import step_on
+from cs336.inference import LLM
 from cs336.models import Transformer
-from cs336.optim import clip_scale, grad_norm
-from cs336.training.objectives import gradient_scale
+from cs336.ops import registry
 
-Reward = Callable[[str, Any], Verdict | float]
-"""(response, expected answer) -> a score: a verifier, for one."""
+UNSCALED = ("rloo", "dr_grpo", "reinforce")  # losses whose advantages are not divided by a standard deviation
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class GRPOConfig:
     """Divide advantages by the group's standard deviation; not done for rloo, dr_grpo and reinforce."""
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    """Of ratios above 1; more than epsilon leaves unlikely tokens room to grow (clip-higher, arXiv:2503.14476)."""
     beta: float = 0.0
     """Weight of the divergence from the reference model."""
     num_iterations: int = 1
@@ -52,13 +52,22 @@ class GRPOConfig:
     """Responses a forward pass; gradients add up. None: all."""
     mask_truncated_completions: bool = False
     """Learn nothing from responses that max_tokens cut."""
+    dynamic_sampling: int = 0
+    """Draw further prompts, at most so many times, in place of those whose responses are all worth the same: they teach
+    nothing (arXiv:2503.14476)."""
+    importance_cap: float | None = None
+    """Weight what is learned by how likely the training forward finds it, over how likely the engine did, at most so
+    much: it corrects what their numerics differ by (truncated importance sampling). At temperature 1."""
+    expert_threshold: float = 0.0
+    """Of expert_iteration: responses that are worth more are imitated."""
     max_grad_norm: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in {"num_generations": 2, "prompts_per_step": 1, "max_tokens": 1, "num_iterations": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        least = {"num_generations": 2, "prompts_per_step": 1, "max_tokens": 1, "num_iterations": 1}
+        for name, lowest in (least | {"dynamic_sampling": 0}).items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, got {getattr(self, name)}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be 1 or more, got {self.micro_batch_size}")
         if not 0 < self.temperature < float("inf"):
@@ -69,50 +78,125 @@ class GRPOConfig:
             raise ValueError(f"loss_type must be one of {', '.join(KINDS)}, got {self.loss_type!r}")
         if self.beta < 0 or not self.max_grad_norm > 0:
             raise ValueError(f"beta must be 0 or more and max_grad_norm above 0, got {self.beta}, {self.max_grad_norm}")
+        if self.importance_cap is not None and not (self.importance_cap > 0 and self.temperature == 1):
+            raise ValueError(
+                "importance_cap must be above 0, and temperature 1, for the engine's log-probabilities are before it, "
+                f"got {self.importance_cap} and {self.temperature}"
+            )
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """Responses to prompts, those of a prompt one after the other."""
+class Collected(NamedTuple):
+    """Responses to learn from, P x num_generations of them."""
 
-    texts: list[str]
-    token_ids_BS: Tensor
-    """(B, S) int64: prompt, response and the token that ended it, padded on the right with zeros."""
-    mask_BT: Tensor
-    """(B, T) bool: predictions of the responses' tokens."""
-    sampled_log_probs_BT: Tensor
-    """(B, T) float32: what the engine said of the tokens that it drew, before temperature; 0 elsewhere."""
-    truncated_B: Tensor
-    """(B,) bool: cut by max_tokens or the room there was."""
+    rollouts: Rollouts
+    rewards_B: Tensor
+    metrics: dict[str, float]
+    """Of all that were drawn, those that were left out too."""
 
 
-def rollout(llm: LLM, prompts: Sequence[str], config: GRPOConfig, seed: int) -> Rollouts:
-    """num_generations responses to each prompt; equal weights and seeds draw equal responses."""
-    n = config.num_generations
-    params = [
-        SamplingParams(config.temperature, max_tokens=config.max_tokens, n=n, logprobs=0, seed=seed + i * n)
-        for i in range(len(prompts))
-    ]
-    texts, rows, lengths, truncated = list[str](), list[list[int]](), list[int](), list[bool]()
-    logs = list[list[float]]()
-    for request in llm.generate(prompts, params):
-        for output in request.outputs:
-            drawn = [*(output.logprobs or []), *([output.end] if output.end else [])]
-            texts.append(output.text)
-            rows.append(request.prompt_token_ids + [token.id for token in drawn])
-            lengths.append(len(request.prompt_token_ids))
-            logs.append([token.logprob for token in drawn])
-            truncated.append(output.finish_reason == "length")
-    S = max(map(len, rows))
-    token_ids_BS, logs_BT = torch.zeros(len(rows), S, dtype=torch.int64), torch.zeros(len(rows), S - 1)
-    for b, (row, start, log) in enumerate(zip(rows, lengths, logs, strict=True)):
-        token_ids_BS[b, : len(row)] = torch.tensor(row)
-        logs_BT[b, start - 1 : len(row) - 1] = torch.tensor(log)
-    mask_BT = response_mask(torch.tensor(lengths), torch.tensor([len(row) for row in rows]), S)
-    device = llm.model.device
-    return Rollouts(
-        texts, token_ids_BS.to(device), mask_BT.to(device), logs_BT.to(device), torch.tensor(truncated, device=device)
-    )
+def collect(llm: LLM, draw: Draw, reward: Reward, config: GRPOConfig, seed: int) -> Collected:
+    """Draw responses to prompts_per_step prompts and score them.
+
+    With dynamic_sampling, prompts whose responses are all worth the same are left out, and others drawn in their place;
+    those that are still missing in the end are done without, but for all of them.
+    """
+    drawn, kept = list[tuple[Rollouts, Tensor]](), list[tuple[Rollouts, Tensor]]()
+    n, num_drawn, missing = config.num_generations, 0, config.prompts_per_step
+    for _ in range(1 + config.dynamic_sampling):
+        pairs = draw(missing)
+        rollouts = rollout(llm, [prompt for prompt, _ in pairs], config, seed + num_drawn * n)
+        rewards_B = scores(rollouts.texts, [answer for _, answer in pairs for _ in range(n)], reward)
+        drawn.append((rollouts, rewards_B))
+        num_drawn += len(pairs)
+        if not config.dynamic_sampling:
+            kept = drawn
+            break
+        differ_P = rewards_B.view(-1, n).std(1) > 0
+        places_B = differ_P.repeat_interleave(n).nonzero().flatten()
+        if len(places_B):
+            kept.append((rows(rollouts, places_B), rewards_B[places_B]))
+        missing -= int(differ_P.sum())
+        if not missing:
+            break
+    everything, rewards_B = join([r for r, _ in drawn]), torch.cat([x for _, x in drawn])
+    metrics = _of_rollouts(everything, rewards_B, n)
+    if not kept:
+        kept = drawn[-1:]
+    return Collected(join([r for r, _ in kept]), torch.cat([x for _, x in kept]), metrics)
+
+
+def learn(
+    llm: LLM,
+    optimizer: torch.optim.Optimizer,
+    collected: Collected,
+    config: GRPOConfig,
+    *,
+    reference: Transformer | None = None,
+) -> dict[str, float]:
+    """num_iterations optimizer steps on responses, after which the engine goes on with the new weights: metrics.
+
+    With an engine that was made with invariant=True training runs inside cs336.invariant() too: the log-probabilities
+    of both are then the same bits.
+    Raises ValueError for beta without reference, FloatingPointError for a loss or gradient that is not finite.
+    """
+    if config.beta and reference is None:
+        raise ValueError(f"beta is {config.beta} and there is no reference: give the model to stay near to")
+    with registry.invariant(llm.engine.config.invariant):
+        values = _learn(llm.model, optimizer, collected, config, reference)
+    llm.update_weights(llm.model)
+    return values
+
+
+def _learn(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    collected: Collected,
+    config: GRPOConfig,
+    reference: Transformer | None,
+) -> dict[str, float]:
+    rollouts, rewards_B = collected.rollouts, collected.rewards_B
+    mask_BT = rollouts.mask_BT
+    if config.mask_truncated_completions:
+        mask_BT = mask_BT & ~rollouts.truncated_B[:, None]
+    if config.loss_type == "expert_iteration":
+        advantages = (rewards_B > config.expert_threshold).float().to(model.device)
+        mask_BT = mask_BT & (advantages > 0)[:, None]
+    else:
+        advantages = group_advantages(
+            rewards_B, config.num_generations,
+            baseline="leave_one_out" if config.loss_type == "rloo" else "mean",
+            normalize_std=config.scale_rewards and config.loss_type not in UNSCALED,
+        ).to(model.device)  # fmt: skip
+    size = config.micro_batch_size or len(mask_BT)
+    old_BT, entropy_BT = _log_probs(model, rollouts.token_ids_BS, size, config.temperature)
+    reference_BT = None
+    if config.beta and reference is not None:
+        reference_BT, _ = _log_probs(reference, rollouts.token_ids_BS, size, config.temperature)
+    values = {"entropy": masked_mean(entropy_BT, rollouts.mask_BT).item()}
+    if config.temperature == 1:
+        difference_BT = (old_BT - rollouts.sampled_log_probs_BT).masked_fill(~rollouts.mask_BT, 0)
+        values["sampling/sampling_logp_difference/mean"] = masked_mean(difference_BT.abs(), rollouts.mask_BT).item()
+        values["sampling/sampling_logp_difference/max"] = difference_BT.abs().max().item()
+        if config.importance_cap is not None:
+            weights = importance_weights(difference_BT, config)
+            advantages = advantages * weights if weights.dim() == 1 else advantages[:, None] * weights
+            counted = weights if weights.dim() == 1 else weights[rollouts.mask_BT]
+            for name in ("min", "mean", "max"):
+                values[f"sampling/importance_sampling_ratio/{name}"] = getattr(counted, name)().item()
+    batch = _Batch(rollouts.token_ids_BS, mask_BT, advantages, old_BT, reference_BT)
+    for _ in range(config.num_iterations):
+        values |= _update(model, optimizer, config, batch)
+    return values
+
+
+def importance_weights(difference_BT: Tensor, config: GRPOConfig) -> Tensor:
+    """min(exp(difference), importance_cap), of each token (B, T), or of each response (B,) where the loss is of those.
+
+    difference_BT: log-probabilities of the training forward less those of the engine, 0 where nothing is learned.
+    """
+    whole = KINDS[config.loss_type].ratio.startswith("sequence")
+    log_weights = difference_BT.sum(1) if whole else difference_BT
+    return log_weights.exp().clamp(max=config.importance_cap)
 
 
 def grpo_step(
@@ -139,34 +223,18 @@ def grpo_step(
     "completions/mean_length", "completions/clipped_ratio", "clip_ratio/...", "kl", and
     "sampling/sampling_logp_difference/mean" and ".../max": how far the engine's log-probabilities are from those of
     the training forward before the first step (at temperature 1).
-    Raises ValueError for prompts and answers that do not pair, scores that are not finite, and beta without reference.
+    Raises ValueError for prompts and answers that do not pair, scores that are not finite, beta without reference, and
+    dynamic_sampling, which needs further prompts; FloatingPointError for a loss or gradient that is not finite.
     """
     if len(prompts) != len(answers) or not prompts:
         raise ValueError(f"there are {len(prompts)} prompts and {len(answers)} answers: give one answer a prompt")
+    if config.dynamic_sampling:
+        raise ValueError("dynamic_sampling draws further prompts, and a step has but its own: use train_grpo")
     if config.beta and reference is None:
         raise ValueError(f"beta is {config.beta} and there is no reference: give the model to stay near to")
-    model = llm.model
-    rollouts = rollout(llm, prompts, config, seed)
-    rewards_B = scores(rollouts.texts, [a for a in answers for _ in range(config.num_generations)], reward)
-    advantages_B = group_advantages(
-        rewards_B, config.num_generations,
-        baseline="leave_one_out" if config.loss_type == "rloo" else "mean",
-        normalize_std=config.scale_rewards and config.loss_type not in ("rloo", "dr_grpo", "reinforce"),
-    ).to(model.device)  # fmt: skip
-    mask_BT = rollouts.mask_BT
-    if config.mask_truncated_completions:
-        mask_BT = mask_BT & ~rollouts.truncated_B[:, None]
-    size = config.micro_batch_size or len(mask_BT)
-    old_BT, entropy_BT = _log_probs(model, rollouts.token_ids_BS, size, config.temperature)
-    reference_BT = None
-    if config.beta and reference is not None:
-        reference_BT, _ = _log_probs(reference, rollouts.token_ids_BS, size, config.temperature)
-    batch = _Batch(rollouts.token_ids_BS, mask_BT, advantages_B, old_BT, reference_BT)
-    values = _of_rollouts(rollouts, rewards_B, config, old_BT, entropy_BT)
-    for _ in range(config.num_iterations):
-        values |= _update(model, optimizer, config, batch)
-    llm.update_weights(model)
-    return values
+    pairs = list(zip(prompts, answers, strict=True))
+    collected = collect(llm, lambda _: pairs, reward, config, seed)
+    return collected.metrics | learn(llm, optimizer, collected, config, reference=reference)
 
 
 def train_grpo(
@@ -185,31 +253,14 @@ def train_grpo(
     Prompts come in a random order that config.seed decides, each once before any comes again. log(step, metrics) is
     called after each step. Raises what grpo_step does, and ValueError without data.
     """
-    if not data:
-        raise ValueError("there are no prompts to learn from")
-    generator = torch.Generator().manual_seed(config.seed)
-    order, rows = list[int](), list[dict[str, float]]()
-    count = config.prompts_per_step
+    order, found = Order(data, config.seed), list[dict[str, float]]()
     for step in range(num_steps):
-        while len(order) < count:
-            order += torch.randperm(len(data), generator=generator).tolist()
-        chosen, order = [data[i] for i in order[:count]], order[count:]
-        prompts, answers = [prompt for prompt, _ in chosen], [answer for _, answer in chosen]
-        seed = (config.seed << 40) + step * count * config.num_generations
-        rows.append(grpo_step(llm, optimizer, prompts, answers, reward, config, seed=seed, reference=reference))
+        seed = (config.seed << 40) + order.position * config.num_generations
+        collected = collect(llm, order.take, reward, config, seed)
+        found.append(collected.metrics | learn(llm, optimizer, collected, config, reference=reference))
         if log is not None:
-            log(step, rows[-1])
-    return rows
-
-
-def scores(texts: Sequence[str], answers: Sequence[Any], reward: Reward) -> Tensor:
-    """(B,) float32. Raises ValueError for a score that is not finite."""
-    found = [reward(text, answer) for text, answer in zip(texts, answers, strict=True)]
-    rewards_B = torch.tensor([float(x.score if isinstance(x, Verdict) else x) for x in found])
-    if not rewards_B.isfinite().all():
-        i = int((~rewards_B.isfinite()).nonzero()[0])
-        raise ValueError(f"the reward of {texts[i]!r:.80} is {rewards_B[i]}: expected a finite number")
-    return rewards_B
+            log(step, found[-1])
+    return found
 
 
 class _Batch(NamedTuple):
@@ -217,7 +268,8 @@ class _Batch(NamedTuple):
 
     token_ids_BS: Tensor
     mask_BT: Tensor
-    advantages_B: Tensor
+    advantages: Tensor
+    """(B,) or (B, T)."""
     old_BT: Tensor
     reference_BT: Tensor | None
 
@@ -236,45 +288,41 @@ def _log_probs(model: Transformer, token_ids_BS: Tensor, size: int, temperature:
     return torch.cat([log_probs for log_probs, _ in found]), torch.cat([entropies for _, entropies in found])
 
 
-def _of_rollouts(
-    rollouts: Rollouts, rewards_B: Tensor, config: GRPOConfig, old_BT: Tensor, entropy_BT: Tensor
-) -> dict[str, float]:
-    std_P = rewards_B.view(-1, config.num_generations).std(1)
-    mask_BT = rollouts.mask_BT
+def _of_rollouts(rollouts: Rollouts, rewards_B: Tensor, num_generations: int) -> dict[str, float]:
+    std_P = rewards_B.view(-1, num_generations).std(1)
     values = {
         "reward": rewards_B.mean(),
         "reward_std": std_P.mean(),
         "frac_reward_zero_std": (std_P == 0).float().mean(),
-        "entropy": masked_mean(entropy_BT, mask_BT),
-        "completions/mean_length": mask_BT.sum(1).float().mean(),
+        "completions/mean_length": rollouts.mask_BT.sum(1).float().mean(),
         "completions/clipped_ratio": rollouts.truncated_B.float().mean(),
     }
-    if config.temperature == 1:
-        difference_BT = (old_BT - rollouts.sampled_log_probs_BT).abs().masked_fill(~mask_BT, 0)
-        values["sampling/sampling_logp_difference/mean"] = masked_mean(difference_BT, mask_BT)
-        values["sampling/sampling_logp_difference/max"] = difference_BT.max()
     return {name: value.item() for name, value in values.items()}
 
 
 def _update(
     model: Transformer, optimizer: torch.optim.Optimizer, config: GRPOConfig, batch: _Batch
 ) -> dict[str, float]:
-    """One optimizer step on the whole batch, a part at a time."""
+    """One optimizer step on the whole batch, a part at a time.
+
+    Rows whose advantages are 0 have no gradient unless a divergence is paid for: they are counted and not computed.
+    """
+    idle_B = batch.advantages.reshape(len(batch.mask_BT), -1).eq(0).all(1)
+    if config.beta or idle_B.all():
+        idle_B = torch.zeros_like(idle_B)
+    idle = batch.mask_BT[idle_B].sum() if KINDS[config.loss_type].mean == "token" else idle_B.sum()
+    batch = _Batch(*(None if x is None else x[~idle_B] for x in batch))  # type: ignore[arg-type]
     totals = []
     for part in batch.split(config.micro_batch_size or len(batch.mask_BT)):
         loss, count, metrics = policy_gradient_terms(
             sequence_log_probs(model, part.token_ids_BS, temperature=config.temperature),
-            part.old_BT, part.advantages_B, part.mask_BT,
+            part.old_BT, part.advantages, part.mask_BT,
             loss_type=config.loss_type, epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta,
             max_length=config.max_tokens if config.loss_type == "dr_grpo" else None,
             reference_log_probs_BT=part.reference_BT,
         )  # fmt: skip
         loss.backward()
-        totals.append(torch.stack([count.float(), loss.detach(), *metrics.values()]))
-    count, *sums = torch.stack(totals).sum(0)
-    scale = gradient_scale(count)
-    norm = grad_norm(model.parameters()) * scale
-    optimizer.step(grad_scale=scale * clip_scale(norm, config.max_grad_norm))  # type: ignore[call-overload]
-    optimizer.zero_grad()
-    means = [(total / count.clamp(min=1)).item() for total in sums]
-    return dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm.item()}
+        totals.append(torch.stack([x.detach().float() for x in (count, loss, *metrics.values())]))
+    summed = torch.stack(totals).sum(0)
+    summed[0] += idle
+    return step_on(optimizer, model, summed, ("loss", *metrics), config.max_grad_norm)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cs336.alignment.functions import check_shapes, kl, masked_mean, masked_normalize
 
-LossType = Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"]
+LossType = Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo", "expert_iteration"]
 
 
 class _Kind(NamedTuple):
@@ -31,6 +31,9 @@ KINDS: Mapping[str, _Kind] = {
     "cispo": _Kind("token", "weight", "token"),  # arXiv:2506.13585
     "gspo": _Kind("sequence_mean", "ppo", "sequence"),  # arXiv:2507.18071
     "rloo": _Kind("sequence_sum", "ppo", "sequence"),  # arXiv:2402.14740; all tokens of a sequence have its loss
+    "expert_iteration": _Kind(
+        "none", "none", "token"
+    ),  # arXiv:1705.08439; advantages of 1 for what is imitated, else 0
 }
 
 
@@ -136,10 +139,11 @@ def policy_gradient_terms(
     cispo     | a token                         | weighted      | tokens of the batch
     gspo      | a sequence: exp of a mean       | clipped       | sequences
     rloo      | a sequence: exp of a sum        | clipped       | sequences
+    expert_iteration | (none)                   | -log_probs A  | tokens of the batch
 
     Args:
         log_probs_BT: (B, T), of the policy that learns. old_log_probs_BT: (B, T), of the one that drew the tokens; they
-            get no gradient. None only for reinforce.
+            get no gradient. None only for reinforce and expert_iteration.
         advantages: (B,), or (B, T) for losses of tokens.
         mask_BT: (B, T), true where a token counts. A sequence without such a token counts as one whose loss is 0.
         epsilon_high: epsilon if None.

@@ -95,6 +95,11 @@ def pack_examples(
     same example where it is learned, else -100; segments number the examples of a row, and -1 is padding.
     Raises ValueError for an example that is longer than a row, or of which nothing is learned.
     """
+    return fill_rows(pack(examples, context_length), context_length, pad_id=pad_id)
+
+
+def pack(examples: Sequence[Example], context_length: int) -> list[list[Example]]:
+    """The examples of each row. Raises what pack_examples does."""
     for i, example in enumerate(examples):
         if len(example.token_ids) > context_length:
             raise ValueError(
@@ -112,6 +117,13 @@ def pack_examples(
             rows.append([])
         rows[row].append(example)
         bisect.insort(free, (room - length, row))
+    return rows
+
+
+def fill_rows(
+    rows: Sequence[Sequence[Example]], context_length: int, *, pad_id: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors of rows whose examples fit them: what pack_examples returns."""
     token_ids_RS = torch.full((len(rows), context_length), pad_id)
     targets_RS, segments_RS = torch.full_like(token_ids_RS, IGNORED), torch.full_like(token_ids_RS, -1)
     for r, row_examples in enumerate(rows):

@@ -61,7 +61,7 @@ def demo(
         run_dir: where everything is written; the same command goes on with what is there.
         pages: of documentation.
         tokens: that each model is trained on.
-        seeds: models of each kind.
+        seeds: models of each kind; 0: no models.
         device: auto (a GPU if there is one), cpu, cuda.
     """
     from cs336.data_demo import DataDemo, data_demo

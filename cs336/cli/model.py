@@ -1,4 +1,4 @@
-"""What is done with a model: `cs336 generate`, `evaluate`, `compare-hf`, `report`, `model info`."""
+"""What is done with a model: `cs336 generate`, `compare-hf`, `report`, `model info`."""
 
 import itertools
 import sys
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, Run
+from cs336.cli.common import MaybePath, Path, Run
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -60,42 +60,6 @@ def generate(arguments: list[str]) -> Run:
             if found_text.dropped and not number:
                 warnings.warn(f"the first {found_text.dropped} tokens of the prompt are not read", stacklevel=1)
             print(shown(f"{prompt}{found_text.text}"), end="\n\n" if number + 1 < num_samples else "\n")
-
-    return run
-
-
-def evaluate(arguments: list[str]) -> Run:
-    """Loss and bits per byte of a model on text, beside what needs no neural network; writes evaluation.json."""
-    from cs336.evaluation import MOST_TOKENS, evaluate_saved
-
-    def run(
-        model: Positional[Path],
-        text: Paths = (),
-        text_field: str = TEXT_FIELD,
-        tokenizer: MaybePath = None,
-        device: str = "auto",
-        max_tokens: int = MOST_TOKENS,
-    ) -> None:
-        """
-        Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
-            text: files or directories of text, JSON lines or parquet; the run's own validation data if there are none.
-            text_field: of JSON lines and parquet: the field that holds the text.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            device: auto (a GPU if there is one), cpu, cuda.
-            max_tokens: read about no more than this, spread evenly over the text.
-        """
-        documents = read_texts(text, text_field=text_field) if text else None
-        name = ", ".join(map(str, text))
-        found, place = evaluate_saved(
-            model, documents, text=name, tokenizer=tokenizer, device=device, most_tokens=max_tokens
-        )
-        print(f"loss {found.loss:.4f} nats per token\nbits per byte")
-        rows = [("this model", found.bits_per_byte, found.how)]
-        rows += [(b.name, b.bits_per_byte, b.how) for b in found.baselines]
-        for label, bits, how in sorted(rows, key=lambda row: row[1]):
-            print(f"{bits:7.3f}  {label:<14}{how}")
-        print(found.save(place))
 
     return run
 

@@ -9,10 +9,12 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import data, data_classifier, plan_parallel, scaling, tokenizer
+from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, scaling, tokenizer
+from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.env import bench, env
-from cs336.cli.model import compare_hf, evaluate, generate, info, report
+from cs336.cli.evaluate import evaluate
+from cs336.cli.model import compare_hf, generate, info, report
 from cs336.cli.quickstart import quickstart
 from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
@@ -22,6 +24,11 @@ DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin
 VERBS: dict[str, Make] = {
     "quickstart": quickstart,
     "train": train,
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "ppo": ppo,
+    "grpo": grpo,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -31,7 +38,15 @@ VERBS: dict[str, Make] = {
     "env": env,
     "bench": bench,
 }
-OWN_OPTIONS = {"train", "bench"}  # which read the rest of the command line themselves
+OWN_OPTIONS = {
+    "train",
+    "bench",
+    "sft",
+    "reward",
+    "dpo",
+    "ppo",
+    "grpo",
+}  # which read the rest of the command line themselves
 TOKENIZER_VERBS: dict[str, Run] = {
     "train": tokenizer.train,
     "encode": tokenizer.encode,
@@ -42,7 +57,18 @@ TOKENIZER_VERBS: dict[str, Run] = {
 }
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
+ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "pairs": alignment.pairs}
 SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+STUDY_VERBS: dict[str, Run] = {
+    "sweep": experiments.sweep,
+    "ablate": experiments.ablate,
+    "batch-size": experiments.batch_size,
+}
+BOARD_VERBS: dict[str, Run] = {
+    "run": experiments.leaderboard_run,
+    "rules": experiments.leaderboard_rules,
+    "table": experiments.leaderboard_table,
+}
 PLAN_VERBS: dict[str, Run] = {"parallel": plan_parallel.parallel}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
@@ -88,11 +114,15 @@ def _run(arguments: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, make in VERBS.items():
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
+    for name, run in STUDY_VERBS.items():
+        app.command(name=name)(run)
     groups = {}
     for group, verbs, help in (
         ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
         ("model", MODEL_VERBS, "What a model is made of."),
         ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
+        ("align", ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
+        ("leaderboard", BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
         ("plan", PLAN_VERBS, "Predict what a run takes before paying for it."),
     ):

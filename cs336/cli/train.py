@@ -4,17 +4,18 @@ import argparse
 from typing import TYPE_CHECKING
 
 from cs336.cli.common import Path, Run, Stopped
+from cs336.cli.settings import help_text, own_options
 
 if TYPE_CHECKING:
-    from cs336.training import TrainConfig
-
-WIDTH = 100
+    from cs336.tokenizer import Tokenizer
+    from cs336.training import TrainConfig, TrainResult
 
 
 def train(arguments: list[str]) -> Run:
     """Train a model on token shards, or continue the run that is in --run-dir.
 
     Settings come from --config FILE and from options, which win. `cs336 tokenizer encode --shards` makes the data.
+    On several GPUs: torchrun --standalone --nproc_per_node=8 -m cs336 train ..., with the same steps as on one.
     """
     from cs336.training import TrainConfig
     from cs336.utils import config as configs
@@ -23,7 +24,7 @@ def train(arguments: list[str]) -> Run:
 
     def run() -> None:
         if own.help:
-            print(_help())
+            print(help_text(_own_options(), TrainConfig, train.__doc__))
             return
         table = {} if own.config is None else configs.read_table(own.config)
         settings = TrainConfig.from_table(configs.override(TrainConfig, table, options))
@@ -36,27 +37,40 @@ def train(arguments: list[str]) -> Run:
 
 
 def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) -> None:
-    from cs336.evaluation import evaluate
-    from cs336.inference.load import load_model
     from cs336.inference.samples import sampler
+    from cs336.parallel.launch import connect, on_first, rank
     from cs336.report import write_report
     from cs336.tokenizer import convert
     from cs336.tokenizer.statistics import keep
     from cs336.training import StepError, Trainer
     from cs336.training.identity import kept_tokenizer
 
+    connect(settings.device)
     kept = settings.run_dir / "tokenizer.json"
     given = tokenizer or (kept if kept.exists() else None)
     loaded = kept_tokenizer(settings.data.train) if given is None else convert.load(given)
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:
-        keep(loaded, settings.run_dir)
+        on_first(lambda: keep(loaded, settings.run_dir))
     try:
         result = trainer.train()
     except StepError:
-        print(f"report: {write_report(settings.run_dir)}")  # it says why
+        if rank() == 0:
+            print(f"report: {write_report(settings.run_dir)}")  # it says why
         raise
+    if rank() == 0:
+        _tell(settings, loaded, result)
+    if not result.finished:
+        raise Stopped
+
+
+def _tell(settings: "TrainConfig", loaded: "Tokenizer | None", result: "TrainResult") -> None:
+    """The evaluation of a finished run, and the report."""
+    from cs336.evaluation import evaluate
+    from cs336.inference.load import load_model
+    from cs336.report import write_report
+
     if result.export is not None and loaded is not None and "val/bpb" in result.val:
         assert settings.data.val is not None  # it was validated
         train = settings.data.train if settings.data.train.is_dir() else None
@@ -64,14 +78,10 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         found = evaluate(model, loaded, settings.data.val, train, loss=loss, step=result.step)
         found.save(settings.run_dir)
     print(f"report: {write_report(settings.run_dir)}")
-    if not result.finished:
-        raise Stopped
 
 
 def _own_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("cs336 train", add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
-    parser.add_argument("--config", type=Path, help="TOML file of settings, as --print-config writes it")
+    parser = own_options("train")
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -81,27 +91,4 @@ def _own_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", nargs="+", default=[""], help="what samples begin with; an empty one begins a document"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the settings as TOML, and do nothing else")
     return parser
-
-
-def _help() -> str:
-    """Every key with its type, its default and its description, those of a table together."""
-    import inspect
-    import textwrap
-
-    from cs336.training import TrainConfig
-    from cs336.utils import config as configs
-
-    parser = _own_options()
-    parser.usage = "cs336 train [--config FILE] [--KEY VALUE ...]"
-    parser.description = inspect.cleandoc(train.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
-    lines, table = [parser.format_help(), "settings, as in the TOML file:"], None
-    for key in configs.keys(TrainConfig):
-        if key.of != table:
-            table = key.of
-            lines += [f"\n  where {key.of}:"] if key.of else [""]
-        default = "(required)" if key.default is None else f"(default: {key.default})" if key.default else ""
-        lines.append(f"  --{key.name.replace('_', '-')} {key.type}")
-        lines += textwrap.wrap(f"{key.doc} {default}".strip(), WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)

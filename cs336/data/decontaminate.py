@@ -8,7 +8,7 @@ Words are compared in lower case, without accents and punctuation (csrc/cpu/text
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,3 +136,19 @@ def _strings(value: Any) -> Iterator[str]:
             waiting += reversed(value.values())
         elif isinstance(value, list):
             waiting += reversed(value)
+
+
+def overlaps(items: Sequence[str], documents: Iterable[str], ngram: int = 13) -> dict[int, str]:
+    """Items that share `ngram` words in a row with a document: those words, normalized, by the item's place."""
+    index, found = _text.NgramIndex(ngram), {}
+    for place, item in enumerate(items):
+        index.add(item, place)
+    for document in documents:
+        if index.find(document) is None:
+            continue
+        words = _text.NgramIndex(ngram)
+        words.add(document, 0)
+        for place, item in enumerate(items):
+            if place not in found and (match := words.find(item)) is not None:
+                found[place] = match[2]
+    return found

@@ -22,15 +22,18 @@ from typing import Annotated, Literal
 import pydantic
 
 from cs336.data.decontaminate import Decontaminate
+from cs336.data.dedup.minhash import check_minhash
 from cs336.data.extract.record import Extract
 from cs336.data.filter import steps as filters
 from cs336.data.filter.classifier import ClassifierFilter
 from cs336.data.filter.lists import BadWords, UrlList
 from cs336.data.filter.perplexity import Perplexity
 from cs336.data.mix import Buckets
+from cs336.data.pack import MAX_CONTEXT
 from cs336.data.sources.configs import Source
 from cs336.data.sources.record import Limits
-from cs336.utils.shards import SHARD_TOKENS
+from cs336.utils.shards import MAX_SHARD_TOKENS, SHARD_TOKENS
+from cs336.utils.special_tokens import END_OF_TEXT
 
 Step = Annotated[
     filters.Length
@@ -68,6 +71,10 @@ class Lines:
     """Bytes for the table of lines; with fewer the documents are read several times."""
     kind: Literal["lines"] = "lines"
 
+    def __post_init__(self):
+        if self.max_memory < 1:
+            raise ValueError(f"max_memory is bytes, 1 or more, got {self.max_memory}")
+
 
 @dataclass(frozen=True)
 class MinHash:
@@ -80,6 +87,9 @@ class MinHash:
     """Jaccard similarity of the sets of n-grams, from which on two documents are duplicates."""
     unit: Literal["word", "char"] = "word"
     kind: Literal["minhash"] = "minhash"
+
+    def __post_init__(self):
+        check_minhash(self.num_hashes, self.num_bands, self.ngram, self.threshold)
 
 
 Dedup = Annotated[Documents | Lines | MinHash, pydantic.Field(discriminator="kind")]
@@ -122,8 +132,12 @@ class Tokenize:
     """Context length of windows that hold whole documents, in OUTPUT/packed; None: only documents one after another."""
 
     def __post_init__(self):
-        if self.pack is not None and self.pack < 1:
-            raise ValueError(f"pack is a context length of 1 or more, got {self.pack}")
+        if self.pack is not None and not 1 <= self.pack <= MAX_CONTEXT:
+            raise ValueError(f"pack is a context length in 1..{MAX_CONTEXT}, got {self.pack}")
+        if self.vocab_size < 257:
+            raise ValueError(f"vocab_size must be 257 or more: 256 bytes, {END_OF_TEXT}, merges; got {self.vocab_size}")
+        if not 0 < self.shard_tokens <= MAX_SHARD_TOKENS:
+            raise ValueError(f"shard_tokens must be in 1..{MAX_SHARD_TOKENS}, got {self.shard_tokens}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
 

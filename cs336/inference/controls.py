@@ -27,7 +27,7 @@ class Controls:
 
     def wanted(self, sequences: Rows[Sequence]) -> bool:
         """Whether the logits of one of these are changed."""
-        return any(s.params.penalised or s.params.logit_bias or s.sampled <= s.params.min_tokens for s in sequences)
+        return any(s.sampled <= s.controlled for s in sequences)
 
     def common(self, num_rows: int) -> dict[str, Any]:
         """Options of ops.sample for rows that nothing else changes."""

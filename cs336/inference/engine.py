@@ -27,6 +27,7 @@ from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import Transformer
+from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or training diverged"
@@ -39,17 +40,19 @@ class EngineConfig:
     max_seqs: int = 64
     """That run at once; the others wait."""
     max_len: int | None = None
-    """Tokens of a sequence, its prompt included; the model's context_length if None."""
+    """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it."""
     max_step_tokens: int | None = None
-    """Computed in a step: long prompts come in chunks. None: 8192 on a GPU, 512 on a CPU."""
+    """Computed in a step: long prompts come in chunks. None: 16384 on a GPU, 512 on a CPU."""
     page_size: int = 64
     num_pages: int | None = None
     """None: as many as fit and are of use."""
     memory_share: float | None = None
     """Of the free memory, for pages and steps. None: 0.9 on a GPU, 0.25 on a CPU."""
     prefix_cache: bool = True
-    """Prompts that begin with the same tokens share what was computed of these."""
+    """Prompts that begin with the same tokens share what was computed of these; not where a state has no pages."""
     cuda_graphs: bool = True
+    invariant: bool = False
+    """A sequence's log-probabilities are, bit for bit, those of a training forward inside cs336.invariant()."""
     overlap: bool | None = None
     """Lay out a step while the one before runs. None: on a GPU."""
 
@@ -72,10 +75,19 @@ class Sample(Sequence):
     index: int
     stream: TextStream | None
     pieces: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    """Those that were sampled, without the end."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of what was sampled, without the end."""
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest in these places, where they are asked for."""
     end: Token | None = None
     finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Those that were sampled, without the end."""
+        ids = self.token_ids[self.num_prompt :]
+        tops = self.tops or itertools.repeat(())
+        return [Token(*found) for found in zip(ids, self.logprobs, tops, strict=False)]
 
 
 @dataclass(eq=False)
@@ -111,7 +123,7 @@ class Request:
             CompletionOutput(
                 s.index,
                 "".join(s.pieces),
-                [token.id for token in s.tokens],
+                s.token_ids[s.num_prompt :][: len(s.logprobs)],
                 s.finish_reason or "cancelled",
                 s.tokens if logprobs else None,
                 s.end,
@@ -149,48 +161,73 @@ class Stats:
         return self.cached_tokens / max(1, self.cached_tokens + self.prompt_tokens)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What an engine did before its first request, so that none waits for a compiler."""
+
+    graphs: int
+    """Sizes of batch whose decoding step was captured."""
+    steps: int
+    """Prompts of all kinds that were run once."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs captured and {self.steps} prompts run in {self.seconds:.1f} s"
+
+
 class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
     tokenizer: of the model; without one there are ids alone, and no stop strings.
     Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
-    mixers whose state has no pages.
+    blocks that `invariant` does not have.
     """
 
     def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
         config = EngineConfig() if config is None else config
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        if config.invariant:
+            check_invariant(model.config)
         on_gpu = model.device.type == "cuda"
-        self.max_len = min(config.max_len or model.config.context_length, model.config.context_length)
-        step_tokens = config.max_step_tokens or max(config.max_seqs, 8192 if on_gpu else 512)
+        if on_gpu and not config.invariant:
+            model.join_weights()
+        max_len = min(config.max_len or model.config.context_length, model.config.context_length)
+        step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
+        sample = model.new_pages(1, config.page_size, 1, max_len)
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
-            page_bytes=model.new_pages(1, config.page_size).nbytes,
+            page_bytes=sample.page_bytes,
+            slot_bytes=sample.nbytes - sample.page_bytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
-            max_len=self.max_len,
+            max_len=max_len,
+            shorten=config.max_len is None and sample.is_paged,
             free=free_memory(model.device, config.memory_share),
             num_pages=config.num_pages,
         )
+        self.max_len = self.memory.max_len
         self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
-        self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=config.prefix_cache)
+        remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
+        self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
         self.runner = Runner(
             model,
-            model.new_pages(self.memory.num_pages, config.page_size),
+            model.new_pages(self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len),
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
             unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
             graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
+            invariant=config.invariant,
         )
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
         self._numbers = itertools.count()
-        self.runner.capture()
+        begin = time.perf_counter()
+        self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
 
     # ---- requests ----
 
@@ -281,6 +318,7 @@ class Engine:
         elif any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items()):
             self.model.load_state_dict(module.state_dict(), assign=True)
             self.runner.drop_graphs()
+        self.runner.state.renew()
 
     def check(self) -> None:
         """Raises AssertionError where a page is held by no sequence, or is free and held."""
@@ -306,18 +344,20 @@ class Engine:
         self.stats.sampled_tokens += 1
         if token.top:  # as many as the request of the step that wants most
             token = token._replace(top=token.top[: sample.params.logprobs or 0])
+        if sample.params.logprobs:
+            sample.tops.append(token.top)
         text, reason, shown = "", None, None
         if math.isnan(token.logprob):
             sample.request.error, reason = NOT_FINITE, "error"
         elif token.id in sample.ends:
             sample.end, reason = token, "stop"
         else:
-            sample.tokens.append(token)
+            sample.logprobs.append(token.logprob)
             shown = token
             text = "" if sample.stream is None else sample.stream.push(token.id)
             if sample.stream is not None and sample.stream.stopped:
                 reason = "stop"
-            elif len(sample.token_ids) - sample.num_prompt >= sample.limit:
+            elif len(sample.logprobs) >= sample.limit:
                 reason = "length"
         if reason is not None:
             text += self._finish(sample, reason)

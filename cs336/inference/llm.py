@@ -67,6 +67,8 @@ class LLM:
         self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options))
         if not quiet:
             print(f"memory: {self.engine.memory}", file=sys.stderr)
+            if self.engine.warm_up.steps:
+                print(f"warmed up: {self.engine.warm_up}", file=sys.stderr)
 
     @property
     def model(self) -> Transformer:

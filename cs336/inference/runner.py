@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cs336 import ops
 from cs336.inference.controls import Controls
-from cs336.inference.sampling import MAX_LOGPROBS
+from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 from cs336.inference.scheduler import Chunk, Sequence, Step
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
@@ -26,6 +26,10 @@ from cs336.nn import Chunks, PagedTokens
 from cs336.ops import registry
 from cs336.utils import nvtx
 
+# Tokens of a step that Triton's kernels tell apart: their tiles grow in powers of two up to 32 rows, and a size of 1 or
+# a multiple of 16 is compiled for.
+WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
+WARM_UP_PARAMS = SamplingParams(temperature=0)
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -99,6 +103,7 @@ class Runner:
 
     unused: ids that are no token, and are never drawn.
     graphs: sizes of the batches whose decoding steps are captured, on a GPU.
+    invariant: run inside cs336.invariant(), and take log-probabilities as training does.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Runner:
         most_pages: int,
         unused: tuple[int, ...] = (),
         graphs: tuple[int, ...] = (),
+        invariant: bool = False,
     ):
         self.model, self.state, self.device = model, state, model.device
         self.slots = Slots(max_seqs, most_pages, self.device)
@@ -119,18 +125,38 @@ class Runner:
         # At most: 3 numbers of a row, 4 of a token, 7 of a sequence that begins, 3 of a new entry of the table.
         size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
         self._staging = Staging(size, self.device)
-        self.fresh_apart = self.device.type == "cuda"
+        self.max_step_tokens = max_step_tokens
+        self.invariant = invariant
+        self.fresh_apart = self.device.type == "cuda" and not invariant and state.is_paged
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
-        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(self.device) else ()
+        self._sizes = tuple(sorted(graphs)) if graphs and state.is_paged and _capturable(self.device) else ()
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the decoding step for each size of batch, the largest first: the others share its memory."""
+    def capture(self) -> int:
+        """Capture the decoding step for each size of batch, the largest first: the others share its memory.
+        Returns how many."""
         for size in reversed(self._sizes):
             self._captured(size, 0)
+        return len(self._sizes)
+
+    def warm_up(self, page_size: int) -> int:
+        """Run prompts of all kinds once, on pages of the pool: what is compiled or tuned at a first call of a shape is
+        there when a request comes. Returns how many steps that took; on a CPU, where nothing is compiled, 0."""
+        if self.device.type == "cpu":
+            return 0
+        most = min(self.max_step_tokens, self.slots.table.shape[1] * page_size - 1)
+        sizes = [size for size in (most, *WARM_UP) if size <= most]
+        cases = [(start, size) for size in sizes for start in (0, 1) if start + size <= most]
+        for start, size in cases:
+            ids = [0] * (start + size)
+            pages = list(range(-(-len(ids) // page_size)))
+            sequence = Sequence(ids, 1, WARM_UP_PARAMS, slot=0, pages=pages, computed=len(ids), sampled=1)
+            self.launch(Step([], [Chunk(sequence, start, size, True)], [])).wait()
+        self._owners[0] = None
+        return len(cases)
 
     def drop_graphs(self) -> None:
         """The weights are other tensors now."""
@@ -152,7 +178,7 @@ class Runner:
         chunks = self._put_chunks(step) if step.chunks else None
         self._put_news(sequences, step.copies)
         scores: list[Scores] = []
-        with nvtx.annotate("prefill" if step.chunks else "decode"):
+        with nvtx.annotate("prefill" if step.chunks else "decode"), registry.invariant(self.invariant):
             if captured:
                 graph.replay()
             elif chunks is None:
@@ -201,8 +227,9 @@ class Runner:
 
     def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
         """Send all, and place what is new of these sequences: pages, and how those are sampled that have new slots."""
-        entries = [(s.slot, j, s.pages[j]) for s in sequences for j in range(s.told, len(s.pages))]
-        fresh = [s for s in sequences if self._owners[s.slot] is not s]  # type: ignore[index]
+        grown = [s for s in sequences if s.told < len(s.pages)]
+        entries = [(s.slot, j, s.pages[j]) for s in grown for j in range(s.told, len(s.pages))]
+        fresh = [s for s in grown if self._owners[s.slot] is not s]  # type: ignore[index]
         put = self._staging.put
         cells = [put(column) for column in zip(*entries, strict=True)]
         pages = [put(column) for column in zip(*copies, strict=True)]
@@ -217,7 +244,7 @@ class Runner:
         if entries:
             slot_K, column_K, page_K = cells
             self.slots.table.index_put_((slot_K.long(), column_K.long()), page_K)
-        for s in sequences:
+        for s in grown:
             s.told = len(s.pages)
         if fresh:
             where = slots.long()
@@ -238,10 +265,19 @@ class Runner:
         slot_R, length_R, offset_R = rows
         R = len(slot_R)
         table = self.slots.table.index_select(0, slot_R)
-        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R)
+        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R)
         ids_1R = self.slots.newest.index_select(0, slot_R)[None]
-        logits_RV = self.model.logits(self.model.features(ids_1R, state=self.state)[0])
-        return self.slots.sample(logits_RV, slot_R, offset_R, num_logprobs, options)
+        features_RM = self.model.features(ids_1R, state=self.state)[0]
+        return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+
+    def _draw(self, features_BM: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
+        drawn = self.slots.sample(self.model.logits(features_BM), slot_B, offset_B, num_logprobs, options)
+        return drawn._replace(logprobs=self._log_probs(features_BM, drawn.token_ids)) if self.invariant else drawn
+
+    def _log_probs(self, features_BM: Tensor, ids_B: Tensor) -> Tensor:
+        """As training takes them: (B,) float32."""
+        head = self.model.embedding if self.model.head is None else self.model.head
+        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=self.model.config.logit_softcap)
 
     def _mixed(
         self,
@@ -262,6 +298,7 @@ class Runner:
             torch.cat((self._arange[:n], chunks["rows"])),
             torch.cat((length_R[:n] - 1, chunks["positions"])),
             n,
+            slot_R,
             *self._groups(step, chunks),
         )
         features_TM = self.model.features(ids_T[None], state=self.state)[0]
@@ -271,9 +308,9 @@ class Runner:
                 scores += self._score(chunk, features_TM[begin : begin + chunk.count])
             begin += chunk.count
         slot_B, offset_B = (x.index_select(0, chunks["drawn_rows"]) for x in (slot_R, offset_R))
-        logits_BV = self.model.logits(features_TM.index_select(0, chunks["drawn_tokens"]))
+        features_BM = features_TM.index_select(0, chunks["drawn_tokens"])
         options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
-        return self.slots.sample(logits_BV, slot_B, offset_B, num_logprobs, options), scores
+        return self._draw(features_BM, slot_B, offset_B, num_logprobs, options), scores
 
     def _continued(self, step: Step) -> int:
         """How many of the chunks look into the pages: on a CPU all, on a GPU those of sequences with tokens before."""
@@ -299,10 +336,11 @@ class Runner:
         for at in range(0, len(ids), SCORED_ROWS):
             ids_S1 = torch.tensor(ids[at : at + SCORED_ROWS], device=self.device)[:, None]
             begin = first + at - 1 - chunk.start  # of the tokens before them
-            logits_SV = self.model.logits(features_TM[begin : begin + len(ids_S1)])
-            logprobs_SV = logits_SV.log_softmax(-1, dtype=torch.float32)
-            top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
-            drawn = ops.Sampled(ids_S1[:, 0], logprobs_SV.gather(1, ids_S1)[:, 0], top.indices, top.values)
+            features_SM = features_TM[begin : begin + len(ids_S1)]
+            logprobs_SV = self.model.logits(features_SM).log_softmax(-1, dtype=torch.float32)
+            top, ids_S = logprobs_SV.topk(min(N, logprobs_SV.shape[1])), ids_S1[:, 0]
+            found_S = self._log_probs(features_SM, ids_S) if self.invariant else logprobs_SV.gather(1, ids_S1)[:, 0]
+            drawn = ops.Sampled(ids_S, found_S, top.indices, top.values)
             scores.append(Scores(sequence, first + at, drawn))
         return scores
 
@@ -317,12 +355,13 @@ class Runner:
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
-            self._decode(rows, num_logprobs, options)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            drawn = self._decode(rows, num_logprobs, options)
+        with registry.invariant(self.invariant):
+            with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
+                self._decode(rows, num_logprobs, options)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                drawn = self._decode(rows, num_logprobs, options)
         self._graphs[size, num_logprobs] = graph, drawn
         return graph, drawn
 

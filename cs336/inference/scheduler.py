@@ -8,6 +8,7 @@ none, the sequence admitted last gives up its pages and waits again, to compute 
 The scheduler knows how many tokens a sequence has, not which: a step may be laid out while the one before still runs.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -30,8 +31,10 @@ class Sequence:
     score_from: int | None = None
     """The first token of the prompt whose log-probability is asked for."""
     num_prompt: int = field(init=False)
-    pending: int = 0
-    """Tokens sampled that the host has not seen yet."""
+    sampled: int = 0
+    """Tokens drawn by the steps laid out so far, if not seen."""
+    controlled: float = field(init=False)
+    """As long as no more are sampled, this one counted, something changes its logits: see controls.py."""
     computed: int = 0
     """Tokens whose state is in the pages, once the steps laid out so far have run."""
     cached: int = 0
@@ -52,10 +55,13 @@ class Sequence:
 
     def __post_init__(self):
         self.num_prompt = len(self.token_ids)
+        changed = self.params.penalised or self.params.logit_bias
+        self.controlled = math.inf if changed else self.params.min_tokens
 
     @property
-    def sampled(self) -> int:
-        return len(self.token_ids) + self.pending - self.num_prompt
+    def pending(self) -> int:
+        """Tokens sampled that the host has not seen yet."""
+        return self.num_prompt + self.sampled - len(self.token_ids)
 
     @property
     def exhausted(self) -> bool:
@@ -137,9 +143,9 @@ class Scheduler:
 
     def append(self, sequence: Sequence, token_id: int) -> None:
         """The host sees the oldest pending token."""
-        sequence.pending -= 1
-        sequence.token_ids.append(token_id)
-        if sequence.slot is not None:
+        token_ids = sequence.token_ids
+        token_ids.append(token_id)
+        if sequence.slot is not None and len(token_ids) >= (sequence.known + 1) * self.cache.page_size:
             self._remember(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -160,19 +166,18 @@ class Scheduler:
 
     def _decodes(self) -> list[Sequence]:
         decodes: list[Sequence] = []
+        size = self.cache.page_size
         for sequence in list(self.running):
-            if sequence.slot is None or not sequence.decoding or sequence.exhausted:
+            if not sequence.decoding or sequence.sampled >= sequence.limit:  # one that was preempted decodes no more
                 continue
-            if self._has_room(sequence):
+            if sequence.computed < len(sequence.pages) * size or self._finds_room(sequence):
                 sequence.computed += 1
-                sequence.pending += 1
+                sequence.sampled += 1
                 decodes.append(sequence)
         return decodes
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether it has a page for one more token, for which those after it may have to leave, or itself."""
-        if sequence.computed < len(sequence.pages) * self.cache.page_size:
-            return True
+    def _finds_room(self, sequence: Sequence) -> bool:
+        """Whether there is a page for its next token, for which those after it may have to leave, or itself."""
         while (page := self.cache.take(1)) is None:
             last = next(other for other in reversed(self.running) if not other.exhausted)
             self.preempt(last)
@@ -217,7 +222,7 @@ class Scheduler:
         chunks.append(Chunk(sequence, start, count, last))
         if last:
             sequence.decoding = True
-            sequence.pending += 1
+            sequence.sampled += 1
         self._remember(sequence)
         return count
 

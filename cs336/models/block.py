@@ -34,6 +34,7 @@ from cs336.nn import (
     RopeConfig,
     RotaryEmbedding,
     Routing,
+    Slotted,
     SwiGLUConfig,
 )
 from cs336.nn.checks import check_choice, check_flags, check_positive, check_probabilities
@@ -169,7 +170,10 @@ class TransformerBlock(nn.Module):
         """context, state: of the mixer."""
         stream = x if isinstance(x, Stream) else Stream(x, None)
         read, total = self._read(stream, self.attention_norm)
-        y = self.attention(read, context, state)
+        if isinstance(state, Slotted):
+            y = state.mix(self.attention, read, context)
+        else:
+            y = self.attention(read, context, state)
         if self.config.parallel:
             more, routing = self._mlp(read, stream.routing)
             stream = Stream(total, self._update(y + more), routing)

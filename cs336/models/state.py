@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cs336.nn import Context, MixerState, PagedKeyValues, PagedTokens
+from cs336.nn import Context, MixerState, PagedKeyValues, PagedTokens, Slotted
 
 
 class DecodingState:
@@ -111,10 +111,10 @@ class DecodingState:
 
 
 class PagedState:
-    """Pools of pages, one a layer, which sequences share by one table: see nn/paged.py. `tokens` says whose those of
-    the next pass are; these are one row (1, T) of token_ids."""
+    """Pools of pages, one a layer, which sequences share by one table (nn/paged.py), or a row a slot where a mixer has
+    none (nn/slotted.py). `tokens` says whose those of the next pass are; these are one row (1, T) of token_ids."""
 
-    def __init__(self, layers: Sequence[PagedKeyValues]):
+    def __init__(self, layers: Sequence[PagedKeyValues | Slotted]):
         self.layers = list(layers)
         self.tokens: PagedTokens | None = None
 
@@ -123,10 +123,27 @@ class PagedState:
         """Bytes of memory that it takes."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def page_bytes(self) -> int:
+        """Of these, the pages'."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, PagedKeyValues))
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether all that is kept of a sequence is in its pages, which another may then read."""
+        return all(isinstance(layer, PagedKeyValues) for layer in self.layers)
+
+    def renew(self) -> None:
+        """What is not in pages begins anew, for the weights have changed."""
+        for layer in self.layers:
+            if isinstance(layer, Slotted):
+                layer.renew()
+
     def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
         """In every layer what page source_N[i] holds is in page target_N[i] too. int64."""
         for layer in self.layers:
-            layer.copy_pages(source_N, target_N)
+            if isinstance(layer, PagedKeyValues):
+                layer.copy_pages(source_N, target_N)
 
     def context(self, token_ids_BS: Tensor, positions: Tensor | None, segments_BS: Tensor | None) -> Context:
         """Where these tokens stand. Raises ValueError where `tokens` does not say it, and for positions or segments."""

@@ -1,5 +1,6 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
+from cs336.models.invariance import check_invariant
 from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
 from cs336.models.state import DecodingState, PagedState
 from cs336.nn import (
+    MLP,
+    Attention,
     Context,
     Embedding,
     Hyena,
@@ -19,10 +23,14 @@ from cs336.nn import (
     LinearAttention,
     Mamba2,
     MoE,
+    PagedKeyValues,
     SinusoidalPositions,
+    Slotted,
 )
 from cs336.nn.derived import Derived
+from cs336.nn.linear import linear
 from cs336.nn.moe import add_loads
+from cs336.ops import registry
 
 
 class Transformer(nn.Module):
@@ -168,10 +176,17 @@ class Transformer(nn.Module):
             x_BSM = nn.functional.dropout(x_BSM, config.embedding_dropout, self.training)
         return x_BSM
 
+    def join_weights(self) -> None:
+        """Lay those weights together that read the same features, for steps of few tokens: see nn/linear.py."""
+        for layer in self.layers:
+            for module in (cast(TransformerBlock, layer).attention, cast(TransformerBlock, layer).mlp):
+                if isinstance(module, Attention | MLP):
+                    module.join()
+
     def logits(self, features_BSM: Tensor) -> Tensor:
         """(..., M) as `features` returns them -> (..., V), soft-capped."""
         if self.head is None:
-            logits_BSV = nn.functional.linear(features_BSM, self.embedding.weight)
+            logits_BSV = linear(features_BSM, self.embedding.weight)
         else:
             logits_BSV = self.head(features_BSM)
         cap = self.config.logit_softcap
@@ -223,16 +238,19 @@ class Transformer(nn.Module):
         ]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
-    def new_pages(self, num_pages: int, page_size: int) -> PagedState:
-        """Pools of num_pages pages of page_size tokens, of this model's dtype and device: see nn/paged.py.
-
-        Raises ValueError where a mixer's state has no pages.
-        """
-        mixers: list[Any] = [cast(TransformerBlock, layer).attention for layer in self.layers]
-        if odd := next((mixer for mixer in mixers if not hasattr(mixer, "new_pages")), None):
-            raise ValueError(f"{type(odd).__name__} keeps a state that has no pages: use generate")
-        place = {"device": self.device, "dtype": self.compute_dtype}
-        return PagedState([mixer.new_pages(num_pages, page_size, **place) for mixer in mixers])
+    def new_pages(self, num_pages: int, page_size: int, num_slots: int = 0, max_len: int | None = None) -> PagedState:
+        """Pools of num_pages pages of page_size tokens, of this model's dtype and device: see nn/paged.py. Where a
+        mixer's state has no pages, num_slots rows of it, for max_len tokens each, context_length if None."""
+        place: dict[str, Any] = {"device": self.device, "dtype": self.compute_dtype}
+        max_len = self.config.context_length if max_len is None else max_len
+        layers: list[PagedKeyValues | Slotted] = []
+        for layer in self.layers:
+            mixer: Any = cast(TransformerBlock, layer).attention
+            if getattr(mixer, "has_pages", False):
+                layers.append(mixer.new_pages(num_pages, page_size, **place))
+            else:
+                layers.append(Slotted(functools.partial(mixer.new_state, num_slots, max_len, **place)))
+        return PagedState(layers)
 
     def _context(
         self,
@@ -243,6 +261,8 @@ class Transformer(nn.Module):
     ) -> Context:
         if token_ids_BS.dim() != 2:
             raise ValueError(f"token_ids must be (batch, tokens), got shape {tuple(token_ids_BS.shape)}")
+        if registry.is_invariant():
+            check_invariant(self.config)
         B, S = token_ids_BS.shape
         if segments_BS is not None and (segments_BS.shape != (B, S) or segments_BS.dtype.is_floating_point):
             raise ValueError(

@@ -42,6 +42,7 @@ from cs336.nn.rope_scaling import LinearScaling as LinearScaling
 from cs336.nn.rope_scaling import Llama3Scaling as Llama3Scaling
 from cs336.nn.rope_scaling import NtkScaling as NtkScaling
 from cs336.nn.rope_scaling import YarnScaling as YarnScaling
+from cs336.nn.slotted import Slotted as Slotted
 from cs336.nn.state import Context as Context
 from cs336.nn.state import KeyValues as KeyValues
 from cs336.nn.state import MixerState as MixerState

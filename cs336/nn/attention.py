@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities
-from cs336.nn.linear import Linear
+from cs336.nn.linear import Linear, join, joined
 from cs336.nn.norms import RMSNorm, RMSNormConfig
-from cs336.nn.paged import PagedKeyValues
+from cs336.nn.paged import PagedKeyValues, PagedTokens
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
 from cs336.nn.recent import Recent
 from cs336.nn.state import Context, KeyValues
+from cs336.ops import registry
 
 
 class Attention(nn.Module):
@@ -98,13 +99,13 @@ class Attention(nn.Module):
             return Recent.allocate(batch_size, self.window, shape, shape, rollback=rollback, device=device, dtype=dtype)
         return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
 
-    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
-        """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state.
+    @property
+    def has_pages(self) -> bool:
+        """Whether it can read its state from pages, which knows no alibi."""
+        return self.causal and self.alibi is None
 
-        Raises ValueError for attention that is not causal, and with alibi.
-        """
-        if not self.causal or self.alibi is not None:
-            raise ValueError("attention reads pages where it is causal and without alibi: use generate")
+    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
+        """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state."""
         weight = self.k_proj.weight
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         return PagedKeyValues.allocate(num_pages, page_size, self.num_kv_heads, self.head_dim, **place)
@@ -123,10 +124,14 @@ class Attention(nn.Module):
         if x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (..., tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
         context = Context() if context is None else context
-        q, k, v = self.q_proj(x_BSM), self.k_proj(x_BSM), self.v_proj(x_BSM)
+        q, k, v = joined(x_BSM, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v_BTHD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        in_pages = isinstance(state, PagedKeyValues) and context.paged is not None and not torch.is_grad_enabled()
+        if in_pages and self.rope is not None and not registry.is_invariant():
+            o_THD = self._step(q[0], k[0], v_BTHD[0], context.paged, state)  # type: ignore[arg-type]
+            return self.o_proj(o_THD.flatten(-2)[None])
         if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSD, k_BHTD, v_BHTD = (t.transpose(-2, -3) for t in (q, k, v_BTHD))
@@ -135,7 +140,9 @@ class Attention(nn.Module):
             if positions is None and state is not None:
                 positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
-        if state is None and context.cu_seqlens is not None:
+        if registry.is_invariant() and not isinstance(state, PagedKeyValues):
+            o_BHSD = self._invariant(q_BHSD, k_BHTD, v_BHTD, context, state)
+        elif state is None and context.cu_seqlens is not None:
             o_BHSD = self._packed(q_BHSD, k_BHTD, v_BHTD, context.cu_seqlens, context.mask)
         elif state is None:
             o_BHSD = self._attend(q_BHSD, k_BHTD, v_BHTD, context.mask)
@@ -143,10 +150,32 @@ class Attention(nn.Module):
             o_BHSD = self._continue(q_BHSD, k_BHTD, v_BHTD, context, state)
         return self.o_proj(o_BHSD.transpose(-2, -3).flatten(-2))
 
+    def _step(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens, state: PagedKeyValues) -> Tensor:
+        """(T, H, D) of the tokens of a step in pages: normed, turned and kept in one launch, then attended. What is
+        normed is not rounded before it turns."""
+        assert self.rope is not None
+        options: dict[str, Any] = {"interleaved": self.rope.interleaved}
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "all":
+            options |= {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+        where = self.rope.cos, self.rope.sin, tokens.table, tokens.sequence, tokens.position
+        caches = state.keys, state.values
+        q_THD, k_THD = ops.qk_norm_rope_append_(*caches, q_THD, k_THD, v_THD, *where, **options)
+        return state.attend(q_THD, k_THD, v_THD, tokens, **self._paged_options)
+
+    def join(self) -> None:
+        """Lay the projections of queries, keys and values together: see nn/linear.py."""
+        join((self.q_proj, self.k_proj, self.v_proj))
+
     def _options(self, S: int) -> dict[str, Any]:
         """Of ops.attention, for S queries."""
         dropout = self.dropout if self.dropout and self.training else 0.0
         return {"softcap": self.softcap, "scale": self.scale, "dropout_p": dropout, "window": self._sees(S)}
+
+    @property
+    def _paged_options(self) -> dict[str, Any]:
+        """Of ops.paged_attention and its like."""
+        before = None if self.window is None else self.window - 1
+        return {"window": before, "softcap": self.softcap, "scale": self.scale}
 
     @property
     def _slopes(self) -> Tensor | None:
@@ -185,9 +214,8 @@ class Attention(nn.Module):
             if context.paged is None:
                 raise ValueError("a paged state needs context.paged: whose tokens these are, and their pages")
             q_THD, k_THD, v_THD = (x_BHSD[0].transpose(0, 1) for x_BHSD in (q_BHSD, k_BHSD, v_BHSD))
-            before = None if self.window is None else self.window - 1
-            options = {"window": before, "softcap": self.softcap, "scale": self.scale}
-            return state.attend(q_THD, k_THD, v_THD, context.paged, **options).transpose(0, 1)[None]
+            state.append(k_THD, v_THD, context.paged)
+            return state.attend(q_THD, k_THD, v_THD, context.paged, **self._paged_options).transpose(0, 1)[None]
         begins, S, new = state.empty, q_BHSD.shape[2], (k_BHSD.transpose(1, 2), v_BHSD.transpose(1, 2))
         if isinstance(state, KeyValues):
             state.append(*new, context)
@@ -202,6 +230,21 @@ class Attention(nn.Module):
             state.write(new, context)
             return self._attend(q_BHSD, k_BHSD, v_BHSD)
         return self._attend_masked(q_BHSD, *self._recent(new, context, state))
+
+    def _invariant(self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, context: Context, state) -> Tensor:
+        """Attention with the bits of a paged state's."""
+        dropped = self.dropout and self.training
+        if not self.causal or self.alibi is not None or context.mask is not None or dropped or state is not None:
+            raise ValueError(
+                "inside cs336.invariant() attention is causal, without alibi, masks and dropout, and its state is paged"
+            )
+        *B, _, S, _ = q_BHSD.shape
+        q_THD, k_THD, v_THD = (x.transpose(-2, -3).flatten(0, -3) for x in (q_BHSD, k_BHSD, v_BHSD))
+        ends = context.cu_seqlens
+        if ends is None:
+            ends = torch.arange(0, len(q_THD) + 1, S, dtype=torch.int32, device=q_THD.device)
+        o_THD = ops.attention_invariant(q_THD, k_THD, v_THD, ends, S, **self._paged_options)
+        return o_THD.unflatten(0, (*B, S)).transpose(-2, -3)
 
     def _attend_masked(
         self, q_BHSD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, seen_B1ST: Tensor, behind_BST: Tensor

@@ -78,6 +78,10 @@ class HyenaState:
     def select(self, rows: Tensor) -> Self:
         return type(self)(self.products.select(rows), self.conv.select(rows), self.filter)
 
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.products.put(rows, state.products)
+        self.conv.put(rows, state.conv)
+
 
 class Hyena(nn.Module):
     """x (B, S, d_model) -> like x. The arguments are HyenaConfig's."""

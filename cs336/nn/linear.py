@@ -1,5 +1,16 @@
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cs336 import ops
+from cs336.ops import registry
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; inside cs336.invariant() ops.linear_invariant."""
+    return ops.linear_invariant(x, weight, bias) if registry.is_invariant() else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -25,3 +36,37 @@ class Linear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def join(layers: Sequence[nn.Linear]) -> None:
+    """Put the weights of layers that read the same x one behind the other in memory, where `joined` multiplies x with
+    all of them at once: few rows are read at the speed of launches. Each stays the parameter that it was, with
+    memory of its own no more shared with any other tensor.
+
+    Layers of other classes, and with biases, are left as they are.
+    """
+    if not all(type(layer) is Linear and layer.bias is None for layer in layers):
+        return
+    whole = torch.cat([layer.weight for layer in layers])
+    for layer, weight in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = weight
+
+
+def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+    """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
+    wanted."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or registry.is_invariant():
+        return [layer(x) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    for layer, weight, after in zip(layers, weights, [*weights[1:], None], strict=True):
+        plain = type(layer) is Linear and layer.bias is None and weight.is_contiguous() and weight.device == x.device
+        if not plain or (after is not None and weight.data_ptr() + weight.nbytes != after.data_ptr()):
+            return [layer(x) for layer in layers]
+    rows, first = [len(weight) for weight in weights], weights[0]
+    if first.storage_offset() * first.itemsize + sum(w.nbytes for w in weights) > first.untyped_storage().nbytes():
+        return [layer(x) for layer in layers]  # neighbours by chance
+    return F.linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)

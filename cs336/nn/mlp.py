@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_choice, check_counts, check_flags
-from cs336.nn.linear import Linear
+from cs336.nn.linear import Linear, join, joined
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,8 +77,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            return self.down_proj(gate(self.activation, self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(gate(self.activation, *joined(x, (self.gate_proj, self.up_proj))))
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+
+    def join(self) -> None:
+        """Lay gate and up_proj together: see nn/linear.py."""
+        if self.gated:
+            join((self.gate_proj, self.up_proj))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, gated={self.gated}"

@@ -5,6 +5,7 @@ those that decode, then the chunks of those that read their prompt. T = tokens, 
 P = pages, S = tokens a page, H = key-value heads, D = features of a head.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cs336 import ops
+from cs336.ops import registry
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,19 @@ class PagedTokens:
     """(T,) int32: its place in the sequence; negative: padding, which is kept nowhere."""
     num_decodes: int
     """The first rows, of one token each."""
+    slots: Tensor
+    """(R,) int32: where the state of each sequence is in what has no pages: see nn/slotted.py."""
     continued: Chunks | None = None
     """Behind these: chunks of sequences that have tokens before."""
     fresh: Chunks | None = None
-    """Behind these: chunks without tokens before, which need not look into the pages."""
+    """Behind these: chunks without tokens before, which need not look into the pages. None inside cs336.invariant() and
+    where a state has no pages."""
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """(R + 1,) int32: where each row's tokens are among the T, where no chunk is fresh."""
+        ends = torch.arange(self.num_decodes + 1, dtype=torch.int32, device=self.table.device)
+        return ends if self.continued is None else torch.cat((ends[:-1], self.continued.ends + self.num_decodes))
 
 
 class PagedKeyValues:
@@ -67,13 +78,22 @@ class PagedKeyValues:
         for cache_PSHD in (self.keys, self.values):
             ops.copy_pages_(cache_PSHD, source_N, target_N)
 
+    def append(self, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens) -> None:
+        """Keep k and v where their tokens are."""
+        ops.append_kv_(self.keys, self.values, k_THD, v_THD, tokens.table, tokens.sequence, tokens.position)
+
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tokens: PagedTokens, **options: Any) -> Tensor:
-        """Keep k and v, then let each query see the tokens of its sequence up to its own: (T, Hq, D).
+        """Let each query see the tokens of its sequence up to its own: (T, Hq, D). k and v are those of these tokens,
+        which are kept already.
 
         options: window, softcap, scale of ops.paged_attention.
         """
-        ops.append_kv_(self.keys, self.values, k_THD, v_THD, tokens.table, tokens.sequence, tokens.position)
         n, caches = tokens.num_decodes, (self.keys, self.values)
+        if registry.is_invariant():  # decoding adds up in another order
+            assert tokens.fresh is None
+            longest = 1 if tokens.continued is None else tokens.continued.longest
+            rows = tokens.table, tokens.lengths, tokens.ends
+            return ops.paged_prefill(q_THD, *caches, *rows, max_seqlen_q=longest, **options)
         outs = []
         if n:
             decodes = tokens.table[:n], tokens.lengths[:n]

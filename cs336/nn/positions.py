@@ -71,7 +71,12 @@ class RotaryEmbedding(Derived):
         GPU where these have four dims."""
         if q.dim() != 4 or (positions is not None and positions.dim() > 2):
             return self(q, positions), self(k, positions)
-        tables, r = self._tables(q, positions), self.rotary_dim
+        r = self.rotary_dim
+        if q.is_cuda and positions is not None and positions.shape == (q.shape[0], q.shape[2]):
+            options = {"positions": positions, "interleaved": self.interleaved}  # the kernel looks the rows up itself
+            q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], self.cos, self.sin, **options)
+            return self._with_rest(q_turned, q), self._with_rest(k_turned, k)
+        tables = self._tables(q, positions)
         q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], *tables, interleaved=self.interleaved)
         return self._with_rest(q_turned, q), self._with_rest(k_turned, k)
 

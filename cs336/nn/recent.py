@@ -65,6 +65,11 @@ class Recent:
     def select(self, rows: Tensor) -> Self:
         return type(self)(*(entry[rows] for entry in self.entries), rollback=self.rollback, empty=self.empty)
 
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.empty = self.empty and state.empty
+        for entry, new in zip(self.entries, state.entries, strict=True):
+            entry.index_copy_(0, rows, new)
+
 
 class Snapshots:
     """What a recurrence has come to: (B, R + 1, ...), after n tokens in slot n mod (R + 1). It begins with zeros."""
@@ -99,6 +104,9 @@ class Snapshots:
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(self.states[rows])
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.states.index_copy_(0, rows, state.states)
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class RecurrentState:
     def select(self, rows: Tensor) -> Self:
         return type(self)(self.memory.select(rows), None if self.conv is None else self.conv.select(rows))
 
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.memory.put(rows, state.memory)
+        if self.conv is not None and state.conv is not None:
+            self.conv.put(rows, state.conv)
+
 
 def recur(op: Callable, tokens: dict[str, Tensor], context: Context, memory: Snapshots | None) -> Tensor:
     """op(**tokens), whose tensors are (B, H, S, ...): from the memory on if there is one, which then holds what came

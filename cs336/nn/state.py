@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor
 
+from cs336.ops import registry
 from cs336.ops.attention_varlen import cu_seqlens
 
 if TYPE_CHECKING:
@@ -43,15 +44,17 @@ class Context:
     def packed(segments_BS: Tensor, positions: Tensor | None = None) -> "Context":
         """Documents packed in a row: each is a run of equal ids, sees no other, and counts its positions from 0.
 
-        On a GPU attention gets their ends, for which the host waits once; elsewhere, compiled or captured, a mask.
+        On a GPU, and inside cs336.invariant(), attention gets their ends, for which the host waits once; elsewhere,
+        compiled or captured, a mask.
         """
         begins_BS = segments_BS.diff(prepend=segments_BS[:, :1]) != 0
         if positions is None:
             column_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
             positions = column_S - torch.where(begins_BS, column_S, 0).cummax(-1).values
-        on_gpu = segments_BS.is_cuda and not torch.compiler.is_compiling()
         run_BS = begins_BS.cumsum(-1, dtype=torch.int32)  # an id may come again
-        if on_gpu and not torch.cuda.is_current_stream_capturing():
+        captured = segments_BS.is_cuda and torch.cuda.is_current_stream_capturing()
+        packing = segments_BS.is_cuda or registry.is_invariant()
+        if packing and not torch.compiler.is_compiling() and not captured:
             return Context(positions, segments=run_BS, cu_seqlens=cu_seqlens(segments_BS))
         return Context(positions, (run_BS[:, :, None] == run_BS[:, None, :])[:, None], run_BS)
 
@@ -87,6 +90,9 @@ class MixerState(Protocol):
 
     def select(self, rows: Tensor) -> Self:
         """A new state with copies of these rows, int64 (N,), in this order."""
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        """These rows, int64 (N,), become copies of those of `state`, in this order."""
 
 
 class Slots:
@@ -137,6 +143,11 @@ class Slots:
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(*(entry[rows] for entry in self.entries), empty=self.empty)
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.empty = self.empty and state.empty
+        for entry, new in zip(self.entries, state.entries, strict=True):
+            entry.index_copy_(0, rows, new)
 
 
 class KeyValues(Slots):

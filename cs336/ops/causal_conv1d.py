@@ -19,7 +19,7 @@ class _Conv(torch.autograd.Function):
         ctx.bias_dtype = None if bias_C is None else bias_C.dtype
         y_BSC = torch.zeros_like(wide(x_BSC)) if bias_C is None else wide(bias_C).expand(x_BSC.shape).clone()
         for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
-            y_BSC[:, k:] += wide(x_BSC[:, : x_BSC.shape[1] - k]) * tap_C * seen
+            y_BSC[:, k:] += _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
         return y_BSC.to(x_BSC.dtype)
 
     @staticmethod
@@ -28,20 +28,25 @@ class _Conv(torch.autograd.Function):
         dy_BSC, S = wide(dy_BSC), x_BSC.shape[1]
         dx_BSC, dtaps = torch.zeros_like(dy_BSC), []
         for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
-            part = dy_BSC[:, k:] * seen
+            part = _seen(dy_BSC[:, k:], seen)
             dx_BSC = dx_BSC + torch.nn.functional.pad(part * tap_C, (0, 0, 0, k))
-            dtaps.append((part * wide(x_BSC[:, : S - k])).sum((0, 1)))
+            dtaps.append((part * _seen(wide(x_BSC[:, : S - k]), seen)).sum((0, 1)))
         dtaps += [torch.zeros_like(dtaps[0])] * (weight_CK.shape[1] - len(dtaps))  # taps that reach before the first
         dweight_CK = torch.stack(dtaps[::-1], -1).to(weight_CK.dtype)
         dbias = None if ctx.bias_dtype is None else dy_BSC.sum((0, 1)).to(ctx.bias_dtype)
         return dx_BSC.to(x_BSC.dtype), dweight_CK, dbias, None
 
 
-def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | int]]:
+def _seen(values_BSC: Tensor, seen: Tensor | None) -> Tensor:
+    """Zeros where another segment stands: a product with zero would let its NaN through."""
+    return values_BSC if seen is None else torch.where(seen, values_BSC, 0)
+
+
+def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Of each shift k: its weights (C,), and which tokens, from the k-th on, see the one k before them."""
     K, S = weight_CK.shape[1], x_BSC.shape[1]
     for k in range(min(K, max(S, 1))):
-        seen: Tensor | int = 1
+        seen = None
         if segments_BS is not None and k:
             seen = (segments_BS[:, k:] == segments_BS[:, : S - k])[..., None]
         yield k, wide(weight_CK[:, K - 1 - k]), seen

@@ -23,13 +23,17 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         x: (..., K) floating point.
-        weight: (N, K) like x; bias: (N,) like x, or None.
+        weight: (N, K) like x; bias: (N,) like x, or None. Under autocast all are cast to its dtype.
 
     Returns y (..., N) like x. The gradients are plain torch's, and may depend on the batch. Raises ValueError for
     arguments that do not fit.
     """
     if x.dim() == 0:
         raise ValueError("x must be (..., K), got no dims")
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     rows = _contiguous(x.reshape(-1, x.shape[-1]))
     weight = _contiguous(weight)
     _check(rows, weight, bias)

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,7 @@ def define(
     complete = _completer(arguments)
     for variant, namespace in NAMESPACE.items():
         qualname = f"{namespace}::{name}"
-        torch.library.register_fake(qualname, complete(check, fake))
+        torch.library.register_fake(qualname, complete(check, _shortening_logs(fake)))
         if variant == "ref":
             torch.library.impl(qualname, "CompositeExplicitAutograd")(complete(check, ref))
         elif variant == "triton" and triton is not None and TRITON_MISSING is None:
@@ -105,6 +106,21 @@ def define(
         triton is not None,
         tuple(written),
     )
+
+
+def _shortening_logs(fake: Callable) -> Callable:
+    """Before torch 2.13 inductor words a log line for each op that it meets first, whoever listens, with all that was
+    computed before it, each value as often as it is read: at the end of 12 layers that takes minutes. Its fake runs
+    before that, and leaves the line the op's name."""
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+        return fake
+
+    def run(*args, **kwargs):
+        if inductor := sys.modules.get("torch._inductor.exc"):
+            inductor.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
+        return fake(*args, **kwargs)
+
+    return run
 
 
 def _completer(arguments: list) -> Callable[[Callable[..., None] | None, Callable], Callable]:
@@ -298,3 +314,26 @@ def determinism(on: bool) -> Iterator[None]:
         yield
     finally:
         deterministic(before)
+
+
+_invariant = False
+
+
+def is_invariant() -> bool:
+    """Whether each sequence shall have the bits that it has alone: what a layer with a faster, batch-dependent kernel
+    must look at."""
+    return _invariant
+
+
+@contextlib.contextmanager
+def invariant(on: bool = True) -> Iterator[None]:
+    """In the block a model gives each sequence the same bits, whatever is computed beside it and however it is cut:
+    linear layers, attention and log-probabilities add in an order that the batch does not change. See
+    docs/inference.md. A backward that recomputes a forward belongs into the block too. For the whole process, as
+    determinism is: threads that want different things disturb each other."""
+    global _invariant
+    before, _invariant = _invariant, on
+    try:
+        yield
+    finally:
+        _invariant = before

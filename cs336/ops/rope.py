@@ -55,10 +55,10 @@ def _like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
-def triton_refuses(x: Tensor) -> str | None:
+def kernels_refuse(x: Tensor) -> str | None:
     if x.dtype not in FLOATS:
-        return f"the Triton kernels take float32, float16 and bfloat16, not {x.dtype}"
-    return None if x.shape[-1] <= 1024 else f"the Triton kernels take heads of up to 1024 features, not {x.shape[-1]}"
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    return None if x.shape[-1] <= 1024 else f"the kernels take heads of up to 1024 features, not {x.shape[-1]}"
 
 
 registry.define(
@@ -67,7 +67,7 @@ registry.define(
     ref=ref.many,
     triton="rope.fwd",
     check=_check,
-    supports={"triton": lambda xs, *_: triton_refuses(xs[0])},
+    supports=dict.fromkeys(("native", "triton"), lambda xs, *_: kernels_refuse(xs[0])),
 )
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class AdamW(Optimizer):
     def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
         lr = group["lr"]
         for (device, _), whole in self._by_device(group).items():
-            counts = list({id(step): step for *_, step in whole}.values())
+            counts = list(dict.fromkeys(step for *_, step in whole))  # tensors are hashed by identity
             torch._foreach_add_(counts, 1)
             numbers = {
                 "lr": lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr,
@@ -84,16 +84,26 @@ class AdamW(Optimizer):
                 "weight_decay": group["weight_decay"],
                 "grad_scale": None if grad_scale is None else grad_scale.to(device),
             }
-            try:
-                if group.keys().isdisjoint(("state_dtype", "rounding")):
-                    params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*whole, strict=True))
-                    adamw_(params, grads, exp_avgs, exp_avg_sqs, step=steps, **numbers)
-                else:
-                    for part in _parts(whole):
+            rounded = "state_dtype" in group or "rounding" in group
+            parts = list(_parts(whole)) if rounded else [whole]
+            for i, part in enumerate(parts):
+                try:
+                    if rounded:
                         self._step_rounded(part, group.get("rounding", "nearest"), numbers)
-            except ValueError:  # nothing has changed, so nothing is counted
-                torch._foreach_sub_(counts, 1)
-                raise
+                    else:
+                        params, grads, exp_avgs, exp_avg_sqs, steps = (
+                            list(column) for column in zip(*part, strict=True)
+                        )
+                        adamw_(params, grads, exp_avgs, exp_avg_sqs, step=steps, **numbers)
+                except ValueError:  # neither this part has changed nor those after it
+                    self._uncount(itertools.chain.from_iterable(parts[i:]))
+                    raise
+
+    def _uncount(self, rows: Iterable[tuple[Tensor, ...]]) -> None:
+        """Take a step back from the counts of some parameters; others may share the tensors, and keep them."""
+        counts: dict[Tensor, Tensor] = {}
+        for p, *_, step in rows:
+            self.state[p]["step"] = counts.setdefault(step, step - 1)
 
     def _step_rounded(self, bucket: list[tuple[Tensor, ...]], rounding: Rounding, numbers: dict[str, Any]) -> None:
         """In float32 copies, which are rounded back."""

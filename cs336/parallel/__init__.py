@@ -10,6 +10,10 @@ from cs336.parallel.context import ring_attention as ring_attention
 from cs336.parallel.ddp import DDP as DDP
 from cs336.parallel.expert import expert_parallel as expert_parallel
 from cs336.parallel.expert import expert_parameters as expert_parameters
+from cs336.parallel.fsdp import FSDP as FSDP
+from cs336.parallel.launch import RankError as RankError
+from cs336.parallel.launch import connect as connect
+from cs336.parallel.layout import ParallelConfig as ParallelConfig
 from cs336.parallel.mesh import Mesh as Mesh
 from cs336.parallel.pipeline import Pipeline as Pipeline
 from cs336.parallel.pipeline import pipeline_stage as pipeline_stage

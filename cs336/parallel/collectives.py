@@ -42,6 +42,7 @@ class Traffic:
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
+_started: Counter[str] = Counter()
 _counting: list[Traffic] = []  # of the process: hooks of a backward run in threads of autograd
 
 
@@ -63,7 +64,13 @@ def ring_bytes(name: str, size: int, world: int) -> int:
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
 
+def started() -> int:
+    """How many collectives of this module this process has begun: a rank that is behind the others holds them up."""
+    return sum(_started.values())
+
+
 def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+    _started[name] += 1
     sent = ring_bytes(name, whole.nbytes, dist.get_world_size(group))
     for traffic in _counting:
         traffic.bytes[name] += sent
@@ -225,17 +232,21 @@ def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | Non
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def check_alike(what: Sequence[tuple[str, str]], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+def check_alike(
+    what: Sequence[tuple[str, str]],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    *,
+    advice: str = "Build the model from the same configuration on every rank",
+) -> None:
     """Raises ValueError, on every rank, that names the first (name, description) that differs from rank 0's."""
     first, *others = gather_json(list(what), device, group)
     for rank, other in enumerate(others, 1):
         for i in range(max(len(first), len(other))):
             here, there = (f"{x[i][0]}: {x[i][1]}" if i < len(x) else "nothing more" for x in (first, other))
             if here != there:
-                raise ValueError(
-                    f"ranks must be given the same; first difference: rank 0 has {here}; rank {rank} has {there}. "
-                    "Build the model from the same configuration on every rank"
-                )
+                difference = f"rank 0 has {here}; rank {rank} has {there}"
+                raise ValueError(f"ranks must be given the same; first difference: {difference}. {advice}")
 
 
 def describe(t: Tensor) -> str:

@@ -37,7 +37,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        optimizer_cls: type[torch.optim.Optimizer],
+        optimizer_cls: Callable[..., torch.optim.Optimizer],
         *,
         group: dist.ProcessGroup | None = None,
         **kwargs: Any,
@@ -48,6 +48,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._loads = [0] * len(self._shares)
         super().__init__([dict(g) for g in self._inner.param_groups], self._inner.defaults)
         self.state = self._inner.state
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> "ShardedOptimizer":
+        """One around an optimizer that has no state yet."""
+        return cls(optimizer.param_groups, lambda _: optimizer, group=group)
 
     @property
     def _rank(self) -> int:
@@ -107,8 +112,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Every parameter; its index is its name in a state_dict."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _share(self) -> list[int]:
-        """The index of each parameter of the inner optimizer."""
+    def share(self) -> list[int]:
+        """The index, among all parameters, of each that this rank steps."""
         index = {p: i for i, p in enumerate(self._all())}
         return [index[p] for group in self._inner.param_groups for p in group["params"]]
 
@@ -118,7 +123,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {"state": self._share_state(), "param_groups": self._packed_groups(), "shard": shard}
 
     def _share_state(self) -> dict[int, Any]:
-        share = self._share()
+        share = self.share()
         return {share[i]: state for i, state in self._inner.state_dict()["state"].items()}
 
     def _packed_groups(self) -> list[dict[str, Any]]:
@@ -172,7 +177,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if saved != want:
             raise ValueError(f"the saved groups have {saved} parameters, this optimizer's {want}")
         names = [i for group in groups for i in group["params"]]
-        states = [state_dict["state"].get(names[i]) for i in self._share()]
+        states = [state_dict["state"].get(names[i]) for i in self.share()]
         packed = self._inner.state_dict()["param_groups"]
         self._inner.load_state_dict(
             {

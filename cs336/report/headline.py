@@ -83,6 +83,8 @@ def verdict(run: Run) -> str:
     spent = f"After {duration(seconds)} and {compact(tokens)} tokens" if seconds and tokens else "After training"
     text = str(run.evaluation.get("text") or "text it has never seen")
     baselines = [row for row in comparison(run) if not row["ours"]]
+    if bits is None and (reward := run.last("eval/reward")) is not None:
+        return f"{spent} the model's likeliest answers to prompts that it was not trained on are worth {reward:.3f}."
     if bits is None:
         loss = run.last("val/loss")
         if loss is not None:

@@ -5,6 +5,9 @@
     PATH/state.json             the iteration, the optimizer's numbers, the model's configuration, a checksum of each
                                 file, and what the caller added
 
+Where several ranks split the model or the optimizer each writes its own, model-00002-of-00008.safetensors: see
+cs336.training.shards. It loads under any layout.
+
 They are written under a temporary name, flushed to the disk, then renamed. Nothing is ever unpickled. In a file object,
 and at a path with a suffix (model.pt), they are the members of a zip archive. Format 1, without configuration and
 checksums, is read too.
@@ -13,6 +16,7 @@ checksums, is read too.
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,27 +24,27 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cs336.parallel import FSDP, ShardedOptimizer
+from cs336.parallel.launch import rank, world_size
+from cs336.training.shards import DamagedError, Tensors, divided, shard_name
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, sync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 2
 READABLE = (1, FORMAT)
+FILES = {"model": MODEL, "optimizer": OPTIMIZER}
 
 
 Config = TypeVar("Config")
-
-
-class DamagedError(ValueError):
-    """A checkpoint whose files are not what was written."""
 
 
 def save_checkpoint(
@@ -70,13 +74,14 @@ def save_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds."""
+    """What a checkpoint holds, of this rank."""
 
-    tensors: dict[str, Tensor]
-    tied: dict[str, str]
-    optimizer_tensors: dict[str, Tensor] | None
+    tensors: dict[str, dict[str, Tensor]]
+    """By kind, "model" and "optimizer", and by name."""
     state: dict[str, Any]
     """JSON values: state.json but for the checksums."""
+    pieces: dict[str, dict[str, Any]]
+    """What is said of pieces, by kind; a kind that is not here is not split: rank 0 has all of it."""
 
 
 def snapshot(
@@ -88,11 +93,20 @@ def snapshot(
     copy: bool = False,
 ) -> Snapshot:
     """What save_checkpoint writes; with `copy` in memory of its own on the host, so that training may go on."""
-    tensors, tied = _distinct(_unwrapped(model).state_dict())
-    optimizer_tensors, numbers = None, None
+    named, tied = model.local_state() if isinstance(model, FSDP) else _distinct(_unwrapped(model).state_dict())
+    kinds: dict[str, dict[str, Any]] = {"model": named}
+    numbers = None
     if optimizer is not None:
         apart, numbers = _split_optimizer(optimizer.state_dict())
-        optimizer_tensors = _distinct(apart, tie=False)[0]
+        kinds["optimizer"] = _distinct(apart, tie=False)[0]
+        if isinstance(model, FSDP):
+            kinds["optimizer"] = model.optimizer_pieces(optimizer, kinds["optimizer"])
+    split = {"model": isinstance(model, FSDP), "optimizer": isinstance(model, FSDP) or _is_share(optimizer)}
+    tensors, pieces = {}, {}
+    for kind, found in kinds.items():
+        tensors[kind], said = divided(found)
+        if split[kind]:
+            pieces[kind] = said
     config = getattr(_unwrapped(model), "config", None)
     state = {
         "format": FORMAT,
@@ -104,9 +118,12 @@ def snapshot(
     }
     if copy:
         state = json.loads(json.dumps(state))
-        tensors = _on_host(tensors)
-        optimizer_tensors = None if optimizer_tensors is None else _on_host(optimizer_tensors)
-    return Snapshot(tensors, tied, optimizer_tensors, state)
+        tensors = {kind: _on_host(found) for kind, found in tensors.items()}
+    return Snapshot(tensors, state, pieces)
+
+
+def _is_share(optimizer: torch.optim.Optimizer | None) -> bool:
+    return isinstance(optimizer, ShardedOptimizer)
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,19 +143,69 @@ def write_snapshot(snapshot: Snapshot, path: str | os.PathLike | IO[bytes]) -> p
         with replacing(path, "wb") as file:
             _write_archive(file, path.parent, snapshot)
         return path
-    if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        begin(path)
+        finish(path, snapshot, [write_files(path, snapshot)])
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Errors as save_checkpoint's, and nothing left over."""
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, snapshot)
-        _put_in_place(temporary, path)
+        yield
+    except FileExistsError:
+        raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} was not written ({error}); earlier checkpoints are whole") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
+        if rank() == 0:
+            shutil.rmtree(_temporary(path), ignore_errors=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def begin(path: pathlib.Path) -> None:
+    """An empty directory for the files of a checkpoint at `path`; `finish` gives it that name."""
+    if path.exists() and not (path / STATE).exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not a checkpoint: choose another path")
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def write_files(path: pathlib.Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write this rank's tensors of a checkpoint at `path`, after `begin`; returns what `finish` needs, JSON values."""
+    return _write_files(_temporary(path), snapshot)
+
+
+def _write_files(directory: pathlib.Path, snapshot: Snapshot) -> dict[str, Any]:
+    shards: dict[str, Any] = {}
+    checksums = {}
+    for kind, tensors in snapshot.tensors.items():
+        split = kind in snapshot.pieces
+        if split or rank() == 0:
+            name = shard_name(kind, rank(), world_size()) if split else FILES[kind]
+            save_file(tensors, directory / name)
+            sync(directory / name)
+            checksums[name] = _digest(directory / name)
+            if split:
+                shards[kind] = {"file": name, "pieces": snapshot.pieces[kind]}
+    optimizer = snapshot.state["optimizer"]
+    return {"shards": shards, "checksums": checksums, "numbers": optimizer["numbers"] if optimizer else {}}
+
+
+def finish(path: pathlib.Path, snapshot: Snapshot, written: list[dict[str, Any]]) -> None:
+    """Rank 0's part after `write_files` of all ranks, whose values are `written`: state.json, and the name."""
+    temporary, state = _temporary(path), dict(snapshot.state)
+    if snapshot.pieces:
+        state["shards"] = {kind: [own["shards"][kind] for own in written] for kind in snapshot.pieces}
+        numbers = {i: values for own in written for i, values in own["numbers"].items()}
+        state["optimizer"] = state["optimizer"] and state["optimizer"] | {"numbers": numbers}
+    _write_state(temporary, state, {name: digest for own in written for name, digest in own["checksums"].items()})
+    _put_in_place(temporary, path)
 
 
 def load_checkpoint(
@@ -158,20 +225,30 @@ def load_checkpoint(
 
 def _load(directory: str | os.PathLike, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> int:
     path, state = _read_state(directory)
-    names = [name for name, wanted in ((MODEL, model), (OPTIMIZER, optimizer)) if wanted is not None]
+    shards = {kind: _shards(state, kind) for kind, wanted in (("model", model), ("optimizer", optimizer)) if wanted}
+    names = [shard["file"] for files in shards.values() for shard in files]
     _verify(path, {name: digest for name, digest in state.get("checksums", {}).items() if name in names})
     if model is not None:
-        tensors = _read_tensors(path / MODEL)
-        tensors |= {name: tensors[same] for name, same in state["tied"].items()}
+        tensors = Tensors(path, shards["model"])
         try:
-            _unwrapped(model).load_state_dict(tensors)
+            if isinstance(model, FSDP):
+                model.load_whole(tensors)
+            else:
+                whole = dict(tensors)
+                whole |= {name: whole[same] for name, same in state["tied"].items()}
+                _unwrapped(model).load_state_dict(whole)
         except RuntimeError as error:
             raise ValueError(f"checkpoint {path} does not fit the model: {error}") from None
     if optimizer is not None:
         if state["optimizer"] is None:
             raise ValueError(f"checkpoint {path} was saved without an optimizer")
-        _load_optimizer(optimizer, state["optimizer"], _read_tensors(path / OPTIMIZER), path)
+        part = functools.partial(model.part_of, optimizer) if isinstance(model, FSDP) else None
+        _load_optimizer(optimizer, state["optimizer"], Tensors(path, shards["optimizer"]), path, part)
     return state["iteration"]
+
+
+def _shards(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return state.get("shards", {}).get(kind) or [{"file": FILES[kind], "pieces": {}}]
 
 
 def read_extra(path: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
@@ -219,16 +296,16 @@ def remove_checkpoint(path: pathlib.Path) -> None:
 # ---- random numbers ----
 
 
-def rng_state() -> dict[str, Any]:
-    """torch's generators, of the CPU and of every GPU in use, as JSON values."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """torch's generators, of the CPU and of `device` if that is a GPU, as JSON values."""
+    cuda = [torch.cuda.get_rng_state(device)] if device is not None and device.type == "cuda" else []
     return {"cpu": _to_text(torch.get_rng_state()), "cuda": [_to_text(s) for s in cuda]}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device | None = None) -> None:
     torch.set_rng_state(_from_text(state["cpu"]))
-    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_text(saved), device)
+    if device is not None and device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(_from_text(state["cuda"][0]), device)
 
 
 def _to_text(state: Tensor) -> str:
@@ -243,16 +320,17 @@ def _from_text(text: str) -> Tensor:
 
 
 def _write(path: pathlib.Path, snapshot: Snapshot) -> None:
-    save_file(snapshot.tensors, path / MODEL)
-    if snapshot.optimizer_tensors is not None:
-        save_file(snapshot.optimizer_tensors, path / OPTIMIZER)
-    state = snapshot.state | {"checksums": {file.name: _digest(file) for file in sorted(path.iterdir())}}
+    _write_state(path, snapshot.state, _write_files(path, snapshot)["checksums"])
+
+
+def _write_state(path: pathlib.Path, state: dict[str, Any], checksums: dict[str, str]) -> None:
+    state = state | {"checksums": dict(sorted(checksums.items()))}
     state["checksums"][STATE] = _text_digest(state)
     (path / STATE).write_text(json.dumps(state), encoding="utf-8")
     mode = (path / STATE).stat().st_mode
     for file in path.iterdir():
         file.chmod(mode)  # as the umask says: safetensors gives its files to their owner alone
-        sync(file)
+    sync(path / STATE)
     sync(path)
 
 
@@ -383,20 +461,21 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
     return found, state
 
 
-def _read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
-
-
 def _load_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], tensors: dict[str, Tensor], path: pathlib.Path
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    tensors: Tensors,
+    path: pathlib.Path,
+    part: Callable[[int, Tensor], Tensor] | None,
 ) -> None:
+    """part: what this rank keeps of a tensor of the state of the i-th parameter; None: all of it."""
     state: dict[int, dict[str, Any]] = {int(parameter): dict(v) for parameter, v in saved["numbers"].items()}
-    for name, tensor in tensors.items():
+    mine_alone = set(optimizer.share()) if isinstance(optimizer, ShardedOptimizer) else None
+    for name in tensors:
         parameter, _, key = name.partition(".")
-        state.setdefault(int(parameter), {})[key] = tensor
+        if mine_alone is None or int(parameter) in mine_alone:
+            tensor = tensors[name]
+            state.setdefault(int(parameter), {})[key] = tensor if part is None else part(int(parameter), tensor)
     mine = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in zip(saved["groups"], mine, strict=False)]
     try:

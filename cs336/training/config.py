@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cs336.models import TransformerConfig
 from cs336.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from cs336.parallel import ParallelConfig
 from cs336.training.budget import Budget
 from cs336.training.guard import GuardConfig
 from cs336.training.loggers import LoggerName
@@ -50,7 +51,7 @@ class TrainConfig:
     batch_size: int = 32
     """Sequences an optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences a forward pass; gradients add up to those of batch_size. None: batch_size."""
+    """Sequences a forward pass, of one process; gradients add up to those of batch_size. None: all that it has."""
     gradient_checkpointing: bool | Literal["none", "selective", "full", "auto"] = False
     """Compute again in the backward instead of keeping: none; selective, all but the products, for little work; full,
     each layer, for a third more work (true and false are full and none). auto: the first of these that fits."""
@@ -87,6 +88,7 @@ class TrainConfig:
     async_checkpoints: bool | None = None
     """Write checkpoints while training goes on, from a copy on the host. None: on a GPU."""
     guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loggers: tuple[LoggerName, ...] = ()
     """Also write metrics to: tensorboard, wandb, trackio. Each is a package of its own."""
 
@@ -151,20 +153,24 @@ FREE = {
     "eval_interval",
 }
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
-FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers"}
+FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel"}
 
 
-def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each."""
-    before, after = dict(_flat(saved, "")), dict(_flat(wanted, ""))
-    names = [key for key in before | after if key.split(".")[0] not in FREE]
+def differences(saved: Any, wanted: Any, free: Collection[str] = FREE) -> list[str]:
+    """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each.
+
+    free: fields of it that may.
+    """
+    before, after = dict(flat(saved)), dict(flat(wanted))
+    names = [key for key in before | after if key.split(".")[0] not in free]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in names if before.get(k) != after.get(k)]
 
 
-def _flat(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each field."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{f.name}.")
+            yield from flat(value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, value.resolve() if isinstance(value, pathlib.Path) else value

@@ -1,29 +1,17 @@
 """What a run decides while it goes: how many steps it has, when to pause for something else, when to stop.
 
-Decisions follow from the clock and from signals, which differ from process to process: rank 0's are taken by all.
+Decisions follow from the clock and from signals, which differ from process to process: rank 0's clock is that of all,
+and a signal to any of them stops all.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol
 
-import torch
-
+from cs336.parallel.launch import agreed, any_rank
 from cs336.training.budget import Budget, Plan
-from cs336.training.config import TrainConfig
-
-T = TypeVar("T")
 
 LOOK_PART = 0.01  # of a time budget: the longest time without a look at the clock
 CHECKPOINTS = 10  # a run, where the configuration does not say
-
-
-def agreed(value: T) -> T:
-    """Rank 0's value, on every rank."""
-    if not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 class Pause:
@@ -59,13 +47,24 @@ class Pause:
         return inside + 1
 
 
+class Paced(Protocol):
+    """What of a configuration decides the pace of a run."""
+
+    @property
+    def budget(self) -> str: ...
+    @property
+    def log_interval(self) -> int: ...
+    @property
+    def checkpoint_interval(self) -> int | None: ...
+
+
 class Decisions:
     """The plan, the pauses and the stop of a run.
 
     Raises ValueError if the budget is less than one step.
     """
 
-    def __init__(self, config: TrainConfig, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
+    def __init__(self, config: Paced, *, tokens_per_step: int, flops_per_step: float, pauses: list[Pause]):
         self.log_interval = config.log_interval
         budget = Budget.parse(config.budget)
         self.plan = Plan(budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
@@ -76,13 +75,14 @@ class Decisions:
         return self.plan.total_steps is not None and step >= self.plan.total_steps
 
     def stop(self, requested: Callable[[], bool]) -> bool:
-        return agreed(requested())
+        return any_rank(requested())
 
     def look(self, step: int, waited: float) -> bool:
         """Whether to wait for the device after this step, `waited` seconds after the last time."""
+        if self.finished(step) or step % self.log_interval == 0 or self.plan.measuring:
+            return True
         budget = self.plan.budget
-        late = budget.kind == "seconds" and waited > LOOK_PART * budget.amount
-        return agreed(self.finished(step) or step % self.log_interval == 0 or self.plan.measuring or late)
+        return budget.kind == "seconds" and agreed(waited > LOOK_PART * budget.amount)
 
     def observe(self, step: int, seconds: float) -> bool:
         """Take note of the time; whether the number of steps changed."""

@@ -12,11 +12,12 @@ import torch
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
 from cs336.models import Transformer
+from cs336.parallel.launch import on_first, rank, world_size
 from cs336.training.budget import PAUSED_PART
 from cs336.training.config import TrainConfig
 from cs336.training.decisions import Pause
 from cs336.training.learner import Learner
-from cs336.training.objectives import Batch, Terms
+from cs336.training.objectives import Batch, Terms, over_ranks
 from cs336.utils.terminal import visible
 
 EVALS, SAMPLES = 20, 10  # a run, where the configuration does not say
@@ -47,7 +48,8 @@ class Evaluator(Protocol):
 class Validation:
     """Mean loss over part of the data: "val/loss" in nats per token, and "val/bpb" in bits per byte.
 
-    The windows are spread evenly, whole batches of them, and the same each time. Bits per byte need the data's sidecar.
+    The windows are spread evenly, whole batches of them, and the same each time, on however many ranks. Bits per byte
+    need the data's sidecar.
     """
 
     def __init__(self, data: TokenDataset, config: TrainConfig):
@@ -59,7 +61,8 @@ class Validation:
     def __call__(self, learner: Learner, total_steps: int) -> Finding:
         # A compiled objective keeps its gradients and mode: without them it would be compiled again.
         with contextlib.nullcontext() if learner.compiled else learner.evaluating():
-            loss = mean_loss(learner.terms, self.data, self.windows(total_steps), self.size, learner.device)
+            size = min(self.size, learner.micro_batch_size)
+            loss = mean_loss(learner.terms, self.data, self.windows(total_steps), size, learner.device, split=True)
         metrics, text = {"val/loss": loss}, f"validation loss {loss:.4f}"
         meta = self.data.meta
         if meta is not None and meta.text_bytes:
@@ -83,14 +86,27 @@ class Validation:
 
 
 def mean_loss(
-    terms: Callable[[Batch], Terms], data: TokenDataset, count: int, size: int, device: torch.device | str
+    terms: Callable[[Batch], Terms],
+    data: TokenDataset,
+    count: int,
+    size: int,
+    device: torch.device | str,
+    *,
+    split: bool = False,
 ) -> float:
-    """Mean loss over `count` windows spread evenly over the data, `size` at a time."""
+    """Mean loss over `count` windows spread evenly over the data, `size` at a time.
+
+    split: among the ranks, each of which calls this. They make equally many calls of `terms`, in which they may wait
+    for one another: one that has no windows left repeats some, which count for nothing.
+    """
     total = torch.zeros(2, device=device, dtype=torch.float64)
-    for index_B in spread(len(data), count, size):
-        loss, counted, _ = terms(to_device(data.windows(index_B), device))
-        total += torch.stack([loss.detach().double(), counted.double()])
-    loss_sum, num_targets = total.tolist()
+    parts = list(spread(len(data), count, size))
+    ranks, mine = (world_size(), rank()) if split else (1, 0)
+    for i in range(mine, -(-len(parts) // ranks) * ranks, ranks):
+        loss, counted, _ = terms(to_device(data.windows(parts[i % len(parts)]), device))
+        if i < len(parts):
+            total += torch.stack([loss.detach().double(), counted.double()])
+    loss_sum, num_targets = (over_ranks(total) if split else total).tolist()
     return loss_sum / num_targets
 
 
@@ -110,14 +126,17 @@ def spread(windows: int, count: int, size: int) -> Iterator[np.ndarray]:
 
 
 class Samples:
-    """What the model writes: rows like {"prompt": ..., "text": ...} that `sample` returns, called in eval mode."""
+    """What the model writes: rows like {"prompt": ..., "text": ...} that `sample` returns, called in eval mode.
+
+    Where there are several ranks, on the first.
+    """
 
     def __init__(self, sample: Sample, config: TrainConfig):
         self.sample = sample
         self.pause = Pause("sample", config.sample_interval, SAMPLES)
 
     def __call__(self, learner: Learner, total_steps: int) -> Finding:
-        with learner.evaluating() as model:
-            rows = self.sample(model)
+        with learner.whole(), learner.evaluating() as model:
+            rows = on_first(lambda: self.sample(model))
         text = visible(f"{rows[0].get('prompt', '')}{rows[0].get('text', '')}") if rows else ""
         return Finding(samples=rows, text=text)

@@ -11,6 +11,7 @@ import torch
 
 from cs336 import __version__
 from cs336.models.recompute import KEEPS_ALL
+from cs336.parallel.launch import world_size
 from cs336.training.budget import Plan
 from cs336.training.config import TrainConfig
 from cs336.training.learner import Learner
@@ -32,6 +33,7 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
         "data": data,
         "precision": _precision(learner),
         "compiled": learner.compiled,
+        "processes": world_size(),
         "command": shlex.join(sys.argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cs336": __version__,
@@ -46,11 +48,23 @@ def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens
     total, tokens = plan.total_steps, config.batch_size * config.model.context_length
     steps = "as many steps as fit" if total is None else f"{total:,} steps, {total * tokens:,} tokens"
     return (
-        f"{config.model.num_parameters():,} parameters on {learner.device} "
+        f"{config.model.num_parameters():,} parameters on {_places(learner)} "
         f"({_precision(learner)}{', compiled' if learner.compiled else ''}), {train_tokens:,} tokens of data, "
         f"budget {config.budget}: {steps}; a step takes about {learner.predicted_memory().total / 2**20:,.0f} MiB"
         f"{'' if learner.recompute in KEEPS_ALL else f', with {_recompute(learner)} recomputation'}"
     )
+
+
+def _places(learner: Learner) -> str:
+    if world_size() == 1:
+        return str(learner.device)
+    zero = learner.config.parallel.zero
+    return f"{world_size()} x {learner.device.type}{f', ZeRO-{zero},' if zero else ''}"
+
+
+def measured(learner: Learner) -> dict[str, Any]:
+    """What a process measures itself: the loss of its own sequences in the latest step, and its memory."""
+    return {"train/loss": learner.own_loss.item(), "peak_memory_bytes": peak_memory(learner.device)}
 
 
 def memory_used(learner: Learner) -> str:

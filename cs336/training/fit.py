@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.95  # of a device: the rest is the context's, and what the allocator cannot use
+SPLIT = ("optimizer", "gradients", "weights")  # by ZeRO-1, 2 and 3
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")  # the fastest first
 
 
@@ -27,11 +28,13 @@ class Numerics:
     compiled: bool
 
 
-def predicted_memory(config: "TrainConfig", numerics: Numerics, recompute: Recompute, micro_batch_size: int) -> Memory:
-    """What a step will take of the device's memory."""
+def predicted_memory(
+    config: "TrainConfig", numerics: Numerics, recompute: Recompute, micro_batch_size: int, ranks: int = 1
+) -> Memory:
+    """What a step will take of the device's memory, of each of several ranks."""
     dtype = torch.bfloat16 if numerics.weight_bytes == 2 else torch.float32
     optimizer = config.optimizer.build(Transformer(config.model, device="meta", dtype=dtype))
-    return training_memory(
+    whole = training_memory(
         config.model,
         micro_batch_size,
         weight_bytes=numerics.weight_bytes,
@@ -40,6 +43,8 @@ def predicted_memory(config: "TrainConfig", numerics: Numerics, recompute: Recom
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
     )
+    split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
+    return dataclasses.replace(whole, **{name: -(-getattr(whole, name) // ranks) for name in split})
 
 
 def room(device: torch.device, limit_gib: float | None) -> float:
@@ -51,7 +56,7 @@ def room(device: torch.device, limit_gib: float | None) -> float:
     return USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choose_recompute(config: "TrainConfig", numerics: Numerics, room: float) -> Recompute:
+def choose_recompute(config: "TrainConfig", numerics: Numerics, room: float, ranks: int = 1) -> Recompute:
     """config.gradient_checkpointing, or for "auto" the fastest way that fits.
 
     Raises ValueError, with what would fit, for a step that does not.
@@ -59,26 +64,26 @@ def choose_recompute(config: "TrainConfig", numerics: Numerics, room: float) -> 
     micro = config.micro_batch_size or config.batch_size
     asked: Any = config.gradient_checkpointing
     ways: tuple[Recompute, ...] = WAYS if asked == "auto" else (asked,)
-    needs = {way: predicted_memory(config, numerics, way, micro) for way in ways}
+    needs = {way: predicted_memory(config, numerics, way, micro, ranks) for way in ways}
     if fitting := [way for way in ways if needs[way].total <= room]:
         return fitting[0]
     raise ValueError(
         f"a step takes about {needs[ways[-1]].total / GIB:,.2f} GiB, and {room / GIB:,.2f} can be used: "
-        f"{_what_would_fit(config, numerics, room, micro)}"
+        f"{_what_would_fit(config, numerics, room, micro, ranks)}"
     )
 
 
-def _what_would_fit(config: "TrainConfig", numerics: Numerics, room: float, micro: int) -> str:
+def _what_would_fit(config: "TrainConfig", numerics: Numerics, room: float, micro: int, ranks: int) -> str:
     """The change that costs least: smaller micro-batches down to a quarter, then recomputation, then both."""
     sizes = [size for size in range(micro, 0, -1) if config.batch_size % size == 0]
     few = [size for size in sizes if 4 * size >= micro]
     asked: Any = "full" if config.gradient_checkpointing in (True, "auto") else config.gradient_checkpointing
     options = [(asked, size) for size in few] + [(way, size) for way in WAYS[1:] for size in few]
     for way, size in [*options, *(("full", size) for size in sizes)]:
-        need = predicted_memory(config, numerics, way, size).total
+        need = predicted_memory(config, numerics, way, size, ranks).total
         if need <= room:
             changes = [] if size == micro else [f"micro_batch_size = {size}"]
             changes += [] if way == asked else [f'gradient_checkpointing = "{way}"']
             return f"{' and '.join(changes)} would fit, at {need / GIB:,.2f} GiB"
-    least = predicted_memory(config, numerics, "full", 1)
+    least = predicted_memory(config, numerics, "full", 1, ranks)
     return f"even one sequence at a time takes {least}; use a smaller model, a shorter context or a larger device"

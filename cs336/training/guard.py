@@ -103,6 +103,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None
         if not parameter.isfinite().all():
             return f"the parameter {name}"
     found: list[str] = []
+    model.zero_grad()  # those of the step may be what other ranks spoiled
     try:
         with _watched(model, found):
             value = loss()
@@ -155,7 +156,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def steepest(model: nn.Module) -> str:
-    """The parameter with the longest gradient, as a phrase."""
+    """The parameter with the longest gradient, of this rank's pieces where they are split, as a phrase."""
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     name = max(norms, key=norms.__getitem__)
     return f"the longest gradient is that of {name}"

@@ -3,10 +3,16 @@
 import pathlib
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
+
+from cs336 import __version__
 from cs336.data import TokenDataset
 from cs336.data.tokenize import tokenizer_of
+from cs336.parallel.collectives import check_alike
+from cs336.parallel.launch import control_device, world_size
 from cs336.training.budget import Budget
-from cs336.training.config import TrainConfig, differences
+from cs336.training.config import TrainConfig, differences, flat
+from cs336.utils.commit import source_digest
 from cs336.utils.duration import duration
 
 if TYPE_CHECKING:
@@ -23,6 +29,16 @@ def check_same_config(saved: TrainConfig | None, wanted: TrainConfig) -> None:
     """Raises ValueError if the run that is there cannot go on as another configuration."""
     if saved is not None and (changed := differences(saved, wanted)):
         _refuse(wanted, changed)
+
+
+def check_ranks(config: TrainConfig, data: Fingerprints) -> None:
+    """Raises ValueError, on every rank, that names the first setting, data or version of code that is not rank 0's."""
+    if world_size() == 1:
+        return
+    what = [("cs336", __version__), ("the code of cs336", source_digest()), ("torch", torch.__version__)]
+    what += [(key, str(value)) for key, value in flat(config)]
+    what += [(f"content of data.{side}", str(found)) for side, found in data.items()]
+    check_alike(what, control_device(), advice="Start every process with the same command, code and data")
 
 
 def check_same_data(

@@ -1,59 +1,95 @@
 """A model, its objective, its optimizer and its precision: what happens within one step. B = batch, T = context."""
 
 import contextlib
+import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale, grad_norm
+from cs336.optim.optimizer import Optimizer
+from cs336.parallel import DDP, FSDP, ShardedOptimizer
+from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.config import TrainConfig
 from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
 from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
-from cs336.utils.device import peak_flops, pick
+from cs336.training.weights import load_weights
+from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
+ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
 class Learner:
-    """Weights drawn from config.seed, trained step by step.
+    """Weights drawn from config.seed, trained step by step; where there are several ranks each takes its share of a
+    batch, and the steps are those of one process.
 
     Raises ValueError if config.device is not there, or cannot do what the configuration asks of it.
     """
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.device = pick(config.device)
+        rows = config.parallel.share(world_size(), config.batch_size, config.micro_batch_size)
+        self.config = config = dataclasses.replace(config, batch_size=rows)  # this rank's
+        self.device = place(config.device)
         on_gpu = self.device.type == "cuda"
         low = config.precision.startswith("bf16") or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.weight_dtype = torch.bfloat16 if config.precision == "bf16_weights" else torch.float32
-        self.compiled = on_gpu if config.compile is None else config.compile
+        self.sharded = config.parallel.zero >= 2 and world_size() > 1
+        self.compiled = on_gpu and not self.sharded if config.compile is None else config.compile
+        if self.sharded and (reason := self._unshardable()):
+            raise ValueError(f"parallel.zero = {config.parallel.zero} is not possible: {reason}; use zero = 1")
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
-        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.micro_batch_size = config.micro_batch_size or rows
         self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled)
         self.room = room(self.device, config.memory_limit)
-        self.recompute = choose_recompute(config, self.numerics, self.room)
+        self.recompute = choose_recompute(config, self.numerics, self.room, world_size())
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
         # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
         self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
-        self.optimizer = config.optimizer.build(self.model)
+        self.synced, self.optimizer = self._split()
+        if rank():
+            torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
         self._lr = torch.zeros((), device=self.device)  # of the graph
 
+    def _unshardable(self) -> str | None:
+        if self.config.optimizer.kind not in ELEMENTWISE:
+            return f"it splits every matrix, and {self.config.optimizer.kind} needs whole ones"
+        return "compile = true does not follow weights that come and go" if self.compiled else None
+
+    def _split(self) -> tuple[DDP | FSDP | None, Optimizer | ShardedOptimizer]:
+        """What averages gradients over the ranks, and the optimizer of this rank's share."""
+        fsdp = FSDP(self.model, reshard=self.config.parallel.zero == 3) if self.sharded else None
+        optimizer = self.config.optimizer.build(self.model)
+        if fsdp is not None:
+            fsdp.split(optimizer)
+            return fsdp, optimizer
+        if world_size() == 1:
+            return None, optimizer
+        return DDP(self.model), ShardedOptimizer.of(optimizer) if self.config.parallel.zero else optimizer
+
+    @property
+    def trained(self) -> nn.Module:
+        """What has the parameters that the optimizer steps, and their gradients."""
+        return self.synced if isinstance(self.synced, FSDP) else self.model
+
     def _eager_terms(self, *batch: Tensor) -> Terms:
-        return self.config.objective(self.model, batch)
+        return self.config.objective(self.model if self.synced is None else self.synced, batch)
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
@@ -91,16 +127,24 @@ class Learner:
 
     def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
         parts = []
-        for part in micro_batches(batch, self.micro_batch_size):
+        micro = list(micro_batches(batch, self.micro_batch_size))
+        for i, part in enumerate(micro):
             with annotate("forward"):
                 loss, count, metrics = self.terms(part)
-            with annotate("backward"), registry.determinism(self.deterministic):
+            with annotate("backward"), registry.determinism(self.deterministic), self._unsynced(i < len(micro) - 1):
                 loss.backward()
+            if isinstance(self.synced, FSDP):
+                self.synced.finish_gradient_synchronization()
             parts.append(torch.stack([count, loss.detach(), *(value.detach() for value in metrics.values())]))
         with annotate("optimizer"):
-            count, *sums = over_ranks(torch.stack(parts).sum(0))
+            if self.synced is not None:
+                self.synced.finish_gradient_synchronization()
+            own = torch.stack(parts).sum(0)
+            self.own_loss = own[1] / own[0].clamp(min=1)
+            count, *sums = over_ranks(own)
             scale = gradient_scale(count)
-            norm = grad_norm(self.model.parameters()) * scale
+            fsdp = self.synced if isinstance(self.synced, FSDP) else None
+            norm = (grad_norm(self.model.parameters()) if fsdp is None else fsdp.grad_norm()) * scale
             means = [total / count.clamp(min=1) for total in sums]
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
@@ -111,9 +155,29 @@ class Learner:
             self.optimizer.zero_grad()
         return values
 
+    def _unsynced(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Backwards that are each rank's own. Where gradients are split none is: whole ones are not kept."""
+        return self.synced.no_sync() if wanted and isinstance(self.synced, DDP) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Transformer]:
+        """The model with all its weights on every rank; every rank enters it."""
+        with self.synced.gathered() if isinstance(self.synced, FSDP) else contextlib.nullcontext():
+            yield self.model
+
+    def load_weights(self, path: pathlib.Path) -> None:
+        """Take the weights at `path`: see cs336.training.weights. No rank waits for another."""
+        if not isinstance(self.synced, FSDP):
+            load_weights(self.model, path)
+            return
+        source = Transformer(self.config.model, device="cpu", dtype=self.weight_dtype)
+        load_weights(source, path)
+        self.synced.load_whole(source.state_dict())
+        self.model.special_ids, self.model.generation_config = source.special_ids, source.generation_config
+
     def predicted_memory(self) -> Memory:
         """What a step will take of the device's memory."""
-        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size)
+        return predicted_memory(self.config, self.numerics, self.recompute, self.micro_batch_size, world_size())
 
     def _graph(self) -> StepGraph | None:
         """Where a CUDA graph is asked for; by itself, where its memory beside that of other steps is no matter."""
@@ -123,6 +187,8 @@ class Learner:
         reason = None
         if self.device.type != "cuda":
             reason = f"it is a GPU's, and the device is {self.device}"
+        elif self.synced is not None or isinstance(self.optimizer, ShardedOptimizer):
+            reason = "several processes take a step together"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
         elif self.config.guard.reads_each_step:
@@ -130,7 +196,7 @@ class Learner:
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
         large = 3 * self.predicted_memory().total > self.room
-        if wanted == "auto" and (large or next(experts_of(self.model), None) is not None):
+        if wanted == "auto" and (large or self.synced is not None or next(experts_of(self.model), None) is not None):
             return None  # mixtures of experts may ask on the host how many tokens each has
         if reason is not None:
             if wanted is True:
@@ -149,10 +215,25 @@ class Learner:
             self.model.train()
 
     def first_non_finite(self, batch: Batch) -> str | None:
-        """What first stops being finite in the step that the batch would make, as a phrase; None if nothing does."""
+        """What first stops being finite in the step that the batch would make, as a phrase; None if nothing does.
+
+        Of several ranks the first that finds something is named, on all.
+        """
+        own = self._first_non_finite(batch)
+        found = [
+            f"{text}{f' on rank {r}' if world_size() > 1 else ''}" for r, text in enumerate(from_ranks(own)) if text
+        ]
+        return found[0] if found else None
+
+    def _first_non_finite(self, batch: Batch) -> str | None:
         for part in micro_batches(batch, self.micro_batch_size):
-            with self.autocast():
+            with self.autocast(), self._unsynced(), self.whole():
                 found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
             if found:
                 return found
         return None
+
+
+def _seed_of_rank(seed: int) -> int:
+    """Dropout draws other numbers on each rank."""
+    return int(np.random.SeedSequence([seed, rank()]).generate_state(1, np.uint64)[0]) >> 1

@@ -145,6 +145,16 @@ class JsonLines:
         return end
 
 
+class DroppedLines:
+    """JsonLines of a process that writes no files."""
+
+    def cut(self, upto: int) -> None: ...
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+
 class _Terminal(Console):
     """Output that may lose its reader: `train | head`, a closed terminal."""
 
@@ -166,10 +176,13 @@ class _Terminal(Console):
 
 
 class Display:
-    """The run on the terminal: a bar with the time left, or one line a row where output is not a terminal."""
+    """The run on the terminal: a bar with the time left, or one line a row where output is not a terminal.
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or _Terminal(highlight=False, soft_wrap=True)
+    silent: say nothing, as every process but one should.
+    """
+
+    def __init__(self, console: Console | None = None, *, silent: bool = False):
+        self.console = console or _Terminal(highlight=False, soft_wrap=True, quiet=silent)
         columns = TextColumn("{task.fields[head]}"), BarColumn(), TextColumn("{task.fields[tail]}")
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task = self._bar.add_task("", total=None, head="starting", tail="")
@@ -196,6 +209,8 @@ class Display:
     def row(self, row: dict[str, Any], total_steps: int | None, seconds_left: float | None) -> None:
         """Show a row of training metrics, and the time that is left."""
         head = f"step {row['step']}/{total_steps or '?'}  loss {row['train/loss']:.4f}"
+        if "reward" in row:
+            head += f"  reward {row['reward']:.3f}"
         tail = f"lr {row['lr']:.2e}  norm {row['train/grad_norm']:.2f}  {row['train/tok_per_sec']:,.0f} tok/s"
         if "train/mfu" in row:
             tail += f"  MFU {row['train/mfu']:.1%}"

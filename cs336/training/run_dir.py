@@ -2,6 +2,7 @@
 
 RUN/config.toml, run.json    what runs, and on what; run.json also holds each budget that the run has been given
 RUN/metrics.jsonl            a row each log_interval and each validation
+RUN/ranks.jsonl              with parallel.log_ranks, a row a process for each row of training metrics
 RUN/samples.jsonl            what the model wrote
 RUN/checkpoints/step_*       see cs336.training.checkpoint
 RUN/failure.json             why the latest process ended early, if an error ended it
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 
+from cs336.parallel.launch import from_ranks, host_group, on_first, rank, together
 from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
-from cs336.training.metrics import JsonLines, json_line
+from cs336.training.metrics import DroppedLines, JsonLines, json_line
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 
@@ -29,38 +31,52 @@ FORMAT = 1  # of a run's files; each checkpoint has its own
 
 
 class RunDir:
-    """The files of one run. Its rows are open within `open_rows`."""
+    """The files of one run, which rank 0 writes. Its rows are open within `open_rows`.
+
+    Where there are several ranks each has a RunDir, and they call together what all of them do: `load_newest`, `save`
+    and `wait`. The rest is rank 0's, and what another rank writes is dropped.
+    """
 
     def __init__(self, path: str | os.PathLike, keep_checkpoints: int):
         self.path = pathlib.Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.keep_checkpoints = keep_checkpoints
-        self.metrics: JsonLines
-        self.samples: JsonLines
+        self.metrics: JsonLines | DroppedLines
+        self.samples: JsonLines | DroppedLines
+        self.ranks: JsonLines | DroppedLines
         self._damaged: list[pathlib.Path] = []  # checkpoints
+        self._group = host_group()  # of its own: checkpoints are written while others are in use
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Make the directory and keep other processes out. An error that ends the block is left in failure.json.
+        """Make the directory and keep other runs out. An error that ends the block is left in failure.json.
 
-        Raises RuntimeError if another process is at this run.
+        Every rank calls it. Raises RuntimeError if another run is at this directory.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path), contextlib.ExitStack() as stack:
-            stack.push(self._record_failure)
+        with contextlib.ExitStack() as stack:
+            together(lambda: self._hold(stack) if rank() == 0 else None)
             yield
 
+    def _hold(self, stack: contextlib.ExitStack) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(self.path))
+        stack.push(self._record_failure)
+
     @contextlib.contextmanager
-    def open_rows(self, upto: int) -> Iterator[None]:
-        """metrics.jsonl and samples.jsonl, cut after step `upto`."""
+    def open_rows(self, upto: int, ranks: bool = False) -> Iterator[None]:
+        """metrics.jsonl, samples.jsonl and, if `ranks`, ranks.jsonl, cut after step `upto`."""
         with contextlib.ExitStack() as stack:
-            self.metrics, self.samples = (
-                stack.enter_context(contextlib.closing(JsonLines(self.path / name, upto)))
-                for name in ("metrics.jsonl", "samples.jsonl")
-            )
+
+            def opened(name: str) -> JsonLines | DroppedLines:
+                if rank():
+                    return DroppedLines()
+                return stack.enter_context(contextlib.closing(JsonLines(self.path / name, upto)))
+
+            self.metrics, self.samples = opened("metrics.jsonl"), opened("samples.jsonl")
+            self.ranks = opened("ranks.jsonl") if ranks else DroppedLines()
             yield
 
     # ---- what runs ----
@@ -99,6 +115,16 @@ class RunDir:
 
         Raises ValueError if there are checkpoints and all are damaged, or if it does not fit.
         """
+        name = on_first(lambda: self._load_whole(model, optimizer, say))
+        if name is None:
+            return None
+        path = self.checkpoints / name
+        together(lambda: checkpoint.load_checkpoint(path, model, optimizer) if rank() else None)
+        return path
+
+    def _load_whole(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+    ) -> str | None:
         self._damaged = []
         for path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
             try:
@@ -107,7 +133,7 @@ class RunDir:
                 self._damaged.append(path)
                 say(f"{error}; taking the one before it")
                 continue
-            return path
+            return path.name
         if self._damaged:
             raise ValueError(f"every checkpoint in {self.checkpoints} is damaged: use another run_dir to begin anew")
         return None
@@ -127,10 +153,10 @@ class RunDir:
         raised by the next `save` or `wait`.
         """
         self.wait()
-        self.metrics.sync()
-        self.samples.sync()
         path = checkpoint.step_path(self.checkpoints, step)
         kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background)
+        for rows in (self.metrics, self.samples, self.ranks):
+            rows.sync()
         if background:
             assert self._writer is not None, "the background is open within `saving`"
             self._writing = self._writer.submit(self._put, kept, path)
@@ -139,12 +165,23 @@ class RunDir:
         return path
 
     def _put(self, kept: checkpoint.Snapshot, path: pathlib.Path) -> None:
-        for other in checkpoint.list_checkpoints(self.checkpoints):
-            # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
-            if other in self._damaged or other > path:
-                checkpoint.remove_checkpoint(other)
-        checkpoint.write_snapshot(kept, path)
-        checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
+        """Every rank writes what it has; rank 0 makes room before, and gives them their name after."""
+
+        def make_room() -> None:
+            for other in checkpoint.list_checkpoints(self.checkpoints):
+                # A damaged one would be kept in a whole one's place, a later one be taken for the newest.
+                if other in self._damaged or other > path:
+                    checkpoint.remove_checkpoint(other)
+            checkpoint.begin(path)
+
+        def name(written: list[Any]) -> None:
+            checkpoint.finish(path, kept, written)
+            checkpoint.prune_checkpoints(self.checkpoints, self.keep_checkpoints)
+
+        with checkpoint.writing(path):
+            on_first(make_room, self._group)
+            written = from_ranks(together(lambda: checkpoint.write_files(path, kept), self._group), self._group)
+            on_first(lambda: name(written), self._group)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -153,10 +190,13 @@ class RunDir:
             try:
                 yield
             finally:
-                self.wait()
+                self._wait()
 
     def wait(self) -> None:
         """Until the checkpoint in the background is on the disk. Raises OSError if it could not be written."""
+        together(self._wait)
+
+    def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -167,7 +207,12 @@ class RunDir:
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def _record_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if error is None:
+        if error is not None:
+            self.record_failure(error)
+
+    def record_failure(self, error: BaseException) -> None:
+        """Why this process ends, if it is rank 0."""
+        if rank():
             return
         record = {
             "error": type(error).__name__,

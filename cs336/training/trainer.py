@@ -1,4 +1,7 @@
-"""The training loop: one process, one device, a run directory that can be killed at any moment.
+"""The training loop: one process or several, and a run directory that can be killed at any moment.
+
+Several processes, that torchrun started, make the steps of one: each takes its share of a batch on its own device, all
+decide alike (see cs336.training.decisions), and rank 0 alone writes.
 
 A step follows from the configuration and the checkpoint before it alone, so that a run continued from its newest
 checkpoint repeats the lost steps bit for bit. On a GPU the host waits for the device only at rows, validations,
@@ -9,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import pathlib
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,18 @@ from torch import Tensor
 
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import save_pretrained
+from cs336.parallel.launch import agreed, connect, from_ranks, on_first, rank, together, world_size
+from cs336.parallel.watch import watching
 from cs336.training import checkpoint
 from cs336.training.budget import Budget
 from cs336.training.config import TrainConfig
 from cs336.training.decisions import Decisions
 from cs336.training.evaluators import Evaluator, Sample, Samples, Validation
-from cs336.training.facts import announcement, describe, memory_used, peak_memory
+from cs336.training.facts import announcement, describe, measured, memory_used, peak_memory
 from cs336.training.guard import NonFiniteError, NonFiniteStep, SpikeError, StepError, StepGuard, steepest
 from cs336.training.identity import (
     check_budget,
+    check_ranks,
     check_same_config,
     check_same_data,
     fingerprints,
@@ -40,7 +45,6 @@ from cs336.training.objectives import Batch
 from cs336.training.rate import LearningRate
 from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
-from cs336.training.weights import load_weights
 from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
@@ -66,11 +70,14 @@ class TrainResult:
 class Trainer:
     """Trains a Transformer as a TrainConfig says, and continues the run that is in config.run_dir, if one is.
 
+    Under torchrun every process makes one and calls `train`.
+
     Args:
         tokenizer: of the data; checked against them and exported with the model. None: the one beside the shards.
         sample: called with the model in eval mode; returns rows like {"prompt": ..., "text": ...}.
 
-    Raises ValueError for data, a schedule or a configuration that cannot work, before anything is written.
+    Raises ValueError for data, a schedule or a configuration that cannot work, or that is not that of every process,
+    before anything is written.
     """
 
     step: int
@@ -92,16 +99,13 @@ class Trainer:
         sample: Sample | None = None,
         display: Display | None = None,
     ):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("this trainer runs one process on one device: start it without torchrun")
-        self.config, self.display = config, display or Display()
+        connect(config.device)
+        self.config, self.display = config, display or Display(silent=rank() > 0)
         self.run = RunDir(config.run_dir, config.keep_checkpoints)
-        check_same_config(self.run.saved_config(), config)
-        check_installed(config.loggers)
         self.loggers: list[Logger] = []
         self.tokenizer = kept_tokenizer(config.data.train) if tokenizer is None else tokenizer
-        self.train_data = self._data(config.data.train)
-        self.val_data = None if config.data.val is None else self._data(config.data.val)
+        together(self._open)
+        check_ranks(config, self.fingerprints)
         self._repeated: set[int] = set()  # steps that were not finite once
         self._refused: str | None = None  # why the latest step was left out
         self.evaluators: list[Evaluator] = []
@@ -110,9 +114,16 @@ class Trainer:
         if sample is not None:
             self.evaluators.append(Samples(sample, config))
         self.tokens_per_step = config.batch_size * config.model.context_length
-        self.fingerprints = fingerprints(self.train_data, self.val_data)
         self._restore()
         self.rate.check()
+
+    def _open(self) -> None:
+        """What is there already, and the data."""
+        check_same_config(self.run.saved_config(), self.config)
+        check_installed(self.config.loggers)
+        self.train_data = self._data(self.config.data.train)
+        self.val_data = None if self.config.data.val is None else self._data(self.config.data.val)
+        self.fingerprints = fingerprints(self.train_data, self.val_data)
 
     @property
     def tokens(self) -> int:
@@ -131,15 +142,14 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.run.held())
-            if self._started or self.run.newest() != self._newest:  # an earlier call, or another process, went on
+            stack.enter_context(watching(self.config.parallel.timeout, self.run.record_failure))
+            went_on = self._started > 0 or self.run.newest() != self._newest  # an earlier call, or another process
+            if agreed(went_on):
                 self._restore()
-            self.run.clear_failure()
-            self._write_setup()
-            stack.enter_context(self.run.open_rows(upto=self.step))
+            on_first(self._write_setup)
+            together(lambda: stack.enter_context(self.run.open_rows(self.step, self.config.parallel.log_ranks)))
             stack.enter_context(self.run.saving())
-            self.loggers = open_loggers(self.config.loggers, self.run.path, to_table(self.config), self.step)
-            for logger in self.loggers:
-                stack.callback(logger.close)
+            on_first(lambda: self._open_loggers(stack))
             stack.enter_context(self.display)
             signalled = stack.enter_context(stop_requests())
             self._started = time.perf_counter()
@@ -157,6 +167,11 @@ class Trainer:
                     self._go_back(bad)
                     stop = False
             return self._conclude()
+
+    def _open_loggers(self, stack: contextlib.ExitStack) -> None:
+        self.loggers = open_loggers(self.config.loggers, self.run.path, to_table(self.config), self.step)
+        for logger in self.loggers:
+            stack.callback(logger.close)
 
     # ---- a step, and what comes after it ----
 
@@ -205,8 +220,11 @@ class Trainer:
         row = self._position() | self.meter.row() | {"lr": self._lr}
         speed = row["train/tok_per_sec"]
         if self.learner.peak_flops:
-            row["train/mfu"] = speed * self.config.model.flops_per_token() / self.learner.peak_flops
+            row["train/mfu"] = speed * self.config.model.flops_per_token() / self.learner.peak_flops / world_size()
         self._write(row)
+        if self.config.parallel.log_ranks:
+            for number, own in enumerate(from_ranks(measured(self.learner))):
+                self.run.ranks.write(self._position() | {"rank": number} | own)
         left = self.decisions.seconds_left(self.step, self.seconds, self.tokens_per_step / speed)
         self.display.row(row, self.decisions.plan.total_steps, left)
 
@@ -248,7 +266,7 @@ class Trainer:
             self._refused = f"loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g}; the first that is "
             self._refused += f"not finite is {cause}"
         elif guard.spike != "keep" and (spike := self.guard.spike(numbers)):
-            self._refused = f"a spike, {spike}; {steepest(self.learner.model)}"
+            self._refused = f"a spike, {spike}; {steepest(self.learner.trained)}"
             if guard.spike == "stop":
                 raise SpikeError(f"step {step}: {self._refused}", step=step, cause=self._refused)
         if self._refused is None:
@@ -270,6 +288,7 @@ class Trainer:
         self.meter.start()
         self.run.metrics.cut(self.step)
         self.run.samples.cut(self.step)
+        self.run.ranks.cut(self.step)
         self.display.say(f"{bad}: repeating the steps from {self.step + 1} on to find the cause")
 
     def _examine(self, bad: NonFiniteStep) -> None:
@@ -299,7 +318,7 @@ class Trainer:
             extra = {
                 "loader": self.loader.state_dict(),
                 "plan": self.decisions.plan.state_dict(),
-                "rng": checkpoint.rng_state(),
+                "rng": self._random_state(),
                 "seconds": self.seconds,
                 "val": self.val,
                 "data": self.fingerprints,
@@ -307,7 +326,7 @@ class Trainer:
             extra |= self.rate.state_dict() | self.meter.state_dict() | {"guard": self.guard.state_dict()}
             asked = self.config.async_checkpoints
             background &= self.learner.device.type == "cuda" if asked is None else asked
-            state = self.learner.model, self.learner.optimizer, self.step, extra
+            state = self.learner.trained, self.learner.optimizer, self.step, extra
             self._newest = self.run.save(*state, background=True) if background else self.run.save(*state)
         self.decisions.took(self.decisions.save, taken[0])
 
@@ -316,7 +335,14 @@ class Trainer:
         self.run.wait()
         vars(self).pop("learner", None)  # room for the new one
         config, self.learner = self.config, Learner(self.config)
-        self.loader = TokenLoader(self.train_data, config.batch_size, seed=config.seed, device=self.learner.device)
+        self.loader = TokenLoader(
+            self.train_data,
+            self.learner.config.batch_size,
+            seed=config.seed,
+            device=self.learner.device,
+            rank=rank(),
+            world=world_size(),
+        )
         flops = config.model.flops_per_token() * self.tokens_per_step
         self.decisions = Decisions(
             config,
@@ -329,16 +355,17 @@ class Trainer:
         self.step, self.val = 0, {}
         self._seconds_before = self._started = 0.0
         self._suspect, self._rebudgeted = None, False
-        self._restored = self.run.load_newest(self.learner.model, self.learner.optimizer, self.display.say)
+        self._restored = self.run.load_newest(self.learner.trained, self.learner.optimizer, self.display.say)
         self._newest = self.run.newest()
         if self._restored is not None:
             self._continue(self._restored)
         elif config.init_from is not None:
-            load_weights(self.learner.model, config.init_from)
+            source = config.init_from
+            together(lambda: self.learner.load_weights(source))
 
     def _continue(self, path: pathlib.Path) -> None:
         """Take over from a checkpoint what its weights and the optimizer do not say."""
-        self.step, extra = checkpoint.load_checkpoint(path), checkpoint.read_extra(path)
+        self.step, extra = together(lambda: (checkpoint.load_checkpoint(path), checkpoint.read_extra(path)))
         check_same_data(extra.get("data"), self.fingerprints, self.run.saved_config(), self.config)
         self.loader.load_state_dict(extra["loader"])
         self.decisions.plan.load_state_dict(extra["plan"])
@@ -346,12 +373,23 @@ class Trainer:
         self.meter.load_state_dict(extra)
         if "guard" in extra:
             self.guard.load_state_dict(extra["guard"])
-        checkpoint.set_rng_state(extra["rng"])
+        self._set_random_state(extra["rng"])
         self._seconds_before, self.val = extra["seconds"], extra["val"]
         plan, saved = self.decisions.plan, Budget(**extra["plan"]["budget"])
         self._rebudgeted = plan.budget != saved
         if self._rebudgeted:
             check_budget(plan.budget, plan.total_steps, self.step, self.seconds, self.run.path)
+
+    def _random_state(self) -> dict[str, Any]:
+        """Rank 0's, and those of the others after it."""
+        first, *others = from_ranks(checkpoint.rng_state(self.learner.device))
+        return first | ({"others": others} if others else {})
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """On more ranks than were saved the others keep what the seed gives them."""
+        states = [state, *state.get("others", [])]
+        if rank() < len(states):
+            checkpoint.set_rng_state(states[rank()], self.learner.device)
 
     def _data(self, path: pathlib.Path) -> TokenDataset:
         fingerprint = None if self.tokenizer is None else self.tokenizer.fingerprint
@@ -362,6 +400,7 @@ class Trainer:
 
     def _write_setup(self) -> None:
         """config.toml and run.json, which keeps every budget that the run has been given, and the rate it began at."""
+        self.run.clear_failure()
         facts = describe(self.config, self.learner, self.train_data.num_tokens, self.fingerprints)
         before = self.run.facts() if self.step else {}
         budgets = before.get("budgets", [])
@@ -399,12 +438,16 @@ class Trainer:
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
-            save_pretrained(self.learner.model, export, tokenizer=self.tokenizer, step=self.step)
-            facts, peak = self.run.facts(), peak_memory(self.learner.device)
-            self.run.write_facts(facts | {"peak_memory_bytes": max(peak, facts.get("peak_memory_bytes", 0))})
+            with self.learner.whole():
+                on_first(lambda: self._export(export))
             if used := memory_used(self.learner):
                 self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")
         return TrainResult(self.decisions.finished(self.step), self.step, self.tokens, seconds, self.val, kept, export)
+
+    def _export(self, path: pathlib.Path) -> None:
+        save_pretrained(self.learner.model, path, tokenizer=self.tokenizer, step=self.step)
+        facts, peak = self.run.facts(), peak_memory(self.learner.device)
+        self.run.write_facts(facts | {"peak_memory_bytes": max(peak, facts.get("peak_memory_bytes", 0))})

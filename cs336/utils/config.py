@@ -169,7 +169,9 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
     (word,) = words
     if word == "None":
         return None
-    if hint is str or hint is pathlib.Path or (typing.get_origin(hint) is Literal):
+    if hint in (str, pathlib.Path) or (
+        typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
+    ):
         return word
     try:
         return tomllib.loads(f"value = {word.lower() if word in ('True', 'False') else word}")["value"]

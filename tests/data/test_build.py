@@ -379,7 +379,7 @@ class TestPlan:
         assert not (tmp_path / "out").exists()
 
     def test_an_estimate_from_a_part_is_near_the_whole(self, crawl, tmp_path, monkeypatch):
-        monkeypatch.setattr("cs336.data.build.estimate.SAMPLE_RECORDS", 8)
+        monkeypatch.setattr("cs336.data.build.sample.SAMPLE_RECORDS", 8)
         recipe = recipe_of(
             tmp_path, crawl, monkeypatch, sources=[{"kind": "jsonl", "paths": [str(tmp_path / "a.jsonl")]}]
         )
@@ -388,6 +388,68 @@ class TestPlan:
         lines = list(estimate(Build(recipe)))
         documents = next(int(line.split()[1].replace(",", "")) for line in lines[::-1] if line.startswith("extract"))
         assert 3000 < documents < 5000
+
+
+def numbered(path, count):
+    path.write_text("".join(json.dumps({"text": f"a text of number {i}"}) + "\n" for i in range(count)))
+
+
+class TestWhatFailsAtTheEndIsToldAtTheStart:
+    TABLE: typing.ClassVar = {"output": "out", "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}]}
+
+    def recipe(self, tmp_path, monkeypatch, count, **table):
+        monkeypatch.chdir(tmp_path)
+        numbered(tmp_path / "a.jsonl", count)
+        return parse(Recipe, self.TABLE | {"tokenize": {"vocab_size": 280, "val_fraction": 0.01}} | table)
+
+    @pytest.mark.parametrize(("fraction", "side"), [(0.01, "validation"), (0.9999, "training")])
+    def test_a_split_with_an_empty_side_is_refused(self, tmp_path, monkeypatch, fraction, side):
+        tokenize = {"vocab_size": 280, "val_fraction": fraction}
+        recipe = self.recipe(tmp_path, monkeypatch, 3, tokenize=tokenize, dedup=[{"kind": "documents"}])
+        message = f"no {side} document: the steps leave 3 documents, of which val_fraction = {fraction} holds out"
+        with pytest.raises(ValueError, match=message):
+            Build(recipe).run()
+        assert not list((tmp_path / "out").rglob("*.jsonl"))
+        with pytest.raises(ValueError, match=message):
+            list(estimate(Build(recipe)))
+
+    def test_a_small_split_is_said(self, tmp_path, monkeypatch, capsys):
+        recipe = self.recipe(tmp_path, monkeypatch, 199)
+        said = "warning: too few documents to hold some out: the steps leave about 199, of which val_fraction = 0.01"
+        assert list(estimate(Build(recipe)))[-1].startswith(said.replace(":", " ", 1))
+        Build(recipe).run()
+        out = capsys.readouterr().out
+        assert out.index(said) < out.index("extract")
+        Build(recipe).run()
+        assert said not in capsys.readouterr().out
+
+    def test_a_split_that_is_large_enough_is_passed_over(self, tmp_path, monkeypatch, capsys):
+        recipe = self.recipe(tmp_path, monkeypatch, 199, tokenize={"vocab_size": 280, "val_fraction": 0.2})
+        assert not [line for line in estimate(Build(recipe)) if line.startswith("warning")]
+        Build(recipe).run()
+        assert "warning" not in capsys.readouterr().out
+
+    def test_dropped_lines_make_the_split_uncertain(self, tmp_path, monkeypatch):
+        recipe = self.recipe(tmp_path, monkeypatch, 3, dedup=[{"kind": "lines"}])
+        assert "holds out about 0, and" in list(estimate(Build(recipe)))[-1]
+
+    def test_buckets_without_a_score(self, tmp_path, monkeypatch):
+        buckets = {"field": "quality", "edges": [0.5], "repeats": [0, 1]}
+        sources = [{"kind": "jsonl", "paths": ["a.jsonl"], "name": "web"}]
+        recipe = self.recipe(
+            tmp_path, monkeypatch, 3, sources=sources, mix={"weights": {"web": 1.0}, "buckets": buckets}
+        )
+        with pytest.raises(ValueError, match='buckets need a number in the field "quality", got None'):
+            Build(recipe).run()
+        assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+    @pytest.mark.parametrize("run", [lambda build: build.run(), lambda build: list(estimate(build))])
+    def test_a_tokenizer_that_cannot_end_documents(self, tmp_path, monkeypatch, run):
+        monkeypatch.chdir(tmp_path)
+        Tokenizer.train(["some words"], 257, ["<|end|>"]).save("t.json")
+        recipe = self.recipe(tmp_path, monkeypatch, 3, tokenize={"tokenizer": "t.json"})
+        with pytest.raises(ValueError, match=r"t.json has no special token '<.endoftext.>', .* .it has: <.end.>."):
+            run(Build(recipe))
 
 
 TEXT = 'output = "x"\n[[sources]]\nkind = "text"\npaths = ["a.txt"]\n'
@@ -407,7 +469,12 @@ ERRORS = [
         TEXT + '[[steps]]\nkind = "length"\nmin_chars = 100\n[tokenize]',
         "no document is left to tokenize: x/build.json says",
     ),
-    (TEXT + "[tokenize]\nvocab_size = 258", "no validation document: 1 documents in all"),
+    (TEXT + "[tokenize]\nvocab_size = 258", "no validation document: the steps leave 1 documents, of which"),
+    (TEXT + "[tokenize]\nvocab_size = 200", "vocab_size must be 257 or more"),
+    (TEXT + "[tokenize]\npack = 0", "pack is a context length in 1..1073741824, got 0"),
+    (TEXT + "[tokenize]\nshard_tokens = 0", "shard_tokens must be in 1..2147483647, got 0"),
+    (TEXT + '[[dedup]]\nkind = "minhash"\nthreshold = 1.5', "threshold is a Jaccard similarity above 0"),
+    (TEXT + '[[dedup]]\nkind = "lines"\nmax_memory = 0', "max_memory is bytes, 1 or more, got 0"),
     ("output = ", "Invalid value"),
 ]
 

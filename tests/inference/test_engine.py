@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
-from cs336.models import BlockConfig, Transformer, TransformerConfig
-from cs336.nn import AlibiConfig, AttentionConfig, GELUConfig, LayerNormConfig, Mamba2Config, MoEConfig, PagedTokens
+from cs336.models import BlockConfig, Transformer, TransformerConfig, huggingface
+from cs336.nn import (
+    AlibiConfig,
+    AttentionConfig,
+    GELUConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
+    LayerNormConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    MoEConfig,
+    PagedTokens,
+)
 from cs336.tokenizer import Tokenizer
 
 CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
@@ -82,6 +93,21 @@ def test_equals_full_forward(model, alone, options, overlap):
     assert hits == [0] * 6 if options.get("prefix_cache") is False else hits[2] == 29
 
 
+def test_joined_weights_change_nothing(model, alone, tmp_path):
+    other = Transformer(CONFIG).eval()
+    other.load_state_dict(model.state_dict())
+    other.join_weights()  # as on a GPU
+    q, k = other.layers[0].attention.q_proj.weight, other.layers[0].attention.k_proj.weight
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    e = engine(other, max_step_tokens=16)
+    requests = [e.add(prompt, GREEDY) for prompt in PROMPTS]
+    run(e)
+    assert [ids_of(r) for r in requests] == [[alone(p, 15)] for p in PROMPTS]
+    huggingface.save_pretrained(other, tmp_path)
+    read = huggingface.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(read[name], x) for name, x in model.state_dict().items())
+
+
 def test_sequences_that_begin_may_attend_without_the_pages(model, alone):
     e = engine(model, overlap=True, max_step_tokens=50)
     e.runner.fresh_apart = True  # as on a GPU
@@ -113,14 +139,54 @@ def test_other_blocks_equal_full_forward(block):
         assert ids == logits.argmax(-1).tolist()
 
 
-def test_states_without_pages_are_refused():
-    for block, message in (
-        (BlockConfig(Mamba2Config()), "Mamba2 keeps a state that has no pages: use generate"),
-        (BlockConfig(AttentionConfig(4), positions=AlibiConfig()), "causal and without alibi: use generate"),
-    ):
-        config = TransformerConfig(272, 96, num_layers=1, d_model=32, layers=(block,))
-        with pytest.raises(ValueError, match=message):
-            engine(Transformer(config))
+MIXERS = {
+    "latent": BlockConfig(LatentAttentionConfig(4, 16, 8, 8)),
+    "alibi": BlockConfig(AttentionConfig(4, 2), positions=AlibiConfig()),
+    "linear": BlockConfig(LinearAttentionConfig(2, conv_size=4)),
+    "delta": BlockConfig(LinearAttentionConfig(2, decay="head", delta=True, conv_size=0)),
+    "mamba2": BlockConfig(Mamba2Config(state_dim=8, head_dim=16)),
+    "hyena": BlockConfig(HyenaConfig(filter_length=20)),
+}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_equals_full_forward(name, overlap):
+    """Beside attention with a window, in chunks, with preemptions, and again in slots that others have left."""
+    torch.manual_seed(2)
+    blocks = (BlockConfig(AttentionConfig(4, 2, window=7)), MIXERS[name])
+    model = Transformer(TransformerConfig(272, 96, num_layers=2, d_model=32, init_std=0.3, layers=blocks)).eval()
+    e = engine(model, overlap=overlap, page_size=4, num_pages=30, max_seqs=4, max_step_tokens=16)
+    assert e.memory.pages + e.memory.slots == e.runner.state.nbytes
+    for _ in range(2):
+        requests = [e.add(prompt, dataclasses.replace(GREEDY, max_tokens=25)) for prompt in PROMPTS]
+        run(e)
+        for prompt, request in zip(PROMPTS, requests, strict=True):
+            (ids,) = ids_of(request)
+            assert len(ids) == 25
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+            regret = logits.amax(-1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert regret.max() < 1e-3
+        assert e.cache.in_use == 0
+    assert e.scheduler.num_preemptions > 0
+
+
+def test_a_mixer_alone_and_its_new_weights():
+    config = TransformerConfig(272, 96, num_layers=1, d_model=32, init_std=0.3, layers=(MIXERS["hyena"],))
+    torch.manual_seed(3)
+    models = [Transformer(config).eval() for _ in range(2)]
+    fresh = engine(models[1])
+    e = engine(models[0])
+    for each in (e, fresh):
+        each.add(PROMPTS[2], GREEDY)
+        run(each)
+    e.update_weights(dict(models[1].named_parameters()))
+    after, want = e.add(PROMPTS[3], GREEDY), fresh.add(PROMPTS[3], GREEDY)
+    for each in (e, fresh):
+        run(each)
+    assert ids_of(after) == ids_of(want)
+    assert e.memory.pages == 0
 
 
 def test_preemption_begins_anew_and_changes_nothing(model, alone):
@@ -394,6 +460,22 @@ def test_memory_is_planned_or_refused(model):
     assert engine(model, num_pages=5, max_len=80).max_len == 80
 
 
+def test_a_context_that_does_not_fit_is_shortened(monkeypatch):
+    config = dataclasses.replace(CONFIG, context_length=100_000)
+    model = Transformer(config).eval()
+    page = model.new_pages(1, 16).nbytes
+    step = engine(model, num_pages=6250).memory.activations
+    monkeypatch.setattr("cs336.inference.engine.free_memory", lambda *_: step + 21 * page + 5)
+    e = engine(model)
+    assert (e.max_len, e.memory.num_pages) == (21 * 16, 21)
+    assert "336 a sequence" in str(e.memory)
+    request = e.add(list(range(270)), GREEDY)
+    run(e)
+    assert len(ids_of(request)[0]) == 15
+    with pytest.raises(ValueError, match="a sequence of 2000 tokens takes"):
+        engine(model, max_len=2000)
+
+
 def test_bad_requests(model):
     e = engine(model)
     for ids, params, message in (
@@ -430,7 +512,7 @@ def test_a_paged_state_needs_its_tokens_described(model):
     with pytest.raises(ValueError, match="needs its tokens described"):
         model(torch.tensor([[1, 2]]), state=state)
     row, place = torch.tensor([[0]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
-    state.tokens = PagedTokens(row, place + 1, place, place, 1)
+    state.tokens = PagedTokens(row, place + 1, place, place, 1, place)
     with pytest.raises(ValueError, match="give neither positions nor segments"):
         model(torch.tensor([[1]]), positions=torch.tensor([0]), state=state)
     assert torch.allclose(model(torch.tensor([[1]]), state=state), model(torch.tensor([[1]])), atol=1e-5)

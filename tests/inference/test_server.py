@@ -163,6 +163,13 @@ def test_tokens_and_models(served):
     assert TOKENIZER.decode(answer["tokens"]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_what_changes_no_answer_is_passed_over(served):
+    body = {"prompt": "hello", "temperature": 2.0, "max_tokens": 8, "seed": 4}
+    want = post(served, body | {"top_k": 1})[1]["choices"]
+    given = {"user": "me", "store": False, "metadata": {}, "service_tier": "auto", "extra_body": {"top_k": 1}}
+    assert post(served, body | given)[1]["choices"] == want
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -177,6 +184,9 @@ def test_tokens_and_models(served):
         ({"prompt": "a" * 25_000}, 413, "no more than 20000 bytes"),
         ({"n": 17}, 400, "17 continuations were asked for at once, 16 is the most"),
         ({"best_of": 4}, 400, "best_of is not supported"),
+        ({"temprature": 0, "user": "me", "guided_json": {}}, 400, "argument supplied: guided_json, temprature"),
+        ({"extra_body": {"top_k": 3, "wrong": 1}}, 400, "argument supplied: wrong"),
+        ({"max_tokens": 128}, 400, "max_tokens is 128, and the model's context length leaves 127 behind the prompt"),
         ({"logprobs": 21}, 400, "logprobs: "),
         ({"stop": ["a"] * 257}, 400, "stop"),
         ({"stop": [""]}, 400, "stop holds an empty string"),

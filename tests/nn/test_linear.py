@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cs336.nn import Linear
+from cs336.nn.linear import join, joined
 
 
 def test_is_torchs_function():
@@ -35,3 +36,46 @@ def test_is_found_by_type():
 def test_a_device_is_no_bias():
     with pytest.raises(TypeError, match="positional"):
         Linear(4, 5, "cpu")
+
+
+def test_joined_layers_are_what_they_were():
+    torch.manual_seed(0)
+    layers = [Linear(12, n) for n in (8, 4, 4)]
+    x = torch.randn(2, 3, 12)
+    weights = [layer.weight for layer in layers]
+    want = [layer(x) for layer in layers]
+    join(layers)
+    assert all(layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
+    with torch.no_grad():
+        whole = joined(x, layers)
+        assert whole[1].data_ptr() - whole[0].data_ptr() == 8 * 4  # parts of one product
+        layers[1].weight.mul_(2)
+        assert torch.allclose(joined(x, layers)[1], 2 * want[1])
+        layers[1].weight.mul_(0.5)
+    for found in (whole, joined(x, layers), [layer(x) for layer in layers]):
+        for a, b in zip(found, want, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert joined(x, layers)[2].grad_fn is not None
+    joined(x, layers)[2].sum().backward()
+    assert layers[2].weight.grad.shape == (4, 12)
+    assert layers[0].weight.grad is None
+
+
+@torch.no_grad()
+def test_what_is_not_side_by_side_is_computed_by_itself():
+    torch.manual_seed(0)
+    x = torch.randn(3, 12)
+    apart = [Linear(12, 8), Linear(12, 4)]
+    biased = [Linear(12, 8, bias=True), Linear(12, 4, bias=True)]
+    replaced = [Linear(12, 8), Linear(12, 4)]
+    join(replaced)
+    replaced[1].weight = torch.nn.Parameter(torch.randn(4, 12))
+    join(biased)
+    for layers in (apart, biased, replaced, replaced[:1]):
+        for a, layer in zip(joined(x, layers), layers, strict=True):
+            assert torch.allclose(a, layer(x), atol=1e-6)
+    # one allocation's end may be another's beginning
+    memory = torch.randn(12, 12)
+    near = [Linear(12, 8), Linear(12, 4)]
+    near[0].weight.data, near[1].weight.data = memory[:8], memory[8:]
+    assert torch.allclose(joined(x, near)[1], x @ memory[8:].T, atol=1e-6)

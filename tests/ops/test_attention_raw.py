@@ -3,7 +3,7 @@ checkpoints, compilation, streams and graphs."""
 
 import pytest
 import torch
-from attentions import BF16, CUDA, F32, definition, leaves, packed, varlen_definition
+from attentions import BF16, CUDA, F32, check, definition, leaves, packed, varlen_definition
 from torch.utils.checkpoint import checkpoint
 
 from cs336 import ops
@@ -78,20 +78,17 @@ def test_output_is_stored_by_token(variant, device):
 
 @pytest.mark.parametrize("varlen", [False, True])
 def test_compiles_whole_with_its_backward(variant, device, varlen):
+    """Against fp64 and not against what runs without it: inductor keeps in float32 what that rounds between steps."""
     if varlen:
-        tensors, (cu, _), _ = packed([3, 4], [3, 4], 2, 1, D, None, DTYPE, device)
+        tensors, (cu, _), lists = packed([3, 4], [3, 4], 2, 1, D, None, DTYPE, device)
         f = lambda q, k, v: attention_varlen(q, k, v, cu, None, 4, 4, causal=True, return_lse=True)  # noqa: E731
+        formula = lambda q, k, v: varlen_definition(q, k, v, *lists, causal=True)  # noqa: E731
     else:
         tensors = leaves(1, 2, 1, 4, 6, D, None, DTYPE, device)
-        f = lambda q, k, v: ops.attention(q, k, k, causal=True, return_lse=True)  # noqa: E731
+        f = lambda q, k, v: ops.attention(q, k, v, causal=True, return_lse=True)  # noqa: E731
+        formula = lambda q, k, v: definition(q, k, v, causal=True)  # noqa: E731
     compiled = torch.compile(f, backend="inductor" if CUDA else "aot_eager", fullgraph=True)
-
-    def all_of(g):
-        o, lse = g(*tensors)
-        return o, lse, *torch.autograd.grad(o.square().sum() + lse.square().sum(), tensors[:2])
-
-    for got, want in zip(all_of(compiled), all_of(f), strict=True):
-        torch.testing.assert_close(got, want)
+    check(compiled, formula, tensors)
 
 
 def test_checkpoints_make_dropouts_draw_again(variant, device):

@@ -72,6 +72,21 @@ def test_documents_and_later_tokens(kind):
     torch.testing.assert_close(call(kind, changed, taps)[:, :9], call(kind, x, taps)[:, :9], atol=1e-5, rtol=1e-5)
 
 
+def test_no_nan_leaks_into_another_document(device):
+    x, taps, bias, dy = (torch.randn(*shape, device=device) for shape in ((1, 9, 3), (3, 4), (3,), (1, 9, 3)))
+    x[:, 0] = torch.nan
+
+    def run(x, dy, segments=None):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, taps, bias)]
+        y = ops.causal_conv1d(*leaves, segments)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    y, dx, dtaps, _ = run(x, dy, torch.tensor([[0] + [1] * 8], device=device))
+    want_y, want_dx, want_dtaps, _ = run(x[:, 1:], dy[:, 1:])
+    torch.testing.assert_close((y[:, 1:], dx[:, 1:]), (want_y, want_dx))
+    torch.testing.assert_close(dtaps[:, :-1], want_dtaps[:, :-1])  # the last meets each token itself
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2)])
 def test_nothing(kind, shape):
     assert call(kind, torch.zeros(shape), torch.zeros(2, 4)).shape == shape

@@ -54,7 +54,8 @@ def check(leaves, targets, chunk_size, **options):
         x, weight, targets, bias=bias[0] if bias else None, chunk_size=chunk_size, **options
     )
     outs = outs if isinstance(outs, tuple) else (outs,)
-    douts = [torch.randn_like(out) for out in outs]
+    # what scales the gradient of weight after its rounding scales it exactly
+    douts = [torch.randn_like(out) if out.dim() else torch.full_like(out, -0.5) for out in outs]
     got = *outs, *torch.autograd.grad(outs, leaves, douts)
     with registry.use("ref"):
         wide, torchs = (plain(leaves, targets, dtype, douts, **options) for dtype in (F64, x.dtype))
@@ -131,6 +132,17 @@ def test_a_vocabulary_in_shards(variant, device):
     want = ops.cross_entropy(F.linear(x, weight), targets)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, (x, weight)) for loss in (got, want)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_one_chunks_gradient_of_weight_is_rounded_and_then_scaled(variant, device, dtype):
+    leaves, targets = leaves_of((40,), 16, 64, dtype, device), torch.randint(0, 64, (40,), device=device)
+    x, weight, bias = leaves
+    rounded, scaled = (
+        torch.autograd.grad(ops.linear_cross_entropy(x, weight, targets, bias=bias, reduction="sum") * scale, leaves)
+        for scale in (1.0, 0.3)
+    )
+    assert torch.equal(scaled[1], (rounded[1].float() * torch.tensor(0.3, device=device)).to(dtype))
 
 
 def test_many_chunks_sum_weights_gradient_in_fp32(device):

@@ -9,7 +9,8 @@ from cs336 import ops
 from cs336.ops import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
-SIZES = [(1, 1, 1), (5, 7, 3), (33, 40, 70)] + ([(1000, 384, 4096), (65, 4096, 1000), (1, 1024, 4097)] if CUDA else [])
+SIZES = [(1, 1, 1), (5, 7, 3), (33, 40, 70), (5, 3, 600)]
+SIZES += [(1000, 384, 4096), (65, 4096, 1000), (1, 1024, 4097)] if CUDA else []
 
 
 @pytest.fixture(params=registry.NAMESPACE)

@@ -31,11 +31,13 @@ def test_is_rounded_once(scale_, device, shape, x_dtype, dtype):
         assert x._version > version
 
 
-def test_one_changes_nothing(scale_, device):
-    x = torch.tensor([1.0, torch.nan, -torch.inf, -0.0], device=device)
+@pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (BF16, torch.int16)])
+def test_one_changes_nothing(scale_, device, dtype, bits):
+    x = torch.tensor([1.0, torch.nan, -torch.nan, -torch.inf, -0.0], device=device, dtype=dtype)
+    x.view(bits)[2] -= 2  # a NaN that no multiplication makes
     before = x.clone()
     scale_(x, None, torch.ones((), device=device))
-    assert torch.equal(x.view(torch.int32), before.view(torch.int32))
+    assert torch.equal(x.view(bits), before.view(bits))
 
 
 def test_unaligned(scale_, device):

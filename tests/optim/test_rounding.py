@@ -130,6 +130,25 @@ def test_goes_on_bit_for_bit(options):
     assert b.state_bytes() == sum(t.nbytes for t in held)
 
 
+def test_a_step_that_fails_halfway_counts_the_half_it_made(monkeypatch):
+    monkeypatch.setattr("cs336.optim.adamw._parts", lambda bucket: ([row] for row in bucket))
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = AdamW(params, lr=0.25, rounding="stochastic")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = optimizer.state[params[1]]["exp_avg"]
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(3)
+    before = [p.clone() for p in params]
+    with pytest.raises(ValueError, match="must have the shape"):
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 1, 1]
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False, True, True]
+    optimizer.state[params[1]]["exp_avg"] = kept
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 2, 2]
+
+
 def test_a_state_of_torch_keeps_the_options(device):
     net = tiny(torch.bfloat16, device)
     theirs = torch.optim.AdamW(net.parameters(), lr=0.5)

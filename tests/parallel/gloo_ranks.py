@@ -30,6 +30,6 @@ def on_two_ranks(function, folder):
 def error_of(call):
     try:
         call()
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+    except (ValueError, RuntimeError, TypeError, OSError, ArithmeticError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -258,9 +258,9 @@ def test_guards_before_training(tmp_path):
     assert not tiny.run_dir.exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="without torchrun"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, and RANK, LOCAL_RANK, .*: start .* with torchrun"):
         Trainer(tiny_run.config(tmp_path))
 
 

@@ -1,20 +1,16 @@
 """The plan of a build, and what it will take, from a sample of each source."""
 
-import dataclasses
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 
-from cs336.data.build.counts import Counts, total
+from cs336.data.build.counts import total
 from cs336.data.build.job import Build
-from cs336.data.build.supervisor import Supervisor
+from cs336.data.build.sample import Sample, take_sample, warning
 from cs336.data.build.unit import Work
 from cs336.data.dedup.lines import TABLE_BYTES
 from cs336.data.recipe import Documents, Lines, MinHash, Recipe
 from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 
-SAMPLE_UNITS, SAMPLE_RECORDS = 8, 200  # of each source
 DOCUMENT_BYTES = 70  # of memory: digests or keys, their order, where each document is
 BYTES_PER_TOKEN = 4.2  # of English text, by a tokenizer of 32,000
 LINE_BYTES = 60  # of web text, the mean
@@ -25,15 +21,18 @@ TEXT_BYTES_PER_SECOND = 60e6  # of another pass over documents
 def estimate(build: Build) -> Iterator[str]:
     """Lines for a person: the plan, then documents, time, memory and disk of each stage, from a sample.
 
-    Nothing is written to the output directory. Raises what the sources and steps raise.
+    Nothing is written to the output directory. Raises what the sources and steps raise, and, last, ValueError for a
+    build that is certain to fail.
     """
     recipe = build.recipe
-    with tempfile.TemporaryDirectory() as scratch:
-        works = [Work(number, source, unit, scratch, "") for number, (source, unit) in enumerate(build.units())]
-        yield from _plan(recipe, works)
-        yield ""
-        sampled, seconds = _sample(recipe, works, scratch)
-    yield from _expected(recipe, works, sampled, seconds, build)
+    build.check()
+    works = [Work(number, source, unit, "", "") for number, (source, unit) in enumerate(build.units())]
+    yield from _plan(recipe, works)
+    yield ""
+    sample = take_sample(recipe, works)
+    yield from _expected(recipe, works, sample, build)
+    if found := warning(recipe, sample):
+        yield f"warning  {found}"
 
 
 def _plan(recipe: Recipe, works: Sequence[Work]) -> Iterator[str]:
@@ -57,41 +56,12 @@ def _settings(config: object) -> str:
     return ", ".join(f"{name} {value}" for name, value in to_table(config).items() if name != "kind")
 
 
-def _sample(recipe: Recipe, works: Sequence[Work], scratch: str) -> tuple[list[tuple[int, Counts]], float]:
-    """(source, counts) of each unit of the sample, and the seconds that one core took."""
-    chosen: list[Work] = []
-    for i in range(len(recipe.sources)):
-        mine = [work for work in works if work.source == i]
-        every = max(1, len(mine) // SAMPLE_UNITS)
-        chosen += [dataclasses.replace(work, most=SAMPLE_RECORDS) for work in mine[::every][:SAMPLE_UNITS]]
-    supervisor = Supervisor(recipe, f"{scratch}/lock")
-    try:
-        supervisor.run(dataclasses.replace(chosen[0], most=0))  # starts the process
-        start = time.perf_counter()
-        for work in chosen:
-            supervisor.run(work)
-        seconds = time.perf_counter() - start
-    finally:
-        supervisor.close()
-    return [(work.source, work.counts()) for work in chosen], seconds
-
-
-def _expected(
-    recipe: Recipe, works: Sequence[Work], sampled: Sequence[tuple[int, Counts]], seconds: float, build: Build
-) -> Iterator[str]:
-    documents = size = work_bytes = read_bytes = 0.0
-    for i in range(len(recipe.sources)):
-        whole = sum(work.unit.size for work in works if work.source == i)
-        found = total(counts for source, counts in sampled if source == i)
-        times = whole / max(1, found.source_bytes)
-        documents += times * found.documents
-        size += times * found.bytes
-        work_bytes += whole
-        read_bytes += found.source_bytes
-    found = total(counts for _, counts in sampled)
+def _expected(recipe: Recipe, works: Sequence[Work], sample: Sample, build: Build) -> Iterator[str]:
+    documents, size = sample.documents, sample.bytes
+    found = total(counts for _, counts in sample.counts)
     workers = build.workers or build.cores
     share = found.documents / found.records if found.records else 0.0
-    took = seconds * work_bytes / max(1.0, read_bytes)
+    took = sample.seconds * sum(work.unit.size for work in works) / max(1, found.source_bytes)
     yield f"From a sample of {found.records:,} records, {found.source_bytes / 1e6:,.1f} MB, of which {share:.0%} stay:"
     yield f"extract  {documents:,.0f} documents, {size / 1e6:,.1f} MB of text; {duration(took)} on one core, " + (
         f"{duration(took / workers)} on {workers}"

@@ -25,6 +25,7 @@ from cs336.data.build.counts import text_bytes, total
 from cs336.data.build.dedup import run_dedup
 from cs336.data.build.engines import run_local, run_ray
 from cs336.data.build.progress import Progress
+from cs336.data.build.sample import LEAST_HELD_OUT, take_sample, warning
 from cs336.data.build.store import Store, Texts, counts_of, read_index, write_index
 from cs336.data.build.unit import Work
 from cs336.data.mix import mixture_epochs, times
@@ -69,9 +70,37 @@ class Build:
 
     def run(self) -> None:
         """Make what is not made yet. Raises ValueError or OSError for what the user can mend."""
+        self.check()
+        begun = (self.output / EXTRACT).exists()
         self.output.mkdir(parents=True, exist_ok=True)
         works = self.works()
+        if not begun:
+            self._foresee(works)
         run_stages(self.output, self.stages(works), self.console)
+
+    # ---- what can be told before anything is read ----
+
+    def check(self) -> None:
+        """Raises ValueError or OSError for a tokenizer that the last stage could not use."""
+        config = self.recipe.tokenize
+        if config is None or config.tokenizer is None:
+            return
+        if not config.tokenizer.is_file():
+            raise FileNotFoundError(f"{config.tokenizer} does not exist: tokenize.tokenizer names a tokenizer.json")
+        known = Tokenizer.load(config.tokenizer).special_tokens
+        if END_OF_TEXT not in known:
+            raise ValueError(
+                f"{config.tokenizer} has no special token {END_OF_TEXT!r}, which ends every document (it has: "
+                f"{', '.join(known) or 'none'}); train it with one"
+            )
+
+    def _foresee(self, works: Sequence[Work]) -> None:
+        """Say what a sample shows to go wrong at the end. A build that goes on has been told."""
+        config = self.recipe.tokenize
+        if not works or config is None or not config.val_fraction:
+            return
+        if found := warning(self.recipe, take_sample(self.recipe, works, LEAST_HELD_OUT / config.val_fraction)):
+            self.console.print(f"warning: {found}", style="yellow", markup=False)
 
     # ---- the plan ----
 
@@ -154,8 +183,6 @@ class Build:
                 inputs=(documents,),
                 settings={"vocab_size": config.vocab_size},
             )
-        elif not config.tokenizer.is_file():
-            raise FileNotFoundError(f"{config.tokenizer} does not exist: tokenize.tokenizer names a tokenizer.json")
         tokenizer = config.tokenizer or self.output / TOKENIZER
         sides = ("train/", "val/") if config.val_fraction else ("",)
         yield Stage(

@@ -31,7 +31,7 @@ def minhash(
     A text is normalized first: NFD, accents, case, punctuation and white space do not matter. One without words has
     4294967295 everywhere.
     """
-    _check(num_hashes, 1, ngram, 1.0)
+    check_minhash(num_hashes, 1, ngram, 1.0)
     return _text.MinHash(num_hashes, seed).sign(texts, ngram, unit)
 
 
@@ -52,7 +52,7 @@ def near_duplicates(
 
     Raises ValueError for arguments that make no sense, with what would.
     """
-    _check(num_hashes, num_bands, ngram, threshold)
+    check_minhash(num_hashes, num_bands, ngram, threshold)
     with tempfile.TemporaryFile() as file:
         signatures_NH = _sign(texts, num_hashes, ngram, unit, seed, file)
         parent = np.arange(len(texts))
@@ -109,7 +109,8 @@ class _Contents(Sequence[bytes]):
         return _Contents(self._paths[index]) if isinstance(index, slice) else self._paths[index].read_bytes()
 
 
-def _check(num_hashes: int, num_bands: int, ngram: int, threshold: float) -> None:
+def check_minhash(num_hashes: int, num_bands: int, ngram: int, threshold: float) -> None:
+    """Raises ValueError for arguments that make no sense, with what would."""
     if num_hashes < 1 or num_bands < 1 or num_hashes % num_bands:
         raise ValueError(
             f"num_hashes must be a multiple of num_bands, both 1 or more, got {num_hashes} and {num_bands}: "

@@ -164,7 +164,7 @@ class Server:
         encoded = iter(llm.encode(texts))
         ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
         room = llm.engine.max_len
-        group = Group(self, [(i, asked.params(max(1, room - len(i)))) for i in ids])
+        group = Group(self, [(i, asked.params(room - len(i))) for i in ids])
         shown = [llm.decode(i) for i in ids] if asked.echo else [""] * len(ids)
         id = f"cmpl-{uuid.uuid4().hex}"
 
@@ -197,7 +197,7 @@ class Server:
         self._check_model(asked)
         llm = self.llm
         (ids,) = llm.encode([llm.chat_template.render(asked.messages, extra=asked.chat_template_kwargs)])
-        room = max(1, llm.engine.max_len - len(ids))
+        room = llm.engine.max_len - len(ids)
         group = Group(self, [(ids, asked.params(room, llm.chat_template.stop))])
         id, object = f"chatcmpl-{uuid.uuid4().hex}", "chat.completion"
 

@@ -1,9 +1,9 @@
-"""OpenAI's requests, as far as they are understood; what else a client sends is passed over, but for what would change
-the answer: that is refused."""
+"""OpenAI's requests, as far as they are understood. What else a client sends is refused by name, but for what does not
+change an answer."""
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 
@@ -13,6 +13,8 @@ MOST_STOPS = 256  # strings, each of which is looked for in every token's text
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = list[TokenId]
+PASSED_OVER = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "tool_choice"}
+PASSED_OVER |= {"parallel_tool_calls", "prompt_cache_retention"}
 
 
 class StreamOptions(BaseModel):
@@ -41,6 +43,14 @@ class Generation(BaseModel):
     min_tokens: int = 0
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_extra_body(cls, given: Any) -> Any:
+        """What OpenAI's client writes beside the others, other clients send as it is."""
+        if not isinstance(given, dict) or not isinstance(extra := given.get("extra_body"), dict):
+            return given
+        return {name: value for name, value in given.items() if name != "extra_body"} | extra
 
     def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
         """Raises ValueError for values out of range."""
@@ -71,8 +81,10 @@ class Generation(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def refuse(self, **usual: Any) -> None:
-        """Raises ValueError for a field that has another value than None or the usual one."""
+        """Raises ValueError for a field that nobody knows, or of these has another value than None or the usual one."""
         given = self.model_extra or {}
+        if unknown := sorted(given.keys() - usual.keys() - PASSED_OVER):
+            raise ValueError(f"Unrecognized request argument supplied: {', '.join(unknown)}")
         for name, value in usual.items():
             if given.get(name) not in (None, value):
                 raise ValueError(f"{name} is not supported: leave it out")
@@ -97,7 +109,8 @@ class CompletionRequest(Generation):
     def params(self, room: int) -> SamplingParams:
         """For a prompt after which there is room for so many tokens."""
         self.refuse(best_of=self.n, suffix="")
-        max_tokens = room if self.max_tokens is None else max(1, self.max_tokens)
+        wanted = self.max_tokens if "max_tokens" in self.model_fields_set else min(16, max(1, room))
+        max_tokens = max(1, room if wanted is None else _within(room, wanted))
         prompt_logprobs = self.logprobs if self.echo else None
         more = {"stop": self.stops, "logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs}
         return self.sampling(max_tokens, **more)
@@ -114,9 +127,19 @@ class ChatRequest(Generation):
     def params(self, room: int, stop: tuple[str, ...]) -> SamplingParams:
         """For a prompt after which there is room for so many tokens. stop: the template's."""
         self.refuse(tools=[], functions=[], response_format={"type": "text"}, audio=None, modalities=["text"])
-        max_tokens = self.max_completion_tokens or self.max_tokens or room
+        max_tokens = _within(room, self.max_completion_tokens or self.max_tokens or max(1, room))
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(max_tokens, stop=(*self.stops, *stop), logprobs=logprobs)
+
+
+def _within(room: int, max_tokens: int) -> int:
+    """Raises ValueError where so many tokens do not fit behind a prompt; one without room is refused by the engine."""
+    if max_tokens > room > 0:
+        raise ValueError(
+            f"max_tokens is {max_tokens}, and the model's context length leaves {room} behind the prompt: "
+            "lower it, or leave it out"
+        )
+    return max_tokens
 
 
 class TokenizeRequest(BaseModel):

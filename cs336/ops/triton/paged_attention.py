@@ -51,8 +51,12 @@ def _walk(
     return acc, m, l
 
 
-# Not compiled anew for numbers that change from call to call: a multiple of 16, or 1.
-@triton.jit(do_not_specialize=["table_b", "lse_b", "lse_h", "rows", "Q", "P", "M", "tiles", "left"])
+# Not compiled anew for what changes from call to call: a number that is 1 or a multiple of 16, a part of a tensor that
+# begins between two multiples of 16 bytes.
+@triton.jit(
+    do_not_specialize=["table_b", "lse_b", "lse_h", "rows", "Q", "P", "M", "tiles", "left"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "cu_ptr"],
+)
 def _paged_kernel(
     q_ptr,  # (B, Q, H, D), or (T, H, D) with cu_ptr
     k_ptr,

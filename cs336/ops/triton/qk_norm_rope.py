@@ -51,7 +51,11 @@ def _columns(P, D, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED:
     return first, second, rest, (tl.arange(0, BLOCK_P) < P)[None, :], rest < D
 
 
-@triton.jit
+# Not compiled anew for what changes from call to call, as in rope.py.
+@triton.jit(
+    do_not_specialize=["S", "q_b", "k_b", "qo_b", "ko_b", "table_b", "pos_b"],
+    do_not_specialize_on_alignment=["pos_ptr"],
+)
 def _fwd_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, qw_ptr, kw_ptr, q_rstd_ptr, k_rstd_ptr, cos_ptr, sin_ptr, pos_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, qo_b, qo_h, qo_s, ko_b, ko_h, ko_s, table_b, table_stride, pos_b,

@@ -39,7 +39,11 @@ def pair_columns(P, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr):
     return first[None, :], second[None, :]
 
 
-@triton.jit
+# Not compiled anew for what changes from call to call: the number of tokens, and with it the strides of batches.
+@triton.jit(
+    do_not_specialize=["S", "q_b", "k_b", "qo_b", "ko_b", "table_b", "pos_b"],
+    do_not_specialize_on_alignment=["pos_ptr"],
+)
 def _rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr,  # (B, H, S, D); k may be None
     cos_ptr, sin_ptr, pos_ptr,

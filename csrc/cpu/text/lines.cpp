@@ -8,7 +8,6 @@
 #include "cpu/text/byte_masks.h"
 #include "cpu/text/hash.h"
 #include "cpu/text/parallel.h"
-#include "cpu/text/widest.h"
 
 namespace cs336::text {
 namespace {
@@ -26,20 +25,28 @@ std::string_view take_chunk(std::string_view& text) {
   return chunk;
 }
 
-// Where each line ends, its "\n" included.
-void find_ends(std::string_view text, size_t* ends) {
-  constexpr size_t kWide = Bytes::kSize;
+// Which of 64 bytes end a line.
+uint64_t line_ends(const uint8_t* bytes) {
+  uint64_t mask = 0;
+  for (int at = 0; at < 64; at += Bytes::kSize) mask |= Bytes(bytes + at).equal('\n') << at;
+  return mask;
+}
+
+// Where each line ends, its "\n" included. Returns how many there are.
+size_t find_ends(std::string_view text, size_t* ends) {
+  const size_t* const first = ends;
   const auto* bytes = reinterpret_cast<const uint8_t*>(text.data());
   size_t at = 0;
-  for (; at + kWide <= text.size(); at += kWide) {
-    for (uint64_t mask = Bytes(bytes + at).equal('\n'); mask != 0; mask &= mask - 1) {
+  for (; at + 64 <= text.size(); at += 64) {
+    for (uint64_t mask = line_ends(bytes + at); mask != 0; mask &= mask - 1) {
       *ends++ = at + static_cast<size_t>(std::countr_zero(mask)) + 1;
     }
   }
   for (; at < text.size(); ++at) {
     if (bytes[at] == '\n') *ends++ = at + 1;
   }
-  if (!text.empty() && text.back() != '\n') *ends = text.size();
+  if (!text.empty() && text.back() != '\n') *ends++ = text.size();
+  return static_cast<size_t>(ends - first);
 }
 
 }  // namespace
@@ -105,17 +112,18 @@ LineDedup::Report LineDedup::work(std::string_view text, Pass pass, uint8_t* dro
 
 void LineDedup::hash(Chunk& chunk) const {
   const std::string_view text = chunk.text;
-  const size_t count = count_lines(text), tables = tables_.size();
-  chunk.ends.resize(count);
+  chunk.ends.clear();
+  chunk.ends.advance(find_ends(text, chunk.ends.room(text.size())));
+  const size_t* const ends = chunk.ends.data();
+  const size_t count = chunk.ends.size(), tables = tables_.size();
   chunk.drop.assign(count, 0);
-  find_ends(text, chunk.ends.data());
   chunk.keys.resize(tables);
   std::vector<size_t> found(tables);
   for (auto& keys : chunk.keys) keys.resize(count);
   const size_t last = text.ends_with('\n') ? count : count - 1;  // the line without its "\n", if there is one
   size_t begin = 0;
   for (size_t i = 0; i < count; ++i) {
-    const size_t end = chunk.ends[i];
+    const size_t end = ends[i];
     const uint64_t key = LineTable::key_of(text.substr(begin, end - begin - (i != last))), high = key >> 32;
     begin = end;
     if (parts_ > 1 && high % parts_ != part_) continue;
@@ -146,20 +154,23 @@ void LineDedup::gather(Chunk& chunk) {
     std::memcpy(out + size, chunk.text.data() + begin, end - begin);
     size += end - begin;
   };
+  const size_t* const ends = chunk.ends.data();
   for (size_t i = 0; i < chunk.ends.size(); ++i) {
     if (chunk.drop[i]) {
       copy();
-      begin = chunk.ends[i];
+      begin = ends[i];
     }
-    end = chunk.ends[i];
+    end = ends[i];
   }
   copy();
   chunk.kept.advance(size);
 }
 
-CS336_WIDEST size_t count_lines(std::string_view text) {
-  size_t ends = 0;
-  for (const char c : text) ends += c == '\n';
+size_t count_lines(std::string_view text) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(text.data());
+  size_t ends = 0, at = 0;
+  for (; at + 64 <= text.size(); at += 64) ends += static_cast<size_t>(std::popcount(line_ends(bytes + at)));
+  for (; at < text.size(); ++at) ends += bytes[at] == '\n';
   return ends + (!text.empty() && text.back() != '\n');
 }
 

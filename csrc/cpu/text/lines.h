@@ -56,7 +56,7 @@ class LineDedup {
   };
   struct Chunk {
     std::string_view text;
-    std::vector<size_t> ends;              // of lines, their "\n" included
+    Buffer<size_t> ends;                   // of lines, their "\n" included
     std::vector<std::vector<Keyed>> keys;  // for each table
     std::vector<uint8_t> drop;
     Buffer<char> kept;

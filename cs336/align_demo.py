@@ -1,0 +1,263 @@
+"""The alignment demo: a tiny model learns to add two numbers of two digits, through every stage, on two CPU cores.
+
+pretrain on generated text, SFT on few generated answers, DPO on preferences between its own, GRPO with a verifier. Sums
+that are tested are in none of them. Stages on cs336.utils.stages, like quickstart: what is current is skipped.
+"""
+
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cs336.alignment.examples import Prompt, Turn
+from cs336.alignment.grpo import GRPOConfig
+from cs336.alignment.make_pairs import VerifierLabels, make_pairs
+from cs336.alignment.rewards import CharactersReward, ExactReward, MathReward
+from cs336.alignment.run import StageRun
+from cs336.alignment.stages.dpo import DPOConfig, DPOStage, PairData
+from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig, PromptData
+from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
+from cs336.data import tokenize_documents
+from cs336.inference import LLM, SamplingParams
+from cs336.models import TransformerConfig
+from cs336.optim import ConstantConfig
+from cs336.report import write_report
+from cs336.tokenizer import Tokenizer
+from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
+from cs336.utils.files import replacing
+from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
+
+CHARACTERS = "0123456789+=\n"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}={{ m.content }}<|endoftext|>{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+"""A question is written as 12+34, its answer as =046, so that every answer is of three characters and an end."""
+CONTEXT, ANSWER = 16, 4
+TESTED = 500  # pairs of the 8,100, drawn by the seed
+
+
+@dataclass(frozen=True)
+class AlignDemo:
+    """Settings of the alignment demo."""
+
+    run_dir: pathlib.Path = pathlib.Path("runs/align-demo")
+    """Where everything is written; the same command goes on with what is there."""
+    model: pathlib.Path | None = None
+    """A base model to begin with, a run of quickstart for one. None: a tiny one of characters is pretrained."""
+    pretrain_steps: int = 100
+    sft_steps: int = 90
+    """Few: the model should know how an answer looks, and seldom be right."""
+    dpo_steps: int = 20
+    grpo_steps: int = 300
+    prompts_per_step: int = 64
+    """Of GRPO, each answered 16 times."""
+    device: str = "cpu"
+    """cpu, auto (a GPU if there is one), cuda."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("pretrain_steps", "sft_steps", "dpo_steps", "grpo_steps", "prompts_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def align_demo(settings: AlignDemo, console: Console | None = None) -> pathlib.Path:
+    """Run the demo, or what is left of it, and return the report of its last stage.
+
+    Raises Interrupted where a signal stopped a stage.
+    """
+    job = _Job(settings, console or Console(highlight=False, soft_wrap=True))
+    run_stages(settings.run_dir, job.stages(), job.console)
+    return settings.run_dir / "grpo" / "report.html"
+
+
+def sums(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """All pairs of numbers of two digits in a random order: those to learn from, and those that are tested."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(seed).shuffle(pairs)
+    return pairs[TESTED:], pairs[:TESTED]
+
+
+class _Job:
+    def __init__(self, settings: AlignDemo, console: Console):
+        self.settings, self.console, self.run_dir = settings, console, settings.run_dir
+        self.learned, self.tested = sums(settings.seed)
+
+    def stages(self) -> list[Stage]:
+        s, data = self.settings, self.run_dir / "data"
+        files = ("data/text.jsonl", "data/sft.jsonl", "data/prompts.jsonl", "data/test.jsonl")
+        base = s.model or self.run_dir / "base" / "export"
+        exports = {name: self._export(name) for name in ("sft", "dpo", "grpo")}
+        first = [
+            Stage("data", "write questions and answers", self.data, outputs=files, settings={"seed": s.seed}),
+        ]
+        if s.model is None:
+            first.append(
+                Stage(
+                    "pretrain", "a tiny model of characters", self.pretrain, outputs=("base/export/model.safetensors",),
+                    inputs=(data / "text.jsonl",), settings={"steps": s.pretrain_steps, "seed": s.seed}, kept=("base",),
+                )
+            )  # fmt: skip
+        return [
+            *first,
+            self._stage("sft", "learn how an answer looks", self.sft, base, data / "sft.jsonl", s.sft_steps),
+            Stage(
+                "pairs", "draw answers in pairs, and label the better", self.pairs, outputs=("data/pairs.jsonl",),
+                inputs=(self.run_dir / "sft" / "export", data / "prompts.jsonl"), settings={"seed": s.seed},
+            ),
+            self._stage("dpo", "prefer the better ones", self.dpo, exports["sft"], data / "pairs.jsonl", s.dpo_steps),
+            self._stage("grpo", "learn to add", self.grpo, exports["dpo"], data / "prompts.jsonl", s.grpo_steps),
+            Stage(
+                "compare", "ask each the tested sums", self.compare, outputs=("results.json", "grpo/report.html"),
+                inputs=(*exports.values(), data / "test.jsonl"),
+            ),
+        ]  # fmt: skip
+
+    def _stage(self, name: str, purpose: str, run: Any, model: pathlib.Path, data: pathlib.Path, steps: int) -> Stage:
+        settings = {"steps": steps, "seed": self.settings.seed}
+        if name == "grpo":
+            settings["prompts_per_step"] = self.settings.prompts_per_step
+        outputs = (f"{name}/export/model.safetensors",)
+        return Stage(name, purpose, run, outputs=outputs, inputs=(model, data), settings=settings, kept=(name,))
+
+    def _export(self, name: str) -> pathlib.Path:
+        return self.run_dir / name / "export"
+
+    # ---- what the stages do ----
+
+    def data(self) -> Outcome:
+        folder = self.run_dir / "data"
+        folder.mkdir(exist_ok=True)
+        rng = random.Random(self.settings.seed + 1)
+        text = ["\n".join(f"{a}+{b}={a + b}" for a, b in _small(rng, 200)) for _ in range(50)]
+        _write(folder / "text.jsonl", [{"text": document} for document in text])
+        conversations = [
+            {"messages": [_turn("user", f"{a}+{b}"), _turn("assistant", f"{a + b:03}")]} for a, b in self.learned
+        ]
+        _write(folder / "sft.jsonl", conversations)
+        for name, pairs in (("prompts", self.learned), ("test", self.tested)):
+            rows = [{"prompt": [_turn("user", f"{a}+{b}")], "answer": f"{a + b:03}"} for a, b in pairs]
+            _write(folder / f"{name}.jsonl", rows)
+        (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        return Outcome(f"{len(self.learned):,} sums to learn from, {len(self.tested):,} that are tested")
+
+    def pretrain(self) -> Outcome:
+        tokenizer = Tokenizer({i: bytes([c]) for i, c in enumerate(CHARACTERS.encode())}, [], [END_OF_TEXT])
+        rows = (json.loads(line) for line in (self.run_dir / "data" / "text.jsonl").read_text().splitlines())
+        tokens = self.run_dir / "data" / "tokens"
+        tokenize_documents((row["text"] for row in rows), tokenizer, tokens)
+        config = TrainConfig(
+            run_dir=self.run_dir / "base",
+            data=DataConfig(tokens),
+            model=TransformerConfig(len(CHARACTERS) + 1, CONTEXT, num_layers=2, d_model=64, num_heads=4),
+            optimizer=AdamWConfig(lr=3e-3, weight_decay=0.0),
+            budget=f"{self.settings.pretrain_steps}steps",
+            device=self.settings.device,
+            seed=self.settings.seed,
+        )
+        result = Trainer(config, tokenizer=tokenizer).train()
+        if not result.finished:
+            raise Interrupted
+        return Outcome(f"{config.model.num_parameters():,} parameters, {result.tokens:,} characters", result.seconds)
+
+    def sft(self) -> Outcome:
+        config = SFTConfig(
+            **self._shared(
+                "sft", self.settings.model or self.run_dir / "base" / "export", self.settings.sft_steps, 3e-3
+            ),
+            chat_template=self.run_dir / "data" / "template.jinja",
+            data=SFTData(self.run_dir / "data" / "sft.jsonl"),
+            batch_size=128,
+            batching="bucketed",
+        )
+        return self._run(config, SFTStage(config))
+
+    def pairs(self) -> Outcome:
+        prompts = [Prompt((Turn("user", f"{a}+{b}"),), f"{a + b:03}") for a, b in self.learned[:1000]]
+        llm = LLM(self._export("sft"), device=self.settings.device, quiet=True)
+        labels = VerifierLabels([CharactersReward()])
+        seed = self.settings.seed
+        found = make_pairs(llm, prompts, self.run_dir / "data" / "pairs.jsonl", labels, max_tokens=ANSWER, seed=seed)
+        return Outcome(f"{found.pairs:,} pairs of answers, {found.ties:,} of them equally good")
+
+    def dpo(self) -> Outcome:
+        config = DPOConfig(
+            **self._shared("dpo", self._export("sft"), self.settings.dpo_steps, 1e-4),
+            data=PairData(self.run_dir / "data" / "pairs.jsonl"),
+            batch_size=32,
+        )
+        return self._run(config, DPOStage(config))
+
+    def grpo(self) -> Outcome:
+        config = GRPOStageConfig(
+            **self._shared("grpo", self._export("dpo"), self.settings.grpo_steps, 1e-3, warmup_steps=20),
+            data=PromptData(self.run_dir / "data" / "prompts.jsonl", self.run_dir / "data" / "test.jsonl"),
+            rewards=(ExactReward(), MathReward(weight=0.0)),
+            grpo=GRPOConfig(
+                16, self.settings.prompts_per_step, ANSWER, loss_type="dapo", num_iterations=2, epsilon_high=0.28
+            ),
+            eval_prompts=TESTED,
+            max_seqs=1024,
+        )  # fmt: skip
+        return self._run(config, GRPOStage(config))
+
+    def compare(self) -> Outcome:
+        names = ["sft", "dpo", "grpo"]
+        rows = [{"model": name, "accuracy": self.accuracy(self._export(name))} for name in names]
+        with replacing(self.run_dir / "results.json") as file:
+            json.dump({"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}, file, default=str)
+        table = Table("after", "tested sums that are right", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for row in rows:
+            table.add_row(row["model"], f"{row['accuracy']:.1%}")
+        self.console.print(table)
+        write_report(self.run_dir / "grpo")
+        first, last = rows[0]["accuracy"], rows[-1]["accuracy"]
+        return Outcome(f"from {first:.1%} to {last:.1%} of {len(self.tested)} sums that it never saw")
+
+    def accuracy(self, model: pathlib.Path) -> float:
+        """Of the likeliest answers to the tested sums."""
+        llm = LLM(model, device=self.settings.device, quiet=True, max_seqs=256)
+        asked = [[_turn("user", f"{a}+{b}")] for a, b in self.tested]
+        outputs = llm.chat(asked, SamplingParams(0, max_tokens=ANSWER))
+        right = [output.text == f"{a + b:03}" for output, (a, b) in zip(outputs, self.tested, strict=True)]
+        return sum(right) / len(right)
+
+    def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float, warmup_steps: int = 0) -> dict[str, Any]:
+        return {
+            "run_dir": self.run_dir / name,
+            "init_from": model,
+            "optimizer": AdamWConfig(lr=lr, weight_decay=0.0),
+            "schedule": ConstantConfig(warmup_steps=min(warmup_steps, steps - 1)),
+            "budget": f"{steps}steps",
+            "device": self.settings.device,
+            "seed": self.settings.seed,
+            "log_interval": 10 if steps >= 100 else 1,
+        }
+
+    def _run(self, config: Any, stage: Any) -> Outcome:
+        result = StageRun(config, stage).train()
+        write_report(config.run_dir)
+        if not result.finished:
+            raise Interrupted
+        said = ", ".join(f"{name} {value:.3g}" for name, value in list(result.metrics.items())[:2])
+        return Outcome(f"{result.step:,} steps" + (f", {said}" if said else ""), result.seconds)
+
+
+def _small(rng: random.Random, count: int) -> Iterator[tuple[int, int]]:
+    return ((rng.randrange(10), rng.randrange(10)) for _ in range(count))
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,1 @@
+"""A file a verb: its configuration, and what a step of it does."""

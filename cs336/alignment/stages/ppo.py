@@ -1,0 +1,120 @@
+"""`cs336 ppo`: a model draws answers on its own engine, verifiers or a reward model score them, a critic foretells."""
+
+import copy
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cs336.alignment.examples import digest_of
+from cs336.alignment.ppo import ActorCritic, KLControl, PPOConfig, ppo_step
+from cs336.alignment.reward_model import RewardModel, load_reward_model
+from cs336.alignment.rewards import MathReward, RewardConfig, Rewards
+from cs336.alignment.rollouts import Order, Rollouts, rollout, scores
+from cs336.alignment.stage import Policy, StageConfig
+from cs336.alignment.stages.grpo import PromptData, answer_greedily, read_pairs_of_prompts
+from cs336.inference import LLM
+from cs336.training.evaluators import Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOStageConfig(StageConfig):
+    """Everything that decides what `cs336 ppo` computes, and where it is written."""
+
+    data: PromptData
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    rewards: tuple[RewardConfig, ...] = (MathReward(),)
+    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from."""
+    reward_model: pathlib.Path | None = None
+    """The export of `cs336 reward`, whose score is added to the rewards'; their weights may then all be 0."""
+    eval_prompts: int = 256
+    """Of the validation's, answered greedily at each evaluation."""
+    max_seqs: int = 256
+    """Responses that the engine draws at once."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_prompts", "max_seqs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        Rewards(self.rewards, measured_alone=self.reward_model is not None)
+
+
+class PPOStage:
+    """See cs336.alignment.stage.Stage. The critic begins as the model, with a head of zeros.
+
+    Raises ValueError for prompts that are none, or leave no room for an answer.
+    """
+
+    def __init__(self, config: PPOStageConfig):
+        self.config, self.policy = config, Policy(config)
+        model = self.policy.model.eval()
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.critic = RewardModel(copy.deepcopy(self.reference).requires_grad_(True)).eval()
+        self.module: nn.Module = ActorCritic(self.policy.module, self.critic)
+        self.optimizer = config.optimizer.build(self.module)
+        self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
+        self.order = Order(read_pairs_of_prompts(config.data.train, self.policy), config.seed)
+        val = config.data.val
+        self.val = [] if val is None else read_pairs_of_prompts(val, self.policy)[: config.eval_prompts]
+        self.rewards = Rewards(config.rewards, measured_alone=config.reward_model is not None)
+        self.judge: RewardModel | None = None
+        if config.reward_model is not None:
+            self.judge = load_reward_model(config.reward_model, self.policy.device).requires_grad_(False)
+            if (theirs := self.judge.model.config.vocab_size) != model.config.vocab_size:
+                raise ValueError(f"the reward model reads a vocabulary of {theirs}, the policy's is another")
+        self.kl = KLControl(config.ppo.kl_coef, config.ppo.target_kl)
+
+    def begin(self) -> None:
+        seqs = min(self.config.max_seqs, self.config.ppo.prompts_per_step * self.config.ppo.num_generations)
+        with self.policy.autocast():
+            self.llm = LLM(self.policy.model, self.policy.tokenizer, quiet=True, max_seqs=seqs)
+
+    def describe(self) -> str:
+        p = self.config.ppo
+        count = p.prompts_per_step * p.num_generations
+        return f"{len(self.order.items):,} prompts, {count} responses a step of up to {p.max_tokens} tokens"
+
+    def update(self, step: int) -> dict[str, float]:
+        config, ppo = self.config, self.config.ppo
+        seed = (config.seed << 40) + self.order.position * ppo.num_generations
+        pairs = self.order.take(ppo.prompts_per_step)
+        answers = [answer for _, answer in pairs for _ in range(ppo.num_generations)]
+        with self.policy.autocast():
+            rollouts = rollout(self.llm, [prompt for prompt, _ in pairs], ppo, seed)
+            scores_B = scores(rollouts.texts, answers, self.rewards).to(self.policy.device) + self._judged(rollouts)
+            values = ppo_step(
+                self.policy.model, self.critic, self.reference, self.module, self.optimizer, rollouts, scores_B, ppo,
+                kl_coef=self.kl.coef, seed=seed, micro_batch_size=config.micro_batch_size,
+                max_grad_norm=config.optimizer.max_grad_norm,
+            )  # fmt: skip
+        self.llm.update_weights(self.policy.model)
+        values |= {"reward": scores_B.mean().item(), "objective/kl_coef": self.kl.coef, "kl": values["objective/kl"]}
+        self.kl.update(values["objective/kl"])
+        values["completions/mean_length"] = rollouts.mask_BT.sum(1).float().mean().item()
+        values["completions/clipped_ratio"] = rollouts.truncated_B.float().mean().item()
+        return values | self.rewards.means() | {"tokens": rollouts.mask_BT.sum().item()}
+
+    def evaluate(self) -> Finding:
+        with self.policy.autocast():
+            return answer_greedily(self.llm, self.val, self.rewards, self.config.ppo.max_tokens)
+
+    def export(self, directory: pathlib.Path, step: int) -> None:
+        self.policy.export(directory, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.order.position, "kl_coef": self.kl.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.position, self.kl.coef = state["position"], state["kl_coef"]
+
+    @torch.no_grad()
+    def _judged(self, rollouts: Rollouts) -> Tensor:
+        """(B,): the reward model's scores, 0 without one."""
+        if self.judge is None:
+            return torch.zeros(len(rollouts.texts), device=self.policy.device)
+        places_T = torch.arange(rollouts.mask_BT.shape[1], device=self.policy.device)
+        lengths_B = torch.where(rollouts.mask_BT, places_T, -1).amax(1) + 2  # prediction t is that of token t + 1
+        return self.judge.score(rollouts.token_ids_BS, lengths_B)

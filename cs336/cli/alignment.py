@@ -1,0 +1,194 @@
+"""`cs336 sft`, `dpo`, `grpo` and their kin: the keys of a stage's configuration as options."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from cs336.cli.common import MaybePath, Path, Run, Stopped
+from cs336.cli.settings import help_text, own_options
+
+
+def sft(arguments: list[str]) -> Run:
+    """Fine-tune a model on conversations, or continue the run that is in --run-dir.
+
+    Learned are the assistant's turns alone. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.sft import SFTConfig, SFTStage
+
+    return _verb("sft", arguments, SFTConfig, SFTStage, sft.__doc__)
+
+
+def dpo(arguments: list[str]) -> Run:
+    """Teach a model which of two answers is preferred, without a reward model, or continue the run in --run-dir.
+
+    DPO and its relatives. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.dpo import DPOConfig, DPOStage
+
+    return _verb("dpo", arguments, DPOConfig, DPOStage, dpo.__doc__)
+
+
+def reward(arguments: list[str]) -> Run:
+    """Train a model that says what an answer is worth, from preferences, or continue the run in --run-dir.
+
+    Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.reward import RewardConfig, RewardStage
+
+    return _verb("reward", arguments, RewardConfig, RewardStage, reward.__doc__)
+
+
+def ppo(arguments: list[str]) -> Run:
+    """Teach a model by the scores of its own answers, with a critic, or continue the run in --run-dir.
+
+    Proximal policy optimization. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.ppo import PPOStage, PPOStageConfig
+
+    return _verb("ppo", arguments, PPOStageConfig, PPOStage, ppo.__doc__)
+
+
+def grpo(arguments: list[str]) -> Run:
+    """Teach a model by the scores of its own answers, or continue the run in --run-dir.
+
+    GRPO and its relatives, on the engine that serves. Settings come from --config FILE and from options, which win.
+    """
+    from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
+
+    return _verb("grpo", arguments, GRPOStageConfig, GRPOStage, grpo.__doc__, plans=True)
+
+
+def pairs(
+    model: Positional[Path],
+    prompts: Positional[Path],
+    out: Positional[Path],
+    label: Literal["math", "exact", "characters", "format", "judge"] = "math",
+    judge: MaybePath = None,
+    rubric: MaybePath = None,
+    num_generations: int = 2,
+    temperature: float = 1.0,
+    max_tokens: int = 256,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Draw pairs of answers from a model, label which is better, and write preferences for `cs336 dpo`.
+
+    Args:
+        model: an export, a checkpoint or a run directory.
+        prompts: JSON lines of {"prompt": a text or messages, "answer": ...}.
+        out: JSON lines of {"history", "response_a", "response_b", "chosen", "margin"}.
+        label: the verifier that scores both answers, or judge.
+        judge: the model that judges, of which each pair is asked in both orders. None: the model itself.
+        rubric: a text file that tells the judge what is good.
+        num_generations: answers to a prompt, an even number.
+    """
+    import dataclasses
+    import json
+
+    from cs336.alignment.examples import read_prompts
+    from cs336.alignment.make_pairs import RUBRIC, JudgeLabels, LLMJudge, VerifierLabels, make_pairs
+    from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward
+    from cs336.inference import LLM
+
+    llm = LLM(model, device=device, quiet=True)
+    verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
+    if label == "judge":
+        text = RUBRIC if rubric is None else rubric.read_text(encoding="utf-8")
+        labels: Any = JudgeLabels(LLMJudge(llm if judge is None else LLM(judge, device=device, quiet=True), text))
+    else:
+        labels = VerifierLabels([verifiers[label]()])
+    report = make_pairs(
+        llm, read_prompts(prompts), out, labels,
+        num_generations=num_generations, temperature=temperature, max_tokens=max_tokens, seed=seed,
+    )  # fmt: skip
+    print(json.dumps({name: value for name, value in dataclasses.asdict(report).items() if value is not None}))
+
+
+def demo(
+    run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
+    model: MaybePath = None,
+    pretrain_steps: int = 100,
+    sft_steps: int = 90,
+    dpo_steps: int = 20,
+    grpo_steps: int = 300,
+    prompts_per_step: int = 64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """All stages on a task that two cores learn in minutes: sums that the model never saw.
+
+    Pretraining, SFT, preferences between its own answers, DPO, GRPO with a verifier, and a report. Stages whose output
+    is current are skipped; after Ctrl-C the same command continues.
+
+    Args:
+        run_dir: where everything is written; the same command goes on with what is there.
+        model: a base model to begin with, a run of quickstart for one; without it a tiny one is pretrained.
+        sft_steps: few, for the model should know how an answer looks, and seldom be right.
+        prompts_per_step: of GRPO, each answered 16 times.
+        device: cpu, auto (a GPU if there is one), cuda.
+    """
+    import webbrowser
+
+    from cs336.align_demo import AlignDemo, align_demo
+    from cs336.utils.stages import Interrupted
+
+    settings = AlignDemo(
+        run_dir, model, pretrain_steps, sft_steps, dpo_steps, grpo_steps, prompts_per_step, device, seed
+    )  # fmt: skip
+    try:
+        report = align_demo(settings)
+    except Interrupted:
+        raise Stopped from None
+    if sys.stdout.isatty():
+        webbrowser.open(report.resolve().as_uri())
+
+
+def _verb(
+    verb: str,
+    arguments: list[str],
+    kind: Any,
+    stage: Callable[[Any], Any],
+    description: str | None,
+    *,
+    plans: bool = False,
+) -> Run:
+    from cs336.utils import config as configs
+
+    parser = own_options(verb)
+    if plans:
+        help = "say what memory and time the run would take, from two steps that are thrown away"
+        parser.add_argument("--plan", action="store_true", help=help)
+    own, options = parser.parse_known_args(arguments)
+
+    def run() -> None:
+        if own.help:
+            print(help_text(parser, kind, description))
+            return
+        table = {} if own.config is None else configs.read_table(own.config)
+        settings = configs.parse(kind, configs.override(kind, table, options))
+        if own.print_config:
+            print(configs.dumps(settings), end="")
+            return
+        if plans and own.plan:
+            print(stage(settings).plan())
+            return
+        _run(settings, stage)
+
+    return run
+
+
+def _run(settings: Any, stage: Callable[[Any], Any]) -> None:
+    from cs336.alignment.run import StageRun
+    from cs336.report import write_report
+    from cs336.training import StepError
+
+    try:
+        result = StageRun(settings, stage(settings)).train()
+    except StepError:
+        print(f"report: {write_report(settings.run_dir)}")  # it says why
+        raise
+    print(f"report: {write_report(settings.run_dir)}")
+    if not result.finished:
+        raise Stopped

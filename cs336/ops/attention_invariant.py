@@ -1,0 +1,68 @@
+"""Causal attention of packed sequences: a query's bits depend on its sequence up to itself, and on nothing else.
+
+That is how ops.paged_prefill adds up, which decodes and prefills too: here the keys and values are a cache whose pages
+have one token each. The backward is that of ops.attention_varlen, from the log-sum-exps of this forward.
+T = tokens of all sequences, N = sequences, H, Hkv = query and key-value heads, D = features of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.ops import registry
+from cs336.ops.attention_autograd import autocast
+from cs336.ops.dispatch import rows, run
+from cs336.ops.paged_attention import paged_prefill
+
+
+def attention_invariant(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What ops.attention_varlen(..., causal=True) computes, with the bits of ops.paged_prefill.
+
+    Args:
+        q: (T, H, D) floating point; k, v: (T, Hkv, D) like q.
+        cu_seqlens: (N + 1,) int32 on q's device, from 0 to T: sequence n has the rows from cu_seqlens[n] to
+            cu_seqlens[n + 1].
+        max_seqlen: at least the longest sequence.
+        window: how many keys before its own a query sees; all if None.
+        softcap, scale: as in ops.paged_prefill.
+
+    Returns o (T, H, D) like q, differentiable once. Raises ValueError as ops.paged_prefill does.
+    """
+    q, k, v = (rows(x) for x in autocast(q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _AttentionInvariant.apply(q, k, v, cu_seqlens, max_seqlen, window, softcap, scale)
+
+
+class _AttentionInvariant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens, max_seqlen, window, softcap, scale) -> Tensor:
+        first_N1 = cu_seqlens[:-1, None]
+        table_NM = first_N1 + torch.arange(max_seqlen, dtype=torch.int32, device=q.device)
+        options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True}
+        o, lse = paged_prefill(
+            q, k[:, None], v[:, None], table_NM, cu_seqlens.diff(), cu_seqlens, max_seqlen_q=max_seqlen, **options
+        )
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.options = max_seqlen, window, softcap, scale
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple:  # type: ignore[override]
+        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        max_seqlen, window, softcap, scale = ctx.options
+        left, right = (-1, -1) if window is None else (window, 0)
+        packing = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+        options = scale, True, left, right, softcap or 0.0, registry.is_deterministic()
+        grads = run("attention_varlen_bwd", rows(do), None, q, k, v, o, lse, *packing, *options)
+        return *grads, None, None, None, None, None

@@ -1,0 +1,161 @@
+"""A unit of FSDP: parameters that are gathered, and whose gradients are scattered, together.
+
+Of each parameter a rank has a piece; the pieces of one dtype lie side by side in a buffer of C elements, the master.
+An all-gather of it gives (N, C), a row a rank, whose columns are each parameter's pieces. Gradients go the other way; n
+more columns of that message say of each of n parameters how many ranks have a gradient.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cs336.parallel.collectives import all_gather, reduce_scatter
+from cs336.parallel.pieces import bounds, chunk
+
+Group = dist.ProcessGroup | None
+Owners = dict[Tensor, list[tuple[nn.Module, str]]]
+
+
+class _Bundle:
+    """Parameters of one dtype and device."""
+
+    def __init__(
+        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
+    ) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.widths = [chunk(p.numel(), self.ranks) for p in params]
+        starts = [sum(self.widths[:i]) for i in range(len(params))]
+        self.columns = [slice(s, s + w) for s, w in zip(starts, self.widths, strict=True)]
+        self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
+        floating = params[0].dtype.is_floating_point
+        self.dtype = compute_dtype if compute_dtype is not None and floating else params[0].dtype
+        self.shards: list[nn.Parameter] = []
+        self.params: list[nn.Parameter] = []
+        for p, columns in zip(params, self.columns, strict=True):
+            first, end = bounds(p.numel(), self.ranks, dist.get_rank(group))
+            shard = self.master[columns][: end - first]
+            shard.copy_(p.detach().reshape(-1)[first:end])
+            self.shards.append(nn.Parameter(shard, requires_grad=p.requires_grad))
+            whole = nn.Parameter(p.detach().to(self.dtype, copy=True).contiguous(), requires_grad=p.requires_grad)
+            self.params.append(whole)
+            for module, name in owners[p]:
+                module._parameters[name] = whole
+        self.version = self.master._version
+        self.gathered = True  # whole, as they were given
+        self.out: Tensor | None = None  # of an all-gather on its way
+        self.work: dist.Work | None = None
+        self.reduced: tuple[Tensor, dist.Work | None, list[bool]] | None = None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        if self.out is None and not (self.gathered and self.version == self.master._version):
+            self.version = self.master._version
+            self.out = self.master.new_empty(self.ranks * self.master.numel(), dtype=self.dtype)
+            self.work = all_gather(self.out, self.master.to(self.dtype), self.group, async_op=True)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        if self.out is None:
+            return
+        if self.work is not None:
+            self.work.wait()
+        rows_NC = self.out.view(self.ranks, -1)
+        for p, columns in zip(self.params, self.columns, strict=True):
+            p.untyped_storage().resize_(p.numel() * p.itemsize)
+            # .data: what autograd has saved of p is not outdated by being filled again
+            p.data.copy_(rows_NC[:, columns].reshape(-1)[: p.numel()].view(p.shape))
+        self.out, self.work, self.gathered = None, None, True
+
+    def release(self) -> None:
+        if self.out is not None:  # gathered in vain
+            self.wait()
+        for p in self.params:
+            p.untyped_storage().resize_(0)
+        self.gathered = False
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        trained = [i for i, p in enumerate(self.params) if p.requires_grad]
+        if not trained:
+            return
+        self.finish()
+        message_NC = self.master.new_zeros(self.ranks, self.master.numel() + len(self.params))
+        for i in trained:
+            p, columns = self.params[i], self.columns[i]
+            if p.grad is not None:
+                padded = nn.functional.pad(p.grad.reshape(-1), (0, self.ranks * self.widths[i] - p.numel()))
+                message_NC[:, columns].copy_(padded.view(self.ranks, -1))
+                message_NC[:, self.master.numel() + i] = 1
+        used = [p.grad is not None for p in self.params]
+        for p in self.params:
+            p.grad = None
+        out = self.master.new_empty(message_NC.shape[1])
+        message_NC.div_(self.ranks)
+        self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self.reduced is None:
+            return
+        (out, work, used), self.reduced = self.reduced, None
+        if work is not None:
+            work.wait()
+        flags = [] if all(used) else out[self.master.numel() :].tolist()  # the only wait for the device
+        for i, (shard, columns) in enumerate(zip(self.shards, self.columns, strict=True)):
+            if shard.requires_grad and (used[i] or flags[i] > 0):
+                grad = out[columns][: shard.numel()]
+                shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+
+
+class Unit:
+    """Parameters of any dtypes. `left`: their backward is over."""
+
+    def __init__(
+        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
+    ) -> None:
+        self.left = False
+        self._originals: Sequence[Tensor] = params
+        kinds = dict.fromkeys((p.dtype, p.device) for p in params)
+        self._made = [[p for p in params if (p.dtype, p.device) == kind] for kind in kinds]
+        self._how = owners, compute_dtype, group
+        self.bundles: list[_Bundle] = []
+
+    def originals(self) -> Sequence[Tensor]:
+        return self._originals
+
+    def split(self) -> None:
+        """Keep this rank's pieces alone."""
+        self.bundles = [_Bundle(params, *self._how) for params in self._made]
+        self._originals, self._made = [], []
+        self.release()
+
+    def pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        """(whole parameter, this rank's piece)"""
+        for bundle in self.bundles:
+            yield from zip(bundle.params, bundle.shards, strict=True)
+
+    def start(self) -> None:
+        """Begin to gather what is not whole or not up to date."""
+        for bundle in self.bundles:
+            bundle.start()
+
+    def wait(self) -> None:
+        for bundle in self.bundles:
+            bundle.wait()
+
+    def release(self) -> None:
+        """Let go of the whole parameters."""
+        for bundle in self.bundles:
+            bundle.release()
+
+    def reduce(self) -> None:
+        """Begin to average the whole gradients, and let go of them."""
+        for bundle in self.bundles:
+            bundle.reduce()
+
+    def finish(self) -> None:
+        """Add the averages to the gradients of this rank's pieces."""
+        for bundle in self.bundles:
+            bundle.finish()

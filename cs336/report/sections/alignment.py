@@ -1,0 +1,86 @@
+"""How a model was aligned: what its answers are worth, by what it learned from and by what it did not."""
+
+from typing import Any
+
+from cs336.report.chart import Series, line_chart, smooth
+from cs336.report.run import Run, mapping
+from cs336.report.section import section
+
+Spec = tuple[str, str, list[Series], dict[str, Any]]
+
+
+@section("Alignment", order=15)
+def alignment(run: Run) -> dict[str, Any] | None:
+    """None for a run of `cs336 train`."""
+    stage = str(run.facts.get("stage", ""))
+    if not stage:
+        return None
+    charts = [
+        {
+            "title": title,
+            "note": note,
+            "keys": [s for s in series if len(series) > 1 and s.label and len(s.xs)],
+            "svg": line_chart(series, title=title, x_label="steps", **options),
+        }
+        for title, note, series, options in _specs(run)
+    ]
+    return {"charts": [chart for chart in charts if chart["svg"]]}
+
+
+def _specs(run: Run) -> list[Spec]:
+    def line(name: str, label: str = "", style: str = "main", dots: bool = False) -> Series:
+        return Series(label, *run.column(name), style, dots)
+
+    def both(name: str) -> list[Series]:
+        xs, ys = run.column(name)
+        return [Series("as logged", xs, ys, "faint"), Series("smoothed", xs, smooth(ys, len(ys) // 30), "main")]
+
+    zero: dict[str, Any] = {"from_zero": True}
+    kl = both("kl") if run.column("kl")[0] else both("objective/kl")
+    return [
+        ("Reward", "Of the answers that are learned from, and of the likeliest ones to held-out prompts.",
+         [line("reward", "drawn", "faint"), line("eval/reward", "held out", "second", dots=True)], {}),
+        ("Each verifier", "One that was not learned from (weight 0) and falls while the others rise is being "
+         "deceived: reward hacking.", _verifiers(run), zero),
+        ("Entropy", "Nats a token. Near 0 nothing new is tried.", both("entropy"), zero),
+        ("Divergence from the reference", "KL in nats.", kl, zero),
+        ("Length of answers", "Tokens.", both("completions/mean_length"), zero),
+        ("Answers that were cut", "Share that max_tokens ended.", both("completions/clipped_ratio"), zero),
+        ("Clipped", "Share of tokens whose ratio left the range: upwards, downwards.",
+         [line("clip_ratio/high_mean", "upwards"), line("clip_ratio/low_mean", "downwards", "second")], zero),
+        ("Prompts that teach nothing", "Share whose answers are worth the same.", both("frac_reward_zero_std"), zero),
+        ("Engine against training", "Largest difference of a token's log-probability between the two.",
+         [line("sampling/sampling_logp_difference/max")], zero),
+        ("Accuracy", "Share of pairs whose chosen answer has the higher reward.",
+         [line("rewards/accuracies", "training", "faint"), line("accuracy", "training", "faint"),
+          line("val/rewards/accuracies", "validation", "second", dots=True),
+          line("val/accuracy", "validation", "second", dots=True)], zero),
+        ("Implicit rewards", "beta times how much likelier an answer became than the reference finds it.",
+         [line("rewards/chosen", "chosen"), line("rewards/rejected", "rejected", "second")], {}),
+        ("Calibration", "How far the probability of a choice is from how often it was made.",
+         [line("val/calibration_error", dots=True)], zero),
+        ("The critic", "Share of the returns' variance that it explains.", both("explained_variance"), {}),
+    ]  # fmt: skip
+
+
+def _verifiers(run: Run) -> list[Series]:
+    """The held-out means of each; those of the drawn answers where there is no evaluation."""
+    names = {name for row in run.metrics for name in row if name.startswith("eval/rewards/")}
+    names = names or {
+        name for row in run.metrics for name in row if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    weights = _weights(run)
+    series = []
+    for i, name in enumerate(sorted(names)[:6]):
+        short = name.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
+        label = f"{short} (not learned from)" if weights.get(short) == 0 else short
+        series.append(Series(label, *run.column(name), f"run{i}", dots=len(names) > 0))
+    return series
+
+
+def _weights(run: Run) -> dict[str, float]:
+    """Of the verifiers by their names: two of a kind are told apart by their place."""
+    rewards = [mapping(reward) for reward in run.config.get("rewards", []) if isinstance(reward, dict)]
+    kinds = [reward.get("kind") for reward in rewards]
+    named = [str(k) if kinds.count(k) == 1 else f"{k}.{i}" for i, k in enumerate(kinds)]
+    return {name: float(reward.get("weight", 1.0)) for name, reward in zip(named, rewards, strict=True)}

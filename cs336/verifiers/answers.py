@@ -1,0 +1,136 @@
+"""Whether a response is right, by rules: a score and the reason for it. What models write is never run.
+
+A mathematical answer is the content of the last \\boxed{}, else what follows the last ####, else the last number. Two
+answers are equal if they are the same text, or exactly the same number: 0.5, 1/2, \\frac{1}{2} and 50% are one, 0.333
+and 1/3 are not. Time is linear in the text, of which the last LONGEST characters are read, and numbers are bounded.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+LONGEST = 1 << 16  # characters of a response that are read, from its end
+DIGITS = 100  # of a number; one of more is text
+EXPONENT = 100
+
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?")
+_PLAIN = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,4}))?", re.ASCII)
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
+_FRACTION = re.compile(r"([-+]?)\\[dt]?frac(?:\{([^{}]*)\}|(\d))(?:\{([^{}]*)\}|(\d))")
+_DRESSING = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\\(|\\\)|\\\[|\\\]")
+
+
+class Verdict(NamedTuple):
+    score: float
+    """1 for right, 0 for wrong."""
+    reason: str
+
+
+def extract_answer(response: str) -> str | None:
+    """The answer that a response gives, None if it gives none; a last \\boxed{ that is never closed is none."""
+    response = response[-LONGEST:]
+    if (start := response.rfind("\\boxed{")) >= 0:
+        return _in_braces(response, start + len("\\boxed"))
+    if (start := response.rfind("####")) >= 0:
+        return response[start + 4 :].strip().partition("\n")[0].strip() or None
+    found = None
+    for found in _NUMBER.finditer(response):  # noqa: B007 (the last one is wanted)
+        pass
+    return None if found is None else found.group().rstrip(",")
+
+
+def _in_braces(text: str, start: int) -> str | None:
+    """What lies between the brace at `start` and the one that closes it."""
+    depth = 0
+    for i in range(start, len(text)):
+        if text[i] in "{}" and (i == 0 or text[i - 1] != "\\"):
+            depth += 1 if text[i] == "{" else -1
+            if depth == 0:
+                return text[start + 1 : i].strip() or None
+    return None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The number that a text is, exactly: integer, decimal, fraction of the two, percentage; None if it is none.
+
+    1,234.5   -3/4   \\frac{3}{4}   2e-3   50%   $5
+    """
+    text = _DRESSING.sub("", text.replace("\\$", "$")).strip().removesuffix(".").rstrip()
+    percent = text.endswith("%")
+    text = text.removesuffix("%").removesuffix("\\").strip()
+    if len(text) > 4 * DIGITS:
+        return None
+    if match := _FRACTION.fullmatch(text):
+        sign, *parts = match.groups()
+        top, bottom = parts[0] or parts[1] or "", parts[2] or parts[3] or ""
+    else:
+        sign, (top, slash, bottom) = "", text.partition("/")
+        bottom = bottom if slash else "1"
+    above, below = _plain(top.strip()), _plain(bottom.strip())
+    if above is None or not below:
+        return None
+    value = above / below / (100 if percent else 1)
+    return -value if sign == "-" else value
+
+
+def _plain(text: str) -> Fraction | None:
+    """An integer or a decimal."""
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, part, exponent = match[1], match[2], match[3] or "", int(match[4] or 0)
+    if not whole + part or len(whole + part) > DIGITS or abs(exponent) > EXPONENT:
+        return None
+    value = Fraction(int(whole + part)) * Fraction(10) ** (exponent - len(part))
+    return -value if sign == "-" else value
+
+
+def equal_answers(answer: str, expected: str) -> bool:
+    """Whether two answers are the same number, or else the same text but for spaces and LaTeX's dressing."""
+    a, b = parse_number(answer), parse_number(expected)
+    if a is not None and b is not None:
+        return a == b
+    return _bare(answer) == _bare(expected) != ""
+
+
+def _bare(text: str) -> str:
+    text = re.sub(r"\\[dt]frac", r"\\frac", _DRESSING.sub("", text[-LONGEST:]))
+    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"\s", "", text).removesuffix(".")
+
+
+def verify_math(response: str, expected: str) -> Verdict:
+    """Score 1 where the response's answer equals the expected one, 0 where it does not or there is none.
+
+    expected: an answer, or a whole solution with a \\boxed{} or ####.
+    Raises ValueError where `expected` is a solution without an answer.
+    """
+    if "\\boxed" in expected or "####" in expected:
+        solution, found = expected, extract_answer(expected)
+        if found is None:
+            raise ValueError(f"the expected solution holds no answer: {solution[-80:]!r}")
+        expected = found
+    answer = extract_answer(response)
+    if answer is None:
+        return Verdict(0.0, "the last \\boxed{ is not closed or empty" if "\\boxed{" in response else "no answer")
+    if equal_answers(answer, expected):
+        return Verdict(1.0, f"{answer:.80} equals {expected:.80}")
+    return Verdict(0.0, f"{answer:.80} is not {expected:.80}")
+
+
+def verify_format(response: str, tags: tuple[str, ...] = ("think", "answer")) -> Verdict:
+    """Score 1 where a response is <think>...</think> <answer>...</answer> and nothing else: each tag once, in order."""
+    rest = response.strip()
+    for tag in tags:
+        for mark in (f"<{tag}>", f"</{tag}>"):
+            if (count := response.count(mark)) != 1:
+                return Verdict(0.0, f"{mark} is there {count} times instead of once")
+        rest = rest.lstrip()
+        if not rest.startswith(f"<{tag}>"):
+            return Verdict(0.0, f"<{tag}> does not follow what is before it")
+        inside, closed, rest = rest.partition(f"</{tag}>")
+        if not closed or not inside.removeprefix(f"<{tag}>").strip():
+            return Verdict(0.0, f"<{tag}> is empty or not closed")
+    return Verdict(0.0, f"text after </{tags[-1]}>") if rest.strip() else Verdict(1.0, "the format is kept")

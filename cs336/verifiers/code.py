@@ -1,0 +1,104 @@
+"""Whether a program that a model wrote is right: by what it prints, or by tests of its functions.
+
+    verify_code("```python\\ndef double(x):\\n    return 2 * x\\n```", "assert double(2) == 4")
+    verify_code("print(int(input()) * 2)", [("2", "4"), ("5", "10")])
+
+It runs in `cs336.verifiers.sandbox`, and it is never asked whether it passed. What it prints is compared here; tests
+run behind walls of their own, and call the program's functions by messages of plain data (sandbox/remote.py).
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Sequence
+
+from cs336.verifiers import sandbox
+from cs336.verifiers.answers import Verdict
+from cs336.verifiers.sandbox import Limits
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+LIMITS = Limits()
+_PYTHON = ("python", "python3", "py", "")
+
+
+def extract_code(response: str) -> str:
+    """The last fenced block of Python in a response, else the last block without a language; the whole response if it
+    has no block, and the rest of it if the last block is not closed."""
+    blocks = [(language.lower(), code) for language, code in _FENCE.findall(response) if language.lower() in _PYTHON]
+    if blocks:
+        return next((code for language, code in reversed(blocks) if language), blocks[-1][1])
+    _, opened, rest = response.rpartition("```python\n")
+    return rest if opened else response
+
+
+def verify_code(
+    response: str,
+    expected: str | Sequence[tuple[str, str]],
+    *,
+    names: Sequence[str] = (),
+    limits: Limits = LIMITS,
+    weak: bool = False,
+) -> Verdict:
+    """Score 1 where the program in a response passes everything, 0 where it does not, with the first failure.
+
+    Args:
+        expected: Python that asserts, calling the program's functions by name; or pairs of standard input and expected
+            output, compared without spaces at the ends of lines and blank lines at the end.
+        names: of functions that are the program's although Python has them, such as sum.
+        limits: of each run. Tests have as long as the program, and 10 seconds more.
+        weak: be content with a weaker sandbox, see sandbox.run.
+
+    Raises ValueError for tests that are none or no Python, sandbox.NotIsolated where programs cannot be kept in.
+    """
+    program = extract_code(response)
+    if isinstance(expected, str):
+        return _by_tests(program, expected, names, limits, weak)
+    if not expected:
+        raise ValueError("there is nothing to verify a program by: expected pairs of input and output")
+    for number, (given, wanted) in enumerate(expected, 1):
+        outcome = sandbox.run(program, given, limits, weak=weak)
+        if reason := _failure(outcome):
+            return Verdict(0.0, f"case {number}: {reason}")
+        if _lines(outcome.stdout) != _lines(wanted):
+            return Verdict(0.0, f"case {number}: printed {outcome.stdout!r:.80}, not {wanted!r:.80}")
+    return Verdict(1.0, f"{len(expected)} outputs are right")
+
+
+def _by_tests(program: str, tests: str, names: Sequence[str], limits: Limits, weak: bool) -> Verdict:
+    try:
+        compile(tests, "tests", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the tests are no Python: {error}") from None
+    if not tests.strip():
+        raise ValueError("there is nothing to verify a program by: expected tests")
+    patient = Limits(limits.seconds + 10, limits.memory, limits.output, limits.disk, limits.processes)
+    served, judged = sandbox.converse(
+        (f"{_remote()}\nserve({program!r})\n", f"{_remote()}\njudge({tests!r}, {list(names)!r})\n"),
+        (limits, patient),
+        weak=weak,
+    )
+    if judged.ok:
+        return Verdict(1.0, "the tests pass")
+    if served.ending != "exit":
+        return Verdict(0.0, _failure(served))
+    said = judged.stderr.strip().rpartition("\n")[2]
+    return Verdict(0.0, f"{said or _failure(judged):.500}")
+
+
+def _failure(outcome: sandbox.Outcome) -> str:
+    """How a program failed; "" if it did not."""
+    if outcome.ending != "exit":
+        return f"the program was stopped at its limit of {outcome.ending}"
+    if outcome.exit_code < 0:
+        return f"signal {-outcome.exit_code} ended the program"
+    said = outcome.stderr.strip().rpartition("\n")[2]
+    return "" if outcome.exit_code == 0 else f"exit code {outcome.exit_code}{f': {said:.200}' if said else ''}"
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+@functools.cache
+def _remote() -> str:
+    return pathlib.Path(sandbox.__file__).with_name("remote.py").read_text(encoding="utf-8")

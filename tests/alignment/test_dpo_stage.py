@@ -1,0 +1,164 @@
+"""`cs336 dpo`: that it learns what was preferred, with references that are kept."""
+
+import pytest
+import torch
+from killing import kill_once_saved
+from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+
+from cs336.alignment.examples import Turn
+from cs336.alignment.pairs import PreferenceExample, read_preferences, write_preferences
+from cs336.alignment.run import StageRun
+from cs336.alignment.stages import dpo
+from cs336.alignment.stages.dpo import DPOConfig, DPOStage
+from cs336.cli.program import main
+from cs336.inference import LLM
+from cs336.utils import config as configs
+
+OURS = {"history": [{"role": "user", "content": "q"}], "response_a": "a", "response_b": "b", "chosen": "a"}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+def preferences(path):
+    """A digit is better answered by itself than by the next one; every other line has them the other way around."""
+    examples = []
+    for d in range(10):
+        good, bad = str(d), str((d + 1) % 10)
+        answers = (good, bad, "a") if d % 2 else (bad, good, "b")
+        examples.append(PreferenceExample([Turn("user", str(d))], *answers))
+    examples.append(PreferenceExample([Turn("user", "1")], "5", "6", "tie"))
+    write_preferences(path, examples)
+    assert read_preferences(path) == examples
+    return path
+
+
+def config(tmp_path, model, **options):
+    data = {"train": preferences(tmp_path / "train.jsonl"), "val": preferences(tmp_path / "val.jsonl")}
+    table = {"run_dir": tmp_path / "run", "init_from": model, "data": data, "budget": "40steps", "device": "cpu"}
+    table |= {"optimizer": {"lr": 1e-2, "weight_decay": 0.0}, "batch_size": 5, "seed": 3}
+    return configs.parse(DPOConfig, table | options)
+
+
+def score(llm):
+    """Log-probability of each digit after itself, over that of the next."""
+    prompts = [f"{d}=" for d in range(10)]
+    good = llm.score(prompts, [str(d) for d in range(10)])
+    bad = llm.score(prompts, [str((d + 1) % 10) for d in range(10)])
+    return [a[0].logprob - b[0].logprob for a, b in zip(good, bad, strict=True)]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "simpo"])
+def test_what_was_preferred_becomes_likelier(tmp_path, model, loss_type):
+    options = {"label_smoothing": 0.1} if loss_type == "robust" else {}
+    result = StageRun(config(tmp_path, model, loss_type=loss_type, **options), DPOStage(
+        config(tmp_path, model, loss_type=loss_type, **options))).train()  # fmt: skip
+    assert result.metrics["val/rewards/accuracies"] == 1
+    assert min(score(LLM(result.export, device="cpu", quiet=True))) > 0
+    assert min(score(LLM(model, device="cpu", quiet=True))) < 0
+    first = rows_of(tmp_path / "run")[0]
+    if loss_type != "simpo":  # the policy is the reference
+        assert first["val/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert (tmp_path / "run" / "reference.safetensors").exists() == (loss_type != "simpo")
+
+
+def test_references_are_computed_once(tmp_path, model, monkeypatch):
+    settings = config(tmp_path, model)
+    first = DPOStage(settings).reference_N2
+    calls = []
+    own = dpo.answer_log_probs
+    monkeypatch.setattr(dpo, "answer_log_probs", lambda *args, **kwargs: calls.append(args) or own(*args, **kwargs))
+    assert torch.equal(DPOStage(settings).reference_N2, first)
+    assert not calls
+    assert not torch.equal(DPOStage(config(tmp_path, model, loss_type="ipo")).reference_N2, first)
+    assert calls
+    (tmp_path / "run" / "reference.safetensors").write_bytes(b"torn")
+    assert torch.equal(DPOStage(settings).reference_N2, first)
+
+
+def test_the_reference_is_that_of_plain_log_probs(tmp_path, model):
+    stage = DPOStage(config(tmp_path, model))
+    example = read_preferences(tmp_path / "train.jsonl")[3]
+    assert (example.better, example.worse) == ("3", "4")
+    end = tokenizer().special_tokens["<|endoftext|>"]
+    for side, answer in enumerate((example.better, example.worse)):
+        ids = torch.tensor([[*tokenizer().encode(f"3={answer}"), end]])
+        log_probs = stage.policy.model(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        assert stage.reference_N2[3, side].item() == pytest.approx(log_probs[1:].sum().item(), rel=1e-4)  # after 3=
+
+
+def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
+    options = {"checkpoint_interval": 3, "eval_interval": 7, "micro_batch_size": 2}
+    settings = config(tmp_path, model, **options)
+    StageRun(settings, DPOStage(settings)).train()
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
+    kill_once_saved("dpo", path, tmp_path / "killed")
+    assert main(["dpo", "--config", str(path)]) == 0
+    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("row", "history", "answers", "margin"),
+    [
+        (
+            {"chosen": "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: 1\n2\n\nAssistant: a", "rejected":
+             "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: 1\n2\n\nAssistant: b"},
+            [("user", "hi"), ("assistant", "yes?"), ("user", "1\n2")], ("a", "b"), 0,
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, [("user", "q")], ("a", "b"), 0),
+        (
+            {"prompt": "q", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+             "score_chosen": 8.5, "score_rejected": 6},
+            [("user", "q")], ("a", "b"), 2.5,
+        ),
+        (
+            {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+            [("user", "q")], ("a", "b"), 0,
+        ),
+        (
+            {"history": [{"role": "user", "content": "q"}], "response_a": "b", "response_b": "a", "chosen": "b"},
+            [("user", "q")], ("a", "b"), 0,
+        ),
+    ],
+)  # fmt: skip
+def test_forms_of_preferences(tmp_path, row, history, answers, margin):
+    (found,) = read_preferences(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert [(turn.role, turn.content) for turn in found.history] == history
+    assert (found.better, found.worse, found.margin) == (*answers, margin)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "1"}, "expected \"history\""),
+        ({"chosen": "hi", "rejected": "ho"}, "Human"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "differ before"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, "must be text or messages"),
+        ({"history": [], "response_a": "a", "response_b": "b", "chosen": "a"}, "expected a list of"),
+        (OURS | {"chosen": "c"}, "a, b or"),
+        (OURS | {"margin": -1}, "margin must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_preferences_that_are_none(tmp_path, row, message):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{message}"):
+        read_preferences(write_rows(tmp_path / "rows.jsonl", [row]))
+
+
+def test_ties_alone_teach_nothing(tmp_path, model):
+    write_preferences(tmp_path / "ties.jsonl", [PreferenceExample([Turn("user", "1")], "5", "6", "tie")])
+    with pytest.raises(ValueError, match=r"ties\.jsonl: of 1 preferences none is left"):
+        DPOStage(config(tmp_path, model, data={"train": tmp_path / "ties.jsonl"}))
+    with pytest.raises(ValueError, match="neither answer of a tie"):
+        _ = read_preferences(tmp_path / "ties.jsonl")[0].better
+
+
+def test_options_are_those_of_the_loss(tmp_path, model):
+    with pytest.raises(ValueError, match="margin is simpo's"):
+        config(tmp_path, model, margin=1.0)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        config(tmp_path, model, loss_type="ipo", label_smoothing=0.1)

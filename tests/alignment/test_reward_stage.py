@@ -1,0 +1,85 @@
+"""`cs336 reward`: that rewards follow preferences, and are as sure as they are right."""
+
+import pytest
+import torch
+from killing import kill_once_saved
+from test_dpo_stage import preferences
+from tiny_policy import rows_of, save_model, tokenizer, without_time
+
+from cs336.alignment import RewardModel, load_reward_model
+from cs336.alignment.reward_model import calibration_error
+from cs336.alignment.run import StageRun
+from cs336.alignment.stages.reward import RewardConfig, RewardStage
+from cs336.cli.program import main
+from cs336.inference import LLM
+from cs336.utils import config as configs
+
+ADAPTERS = {"lora": {"rank": 16}, "optimizer": {"lr": 1e-2, "weight_decay": 0.0}, "budget": "150steps"}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+def config(tmp_path, model, **options):
+    data = {"train": preferences(tmp_path / "train.jsonl"), "val": preferences(tmp_path / "val.jsonl")}
+    table = {"run_dir": tmp_path / "run", "init_from": model, "data": data, "budget": "60steps", "device": "cpu"}
+    table |= {"optimizer": {"lr": 1e-2, "weight_decay": 0.0}, "batch_size": 5, "seed": 3}
+    return configs.parse(RewardConfig, table | options)
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTERS])
+def test_rewards_follow_preferences(tmp_path, model, options):
+    settings = config(tmp_path, model, center=0.001, **options)
+    result = StageRun(settings, RewardStage(settings)).train()
+    first = rows_of(tmp_path / "run")[0]
+    assert (first["val/accuracy"], first["val/margin"]) == (0, 0)
+    assert first["val/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert result.metrics["val/accuracy"] == 1
+    assert result.metrics["val/calibration_error"] < 0.3
+    judge = load_reward_model(result.export)
+    end = tokenizer().special_tokens["<|endoftext|>"]
+    for d in range(10):
+        good, bad = ([*tokenizer().encode(f"{d}={x}"), end] for x in (d, (d + 1) % 10))
+        scores = judge.score(torch.tensor([[*good, 0, 0], [*bad, 0, 0]]), torch.tensor([4, 4]))
+        assert scores[0] > scores[1]
+        torch.testing.assert_close(judge.score(torch.tensor([good]), torch.tensor([4])), scores[:1])  # padding is none
+    assert LLM(result.export, device="cpu", quiet=True).generate("1=")[0].text is not None  # every verb takes it
+
+
+def test_a_margin_asks_for_more(tmp_path, model):
+    settings = config(tmp_path, model, use_margin=True)
+    stage = RewardStage(settings)
+    token_ids, lengths, margin = stage._batch(stage.pairs[:2])
+    assert not margin.any()
+    loss = stage._terms((token_ids, lengths, torch.full((2,), 2.0)))[0]
+    assert loss.item() == pytest.approx(2 * torch.nn.functional.softplus(torch.tensor(2.0)).item(), rel=1e-5)
+
+
+def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
+    options = {"checkpoint_interval": 3, "eval_interval": 7, "budget": "20steps"}
+    settings = config(tmp_path, model, **options)
+    StageRun(settings, RewardStage(settings)).train()
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
+    kill_once_saved("reward", path, tmp_path / "killed")
+    assert main(["reward", "--config", str(path)]) == 0
+    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+
+
+def test_a_head_of_zeros_says_nothing_yet(tmp_path, model):
+    found = RewardModel(LLM(model, device="cpu", quiet=True).model)
+    assert not found(torch.tensor([[1, 2, 3]])).any()
+    with pytest.raises(FileNotFoundError, match="holds no reward model"):
+        load_reward_model(model)
+
+
+def test_calibration():
+    assert calibration_error([0.25] * 4, [True, False, False, False]) == pytest.approx(0)
+    assert calibration_error([0.9, 0.9], [True, False]) == pytest.approx(0.4)
+    assert calibration_error([0.95, 0.05], [False, True]) == pytest.approx(0.95)
+    assert calibration_error([1.0, 0.0], [True, False]) == 0
+    for probabilities, outcomes in (([], []), ([0.5], []), ([1.5], [True])):
+        with pytest.raises(ValueError, match="probabilities"):
+            calibration_error(probabilities, outcomes)

@@ -1,0 +1,200 @@
+"""`cs336 sft`: what it learns, what it refuses, and that a run goes on where it was killed."""
+
+import pytest
+import torch
+from killing import kill_once_saved
+from tiny_policy import TEMPLATE, digits, rows_of, save_model, tokenizer, without_time, write_rows
+
+from cs336.alignment.batches import Batches, pad_examples
+from cs336.alignment.examples import encode_completion, read_examples
+from cs336.alignment.run import StageRun
+from cs336.alignment.sft import Example
+from cs336.alignment.stages.sft import SFTConfig, SFTStage
+from cs336.cli.program import main
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.chat import ChatTemplate
+from cs336.utils import config as configs
+
+END = tokenizer().special_tokens["<|endoftext|>"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+def config(tmp_path, model, **options):
+    data = {"train": digits(tmp_path / "train.jsonl"), "val": digits(tmp_path / "val.jsonl")}
+    table = {"run_dir": tmp_path / "run", "init_from": model, "data": data, "budget": "60steps", "device": "cpu"}
+    table |= {"optimizer": {"lr": 1e-2, "weight_decay": 0.0}, "batch_size": 2, "seed": 3}
+    return configs.parse(SFTConfig, table | options)
+
+
+def run(settings):
+    return StageRun(settings, SFTStage(settings)).train()
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+def test_a_model_learns_to_answer_and_to_stop(tmp_path, model, batching):
+    size = {"packed": 2, "bucketed": 10}[batching]
+    result = run(config(tmp_path, model, batching=batching, batch_size=size, micro_batch_size=2))
+    assert result.finished
+    assert result.metrics["val/loss"] < 0.05
+    llm = LLM(result.export, device="cpu", quiet=True)
+    outputs = llm.chat([[{"role": "user", "content": str(d)}] for d in range(10)], SamplingParams(0, max_tokens=8))
+    assert [(o.text, o.finish_reason) for o in outputs] == [(str(d), "stop") for d in range(10)]
+    rows = rows_of(tmp_path / "run")
+    assert next(row["val/loss"] for row in rows if "val/loss" in row) > 1
+    samples = rows_of(tmp_path / "run", "samples.jsonl")
+    assert {sample["step"] for sample in samples} >= {0, 60}
+    assert samples[-1]["prompt"] == "3="
+    assert samples[-1]["text"] == "3"
+
+
+def test_plain_completions_are_learned_too(tmp_path, model):
+    rows = [{"prompt": f"{d}?", "completion": str(9 - d)} for d in range(10)]
+    data = {"train": write_rows(tmp_path / "plain.jsonl", rows)}
+    result = run(config(tmp_path, model, data=data, budget="80steps", batch_size=3))
+    llm = LLM(result.export, device="cpu", quiet=True)
+    outputs = llm.generate([f"{d}?" for d in range(10)], SamplingParams(0, max_tokens=8))
+    assert [o.text for o in outputs] == [str(9 - d) for d in range(10)]
+
+
+def test_adapters_learn_and_the_rest_stays(tmp_path, model):
+    settings = config(tmp_path, model, lora={"rank": 8}, budget="150steps", optimizer={"lr": 3e-2, "weight_decay": 0.0})
+    stage = SFTStage(settings)
+    before = {name: p.clone() for name, p in stage.policy.model.named_parameters()}
+    result = StageRun(settings, stage).train()
+    for name, p in stage.policy.model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name)
+    assert result.metrics["val/loss"] < 0.7 * rows_of(tmp_path / "run")[0]["val/loss"]
+    llm = LLM(result.export, device="cpu", quiet=True)
+    ids = torch.tensor([tokenizer().encode("3=3")])
+    with torch.no_grad():
+        stage.policy.model.eval()
+        torch.testing.assert_close(llm.model(ids), stage.policy.model(ids), rtol=1e-4, atol=1e-5)
+    assert not any("lora" in name for name, _ in llm.model.named_parameters())
+
+
+def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
+    options = {"log_interval": 3, "checkpoint_interval": 4, "eval_interval": 10, "lora": {"rank": 2}}
+    whole = config(tmp_path, model, **options)
+    run(whole)
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
+    kill_once_saved("sft", path, tmp_path / "killed")
+    assert main(["sft", "--config", str(path)]) == 0
+    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    a, b = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "killed"))
+    assert a == b
+
+
+def test_a_run_goes_on_as_itself_alone(tmp_path, model):
+    run(config(tmp_path, model, budget="2steps"))
+    assert run(config(tmp_path, model, budget="3steps")).step == 3
+    with pytest.raises(ValueError, match=r"another configuration \(seed: 3 -> 4\)"):
+        run(config(tmp_path, model, seed=4))
+    write_rows(tmp_path / "other.jsonl", [{"prompt": "1", "completion": "2"}])
+    with pytest.raises(ValueError, match=r"another data\.train"):
+        run(config(tmp_path, model, data={"train": tmp_path / "other.jsonl"}))
+    with pytest.raises(ValueError, match="another init_from"):
+        run(config(tmp_path, save_model(tmp_path / "second", seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TEMPLATE.replace("={{ m.content }}<|endoftext|>", ""), "drops or rewrites message 1"),
+        (TEMPLATE.replace("<|endoftext|>", ""), "no token ends message 1"),
+    ],
+)
+def test_templates_that_teach_nothing_good(tmp_path, model, template, message):
+    (tmp_path / "template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=rf"train\.jsonl:1: .*{message}"):
+        SFTStage(config(tmp_path, model, chat_template=str(tmp_path / "template.jinja")))
+
+
+def test_a_tokenizer_of_another_model(tmp_path, model):
+    other = tokenizer()
+    path = tmp_path / "tokenizer.json"
+    type(other)({i: bytes([c]) for i, c in enumerate(b"ab")}, [], ["<|endoftext|>"]).save(path)
+    with pytest.raises(ValueError, match="is not the one that lies with the model"):
+        SFTStage(config(tmp_path, model, tokenizer=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "1"}]}, "no message is the assistant's"),
+        ({"messages": []}, "expected a list of"),
+        ({"prompt": "1", "completion": ""}, "must not be empty"),
+        ({"prompt": "1"}, '"completion" must be text'),
+        ([1], "expected a JSON object"),
+        ({"prompt": "1", "completion": "2" * 30}, r"1 of 1 examples are longer than 24 tokens"),
+    ],
+)
+def test_examples_that_are_none(tmp_path, model, row, message):
+    data = {"train": write_rows(tmp_path / "bad.jsonl", [row])}
+    with pytest.raises(ValueError, match=message):
+        SFTStage(config(tmp_path, model, data=data))
+
+
+def test_long_examples_are_dropped_if_so_asked(tmp_path, model):
+    rows = [{"prompt": "1", "completion": "2" * n} for n in (3, 30)]
+    data = {"train": write_rows(tmp_path / "long.jsonl", rows)}
+    stage = SFTStage(config(tmp_path, model, data=data, too_long="drop"))
+    assert stage.num_examples == 1
+    assert "1 longer ones are dropped" in stage.describe()
+
+
+def test_a_batch_is_an_examples_turn_once_an_epoch():
+    lengths = [(7 * i) % 50 + 1 for i in range(1000)]
+    for bucketed in (False, True):
+        batches = Batches(lengths, 8, seed=1, bucketed=bucketed)
+        first, second = ([batches.batch(e * 125 + i) for i in range(125)] for e in (0, 1))
+        assert sorted(i for b in first for i in b) == sorted(i for b in second for i in b) == list(range(1000))
+        assert first != second
+        assert Batches(lengths, 8, seed=1, bucketed=bucketed).batch(130) == second[5]
+        spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first) / 125
+        assert (spread < 3) == bucketed
+        assert sorted(first) != first
+    with pytest.raises(ValueError, match="no examples"):
+        Batches([], 8)
+
+
+def test_padding_is_no_part_of_an_example():
+    ids, targets, segments = pad_examples([Example([1, 2, 3], [False, True, True]), Example([4, 5], [False, True])])
+    assert ids.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert targets.tolist() == [[2, 3, -100], [5, -100, -100]]
+    assert segments.tolist() == [[0, 0, 0], [0, 0, -1]]
+
+
+def test_a_completion_ends_once():
+    ours = tokenizer()
+    assert encode_completion("1", "2", ours, [END]).token_ids == [1, 2, END]
+    assert encode_completion("1", "2<|endoftext|>", ours, [END]).token_ids == [1, 2, END]
+    assert encode_completion("1", "2", ours, [END]).mask == [False, True, True]
+    with pytest.raises(ValueError, match="no token ends a completion"):
+        encode_completion("1", "2", ours, [])
+
+
+def test_errors_name_the_line(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2"}])
+    path.write_text(path.read_text() + "\n{broken\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected a JSON object"):
+        read_examples(path, tokenizer(), ChatTemplate(TEMPLATE), [END])
+
+
+def test_the_verb(tmp_path, model, capsys):
+    path = tmp_path / "sft.toml"
+    path.write_text(configs.dumps(config(tmp_path, model, budget="4steps")))
+    assert main(["sft", "--config", str(path), "--budget", "2steps", "--print-config"]) == 0
+    assert 'budget = "2steps"' in capsys.readouterr().out
+    assert main(["sft", "--config", str(path)]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+    assert main(["sft", "--help"]) == 0
+    assert "--lora.rank int" in capsys.readouterr().out
+    assert main(["sft", "--config", str(path), "--lora.targets", "nothing", "--run-dir", str(tmp_path / "b")]) == 2
+    assert "name no linear layer" in capsys.readouterr().err
+    assert main(["sft", "--config", str(path), "--budget", "3Mtok"]) == 2
+    assert "steps or time" in capsys.readouterr().err
