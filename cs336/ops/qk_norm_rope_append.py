@@ -7,6 +7,8 @@ written once. What is normalised is not rounded before it turns. T = tokens, H, 
 of a value, L = positions, P = pairs that turn.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,8 @@ def qk_norm_rope_append_(
     Returns q and k as they attend. Those of a token with a negative position, which is not written, are undefined. No
     gradient. Raises ValueError for arguments that do not fit, as `append_kv_` does.
     """
-    args = k_cache, v_cache, *(x if x.dim() == 0 else rows(x) for x in (q, k, v)), cos, sin
-    args = *args, page_table, sequences, positions, q_weight, k_weight, interleaved, eps
+    args: tuple[Any, ...] = k_cache, v_cache, *(x if x.dim() == 0 else rows(x) for x in (q, k, v)), cos, sin
+    args += page_table, sequences, positions, q_weight, k_weight, interleaved, eps
     _check(*args)
     q, k = run("qk_norm_rope_append_", *args)
     return q, k

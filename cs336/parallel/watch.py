@@ -12,11 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
 
 from cs336.parallel.collectives import started
-from cs336.parallel.launch import RankError, rank, world_size
+from cs336.parallel.launch import RankError, rank, together, world_size
 
 BEAT = 1.0  # seconds between two signs of life, at most
 MISSED = 5  # signs that are missing of a rank that is dead
@@ -48,7 +49,8 @@ class _Watch:
     def __init__(self, timeout: float, tell: Tell):
         self.timeout, self.tell = timeout, tell
         self.beat = min(BEAT, timeout / 10)
-        self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
+        store: Any = dist.distributed_c10d._get_default_store()
+        self.store = store.clone()  # a connection of its own
         self.keys = [f"cs336/alive/{r}" for r in range(world_size())]
         self.signs = [""] * world_size()
         self.seen = [time.monotonic()] * world_size()
@@ -56,7 +58,7 @@ class _Watch:
         self.ended = threading.Event()
         self.lock = threading.Lock()
         self._sign()
-        dist.barrier()  # from here on every key is there
+        together(lambda: None)  # from here on every key is there
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
 

@@ -2,6 +2,7 @@
 // sine are in the tables. A thread has the same pairs of kHeads heads at one position: the tables, twice as wide as x
 // in bf16, are read once for all of them, and 8 loads are in flight.
 #include <algorithm>
+#include <stdexcept>
 
 #include "common/async.cuh"
 #include "common/dispatch.h"
@@ -93,13 +94,16 @@ __device__ __forceinline__ void turn(float (&x)[2][kWidth], const float (&cos)[k
   }
 }
 
-// Threads (slot, position of the block); blocks (positions, groups of heads: q's, then k's).
+// Threads (slot, position of the block); blocks (groups of heads: q's, then k's) by positions: those at work at a time
+// read the heads of a position that lie side by side.
 template <typename T, int kWidth, bool kInterleaved>
 __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const __grid_constant__ RopeParams p) {
   using Raw = Part<T, kWidth>;
-  const unsigned row = blockIdx.x * blockDim.y + threadIdx.y, length = p.S;
+  const int groups_of_q = divide_up(p.heads[0].H, kHeads);
+  const unsigned groups = groups_of_q + divide_up(p.heads[1].H, kHeads);
+  const unsigned row = blockIdx.x / groups * blockDim.y + threadIdx.y, length = p.S;
   const int b = static_cast<int>(row / length), s = static_cast<int>(row % length);
-  const int groups_of_q = divide_up(p.heads[0].H, kHeads), group = static_cast<int>(blockIdx.y);
+  const int group = static_cast<int>(blockIdx.x % groups);
   const RopeHeads& heads = p.heads[group < groups_of_q ? 0 : 1];
   const int h = (group < groups_of_q ? group : group - groups_of_q) * kHeads, num_heads = min(kHeads, heads.H - h);
   const Columns<kWidth> columns(p, static_cast<int>(threadIdx.x));
@@ -158,9 +162,10 @@ template <typename T, int kWidth>
 void launch_rope(const RopeParams& p, cudaStream_t stream) {
   const int slots = p.P / kWidth + divide_up(p.D - 2 * p.P, 2 * kWidth), positions = std::max(1, kThreads / slots);
   const int groups = divide_up(p.heads[0].H, kHeads) + divide_up(p.heads[1].H, kHeads);
-  const int64_t rows = static_cast<int64_t>(p.B) * p.S;
+  const int64_t blocks = (static_cast<int64_t>(p.B) * p.S + positions - 1) / positions * groups;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("rope: x must be smaller");
   const LaunchShape shape{
-      .grid = dim3(divide_up(rows, positions), groups), .threads = dim3(slots, positions), .dependent = true};
+      .grid = dim3(static_cast<unsigned>(blocks)), .threads = dim3(slots, positions), .dependent = true};
   dispatch_bool(p.interleaved,
                 [&](auto interleaved) { launch<rope_kernel<T, kWidth, interleaved.value>>(shape, stream, p); });
 }

@@ -216,4 +216,4 @@ def test_mistakes(ranks):
     for found in ranks:
         assert "rank 0 has weight: float32 [2, 2], trained; rank 1 has weight: float32 [3, 2]" in found["shape"]
         assert "full_state_dict()" in found["state_dict"]
-        assert "missing ['layers.0.unused'" in found["fit"]
+        assert "missing ['offset', 'layers.0.unused'" in found["fit"]
