@@ -25,7 +25,7 @@ from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
-from cs336.inference.speculation import MAX_DRAFT, Speculator
+from cs336.inference.speculation import MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import Transformer
 from cs336.models.invariance import check_invariant
@@ -254,6 +254,7 @@ class Engine:
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
+        self._times = StepTimes()
         self._numbers = itertools.count()
         begin = time.perf_counter()
         self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
@@ -313,6 +314,7 @@ class Engine:
             assert sample.speculator is not None
             assert not sample.pending
             sample.drafts = sample.speculator.draft(sample.token_ids)
+        begin, alone = time.perf_counter(), not self._in_flight
         step = self.scheduler.schedule()
         if step is not None:
             self._in_flight.append(self.runner.launch(step))
@@ -325,6 +327,8 @@ class Engine:
             updates += self._take(self._in_flight.popleft())
         while len(self._in_flight) > lag:
             updates += self._take(self._in_flight.popleft())
+        if step is not None and alone and not lag and all(chunk.drafts for chunk in step.chunks):
+            self._times.add(bool(step.chunks), time.perf_counter() - begin)
         return updates
 
     def update_weights(self, weights: "Transformer | Mapping[str, Tensor]") -> None:
@@ -395,7 +399,7 @@ class Engine:
         for i in range(len(drafts)):
             self.stats.drafted[i] += 1
             self.stats.accepted[i] += i < accepted
-        sample.speculator.learn(len(drafts), accepted)
+        sample.speculator.learn(accepted, self._times.cost(len(drafts)))
         self.scheduler.reject(sample, len(drafts) - accepted)
         return tokens[: accepted + 1]
 

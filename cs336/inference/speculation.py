@@ -9,12 +9,16 @@ drafts that are certain: draft d is kept with p(d), and in its place comes else 
 Here drafts are looked up in the text so far (arXiv:2304.04487): what followed when its last tokens were there before.
 """
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 
 MAX_DRAFT = 7  # ops.paged_attention takes 8 tokens of a sequence, the newest is one of them
 NGRAMS = (4, 3, 2)  # tokens to look up, the longest first: one alone is followed by anything
-COST = 0.15  # of a draft, in steps: 8 tokens took 1.8 times as long as one on a CPU (6 layers of 512)
+COST = 0.15  # of a draft, in steps, until it is measured: 8 tokens took 1.7 to 2.1 times as long as one on a CPU
 CREDIT = 2.0  # steps that a request may lose before it gives up
+RECENT = 16  # steps whose times are known, a kind
+ENOUGH = 4  # of them, to judge by
 
 
 class PromptLookup:
@@ -40,6 +44,23 @@ class PromptLookup:
         return []
 
 
+class StepTimes:
+    """Of an engine's last steps that verified drafts, and of those that only decoded."""
+
+    def __init__(self):
+        self._verifying: deque[float] = deque(maxlen=RECENT)
+        self._plain: deque[float] = deque(maxlen=RECENT)
+
+    def add(self, verifying: bool, seconds: float) -> None:
+        (self._verifying if verifying else self._plain).append(seconds)
+
+    def cost(self, drafted: int) -> float:
+        """What a step takes longer for verifying so many drafts of a sequence, in steps that only decode."""
+        if min(len(self._verifying), len(self._plain)) < ENOUGH:
+            return COST * drafted
+        return max(0.0, statistics.median(self._verifying) / statistics.median(self._plain) - 1)
+
+
 class Speculator:
     """The drafts of one request: fewer after drafts that were wrong, and none once they have cost more than they
     brought, CREDIT at most."""
@@ -56,7 +77,7 @@ class Speculator:
     def draft(self, token_ids: Sequence[int]) -> list[int]:
         return self._lookup.draft(token_ids, self.length) if self.pays else []
 
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Of so many drafts so many were right."""
+    def learn(self, accepted: int, cost: float) -> None:
+        """So many drafts were right, each of which saved a step; to verify them took so many steps longer."""
         self.length = min(self.most, 2 * accepted + 1)
-        self.credit = min(CREDIT, self.credit + accepted - COST * drafted)
+        self.credit = min(CREDIT, self.credit + accepted - cost)

@@ -7,7 +7,7 @@ import torch
 
 from cs336.inference import LLM, Engine, EngineConfig, SamplingParams
 from cs336.inference.sampling import filter_logits
-from cs336.inference.speculation import CREDIT, PromptLookup, Speculator
+from cs336.inference.speculation import COST, CREDIT, PromptLookup, Speculator, StepTimes
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import (
     AlibiConfig,
@@ -134,16 +134,29 @@ def test_a_request_gives_up_what_does_not_pay():
     while speculator.pays:
         assert speculator.draft([1, 2, 3, 1, 2]) == [3, 1, 2, 3, 1, 2, 3][: speculator.length]
         spent += speculator.length
-        speculator.learn(speculator.length, 0)
+        speculator.learn(0, StepTimes().cost(speculator.length))
         steps += 1
     assert steps > 3
     assert spent < 20
     assert speculator.draft([1, 2, 3, 1, 2]) == []
     other = Speculator(7)
     for _ in range(50):
-        other.learn(other.length, other.length)
+        other.learn(other.length, 1.0)
     assert other.credit == CREDIT
     assert other.length == 7
+
+
+def test_the_cost_is_measured():
+    times = StepTimes()
+    for _ in range(4):
+        assert times.cost(3) == 3 * COST
+        times.add(False, 0.01)
+        times.add(True, 0.015)
+    times.add(True, 1.0)  # one that was interrupted
+    assert times.cost(3) == pytest.approx(0.5)
+    for _ in range(20):
+        times.add(True, 0.04)
+    assert times.cost(3) == pytest.approx(3)
 
 
 def test_lookup_takes_the_longest_and_newest():
