@@ -210,15 +210,16 @@ class _Job:
 
     def compare(self) -> Outcome:
         names = ["sft", "dpo", "grpo"]
-        rows = [{"model": name, "accuracy": self.accuracy(self._export(name))} for name in names]
+        accuracies = {name: self.accuracy(self._export(name)) for name in names}
+        rows = [{"model": name, "accuracy": accuracy} for name, accuracy in accuracies.items()]
         with replacing(self.run_dir / "results.json") as file:
             json.dump({"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}, file, default=str)
         table = Table("after", "tested sums that are right", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for row in rows:
-            table.add_row(row["model"], f"{row['accuracy']:.1%}")
+        for name, accuracy in accuracies.items():
+            table.add_row(name, f"{accuracy:.1%}")
         self.console.print(table)
         write_report(self.run_dir / "grpo")
-        first, last = rows[0]["accuracy"], rows[-1]["accuracy"]
+        first, last = accuracies["sft"], accuracies["grpo"]
         return Outcome(f"from {first:.1%} to {last:.1%} of {len(self.tested)} sums that it never saw")
 
     def accuracy(self, model: pathlib.Path) -> float:

@@ -1,4 +1,4 @@
-"""From a base model to one that follows instructions and solves tasks: losses, verifiers, SFT and GRPO."""
+"""From a base model to one that follows instructions and solves tasks: losses, verifiers, and every stage."""
 
 from cs336.alignment.examples import Turn as Turn
 from cs336.alignment.functions import entropy as entropy

@@ -100,7 +100,7 @@ def parse_preference(row: Mapping[str, Any], where: str = "the row") -> Preferen
 def _of_prompt(row: Mapping[str, Any], where: str) -> PreferenceExample:
     prompt = row["prompt"]
     history = [Turn("user", prompt)] if isinstance(prompt, str) else list(turns_of(prompt, where))
-    answers = []
+    answers = list[str]()
     for name in ("chosen", "rejected"):
         value = row[name]
         if isinstance(value, list):  # UltraFeedback: the prompt again, then the answer
@@ -108,7 +108,7 @@ def _of_prompt(row: Mapping[str, Any], where: str) -> PreferenceExample:
         elif not isinstance(value, str):
             raise ValueError(f'{where}: "{name}" must be text or messages, got {value!r:.60}')
         answers.append(value)
-    return PreferenceExample(history, *answers, "a", _margin(row))
+    return PreferenceExample(history, answers[0], answers[1], "a", _margin(row))
 
 
 def _margin(row: Mapping[str, Any]) -> float:

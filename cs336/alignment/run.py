@@ -82,7 +82,7 @@ class StageRun:
             self._restore()
             self.run.clear_failure()
             self._write_setup()
-            stack.enter_context(self.run.open_rows(upto=self.step))
+            stack.enter_context(self.run.open_rows(upto=self.step or -1))
             stack.enter_context(self.run.saving())
             self._loggers = open_loggers(self.config.loggers, self.run.path, configs.to_table(self.config), self.step)
             for logger in self._loggers:
@@ -207,7 +207,7 @@ class StageRun:
         device = policy.device
         on_cpu = f"CPU, {torch.get_num_threads()} threads"
         facts = {
-            "stage": type(self.stage).__name__.lower(),
+            "stage": type(self.stage).__name__.removesuffix("Stage").lower(),
             "device": on_cpu if device.type == "cpu" else torch.cuda.get_device_name(device),
             "parameters": policy.model.config.num_parameters(),
             "learned_parameters": sum(p.numel() for p in self.stage.module.parameters() if p.requires_grad),

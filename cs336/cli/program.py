@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import alignment, data, data_classifier, experiments, scaling, tokenizer
+from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, scaling, tokenizer
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.compress import compress
@@ -71,6 +71,7 @@ BOARD_VERBS: dict[str, Run] = {
     "rules": experiments.leaderboard_rules,
     "table": experiments.leaderboard_table,
 }
+PLAN_VERBS: dict[str, Run] = {"parallel": plan_parallel.parallel}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 
@@ -125,6 +126,7 @@ def _run(arguments: list[str]) -> int:
         ("align", ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
         ("leaderboard", BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
         ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
+        ("plan", PLAN_VERBS, "Predict what a run takes before paying for it."),
     ):
         nested = groups[group] = tyro.extras.SubcommandApp()
         for name, run in verbs.items():

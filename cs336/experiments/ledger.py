@@ -23,7 +23,7 @@ from typing import Any, Literal
 from cs336.experiments.study import Cost, Trial
 from cs336.training import Budget
 from cs336.training.metrics import json_line
-from cs336.utils.locks import is_locked, locked
+from cs336.utils.locks import locked
 
 State = Literal["waiting", "running", "done", "failed"]
 Reached = Callable[[str], Cost]
@@ -240,8 +240,6 @@ class Ledger:
         lost = []
         for entry in self.entries():
             if entry.state != "running" or of not in (None, entry.owner) or entry.owner in spare:
-                continue
-            if is_locked(self.claims, entry.id):
                 continue
             why = error or (f"its process died {entry.attempts} times" if entry.attempts >= MOST_DEATHS else None)
             with contextlib.suppress(RuntimeError), locked(self.claims, entry.id), self._transaction() as db:

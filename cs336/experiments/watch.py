@@ -107,7 +107,8 @@ class Watch:
                 found = self._progress(entries)
                 left = "" if found.seconds_left is None else f", about {duration(found.seconds_left)} left"
                 ended = found.counts["done"] + found.counts["failed"]
-                line = f"{ended}/{len(entries)}  {name(entry)}: {said(entry, self.study.metric)}{left}"
+                seed = f", seed {entry.seed}" if len({other.seed for other in entries}) > 1 else ""
+                line = f"{ended}/{len(entries)}  {name(entry)}{seed}: {said(entry, self.study.metric)}{left}"
                 self.console.print(line, markup=False)
 
     def _progress(self, entries: Sequence[Entry]) -> Progress:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cs336 import ops
+from cs336.inference import ranks
 from cs336.inference.memory import EngineMemory, free_memory, plan_memory
 from cs336.inference.outputs import CompletionOutput, RequestOutput, Token
 from cs336.inference.pages import PageCache
@@ -175,6 +176,10 @@ class Stats:
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT)
     """Of these, those that were right."""
 
+    def acceptance(self, place: int) -> float:
+        """Of the drafts in that place, from 0, how many were right."""
+        return self.accepted[place] / max(1, self.drafted[place])
+
     @property
     def hit_share(self) -> float:
         """Of the prompts' tokens, how much was found in the cache."""
@@ -198,6 +203,7 @@ class WarmUp:
 class Engine:
     """Continuous batching of requests on one model. Not for several threads at once: server/worker.py is.
 
+    model: one that cs336.parallel.tensor_parallel has divided has an engine on each rank; all are asked the same.
     tokenizer: of the model; without one there are ids alone, and no stop strings.
     Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
     blocks that `invariant` does not have.
@@ -208,6 +214,8 @@ class Engine:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         if config.invariant:
             check_invariant(model.config)
+            if ranks.is_divided(model):
+                raise ValueError("a divided model's sums depend on the number of ranks: give one or ask no invariance")
         on_gpu = model.device.type == "cuda"
         if on_gpu and not config.invariant:
             model.join_weights()
@@ -225,7 +233,7 @@ class Engine:
             max_step_tokens=step_tokens,
             max_len=max_len,
             shorten=config.max_len is None and sample.is_paged,
-            free=free_memory(model.device, config.memory_share),
+            free=ranks.least(free_memory(model.device, config.memory_share), model),
             num_pages=config.num_pages,
         )
         self.max_len = self.memory.max_len
@@ -233,29 +241,25 @@ class Engine:
         remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
-        graphs = graph_sizes(config.max_seqs) if config.cuda_graphs and on_gpu else ()
         self.runner = Runner(
             model,
             model.new_pages(
-                self.memory.num_pages + bool(graphs),
-                config.page_size,
-                config.max_seqs + 1,
-                self.max_len,
-                rollback=rollback,
+                self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
             ),
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
             unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
-            graphs=graphs,
-            spare_page=self.memory.num_pages,
+            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs and not ranks.is_divided(model) else (),
             invariant=config.invariant,
         )
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
         self._times = StepTimes()
+        self._measures = not ranks.is_divided(model)  # ranks take the same steps, and see other times
         self._numbers = itertools.count()
+        self._seeds = ranks.generator_of_seeds(model)
         begin = time.perf_counter()
         self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
 
@@ -285,7 +289,7 @@ class Engine:
                 token_ids=list(ids),
                 limit=min(params.max_tokens, self.max_len - len(ids)),
                 params=params,
-                seed=_seed(params, index),
+                seed=self._seed(params, index),
                 ends=params.ends(self.ends),
                 score_from=max(1, score_from) if scored else None,
                 request=request,
@@ -327,7 +331,7 @@ class Engine:
             updates += self._take(self._in_flight.popleft())
         while len(self._in_flight) > lag:
             updates += self._take(self._in_flight.popleft())
-        if step is not None and alone and not lag and all(chunk.drafts for chunk in step.chunks):
+        if self._measures and step and alone and not lag and all(chunk.drafts for chunk in step.chunks):
             self._times.add(bool(step.chunks), time.perf_counter() - begin)
         return updates
 
@@ -365,6 +369,12 @@ class Engine:
     def check(self) -> None:
         """Raises AssertionError where a page is held by no sequence, or is free and held."""
         self.cache.check([sequence.pages for sequence in self.scheduler.running])
+
+    def _seed(self, params: SamplingParams, index: int) -> int:
+        """Of a sample: without one in params a new one, but for greedy decoding, which needs none."""
+        if params.seed is not None:
+            return (params.seed + index) % 2**63
+        return int(torch.randint(2**63 - 1, (), generator=self._seeds)) if params.temperature else 0
 
     # ---- what was drawn ----
 
@@ -454,13 +464,6 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give stop_token_ids")
-
-
-def _seed(params: SamplingParams, index: int) -> int:
-    """Of a sample: without one in params, from torch's global generator, but for greedy decoding, which needs none."""
-    if params.seed is not None:
-        return (params.seed + index) % 2**63
-    return int(torch.randint(2**63 - 1, (), device="cpu")) if params.temperature else 0
 
 
 def _tokens(drawn: ops.Sampled) -> Iterator[Token]:

@@ -59,15 +59,11 @@ class Launched:
 
 
 class Slots:
-    """What the device knows of the sequences that run: a row each, and an empty one at the end.
+    """What the device knows of the sequences that run: a row each, and an empty one at the end."""
 
-    The empty one has a token, on a page of its own: paged attention's kernel gives the rows without any to one block,
-    which took 18 us for each of them in every layer."""
-
-    def __init__(self, num: int, most_pages: int, spare_page: int, device: torch.device):
+    def __init__(self, num: int, most_pages: int, device: torch.device):
         self.empty = num
         self.table = torch.zeros(num + 1, most_pages, dtype=torch.int32, device=device)
-        self.table[num] = spare_page
         self.newest = torch.zeros(num + 1, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(num + 1, dtype=torch.int64, device=device)
         self.top_k = torch.zeros(num + 1, dtype=torch.int32, device=device)
@@ -109,7 +105,6 @@ class Runner:
 
     unused: ids that are no token, and are never drawn.
     graphs: sizes of the batches whose decoding steps are captured, on a GPU.
-    spare_page: of the pool, which no sequence gets: for the rows that fill a captured batch up.
     invariant: run inside cs336.invariant(), and take log-probabilities as training does.
     """
 
@@ -123,11 +118,10 @@ class Runner:
         most_pages: int,
         unused: tuple[int, ...] = (),
         graphs: tuple[int, ...] = (),
-        spare_page: int = 0,
         invariant: bool = False,
     ):
         self.model, self.state, self.device = model, state, model.device
-        self.slots = Slots(max_seqs, most_pages, spare_page, self.device)
+        self.slots = Slots(max_seqs, most_pages, self.device)
         self.controls = Controls(max_seqs + 1, model.config.vocab_size, unused, self.device)
         self._owners: list[Sequence | None] = [None] * max_seqs
         # At most: 3 numbers of a row, 6 of a token, 7 of a sequence that begins, 2 of one that was corrected, and
@@ -209,7 +203,7 @@ class Runner:
         for a graph reads them there."""
         put, empty = self._staging.put, self.slots.empty
         slots = put([s.slot for s in sequences], size, empty)  # type: ignore[misc]  # those of a step have one
-        lengths = put([s.computed for s in sequences], size, 1)
+        lengths = put([s.computed for s in sequences], size)
         return slots, lengths, put([s.sampled - 1 for s in sequences], size)
 
     def _put_chunks(self, step: Step) -> dict[str, Tensor]:
@@ -370,7 +364,7 @@ class Runner:
             return found
         rows = slot_R, length_R, _ = self._staging.first(3, size)
         slot_R.fill_(self.slots.empty)
-        length_R.fill_(1)
+        length_R.zero_()
         options = self.controls.common(size)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()

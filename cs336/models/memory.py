@@ -70,7 +70,7 @@ def training_memory(
     if gradient_checkpointing not in KEEPS_ALL:  # the logits are gone when the first block is recomputed
         block_bytes = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         if gradient_checkpointing == "selective":
-            kept = {block: products_bytes(block, config.d_model, width) for block in config.blocks}
+            kept = {block: products_bytes(block, config.d_model, width) for block in set(config.blocks)}
             activations += tokens * sum(kept[block] for block in config.blocks)
             block_bytes -= min(kept.values())
         activations += max(0, tokens * block_bytes - logits)

@@ -244,12 +244,12 @@ class MoEConfig:
 
     def num_parameters(self, d_model: int) -> int:
         shared = self.shared(d_model)
-        routed = self.num_experts * (d_model + self._expert(d_model))
+        routed = self.num_experts * (d_model + self.expert_parameters(d_model))
         return routed + (shared.num_parameters(d_model) if shared else 0)
 
     def idle_parameters(self, d_model: int) -> int:
         """Weights of matrices that do not multiply a given token: of the experts it is not sent to."""
-        return (self.num_experts - self.top_k) * self._expert(d_model)
+        return (self.num_experts - self.top_k) * self.expert_parameters(d_model)
 
     def flops(self, d_model: int) -> int:
         """Of the forward pass, a token: the matmuls of the router, its top_k experts and the shared ones."""
@@ -267,5 +267,6 @@ class MoEConfig:
         apart = 0 if shared is None else shared.activation_bytes(d_model, width) - width * d_model
         return width * d_model + routing + K * choice + apart
 
-    def _expert(self, d_model: int) -> int:
+    def expert_parameters(self, d_model: int) -> int:
+        """Of one expert."""
         return (3 if self.gated else 2) * d_model * self.width(d_model)

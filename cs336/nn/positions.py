@@ -73,11 +73,10 @@ class RotaryEmbedding(Derived):
             return self(q, positions), self(k, positions)
         r = self.rotary_dim
         if q.is_cuda and positions is not None and positions.shape == (q.shape[0], q.shape[2]):
-            options = {"positions": positions, "interleaved": self.interleaved}  # the kernel looks the rows up itself
-            q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], self.cos, self.sin, **options)
-            return self._with_rest(q_turned, q), self._with_rest(k_turned, k)
-        tables = self._tables(q, positions)
-        q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], *tables, interleaved=self.interleaved)
+            tables, rows = (self.cos, self.sin), positions  # the kernel looks the rows up itself
+        else:
+            tables, rows = self._tables(q, positions), None
+        q_turned, k_turned = ops.rope_qk(q[..., :r], k[..., :r], *tables, positions=rows, interleaved=self.interleaved)
         return self._with_rest(q_turned, q), self._with_rest(k_turned, k)
 
     def _with_rest(self, turned: Tensor, x: Tensor) -> Tensor:

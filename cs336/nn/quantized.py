@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Module):
 
     packed: Tensor
     scales: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"
 
 
-def replace_linears(layers: nn.Module, method: QuantMethod, group: int) -> dict[str, tuple[nn.Linear, QuantizedLinear]]:
+def replace_linears(layers: nn.Module, method: QuantMethod, group: int) -> dict[str, tuple[Linear, QuantizedLinear]]:
     """Put a QuantizedLinear, without values, in the place of each Linear but the KEPT; (old, new) by name.
 
     Raises ValueError for an unknown method, a group below 1 or above the features of every layer.

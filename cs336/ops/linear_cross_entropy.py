@@ -152,8 +152,8 @@ def _backward(
         for chunk in chunks:
             given = [None if t is None else t[chunk] for t in (dloss, dlse, dentropy)]
             kept = lse[chunk], entropy[chunk] if entropy.numel() else entropy
-            dlogits_CV = dispatch.run("cross_entropy_bwd", logits[chunk], targets[chunk], *kept, *given, *options)
-            gradients.add(chunk, dlogits_CV)
+            args = logits[chunk], targets[chunk], *kept, *given, *options
+            gradients.add(chunk, dispatch.run("cross_entropy_bwd", *args))  # unnamed: gone before the next chunk's
     return gradients.result()
 
 

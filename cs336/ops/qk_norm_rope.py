@@ -12,7 +12,7 @@ from torch import Tensor
 from cs336.ops import registry
 from cs336.ops.dispatch import rows, run
 from cs336.ops.ref import qk_norm_rope as ref
-from cs336.ops.rope import _check_public, _tables, check_heads, check_tables, triton_refuses
+from cs336.ops.rope import _check_public, _tables, check_heads, check_tables, kernels_refuse
 
 
 def _check(q, k, q_weight, k_weight, cos, sin, positions, *_) -> None:
@@ -55,7 +55,7 @@ registry.define(
     ref=ref.fwd,
     triton="qk_norm_rope.fwd",
     check=_check,
-    supports={"triton": lambda q, *_: triton_refuses(q)},
+    supports={"triton": lambda q, *_: kernels_refuse(q)},
 )
 registry.define(
     "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor q_rstd, "
@@ -65,7 +65,7 @@ registry.define(
     ref=ref.bwd,
     triton="qk_norm_rope.bwd",
     check=_check_bwd,
-    supports={"triton": lambda dq, dk, q, *_: triton_refuses(q)},
+    supports={"triton": lambda dq, dk, q, *_: kernels_refuse(q)},
 )
 
 

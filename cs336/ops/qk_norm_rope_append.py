@@ -7,6 +7,8 @@ written once. What is normalised is not rounded before it turns. T = tokens, H, 
 of a value, L = positions, P = pairs that turn.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from cs336.ops import registry
 from cs336.ops.dispatch import rows, run
 from cs336.ops.paged_cache import _check_append
 from cs336.ops.ref import qk_norm_rope_append as ref
-from cs336.ops.rope import check_heads, check_tables, triton_refuses
+from cs336.ops.rope import check_heads, check_tables, kernels_refuse
 
 
 def qk_norm_rope_append_(
@@ -46,8 +48,8 @@ def qk_norm_rope_append_(
     Returns q and k as they attend. Those of a token with a negative position, which is not written, are undefined. No
     gradient. Raises ValueError for arguments that do not fit, as `append_kv_` does.
     """
-    args = k_cache, v_cache, *(x if x.dim() == 0 else rows(x) for x in (q, k, v)), cos, sin
-    args = *args, page_table, sequences, positions, q_weight, k_weight, interleaved, eps
+    args: tuple[Any, ...] = k_cache, v_cache, *(x if x.dim() == 0 else rows(x) for x in (q, k, v)), cos, sin
+    args += page_table, sequences, positions, q_weight, k_weight, interleaved, eps
     _check(*args)
     q, k = run("qk_norm_rope_append_", *args)
     return q, k
@@ -81,5 +83,5 @@ registry.define(
     ref=ref.qk_norm_rope_append_,
     triton="qk_norm_rope_append.qk_norm_rope_append_",
     check=_check,
-    supports={"triton": lambda k_cache, v_cache, q, *_: triton_refuses(q)},
+    supports={"triton": lambda k_cache, v_cache, q, *_: kernels_refuse(q)},
 )

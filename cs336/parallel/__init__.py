@@ -17,6 +17,9 @@ from cs336.parallel.layout import ParallelConfig as ParallelConfig
 from cs336.parallel.mesh import Mesh as Mesh
 from cs336.parallel.pipeline import Pipeline as Pipeline
 from cs336.parallel.pipeline import pipeline_stage as pipeline_stage
+from cs336.parallel.planner import Layout as Layout
+from cs336.parallel.planner import Plan as Plan
+from cs336.parallel.planner import plan as plan
 from cs336.parallel.sharded_optimizer import ShardedOptimizer as ShardedOptimizer
 from cs336.parallel.tensor import ColumnLinear as ColumnLinear
 from cs336.parallel.tensor import Region as Region

@@ -42,6 +42,7 @@ class Traffic:
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
+_started: Counter[str] = Counter()
 _counting: list[Traffic] = []  # of the process: hooks of a backward run in threads of autograd
 
 
@@ -63,7 +64,13 @@ def ring_bytes(name: str, size: int, world: int) -> int:
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
 
+def started() -> int:
+    """How many collectives of this module this process has begun: a rank that is behind the others holds them up."""
+    return sum(_started.values())
+
+
 def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+    _started[name] += 1
     sent = ring_bytes(name, whole.nbytes, dist.get_world_size(group))
     for traffic in _counting:
         traffic.bytes[name] += sent

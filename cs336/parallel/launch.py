@@ -21,7 +21,7 @@ ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch
 
 
 class RankError(RuntimeError):
-    """What went wrong on another rank."""
+    """What went wrong on another rank, which it names."""
 
 
 def connect(device: str = "auto") -> torch.device:
@@ -41,7 +41,7 @@ def connect(device: str = "auto") -> torch.device:
         here = _of_rank(device, int(os.environ["LOCAL_RANK"]))
         if here.type == "cuda":
             torch.cuda.set_device(here)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=here)
+            dist.init_process_group("cpu:gloo,cuda:nccl")
         else:
             dist.init_process_group("gloo")
         atexit.register(_disconnect)

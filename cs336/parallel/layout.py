@@ -25,6 +25,8 @@ class ParallelConfig:
     """Processes that split each sequence; training has 1."""
     expert: int = 1
     """Processes that split the experts; training has 1."""
+    timeout: float = 600.0
+    """Seconds without a collective after which all processes end, and say which one they waited for."""
     log_ranks: bool = False
     """Write ranks.jsonl too: what each process measured itself, a row a process for each row of metrics.jsonl."""
 
@@ -32,6 +34,8 @@ class ParallelConfig:
         for axis in AXES:
             if (size := getattr(self, axis)) is not None and size < 1:
                 raise ValueError(f"{axis} must be at least 1, got {size}")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout must be more than 0 seconds and finite, got {self.timeout}")
 
     def share(self, processes: int, batch_size: int, micro_batch_size: int | None) -> int:
         """Sequences of a step that each process takes.

@@ -11,7 +11,7 @@ from cs336.report.page import render, write_page
 from cs336.report.run import mapping, number, read_run
 from cs336.report.study import CURVES, read_summary
 
-ROW, LEFT, WIDTH, FOOT = 26, 120, 460, 26  # of the chart of intervals
+ROW, LEFT, WIDTH, FOOT = 26, 120, 460, 38  # of the chart of intervals
 CHARS = 19  # of an arm's name in it
 
 
@@ -87,9 +87,9 @@ def interval_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Markup:
     for tick in linear_ticks(low, high, 5):
         parts += [
             line("grid", at(tick), at(tick), 4, height - FOOT),
-            text("", at(tick), height - 10, "middle", f"{tick:.4g}"),
+            text("", at(tick), height - FOOT + 15, "middle", f"{tick:.4g}"),
         ]
-    parts.append(text("", WIDTH, height, "end", metric))
+    parts.append(text("", WIDTH - 16, height - 5, "end", metric))
     for i, row in enumerate(shown):
         y, name = ROW * (i + 0.5), str(row["name"])
         parts.append(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.moe import Routing, experts_of
+from cs336.parallel.collectives import all_reduce
 
 Batch = tuple[Tensor, ...]
 Terms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -93,7 +94,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 def over_ranks(totals: Tensor) -> Tensor:
     """The sum of the ranks' totals; themselves where there is one process."""
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(totals)
+        all_reduce(totals)
     return totals
 
 

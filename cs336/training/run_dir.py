@@ -207,7 +207,12 @@ class RunDir:
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def _record_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if error is None:
+        if error is not None:
+            self.record_failure(error)
+
+    def record_failure(self, error: BaseException) -> None:
+        """Why this process ends, if it is rank 0."""
+        if rank():
             return
         record = {
             "error": type(error).__name__,

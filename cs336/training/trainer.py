@@ -22,6 +22,7 @@ from torch import Tensor
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import save_pretrained
 from cs336.parallel.launch import agreed, connect, from_ranks, on_first, rank, together, world_size
+from cs336.parallel.watch import watching
 from cs336.training import checkpoint
 from cs336.training.budget import Budget
 from cs336.training.config import TrainConfig
@@ -141,6 +142,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.run.held())
+            stack.enter_context(watching(self.config.parallel.timeout, self.run.record_failure))
             went_on = self._started > 0 or self.run.newest() != self._newest  # an earlier call, or another process
             if agreed(went_on):
                 self._restore()

@@ -1,5 +1,7 @@
 """`cs336 sft`: what it learns, what it refuses, and that a run goes on where it was killed."""
 
+import json
+
 import pytest
 import torch
 from killing import kill_once_saved
@@ -87,6 +89,27 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
     a, b = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "killed"))
     assert a == b
+
+
+def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, model):
+    settings = config(tmp_path, model, budget="2steps")
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "val/loss": 9.0}, {"step": 1, "train/loss": 9.0}])
+    run(settings)
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "val/loss" in row] == [0, 1, 2]
+    assert all(row.get("val/loss") != 9.0 != row.get("train/loss") for row in rows_of(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path, model, capsys):
+    path = tmp_path / "sft.toml"
+    optimizer = {"lr": 1e30, "max_grad_norm": float("inf")}
+    path.write_text(configs.dumps(config(tmp_path, model, optimizer=optimizer, checkpoint_interval=1)))
+    assert main(["sft", "--config", str(path)]) == 2
+    assert "not finite" in capsys.readouterr().err
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["error"] == "NonFiniteError"
+    assert failure["step"] > 1
+    assert failure["checkpoint"].endswith(f"step_{failure['step'] - 1:08d}")
 
 
 def test_a_run_goes_on_as_itself_alone(tmp_path, model):

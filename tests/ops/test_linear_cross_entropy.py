@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close_to_ref
 
 from cs336 import ops
-from cs336.ops import registry
+from cs336.ops import dispatch, registry
 from cs336.ops.linear_cross_entropy import (
     CHUNK_BYTES,
     ROW_UNIT,
@@ -314,6 +316,23 @@ def test_default_chunks(num_tokens, V):
     assert size % ROW_UNIT == 0
     assert size <= ROW_UNIT or (size - ROW_UNIT) * V * 2 < CHUNK_BYTES["cuda"]
     assert count <= -(-num_tokens * V * 2 // CHUNK_BYTES["cuda"])
+
+
+def test_a_chunks_gradient_is_gone_before_the_next(device, monkeypatch):
+    made, run = [], dispatch.run
+
+    def watched(name, *args):
+        out = run(name, *args)
+        if name == "cross_entropy_bwd":
+            assert not any(earlier() is not None for earlier in made)
+            made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(dispatch, "run", watched)
+    x, weight = leaves_of((12,), 8, 20, F32, device, bias=False)
+    targets = torch.arange(12, device=device)
+    ops.linear_cross_entropy(x, weight, targets, reduction="none", chunk_size=3).sum().backward()
+    assert len(made) == 4
 
 
 @pytest.mark.skipif(not CUDA, reason="torch counts a GPU's memory alone")

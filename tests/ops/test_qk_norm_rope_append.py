@@ -69,9 +69,9 @@ def test_absurd_entries_are_skipped_or_refused(variant, device):
     if device == "cpu":
         with pytest.raises(ValueError, match="must"):
             ops.qk_norm_rope_append_(*args)
-        return
-    ops.qk_norm_rope_append_(*args)
-    assert int(args[0].isnan().all(-1).all(-1).sum()) == 9 * 4 - 7
+    elif variant != "ref":  # plain torch's indices are checked by the device
+        ops.qk_norm_rope_append_(*args)
+        assert int(args[0].isnan().all(-1).all(-1).sum()) == 9 * 4 - 8
 
 
 def test_bad_arguments_are_refused():

@@ -12,7 +12,7 @@ CUDA = torch.cuda.is_available()
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 B, HQ, HK = 2, 3, 2
 # S, D, pairs: the last leaves features as they are
-SHAPES = [(5, 8, 4), (1, 2, 1), (7, 11, 4)] + ([(1000, 128, 64), (130, 96, 16)] if CUDA else [])
+SHAPES = [(5, 8, 4), (1, 2, 1), (7, 11, 4)] + ([(1000, 128, 64), (130, 96, 16), (3, 1023, 500)] if CUDA else [])
 CASES = [(F32, False), (BF16, True)] + ([(F32, True), (BF16, False), (F16, False)] if CUDA else [])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
 
@@ -26,10 +26,19 @@ def variant(request, device):
         yield request.param
 
 
-def inputs(S, D, dtype, device):
+@pytest.fixture
+def norm_variant(variant, device):
+    """One that qk_norm_rope has too."""
+    x, w, table = (torch.zeros(*shape, device=device) for shape in ((1, 1, 2, 8), (8,), (1, 2, 4)))
+    if reason := registry.why_not("qk_norm_rope_fwd", variant, x, x, w, w, table, table, None, False, 1.0):
+        pytest.skip(reason)
+    return variant
+
+
+def inputs(S, D, dtype, device, pad=3):
     """q contiguous by token, k a slice of wider storage with NaN beside it."""
     q = torch.randn(B, S, HQ, D, device=device).to(dtype).transpose(1, 2)
-    k = F.pad(torch.randn(B, HK, S, D, device=device).to(dtype), (0, 3), value=torch.nan)[..., :D]
+    k = F.pad(torch.randn(B, HK, S, D, device=device).to(dtype), (0, pad), value=torch.nan)[..., :D]
     return [x.detach().requires_grad_() for x in (q, k)]
 
 
@@ -72,7 +81,6 @@ def check(ours, formula, leaves, scale=1.0):
 @pytest.mark.parametrize("at", ["in order", "shared positions", "positions of each"])
 @pytest.mark.parametrize(("S", "D", "pairs"), SHAPES)
 def test_rope_qk(variant, device, S, D, pairs, at, interleaved, dtype):
-    q, k = inputs(S, D, dtype, device)
     cos, sin = tables(S if at == "in order" else 50, pairs, device)
     shape = {"in order": None, "shared positions": (S,), "positions of each": (B, S)}[at]
     positions = None if shape is None else torch.randint(0, 50, shape, device=device)
@@ -83,14 +91,16 @@ def test_rope_qk(variant, device, S, D, pairs, at, interleaved, dtype):
     def formula(*xs):
         return tuple(textbook(x, cos, sin, positions, interleaved) for x in xs)
 
-    check(ours, formula, [q, k], scale=2.0)
+    for pad in (3, 8):  # rows that start anywhere, and at multiples of 16 bytes
+        q, k = inputs(S, D, dtype, device, pad)
+        check(ours, formula, [q, k], scale=2.0)
     assert torch.equal(ours(q, k)[1], ops.rope(k, cos, sin, positions=positions, interleaved=interleaved))
 
 
 @pytest.mark.parametrize("weight_dtype", [F32, None])
 @pytest.mark.parametrize(("dtype", "interleaved"), CASES)
 @pytest.mark.parametrize(("S", "D", "pairs"), SHAPES)
-def test_qk_norm_rope(variant, device, S, D, pairs, interleaved, dtype, weight_dtype):
+def test_qk_norm_rope(norm_variant, device, S, D, pairs, interleaved, dtype, weight_dtype):
     leaves = inputs(S, D, dtype, device)
     leaves += [torch.randn(D, device=device).to(weight_dtype or dtype).requires_grad_() for _ in range(2)]
     cos, sin = tables(50, pairs, device)
@@ -137,17 +147,26 @@ def test_opcheck(variant, device, name):
         "qk_norm_rope_fwd": (q, k, w, w, cos, sin, positions, False, 1e-5),
         "qk_norm_rope_bwd": (q, k, q, k, w, w, *rstds, cos, sin, positions, False),
     }[name]
+    if reason := registry.why_not(name, variant, *args):
+        pytest.skip(reason)
     torch.library.opcheck(registry.OPS[name].overloads[variant], args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiles_whole(variant, device):
+@pytest.mark.parametrize("positions", [False, True])
+def test_rope_compiles_whole(variant, device, positions):
+    q, k = inputs(5, 8, F32, device)
+    cos, sin = tables(5, 4, device)
+    at = torch.tensor([3, 0, 4, 1, 1], device=device) if positions else None
+    compiles_whole(lambda q, k: ops.rope_qk(q, k, cos, sin, positions=at), q, k)
+
+
+def test_qk_norm_rope_compiles_whole(norm_variant, device):
     q, k = inputs(5, 8, F32, device)
     (qw, kw), (cos, sin) = torch.rand(2, 8, device=device), tables(5, 4, device)
+    compiles_whole(lambda q, k: ops.qk_norm_rope(*ops.rope_qk(q, k, cos, sin), qw, kw, cos, sin), q, k)
 
-    def both(q, k):
-        q, k = ops.rope_qk(q, k, cos, sin)
-        return ops.qk_norm_rope(q, k, qw, kw, cos, sin)
 
+def compiles_whole(both, q, k):
     compiled = torch.compile(both, backend="inductor" if CUDA else "aot_eager", fullgraph=True)
     got, want = (torch.autograd.grad([y.square().sum() for y in f(q, k)], (q, k)) for f in (compiled, both))
     for g, expected in zip(got, want, strict=True):
@@ -166,6 +185,31 @@ def test_positions_outside_the_tables(variant, device):
     y = ops.rope(x, cos, sin, positions=positions)
     assert y[0, 0, 0].isfinite().all()
     assert y[0, 0, 1].isnan().all()
+
+
+def test_the_raw_op_refuses(variant, device):
+    x, (cos, sin) = torch.zeros(2, 3, 5, 8, device=device), tables(5, 4, device)
+    at, double = torch.zeros(1, 5, dtype=torch.long, device=device), cos[None].double()
+    bad = [
+        ([], cos[None], sin[None], None),
+        ([x, x, x], cos[None], sin[None], None),
+        ([x[0]], cos[None], sin[None], None),
+        ([x, x[:, :, :4]], cos[None], sin[None], None),
+        ([x, x.half()], cos[None], sin[None], None),
+        ([x.transpose(2, 3)], cos[None], sin[None], None),
+        ([x.int()], cos[None], sin[None], None),
+        ([x], cos, sin, None),
+        ([x], cos[None, :4], sin[None, :4], None),
+        ([x], double, double, None),
+        ([x], cos[None], sin[None, :, :3], None),
+        ([x[..., :7]], cos[None], sin[None], None),
+        ([x], cos[None], sin[None], at),
+        ([x], cos, sin, at[:, :4]),
+        ([x], cos, sin, at.float()),
+    ]
+    for args in bad:
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError, IndexError)):
+            registry.call("rope_fwd", *args, False, False)
 
 
 X, TABLE = torch.zeros(2, 3, 5, 8), torch.zeros(9, 4)

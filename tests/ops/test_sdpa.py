@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cs336.backend import Backend
 from cs336.ops import sdpa
 
-Q, K = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+Q, K, DO = (torch.randn(2, heads, 6, 8) for heads in (4, 2, 4))
 
 
 @pytest.fixture
@@ -32,11 +32,13 @@ def calls(monkeypatch):
 )
 def test_ours_runs_and_gives_what_torch_gives(device, calls, options):
     q = Q.to(device).requires_grad_()
-    k, v = (x.to(device).requires_grad_() for x in ((K, K + 1) if options.get("enable_gqa") else (Q + 1, Q + 2)))
+    key = K if options.get("enable_gqa") else Q.flip(2)
+    k, v = (x.to(device).requires_grad_() for x in (key, key.flip(3)))
+    do = DO.to(device)  # of unit size, as all that is added up: that of o^2 would make terms of 100 cancel
 
     def run(*tensors):
         o = F.scaled_dot_product_attention(*tensors, **options)
-        return o, *torch.autograd.grad(o.square().sum(), tensors)
+        return o, *torch.autograd.grad((o * do.to(o.dtype)).sum(), tensors)
 
     torchs = run(q, k, v)
     exact = run(*(x.detach().double().requires_grad_() for x in (q, k, v)))

@@ -261,26 +261,20 @@ def test_what_one_rank_finds_ends_all(ranks, mistake, message):
         assert re.search(message, found["mistakes"][mistake]), found["mistakes"][mistake]
 
 
-def torchrun(root, *options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    config(root, "cli").save(root / "cli.toml")
+def test_torchrun_goes_on_as_if_no_rank_had_died(root, alone):
+    """And `torchrun -m cs336 train` is `cs336 train`."""
+    config(root, "survived").save(root / "survived.toml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    program = pathlib.Path(__file__).with_name("faulty_training.py")
+    options = ["--config", "survived.toml", "--parallel.zero", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*launcher, "-m", "cs336", "train", "--config", str(root / "cli.toml"), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_program_under_torchrun(root, alone):
-    status, out, errors = torchrun(root, "--parallel.zero", "1")
-    assert status == 0, errors
-    assert out.count("finished 12 steps") == 1
-    assert out.count("report: ") == 1
-    assert "2 x cpu, ZeRO-1" in out
-    assert losses(root / "cli") == losses(root / "data_alone")
-    assert pathlib.Path(root / "cli/report.html").exists()
+    command = [*launcher, str(program), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    assert "continuing after step 4" in done.stdout
+    assert done.stdout.count("finished 12 steps") == done.stdout.count("report: ") == 1
+    assert "2 x cpu, ZeRO-1" in done.stdout
+    check_same(root / "survived", root / "data_alone")
+    assert (root / "survived/report.html").exists()
+    assert not (root / "survived/failure.json").exists()

@@ -350,3 +350,51 @@ def test_a_section_registers_itself():
     from cs336.report import section as registry
 
     del registry._SECTIONS["mine"]
+
+
+def aligned(tmp_path, rows, config="[[rewards]]\nkind = 'exact'\n[[rewards]]\nkind = 'math'\nweight = 0.0\n"):
+    (tmp_path / "config.toml").write_text(config)
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "grpo"}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_report(tmp_path).read_text()
+
+
+def test_alignment_shows_rewards_beside_what_was_not_learned_from(tmp_path):
+    rows = [
+        {"step": i, "train/loss": 0.1, "reward": i / 10, "eval/reward": i / 9, "eval/rewards/exact/mean": i / 9,
+         "eval/rewards/math/mean": 0.5, "entropy": 1.0, "kl": 0.1, "completions/mean_length": 4.0,
+         "clip_ratio/high_mean": 0.1, "clip_ratio/low_mean": 0.2}
+        for i in range(1, 9)
+    ]  # fmt: skip
+    text = aligned(tmp_path, rows)
+    assert 'id="alignment"' in text
+    assert 'id="evaluation"' not in text  # there are no bits per byte
+    for title in (
+        "Reward",
+        "Each verifier",
+        "Entropy",
+        "Divergence from the reference",
+        "Length of answers",
+        "Clipped",
+    ):
+        assert title in text
+    assert "math (not learned from)" in text
+    assert "exact (not learned from)" not in text
+    assert "The critic" not in text  # nothing of it was recorded
+    assert "are worth 0.889" in text
+
+
+def test_a_run_of_train_has_no_alignment(run_dir):
+    page, _ = report(run_dir)
+    assert "alignment" not in page.ids
+
+
+def test_samples_mark_what_is_new(tmp_path):
+    texts = ["abc", "abd", "xbd", "end"]
+    rows = [{"step": i, "prompt": "p", "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    report(tmp_path)
+    raw = (tmp_path / "report.html").read_text()
+    assert "ab<mark>d</mark>" in raw
+    assert "<mark>x</mark>bd" in raw

@@ -1,6 +1,9 @@
 """Verdicts on programs, and programs that would rather have another one."""
 # ruff: noqa: E501 (a program a line)
 
+import shutil
+import subprocess
+
 import pytest
 
 from cs336.verifiers import Limits, extract_code, sandbox, verify_code
@@ -67,7 +70,7 @@ def test_what_it_prints():
     ],
 )  # fmt: skip
 def test_right_programs_pass_their_tests(program, tests):
-    assert verify_code(program, tests) == (1.0, "the tests pass")
+    assert verify_code(program, tests, limits=Limits(seconds=30)) == (1.0, "the tests pass")
 
 
 @kept_in
@@ -90,7 +93,7 @@ def test_names_that_python_has():
     ],
 )
 def test_wrong_programs_fail_with_a_reason(program, reason):
-    verdict = verify_code(program, TESTS, limits=Limits(seconds=2))
+    verdict = verify_code(program, TESTS, limits=Limits(seconds=2 if "while" in program else 30))
     assert verdict.score == 0
     assert verdict.reason.startswith(reason), verdict
 
@@ -126,6 +129,21 @@ def test_a_verdict_cannot_be_forged(name):
     verdict = verify_code(FORGERIES[name], TESTS, limits=Limits(seconds=2))
     assert verdict.score == 0, verdict
     assert verdict.reason
+
+
+@kept_in
+def test_an_object_is_neither_true_nor_false():
+    for test in ("assert f(2)", "assert not f(2)", "assert f(2) != 3", "assert f(2) in [3]", "assert len(f(2)) == 0"):
+        assert verify_code("class A: pass\ndef f(x): return A()", test).score == 0, test
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no `unshare` to compare with")
+def test_programs_are_kept_in_where_namespaces_are():
+    """Else a broken sandbox would only skip the other tests."""
+    namespaces = subprocess.run(["unshare", "-Urnpmi", "--fork", "true"], capture_output=True).returncode == 0
+    found = sandbox.isolation()
+    assert found.held or found.level == "none"
+    assert (found.level == "namespaces") is namespaces, found
 
 
 def test_tests_are_checked():

@@ -18,7 +18,7 @@ from cs336.verifiers.sandbox import Limits
 
 LEVEL = sandbox.isolation().level
 pytestmark = pytest.mark.skipif(LEVEL != "namespaces", reason=f"programs are not kept in here: {sandbox.isolation()}")
-SMALL = Limits(seconds=3, memory=128 << 20, output=1 << 16, disk=1 << 20, processes=8)
+SMALL = Limits(seconds=30, memory=128 << 20, output=1 << 16, disk=1 << 20, processes=8)
 BRIEF = Limits(seconds=0.7, memory=128 << 20, output=1 << 16, disk=1 << 20, processes=8)
 
 # Each gets PARENT (this process), CANARY (a file of the host), SECRET (its text, and an environment variable's),

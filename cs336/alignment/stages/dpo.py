@@ -128,11 +128,8 @@ class DPOStage:
         chosen_B, rejected_B = logps_B2.unbind(1)
         reference = references[0].unbind(1) if references else ()
         losses_B = dpo_loss(chosen_B, rejected_B, *reference, **self.config.options())
-        beta = self.config.beta
-        better_B, worse_B = (
-            beta * (x_B.detach() - (ref_B if references else 0))
-            for x_B, ref_B in zip((chosen_B, rejected_B), reference or (0, 0), strict=True)
-        )
+        rewards_B2 = self.config.beta * (logps_B2.detach() - (references[0] if references else 0))
+        better_B, worse_B = rewards_B2.unbind(1)
         metrics = {
             "rewards/chosen": better_B.sum(),
             "rewards/rejected": worse_B.sum(),
@@ -147,10 +144,8 @@ class DPOStage:
         """Of pairs by their number, the validation's after those of training."""
         train = len(self.pairs)
         pairs = [self.pairs[i] if i < train else self.val[i - train] for i in places]
-        batch = collate(pairs)
-        if self.reference_N2 is not None:
-            batch = (*batch, self.reference_N2[places])
-        return tuple(x.to(self.policy.device) for x in batch)
+        reference = () if self.reference_N2 is None else (self.reference_N2[places],)
+        return tuple(x.to(self.policy.device) for x in (*collate(pairs), *reference))
 
     def _reference(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """(N, 2) float32, read from the run's directory if they are there and were made of the same."""

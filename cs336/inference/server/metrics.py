@@ -1,5 +1,7 @@
 """What Prometheus reads at /metrics."""
 
+import functools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cs336.inference.engine import Engine
@@ -44,7 +46,7 @@ class Metrics:
             "cs336_draft_acceptance", "Share of the drafts in a place that were right.", ["place"], registry=registry
         )
         for i in range(len(stats.drafted)):
-            position.labels(i + 1).set_function(lambda i=i: stats.accepted[i] / max(1, stats.drafted[i]))
+            position.labels(i + 1).set_function(functools.partial(stats.acceptance, i))
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

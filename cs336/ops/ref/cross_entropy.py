@@ -73,7 +73,8 @@ def bwd(
         if label_smoothing:
             dz -= dloss_N1 * (label_smoothing / logits_NV.shape[1])
         if softcap is not None:
-            dz *= 1 - (z / softcap).square()
+            t = z / softcap
+            dz *= (1 - t) * (1 + t)  # exact where t nears 1; 1 - t^2 would round the square
         return dz.masked_fill_(~kept_N1, 0.0).to(logits.dtype)
 
     # p everywhere, then p - 1 at the targets: no (N, V) one-hot.

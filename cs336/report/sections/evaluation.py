@@ -7,7 +7,10 @@ from cs336.report.section import section
 
 
 @section("What was learned", order=10)
-def evaluation(run: Run) -> dict[str, Any]:
+def evaluation(run: Run) -> dict[str, Any] | None:
+    """None for a stage of alignment, which has no bits per byte."""
+    if run.facts.get("stage") and run.bits_per_byte is None:
+        return None
     return {"comparison": comparison(run), "text": str(run.evaluation.get("text") or "")}
 
 

@@ -276,7 +276,7 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
   const int each = ceil_div(p.sequences, kThreads), first = threadIdx.x * each;
   const int last = min(p.sequences, first + each), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int mine = 0;
-  for (int b = first; b < last; b++) mine += sequence_of(p, b).tiles;
+  for (int b = first; b < last; b++) mine += sequence_of(p, b).cost();
   int before = mine;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
@@ -299,7 +299,7 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
   if (start <= share.begin && share.begin < start + mine * plan.segments) {
     int b = first;
     for (;; b++) {
-      const int after = start + sequence_of(p, b).tiles * plan.segments;
+      const int after = start + sequence_of(p, b).cost() * plan.segments;
       if (after > share.begin) break;
       start = after;
     }

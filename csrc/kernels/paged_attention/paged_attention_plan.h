@@ -33,6 +33,10 @@ namespace paged {
 
 inline constexpr int kRows = 16, kTile = 16, kWarps = 4, kThreads = 32 * kWarps;
 inline constexpr int kMaxPieces = 128;
+// Tiles' worth of time that a segment takes however short it is: its rows are loaded, added up and written. On an H200
+// a segment of one tile takes 2.3 us, and a tile more 0.5; dealt by tiles alone, 15 empty sequences beside 193 of 850
+// keys were all one block's, which made the launch take 0.45 ms instead of 0.2.
+inline constexpr int kSegmentCost = 4;
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

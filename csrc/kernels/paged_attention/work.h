@@ -8,6 +8,9 @@ struct Sequence {
   int length;      // keys
   int first_tile;  // the first that a window leaves
   int tiles;       // of a segment; at least one, so that an empty sequence gets its zeros
+
+  // What a segment is dealt as.
+  HOST_DEVICE int cost() const { return tiles + kSegmentCost; }
 };
 
 HOST_DEVICE Sequence sequence_of(const PagedAttentionParams& p, int b) {
@@ -30,8 +33,8 @@ struct Segment {
   HOST_DEVICE bool whole() const { return begin == 0 && end == sequence.tiles; }
 };
 
-// The tiles of all segments, and which of them are a block's: those from `begin` to `end`, the first of which is in
-// segments of sequence b, whose own start at `start`.
+// The tiles of all segments, with kSegmentCost behind those of each, and which of them are a block's: those from
+// `begin` to `end`, the first of which is in segments of sequence b, whose own start at `start`.
 struct Share {
   int64_t total;
   int begin, end, b, start;
@@ -44,8 +47,8 @@ class Walk {
       : begin_(share.begin), end_(share.end), b_(share.b), start_(share.start) {
     if (begin_ >= end_) return;
     take_sequence(p, plan);
-    index_ = (begin_ - start_) / sequence_.tiles;
-    start_ += index_ * sequence_.tiles;
+    index_ = (begin_ - start_) / sequence_.cost();
+    start_ += index_ * sequence_.cost();
   }
 
   // False after the last.
@@ -54,7 +57,7 @@ class Walk {
       const int tiles = sequence_.tiles;
       segment = {b_, index_, sequence_, start_, piece_, first_piece(begin_ - start_), first_piece(end_ - start_)};
       if (segment.end > tiles) segment.end = tiles;
-      start_ += tiles;
+      start_ += sequence_.cost();
       if (++index_ == plan.segments) {
         index_ = 0;
         b_++;

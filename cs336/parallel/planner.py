@@ -1,0 +1,397 @@
+"""Every way to split a training run over N GPUs: what each takes and sends, and how long a step is, before paying.
+
+    step = micro-batches (m + p - 1) * (compute + sums of tensor, context, expert)  +  what data sends beside none of it
+           + the optimizer
+
+compute = FLOPs / (GPU's FLOP/s * its efficiency). Bytes of memory are those of models/memory.py, of the part of the
+model that the fullest rank has. What a rank sends is the formula of its strategy in docs/parallel.md. Gradients travel
+while the last micro-batch is computed, and with ZeRO-3 weights and gradients while any is; a ring's keys and values
+while attention is. Axes lie as (data, pipeline, context, expert, tensor), neighbours last.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cs336.models import BlockConfig, Memory, TransformerConfig, training_memory
+from cs336.models.config import SHORT
+from cs336.nn import AttentionConfig, MoEConfig
+from cs336.parallel.hardware import Gpu, find
+from cs336.parallel.pipeline import layers_of
+
+RECOMPUTE = ("none", "selective", "full")
+RECOMPUTED = {"none": 3.0, "selective": 3.15, "full": 4.0}  # forwards that a step costs, of which the backward is two
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are along each axis."""
+
+    data: int = 1
+    zero: int = 0
+    """Of the ranks that hold alike: 0 nothing is divided, 1 the optimizer, 2 gradients too, 3 parameters too."""
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    micro_batch: int = 1
+    """Sequences of a forward pass."""
+    recompute: str = "none"
+
+    @property
+    def gpus(self) -> int:
+        return self.data * self.tensor * self.pipeline * self.context * self.expert
+
+    @property
+    def alike(self) -> int:
+        """Ranks that hold the same parameters, experts apart."""
+        return self.data * self.context * self.expert
+
+    def __str__(self) -> str:
+        axes = {axis: getattr(self, axis) for axis in ("tensor", "pipeline", "context", "expert")}
+        parts = [f"data {self.data}", *([f"zero {self.zero}"] if self.zero else [])]
+        parts += [f"{axis} {size}" for axis, size in axes.items() if size > 1]
+        return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A training step that is to be split."""
+
+    config: TransformerConfig
+    batch_size: int
+    """Sequences of a step, of all ranks."""
+    context_length: int
+    weight_bytes: int = 4
+    compute_bytes: int = 2
+    optimizer_bytes: float = 8
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """Of a step, without recomputation."""
+        return self.config.flops_per_token(self.context_length) * self.batch_size * self.context_length
+
+    @functools.cached_property
+    def attention(self) -> float:
+        """Its share of the FLOPs."""
+        return 1 - self.config.flops_per_token(0) / self.config.flops_per_token(self.context_length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, and what is predicted of it. Bytes and seconds are of the rank that has most, a step."""
+
+    layout: Layout
+    memory: Memory
+    room: float
+    """Bytes of a GPU that a plan may fill."""
+    sent: dict[str, int] = field(hash=False)
+    """Bytes that a rank sends, by the axis they are for."""
+    seconds: dict[str, float] = field(hash=False)
+    """Compute, what stands idle in the pipeline, the optimizer, and what of each axis's messages is not hidden."""
+    tokens: int
+    mfu: float
+    """FLOPs of the model, none of them recomputed, over those the GPUs could do."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.room
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    def explain(self) -> str:
+        """Sentences: whether it fits and what fills it, what a step is made of, what is sent."""
+        memory, total = dataclasses.asdict(self.memory), self.step_seconds
+        largest = sorted(memory, key=lambda name: -memory[name])[:3]
+        filled = ", ".join(f"{name} {memory[name] / 2**30:.1f}" for name in largest if memory[name])
+        verdict = "fits" if self.fits else "does not fit"
+        parts = sorted(self.seconds.items(), key=lambda part: -part[1])
+        shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in parts if s > 0.001 * total)
+        sent = ", ".join(f"{axis} {size / 1e9:.2f}" for axis, size in self.sent.items() if size) or "nothing"
+        return (
+            f"{self.layout}: {verdict}, {self.memory.total / 2**30:.1f} of {self.room / 2**30:.1f} GiB ({filled}). "
+            f"A step takes {1e3 * total:.1f} ms ({shares}), {self.tokens_per_second:,.0f} tokens/s, "
+            f"{100 * self.mfu:.1f} % MFU. A GPU sends, in GB: {sent}."
+        )
+
+
+def plan(
+    config: TransformerConfig,
+    gpus: int,
+    *,
+    gpu: Gpu | str = "H200",
+    batch_size: int,
+    context_length: int | None = None,
+    weight_bytes: int = 4,
+    compute_bytes: int = 2,
+    optimizer_bytes: float = 8,
+    fill: float = 0.9,
+) -> list[Plan]:
+    """Every layout of a model on so many GPUs: those that fit first, each by the time of a step.
+
+    Args:
+        gpu: one of parallel.hardware.GPUS by name, or a Gpu with measured roofs and network.
+        batch_size: sequences of a step, of all GPUs; context_length: their tokens, the config's if None.
+        weight_bytes, compute_bytes, optimizer_bytes: as in models.training_memory.
+        fill: the share of a GPU's memory that a plan may fill; the rest is the allocator's and NCCL's.
+
+    Raises ValueError for numbers that are not positive, a network that does not reach, and where nothing divides.
+    """
+    context_length = config.context_length if context_length is None else context_length
+    for name, value in (("gpus", gpus), ("batch_size", batch_size), ("context_length", context_length)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    device = find(gpu) if isinstance(gpu, str) else gpu
+    device.tier(gpus)
+    work = Work(config, batch_size, context_length, weight_bytes, compute_bytes, optimizer_bytes)
+    plans = [predict(work, layout, device, fill) for layout in layouts(work, gpus)]
+    if not plans:
+        raise ValueError(
+            f"no layout has {gpus} GPUs: a batch of {batch_size}, {config.num_layers} layers, the heads and the hidden "
+            "features do not divide into as many; raise batch_size to a multiple of the GPUs"
+        )
+    return sorted(plans, key=_place)
+
+
+def _place(p: Plan) -> tuple:
+    """Of those whose time is the same to three digits the one that sends least, then the smallest, is first."""
+    if not p.fits:
+        return True, p.memory.total, p.step_seconds
+    return False, float(f"{p.step_seconds:.3g}"), sum(p.sent.values()), p.memory.total
+
+
+def layouts(work: Work, gpus: int) -> Iterator[Layout]:
+    """Those that divide without a rest."""
+    config = work.config
+    for tensor in (t for t in _divisors(gpus) if not _tensor_refuses(config, t)):
+        for pipeline in (p for p in _divisors(gpus // tensor) if p <= config.num_layers):
+            for context in (c for c in _divisors(gpus // tensor // pipeline) if _context_divides(work, c)):
+                left = gpus // tensor // pipeline // context
+                for expert in (e for e in _divisors(left) if _experts_divide(config, e)):
+                    if work.batch_size % left == 0:
+                        axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+                        yield from _variants(Layout(left // expert, **axes), work.batch_size // left)
+
+
+def _variants(layout: Layout, sequences: int) -> Iterator[Layout]:
+    """With each stage of ZeRO, micro-batch and recomputation."""
+    stages = (0,) if layout.alike == 1 else (0, 1) if layout.pipeline > 1 else (0, 1, 2, 3)
+    micro_batches = [m for m in _divisors(sequences) if m & (m - 1) == 0]
+    for zero in stages:
+        for micro_batch in micro_batches:
+            for recompute in RECOMPUTE:
+                yield dataclasses.replace(layout, zero=zero, micro_batch=micro_batch, recompute=recompute)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return [*small, *(n // d for d in reversed(small) if d * d != n)]
+
+
+def _tensor_refuses(config: TransformerConfig, t: int) -> bool:
+    def divides(block: BlockConfig) -> bool:
+        mixer, mlp = block.mixer, block.mlp
+        heads = isinstance(mixer, AttentionConfig) and mixer.qk_norm != "all" and mixer.kv_heads % t == 0
+        return heads and not isinstance(mlp, MoEConfig) and mlp.width(config.d_model) % t == 0
+
+    return t > 1 and not (config.vocab_size % t == 0 and all(divides(block) for block in set(config.blocks)))
+
+
+def _context_divides(work: Work, c: int) -> bool:
+    plain = all(isinstance(b.mixer, AttentionConfig) and b.mixer.window is None for b in work.config.blocks)
+    return c == 1 or (plain and work.context_length % (2 * c) == 0)
+
+
+def _experts_divide(config: TransformerConfig, e: int) -> bool:
+    counts = {block.mlp.num_experts for block in config.blocks if isinstance(block.mlp, MoEConfig)}
+    return e == 1 or (bool(counts) and all(count % e == 0 for count in counts))
+
+
+# ---- what a rank has ----
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank has of the model: of a stage's layers its heads, hidden features and rows of the vocabulary."""
+
+    layers: int
+    dense: int
+    """Parameters, without those of experts."""
+    experts: int
+    """Parameters of all experts of these layers."""
+    largest: int
+    """Parameters of the largest block."""
+    activations: dict[str, int] = field(hash=False)
+    """Bytes a token, by what is recomputed."""
+    norms: int
+    """Bytes a token, of the activations, that norms keep."""
+    logits: int
+    """Bytes a token; 0 but in the last stage."""
+    keys: int
+    """Features of keys and values, of all layers."""
+    choices: int
+    """Experts that a token goes to, of all layers."""
+
+
+@functools.cache
+def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
+    """The part of stage `rank` of `pipeline`. Memory is linear in tokens: asked of the predictor for one of them."""
+    config, layers = work.config, layers_of(rank, pipeline, work.config.num_layers)
+    model = _divided(config, tensor, layers)
+    mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, MoEConfig)]
+    experts = sum(m.num_experts * m.expert_parameters(config.d_model) for m in mixtures)
+    tables = 2 if pipeline == 1 and not config.tie_embeddings else int(rank in (0, pipeline - 1))
+    options = {"weight_bytes": work.weight_bytes, "compute_bytes": work.compute_bytes}
+    found = {
+        how: training_memory(model, 1, context_length=1, gradient_checkpointing=how, **options)  # type: ignore[arg-type]
+        for how in RECOMPUTE
+    }
+    heads = [b.mixer for b in model.blocks if isinstance(b.mixer, AttentionConfig)]
+    return Part(
+        layers=len(layers),
+        dense=model.num_parameters(embeddings=False) + tables * model.vocab_size * config.d_model - experts,
+        experts=experts,
+        largest=max(block.num_parameters(config.d_model) for block in set(model.blocks)),
+        activations={how: memory.activations for how, memory in found.items()},
+        norms=sum(b.num_norms * b.norm.activation_bytes(config.d_model, work.compute_bytes) for b in model.blocks),
+        logits=found["none"].logits if rank == pipeline - 1 else 0,
+        keys=sum(2 * mixer.kv_heads * mixer.head_size(config.d_model) for mixer in heads),
+        choices=sum(m.top_k for m in mixtures),
+    )
+
+
+def _divided(config: TransformerConfig, tensor: int, layers: range) -> TransformerConfig:
+    """The model of a rank of a tensor group, of these layers."""
+
+    def divided(block: BlockConfig) -> BlockConfig:
+        mixer, mlp = block.mixer, block.mlp
+        if tensor == 1:
+            return block
+        assert isinstance(mixer, AttentionConfig)
+        heads = {"num_heads": mixer.num_heads // tensor, "num_kv_heads": mixer.kv_heads // tensor}
+        mixer = dataclasses.replace(mixer, **heads, head_dim=mixer.head_size(config.d_model))
+        mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var]
+        return dataclasses.replace(block, mixer=mixer, mlp=mlp)
+
+    blocks = config.blocks
+    made = {block: divided(block) for block in set(blocks)}
+    short = {f.name: f.default for f in dataclasses.fields(config) if f.name in SHORT}
+    return dataclasses.replace(
+        config,
+        **short,  # type: ignore[arg-type]
+        vocab_size=config.vocab_size // tensor,
+        num_layers=len(layers),
+        layers=tuple(made[blocks[i]] for i in layers),
+        pattern=None,
+    )
+
+
+def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
+    """Of a rank of stage `rank` at its peak."""
+    part = part_of(work, layout.tensor, layout.pipeline, rank)
+    tokens, width = _tokens(work, layout), work.weight_bytes
+    experts = part.experts // layout.expert
+    whole = part.dense + experts
+    shared = part.dense // layout.alike + experts // layout.data
+    casts = 0 if work.compute_bytes == width else work.compute_bytes * whole
+    if layout.zero == 3:  # two units at a time are whole
+        casts = work.compute_bytes * 2 * part.largest
+    apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
+    in_flight = min(_micro_batches(work, layout), layout.pipeline - rank)
+    return Memory(
+        weights=width * (shared if layout.zero >= 3 else whole),
+        gradients=width * (shared if layout.zero >= 2 else whole),
+        optimizer=round(work.optimizer_bytes * (shared if layout.zero >= 1 else whole)),
+        casts=casts,
+        activations=tokens * in_flight * (part.activations[layout.recompute] - apart),
+        logits=tokens * part.logits,
+    )
+
+
+def _micro_batches(work: Work, layout: Layout) -> int:
+    return work.batch_size // (layout.data * layout.expert) // layout.micro_batch
+
+
+def _tokens(work: Work, layout: Layout) -> int:
+    """Of a micro-batch, on one rank."""
+    return layout.micro_batch * work.context_length // layout.context
+
+
+# ---- what it sends, and how long that takes ----
+
+
+def sent_bytes(work: Work, layout: Layout, rank: int = 0) -> dict[str, int]:
+    """Bytes that a rank of stage `rank` sends in a step, by the axis they are for."""
+    part = part_of(work, layout.tensor, layout.pipeline, rank)
+    m, tokens, c, last = _micro_batches(work, layout), _tokens(work, layout), layout.context, layout.pipeline - 1
+    stream, forwards = tokens * work.config.d_model * work.compute_bytes, 2 if layout.recompute == "full" else 1
+    parameters = part.dense * _ring(layout.alike) + part.experts // layout.expert * _ring(layout.data)
+    gradients, gathered = work.weight_bytes * parameters, work.compute_bytes * parameters
+    data = {0: 2 * gradients, 1: 2 * gradients, 2: (m + 1) * gradients, 3: m * (gradients + 2 * gathered)}
+    sums = (2 * forwards + 2) * part.layers + 2 * (rank in (0, last))
+    travels = work.compute_bytes * (forwards + 1) * (c - 1) + 4 * c  # keys and values, and their float32 gradients
+    sizes = {
+        "data": data[layout.zero],
+        "tensor": 2 * _ring(layout.tensor) * stream * m * sums,
+        "pipeline": m * stream * ((rank > 0) + (rank < last)) / layout.tensor,
+        "context": m * tokens * part.keys * travels if c > 1 else 0,
+        "expert": (2 * forwards + 2) * _ring(layout.expert) * stream * m * part.choices,
+    }
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def _ring(n: int) -> float:
+    """What each of n ranks sends of a tensor in a reduce-scatter, or an all-gather."""
+    return (n - 1) / n
+
+
+def predict(work: Work, layout: Layout, gpu: Gpu, fill: float = 0.9) -> Plan:
+    """What a layout takes. Raises ValueError for one that the network does not reach."""
+    p, m = layout.pipeline, _micro_batches(work, layout)
+    ranks = sorted({0, p // 2, p - 1})
+    memory = max((rank_memory(work, layout, rank) for rank in ranks), key=lambda memory: memory.total)
+    rank = ranks[len(ranks) // 2] if p > 2 else 0
+    sent = sent_bytes(work, layout, rank)
+    compute = work.flops / layout.gpus * RECOMPUTED[layout.recompute] / 3 / (gpu.flops * gpu.efficiency)
+    strides = {"tensor": 1, "expert": layout.tensor, "context": layout.tensor * layout.expert}
+    strides |= {"pipeline": strides["context"] * layout.context, "data": 1}
+    took = {
+        axis: gpu.seconds(sent[axis], getattr(layout, axis), strides[axis])
+        for axis in ("tensor", "expert", "context", "pipeline")
+    }
+    # Ranks that hold alike are the data axis, outside, and those of context and expert, inside.
+    took["data"] = gpu.seconds(sent["data"], layout.alike, layout.gpus // layout.alike)
+    took["context"] = max(0.0, took["context"] - work.attention * compute)
+    hidden = compute if layout.zero == 3 else compute / m
+    took["data"] = max(0.0, took["data"] - hidden)
+    busy = compute + took["tensor"] + took["expert"] + took["context"]
+    part = part_of(work, layout.tensor, p, rank)
+    experts = part.experts // layout.expert
+    mine = part.dense // layout.alike + experts // layout.data if layout.zero else part.dense + experts
+    optimizer = mine * (3 * work.weight_bytes + 2 * work.optimizer_bytes) / gpu.bandwidth
+    seconds = {"compute": compute, "pipeline idle": busy * (p - 1) / m, "optimizer": optimizer, **took}
+    total = sum(seconds.values())
+    tokens = work.batch_size * work.context_length
+    mfu = work.flops / (total * layout.gpus * gpu.flops)
+    return Plan(layout, memory, fill * gpu.memory, sent, seconds, tokens, mfu)
+
+
+def table(plans: list[Plan], top: int = 10) -> str:
+    """The first plans, a line each; of those that differ in micro-batch and recomputation alone, the first."""
+    firsts: dict[Layout, Plan] = {}
+    for p in plans:
+        firsts.setdefault(dataclasses.replace(p.layout, micro_batch=1, recompute=""), p)
+    rows = [f"{'step':>10} {'tokens/s':>13} {'MFU':>6} {'GiB':>7}  {'sent, GB':>9}  layout"]
+    for p in list(firsts.values())[:top]:
+        numbers = f"{1e3 * p.step_seconds:8.1f}ms {p.tokens_per_second:13,.0f} {100 * p.mfu:5.1f}%"
+        sizes = f"{p.memory.total / 2**30:7.1f}  {sum(p.sent.values()) / 1e9:9.2f}"
+        rows.append(f"{numbers} {sizes}  {p.layout}{'' if p.fits else '  (does not fit)'}")
+    return "\n".join(rows)

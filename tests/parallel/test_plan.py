@@ -1,0 +1,166 @@
+import dataclasses
+import itertools
+import pathlib
+import re
+
+import pytest
+
+from cs336.cli import program
+from cs336.models import BlockConfig, TransformerConfig, training_memory
+from cs336.nn import AttentionConfig, LinearAttentionConfig, MoEConfig
+from cs336.parallel import Layout, hardware, plan
+from cs336.parallel.planner import Work, layouts, predict, rank_memory, sent_bytes
+
+GPT = TransformerConfig(256, 64, 4, 64, 4, 2)
+MOE = TransformerConfig(256, 64, 2, 64, layers=(BlockConfig(AttentionConfig(4), MoEConfig(8, 2, d_ff=32)),))
+H200 = hardware.GPUS["H200"]
+DOCS = pathlib.Path(__file__).parents[2] / "docs/parallel.md"
+
+
+def work(config=GPT, batch_size=16, **more):
+    return Work(config, batch_size, config.context_length, **more)
+
+
+def test_one_gpu_is_the_memory_predictor():
+    for how in ("none", "selective", "full"):
+        for config, micro_batch in ((GPT, 1), (GPT, 4), (dataclasses.replace(GPT, tie_embeddings=True), 2), (MOE, 2)):
+            memory = rank_memory(work(config), Layout(micro_batch=micro_batch, recompute=how), 0)
+            want = training_memory(config, micro_batch, compute_bytes=2, gradient_checkpointing=how)
+            assert dataclasses.replace(memory, casts=0) == dataclasses.replace(want, casts=0)
+
+
+def test_zero_divides_one_thing_after_another():
+    whole, *rest = (rank_memory(work(), Layout(8, zero), 0) for zero in range(4))
+    N = GPT.num_parameters()
+    assert (whole.weights, whole.gradients, whole.optimizer) == (4 * N, 4 * N, 8 * N)
+    for zero, memory in enumerate(rest, 1):
+        assert memory.optimizer == N
+        assert memory.gradients == (4 * N if zero < 2 else N // 8 * 4)
+        assert memory.weights == (4 * N if zero < 3 else N // 8 * 4)
+        assert memory.activations == whole.activations
+
+
+def test_tensor_and_pipeline_divide_parameters():
+    w = work(dataclasses.replace(GPT, tie_embeddings=True))
+    table, blocks = 256 * 64, GPT.num_parameters(embeddings=False) - 64
+    parts = [rank_memory(w, Layout(pipeline=2, micro_batch=2), rank).weights // 4 for rank in range(2)]
+    assert parts == [blocks // 2 + table + 64, blocks // 2 + table + 64]
+    norms = 4 * 2 * 64
+    divided = rank_memory(w, Layout(tensor=2), 0).weights // 4
+    assert divided == (blocks - norms) // 2 + norms + 64 + table // 2
+    one, two = (rank_memory(w, Layout(tensor=t, micro_batch=4), 0).activations for t in (1, 2))
+    assert one / 2 < two < 0.75 * one  # what enters attention and MLPs is whole
+
+
+def test_stages_keep_what_is_in_flight():
+    w = work()
+    first, last = (rank_memory(w, Layout(pipeline=4, micro_batch=1), rank) for rank in (0, 3))
+    assert first.logits == 0 < last.logits
+    one = rank_memory(w, Layout(pipeline=4, micro_batch=16), 0)
+    assert first.activations == pytest.approx(4 * one.activations / 16)
+
+
+def test_bytes_sent():
+    N, stream = GPT.num_parameters(), 2 * 64 * 64 * 2  # of a micro-batch of two
+    assert sent_bytes(work(), Layout(8, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
+    assert sent_bytes(work(), Layout(8, 1, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
+    assert sent_bytes(work(), Layout(4, 2, micro_batch=2))["data"] == 3 * 4 * N * 3 // 4
+    assert sent_bytes(work(), Layout(8, 3, micro_batch=2))["data"] == (4 + 2 + 2) * N * 7 // 8
+    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2))["tensor"] == stream * (4 * 4 + 2)
+    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2, recompute="full"))["tensor"] == stream * (4 * 6 + 2)
+    pipeline = [sent_bytes(work(), Layout(pipeline=4, micro_batch=2), rank)["pipeline"] for rank in range(4)]
+    assert pipeline == [8 * stream, 16 * stream, 16 * stream, 8 * stream]
+    keys = 4 * 2 * 2 * 16  # layers, keys and values, heads, features
+    assert sent_bytes(work(), Layout(8, context=2, micro_batch=2))["context"] == 64 * keys * (2 * 2 + 4 * 2)
+    assert sent_bytes(work(MOE), Layout(4, expert=2, micro_batch=2))["expert"] == 4 * stream // 2 * 2 * 2
+
+
+def test_layouts_divide_and_are_all_there():
+    found = list(layouts(work(), 8))
+    assert len(set(found)) == len(found)
+    axes = {(x.data, x.tensor, x.pipeline, x.context) for x in found}
+    assert axes == {
+        (d, t, p, c)
+        for d in (1, 2, 4, 8)
+        for t in (1, 2)  # two key-value heads
+        for p in (1, 2, 4)
+        for c in (1, 2, 4, 8)
+        if d * t * p * c == 8
+    }
+    assert {x.expert for x in layouts(work(MOE), 8)} == {1, 2, 4, 8}
+    assert {x.tensor for x in layouts(work(MOE), 8)} == {1}
+    linear = TransformerConfig(256, 64, 2, 64, layers=(BlockConfig(LinearAttentionConfig(2)),))
+    assert {(x.tensor, x.context) for x in layouts(work(linear), 4)} == {(1, 1)}
+
+
+def test_time_of_a_step():
+    gpu = dataclasses.replace(H200, flops=1e12, efficiency=0.5, bandwidth=1e18)
+    alone = predict(work(), Layout(micro_batch=2), gpu)
+    assert alone.step_seconds == pytest.approx(3 * sum(b.flops(64, 64) for b in GPT.blocks) * 1024 / 5e11, rel=0.5)
+    assert alone.mfu == pytest.approx(0.5, rel=1e-3)
+    full = predict(work(), Layout(micro_batch=2, recompute="full"), gpu)
+    assert full.seconds["compute"] == pytest.approx(alone.seconds["compute"] * 4 / 3)
+    stages = predict(work(), Layout(pipeline=4, micro_batch=2), gpu)
+    assert stages.seconds["pipeline idle"] == pytest.approx(stages.seconds["compute"] * 3 / 8, rel=0.01)
+    slow = dataclasses.replace(gpu, tiers=(hardware.Tier(8, 1e3),))
+    exposed = predict(work(), Layout(8, micro_batch=2), slow)
+    assert exposed.seconds["data"] == pytest.approx(exposed.sent["data"] / 1e3, rel=0.01)
+
+
+def test_a_ring_over_nodes_uses_the_links_of_all_that_it_has_there():
+    tiers = (hardware.Tier(8, 360e9, 0), hardware.Tier(64, 40e9, 0))
+    gpu = dataclasses.replace(H200, tiers=tiers)
+    assert gpu.seconds(360e9, 8, 1) == pytest.approx(1)
+    assert gpu.seconds(320e9, 64, 1) == pytest.approx(1)
+    assert gpu.seconds(40e9, 8, 8) == pytest.approx(1)
+    assert gpu.seconds(160e9, 32, 2) == pytest.approx(1)
+    assert gpu.seconds(1e9, 1, 8) == 0
+    with pytest.raises(ValueError, match="reaches 64 ranks, 128 are needed"):
+        gpu.seconds(1, 128, 1)
+    assert hardware.network("8:360 64:40:0") == (hardware.Tier(8, 360e9), hardware.Tier(64, 40e9, 0))
+
+
+def test_plans_are_ranked():
+    plans = plan(GPT, 8, batch_size=16)
+    assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
+    times = [float(f"{p.step_seconds:.3g}") for p in plans if p.fits]
+    assert times == sorted(times)
+    assert plans[0].layout.gpus == 8
+    small = dataclasses.replace(H200, memory=1)
+    assert not any(p.fits for p in plan(GPT, 8, gpu=small, batch_size=16))
+    assert "does not fit" in plan(GPT, 8, gpu=small, batch_size=16)[0].explain()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpus": 0}, "gpus must be 1 or more"),
+        ({"gpus": 8, "batch_size": 0}, "batch_size must be 1"),
+        ({"gpus": 8, "gpu": "TPU"}, "gpu must be one of A100, H100, H200, B200, got 'TPU'"),
+        ({"gpus": 7, "batch_size": 4}, "no layout has 7 GPUs"),
+        ({"gpus": 1 << 20}, "the network reaches 16384 ranks"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan(GPT, **{"batch_size": 16} | arguments)
+
+
+@pytest.mark.parametrize("text", ["", "8", "8:0", "8:1 8:2", "a:b", "8:1:2:3", "8:inf"])
+def test_networks_that_are_none(text):
+    with pytest.raises(ValueError, match="network"):
+        hardware.network(text)
+
+
+def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
+    """The plan for 1,024 GPUs."""
+    blocks = re.findall(r"```\w*\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    model, shown = next((a, b) for a, b in itertools.pairwise(blocks) if "num_layers = 80" in a)
+    (tmp_path / "70b.toml").write_text(model)
+    command = ["plan", "parallel", "--model", str(tmp_path / "70b.toml"), "--gpus", "1024", "--batch-size", "1024"]
+    assert program.main(command) == 0
+    assert capsys.readouterr().out == shown
+    assert program.main([*command, "--network", "8:360 1024:5", "--top", "1"]) == 0
+    assert "zero 1, tensor 4, pipeline 32" in capsys.readouterr().out
+    assert program.main([*command, "--network", "8:360"]) == 2
+    assert "the network reaches 8 ranks, 1024 are needed" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""What the others say when a rank dies, fails or hangs in its sixth collective."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cs336.parallel import ParallelConfig, RankError
+from cs336.parallel.collectives import all_reduce
+from cs336.parallel.watch import watching
+
+
+def fail():
+    raise ValueError("the shard is torn")
+
+
+FAULTS = {
+    "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), (-signal.SIGKILL,), "rank 1: died", 0),
+    "fails": (fail, (1, -signal.SIGABRT), "rank 1: ValueError: the shard is torn", 0),  # gloo aborts at exit
+    "hangs": (lambda: time.sleep(1000), (1,), "rank 1: nothing went on for 3 s (parallel.timeout)", 1),
+}
+
+
+def on_a_rank(rank, folder, name):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
+
+    def tell(error):
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+    try:
+        with watching(3.0, tell):
+            for i in range(100):
+                if rank == 1 and i == 5:
+                    FAULTS[name][0]()
+                all_reduce(torch.ones(1))
+    except RankError as error:
+        tell(error)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The exit status of each rank, and what rank 0 said."""
+    context, found = mp.get_context("spawn"), {}
+    for name in FAULTS:
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = folder, [context.Process(target=on_a_rank, args=(rank, folder, name)) for rank in range(2)]
+    for _, processes in found.values():
+        for process in processes:
+            process.start()
+    for _, processes in found.values():
+        for process in processes:
+            process.join(120)
+    return {name: ([p.exitcode for p in ps], (folder / "0.txt").read_text()) for name, (folder, ps) in found.items()}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_others_end_and_name_the_rank(ended, name):
+    _, of_rank_1, message, of_rank_0 = FAULTS[name]
+    statuses, said = ended[name]
+    assert said == f"RankError: {message}"
+    assert statuses[0] == of_rank_0
+    assert statuses[1] in of_rank_1
+
+
+def test_one_process_is_not_watched():
+    with watching(0.01, pytest.fail):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_is_a_time(timeout):
+    with pytest.raises(ValueError, match="timeout must be more than 0 seconds and finite"):
+        ParallelConfig(timeout=timeout)
