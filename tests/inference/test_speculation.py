@@ -84,6 +84,17 @@ def test_greedy_is_token_identical_however_it_is_scheduled(options):
     assert engine.cache.in_use == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.01}, {"frequency_penalty": 0.01}, {"logit_bias": {3: 0.1}}, {"min_tokens": 40}],
+)
+def test_logits_that_depend_on_what_is_drawn_are_not_drafted_for(options):
+    model = model_of()
+    found, engine = run(model, greedy(PROMPTS, **options), speculation="ngram")
+    assert found == run(model, greedy(PROMPTS, **options))[0]
+    assert sum(engine.stats.drafted) == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.6, "min_p": 0.05}])
 def test_a_seed_draws_the_same_with_speculation(options):
     params = SamplingParams(**{"temperature": 0.9, "max_tokens": 40, "n": 3, "seed": 4} | options)
