@@ -115,7 +115,7 @@ class _Job:
             self._stage("dpo", "prefer the better ones", self.dpo, exports["sft"], data / "pairs.jsonl", s.dpo_steps),
             self._stage("grpo", "learn to add", self.grpo, exports["dpo"], data / "prompts.jsonl", s.grpo_steps),
             Stage(
-                "compare", "ask each the tested sums", self.compare, outputs=("results.json", "grpo/report.html"),
+                "compare", "ask each the tested sums", self.compare, outputs=("results.json",),
                 inputs=(*exports.values(), data / "test.jsonl"),
             ),
         ]  # fmt: skip

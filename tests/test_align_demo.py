@@ -18,10 +18,15 @@ def test_all_stages_and_nothing_twice(tmp_path, capsys):
         assert (tmp_path / stage / "export" / "chat_template.jinja").exists()
     out = capsys.readouterr().out
     assert "of 500 sums that it never saw" in out
+    record = json.loads((tmp_path / "stages.json").read_text())
+    del record["compare"]  # as if it had been stopped before
+    (tmp_path / "stages.json").write_text(json.dumps(record))
+    (tmp_path / "results.json").unlink()
     weights = (tmp_path / "grpo" / "export" / "model.safetensors").stat().st_mtime_ns
     assert main(command) == 0
-    assert capsys.readouterr().out.count("(done before)") == 7
+    assert capsys.readouterr().out.count("(done before)") == 6
     assert (tmp_path / "grpo" / "export" / "model.safetensors").stat().st_mtime_ns == weights
+    assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
 def test_what_is_tested_is_in_nothing_that_is_learned():

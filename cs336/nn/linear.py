@@ -61,9 +61,11 @@ def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     wanted."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or registry.is_invariant():
         return [layer(x) for layer in layers]
+    if not all(type(layer) is Linear for layer in layers):
+        return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
     for layer, weight, after in zip(layers, weights, [*weights[1:], None], strict=True):
-        plain = type(layer) is Linear and layer.bias is None and weight.is_contiguous() and weight.device == x.device
+        plain = layer.bias is None and weight.is_contiguous() and weight.device == x.device
         if not plain or (after is not None and weight.data_ptr() + weight.nbytes != after.data_ptr()):
             return [layer(x) for layer in layers]
     rows, first = [len(weight) for weight in weights], weights[0]

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import rows, run, turn
 from cs336.ops.ref import attention as ref
 
 PLAIN = {"attention": ref.fwd, "attention_varlen": ref.varlen_fwd, "attention_general": ref.general_fwd}
@@ -14,9 +14,13 @@ NUM_OPTIONS = {"attention": 5, "attention_varlen": 9, "attention_general": 9}  #
 
 
 class _Attention(torch.autograd.Function):
+    """q, k, v, o and their gradients as they are stored, (B, S, H, D) or packed: torch.compile makes the gradients that
+    it hands to a backward contiguous, which would copy what is stored by token and seen by head."""
+
     @staticmethod
     def forward(ctx, name, deterministic, q, k, v, *rest):
-        o, lse = run(f"{name}_fwd", q, k, v, *rest)
+        o, lse = run(f"{name}_fwd", turn(q), turn(k), turn(v), *rest)
+        o = turn(o)
         ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
         ctx.set_materialize_grads(False)
         ctx.name, ctx.deterministic, ctx.rest = (
@@ -39,15 +43,17 @@ class _Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         do, dlse = rows(do), None if dlse is None else dlse.contiguous()
-        dq, dk, dv = run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
-        return None, None, dq, dk, dv, *(None for _ in ctx.rest)
+        do, q, k, v, o = (turn(x) for x in (do, q, k, v, o))
+        grads = run(f"{ctx.name}_bwd", do, dlse, q, k, v, o, lse, *rest)
+        return None, None, *(turn(x) for x in grads), *(None for _ in ctx.rest)
 
 
 def _differentiable(name: str, do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rest: list):
     """dq, dk, dv for create_graph: in plain torch, differentiable again, from q, k and v alone."""
     leaves = [x.view_as(x) for x in (q, k, v)]  # of which two may be one tensor
     wanted = [x for x in leaves if x.requires_grad]
-    pairs = [(y, dy) for y, dy in zip(PLAIN[name](*leaves, *rest), (do, dlse), strict=True) if dy is not None]
+    o, lse = PLAIN[name](*(turn(x) for x in leaves), *rest)
+    pairs = [(y, dy) for y, dy in ((turn(o), do), (lse, dlse)) if dy is not None]
     outputs, their_grads = zip(*pairs, strict=True)
     grads = iter(torch.autograd.grad(outputs, wanted, their_grads, create_graph=True, allow_unused=True))
     return tuple(next(grads) if x.requires_grad else None for x in leaves)
@@ -61,7 +67,8 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: boo
         rest = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in rest)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
-        return _Attention.apply(name, deterministic, q, k, v, *rest)
+        o, lse = _Attention.apply(name, deterministic, turn(q), turn(k), turn(v), *rest)
+        return turn(o), lse
     return run(f"{name}_fwd", q, k, v, *rest)
 
 

@@ -33,3 +33,8 @@ def has_kernel(name: str, *args: Any) -> bool:
 def rows(x: Tensor) -> Tensor:
     """x with its last dim contiguous; copies only where it is not."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def turn(x: Tensor) -> Tensor:
+    """(B, S, H, D) -> (B, H, S, D), and back; packed (T, H, D) stays."""
+    return x.transpose(1, 2) if x.dim() == 4 else x

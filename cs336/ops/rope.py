@@ -5,11 +5,13 @@ i is (x[i], x[i + P]), or (x[2i], x[2i + 1]) when interleaved; features from 2 P
 turns back. Bytes that must move: 2 numel(x) elements; 3 FLOPs an element: memory-bound on every device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.dispatch import has_kernel, rows, turn
 from cs336.ops.ref import rope as ref
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,21 +74,29 @@ registry.define(
 
 
 class _Rope(torch.autograd.Function):
+    """by_token: xs are (B, S, H, D), as they are stored (see cs336.ops.attention_autograd); otherwise (B, H, S, D)."""
+
     @staticmethod
-    def forward(ctx, cos, sin, positions, interleaved, inverse, *xs):
+    def forward(ctx, cos, sin, positions, interleaved, inverse, by_token, *xs):
         ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved, ctx.inverse = interleaved, inverse
-        return tuple(registry.call("rope_fwd", list(xs), cos, sin, positions, interleaved, inverse))
+        ctx.interleaved, ctx.inverse, ctx.by_token = interleaved, inverse, by_token
+        return _turned(xs, by_token, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx, *dys):
         cos, sin, positions = ctx.saved_tensors
         grads, tables = [rows(dy) for dy in dys], (cos, sin, positions, ctx.interleaved, not ctx.inverse)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dxs = _Rope.apply(*tables, *grads)  # differentiable again
+            dxs = _Rope.apply(*tables, ctx.by_token, *grads)  # differentiable again
         else:
-            dxs = registry.call("rope_fwd", grads, *tables)
-        return None, None, None, None, None, *dxs
+            dxs = _turned(grads, ctx.by_token, *tables)
+        return None, None, None, None, None, None, *dxs
+
+
+def _turned(xs: Sequence[Tensor], by_token: bool, *tables) -> tuple[Tensor, ...]:
+    if not by_token:
+        return tuple(registry.call("rope_fwd", list(xs), *tables))
+    return tuple(turn(y) for y in registry.call("rope_fwd", [turn(x) for x in xs], *tables))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:
@@ -108,7 +118,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None
     if not _has_kernel(x, cos):
         return ref.fwd(x, *_broadcast(cos, sin, positions), interleaved)
     x_BHSD = _four_dims(rows(x))
-    (y,) = _Rope.apply(*_tables(x_BHSD, cos, sin, positions), interleaved, False, x_BHSD)
+    (y,) = _Rope.apply(*_tables(x_BHSD, cos, sin, positions), interleaved, False, False, x_BHSD)
     return y.view(x.shape) if y.is_contiguous() else y.reshape(x.shape)
 
 
@@ -122,7 +132,11 @@ def rope_qk(
     if not _has_kernel(q, cos):
         tables = _broadcast(cos, sin, positions)
         return ref.fwd(q, *tables, interleaved), ref.fwd(k, *tables, interleaved)
-    return _Rope.apply(*_tables(q, cos, sin, positions), interleaved, False, rows(q), rows(k))
+    q, k, tables = rows(q), rows(k), _tables(q, cos, sin, positions)
+    if q.stride(1) < q.stride(2):
+        q, k = _Rope.apply(*tables, interleaved, False, True, turn(q), turn(k))
+        return turn(q), turn(k)
+    return _Rope.apply(*tables, interleaved, False, False, q, k)
 
 
 def _has_kernel(x: Tensor, cos: Tensor) -> bool:

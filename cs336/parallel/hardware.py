@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def network(text: str) -> tuple[Tier, ...]:
     return tuple(tiers)
 
 
-def find(name: str, **measured: float | tuple[Tier, ...] | None) -> Gpu:
-    """A GPU of the table, with what was measured in place of what its data sheet says.
+def find(name: str, **measured: Any) -> Gpu:
+    """A GPU of the table, with what was measured, as a Gpu names it, in place of what its data sheet says.
 
     Raises ValueError for an unknown name.
     """

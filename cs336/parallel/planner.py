@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from cs336.models import BlockConfig, Memory, TransformerConfig, training_memory
 from cs336.models.config import SHORT
@@ -180,7 +181,12 @@ def layouts(work: Work, gpus: int) -> Iterator[Layout]:
                 left = gpus // tensor // pipeline // context
                 for expert in (e for e in _divisors(left) if _experts_divide(config, e)):
                     if work.batch_size % left == 0:
-                        axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+                        axes: dict[str, Any] = {
+                            "tensor": tensor,
+                            "pipeline": pipeline,
+                            "context": context,
+                            "expert": expert,
+                        }
                         yield from _variants(Layout(left // expert, **axes), work.batch_size // left)
 
 
@@ -284,7 +290,7 @@ def _divided(config: TransformerConfig, tensor: int, layers: range) -> Transform
         if tensor == 1:
             return block
         assert isinstance(mixer, AttentionConfig)
-        heads = {"num_heads": mixer.num_heads // tensor, "num_kv_heads": mixer.kv_heads // tensor}
+        heads: dict[str, Any] = {"num_heads": mixer.num_heads // tensor, "num_kv_heads": mixer.kv_heads // tensor}
         mixer = dataclasses.replace(mixer, **heads, head_dim=mixer.head_size(config.d_model))
         mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var]
         return dataclasses.replace(block, mixer=mixer, mlp=mlp)

@@ -18,11 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cs336 import ops
 from cs336.models import Transformer, TransformerBlock
-from cs336.nn import MLP, Attention, Linear
+from cs336.nn import MLP, Attention, LayerNorm, Linear, RMSNorm
 from cs336.nn.positions import AlibiSlopes
 from cs336.parallel import differentiable
-from cs336.parallel.differentiable import Group, check_parts, gathered, own_part, summed
+from cs336.parallel.differentiable import Group, check_parts, gathered, own_part
 from cs336.parallel.vocabulary import VocabularyEmbedding, vocabulary_linear_cross_entropy
 
 
@@ -104,7 +105,6 @@ class RowLinear(Linear):
         check_parts(in_features, region.size, "an input")
         super().__init__(in_features // region.size, out_features, bias=bias, device=device, dtype=dtype)
         self.region = region
-        self._sum_bias()
 
     @classmethod
     def of(cls, linear: nn.Linear, region: Region) -> "RowLinear":
@@ -114,16 +114,14 @@ class RowLinear(Linear):
         made.weight = _own(linear.weight, 1, region.group)
         if bias:
             made.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-            made._sum_bias()
         return made
-
-    def _sum_bias(self) -> None:
-        if self.bias is not None and self.region.sequence:  # each rank adds it to its tokens
-            sum_gradient(self.bias, self.region.group)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.region.leave(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is None:
+            return y
+        bias = differentiable.copy(self.bias, self.region.group) if self.region.sequence else self.bias
+        return y + bias.to(y.dtype)
 
 
 class OwnSlopes(AlibiSlopes):
@@ -138,10 +136,23 @@ class OwnSlopes(AlibiSlopes):
         self.slopes = own_part(slopes, 0, self.group).clone()
 
 
-def sum_gradient(p: Tensor, group: Group) -> None:
-    """From now on sum each gradient of a parameter that ranks hold alike and use on parts of the work."""
-    if p.requires_grad:
-        p.register_hook(lambda grad: summed(grad, group))
+class PartialRMSNorm(RMSNorm):
+    """An RMSNorm that ranks have alike and use on parts of the work: its gradient is the sum of theirs."""
+
+    group: Group
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, differentiable.copy(self.weight, self.group), self.eps, residual)
+
+
+class PartialLayerNorm(LayerNorm):
+    """A LayerNorm likewise."""
+
+    group: Group
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        bias = None if self.bias is None else differentiable.copy(self.bias, self.group)
+        return ops.layer_norm(x, differentiable.copy(self.weight, self.group), bias, self.eps, residual)
 
 
 class TensorParallelTransformer(Transformer):
@@ -197,7 +208,7 @@ def tensor_parallel(model: Transformer, group: Group = None, *, sequence: bool =
     for layer in model.layers:
         _divide_block(cast(TransformerBlock, layer), region)
     if sequence and model.norm is not None:
-        _sum_gradients(model.norm, group)
+        _share(model.norm, group)
     model.__class__ = TensorParallelTransformer
     divided = cast(TensorParallelTransformer, model)
     divided.region = region
@@ -252,11 +263,11 @@ def _divide_block(block: TransformerBlock, region: Region) -> None:
     attention.num_kv_heads //= region.size
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None:  # one weight for all heads
-            _sum_gradients(norm, region.group)
+            _share(norm, region.group)
     if region.sequence:
         for outside in (block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm):
             if outside is not None:
-                _sum_gradients(outside, region.group)
+                _share(outside, region.group)
 
 
 def _entering(region: Region) -> Callable[..., Any]:
@@ -266,9 +277,10 @@ def _entering(region: Region) -> Callable[..., Any]:
     return hook
 
 
-def _sum_gradients(module: nn.Module, group: Group) -> None:
-    for p in module.parameters():
-        sum_gradient(p, group)
+def _share(norm: nn.Module, group: Group) -> None:
+    """Make a norm one that sums its gradient."""
+    norm.__class__ = PartialRMSNorm if isinstance(norm, RMSNorm) else PartialLayerNorm
+    cast(PartialRMSNorm, norm).group = group
 
 
 def _own(p: Tensor, dim: int, group: Group) -> nn.Parameter:

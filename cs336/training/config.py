@@ -64,7 +64,7 @@ class TrainConfig:
     which generation reads as training writes them; optimizer.rounding says what becomes of their other 16 bits."""
     compile: bool | None = None
     """torch.compile the model. None: on a GPU."""
-    cuda_graph: bool | Literal["auto"] = False
+    cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step once and replay it, where the host would be slower than the GPU. auto: on a GPU, if the memory of
     a step is less than a third of the device's and the optimizer can."""
     deterministic: bool = False

@@ -29,7 +29,7 @@ def by_hand(new, old, advantages, loss_type, low, high, max_length=None):
             logs = {"gspo": places, "rloo": places}.get(loss_type, [t])
             log_ratio = sum(new[b, i] - old[b, i] for i in logs) / (len(places) if loss_type == "gspo" else 1)
             ratio, A = log_ratio.exp(), advantages[b]
-            if loss_type == "reinforce":
+            if loss_type in ("reinforce", "expert_iteration"):
                 terms.append(-A * new[b, t])
             elif loss_type == "cispo":
                 terms.append(-A * min(ratio.detach(), torch.tensor(1 + high)) * new[b, t])
@@ -37,7 +37,7 @@ def by_hand(new, old, advantages, loss_type, low, high, max_length=None):
                 terms.append(-min(ratio * A, ratio.clamp(1 - low, 1 + high) * A))
         sums.append(sum(terms))
         tokens.append(len(terms))
-    if loss_type in ("bnpo", "dapo", "cispo"):
+    if loss_type in ("bnpo", "dapo", "cispo", "expert_iteration"):
         return sum(sums) / sum(tokens)
     if loss_type in ("reinforce", "dr_grpo"):
         return sum(sums) / 4 / (max_length or 1)

@@ -154,11 +154,13 @@ def test_networks_that_are_none(text):
 
 def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
     """The plan for 1,024 GPUs."""
-    blocks = re.findall(r"```\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", DOCS.read_text(), re.DOTALL)
     model, shown = next((a, b) for a, b in itertools.pairwise(blocks) if "num_layers = 80" in a)
     (tmp_path / "70b.toml").write_text(model)
     command = ["plan", "parallel", "--model", str(tmp_path / "70b.toml"), "--gpus", "1024", "--batch-size", "1024"]
     assert program.main(command) == 0
     assert capsys.readouterr().out == shown
+    assert program.main([*command, "--network", "8:360 1024:5", "--top", "1"]) == 0
+    assert "zero 1, tensor 4, pipeline 32" in capsys.readouterr().out
     assert program.main([*command, "--network", "8:360"]) == 2
     assert "the network reaches 8 ranks, 1024 are needed" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.parallel import (
     DDP,
+    FSDP,
     Mesh,
     Pipeline,
     context_parallel,
@@ -17,13 +18,13 @@ from cs336.parallel import (
     pipeline_stage,
     tensor_parallel,
 )
+from cs336.parallel.differentiable import gathered
 from cs336.parallel.tensor import whole_state_dict
 
 WORLD = 4
 V, S, M, B = 16, 8, 16, 4
 DENSE = TransformerConfig(V, S, 2, M, 4, 2, qk_norm=True, tie_embeddings=True)
 MOE = TransformerConfig(V, S, 2, M, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2, balance="none")),))
-NAMES = ["data x tensor", "data x pipeline", "context x tensor", "pipeline x tensor", "data x expert"]
 
 
 def model(config=DENSE):
@@ -101,9 +102,31 @@ def data_x_expert(ids, targets):
     return gradients(net)
 
 
-PRODUCTS = dict(
-    zip(NAMES, (data_x_tensor, data_x_pipeline, context_x_tensor, pipeline_x_tensor, data_x_expert), strict=True)
-)
+def fsdp_x_tensor(ids, targets):
+    mesh = Mesh(data=2, tensor=2)
+    net = tensor_parallel(model(), mesh.group("tensor"), sequence=True)
+    fsdp, rows = FSDP(net, group=mesh.group("data")), rows_of(mesh, "data")
+    for row in range(rows.start, rows.stop):
+        fsdp(ids[row : row + 1], targets=targets[row : row + 1]).backward()
+    fsdp.finish_gradient_synchronization()
+    shapes = {n: p.shape for n, p in tensor_parallel(model(), mesh.group("tensor")).named_parameters()}
+    grads = {}
+    for n, p in fsdp.named_parameters():  # flat pieces, of the same size but for the last
+        n, size = n.removeprefix("module."), -(-shapes[n.removeprefix("module.")].numel() // 2)
+        both = gathered(torch.nn.functional.pad(p.grad, (0, size - p.grad.numel())), 0, mesh.group("data"))
+        grads[n] = both[: shapes[n].numel()].view(shapes[n])
+    net.state_dict = lambda: grads
+    return whole_state_dict(net)
+
+
+PRODUCTS = {
+    "data x tensor": data_x_tensor,
+    "data x pipeline": data_x_pipeline,
+    "context x tensor": context_x_tensor,
+    "pipeline x tensor": pipeline_x_tensor,
+    "data x expert": data_x_expert,
+    "FSDP x tensor": fsdp_x_tensor,
+}
 
 
 def case(rank):
@@ -120,7 +143,7 @@ def ranks(tmp_path_factory):
     return on_ranks(case, tmp_path_factory.mktemp("products"), WORLD)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_equals_one_process(ranks, name):
     net, (ids, targets) = model(MOE if name == "data x expert" else DENSE), batch()
     net(ids, targets=targets).backward()
