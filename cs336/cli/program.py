@@ -60,7 +60,13 @@ TOKENIZER_VERBS: dict[str, Run] = {
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "pairs": alignment.pairs}
-SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+SCALING_VERBS: dict[str, Run] = {
+    "fit": scaling.fit,
+    "predict": scaling.predict,
+    "plot": scaling.plot,
+    "forecast": scaling.forecast,
+    "grade": scaling.grade,
+}
 STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,
     "ablate": experiments.ablate,
