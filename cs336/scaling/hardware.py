@@ -3,7 +3,7 @@
 import os
 import pathlib
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +21,8 @@ UNTIMED, TIMED = 2, 5  # steps: the first compile and allocate
 PCIE = 20 * GB  # bytes a second between GPUs that the table does not know
 
 
-class Hardware(NamedTuple):
+@dataclass(frozen=True)
+class Hardware:
     gpu: Gpu
     count: int
     compute_bytes: int
