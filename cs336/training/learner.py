@@ -126,6 +126,7 @@ class Learner:
                 group["lr"] = lr
 
     def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()  # of a step that failed midway, as one that cannot be captured does
         parts = []
         micro = list(micro_batches(batch, self.micro_batch_size))
         for i, part in enumerate(micro):
@@ -202,7 +203,7 @@ class Learner:
             if wanted is True:
                 raise ValueError(f"cuda_graph = true is not possible: {reason}")
             return None
-        return StepGraph(self._step, self.device, required=wanted is True)
+        return StepGraph(self._step, self.device, weights=list(self.model.parameters()), required=wanted is True)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:
