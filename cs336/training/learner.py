@@ -227,11 +227,15 @@ class Learner:
         return found[0] if found else None
 
     def _first_non_finite(self, batch: Batch) -> str | None:
-        for part in micro_batches(batch, self.micro_batch_size):
-            with self.autocast(), self._unsynced(), self.whole():
+        with (
+            self.autocast(),
+            self._unsynced(),
+            self.whole(),
+        ):  # whole for all parts: ranks find theirs in different ones
+            for part in micro_batches(batch, self.micro_batch_size):
                 found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
-            if found:
-                return found
+                if found:
+                    return found
         return None
 
 
