@@ -59,18 +59,16 @@ def where(header: dict[str, Any]) -> str:
     if "cpu" in header:
         peers = ", ".join(f"{name} {version}" for name, version in header["peers"].items())
         return f"<sub>{header['cpu']}, {header['cores']} cores, Python {header['python']}, {peers}; {made}</sub>"
-    versions = {
-        "driver": header["driver"],
-        "CUDA": header["cuda"],
-        "torch": header["torch"],
-        "triton": header["triton"],
-    }
-    versions |= header["peers"]
+    names = {"driver": "driver", "CUDA": "cuda", "torch": "torch", "triton": "triton"}
+    versions = {name: header.get(key) for name, key in names.items()} | header["peers"]
+    facts = [f"{name} {version}" for name, version in versions.items() if version]
+    device = f"<sub>{header['gpu'] or 'CPU'}, {', '.join(facts)}"
+    if "roofs" not in header:
+        return f"{device}; {made}</sub>"
     roofs = [f"copy {header['roofs']['copy_gbps'] / 1e3:.2f} TB/s"]
     if header["roofs"]["matmul_bf16_tflops"]:
         roofs.append(f"bf16 matmul {header['roofs']['matmul_bf16_tflops']:.0f} TFLOP/s")
-    facts = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return f"<sub>{header['gpu'] or 'CPU'}, {facts}; roofs measured in the same run: {', '.join(roofs)}; {made}</sub>"
+    return f"{device}; roofs measured in the same run: {', '.join(roofs)}; {made}</sub>"
 
 
 # ---- ops ----
@@ -211,6 +209,62 @@ def ladder(rows: list[Row]) -> Iterator[str]:
         memory = f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] else ""
         speed = f"{row['tokens_per_second'] / 1e3:.1f}k{mfu(row)}"
         yield f"| {row['variant']} | {speed} | {faster:.3f}x | {memory} | {row['loss']:.4f} |"
+
+
+def engine(rows: list[Row]) -> Iterator[str]:
+    """Repeats of one piece of work are one row; peers were measured in another run on the same kind of card."""
+    peers = list(dict.fromkeys(name for row in rows for name in row.get("peers_in_another_run", {})))
+    yield (
+        "| answers' tokens/s | ours | share of the read roof | "
+        + " | ".join(f"{p}, in another run" for p in peers)
+        + " |"
+    )
+    yield "| --- | ---: | ---: " + "| ---: " * len(peers) + "|"
+    for work, group in itertools.groupby(rows, lambda row: row["work"]):
+        found = list(group)
+        speeds = " / ".join(f"{row['tokens_per_second']:,.0f}" for row in found)
+        share = found[0].get("share_of_read_roof")
+        theirs = [found[0].get("peers_in_another_run", {}).get(p) for p in peers]
+        cells = [speeds, f"{share:.0%}" if share else "–", *(f"{n:,.0f}" if n else "–" for n in theirs)]
+        yield f"| {work} | " + " | ".join(cells) + " |"
+
+
+def mixers(rows: list[Row]) -> Iterator[str]:
+    """Training and decoding of whole models; then the recurrences by themselves, beside fla's."""
+    yield "| mixer | texts x tokens | training, tokens/s | its memory | state of a text | decoding, tokens/s |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for row in (r for r in rows if r["op"] == "mixer"):
+        B, T = row["shape"]
+        memory = f"{row['train_bytes'] / 2**30:.1f} GiB" if row["train_bytes"] else "–"
+        speed, decoding = (f"{row[f'{kind}_tokens_per_second']:,.0f}" for kind in ("train", "decode"))
+        state = f"{row['state_bytes'] / 2**20:,.1f} MiB"
+        yield f"| {row['variant']} | {B} x {T} | {speed} | {memory} | {state} | {decoding} |"
+    yield ""
+    alone = [r for r in rows if r["op"] != "mixer" and "seconds" in r]
+    each = [f"{r['op']} {r['pass']} {r['variant']} {1e3 * r['seconds']:.2f} ms" for r in alone]
+    yield f"The recurrences alone, (B, G, H, T, K, V) = {tuple(alone[0]['shape'])}: {'; '.join(each)}." if alone else ""
+
+
+def parallel(rows: list[Row]) -> Iterator[str]:
+    yield f"| on {rows[0]['processes']} GPUs | a step | memory of one | |"
+    yield "| --- | ---: | ---: | --- |"
+    for row in rows:
+        extra = [f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"] if "tokens_per_second" in row else []
+        extra += [f"{row['of_linear']:.1%} of linear"] if "of_linear" in row else []
+        extra += [f"{row['of_perfect_split']:.3f}x a perfect split"] if "of_perfect_split" in row else []
+        memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "–"
+        cells = (row["variant"], f"{1e3 * row['seconds']:.2f} ms", memory, ", ".join(extra))
+        yield "| " + " | ".join(cells) + " |"
+
+
+def collectives(rows: list[Row]) -> Iterator[str]:
+    """Bus bandwidth in GB/s, a column a size."""
+    sizes = sorted({row["bytes"] for row in rows})
+    yield "| GB/s on the bus | " + " | ".join(f"{size / 2**20:.0f} MiB" for size in sizes) + " |"
+    yield "| --- " + "| ---: " * len(sizes) + "|"
+    for name, group in itertools.groupby(rows, lambda row: row["variant"]):
+        found = {row["bytes"]: row["bus_gbps"] for row in group}
+        yield f"| {name} | " + " | ".join(f"{found[size]:.0f}" if size in found else "–" for size in sizes) + " |"
 
 
 def mfu(row: Row) -> str:
@@ -410,6 +464,12 @@ BODIES = {
     "train": train,
     "train_deterministic": train,
     "ladder": ladder,
+    "engine": engine,
+    "mixers": mixers,
+    "collectives": collectives,
+    "parallel_zero": parallel,
+    "parallel_gpt": parallel,
+    "parallel_ring": parallel,
     "adamw": optimizer,
     "data": data,
     "curation": curation,
@@ -422,6 +482,7 @@ BODIES = {
     "activation": rated,
     "paged_attention": rated,
     "sample": rated,
+    "rope": rated,
 }
 HEADLINES = {
     "tokenizer": tokenizer_headline,

@@ -12,6 +12,7 @@ from cs336 import __version__
 from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, scaling, tokenizer
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
+from cs336.cli.compress import compress
 from cs336.cli.env import bench, env
 from cs336.cli.evaluate import evaluate
 from cs336.cli.model import compare_hf, generate, info, report
@@ -33,6 +34,7 @@ VERBS: dict[str, Make] = {
     "chat": chat,
     "serve": serve,
     "evaluate": evaluate,
+    "compress": compress,
     "compare-hf": compare_hf,
     "report": report,
     "env": env,

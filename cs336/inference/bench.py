@@ -15,7 +15,7 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tyro.conf import Positional, arg
@@ -84,6 +84,7 @@ def run_engine(llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]]) -
     """All of them at once through the engine: what came of it, by name."""
     engine, times, peak = llm.engine, {}, 0.0
     cached, steps = engine.stats.cached_tokens, engine.stats.steps
+    drafted, accepted = sum(engine.stats.drafted), sum(engine.stats.accepted)
     begin = time.perf_counter()
     for ids, params in requests:
         times[engine.add(ids, params)] = Times(time.perf_counter())
@@ -98,6 +99,9 @@ def run_engine(llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]]) -
     steps = engine.stats.steps - steps
     shared = engine.stats.cached_tokens - cached
     found |= {"input_tokens": inputs, "steps": steps, "cache_peak": round(peak, 4), "cached_tokens": shared}
+    if engine.config.speculation:
+        found["drafted_tokens"] = sum(engine.stats.drafted) - drafted
+        found["accepted_tokens"] = sum(engine.stats.accepted) - accepted
     return found | _shares(llm, requests, steps, seconds, inputs - shared + outputs)
 
 
@@ -166,6 +170,7 @@ def latency(
     input_len: int = 512,
     output_len: int = 128,
     repeats: int = 3,
+    speculation: Literal["none", "ngram"] = "none",
 ) -> None:
     """A few requests of one size, closely: the median of some repeats.
 
@@ -175,8 +180,10 @@ def latency(
         batch_size: requests at once.
         input_len, output_len: tokens of each.
         repeats: of which that with the median time is told.
+        speculation: ngram: draft what followed the same tokens before, and verify it all at once.
     """
-    llm = LLM(model, device=device, max_seqs=batch_size, prefix_cache=False)
+    drafting = None if speculation == "none" else speculation
+    llm = LLM(model, device=device, max_seqs=batch_size, prefix_cache=False, speculation=drafting)
     _warm_up(llm)
     found = []
     for seed in range(repeats):

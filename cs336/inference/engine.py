@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
+from cs336.inference.speculation import MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import Transformer
 from cs336.models.invariance import check_invariant
@@ -56,6 +57,11 @@ class EngineConfig:
     """A sequence's log-probabilities are, bit for bit, those of a training forward inside cs336.invariant()."""
     overlap: bool | None = None
     """Lay out a step while the one before runs. None: on a GPU."""
+    speculation: Literal["ngram"] | None = None
+    """Draft tokens that a step then verifies all at once, as long as that pays. ngram: what followed in the text so far
+    when its last tokens were there before. No token is another for it."""
+    draft_tokens: int = MAX_DRAFT
+    """At most, for a step."""
 
     def __post_init__(self):
         for name in ("max_seqs", "max_len", "max_step_tokens", "page_size", "num_pages"):
@@ -64,6 +70,10 @@ class EngineConfig:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_seqs:
             raise ValueError(f"max_step_tokens {self.max_step_tokens} must reach max_seqs {self.max_seqs}")
+        if self.speculation not in (None, "ngram"):
+            raise ValueError(f"speculation must be 'ngram' or None, got {self.speculation!r}")
+        if not 1 <= self.draft_tokens <= MAX_DRAFT:
+            raise ValueError(f"draft_tokens must be in 1..{MAX_DRAFT}, got {self.draft_tokens}")
         if self.memory_share is not None and not 0 < self.memory_share <= 1:
             raise ValueError(f"memory_share must be in (0, 1], got {self.memory_share}")
 
@@ -82,6 +92,12 @@ class Sample(Sequence):
     """The likeliest in these places, where they are asked for."""
     end: Token | None = None
     finish_reason: str | None = None
+    speculator: Speculator | None = None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether drafts are worth a look: nothing changes its logits, which drafts would have to be counted for."""
+        return self.speculator is not None and self.speculator.pays and self.sampled >= self.controlled
 
     @property
     def tokens(self) -> list[Token]:
@@ -155,6 +171,14 @@ class Stats:
     """Of the prompts' tokens, those that were not computed."""
     sampled_tokens: int = 0
     finished: int = 0
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT)
+    """Tokens that were verified, by their place among a step's drafts."""
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT)
+    """Of these, those that were right."""
+
+    def acceptance(self, place: int) -> float:
+        """Of the drafts in that place, from 0, how many were right."""
+        return self.accepted[place] / max(1, self.drafted[place])
 
     @property
     def hit_share(self) -> float:
@@ -197,7 +221,8 @@ class Engine:
             model.join_weights()
         max_len = min(config.max_len or model.config.context_length, model.config.context_length)
         step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
-        sample = model.new_pages(1, config.page_size, 1, max_len)
+        rollback = config.draft_tokens if config.speculation else 0
+        sample = model.new_pages(1, config.page_size, 1, max_len, rollback=rollback)
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
@@ -218,7 +243,9 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
         self.runner = Runner(
             model,
-            model.new_pages(self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len),
+            model.new_pages(
+                self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
+            ),
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
@@ -229,6 +256,8 @@ class Engine:
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
+        self._times = StepTimes()
+        self._measures = not ranks.is_divided(model)  # ranks take the same steps, and see other times
         self._numbers = itertools.count()
         self._seeds = ranks.generator_of_seeds(model)
         begin = time.perf_counter()
@@ -265,6 +294,7 @@ class Engine:
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,
+                speculator=Speculator(self.config.draft_tokens) if self.config.speculation else None,
                 stream=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
             )
             request.samples.append(sample)
@@ -284,15 +314,26 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step, and tell what the one before drew; without a lag, what this one did."""
+        for sample in self._speculating():
+            assert sample.speculator is not None
+            assert not sample.pending
+            sample.drafts = sample.speculator.draft(sample.token_ids)
+        begin, alone = time.perf_counter(), not self._in_flight
         step = self.scheduler.schedule()
         if step is not None:
             self._in_flight.append(self.runner.launch(step))
             self.scheduler.launched()
             self.stats.steps += 1
-            self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks)
-        if self._in_flight and (step is None or len(self._in_flight) > self._lag):
-            return self._take(self._in_flight.popleft())
-        return []
+            self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks if not chunk.drafts)
+        lag = 0 if self._speculating() else self._lag  # drafts follow tokens that the host has seen
+        updates: list[Update] = []
+        if self._in_flight and step is None:
+            updates += self._take(self._in_flight.popleft())
+        while len(self._in_flight) > lag:
+            updates += self._take(self._in_flight.popleft())
+        if self._measures and step and alone and not lag and all(chunk.drafts for chunk in step.chunks):
+            self._times.add(bool(step.chunks), time.perf_counter() - begin)
+        return updates
 
     def update_weights(self, weights: "Transformer | Mapping[str, Tensor]") -> None:
         """Go on with other weights: a module's, whose tensors are the engine's from now on, or values by their names,
@@ -343,12 +384,34 @@ class Engine:
             assert isinstance(scores.sequence, Sample)
             for i, token in enumerate(_tokens(scores.drawn), scores.start):
                 scores.sequence.request.prompt_tokens[i] = token
-        updates = []
-        for sample, token in zip(launched.sequences, _tokens(launched.drawn), strict=True):
+        updates, drawn = [], _tokens(launched.drawn)
+        for sample, drafts in zip(launched.sequences, launched.drafts, strict=True):
             assert isinstance(sample, Sample)
-            if not sample.finished:
-                updates.append(self._advance(sample, token))
+            tokens = list(itertools.islice(drawn, 1 + len(drafts)))
+            if drafts and not sample.finished:
+                tokens = self._verify(sample, drafts, tokens)
+            for token in tokens:
+                if not sample.finished:
+                    updates.append(self._advance(sample, token))
         return updates
+
+    def _speculating(self) -> list[Sample]:
+        """Those that run and may have drafts in the next step."""
+        samples = (s for s in self.scheduler.running if isinstance(s, Sample))
+        return [s for s in samples if s.decoding and s.speculates and not s.exhausted]
+
+    def _verify(self, sample: Sample, drafts: Rows[int], tokens: list[Token]) -> list[Token]:
+        """Of what was drawn in the places of drafts and behind them, what holds."""
+        assert sample.speculator is not None
+        accepted = 0
+        while accepted < len(drafts) and tokens[accepted].id == drafts[accepted]:
+            accepted += 1
+        for i in range(len(drafts)):
+            self.stats.drafted[i] += 1
+            self.stats.accepted[i] += i < accepted
+        sample.speculator.learn(accepted, self._times.cost(len(drafts)))
+        self.scheduler.reject(sample, len(drafts) - accepted)
+        return tokens[: accepted + 1]
 
     def _advance(self, sample: Sample, token: Token) -> Update:
         self.scheduler.append(sample, token.id)

@@ -44,9 +44,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way: once waited for, a token of each sequence, and what was asked of prompts."""
+    """A step on its way: once waited for, the tokens of each sequence, and what was asked of prompts."""
 
     sequences: list[Sequence]
+    drafts: list[Rows[int]]
+    """Of each, for which a token more is drawn each."""
     drawn: ops.Sampled
     scores: list[Scores]
     done: torch.cuda.Event | None
@@ -122,8 +124,9 @@ class Runner:
         self.slots = Slots(max_seqs, most_pages, self.device)
         self.controls = Controls(max_seqs + 1, model.config.vocab_size, unused, self.device)
         self._owners: list[Sequence | None] = [None] * max_seqs
-        # At most: 3 numbers of a row, 4 of a token, 7 of a sequence that begins, 3 of a new entry of the table.
-        size = 16 * max_seqs + 4 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
+        # At most: 3 numbers of a row, 6 of a token, 7 of a sequence that begins, 2 of one that was corrected, and
+        # 3 of a new entry of the table.
+        size = 18 * max_seqs + 6 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
         self._staging = Staging(size, self.device)
         self.max_step_tokens = max_step_tokens
         self.invariant = invariant
@@ -166,7 +169,8 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Start a step, and on a CPU end it. The step before the last must have been waited for."""
         sequences, n = step.sequences, len(step.decodes)
-        drawn_from = step.decodes + [chunk.sequence for chunk in step.chunks if chunk.samples]
+        sampled = [(s, ()) for s in step.decodes] + [(c.sequence, c.drafts) for c in step.chunks if c.samples]
+        drawn_from = [s for s, drafts in sampled for _ in range(1 + len(drafts))]
         controlled = self.controls.wanted(drawn_from)
         num_logprobs = MAX_LOGPROBS if any(s.params.logprobs for s in drawn_from) else 0
         num_logprobs = min(num_logprobs, self.model.config.vocab_size)
@@ -190,7 +194,7 @@ class Runner:
             slots = torch.tensor([s.slot for s in drawn_from], device=self.device)
             self.controls.drawn(slots, drawn.token_ids)
         drawn = ops.Sampled(*(x[: len(drawn_from)] for x in drawn))
-        return self._bring_home(drawn_from, drawn, scores)
+        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores)
 
     # ---- what the host tells ----
 
@@ -209,20 +213,23 @@ class Runner:
         rows: list[int] = []
         ends = [0]
         for row, chunk in enumerate(step.chunks, n):
-            ids += chunk.sequence.token_ids[chunk.start : chunk.start + chunk.count]
+            ids += chunk.token_ids
             positions += range(chunk.start, chunk.start + chunk.count)
             rows += [row] * chunk.count
             ends.append(len(ids))
         old = self._continued(step)
-        samples = [i for i, chunk in enumerate(step.chunks) if chunk.samples]
+        sampling = [(row, chunk) for row, chunk in enumerate(step.chunks, n) if chunk.samples]
+        samples = [(row, back) for row, chunk in sampling for back in range(len(chunk.drafts), -1, -1)]
+        offsets = [s.sampled - 1 for s in step.sequences]
         return {
             "ids": put(ids),
             "positions": put(positions),
             "rows": put(rows),
             "continued": put(ends[: old + 1]),
             "fresh": put([end - ends[old] for end in ends[old:]]),
-            "drawn_tokens": put([*range(n), *(n + ends[i + 1] - 1 for i in samples)]),
-            "drawn_rows": put([*range(n), *(n + i for i in samples)]),
+            "drawn_tokens": put([*range(n), *(n + ends[row - n + 1] - 1 - back for row, back in samples)]),
+            "drawn_rows": put([*range(n), *(row for row, _ in samples)]),
+            "drawn_offsets": put([*offsets[:n], *(offsets[row] - back for row, back in samples)]),
         }
 
     def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
@@ -230,7 +237,9 @@ class Runner:
         grown = [s for s in sequences if s.told < len(s.pages)]
         entries = [(s.slot, j, s.pages[j]) for s in grown for j in range(s.told, len(s.pages))]
         fresh = [s for s in grown if self._owners[s.slot] is not s]  # type: ignore[index]
+        corrected = [s for s in sequences if s.corrected]
         put = self._staging.put
+        corrections = [put([s.slot for s in corrected]), put([s.token_ids[-1] for s in corrected])]  # type: ignore[misc]
         cells = [put(column) for column in zip(*entries, strict=True)]
         pages = [put(column) for column in zip(*copies, strict=True)]
         if fresh:
@@ -252,6 +261,11 @@ class Runner:
             self.slots.floats.index_copy_(1, where, torch.stack(floats).view(torch.float32))
             low, high = halves.long().view(-1, 2).unbind(1)
             self.slots.seeds.index_copy_(0, where, high << 32 | low & 0xFFFFFFFF)
+        if corrected:
+            slot_C, token_C = (x.long() for x in corrections)
+            self.slots.newest.index_copy_(0, slot_C, token_C)
+        for s in corrected:
+            s.corrected = False
         for s in fresh:
             self._owners[s.slot] = s  # type: ignore[index]
             self.controls.begin(s)
@@ -289,7 +303,7 @@ class Runner:
         controlled: bool,
     ) -> tuple[ops.Sampled, list[Scores]]:
         """One token more of the first rows, and chunks of the others."""
-        slot_R, length_R, offset_R = rows
+        slot_R, length_R, _ = rows
         n = len(step.decodes)
         ids_T = torch.cat((self.slots.newest.index_select(0, slot_R[:n]), chunks["ids"].long()))
         self.state.tokens = PagedTokens(
@@ -307,7 +321,7 @@ class Runner:
             if chunk.sequence.score_from is not None:
                 scores += self._score(chunk, features_TM[begin : begin + chunk.count])
             begin += chunk.count
-        slot_B, offset_B = (x.index_select(0, chunks["drawn_rows"]) for x in (slot_R, offset_R))
+        slot_B, offset_B = slot_R.index_select(0, chunks["drawn_rows"]), chunks["drawn_offsets"]
         features_BM = features_TM.index_select(0, chunks["drawn_tokens"])
         options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
         return self._draw(features_BM, slot_B, offset_B, num_logprobs, options), scores
@@ -367,9 +381,11 @@ class Runner:
 
     # ---- what comes back ----
 
-    def _bring_home(self, sequences: list[Sequence], drawn: ops.Sampled, scores: list[Scores]) -> Launched:
+    def _bring_home(
+        self, sequences: list[Sequence], drafts: list[Rows[int]], drawn: ops.Sampled, scores: list[Scores]
+    ) -> Launched:
         if self.device.type == "cpu":
-            return Launched(sequences, drawn, scores, None)
+            return Launched(sequences, drafts, drawn, scores, None)
 
         def copy(found: ops.Sampled) -> ops.Sampled:
             hosts = (torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0) for x in found)
@@ -379,4 +395,4 @@ class Runner:
         home, scored = copy(drawn), [Scores(s.sequence, s.start, copy(s.drawn)) for s in scores]
         done = torch.cuda.Event()
         done.record()
-        return Launched(sequences, home, scored, done)
+        return Launched(sequences, drafts, home, scored, done)

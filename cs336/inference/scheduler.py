@@ -10,6 +10,7 @@ The scheduler knows how many tokens a sequence has, not which: a step may be lai
 
 import math
 from collections import deque
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 
 from cs336.inference.pages import Node, PageCache
@@ -50,6 +51,10 @@ class Sequence:
     """Of the last of these."""
     decoding: bool = False
     """Its newest token is on the device, in its slot."""
+    drafts: Rows[int] = ()
+    """Tokens that may come next, for the next step to verify."""
+    corrected: bool = False
+    """The device does not know which of the drafts were right: its newest token is what the host has."""
     finished: bool = False
     preemptions: int = 0
 
@@ -71,12 +76,18 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + count) of a sequence; samples: the token after them is drawn."""
+    """Tokens [start, start + count) of a sequence, of which the last may be drafts; samples: the token after them is
+    drawn, and those in the places of the drafts."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    drafts: Rows[int] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.token_ids[self.start : self.start + self.count], *self.drafts]
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None where nothing can be computed before the host has seen more tokens."""
         self._step += 1
-        decodes = self._decodes()
-        budget = self.max_step_tokens - len(decodes)
-        chunks: list[Chunk] = []
+        decodes, chunks = self._decodes()
+        budget = self.max_step_tokens - len(decodes) - sum(chunk.count for chunk in chunks)
         copies: list[tuple[int, int]] = []
         for sequence in self.running:
             if not sequence.decoding and not sequence.exhausted and budget > 0:
@@ -164,17 +174,40 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _decodes(self) -> list[Sequence]:
+    def reject(self, sequence: Sequence, count: int) -> None:
+        """The last `count` of the drafts that were just verified were wrong: their places are free again."""
+        sequence.sampled -= count
+        sequence.computed -= count
+        sequence.corrected = True
+
+    def _decodes(self) -> tuple[list[Sequence], list[Chunk]]:
+        """The sequences that go on by one token, and those that verify drafts."""
         decodes: list[Sequence] = []
-        size = self.cache.page_size
+        verified: list[Chunk] = []
+        size, spare = self.cache.page_size, self.max_step_tokens - len(self.running)
         for sequence in list(self.running):
             if not sequence.decoding or sequence.sampled >= sequence.limit:  # one that was preempted decodes no more
                 continue
             if sequence.computed < len(sequence.pages) * size or self._finds_room(sequence):
-                sequence.computed += 1
-                sequence.sampled += 1
-                decodes.append(sequence)
-        return decodes
+                drafts = self._fitting(sequence, spare)
+                spare -= len(drafts)
+                if drafts:
+                    verified.append(Chunk(sequence, sequence.computed, 1 + len(drafts), True, drafts))
+                else:
+                    decodes.append(sequence)
+                sequence.computed += 1 + len(drafts)
+                sequence.sampled += 1 + len(drafts)
+        return decodes, verified
+
+    def _fitting(self, sequence: Sequence, most: int) -> Rows[int]:
+        """Its drafts, as far as there is room for them without another's leaving."""
+        drafts = sequence.drafts[: max(0, min(most, sequence.limit - sequence.sampled - 1))]
+        sequence.drafts = ()
+        size, end = self.cache.page_size, sequence.computed + 1
+        missing = -(-(end + len(drafts)) // size) - len(sequence.pages)
+        if missing > 0:
+            sequence.pages += self.cache.take(missing) or []
+        return drafts[: len(sequence.pages) * size - end]
 
     def _finds_room(self, sequence: Sequence) -> bool:
         """Whether there is a page for its next token, for which those after it may have to leave, or itself."""

@@ -238,10 +238,14 @@ class Transformer(nn.Module):
         ]
         return DecodingState(layers, torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
-    def new_pages(self, num_pages: int, page_size: int, num_slots: int = 0, max_len: int | None = None) -> PagedState:
+    def new_pages(
+        self, num_pages: int, page_size: int, num_slots: int = 0, max_len: int | None = None, *, rollback: int = 0
+    ) -> PagedState:
         """Pools of num_pages pages of page_size tokens, of this model's dtype and device: see nn/paged.py. Where a
-        mixer's state has no pages, num_slots rows of it, for max_len tokens each, context_length if None."""
+        mixer's state has no pages, num_slots rows of it, for max_len tokens each, context_length if None; these may go
+        back by `rollback` tokens."""
         place: dict[str, Any] = {"device": self.device, "dtype": self.compute_dtype}
+        options = place | {"rollback": rollback}
         max_len = self.config.context_length if max_len is None else max_len
         layers: list[PagedKeyValues | Slotted] = []
         for layer in self.layers:
@@ -249,7 +253,7 @@ class Transformer(nn.Module):
             if getattr(mixer, "has_pages", False):
                 layers.append(mixer.new_pages(num_pages, page_size, **place))
             else:
-                layers.append(Slotted(functools.partial(mixer.new_state, num_slots, max_len, **place)))
+                layers.append(Slotted(functools.partial(mixer.new_state, num_slots, max_len, **options)))
         return PagedState(layers)
 
     def _context(

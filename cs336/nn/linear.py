@@ -62,8 +62,10 @@ def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     wanted."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or registry.is_invariant():
         return [layer(x) for layer in layers]
+    if not all(_is_plain(layer) for layer in layers):
+        return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    if not all(_is_plain(layer) for layer in layers) or not _lie_together(weights) or weights[0].device != x.device:
+    if weights[0].device != x.device or not _lie_together(weights):
         return [layer(x) for layer in layers]
     rows, first = [len(weight) for weight in weights], weights[0]
     return F.linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cs336 import ops
 from cs336.ops import registry
+from cs336.ops.paged_attention import MAX_DECODE_QUERIES
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,13 @@ class PagedKeyValues:
             decodes = tokens.table[:n], tokens.lengths[:n]
             outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **options)[:, 0])
         if (some := tokens.continued) is not None:
-            rows = tokens.table[some.rows], tokens.lengths[some.rows], some.ends
-            outs.append(ops.paged_prefill(q_THD[some.tokens], *caches, *rows, max_seqlen_q=some.longest, **options))
+            table, lengths, q = tokens.table[some.rows], tokens.lengths[some.rows], q_THD[some.tokens]
+            if some.longest <= MAX_DECODE_QUERIES and len(q) == len(lengths) * some.longest:  # drafts, mostly
+                q_BQHD = q.reshape(len(lengths), some.longest, *q.shape[1:])
+                outs.append(ops.paged_attention(q_BQHD, *caches, table, lengths, **options).flatten(0, 1))
+            else:
+                rows = table, lengths, some.ends
+                outs.append(ops.paged_prefill(q, *caches, *rows, max_seqlen_q=some.longest, **options))
         if (some := tokens.fresh) is not None:
             q, k, v = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
             before = options.get("window")

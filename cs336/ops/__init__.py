@@ -17,6 +17,8 @@ from cs336.ops.linear_attention import linear_attention as linear_attention
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
 from cs336.ops.linear_invariant import linear_invariant as linear_invariant
+from cs336.ops.linear_quantized import linear_int4 as linear_int4
+from cs336.ops.linear_quantized import linear_int8 as linear_int8
 from cs336.ops.long_conv import long_conv as long_conv
 from cs336.ops.paged_attention import paged_attention as paged_attention
 from cs336.ops.paged_attention import paged_prefill as paged_prefill

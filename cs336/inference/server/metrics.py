@@ -1,5 +1,7 @@
 """What Prometheus reads at /metrics."""
 
+import functools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cs336.inference.engine import Engine
@@ -35,8 +37,16 @@ class Metrics:
             ("generated_tokens_total", "Tokens that were sampled.", lambda: stats.sampled_tokens),
             ("preemptions_total", "Sequences that gave up their pages.", lambda: scheduler.num_preemptions),
             ("steps_total", "Steps of the engine.", lambda: stats.steps),
+            ("drafted_tokens_total", "Drafts that were verified.", lambda: sum(stats.drafted)),
+            ("accepted_tokens_total", "Drafts that were right.", lambda: sum(stats.accepted)),
         ):
             Gauge(f"cs336_{name}", what, registry=registry).set_function(read)
+
+        position = Gauge(
+            "cs336_draft_acceptance", "Share of the drafts in a place that were right.", ["place"], registry=registry
+        )
+        for i in range(len(stats.drafted)):
+            position.labels(i + 1).set_function(functools.partial(stats.acceptance, i))
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

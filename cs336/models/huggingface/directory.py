@@ -26,7 +26,7 @@ from cs336.models.huggingface.qwen2 import QWEN2
 from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.transformer import Transformer
-from cs336.nn import RopeConfig
+from cs336.nn import QuantizedLinear, RopeConfig, replace_linears
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -38,6 +38,7 @@ FAMILIES = {
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -109,6 +110,8 @@ def from_pretrained(
     theirs = _read_json(directory / CONFIG)
     config, family = _our_config(theirs)
     model = Transformer(config, device="meta").eval()
+    if QUANTIZATION in theirs:
+        _quantize_like(model, theirs[QUANTIZATION], family)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
@@ -119,7 +122,8 @@ def from_pretrained(
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
-    model.load_state_dict({name: weights[name].to(dtype) for name in shapes}, assign=True)
+    whole = _check_quantized(model, weights)
+    model.load_state_dict({n: weights[n] if n in whole else weights[n].to(dtype) for n in shapes}, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
     if (directory / GENERATION).exists():
         generation = _read_json(directory / GENERATION)
@@ -147,12 +151,49 @@ def read_kind(directory: str | os.PathLike) -> str | None:
 def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
     config, weights = model.config, model.state_dict()
+    quantization = _quantization_of(model)
     for family in FAMILIES.values():
         table = family.table(config)
-        if table is not None:
+        if table is not None and not quantization:
             return table, dict(_their_weights(weights, config, family))
-    ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(config)}
+    ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(config)} | quantization
     return ours, {name: t.contiguous() for name, t in weights.items()}
+
+
+def _quantization_of(model: Transformer) -> dict[str, Any]:
+    """What config.json says of layers with weights of whole numbers."""
+    found = {(m.method, m.group) for m in model.layers.modules() if isinstance(m, QuantizedLinear)}
+    if not found:
+        return {}
+    ((method, group),) = found
+    return {QUANTIZATION: {"quant_method": OURS, "method": method, "group": group}}
+
+
+def _quantize_like(model: Transformer, said: Any, family: Family | None) -> None:
+    if family is not None or not isinstance(said, dict) or said.get("quant_method") != OURS:
+        kind = said.get("quant_method") if isinstance(said, dict) else said
+        raise ValueError(f"{QUANTIZATION} is of {kind!r}, which is not read: only what cs336 compress wrote is")
+    if said.keys() != {"quant_method", "method", "group"}:
+        raise ValueError(f"{QUANTIZATION} must have quant_method, method and group, got {', '.join(sorted(said))}")
+    try:
+        replace_linears(model.layers, said["method"], said["group"])
+    except ValueError as error:
+        raise ValueError(f"{QUANTIZATION}: {error}") from None
+
+
+def _check_quantized(model: Transformer, weights: dict[str, Tensor]) -> set[str]:
+    """The names of what is kept as it is stored. Raises ValueError for what cannot be a quantised weight."""
+    kept = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            packed, scales = f"{name}.packed", f"{name}.scales"
+            if weights[packed].dtype != module.packed.dtype:
+                raise ValueError(f"{packed} is {weights[packed].dtype}, {module.method} means {module.packed.dtype}")
+            found = weights[scales]
+            if not found.is_floating_point() or not (found.isfinite() & (found > 0)).all():
+                raise ValueError(f"{scales} must be positive numbers, got others: the file is damaged")
+            kept |= {packed, scales}
+    return kept
 
 
 def _their_weights(

@@ -1,0 +1,83 @@
+"""Speculation: tokens that may come next are drafted, and one step finds out how many of them do.
+
+A step computes the newest token of a sequence and its drafts in one pass, and draws a token in the place of each and
+behind the last, by the counter (seed, offset) that this place has without speculation. What is drawn behind a draft
+holds if the draft was what was drawn in its place; so the tokens up to the first difference are kept, that one too.
+Every token is a draw from the model's own distribution. This is rejection sampling (arXiv:2211.17192, 2302.01318) for
+drafts that are certain: draft d is kept with p(d), and in its place comes else a draw from p without d.
+
+Here drafts are looked up in the text so far (arXiv:2304.04487): what followed when its last tokens were there before.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+MAX_DRAFT = 7  # ops.paged_attention takes 8 tokens of a sequence, the newest is one of them
+NGRAMS = (4, 3, 2)  # tokens to look up, the longest first: one alone is followed by anything
+COST = 0.15  # of a draft, in steps, until it is measured: 8 tokens took 1.7 to 2.1 times as long as one on a CPU
+CREDIT = 2.0  # steps that a request may lose before it gives up
+RECENT = 16  # steps whose times are known, a kind
+ENOUGH = 4  # of them, to judge by
+
+
+class PromptLookup:
+    """What followed each n-gram of one text when it was there last."""
+
+    def __init__(self):
+        self._after: dict[tuple[int, ...], int] = {}
+        self._known = 0  # tokens before this one have followed the n-grams that end before them
+
+    def draft(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """At most so many tokens that may follow; of a text that has only grown since the last call."""
+        for end in range(max(1, self._known), len(token_ids)):
+            for n in NGRAMS:
+                if n <= end:
+                    self._after[tuple(token_ids[end - n : end])] = end
+        self._known = len(token_ids)
+        for n in NGRAMS:
+            if len(token_ids) > n and (at := self._after.get(tuple(token_ids[-n:]))) is not None:
+                found = list(token_ids[at : at + most])
+                while len(found) < most:  # it ends where the text does: go on as it repeats itself
+                    found.append(found[len(found) - (len(token_ids) - at)])
+                return found
+        return []
+
+
+class StepTimes:
+    """Of an engine's last steps that verified drafts, and of those that only decoded."""
+
+    def __init__(self):
+        self._verifying: deque[float] = deque(maxlen=RECENT)
+        self._plain: deque[float] = deque(maxlen=RECENT)
+
+    def add(self, verifying: bool, seconds: float) -> None:
+        (self._verifying if verifying else self._plain).append(seconds)
+
+    def cost(self, drafted: int) -> float:
+        """What a step takes longer for verifying so many drafts of a sequence, in steps that only decode."""
+        if min(len(self._verifying), len(self._plain)) < ENOUGH:
+            return COST * drafted
+        return max(0.0, statistics.median(self._verifying) / statistics.median(self._plain) - 1)
+
+
+class Speculator:
+    """The drafts of one request: fewer after drafts that were wrong, and none once they have cost more than they
+    brought, CREDIT at most."""
+
+    def __init__(self, most: int):
+        self.most = self.length = most
+        self.credit = CREDIT
+        self._lookup = PromptLookup()
+
+    @property
+    def pays(self) -> bool:
+        return self.credit > 0
+
+    def draft(self, token_ids: Sequence[int]) -> list[int]:
+        return self._lookup.draft(token_ids, self.length) if self.pays else []
+
+    def learn(self, accepted: int, cost: float) -> None:
+        """So many drafts were right, each of which saved a step; to verify them took so many steps longer."""
+        self.length = min(self.most, 2 * accepted + 1)
+        self.credit = min(CREDIT, self.credit + accepted - cost)

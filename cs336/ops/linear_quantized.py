@@ -1,0 +1,119 @@
+"""Linear layers whose weights are whole numbers with a scale a group: y = x w^T + b, w = q * scale.
+
+A step of few tokens takes as long as its weights take to be read, which are a half or a quarter of bfloat16's here.
+ref/linear_quantized.py says how they are kept. FLOPs 2 M N K; bytes that must move: x and y once, N K (int8) or N K / 2
+(int4), and the scales.
+
+M = rows, K = in_features, N = out_features, G = groups of a row: ceil(K / group).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.ops import registry
+from cs336.ops.dispatch import rows, run
+from cs336.ops.ref import linear_quantized as ref
+
+PER_BYTE = {torch.int8: 1, torch.uint8: 2}  # weights
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, group: int = 128) -> Tensor:
+    """A linear layer of int8 weights.
+
+    Args:
+        x: (..., K) floating point.
+        weight: (N, K) int8, contiguous; scales: (N, ceil(K / group)) floating point, contiguous.
+        bias: (N,) like x, or None.
+        group: neighbours in a row that share a scale.
+
+    Returns y (..., N) like x, summed in float32. x and bias have gradients, the weights none. Raises ValueError for
+    arguments that do not fit.
+    """
+    return _call("linear_int8", ref.dequantize_int8, x, weight, scales, bias, group)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, group: int = 128) -> Tensor:
+    """A linear layer of int4 weights: as linear_int8, with weight (N, K / 2) uint8 and an even group. Byte j of a row
+    holds q[2 j] + 8 below and q[2 j + 1] + 8 above."""
+    return _call("linear_int4", ref.dequantize_int4, x, weight, scales, bias, group)
+
+
+def _call(name: str, dequantize, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError("x must be (..., K), got no dims")
+    flat = rows(x.reshape(-1, x.shape[-1]))
+    _CHECKS[name](flat, weight, scales, bias, group)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _Linear.apply(flat, weight, scales, bias, group, name, dequantize)
+    else:
+        y = run(name, flat, weight, scales, bias, group)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, scales, bias, group: int, name: str, dequantize) -> Tensor:
+        ctx.save_for_backward(weight, scales)
+        ctx.group, ctx.dequantize = group, dequantize
+        return run(name, x, weight, scales, bias, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        for_x, _, _, for_bias, *_ = ctx.needs_input_grad
+        dx = dy @ ctx.dequantize(*ctx.saved_tensors, ctx.group).to(dy.dtype) if for_x else None
+        return dx, None, None, dy.sum(0) if for_bias else None, None, None, None
+
+
+def _check_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
+    _check(x, weight, scales, bias, group, torch.int8)
+
+
+def _check_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
+    if group % 2:
+        raise ValueError(f"int4 weights lie two in a byte, so that a group is even, got {group}")
+    _check(x, weight, scales, bias, group, torch.uint8)
+
+
+def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype) -> None:
+    if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be (M, K) floating point with its last dim contiguous, got {_like(x)}")
+    if group < 1:
+        raise ValueError(f"group must be 1 or more, got {group}")
+    K, per_byte = x.shape[1], PER_BYTE[dtype]
+    if weight.dim() != 2 or weight.shape[1] * per_byte != K or weight.dtype != dtype:
+        many = "K" if per_byte == 1 else f"K / {per_byte}"
+        raise ValueError(f"weight must be (N, {many}) {dtype} for x {tuple(x.shape)}, got {_like(weight)}")
+    if scales.shape != (weight.shape[0], -(-K // group)) or not scales.is_floating_point():
+        wanted = (weight.shape[0], -(-K // group))
+        raise ValueError(f"scales must be {wanted} floating point for groups of {group}, got {_like(scales)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be ({weight.shape[0]},) {x.dtype}, got {_like(bias)}")
+    for name, t in (("weight", weight), ("scales", scales), ("bias", bias)):
+        if t is not None and (t.device != x.device or not t.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous on {x.device}, got {_like(t)} with strides {t.stride()}")
+
+
+_CHECKS = {"linear_int8": _check_int8, "linear_int4": _check_int4}
+
+
+def _like(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def _triton_refuses(x: Tensor, *_) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    return None
+
+
+for _name, _check_of in _CHECKS.items():
+    registry.define(
+        f"{_name}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int group) -> Tensor",
+        fake=lambda x, weight, scales, bias, group: x.new_empty(x.shape[0], weight.shape[0]),
+        ref=getattr(ref, _name),
+        triton=f"linear_quantized.{_name}",
+        check=_check_of,
+        supports={"triton": _triton_refuses},
+    )

@@ -1,0 +1,67 @@
+"""y = x w^T + b of int8 and int4 weights in Triton. The whole numbers are exact in the dtype of x, so that a
+group's product is that of x and q, and its scale multiplies the sum. A byte's two weights meet the even and the odd
+features."""
+
+import torch
+import triton
+import triton.language as tl
+
+from cs336.ops.triton.attention_tile import INTERPRET, dot
+from cs336.ops.triton.cast import cast
+
+BLOCK_BYTES = 32  # of a row of weights, in a step
+
+
+@triton.jit(do_not_specialize=["M"])  # it changes from call to call
+def _linear_kernel(
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, M, N, K, groups, x_stride,
+    PER_BYTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * (K // PER_BYTE)
+    x_rows, w_rows = (m < M)[:, None], (n < N)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for g in range(groups):
+        first, last = g * GROUP // PER_BYTE, tl.minimum((g + 1) * GROUP, K) // PER_BYTE  # bytes
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(first, last, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)[None, :]
+            q = tl.load(w_ptrs + j, mask=w_rows & (j < last), other=0)
+            x = tl.load(x_ptrs + PER_BYTE * j, mask=x_rows & (j < last), other=0.0)
+            if PER_BYTE == 1:
+                part += dot(x, tl.trans(cast(q.to(tl.float32), x.dtype)))
+            else:
+                odd = tl.load(x_ptrs + 2 * j + 1, mask=x_rows & (j < last), other=0.0)
+                low = (q & 15).to(tl.float32) - 8
+                high = (q >> 4).to(tl.float32) - 8
+                part += dot(x, tl.trans(cast(low, x.dtype))) + dot(odd, tl.trans(cast(high, x.dtype)))
+        scale = tl.load(s_ptr + n.to(tl.int64) * groups + g, mask=n < N, other=0.0).to(tl.float32)
+        acc += part * scale[None, :]
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=x_rows & (n < N)[None, :])
+
+
+def linear_int8(x, weight, scales, bias, group):
+    return _linear(x, weight, scales, bias, group, 1)
+
+
+def linear_int4(x, weight, scales, bias, group):
+    return _linear(x, weight, scales, bias, group, 2)
+
+
+def _linear(x, weight, scales, bias, group, per_byte):
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    block_m, block_n = (16, 16) if INTERPRET.value else (16 if M <= 16 else 64, 32)
+    with torch.cuda.device_of(x):
+        _linear_kernel[triton.cdiv(N, block_n), triton.cdiv(M, block_m)](
+            x, weight, scales, bias, y, M, N, K, scales.shape[1], x.stride(0),
+            PER_BYTE=per_byte, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_BYTES,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,191 @@
+"""Quantised models: what they lose, the directories that hold them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cs336
+from cs336.cli.program import main
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.load import load_model
+from cs336.inference.quantization import compress, quantize_
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
+from cs336.nn import AttentionConfig, GELUConfig, LatentAttentionConfig, MoEConfig, QuantizedLinear
+from cs336.tokenizer import Tokenizer
+
+CONFIG = TransformerConfig(257, 64, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2)
+TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+TEXT = (b"the cat sat on the mat, and the dog lay by the door; " * 40)[:2048]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    rows = torch.tensor(list(TEXT)).view(32, 64)
+    for step in range(40):
+        batch = rows[step % 4 :: 4]
+        optimizer.zero_grad()
+        loss = model(batch[:, :-1], targets=batch[:, 1:]) / batch[:, 1:].numel()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def directory(trained, tmp_path):
+    save_pretrained(trained, tmp_path / "model", TOKENIZER)
+    return tmp_path / "model"
+
+
+@torch.inference_mode()
+def perplexity(model):
+    rows = torch.tensor(list(TEXT)).view(32, 64)
+    return float((model(rows[:, :-1], targets=rows[:, 1:]) / rows[:, 1:].numel()).exp())
+
+
+@pytest.mark.parametrize(("method", "group", "most"), [("int8", 64, 1.002), ("int4", 16, 1.1)])
+def test_perplexity_and_size(trained, directory, tmp_path, method, group, most):
+    before = perplexity(trained)
+    assert before < 8, "the model has not learned"
+    found = compress(directory, tmp_path / "small", method, group)
+    model = load_model(tmp_path / "small")
+    assert before / most < perplexity(model) < before * most
+    assert perplexity(model) != before
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 14
+    assert found.bytes_after < 0.55 * found.bytes_before
+    size = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert found.bytes_after < size < found.bytes_after + 10_000
+    again = quantize_(load_model(directory), method, group).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_saved_model_is_the_same_in_any_dtype_and_may_be_saved_again(directory, tmp_path):
+    compress(directory, tmp_path / "small", "int4", 32)
+    model, low = load_model(tmp_path / "small"), load_model(tmp_path / "small", dtype=torch.bfloat16)
+    name = "layers.0.attention.q_proj"
+    assert low.embedding.weight.dtype == torch.bfloat16
+    assert torch.equal(low.get_submodule(name).scales, model.get_submodule(name).scales)
+    save_pretrained(model, tmp_path / "again")
+    again = load_model(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_verbs_take_it(directory, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert main(["compress", str(directory), "--method", "int4", "--group", "16", "--out", str(out)]) == 0
+    assert "times smaller" in capsys.readouterr().out
+    assert main(["generate", str(out), "--prompt", "the c", "--temperature", "0", "--max-tokens", "8"]) == 0
+    text = capsys.readouterr().out
+    llm = LLM(out, quiet=True, speculation="ngram")
+    assert text.strip() == "the c" + llm.generate("the c", SamplingParams(temperature=0, max_tokens=8))[0].text
+    assert main(["compress", str(directory), "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("block", "plain"),
+    [
+        (BlockConfig(LatentAttentionConfig(2, 16, 16, rope_head_dim=8)), {"kv_b_proj"}),
+        (BlockConfig(AttentionConfig(4, qkv_bias=True), MoEConfig(4, 2)), {"router"}),
+        (BlockConfig(AttentionConfig(4), GELUConfig()), set()),
+    ],
+)
+def test_other_blocks(block, plain, tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(64, 32, 1, 32, init_std=0.2, layers=(block,))).eval()
+    ids = torch.randint(0, 64, (2, 20))
+    with torch.inference_mode():
+        before = model(ids)
+        after = quantize_(model, "int8", 16)(ids)
+    off = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    assert 0 < off.median() < 0.02  # a token whose experts are others now may be further off
+    kept = {n.rpartition(".")[2] for n, m in model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert kept == plain
+    save_pretrained(model, tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "out")(ids), after)
+
+
+def change(path, name, tensor):
+    weights = load_file(path / "model.safetensors")
+    weights[name] = tensor(weights[name]) if tensor else weights.pop(name) and None
+    save_file({k: t for k, t in weights.items() if t is not None}, path / "model.safetensors")
+
+
+PACKED, SCALES = "layers.1.mlp.up_proj.packed", "layers.1.mlp.up_proj.scales"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (PACKED, lambda t: t[:, :-1].contiguous(), rf"{PACKED} has shape"),
+        (PACKED, lambda t: t.to(torch.int8), rf"{PACKED} is torch.int8, int4 means torch.uint8"),
+        (SCALES, lambda t: t[:, :1].contiguous(), rf"{SCALES} has shape"),
+        (SCALES, lambda t: t * float("nan"), rf"{SCALES} must be positive"),
+        (SCALES, lambda t: -t, rf"{SCALES} must be positive"),
+        (SCALES, lambda t: t.int(), rf"{SCALES} must be positive"),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(directory, tmp_path, name, tensor, message):
+    compress(directory, tmp_path / "small", "int4", 16)
+    change(tmp_path / "small", name, tensor)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config is of 'gptq'"),
+        ({"quant_method": "cs336", "method": "int3", "group": 16}, "method must be int8 or int4, got 'int3'"),
+        ({"quant_method": "cs336", "method": "int4", "group": "16"}, "group must be a positive integer, got '16'"),
+        ({"quant_method": "cs336", "method": "int4", "group": 32}, "has shape"),
+        ({"quant_method": "cs336", "method": "int8", "group": 16}, "has shape"),
+        ({"quant_method": "cs336", "method": "int4"}, "must have quant_method, method and group"),
+        ("int4", "quantization_config is of 'int4'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(directory, tmp_path, said, message):
+    compress(directory, tmp_path / "small", "int4", 16)
+    path = tmp_path / "small" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "small")
+
+
+def test_a_file_cut_short_and_one_without_its_config_are_refused(directory, tmp_path):
+    compress(directory, tmp_path / "small", "int8", 16)
+    path, weights = tmp_path / "small" / "config.json", tmp_path / "small" / "model.safetensors"
+    config = json.loads(path.read_text())
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_model(tmp_path / "small")
+    weights.write_bytes(whole)
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks weights: .*q_proj.weight"):
+        load_model(tmp_path / "small")
+
+
+def test_what_cannot_be_quantised_is_refused(trained, directory, tmp_path):
+    model = load_model(directory)
+    with pytest.raises(ValueError, match=r"in groups of 4096: layers have at most \d+ features"):
+        quantize_(model, "int8", 4096)
+    with pytest.raises(ValueError, match="int4 wants even in_features and group, got 64 and 3"):
+        quantize_(model, "int4", 3)
+    with pytest.raises(ValueError, match="method must be int8 or int4, got 'fp2'"):
+        quantize_(model, "fp2")
+    model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: the weight is not finite"):
+        quantize_(model, "int8", 16)
+    small = quantize_(load_model(directory), "int8", 16)
+    with pytest.raises(ValueError, match="no sums in one order"), cs336.invariant():
+        small(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="there is nothing to quantise"):
+        quantize_(small, "int8", 16)

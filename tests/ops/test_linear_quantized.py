@@ -1,0 +1,109 @@
+"""linear_int8 and linear_int4 in every variant that runs here: against fp64 of the dequantised weights."""
+
+import pytest
+import torch
+from attentions import BF16, CUDA, F16, F32, F64
+from close import assert_close_to_ref
+
+from cs336 import ops
+from cs336.inference.quantization import round_to_nearest
+from cs336.ops import registry
+from cs336.ops.ref.linear_quantized import dequantize_int4, dequantize_int8
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
+OPS = {"int8": (ops.linear_int8, dequantize_int8), "int4": (ops.linear_int4, dequantize_int4)}
+SIZES = [(1, 5, 34, 8), (17, 40, 200, 128), (3, 33, 64, 32), (2, 3, 6, 128), (0, 3, 8, 8), (5, 7, 70, 70)]
+SIZES += [(64, 1000, 4096, 128), (1, 4096, 4096, 128), (300, 384, 1000, 64)] if CUDA else []
+
+
+@pytest.fixture(params=registry.NAMESPACE)
+def variant(request):
+    x = torch.zeros(1, 2, device="cuda" if CUDA else "cpu")
+    if reason := registry.why_not("linear_int8", request.param, x):
+        pytest.skip(reason)
+    with registry.use(request.param):
+        yield request.param
+
+
+def inputs(M, N, K, group, dtype, device, method):
+    x, w, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((M, K), (N, K), (N,)))
+    return x, *round_to_nearest(w, method, group), b
+
+
+@pytest.mark.parametrize("method", OPS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("M", "N", "K", "group"), SIZES)
+def test_against_fp64_of_the_dequantised_weights(variant, device, M, N, K, group, dtype, method):
+    op, dequantize = OPS[method]
+    x, q, scales, b = inputs(M, N, K, group, dtype, device, method)
+    w = dequantize(q, scales.double(), group)
+    for bias in (None, b):
+        want = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
+        torchs = torch.nn.functional.linear(x, w.to(dtype), bias)
+        assert want.dtype == F64
+        assert_close_to_ref(op(x, q, scales, bias, group=group), want, torchs, scale=K**0.5)
+
+
+def test_what_the_numbers_mean():
+    q = torch.tensor([[-128, 0, 1, 127, 3]], dtype=torch.int8)
+    scales = torch.tensor([[0.5, 2.0, 3.0]])
+    assert dequantize_int8(q, scales, 2).tolist() == [[-64, 0, 2, 254, 9]]
+    packed = torch.tensor([[0xF0, 0x98]], dtype=torch.uint8)
+    assert dequantize_int4(packed, scales[:, :2], 2).tolist() == [[-4, 3.5, 0, 2]]
+
+
+@pytest.mark.parametrize("method", OPS)
+def test_rounding_is_to_the_nearest(method):
+    half = {"int8": 127.5, "int4": 7.5}[method]
+    w = torch.randn(9, 50)
+    w[3, 16:32] = 0
+    q, scales = round_to_nearest(w, method, 16)
+    assert scales.shape == (9, 4)
+    off = (OPS[method][1](q, scales, 16) - w).abs()
+    step = (torch.nn.functional.pad(w, (0, 14)).view(9, 4, 16).abs().amax(-1) / half).repeat_interleave(16, 1)[:, :50]
+    assert (off <= step / 2 * 1.0001).all()
+    assert off[3, 16:32].max() == 0
+
+
+@pytest.mark.parametrize("method", OPS)
+def test_gradients_and_dims(variant, device, method):
+    op, dequantize = OPS[method]
+    x, q, scales, b = inputs(6, 5, 12, 4, F32, device, method)
+    x, b = x.view(2, 3, 12).requires_grad_(), b.requires_grad_()
+    want = torch.nn.functional.linear(x, dequantize(q, scales, 4), b)
+    y = op(x, q, scales, b, group=4)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    for got, expected in zip(torch.autograd.grad(y, (x, b), dy), torch.autograd.grad(want, (x, b), dy), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_refuses_what_does_not_fit(variant, device):
+    x, q, scales, b = inputs(3, 4, 16, 8, F32, device, "int8")
+    _, packed, _, _ = inputs(3, 4, 16, 8, F32, device, "int4")
+    for op, args, message in (
+        (ops.linear_int8, (x, packed, scales), r"weight must be \(N, K\) torch.int8"),
+        (ops.linear_int4, (x, q, scales), r"weight must be \(N, K / 2\) torch.uint8"),
+        (ops.linear_int8, (x[:, :8], q, scales), "weight must be"),
+        (ops.linear_int8, (x, q, scales[:, :1]), r"scales must be \(4, 2\)"),
+        (ops.linear_int8, (x, q, scales.int()), "scales must be"),
+        (ops.linear_int8, (x, q, scales, b[:3]), "bias must be"),
+        (ops.linear_int8, (x, q, scales, b.double()), "bias must be"),
+        (ops.linear_int8, (x.int(), q, scales), "x must be"),
+        (ops.linear_int8, (x, q.t().contiguous().t(), scales), "weight must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(*args, group=8)
+    with pytest.raises(ValueError, match="group is even, got 3"):
+        ops.linear_int4(x, packed, scales, group=3)
+    with pytest.raises(ValueError, match="group must be 1 or more"):
+        ops.linear_int8(x, q, scales, group=0)
+
+
+@pytest.mark.parametrize("method", OPS)
+def test_op_is_registered_as_torch_wants_it(method):
+    x, q, scales, b = inputs(3, 4, 16, 8, F32, "cpu", method)
+    torch.library.opcheck(getattr(torch.ops.cs336_ref, f"linear_{method}").default, (x, q, scales, b, 8))
+    op = OPS[method][0]
+    compiled = torch.compile(lambda x: op(x, q, scales, b, group=8), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), op(x, q, scales, b, group=8))
