@@ -18,6 +18,8 @@ from typing import Any
 
 LONGEST = 1 << 24  # characters of a message
 DEEPEST = 100
+# In a test the first would be the test's own, and the others would end a loop over what is tested as if all had passed.
+NOT_TO_BE_RAISED = (AssertionError, StopIteration, StopAsyncIteration)
 
 
 def encode(value: Any, keep=None, depth=0):
@@ -93,6 +95,12 @@ class Line:
         return json.loads(text) if text else None
 
 
+def raised(error):
+    """What the program raised, named by the nearest of its classes that is Python's own: `except` goes by those."""
+    known = (kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
+    return {"raised": next(known), "text": f"{error}"}
+
+
 def serve(source):
     """In the judged program: run its source, then do what is asked."""
     line, kept = Line(), []
@@ -105,7 +113,7 @@ def serve(source):
     try:
         exec(compile(source, "program", "exec"), namespace)
     except Exception as error:
-        line.send({"raised": type(error).__name__, "text": f"{error}"})
+        line.send(raised(error))
         return
     line.send({"value": encode([name for name in namespace if isinstance(name, str)])})
     while (asked := line.receive()) is not None:
@@ -126,7 +134,7 @@ def serve(source):
             # arguments, too: a function may change them in place
             reply = {"value": encode(value, keep), "arguments": encode(arguments, keep)}
         except Exception as error:
-            reply = {"raised": type(error).__name__, "text": f"{error}"}
+            reply = raised(error)
         line.send(reply)
 
 
@@ -196,11 +204,14 @@ def judge(tests, names=()):
             raise ConnectionError("the program ended")
         if "raised" in reply:
             kind: Any = getattr(builtins, str(reply["raised"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError
+            said = f"{reply['raised']} in the program: {reply.get('text')!s:.200}"
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, NOT_TO_BE_RAISED):
+                raise RuntimeError(said)
             try:
-                raise (kind if known else RuntimeError)(f"{reply['raised']} in the program: {reply.get('text')!s:.200}")
-            except TypeError:  # of an exception that takes other arguments
-                raise RuntimeError(f"{reply['raised']} in the program") from None
+                error = kind(said)
+            except TypeError:  # it takes other arguments
+                error = RuntimeError(said)
+            raise error
         return reply
 
     def asking(what, target, name, arguments, keywords):
