@@ -139,7 +139,8 @@ def test_a_loop_over_tests_cannot_be_ended():
     assert verify_code("def double(x): return 2 * x", tests).score == 1
     for program in ("def double(x): raise StopIteration", "class A(StopIteration): pass\ndef double(x): raise A"):
         verdict = verify_code(program, tests)
-        assert verdict.score == 0 and verdict.reason.startswith("RuntimeError (StopIteration in the program"), verdict
+        assert verdict.score == 0
+        assert verdict.reason.startswith("RuntimeError (StopIteration in the program"), verdict
 
 
 @kept_in

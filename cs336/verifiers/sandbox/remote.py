@@ -8,11 +8,11 @@ can be called, iterated over, asked for an attribute and given one, but is equal
 This file is the beginning of both programs; it knows nothing of this package.
 """
 
-import ast
 import builtins
 import io
 import itertools
 import json
+import symtable
 import sys
 from typing import Any
 
@@ -175,20 +175,18 @@ class Remote:
 
 
 def free_names(tests):
-    """Names that tests use and neither define nor have from Python."""
+    """Names that tests use as globals and neither define nor have from Python."""
     used: set[str] = set()
     defined: set[str] = set()
-    for node in ast.walk(ast.parse(tests)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.arg):
-            defined.add(node.arg)
-        elif isinstance(node, ast.alias):
-            defined.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            defined.add(node.name)
+    top = symtable.symtable(tests, "tests", "exec")
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is top or symbol.is_global():
+                used |= {symbol.get_name()} if symbol.is_referenced() else set()
+                defined |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
     return used - defined - set(dir(builtins))
 
 
