@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from cs336.data import Document
 from cs336.data.build.worker import described, recipe_of
 from cs336.data.recipe import Recipe
 from cs336.data.step import Removed
-from cs336.inference import SamplingParams, generate
+from cs336.inference import LLM, SamplingParams, generate
 from cs336.inference.stages import ModelPerplexity, ModelRecipe, Rewrite
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
@@ -81,8 +82,10 @@ def built(model, export, tmp_path_factory):
             rows.append({"id": "marked", "text": "a <|endoftext|> b"})
         (directory / f"documents/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "recipe.toml").write_text(RECIPE.format(output="out", model=export, most=most))
-    os.chdir(directory)
-    assert main(["data", "build", "recipe.toml", "--workers", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setenv("CS336_VARIANT", "ref")  # for the workers: as in this process, not Triton's interpreter
+        assert main(["data", "build", "recipe.toml", "--workers", "1"]) == 0
     return directory, most
 
 
@@ -109,16 +112,17 @@ def test_perplexity_is_that_of_its_definition_and_removes_by_it(built, model):
     assert all(high[n] == f"{of_id[n]:.1f} over {len(TEXTS[int(n[1:])])} tokens" for n in high if n in of_id)
 
 
-def test_what_is_rewritten_is_what_the_model_writes_and_says_so(built, model, export):
+def test_what_is_rewritten_is_what_the_model_writes_and_says_so(built, export):
     directory, _ = built
     step = Rewrite(export, PROMPT, max_tokens=24, temperature=0.7)
+    llm = LLM(export, device="cpu", quiet=True, max_seqs=4)
     seeds = set()
     for row in rows(directory / "out", "documents"):
         number = int(row["id"][1:])
         params = step._params(TEXTS[number])
         seeds.add(params.seed)
         prompt = f"Again, {TEXTS[number]} {{plainly}}:"
-        (wanted,) = generate_like_the_engine(export, prompt, params)
+        (wanted,) = llm.generate(prompt, params)
         assert row["text"] == wanted.text
         assert row["source"] == f"documents/{number % 4}.jsonl"
         assert row["metadata"]["url"] == f"http://x/{number}"
@@ -129,12 +133,6 @@ def test_what_is_rewritten_is_what_the_model_writes_and_says_so(built, model, ex
             "finish_reason": wanted.finish_reason,
         }
     assert len(seeds) == 16
-
-
-def generate_like_the_engine(export, prompt, params):
-    from cs336.inference import LLM
-
-    return LLM(export, device="cpu", quiet=True, max_seqs=4).generate(prompt, params)
 
 
 def test_greedy_is_that_of_generate(export, model):
@@ -166,9 +164,7 @@ def test_bounds_and_the_tokens_that_are_read(export, model):
     assert long.detail.endswith("over 127 tokens")
 
 
-def test_a_chat_template_writes_the_prompt_and_knows_no_today(export, tmp_path, model):
-    import shutil
-
+def test_a_chat_template_writes_the_prompt_and_does_not_know_the_day(export, tmp_path, model):
     directory = shutil.copytree(export, tmp_path / "chat")
     (directory / "chat_template.jinja").write_text(
         "{{ strftime_now('%Y') }}|{{ messages[0].role }}|{{ messages[0].content }}|"
@@ -183,7 +179,7 @@ def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, t
     (tmp_path / "documents").symlink_to(directory / "documents")
     (tmp_path / "recipe.toml").write_text((directory / "recipe.toml").read_text())
     code = "import sys; from cs336.cli import main; sys.exit(main(['data', 'build', 'recipe.toml', *sys.argv[1:]]))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CS336_VARIANT": "ref"}
 
     def start(workers):
         return subprocess.Popen([sys.executable, "-c", code, "--workers", workers], cwd=tmp_path, env=environment)
@@ -206,8 +202,6 @@ def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, t
 def test_a_directory_without_a_model_is_refused_at_the_start(
     tmp_path, monkeypatch, capsys, export, options, kind, broken
 ):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     if broken == "empty":
