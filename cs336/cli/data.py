@@ -1,10 +1,13 @@
 """`cs336 data VERB`."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Stopped
+
+if TYPE_CHECKING:
+    from cs336.data.recipe import Recipe
 
 
 def build(
@@ -30,13 +33,12 @@ def build(
     """
     from cs336.data.build.estimate import estimate
     from cs336.data.build.job import Build
-    from cs336.data.recipe import Recipe
     from cs336.report import write_build_report
-    from cs336.utils.config import load, parse, to_table
+    from cs336.utils.config import parse, to_table
 
-    found = load(Recipe, recipe)
+    found = _recipe(recipe)
     if output is not None:
-        found = parse(Recipe, to_table(found) | {"output": str(output)})
+        found = parse(type(found), to_table(found) | {"output": str(output)})
     job = Build(found, engine=engine, address=address or None, workers=workers or None)
     if dry_run:
         for line in estimate(job):
@@ -44,6 +46,19 @@ def build(
         return
     job.run()
     print(f"open {write_build_report(found.output)} in a browser")
+
+
+def _recipe(path: Path) -> "Recipe":
+    """With the steps that run language models only where it is no recipe without them: these load torch."""
+    from cs336.data.recipe import Recipe
+    from cs336.utils.config import load
+
+    try:
+        return load(Recipe, path)
+    except ValueError:
+        from cs336.inference.stages import ModelRecipe
+
+        return load(ModelRecipe, path)
 
 
 def demo(

@@ -35,7 +35,7 @@ from cs336.data.sources.record import Limits
 from cs336.utils.shards import MAX_SHARD_TOKENS, SHARD_TOKENS
 from cs336.utils.special_tokens import END_OF_TEXT
 
-Step = Annotated[
+AnyStep = (
     filters.Length
     | filters.Language
     | filters.GopherQuality
@@ -47,9 +47,9 @@ Step = Annotated[
     | BadWords
     | ClassifierFilter
     | Perplexity
-    | Decontaminate,
-    pydantic.Field(discriminator="kind"),
-]
+    | Decontaminate
+)
+Step = Annotated[AnyStep, pydantic.Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,10 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to build. The same recipe over the same files gives the same bytes, by whichever engine."""
+    """What to build. The same recipe over the same files gives the same bytes, by whichever engine.
+
+    A subclass with another union in `steps` has steps of more kinds: cs336.inference.stages.ModelRecipe.
+    """
 
     output: pathlib.Path
     """The directory of the build; the same command goes on with what is there."""

@@ -13,7 +13,7 @@ runs, and loads what it needs there.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from cs336.utils.documents import Document
 
@@ -37,3 +37,11 @@ class Step(Protocol):
     def kind(self) -> str: ...
 
     def build(self) -> Apply: ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A step that can tell before anything is read that it could not be built."""
+
+    def check(self) -> None:
+        """Raises ValueError or OSError for what the user can mend."""

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from cs336.data.build.supervisor import Supervisor, WorkerFailed
 from cs336.data.build.unit import Work
-from cs336.data.build.worker import request_of, work_of
+from cs336.data.build.worker import described, recipe_of, request_of, work_of
 from cs336.data.recipe import Recipe
-from cs336.utils.config import parse, to_table
 
 Finished = Callable[[Work], None]
 
@@ -75,7 +74,7 @@ def run_ray(recipe: Recipe, works: Sequence[Work], lock: str, address: str | Non
     try:
         actors = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(works)))
         actor = ray.remote(num_cpus=1)(_Remote)
-        pool = ActorPool([actor.remote(to_table(recipe), lock, os.getcwd()) for _ in range(actors)])
+        pool = ActorPool([actor.remote(described(recipe), lock, os.getcwd()) for _ in range(actors)])
         requests = [request_of(work) for work in works]
         by_number = {work.number: work for work in works}
         try:
@@ -93,7 +92,7 @@ class _Remote:
 
     def __init__(self, recipe: dict, lock: str, directory: str):
         os.chdir(directory)  # paths are relative to where the build was started
-        self._supervisor = Supervisor(parse(Recipe, recipe), lock)
+        self._supervisor = Supervisor(recipe_of(recipe), lock)
 
     def run(self, request: dict) -> int:
         self._supervisor.run(work_of(request))

@@ -32,6 +32,7 @@ from cs336.data.mix import mixture_epochs, times
 from cs336.data.pack import pack_shards
 from cs336.data.recipe import Dedup, Mix, Recipe, Tokenize
 from cs336.data.sources.unit import Unit
+from cs336.data.step import Checked
 from cs336.data.tokenize import tokenize_corpus, tokenize_documents
 from cs336.tokenizer import Tokenizer
 from cs336.utils.config import dumps, to_table
@@ -81,7 +82,10 @@ class Build:
     # ---- what can be told before anything is read ----
 
     def check(self) -> None:
-        """Raises ValueError or OSError for a tokenizer that the last stage could not use."""
+        """Raises ValueError or OSError for a step that could not be built, or a tokenizer that could not be used."""
+        for step in self.recipe.steps:
+            if isinstance(step, Checked):
+                step.check()
         config = self.recipe.tokenize
         if config is None or config.tokenizer is None:
             return

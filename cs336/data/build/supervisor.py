@@ -20,9 +20,8 @@ import time
 from dataclasses import replace
 
 from cs336.data.build.unit import Work
-from cs336.data.build.worker import request_of
+from cs336.data.build.worker import described, request_of
 from cs336.data.recipe import Recipe
-from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 from cs336.utils.files import replacing
 
@@ -122,7 +121,7 @@ class Supervisor:
         """A process that has built the recipe's steps. One that a signal ends before that is started again."""
         for _ in range(1 + TRIES):
             process = self._process = self._spawn()
-            self._send(process, to_table(self.recipe))
+            self._send(process, described(self.recipe))
             reply = None
             while reply is None and process.poll() is None and not self._stopped.is_set():
                 reply = self._reply(process)

@@ -2,6 +2,7 @@
 
 import _thread
 import fcntl
+import importlib
 import json
 import mmap
 import os
@@ -15,7 +16,7 @@ from typing import Any
 from cs336.data.build.unit import Line, Work
 from cs336.data.recipe import Recipe
 from cs336.data.sources.unit import Unit
-from cs336.utils.config import parse
+from cs336.utils.config import parse, to_table
 
 
 def main(beat: int, lock: str) -> None:
@@ -31,7 +32,7 @@ def main(beat: int, lock: str) -> None:
     os.dup2(2, 1)  # what a library prints must not be taken for a reply
     with mmap.mmap(beat, 8) as number:
         lines = _Lines()
-        recipe = parse(Recipe, json.loads(next(lines)))
+        recipe = recipe_of(json.loads(next(lines)))
         _bound(recipe.limits.worker_bytes)
         try:
             line = Line(recipe)
@@ -67,6 +68,22 @@ class _Lines:
     def __next__(self) -> str:
         self._more.acquire()
         return self._lines.pop(0)
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """A recipe for another process: its class by name, which may know more kinds of steps than Recipe."""
+    kind = type(recipe)
+    return {"module": kind.__module__, "class": kind.__qualname__, "table": to_table(recipe)}
+
+
+def recipe_of(description: dict[str, Any]) -> Recipe:
+    """What `described` described. Raises ImportError where this process cannot import the class."""
+    try:
+        kind = getattr(importlib.import_module(description["module"]), description["class"])
+    except AttributeError:
+        name = "{module}.{class}".format(**description)
+        raise ImportError(f"a worker cannot import the recipe's class {name}: put it into a module") from None
+    return parse(kind, description["table"])
 
 
 def request_of(work: Work) -> dict[str, Any]:
