@@ -37,8 +37,8 @@ def encode_pairs(
 
     Raises ValueError for a template that does not fit (see encode_chat), and where no pair is left.
     """
-    pairs, longer = [], 0
-    for example in without_ties(examples):
+    pairs, longer, decided = [], 0, without_ties(examples)
+    for example in decided:
         history = [turn.message for turn in example.history]
         both = [[*history, {"role": "assistant", "content": answer}] for answer in (example.better, example.worse)]
         chosen, rejected = (encode_chat(m, tokenizer, template, end_ids, last_only=True) for m in both)
@@ -48,8 +48,10 @@ def encode_pairs(
         else:
             pairs.append(pair)
     if not pairs:
+        ties = len(examples) - len(decided)
         raise ValueError(
-            f"of {len(examples)} preferences none is left: {longer} are longer than {context_length} tokens"
+            f"of {len(examples)} preferences none is left: {ties} are ties, {longer} are longer than {context_length} "
+            "tokens"
         )
     return pairs, longer
 

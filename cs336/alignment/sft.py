@@ -77,8 +77,8 @@ def encode_chat(
         if not ends:
             raise ValueError(
                 f"no token ends message {i}, the assistant's: expected one of {sorted(end_ids)} in {answer[-8:]}; a "
-                "model that learns this never stops. Give end_ids that the template writes, as special tokens of the "
-                "tokenizer"
+                "model that learns this never stops. Name special tokens that the template writes as end_tokens, or "
+                "give a chat_template that writes one of these"
             )
         token_ids += before + answer
         mask += [False] * len(before) + [place <= ends[-1] for place in range(len(answer))]

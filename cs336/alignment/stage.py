@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336.alignment.lora import LoRAConfig, apply_lora, merged
-from cs336.inference.chat import ChatTemplate
+from cs336.inference.chat import CHATML, CHATML_STOP, ChatTemplate
 from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer
 from cs336.inference.vocabulary import ends_of
 from cs336.models import Transformer, save_pretrained
@@ -134,8 +134,13 @@ class Policy:
             self.model.chat_template = config.chat_template.read_text(encoding="utf-8")
         special = {i: text for text, i in self.tokenizer.special_tokens.items()}
         named = {name: special[i] for name, i in self.model.special_ids.items() if isinstance(i, int) and i in special}
-        self.template = ChatTemplate(self.model.chat_template, {n.removesuffix("_id"): t for n, t in named.items()})
+        tokens = {name.removesuffix("_id"): text for name, text in named.items()}
+        self.template = ChatTemplate(self.model.chat_template, tokens)
         self.end_ids = self._ends(config.end_tokens)
+        if self.template.is_default and CHATML_STOP[0] not in self.tokenizer.special_tokens:
+            # ChatML whose turns end as the model's texts do: its own end would be text that stops no answer.
+            self.model.chat_template = CHATML.replace(CHATML_STOP[0], special[self.end_ids[0]])
+            self.template = ChatTemplate(self.model.chat_template, tokens)
         self.model.generation_config = {**self.model.generation_config, "eos_token_id": list(self.end_ids)}
         on_gpu = self.device.type == "cuda"
         self.low = config.precision == "bf16" or (config.precision == "auto" and on_gpu)

@@ -151,7 +151,7 @@ def test_preferences_that_are_none(tmp_path, row, message):
 
 def test_ties_alone_teach_nothing(tmp_path, model):
     write_preferences(tmp_path / "ties.jsonl", [PreferenceExample([Turn("user", "1")], "5", "6", "tie")])
-    with pytest.raises(ValueError, match=r"ties\.jsonl: of 1 preferences none is left"):
+    with pytest.raises(ValueError, match=r"ties\.jsonl: of 1 preferences none is left: 1 are ties"):
         DPOStage(config(tmp_path, model, data={"train": tmp_path / "ties.jsonl"}))
     with pytest.raises(ValueError, match="neither answer of a tie"):
         _ = read_preferences(tmp_path / "ties.jsonl")[0].better

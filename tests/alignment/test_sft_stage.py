@@ -11,6 +11,7 @@ from cs336.alignment.batches import Batches, pad_examples
 from cs336.alignment.examples import encode_completion, read_examples
 from cs336.alignment.run import StageRun
 from cs336.alignment.sft import Example
+from cs336.alignment.stage import Policy
 from cs336.alignment.stages.sft import SFTConfig, SFTStage
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
@@ -60,6 +61,17 @@ def test_plain_completions_are_learned_too(tmp_path, model):
     llm = LLM(result.export, device="cpu", quiet=True)
     outputs = llm.generate([f"{d}?" for d in range(10)], SamplingParams(0, max_tokens=8))
     assert [o.text for o in outputs] == [str(9 - d) for d in range(10)]
+
+
+def test_without_a_template_turns_end_as_the_models_texts_do(tmp_path, model):
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (model / name).unlink(missing_ok=True)
+    assert "<|im_end|>" not in tokenizer().special_tokens
+    policy = Policy(config(tmp_path, model))
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    written = policy.template.render(turns, add_generation_prompt=False)
+    assert written.endswith("<|im_start|>assistant\n1<|endoftext|>\n")
+    assert ChatTemplate(policy.model.chat_template).render(turns, add_generation_prompt=False) == written
 
 
 def test_adapters_learn_and_the_rest_stays(tmp_path, model):
