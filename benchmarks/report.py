@@ -211,6 +211,24 @@ def ladder(rows: list[Row]) -> Iterator[str]:
         yield f"| {row['variant']} | {speed} | {faster:.3f}x | {memory} | {row['loss']:.4f} |"
 
 
+def engine(rows: list[Row]) -> Iterator[str]:
+    """Repeats of one piece of work are one row; peers were measured in another run on the same kind of card."""
+    peers = list(dict.fromkeys(name for row in rows for name in row.get("peers_in_another_run", {})))
+    yield (
+        "| answers' tokens/s | ours | share of the read roof | "
+        + " | ".join(f"{p}, in another run" for p in peers)
+        + " |"
+    )
+    yield "| --- | ---: | ---: " + "| ---: " * len(peers) + "|"
+    for work, group in itertools.groupby(rows, lambda row: row["work"]):
+        found = list(group)
+        speeds = " / ".join(f"{row['tokens_per_second']:,.0f}" for row in found)
+        share = found[0].get("share_of_read_roof")
+        theirs = [found[0].get("peers_in_another_run", {}).get(p) for p in peers]
+        cells = [speeds, f"{share:.0%}" if share else "–", *(f"{n:,.0f}" if n else "–" for n in theirs)]
+        yield f"| {work} | " + " | ".join(cells) + " |"
+
+
 def mixers(rows: list[Row]) -> Iterator[str]:
     """Training and decoding of whole models; then the recurrences by themselves, beside fla's."""
     yield "| mixer | texts x tokens | training, tokens/s | its memory | state of a text | decoding, tokens/s |"
@@ -446,6 +464,7 @@ BODIES = {
     "train": train,
     "train_deterministic": train,
     "ladder": ladder,
+    "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
     "parallel_zero": parallel,

@@ -137,7 +137,7 @@ def extras() -> Iterator[Line]:
         return
     packages: dict[str, list[str]] = {}
     for requirement in requirements:
-        name, extra = re.match(r"[\w.-]+", requirement), re.search(r'extra == "(\w+)"', requirement)
+        name, extra = re.match(r"[\w.-]+", requirement), re.search(r'extra == "([\w-]+)"', requirement)
         assert name is not None
         packages.setdefault(extra[1] if extra else "core", []).append(name[0])
     for extra_name, names in packages.items():

@@ -63,6 +63,7 @@ def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
 
 def test_extras_come_from_the_package_metadata(monkeypatch):
     wanted = ["torch>=2.11", 'pytest; extra == "dev"', 'no-such-package-xyz>=1; extra == "serve"']
+    wanted += ['no-such-package-abc; extra == "lm-eval"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
     lines = list(env.extras())
     assert find(lines, "core")[0]
@@ -70,6 +71,7 @@ def test_extras_come_from_the_package_metadata(monkeypatch):
     here, sentence = find(lines, "serve")
     assert not here
     assert sentence == "missing no-such-package-xyz: pip install 'cs336[serve]'"
+    assert find(lines, "lm-eval")[1] == "missing no-such-package-abc: pip install 'cs336[lm-eval]'"
 
 
 def test_a_source_tree_without_metadata(monkeypatch):

@@ -121,10 +121,10 @@ def test_what_every_part_needs_is_an_extra_or_installed(setup_arguments):
     assert not names(extras["peers"]) & (core | names(extras["dev"]))
 
 
-def test_templates_are_packed():
+def test_what_is_not_python_is_packed():
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cs336"]
-    files = [p for p in (ROOT / "cs336").rglob("*") if p.suffix in (".html", ".css")]
-    assert files
+    files = [p for p in (ROOT / "cs336").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert {".html", ".css", ".toml"} <= {p.suffix for p in files}
     kept = {p for pattern in packed for p in (ROOT / "cs336").glob(pattern)}
     assert set(files) <= kept
 

@@ -62,12 +62,24 @@ def test_every_command_and_program_runs(workplace):
 
 
 def test_the_first_screen_has_every_verb():
-    from cs336.cli import VERBS
+    from cs336.cli.program import ALIGN_VERBS, PLAN_VERBS, STUDY_VERBS, VERBS
 
     table = README[README.index("## What you can do") : README.index("### From text to a model")]
-    for verb in [*VERBS, "tokenizer train", "tokenizer encode"]:
+    nested = [f"align {verb}" for verb in ALIGN_VERBS] + [f"plan {verb}" for verb in PLAN_VERBS]
+    nested += ["tokenizer train", "tokenizer encode", "data build", "model info", "scaling fit", "leaderboard run"]
+    for verb in [*VERBS, *STUDY_VERBS, *nested]:
         assert f"`cs336 {verb}" in table, verb
     assert README[: README.index(table)].count("\n") < 50
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere():
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", README)]
+    assert pages <= {page for page, _, _ in links}
+    for page, _, part in links:
+        text = (ROOT / page).read_text() if page else README
+        headings = [re.sub(r"[^\w\s-]", "", line.lstrip("# ")) for line in text.splitlines() if line.startswith("#")]
+        assert not part or part in [heading.lower().replace(" ", "-") for heading in headings], (page, part)
 
 
 def command(name):

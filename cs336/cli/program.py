@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, scaling, tokenizer
+from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, plan_run, scaling, tokenizer
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.compress import compress
@@ -60,7 +60,13 @@ TOKENIZER_VERBS: dict[str, Run] = {
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
 ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "pairs": alignment.pairs}
-SCALING_VERBS: dict[str, Run] = {"fit": scaling.fit, "predict": scaling.predict, "plot": scaling.plot}
+SCALING_VERBS: dict[str, Run] = {
+    "fit": scaling.fit,
+    "predict": scaling.predict,
+    "plot": scaling.plot,
+    "forecast": scaling.forecast,
+    "grade": scaling.grade,
+}
 STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,
     "ablate": experiments.ablate,
@@ -71,7 +77,7 @@ BOARD_VERBS: dict[str, Run] = {
     "rules": experiments.leaderboard_rules,
     "table": experiments.leaderboard_table,
 }
-PLAN_VERBS: dict[str, Run] = {"parallel": plan_parallel.parallel}
+PLAN_VERBS: dict[str, Run] = {"run": plan_run.run, "parallel": plan_parallel.parallel}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
 
 

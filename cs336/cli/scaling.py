@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 from cs336.cli.common import MaybePath, Path
 
 Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope"]
+LOG = Path("forecasts.jsonl")
 
 
 def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400, out: MaybePath = None) -> None:
@@ -112,3 +113,53 @@ def plot(points: Positional[Path], out: Path) -> None:
 
     draw(read_points(points), out)
     print(out)
+
+
+def forecast(
+    law: Annotated[Positional[str], arg(metavar="FIT.json|epoch")],
+    name: str,
+    parameters: float,
+    tokens: float,
+    unique_tokens: float | None = None,
+    log: Path = LOG,
+) -> None:
+    """Write down what a run will reach, with its 95 % interval, before it is made.
+
+    Args:
+        law: as for `predict`.
+        name: of the run, for its grade.
+        parameters: of the run.
+        tokens: of the run.
+        unique_tokens: as many exist.
+        log: JSON lines, a forecast each.
+    """
+    import pathlib
+
+    from cs336.scaling import EPOCH_FIT
+    from cs336.scaling import forecast as forecasts
+    from cs336.scaling.saved import load_fit
+
+    fit = EPOCH_FIT if law == "epoch" else load_fit(pathlib.Path(law))
+    made = forecasts.forecast(log, fit, name, parameters, tokens, unique_tokens=unique_tokens)
+    print(f"{name}: loss {made.loss:.4f}, 95 % of such runs between {made.low:.4f} and {made.high:.4f}; kept in {log}")
+
+
+def grade(name: Positional[str], loss: Positional[float], log: Path = LOG) -> None:
+    """Write down what a run reached beside its forecast, once, and score all that are graded.
+
+    Args:
+        name: as it was forecast.
+        loss: that was measured, in nats a token.
+        log: JSON lines, a forecast each.
+    """
+    from cs336.scaling import forecast as forecasts
+
+    graded = forecasts.grade(log, name, loss)
+    assert graded.error is not None
+    held = "within" if graded.covered else "outside"
+    print(f"{name}: error {100 * graded.error:+.2f} %, {held} {graded.low:.4f} to {graded.high:.4f}")
+    everything = forecasts.read(log)
+    scored = forecasts.score(everything)
+    assert scored is not None
+    count = sum(f.measured is not None for f in everything)
+    print(f"{count} graded: mean error {100 * scored[0]:.2f} %, {100 * scored[1]:.0f} % within their intervals")

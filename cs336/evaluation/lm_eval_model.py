@@ -15,7 +15,7 @@ from cs336.inference import LLM, SamplingParams
 try:
     from lm_eval.api.model import LM
 except ImportError as error:
-    raise ImportError("LMEvalModel takes lm-evaluation-harness: pip install lm-eval") from error
+    raise ImportError("LMEvalModel takes lm-evaluation-harness: pip install 'cs336[lm-eval]'") from error
 
 NEW_TOKENS = 256  # of an answer, where a task does not say
 

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -47,9 +48,9 @@ def join(layers: Sequence[nn.Linear]) -> None:
     all of them at once: few rows are read at the speed of launches. Each stays the parameter that it was, with
     memory of its own no more shared with any other tensor.
 
-    Layers of other classes, and with biases, are left as they are.
+    Layers of other classes, with biases or hooks, and those that lie so already, are left as they are.
     """
-    if not all(type(layer) is Linear and layer.bias is None for layer in layers):
+    if not all(_is_plain(layer) for layer in layers) or _lie_together([layer.weight for layer in layers]):
         return
     whole = torch.cat([layer.weight for layer in layers])
     for layer, weight in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
@@ -61,14 +62,26 @@ def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     wanted."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or registry.is_invariant():
         return [layer(x) for layer in layers]
-    if not all(type(layer) is Linear for layer in layers):
+    if not all(_is_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    for layer, weight, after in zip(layers, weights, [*weights[1:], None], strict=True):
-        plain = layer.bias is None and weight.is_contiguous() and weight.device == x.device
-        if not plain or (after is not None and weight.data_ptr() + weight.nbytes != after.data_ptr()):
-            return [layer(x) for layer in layers]
+    if weights[0].device != x.device or not _lie_together(weights):
+        return [layer(x) for layer in layers]
     rows, first = [len(weight) for weight in weights], weights[0]
-    if first.storage_offset() * first.itemsize + sum(w.nbytes for w in weights) > first.untyped_storage().nbytes():
-        return [layer(x) for layer in layers]  # neighbours by chance
     return F.linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling it is a product with its weight and nothing else."""
+    return type(layer) is Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _lie_together(weights: Sequence[Tensor]) -> bool:
+    """One behind the other in one allocation: neighbours by chance have one each."""
+    if not all(weight.is_contiguous() for weight in weights):
+        return False
+    if any(a.data_ptr() + a.nbytes != b.data_ptr() for a, b in itertools.pairwise(weights)):
+        return False
+    first = weights[0]
+    end = first.storage_offset() * first.itemsize + sum(weight.nbytes for weight in weights)
+    return end <= first.untyped_storage().nbytes()

@@ -58,6 +58,7 @@ class _AttentionInvariant(torch.autograd.Function):
         return o
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple:  # type: ignore[override]
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         max_seqlen, window, softcap, scale = ctx.options

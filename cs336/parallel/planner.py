@@ -135,6 +135,7 @@ def plan(
     compute_bytes: int = 2,
     optimizer_bytes: float = 8,
     fill: float = 0.9,
+    data_only: bool = False,
 ) -> list[Plan]:
     """Every layout of a model on so many GPUs: those that fit first, each by the time of a step.
 
@@ -143,6 +144,7 @@ def plan(
         batch_size: sequences of a step, of all GPUs; context_length: their tokens, the config's if None.
         weight_bytes, compute_bytes, optimizer_bytes: as in models.training_memory.
         fill: the share of a GPU's memory that a plan may fill; the rest is the allocator's and NCCL's.
+        data_only: split nothing but data and what ZeRO does, which is what `cs336 train` runs.
 
     Raises ValueError for numbers that are not positive, a network that does not reach, and where nothing divides.
     """
@@ -153,7 +155,8 @@ def plan(
     device = find(gpu) if isinstance(gpu, str) else gpu
     device.tier(gpus)
     work = Work(config, batch_size, context_length, weight_bytes, compute_bytes, optimizer_bytes)
-    plans = [predict(work, layout, device, fill) for layout in layouts(work, gpus)]
+    found = _of_data(work, gpus) if data_only else layouts(work, gpus)
+    plans = [predict(work, layout, device, fill) for layout in found]
     if not plans:
         raise ValueError(
             f"no layout has {gpus} GPUs: a batch of {batch_size}, {config.num_layers} layers, the heads and the hidden "
@@ -185,6 +188,11 @@ def layouts(work: Work, gpus: int) -> Iterator[Layout]:
                             "expert": expert,
                         }
                         yield from _variants(Layout(left // expert, **axes), work.batch_size // left)
+
+
+def _of_data(work: Work, gpus: int) -> Iterator[Layout]:
+    if work.batch_size % gpus == 0:
+        yield from _variants(Layout(gpus), work.batch_size // gpus)
 
 
 def _variants(layout: Layout, sequences: int) -> Iterator[Layout]:

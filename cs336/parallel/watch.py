@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from cs336.parallel.collectives import started
 from cs336.parallel.launch import RankError, rank, together, world_size
@@ -49,10 +49,10 @@ class _Watch:
     def __init__(self, timeout: float, tell: Tell):
         self.timeout, self.tell = timeout, tell
         self.beat = min(BEAT, timeout / 10)
-        store: Any = dist.distributed_c10d._get_default_store()
+        store: Any = distributed_c10d._get_default_store()
         self.store = store.clone()  # a connection of its own
         self.keys = [f"cs336/alive/{r}" for r in range(world_size())]
-        self.signs = [""] * world_size()
+        self.signs = [json.dumps([0, 0, None, False])] * world_size()
         self.seen = [time.monotonic()] * world_size()
         self.count = 0
         self.ended = threading.Event()

@@ -1,12 +1,13 @@
 """Scaling laws: what loss a budget buys, fitted to runs that were made and asked about runs that were not."""
 
-from cs336.scaling.fit import Fit, fit_chinchilla
+from cs336.scaling.fit import EPOCH_FIT, Fit, fit_chinchilla
 from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflop
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
 from cs336.scaling.points import Points, read_points
 
 __all__ = [
     "EPOCH",
+    "EPOCH_FIT",
     "Allocation",
     "ChinchillaLaw",
     "DataConstrainedLaw",

@@ -8,11 +8,12 @@ Many problems are solved at once: K problems (starts, or resamples), n runs, P =
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
-from cs336.scaling.laws import Allocation, ChinchillaLaw
+from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw
 from cs336.scaling.points import Points
 
 EXPONENTS = (0.1, 0.25, 0.4, 0.6, 0.9, 1.4)  # of the starts, alpha by beta
@@ -33,18 +34,38 @@ class Fit:
         """Of E, A, B, alpha, beta or parameter_exponent: quantiles of the resampled laws'."""
         return _quantiles([getattr(law, name) for law in self.resampled], confidence)
 
-    def predict(self, parameters: float, tokens: float, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+    def predict(
+        self, parameters: float, tokens: float, confidence: float = 0.95, *, unique_tokens: float | None = None
+    ) -> tuple[float, tuple[float, float]]:
         """The loss of a run that was not made, and where it will be: the resampled laws' losses, each beside the
-        residual of a run that was made."""
-        at = np.array([float(law.loss(parameters, tokens)) for law in self.resampled])
+        residual of a run that was made.
+
+        unique_tokens: those there are; each law is then the data-constrained one over it.
+        """
+
+        def loss(law: ChinchillaLaw) -> float:
+            constrained = law if unique_tokens is None else DataConstrainedLaw(law, unique_tokens)
+            return float(constrained.loss(parameters, tokens))
+
+        at = np.array([loss(law) for law in self.resampled])
         noise = np.random.default_rng(0).choice(self.residuals, len(at) * 20)
-        return float(self.law.loss(parameters, tokens)), _quantiles(np.repeat(at, 20) * np.exp(noise), confidence)
+        return loss(self.law), _quantiles(np.repeat(at, 20) * np.exp(noise), confidence)
 
     def optimum(self, flops: float, confidence: float = 0.95) -> tuple[Allocation, tuple[float, float]]:
         """How to spend a budget, and the interval of its parameters."""
         return self.law.optimum(flops), _quantiles(
             [law.optimum(flops).parameters for law in self.resampled], confidence
         )
+
+
+E_ERROR = 0.03  # standard error of E in arXiv:2404.10102, table 1
+EPOCH_FIT = Fit(
+    EPOCH,
+    tuple(replace(EPOCH, E=NormalDist(EPOCH.E, E_ERROR).inv_cdf((i + 0.5) / 200)) for i in range(200)),
+    np.zeros(1),
+)
+"""The published law with the error of its E, the largest part of a large run's. Its corpus and its tokenizer are not
+yours: E is another's there, which no interval tells."""
 
 
 def fit_chinchilla(points: Points, *, huber_delta: float = 1e-3, bootstrap: int = 400, seed: int = 0) -> Fit:

@@ -7,7 +7,7 @@ the batch is copied into the captured one, and the learning rate is a tensor.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,20 +38,33 @@ def capture_cuda(step: Step, batch: Batch, stream: torch.cuda.Stream | None) -> 
 class StepGraph:
     """Calls `step` a few times, then captures it and replays that.
 
-    A batch of other shapes than the captured one is made as it is. `required`: a step that cannot be captured is an
+    A batch of other shapes than the captured one is made as it is. When one of `weights` has moved in memory, as an
+    engine that shares the model may do, the step is captured anew. `required`: a step that cannot be captured is an
     error; otherwise it goes on without a graph, and `refused` says why.
     """
 
-    def __init__(self, step: Step, device: torch.device, *, required: bool = True, capture: Capture = capture_cuda):
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        *,
+        weights: Sequence[Tensor] = (),
+        required: bool = True,
+        capture: Capture = capture_cuda,
+    ):
         self.step, self.device, self.required, self.capture = step, device, required, capture
+        self.weights = weights
         self.refused: str | None = None
         self._made = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batch: Batch = ()
         self._replay: Callable[[], None] | None = None
         self._values: Values = {}
+        self._places: list[int] = []
 
     def __call__(self, batch: Batch) -> Values:
+        if self._replay is not None and self._places != [w.data_ptr() for w in self.weights]:
+            self._replay = None
         if self._replay is None and self._made >= WARM_UP and self.refused is None:
             self._try_to_capture(batch)
         if self._replay is None or [t.shape for t in batch] != [t.shape for t in self._batch]:
@@ -68,6 +81,7 @@ class StepGraph:
 
     def _try_to_capture(self, batch: Batch) -> None:
         self._batch = tuple(t.clone() for t in batch)
+        self._places = [w.data_ptr() for w in self.weights]
         try:
             self._replay, self._values = self.capture(self.step, self._batch, self._stream)
         except RuntimeError as error:

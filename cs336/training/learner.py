@@ -126,6 +126,7 @@ class Learner:
                 group["lr"] = lr
 
     def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()  # of a step that failed midway, as one that cannot be captured does
         parts = []
         micro = list(micro_batches(batch, self.micro_batch_size))
         for i, part in enumerate(micro):
@@ -202,7 +203,7 @@ class Learner:
             if wanted is True:
                 raise ValueError(f"cuda_graph = true is not possible: {reason}")
             return None
-        return StepGraph(self._step, self.device, required=wanted is True)
+        return StepGraph(self._step, self.device, weights=list(self.model.parameters()), required=wanted is True)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Transformer]:
@@ -226,11 +227,15 @@ class Learner:
         return found[0] if found else None
 
     def _first_non_finite(self, batch: Batch) -> str | None:
-        for part in micro_batches(batch, self.micro_batch_size):
-            with self.autocast(), self._unsynced(), self.whole():
+        with (
+            self.autocast(),
+            self._unsynced(),
+            self.whole(),
+        ):  # whole for all parts: ranks find theirs in different ones
+            for part in micro_batches(batch, self.micro_batch_size):
                 found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
-            if found:
-                return found
+                if found:
+                    return found
         return None
 
 

@@ -81,10 +81,14 @@ def _number_sentences(text: str, num_sentences: int, relation: str = "at least")
     return _related(len(sentences(text)), relation, num_sentences)
 
 
-def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
+def _inner(parts: list[str]) -> list[str]:
+    """Parts between dividers, without an empty first or last one: a divider may open a text, or close it."""
     parts = parts[not parts[0] :]
-    parts = parts[: len(parts) - (bool(parts) and not parts[-1])]
+    return parts[: len(parts) - (bool(parts) and not parts[-1])]
+
+
+def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
+    parts = _inner([part.strip() for part in re.split(r"\s?\*\*\*\s?", text)])
     return len(parts) == num_paragraphs and all(parts)
 
 
@@ -136,7 +140,7 @@ def _title(text: str) -> bool:
 
 
 def _two(text: str) -> bool:
-    parts = [part.strip() for part in text.split("******")]
+    parts = _inner([part.strip() for part in text.split("******")])
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]
 
 

@@ -59,12 +59,12 @@ def verify_lean(response: str, theorem: str, *, imports: str = "", seconds: floa
     code, said = done
     if code or re.search(r"\b(error|declaration uses)\b", said):
         return Verdict(0.0, f"Lean: {' '.join(said.split())[:400] or f'exit code {code}'}")
-    rests = re.search(
-        rf"'{re.escape(named[1])}' (?:does not depend on any axioms|depends on axioms: \[([^\]]*)\])", said
-    )
-    if rests is None:
+    axioms = rf"'{re.escape(named[1])}' (?:does not depend on any axioms|depends on axioms: \[([^\]]*)\])"
+    rests = re.findall(axioms, said)
+    if not rests:
         return Verdict(0.0, f"Lean did not say what the proof rests on: {said[:200]!r}")
-    others = {axiom.strip() for axiom in (rests[1] or "").split(",")} - AXIOMS - {""}
+    # The last is Lean's: before it a proof can have Lean print whatever it likes (trace).
+    others = {axiom.strip() for axiom in rests[-1].split(",")} - AXIOMS - {""}
     return (
         Verdict(0.0, f"it rests on {', '.join(sorted(others))}") if others else Verdict(1.0, "Lean accepts the proof")
     )

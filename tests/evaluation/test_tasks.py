@@ -182,7 +182,9 @@ def test_programs(tmp_path):
     task = read_task(f"humaneval:{write(tmp_path / 'h.jsonl', human)}")
     cheat = "    return 0\ndef helper(x): return 0\n"
     whole = "```python\ndef inc(x):\n    return x + 1\n```"
-    for text, score in ((task.items[0].target, 1.0), (cheat, 0.0), (whole, 1.0), ("    return helper(x)", 1.0)):
+    again = "```python\ndef inc(x: int) -> int:\n    return helper(x)\n```"  # of a chat: what the prompt has is there
+    answers = (task.items[0].target, 1.0), (cheat, 0.0), (whole, 1.0), (again, 1.0), ("    return helper(x)", 1.0)
+    for text, score in answers:
         (result,) = run_tasks(Scripted(lambda _, text=text: text), [task])
         assert result.metrics["acc"].mean == score, text
 

@@ -137,6 +137,10 @@ def test_attention_is_the_fast_one_but_for_rounding(model):
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
         for a, b in zip(*(torch.autograd.grad(o, leaves, do) for o in (ours, theirs)), strict=True):
             assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    once = ops.attention_invariant(*leaves, ends, 45)
+    (slope,) = torch.autograd.grad(once.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 def test_what_has_no_such_bits_is_refused():

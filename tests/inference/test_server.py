@@ -168,6 +168,12 @@ def test_what_changes_no_answer_is_passed_over(served):
     want = post(served, body | {"top_k": 1})[1]["choices"]
     given = {"user": "me", "store": False, "metadata": {}, "service_tier": "auto", "extra_body": {"top_k": 1}}
     assert post(served, body | given)[1]["choices"] == want
+    nulls = dict.fromkeys(
+        ("n", "top_p", "stop", "stream", "presence_penalty", "logit_bias", "stop_token_ids", "suffix")
+    )
+    assert post(served, body | given | nulls)[1]["choices"] == want
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "function_call": "none"}
+    assert post(served, chat | {"tools": None, "top_logprobs": None, "n": None}, "/v1/chat/completions")[0] == 200
 
 
 @pytest.mark.parametrize(

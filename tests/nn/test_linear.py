@@ -79,3 +79,27 @@ def test_what_is_not_side_by_side_is_computed_by_itself():
     near = [Linear(12, 8), Linear(12, 4)]
     near[0].weight.data, near[1].weight.data = memory[:8], memory[8:]
     assert torch.allclose(joined(x, near)[1], x @ memory[8:].T, atol=1e-6)
+
+
+@torch.no_grad()
+def test_joined_layers_are_joined_once():
+    """A second engine of a model leaves the memory that the first one has captured."""
+    layers = [Linear(12, 8), Linear(12, 4)]
+    apart = layers[0].weight.data_ptr()
+    join(layers)
+    places = [layer.weight.data_ptr() for layer in layers]
+    assert places[0] != apart
+    join(layers)
+    assert [layer.weight.data_ptr() for layer in layers] == places
+
+
+@torch.no_grad()
+def test_joined_layers_call_their_hooks():
+    layers, x, calls = [Linear(12, 8), Linear(12, 4)], torch.randn(3, 12), []
+    join(layers)
+    layers[0].register_forward_pre_hook(lambda module, inputs: calls.append("before"))
+    layers[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    first, second = joined(x, layers)
+    assert calls == ["before"]
+    assert torch.equal(first, x @ layers[0].weight.T)
+    assert torch.equal(second, 2 * (x @ layers[1].weight.T))

@@ -389,3 +389,14 @@ def test_ops_see_that_determinism_is_asked_for():
     with registry.determinism(True):
         assert registry.is_deterministic()
     assert not registry.is_deterministic()
+
+
+def test_old_inductors_log_line_is_the_ops_name(monkeypatch):
+    from torch._inductor import exc
+
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(exc.OperatorIssue.operator_str))
+    fake = registry._shortening_logs(lambda x: x)
+    assert fake(1) == 1
+    deep = [[[]]] * 3
+    assert exc.OperatorIssue.operator_str("cs336.rms_norm_fwd", deep, {"x": deep}) == "cs336.rms_norm_fwd"

@@ -67,6 +67,48 @@ def failing(step, batch, stream):
     raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
 
+def failing_late(step, batch, stream):
+    """When there are gradients already, that have not been computed."""
+
+    def refuse(**options):
+        failing(step, batch, stream)
+
+    optimizer = step.__self__.optimizer
+    optimizer.step = refuse
+    try:
+        step(batch)
+    finally:
+        del optimizer.step
+
+
+def test_a_capture_that_fails_leaves_no_gradients(tmp_path):
+    plain, graphed = learners(tmp_path)
+    graphed.graph = StepGraph(graphed._step, graphed.device, required=False, capture=failing_late)
+    for step in range(5):
+        a, b = plain.update(batch(step), 0.01), graphed.update(batch(step), 0.01)
+        assert torch.equal(a["grad_norm"], b["grad_norm"])
+    assert graphed.graph.refused
+
+
+def test_weights_that_move_are_captured_anew(tmp_path):
+    """As those do of which an engine makes samples."""
+    captures = []
+
+    def capture(*given):
+        captures.append(given)
+        return recorded(*given)
+
+    plain, graphed = learners(tmp_path)
+    weights = list(graphed.model.parameters())
+    graphed.graph = StepGraph(graphed._step, graphed.device, weights=weights, capture=capture)
+    for step in range(7):
+        if step == 5:
+            graphed.model.join_weights()
+        a, b = plain.update(batch(step), 0.01), graphed.update(batch(step), 0.01)
+        assert torch.equal(a["loss"], b["loss"])
+        assert len(captures) == (0 if step < WARM_UP else 1 if step < 5 else 2)
+
+
 def test_a_step_that_cannot_be_captured_goes_on_or_says_so(tmp_path):
     plain, graphed = learners(tmp_path)
     graphed.graph = StepGraph(graphed._step, graphed.device, required=False, capture=failing)

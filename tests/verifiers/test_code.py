@@ -63,6 +63,8 @@ def test_what_it_prints():
         ("class Node:\n  left = None\n  kinds = {1: 'a'}\nroot = Node()\ndef depth(n): return 0 if n is None else 1 + depth(n.left)",
          "assert depth(root) == 1\nroot.left = Node()\nroot.left.left = Node()\nassert depth(root) == 3 and depth(root.left) == 2\nassert Node.kinds == {1: 'a'}"),
         ("def f(x): raise ValueError('no')", "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    assert False"),
+        ("class Odd(ValueError): pass\ndef f(x): raise x(5)\ndef g(): raise Odd\ndef h(): raise UnicodeDecodeError('a', b'', 0, 1, 'b')",
+         "def raises(kind, f, *a):\n  try: f(*a)\n  except kind: return True\nassert raises(TypeError, f, TypeError) and raises(KeyError, f, KeyError)\nassert raises(ValueError, g) and raises(RuntimeError, h)"),
         ("def f(x):\n  print('noise', x)\n  return input", "f('\\n{')"),
         ("from collections import Counter, namedtuple\nimport enum\nclass E(enum.IntEnum): A = 2\ndef f(): return Counter('aab'), E.A, namedtuple('P', 'x')(1)",
          "assert f() == ({'a': 2, 'b': 1}, 2, (1,))"),
@@ -129,6 +131,16 @@ def test_a_verdict_cannot_be_forged(name):
     verdict = verify_code(FORGERIES[name], TESTS, limits=Limits(seconds=2))
     assert verdict.score == 0, verdict
     assert verdict.reason
+
+
+@kept_in
+def test_a_loop_over_tests_cannot_be_ended():
+    tests = "def right(x): return double(x) == 2 * x\nassert all(map(right, [1, 2]))"
+    assert verify_code("def double(x): return 2 * x", tests).score == 1
+    for program in ("def double(x): raise StopIteration", "class A(StopIteration): pass\ndef double(x): raise A"):
+        verdict = verify_code(program, tests)
+        assert verdict.score == 0
+        assert verdict.reason.startswith("RuntimeError (StopIteration in the program"), verdict
 
 
 @kept_in

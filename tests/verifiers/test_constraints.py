@@ -34,6 +34,7 @@ CASES = [
     ("detectable_format:json_format", {}, "[1]", "[" * 100_000),
     ("detectable_format:title", {}, "<<a title>>\nb", "<< >> <a>"),
     ("combination:two_responses", {}, "a\n******\nb", "a\n******\na"),
+    ("combination:two_responses", {}, "******\na\n******\nb\n******", "a\n******\n******\nb"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi."}, "say hi. Hi!", "Hi! Say hi."),
     ("startend:end_checker", {"end_phrase": "The end."}, 'a, "the end."', "The end. No."),
     ("startend:quotation", {}, ' "a" ', '"a'),

@@ -36,6 +36,7 @@ def test_without_lean(monkeypatch, tmp_path):
         ("'t' depends on axioms: [propext, Quot.sound]", 0, 1, "Lean accepts"),
         ("'t' depends on axioms: [propext, sorryAx]", 0, 0, "it rests on sorryAx"),
         ("'t' depends on axioms: [mine]", 0, 0, "it rests on mine"),
+        ("'t' does not depend on any axioms\n't' depends on axioms: [mine]", 0, 0, "it rests on mine"),
         ("'other' does not depend on any axioms", 0, 0, "Lean did not say"),
         ("", 0, 0, "Lean did not say"),
         ("Proof.lean:2:3: error: unsolved goals", 1, 0, "Lean: Proof.lean:2:3: error: unsolved goals"),

@@ -22,14 +22,20 @@ SMALL = Limits(seconds=30, memory=128 << 20, output=1 << 16, disk=1 << 20, proce
 BRIEF = Limits(seconds=0.7, memory=128 << 20, output=1 << 16, disk=1 << 20, processes=8)
 
 # Each gets PARENT (this process), CANARY (a file of the host), SECRET (its text, and an environment variable's),
-# MARK (a word no other process has) and `attempt`, which prints "got" where what it is given succeeds.
+# MARK (a word no other process has) and `attempt`, which prints "got" where what it is given succeeds. Were all walls
+# down, nothing of the host would be changed but CANARY: what is tried elsewhere changes nothing, or is undone. Threads
+# are started by _thread, for threading's wait until they run, which those that memory is short for never do.
 PRELUDE = """
-import ctypes, os, resource, signal, socket, subprocess, sys, threading, time
+import _thread, ctypes, fcntl, os, resource, signal, socket, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def attempt(function, *arguments):
     try: result = function(*arguments)
     except (OSError, MemoryError, RuntimeError, ValueError): return None
     print("got", result)
+def made(path):
+    open(path, "x").close()
+    os.remove(path)
+    return path
 def checked(result):
     if result == -1: raise OSError(ctypes.get_errno(), "refused")
     return result
@@ -40,9 +46,9 @@ REFUSED = {
     "read passwords": "attempt(open, '/etc/passwd'); attempt(open, '/etc/shadow')",
     "look into homes": "attempt(os.listdir, os.path.expanduser('~root/.ssh')); attempt(os.listdir, '/home')",
     "write a file of the host": "attempt(open, CANARY, 'w'); attempt(os.remove, CANARY)",
-    "write where Python is": "attempt(open, os.path.join(sys.prefix, 'x.pth'), 'w'); attempt(os.utime, sys.executable)",
-    "write into system directories": "attempt(open, '/usr/bin/x', 'w'); attempt(open, '/x', 'w'); attempt(os.mkdir, '/dev/shm')",
-    "link to a file of the host": "os.symlink(CANARY, 'link'); attempt(open, 'link'); attempt(open, 'link', 'w'); attempt(os.link, sys.executable, 'hard')",
+    "write where Python is": "attempt(open, os.__file__, 'ab'); s = os.stat(os.__file__); attempt(lambda: os.utime(os.__file__, ns=(s.st_atime_ns, s.st_mtime_ns)))",
+    "write into system directories": "attempt(made, '/usr/bin/judged'); attempt(made, '/judged'); attempt(made, '/dev/judged'); attempt(os.utime, '/dev/null', None)",
+    "link to a file of the host": "os.symlink(CANARY, 'link'); attempt(open, 'link'); attempt(open, 'link', 'w'); attempt(os.link, os.__file__, 'hard')",
     "go up from the root": "attempt(open, '/tmp/' + '../' * 40 + CANARY.lstrip('/')); attempt(os.chroot, '/tmp')",
     "change whose files are": "attempt(os.chmod, CANARY, 0o777); attempt(os.chown, CANARY, 1, 1); attempt(os.utime, CANARY); attempt(os.truncate, CANARY, 0)",
     "remount writable": "attempt(lambda: checked(libc.mount(b'none', b'/', b'none', 4096 | 32, 0)))",
@@ -52,7 +58,8 @@ REFUSED = {
     "raise its limits": "[attempt(resource.setrlimit, what, (-1, -1)) for what in (resource.RLIMIT_NPROC, resource.RLIMIT_AS, resource.RLIMIT_FSIZE)]",
     "open the network": "attempt(socket.socket); attempt(socket.create_connection, ('1.1.1.1', 53)); attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)",
     "reach the virtual machine's host": "attempt(socket.socket, 40, socket.SOCK_STREAM)",
-    "signal this process": "attempt(os.kill, PARENT, 0); attempt(os.kill, os.getppid() or PARENT, 9)",
+    "signal this process": "attempt(os.kill, PARENT, 0); attempt(os.kill, os.getppid() or PARENT, 0)",
+    "have the kernel signal this process": "attempt(fcntl.fcntl, os.pipe()[0], fcntl.F_SETOWN, PARENT)",
     "trace this process": "attempt(lambda: checked(libc.ptrace(16, PARENT, 0, 0)))",
     "outlive this process": "attempt(lambda: checked(libc.prctl(1, 0, 0, 0, 0)))",
     "use what was left open": "[attempt(os.fstat, number) for number in range(3, 200)]",
@@ -62,7 +69,7 @@ REFUSED = {
     "fork without end": "attempt(lambda: [os.fork() or time.sleep(9) for _ in range(99)])",
     "allocate without end": "attempt(lambda: len(bytearray(1 << 30)))",
     "open files without end": "attempt(lambda: len([open('/dev/null') for _ in range(999)]))",
-    "start threads without end": "attempt(lambda: [threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for _ in range(999)])",
+    "start threads without end": "attempt(lambda: [_thread.start_new_thread(time.sleep, (9,)) for _ in range(999)])",
 }  # fmt: skip
 STOPPED = {
     "loop": ("while True: pass", "time"),
@@ -236,6 +243,25 @@ def test_landlock_refuses_nearly_as_much(name, host, monkeypatch):
     assert "tried\n" in outcome.stdout, outcome
     assert "got" not in outcome.stdout, outcome
     assert secret not in outcome.stdout + outcome.stderr
+
+
+ONLY_WITHOUT_NAMESPACES = {  # to others' processes and files, of which there are none within namespaces
+    "have the kernel choose a signal": "fcntl.fcntl(os.pipe()[0], 10, 9)",
+    "be leased a file": "fcntl.fcntl(open('main.py'), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "ask for a file's attributes": "fcntl.ioctl(open('main.py'), 0x80086601, bytearray(8))",
+    "schedule a process": "os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))",
+    "watch files": "checked(libc.inotify_init1(0))",
+}
+
+
+@pytest.mark.parametrize("name", ONLY_WITHOUT_NAMESPACES)
+def test_landlock_refuses_system_calls(name, monkeypatch):
+    """By EPERM, which none of these has another reason for."""
+    monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.Isolation("landlock", True, ""))
+    outcome = sandbox.run(f"{PRELUDE}{ONLY_WITHOUT_NAMESPACES[name]}", "", SMALL, weak=True)
+    assert "PermissionError: [Errno 1]" in outcome.stderr, outcome
+    usual = "import os, fcntl\nfcntl.fcntl(0, fcntl.F_GETFL)\nos.set_blocking(0, False)\nprint(os.isatty(0))"
+    assert sandbox.run(usual, "", SMALL, weak=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ["loop", "print without end", "ignore signals"])

@@ -101,8 +101,9 @@ class Program:
         row = item.row
         if self.name == "humaneval":
             code = extract_code(text)
-            program = code if f"def {row['entry_point']}(" in code else item.prompt + code
             helpers = _without(row["prompt"], row["entry_point"])  # tests trust none but their own
+            whole = f"def {row['entry_point']}(" in code  # but for what the prompt imports and defines
+            program = f"{helpers}\n{code}" if whole else item.prompt + code
             return program, f"{helpers}\n{row['test']}\ncheck({row['entry_point']})\n", []
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
         names = [name for name in _defined(item.target) if hasattr(builtins, name)]

@@ -14,7 +14,7 @@ MOST_STOPS = 256  # strings, each of which is looked for in every token's text
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = list[TokenId]
 PASSED_OVER = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "tool_choice"}
-PASSED_OVER |= {"parallel_tool_calls", "prompt_cache_retention"}
+PASSED_OVER |= {"parallel_tool_calls", "prompt_cache_retention", "function_call"}
 
 
 class StreamOptions(BaseModel):
@@ -46,11 +46,14 @@ class Generation(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_extra_body(cls, given: Any) -> Any:
-        """What OpenAI's client writes beside the others, other clients send as it is."""
-        if not isinstance(given, dict) or not isinstance(extra := given.get("extra_body"), dict):
+    def _normalised(cls, given: Any) -> Any:
+        """What OpenAI's client writes beside the others, other clients send as it is. A null is as if left out, but for
+        max_tokens: then there is no limit."""
+        if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if name != "extra_body"} | extra
+        if isinstance(extra := given.get("extra_body"), dict):
+            given = {name: value for name, value in given.items() if name != "extra_body"} | extra
+        return {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
 
     def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
         """Raises ValueError for values out of range."""

@@ -37,7 +37,10 @@ _MACHINES = {
             "prlimit64": 302, "setpriority": 141, "sched_setaffinity": 203, "mmap": 9,
             "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260, "fchmodat": 268,
             "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "setxattr": 188, "lsetxattr": 189,
-            "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
+            "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "syslog": 103,
+            "fcntl": 72, "ioctl": 16, "inotify_init": 253, "inotify_init1": 294, "fanotify_init": 300,
+            "sched_setscheduler": 144, "sched_setparam": 142, "sched_setattr": 314, "ioprio_set": 251,
+            "migrate_pages": 256, "move_pages": 279,
         },
     ),
     "aarch64": (
@@ -52,7 +55,10 @@ _MACHINES = {
             "bpf": 280, "userfaultfd": 282, "personality": 92, "mq_open": 180, "prctl": 167, "prlimit64": 261,
             "setpriority": 140, "sched_setaffinity": 122, "mmap": 222,
             "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88, "setxattr": 5, "lsetxattr": 6,
-            "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16,
+            "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "syslog": 116,
+            "fcntl": 25, "ioctl": 29, "inotify_init1": 26, "fanotify_init": 262,
+            "sched_setscheduler": 119, "sched_setparam": 118, "sched_setattr": 274, "ioprio_set": 30,
+            "migrate_pages": 238, "move_pages": 239,
         },
     ),
 }  # fmt: skip
@@ -73,7 +79,7 @@ REFUSED = (
     "setns", "perf_event_open", "name_to_handle_at", "open_by_handle_at", "process_vm_readv", "process_vm_writev",
     "kcmp", "memfd_create", "memfd_secret", "bpf", "userfaultfd", "personality", "prctl", "io_uring_setup",
     "io_uring_enter", "io_uring_register", "open_tree", "move_mount", "fsopen", "fsmount", "fspick", "pidfd_getfd",
-    "process_madvise", "mount_setattr",
+    "process_madvise", "mount_setattr", "syslog",
 )  # fmt: skip
 # And these where no namespaces are around the program: other processes, how to have children, and what of a file
 # Landlock does not guard.
@@ -82,7 +88,14 @@ REFUSED_OUTSIDE = (
     "fork", "vfork", "prlimit64", "setpriority", "sched_setaffinity", "chmod", "fchmod", "fchmodat", "fchmodat2",
     "chown", "fchown", "lchown", "fchownat", "utime", "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr",
     "fsetxattr", "setxattrat", "removexattr", "lremovexattr", "fremovexattr", "removexattrat", "file_setattr",
+    "inotify_init", "inotify_init1", "fanotify_init", "sched_setscheduler", "sched_setparam", "sched_setattr",
+    "ioprio_set", "migrate_pages", "move_pages",
 )  # fmt: skip
+# There, too: what has the kernel send a signal of one's choice to any process (F_SETSIG, F_SETOWN, F_SETOWN_EX), or
+# holds up who opens a file (F_SETLEASE, F_NOTIFY); and of ioctl, by which an owner changes a file's attributes through
+# a descriptor that only reads, all but TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX and FIOCLEX.
+_FCNTL_REFUSED = (10, 8, 15, 1024, 1026)
+_IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -143,14 +156,13 @@ def tmpfs(target: str, size: int, mode: int) -> None:
 
 
 def bind(source: str, target: str, *, device: bool = False) -> None:
-    """The same files in another place, read-only, and without devices unless it is one."""
+    """The same files in another place, read-only, and without devices unless it is one, which can be written to."""
     _mount(source, target, "none", _BIND | _RECURSIVE)
-    if not device:
-        read_only(target, recursive=True)
+    read_only(target, recursive=True, device=device)
 
 
-def read_only(target: str, *, recursive: bool = False) -> None:
-    attributes = struct.pack("=QQQQ", 1 | 2 | 4, 0, 0, 0)  # RDONLY, NOSUID, NODEV
+def read_only(target: str, *, recursive: bool = False, device: bool = False) -> None:
+    attributes = struct.pack("=QQQQ", 1 | 2 | (0 if device else 4), 0, 0, 0)  # RDONLY, NOSUID, NODEV
     how = _AT_RECURSIVE if recursive else 0
     _syscall("mount_setattr", _AT_FDCWD, target.encode(), how, attributes, len(attributes))
 
@@ -194,6 +206,16 @@ def landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
     os.close(ruleset)
 
 
+def _by_second_argument(
+    number: int, values: tuple[int, ...], *, of_these: int, of_others: int
+) -> list[tuple[int, int, int, int]]:
+    """Answer a system call by whether its second argument, of 32 bits, is one of some values."""
+    count = len(values)
+    compare = [(_IF_EQUAL, count - i, 0, value) for i, value in enumerate(values)]
+    head = [(_IF_EQUAL, 0, count + 3, number), (_LOAD, 0, 0, 16 + 8)]
+    return [*head, *compare, (_RETURN, 0, 0, of_others), (_RETURN, 0, 0, of_these)]
+
+
 def filter_system_calls(*, namespaces: bool) -> None:
     """Refuse REFUSED, new namespaces and anonymous shared memory (which no process's size shows) with EPERM; without
     namespaces around it also REFUSED_OUTSIDE: then there are threads, but no children. Lasts, for children too.
@@ -207,6 +229,9 @@ def filter_system_calls(*, namespaces: bool) -> None:
     for name in REFUSED if namespaces else REFUSED + REFUSED_OUTSIDE:
         if (number := _number(name)) is not None:
             program += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
+    if not namespaces:
+        program += _by_second_argument(numbers["fcntl"], _FCNTL_REFUSED, of_these=_EPERM, of_others=_ALLOW)
+        program += _by_second_argument(numbers["ioctl"], _IOCTL_ALLOWED, of_these=_ALLOW, of_others=_EPERM)
     new = PRIVATE_EVERYTHING | NEWNS | NEWTIME
     flags, anonymous, shared = 16 + 8 * 3, 0x20, 1
     program += [

@@ -8,16 +8,18 @@ can be called, iterated over, asked for an attribute and given one, but is equal
 This file is the beginning of both programs; it knows nothing of this package.
 """
 
-import ast
 import builtins
 import io
 import itertools
 import json
+import symtable
 import sys
 from typing import Any
 
 LONGEST = 1 << 24  # characters of a message
 DEEPEST = 100
+# In a test the first would be the test's own, and the others would end a loop over what is tested as if all had passed.
+NOT_TO_BE_RAISED = (AssertionError, StopIteration, StopAsyncIteration)
 
 
 def encode(value: Any, keep=None, depth=0):
@@ -93,6 +95,12 @@ class Line:
         return json.loads(text) if text else None
 
 
+def raised(error):
+    """What the program raised, named by the nearest of its classes that is Python's own: `except` goes by those."""
+    known = (kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
+    return {"raised": next(known), "text": f"{error}"}
+
+
 def serve(source):
     """In the judged program: run its source, then do what is asked."""
     line, kept = Line(), []
@@ -105,7 +113,7 @@ def serve(source):
     try:
         exec(compile(source, "program", "exec"), namespace)
     except Exception as error:
-        line.send({"raised": type(error).__name__, "text": f"{error}"})
+        line.send(raised(error))
         return
     line.send({"value": encode([name for name in namespace if isinstance(name, str)])})
     while (asked := line.receive()) is not None:
@@ -126,7 +134,7 @@ def serve(source):
             # arguments, too: a function may change them in place
             reply = {"value": encode(value, keep), "arguments": encode(arguments, keep)}
         except Exception as error:
-            reply = {"raised": type(error).__name__, "text": f"{error}"}
+            reply = raised(error)
         line.send(reply)
 
 
@@ -167,20 +175,18 @@ class Remote:
 
 
 def free_names(tests):
-    """Names that tests use and neither define nor have from Python."""
+    """Names that tests use as globals and neither define nor have from Python."""
     used: set[str] = set()
     defined: set[str] = set()
-    for node in ast.walk(ast.parse(tests)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.arg):
-            defined.add(node.arg)
-        elif isinstance(node, ast.alias):
-            defined.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            defined.add(node.name)
+    top = symtable.symtable(tests, "tests", "exec")
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is top or symbol.is_global():
+                used |= {symbol.get_name()} if symbol.is_referenced() else set()
+                defined |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
     return used - defined - set(dir(builtins))
 
 
@@ -196,11 +202,14 @@ def judge(tests, names=()):
             raise ConnectionError("the program ended")
         if "raised" in reply:
             kind: Any = getattr(builtins, str(reply["raised"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError
+            said = f"{reply['raised']} in the program: {reply.get('text')!s:.200}"
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, NOT_TO_BE_RAISED):
+                raise RuntimeError(said)
             try:
-                raise (kind if known else RuntimeError)(f"{reply['raised']} in the program: {reply.get('text')!s:.200}")
-            except TypeError:  # of an exception that takes other arguments
-                raise RuntimeError(f"{reply['raised']} in the program") from None
+                error = kind(said)
+            except TypeError:  # it takes other arguments
+                error = RuntimeError(said)
+            raise error
         return reply
 
     def asking(what, target, name, arguments, keywords):

@@ -1,0 +1,111 @@
+"""Forecasts that were written down before the run, and their grades after it: JSON lines, one forecast each.
+
+A grade replaces nothing that was forecast: it adds the measured loss, once.
+"""
+
+import datetime
+import json
+import math
+import pathlib
+from dataclasses import asdict, dataclass, replace
+
+from cs336.scaling.fit import Fit
+from cs336.utils.files import replacing
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one run. Losses are in nats a token."""
+
+    name: str
+    parameters: float
+    tokens: float
+    loss: float
+    low: float
+    high: float
+    confidence: float
+    made: str
+    """UTC, ISO 8601."""
+    measured: float | None = None
+    graded: str | None = None
+
+    @property
+    def error(self) -> float | None:
+        """The measured loss over the predicted, less 1; None before the grade."""
+        return None if self.measured is None else self.measured / self.loss - 1
+
+    @property
+    def covered(self) -> bool | None:
+        """Whether the measured loss is within the interval; None before the grade."""
+        return None if self.measured is None else self.low <= self.measured <= self.high
+
+
+def read(log: pathlib.Path) -> list[Forecast]:
+    """A log; none where there is no file. Raises ValueError that names the line which is no forecast."""
+    if not log.exists():
+        return []
+    found = []
+    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(Forecast(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{log}:{number} is no forecast: {error}") from None
+    return found
+
+
+def forecast(
+    log: pathlib.Path,
+    fit: Fit,
+    name: str,
+    parameters: float,
+    tokens: float,
+    *,
+    unique_tokens: float | None = None,
+    confidence: float = 0.95,
+) -> Forecast:
+    """Predict a run and write it down. Raises ValueError for a name that the log has."""
+    for what, value in (("parameters", parameters), ("tokens", tokens)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{what} must be positive and finite, got {value}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    made = read(log)
+    if any(name == other.name for other in made):
+        raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
+    loss, (low, high) = fit.predict(parameters, tokens, confidence, unique_tokens=unique_tokens)
+    new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now())
+    _write(log, [*made, new])
+    return new
+
+
+def grade(log: pathlib.Path, name: str, measured: float) -> Forecast:
+    """Write down what a run reached. Raises ValueError without its forecast, and where it was graded before."""
+    if not (measured > 0 and math.isfinite(measured)):
+        raise ValueError(f"a measured loss must be positive and finite, got {measured}")
+    made = read(log)
+    places = [i for i, other in enumerate(made) if other.name == name]
+    if not places:
+        raise ValueError(f"{log} has no forecast of {name!r}: there are {', '.join(f.name for f in made) or 'none'}")
+    if made[places[0]].measured is not None:
+        raise ValueError(f"{name!r} was graded at {made[places[0]].graded}, with {made[places[0]].measured}")
+    made[places[0]] = replace(made[places[0]], measured=measured, graded=_now())
+    _write(log, made)
+    return made[places[0]]
+
+
+def score(forecasts: list[Forecast]) -> tuple[float, float] | None:
+    """The mean size of the errors, and the share of intervals that held; None while nothing is graded."""
+    errors = [abs(f.error) for f in forecasts if f.error is not None]
+    if not errors:
+        return None
+    return sum(errors) / len(errors), sum(f.covered is True for f in forecasts) / len(errors)
+
+
+def _write(log: pathlib.Path, forecasts: list[Forecast]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(log) as file:
+        file.writelines(json.dumps(asdict(f)) + "\n" for f in forecasts)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,51 @@
+"""A forecast is written before, graded after, and neither is changed."""
+
+import json
+
+import pytest
+
+from cs336.cli import main
+from cs336.scaling import EPOCH
+from cs336.scaling.forecast import read, score
+
+
+def test_forecast_then_grade(tmp_path, capsys):
+    log = tmp_path / "forecasts.jsonl"
+    make = ["scaling", "forecast", "epoch", "--log", str(log), "--parameters", "1e9", "--tokens", "2e10"]
+    assert main([*make, "--name", "a"]) == 0
+    assert main([*make, "--name", "b"]) == 0
+    before = log.read_text().splitlines()
+    loss = float(EPOCH.loss(1e9, 2e10))
+    assert json.loads(before[0])["loss"] == pytest.approx(loss)
+    assert score(read(log)) is None
+    assert main(["scaling", "grade", "a", str(loss * 1.01), "--log", str(log)]) == 0
+    assert "error +1.00 %, within" in capsys.readouterr().out
+    after = log.read_text().splitlines()
+    assert after[1] == before[1]
+    assert json.loads(after[0]) == json.loads(before[0]) | {k: json.loads(after[0])[k] for k in ("measured", "graded")}
+    assert main(["scaling", "grade", "b", str(loss * 0.9), "--log", str(log)]) == 0
+    said = capsys.readouterr().out
+    assert "error -10.00 %, outside" in said
+    assert "2 graded: mean error 5.50 %, 50 % within" in said
+    assert score(read(log)) == pytest.approx((0.055, 0.5))
+
+
+def test_what_is_refused_leaves_the_log(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    make = ["scaling", "forecast", "epoch", "--log", str(log), "--tokens", "2e10", "--name", "a", "--parameters"]
+    assert main([*make, "1e9"]) == 0
+    assert main(["scaling", "grade", "a", "2.5", "--log", str(log)]) == 0
+    kept = log.read_text()
+    for arguments, message in (
+        ([*make, "2e9"], "a forecast is not changed"),
+        ([*make, "-1"], "parameters must be positive"),
+        (["scaling", "grade", "a", "2.4", "--log", str(log)], "was graded at"),
+        (["scaling", "grade", "c", "2.4", "--log", str(log)], "no forecast of 'c': there are a"),
+        (["scaling", "grade", "a", "nan", "--log", str(log)], "must be positive and finite"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert log.read_text() == kept
+    log.write_text(kept + "{}\n")
+    with pytest.raises(ValueError, match=r"log.jsonl:2 is no forecast"):
+        read(log)
