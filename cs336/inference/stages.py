@@ -130,7 +130,7 @@ class Rewrite:
         context = _context_length(self.model, self.device)
         longest = min(self.max_prompt_tokens, context - self.max_tokens)
         # One at a time, nothing remembered and no length that free memory decides: the same bytes again.
-        options = {"max_seqs": 1, "max_len": longest + self.max_tokens, "prefix_cache": False}
+        options: dict[str, Any] = {"max_seqs": 1, "max_len": longest + self.max_tokens, "prefix_cache": False}
         llm = LLM(self.model, device=self.device, quiet=True, **options)
         template = llm.chat_template
         dated = {"strftime_now": TODAY.strftime}

@@ -174,17 +174,15 @@ def test_a_chat_template_writes_the_prompt_and_does_not_know_the_day(export, tmp
     assert found.text == want.text
 
 
-def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, tmp_path):
+def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, tmp_path, monkeypatch):
     directory, _ = built
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CS336_VARIANT", "ref")
     (tmp_path / "documents").symlink_to(directory / "documents")
-    (tmp_path / "recipe.toml").write_text((directory / "recipe.toml").read_text())
-    code = "import sys; from cs336.cli import main; sys.exit(main(['data', 'build', 'recipe.toml', *sys.argv[1:]]))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CS336_VARIANT": "ref"}
-
-    def start(workers):
-        return subprocess.Popen([sys.executable, "-c", code, "--workers", workers], cwd=tmp_path, env=environment)
-
-    process = start("1")
+    shutil.copy(directory / "recipe.toml", tmp_path)
+    code = "import sys; from cs336.cli import main; sys.exit(main(['data', 'build', 'recipe.toml', '--workers', '1']))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     while process.poll() is None and not list((tmp_path / "out").glob("1-extract/counts/*.json")):
         time.sleep(0.002)
     killed = process.poll() is None
@@ -192,7 +190,7 @@ def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, t
     process.wait()
     assert killed
     assert not (tmp_path / "out/build.json").exists()
-    assert start("2").wait(timeout=120) == 0
+    assert main(["data", "build", "recipe.toml", "--workers", "2"]) == 0
     assert outputs(tmp_path / "out") == outputs(directory / "out")
 
 
