@@ -93,6 +93,8 @@ class _Watch:
 
     def _give_up(self, begun: list[int]) -> None:
         behind = [r for r, count in enumerate(begun) if count < max(begun)]
+        if rank() in behind:  # the others speak first: they would find this one dead, and not know why
+            time.sleep(MISSED * self.beat)
         who = _named(behind) if behind else "no rank is behind the others"
         error = RankError(f"{who}: nothing went on for {self.timeout:g} s (parallel.timeout)")
         self.tell(error)
