@@ -212,8 +212,11 @@ def make_root(readable: list[str], disk: int) -> None:
     """A root of Python's files, a few devices and an empty /tmp, and nothing else: no home, no /proc, no /sys."""
     kernel.unshare(kernel.NEWNS)
     kernel.keep_mounts_to_self()
-    sources = [path for path in (*SYSTEM, *DEVICES, *readable) if os.path.lexists(path)]
+    named = [path for path in (*SYSTEM, *DEVICES, *readable) if os.path.lexists(path)]
+    sources = [inside for path in named for inside in _open_to_all(path)]
     kernel.tmpfs(ROOT, 1 << 20, 0o755)
+    os.mkdir(f"{ROOT}/tmp")
+    kernel.tmpfs(f"{ROOT}/tmp", disk, 0o1777)  # before the files, for Python's own may be below /tmp
     for source in sorted(set(sources)):
         target = ROOT + source
         if os.path.lexists(target):  # within one before it
@@ -227,11 +230,15 @@ def make_root(readable: list[str], disk: int) -> None:
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
             kernel.bind(source, target, device=stat.S_ISCHR(os.stat(source).st_mode))
-    if not os.path.isdir(f"{ROOT}/tmp"):
-        os.mkdir(f"{ROOT}/tmp")
     kernel.enter_root(ROOT)
     kernel.read_only("/")
-    kernel.tmpfs("/tmp", disk, 0o1777)
+
+
+def _open_to_all(path: str) -> list[str]:
+    """A path, or for a directory that its owner alone may enter, what is in it: the program is another user."""
+    if os.path.isdir(path) and not os.path.islink(path) and not os.stat(path).st_mode & stat.S_IXOTH:
+        return [os.path.join(path, name) for name in os.listdir(path)]
+    return [path]
 
 
 if __name__ == "__main__":
