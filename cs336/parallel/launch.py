@@ -41,9 +41,12 @@ def connect(device: str = "auto") -> torch.device:
         here = _of_rank(device, int(os.environ["LOCAL_RANK"]))
         if here.type == "cuda":
             torch.cuda.set_device(here)
-            dist.init_process_group("cpu:gloo,cuda:nccl")
-        else:
-            dist.init_process_group("gloo")
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the processes, and in it the addresses of those that died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
         atexit.register(_disconnect)
     return place(device)
 
