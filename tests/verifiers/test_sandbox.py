@@ -139,7 +139,8 @@ def test_nothing_outlives_a_program(name, host):
     prelude, _, mark = host
     outcome = sandbox.run(prelude + KILLED_WITH_IT[name], "", BRIEF)
     assert outcome.ending in ("exit", "time")
-    assert not outcome.stderr
+    stopped = name == "orphans that respawn" and "BlockingIOError" in outcome.stderr  # at the limit of processes
+    assert stopped or not outcome.stderr
     assert not alive(mark)
 
 
