@@ -116,7 +116,8 @@ def distributed(name: str, *argv: str) -> int:
     if "--help" in rest:  # once
         importlib.import_module(f"benchmarks.end_to_end.bench_{name}").parse(rest)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    found = os.pathsep.join(filter(None, [str(results.ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": found}  # from any working directory
     return subprocess.run([*torchrun, "-m", f"benchmarks.end_to_end.bench_{name}", *rest], env=environment).returncode
 
 
