@@ -9,7 +9,7 @@
     "optimizer.lr" = [1e-3, 3e-3, 1e-2]
 
     [search]
-    kind = "grid"                           # or random, halving
+    kind = "grid"                           # or random, halving, list, anneal
 
     [where]
     kind = "local"                          # processes of this machine, each with its GPU; or here, or ray
@@ -22,6 +22,7 @@ is new in it.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,12 +32,14 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from cs336.experiments import space
+from cs336.experiments.anneal import segments
 from cs336.training import Budget, TrainConfig
 from cs336.training.budget import Plan
 from cs336.training.config import FREE
 from cs336.utils import config as configs
 
 UNITS = {"seconds": "s", "tokens": "tok", "flops": "flops", "steps": "steps"}
+TRUNK = "trunk"  # the option that names a part of a trunk in tables
 NO_PART = FREE - {"data", "budget"}  # of what a run is
 
 
@@ -138,6 +141,29 @@ class Halving:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """These runs, as a design lists them, each with every combination of the values in [vary]."""
+
+    runs: tuple[space.Options, ...]
+    """Dotted keys of base, and the value of each: [[search.runs]]."""
+    kind: Literal["list"] = "list"
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("a list holds at least one run")
+
+    def first(self, vary: Mapping[str, space.Axis]) -> list[space.Options]:
+        return [run | others for run in self.runs for others in space.grid(vary)]
+
+
+@dataclass(frozen=True)
+class Annealed(Listed):
+    """These runs, where those that differ in their budget alone share a trunk: see cs336.experiments.anneal."""
+
+    kind: Literal["anneal"] = "anneal"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
 class Here:
     """One run after the other, in this process."""
 
@@ -178,7 +204,7 @@ class Ray:
     gpus: float = 0
 
 
-Search = Annotated[Grid | Random | Halving, Field(discriminator="kind")]
+Search = Annotated[Grid | Random | Halving | Listed | Annealed, Field(discriminator="kind")]
 Where = Annotated[Here | Local | Ray, Field(discriminator="kind")]
 
 
@@ -272,9 +298,11 @@ class Study:
 
         Raises ValueError, naming the run, for a configuration that cannot be trained.
         """
+        known = {outcome.id: outcome for outcome in ended if outcome.ended}
+        if isinstance(self.search, Annealed):
+            return self._annealed(known)
         found = self._rung(self.search.first(self.axes), 0)
         if isinstance(self.search, Halving):
-            known = {outcome.id: outcome for outcome in ended if outcome.ended}
             rung = found
             for number in range(1, self.search.rungs):
                 if not all(trial.id in known for trial in rung):
@@ -298,9 +326,32 @@ class Study:
         """Trials of a rung, each once: points drawn at random may coincide."""
         return list({t.id: t for options in points for t in self._of(options, rung)}.values())
 
-    def _of(self, options: space.Options, rung: int) -> list[Trial]:
-        """A trial a seed."""
-        rungs = self.search.rungs if isinstance(self.search, Halving) else 1
+    def _annealed(self, known: Mapping[str, Outcome]) -> list[Trial]:
+        """Each part of a trunk once the one before is done, and the branch that leaves there with it."""
+        groups: dict[str, list[tuple[space.Options, TrainConfig]]] = {}
+        for options in self.search.first(self.axes):
+            for config in self._configs(options):
+                shared = _canonical(configs.to_table(dataclasses.replace(config, budget="1steps")))
+                groups.setdefault(shared, []).append((options, config))
+        found = []
+        for group in groups.values():
+            lengths = {config.budget: options for options, config in group}
+            before = Cost(0, 0, 0)
+            parts = segments([config for _, config in group], lambda first: self.runs / identity(first))
+            for number, (trunk, branch) in enumerate(parts):
+                options = lengths[branch.budget]
+                part = Trial.of(trunk, options | {TRUNK: trunk.budget})
+                spent, folder = part.planned, identity(parts[0].trunk)
+                found.append(dataclasses.replace(part, folder=folder, planned=spent.minus(before), rung=2 * number))
+                if part.id not in known or not known[part.id].score(self.metric) < math.inf:
+                    break
+                leaf = Trial.of(branch, options)
+                found.append(dataclasses.replace(leaf, planned=leaf.planned.minus(spent), rung=2 * number + 1))
+                before = spent
+        return found
+
+    def _configs(self, options: space.Options) -> list[TrainConfig]:
+        """A configuration a seed."""
         try:
             base = space.apply(configs.override(TrainConfig, self.base, ()), options)
             config = TrainConfig.from_table(base | {"run_dir": "."})
@@ -309,13 +360,17 @@ class Study:
         if self.metric.startswith("val/") and config.data.val is None:
             raise ValueError(f"metric {self.metric} needs base.data.val")
         seeds = range(config.seed, config.seed + self.seeds) if isinstance(self.seeds, int) else self.seeds
+        return [dataclasses.replace(config, seed=seed) for seed in seeds]
+
+    def _of(self, options: space.Options, rung: int) -> list[Trial]:
+        """A trial a seed."""
+        rungs = self.search.rungs if isinstance(self.search, Halving) else 1
         found = []
-        for seed in seeds:
-            of_seed = dataclasses.replace(config, seed=seed)
-            stages = [of_seed]
+        for config in self._configs(options):
+            stages = [config]
             if isinstance(self.search, Halving):
                 parts = [self.search.eta ** (rungs - 1 - r) for r in range(rungs)]
-                stages = [dataclasses.replace(of_seed, budget=scaled(config.budget, 1 / part)) for part in parts]
+                stages = [dataclasses.replace(config, budget=scaled(config.budget, 1 / part)) for part in parts]
             costs = [Cost(0, 0, 0), *map(cost, stages)]
             planned = costs[rung + 1].minus(costs[rung])
             trial = Trial.of(stages[rung], options)
@@ -346,6 +401,8 @@ def scaled(budget: str, factor: float) -> str:
 def identity(config: TrainConfig) -> str:
     """Twelve hexadecimal digits of what a run is: nothing of where it is written, or how fast it is computed."""
     table = {name: value for name, value in configs.to_table(config).items() if name not in NO_PART}
+    if config.branch_from is not None:
+        table["branch_from"] = str(config.branch_from.resolve())
     sides = {"train": config.data.train, "val": config.data.val}
     table["data"] = {side: str(path.resolve()) for side, path in sides.items() if path is not None}
     return hashlib.sha256(_canonical(table).encode()).hexdigest()[:12]

@@ -61,7 +61,7 @@ def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def reached(run_dir: pathlib.Path) -> Cost:
-    """What a run has taken since it was begun, by its rows."""
+    """What a run has taken since it was begun, or has left its trunk, by its rows."""
     rows = read_rows(run_dir)
     if not rows:
         return Cost(0, 0, 0)
@@ -69,5 +69,7 @@ def reached(run_dir: pathlib.Path) -> Cost:
         facts = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         facts = {}
-    tokens = rows[-1].get("tokens", 0)
+    tokens, begun = rows[-1].get("tokens", 0), next(iter(facts.get("budgets", [])), {}).get("from_step", 0)
+    if begun:
+        tokens -= begun * tokens // rows[-1]["step"]
     return Cost(tokens * facts.get("flops_per_token", 0), tokens, rows[-1].get("seconds", 0))

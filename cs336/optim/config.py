@@ -240,8 +240,14 @@ class WSDConfig(_Stable):
     def lr(self, step: float, total: int, top: float) -> float:
         """The learning rate of a step of `total`, `top` the highest."""
         low, warmup = top * self.min_lr_ratio, self.warmup(total)
-        decay = min(self.decay_part * total, total - warmup)
-        return schedules.wsd_schedule(step, top, low, warmup, decay, total, decay=self.decay)
+        return schedules.wsd_schedule(step, top, low, warmup, self._fall(total), total, decay=self.decay)
+
+    def stable_steps(self, total: int) -> int:
+        """Steps before the rate falls: up to there a run of any `total` is the same, if warmup_steps is given."""
+        return math.floor(total - self._fall(total))
+
+    def _fall(self, total: int) -> float:
+        return min(self.decay_part * total, total - self.warmup(total))
 
 
 @dataclass(frozen=True)

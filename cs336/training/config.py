@@ -46,6 +46,9 @@ class TrainConfig:
     init_from: pathlib.Path | None = None
     """Weights to begin with: an export, a checkpoint, a run directory, or a directory in the Hugging Face layout, which
     also gives [model] where that is left out. None: drawn from the seed."""
+    branch_from: pathlib.Path | None = None
+    """A checkpoint of another run that this one goes on from, with its weights, optimizer, step and place in the data,
+    under its own schedule and budget: a decay that leaves a trunk. None: the run begins at step 0."""
     budget: str = "1000steps"
     """When to stop: 90m, 1.5h, 2e18flops, 500Mtok or 1000steps."""
     batch_size: int = 32
@@ -104,6 +107,8 @@ class TrainConfig:
         for name in ("seed", "eval_interval", "sample_interval", "checkpoint_interval"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError("init_from and branch_from are two beginnings: give one")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % micro:

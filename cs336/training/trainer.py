@@ -331,7 +331,7 @@ class Trainer:
         self.decisions.took(self.decisions.save, taken[0])
 
     def _restore(self) -> None:
-        """Become what the seed and init_from give, or what the newest whole checkpoint holds."""
+        """Become what the seed, init_from or branch_from give, or what the newest whole checkpoint holds."""
         self.run.wait()
         vars(self).pop("learner", None)  # room for the new one
         config, self.learner = self.config, Learner(self.config)
@@ -359,6 +359,11 @@ class Trainer:
         self._newest = self.run.newest()
         if self._restored is not None:
             self._continue(self._restored)
+        elif config.branch_from is not None:
+            trunk = config.branch_from
+            together(lambda: checkpoint.load_checkpoint(trunk, self.learner.trained, self.learner.optimizer))
+            self._continue(trunk)
+            self._seconds_before = 0.0  # the trunk's are its own
         elif config.init_from is not None:
             source = config.init_from
             together(lambda: self.learner.load_weights(source))
@@ -409,8 +414,9 @@ class Trainer:
             budgets.append(
                 {"budget": self.config.budget, "from_step": self.step, "lr": self._lr, "highest_lr": highest}
             )
-        source = self.config.init_from  # kept whole: the run may go on from another directory
-        saved = dataclasses.replace(self.config, init_from=None if source is None else source.resolve())
+        sources = {name: getattr(self.config, name) for name in ("init_from", "branch_from")}
+        whole = {name: path and path.resolve() for name, path in sources.items()}  # to go on from any directory
+        saved = dataclasses.replace(self.config, **whole)
         saved.save(self.run.path / "config.toml")
         self.run.write_facts(before | facts | {"budgets": budgets})
 
