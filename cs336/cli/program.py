@@ -9,7 +9,17 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, plan_run, scaling, tokenizer
+from cs336.cli import (
+    alignment,
+    data,
+    data_classifier,
+    experiments,
+    plan_parallel,
+    plan_run,
+    scaling,
+    scaling_designs,
+    tokenizer,
+)
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.compress import compress
@@ -66,6 +76,8 @@ SCALING_VERBS: dict[str, Run] = {
     "plot": scaling.plot,
     "forecast": scaling.forecast,
     "grade": scaling.grade,
+    "design": scaling_designs.design,
+    "coord-check": scaling_designs.coord_check,
 }
 STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,

@@ -15,7 +15,8 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
     """Fit a scaling law to runs, and print it with its 95 % intervals.
 
     Args:
-        points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row.
+        points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row; or the directory
+            of a study.
         law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
             lowest run a budget), envelope (1: training curves).
         bootstrap: resamples of the runs, for the intervals of approach 3.
@@ -118,8 +119,9 @@ def plot(points: Positional[Path], out: Path) -> None:
 def forecast(
     law: Annotated[Positional[str], arg(metavar="FIT.json|epoch")],
     name: str,
-    parameters: float,
-    tokens: float,
+    parameters: float | None = None,
+    tokens: float | None = None,
+    study: MaybePath = None,
     unique_tokens: float | None = None,
     log: Path = LOG,
 ) -> None:
@@ -130,6 +132,7 @@ def forecast(
         name: of the run, for its grade.
         parameters: of the run.
         tokens: of the run.
+        study: in place of both, the TOML of a study of one run, such as `cs336 scaling design best` writes.
         unique_tokens: as many exist.
         log: JSON lines, a forecast each.
     """
@@ -139,21 +142,36 @@ def forecast(
     from cs336.scaling import forecast as forecasts
     from cs336.scaling.saved import load_fit
 
+    if (parameters is None) != (tokens is None) or (parameters is None) == (study is None):
+        raise ValueError("say --parameters and --tokens, or --study")
+    if study is not None:
+        parameters, tokens = _run_of(study)
+    assert parameters is not None
+    assert tokens is not None
     fit = EPOCH_FIT if law == "epoch" else load_fit(pathlib.Path(law))
     made = forecasts.forecast(log, fit, name, parameters, tokens, unique_tokens=unique_tokens)
     print(f"{name}: loss {made.loss:.4f}, 95 % of such runs between {made.low:.4f} and {made.high:.4f}; kept in {log}")
 
 
-def grade(name: Positional[str], loss: Positional[float], log: Path = LOG) -> None:
+def grade(
+    name: Positional[str], loss: Annotated[float | None, Positional] = None, study: MaybePath = None, log: Path = LOG
+) -> None:
     """Write down what a run reached beside its forecast, once, and score all that are graded.
 
     Args:
         name: as it was forecast.
         loss: that was measured, in nats a token.
+        study: in its place, the directory of a study of one run that is done.
         log: JSON lines, a forecast each.
     """
     from cs336.scaling import forecast as forecasts
+    from cs336.scaling import read_points
 
+    if (loss is None) == (study is None):
+        raise ValueError("say the loss, or --study")
+    if study is not None:
+        (loss,) = _one(read_points(study).loss.tolist(), study)
+    assert loss is not None
     graded = forecasts.grade(log, name, loss)
     assert graded.error is not None
     held = "within" if graded.covered else "outside"
@@ -163,3 +181,20 @@ def grade(name: Positional[str], loss: Positional[float], log: Path = LOG) -> No
     assert scored is not None
     count = sum(f.measured is not None for f in everything)
     print(f"{count} graded: mean error {100 * scored[0]:.2f} %, {100 * scored[1]:.0f} % within their intervals")
+
+
+def _run_of(study: Path) -> tuple[float, float]:
+    """Parameters and tokens of its one run."""
+    from cs336.experiments import Study
+    from cs336.training import TrainConfig
+
+    (trial,) = _one(Study.load(study).trials(), study)
+    if trial.planned.tokens is None:
+        raise ValueError(f"{study}: a run under a budget of time has as many tokens as there is time for: give steps")
+    return TrainConfig.from_table(trial.table | {"run_dir": "."}).model.num_parameters(), trial.planned.tokens
+
+
+def _one(found: list[Any], study: Path) -> list[Any]:
+    if len(found) != 1:
+        raise ValueError(f"{study} has {len(found)} runs: a forecast is of one")
+    return found

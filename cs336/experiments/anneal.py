@@ -27,9 +27,7 @@ class Segment(NamedTuple):
     branch: TrainConfig
 
 
-def segments(
-    lengths: Sequence[TrainConfig], folder: Callable[[TrainConfig], pathlib.Path]
-) -> list[Segment]:
+def segments(lengths: Sequence[TrainConfig], folder: Callable[[TrainConfig], pathlib.Path]) -> list[Segment]:
     """What trains runs that differ in nothing but their budgets, the shortest first.
 
     Args:
@@ -42,7 +40,9 @@ def segments(
     whole = lengths[0]
     schedule = whole.schedule
     if not isinstance(schedule, WSDConfig) or schedule.warmup_steps is None:
-        raise ValueError('a trunk is shared under schedule = {kind = "wsd", warmup_steps = N}: its warm-up has one length')
+        raise ValueError(
+            'a trunk is shared under schedule = {kind = "wsd", warmup_steps = N}: its warm-up has one length'
+        )
     totals = sorted(_steps(config) for config in lengths)
     leave = [schedule.stable_steps(total) for total in totals]
     if leave[0] <= schedule.warmup_steps or len(set(leave)) < len(leave):

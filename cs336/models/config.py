@@ -54,6 +54,9 @@ class TransformerConfig:
     """The output head is the embedding."""
     init_std: float = 0.02
     """Of every matrix; those that write to the residual stream start at init_std / sqrt(2 * num_layers)."""
+    mup_base_width: int | None = None
+    """The d_model that init_std and the learning rate were chosen at; this model's follow by muP, so that they serve
+    every width: see cs336.models.mup. None: the same at every width."""
     head_dim: int | None = None
     """Features of a head, even. None: d_model / num_heads."""
     position_embedding: Literal["learned", "sinusoidal"] | None = None
@@ -73,6 +76,7 @@ class TransformerConfig:
         if self.num_layers > MOST_LAYERS:
             raise ValueError(f"num_layers must be at most {MOST_LAYERS:,}, got {self.num_layers:,}")
         check_counts(optional=self.layers is not None, num_heads=self.num_heads)
+        check_counts(optional=True, mup_base_width=self.mup_base_width)
         check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
         check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)
         check_positive(optional=True, logit_softcap=self.logit_softcap, embedding_scale=self.embedding_scale)
@@ -92,6 +96,17 @@ class TransformerConfig:
                 )
         if self.position_embedding == "sinusoidal" and self.d_model % 2 != 0:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
+
+        if self.mup_base_width is not None:
+            self._check_mup()
+
+    def _check_mup(self) -> None:
+        if self.tie_embeddings:
+            raise ValueError("mup_base_width scales the head and not the embedding: it needs tie_embeddings = false")
+        for block in self.blocks:
+            kinds = block.mixer.kind, block.mlp.kind
+            if kinds[0] != "attention" or kinds[1] not in ("swiglu", "gelu", "mlp"):
+                raise ValueError(f"mup_base_width is of attention and dense MLPs, got {kinds[0]} and {kinds[1]}")
 
     def _check_layers(self, layers: tuple[BlockConfig, ...]) -> None:
         if twice := [

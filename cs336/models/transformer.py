@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.models import mup
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.invariance import check_invariant
@@ -78,15 +79,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers); norms 1, biases 0.
-        Decays, convolutions and filters start as their mixers say."""
+        """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers), with mup_base_width as
+        muP has them; norms 1, biases 0. Decays, convolutions and filters start as their mixers say."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith("bias") else 1)
             else:
                 writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
                 depth = 2 * self.config.num_layers if writes else 1
-                parameter.normal_(std=self.config.init_std / depth**0.5)
+                parameter.normal_(std=mup.init_scale(self.config, name) * self.config.init_std / depth**0.5)
         for layer in self.layers:
             mixer = cast(TransformerBlock, layer).attention
             mlp = cast(TransformerBlock, layer).mlp
@@ -94,6 +95,11 @@ class Transformer(nn.Module):
                 mlp.reset_balance()
             if isinstance(mixer, LinearAttention | Mamba2 | Hyena):
                 mixer.reset_dynamics()
+
+    def lr_scales(self) -> dict[str, float]:
+        """Of parameters by name: what their learning rate is multiplied by. Only with mup_base_width, those not 1."""
+        scales = {name: mup.lr_scale(self.config, name, p.dim()) for name, p in self.named_parameters()}
+        return {name: scale for name, scale in scales.items() if scale != 1}
 
     def forward(
         self,

@@ -31,6 +31,23 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+def scaled_groups(groups: list[dict[str, Any]], model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Groups, each split by what the model's `lr_scales`, if it has that, says of its parameters. A part's `lr_scale`
+    is for whoever sets learning rates; its weight decay is divided by it, so that their product is not changed."""
+    scales = getattr(model, "lr_scales", dict)()
+    of = {model.get_parameter(name): scale for name, scale in scales.items()}
+    split: list[dict[str, Any]] = []
+    for group in groups if of else ():
+        parts: dict[float, list[Tensor]] = {}
+        for p in group["params"]:
+            parts.setdefault(of.get(p, 1.0), []).append(p)
+        split += [
+            group | {"params": params, "lr_scale": scale, "weight_decay": group["weight_decay"] / scale}
+            for scale, params in sorted(parts.items(), key=lambda part: part[0] != 1)
+        ]
+    return split or groups
+
+
 class AdamW(Optimizer):
     """A torch.optim.Optimizer with torch.optim.AdamW's defaults; their state_dicts load into each other.
 

@@ -8,7 +8,7 @@ import pydantic
 import torch
 
 from cs336.optim import schedules
-from cs336.optim.adamw import AdamW, param_groups
+from cs336.optim.adamw import AdamW, param_groups, scaled_groups
 from cs336.optim.muon import Muon, Orthogonalization, muon_param_groups
 from cs336.optim.rounding import Rounding
 from cs336.optim.schedules import Decay
@@ -58,7 +58,7 @@ class AdamWConfig(_Checked):
 
     def build(self, model: torch.nn.Module) -> AdamW:
         """The optimizer of the model's parameters. Its step takes grad_scale, which multiplies the gradients."""
-        groups = param_groups(model, weight_decay=self.weight_decay)
+        groups = scaled_groups(param_groups(model, weight_decay=self.weight_decay), model)
         return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, **_storage(self, model))
 
 
@@ -91,6 +91,7 @@ class MuonConfig(_Checked):
 
     def build(self, model: torch.nn.Module) -> Muon:
         """The optimizer of the model's parameters. Its step takes grad_scale, which multiplies the gradients."""
+        _check_unscaled(self.kind, model)
         return Muon(
             muon_param_groups(model, self.weight_decay),
             lr=self.lr,
@@ -126,6 +127,7 @@ class SOAPConfig(_Checked):
 
     def build(self, model: torch.nn.Module) -> SOAP:
         """The optimizer of the model's parameters. Its step takes grad_scale, which multiplies the gradients."""
+        _check_unscaled(self.kind, model)
         groups = muon_param_groups(model, self.weight_decay)
         return SOAP(groups, lr=self.lr, betas=self.betas, eps=self.eps, frequency=self.frequency, max_dim=self.max_dim)
 
@@ -153,8 +155,14 @@ class SGDConfig(_Checked):
 
     def build(self, model: torch.nn.Module) -> SGD:
         """The optimizer of the model's parameters. Its step takes grad_scale, which multiplies the gradients."""
+        _check_unscaled(self.kind, model)
         groups = param_groups(model, weight_decay=self.weight_decay)
         return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+def _check_unscaled(kind: str, model: torch.nn.Module) -> None:
+    if getattr(model, "lr_scales", dict)():
+        raise ValueError(f"mup_base_width scales AdamW's learning rates: use optimizer.kind = adamw, got {kind}")
 
 
 def _storage(config: AdamWConfig | MuonConfig, model: torch.nn.Module) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from cs336.models import TransformerConfig
+from cs336.optim.config import WSDConfig
 from cs336.scaling.laws import ChinchillaLaw, step_law
 from cs336.utils import config as configs
 
 RATIO = 20  # tokens a parameter that are about optimal: arXiv:2203.15556
-ALIKE = 1e-3  # relative difference of budgets that are one
+WARMUP = 20  # the part of a trunk's shortest run in which the rate rises
 Table = dict[str, Any]
 
 
@@ -97,8 +98,8 @@ class Run:
     wanted: float
     """FLOPs, or tokens, that were asked for, in the unit of `of`."""
     of: str = "flops"
-    begins: int = 0
-    """The step at which it leaves its trunk; 0 of a run of its own."""
+    schedule: WSDConfig | None = None
+    """Of a branch, which leaves its trunk where this falls. None: a run of its own, under the study's schedule."""
 
     @property
     def parameters(self) -> int:
@@ -114,9 +115,14 @@ class Run:
         return self.tokens * self.model.flops_per_token()
 
     @property
-    def paid(self) -> float:
-        """FLOPs that this run adds: after it left its trunk."""
-        return self.flops * (1 - self.begins / self.steps)
+    def begins(self) -> int:
+        """The step at which it leaves its trunk; 0 of a run of its own."""
+        return self.schedule.stable_steps(self.steps) if self.schedule else 0
+
+    @property
+    def shared(self) -> int:
+        """FLOPs of its trunk up to there."""
+        return self.flops // self.steps * self.begins
 
     @property
     def residual(self) -> float:
@@ -128,7 +134,8 @@ class Run:
         """The keys of `cs336 train` that make it, in a study."""
         shape = ("num_layers", "d_model", "num_heads", "d_ff")
         table: Table = {f"model.{name}": getattr(self.model, name) for name in shape}
-        return table | {"batch_size": self.batch_size, "optimizer.lr": self.lr, "budget": f"{self.steps}steps"}
+        table |= {"batch_size": self.batch_size, "optimizer.lr": self.lr, "budget": f"{self.steps}steps"}
+        return table | ({"schedule": configs.to_table(self.schedule)} if self.schedule else {})
 
 
 def isoflop(family: Family, budgets: Sequence[float], sizes: int = 5, span: float = 4.0) -> list[Run]:
@@ -164,12 +171,14 @@ def anneal(family: Family, sizes: Sequence[float], ratios: Sequence[float], deca
     if not 0 < decay_part < 1:
         raise ValueError(f"decay_part must be between 0 and 1, got {decay_part}")
     runs = []
-    for _, group in _by_model(ladder(family, sizes, ratios)):
-        lr, batch_size = family.rates(group[0].model, math.exp(np.mean([math.log(run.tokens) for run in group])))
-        for run in group:
-            steps = _steps(run.wanted, batch_size * run.model.context_length)
-            begins = steps - math.ceil(decay_part * steps)
-            runs.append(replace(run, batch_size=batch_size, steps=steps, lr=lr, begins=begins))
+    for model, group in _by_model(ladder(family, sizes, ratios)):
+        lr, batch_size = family.rates(model, math.exp(np.mean([math.log(run.wanted) for run in group])))
+        steps = [_steps(run.wanted, batch_size * model.context_length) for run in group]
+        schedule = WSDConfig(max(1, min(steps) // WARMUP), min_lr_ratio=0.0, decay_part=decay_part)
+        runs += [
+            replace(run, batch_size=batch_size, steps=count, lr=lr, schedule=schedule)
+            for run, count in zip(group, steps, strict=True)
+        ]
     return runs
 
 
@@ -194,9 +203,9 @@ def best(family: Family, flops: float, law: ChinchillaLaw) -> Run:
 class Accounts:
     """What a design takes."""
 
-    flops: float
+    flops: int
     """Trunks once, and every branch's decay; runs of their own whole."""
-    separately: float
+    separately: int
     """If every run were one of its own."""
 
     @property
@@ -207,10 +216,8 @@ class Accounts:
 
 def accounts(runs: Sequence[Run]) -> Accounts:
     """FLOPs of a design, with and without its trunks."""
-    trunks = sum(
-        max(run.flops * run.begins / run.steps for run in group) for _, group in _by_model(r for r in runs if r.begins)
-    )
-    return Accounts(trunks + sum(run.paid for run in runs), float(sum(run.flops for run in runs)))
+    trunks = sum(max(run.shared for run in group) for _, group in _by_model(runs))
+    return Accounts(trunks + sum(run.flops - run.shared for run in runs), sum(run.flops for run in runs))
 
 
 def study(runs: Sequence[Run], base: Mapping[str, Any]) -> Table:
@@ -222,7 +229,8 @@ def study(runs: Sequence[Run], base: Mapping[str, Any]) -> Table:
     for name in ("num_layers", "d_model", "num_heads", "d_ff"):
         del shared[name]
     table = dict(base) | {"model": shared | configs.to_table(base.get("model", {}))}
-    return {"base": table, "search": {"kind": "list", "runs": own}}
+    kind = "anneal" if any(run.schedule for run in runs) else "list"
+    return {"base": table, "search": {"kind": kind, "runs": own}}
 
 
 def table(runs: Iterable[Run]) -> str:
@@ -242,7 +250,7 @@ def _run(family: Family, model: TransformerConfig, tokens: float, wanted: float,
 
 def _steps(tokens: float, per_step: int) -> int:
     if (steps := round(tokens / per_step)) < 1:
-        raise ValueError(f"{tokens:,.0f} tokens are less than one step of {per_step:,}: give more, or a shorter context")
+        raise ValueError(f"{tokens:,.0f} tokens are less than a step of {per_step:,}: give more, or a shorter context")
     return steps
 
 

@@ -1,9 +1,12 @@
-"""Runs, valleys and residuals as a picture."""
+"""Runs, valleys and residuals, and coordinate checks, as pictures."""
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from cs336.scaling.coordinates import Coordinates
 from cs336.scaling.fit import fit_chinchilla
 from cs336.scaling.isoflop import fit_isoflop
 from cs336.scaling.points import Points
@@ -14,13 +17,7 @@ def draw(points: Points, path: pathlib.Path) -> None:
 
     Raises ImportError without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install 'cs336[plot]'") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     shown = left.scatter(points.parameters, points.loss, c=np.log10(points.flops), s=14)
     figure.colorbar(shown, ax=left, label="log10 FLOPs")
@@ -43,3 +40,31 @@ def draw(points: Points, path: pathlib.Path) -> None:
     )
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def draw_coordinates(checks: Mapping[str, Coordinates], path: pathlib.Path) -> None:
+    """How far each activation has moved after the last step, against the width: a panel a parametrisation.
+
+    Raises ImportError without matplotlib.
+    """
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(1, len(checks), figsize=(6 * len(checks), 5), sharey=True, layout="constrained")
+    for panel, (title, check) in zip(np.atleast_1d(panels), checks.items(), strict=True):
+        for name, slope in check.slopes().items():
+            panel.plot(check.widths, check.moved[name][:, -1], ".-", label=f"{name}: width^{slope:.2f}")
+        panel.set_xscale("log", base=2)
+        panel.set(yscale="log", xlabel="width", ylabel="RMS of the change", title=title)
+        panel.legend(fontsize=8)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("drawing needs matplotlib: pip install 'cs336[plot]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

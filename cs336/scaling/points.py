@@ -1,4 +1,4 @@
-"""Finished runs as arrays: parameters, tokens, FLOPs, loss; read from CSV or JSON."""
+"""Finished runs as arrays: parameters, tokens, FLOPs, loss; read from CSV or JSON, or from a study's ledger."""
 
 import csv
 import json
@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from cs336.experiments import Ledger
+from cs336.experiments.study import TRUNK, cost
+from cs336.training import TrainConfig
 
 # What others call the columns, in lower case.
 NAMES = {
@@ -50,7 +54,8 @@ class Points:
 
 
 def read_points(path: str | os.PathLike) -> Points:
-    """Runs from a CSV file with a header, a JSON list of objects, or JSON lines.
+    """Runs from a CSV file with a header, a JSON list of objects, or JSON lines; or the finished runs of a study, whose
+    directory this is, with embeddings and FLOPs counted as the models count them.
 
     Columns: loss, and two of parameters, tokens and flops; the third follows from flops = 6 parameters * tokens
     (arXiv:2001.08361). Other usual names are understood: N, D, C, compute_budget, final_loss, val/loss.
@@ -58,6 +63,8 @@ def read_points(path: str | os.PathLike) -> Points:
     Raises ValueError that names the file, the row and what is missing.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        return _of_study(path)
     text = path.read_text(encoding="utf-8-sig")
     rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
     if not rows:
@@ -80,6 +87,20 @@ def read_points(path: str | os.PathLike) -> Points:
         return Points.of(numbers["parameters"], numbers["tokens"], numbers["loss"], numbers.get("flops"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _of_study(directory: pathlib.Path) -> Points:
+    if not (directory / "ledger.sqlite").exists():
+        raise ValueError(f"{directory} holds no study: expected what `cs336 sweep` writes, or a file of runs")
+    rows = []
+    for entry in Ledger(directory).entries():
+        if entry.state == "done" and TRUNK not in entry.options:  # a trunk's rate has not fallen yet
+            config = TrainConfig.from_table(entry.config | {"run_dir": str(directory)})
+            whole = cost(config)
+            rows.append((config.model.num_parameters(), whole.tokens, entry.score("val/loss"), whole.flops))
+    if not rows:
+        raise ValueError(f"{directory} holds a study without a finished run")
+    return Points(*map(np.array, zip(*rows, strict=True)))
 
 
 def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ class Learner:
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
-        self._lr = torch.zeros((), device=self.device)  # of the graph
+        self._lrs = [torch.zeros((), device=self.device) for _ in self._decays]  # of the graph
 
     def _unshardable(self) -> str | None:
         if self.config.optimizer.kind not in ELEMENTWISE:
@@ -113,17 +113,17 @@ class Learner:
         groups = self.optimizer.param_groups
         decay = 1 - done * (1 - self.config.optimizer.weight_decay_end)
         for group, whole in zip(groups, self._decays, strict=True):
-            group["lr"], group["weight_decay"] = lr, whole * decay
+            group["lr"], group["weight_decay"] = lr * group.get("lr_scale", 1.0), whole * decay
         if self.graph is None:
             return self._step(batch, accept)
-        self._lr.fill_(lr)
-        for group in groups:
-            group["lr"] = self._lr
+        rates = [group["lr"] for group in groups]
+        for group, rate, captured in zip(groups, rates, self._lrs, strict=True):
+            group["lr"] = captured.fill_(rate)
         try:
             return self.graph(batch)
         finally:
-            for group in groups:  # what a checkpoint keeps
-                group["lr"] = lr
+            for group, rate in zip(groups, rates, strict=True):  # what a checkpoint keeps
+                group["lr"] = rate
 
     def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
         self.optimizer.zero_grad()  # of a step that failed midway, as one that cannot be captured does

@@ -11,7 +11,11 @@ from cs336.models.huggingface import read_config, read_step
 from cs336.training.checkpoint import MODEL, STATE, list_checkpoints, load_checkpoint, read_model_config
 from cs336.utils.config import to_table
 
-MAY_DIFFER = {"context_length", "init_std"}  # no weight has their shape, and no result at the same positions changes
+MAY_DIFFER = {
+    "context_length",
+    "init_std",
+    "mup_base_width",
+}  # no weight has their shape, and no result at the same positions changes
 
 
 def find_model(path: str | os.PathLike) -> pathlib.Path:

@@ -1,8 +1,8 @@
 """Branches off a trunk are the runs that they replace, at less cost."""
 
 import pytest
-import torch
 import tiny_study
+import torch
 from safetensors.torch import load_file
 
 from cs336.experiments import Ledger, run_study
