@@ -21,6 +21,7 @@ from cs336.scaling.laws import ChinchillaLaw, step_law
 from cs336.utils import config as configs
 
 RATIO = 20  # tokens a parameter that are about optimal: arXiv:2203.15556
+LEAST_SIZES = 3  # of a parabola
 WARMUP = 20  # the part of a trunk's shortest run in which the rate rises
 Table = dict[str, Any]
 
@@ -140,19 +141,20 @@ class Run:
 
 def isoflop(family: Family, budgets: Sequence[float], sizes: int = 5, span: float = 4.0) -> list[Run]:
     """Runs of equal FLOPs: at each budget `sizes` models, from the optimum / span to the optimum * span, evenly in the
-    logarithm. Where two are the same model it is trained once.
+    logarithm. Where two are the same model it is trained once, and the span is widened until there are three.
 
     Raises ValueError for a budget that is not one step of a model.
     """
     _several(budgets=budgets)
-    if sizes < 3 or not span > 1:
-        raise ValueError(f"a valley takes at least 3 sizes and a span above 1, got {sizes} and {span}")
+    if sizes < LEAST_SIZES or not 1 < span < math.inf:
+        raise ValueError(f"a valley takes at least {LEAST_SIZES} sizes and a span above 1, got {sizes} and {span}")
     runs = []
     for budget in budgets:
         middle = math.sqrt(budget / (6 * RATIO))
-        models = {family.nearest(N): None for N in np.geomspace(middle / span, middle * span, sizes)}
-        if len(models) < 3:
-            raise ValueError(f"{budget:g} FLOPs have {len(models)} sizes within {span} of {middle:,.0f} parameters")
+        reach, models = span, ()
+        while len(models) < LEAST_SIZES:
+            models = tuple(dict.fromkeys(map(family.nearest, np.geomspace(middle / reach, middle * reach, sizes))))
+            reach *= span
         runs += [_run(family, model, budget / model.flops_per_token(), budget, "flops") for model in models]
     return runs
 
