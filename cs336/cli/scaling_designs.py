@@ -18,6 +18,7 @@ def design(
     law: str = "epoch",
     points: int = 5,
     span: float = 4.0,
+    ratio: float = 20.0,
     decay_part: float = 0.2,
     vocab_size: int | None = None,
     context_length: int = 128,
@@ -45,7 +46,8 @@ def design(
         ratios: tokens a parameter.
         law: of best: what `fit --out` wrote, or epoch.
         points: of isoflop: sizes a budget.
-        span: of isoflop: from the optimum of 20 tokens a parameter, times and over it.
+        span: of isoflop: sizes go from 1 / span to span times the middle one.
+        ratio: of isoflop: tokens a parameter of the middle one, about the optimum.
         decay_part: of wsd: of each run, in which the learning rate falls.
         vocab_size: where --data does not say it.
         context_length: tokens of a sequence.
@@ -79,7 +81,7 @@ def design(
         raise ValueError(f"{kind} takes --{' and --'.join(wanted)}, and no --{' or --'.join(unwanted)}")
     match kind:
         case "isoflop":
-            runs = designs.isoflop(family, budgets, points, span)
+            runs = designs.isoflop(family, budgets, points, span, ratio)
         case "ladder":
             runs = designs.ladder(family, sizes, ratios)
         case "wsd":

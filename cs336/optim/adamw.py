@@ -34,7 +34,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
 def scaled_groups(groups: list[dict[str, Any]], model: torch.nn.Module) -> list[dict[str, Any]]:
     """Groups, each split by what the model's `lr_scales`, if it has that, says of its parameters. A part's `lr_scale`
     is for whoever sets learning rates; its weight decay is divided by it, so that their product is not changed."""
-    scales = getattr(model, "lr_scales", dict)()
+    scales: dict[str, float] = getattr(model, "lr_scales", dict)()
     of = {model.get_parameter(name): scale for name, scale in scales.items()}
     split: list[dict[str, Any]] = []
     for group in groups if of else ():

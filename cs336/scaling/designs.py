@@ -1,6 +1,6 @@
 """Designs: which runs to make so that a law can be fitted to them, each run whole steps of a model that can be built.
 
-isoflop     for each budget C, sizes around sqrt(C / 120) on D = C / (FLOPs a token)      arXiv:2203.15556, section 3.2
+isoflop     for each budget C, sizes around sqrt(C / (6 ratio)) on D = C / (FLOPs a token)      arXiv:2203.15556, section 3.2
 ladder      every size N at every ratio of tokens to parameters, D = ratio N              arXiv:2412.04403
 anneal      the same, but the runs of a size branch off one trunk                          arXiv:2405.18392
 
@@ -139,18 +139,22 @@ class Run:
         return table | ({"schedule": configs.to_table(self.schedule)} if self.schedule else {})
 
 
-def isoflop(family: Family, budgets: Sequence[float], sizes: int = 5, span: float = 4.0) -> list[Run]:
-    """Runs of equal FLOPs: at each budget `sizes` models, from the optimum / span to the optimum * span, evenly in the
-    logarithm. Where two are the same model it is trained once, and the span is widened until there are three.
+def isoflop(
+    family: Family, budgets: Sequence[float], sizes: int = 5, span: float = 4.0, ratio: float = RATIO
+) -> list[Run]:
+    """Runs of equal FLOPs: at each budget `sizes` models evenly in the logarithm, from 1 / span to span times the size
+    of `ratio` tokens a parameter. Where two are the same model it is trained once, and the span is widened until there
+    are three.
 
     Raises ValueError for a budget that is not one step of a model.
     """
     _several(budgets=budgets)
+    _positive(ratio=ratio)
     if sizes < LEAST_SIZES or not 1 < span < math.inf:
         raise ValueError(f"a valley takes at least {LEAST_SIZES} sizes and a span above 1, got {sizes} and {span}")
     runs = []
     for budget in budgets:
-        middle = math.sqrt(budget / (6 * RATIO))
+        middle = math.sqrt(budget / (6 * ratio))
         reach, models = span, ()
         while len(models) < LEAST_SIZES:
             models = tuple(dict.fromkeys(map(family.nearest, np.geomspace(middle / reach, middle * reach, sizes))))

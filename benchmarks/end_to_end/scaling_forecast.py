@@ -1,0 +1,74 @@
+"""What recipes/scaling_ladder.sh wrote, as results: the ladder's runs, its law, the forecast, and its grade if given.
+
+python -m benchmarks.end_to_end.scaling_forecast DIRECTORY --text "..." --out benchmarks/results/cpu.json
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.end_to_end.bench_tokenizer import cpu_model
+from cs336.experiments import Ledger
+from cs336.scaling import Fit, read_points
+from cs336.scaling.forecast import read
+from cs336.scaling.saved import load_fit
+
+Row = dict[str, Any]
+NAMES = ("E", "A", "B", "alpha", "beta", "parameter_exponent")
+
+
+def rows(directory: pathlib.Path) -> Iterator[Row]:
+    yield from _runs(directory / "ladder", "rung")
+    yield _law(load_fit(directory / "law.json"))
+    for made in read(directory / "forecasts.jsonl"):
+        yield {"job": "forecast"} | asdict(made) | {"error": made.error, "covered": made.covered}
+        if made.measured is not None:
+            yield from _runs(directory / "target", "target")
+
+
+def _runs(study: pathlib.Path, job: str) -> Iterator[Row]:
+    points, entries = read_points(study), [e for e in Ledger(study).entries() if e.state == "done"]
+    for i, entry in enumerate(entries):
+        seconds = round(entry.spent.seconds or 0.0, 1)  # by the clock
+        counts = {name: int(getattr(points, name)[i]) for name in ("parameters", "tokens", "flops")}
+        yield {"job": job} | counts | {"loss": round(float(points.loss[i]), 4), "seconds": seconds}
+
+
+def _law(fit: Fit) -> Row:
+    numbers = {name: [getattr(fit.law, name), *fit.interval(name)] for name in NAMES}
+    return {"job": "law"} | numbers | {"residual_rms": float((fit.residuals**2).mean() ** 0.5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("--text", required=True, help="what the tokens are of")
+    parser.add_argument("--load", default="", help="what else the machine did")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    header = {
+        "command": shlex.join(["recipes/scaling_ladder.sh", "TOKENS", "DIRECTORY", "forecast"]) + ", then grade",
+        "text": options.text,
+        "load": options.load,
+        "cpu": cpu_model(),
+        "cores": 1,
+        "python": platform.python_version(),
+        "peers": {"torch": torch.__version__},
+        "commit": results.describe_commit(),
+        "date": results.today(),
+    }
+    found = list(rows(options.directory))
+    results.write(options.out, "scaling_forecast", header, found)
+    print("\n".join(json.dumps(row) for row in found))
+
+
+if __name__ == "__main__":
+    main()

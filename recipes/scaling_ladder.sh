@@ -1,0 +1,38 @@
+#!/bin/sh
+# A ladder of tiny models, the forecast of a run of ten times the compute of its largest, that run, and its grade.
+#
+#   recipes/scaling_ladder.sh TOKENS DIRECTORY forecast    # then keep DIRECTORY/forecasts.jsonl where it is not changed
+#   recipes/scaling_ladder.sh TOKENS DIRECTORY grade
+#
+# TOKENS: token shards in train/ and val/, such as those of `cs336 quickstart`. Either command goes on where it was
+# stopped. BUDGETS, TARGET (FLOPs a run) and SHAPE may be set; as they are the ladder takes 1.9e12 FLOPs.
+set -eu
+tokens=$1 directory=$2 stage=$3
+budgets=${BUDGETS:-5e10 1.5e11 4.5e11} target=${TARGET:-4.5e12}
+shape=${SHAPE:---head-dim 8 --lr-factor 0.5 --highest-lr 0.01 --batch-factor 2}
+base=$(dirname "$0")/scaling_ladder.toml
+mkdir -p "$directory"
+design() { cs336 scaling design "$@" --data "$tokens" --base "$base" $shape; }
+
+if [ ! -e "$directory/ladder.toml" ]; then
+    design isoflop --budgets $budgets --points 3 --span 2.2 --ratio 10 \
+        --directory "$directory/ladder" --write "$directory/ladder.toml"
+fi
+case $stage in
+forecast)
+    cs336 sweep "$directory/ladder.toml"
+    cs336 scaling fit "$directory/ladder" --out "$directory/law.json"
+    design best --law "$directory/law.json" --budgets $target \
+        --directory "$directory/target" --write "$directory/target.toml"
+    cs336 scaling forecast "$directory/law.json" --name "$target" --study "$directory/target.toml" \
+        --log "$directory/forecasts.jsonl"
+    ;;
+grade)
+    cs336 sweep "$directory/target.toml"
+    cs336 scaling grade "$target" --study "$directory/target" --log "$directory/forecasts.jsonl"
+    ;;
+*)
+    echo "the third word is forecast or grade, got $stage" >&2
+    exit 2
+    ;;
+esac
