@@ -15,7 +15,7 @@ mkdir -p "$directory"
 design() { cs336 scaling design "$@" --data "$tokens" --base "$base" $shape; }
 
 if [ ! -e "$directory/ladder.toml" ]; then
-    design isoflop --budgets $budgets --points 3 --span 2.2 --ratio 10 \
+    design isoflop --budgets $budgets --points 5 --span 2.2 --ratio 10 \
         --directory "$directory/ladder" --write "$directory/ladder.toml"
 fi
 case $stage in

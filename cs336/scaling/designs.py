@@ -1,8 +1,8 @@
 """Designs: which runs to make so that a law can be fitted to them, each run whole steps of a model that can be built.
 
-isoflop     for each budget C, sizes around sqrt(C / (6 ratio)) on D = C / (FLOPs a token)      arXiv:2203.15556, section 3.2
+isoflop     for each budget C, sizes around sqrt(C / (6 ratio)) on C / (FLOPs a token)    arXiv:2203.15556, section 3.2
 ladder      every size N at every ratio of tokens to parameters, D = ratio N              arXiv:2412.04403
-anneal      the same, but the runs of a size branch off one trunk                          arXiv:2405.18392
+anneal      the same, but the runs of a size branch off one trunk                         arXiv:2405.18392
 
 FLOPs are exact (TransformerConfig.flops_per_token), not 6 N D: of a model of 10^5 parameters attention is a fifth.
 Learning rate and batch follow the Step Law of each run's size and tokens, times a factor that is measured once.

@@ -163,8 +163,9 @@ def _start(x_n: np.ndarray, y_n: np.ndarray, loss_n: np.ndarray, alpha: float, b
 
 
 def _law(theta_P: np.ndarray) -> ChinchillaLaw:
-    a, b, e, alpha, beta = (float(value) for value in theta_P)
-    return ChinchillaLaw(E=float(np.exp(e)), A=float(np.exp(a)), B=float(np.exp(b)), alpha=alpha, beta=beta)
+    """Runs that show no end of the falling loss have an E of 0, or nearly: the smallest number stands for it."""
+    (A, B, E), (alpha, beta) = np.maximum(np.exp(theta_P[:3]), np.finfo(np.float64).tiny), theta_P[3:]
+    return ChinchillaLaw(E=float(E), A=float(A), B=float(B), alpha=float(alpha), beta=float(beta))
 
 
 def _laws(thetas_KP: np.ndarray) -> Iterable[ChinchillaLaw]:

@@ -149,3 +149,13 @@ def test_files_that_do_not_fit_say_so(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_points(path)
+
+
+def test_losses_that_do_not_flatten_have_a_law_without_an_end():
+    parameters, tokens = np.meshgrid([1e4, 3e4, 1e5, 3e5], [1e5, 1e6, 1e7])
+    law = ChinchillaLaw(E=1e-300, A=12.0, B=14.0, alpha=0.15, beta=0.15)
+    points = Points.of(parameters.ravel(), tokens.ravel(), law.loss(parameters, tokens).ravel())
+    found = fit_chinchilla(points, bootstrap=20)
+    assert 0 < found.law.E < 0.05
+    assert found.law.loss(1e6, 1e8) == pytest.approx(law.loss(1e6, 1e8), rel=1e-3)
+    assert len(found.resampled) == 20
