@@ -8,8 +8,9 @@ FLOPs are exact (TransformerConfig.flops_per_token), not 6 N D: of a model of 10
 Learning rate and batch follow the Step Law of each run's size and tokens, times a factor that is measured once.
 """
 
+import bisect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,21 +64,16 @@ class Family:
 
     def nearest(self, parameters: float) -> TransformerConfig:
         """The model whose number of parameters, embeddings counted, is nearest by its logarithm."""
-        _positive(parameters=parameters)
-        best = self.shape(1)
-        for model in self.shapes():
-            if _distance(model, parameters) <= _distance(best, parameters):
-                best = model
-            if model.num_parameters() > parameters:
-                return best
-        raise AssertionError("shapes do not end")
+        return self.shape(self.heads(parameters))
 
-    def shapes(self) -> Iterator[TransformerConfig]:
-        """From narrow to wide, without end."""
-        heads = 0
-        while True:
-            heads += 1
-            yield self.shape(heads)
+    def heads(self, parameters: float) -> int:
+        """Of the nearest model."""
+        _positive(parameters=parameters)
+        above = 1
+        while self.shape(above).num_parameters() < parameters:
+            above *= 2
+        upper = 1 + bisect.bisect_left(range(1, above), parameters, key=lambda n: self.shape(n).num_parameters())
+        return min((max(1, upper - 1), upper), key=lambda n: _distance(self.shape(n), parameters))
 
     def rates(self, model: TransformerConfig, tokens: float) -> tuple[float, int]:
         """Learning rate, and sequences a batch: the law's, at least one."""
@@ -127,7 +123,7 @@ class Run:
 
     @property
     def residual(self) -> float:
-        """What whole steps leave of what was asked for, relative: never above half a step."""
+        """What whole steps leave of what was asked for, relative: half a step at most."""
         return getattr(self, self.of) / self.wanted - 1
 
     @property
@@ -158,7 +154,7 @@ def isoflop(
         reach, models = span, ()
         while len(models) < LEAST_SIZES:
             models = tuple(dict.fromkeys(map(family.nearest, np.geomspace(middle / reach, middle * reach, sizes))))
-            reach *= span
+            reach *= 1.5
         runs += [_run(family, model, budget / model.flops_per_token(), budget, "flops") for model in models]
     return runs
 
@@ -190,19 +186,16 @@ def anneal(family: Family, sizes: Sequence[float], ratios: Sequence[float], deca
 
 def best(family: Family, flops: float, law: ChinchillaLaw) -> Run:
     """The run of so many FLOPs that the law expects the least loss of."""
-    _positive(flops=flops)
-    found: Run | None = None
-    for model in family.shapes():
+    middle = family.heads(law.optimum(flops).parameters)  # of 6 N D, which is near
+    found = []
+    for heads in range(max(1, middle // 2), 2 * middle + 1):
+        model = family.shape(heads)
         tokens = flops / model.flops_per_token()
-        if tokens < family.rates(model, tokens)[1] * family.context_length:
-            break
-        run = _run(family, model, tokens, flops, "flops")
-        if found is not None and law.loss(run.parameters, run.tokens) > law.loss(found.parameters, found.tokens):
-            break
-        found = run
-    if found is None:
-        raise ValueError(f"{flops:g} FLOPs are less than a step of the smallest model")
-    return found
+        if tokens >= family.rates(model, tokens)[1] * family.context_length:
+            found.append(_run(family, model, tokens, flops, "flops"))
+    if not found:
+        raise ValueError(f"{flops:g} FLOPs are less than a step of a model that the law would spend them on")
+    return min(found, key=lambda run: float(law.loss(run.parameters, run.tokens)))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_models_have_whole_heads_and_round_widths():
 
 def test_the_nearest_model_is_nearest_by_its_logarithm():
     sizes = [FAMILY.shape(heads).num_parameters() for heads in range(1, 40)]
-    for wanted in (1e3, 3e4, 7.3e4, 2e5, 9e5, 1e7):
+    for wanted in (1e3, sizes[3], math.sqrt(sizes[5] * sizes[6]) * 1.001, 3e4, 7.3e4, 2e5, 9e5, 1e7):
         found = FAMILY.nearest(wanted).num_parameters()
         assert abs(math.log(found / wanted)) == min(abs(math.log(size / wanted)) for size in sizes)
 
@@ -54,7 +54,7 @@ def test_isoflop_runs_cost_their_budget_within_half_a_step():
 
 
 def test_a_valley_has_three_sizes_though_models_are_coarse():
-    narrow = isoflop(FAMILY, (1e12,), sizes=4, span=1.01)
+    narrow = isoflop(FAMILY, (1e12,), sizes=4, span=1 + 1e-9)
     assert len({run.model for run in narrow}) >= 3
 
 
@@ -105,7 +105,9 @@ def test_the_best_run_is_the_best_of_its_budget():
         (lambda: isoflop(FAMILY, (1e6,)), "less than a step"),
         (lambda: ladder(FAMILY, (1e5,), (1e-6,)), "less than a step"),
         (lambda: anneal(FAMILY, (1e5,), (10,), decay_part=1.0), "decay_part must be between 0 and 1"),
-        (lambda: best(FAMILY, 10.0, EPOCH), "less than a step of the smallest model"),
+        (lambda: best(FAMILY, 10.0, EPOCH), "less than a step of a model"),
+        (lambda: best(FAMILY, 1e300, EPOCH), "num_layers must be at most"),
+        (lambda: isoflop(FAMILY, (1e300,)), "num_layers must be at most"),
         (lambda: Family(1024, head_dim=0), "head_dim must be at least 1"),
         (lambda: Family(1024, lr_factor=0), "lr_factor must be positive"),
         (lambda: study([], {}), "at least one run"),
