@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from cs336.experiments import Ledger, run_study
 from cs336.experiments.study import Cost
 from cs336.experiments.train import reached
+from cs336.scaling import read_points
 from cs336.training import TrainConfig, Trainer
 
 SCHEDULE = {"kind": "wsd", "warmup_steps": 2, "decay_part": 0.5, "min_lr_ratio": 0.0}
@@ -36,6 +37,9 @@ def test_a_branch_is_the_run_that_it_replaces_bit_for_bit(tmp_path):
         assert entry.result["val/loss"] == done.val["val/loss"]
         assert reached(study.runs / entry.folder).tokens == int(budget.removesuffix("steps")) / 2 * 16
     assert {e.config["budget"]: e.spent.tokens for e in entries if "trunk" in e.options} == {"4steps": 64, "6steps": 32}
+    assert sorted(read_points(study.directory).tokens) == [8 * 16, 12 * 16]  # of whole runs, without trunks
+    again = Trainer(TrainConfig.from_table(leaves["12steps"].config | {"run_dir": str(tmp_path / "again")}))
+    assert (again.step, again.seconds) == (6, 0.0)
     spent = sum(entry.spent.tokens for entry in entries)
     assert spent == sum(entry.planned.tokens for entry in entries) == 16 * (6 + 4 + 6)  # not 8 + 12
 
