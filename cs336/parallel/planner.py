@@ -40,6 +40,7 @@ class Layout:
     micro_batch: int = 1
     """Sequences of a forward pass."""
     recompute: str = "none"
+    schedule: str = "1f1b"
 
     @property
     def gpus(self) -> int:
@@ -319,7 +320,9 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
     if layout.zero == 3:  # two units at a time are whole
         casts = work.compute_bytes * 2 * part.largest
     apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
-    in_flight = min(_micro_batches(work, layout), layout.pipeline - rank)
+    in_flight = _micro_batches(work, layout)
+    if layout.schedule == "1f1b":
+        in_flight = min(in_flight, layout.pipeline - rank)
     return Memory(
         weights=width * (shared if layout.zero >= 3 else whole),
         gradients=width * (shared if layout.zero >= 2 else whole),

@@ -98,10 +98,12 @@ def over_ranks(totals: Tensor) -> Tensor:
     return totals
 
 
-def gradient_scale(count: Tensor) -> Tensor:
+def gradient_scale(count: Tensor, averaged: int | None = None) -> Tensor:
     """What gradients of summed losses are multiplied by: 1 / count, float32; `count` is that of all ranks.
 
-    torch's DDP and FSDP average gradients over ranks: times their number. Nothing counted is no gradient: 0, not NaN.
+    DDP and FSDP, torch's and ours, average gradients over ranks: times their number, `averaged`; None: all there are.
+    Nothing counted is no gradient: 0, not NaN.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return torch.where(count > 0, world / count.clamp(min=1), 0.0).float()
+    if averaged is None:
+        averaged = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return torch.where(count > 0, averaged / count.clamp(min=1), 0.0).float()
