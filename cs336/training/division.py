@@ -9,6 +9,7 @@ One process holds everything, and is asked the same.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, cast
@@ -87,8 +88,10 @@ class Division:
                 own=groups_of(self.trained, self.optimizer),
             )
         self._alike = self._copies(cuts)
+        self.objective = config.objective
         if self.sizes["pipeline"] > 1:
             self.called = _Piped(self.called, self._group("pipeline"), config)
+            self.objective = dataclasses.replace(config.objective, fused_head=True)  # it is with the last stage
 
     # ---- the division ----
 

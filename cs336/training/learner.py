@@ -72,7 +72,7 @@ class Learner:
         self._lr = torch.zeros((), device=self.device)  # of the graph
 
     def _eager_terms(self, *batch: Tensor) -> Terms:
-        return self.config.objective(self.division.called, batch)
+        return self.division.objective(self.division.called, batch)
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
