@@ -503,7 +503,9 @@ def _load_optimizer(
         place = int(parameter) if parts is None else parts.place(int(parameter))
         if place is not None and (mine_alone is None or place in mine_alone):
             tensor = tensors[name] if parts is None else parts.own_part(place, tensors[name])
-            state.setdefault(place, {})[key] = model.part_of(optimizer, place, tensor) if isinstance(model, FSDP) else tensor
+            state.setdefault(place, {})[key] = (
+                model.part_of(optimizer, place, tensor) if isinstance(model, FSDP) else tensor
+            )
     mine = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in zip(saved["groups"], mine, strict=False)]
     try:

@@ -1,7 +1,7 @@
 """How the processes of a run divide a model and its steps, as [parallel] says: what the trainer asks of a layout.
 
-    rows      are split along the axes data and expert; the ranks of a context group have parts of the same rows' tokens,
-              those of a tensor or pipeline group the same rows and tokens
+    rows      are split along the axes data and expert; the ranks of a context group have parts of the same rows'
+              tokens, those of a tensor or pipeline group the same rows and tokens
     weights   are alike along data and context, and along expert but for the experts; ZeRO splits what is alike
     sums      of losses: each token once; of squared gradients: each parameter once
 
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,11 @@ from cs336.parallel import (
     tensor_parallel,
 )
 from cs336.parallel.collectives import all_reduce
-from cs336.parallel.launch import rank, world_size
+from cs336.parallel.launch import world_size
 from cs336.parallel.layout import AXES
 from cs336.parallel.parts import Parts, gather_whole, groups_of
 from cs336.parallel.pieces import Cut
-from cs336.parallel.pipeline import Stage, layers_of
+from cs336.parallel.pipeline import layers_of
 from cs336.training.config import TrainConfig
 from cs336.training.objectives import Batch, NextToken
 
@@ -122,7 +122,10 @@ class Division:
         if self.averaged == 1:
             return []
         if parallel.zero >= 2:
-            return [FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))]
+            fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
+            if self.config.compile:
+                self._compile_layers()
+            return [fsdp]
         experts = expert_parameters(self.model)
         found: list[DDP | FSDP] = [
             DDP(self.model, group=self._group("data", "context", "expert"), ignored=experts),
@@ -130,6 +133,11 @@ class Division:
         if experts and alike > 1:  # divided by the ranks of their own axis already
             found.append(DDP(nn.ParameterList(experts), group=self._group("data", "context")))
         return found
+
+    def _compile_layers(self) -> None:
+        """Each by itself: what gathers its weights before it, and lets go of them behind it, is outside."""
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
     def _optimizer(self) -> Optimizer | ShardedOptimizer:
         optimizer = self.config.optimizer.build(self.model)
@@ -277,8 +285,6 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
     zero = parallel.zero if math.prod(sizes.values()) > 1 else 0
     if zero >= 2 and optimizer not in ELEMENTWISE:
         return f"zero = {zero} splits every matrix, and {optimizer} needs whole ones: use zero = 1, or adamw or sgd"
-    if zero >= 2 and config.compile:
-        return f"zero = {zero}: compile = true does not follow weights that come and go; use zero = 1"
     divided = [axis for axis in AXES if axis != "data" and sizes[axis] > 1]
     if not divided:
         return None
@@ -321,7 +327,9 @@ def _why_no_pipeline(config: TrainConfig, sizes: dict[str, int], N: int) -> str 
     if config.parallel.zero >= 2:
         return f"pipeline = {N} goes with zero = 0 or 1: each micro-batch would send all gradients again"
     if sizes["context"] > 1:
-        return f"pipeline = {N} and context = {sizes['context']} do not go together: a stage does not know its positions"
+        return (
+            f"pipeline = {N} and context = {sizes['context']} do not go together: a stage does not know its positions"
+        )
     if any(isinstance(block.mlp, MoEConfig) for block in config.model.blocks):
         return f"pipeline = {N}: what the routers of a mixture of experts measure stays on their stage"
     if not isinstance(objective, NextToken) or objective.label_smoothing or objective.z_loss:

@@ -63,7 +63,9 @@ def _of_fullest(
     """Of the rank that has most, where the model is divided: see cs336.parallel.planner."""
     way = {True: "full", False: "none"}.get(recompute, recompute)  # type: ignore[call-overload]
     parallel = config.parallel
-    layout = Layout(**sizes, zero=parallel.zero, micro_batch=micro_batch_size, recompute=way, schedule=parallel.schedule)
+    layout = Layout(
+        **sizes, zero=parallel.zero, micro_batch=micro_batch_size, recompute=way, schedule=parallel.schedule
+    )
     work = Work(
         config.model,
         config.batch_size * layout.data * layout.expert,

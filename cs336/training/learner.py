@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale
-from cs336.parallel import ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.checkpoint import load_whole
 from cs336.training.config import TrainConfig
@@ -48,9 +47,8 @@ class Learner:
         low = config.precision.startswith("bf16") or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.weight_dtype = torch.bfloat16 if config.precision == "bf16_weights" else torch.float32
-        divided = max(sizes[axis] for axis in sizes if axis != "data") > 1 or (
-            config.parallel.zero >= 2 and sizes["data"] > 1
-        )
+        divided = config.parallel.zero >= 2 or max(size for axis, size in sizes.items() if axis != "data") > 1
+        divided &= world_size() > 1
         self.compiled = on_gpu and not divided if config.compile is None else config.compile
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
@@ -63,8 +61,10 @@ class Learner:
         self.model.gradient_checkpointing = self.recompute
         self.division = Division(self.model, config)
         self.optimizer = self.division.optimizer
-        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
-        self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
+        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph. Of weights that
+        # come and go the layers are.
+        whole = self.compiled and self.division.fsdp is None
+        self._terms = torch.compile(self._eager_terms) if whole else self._eager_terms
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]

@@ -1,8 +1,8 @@
 """The files of a checkpoint that several ranks wrote: whole tensors, and pieces that are put together again.
 
 state.json of such a checkpoint says under "shards", for the model and the optimizer, which files there are, and of each
-the pieces: name -> {"shape": of the whole tensor, "start": of the piece in it, flattened}, and where a dim of the whole is
-divided {"cut": [dim, index, parts]}, within which the piece is. Other tensors are whole.
+the pieces: name -> {"shape": of the whole tensor, "start": of the piece in it, flattened}, and where a dim of the whole
+is divided {"cut": [dim, index, parts]}, within which the piece is. Other tensors are whole.
 A rank that loads reads a tensor at a time, so a checkpoint loads under any layout.
 """
 

@@ -358,9 +358,7 @@ class Trainer:
         self.step, self.val = 0, {}
         self._seconds_before = self._started = 0.0
         self._suspect, self._rebudgeted = None, False
-        self._restored = self.run.load_newest(
-            division.trained, division.optimizer, self.display.say, division.parts
-        )
+        self._restored = self.run.load_newest(division.trained, division.optimizer, self.display.say, division.parts)
         self._newest = self.run.newest()
         if self._restored is not None:
             self._continue(self._restored)

@@ -1,16 +1,44 @@
-"""`cs336 train` of several configurations, one after the other, in processes that torchrun started once.
+"""`cs336 train` of one configuration after the other, in processes that torchrun started once.
 
-arguments: configurations. What each refuses or returns is printed by rank 0.
+arguments: CONFIG, or CONFIG:STEP to be stopped by a signal after a step. Samples are of the whole model.
 """
 
+import signal
 import sys
 
+import torch
+
+from cs336 import training
 from cs336.cli import main
 from cs336.parallel import connect
-from cs336.parallel.launch import rank
+from cs336.parallel.launch import rank, world_size
 
-connect("cpu")
-for path in sys.argv[1:]:
-    status = main(["train", "--config", path])
-    if rank() == 0:
-        print(f"{path}: {status}", flush=True)
+stops = {}
+
+
+def sample(model):
+    prompt = torch.arange(6)[None]
+    return [{"prompt": "p", "text": f"{model(prompt).argmax(-1).tolist()} {model.training}"}]
+
+
+class Trainer(training.Trainer):
+    def __init__(self, config, **options):
+        super().__init__(config, **(options | {"sample": sample}))
+
+    def _update(self):
+        super()._update()
+        if self.step == stops.get("step") and rank() == world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run(argument):
+    path, _, step = argument.partition(":")
+    stops["step"] = int(step or -1)
+    print(f"{argument}: {main(['train', '--config', path])}", flush=True)
+
+
+if __name__ == "__main__":
+    connect("cpu")
+    training.Trainer = Trainer
+    for argument in sys.argv[1:]:
+        run(argument)
