@@ -61,7 +61,7 @@ class Division:
     """
 
     parts: Parts | None
-    """What of the whole model this rank has, if its matrices, layers or experts are divided."""
+    """What of the whole model this rank has, if more is divided than rows; None: all of it, or what FSDP says."""
     optimizer: Optimizer | ShardedOptimizer
 
     def __init__(self, model: Transformer, config: TrainConfig):
@@ -77,7 +77,7 @@ class Division:
         self.called: nn.Module = self._synced[0] if self._synced else model
         self.optimizer = self._optimizer()
         self.parts = None
-        if any(self.sizes[axis] > 1 for axis in ("tensor", "pipeline", "expert")):
+        if any(size > 1 for axis, size in self.sizes.items() if axis != "data"):
             zero = config.parallel.zero
             self.parts = Parts(
                 shapes=whole,

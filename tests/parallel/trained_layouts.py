@@ -17,8 +17,8 @@ stops = {}
 
 
 def sample(model):
-    prompt = torch.arange(6)[None]
-    return [{"prompt": "p", "text": f"{model(prompt).argmax(-1).tolist()} {model.training}"}]
+    logits_V = model(torch.arange(6)[None])[0, -1]
+    return [{"prompt": f"{model.training}", "text": " ".join(map(str, logits_V.tolist()))}]
 
 
 class Trainer(training.Trainer):
