@@ -55,7 +55,7 @@ class Division:
 
     Args:
         model: whole, the same on every rank, on the device it trains on.
-        config: of the run, which `why_not` does not refuse.
+        config: of the run, which `why_not` does not refuse, with the batch_size of this rank.
 
     Raises ValueError for processes that do not make up the layout.
     """
@@ -124,7 +124,8 @@ class Division:
         if parallel.zero >= 2:
             fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
             if self.config.compile:
-                self._compile_layers()
+                for layer in self.model.layers:
+                    _compile(layer)
             return [fsdp]
         experts = expert_parameters(self.model)
         found: list[DDP | FSDP] = [
@@ -133,11 +134,6 @@ class Division:
         if experts and alike > 1:  # divided by the ranks of their own axis already
             found.append(DDP(nn.ParameterList(experts), group=self._group("data", "context")))
         return found
-
-    def _compile_layers(self) -> None:
-        """Each by itself: what gathers its weights before it, and lets go of them behind it, is outside."""
-        for layer in self.model.layers:
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
     def _optimizer(self) -> Optimizer | ShardedOptimizer:
         optimizer = self.config.optimizer.build(self.model)
@@ -258,6 +254,12 @@ class Division:
         for name in DESCRIBED:
             setattr(model, name, getattr(self.model, name))
         yield model
+
+
+def _compile(layer: nn.Module) -> None:
+    """A layer's forward in training, by itself: what gathers its weights before it and lets go of them is outside."""
+    eager, compiled = layer.forward, torch.compile(layer.forward)
+    layer.forward = lambda *args: (compiled if layer.training else eager)(*args)  # type: ignore[method-assign]
 
 
 class _Piped(nn.Module):

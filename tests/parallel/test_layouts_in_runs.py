@@ -30,7 +30,7 @@ ALONE = {
     "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3)},
     "low": {"model": MODEL, "precision": "bf16_weights"},
 }
-RUNS = {  # processes -> name -> (the same in one process, layout)
+RUNS = {  # processes -> name -> (the same in one process, layout, what else is not as there)
     2: {
         "tensor": ("dense", {"tensor": 2}),
         "tensor bf16": ("low", {"tensor": 2}),
@@ -38,6 +38,7 @@ RUNS = {  # processes -> name -> (the same in one process, layout)
         "all_to_all": ("plain", {"context": 2, "attention": "all_to_all"}),
         "expert": ("moe", {"expert": 2}),
         "1f1b": ("dense", {"pipeline": 2}),
+        "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
         "gpipe": ("muon", {"pipeline": 2, "schedule": "gpipe"}),
     },
     4: {
@@ -109,8 +110,8 @@ def launched(root, processes):
         config(root, of, parallel=ParallelConfig(**layout), **changes).save(root / file)
         arguments.append(file if until is None else f"{file}:{until}")
 
-    for name, (of, layout) in RUNS[processes].items():
-        add(name, name, layout, **ALONE[of])
+    for name, (of, layout, *more) in RUNS[processes].items():
+        add(name, name, layout, **ALONE[of], **(more[0] if more else {}))
     for step, layout in MOVES[processes]:
         add("moved", "moved", layout, step, **MOVED)
     if processes == 2:
