@@ -32,7 +32,7 @@ class Layout:
     """How many ranks there are along each axis."""
 
     data: int = 1
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: int = 0
     """Of the ranks that hold alike: 0 nothing is divided, 1 the optimizer, 2 gradients too, 3 parameters too."""
     tensor: int = 1
     pipeline: int = 1

@@ -306,8 +306,9 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
             return f"context = {N}: {reason}"
         chunks = 2 * N if parallel.attention == "ring" else N
         if model.context_length % chunks:
-            tokens = f"context_length {model.context_length} / {chunks} = {model.context_length / chunks:g}"
-            return f"context = {N}: {tokens}, and a rank has {chunks // N} equal part{'s' * (chunks > N)} of the tokens"
+            parts = f"{chunks} equal parts, {chunks // N} a rank"
+            share = model.context_length / chunks
+            return f"context = {N} takes {parts}: context_length {model.context_length} / {chunks} = {share:g}"
     if (N := sizes["expert"]) > 1:
         if reason := expert.why_not(empty, N):
             return f"expert = {N}: {reason}"

@@ -61,7 +61,7 @@ def _of_fullest(
     optimizer_bytes: float,
 ) -> Memory:
     """Of the rank that has most, where the model is divided: see cs336.parallel.planner."""
-    way = {True: "full", False: "none"}.get(recompute, recompute)  # type: ignore[call-overload]
+    way = recompute if isinstance(recompute, str) else "full" if recompute else "none"
     parallel = config.parallel
     layout = Layout(
         **sizes, zero=parallel.zero, micro_batch=micro_batch_size, recompute=way, schedule=parallel.schedule

@@ -160,7 +160,7 @@ class Learner:
         reason = None
         if self.device.type != "cuda":
             reason = f"it is a GPU's, and the device is {self.device}"
-        elif world_size() > 1:
+        elif world_size() > 1 or isinstance(self.optimizer, ShardedOptimizer):
             reason = "several processes take a step together"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
