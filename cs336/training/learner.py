@@ -14,6 +14,7 @@ from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale
+from cs336.parallel import ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.checkpoint import load_whole
 from cs336.training.config import TrainConfig
