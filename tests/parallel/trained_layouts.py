@@ -3,6 +3,7 @@
 arguments: CONFIG, or CONFIG:STEP to be stopped by a signal after a step. Samples are of the whole model.
 """
 
+import functools
 import signal
 import sys
 
@@ -40,5 +41,6 @@ def run(argument):
 if __name__ == "__main__":
     connect("cpu")
     training.Trainer = Trainer
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # no half minute of a C++ compiler
     for argument in sys.argv[1:]:
         run(argument)
