@@ -42,7 +42,7 @@ class Traffic:
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
-_started: Counter[str] = Counter()
+_started: Counter[str] = Counter()  # by the ranks that take part, "0,1"; "" for what goes from one to another
 _counting: list[Traffic] = []  # of the process: hooks of a backward run in threads of autograd
 
 
@@ -64,13 +64,16 @@ def ring_bytes(name: str, size: int, world: int) -> int:
     return (2 if name == "all_reduce" else 1) * size * (world - 1) // world
 
 
-def started() -> int:
-    """How many collectives of this module this process has begun: a rank that is behind the others holds them up."""
-    return sum(_started.values())
+def started() -> dict[str, int]:
+    """How many collectives of this module this process has begun, by the ranks that take part, "0,1"; messages from
+    one rank to another are under "". A rank that is behind the others of a group holds them up."""
+    return dict(_started)
 
 
 def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
-    _started[name] += 1
+    alone = name in ("send", "shift")
+    ranks = [] if alone else dist.get_process_group_ranks(group or dist.group.WORLD)
+    _started[",".join(map(str, ranks))] += 1
     sent = ring_bytes(name, whole.nbytes, dist.get_world_size(group))
     for traffic in _counting:
         traffic.bytes[name] += sent

@@ -202,15 +202,20 @@ def context_parallel(model: Transformer, group: Group = None, kind: Kind = "ring
     if kind not in ("ring", "all_to_all"):
         raise ValueError(f"kind must be 'ring' or 'all_to_all', got {kind!r}")
     N = dist.get_world_size(group)
+    if reason := why_not(model, N, kind):
+        raise ValueError(f"the tokens cannot be divided among {N} ranks: {reason}")
     mixers: list[Any] = [cast(TransformerBlock, layer).attention for layer in model.layers]
-    for i, mixer in enumerate(mixers):
-        if reason := _why_not(mixer, kind, N):
-            raise ValueError(f"the tokens of layer {i} cannot be divided among {N} ranks: {reason}")
     for mixer in mixers:
         mixer.__class__ = ContextAttention
         mixer.group, mixer.context_kind = group, kind
     model.register_forward_pre_hook(functools.partial(_with_positions, group, kind), with_kwargs=True)
     return model
+
+
+def why_not(model: Transformer, N: int, kind: Kind) -> str | None:
+    """The reason why N ranks cannot divide the tokens that a model reads."""
+    reasons = [(i, _why_not(cast(TransformerBlock, layer).attention, kind, N)) for i, layer in enumerate(model.layers)]
+    return next((f"layer {i}: {reason}" for i, reason in reasons if reason), None)
 
 
 def _why_not(mixer: Any, kind: Kind, N: int) -> str | None:

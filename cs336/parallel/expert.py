@@ -55,14 +55,8 @@ def expert_parallel(model: Model, group: Group = None) -> Model:
     Raises ValueError, and leaves the model as it was, without mixtures of experts or where they do not divide.
     """
     N, mixtures = dist.get_world_size(group), list(experts_of(model))
-    if not mixtures:
-        raise ValueError("the model has no mixtures of experts: give its layers mlp = {kind = 'moe', ...}")
-    for moe in mixtures:
-        E = moe.config.num_experts
-        if isinstance(moe.experts, ShardedExperts):
-            raise ValueError("the experts have been divided before")
-        if E % N != 0:
-            raise ValueError(f"{E} experts cannot be divided among {N} ranks: {E} / {N} = {E / N:g}")
+    if reason := why_not(model, N):
+        raise ValueError(reason)
     for moe in mixtures:
         experts = moe.experts
         for name, p in list(experts.named_parameters()):
@@ -73,6 +67,20 @@ def expert_parallel(model: Model, group: Group = None) -> Model:
         experts.__class__ = ShardedExperts
         cast(ShardedExperts, experts).group = group
     return model
+
+
+def why_not(model: nn.Module, N: int) -> str | None:
+    """The reason why N ranks cannot divide the experts of a model."""
+    mixtures = list(experts_of(model))
+    if not mixtures:
+        return "the model has no mixtures of experts: give its layers mlp = {kind = 'moe', ...}"
+    for moe in mixtures:
+        E = moe.config.num_experts
+        if isinstance(moe.experts, ShardedExperts):
+            return "the experts have been divided before"
+        if E % N != 0:
+            return f"{E} experts cannot be divided among {N} ranks: {E} / {N} = {E / N:g}"
+    return None
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:

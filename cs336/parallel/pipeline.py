@@ -117,7 +117,7 @@ class Stage(Transformer):
 def pipeline_stage(model: Transformer, group: Group = None) -> Stage:
     """Keep this rank's layers of a whole model, the same on every rank, and drop the others, in place: return it.
 
-    After tensor_parallel or context_parallel, if it is to be both; before DDP.
+    After tensor_parallel, if it is to be both; before DDP. A stage knows no positions: context_parallel is not for it.
     Raises ValueError, and leaves the model as it was, for more stages than layers.
     """
     N, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -216,7 +216,8 @@ class Pipeline:
             receive(gradient := torch.empty_like(out), self.rank + 1, self._back.group)
         pairs = [(out, gradient)] if added is None else [(out, gradient), (added, torch.ones_like(added))]
         if pairs := [(y, dy) for y, dy in pairs if y.requires_grad]:
-            torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
+            with torch.autocast(x.device.type, enabled=False):  # a step may be within it; a backward is not
+                torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
         if not self.stage.first:
             self._back.send(torch.zeros_like(x) if x.grad is None else x.grad, self.rank - 1)
 

@@ -14,12 +14,13 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from cs336.models import BlockConfig, Memory, TransformerConfig, training_memory
 from cs336.models.config import SHORT
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.parallel.hardware import Gpu, find
+from cs336.parallel.layout import AXES, ParallelConfig
 from cs336.parallel.pipeline import layers_of
 
 RECOMPUTE = ("none", "selective", "full")
@@ -40,6 +41,7 @@ class Layout:
     micro_batch: int = 1
     """Sequences of a forward pass."""
     recompute: str = "none"
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
 
     @property
     def gpus(self) -> int:
@@ -49,6 +51,12 @@ class Layout:
     def alike(self) -> int:
         """Ranks that hold the same parameters, experts apart."""
         return self.data * self.context * self.expert
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The [parallel] table of such a run."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        return ParallelConfig(**sizes, zero=self.zero, schedule=self.schedule)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         axes = {axis: getattr(self, axis) for axis in ("tensor", "pipeline", "context", "expert")}
@@ -144,7 +152,7 @@ def plan(
         batch_size: sequences of a step, of all GPUs; context_length: their tokens, the config's if None.
         weight_bytes, compute_bytes, optimizer_bytes: as in models.training_memory.
         fill: the share of a GPU's memory that a plan may fill; the rest is the allocator's and NCCL's.
-        data_only: split nothing but data and what ZeRO does, which is what `cs336 train` runs.
+        data_only: split nothing but data and what ZeRO does.
 
     Raises ValueError for numbers that are not positive, a network that does not reach, and where nothing divides.
     """
@@ -319,7 +327,9 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
     if layout.zero == 3:  # two units at a time are whole
         casts = work.compute_bytes * 2 * part.largest
     apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
-    in_flight = min(_micro_batches(work, layout), layout.pipeline - rank)
+    in_flight = _micro_batches(work, layout)
+    if layout.schedule == "1f1b":
+        in_flight = min(in_flight, layout.pipeline - rank)
     return Memory(
         weights=width * (shared if layout.zero >= 3 else whole),
         gradients=width * (shared if layout.zero >= 2 else whole),

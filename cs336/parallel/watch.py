@@ -1,7 +1,8 @@
 """Ranks that watch one another, so that none waits for one that has died or hangs, and all can say which it was.
 
-Each rank writes a sign of life into the group's store, with the number of collectives it has begun. One whose signs
-stop is dead. If no rank begins another collective for `timeout` seconds, those that are behind the others hang.
+Each rank writes a sign of life into the group's store, with the number of collectives it has begun in each group. One
+whose signs stop is dead. If no rank begins another collective for `timeout` seconds, those hang that are behind the
+others of a group and wait in none themselves.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from cs336.parallel.launch import RankError, rank, together, world_size
 BEAT = 1.0  # seconds between two signs of life, at most
 MISSED = 5  # signs that are missing of a rank that is dead
 Tell = Callable[[BaseException], None]
+Counts = dict[str, int]
+"""Of a rank: collectives begun, by the ranks that take part: see collectives.started."""
 
 
 @contextlib.contextmanager
@@ -52,7 +55,7 @@ class _Watch:
         store: Any = distributed_c10d._get_default_store()
         self.store = store.clone()  # a connection of its own
         self.keys = [f"cs336/alive/{r}" for r in range(world_size())]
-        self.signs = [json.dumps([0, 0, None, False])] * world_size()
+        self.signs = [json.dumps([0, {}, None, False])] * world_size()
         self.seen = [time.monotonic()] * world_size()
         self.count = 0
         self.ended = threading.Event()
@@ -63,7 +66,7 @@ class _Watch:
         self.thread.start()
 
     def _sign(self, end: str | None = None, over: bool = False) -> None:
-        """[beats, collectives begun, why it failed, whether it is over]"""
+        """[beats, collectives begun in each group, why it failed, whether it is over]"""
         self.count += 1
         with self.lock:
             self.store.set(self.keys[rank()], json.dumps([self.count, started(), end, over]))
@@ -77,7 +80,8 @@ class _Watch:
                 self.signs[r], self.seen[r] = sign, now
 
     def _run(self) -> None:
-        begun, moved = [-1], time.monotonic()
+        begun: list[Counts] = []
+        moved = time.monotonic()
         while not self.ended.wait(self.beat):
             try:
                 self._sign()
@@ -91,8 +95,8 @@ class _Watch:
             elif time.monotonic() - moved > self.timeout:
                 self._give_up(begun)
 
-    def _give_up(self, begun: list[int]) -> None:
-        behind = [r for r, count in enumerate(begun) if count < max(begun)]
+    def _give_up(self, begun: list[Counts]) -> None:
+        behind = held_up_by(begun)
         if rank() in behind:  # the others speak first: they would find this one dead, and not know why
             time.sleep(MISSED * self.beat)
         who = _named(behind) if behind else "no rank is behind the others"
@@ -118,6 +122,17 @@ class _Watch:
         failed = [f"rank {r}: {v[2]}" for r, v in enumerate(values) if r != rank() and v[2] and not _follows(v[2])]
         silent = [r for r, v in enumerate(values) if not v[3] and time.monotonic() - self.seen[r] > MISSED * self.beat]
         return "; ".join([*failed, *([f"{_named(silent)}: died"] if silent else [])])
+
+
+def held_up_by(begun: list[Counts]) -> list[int]:
+    """The ranks for which the others wait: behind in a group, and not themselves waiting in another."""
+    behind, waiting = set[int](), set[int]()
+    for group in {key for counts in begun for key in counts if key}:
+        counts = {r: begun[r].get(group, 0) for r in map(int, group.split(","))}
+        late = {r for r, count in counts.items() if count < max(counts.values())}
+        behind |= late
+        waiting |= counts.keys() - late if late else set()
+    return sorted(behind - waiting or behind)
 
 
 def _named(ranks: list[int]) -> str:

@@ -16,7 +16,6 @@ checksums, is read too.
 import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, TypeVar
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from cs336.parallel import FSDP, ShardedOptimizer
 from cs336.parallel.launch import rank, world_size
+from cs336.parallel.parts import Parts
 from cs336.training.shards import DamagedError, Tensors, divided, shard_name
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, sync
@@ -91,17 +91,24 @@ def snapshot(
     *,
     extra: dict[str, Any] | None = None,
     copy: bool = False,
+    parts: Parts | None = None,
 ) -> Snapshot:
-    """What save_checkpoint writes; with `copy` in memory of its own on the host, so that training may go on."""
+    """What save_checkpoint writes; with `copy` in memory of its own on the host, so that training may go on.
+
+    parts: what this rank has of a divided model; None: all of it, or what FSDP says.
+    """
     named, tied = model.local_state() if isinstance(model, FSDP) else _distinct(_unwrapped(model).state_dict())
-    kinds: dict[str, dict[str, Any]] = {"model": named}
+    kinds: dict[str, dict[str, Any]] = {"model": named if parts is None else parts.pieces(named)}
     numbers = None
     if optimizer is not None:
         apart, numbers = _split_optimizer(optimizer.state_dict())
         kinds["optimizer"] = _distinct(apart, tie=False)[0]
         if isinstance(model, FSDP):
             kinds["optimizer"] = model.optimizer_pieces(optimizer, kinds["optimizer"])
-    split = {"model": isinstance(model, FSDP), "optimizer": isinstance(model, FSDP) or _is_share(optimizer)}
+        if parts is not None:
+            kinds["optimizer"], numbers = parts.optimizer_pieces(kinds["optimizer"]), parts.optimizer_state(numbers)
+    divided_model = isinstance(model, FSDP) or parts is not None
+    split = {"model": divided_model, "optimizer": divided_model or _is_share(optimizer)}
     tensors, pieces = {}, {}
     for kind, found in kinds.items():
         tensors[kind], said = divided(found)
@@ -186,7 +193,7 @@ def _write_files(directory: pathlib.Path, snapshot: Snapshot) -> dict[str, Any]:
     checksums = {}
     for kind, tensors in snapshot.tensors.items():
         split = kind in snapshot.pieces
-        if split or rank() == 0:
+        if tensors if split else rank() == 0:
             name = shard_name(kind, rank(), world_size()) if split else FILES[kind]
             save_file(tensors, directory / name)
             sync(directory / name)
@@ -201,7 +208,8 @@ def finish(path: pathlib.Path, snapshot: Snapshot, written: list[dict[str, Any]]
     """Rank 0's part after `write_files` of all ranks, whose values are `written`: state.json, and the name."""
     temporary, state = _temporary(path), dict(snapshot.state)
     if snapshot.pieces:
-        state["shards"] = {kind: [own["shards"][kind] for own in written] for kind in snapshot.pieces}
+        shards = [own["shards"] for own in written]
+        state["shards"] = {kind: [own[kind] for own in shards if kind in own] for kind in snapshot.pieces}
         numbers = {i: values for own in written for i, values in own["numbers"].items()}
         state["optimizer"] = state["optimizer"] and state["optimizer"] | {"numbers": numbers}
     _write_state(temporary, state, {name: digest for own in written for name, digest in own["checksums"].items()})
@@ -212,39 +220,58 @@ def load_checkpoint(
     path: str | os.PathLike | IO[bytes],
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    parts: Parts | None = None,
 ) -> int:
     """Load a checkpoint, a directory, an archive or a file object, into `model` and `optimizer`, each unless None.
 
-    Returns its iteration.
+    parts: what this rank has of a divided model. Returns its iteration.
     Raises FileNotFoundError if there is no checkpoint at `path`, DamagedError, before anything is loaded, if a file is
     not what was written, ValueError if it does not fit.
     """
     with _directory(path) as directory:
-        return _load(directory, model, optimizer)
+        return _load(directory, model, optimizer, parts)
 
 
-def _load(directory: str | os.PathLike, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> int:
+def _load(
+    directory: str | os.PathLike,
+    model: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+    parts: Parts | None,
+) -> int:
     path, state = _read_state(directory)
     shards = {kind: _shards(state, kind) for kind, wanted in (("model", model), ("optimizer", optimizer)) if wanted}
     names = [shard["file"] for files in shards.values() for shard in files]
     _verify(path, {name: digest for name, digest in state.get("checksums", {}).items() if name in names})
     if model is not None:
-        tensors = Tensors(path, shards["model"])
         try:
-            if isinstance(model, FSDP):
-                model.load_whole(tensors)
-            else:
-                whole = dict(tensors)
-                whole |= {name: whole[same] for name, same in state["tied"].items()}
-                _unwrapped(model).load_state_dict(whole)
+            load_whole(model, Tensors(path, shards["model"]), parts, state["tied"])
         except RuntimeError as error:
             raise ValueError(f"checkpoint {path} does not fit the model: {error}") from None
     if optimizer is not None:
         if state["optimizer"] is None:
             raise ValueError(f"checkpoint {path} was saved without an optimizer")
-        part = functools.partial(model.part_of, optimizer) if isinstance(model, FSDP) else None
-        _load_optimizer(optimizer, state["optimizer"], Tensors(path, shards["optimizer"]), path, part)
+        saved = state["optimizer"] if parts is None else parts.own_state(state["optimizer"])
+        _load_optimizer(optimizer, saved, Tensors(path, shards["optimizer"]), path, parts, model)
     return state["iteration"]
+
+
+def load_whole(
+    model: nn.Module, tensors: Mapping[str, Tensor], parts: Parts | None = None, tied: Mapping[str, str] | None = None
+) -> None:
+    """Take this rank's part of a whole state_dict; tied: name -> name of what is saved once.
+
+    Raises RuntimeError, as load_state_dict does, for one that does not fit.
+    """
+    if parts is not None:
+        names = (model.module if isinstance(model, FSDP) else model).state_dict(keep_vars=True)
+        tensors = parts.own_tensors(tensors, names)
+    if isinstance(model, FSDP):
+        model.load_whole(tensors)
+        return
+    whole = dict(tensors)
+    whole |= {name: whole[same] for name, same in (tied or {}).items()}
+    _unwrapped(model).load_state_dict(whole)
 
 
 def _shards(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -466,16 +493,19 @@ def _load_optimizer(
     saved: dict[str, Any],
     tensors: Tensors,
     path: pathlib.Path,
-    part: Callable[[int, Tensor], Tensor] | None,
+    parts: Parts | None,
+    model: nn.Module | None,
 ) -> None:
-    """part: what this rank keeps of a tensor of the state of the i-th parameter; None: all of it."""
     state: dict[int, dict[str, Any]] = {int(parameter): dict(v) for parameter, v in saved["numbers"].items()}
     mine_alone = set(optimizer.share()) if isinstance(optimizer, ShardedOptimizer) else None
     for name in tensors:
         parameter, _, key = name.partition(".")
-        if mine_alone is None or int(parameter) in mine_alone:
-            tensor = tensors[name]
-            state.setdefault(int(parameter), {})[key] = tensor if part is None else part(int(parameter), tensor)
+        place = int(parameter) if parts is None else parts.place(int(parameter))
+        if place is not None and (mine_alone is None or place in mine_alone):
+            tensor = tensors[name] if parts is None else parts.own_part(place, tensors[name])
+            state.setdefault(place, {})[key] = (
+                model.part_of(optimizer, place, tensor) if isinstance(model, FSDP) else tensor
+            )
     mine = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in zip(saved["groups"], mine, strict=False)]
     try:

@@ -12,12 +12,13 @@ import torch
 from cs336.data import TokenDataset
 from cs336.data.dataset import to_device
 from cs336.models import Transformer
-from cs336.parallel.launch import on_first, rank, world_size
+from cs336.parallel.launch import on_first
 from cs336.training.budget import PAUSED_PART
 from cs336.training.config import TrainConfig
 from cs336.training.decisions import Pause
+from cs336.training.division import Division
 from cs336.training.learner import Learner
-from cs336.training.objectives import Batch, Terms, over_ranks
+from cs336.training.objectives import Batch, Terms
 from cs336.utils.terminal import visible
 
 EVALS, SAMPLES = 20, 10  # a run, where the configuration does not say
@@ -62,7 +63,8 @@ class Validation:
         # A compiled objective keeps its gradients and mode: without them it would be compiled again.
         with contextlib.nullcontext() if learner.compiled else learner.evaluating():
             size = min(self.size, learner.micro_batch_size)
-            loss = mean_loss(learner.terms, self.data, self.windows(total_steps), size, learner.device, split=True)
+            windows, division = self.windows(total_steps), learner.division
+            loss = mean_loss(learner.terms, self.data, windows, size, learner.device, division)
         metrics, text = {"val/loss": loss}, f"validation loss {loss:.4f}"
         meta = self.data.meta
         if meta is not None and meta.text_bytes:
@@ -91,22 +93,21 @@ def mean_loss(
     count: int,
     size: int,
     device: torch.device | str,
-    *,
-    split: bool = False,
+    division: Division | None = None,
 ) -> float:
     """Mean loss over `count` windows spread evenly over the data, `size` at a time.
 
-    split: among the ranks, each of which calls this. They make equally many calls of `terms`, in which they may wait
+    division: among ranks, each of which calls this. They make equally many calls of `terms`, in which they may wait
     for one another: one that has no windows left repeats some, which count for nothing.
     """
     total = torch.zeros(2, device=device, dtype=torch.float64)
     parts = list(spread(len(data), count, size))
-    ranks, mine = (world_size(), rank()) if split else (1, 0)
+    mine, ranks = (0, 1) if division is None else division.row_place
     for i in range(mine, -(-len(parts) // ranks) * ranks, ranks):
         loss, counted, _ = terms(to_device(data.windows(parts[i % len(parts)]), device))
         if i < len(parts):
             total += torch.stack([loss.detach().double(), counted.double()])
-    loss_sum, num_targets = (over_ranks(total) if split else total).tolist()
+    loss_sum, num_targets = (total if division is None else division.total(total)).tolist()
     return loss_sum / num_targets
 
 
@@ -136,7 +137,7 @@ class Samples:
         self.pause = Pause("sample", config.sample_interval, SAMPLES)
 
     def __call__(self, learner: Learner, total_steps: int) -> Finding:
-        with learner.whole(), learner.evaluating() as model:
+        with learner.division.whole() as whole, learner.evaluating(whole) as model:
             rows = on_first(lambda: self.sample(model))
         text = visible(f"{rows[0].get('prompt', '')}{rows[0].get('text', '')}") if rows else ""
         return Finding(samples=rows, text=text)

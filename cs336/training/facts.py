@@ -58,8 +58,10 @@ def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens
 def _places(learner: Learner) -> str:
     if world_size() == 1:
         return str(learner.device)
-    zero = learner.config.parallel.zero
-    return f"{world_size()} x {learner.device.type}{f', ZeRO-{zero},' if zero else ''}"
+    zero, sizes = learner.config.parallel.zero, learner.division.sizes
+    axes = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+    how = [*(axes if axes != [f"data {world_size()}"] else []), *([f"ZeRO-{zero}"] if zero else [])]
+    return ", ".join([f"{world_size()} x {learner.device.type}", *how]) + ("," if how else "")
 
 
 def measured(learner: Learner) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from cs336.models import Transformer
 from cs336.models.memory import Memory, training_memory
 from cs336.models.recompute import Recompute
+from cs336.parallel.planner import Layout, Work, rank_memory
 
 if TYPE_CHECKING:
     from cs336.training.config import TrainConfig
@@ -31,20 +32,49 @@ class Numerics:
 def predicted_memory(
     config: "TrainConfig", numerics: Numerics, recompute: Recompute, micro_batch_size: int, ranks: int = 1
 ) -> Memory:
-    """What a step will take of the device's memory, of each of several ranks."""
+    """What a step will take of the device's memory, of each of several ranks; batch_size is of each."""
     dtype = torch.bfloat16 if numerics.weight_bytes == 2 else torch.float32
     optimizer = config.optimizer.build(Transformer(config.model, device="meta", dtype=dtype))
+    per_parameter = optimizer.state_bytes() / config.model.num_parameters()
+    sizes = config.parallel.axes(ranks)
+    if any(size > 1 for axis, size in sizes.items() if axis != "data"):
+        return _of_fullest(config, numerics, recompute, micro_batch_size, sizes, per_parameter)
     whole = training_memory(
         config.model,
         micro_batch_size,
         weight_bytes=numerics.weight_bytes,
         compute_bytes=numerics.compute_bytes,
-        optimizer_bytes=optimizer.state_bytes() / config.model.num_parameters(),
+        optimizer_bytes=per_parameter,
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
     )
     split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
     return dataclasses.replace(whole, **{name: -(-getattr(whole, name) // ranks) for name in split})
+
+
+def _of_fullest(
+    config: "TrainConfig",
+    numerics: Numerics,
+    recompute: Recompute,
+    micro_batch_size: int,
+    sizes: dict[str, int],
+    optimizer_bytes: float,
+) -> Memory:
+    """Of the rank that has most, where the model is divided: see cs336.parallel.planner."""
+    way = recompute if isinstance(recompute, str) else "full" if recompute else "none"
+    parallel = config.parallel
+    layout = Layout(
+        **sizes, zero=parallel.zero, micro_batch=micro_batch_size, recompute=way, schedule=parallel.schedule
+    )
+    work = Work(
+        config.model,
+        config.batch_size * layout.data * layout.expert,
+        config.model.context_length,
+        numerics.weight_bytes,
+        numerics.compute_bytes,
+        optimizer_bytes,
+    )
+    return max((rank_memory(work, layout, stage) for stage in range(layout.pipeline)), key=lambda m: m.total)
 
 
 def room(device: torch.device, limit_gib: float | None) -> float:

@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
-from cs336.optim import clip_scale, grad_norm
-from cs336.optim.optimizer import Optimizer
-from cs336.parallel import DDP, FSDP, ShardedOptimizer
+from cs336.optim import clip_scale
+from cs336.parallel import ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
+from cs336.training.checkpoint import load_whole
 from cs336.training.config import TrainConfig
+from cs336.training.division import DESCRIBED, Division, why_not
 from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
 from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
-from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches, over_ranks
+from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches
 from cs336.training.weights import load_weights
 from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
-ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -39,16 +39,18 @@ class Learner:
 
     def __init__(self, config: TrainConfig):
         rows = config.parallel.share(world_size(), config.batch_size, config.micro_batch_size)
+        sizes = config.parallel.axes(world_size())
+        if reason := why_not(config, sizes):
+            raise ValueError(f"parallel: {reason}")
         self.config = config = dataclasses.replace(config, batch_size=rows)  # this rank's
         self.device = place(config.device)
         on_gpu = self.device.type == "cuda"
         low = config.precision.startswith("bf16") or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.weight_dtype = torch.bfloat16 if config.precision == "bf16_weights" else torch.float32
-        self.sharded = config.parallel.zero >= 2 and world_size() > 1
-        self.compiled = on_gpu and not self.sharded if config.compile is None else config.compile
-        if self.sharded and (reason := self._unshardable()):
-            raise ValueError(f"parallel.zero = {config.parallel.zero} is not possible: {reason}; use zero = 1")
+        divided = config.parallel.zero >= 2 or max(size for axis, size in sizes.items() if axis != "data") > 1
+        divided &= world_size() > 1
+        self.compiled = on_gpu and not divided if config.compile is None else config.compile
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or rows
@@ -58,43 +60,25 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
-        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
-        self._terms = torch.compile(self._eager_terms) if self.compiled else self._eager_terms
-        self.synced, self.optimizer = self._split()
+        self.division = Division(self.model, config)
+        self.optimizer = self.division.optimizer
+        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph. Of weights that
+        # come and go the layers are.
+        whole = self.compiled and self.division.fsdp is None
+        self._terms = torch.compile(self._eager_terms) if whole else self._eager_terms
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
         self._lrs = [torch.zeros((), device=self.device) for _ in self._decays]  # of the graph
 
-    def _unshardable(self) -> str | None:
-        if self.config.optimizer.kind not in ELEMENTWISE:
-            return f"it splits every matrix, and {self.config.optimizer.kind} needs whole ones"
-        return "compile = true does not follow weights that come and go" if self.compiled else None
-
-    def _split(self) -> tuple[DDP | FSDP | None, Optimizer | ShardedOptimizer]:
-        """What averages gradients over the ranks, and the optimizer of this rank's share."""
-        fsdp = FSDP(self.model, reshard=self.config.parallel.zero == 3) if self.sharded else None
-        optimizer = self.config.optimizer.build(self.model)
-        if fsdp is not None:
-            fsdp.split(optimizer)
-            return fsdp, optimizer
-        if world_size() == 1:
-            return None, optimizer
-        return DDP(self.model), ShardedOptimizer.of(optimizer) if self.config.parallel.zero else optimizer
-
-    @property
-    def trained(self) -> nn.Module:
-        """What has the parameters that the optimizer steps, and their gradients."""
-        return self.synced if isinstance(self.synced, FSDP) else self.model
-
     def _eager_terms(self, *batch: Tensor) -> Terms:
-        return self.config.objective(self.model if self.synced is None else self.synced, batch)
+        return self.division.objective(self.division.called, batch)
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
         with registry.determinism(self.deterministic), self.autocast():
-            return self._terms(*batch)
+            return self._terms(*self.division.own(batch))
 
     def autocast(self) -> torch.autocast:
         enabled = self.dtype == torch.bfloat16 != self.weight_dtype
@@ -128,24 +112,21 @@ class Learner:
     def _step(self, batch: Batch, accept: Accept | None = None) -> dict[str, Tensor]:
         self.optimizer.zero_grad()  # of a step that failed midway, as one that cannot be captured does
         parts = []
-        micro = list(micro_batches(batch, self.micro_batch_size))
+        micro = list(micro_batches(batch, self.division.passes(self.micro_batch_size)))
         for i, part in enumerate(micro):
             with annotate("forward"):
                 loss, count, metrics = self.terms(part)
-            with annotate("backward"), registry.determinism(self.deterministic), self._unsynced(i < len(micro) - 1):
-                loss.backward()
-            if isinstance(self.synced, FSDP):
-                self.synced.finish_gradient_synchronization()
+            last = i == len(micro) - 1
+            with annotate("backward"), registry.determinism(self.deterministic), self.division.backward(last):
+                if loss.requires_grad:  # a pipeline has been backward
+                    loss.backward()
             parts.append(torch.stack([count, loss.detach(), *(value.detach() for value in metrics.values())]))
         with annotate("optimizer"):
-            if self.synced is not None:
-                self.synced.finish_gradient_synchronization()
             own = torch.stack(parts).sum(0)
             self.own_loss = own[1] / own[0].clamp(min=1)
-            count, *sums = over_ranks(own)
-            scale = gradient_scale(count)
-            fsdp = self.synced if isinstance(self.synced, FSDP) else None
-            norm = (grad_norm(self.model.parameters()) if fsdp is None else fsdp.grad_norm()) * scale
+            count, *sums = self.division.total(own)
+            scale = gradient_scale(count, self.division.averaged)
+            norm = self.division.grad_norm() * scale
             means = [total / count.clamp(min=1) for total in sums]
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
@@ -156,25 +137,17 @@ class Learner:
             self.optimizer.zero_grad()
         return values
 
-    def _unsynced(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
-        """Backwards that are each rank's own. Where gradients are split none is: whole ones are not kept."""
-        return self.synced.no_sync() if wanted and isinstance(self.synced, DDP) else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[Transformer]:
-        """The model with all its weights on every rank; every rank enters it."""
-        with self.synced.gathered() if isinstance(self.synced, FSDP) else contextlib.nullcontext():
-            yield self.model
-
     def load_weights(self, path: pathlib.Path) -> None:
         """Take the weights at `path`: see cs336.training.weights. No rank waits for another."""
-        if not isinstance(self.synced, FSDP):
+        division = self.division
+        if division.parts is None and division.fsdp is None:
             load_weights(self.model, path)
             return
         source = Transformer(self.config.model, device="cpu", dtype=self.weight_dtype)
         load_weights(source, path)
-        self.synced.load_whole(source.state_dict())
-        self.model.special_ids, self.model.generation_config = source.special_ids, source.generation_config
+        load_whole(division.trained, source.state_dict(), division.parts)
+        for name in DESCRIBED:
+            setattr(self.model, name, getattr(source, name))
 
     def predicted_memory(self) -> Memory:
         """What a step will take of the device's memory."""
@@ -188,7 +161,7 @@ class Learner:
         reason = None
         if self.device.type != "cuda":
             reason = f"it is a GPU's, and the device is {self.device}"
-        elif self.synced is not None or isinstance(self.optimizer, ShardedOptimizer):
+        elif world_size() > 1 or isinstance(self.optimizer, ShardedOptimizer):
             reason = "several processes take a step together"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"
@@ -197,7 +170,7 @@ class Learner:
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
         large = 3 * self.predicted_memory().total > self.room
-        if wanted == "auto" and (large or self.synced is not None or next(experts_of(self.model), None) is not None):
+        if wanted == "auto" and (large or world_size() > 1 or next(experts_of(self.model), None) is not None):
             return None  # mixtures of experts may ask on the host how many tokens each has
         if reason is not None:
             if wanted is True:
@@ -206,14 +179,15 @@ class Learner:
         return StepGraph(self._step, self.device, weights=list(self.model.parameters()), required=wanted is True)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[Transformer]:
-        """The model in eval mode, without gradients, under the precision of training."""
-        self.model.eval()
+    def evaluating(self, model: Transformer | None = None) -> Iterator[Transformer]:
+        """The model, or one with all its weights, in eval mode, without gradients, under the precision of training."""
+        model = model or self.model
+        model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                yield self.model
+                yield model
         finally:
-            self.model.train()
+            model.train()
 
     def first_non_finite(self, batch: Batch) -> str | None:
         """What first stops being finite in the step that the batch would make, as a phrase; None if nothing does.
@@ -227,13 +201,11 @@ class Learner:
         return found[0] if found else None
 
     def _first_non_finite(self, batch: Batch) -> str | None:
-        with (
-            self.autocast(),
-            self._unsynced(),
-            self.whole(),
-        ):  # whole for all parts: ranks find theirs in different ones
+        # Whole for all parts: ranks find theirs in different ones.
+        with self.autocast(), self.division.alone(), self.division.whole(everywhere=True) as model:
+            called = self.division.called if model is self.model else model
             for part in micro_batches(batch, self.micro_batch_size):
-                found = first_non_finite(self.model, lambda part=part: self._eager_terms(*part)[0])  # type: ignore[misc]
+                found = first_non_finite(model, lambda part=part: self.config.objective(called, part)[0])  # type: ignore[misc]
                 if found:
                     return found
         return None

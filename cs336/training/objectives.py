@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.moe import Routing, experts_of
-from cs336.parallel.collectives import all_reduce
 
 Batch = tuple[Tensor, ...]
 Terms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -91,17 +90,10 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     return zip(*(tensor.split(size) for tensor in batch), strict=True)
 
 
-def over_ranks(totals: Tensor) -> Tensor:
-    """The sum of the ranks' totals; themselves where there is one process."""
-    if torch.distributed.is_initialized():
-        all_reduce(totals)
-    return totals
-
-
-def gradient_scale(count: Tensor) -> Tensor:
+def gradient_scale(count: Tensor, averaged: int = 1) -> Tensor:
     """What gradients of summed losses are multiplied by: 1 / count, float32; `count` is that of all ranks.
 
-    torch's DDP and FSDP average gradients over ranks: times their number. Nothing counted is no gradient: 0, not NaN.
+    DDP and FSDP, torch's and ours, average gradients over so many ranks: times their number, `averaged`.
+    Nothing counted is no gradient: 0, not NaN.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return torch.where(count > 0, world / count.clamp(min=1), 0.0).float()
+    return torch.where(count > 0, averaged / count.clamp(min=1), 0.0).float()

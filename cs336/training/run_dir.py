@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cs336.parallel.launch import from_ranks, host_group, on_first, rank, together
+from cs336.parallel.parts import Parts
 from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
@@ -109,26 +110,36 @@ class RunDir:
         return next(reversed(checkpoint.list_checkpoints(self.checkpoints)), None)
 
     def load_newest(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None],
+        parts: Parts | None = None,
     ) -> pathlib.Path | None:
         """Load the newest checkpoint that is whole, and return it; those that are damaged are named with `say`.
 
+        parts: what this rank has of a divided model.
+
         Raises ValueError if there are checkpoints and all are damaged, or if it does not fit.
         """
-        name = on_first(lambda: self._load_whole(model, optimizer, say))
+        name = on_first(lambda: self._load_whole(model, optimizer, say, parts))
         if name is None:
             return None
         path = self.checkpoints / name
-        together(lambda: checkpoint.load_checkpoint(path, model, optimizer) if rank() else None)
+        together(lambda: checkpoint.load_checkpoint(path, model, optimizer, parts=parts) if rank() else None)
         return path
 
     def _load_whole(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None],
+        parts: Parts | None,
     ) -> str | None:
         self._damaged = []
         for path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
             try:
-                checkpoint.load_checkpoint(path, model, optimizer)
+                checkpoint.load_checkpoint(path, model, optimizer, parts=parts)
             except checkpoint.DamagedError as error:
                 self._damaged.append(path)
                 say(f"{error}; taking the one before it")
@@ -146,6 +157,7 @@ class RunDir:
         extra: dict[str, Any],
         *,
         background: bool = False,
+        parts: Parts | None = None,
     ) -> pathlib.Path:
         """Write the checkpoint of a step, in place of those that are too old. Rows are on the disk before it is.
 
@@ -154,7 +166,7 @@ class RunDir:
         """
         self.wait()
         path = checkpoint.step_path(self.checkpoints, step)
-        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background)
+        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background, parts=parts)
         for rows in (self.metrics, self.samples, self.ranks):
             rows.sync()
         if background:

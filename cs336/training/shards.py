@@ -1,10 +1,12 @@
 """The files of a checkpoint that several ranks wrote: whole tensors, and pieces that are put together again.
 
 state.json of such a checkpoint says under "shards", for the model and the optimizer, which files there are, and of each
-the pieces: name -> {"shape": of the whole tensor, "start": of the piece in it, flattened}. Other tensors are whole.
+the pieces: name -> {"shape": of the whole tensor, "start": of the piece in it, flattened}, and where a dim of the whole
+is divided {"cut": [dim, index, parts]}, within which the piece is. Other tensors are whole.
 A rank that loads reads a tensor at a time, so a checkpoint loads under any layout.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cs336.parallel.pieces import Piece
+from cs336.parallel.pieces import WHOLE, Cut, Piece, assembled
 
 Shards = list[dict[str, Any]]
 
@@ -31,7 +33,12 @@ def divided(tensors: Mapping[str, Tensor | Piece]) -> tuple[dict[str, Tensor], d
     """The tensors of a file, and what is said of those that are pieces."""
     pieces = {name: t for name, t in tensors.items() if isinstance(t, Piece)}
     plain = {name: t.tensor if isinstance(t, Piece) else t for name, t in tensors.items()}
-    return plain, {name: {"shape": list(p.shape), "start": p.start} for name, p in pieces.items()}
+    return plain, {name: _said(piece) for name, piece in pieces.items()}
+
+
+def _said(piece: Piece) -> dict[str, Any]:
+    cut = {} if piece.cut == WHOLE else {"cut": dataclasses.astuple(piece.cut)}
+    return {"shape": list(piece.shape), "start": piece.start} | cut
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -53,15 +60,15 @@ class Tensors(Mapping[str, Tensor]):
         file, piece = places[0]
         if piece is None:
             return self._files[file].get_tensor(name)
-        parts = sorted(((p["start"], f) for f, p in places if p is not None))
-        tensors = [self._files[f].get_tensor(name) for _, f in parts]
-        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        ends = [start + t.numel() for (start, _), t in zip(parts, tensors, strict=True)]
-        starts = [start for (start, _), t in zip(parts, tensors, strict=True) if t.numel()]
-        begun = [0, *(end for end, t in zip(ends, tensors, strict=True) if t.numel())]
-        if starts != begun[:-1] or whole.numel() != torch.Size(piece["shape"]).numel():
-            raise DamagedError(f"checkpoint {self._directory} is damaged: the pieces of {name} do not make it whole")
-        return whole.view(piece["shape"])
+        pieces = [
+            Piece(self._files[f].get_tensor(name), torch.Size(p["shape"]), p["start"], Cut(*p.get("cut", (0, 0, 1))))
+            for f, p in places
+            if p is not None
+        ]
+        try:
+            return assembled(pieces)
+        except ValueError as error:
+            raise DamagedError(f"checkpoint {self._directory} is damaged: {name}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cs336.data import TokenDataset, TokenLoader
-from cs336.models import save_pretrained
+from cs336.models import Transformer, save_pretrained
 from cs336.parallel.launch import agreed, connect, from_ranks, on_first, rank, together, world_size
 from cs336.parallel.watch import watching
 from cs336.training import checkpoint
@@ -266,7 +266,7 @@ class Trainer:
             self._refused = f"loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g}; the first that is "
             self._refused += f"not finite is {cause}"
         elif guard.spike != "keep" and (spike := self.guard.spike(numbers)):
-            self._refused = f"a spike, {spike}; {steepest(self.learner.trained)}"
+            self._refused = f"a spike, {spike}; {steepest(self.learner.division.trained)}"
             if guard.spike == "stop":
                 raise SpikeError(f"step {step}: {self._refused}", step=step, cause=self._refused)
         if self._refused is None:
@@ -326,8 +326,9 @@ class Trainer:
             extra |= self.rate.state_dict() | self.meter.state_dict() | {"guard": self.guard.state_dict()}
             asked = self.config.async_checkpoints
             background &= self.learner.device.type == "cuda" if asked is None else asked
-            state = self.learner.trained, self.learner.optimizer, self.step, extra
-            self._newest = self.run.save(*state, background=True) if background else self.run.save(*state)
+            division = self.learner.division
+            state = division.trained, division.optimizer, self.step, extra
+            self._newest = self.run.save(*state, background=background, parts=division.parts)
         self.decisions.took(self.decisions.save, taken[0])
 
     def _restore(self) -> None:
@@ -335,13 +336,15 @@ class Trainer:
         self.run.wait()
         vars(self).pop("learner", None)  # room for the new one
         config, self.learner = self.config, Learner(self.config)
+        division = self.learner.division
+        mine, ranks = division.row_place
         self.loader = TokenLoader(
             self.train_data,
             self.learner.config.batch_size,
             seed=config.seed,
             device=self.learner.device,
-            rank=rank(),
-            world=world_size(),
+            rank=mine,
+            world=ranks,
         )
         flops = config.model.flops_per_token() * self.tokens_per_step
         self.decisions = Decisions(
@@ -355,7 +358,7 @@ class Trainer:
         self.step, self.val = 0, {}
         self._seconds_before = self._started = 0.0
         self._suspect, self._rebudgeted = None, False
-        self._restored = self.run.load_newest(self.learner.trained, self.learner.optimizer, self.display.say)
+        self._restored = self.run.load_newest(division.trained, division.optimizer, self.display.say, division.parts)
         self._newest = self.run.newest()
         if self._restored is not None:
             self._continue(self._restored)
@@ -444,8 +447,8 @@ class Trainer:
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
-            with self.learner.whole():
-                on_first(lambda: self._export(export))
+            with self.learner.division.whole(torch.device("cpu")) as model:
+                on_first(lambda: self._export(export, model))
             if used := memory_used(self.learner):
                 self.display.say(used)
             self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
@@ -453,7 +456,7 @@ class Trainer:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")
         return TrainResult(self.decisions.finished(self.step), self.step, self.tokens, seconds, self.val, kept, export)
 
-    def _export(self, path: pathlib.Path) -> None:
-        save_pretrained(self.learner.model, path, tokenizer=self.tokenizer, step=self.step)
+    def _export(self, path: pathlib.Path, model: Transformer) -> None:
+        save_pretrained(model, path, tokenizer=self.tokenizer, step=self.step)
         facts, peak = self.run.facts(), peak_memory(self.learner.device)
         self.run.write_facts(facts | {"peak_memory_bytes": max(peak, facts.get("peak_memory_bytes", 0))})

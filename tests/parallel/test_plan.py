@@ -10,6 +10,9 @@ from cs336.models import BlockConfig, TransformerConfig, training_memory
 from cs336.nn import AttentionConfig, LinearAttentionConfig, MoEConfig
 from cs336.parallel import Layout, hardware, plan
 from cs336.parallel.planner import Work, layouts, predict, rank_memory, sent_bytes
+from cs336.training import DataConfig, TrainConfig
+from cs336.training.division import why_not
+from cs336.utils.config import dumps, override, read_table, to_table
 
 GPT = TransformerConfig(256, 64, 4, 64, 4, 2)
 MOE = TransformerConfig(256, 64, 2, 64, layers=(BlockConfig(AttentionConfig(4), MoEConfig(8, 2, d_ff=32)),))
@@ -164,3 +167,49 @@ def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
     assert "zero 1, tensor 4, pipeline 32" in capsys.readouterr().out
     assert program.main([*command, "--network", "8:360"]) == 2
     assert "the network reaches 8 ranks, 1024 are needed" in capsys.readouterr().err
+
+
+SMALL = TransformerConfig(512, 64, 4, 64, 4)
+MIXED = TransformerConfig(512, 64, 2, 64, layers=(BlockConfig(AttentionConfig(4), MoEConfig(4, 2)),))
+
+
+def test_a_layout_is_a_configuration_of_a_run(tmp_path, capsys):
+    """--write keeps what `cs336 train` runs; where it does not run the best it says why."""
+    for name, model in (("small", SMALL), ("mixed", MIXED)):
+        (tmp_path / f"{name}.toml").write_text(dumps({"model": to_table(model)}))
+        path = tmp_path / f"{name} run.toml"
+        command = ["plan", "parallel", "--model", str(tmp_path / f"{name}.toml"), "--gpus", "4", "--batch-size", "8"]
+        assert program.main([*command, "--write", str(path)]) == 0
+        said = capsys.readouterr().out
+        best = plan(model, 4, batch_size=8)
+        table = override(TrainConfig, read_table(path), ["--run-dir", "runs/a", "--data.train", "tokens"])
+        config = TrainConfig.from_table(table)
+        assert (config.model, config.batch_size) == (model, 8)
+        assert f"torchrun --standalone --nproc_per_node=4 -m cs336 train --config {path} --data.train" in said
+        first = next(p.layout for p in best if runs(config, p.layout))
+        assert (config.parallel, config.micro_batch_size) == (first.config, first.micro_batch)
+        assert config.gradient_checkpointing == first.recompute
+        assert ("does not run that" in said) == (first != best[0].layout)
+        assert program.main([*command, "--write", str(path)]) == 2
+        assert "exists: remove it, or write elsewhere" in capsys.readouterr().err
+
+
+def runs(config, layout):
+    return why_not(dataclasses.replace(config, parallel=layout.config), layout.config.axes(layout.gpus)) is None
+
+
+def test_what_train_refuses_is_known():
+    """Of all layouts; the others it runs."""
+    run = TrainConfig(pathlib.Path("runs/a"), DataConfig(pathlib.Path("tokens")), SMALL, batch_size=8)
+    refused = set()
+    for model in (SMALL, MIXED):
+        for layout in {p.layout.config: p.layout for p in plan(model, 8, batch_size=8)}.values():
+            changed = dataclasses.replace(run, model=model, parallel=layout.config)
+            if reason := why_not(changed, layout.config.axes(8)):
+                refused.add(re.sub(r"\d+", "N", reason).split(":")[0])
+            assert layout.config.share(8, 8, layout.micro_batch) >= layout.micro_batch
+    assert refused == {
+        "pipeline = N and context = N do not go together",
+        "expert = N goes with zero = N",
+        "pipeline = N",  # of a mixture
+    }

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from cs336.parallel import ParallelConfig, RankError
 from cs336.parallel.collectives import all_reduce
-from cs336.parallel.watch import watching
+from cs336.parallel.watch import held_up_by, watching
 
 
 def fail():
@@ -65,6 +65,15 @@ def test_the_others_end_and_name_the_rank(ended, name):
     assert said == f"RankError: {message}"
     assert statuses[0] == of_rank_0
     assert statuses[1] in of_rank_1
+
+
+def test_who_is_waited_for_in_a_grid():
+    """Data 2 x tensor 2: rank 3 hangs, rank 2 waits for it in their tensor group, 0 and 1 for both in data groups."""
+    begun = [{"0,1": 9, "0,2": 2, "0,1,2,3": 5}, {"0,1": 9, "1,3": 2, "0,1,2,3": 5}]
+    begun += [{"2,3": 8, "0,2": 1, "0,1,2,3": 5, "": 7}, {"2,3": 7, "1,3": 1, "0,1,2,3": 5}]
+    assert held_up_by(begun) == [3]
+    assert held_up_by([{"0,1": 3}, {"0,1": 3, "": 1}]) == []
+    assert held_up_by([{"0,1": 3}, {"0,1": 2, "1,2": 2}, {"1,2": 1}]) == [2]
 
 
 def test_one_process_is_not_watched():

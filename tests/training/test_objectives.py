@@ -14,7 +14,7 @@ from cs336.models import Transformer
 from cs336.optim import grad_norm
 from cs336.training.decisions import agreed
 from cs336.training.learner import Learner
-from cs336.training.objectives import NextToken, gradient_scale, micro_batches, over_ranks
+from cs336.training.objectives import NextToken, gradient_scale, micro_batches
 
 MODEL = dataclasses.replace(tiny_run.MODEL, d_model=8, vocab_size=31)  # 31: nothing divides evenly
 
@@ -35,8 +35,12 @@ def step(model, parts):
         loss, count, _ = NextToken()(model, part)
         loss.backward()
         totals += torch.stack([loss.detach(), count])
-    loss, count = over_ranks(totals)
-    scale = gradient_scale(count)
+    world = 1
+    if torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        torch.distributed.all_reduce(totals)
+    loss, count = totals
+    scale = gradient_scale(count, world)
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     return (loss / count).item(), [g * scale for g in grads]
 
