@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Run, Stopped
 from cs336.cli.settings import help_text, own_options
@@ -61,11 +61,12 @@ def grpo(arguments: list[str]) -> Run:
 
 
 def pairs(
-    model: Positional[Path],
-    prompts: Positional[Path],
-    out: Positional[Path],
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
     label: Literal["math", "exact", "characters", "format", "judge"] = "math",
-    judge: MaybePath = None,
+    judge: DisallowNone[str | None] = None,
+    judge_model: str = "default",
     rubric: MaybePath = None,
     num_generations: int = 2,
     temperature: float = 1.0,
@@ -80,7 +81,9 @@ def pairs(
         prompts: JSON lines of {"prompt": a text or messages, "answer": ...}.
         out: JSON lines of {"history", "response_a", "response_b", "chosen", "margin"}.
         label: the verifier that scores both answers, or judge.
-        judge: the model that judges, of which each pair is asked in both orders. None: the model itself.
+        judge: a model's directory, or the address of an OpenAI-compatible server (its key is OPENAI_API_KEY), which is
+            asked about each pair in both orders. Without it the model itself judges.
+        judge_model: the server's name for the model.
         rubric: a text file that tells the judge what is good.
         num_generations: answers to a prompt, an even number.
     """
@@ -88,15 +91,17 @@ def pairs(
     import json
 
     from cs336.alignment.examples import read_prompts
-    from cs336.alignment.make_pairs import RUBRIC, JudgeLabels, LLMJudge, VerifierLabels, make_pairs
+    from cs336.alignment.make_pairs import JudgeLabels, VerifierLabels, make_pairs
     from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward
     from cs336.inference import LLM
+    from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
     llm = LLM(model, device=device, quiet=True)
     verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
     if label == "judge":
         text = RUBRIC if rubric is None else rubric.read_text(encoding="utf-8")
-        labels: Any = JudgeLabels(LLMJudge(llm if judge is None else LLM(judge, device=device, quiet=True), text))
+        own = Judge(engine_chat(llm), text)
+        labels: Any = JudgeLabels(own if judge is None else judge_from(judge, judge_model, rubric=text, device=device))
     else:
         labels = VerifierLabels([verifiers[label]()])
     report = make_pairs(
