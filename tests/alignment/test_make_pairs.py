@@ -108,7 +108,7 @@ def test_the_verb(tmp_path, capsys):
     assert main([*command, "--label", "characters"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 10
     assert read_preferences(out)
-    assert main([*command, "--label", "judge", "--judge", "http://127.0.0.1:9/v1"]) == 1
+    assert main([*command, "--label", "judge", "--judge", "http://127.0.0.1:9/v1"]) == 2
     assert "the judge at http://127.0.0.1:9/v1 gave no answer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["align", "pairs", "--help"])
