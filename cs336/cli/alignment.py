@@ -150,6 +150,33 @@ def demo(
         webbrowser.open(report.resolve().as_uri())
 
 
+def ladder(
+    rungs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUNG ...]", help_behavior_hint="")] = (),
+    run_dir: Path = Path("runs/align-ladder"),  # noqa: B008 (immutable)
+    share: float = 1.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Tasks that tiny models learn by reinforcement, each with a known optimum: a row for each, from where to where.
+
+    SFT teaches how an answer looks, GRPO (or PPO) which is right. Stages whose output is current are skipped; after
+    Ctrl-C the same command continues.
+
+    Args:
+        rungs: of bandit, bandit-ppo, sorting, addition and countdown; all of them without any.
+        run_dir: where everything is written, a directory a rung; the same command goes on with what is there.
+        share: of each rung's steps; less to see it run.
+        device: cpu, auto (a GPU if there is one), cuda.
+    """
+    from cs336.align_ladder import RUNGS, AlignLadder, align_ladder
+    from cs336.utils.stages import Interrupted
+
+    try:
+        align_ladder(AlignLadder(rungs or tuple(RUNGS), run_dir, share, device, seed))
+    except Interrupted:
+        raise Stopped from None
+
+
 def _verb(
     verb: str,
     arguments: list[str],
