@@ -5,7 +5,7 @@
     bandit-ppo   the same, by PPO
     sorting      52813=  12358                 the digits in any order                 the share in its place
     addition     47+68=  115                   in seven columns of ten one too many    right or wrong
-    countdown    2,3,7:13=  3*2+7              any expression of the numbers           right or wrong
+    countdown    2,3,7:8=  3+7-2               any signs, in any order                 right or wrong
 
 So what is learned first is how an answer looks, and what is right comes from the verifier alone. Questions that are
 tested are in nothing that is learned, but for the bandit, which has one. A rung is a directory of stages on
@@ -52,11 +52,14 @@ Question = tuple[str, Any]
 """What is asked, and what the reward compares with."""
 
 
+GRPO = GRPOConfig(num_generations=16, loss_type="dapo", num_iterations=2, epsilon_high=0.28)
+
+
 @dataclass(frozen=True)
 class Rung:
     purpose: str
     questions: Callable[[random.Random], list[Question]]
-    """In a random order: the last TESTED are tested, of a list of one it is that one."""
+    """In a random order: the last are tested, a quarter and at most TESTED; of a list of one it is that one."""
     imitated: Callable[[random.Random, str], str]
     """An answer as SFT sees it, to a question."""
     rewards: tuple[RewardConfig, ...]
@@ -73,7 +76,7 @@ class Rung:
 
 
 def _arms(rng: random.Random) -> list[Question]:
-    pay = [arm / 9 for arm in range(10)]
+    pay = [(arm / 9) ** 2 for arm in range(10)]
     rng.shuffle(pay)
     return [("?", dict(zip("abcdefghij", pay, strict=True)))]
 
@@ -92,65 +95,61 @@ def _any_order(rng: random.Random, question: str) -> str:
     return "".join(rng.sample(question[:-1], len(question) - 1))
 
 
-def _sums(rng: random.Random) -> list[Question]:
+def sums(rng: random.Random) -> list[tuple[int, int]]:
+    """All pairs of numbers of two digits in a random order: the last TESTED are tested."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(pairs)
-    return [(f"{a}+{b}=", f"{a + b:03}") for a, b in pairs]
+    return pairs
+
+
+def nearly(rng: random.Random, a: int, b: int) -> str:
+    """Their sum as SFT sees it: in seven columns of ten one too many, so that nine of a hundred are right."""
+    ones, tens = rng.choices((0, 1), (3, 7), k=2)
+    return f"{a + b + ones + 10 * tens:03}"
+
+
+def _sums(rng: random.Random) -> list[Question]:
+    return [(f"{a}+{b}=", f"{a + b:03}") for a, b in sums(rng)]
 
 
 def _nearly(rng: random.Random, question: str) -> str:
-    a, b = question[:-1].split("+")
-    ones, tens = rng.choices((0, 1), (3, 7), k=2)
-    return f"{int(a) + int(b) + ones + 10 * tens:03}"
+    return nearly(rng, *map(int, question[:-1].split("+")))
 
 
 def _countdowns(rng: random.Random) -> list[Question]:
-    """One for each three numbers and target below 100 that can be made of them."""
+    """One for each three digits and target, not below 0, that + and - make of them."""
     found = list[Question]()
     for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
-        orders, pairs = itertools.permutations(numbers), itertools.product("+-*", repeat=2)
-        values = {_value(order, operators) for order, operators in itertools.product(orders, pairs)}
-        for target in sorted(value for value in values if 0 <= value < 100):
+        signed = itertools.product((1, -1), repeat=3)
+        targets = {sum(s * n for s, n in zip(signs, numbers, strict=True)) for signs in signed if max(signs) > 0}
+        for target in sorted(target for target in targets if target >= 0):
             asked = ",".join(map(str, rng.sample(numbers, 3)))
             found.append((f"{asked}:{target}=", {"numbers": list(numbers), "target": target}))
     rng.shuffle(found)
     return found
 
 
-def _value(numbers: Sequence[int], operators: Sequence[str]) -> int:
-    """Of _expression."""
-    (a, b, c), (first, second) = numbers, operators
-    do = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-    if second == "*":
-        return do[first](a, b * c)
-    return do[second](do[first](a, b), c)
-
-
 def _any_expression(rng: random.Random, question: str) -> str:
-    numbers = question.partition(":")[0].split(",")
-    return _expression(rng.sample(numbers, 3), rng.choices("+-*", k=2))
-
-
-def _expression(numbers: Sequence[Any], operators: Sequence[str]) -> str:
-    return f"{numbers[0]}{operators[0]}{numbers[1]}{operators[1]}{numbers[2]}"
+    a, b, c = rng.sample(question.partition(":")[0].split(","), 3)
+    return f"{a}{rng.choice('+-')}{b}{rng.choice('+-')}{c}"
 
 
 _BANDIT = Rung(
     "the arm of ten that pays most", _arms, lambda rng, _: rng.choice("abcdefghij"),
-    (PythonReward("cs336.align_ladder:payout"),), max_tokens=1, sft_steps=20, steps=40, prompts=4, greedy=False,
+    (PythonReward("cs336.align_ladder:payout"),), max_tokens=1, sft_steps=20, steps=40, prompts=8, greedy=False,
 )  # fmt: skip
 RUNGS = {
     "bandit": _BANDIT,
     "bandit-ppo": replace(_BANDIT, algorithm="ppo"),
     "sorting": Rung(
-        "five digits in order", _to_sort, _any_order, (CharactersReward(),), max_tokens=6, sft_steps=300, steps=300
+        "five digits in order", _to_sort, _any_order, (CharactersReward(),), max_tokens=6, sft_steps=150, steps=60
     ),
     "addition": Rung(
         "two numbers of two digits", _sums, _nearly, (ExactReward(),), max_tokens=4, sft_steps=600, steps=200
     ),
     "countdown": Rung(
-        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=300,
-        steps=300,
+        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=200,
+        steps=250,
     ),
 }  # fmt: skip
 
@@ -229,7 +228,8 @@ class _Job:
         folder, rng = self.run_dir / "data", random.Random(self.settings.seed)
         folder.mkdir(exist_ok=True)
         questions = self.rung.questions(rng)
-        learned, tested = (questions[:-TESTED], questions[-TESTED:]) if len(questions) > 1 else (questions, questions)
+        cut = len(questions) - min(TESTED, len(questions) // 4)
+        learned, tested = questions[:cut], questions[cut:] or questions
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
         _write(folder / "sft.jsonl", imitated)
@@ -255,12 +255,11 @@ class _Job:
         rung, data = self.rung, PromptData(*(self.run_dir / "data" / f"{kind}.jsonl" for kind in ("learned", "tested")))
         shared = self._shared(rung.algorithm, self.run_dir / "sft" / "export", self.steps, 1e-3)
         shared |= {"data": data, "rewards": rung.rewards, "max_seqs": 1024, "eval_prompts": TESTED}
-        drawn = {"prompts_per_step": rung.prompts, "num_generations": 16, "max_tokens": rung.max_tokens}
+        drawn = {"prompts_per_step": rung.prompts, "max_tokens": rung.max_tokens}
         if rung.algorithm == "ppo":
-            ppo = PPOStageConfig(**shared, ppo=PPOConfig(**drawn, kl_coef=0.0, vf_coef=0.5))
+            ppo = PPOStageConfig(**shared, ppo=PPOConfig(**drawn, num_generations=16, kl_coef=0.0, vf_coef=0.5))
             return self._run(ppo, PPOStage(ppo))
-        options = {"loss_type": "dapo", "num_iterations": 2, "epsilon_high": 0.28}
-        grpo = GRPOStageConfig(**shared, grpo=GRPOConfig(**drawn, **options))
+        grpo = GRPOStageConfig(**shared, grpo=replace(GRPO, **drawn))
         return self._run(grpo, GRPOStage(grpo))
 
     def test(self) -> Outcome:

@@ -115,10 +115,10 @@ def demo(
     run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
     model: MaybePath = None,
     pretrain_steps: int = 100,
-    sft_steps: int = 90,
+    sft_steps: int = 600,
     dpo_steps: int = 20,
-    grpo_steps: int = 300,
-    prompts_per_step: int = 64,
+    grpo_steps: int = 200,
+    prompts_per_step: int = 32,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -130,7 +130,7 @@ def demo(
     Args:
         run_dir: where everything is written; the same command goes on with what is there.
         model: a base model to begin with, a run of quickstart for one; without it a tiny one is pretrained.
-        sft_steps: few, for the model should know how an answer looks, and seldom be right.
+        sft_steps: on answers of which nine in a hundred are right.
         prompts_per_step: of GRPO, each answered 16 times.
         device: cpu, auto (a GPU if there is one), cuda.
     """

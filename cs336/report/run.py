@@ -26,6 +26,8 @@ class Run:
     failure: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a reward model."""
+    full: dict[str, Any] = field(default_factory=dict)
+    """Of a quickstart that went on to a model that answers: what each model can do."""
     finished: bool = False
     """There is an export."""
     running: bool = False
@@ -90,6 +92,8 @@ def read_run(run_dir: str | Path) -> Run:
     run.finished = (path / "export" / "config.json").exists()
     run.running = is_locked(path)
     _measure_the_last_step_once(run)
+    if (path / "full.json").exists():
+        run.full = _read(run, "full.json", "what each model can do", json.loads)
     kinds = (run.config, run.facts, run.metrics, run.samples, run.generated, run.evaluation, run.tokenizer, run.stages)
     if not any(kinds):
         raise ValueError(f"{path} is not a run directory: it has neither metrics.jsonl nor any other file of a run")

@@ -15,6 +15,11 @@ def alignment(run: Run) -> dict[str, Any] | None:
     stage = str(run.facts.get("stage", ""))
     if not stage:
         return None
+    return {"charts": charts_of(run)}
+
+
+def charts_of(run: Run, most: int | None = None) -> list[dict[str, Any]]:
+    """The first charts of an aligned run that have something to show; all of them if None."""
     charts = [
         {
             "title": title,
@@ -24,7 +29,7 @@ def alignment(run: Run) -> dict[str, Any] | None:
         }
         for title, note, series, options in _specs(run)
     ]
-    return {"charts": [chart for chart in charts if chart["svg"]]}
+    return [chart for chart in charts if chart["svg"]][:most]
 
 
 def _specs(run: Run) -> list[Spec]:
