@@ -5,6 +5,8 @@ import random
 
 import pytest
 
+from benchmarks import report
+from benchmarks.end_to_end import bench_align_ladder
 from cs336.align_ladder import RUNGS, TESTED, AlignLadder, align_ladder, nearly
 from cs336.alignment.rewards import Rewards
 from cs336.cli.program import main
@@ -81,6 +83,18 @@ def test_each_rung_runs_for_a_few_steps(tmp_path, name):
     assert row["questions"] == len(tested) == min(TESTED, (len(learned) + len(tested)) // 4)
     assert 0 <= row["start"] < 0.5
     assert 0 <= row["end"] <= row["optimum"] == 1
+
+
+def test_the_benchmark_keeps_a_row_a_seed(tmp_path):
+    out = tmp_path / "cpu.json"
+    command = ["bandit", "--seeds", "0", "1", "--share", "0.05", "--run-dir", str(tmp_path), "--out", str(out)]
+    assert bench_align_ladder.main(command) == 0
+    run = json.loads(out.read_text())["align_ladder"]
+    assert run["header"]["command"].endswith("bench_align_ladder bandit --seeds 0 1")
+    assert [(row["rung"], row["seed"]) for row in run["rows"]] == [("bandit", 0), ("bandit", 1)]
+    heads, _, row = report.align_ladder(run["rows"])
+    assert heads.count("|") == row.count("|")
+    assert row.startswith("| bandit | grpo | ")
 
 
 def test_settings_that_are_none():
