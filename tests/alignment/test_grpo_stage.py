@@ -248,6 +248,24 @@ def test_a_plan_says_memory_and_time_and_writes_nothing(tmp_path, model, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_rewards_as_options(tmp_path, model, capsys):
+    assert main(["grpo", "--help"]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "--rewards a list of {kind = 'math', weight} or",
+        "{kind = 'python', function, weight}",
+        "As options:",
+    ):
+        assert text in listed
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dumps(config(tmp_path, model)))
+    given = ['{kind = "exact"}', '{kind = "math", weight = 0.0}']
+    assert main(["grpo", "--config", str(path), "--rewards", *given, "--print-config"]) == 0
+    shown = tmp_path / "shown.toml"
+    shown.write_text(capsys.readouterr().out)
+    assert configs.load(GRPOStageConfig, shown).rewards == (ExactReward(), MathReward(weight=0.0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

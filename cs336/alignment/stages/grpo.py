@@ -38,7 +38,8 @@ class GRPOStageConfig(StageConfig):
     data: PromptData
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rewards: tuple[RewardConfig, ...] = (MathReward(),)
-    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from."""
+    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from. As options:
+    --rewards '{kind = "exact"}' '{kind = "math", weight = 0.0}'."""
     eval_prompts: int = 256
     """Of the validation's, answered greedily at each evaluation."""
     max_seqs: int = 256

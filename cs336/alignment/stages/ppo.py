@@ -26,7 +26,8 @@ class PPOStageConfig(StageConfig):
     data: PromptData
     ppo: PPOConfig = field(default_factory=PPOConfig)
     rewards: tuple[RewardConfig, ...] = (MathReward(),)
-    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from."""
+    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from. As options:
+    --rewards '{kind = "exact"}' '{kind = "math", weight = 0.0}'."""
     reward_model: pathlib.Path | None = None
     """The export of `cs336 reward`, whose score is added to the rewards'; their weights may then all be 0."""
     eval_prompts: int = 256
