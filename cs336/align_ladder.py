@@ -136,7 +136,7 @@ def _any_expression(rng: random.Random, question: str) -> str:
 
 _BANDIT = Rung(
     "the arm of ten that pays most", _arms, lambda rng, _: rng.choice("abcdefghij"),
-    (PythonReward("cs336.align_ladder:payout"),), max_tokens=1, sft_steps=20, steps=40, prompts=8, greedy=False,
+    (PythonReward("cs336.align_ladder:payout"),), max_tokens=1, sft_steps=20, steps=60, prompts=8, greedy=False,
 )  # fmt: skip
 RUNGS = {
     "bandit": _BANDIT,
