@@ -286,6 +286,19 @@ def optimizers(rows: list[Row]) -> Iterator[str]:
         yield f"| {name} | {found[0]['cost']:.2f} | {found[0]['steps']} | {best:g} of {rates} | {each} | {mean:.3f} |"
 
 
+def align_ladder(rows: list[Row]) -> Iterator[str]:
+    """A row for each rung, with a value a seed."""
+    yield "| rung | by | start | end | optimum | steps | CPU seconds of reinforcement | of SFT before | seeds |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    for name in dict.fromkeys(row["rung"] for row in rows):
+        found = [row for row in rows if row["rung"] == name]
+        start, end = (", ".join(f"{row[key]:.3f}" for row in found) for key in ("start", "end"))
+        took, before = (", ".join(f"{row[key]:.0f}" for row in found) for key in ("cpu_seconds", "sft_cpu_seconds"))
+        seeds, first = ", ".join(str(row["seed"]) for row in found), found[0]
+        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, seeds)
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
 def tokenizer(rows: list[Row]) -> Iterator[str]:
     """Encoding and decoding, a table for each vocabulary; training; linear time; who is not there."""
     ran = [row for row in rows if "skipped" not in row]
@@ -501,6 +514,7 @@ BODIES = {
     "data": data,
     "curation": curation,
     "scaling_forecast": scaling_forecast,
+    "align_ladder": align_ladder,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "attention": rated,

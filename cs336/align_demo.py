@@ -1,21 +1,22 @@
 """The alignment demo: a tiny model learns to add two numbers of two digits, through every stage, on two CPU cores.
 
-pretrain on generated text, SFT on few generated answers, DPO on preferences between its own, GRPO with a verifier. Sums
-that are tested are in none of them. Stages on cs336.utils.stages, like quickstart: what is current is skipped.
+pretrain on generated text, SFT on generated answers of which nine in a hundred are right, DPO on preferences between
+its own, GRPO with a verifier. Sums that are tested are in none of them. Stages on cs336.utils.stages: what is current
+is skipped.
 """
 
 import json
 import pathlib
 import random
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cs336.align_ladder import GRPO, TESTED, nearly, sums
 from cs336.alignment.examples import Prompt, Turn
-from cs336.alignment.grpo import GRPOConfig
 from cs336.alignment.make_pairs import VerifierLabels, make_pairs
 from cs336.alignment.rewards import CharactersReward, ExactReward, MathReward
 from cs336.alignment.run import StageRun
@@ -24,8 +25,9 @@ from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig, PromptData
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.data import tokenize_documents
 from cs336.inference import LLM, SamplingParams
+from cs336.inference.load import read_config
 from cs336.models import TransformerConfig
-from cs336.optim import ConstantConfig
+from cs336.optim import LinearConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
@@ -40,7 +42,8 @@ TEMPLATE = (
 )
 """A question is written as 12+34, its answer as =046, so that every answer is of three characters and an end."""
 CONTEXT, ANSWER = 16, 4
-TESTED = 500  # pairs of the 8,100, drawn by the seed
+COPIES = 3  # of each sum that SFT learns from, with another answer each
+WIDTH = 64  # of the model that is pretrained here; a wider one learns more slowly by so much
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class AlignDemo:
     model: pathlib.Path | None = None
     """A base model to begin with, a run of quickstart for one. None: a tiny one of characters is pretrained."""
     pretrain_steps: int = 100
-    sft_steps: int = 90
-    """Few: the model should know how an answer looks, and seldom be right."""
+    sft_steps: int = 600
+    """On answers of which nine in a hundred are right: the model knows how an answer looks, and is seldom right."""
     dpo_steps: int = 20
-    grpo_steps: int = 300
-    prompts_per_step: int = 64
+    grpo_steps: int = 200
+    prompts_per_step: int = 32
     """Of GRPO, each answered 16 times."""
     device: str = "cpu"
     """cpu, auto (a GPU if there is one), cuda."""
@@ -78,22 +81,27 @@ def align_demo(settings: AlignDemo, console: Console | None = None) -> pathlib.P
     return settings.run_dir / "grpo" / "report.html"
 
 
-def sums(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All pairs of numbers of two digits in a random order: those to learn from, and those that are tested."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(pairs)
-    return pairs[TESTED:], pairs[:TESTED]
+def split_sums(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Pairs of numbers of two digits to learn from, and those that are tested."""
+    pairs = sums(random.Random(seed))
+    return pairs[:-TESTED], pairs[-TESTED:]
+
+
+def sums_right(model: pathlib.Path, tested: Sequence[tuple[int, int]], device: str) -> float:
+    """The share of sums whose likeliest answer is right."""
+    llm = LLM(model, device=device, quiet=True, max_seqs=256)
+    outputs = llm.generate([f"{a}+{b}=" for a, b in tested], SamplingParams(0, max_tokens=ANSWER))
+    return sum(o.text == f"{a + b:03}" for o, (a, b) in zip(outputs, tested, strict=True)) / len(tested)
 
 
 class _Job:
     def __init__(self, settings: AlignDemo, console: Console):
         self.settings, self.console, self.run_dir = settings, console, settings.run_dir
-        self.learned, self.tested = sums(settings.seed)
+        self.learned, self.tested = split_sums(settings.seed)
 
     def stages(self) -> list[Stage]:
         s, data = self.settings, self.run_dir / "data"
         files = ("data/text.jsonl", "data/sft.jsonl", "data/prompts.jsonl", "data/test.jsonl")
-        base = s.model or self.run_dir / "base" / "export"
         exports = {name: self._export(name) for name in ("sft", "dpo", "grpo")}
         first = [
             Stage("data", "write questions and answers", self.data, outputs=files, settings={"seed": s.seed}),
@@ -107,7 +115,7 @@ class _Job:
             )  # fmt: skip
         return [
             *first,
-            self._stage("sft", "learn how an answer looks", self.sft, base, data / "sft.jsonl", s.sft_steps),
+            self._stage("sft", "learn how an answer looks", self.sft, self._base, data / "sft.jsonl", s.sft_steps),
             Stage(
                 "pairs", "draw answers in pairs, and label the better", self.pairs, outputs=("data/pairs.jsonl",),
                 inputs=(self.run_dir / "sft" / "export", data / "prompts.jsonl"), settings={"seed": s.seed},
@@ -127,6 +135,10 @@ class _Job:
         outputs = (f"{name}/export/model.safetensors",)
         return Stage(name, purpose, run, outputs=outputs, inputs=(model, data), settings=settings, kept=(name,))
 
+    @property
+    def _base(self) -> pathlib.Path:
+        return self.settings.model or self._export("base")
+
     def _export(self, name: str) -> pathlib.Path:
         return self.run_dir / name / "export"
 
@@ -139,7 +151,8 @@ class _Job:
         text = ["\n".join(f"{a}+{b}={a + b}" for a, b in _small(rng, 200)) for _ in range(50)]
         _write(folder / "text.jsonl", [{"text": document} for document in text])
         conversations = [
-            {"messages": [_turn("user", f"{a}+{b}"), _turn("assistant", f"{a + b:03}")]} for a, b in self.learned
+            {"messages": [_turn("user", f"{a}+{b}"), _turn("assistant", nearly(rng, a, b))]}
+            for a, b in self.learned * COPIES
         ]
         _write(folder / "sft.jsonl", conversations)
         for name, pairs in (("prompts", self.learned), ("test", self.tested)):
@@ -156,7 +169,7 @@ class _Job:
         config = TrainConfig(
             run_dir=self.run_dir / "base",
             data=DataConfig(tokens),
-            model=TransformerConfig(len(CHARACTERS) + 1, CONTEXT, num_layers=2, d_model=64, num_heads=4),
+            model=TransformerConfig(len(CHARACTERS) + 1, CONTEXT, num_layers=2, d_model=WIDTH, num_heads=4),
             optimizer=AdamWConfig(lr=3e-3, weight_decay=0.0),
             budget=f"{self.settings.pretrain_steps}steps",
             device=self.settings.device,
@@ -169,9 +182,7 @@ class _Job:
 
     def sft(self) -> Outcome:
         config = SFTConfig(
-            **self._shared(
-                "sft", self.settings.model or self.run_dir / "base" / "export", self.settings.sft_steps, 3e-3
-            ),
+            **self._shared("sft", self._base, self.settings.sft_steps, 4e-3),
             chat_template=self.run_dir / "data" / "template.jinja",
             data=SFTData(self.run_dir / "data" / "sft.jsonl"),
             batch_size=128,
@@ -197,12 +208,10 @@ class _Job:
 
     def grpo(self) -> Outcome:
         config = GRPOStageConfig(
-            **self._shared("grpo", self._export("dpo"), self.settings.grpo_steps, 1e-3, warmup_steps=20),
+            **self._shared("grpo", self._export("dpo"), self.settings.grpo_steps, 1e-3),
             data=PromptData(self.run_dir / "data" / "prompts.jsonl", self.run_dir / "data" / "test.jsonl"),
             rewards=(ExactReward(), MathReward(weight=0.0)),
-            grpo=GRPOConfig(
-                16, self.settings.prompts_per_step, ANSWER, loss_type="dapo", num_iterations=2, epsilon_high=0.28
-            ),
+            grpo=replace(GRPO, prompts_per_step=self.settings.prompts_per_step, max_tokens=ANSWER),
             eval_prompts=TESTED,
             max_seqs=1024,
         )  # fmt: skip
@@ -210,7 +219,7 @@ class _Job:
 
     def compare(self) -> Outcome:
         names = ["sft", "dpo", "grpo"]
-        accuracies = {name: self.accuracy(self._export(name)) for name in names}
+        accuracies = {name: sums_right(self._export(name), self.tested, self.settings.device) for name in names}
         rows = [{"model": name, "accuracy": accuracy} for name, accuracy in accuracies.items()]
         with replacing(self.run_dir / "results.json") as file:
             json.dump({"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}, file, default=str)
@@ -222,25 +231,20 @@ class _Job:
         first, last = accuracies["sft"], accuracies["grpo"]
         return Outcome(f"from {first:.1%} to {last:.1%} of {len(self.tested)} sums that it never saw")
 
-    def accuracy(self, model: pathlib.Path) -> float:
-        """Of the likeliest answers to the tested sums."""
-        llm = LLM(model, device=self.settings.device, quiet=True, max_seqs=256)
-        asked = [[_turn("user", f"{a}+{b}")] for a, b in self.tested]
-        outputs = llm.chat(asked, SamplingParams(0, max_tokens=ANSWER))
-        right = [output.text == f"{a + b:03}" for output, (a, b) in zip(outputs, self.tested, strict=True)]
-        return sum(right) / len(right)
-
-    def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float, warmup_steps: int = 0) -> dict[str, Any]:
+    def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float) -> dict[str, Any]:
         return {
             "run_dir": self.run_dir / name,
             "init_from": model,
-            "optimizer": AdamWConfig(lr=lr, weight_decay=0.0),
-            "schedule": ConstantConfig(warmup_steps=min(warmup_steps, steps - 1)),
+            "optimizer": AdamWConfig(lr=lr * min(1, WIDTH / self._width()), weight_decay=0.0),
+            "schedule": LinearConfig(warmup_steps=min(20, steps // 4)),
             "budget": f"{steps}steps",
             "device": self.settings.device,
             "seed": self.settings.seed,
             "log_interval": 10 if steps >= 100 else 1,
         }
+
+    def _width(self) -> int:
+        return read_config(self._base).d_model
 
     def _run(self, config: Any, stage: Any) -> Outcome:
         result = StageRun(config, stage).train()

@@ -1,7 +1,7 @@
 """The main job, end to end: text, tokenizer, tokens, a trained model, its measure, what it writes, a report.
 
-Seven stages on cs336.utils.stages, eight where the data demo comes first: what is current is skipped, and a trained
-model is never replaced by another.
+Seven stages on cs336.utils.stages, eight where the data demo comes first, three more with `full`: what is current is
+skipped, and a trained model is never replaced by another.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from cs336.evaluation import Evaluation, evaluate, last_validation
 from cs336.inference.load import load_model
 from cs336.inference.samples import sampler
 from cs336.models import Transformer, TransformerConfig
+from cs336.quickstart_full import MEASURED, Full
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.statistics import keep
@@ -68,6 +69,9 @@ class Quickstart:
     data_demo: bool = False
     """Instead of a corpus: make a crawl of this Python's documentation, clean it as `cs336 data demo` does, and learn
     from what is left."""
+    full: bool = False
+    """From a crawl to a model that answers, in int8: the data demo first, unless there is a corpus, then SFT, DPO and
+    GRPO with a verifier, and a measure of each model."""
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
@@ -76,6 +80,10 @@ class Quickstart:
             raise ValueError(f"max_megabytes must be more than zero, got {self.max_megabytes}")
         if self.data_demo and self.corpus is not None:
             raise ValueError(f"the data demo makes its own text: leave out either data_demo or corpus ({self.corpus})")
+
+    @property
+    def makes_a_crawl(self) -> bool:
+        return self.data_demo or (self.full and self.corpus is None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,8 @@ class Job:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.device = pick(settings.device)
         self._demo = DataDemo(self.run_dir / DEMO, vocab_size=settings.vocab_size, seeds=0)
+        cleaning = f"{DEMO}/curated/report.html" if settings.makes_a_crawl else None
+        self.after = Full(self.run_dir, settings.device, settings.seed, cleaning, self.console)
         if settings.corpus is not None and not settings.corpus.exists():
             raise FileNotFoundError(
                 f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
@@ -131,7 +141,7 @@ class Job:
         settings, corpus, tokens = self.settings, self.settings.corpus, self.run_dir / "tokens"
         demo = self._demo.run_dir
         sources = (
-            (curated_documents(demo).parent / "index.json",) if settings.data_demo else (corpus,) if corpus else ()
+            (curated_documents(demo).parent / "index.json",) if settings.makes_a_crawl else (corpus,) if corpus else ()
         )
         first = Stage(
             "curate",
@@ -143,7 +153,7 @@ class Job:
         texts = tuple(self._text(side) for side in ("train", "val"))
         tokenizer = self.run_dir / "tokenizer.json"
         return [
-            *([first] if settings.data_demo else []),
+            *([first] if settings.makes_a_crawl else []),
             Stage(
                 "collect",
                 "read the text, hold some documents out",
@@ -191,12 +201,13 @@ class Job:
                 outputs=("generated.jsonl",),
                 inputs=(self.run_dir / "export", texts[1]),
             ),
+            *(self.after.stages() if settings.full else []),
             Stage(
                 "report",
                 "put everything on one page",
                 self.report,
                 outputs=("report.html",),
-                inputs=tuple(self.run_dir / name for name in REPORTED),
+                inputs=tuple(self.run_dir / name for name in (*REPORTED, *((MEASURED,) if settings.full else ()))),
             ),
         ]
 
@@ -239,7 +250,7 @@ class Job:
 
     def _documents(self) -> Iterator[str]:
         corpus = self.settings.corpus
-        if self.settings.data_demo:
+        if self.settings.makes_a_crawl:
             source = read_texts(curated_documents(self._demo.run_dir))
         elif corpus is None:
             source = stdlib_documents()
@@ -250,7 +261,7 @@ class Job:
     def _source(self) -> str:
         if self.settings.corpus is not None:
             return str(self.settings.corpus)
-        return f"documentation of {stdlib_name()}" if self.settings.data_demo else stdlib_name()
+        return f"documentation of {stdlib_name()}" if self.settings.makes_a_crawl else stdlib_name()
 
     def _text(self, side: str) -> pathlib.Path:
         return self.run_dir / "corpus" / f"{side}.jsonl"
@@ -328,7 +339,7 @@ class Job:
         )
 
     def _prompts(self) -> list[str]:
-        if self.settings.corpus is None and not self.settings.data_demo:
+        if self.settings.corpus is None and not self.settings.makes_a_crawl:
             return list(PROMPTS)
         held_out = itertools.islice(read_texts(self._text("val")), 3)
         return [" ".join(document[:80].split()[:4])[:24] for document in held_out]  # 96 tokens at most
@@ -366,6 +377,8 @@ def quickstart(settings: Quickstart, console: Console | None = None) -> None:
     """Run the main job, or what is left of it. Raises Interrupted where a signal stopped training."""
     job = Job(settings, console)
     run_stages(job.run_dir, job.stages(), job.console)
+    if settings.full:
+        job.after.say_what_is_next()
 
 
 def _stdlib_digest() -> str:

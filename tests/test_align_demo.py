@@ -2,7 +2,7 @@
 
 import json
 
-from cs336.align_demo import sums
+from cs336.align_demo import split_sums
 from cs336.cli.program import main
 
 
@@ -30,6 +30,6 @@ def test_all_stages_and_nothing_twice(tmp_path, capsys):
 
 
 def test_what_is_tested_is_in_nothing_that_is_learned():
-    learned, tested = sums(3)
+    learned, tested = split_sums(3)
     assert len(set(learned)) + len(set(tested)) == len(set(learned + tested)) == 8100
-    assert (learned, tested) == sums(3) != sums(4)
+    assert (learned, tested) == split_sums(3) != split_sums(4)

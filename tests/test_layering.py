@@ -42,10 +42,12 @@ MAY_IMPORT = {
     "cs336/experiments": EVALUATION,
     "cs336/scaling": EXPERIMENTS,
     "cs336/alignment": EXPERIMENTS,
-    "cs336/quickstart.py": TOP | {"cs336.data_demo"},
+    "cs336/quickstart.py": TOP | {"cs336.data_demo", "cs336.quickstart_full"},
+    "cs336/quickstart_full.py": TOP | {"cs336.align_demo"},
     "cs336/data_demo.py": TOP,
-    "cs336/align_demo.py": TOP,
-    "cs336/cli": TOP | {"cs336.quickstart", "cs336.data_demo", "cs336.align_demo"},
+    "cs336/align_demo.py": TOP | {"cs336.align_ladder"},
+    "cs336/align_ladder.py": TOP,
+    "cs336/cli": TOP | {"cs336.quickstart", "cs336.data_demo", "cs336.align_demo", "cs336.align_ladder"},
     "cs336": {"cs336"},
 }
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import cs336.quickstart as q
 from cs336.data.stdlib import stdlib_documents
+from cs336.inference import LLM
 from cs336.quickstart import SHAPES, Job, Quickstart, quickstart
 from cs336.utils.locks import locked
 from cs336.utils.stages import LOCK
@@ -100,6 +101,48 @@ def test_end_to_end_then_only_what_changed(corpus, tiny, tmp_path):
     assert "seed 0 -> 1" in printed
     trained = [row["step"] for row in rows(settings.run_dir / "metrics.jsonl") if "train/loss" in row]
     assert trained == [10, 20, 30, 40]
+
+
+def test_full_goes_on_to_a_model_that_answers(corpus, tiny, tmp_path, monkeypatch):
+    """Each stage for a few steps; the second time nothing is repeated, and what is next is said again."""
+    steps = {"sft_steps": 40, "dpo_steps": 2, "grpo_steps": 2, "prompts_per_step": 2}
+    monkeypatch.setattr("cs336.quickstart_full.STEPS", steps)
+    settings = Quickstart(corpus, tmp_path / "run", vocab_size=400, full=True)
+    out = io.StringIO()
+    quickstart(settings, Console(file=out, width=400))
+    measured = json.loads((settings.run_dir / "full.json").read_text())
+    found = {row["after"]: row for row in measured["rows"]}
+    assert list(found) == ["pretraining", "sft", "dpo", "grpo", "int8"]
+    evaluation = json.loads((settings.run_dir / "evaluation.json").read_text())
+    assert found["pretraining"]["bits_per_byte"] == pytest.approx(evaluation["bits_per_byte"], rel=0.02)
+    assert found["int8"]["bits_per_byte"] == pytest.approx(found["grpo"]["bits_per_byte"], rel=0.05)
+    assert found["int8"]["mebibytes"] < 0.7 * found["grpo"]["mebibytes"]  # half of so small a model is its embedding
+    page = (settings.run_dir / "report.html").read_text()
+    assert 'id="full"' in page
+    assert "Each verifier" in page
+    for path in measured["reports"].values():
+        assert (settings.run_dir / path).exists()
+        assert f'href="{path}"' in page
+    model = settings.run_dir / "align" / "grpo" / "export"
+    assert LLM(model, quiet=True).chat([{"role": "user", "content": "47+68"}])[0].text is not None
+
+    before = files(settings.run_dir)
+    again = io.StringIO()
+    quickstart(settings, Console(file=again, width=400))
+    assert again.getvalue().count("(done before)") == 10
+    assert files(settings.run_dir) == before
+    for text in (out.getvalue(), again.getvalue()):
+        commands = [line.split("  #")[0].strip() for line in text.partition("\nnext\n")[2].splitlines()]
+        assert [command.split()[:2] for command in commands] == [["cs336", v] for v in ("chat", "serve", "plan")]
+    shutil.rmtree(settings.run_dir / "int8")  # as if it had been stopped before it was whole
+    quickstart(settings, Console(file=io.StringIO()))
+    assert files(settings.run_dir).keys() == before.keys()
+
+
+def test_full_begins_with_a_crawl_unless_there_is_a_corpus(corpus):
+    with_crawl, without = (Job(Quickstart(text, full=True)).stages() for text in (None, corpus))
+    assert [stage.name for stage in with_crawl] == ["curate", *(stage.name for stage in without)]
+    assert [stage.name for stage in without] == [*NAMES[:-1], "align", "int8", "compare", NAMES[-1]]
 
 
 def test_a_finished_model_survives_every_rerun(corpus, tiny, tmp_path, monkeypatch):

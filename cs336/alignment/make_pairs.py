@@ -8,7 +8,7 @@ both times, and is a tie where it did not. How often that is, is told.
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,11 +16,9 @@ from cs336.alignment.examples import Prompt, Turn, render
 from cs336.alignment.pairs import PreferenceExample, write_preferences
 from cs336.alignment.rewards import Rewards
 from cs336.inference import LLM, SamplingParams
+from cs336.verifiers.judge import Judge, Preference, consistency, first_place
 
 Choice = Literal["a", "b", "tie"]
-Judge = Callable[[Sequence[Turn], str, str], Choice]
-"""(history, answer a, answer b) -> the better one."""
-RUBRIC = "The better answer is correct, helps with what was asked, and says no more than that."
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class PairsReport:
     """Of a judge: share of the pairs of which it said the same with the answers swapped."""
     first_place: float | None = None
     """Of a judge: share of its choices, of either order, that fell on the answer that stood first."""
+    unclear: float | None = None
+    """Of a judge: share of the pairs to which it gave no verdict, in one of the orders at least."""
 
 
 class Labels(Protocol):
@@ -66,47 +66,25 @@ class JudgeLabels:
     """The answer that a judge chooses whichever way they stand; a tie where it does not."""
 
     def __init__(self, judge: Judge):
-        self.judge = judge
-        self._asked = self._agreed = self._first = self._chosen = 0
+        self.judge, self.preferences = judge, list[Preference]()
 
     def __call__(self, prompt: Prompt, a: str, b: str) -> tuple[Choice, float]:
-        history = (Turn("user", prompt.prompt),) if isinstance(prompt.prompt, str) else prompt.prompt
-        straight, swapped = self.judge(history, a, b), self.judge(history, b, a)
-        back: Choice = {"a": "b", "b": "a", "tie": "tie"}[swapped]  # type: ignore[assignment]
-        self._asked += 1
-        self._agreed += straight == back
-        self._first += (straight == "a") + (swapped == "a")
-        self._chosen += (straight != "tie") + (swapped != "tie")
-        return (straight if straight == back else "tie"), 0.0
+        said = prompt.prompt
+        if not isinstance(said, str):
+            said = said[0].content if len(said) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in said)
+        found = self.judge.compare(said, a, b)
+        self.preferences.append(found)
+        return ("tie" if found.score == 0.5 else "a" if found.score == 1 else "b"), 0.0
 
     def statistics(self) -> dict[str, float]:
+        if not self.preferences:
+            return {}
+        unclear = sum("unclear" in p.winners for p in self.preferences) / len(self.preferences)
         return {
-            "agreement": self._agreed / max(1, self._asked),
-            "first_place": self._first / max(1, self._chosen),
+            "agreement": consistency(self.preferences).raw,
+            "first_place": first_place(self.preferences),
+            "unclear": unclear,
         }
-
-
-class LLMJudge:
-    """A model of ours as a judge: it is asked for a letter, and the likelier one counts.
-
-    Raises ValueError for a model without a tokenizer.
-    """
-
-    def __init__(self, llm: LLM, rubric: str = RUBRIC):
-        if llm.tokenizer is None:
-            raise ValueError("a judge reads texts: give its LLM a tokenizer")
-        self.llm, self.rubric = llm, rubric
-
-    def __call__(self, history: Sequence[Turn], a: str, b: str) -> Choice:
-        said = "\n\n".join(f"{turn.role}: {turn.content}" for turn in history)
-        question = (
-            f"{self.rubric}\n\n# Conversation\n{said}\n\n# Answer A\n{a}\n\n# Answer B\n{b}\n\n"
-            "Which answer is better? Reply with A or B alone."
-        )
-        prompt = self.llm.chat_template.render([{"role": "user", "content": question}])
-        first, second = self.llm.score([prompt, prompt], ["A", "B"])
-        of_a, of_b = (sum(token.logprob for token in tokens) for tokens in (first, second))
-        return "tie" if of_a == of_b else "a" if of_a > of_b else "b"
 
 
 def make_pairs(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,9 +57,18 @@ def load_reward_model(directory: str | os.PathLike, device: torch.device | str =
     return model.eval()
 
 
-def calibration_error(probabilities: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> float:
-    """Expected calibration error (arXiv:1706.04599): how far, on average over bins of equal width, what is said to be
-    likely is from how often it came true.
+class Bin(NamedTuple):
+    """Of what was said to be about equally likely."""
+
+    said: float
+    """Mean probability."""
+    came_true: float
+    """How often it came true."""
+    count: int
+
+
+def calibration_curve(probabilities: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> list[Bin]:
+    """How often came true what was said to be so likely, in bins of equal width; empty ones are left out.
 
     Raises ValueError for other than one outcome a probability, and for probabilities outside 0..1.
     """
@@ -68,5 +78,13 @@ def calibration_error(probabilities: Sequence[float], outcomes: Sequence[bool], 
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("probabilities must be in 0..1")
     bin_N = (p * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_N, came - p)
-    return float(gaps.abs().sum() / len(p))
+    inside = [bin_N == i for i in range(bins)]
+    return [Bin(float(p[at].mean()), float(came[at].mean()), int(at.sum())) for at in inside if at.any()]
+
+
+def calibration_error(probabilities: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> float:
+    """Expected calibration error (arXiv:1706.04599): how far, on average over calibration_curve's bins, what is said to
+    be likely is from how often it came true. Raises what that does.
+    """
+    curve = calibration_curve(probabilities, outcomes, bins)
+    return sum(b.count * abs(b.came_true - b.said) for b in curve) / len(probabilities)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from cs336.alignment.verifiers import Verdict, verify_format, verify_math
+from cs336.alignment.verifiers import Verdict, verify_countdown, verify_format, verify_math
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,25 @@ class CharactersReward:
 
 
 @dataclass(frozen=True)
+class CountdownReward:
+    """1 where the response makes a target of numbers; answers are {"numbers": [...], "target": n}: verify_countdown.
+
+    Raises ValueError for another answer.
+    """
+
+    kind: Literal["countdown"] = "countdown"
+    weight: float = 1.0
+
+    def __call__(self, response: str, answer: Any) -> float:
+        match answer:
+            case {"numbers": [*numbers], "target": int(target)} if all(isinstance(n, int) for n in numbers):
+                return verify_countdown(response, numbers, target).score
+        raise ValueError(
+            f'countdown takes answers of {{"numbers": [integers], "target": an integer}}, got {answer!r:.80}'
+        )
+
+
+@dataclass(frozen=True)
 class PythonReward:
     """A function of your own, (response, answer) -> number or Verdict; its module is looked for here too."""
 
@@ -95,7 +114,8 @@ class PythonReward:
 
 
 RewardConfig = Annotated[
-    MathReward | FormatReward | ExactReward | CharactersReward | PythonReward, pydantic.Field(discriminator="kind")
+    MathReward | FormatReward | ExactReward | CharactersReward | CountdownReward | PythonReward,
+    pydantic.Field(discriminator="kind"),
 ]
 
 

@@ -66,10 +66,16 @@ class StageRun:
         self._pending: dict[str, list[float]] = {}  # values since the last row
         self._loggers: list[Logger] = []
         self._seconds_before, self._started, self._mark = 0.0, 0.0, (0.0, 0)
+        self._cpu_before, self._cpu_started = 0.0, time.process_time()
 
     @property
     def seconds(self) -> float:
         return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of this process, which others that are at work on the machine do not lengthen."""
+        return self._cpu_before + time.process_time() - self._cpu_started
 
     def train(self) -> StageResult:
         """Run until the budget is used up or a signal asks to stop, and leave a checkpoint either way.
@@ -173,7 +179,8 @@ class StageRun:
         start = time.perf_counter()
         extra = {
             "stage": self.stage.state_dict(), "plan": self.decisions.plan.state_dict(), "rng": checkpoint.rng_state(),
-            "seconds": self.seconds, "tokens": self.tokens, "pending": self._pending, "metrics": self.metrics,
+            "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "tokens": self.tokens, "pending": self._pending,
+            "metrics": self.metrics,
             "made_from": self.stage.fingerprints,
         } | self.rate.state_dict()  # fmt: skip
         self.run.save(self.stage.module, self.stage.optimizer, self.step, extra)
@@ -193,6 +200,7 @@ class StageRun:
             self.decisions.plan.load_state_dict(extra["plan"])
             self.rate.load_state_dict(extra, held=self._lr)
             self._seconds_before, self.tokens, self._pending = extra["seconds"], extra["tokens"], extra["pending"]
+            self._cpu_before = extra.get("cpu_seconds", 0.0)  # runs of before had none
             self.metrics = extra["metrics"]
             checkpoint.set_rng_state(extra["rng"])
         self.stage.begin()
@@ -239,6 +247,8 @@ class StageRun:
         if finished:
             export = self.run.export
             self.stage.export(export, self.step)
+            took = {"seconds": round(self.seconds, 2), "cpu_seconds": round(self.cpu_seconds, 2)}
+            self.run.write_facts(self.run.facts() | took)
             self.display.say(f"finished {self.step:,} steps in {duration(self.seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}; to continue, run the same command again")

@@ -10,6 +10,7 @@ from cs336.verifiers import parse_number as parse_number
 from cs336.verifiers import sandbox as sandbox
 from cs336.verifiers import verify_code as verify_code
 from cs336.verifiers import verify_constraints as verify_constraints
+from cs336.verifiers import verify_countdown as verify_countdown
 from cs336.verifiers import verify_format as verify_format
 from cs336.verifiers import verify_lean as verify_lean
 from cs336.verifiers import verify_math as verify_math

@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Run, Stopped
 from cs336.cli.settings import help_text, own_options
@@ -61,11 +61,12 @@ def grpo(arguments: list[str]) -> Run:
 
 
 def pairs(
-    model: Positional[Path],
-    prompts: Positional[Path],
-    out: Positional[Path],
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
     label: Literal["math", "exact", "characters", "format", "judge"] = "math",
-    judge: MaybePath = None,
+    judge: DisallowNone[str | None] = None,
+    judge_model: str = "default",
     rubric: MaybePath = None,
     num_generations: int = 2,
     temperature: float = 1.0,
@@ -80,7 +81,9 @@ def pairs(
         prompts: JSON lines of {"prompt": a text or messages, "answer": ...}.
         out: JSON lines of {"history", "response_a", "response_b", "chosen", "margin"}.
         label: the verifier that scores both answers, or judge.
-        judge: the model that judges, of which each pair is asked in both orders. None: the model itself.
+        judge: a model's directory, or the address of an OpenAI-compatible server (its key is OPENAI_API_KEY), which is
+            asked about each pair in both orders. Without it the model itself judges.
+        judge_model: the server's name for the model.
         rubric: a text file that tells the judge what is good.
         num_generations: answers to a prompt, an even number.
     """
@@ -88,15 +91,17 @@ def pairs(
     import json
 
     from cs336.alignment.examples import read_prompts
-    from cs336.alignment.make_pairs import RUBRIC, JudgeLabels, LLMJudge, VerifierLabels, make_pairs
+    from cs336.alignment.make_pairs import JudgeLabels, VerifierLabels, make_pairs
     from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward
     from cs336.inference import LLM
+    from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
     llm = LLM(model, device=device, quiet=True)
     verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
     if label == "judge":
         text = RUBRIC if rubric is None else rubric.read_text(encoding="utf-8")
-        labels: Any = JudgeLabels(LLMJudge(llm if judge is None else LLM(judge, device=device, quiet=True), text))
+        own = Judge(engine_chat(llm), text)
+        labels: Any = JudgeLabels(own if judge is None else judge_from(judge, judge_model, rubric=text, device=device))
     else:
         labels = VerifierLabels([verifiers[label]()])
     report = make_pairs(
@@ -110,10 +115,10 @@ def demo(
     run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
     model: MaybePath = None,
     pretrain_steps: int = 100,
-    sft_steps: int = 90,
+    sft_steps: int = 600,
     dpo_steps: int = 20,
-    grpo_steps: int = 300,
-    prompts_per_step: int = 64,
+    grpo_steps: int = 200,
+    prompts_per_step: int = 32,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -125,7 +130,7 @@ def demo(
     Args:
         run_dir: where everything is written; the same command goes on with what is there.
         model: a base model to begin with, a run of quickstart for one; without it a tiny one is pretrained.
-        sft_steps: few, for the model should know how an answer looks, and seldom be right.
+        sft_steps: on answers of which nine in a hundred are right.
         prompts_per_step: of GRPO, each answered 16 times.
         device: cpu, auto (a GPU if there is one), cuda.
     """
@@ -143,6 +148,33 @@ def demo(
         raise Stopped from None
     if sys.stdout.isatty():
         webbrowser.open(report.resolve().as_uri())
+
+
+def ladder(
+    rungs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUNG ...]", help_behavior_hint="")] = (),
+    run_dir: Path = Path("runs/align-ladder"),  # noqa: B008 (immutable)
+    share: float = 1.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Tasks that tiny models learn by reinforcement, each with a known optimum: a row for each, from where to where.
+
+    SFT teaches how an answer looks, GRPO (or PPO) which is right. Stages whose output is current are skipped; after
+    Ctrl-C the same command continues.
+
+    Args:
+        rungs: of bandit, bandit-ppo, sorting, addition and countdown; all of them without any.
+        run_dir: where everything is written, a directory a rung; the same command goes on with what is there.
+        share: of each rung's steps; less to see it run.
+        device: cpu, auto (a GPU if there is one), cuda.
+    """
+    from cs336.align_ladder import RUNGS, AlignLadder, align_ladder
+    from cs336.utils.stages import Interrupted
+
+    try:
+        align_ladder(AlignLadder(rungs or tuple(RUNGS), run_dir, share, device, seed))
+    except Interrupted:
+        raise Stopped from None
 
 
 def _verb(

@@ -69,7 +69,7 @@ TOKENIZER_VERBS: dict[str, Run] = {
 }
 MODEL_VERBS: dict[str, Run] = {"info": info}
 DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
-ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "pairs": alignment.pairs}
+ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "ladder": alignment.ladder, "pairs": alignment.pairs}
 SCALING_VERBS: dict[str, Run] = {
     "fit": scaling.fit,
     "predict": scaling.predict,

@@ -24,6 +24,10 @@ class Run:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
     failure: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Of a reward model."""
+    full: dict[str, Any] = field(default_factory=dict)
+    """Of a quickstart that went on to a model that answers: what each model can do."""
     finished: bool = False
     """There is an export."""
     running: bool = False
@@ -81,10 +85,15 @@ def read_run(run_dir: str | Path) -> Run:
     run.evaluation = _read(run, "evaluation.json", "the evaluation on held-out text", json.loads)
     run.tokenizer = _read(run, "tokenizer_stats.json", "tokenizer statistics", json.loads)
     run.stages = _read(run, "stages.json", "stage times", json.loads)
-    run.failure = _read(run, "failure.json", "", json.loads) if (path / "failure.json").exists() else {}
+    if (path / "failure.json").exists():
+        run.failure = _read(run, "failure.json", "why it stopped", json.loads)
+    if (path / "calibration.json").exists():
+        run.calibration = _read(run, "calibration.json", "how sure a reward model is", json.loads)
     run.finished = (path / "export" / "config.json").exists()
     run.running = is_locked(path)
     _measure_the_last_step_once(run)
+    if (path / "full.json").exists():
+        run.full = _read(run, "full.json", "what each model can do", json.loads)
     kinds = (run.config, run.facts, run.metrics, run.samples, run.generated, run.evaluation, run.tokenizer, run.stages)
     if not any(kinds):
         raise ValueError(f"{path} is not a run directory: it has neither metrics.jsonl nor any other file of a run")

@@ -405,7 +405,10 @@ def _name(hint: Any) -> str:
         return f"a list of {_name(args[0])}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_name, args))
-    if dataclasses.is_dataclass(hint) or origin is dict:
+    if dataclasses.is_dataclass(hint):
+        names = sorted((f.name for f in dataclasses.fields(hint)), key=lambda name: name != TAG)
+        return f"{{{', '.join(f'{TAG} = {_tag_of(hint)!r}' if name == TAG else name for name in names)}}}"  # type: ignore[arg-type]
+    if origin is dict:
         return "a table"
     return "a path" if hint is pathlib.Path else getattr(hint, "__name__", str(hint))
 

@@ -11,6 +11,7 @@ from cs336.verifiers.code import verify_code as verify_code
 from cs336.verifiers.constraints import check as check
 from cs336.verifiers.constraints import loosened as loosened
 from cs336.verifiers.constraints import verify_constraints as verify_constraints
+from cs336.verifiers.countdown import verify_countdown as verify_countdown
 from cs336.verifiers.lean import verify_lean as verify_lean
 from cs336.verifiers.refusals import is_refusal as is_refusal
 from cs336.verifiers.sandbox import Limits as Limits

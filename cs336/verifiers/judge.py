@@ -144,11 +144,14 @@ def engine_chat(llm: LLM, max_tokens: int = 512) -> Chat:
     return chat
 
 
-def judge_from(where: str, model: str = "default") -> Judge:
-    """A judge from an address, or from a model's directory. A server's key is OPENAI_API_KEY of the environment."""
+def judge_from(where: str, model: str = "default", *, rubric: str = RUBRIC, device: str = "auto") -> Judge:
+    """A judge from an address, or from a model's directory. A server's key is OPENAI_API_KEY of the environment.
+
+    model: the server's name for what should answer. device: of a model from a directory.
+    """
     if where.startswith(("http://", "https://")):
-        return Judge(openai_chat(where, model, key=os.environ.get("OPENAI_API_KEY")))
-    return Judge(engine_chat(LLM(where, quiet=True)))
+        return Judge(openai_chat(where, model, key=os.environ.get("OPENAI_API_KEY")), rubric)
+    return Judge(engine_chat(LLM(where, device=device, quiet=True)), rubric)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,18 @@ def agreement(first: Sequence[Any], second: Sequence[Any]) -> Agreement:
 
 
 def consistency(preferences: Sequence[Preference]) -> Agreement:
-    """How a judge agrees with itself when positions are swapped. Raises ValueError for none."""
-    firsts, seconds = zip(*(p.winners for p in preferences), strict=True) if preferences else ((), ())
-    return agreement(firsts, seconds)
+    """How a judge agrees with itself when positions are swapped; what is unclear agrees with nothing.
+
+    Raises ValueError for none.
+    """
+    seconds = ["unclear again" if p.winners[1] == "unclear" else p.winners[1] for p in preferences]
+    return agreement([p.winners[0] for p in preferences], seconds)
+
+
+def first_place(preferences: Sequence[Preference]) -> float:
+    """The share of a judge's choices, of either order, that fell on what stood first: 1/2 where its place says nothing.
+
+    0 where it chose nothing.
+    """
+    firsts = sum((p.winners[0] == "a") + (p.winners[1] == "b") for p in preferences)
+    return firsts / max(1, sum(winner in ("a", "b") for p in preferences for winner in p.winners))

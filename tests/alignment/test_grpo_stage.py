@@ -9,7 +9,7 @@ from killing import kill_once_saved
 from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
 
 from cs336.alignment import GRPOConfig, LoRAConfig, group_advantages, grpo_step, train_grpo
-from cs336.alignment.grpo import collect, importance_weights
+from cs336.alignment.grpo import collect, importance_weights, learn
 from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward, PythonReward, Rewards
 from cs336.alignment.rollouts import Order
 from cs336.alignment.run import StageRun
@@ -122,6 +122,59 @@ def test_weights_of_what_the_engine_drew():
     torch.testing.assert_close(whole, torch.tensor([2.0, 0.25]))
     with pytest.raises(ValueError, match="temperature 1"):
         GRPOConfig(importance_cap=2.0, temperature=0.5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_a_gradient_is_weighted_by_what_the_engine_drew(loss_type):
+    """What training finds 1.5 times as likely as the engine did counts so much, as far as the cap."""
+    llm, grads = llm_of(), []
+    optimizer = torch.optim.SGD(llm.model.parameters(), lr=0.0)
+    optimizer.step = lambda grad_scale: grads.append([p.grad * grad_scale for p in llm.model.parameters()])
+    options = {"max_tokens": 2, "loss_type": loss_type, "max_grad_norm": math.inf}
+    order = [("1?", 1), ("2?", 2)]
+    for cap in (None, 2.0, 1.2):
+        config = GRPOConfig(8, importance_cap=cap, **options)
+        found = collect(llm, lambda n: order, Letters(), config, seed=4)
+        rollouts = found.rollouts
+        count = rollouts.mask_BT.sum(1, keepdim=True) if loss_type == "gspo" else 1  # of a token, or of a response
+        colder = rollouts.sampled_log_probs_BT - math.log(1.5) / count * rollouts.mask_BT
+        shifted = dataclasses.replace(rollouts, sampled_log_probs_BT=colder)
+        values = learn(llm, optimizer, found._replace(rollouts=shifted), config)
+        if cap is not None:
+            mean = values["sampling/importance_sampling_ratio/mean"]
+            assert mean == pytest.approx(min(1.5, cap), rel=1e-3)
+    plain, weighted, capped = grads
+    assert any(g.abs().max() > 1e-3 for g in plain)
+    for a, b, c in zip(plain, weighted, capped, strict=True):
+        torch.testing.assert_close(b, 1.5 * a, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(c, 1.2 * a, rtol=1e-3, atol=1e-5)
+
+
+def test_what_options_do_through_the_verb(tmp_path, model):
+    """Several epochs clip, an overlong answer teaches nothing, corrections are measured, prompts are drawn again."""
+    grpo = {"num_generations": 4, "prompts_per_step": 4, "max_tokens": 1, "loss_type": "dapo", "epsilon": 0.01}
+    path = tmp_path / "config.toml"
+    path.write_text(
+        configs.dumps(config(tmp_path, model, grpo=grpo, budget="3steps", rewards=[{"kind": "characters"}]))
+    )
+
+    def rows(name, *options):
+        assert main(["grpo", "--config", str(path), "--run-dir", str(tmp_path / name), *options]) == 0
+        return [row for row in rows_of(tmp_path / name) if "train/loss" in row]
+
+    once = rows("once")
+    assert [row["clip_ratio/region_mean"] for row in once] == [0, 0, 0]  # the ratio is 1
+    assert "sampling/importance_sampling_ratio/max" not in once[0]
+    assert any(row["clip_ratio/region_mean"] > 0 for row in rows("thrice", "--grpo.num-iterations", "3"))
+    assert all(row["completions/clipped_ratio"] > 0.5 for row in once)  # by max_tokens
+    masked = rows("masked", "--grpo.mask-truncated-completions", "true")
+    assert masked[0]["train/grad_norm"] < once[0]["train/grad_norm"]
+    corrected = rows("corrected", "--grpo.importance-cap", "2.0")
+    assert corrected[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    again = rows("again", "--grpo.dynamic-sampling", "8")
+    assert all(row["train/grad_norm"] > 0 for row in again)
+    assert again[-1]["tokens"] > 0
+    assert [row["frac_reward_zero_std"] > 0 for row in again] == [True] * 3  # of all that were drawn
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "rloo", "cispo", "expert_iteration"])
@@ -246,6 +299,24 @@ def test_a_plan_says_memory_and_time_and_writes_nothing(tmp_path, model, capsys)
     assert "reference" in out
     assert "hours" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_rewards_as_options(tmp_path, model, capsys):
+    assert main(["grpo", "--help"]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "--rewards a list of {kind = 'math', weight} or",
+        "{kind = 'python', function, weight}",
+        "As options:",
+    ):
+        assert text in listed
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dumps(config(tmp_path, model)))
+    given = ['{kind = "exact"}', '{kind = "math", weight = 0.0}']
+    assert main(["grpo", "--config", str(path), "--rewards", *given, "--print-config"]) == 0
+    shown = tmp_path / "shown.toml"
+    shown.write_text(capsys.readouterr().out)
+    assert configs.load(GRPOStageConfig, shown).rewards == (ExactReward(), MathReward(weight=0.0))
 
 
 @pytest.mark.parametrize(

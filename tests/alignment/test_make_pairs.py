@@ -1,6 +1,7 @@
 """Preferences of a model's own answers: labels, places, agreement."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from tiny_policy import TEMPLATE, save_model, tokenizer, write_rows
 from cs336.alignment import LoRAConfig, apply_lora, merged, read_preferences
 from cs336.alignment.examples import Prompt, Turn
 from cs336.alignment.lora import LoRALinear
-from cs336.alignment.make_pairs import JudgeLabels, LLMJudge, VerifierLabels, make_pairs
+from cs336.alignment.make_pairs import JudgeLabels, VerifierLabels, make_pairs
 from cs336.cli.program import main
 from cs336.inference import LLM
 from cs336.inference.chat import ChatTemplate
 from cs336.models import Transformer, TransformerConfig
+from cs336.verifiers.judge import Judge
 
 PROMPTS = [Prompt((Turn("user", f"{d}?"),), d) for d in range(20)]
 
@@ -53,36 +55,42 @@ def test_the_better_answer_is_that_of_the_higher_score(tmp_path):
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def judge_of(choose):
+    """A judge that is told which answer it reads first and which second, and says choose(first, second)."""
+
+    def chat(messages):
+        fence = re.search(r"^=\w+=$", messages[0]["content"], re.MULTILINE).group()
+        _, _, _, first, _, second, _ = messages[0]["content"].split(f"\n{fence}")
+        return f"[[{choose(first.strip(), second.strip())}]]"
+
+    return JudgeLabels(Judge(chat))
+
+
 def test_a_judge_that_likes_a_place_agrees_with_nothing(tmp_path):
-    first = JudgeLabels(lambda history, a, b: "a")
-    report = make_pairs(llm_of(), PROMPTS, tmp_path / "p", first, max_tokens=5)
+    report = make_pairs(llm_of(), PROMPTS, tmp_path / "p", judge_of(lambda a, b: "A"), max_tokens=5)
     assert (report.agreement, report.first_place, report.ties) == (0.0, 1.0, report.pairs)
-    longer = JudgeLabels(lambda history, a, b: "tie" if len(a) == len(b) else "a" if len(a) > len(b) else "b")
+    longer = judge_of(lambda a, b: "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B")
     report = make_pairs(llm_of(), PROMPTS, tmp_path / "p", longer, max_tokens=5)
-    assert (report.agreement, report.first_place) == (1.0, 0.5)
+    assert (report.agreement, report.first_place, report.unclear) == (1.0, 0.5, 0.0)
     decided = [e for e in read_preferences(tmp_path / "p") if e.chosen != "tie"]
     assert decided
-    assert all(len(e.better) > len(e.worse) for e in decided)
+    assert all(len(e.better.strip()) > len(e.worse.strip()) for e in decided)
 
 
-def test_a_model_judges_by_its_letters():
-    asked = []
-    llm = llm_of(context_length=512)
+def test_a_judge_that_says_nothing_chooses_nothing(tmp_path):
+    report = make_pairs(llm_of(), PROMPTS, tmp_path / "p", JudgeLabels(Judge(lambda messages: "hm")), max_tokens=5)
+    assert (report.agreement, report.first_place, report.unclear, report.ties) == (0.0, 0.0, 1.0, report.pairs)
 
-    class Scores:
-        tokenizer, chat_template = llm.tokenizer, llm.chat_template
 
-        def score(self, prompts, letters):
-            asked.append((prompts[0], letters))
-            return [[type("T", (), {"logprob": value})()] for value in (-2.0, -1.0)]
-
-    assert LLMJudge(Scores(), "be brief")([Turn("user", "hi")], "yes", "no") == "b"
-    ((prompt, letters),) = asked
-    assert letters == ["A", "B"]
-    for part in ("be brief", "user: hi", "# Answer A\nyes", "# Answer B\nno"):
-        assert part in prompt
-    with pytest.raises(ValueError, match="give its LLM a tokenizer"):
-        LLMJudge(LLM(llm.model, quiet=True))
+def test_a_judge_reads_the_conversation():
+    seen = []
+    labels = JudgeLabels(Judge(lambda messages: seen.append(messages[0]["content"]) or "[[A]]", "be brief"))
+    labels(Prompt((Turn("user", "hi"), Turn("assistant", "hello"), Turn("user", "more")), None), "yes", "no")
+    for part in ("be brief", "user: hi\n\nassistant: hello\n\nuser: more", "yes", "no"):
+        assert part in seen[0]
+    labels(Prompt("plain", None), "yes", "no")
+    labels(Prompt((Turn("user", "plain"),), None), "yes", "no")
+    assert all("\nplain\n" in text for text in seen[2:])
 
 
 @pytest.mark.parametrize("options", [{"num_generations": 3}, {"temperature": 0.0}, {"prompts": []}])
@@ -100,6 +108,11 @@ def test_the_verb(tmp_path, capsys):
     assert main([*command, "--label", "characters"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 10
     assert read_preferences(out)
+    assert main([*command, "--label", "judge", "--judge", "http://127.0.0.1:9/v1"]) == 2
+    assert "the judge at http://127.0.0.1:9/v1 gave no answer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["align", "pairs", "--help"])
+    assert "MODEL PROMPTS OUT" in capsys.readouterr().out
 
 
 def test_lora_begins_as_the_model_and_merges_into_it():

@@ -1,5 +1,7 @@
 """`cs336 reward`: that rewards follow preferences, and are as sure as they are right."""
 
+import json
+
 import pytest
 import torch
 from killing import kill_once_saved
@@ -7,7 +9,7 @@ from test_dpo_stage import preferences
 from tiny_policy import rows_of, save_model, tokenizer, without_time
 
 from cs336.alignment import RewardModel, load_reward_model
-from cs336.alignment.reward_model import calibration_error
+from cs336.alignment.reward_model import calibration_curve, calibration_error
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.reward import RewardConfig, RewardStage
 from cs336.cli.program import main
@@ -38,6 +40,10 @@ def test_rewards_follow_preferences(tmp_path, model, options):
     assert first["val/loss"] == pytest.approx(0.6931, abs=1e-3)
     assert result.metrics["val/accuracy"] == 1
     assert result.metrics["val/calibration_error"] < 0.3
+    bins = json.loads((tmp_path / "run" / "calibration.json").read_text())["bins"]
+    assert sum(b["count"] for b in bins) == 10
+    error = sum(b["count"] * abs(b["said"] - b["came_true"]) for b in bins) / 10
+    assert error == pytest.approx(result.metrics["val/calibration_error"])
     judge = load_reward_model(result.export)
     end = tokenizer().special_tokens["<|endoftext|>"]
     for d in range(10):
@@ -80,6 +86,8 @@ def test_calibration():
     assert calibration_error([0.9, 0.9], [True, False]) == pytest.approx(0.4)
     assert calibration_error([0.95, 0.05], [False, True]) == pytest.approx(0.95)
     assert calibration_error([1.0, 0.0], [True, False]) == 0
+    curve = calibration_curve([0.32, 0.38, 0.9, 1.0], [True, False, True, True])
+    assert curve == [(pytest.approx(0.35), 0.5, 2), (pytest.approx(0.95), 1.0, 2)]
     for probabilities, outcomes in (([], []), ([0.5], []), ([1.5], [True])):
         with pytest.raises(ValueError, match="probabilities"):
             calibration_error(probabilities, outcomes)

@@ -381,7 +381,35 @@ def test_alignment_shows_rewards_beside_what_was_not_learned_from(tmp_path):
     assert "math (not learned from)" in text
     assert "exact (not learned from)" not in text
     assert "The critic" not in text  # nothing of it was recorded
+    assert "Over-optimisation" not in text  # nothing is known of the drawn answers' other rewards
     assert "are worth 0.889" in text
+
+
+def test_alignment_shows_where_a_reward_is_deceived(tmp_path):
+    rows = [
+        {"step": i, "reward": i, "rewards/math/mean": 1 - i / 10, "rewards/exact/mean": 0.5, "objective/kl": 3.0 * i}
+        for i in range(1, 9)
+    ]  # fmt: skip
+    text = aligned(tmp_path, rows)
+    chart = text[text.index("Over-optimisation") :].split("</figure>")[0]
+    assert "learned from" in chart
+    assert "math (not learned from)" in chart
+    assert "KL, nats 24" in chart
+    assert "exact" not in chart
+    everything = aligned(tmp_path, rows, "[[rewards]]\nkind = 'exact'\n")
+    assert "Over-optimisation" not in everything
+
+
+def test_alignment_shows_how_sure_a_reward_model_is(tmp_path):
+    rows = [{"step": i, "val/accuracy": 0.5, "val/calibration_error": 0.1} for i in range(3)]
+    assert "said to be likely" not in aligned(tmp_path, rows)
+    bins = [{"said": 0.25, "came_true": 0.375, "count": 8}, {"said": 0.75, "came_true": 0.5, "count": 8}, {"said": "?"}]
+    (tmp_path / "calibration.json").write_text(json.dumps({"bins": bins}))
+    text = aligned(tmp_path, rows)
+    assert "as sure as right" in text
+    assert "0.375" in text
+    (tmp_path / "calibration.json").write_text("{torn")
+    assert "calibration.json cannot be read" in aligned(tmp_path, rows)
 
 
 def test_a_run_of_train_has_no_alignment(run_dir):

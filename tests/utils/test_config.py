@@ -98,7 +98,7 @@ def test_a_tag_may_be_left_out_where_the_default_has_one():
         ({"mlp": {"kind": "expert", "count": 3}}, "mlp.kind must be 'dense' or 'experts', got 'expert'; did you mean"),
         ({"mlp": {"width": 3}}, "missing: mlp"),
         ({"mlp": {"kind": "experts", "count": 3, "each": {"width": "4"}}}, "mlp.each.width must be int, got '4'"),
-        ({"layers": 3}, "layers must be a list of a table, got 3"),
+        ({"layers": 3}, "layers must be a list of {mlp, names}, got 3"),
         ({"layers": [3]}, "layers.0 must be a table [layers.0], got 3"),
         ({"layers": [{"names": ["a", 3]}]}, "layers.0.names.1 must be str, got 3"),
         ({"layers": []}, "layers must not be empty"),

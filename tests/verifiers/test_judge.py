@@ -10,7 +10,7 @@ import torch
 from cs336.inference import LLM
 from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
-from cs336.verifiers.judge import Judge, agreement, consistency, engine_chat, judge_from, openai_chat
+from cs336.verifiers.judge import Judge, agreement, consistency, engine_chat, first_place, judge_from, openai_chat
 
 
 def scripted(*answers):
@@ -73,8 +73,12 @@ def test_agreement():
         with pytest.raises(ValueError, match="as many of each"):
             agreement(*bad)
     judge, _ = scripted("[[A]]", "[[B]]", "[[A]]", "[[A]]")
-    found = consistency([judge.compare("r", "a", "b") for _ in range(2)])
+    preferences = [judge.compare("r", "a", "b") for _ in range(2)]
+    found = consistency(preferences)
     assert (found.raw, found.count) == (0.5, 2)
+    assert first_place(preferences) == 0.75
+    judge, _ = scripted("hm", "hm")
+    assert consistency([judge.compare("r", "a", "b")]).raw == 0
 
 
 @pytest.fixture
@@ -105,8 +109,10 @@ def server():
 def test_a_server_judges(server, monkeypatch):
     url, state = server
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    assert judge_from(url, "big").preference("r", "a", "b") == 0.5  # it says A both times
+    judge = judge_from(url, "big", rubric="be kind")
+    assert judge.preference("r", "a", "b") == 0.5  # it says A both times
     path, key, body = state["asked"][0]
+    assert "be kind" in body["messages"][0]["content"]
     assert (path, key) == ("/v1/chat/completions", "Bearer a key")
     assert (body["model"], body["temperature"], body["messages"][0]["role"]) == ("big", 0, "user")
     assert openai_chat(url + "/", "big")([{"role": "user", "content": "x"}]) == "[[A]]"

@@ -32,25 +32,35 @@ class PromptData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOStageConfig(StageConfig):
-    """Everything that decides what `cs336 grpo` computes, and where it is written."""
+class AnsweringConfig(StageConfig):
+    """Of stages that draw answers on the engine and learn from what they are worth: grpo, ppo."""
 
     data: PromptData
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rewards: tuple[RewardConfig, ...] = (MathReward(),)
-    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from."""
+    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from. As options:
+    --rewards '{kind = "exact"}' '{kind = "math", weight = 0.0}'."""
     eval_prompts: int = 256
     """Of the validation's, answered greedily at each evaluation."""
     max_seqs: int = 256
     """Responses that the engine draws at once."""
-    invariant: bool = False
-    """Run engine and training inside cs336.invariant(): their log-probabilities are then the same bits. Slower."""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("eval_prompts", "max_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOStageConfig(AnsweringConfig):
+    """Everything that decides what `cs336 grpo` computes, and where it is written."""
+
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    invariant: bool = False
+    """Run engine and training inside cs336.invariant(): their log-probabilities are then the same bits. Slower."""
+
+    def __post_init__(self):
+        super().__post_init__()
         Rewards(self.rewards)
         if self.grpo.seed or self.grpo.micro_batch_size or self.grpo.max_grad_norm != 1:
             raise ValueError("seed, micro_batch_size and optimizer.max_grad_norm stand outside [grpo] here")

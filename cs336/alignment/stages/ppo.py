@@ -11,34 +11,24 @@ from torch import Tensor, nn
 from cs336.alignment.examples import digest_of
 from cs336.alignment.ppo import ActorCritic, KLControl, PPOConfig, ppo_step
 from cs336.alignment.reward_model import RewardModel, load_reward_model
-from cs336.alignment.rewards import MathReward, RewardConfig, Rewards
+from cs336.alignment.rewards import Rewards
 from cs336.alignment.rollouts import Order, Rollouts, rollout, scores
-from cs336.alignment.stage import Policy, StageConfig
-from cs336.alignment.stages.grpo import PromptData, answer_greedily, read_pairs_of_prompts
+from cs336.alignment.stage import Policy
+from cs336.alignment.stages.grpo import AnsweringConfig, answer_greedily, read_pairs_of_prompts
 from cs336.inference import LLM
 from cs336.training.evaluators import Finding
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOStageConfig(StageConfig):
+class PPOStageConfig(AnsweringConfig):
     """Everything that decides what `cs336 ppo` computes, and where it is written."""
 
-    data: PromptData
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    rewards: tuple[RewardConfig, ...] = (MathReward(),)
-    """Summed by their weights. One of weight 0 is measured alone, as a verifier that was not learned from."""
     reward_model: pathlib.Path | None = None
     """The export of `cs336 reward`, whose score is added to the rewards'; their weights may then all be 0."""
-    eval_prompts: int = 256
-    """Of the validation's, answered greedily at each evaluation."""
-    max_seqs: int = 256
-    """Responses that the engine draws at once."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eval_prompts", "max_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         Rewards(self.rewards, measured_alone=self.reward_model is not None)
 
 

@@ -1,9 +1,11 @@
 """`cs336 reward`: a reward model from preferences (Bradley-Terry).
 
-RUN/export is the model that was trained, and the head that reads it: see cs336.alignment.reward_model.
+RUN/export is the model that was trained, and the head that reads it: see cs336.alignment.reward_model;
+RUN/calibration.json the curve of the last evaluation.
 B = pairs, S = tokens of a row; 2 is (chosen, rejected).
 """
 
+import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from cs336.alignment.encoded_pairs import EncodedPair, collate
 from cs336.alignment.examples import digest_of
 from cs336.alignment.lora import merged
 from cs336.alignment.preferences import reward_model_loss
-from cs336.alignment.reward_model import RewardModel, calibration_error, save_reward_model
+from cs336.alignment.reward_model import RewardModel, calibration_curve, calibration_error, save_reward_model
 from cs336.alignment.stage import Policy, StageConfig, optimizer_step
 from cs336.alignment.stages.dpo import PairData, read_pairs
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
+from cs336.utils.files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +89,14 @@ class RewardStage:
         d_N = torch.tensor(differences, dtype=torch.float64)
         # Which answer stands first is turned around in every other pair: else "the first" would always be right.
         turned_N = torch.where(torch.arange(len(d_N)) % 2 == 1, -d_N, d_N)
-        outcomes = [i % 2 == 0 for i in range(len(d_N))]
+        said, outcomes = turned_N.sigmoid().tolist(), [i % 2 == 0 for i in range(len(d_N))]
+        with replacing(self.config.run_dir / "calibration.json") as file:  # the newest, for the report
+            json.dump({"bins": [b._asdict() for b in calibration_curve(said, outcomes)]}, file)
         found = {
             "val/loss": float(nn.functional.softplus(-d_N).mean()),
             "val/accuracy": float((d_N > 0).double().mean()),
             "val/margin": float(d_N.mean()),
-            "val/calibration_error": calibration_error(turned_N.sigmoid().tolist(), outcomes),
+            "val/calibration_error": calibration_error(said, outcomes),
         }
         text = f"validation loss {found['val/loss']:.4f}, accuracy {found['val/accuracy']:.1%}"
         return Finding(found, text=text)

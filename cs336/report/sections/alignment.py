@@ -3,7 +3,7 @@
 from typing import Any
 
 from cs336.report.chart import Series, line_chart, smooth
-from cs336.report.run import Run, mapping
+from cs336.report.run import Run, mapping, number
 from cs336.report.section import section
 
 Spec = tuple[str, str, list[Series], dict[str, Any]]
@@ -15,16 +15,21 @@ def alignment(run: Run) -> dict[str, Any] | None:
     stage = str(run.facts.get("stage", ""))
     if not stage:
         return None
+    return {"charts": charts_of(run)}
+
+
+def charts_of(run: Run, most: int | None = None) -> list[dict[str, Any]]:
+    """The first charts of an aligned run that have something to show; all of them if None."""
     charts = [
         {
             "title": title,
             "note": note,
             "keys": [s for s in series if len(series) > 1 and s.label and len(s.xs)],
-            "svg": line_chart(series, title=title, x_label="steps", **options),
+            "svg": line_chart(series, title=title, **{"x_label": "steps"} | options),
         }
         for title, note, series, options in _specs(run)
     ]
-    return {"charts": [chart for chart in charts if chart["svg"]]}
+    return [chart for chart in charts if chart["svg"]][:most]
 
 
 def _specs(run: Run) -> list[Spec]:
@@ -57,8 +62,13 @@ def _specs(run: Run) -> list[Spec]:
           line("val/accuracy", "validation", "second", dots=True)], zero),
         ("Implicit rewards", "beta times how much likelier an answer became than the reference finds it.",
          [line("rewards/chosen", "chosen"), line("rewards/rejected", "rejected", "second")], {}),
-        ("Calibration", "How far the probability of a choice is from how often it was made.",
+        ("Calibration error", "How far the probability of a choice is from how often it was made.",
          [line("val/calibration_error", dots=True)], zero),
+        ("Calibration", "How often the first answer was chosen, by how likely the rewards of the last evaluation find "
+         "it.", _calibration(run), zero | {"x_label": "said to be likely"}),
+        ("Over-optimisation", "Of drawn answers, over how far the model is from the reference: where what it does not "
+         "learn from turns down while the reward goes up, the reward is deceived (arXiv:2210.10760).",
+         _over_divergence(run), {"x_label": "KL, nats"}),
         ("The critic", "Share of the returns' variance that it explains.", both("explained_variance"), {}),
     ]  # fmt: skip
 
@@ -76,6 +86,29 @@ def _verifiers(run: Run) -> list[Series]:
         label = f"{short} (not learned from)" if weights.get(short) == 0 else short
         series.append(Series(label, *run.column(name), f"run{i}", dots=len(names) > 0))
     return series
+
+
+def _calibration(run: Run) -> list[Series]:
+    bins = [mapping(b) for b in run.calibration.get("bins") or []]
+    pairs = [(number(b.get("said")), number(b.get("came_true"))) for b in bins]
+    points = [(x, y) for x, y in pairs if x is not None and y is not None]
+    if not points:
+        return []
+    xs, ys = zip(*points, strict=True)
+    return [Series("rewards", xs, ys, dots=True), Series("as sure as right", (0, 1), (0, 1), "faint")]
+
+
+def _over_divergence(run: Run) -> list[Series]:
+    """Empty where everything is learned from, or no divergence is measured."""
+    kept = [name for name, weight in _weights(run).items() if weight == 0]
+    names = {"reward": "learned from"} | {f"rewards/{name}/mean": f"{name} (not learned from)" for name in kept[:5]}
+    against = "kl" if run.column("kl")[0] else "objective/kl"
+    series = []
+    for i, (name, label) in enumerate(names.items()):
+        points = sorted(zip(*run.column(name, against), strict=True))
+        ys = smooth([y for _, y in points], len(points) // 10)
+        series.append(Series(label, [x for x, _ in points], ys, f"run{i}"))
+    return series if any(len(s.xs) for s in series[1:]) else []
 
 
 def _weights(run: Run) -> dict[str, float]:
