@@ -1,24 +1,46 @@
 """`cs336 compress`."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from cs336.cli.common import Path, Run
+from cs336.cli.common import MaybePath, Path, Run
+
+Method = Literal["int8", "int4", "gptq"]
 
 
 def compress(arguments: list[str]) -> Run:
     """Write a model with fewer bits a weight: a directory that generate, serve, chat and evaluate take."""
     from cs336.inference.quantization import compress as write
 
-    def run(model: Positional[Path], out: Path, method: Literal["int8", "int4"] = "int8", group: int = 128) -> None:
+    def run(
+        model: Positional[Path],
+        out: Path,
+        method: Method = "int8",
+        group: Annotated[int, arg(aliases=["--group-size"])] = 128,
+        calibrate: MaybePath = None,
+        bits: Literal[4, 8] = 4,
+        samples: int = 128,
+        act_order: bool = False,
+        asymmetric: bool = False,
+        device: str = "auto",
+    ) -> None:
         """
         Args:
             model: an export, a checkpoint, or a run directory, of which the newest is taken.
-            out: the directory to write, new or empty.
-            method: int8 or int4 weights, rounded to the nearest.
-            group: neighbours in a row of a weight that share a scale.
+            out: the directory to write, new or empty; what gptq began there goes on.
+            method: int8 or int4 weights, rounded to the nearest; or gptq, which makes good what rounding does to the
+                layers' outputs on calibration text.
+            group: neighbours in a row of a weight that share a scale; -1: the whole row.
+            calibrate: a text, JSON lines, parquet or a directory of them; a tenth is held out to measure.
+            bits: a weight, with gptq.
+            samples: windows of text that are read, of the model's context or 2048 tokens.
+            act_order: gptq rounds the features with the largest inputs first.
+            asymmetric: give each group a zero besides its scale.
+            device: where gptq works, a block at a time: auto (a GPU if there is one), cpu, cuda.
         """
-        print(f"{write(model, out, method, group)}, in {out}")
+        size = None if group == -1 else group
+        options: dict[str, Any] = {"calibrate": calibrate, "bits": bits, "samples": samples, "act_order": act_order}
+        print(f"{write(model, out, method, size, asymmetric=asymmetric, device=device, **options)}, in {out}")
 
     return run
