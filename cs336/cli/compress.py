@@ -6,7 +6,7 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Run
 
-Method = Literal["int8", "int4", "gptq"]
+Method = Literal["int8", "int4", "gptq", "awq"]
 
 
 def compress(arguments: list[str]) -> Run:
@@ -28,16 +28,16 @@ def compress(arguments: list[str]) -> Run:
         """
         Args:
             model: an export, a checkpoint, or a run directory, of which the newest is taken.
-            out: the directory to write, new or empty; what gptq began there goes on.
-            method: int8 or int4 weights, rounded to the nearest; or gptq, which makes good what rounding does to the
-                layers' outputs on calibration text.
+            out: the directory to write, new or empty; what gptq or awq began there goes on.
+            method: int8 or int4 weights, rounded to the nearest; gptq, which makes good what rounding does to the
+                layers' outputs on calibration text; awq, which scales up the features that are large there.
             group: neighbours in a row of a weight that share a scale; -1: the whole row.
             calibrate: a text, JSON lines, parquet or a directory of them; a tenth is held out to measure.
-            bits: a weight, with gptq.
+            bits: a weight, with gptq and awq.
             samples: windows of text that are read, of the model's context or 2048 tokens.
             act_order: gptq rounds the features with the largest inputs first.
             asymmetric: give each group a zero besides its scale.
-            device: where gptq works, a block at a time: auto (a GPU if there is one), cpu, cuda.
+            device: where gptq and awq work, a block at a time: auto (a GPU if there is one), cpu, cuda.
         """
         size = None if group == -1 else group
         options: dict[str, Any] = {"calibrate": calibrate, "bits": bits, "samples": samples, "act_order": act_order}

@@ -4,23 +4,16 @@ import json
 
 import pytest
 import torch
+from block_kinds import MIXERS
 
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.load import load_model
 from cs336.inference.quantization import calibrated, compress, gptq, layerwise
-from cs336.inference.quantization.methods import gptq_block
+from cs336.inference.quantization.gptq import gptq_block
 from cs336.inference.quantization.rounding import nearest
-from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
-from cs336.nn import (
-    AttentionConfig,
-    HyenaConfig,
-    LatentAttentionConfig,
-    LinearAttentionConfig,
-    Mamba2Config,
-    MoEConfig,
-    QuantizedLinear,
-)
+from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.nn import QuantizedLinear
 from cs336.nn.quantized import quantizable
 from cs336.tokenizer import Tokenizer
 
@@ -97,18 +90,6 @@ def test_features_that_are_never_there_are_rounded_and_what_is_not_finite_refuse
         gptq(w, torch.eye(31))
     with pytest.raises(ValueError, match="not positive definite"):
         gptq(w, -torch.ones(32, 32) + 1.5 * torch.eye(32))
-
-
-MIXERS = {
-    "attention": BlockConfig(AttentionConfig(4, 2, qkv_bias=True)),
-    "latent": BlockConfig(LatentAttentionConfig(2, 16, 16, rope_head_dim=8)),
-    "linear": BlockConfig(LinearAttentionConfig(2)),
-    "delta": BlockConfig(LinearAttentionConfig(2, delta=True)),
-    "mamba2": BlockConfig(Mamba2Config(head_dim=16, state_dim=8)),
-    "hyena": BlockConfig(HyenaConfig(32)),
-    "experts": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, num_shared=1)),
-    "parallel": BlockConfig(AttentionConfig(4), parallel=True),
-}
 
 
 @pytest.mark.parametrize("name", MIXERS)

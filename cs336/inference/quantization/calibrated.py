@@ -11,8 +11,9 @@ import torch
 
 from cs336.data import TokenDataset, tokenize_documents
 from cs336.inference.load import load_model, load_tokenizer
+from cs336.inference.quantization.awq import awq_block
+from cs336.inference.quantization.gptq import gptq_block
 from cs336.inference.quantization.layerwise import Scheme, quantize_blocks_
-from cs336.inference.quantization.methods import BLOCK_METHODS as BLOCK_METHODS
 from cs336.models import Transformer, save_pretrained
 from cs336.nn import QuantMethod
 from cs336.training.evaluators import bits_per_byte
@@ -23,6 +24,7 @@ from cs336.utils.shards import read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Outcome, Stage, run_stages
 
+BLOCK_METHODS = {"gptq": gptq_block, "awq": awq_block}
 METHOD_OF_BITS: dict[int, QuantMethod] = {4: "int4", 8: "int8"}
 MOST_CONTEXT = 2048  # tokens of a window
 BATCH_TOKENS = 4096  # through a block at once
@@ -50,6 +52,8 @@ class Calibrated:
             raise ValueError(f"bits must be 4 or 8, got {self.bits!r}")
         if self.samples < 1:
             raise ValueError(f"samples must be 1 or more, got {self.samples}")
+        if self.act_order and self.method != "gptq":
+            raise ValueError(f"act_order is of gptq, got it with {self.method}")
         if not self.text.exists():
             raise FileNotFoundError(f"{self.text} does not exist: expected a text to calibrate with")
 

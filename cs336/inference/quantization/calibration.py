@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cs336.nn import LayerNorm, RMSNorm
+from cs336.nn import LayerNorm, MoE, RMSNorm
 from cs336.nn.quantized import quantizable
 
 
@@ -24,8 +24,8 @@ class Inputs:
     """X^T X (K, K), float32 or wider."""
     magnitude: Tensor | None = None
     """sum |x| (K,)."""
-    norm: nn.Module | None = None
-    """Whose output it is, and which nothing else reads but these layers."""
+    norm: RMSNorm | LayerNorm | None = None
+    """Whose output it is; of a mixture's experts, which read some rows of it."""
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -37,6 +37,13 @@ class Inputs:
         self.hessian.addmm_(x_RK.t(), x_RK)
         self.magnitude += x_RK.abs().sum(0)
 
+    def divide(self, s_K: Tensor) -> None:
+        """As if x / s had been read."""
+        assert self.hessian is not None
+        assert self.magnitude is not None
+        self.hessian /= s_K[:, None] * s_K
+        self.magnitude /= s_K
+
 
 class Watch:
     """Counts what each layer of a block that may be quantised reads; those that get one tensor share the count."""
@@ -44,27 +51,31 @@ class Watch:
     def __init__(self, block: nn.Module):
         self.inputs: list[Inputs] = []
         self._of: dict[str, Inputs] = {}
-        self._seen: list[tuple[Tensor, Inputs]] = []
-        self._normed: list[tuple[Tensor, nn.Module]] = []
         self._layers = quantizable(block)
         self._norms = [module for module in block.modules() if isinstance(module, RMSNorm | LayerNorm)]
+        self._mixtures = {name: module for name, module in block.named_modules() if isinstance(module, MoE)}
+        # of one forward pass
+        self._seen: list[tuple[Tensor, Inputs]] = []
+        self._normed: list[tuple[Tensor, RMSNorm | LayerNorm]] = []
+        self._routed: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Around one forward pass of the block."""
         hooks = [layer.register_forward_pre_hook(self._reader(name)) for name, layer in self._layers.items()]
         hooks += [norm.register_forward_hook(self._normer) for norm in self._norms]
+        hooks += [moe.register_forward_pre_hook(self._router(name)) for name, moe in self._mixtures.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            self._seen, self._normed = [], []
+            self._seen, self._normed, self._routed = [], [], {}
 
     def _reader(self, name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name not in self._of:
-                self._of[name] = self._inputs(args[0])
+                self._of[name] = self._inputs(name, args[0])
                 self._of[name].layers.append(name)
             inputs = self._of[name]
             if inputs.layers[0] == name:
@@ -72,15 +83,25 @@ class Watch:
 
         return hook
 
-    def _inputs(self, x: Tensor) -> Inputs:
+    def _inputs(self, name: str, x: Tensor) -> Inputs:
         """Of the layers that got this very tensor before, or new."""
         for seen, inputs in self._seen:
             if seen is x:
                 return inputs
-        inputs = Inputs(norm=next((norm for normed, norm in self._normed if normed is x), None))
+        source = x
+        for mixture, whole in self._routed.items():
+            if name.startswith(f"{mixture}.") and "down_proj" not in name.split("."):
+                source = whole
+        inputs = Inputs(norm=next((norm for normed, norm in self._normed if normed is source), None))
         self._seen.append((x, inputs))
         self.inputs.append(inputs)
         return inputs
 
-    def _normer(self, norm: nn.Module, args, output) -> None:
+    def _normer(self, norm, args, output) -> None:
         self._normed.append((output[0] if isinstance(output, tuple) else output, norm))
+
+    def _router(self, name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._routed[name] = args[0]
+
+        return hook

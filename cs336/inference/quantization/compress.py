@@ -11,7 +11,7 @@ from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
 from cs336.nn.quantized import METHODS
 
-Method = Literal["int8", "int4", "gptq"]
+Method = Literal["int8", "int4", "gptq", "awq"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def compress(
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
     Args:
-        method: int8 and int4 round to the nearest. gptq reads text; the same call goes on where one that was killed
-            stopped, and does not repeat one that is finished.
+        method: int8 and int4 round to the nearest. gptq and awq read text; the same call goes on where one that
+            was killed stopped, and does not repeat one that is finished.
         group: neighbours in a row of a weight that share a scale; None: the whole row.
-        calibrate: text, JSON lines, parquet or a directory of them, with gptq. A tenth of it is held out to measure.
-        bits: of gptq, 4 or 8.
+        calibrate: of gptq and awq: text, JSON lines, parquet or a directory of them. A tenth is held out to measure.
+        bits: of gptq and awq, 4 or 8.
         samples: windows of text that are read, each of the model's context or 2048 tokens.
         act_order: gptq rounds the features with the largest inputs first.
         asymmetric: a group has a zero besides its scale.
@@ -69,7 +69,7 @@ def compress(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join((*METHODS, *BLOCK_METHODS))}, got {method!r}")
     if calibrate is not None or act_order:
-        raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq")
+        raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq or awq")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is there already and holds something: name another directory")
     try:

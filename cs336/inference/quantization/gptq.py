@@ -8,10 +8,13 @@ N = out_features, K = in_features, B = features of a block.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cs336.inference.quantization.calibration import Inputs
+from cs336.inference.quantization.layerwise import Scheme, fill_block
 from cs336.inference.quantization.rounding import check_finite, grids, on_grid, wide
 from cs336.nn import QuantizedWeight
+from cs336.nn.quantized import BITS
 
 BLOCK = 128
 
@@ -90,3 +93,13 @@ def _inverse_factor(h_KK: Tensor, damping: float) -> Tensor:
     if failed:
         raise ValueError(f"the Hessian with a damping of {damping} is not positive definite: damp it more")
     return torch.linalg.cholesky(torch.cholesky_inverse(lower_KK), upper=True)
+
+
+def gptq_block(block: nn.Module, inputs: list[Inputs], scheme: Scheme) -> str:
+    """GPTQ of each layer of a block: see layerwise.fill_block."""
+
+    def quantize(weight_NK: Tensor, group: int, read: Inputs) -> QuantizedWeight:
+        options = {"act_order": scheme.order, "asymmetric": scheme.zeros}
+        return gptq(weight_NK, read.hessian, bits=BITS[scheme.method], group=group, **options)
+
+    return fill_block(block, inputs, scheme, quantize)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cs336.inference.quantization.calibration import Inputs, Watch
 from cs336.models import Transformer
-from cs336.nn import Context, QuantizedLinear, QuantMethod, replace_linears
+from cs336.nn import Context, QuantizedLinear, QuantizedWeight, QuantMethod, replace_linears
 from cs336.nn.expert_list import unstack_experts
 from cs336.utils.files import replacing
 
@@ -123,3 +123,25 @@ def output_error(old: Tensor, new: QuantizedLinear, inputs: Inputs) -> tuple[flo
     h, w = inputs.hessian, old.to(inputs.hessian.dtype)
     d = new.weight.to(h.dtype) - w
     return float(((d @ h) * d).sum()), float(((w @ h) * w).sum())
+
+
+def fill_block(
+    block: nn.Module,
+    inputs: list[Inputs],
+    scheme: Scheme,
+    quantize: Callable[[Tensor, int, Inputs], QuantizedWeight],
+) -> str:
+    """Put in the place of each layer of a block what `quantize` makes of its weight, its group and what it reads.
+
+    Returns how far the layers' outputs are off, relative to these. Raises ValueError by the name of the layer.
+    """
+    read = {name: each for each in inputs for name in each.layers}
+    off = whole = 0.0
+    for name, (old, new) in scheme.replace(block).items():
+        try:
+            new.fill(quantize(old.weight, new.group, read[name]), old.bias)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        errors = output_error(old.weight, new, read[name])
+        off, whole = off + errors[0], whole + errors[1]
+    return f"outputs are {(off / whole) ** 0.5 if whole else 0:.2%} off"
