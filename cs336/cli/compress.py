@@ -6,6 +6,7 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Run
 
+Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
 Method = Literal["int8", "int4", "gptq", "awq"]
 
 
@@ -24,6 +25,7 @@ def compress(arguments: list[str]) -> Run:
         act_order: bool = False,
         asymmetric: bool = False,
         device: str = "auto",
+        format: Format = "cs336",
     ) -> None:
         """
         Args:
@@ -38,9 +40,11 @@ def compress(arguments: list[str]) -> Run:
             act_order: gptq rounds the features with the largest inputs first.
             asymmetric: give each group a zero besides its scale.
             device: where gptq and awq work, a block at a time: auto (a GPU if there is one), cpu, cuda.
+            format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
         """
         size = None if group == -1 else group
         options: dict[str, Any] = {"calibrate": calibrate, "bits": bits, "samples": samples, "act_order": act_order}
-        print(f"{write(model, out, method, size, asymmetric=asymmetric, device=device, **options)}, in {out}")
+        options |= {"asymmetric": asymmetric, "device": device, "format": format}
+        print(f"{write(model, out, method, size, **options)}, in {out}")
 
     return run

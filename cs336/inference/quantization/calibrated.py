@@ -46,6 +46,7 @@ class Calibrated:
     act_order: bool = False
     asymmetric: bool = False
     device: str = "auto"
+    format: str = "cs336"
 
     def __post_init__(self):
         if self.bits not in METHOD_OF_BITS:
@@ -61,7 +62,7 @@ class Calibrated:
         """Bytes of the weights, and bits per byte of the text that is held out, before and after."""
         inputs = self.found, self.text
         settings = {"method": self.method, "bits": self.bits, "group": self.group, "samples": self.samples}
-        settings |= {"act_order": self.act_order, "asymmetric": self.asymmetric}
+        settings |= {"act_order": self.act_order, "asymmetric": self.asymmetric, "format": self.format}
         tokens = Stage(
             "tokens", "calibration text", self._tokenize, (f"{SHARDS}/meta.json",), inputs, {}, kept=(SHARDS,)
         )
@@ -88,7 +89,7 @@ class Calibrated:
         batches = data.batches(data.read(self.samples))
         say = functools.partial(print, "   ", flush=True)
         quantize_blocks_(model, batches, scheme, quantize, folder, device=pick(self.device), say=say)
-        save_pretrained(model, self.out, load_tokenizer(self.found))
+        save_pretrained(model, self.out, load_tokenizer(self.found), quantized_as=self.format)
         for i in range(len(model.layers)):  # the model has them now
             (folder / f"{i:03}.safetensors").unlink()
         folder.rmdir()

@@ -12,6 +12,7 @@ from cs336.models import Transformer, save_pretrained
 from cs336.nn.quantized import METHODS
 
 Method = Literal["int8", "int4", "gptq", "awq"]
+Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def compress(
     act_order: bool = False,
     asymmetric: bool = False,
     device: str = "auto",
+    format: Format = "cs336",
 ) -> Compressed:
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
@@ -56,6 +58,7 @@ def compress(
         act_order: gptq rounds the features with the largest inputs first.
         asymmetric: a group has a zero besides its scale.
         device: auto (a GPU if there is one), cpu, cuda: where the blocks of a calibrated method take turns.
+        format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
 
     Raises FileExistsError, ValueError with a calibrated method, for a directory that holds something else;
     FileNotFoundError where there is no model or text; ValueError for what cannot be quantised.
@@ -65,6 +68,7 @@ def compress(
         if calibrate is None:
             raise ValueError(f"{method} reads calibration text: name one with calibrate (--calibrate TEXT)")
         options = {"samples": samples, "act_order": act_order, "asymmetric": asymmetric, "device": device}
+        options |= {"format": format}
         return Compressed(**Calibrated(found, out, method, group, pathlib.Path(calibrate), bits, **options).run())
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join((*METHODS, *BLOCK_METHODS))}, got {method!r}")
@@ -78,7 +82,8 @@ def compress(
         tokenizer = None
     network = load_model(found, "cpu")
     before = nbytes(network)
-    save_pretrained(quantize_(network, method, group, asymmetric=asymmetric), out, tokenizer)
+    quantize_(network, method, group, asymmetric=asymmetric)
+    save_pretrained(network, out, tokenizer, quantized_as=format)
     return Compressed(before, nbytes(network))
 
 

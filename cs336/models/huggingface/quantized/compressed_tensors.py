@@ -3,7 +3,6 @@
     weight_packed      (N, ceil(K / 8)) int32    q + 8, 8 features a word; of 8 bits q + 128, 4 a word
     weight_scale       (N, G)
     weight_zero_point  (ceil(N / 8), G) int32    zero + 8, packed down the rows, of asymmetric grids
-    weight_g_idx       (K,) int32                the group of each feature, where these have an order
     weight_shape       (2,) int64                N, K
 
 so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized".
@@ -64,13 +63,15 @@ class CompressedTensors:
 
     @classmethod
     def like(cls, scheme: Scheme) -> "CompressedTensors":
+        if scheme.order:
+            raise ValueError("compressed-tensors has no order of features: choose gptq, or quantise without act_order")
         return cls(scheme)
 
     def config(self, unquantized: list[str]) -> dict[str, Any]:
         scheme = self.scheme
         weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": not scheme.zeros}
         weights |= {"strategy": "channel" if scheme.group is None else "group", "group_size": scheme.group}
-        weights |= {"actorder": "group" if scheme.order else None, "dynamic": False, "block_structure": None}
+        weights |= {"actorder": None, "dynamic": False, "block_structure": None}
         only = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         said = {"quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed"}
         return said | {"config_groups": {"group_0": only}, "ignore": unquantized, "kv_cache_scheme": None}
@@ -83,29 +84,19 @@ class CompressedTensors:
             raise ValueError(f"{tensors.stem}.weight_shape is {shape.tolist()}, config.json means {[N, K]}")
         q_NK = unpack(tensors.take("weight_packed", (N, -(-K // many)), torch.int32), bits, 1, K) - half
         scales = tensors.scales("weight_scale", (N, G))
-        zeros = order = None
+        zeros = None
         if self.scheme.zeros:
             words = tensors.take("weight_zero_point", (-(-N // many), G), torch.int32)
             zeros = (unpack(words, bits, 0, N) - half).contiguous()
-        if "weight_g_idx" in tensors:
-            group_K, group = tensors.take("weight_g_idx", (K,), torch.int32), self.scheme.group or K
-            order = group_K.argsort(stable=True)
-            if not torch.equal(group_K[order].long(), torch.arange(K, device=order.device) // group):
-                raise ValueError(f"{tensors.stem}.weight_g_idx must give each group {group} features")
-            q_NK = q_NK[:, order]
-        return QuantizedWeight(q_NK.to(torch.int8).contiguous(), scales, zeros, order)
+        return QuantizedWeight(q_NK.to(torch.int8).contiguous(), scales, zeros)
 
     def write(self, weight: QuantizedWeight, group: int) -> dict[str, Tensor]:
         (N, K), bits = weight.q.shape, self.scheme.bits
         if K % group:
             raise ValueError(f"compressed-tensors has whole groups: {K} features in groups of {group} do not fit")
-        half, q_NK, tensors = 2 ** (bits - 1), weight.q, {}
+        half = 2 ** (bits - 1)
+        tensors = {"weight_packed": pack(weight.q.to(torch.int16) + half, bits, 1)}
         if self.scheme.zeros:
             zeros = torch.zeros_like(weight.scales, dtype=torch.int16) if weight.zeros is None else weight.zeros
             tensors["weight_zero_point"] = pack(zeros + half, bits, 0)
-        if weight.order is not None:
-            place = weight.order.argsort()
-            q_NK = q_NK[:, place]
-            tensors["weight_g_idx"] = (torch.arange(K, device=q_NK.device) // group)[place].to(torch.int32)
-        tensors["weight_packed"] = pack(q_NK.to(torch.int16) + half, bits, 1)
         return tensors | {"weight_scale": weight.scales, "weight_shape": torch.tensor([N, K])}

@@ -74,6 +74,8 @@ def write_quantized(
         return {}, {}, set()
     if form not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if family is None and form != OURS:
+        raise ValueError(f"no family of Hugging Face has this model: choose the format {OURS!r}, not {form!r}")
     writer = FORMATS[form].like(scheme_of(layers))
     places = layer_places(model, family)
     weights, buffers = {}, set()
