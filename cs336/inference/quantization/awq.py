@@ -17,7 +17,7 @@ from cs336.inference.quantization.calibration import Inputs
 from cs336.inference.quantization.layerwise import Scheme, fill_block
 from cs336.inference.quantization.rounding import nearest, wide
 from cs336.models import TransformerBlock
-from cs336.nn import MLP, Attention, MoE, QuantizedWeight
+from cs336.nn import MLP, Attention, LayerNorm, MoE, QuantizedWeight, RMSNorm
 from cs336.nn.expert_list import ExpertList
 from cs336.nn.quantized import BITS
 
@@ -25,8 +25,8 @@ POWERS = 20
 
 
 class _Fold(NamedTuple):
-    maker: nn.Module
-    """Of the inputs: a norm or a linear layer."""
+    maker: RMSNorm | LayerNorm | nn.Linear
+    """Of the inputs."""
     inputs: list[Inputs]
     """Of all its readers that are rounded."""
     others: tuple[nn.Linear, ...] = ()
@@ -41,7 +41,7 @@ def awq_block(block: TransformerBlock, inputs: list[Inputs], scheme: Scheme) -> 
         fold.maker.weight.div_(s_K if fold.maker.weight.dim() == 1 else s_K[:, None])
         if fold.maker.bias is not None:
             fold.maker.bias.div_(s_K)
-        readers = [block.get_submodule(name) for each in fold.inputs for name in each.layers]
+        readers = [_linear(block, name) for each in fold.inputs for name in each.layers]
         for reader in (*readers, *fold.others):
             reader.weight.mul_(s_K)
         for each in fold.inputs:
@@ -56,7 +56,7 @@ def awq_block(block: TransformerBlock, inputs: list[Inputs], scheme: Scheme) -> 
 def _search(block: nn.Module, fold: _Fold, scheme: Scheme) -> Tensor:
     """s (K,) in float32, whose largest and least are one another's inverse."""
     magnitude_K = torch.stack([each.magnitude for each in fold.inputs]).sum(0)
-    weights = [(each, wide(block.get_submodule(name).weight)) for each in fold.inputs for name in each.layers]
+    weights = [(each, wide(_linear(block, name).weight)) for each in fold.inputs for name in each.layers]
     best, least = torch.ones_like(magnitude_K), float("inf")
     for power in range(POWERS):
         s_K = magnitude_K.pow(power / POWERS).clamp(min=1e-4)
@@ -89,4 +89,11 @@ def _folds(block: TransformerBlock, inputs: list[Inputs]) -> Iterator[_Fold]:
         if isinstance(module, MLP) and module.gated:
             yield _Fold(module.up_proj, [read[f"{at}.down_proj"]])
         if isinstance(module, ExpertList) and module.gated:
-            yield from (_Fold(up, [read[f"{at}.down_proj.{e}"]]) for e, up in enumerate(module.up_proj))
+            for e in range(len(module.up_proj)):
+                yield _Fold(_linear(module, f"up_proj.{e}"), [read[f"{at}.down_proj.{e}"]])
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer

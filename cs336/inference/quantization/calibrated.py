@@ -98,7 +98,7 @@ class Calibrated:
     def _measure(self) -> Outcome:
         found: dict[str, Any] = {}
         for when, path in (("before", self.found), ("after", self.out)):
-            model = load_model(path, pick(self.device))
+            model = load_model(path, self.device)
             found[f"bytes_{when}"] = sum(tensor.nbytes for tensor in model.state_dict().values())
             found[f"bits_{when}"] = _Windows(self.out / SHARDS, model).bits_per_byte(model)
         with replacing(self.out / RESULT) as file:

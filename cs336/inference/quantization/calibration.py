@@ -18,29 +18,30 @@ from cs336.nn.quantized import quantizable
 class Inputs:
     """Of layers that read the same."""
 
+    hessian: Tensor
+    """X^T X (K, K), float32 or wider."""
+    magnitude: Tensor
+    """sum |x| (K,)."""
     layers: list[str] = field(default_factory=list)
     """Their names."""
-    hessian: Tensor | None = None
-    """X^T X (K, K), float32 or wider."""
-    magnitude: Tensor | None = None
-    """sum |x| (K,)."""
     norm: RMSNorm | LayerNorm | None = None
     """Whose output it is; of a mixture's experts, which read some rows of it."""
+
+    @classmethod
+    def like(cls, x: Tensor, norm: RMSNorm | LayerNorm | None) -> "Inputs":
+        """Nothing read yet, of tensors like x (..., K)."""
+        K, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        return cls(x.new_zeros(K, K, dtype=dtype), x.new_zeros(K, dtype=dtype), norm=norm)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         x_RK = x.reshape(-1, x.shape[-1])
-        x_RK = x_RK.to(torch.promote_types(x.dtype, torch.float32))
-        if self.hessian is None or self.magnitude is None:
-            K = x_RK.shape[1]
-            self.hessian, self.magnitude = x_RK.new_zeros(K, K), x_RK.new_zeros(K)
+        x_RK = x_RK.to(self.hessian.dtype)
         self.hessian.addmm_(x_RK.t(), x_RK)
         self.magnitude += x_RK.abs().sum(0)
 
     def divide(self, s_K: Tensor) -> None:
         """As if x / s had been read."""
-        assert self.hessian is not None
-        assert self.magnitude is not None
         self.hessian /= s_K[:, None] * s_K
         self.magnitude /= s_K
 
@@ -92,7 +93,7 @@ class Watch:
         for mixture, whole in self._routed.items():
             if name.startswith(f"{mixture}.") and "down_proj" not in name.split("."):
                 source = whole
-        inputs = Inputs(norm=next((norm for normed, norm in self._normed if normed is source), None))
+        inputs = Inputs.like(x, next((norm for normed, norm in self._normed if normed is source), None))
         self._seen.append((x, inputs))
         self.inputs.append(inputs)
         return inputs

@@ -3,12 +3,13 @@
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.inference.quantization.calibrated import BLOCK_METHODS, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
+from cs336.nn import QuantMethod
 from cs336.nn.quantized import METHODS
 
 Method = Literal["int8", "int4", "gptq", "awq"]
@@ -67,7 +68,12 @@ def compress(
     if method in BLOCK_METHODS:
         if calibrate is None:
             raise ValueError(f"{method} reads calibration text: name one with calibrate (--calibrate TEXT)")
-        options = {"samples": samples, "act_order": act_order, "asymmetric": asymmetric, "device": device}
+        options: dict[str, Any] = {
+            "samples": samples,
+            "act_order": act_order,
+            "asymmetric": asymmetric,
+            "device": device,
+        }
         options |= {"format": format}
         return Compressed(**Calibrated(found, out, method, group, pathlib.Path(calibrate), bits, **options).run())
     if method not in METHODS:
@@ -82,7 +88,7 @@ def compress(
         tokenizer = None
     network = load_model(found, "cpu")
     before = nbytes(network)
-    quantize_(network, method, group, asymmetric=asymmetric)
+    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric)
     save_pretrained(network, out, tokenizer, quantized_as=format)
     return Compressed(before, nbytes(network))
 

@@ -70,7 +70,7 @@ def gptq(
             w_NK[:, k + 1 : end] -= errors_NB[:, k - start, None] * u_KK[k, k + 1 : end]
             q_NK[:, k] = q_N
         w_NK[:, end:] -= errors_NB @ u_KK[start:end, end:]
-    zeros_NG = torch.cat(zeros, 1) if asymmetric else None
+    zeros_NG = torch.cat([zero for zero in zeros if zero is not None], 1) if asymmetric else None
     return QuantizedWeight(q_NK, torch.cat(scales, 1), zeros_NG, order)
 
 
@@ -99,7 +99,7 @@ def gptq_block(block: nn.Module, inputs: list[Inputs], scheme: Scheme) -> str:
     """GPTQ of each layer of a block: see layerwise.fill_block."""
 
     def quantize(weight_NK: Tensor, group: int, read: Inputs) -> QuantizedWeight:
-        options = {"act_order": scheme.order, "asymmetric": scheme.zeros}
-        return gptq(weight_NK, read.hessian, bits=BITS[scheme.method], group=group, **options)
+        bits, order, zeros = BITS[scheme.method], scheme.order, scheme.zeros
+        return gptq(weight_NK, read.hessian, bits=bits, group=group, act_order=order, asymmetric=zeros)
 
     return fill_block(block, inputs, scheme, quantize)

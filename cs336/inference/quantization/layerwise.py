@@ -119,7 +119,6 @@ def _load(block: nn.Module, scheme: Scheme, path: pathlib.Path) -> None:
 
 def output_error(old: Tensor, new: QuantizedLinear, inputs: Inputs) -> tuple[float, float]:
     """||x (w' - w)^T||^2 and ||x w^T||^2 over the inputs, of a weight and what it was rounded to."""
-    assert inputs.hessian is not None
     h, w = inputs.hessian, old.to(inputs.hessian.dtype)
     d = new.weight.to(h.dtype) - w
     return float(((d @ h) * d).sum()), float(((w @ h) * w).sum())

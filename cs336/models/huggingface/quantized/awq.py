@@ -9,7 +9,7 @@ so that w[n, k] = scales[k // group, n] * (q - zero).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's columns, from its lowest bits up
 @dataclass(frozen=True)
 class AWQ:
     scheme: Scheme
-    mark = "qweight"
+    mark: ClassVar[str] = "qweight"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "AWQ":

@@ -10,7 +10,7 @@ so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized".
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ PACKED = "pack-quantized"
 @dataclass(frozen=True)
 class CompressedTensors:
     scheme: Scheme
-    mark = "weight_packed"
+    mark: ClassVar[str] = "weight_packed"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "CompressedTensors":

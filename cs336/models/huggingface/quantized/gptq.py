@@ -10,7 +10,7 @@ so that w[n, k] = scales[g_idx[k], n] * (q - zero).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class GPTQ:
     scheme: Scheme
     shift: int = 1
     """How much less than its zero a group keeps."""
-    mark = "qweight"
+    mark: ClassVar[str] = "qweight"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "GPTQ":

@@ -14,7 +14,7 @@ from cs336.models.huggingface.quantized.own import Own
 from cs336.models.huggingface.quantized.scheme import Format, scheme_of
 from cs336.models.huggingface.quantized.tensors import Tensors
 from cs336.models.transformer import Transformer
-from cs336.nn import Linear, QuantizedLinear
+from cs336.nn import Linear, QuantizedLinear, QuantizedWeight
 from cs336.nn.expert_list import unstack_experts
 
 OURS = "cs336"
@@ -78,12 +78,14 @@ def write_quantized(
         raise ValueError(f"no family of Hugging Face has this model: choose the format {OURS!r}, not {form!r}")
     writer = FORMATS[form].like(scheme_of(layers))
     places = layer_places(model, family)
-    weights, buffers = {}, set()
+    weights: dict[str, Tensor] = {}
+    buffers: set[str] = set()
     for name, layer in layers.items():
         q, scales, zeros, order = layer.quantized
-        moved = [None if t is None else rows(f"{name}.", t) for t in (q, scales, zeros)]
+        zeros = None if zeros is None else rows(f"{name}.", zeros)
+        moved = QuantizedWeight(rows(f"{name}.", q), rows(f"{name}.", scales), zeros, order)
         try:
-            tensors = writer.write(type(layer.quantized)(*moved, order), layer.group)
+            tensors = writer.write(moved, layer.group)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if name not in places:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cs336.ops.ref.linear_quantized import pack_int4, unpack_int4
 @dataclass(frozen=True)
 class Own:
     scheme: Scheme
-    mark = "packed"
+    mark: ClassVar[str] = "packed"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "Own":

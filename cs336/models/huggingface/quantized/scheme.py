@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -49,9 +49,11 @@ def scheme_of(layers: Mapping[str, QuantizedLinear]) -> Scheme:
 
 
 class Format(Protocol):
-    mark: str
+    mark: ClassVar[str]
     """The last part of the name of a tensor that only quantised layers have."""
-    scheme: Scheme
+
+    @property
+    def scheme(self) -> Scheme: ...
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "Format":
