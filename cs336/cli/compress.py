@@ -2,12 +2,12 @@
 
 import difflib
 import os
-from typing import Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import FlagCreatePairsOff
 
-from cs336.cli.common import Path, Run
+from cs336.cli import quantize
+from cs336.cli.common import Run
 
 
 def compress(arguments: list[str]) -> Run:
@@ -27,39 +27,13 @@ def compress(arguments: list[str]) -> Run:
     return run
 
 
-def int8(model: Positional[Path], out: Path, group: int = 128) -> None:
-    """Weights in 8 bits, rounded to the nearest.
-
-    Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write, new or empty.
-        group: neighbours in a row of a weight that share a scale.
-    """
-    _rounded(model, out, "int8", group)
-
-
-def int4(model: Positional[Path], out: Path, group: int = 128) -> None:
-    """Weights in 4 bits, rounded to the nearest.
-
-    Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write, new or empty.
-        group: neighbours in a row of a weight that share a scale.
-    """
-    _rounded(model, out, "int4", group)
-
-
 METHODS: dict[str, Run] = {
-    "int8": int8,
-    "int4": int4,
+    "int8": quantize.int8,
+    "int4": quantize.int4,
+    "gptq": quantize.gptq,
+    "awq": quantize.awq,
 }
 DEFAULT = "int8"
-
-
-def _rounded(model: Path, out: Path, method: Literal["int8", "int4"], group: int) -> None:
-    from cs336.inference.quantization import compress as write
-
-    print(f"{write(model, out, method, group)}, in {out}")
 
 
 def _taken(arguments: list[str]) -> str | None:
