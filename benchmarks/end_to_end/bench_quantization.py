@@ -35,7 +35,8 @@ def by_block(method, scheme: Scheme) -> Method:
     def run(model: Transformer, batches: Batches) -> None:
         with tempfile.TemporaryDirectory() as folder:
             quantize = functools.partial(method, scheme=scheme)
-            quantize_blocks_(model, batches, scheme, quantize, pathlib.Path(folder), say=lambda line: None)
+            place = {"device": model.device, "say": lambda line: None}
+            quantize_blocks_(model, batches, scheme, quantize, pathlib.Path(folder), **place)
 
     return run
 
@@ -87,7 +88,7 @@ def methods(group: int) -> Iterator[tuple[str, Method]]:
 
 @torch.inference_mode()
 def bits_per_byte(model: Transformer, windows: torch.Tensor, num_bytes: int) -> float:
-    loss = sum(float(model(row[None, :-1], targets=row[None, 1:])) for row in windows)
+    loss = sum(float(model(row[None, :-1], targets=row[None, 1:])) for row in windows.to(model.device))
     return loss / torch.log(torch.tensor(2.0)).item() / num_bytes
 
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--measured", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--out", type=pathlib.Path, help="results file that gets the run `quantization`")
     args = parser.parse_args()
@@ -111,7 +113,7 @@ def main() -> None:
     print(f"| method | bits per byte of {num_bytes:,} bytes | MiB of layers |\n| --- | ---: | ---: |")
     rows = []
     for name, method in methods(args.group):
-        model = load_model(args.model, "cpu", torch.float32)
+        model = load_model(args.model, args.device, torch.float32)
         method(model, batches)
         bits = bits_per_byte(model, held_out, num_bytes)
         size = sum(t.nbytes for t in itertools.chain(model.layers.buffers(), model.layers.parameters())) / 2**20
