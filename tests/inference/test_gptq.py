@@ -132,6 +132,24 @@ def test_every_mixer_and_experts(name, tmp_path):
         assert torch.equal(load_model(tmp_path / "out")(batches[0]), logits)
 
 
+def test_a_block_reads_what_the_quantised_ones_before_it_write(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(64, 32, 2, 32, init_std=0.2, layers=(MIXERS["attention"],) * 2)).eval()
+    ids, scheme, hessians = torch.randint(0, 64, (4, 32)), layerwise.Scheme("int4", None), []
+
+    def quantize(block, inputs):
+        hessians.append(next(each.hessian for each in inputs if "attention.q_proj" in each.layers))
+        return gptq_block(block, inputs, scheme)
+
+    layerwise.quantize_blocks_(model, [ids[:1], ids[1:]], scheme, quantize, tmp_path, say=lambda line: None)
+    read = []
+    model.layers[1].attention.q_proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.inference_mode():
+        model(ids)
+    x = read[0].flatten(0, -2)
+    torch.testing.assert_close(hessians[1], x.t() @ x, rtol=1e-4, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model that has learned the words of text.txt."""
