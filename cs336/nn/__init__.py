@@ -39,6 +39,7 @@ from cs336.nn.positions import NoPositionsConfig as NoPositionsConfig
 from cs336.nn.positions import RopeConfig as RopeConfig
 from cs336.nn.positions import RotaryEmbedding as RotaryEmbedding
 from cs336.nn.quantized import QuantizedLinear as QuantizedLinear
+from cs336.nn.quantized import QuantizedWeight as QuantizedWeight
 from cs336.nn.quantized import QuantMethod as QuantMethod
 from cs336.nn.quantized import replace_linears as replace_linears
 from cs336.nn.rope_scaling import LinearScaling as LinearScaling

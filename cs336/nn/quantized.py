@@ -1,32 +1,56 @@
-"""Linear layers whose weights are whole numbers in groups that share a scale, in the places of others.
+"""Linear layers whose weights are whole numbers in groups that share a scale, or eight-bit floats, in the places of
+others.
 
-N = out_features, K = in_features.
+N = out_features, K = in_features, G = groups of a row.
 """
 
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_counts
+from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear
 from cs336.ops import registry
-from cs336.ops.ref.linear_quantized import dequantize_int4, dequantize_int8
+from cs336.ops.ref.linear_quantized import dequantize_int4, dequantize_int8, pack_int4, unpack_int4
 
 QuantMethod = Literal["int8", "int4"]
 METHODS = ("int8", "int4")
+BITS = {"int8": 8, "int4": 4}
 KEPT = ("router", "kv_b_proj")  # a wrong expert costs more than bytes; latent attention takes this weight apart
 
 
+class QuantizedWeight(NamedTuple):
+    """w[n, order[k]] = (q[n, k] - zeros[n, k // group]) * scales[n, k // group]."""
+
+    q: Tensor
+    """(N, K) int8."""
+    scales: Tensor
+    """(N, G) floating point."""
+    zeros: Tensor | None = None
+    """(N, G) int16; None: 0."""
+    order: Tensor | None = None
+    """(K,) int64: which feature each column reads; None: its own."""
+
+    def dequantized(self, group: int) -> Tensor:
+        """(N, K), float32 or as wide as the scales."""
+        return _in_place(dequantize_int8(self.q, self.scales, group, self.zeros), self.order)
+
+
 class QuantizedLinear(nn.Module):
-    """y = x w^T + b with w in int8 or int4: buffers `packed` and `scales`, see ops.linear_int8 and ops.linear_int4.
+    """y = x w^T + b with w in int8 or int4: buffers `packed` and `scales`, see ops.linear_int8 and ops.linear_int4, and
+    `zeros` and `order` where they are asked for, see QuantizedWeight. group None: a row shares one scale.
 
     x (..., in_features) -> (..., out_features) like x. `weight` is made anew each time that it is asked for.
     """
 
     packed: Tensor
     scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -34,60 +58,106 @@ class QuantizedLinear(nn.Module):
         in_features: int,
         out_features: int,
         method: QuantMethod,
-        group: int,
+        group: int | None,
         *,
-        bias=False,
+        zeros: bool = False,
+        order: bool = False,
+        bias: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.method, self.group = in_features, out_features, method, group
+        self.in_features, self.out_features, self.method = in_features, out_features, method
+        self.group = in_features if group is None else group
         columns, kind = (in_features, torch.int8) if method == "int8" else (in_features // 2, torch.uint8)
+        groups = out_features, -(-in_features // self.group)
         self.register_buffer("packed", torch.zeros(out_features, columns, dtype=kind, device=device))
-        self.register_buffer("scales", torch.ones(out_features, -(-in_features // group), dtype=dtype, device=device))
+        self.register_buffer("scales", torch.ones(groups, dtype=dtype, device=device))
+        self.register_buffer("zeros", torch.zeros(groups, dtype=torch.int16, device=device) if zeros else None)
+        self.register_buffer("order", torch.arange(in_features, device=device) if order else None)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
-    def like(cls, layer: nn.Linear, method: QuantMethod, group: int) -> "QuantizedLinear":
+    def like(
+        cls, layer: nn.Linear, method: QuantMethod, group: int | None, *, zeros: bool = False, order: bool = False
+    ) -> "QuantizedLinear":
         """With the shape of a layer, and no values yet."""
-        place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        return cls(layer.in_features, layer.out_features, method, group, bias=layer.bias is not None, **place)
+        place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "zeros": zeros}
+        place |= {"order": order, "bias": layer.bias is not None}
+        return cls(layer.in_features, layer.out_features, method, group, **place)
+
+    def fill(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        """Take the values of a weight, and those of a bias."""
+        self.packed = weight.q.contiguous() if self.method == "int8" else pack_int4(weight.q)
+        self.scales, self.zeros, self.order = weight.scales, weight.zeros, weight.order
+        if bias is not None:
+            self.bias = bias.detach().clone()
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        q_NK = self.packed if self.method == "int8" else unpack_int4(self.packed)
+        return QuantizedWeight(q_NK, self.scales, self.zeros, self.order)
 
     @property
     def weight(self) -> Tensor:
         """(N, K) in the dtype of the scales."""
         dequantize = dequantize_int8 if self.method == "int8" else dequantize_int4
-        return dequantize(self.packed, self.scales, self.group).to(self.scales.dtype)
+        w_NK = dequantize(self.packed, self.scales, self.group, self.zeros).to(self.scales.dtype)
+        return _in_place(w_NK, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         if registry.is_invariant():
             raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
         op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return op(x, self.packed, self.scales, bias, group=self.group)
+        x = x if self.order is None else x.index_select(-1, self.order)
+        return op(x, self.packed, self.scales, bias, group=self.group, zeros=self.zeros)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"
 
 
-def replace_linears(layers: nn.Module, method: QuantMethod, group: int) -> dict[str, tuple[Linear, QuantizedLinear]]:
-    """Put a QuantizedLinear, without values, in the place of each Linear but the KEPT; (old, new) by name.
+def _in_place(w_NK: Tensor, order_K: Tensor | None) -> Tensor:
+    return w_NK if order_K is None else w_NK[:, order_K.argsort()]
 
+
+def quantizable(layers: nn.Module, names: Collection[str] | None = None) -> dict[str, Linear]:
+    """The linear layers below a module that are to be quantised, by name: all but the KEPT and those that make Hyena's
+    filter, or those of these names."""
+    found = {name: module for name, module in layers.named_modules() if type(module) is Linear}
+    if names is not None:
+        return {name: module for name, module in found.items() if name in names}
+    return {n: m for n, m in found.items() if n.rpartition(".")[2] not in KEPT and "filter" not in n.split(".")}
+
+
+def replace_linears(
+    layers: nn.Module,
+    method: QuantMethod,
+    group: int | None,
+    *,
+    zeros: bool = False,
+    order: bool = False,
+    names: Collection[str] | None = None,
+) -> dict[str, tuple[Linear, QuantizedLinear]]:
+    """Put a QuantizedLinear, without values, in the place of each layer that may be quantised; (old, new) by name.
+
+    Stacks of experts become lists of them first. names: of the layers, if not all of them.
     Raises ValueError for an unknown method, a group below 1 or above the features of every layer.
     """
     if method not in METHODS:
         raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
-    check_counts(group=group)
-    found = {name: module for name, module in layers.named_modules() if type(module) is Linear}
-    found = {name: module for name, module in found.items() if name.rpartition(".")[2] not in KEPT}
+    check_counts(optional=True, group=group)
+    unstack_experts(layers)
+    found = quantizable(layers, names)
     most = max((module.in_features for module in found.values()), default=0)
-    if group > most:
+    if not found or (group is not None and group > most):
         raise ValueError(f"there is nothing to quantise in groups of {group}: layers have at most {most} features")
     pairs = {}
     for name, old in found.items():
-        if method == "int4" and (old.in_features % 2 or group % 2):
-            raise ValueError(f"{name}: int4 wants even in_features and group, got {old.in_features} and {group}")
+        wide = old.in_features if group is None else group
+        if method == "int4" and (old.in_features % 2 or wide % 2):
+            raise ValueError(f"{name}: int4 wants even in_features and group, got {old.in_features} and {wide}")
         parent, _, last = name.rpartition(".")
-        pairs[name] = old, QuantizedLinear.like(old, method, group)
+        pairs[name] = old, QuantizedLinear.like(old, method, group, zeros=zeros, order=order)
         setattr(layers.get_submodule(parent), last, pairs[name][1])
     return pairs

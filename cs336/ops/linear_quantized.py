@@ -1,4 +1,4 @@
-"""Linear layers whose weights are whole numbers with a scale a group: y = x w^T + b, w = q * scale.
+"""Linear layers whose weights are whole numbers with a scale a group: y = x w^T + b, w = (q - zero) * scale.
 
 A step of few tokens takes as long as its weights take to be read, which are a half or a quarter of bfloat16's here.
 ref/linear_quantized.py says how they are kept. FLOPs 2 M N K; bytes that must move: x and y once, N K (int8) or N K / 2
@@ -19,7 +19,15 @@ from cs336.ops.ref import linear_quantized as ref
 PER_BYTE = {torch.int8: 1, torch.uint8: 2}  # weights
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, group: int = 128) -> Tensor:
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: int = 128,
+    zeros: Tensor | None = None,
+) -> Tensor:
     """A linear layer of int8 weights.
 
     Args:
@@ -27,56 +35,77 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
         weight: (N, K) int8, contiguous; scales: (N, ceil(K / group)) floating point, contiguous.
         bias: (N,) like x, or None.
         group: neighbours in a row that share a scale.
+        zeros: (N, ceil(K / group)) int16, contiguous, each from -128 to 128: the q that means 0. None: 0.
 
     Returns y (..., N) like x, summed in float32. x and bias have gradients, the weights none. Raises ValueError for
     arguments that do not fit.
     """
-    return _call("linear_int8", ref.dequantize_int8, x, weight, scales, bias, group)
+    return _call("linear_int8", ref.dequantize_int8, x, weight, scales, bias, group, zeros)
 
 
-def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, group: int = 128) -> Tensor:
+def linear_int4(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: int = 128,
+    zeros: Tensor | None = None,
+) -> Tensor:
     """A linear layer of int4 weights: as linear_int8, with weight (N, K / 2) uint8 and an even group. Byte j of a row
     holds q[2 j] + 8 below and q[2 j + 1] + 8 above."""
-    return _call("linear_int4", ref.dequantize_int4, x, weight, scales, bias, group)
+    return _call("linear_int4", ref.dequantize_int4, x, weight, scales, bias, group, zeros)
 
 
-def _call(name: str, dequantize, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
+def _call(
+    name: str,
+    dequantize,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group: int,
+    zeros: Tensor | None,
+) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x must be (..., K), got no dims")
     flat = rows(x.reshape(-1, x.shape[-1]))
-    _CHECKS[name](flat, weight, scales, bias, group)
+    _CHECKS[name](flat, weight, scales, bias, group, zeros)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _Linear.apply(flat, weight, scales, bias, group, name, dequantize)
+        y = _Linear.apply(flat, weight, scales, bias, group, zeros, name, dequantize)
     else:
-        y = run(name, flat, weight, scales, bias, group)
+        y = run(name, flat, weight, scales, bias, group, zeros)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, scales, bias, group: int, name: str, dequantize) -> Tensor:
-        ctx.save_for_backward(weight, scales)
+    def forward(ctx: Any, x, weight, scales, bias, group: int, zeros, name: str, dequantize) -> Tensor:
+        ctx.save_for_backward(weight, scales, zeros)
         ctx.group, ctx.dequantize = group, dequantize
-        return run(name, x, weight, scales, bias, group)
+        return run(name, x, weight, scales, bias, group, zeros)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         for_x, _, _, for_bias, *_ = ctx.needs_input_grad
-        dx = dy @ ctx.dequantize(*ctx.saved_tensors, ctx.group).to(dy.dtype) if for_x else None
-        return dx, None, None, dy.sum(0) if for_bias else None, None, None, None
+        weight, scales, zeros = ctx.saved_tensors
+        dx = dy @ ctx.dequantize(weight, scales, ctx.group, zeros).to(dy.dtype) if for_x else None
+        return dx, None, None, dy.sum(0) if for_bias else None, None, None, None, None
 
 
-def _check_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
-    _check(x, weight, scales, bias, group, torch.int8)
+def _check_int8(x: Tensor, weight: Tensor, scales: Tensor, bias, group: int, zeros) -> None:
+    _check(x, weight, scales, bias, group, zeros, torch.int8)
 
 
-def _check_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
+def _check_int4(x: Tensor, weight: Tensor, scales: Tensor, bias, group: int, zeros) -> None:
     if group % 2:
         raise ValueError(f"int4 weights lie two in a byte, so that a group is even, got {group}")
-    _check(x, weight, scales, bias, group, torch.uint8)
+    _check(x, weight, scales, bias, group, zeros, torch.uint8)
 
 
-def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype) -> None:
+def _check(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, zeros: Tensor | None, dtype: torch.dtype
+) -> None:
     if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be (M, K) floating point with its last dim contiguous, got {_like(x)}")
     if group < 1:
@@ -88,9 +117,11 @@ def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group
     if scales.shape != (weight.shape[0], -(-K // group)) or not scales.is_floating_point():
         wanted = (weight.shape[0], -(-K // group))
         raise ValueError(f"scales must be {wanted} floating point for groups of {group}, got {_like(scales)}")
+    if zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.int16):
+        raise ValueError(f"zeros must be int16 and as scales, {tuple(scales.shape)}, got {_like(zeros)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({weight.shape[0]},) {x.dtype}, got {_like(bias)}")
-    for name, t in (("weight", weight), ("scales", scales), ("bias", bias)):
+    for name, t in (("weight", weight), ("scales", scales), ("bias", bias), ("zeros", zeros)):
         if t is not None and (t.device != x.device or not t.is_contiguous()):
             raise ValueError(f"{name} must be contiguous on {x.device}, got {_like(t)} with strides {t.stride()}")
 
@@ -110,8 +141,8 @@ def _triton_refuses(x: Tensor, *_) -> str | None:
 
 for _name, _check_of in _CHECKS.items():
     registry.define(
-        f"{_name}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int group) -> Tensor",
-        fake=lambda x, weight, scales, bias, group: x.new_empty(x.shape[0], weight.shape[0]),
+        f"{_name}(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int group, Tensor? zeros=None) -> Tensor",
+        fake=lambda x, weight, scales, bias, group, zeros: x.new_empty(x.shape[0], weight.shape[0]),
         ref=getattr(ref, _name),
         triton=f"linear_quantized.{_name}",
         check=_check_of,

@@ -75,9 +75,12 @@ def test_a_saved_model_is_the_same_in_any_dtype_and_may_be_saved_again(directory
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def test_verbs_take_it(directory, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["cs336", "compressed-tensors", "gptq", "awq"])
+def test_verbs_take_it(directory, tmp_path, capsys, form):
     out = tmp_path / "small"
-    assert main(["compress", str(directory), "--method", "int4", "--group", "16", "--out", str(out)]) == 0
+    how = ["--method", "int4", "--group", "16", "--format", form, "--out", str(out)]
+    assert main(["compress", str(directory), *how]) == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == form
     assert "times smaller" in capsys.readouterr().out
     assert main(["generate", str(out), "--prompt", "the c", "--temperature", "0", "--max-tokens", "8"]) == 0
     text = capsys.readouterr().out

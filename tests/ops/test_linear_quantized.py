@@ -36,18 +36,21 @@ def inputs(M, N, K, group, dtype, device, method):
 def test_against_fp64_of_the_dequantised_weights(variant, device, M, N, K, group, dtype, method):
     op, dequantize = OPS[method]
     x, q, scales, b = inputs(M, N, K, group, dtype, device, method)
-    w = dequantize(q, scales.double(), group)
-    for bias in (None, b):
+    zero = torch.randint(-8, 9, scales.shape, dtype=torch.int16, device=device)
+    for bias, zeros in ((None, None), (b, None), (b, zero)):
+        w = dequantize(q, scales.double(), group, zeros)
         want = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
         torchs = torch.nn.functional.linear(x, w.to(dtype), bias)
         assert want.dtype == F64
-        assert_close_to_ref(op(x, q, scales, bias, group=group), want, torchs, scale=K**0.5)
+        assert_close_to_ref(op(x, q, scales, bias, group=group, zeros=zeros), want, torchs, scale=K**0.5)
 
 
 def test_what_the_numbers_mean():
     q = torch.tensor([[-128, 0, 1, 127, 3]], dtype=torch.int8)
     scales = torch.tensor([[0.5, 2.0, 3.0]])
     assert dequantize_int8(q, scales, 2).tolist() == [[-64, 0, 2, 254, 9]]
+    zeros = torch.tensor([[1, -2, 3]], dtype=torch.int16)
+    assert dequantize_int8(q, scales, 2, zeros).tolist() == [[-64.5, -0.5, 6, 258, 0]]
     packed = torch.tensor([[0xF0, 0x98]], dtype=torch.uint8)
     assert dequantize_int4(packed, scales[:, :2], 2).tolist() == [[-4, 3.5, 0, 2]]
 
@@ -94,6 +97,8 @@ def test_refuses_what_does_not_fit(variant, device):
     ):
         with pytest.raises(ValueError, match=message):
             op(*args, group=8)
+    with pytest.raises(ValueError, match=r"zeros must be int16 and as scales, \(4, 2\), got \(4, 1\)"):
+        ops.linear_int8(x, q, scales, group=8, zeros=torch.zeros(4, 1, dtype=torch.int16, device=device))
     with pytest.raises(ValueError, match="group is even, got 3"):
         ops.linear_int4(x, packed, scales, group=3)
     with pytest.raises(ValueError, match="group must be 1 or more"):

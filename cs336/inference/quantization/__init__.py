@@ -2,5 +2,6 @@
 
 from cs336.inference.quantization.compress import Compressed as Compressed
 from cs336.inference.quantization.compress import compress as compress
+from cs336.inference.quantization.gptq import gptq as gptq
 from cs336.inference.quantization.rounding import quantize_ as quantize_
 from cs336.inference.quantization.rounding import round_to_nearest as round_to_nearest

@@ -3,11 +3,17 @@
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.inference.quantization.calibrated import BLOCK_METHODS, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
 from cs336.nn import QuantMethod
+from cs336.nn.quantized import METHODS
+
+Method = Literal["int8", "int4", "gptq", "awq"]
+Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
 
 
 @dataclass(frozen=True)
@@ -15,34 +21,77 @@ class Compressed:
     bytes_before: int
     """Of the weights."""
     bytes_after: int
+    bits_before: float | None = None
+    """Per byte of the calibration text's part that is held out, where there is a text."""
+    bits_after: float | None = None
 
     def __str__(self) -> str:
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
-        return f"weights: {before:,.2f} MiB -> {after:,.2f} MiB, {before / after:.2f} times smaller"
+        text = f"weights: {before:,.2f} MiB -> {after:,.2f} MiB, {before / after:.2f} times smaller"
+        if self.bits_before is not None and self.bits_after is not None:
+            text += f"; held-out text: {self.bits_before:.4f} -> {self.bits_after:.4f} bits per byte"
+        return text
 
 
 def compress(
-    model: str | os.PathLike, out: str | os.PathLike, method: QuantMethod = "int8", group: int = 128
+    model: str | os.PathLike,
+    out: str | os.PathLike,
+    method: Method = "int8",
+    group: int | None = 128,
+    *,
+    calibrate: str | os.PathLike | None = None,
+    bits: int = 4,
+    samples: int = 128,
+    act_order: bool = False,
+    asymmetric: bool = False,
+    device: str = "auto",
+    format: Format = "cs336",
 ) -> Compressed:
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
-    group: neighbours in a row of a weight that share a scale.
-    Raises FileExistsError for a directory that holds something, FileNotFoundError where there is no model, ValueError
-    for what cannot be quantised.
+    Args:
+        method: int8 and int4 round to the nearest. gptq and awq read text; the same call goes on where one that
+            was killed stopped, and does not repeat one that is finished.
+        group: neighbours in a row of a weight that share a scale; None: the whole row.
+        calibrate: of gptq and awq: text, JSON lines, parquet or a directory of them. A tenth is held out to measure.
+        bits: of gptq and awq, 4 or 8.
+        samples: windows of text that are read, each of the model's context or 2048 tokens.
+        act_order: gptq rounds the features with the largest inputs first.
+        asymmetric: a group has a zero besides its scale.
+        device: auto (a GPU if there is one), cpu, cuda: where the blocks of a calibrated method take turns.
+        format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
+
+    Raises FileExistsError, ValueError with a calibrated method, for a directory that holds something else;
+    FileNotFoundError where there is no model or text; ValueError for what cannot be quantised.
     """
-    out = pathlib.Path(out)
+    out, found = pathlib.Path(out), find_model(model)
+    if method in BLOCK_METHODS:
+        if calibrate is None:
+            raise ValueError(f"{method} reads calibration text: name one with calibrate (--calibrate TEXT)")
+        options: dict[str, Any] = {
+            "samples": samples,
+            "act_order": act_order,
+            "asymmetric": asymmetric,
+            "device": device,
+        }
+        options |= {"format": format}
+        return Compressed(**Calibrated(found, out, method, group, pathlib.Path(calibrate), bits, **options).run())
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join((*METHODS, *BLOCK_METHODS))}, got {method!r}")
+    if calibrate is not None or act_order:
+        raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq or awq")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is there already and holds something: name another directory")
-    found = find_model(model)
     try:
         tokenizer = load_tokenizer(found)
     except FileNotFoundError:
         tokenizer = None
     network = load_model(found, "cpu")
-    before = _nbytes(network)
-    save_pretrained(quantize_(network, method, group), out, tokenizer)
-    return Compressed(before, _nbytes(network))
+    before = nbytes(network)
+    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric)
+    save_pretrained(network, out, tokenizer, quantized_as=format)
+    return Compressed(before, nbytes(network))
 
 
-def _nbytes(model: Transformer) -> int:
+def nbytes(model: Transformer) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -1,6 +1,7 @@
 """The files of a model in the Hugging Face layout, written whole and read with every field and weight accounted for."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -24,11 +25,12 @@ from cs336.models.huggingface.llama import LLAMA
 from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
+from cs336.models.huggingface.quantized import read_quantized, write_quantized
 from cs336.models.huggingface.qwen2 import QWEN2
 from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, RopeConfig, replace_linears
+from cs336.nn import QuantizedLinear, RopeConfig
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -52,6 +54,7 @@ def save_pretrained(
     *,
     step: int | None = None,
     max_shard_bytes: int = 50 * 10**9,
+    quantized_as: str = OURS,
 ) -> None:
     """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
 
@@ -64,7 +67,9 @@ def save_pretrained(
 
     step: of training; `read_step` finds it.
     max_shard_bytes: of a file of weights; more than it holds are written as shards with an index.
-    Raises ValueError for a tokenizer that exceeds the model.
+    quantized_as: how quantised layers are written: "cs336", as our own kind of model, or for a model of a family
+        "compressed-tensors", "gptq" or "awq".
+    Raises ValueError for a tokenizer that exceeds the model, and for layers that the format does not hold.
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a cs336.models.Transformer, got {type(model).__name__}")
@@ -72,7 +77,7 @@ def save_pretrained(
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
     end = None if tokenizer is None else tokenizer.special_tokens.get(END_OF_TEXT)
     special_ids = model.special_ids or {"bos_token_id": end, "eos_token_id": end}
-    config, weights = _in_layout(model)
+    config, weights = _in_layout(model, quantized_as)
     config |= special_ids | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
     config |= {} if step is None else {"training_step": step}
     files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
@@ -149,9 +154,6 @@ def from_pretrained(
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
     model = Transformer(config, device="meta").eval()
-    if QUANTIZATION in theirs:
-        _quantize_like(model, theirs[QUANTIZATION], family)
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
@@ -161,10 +163,15 @@ def from_pretrained(
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if is_adapter(given):
         add_adapter(given, found)
+    said = theirs.get(QUANTIZATION)
+    quantized = set() if said is None else read_quantized(model, said, found, family)
+    state = model.state_dict()
+    shapes = {name: t.shape for name, t in state.items() if name not in quantized}
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
-    whole = _check_quantized(model, weights)
-    model.load_state_dict({n: weights[n] if n in whole else weights[n].to(dtype) for n in shapes}, assign=True)
+    model.load_state_dict(
+        {name: state[name] if name in quantized else weights[name].to(dtype) for name in state}, assign=True
+    )
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
     if place := next((place for place in (given, directory) if (place / GENERATION).exists()), None):
         generation = read_json(place / GENERATION)
@@ -189,52 +196,20 @@ def read_kind(directory: str | os.PathLike) -> str | None:
     return read_json(base_of(directory) / CONFIG).get("model_type")
 
 
-def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
     config, weights = model.config, model.state_dict()
-    quantization = _quantization_of(model)
-    for family in FAMILIES.values():
-        table = family.table(config)
-        if table is not None and not quantization:
-            return table, dict(_their_weights(weights, config, family))
-    ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(config)} | quantization
-    return ours, {name: t.contiguous() for name, t in weights.items()}
-
-
-def _quantization_of(model: Transformer) -> dict[str, Any]:
-    """What config.json says of layers with weights of whole numbers."""
-    found = {(m.method, m.group) for m in model.layers.modules() if isinstance(m, QuantizedLinear)}
-    if not found:
-        return {}
-    ((method, group),) = found
-    return {QUANTIZATION: {"quant_method": OURS, "method": method, "group": group}}
-
-
-def _quantize_like(model: Transformer, said: Any, family: Family | None) -> None:
-    if family is not None or not isinstance(said, dict) or said.get("quant_method") != OURS:
-        kind = said.get("quant_method") if isinstance(said, dict) else said
-        raise ValueError(f"{QUANTIZATION} is of {kind!r}, which is not read: only what cs336 compress wrote is")
-    if said.keys() != {"quant_method", "method", "group"}:
-        raise ValueError(f"{QUANTIZATION} must have quant_method, method and group, got {', '.join(sorted(said))}")
-    try:
-        replace_linears(model.layers, said["method"], said["group"])
-    except ValueError as error:
-        raise ValueError(f"{QUANTIZATION}: {error}") from None
-
-
-def _check_quantized(model: Transformer, weights: dict[str, Tensor]) -> set[str]:
-    """The names of what is kept as it is stored. Raises ValueError for what cannot be a quantised weight."""
-    kept = set()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            packed, scales = f"{name}.packed", f"{name}.scales"
-            if weights[packed].dtype != module.packed.dtype:
-                raise ValueError(f"{packed} is {weights[packed].dtype}, {module.method} means {module.packed.dtype}")
-            found = weights[scales]
-            if not found.is_floating_point() or not (found.isfinite() & (found > 0)).all():
-                raise ValueError(f"{scales} must be positive numbers, got others: the file is damaged")
-            kept |= {packed, scales}
-    return kept
+    tables = ((family, family.table(config)) for family in FAMILIES.values())
+    family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
+    half_split = functools.partial(_half_split, config=config)
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
+        family = table = None
+    said, quantized, buffers = write_quantized(model, quantized_as, family, half_split if family else _as_it_is)
+    weights = {name: t for name, t in weights.items() if name not in buffers}
+    if family is not None and table is not None:
+        return table | said, dict(_their_weights(weights, config, family)) | quantized
+    ours = {"model_type": OURS, "architectures": ["Transformer"], "config": to_table(config)} | said
+    return ours, {name: t.contiguous() for name, t in weights.items()} | quantized
 
 
 def _their_weights(
@@ -282,7 +257,8 @@ def _our_config(theirs: dict[str, Any]) -> tuple[TransformerConfig, Family | Non
         return parse(TransformerConfig, theirs.get("config", {})), None
     if kind not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
-    return FAMILIES[kind].config(theirs), FAMILIES[kind]
+    plain = {name: value for name, value in theirs.items() if name != QUANTIZATION}
+    return FAMILIES[kind].config(plain), FAMILIES[kind]
 
 
 def _our_weights(
@@ -310,6 +286,10 @@ def _our_weights(
                 raise ValueError(f"{shown} has shape {tuple(t.shape)}, config.json means {tuple(shapes[name])}")
             weights[name] = t.contiguous()
     return weights
+
+
+def _as_it_is(name: str, t: Tensor) -> Tensor:
+    return t
 
 
 def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:

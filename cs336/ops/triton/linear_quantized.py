@@ -1,6 +1,6 @@
-"""y = x w^T + b of int8 and int4 weights in Triton. The whole numbers are exact in the dtype of x, so that a
-group's product is that of x and q, and its scale multiplies the sum. A byte's two weights meet the even and the odd
-features."""
+"""y = x w^T + b of int8 and int4 weights in Triton. The whole numbers, less their zero, are exact in the dtype of x (to
+256 in bfloat16), so that a group's product is that of x and q - zero, and its scale multiplies the sum. A byte's two
+weights meet the even and the odd features."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ BLOCK_BYTES = 32  # of a row of weights, in a step
 
 @triton.jit(do_not_specialize=["M"])  # it changes from call to call
 def _linear_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, M, N, K, groups, x_stride,
+    x_ptr, w_ptr, s_ptr, b_ptr, z_ptr, y_ptr, M, N, K, groups, x_stride,
     PER_BYTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -26,16 +26,19 @@ def _linear_kernel(
     for g in range(groups):
         first, last = g * GROUP // PER_BYTE, tl.minimum((g + 1) * GROUP, K) // PER_BYTE  # bytes
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        zero = tl.zeros((BLOCK_N, 1), tl.float32)
+        if z_ptr is not None:
+            zero += tl.load(z_ptr + n.to(tl.int64) * groups + g, mask=n < N, other=0).to(tl.float32)[:, None]
         for start in range(first, last, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)[None, :]
             q = tl.load(w_ptrs + j, mask=w_rows & (j < last), other=0)
             x = tl.load(x_ptrs + PER_BYTE * j, mask=x_rows & (j < last), other=0.0)
             if PER_BYTE == 1:
-                part += dot(x, tl.trans(cast(q.to(tl.float32), x.dtype)))
+                part += dot(x, tl.trans(cast(q.to(tl.float32) - zero, x.dtype)))
             else:
                 odd = tl.load(x_ptrs + 2 * j + 1, mask=x_rows & (j < last), other=0.0)
-                low = (q & 15).to(tl.float32) - 8
-                high = (q >> 4).to(tl.float32) - 8
+                low = (q & 15).to(tl.float32) - 8 - zero
+                high = (q >> 4).to(tl.float32) - 8 - zero
                 part += dot(x, tl.trans(cast(low, x.dtype))) + dot(odd, tl.trans(cast(high, x.dtype)))
         scale = tl.load(s_ptr + n.to(tl.int64) * groups + g, mask=n < N, other=0.0).to(tl.float32)
         acc += part * scale[None, :]
@@ -45,15 +48,15 @@ def _linear_kernel(
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=x_rows & (n < N)[None, :])
 
 
-def linear_int8(x, weight, scales, bias, group):
-    return _linear(x, weight, scales, bias, group, 1)
+def linear_int8(x, weight, scales, bias, group, zeros):
+    return _linear(x, weight, scales, bias, group, zeros, 1)
 
 
-def linear_int4(x, weight, scales, bias, group):
-    return _linear(x, weight, scales, bias, group, 2)
+def linear_int4(x, weight, scales, bias, group, zeros):
+    return _linear(x, weight, scales, bias, group, zeros, 2)
 
 
-def _linear(x, weight, scales, bias, group, per_byte):
+def _linear(x, weight, scales, bias, group, zeros, per_byte):
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
     if y.numel() == 0:
@@ -61,7 +64,7 @@ def _linear(x, weight, scales, bias, group, per_byte):
     block_m, block_n = (16, 16) if INTERPRET.value else (16 if M <= 16 else 64, 32)
     with torch.cuda.device_of(x):
         _linear_kernel[triton.cdiv(N, block_n), triton.cdiv(M, block_m)](
-            x, weight, scales, bias, y, M, N, K, scales.shape[1], x.stride(0),
+            x, weight, scales, bias, zeros, y, M, N, K, scales.shape[1], x.stride(0),
             PER_BYTE=per_byte, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_BYTES,
         )  # fmt: skip
     return y

@@ -1,0 +1,102 @@
+"""compressed-tensors', as llm-compressor writes it and vLLM and transformers read it: of a layer (N, K) in G groups
+
+    weight_packed      (N, ceil(K / 8)) int32    q + 8, 8 features a word; of 8 bits q + 128, 4 a word
+    weight_scale       (N, G)
+    weight_zero_point  (ceil(N / 8), G) int32    zero + 8, packed down the rows, of asymmetric grids
+    weight_shape       (2,) int64                N, K
+
+so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cs336.models.huggingface.quantized.packing import pack, unpack
+from cs336.models.huggingface.quantized.scheme import BITS, Scheme, refuse
+from cs336.models.huggingface.quantized.tensors import Tensors
+from cs336.nn import QuantizedWeight
+
+PACKED = "pack-quantized"
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    scheme: Scheme
+    mark: ClassVar[str] = "weight_packed"
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> "CompressedTensors":
+        groups = said.get("config_groups")
+        if (
+            not isinstance(groups, dict)
+            or len(groups) != 1
+            or not isinstance(only := next(iter(groups.values())), dict)
+        ):
+            raise refuse("config_groups", groups, "one group of layers")
+        if (kind := only.get("format") or said.get("format")) != PACKED:
+            raise refuse("format", kind, repr(PACKED))
+        for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+            if said.get(name):
+                raise refuse(name, said[name], "none")
+        if only.get("input_activations") or only.get("output_activations"):
+            raise refuse("input_activations", only.get("input_activations"), f"none, with {PACKED!r}")
+        weights = only.get("weights")
+        if not isinstance(weights, dict):
+            raise refuse("weights", weights, "a table")
+        bits, strategy, group = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+        if type(bits) is not int or bits not in BITS:
+            raise refuse("weights.num_bits", bits, "4 or 8")
+        if weights.get("type", "int") != "int" or weights.get("dynamic"):
+            raise refuse("weights.type", weights.get("type"), "'int', not dynamic")
+        if strategy == "channel" or (strategy == "group" and group == -1):
+            group = None
+        elif strategy != "group" or type(group) is not int or group < 1:
+            raise refuse("weights.strategy", (strategy, group), "'channel', or 'group' with a positive group_size")
+        symmetric = weights.get("symmetric", True)
+        if not isinstance(symmetric, bool):
+            raise refuse("weights.symmetric", symmetric, "true or false")
+        return cls(Scheme(BITS[bits], group, zeros=not symmetric))
+
+    @classmethod
+    def like(cls, scheme: Scheme) -> "CompressedTensors":
+        if scheme.order:
+            raise ValueError("compressed-tensors has no order of features: choose gptq, or quantise without act_order")
+        return cls(scheme)
+
+    def config(self, unquantized: list[str]) -> dict[str, Any]:
+        scheme = self.scheme
+        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": not scheme.zeros}
+        weights |= {"strategy": "channel" if scheme.group is None else "group", "group_size": scheme.group}
+        weights |= {"actorder": None, "dynamic": False, "block_structure": None}
+        only = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        said = {"quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed"}
+        return said | {"config_groups": {"group_0": only}, "ignore": unquantized, "kv_cache_scheme": None}
+
+    def read(self, tensors: Tensors, out_features: int, in_features: int) -> QuantizedWeight:
+        N, K, G, bits = out_features, in_features, self.scheme.groups(in_features), self.scheme.bits
+        many, half = 32 // bits, 2 ** (bits - 1)
+        shape = tensors.take("weight_shape", (2,), torch.int64, torch.int32)
+        if shape.tolist() != [N, K]:
+            raise ValueError(f"{tensors.stem}.weight_shape is {shape.tolist()}, config.json means {[N, K]}")
+        q_NK = unpack(tensors.take("weight_packed", (N, -(-K // many)), torch.int32), bits, 1, K) - half
+        scales = tensors.scales("weight_scale", (N, G))
+        zeros = None
+        if self.scheme.zeros:
+            words = tensors.take("weight_zero_point", (-(-N // many), G), torch.int32)
+            zeros = (unpack(words, bits, 0, N) - half).contiguous()
+        return QuantizedWeight(q_NK.to(torch.int8).contiguous(), scales, zeros)
+
+    def write(self, weight: QuantizedWeight, group: int) -> dict[str, Tensor]:
+        (N, K), bits = weight.q.shape, self.scheme.bits
+        if K % group:
+            raise ValueError(f"compressed-tensors has whole groups: {K} features in groups of {group} do not fit")
+        half = 2 ** (bits - 1)
+        tensors = {"weight_packed": pack(weight.q.to(torch.int16) + half, bits, 1)}
+        if self.scheme.zeros:
+            zeros = torch.zeros_like(weight.scales, dtype=torch.int16) if weight.zeros is None else weight.zeros
+            tensors["weight_zero_point"] = pack(zeros + half, bits, 0)
+        return tensors | {"weight_scale": weight.scales, "weight_shape": torch.tensor([N, K])}

@@ -1,0 +1,119 @@
+"""The quantised layers of a model: where a file keeps each, and what stands for it in the model."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cs336.models.huggingface.family import Family, Rule
+from cs336.models.huggingface.quantized.awq import AWQ
+from cs336.models.huggingface.quantized.compressed_tensors import CompressedTensors
+from cs336.models.huggingface.quantized.gptq import GPTQ
+from cs336.models.huggingface.quantized.own import Own
+from cs336.models.huggingface.quantized.scheme import Format, scheme_of
+from cs336.models.huggingface.quantized.tensors import Tensors
+from cs336.models.transformer import Transformer
+from cs336.nn import Linear, QuantizedLinear, QuantizedWeight
+from cs336.nn.expert_list import unstack_experts
+
+OURS = "cs336"
+FORMATS: dict[str, type[Format]] = {
+    OURS: Own,
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
+}
+
+
+def read_quantized(model: Transformer, said: Any, found: dict[str, Tensor], family: Family | None) -> set[str]:
+    """Put the quantised layers of a file in the places of a model's, which is on meta, and take their tensors out of
+    `found`. Returns the names of their buffers, biases left out.
+
+    said: the quantization_config. Raises ValueError by the name of the field or the tensor that does not fit.
+    """
+    kind = said.get("quant_method") if isinstance(said, dict) else said
+    if not isinstance(kind, str) or kind not in FORMATS or (kind == OURS) != (family is None):
+        allowed = OURS if family is None else ", ".join(name for name in FORMATS if name != OURS)
+        raise ValueError(f"quantization_config is of {kind!r}: of this model_type {allowed} can be read")
+    form = FORMATS[kind].of(said)
+    places = layer_places(model, family)
+    stems = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] == form.mark}
+    wanted = {name: stem for name, stem in places.items() if stem in stems}
+    if not wanted:
+        raise ValueError(f"quantization_config is of {kind!r}, and no layer of the file has a {form.mark}")
+    for mixture in {name.partition(".experts.")[0] for name in wanted if ".experts." in name}:
+        if left := [places[n] for n in places if n.startswith(f"{mixture}.experts.") and n not in wanted]:
+            raise ValueError(f"{left[0]}.{form.mark} is missing, and other experts of its layer are quantised")
+        unstack_experts(model.get_submodule(mixture))
+    buffers = set()
+    for name, stem in wanted.items():
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        weight = form.read(Tensors(found, stem, form.scheme.method), old.out_features, old.in_features)
+        options = {"zeros": weight.zeros is not None, "order": weight.order is not None}
+        new = QuantizedLinear.like(old, form.scheme.method, form.scheme.group, **options)
+        new.fill(weight)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+        buffers |= {f"{name}.{part}" for part, t in new.named_buffers() if part != "bias" and t is not None}
+    return buffers
+
+
+def write_quantized(
+    model: Transformer, form: str, family: Family | None, rows: Any
+) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+    """The quantization_config of a model, the tensors of its quantised layers by their names in a file, and the names
+    that these have in the model; all empty for a model without.
+
+    rows: (name, tensor) -> tensor puts the rows of a layer in the file's order.
+    Raises ValueError for an unknown format, and for what it cannot hold, by the name of the layer.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        return {}, {}, set()
+    if form not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if family is None and form != OURS:
+        raise ValueError(f"no family of Hugging Face has this model: choose the format {OURS!r}, not {form!r}")
+    writer = FORMATS[form].like(scheme_of(layers))
+    places = layer_places(model, family)
+    weights: dict[str, Tensor] = {}
+    buffers: set[str] = set()
+    for name, layer in layers.items():
+        q, scales, zeros, order = layer.quantized
+        zeros = None if zeros is None else rows(f"{name}.", zeros)
+        moved = QuantizedWeight(rows(f"{name}.", q), rows(f"{name}.", scales), zeros, order)
+        try:
+            tensors = writer.write(moved, layer.group)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if name not in places:
+            raise ValueError(f"{name} has no place in a file of {form!r}: choose the format {OURS!r}")
+        weights |= {f"{places[name]}.{last}": t for last, t in tensors.items()}
+        buffers |= {f"{name}.{part}" for part, _ in layer.named_buffers() if part != "bias"}
+    plain = [places.get(n, n) for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, Linear)]
+    return {"quantization_config": writer.config(["lm_head", *plain])}, weights, buffers
+
+
+def layer_places(model: Transformer, family: Family | None) -> dict[str, str]:
+    """Our name of each linear layer of the blocks -> its name in a file, of those that are one by one there."""
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in Transformer(model.config).state_dict().items() if n.startswith("layers.")}
+    rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
+    return dict(_places(rules, shapes))
+
+
+def _places(rules: list[Rule], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, str]]:
+    for rule in rules:
+        if len(rule.ours) > 1:
+            continue
+        (name,) = rule.ours
+        if ".mlp.experts." in name:
+            for e in range(shapes[name][0]):
+                yield (
+                    f"{name}.{e}",
+                    f"{name}.{e}" if rule.theirs == rule.ours else rule.theirs[e].removesuffix(".weight"),
+                )
+        elif name.endswith(".weight") and len(shapes[name]) == 2 and rule.read is Rule.read:
+            yield name.removesuffix(".weight"), rule.theirs[0].removesuffix(".weight")

@@ -1,0 +1,53 @@
+"""Experts one by one: what moe.Experts keeps in stacks, as a linear layer each, where those of other kinds can stand.
+
+N = tokens, E = experts, M = d_model.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cs336.nn.linear import Linear
+from cs336.nn.mlp import ACTIVATIONS, gate
+from cs336.nn.moe import Experts
+
+STACKS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertList(nn.Module):
+    """The experts of a mixture with their weights as they are: lists up_proj, down_proj and, if gated, gate_proj."""
+
+    gate_proj: nn.ModuleList | None
+    up_proj: nn.ModuleList
+    down_proj: nn.ModuleList
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        self.activation, self.gated = experts.activation, experts.gated
+        for name in STACKS:
+            stack = getattr(experts, name)
+            setattr(self, name, None if stack is None else nn.ModuleList(map(_linear, stack.detach().unbind())))
+
+    def forward(self, x_NM: Tensor, load_E: Tensor) -> Tensor:
+        """As moe.Experts: x (N, M), sorted by expert, of which load_E (E,) rows go to each -> (N, M)."""
+        parts = x_NM.split(load_E.tolist())
+        return torch.cat([self._expert(e, part) for e, part in enumerate(parts)])
+
+    def _expert(self, e: int, x: Tensor) -> Tensor:
+        up = self.up_proj[e](x)
+        if self.gate_proj is None:
+            return self.down_proj[e](ACTIVATIONS[self.activation](up))
+        return self.down_proj[e](gate(self.activation, self.gate_proj[e](x), up))
+
+
+def _linear(weight: Tensor) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+def unstack_experts(layers: nn.Module) -> None:
+    """Put an ExpertList in the place of each stack of experts below a module."""
+    for module in list(layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Experts:
+                setattr(module, name, ExpertList(child))
