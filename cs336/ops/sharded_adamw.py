@@ -116,7 +116,9 @@ _define(
     _check_step,
 )
 _define(
-    "sharded_adamw_wait_", "Tensor(a!) param, int comm", lambda param, comm: _check_bucket("param", param, comm) and None
+    "sharded_adamw_wait_",
+    "Tensor(a!) param, int comm",
+    lambda param, comm: _check_bucket("param", param, comm) and None,
 )
 
 

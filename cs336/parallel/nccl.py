@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cs336 import _load
 from cs336.ops import communicator
-from cs336.parallel.collectives import all_gather, all_reduce, gather_json, reduce_scatter
+from cs336.parallel.collectives import all_gather, all_reduce, count, gather_json, reduce_scatter
 
 ID_BYTES = 128  # ncclUniqueId
 
@@ -34,6 +34,11 @@ class Communicator:
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         all_gather(out, x, self.group)
+
+    def count(self, collective: str, whole: Tensor) -> None:
+        """Account for what a native kernel moves; the others' collectives count for themselves."""
+        if self.native:
+            count(collective, whole, self.group)
 
     def stream(self) -> torch.cuda.Stream:
         """That NCCL works on, of a native one."""

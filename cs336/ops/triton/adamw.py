@@ -51,9 +51,7 @@ def _adamw_kernel(
     tl.store(p_ptr + i, cast(p, p_ptr.dtype.element_ty), mask)
 
 
-def update(
-    p, g, m, v, step, lr, grad_scale, beta1, beta2, eps, weight_decay, *, remainder=None, used=None
-):
+def update(p, g, m, v, step, lr, grad_scale, beta1, beta2, eps, weight_decay, *, remainder=None, used=None):
     """One parameter; with `remainder` p is a bfloat16 half of float32 weights, and stays as it is where `used` is 0."""
     if not p.numel():
         return
