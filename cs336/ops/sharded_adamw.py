@@ -17,7 +17,7 @@ Bytes that must move on a GPU for each parameter of a shard: 22 with bfloat16 pa
 float32; a rank sends S (N-1)/N bytes of gradients and as many of parameters for a bucket of S bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ def _check_step(
     _check_numbers(beta1, beta2, eps=eps, weight_decay=weight_decay)
 
 
+def _check_wait(param: Tensor, comm: int) -> None:
+    _check_bucket("param", param, comm)
+
+
 def _needs_nccl(*args) -> str | None:
     if communicator.get(comm := args[-1]).native:
         return None
@@ -115,11 +119,15 @@ _define(
     "float weight_decay, int comm",
     _check_step,
 )
-_define(
-    "sharded_adamw_wait_",
-    "Tensor(a!) param, int comm",
-    lambda param, comm: _check_bucket("param", param, comm) and None,
-)
+_define("sharded_adamw_wait_", "Tensor(a!) param, int comm", _check_wait)
+
+
+def _call(name: str, check: Callable[..., None], *args) -> None:
+    try:
+        registry.call(name, *args)
+    except RuntimeError:  # native ops check for themselves, faster; this check tells more
+        check(*args)
+        raise
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def sharded_adamw_reduce_(grad: Tensor, squares: Tensor, comm: int) -> None:
 
     Raises ValueError that names the argument that does not fit.
     """
-    registry.call("sharded_adamw_reduce_", grad, squares, comm)
+    _call("sharded_adamw_reduce_", _check_reduce, grad, squares, comm)
 
 
 @torch.no_grad()
@@ -144,7 +152,7 @@ def sharded_adamw_total_(totals: Tensor, squares: Tensor, comm: int) -> None:
             1 where this rank has a gradient of the parameter, else 0.
         squares: (buckets * SQUARES,) float32: what sharded_adamw_reduce_ left for each bucket.
     """
-    registry.call("sharded_adamw_total_", totals, squares, comm)
+    _call("sharded_adamw_total_", _check_total, totals, squares, comm)
 
 
 @torch.no_grad()
@@ -184,10 +192,10 @@ def sharded_adamw_step_(
         _check_numbers(beta1, beta2, lr=lr)
         lr = torch.full((), lr, dtype=torch.float32, device=param.device)
     numbers = (steps, used, list(numels), lr, grad_scale, beta1, beta2, eps, weight_decay, comm)
-    registry.call("sharded_adamw_step_", param, grad, remainder, exp_avg, exp_avg_sq, *numbers)
+    _call("sharded_adamw_step_", _check_step, param, grad, remainder, exp_avg, exp_avg_sq, *numbers)
 
 
 @torch.no_grad()
 def sharded_adamw_wait_(param: Tensor, comm: int) -> None:
     """Whatever is queued on the current stream from here on sees the bucket as sharded_adamw_step_ leaves it."""
-    registry.call("sharded_adamw_wait_", param, comm)
+    _call("sharded_adamw_wait_", _check_wait, param, comm)

@@ -53,6 +53,11 @@ class FlatBucket:
         self.unused: list[int] = []
         self.launched = False
 
+    def holds(self, i: int) -> bool:
+        """Whether the i-th parameter is still a view of the bucket."""
+        p, view = self.params[i], self.views[i]
+        return p.data_ptr() == view.data_ptr() and p.dtype == view.dtype
+
     def adopt(self, i: int) -> None:
         """Make the i-th parameter's gradient a view of the bucket."""
         p, view = self.params[i], self.gradients[i]

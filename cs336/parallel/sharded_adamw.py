@@ -133,6 +133,8 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     def _arrived(self, bucket: FlatBucket, i: int) -> None:
         """A gradient is complete: start every bucket whose turn it is."""
+        if not bucket.holds(i):  # another optimizer has taken it over
+            return
         if bucket.launched:
             raise RuntimeError(
                 f"a second gradient of a parameter of shape {tuple(bucket.params[i].shape)} came after the first was "
@@ -245,11 +247,11 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     def _check_in_place(self) -> None:
         for bucket in self._buckets:
-            for p, view in zip(bucket.params, bucket.views, strict=True):
-                if p.data_ptr() != view.data_ptr() or p.dtype != view.dtype:
+            for i, p in enumerate(bucket.params):
+                if not bucket.holds(i):
                     raise RuntimeError(
                         f"a parameter of shape {tuple(p.shape)} is no longer where ShardedAdamW put it: move or cast a "
-                        "model before its optimizer is made"
+                        "model before its optimizer is made, and make one"
                     )
 
     def _captures(self) -> bool:
