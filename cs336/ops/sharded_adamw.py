@@ -98,28 +98,27 @@ def _needs_nccl(*args) -> str | None:
     return f"communicator {comm} was made without NCCL: connect with native=True"
 
 
-def _define(name: str, arguments: str, check) -> None:
-    stem = name.removeprefix("sharded_adamw_")
+def _define(schema: str, check: Callable[..., None]) -> None:
+    function = schema[: schema.index("(")].removeprefix("sharded_adamw_")
     registry.define(
-        f"{name}({arguments}) -> ()",
+        schema,
         fake=lambda *args: None,
-        ref=getattr(ref, stem),
-        triton=f"sharded_adamw.{stem}",
+        ref=getattr(ref, function),
+        triton=f"sharded_adamw.{function}",
         check=check,
         supports={"native": _needs_nccl},
     )
 
 
-_define("sharded_adamw_reduce_", "Tensor(a!) grad, Tensor(b!) squares, int comm", _check_reduce)
-_define("sharded_adamw_total_", "Tensor(a!) totals, Tensor squares, int comm", _check_total)
+_define("sharded_adamw_reduce_(Tensor(a!) grad, Tensor(b!) squares, int comm) -> ()", _check_reduce)
+_define("sharded_adamw_total_(Tensor(a!) totals, Tensor squares, int comm) -> ()", _check_total)
 _define(
-    "sharded_adamw_step_",
-    "Tensor(a!) param, Tensor grad, Tensor(b!)? remainder, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor steps, "
-    "Tensor used, int[] numels, Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, "
-    "float weight_decay, int comm",
+    "sharded_adamw_step_(Tensor(a!) param, Tensor grad, Tensor(b!)? remainder, Tensor(c!) exp_avg, "
+    "Tensor(d!) exp_avg_sq, Tensor steps, Tensor used, int[] numels, Tensor lr, Tensor? grad_scale, float beta1, "
+    "float beta2, float eps, float weight_decay, int comm) -> ()",
     _check_step,
 )
-_define("sharded_adamw_wait_", "Tensor(a!) param, int comm", _check_wait)
+_define("sharded_adamw_wait_(Tensor(a!) param, int comm) -> ()", _check_wait)
 
 
 def _call(name: str, check: Callable[..., None], *args) -> None:

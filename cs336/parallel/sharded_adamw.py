@@ -66,6 +66,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         self._comm: nccl.Communicator | None = None
         self._buckets: list[FlatBucket] = []
         self._order: list[FlatBucket] = []  # in which they are stepped: as the next forward needs them
+        self._steps = torch.zeros(0)  # of every parameter of every bucket
         self._syncing, self._reduced = True, False
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if rounding != "nearest":
@@ -79,8 +80,8 @@ class ShardedAdamW(torch.optim.Optimizer):
         try:
             if any(bucket.launched for bucket in self._buckets):
                 raise ValueError("a group must be added before the backward of a step, or after the step")
+            self._check_ranks(group)  # so that what follows refuses the same on every rank
             _check(group)
-            self._check_ranks(group)
             trained = [p for p in group["params"] if p.requires_grad and p.numel()]
             device = self._comm.device if self._comm else trained[0].device if trained else None
             if strangers := [p.device for p in trained if p.device != device]:
@@ -97,9 +98,11 @@ class ShardedAdamW(torch.optim.Optimizer):
     def _check_ranks(self, group: dict[str, Any]) -> None:
         place = f"group {len(self.param_groups) - 1}"
         names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-        what = [("bucket_mb", str(self._bucket_mb)), ("native", str(self._native))]
+        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        what = [("bucket_mb", str(self._bucket_mb)), ("native", str(self._native)), (place, str(options))]
         for name, p in zip(names, group["params"], strict=True):
-            what.append((f"{name} of {place}", f"{describe(p)}{', trained' if p.requires_grad else ''}"))
+            kind = f"{describe(p)}{', trained' if p.requires_grad else ''}"
+            what.append((f"{name} of {place}", kind if p.is_contiguous() else f"{kind}, stride {p.stride()}"))
         params = self._all()
         check_alike(what, params[0].device if params else torch.device("cpu"), self._group)
 
@@ -115,9 +118,8 @@ class ShardedAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, i=i: self._arrived(bucket, i))
         self._order += [bucket for bucket in self._buckets[::-1] if bucket not in self._order]
         numbers = torch.zeros(first, dtype=torch.float32, device=self._comm.device)
-        if before:
-            numbers[:before] = self._steps
-        self._steps = numbers  # of every parameter of every bucket
+        numbers[:before] = self._steps
+        self._steps = numbers
         self._totals = numbers.new_zeros(1 + first)
         self._squares = numbers.new_zeros(len(self._buckets) * SQUARES)
         self._mean = numbers.new_full((), 1 / self._comm.size)

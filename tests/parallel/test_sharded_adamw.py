@@ -325,6 +325,8 @@ def mistakes(rank, world):
         "bucket": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], bucket_mb=-1)),
         "rounding": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], rounding="stochastic")),
         "alike": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3 + rank))])),
+        "alike options": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], lr=-1.0 if rank else 0.1)),
+        "alike strides": error_of(lambda: ShardedAdamW([nn.Parameter(wide if rank else wide.contiguous())])),
         "second": error_of(second_backward),
         "moved": error_of(moved),
         "unfrozen": error_of(unfrozen),
@@ -407,6 +409,8 @@ def test_mistakes_are_named(three):
         assert "bucket_mb must be 0 or more" in found["bucket"]
         assert "rounding must be nearest or remainder, got 'stochastic'" in found["rounding"]
         assert "rank 0 has parameter 0 of group 0: float32 [3]" in found["alike"]
+        assert "rank 0 has group 0: {'lr': 0.1" in found["alike options"]
+        assert "rank 1 has parameter 0 of group 0: float32 [6, 4], trained, stride (1, 6)" in found["alike strides"]
         assert "a second gradient of a parameter of shape" in found["second"]
         assert "is no longer where ShardedAdamW put it" in found["moved"]
         assert "has a gradient that was frozen" in found["unfrozen"]
