@@ -113,7 +113,7 @@ def _connect_nccl(made: Communicator, group: dist.ProcessGroup) -> None:
     else:
         unique.raw = bytes.fromhex(store.get(key).decode())
     with torch.cuda.device(made.device):
-        _raise(_library().cs336_nccl_connect(made.number, unique, made.rank, made.size))
+        _raise(_library().cs336_nccl_connect(made.number, unique, made.rank, made.size, made.device.index))
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def _library() -> ctypes.CDLL:
     for name, arguments in {
         "missing": [],
         "unique_id": [text],
-        "connect": [number, text, count, count],
+        "connect": [number, text, count, count, count],
         "close": [number],
     }.items():
         function = getattr(library, f"cs336_nccl_{name}")

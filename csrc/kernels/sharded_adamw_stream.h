@@ -24,10 +24,11 @@ namespace cs336::cuda {
 
 class ShardedAdamwStream {
  public:
-  // On the current device; waits for the other ranks.
-  ShardedAdamwStream(const Nccl& nccl, const NcclId& id, int rank, int size) : nccl_(nccl), rank_(rank), size_(size) {
+  // Makes `device` the current one; waits for the other ranks.
+  ShardedAdamwStream(const Nccl& nccl, const NcclId& id, int rank, int size, int device)
+      : nccl_(nccl), rank_(rank), size_(size), device_(device) {
     int least, greatest;
-    CUDA_CHECK(cudaGetDevice(&device_));
+    CUDA_CHECK(cudaSetDevice(device));
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     nccl_.check(nccl_.comm_init_rank(&comm_, size, id, rank), "ncclCommInitRank");
     CUDA_CHECK(cudaStreamCreateWithPriority(&moving_, cudaStreamNonBlocking, greatest));
@@ -106,8 +107,7 @@ class ShardedAdamwStream {
   }
 
   const Nccl nccl_;
-  const int rank_, size_;
-  int device_ = 0;
+  const int rank_, size_, device_;
   NcclComm comm_ = nullptr;
   cudaStream_t moving_ = nullptr;
   cudaEvent_t to_moving_ = nullptr, summed_ = nullptr;

@@ -181,12 +181,12 @@ EXPORT const char* cs336_nccl_unique_id(char* bytes) {
   });
 }
 
-// On the current device, with the other ranks, which it waits for.
-EXPORT const char* cs336_nccl_connect(int64_t number, const char* bytes, int rank, int size) {
+// With the other ranks, which it waits for.
+EXPORT const char* cs336_nccl_connect(int64_t number, const char* bytes, int rank, int size, int device) {
   return cs336::message_of([&] {
     cs336::NcclId id;
     std::memcpy(id.bytes, bytes, sizeof(id.bytes));
-    cs336::streams().put(number, std::make_shared<cs336::Stream>(cs336::loaded_nccl(), id, rank, size));
+    cs336::streams().put(number, std::make_shared<cs336::Stream>(cs336::loaded_nccl(), id, rank, size, device));
   });
 }
 

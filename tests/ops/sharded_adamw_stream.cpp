@@ -68,7 +68,7 @@ const Access& last(const std::string& name, int before = 0) {
 
 }  // namespace
 
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
@@ -170,7 +170,7 @@ std::vector<std::string> train(Dtype dtype, const Mistakes& mistakes) {
   std::vector<std::vector<float>> moments(kBuckets, std::vector<float>(kShard));
   std::vector<float> squares(kBuckets * kSquares), totals(1 + kBuckets), scale(1);
   CUstream_st current;
-  ShardedAdamwStream stream(kNccl, NcclId{}, kRank, kSize);
+  ShardedAdamwStream stream(kNccl, NcclId{}, kRank, kSize, 0);
   for (int step = 0; step < kSteps; step++) {
     for (int b = kBuckets; b-- > 0;) {  // the last bucket has the first layers
       if (!mistakes.no_wait) stream.wait(params[b].data(), &current);

@@ -184,3 +184,33 @@ def test_a_communicator_without_nccl_is_not_native(group):
     with pytest.raises(ValueError, match=f"comm must be the number of an open communicator.*got {made.number}"):
         ops.sharded_adamw_wait_(torch.zeros(16), made.number)
     assert nccl.connect(device="cpu") is not made
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_in_a_cuda_graph_takes_new_numbers(group):
+    if reason := nccl.missing(torch.device("cuda")):
+        pytest.skip(reason)
+    comm = nccl.connect(group, device="cuda", native=True).number
+    lr, squares, totals = (
+        torch.tensor(0.1, device="cuda"),
+        torch.zeros(SQUARES, device="cuda"),
+        torch.ones(5, device="cuda"),
+    )
+    ours, theirs, how = make("cuda"), make("cuda"), HYPER | numbers("cuda") | {"lr": lr}
+
+    def step(tensors):
+        ops.sharded_adamw_reduce_(tensors[1], squares, comm)
+        ops.sharded_adamw_total_(totals, squares, comm)
+        ops.sharded_adamw_step_(*tensors, **how, numels=NUMELS, comm=comm)
+        ops.sharded_adamw_wait_(tensors[0], comm)
+
+    step(make("cuda"))  # makes what is made once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(ours)
+    for new in (0.1, 0.01):
+        lr.fill_(new)
+        graph.replay()
+        step(theirs)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -9,7 +9,7 @@ using cudaEvent_t = CUevent_st*;
 enum cudaError_t { cudaSuccess };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 
-cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest);
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
