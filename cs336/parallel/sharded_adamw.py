@@ -270,7 +270,7 @@ class ShardedAdamW(torch.optim.Optimizer):
 
         An element of an nn.ModuleList waits for its own parameters, the module itself for all others, and for those
         of this optimizer that it does not have. Call `wait` before anything else reads parameters, or captures a CUDA
-        graph; the module's state_dict() does so. For modules that run eagerly.
+        graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
         """
         parts = [part for m in module.modules() if isinstance(m, nn.ModuleList) for part in m]
         of = {p: bucket for bucket in self._buckets for p in bucket.params}
@@ -281,6 +281,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         for part, needed in zip((module, *parts), (root, *units), strict=True):
             part.register_forward_pre_hook(lambda module, args, needed=needed: self._before_forward(needed))
         module.register_state_dict_pre_hook(lambda *args: self.wait())
+        module.register_load_state_dict_pre_hook(lambda *args: self.wait())
         for bucket in self._buckets:
             bucket.overlapped = True
 
