@@ -195,9 +195,9 @@ class ShardedAdamW(torch.optim.Optimizer):
         return self._totals[0].sqrt() * self._mean
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of this step, those that were sent too; on every rank or none."""
+        """Drop the gradients of this step, those that were sent too. After a backward: on every rank or none."""
         super().zero_grad(set_to_none)
-        if any(bucket.launched for bucket in self._buckets):
+        if any(bucket.launched or bucket.ready for bucket in self._buckets):
             self._finish_reduction()  # a sum that some ranks have begun and others not would meet the next one
         self._reduced = False
         for bucket in self._buckets:

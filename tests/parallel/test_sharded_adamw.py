@@ -205,6 +205,7 @@ def trained(rank, world):
         "taken over": bool(taken_over()),
         "accumulated": accumulated(rank, world),
         "dropped": dropped(rank, world),
+        "dropped unevenly": dropped_unevenly(rank),
         "groups": groups_added(rank),
         "mistakes": mistakes(rank, world),
     }
@@ -251,6 +252,18 @@ def dropped(rank, world):
     backward(net, 7, rank, world)
     optimizer.zero_grad()
     return train(net, optimizer, range(2), rank, world)
+
+
+def dropped_unevenly(rank):
+    """The first rank has sent all its gradients when they are dropped, the others wait for one they do not have."""
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = ShardedAdamW([a, b], lr=0.1, weight_decay=0.0, bucket_mb=0)  # b's gradient goes first
+    (5 * a + 5 * b if rank == 0 else 5 * a).sum().backward()
+    optimizer.zero_grad()
+    (a - b).sum().backward()
+    norm = optimizer.grad_norm()
+    optimizer.step()
+    return torch.cat([a.detach(), b.detach(), norm[None]])
 
 
 def groups_added(rank):
@@ -365,6 +378,12 @@ def test_three_ranks_equal_one_process(three, one, how):
     for rank in three:
         assert_near(rank[how], one[0])
         assert all(torch.equal(p, q) for p, q in zip(rank[how], three[0][how], strict=True))
+
+
+def test_dropped_gradients_that_not_every_rank_has_sent(three):
+    for rank in three:
+        want = torch.tensor([0.9] * 3 + [1.1] * 3 + [6**0.5])
+        torch.testing.assert_close(rank["dropped unevenly"], want)
 
 
 def test_saved_state_goes_on(three, one):
