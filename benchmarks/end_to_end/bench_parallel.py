@@ -29,7 +29,7 @@ from benchmarks.end_to_end.equivalence import differences
 from cs336 import ops
 from cs336.models import Transformer
 from cs336.optim import AdamW
-from cs336.parallel import DDP, ShardedOptimizer, all_to_all_attention, own_tokens, ring_attention
+from cs336.parallel import DDP, ShardedAdamW, ShardedOptimizer, all_to_all_attention, nccl, own_tokens, ring_attention
 
 Step = Callable[[], Any]
 Row = dict[str, Any]
@@ -76,6 +76,11 @@ def contenders(size: str, device: torch.device) -> Iterator[tuple[str, Callable[
         optimizer = ShardedOptimizer(model.parameters(), AdamW, lr=1e-4)
         return step_of(model, optimizer, model.finish_gradient_synchronization)
 
+    def ours_flat(native: bool) -> Step:
+        model = stack(size, device)
+        optimizer = ShardedAdamW(model.parameters(), lr=1e-4, native=native)
+        return step_of(model, optimizer)
+
     def ours_with_torch() -> Step:
         model = DDP(stack(size, device))
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, **fused)
@@ -101,6 +106,12 @@ def contenders(size: str, device: torch.device) -> Iterator[tuple[str, Callable[
     yield "compute alone", alone
     yield "cs336 DDP + ShardedOptimizer", ours
     yield "cs336 DDP + ShardedOptimizer(torch.AdamW)", ours_with_torch
+    yield "cs336 ShardedAdamW", lambda: ours_flat(native=False)
+    if reason := nccl.missing(device):
+        if dist.get_rank() == 0:
+            print(f"cs336 ShardedAdamW(native=True) is left out: {reason}", flush=True)
+    else:
+        yield "cs336 ShardedAdamW(native=True)", lambda: ours_flat(native=True)
     yield "DDP + ZeroRedundancyOptimizer", redundancy
     yield "FSDP2", fsdp2
 

@@ -32,5 +32,9 @@ from cs336.ops.rope import rope_qk as rope_qk
 from cs336.ops.sample import IN_PROMPT as IN_PROMPT
 from cs336.ops.sample import Sampled as Sampled
 from cs336.ops.sample import sample as sample
+from cs336.ops.sharded_adamw import sharded_adamw_reduce_ as sharded_adamw_reduce_
+from cs336.ops.sharded_adamw import sharded_adamw_step_ as sharded_adamw_step_
+from cs336.ops.sharded_adamw import sharded_adamw_total_ as sharded_adamw_total_
+from cs336.ops.sharded_adamw import sharded_adamw_wait_ as sharded_adamw_wait_
 from cs336.ops.silu import silu as silu
 from cs336.ops.softmax import softmax as softmax

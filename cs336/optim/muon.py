@@ -207,6 +207,14 @@ class Muon(AdamW):
             target.sub_(o.mT if _stands(p) else o)
             store_(p, target, self.state[p], group.get("rounding", "nearest"))
 
+    def step_cost(self, p: Tensor, group: dict[str, Any]) -> int:
+        """Three products a step of the iteration: x x^T, its square, and that times x."""
+        cost = super().step_cost(p, group)
+        if not _is_muons(p, group) or not p.numel():
+            return cost
+        short, long = sorted(p.shape[-2:])
+        return cost + group["ns_steps"] * p.numel() // (short * long) * (4 * short**2 * long + 2 * short**3)
+
     def _bytes_of(self, p: Tensor, group: dict[str, Any]) -> int:
         if not _is_muons(p, group):
             return super()._bytes_of(p, group)

@@ -5,8 +5,6 @@ would never move. Two ways out:
 
     stochastic    round up or down with probabilities that make the mean exact; nothing more is kept
     remainder     keep what rounding took away, 16 bits a weight: bfloat16 and remainder together are the float32 weight
-
-The remainder is the difference of the bit patterns, so that join(*split(x)) is x bit for bit.
 """
 
 from typing import Literal
@@ -14,24 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.rounding import LOW
+from cs336.ops.ref.rounding import join as join
+from cs336.ops.ref.rounding import split as split
+
 Rounding = Literal["nearest", "stochastic", "remainder"]
 ROUNDINGS = ("nearest", "stochastic", "remainder")
-HALF, LOW = 1 << 15, 0xFFFF
-
-
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 tensor as (bfloat16, int16): it rounded to nearest, ties away from zero, and the bits that leaves."""
-    bits = x.view(torch.int32)
-    high = (bits + HALF) & ~LOW
-    nan = x.isnan()  # whose bits may be all ones: half more would make it -0
-    rounded = high.view(torch.float32).to(torch.bfloat16)
-    return torch.where(nan, torch.nan, rounded), (bits - high).masked_fill(nan, 0).to(torch.int16)
-
-
-def join(rounded: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 tensor that `split` took apart."""
-    bits = rounded.float().view(torch.int32) + remainder.to(torch.int32)
-    return bits.view(torch.float32)
 
 
 def stochastic_round(x: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ class SOAP(AdamW):
         for p, u in zip(params, update * (rate / (1 - beta1**step)), strict=True):
             p.copy_(p.to(u.dtype) * (1 - rate * group["weight_decay"]) - u)
 
+    def step_cost(self, p: Tensor, group: dict[str, Any]) -> int:
+        """For each side that has a basis: three rotations and the covariance, and every `frequency` steps a product and
+        a QR decomposition with its Q, 8/3 n^3."""
+        cost = super().step_cost(p, group)
+        if not _is_soaps(p, group):
+            return cost
+        sides = [side for side in p.shape if side <= group["max_dim"]]
+        return cost + sum(8 * side * p.numel() + 14 * side**3 // (3 * group["frequency"]) for side in sides)
+
     def _bytes_of(self, p: Tensor, group: dict[str, Any]) -> int:
         if not _is_soaps(p, group):
             return super()._bytes_of(p, group)

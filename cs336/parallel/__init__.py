@@ -20,6 +20,7 @@ from cs336.parallel.pipeline import pipeline_stage as pipeline_stage
 from cs336.parallel.planner import Layout as Layout
 from cs336.parallel.planner import Plan as Plan
 from cs336.parallel.planner import plan as plan
+from cs336.parallel.sharded_adamw import ShardedAdamW as ShardedAdamW
 from cs336.parallel.sharded_optimizer import ShardedOptimizer as ShardedOptimizer
 from cs336.parallel.tensor import ColumnLinear as ColumnLinear
 from cs336.parallel.tensor import Region as Region

@@ -70,7 +70,8 @@ def started() -> dict[str, int]:
     return dict(_started)
 
 
-def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+def count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Account for a collective that begins; `whole` is what S of the table above is of."""
     alone = name in ("send", "shift")
     ranks = [] if alone else dist.get_process_group_ranks(group or dist.group.WORLD)
     _started[",".join(map(str, ranks))] += 1
@@ -83,7 +84,7 @@ def _count(name: str, whole: Tensor, group: dist.ProcessGroup | None) -> None:
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False) -> dist.Work | None:
     """Replace x by its sum over the ranks."""
     with annotate("all_reduce"):
-        _count("all_reduce", x, group)
+        count("all_reduce", x, group)
         return dist.all_reduce(x, group=group, async_op=async_op)
 
 
@@ -92,7 +93,7 @@ def reduce_scatter(
 ) -> dist.Work | None:
     """Sum x (N * M, ...) over the ranks; rank r receives rows r M to (r+1) M of the sum in out (M, ...)."""
     with annotate("reduce_scatter"):
-        _count("reduce_scatter", x, group)
+        count("reduce_scatter", x, group)
         return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
@@ -101,7 +102,7 @@ def all_gather(
 ) -> dist.Work | None:
     """Fill out (N * M, ...) with every rank's x (M, ...), in the order of ranks."""
     with annotate("all_gather"):
-        _count("all_gather", out, group)
+        count("all_gather", out, group)
         return _all_gather(out, x, group=group, async_op=async_op)
 
 
@@ -119,7 +120,7 @@ def all_to_all(
     sent, received: rows of each part of x, and of out. None: N equal parts.
     """
     with annotate("all_to_all"):
-        _count("all_to_all", x, group)
+        count("all_to_all", x, group)
         sizes = {"input_split_sizes": sent and list(sent), "output_split_sizes": received and list(received)}
         return dist.all_to_all_single(out, x, **sizes, group=group, async_op=async_op)
 
@@ -129,7 +130,7 @@ def broadcast(
 ) -> dist.Work | None:
     """Replace x by the one of rank `source` of the group."""
     with annotate("broadcast"):
-        _count("broadcast", x, group)
+        count("broadcast", x, group)
         return dist.broadcast(x, group=group, group_src=source, async_op=async_op)
 
 
@@ -144,7 +145,7 @@ def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> 
         sends = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % N) for x in tensors]
         receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % N) for x in came]
         for x in tensors:
-            _count("shift", x, group)
+            count("shift", x, group)
         works = dist.batch_isend_irecv([*sends, *receives])
 
     def wait() -> tuple[Tensor, ...]:
@@ -158,14 +159,14 @@ def shift(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> 
 def reduce(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
     """Replace x, on one rank of the group, by its sum over the ranks; on the others it is undefined afterwards."""
     with annotate("reduce"):
-        _count("reduce", x, group)
+        count("reduce", x, group)
         dist.reduce(x, group=group, group_dst=rank)
 
 
 def gather(out: Tensor | None, x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
     """Fill out (N * M, ...), of one rank of the group, None on the others, with every rank's x (M, ...)."""
     with annotate("gather"):
-        _count("gather", x, group)
+        count("gather", x, group)
         parts = None if out is None else list(out.chunk(dist.get_world_size(group)))
         dist.gather(x, parts, group=group, group_dst=rank)
 
@@ -174,7 +175,7 @@ def scatter(out: Tensor, x: Tensor | None, rank: int, group: dist.ProcessGroup |
     """Give every rank's out (M, ...) its part of x (N * M, ...), which one rank of the group has, None the others."""
     with annotate("scatter"):
         if x is not None:
-            _count("scatter", x, group)
+            count("scatter", x, group)
         parts = None if x is None else list(x.chunk(dist.get_world_size(group)))
         dist.scatter(out, parts, group=group, group_src=rank)
 
@@ -182,7 +183,7 @@ def scatter(out: Tensor, x: Tensor | None, rank: int, group: dist.ProcessGroup |
 def send(x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> dist.Work:
     """Send x to a rank of the group: a handle, until whose `wait()` x must be neither written to nor freed."""
     with annotate("send"):
-        _count("send", x, group)
+        count("send", x, group)
         work = dist.isend(x, group=group, group_dst=rank)
         assert work is not None  # this rank is of the group
         return work

@@ -110,7 +110,7 @@ class DDP(nn.Module):
         broadcast_all([t for _, t in named], 0, group)
 
         trained = [p for p in module.parameters() if p.requires_grad and p.numel() and p not in self._known]
-        self._buckets = [_Bucket(params) for params in _divide(trained[::-1], bucket_mb)]
+        self._buckets = [_Bucket(params) for params in divide(trained[::-1], bucket_mb)]
         self._known |= {p for bucket in self._buckets for p in bucket.params}
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
@@ -161,7 +161,7 @@ class DDP(nn.Module):
             self._syncing = before
 
 
-def _divide(params: Sequence[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:
+def divide(params: Sequence[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:
     """Runs of one dtype and device, as they come; with None all of one dtype and device."""
     if bucket_mb is None:
         kinds = dict.fromkeys((p.dtype, p.device) for p in params)

@@ -1,10 +1,10 @@
 """ZeRO-1 (Rajbhandari et al., arXiv:1910.02054): every rank steps its share of the parameters and sends them around.
 
 A share is whole parameters, so that any optimizer works that updates each on its own (Muon's matrices, too). They are
-dealt by size, the largest first, each to the rank with the fewest elements so far.
+dealt by what their steps cost: by the optimizer's `step_cost`, of cs336.optim's, else by elements. See `deal`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,19 @@ from torch import Tensor
 from cs336.parallel.collectives import broadcast, broadcast_all, check_alike, describe, gather_json
 
 OWN = ("params", "param_names")  # keys of a group that are not options
+
+
+def deal(costs: Sequence[int], loads: list[int]) -> list[int]:
+    """The rank of each parameter: the costliest first, each to the rank that has the least, the first of several.
+
+    loads: what each rank has already; raised here. The rank with the most gets at most 4/3 of what the best deal would
+    give it (Graham 1969).
+    """
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -45,7 +58,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._inner = optimizer_cls(params, **kwargs)  # of all, so that it refuses the same on every rank
         self._group = group
         self._shares: list[list[Tensor]] = [[] for _ in range(dist.get_world_size(group))]
-        self._loads = [0] * len(self._shares)
+        self._loads = [0] * len(self._shares)  # what their steps cost
         super().__init__([dict(g) for g in self._inner.param_groups], self._inner.defaults)
         self.state = self._inner.state
 
@@ -72,10 +85,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             del self._inner.param_groups[len(self.param_groups) :]
             raise
         group.update(_options(inner))
-        for p in sorted(group["params"], key=Tensor.numel, reverse=True):
-            owner = self._loads.index(min(self._loads))
+        step_cost = getattr(self._inner, "step_cost", lambda p, group: p.numel())
+        costs = [step_cost(p, group) for p in group["params"]]
+        for p, owner in zip(group["params"], deal(costs, self._loads), strict=True):
             self._shares[owner].append(p)
-            self._loads[owner] += p.numel()
         mine = set(self._shares[self._rank])
         inner.pop("param_names", None)
         inner["params"] = [p for p in group["params"] if p in mine]
