@@ -1,24 +1,93 @@
-"""`cs336 compress`."""
+"""`cs336 compress`: a method a function, whose parameters are the options that the method has."""
 
+import difflib
+import os
 from typing import Literal
 
-from tyro.conf import Positional
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
 
 from cs336.cli.common import Path, Run
 
 
 def compress(arguments: list[str]) -> Run:
-    """Write a model with fewer bits a weight: a directory that generate, serve, chat and evaluate take."""
-    from cs336.inference.quantization import compress as write
+    """Write a smaller model: a directory that generate, serve, chat and evaluate take."""
 
-    def run(model: Positional[Path], out: Path, method: Literal["int8", "int4"] = "int8", group: int = 128) -> None:
-        """
-        Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
-            out: the directory to write, new or empty.
-            method: int8 or int4 weights, rounded to the nearest.
-            group: neighbours in a row of a weight that share a scale.
-        """
-        print(f"{write(model, out, method, group)}, in {out}")
+    def run() -> int:
+        rest = list(arguments)
+        method = _taken(rest)
+        if method is None and {"-h", "--help"} & set(rest):
+            print(_overview())
+            return os.EX_OK
+        call = METHODS[method or DEFAULT]
+        named = "" if method is None else f" --method {method}"
+        tyro.cli(call, prog=f"cs336 compress{named}", args=rest, config=(FlagCreatePairsOff,))
+        return os.EX_OK
 
     return run
+
+
+def int8(model: Positional[Path], out: Path, group: int = 128) -> None:
+    """Weights in 8 bits, rounded to the nearest.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write, new or empty.
+        group: neighbours in a row of a weight that share a scale.
+    """
+    _rounded(model, out, "int8", group)
+
+
+def int4(model: Positional[Path], out: Path, group: int = 128) -> None:
+    """Weights in 4 bits, rounded to the nearest.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write, new or empty.
+        group: neighbours in a row of a weight that share a scale.
+    """
+    _rounded(model, out, "int4", group)
+
+
+METHODS: dict[str, Run] = {
+    "int8": int8,
+    "int4": int4,
+}
+DEFAULT = "int8"
+
+
+def _rounded(model: Path, out: Path, method: Literal["int8", "int4"], group: int) -> None:
+    from cs336.inference.quantization import compress as write
+
+    print(f"{write(model, out, method, group)}, in {out}")
+
+
+def _taken(arguments: list[str]) -> str | None:
+    """The method that the arguments name, which are left without it."""
+    for i, argument in enumerate(arguments):
+        flag, equals, method = argument.partition("=")
+        if flag != "--method":
+            continue
+        if not equals and i + 1 < len(arguments):
+            method = arguments[i + 1]
+        if method not in METHODS:
+            close = difflib.get_close_matches(method, METHODS, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"--method is one of {', '.join(METHODS)}, got {method!r}{hint}")
+        del arguments[i : i + (1 if equals else 2)]
+        return method
+    return None
+
+
+def _overview() -> str:
+    rows = [f"  {name:<12}{(call.__doc__ or '').partition(chr(10))[0]}" for name, call in METHODS.items()]
+    return "\n".join(
+        [
+            "usage: cs336 compress MODEL --out DIR [--method METHOD] [OPTIONS]",
+            "",
+            (compress.__doc__ or "").strip(),
+            "",
+            f"methods ({DEFAULT} if none is named), whose options --method METHOD --help shows:",
+            *rows,
+        ]
+    )

@@ -48,6 +48,7 @@ OWN_OPTIONS = {
     "dpo",
     "ppo",
     "grpo",
+    "compress",
 }  # which read the rest of the command line themselves
 TOKENIZER_VERBS: dict[str, Run] = {
     "train": tokenizer.train,
