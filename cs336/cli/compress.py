@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
@@ -49,9 +49,75 @@ def int4(model: Positional[Path], out: Path, group: int = 128) -> None:
     _rounded(model, out, "int4", group)
 
 
+def magnitude(model: Positional[Path], out: Path, calibrate: Path, sparsity: str = "0.5", samples: int = 128) -> None:
+    """The smallest weights become zero.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write; what was begun there goes on.
+        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
+        sparsity: the share of each matrix, or 2:4, two of each four neighbours in a row.
+        samples: windows of the text that are read.
+    """
+    _pruned(model, out, "magnitude", calibrate, samples, sparsity=_sparsity(sparsity))
+
+
+def wanda(model: Positional[Path], out: Path, calibrate: Path, sparsity: str = "0.5", samples: int = 128) -> None:
+    """Weights that matter least become zero: small ones, of features that are small on text.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write; what was begun there goes on.
+        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
+        sparsity: the share of each row, or 2:4, two of each four neighbours in it.
+        samples: windows of the text that are read.
+    """
+    _pruned(model, out, "wanda", calibrate, samples, sparsity=_sparsity(sparsity))
+
+
+def prune_depth(
+    model: Positional[Path], out: Path, calibrate: Path, sparsity: float = 0.25, samples: int = 128
+) -> None:
+    """Layers that change their tokens least are dropped.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write; what was begun there goes on.
+        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
+        sparsity: the share of the layers that go.
+        samples: windows of the text that are read.
+    """
+    _pruned(model, out, "prune-depth", calibrate, samples, sparsity=sparsity)
+
+
+def prune_width(
+    model: Positional[Path],
+    out: Path,
+    calibrate: Path,
+    sparsity: float = 0.25,
+    head_sparsity: float = 0.0,
+    samples: int = 128,
+) -> None:
+    """MLP neurons and attention heads that say least are taken out.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write; what was begun there goes on.
+        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
+        sparsity: the share of the neurons of each MLP that goes.
+        head_sparsity: the share of the key-value heads that goes, with their query heads.
+        samples: windows of the text that are read.
+    """
+    _pruned(model, out, "prune-width", calibrate, samples, sparsity=sparsity, head_sparsity=head_sparsity)
+
+
 METHODS: dict[str, Run] = {
     "int8": int8,
     "int4": int4,
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "prune-depth": prune_depth,
+    "prune-width": prune_width,
 }
 DEFAULT = "int8"
 
@@ -60,6 +126,21 @@ def _rounded(model: Path, out: Path, method: Literal["int8", "int4"], group: int
     from cs336.inference.quantization import compress as write
 
     print(f"{write(model, out, method, group)}, in {out}")
+
+
+def _pruned(model: Path, out: Path, method: str, calibrate: Path, samples: int, **options: Any) -> None:
+    from cs336.compression import prune
+
+    print(f"{prune(model, out, method, calibrate=calibrate, samples=samples, **options)}, in {out}")
+
+
+def _sparsity(said: str) -> Any:
+    if said == "2:4":
+        return said
+    try:
+        return float(said)
+    except ValueError:
+        raise ValueError(f"--sparsity is 2:4 or a share from 0 to below 1, got {said!r}") from None
 
 
 def _taken(arguments: list[str]) -> str | None:
