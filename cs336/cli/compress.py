@@ -111,6 +111,45 @@ def prune_width(
     _pruned(model, out, "prune-width", calibrate, samples, sparsity=sparsity, head_sparsity=head_sparsity)
 
 
+def distill(
+    model: Positional[Path],
+    student: Path,
+    out: Path,
+    calibrate: Path,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 1e-4,
+    top_k: int = 64,
+    samples: int = 1024,
+    divergence: Literal["forward", "reverse"] = "forward",
+    cross_entropy: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """A smaller model, such as a pruned one, learns what the model expects.
+
+    Args:
+        model: the teacher: an export, a checkpoint, or a run directory, of which the newest is taken.
+        student: a smaller model of the same tokenizer, which is not changed.
+        out: the directory to write; what was begun there goes on.
+        calibrate: text, JSON lines or parquet to learn from, a tenth of which is held out to measure on.
+        steps: of the optimizer.
+        batch_size: windows of text a step.
+        lr: the learning rate at its highest.
+        top_k: tokens that the teacher names in each place, kept on disk.
+        samples: windows of the text that are read.
+        divergence: forward covers all that the teacher allows; reverse keeps to what it prefers.
+        cross_entropy: the share of the loss that is the text's own next token.
+        seed: of the order of the windows.
+        device: auto (a GPU if there is one), cpu, cuda.
+    """
+    from cs336.compression import DistillConfig
+    from cs336.compression import distill as learn
+
+    config = DistillConfig(steps, batch_size, lr, top_k, samples, divergence, cross_entropy, seed)
+    print(f"{learn(model, student, out, calibrate=calibrate, config=config, device=device)}, in {out}")
+
+
 METHODS: dict[str, Run] = {
     "int8": int8,
     "int4": int4,
@@ -118,6 +157,7 @@ METHODS: dict[str, Run] = {
     "wanda": wanda,
     "prune-depth": prune_depth,
     "prune-width": prune_width,
+    "distill": distill,
 }
 DEFAULT = "int8"
 

@@ -1,5 +1,11 @@
-"""Smaller models by pruning: weights set to zero, layers dropped, neurons and heads taken out."""
+"""Smaller models: weights set to zero, layers dropped, neurons and heads taken out; and students of larger ones."""
 
+from cs336.compression.distill_job import DistillConfig as DistillConfig
+from cs336.compression.distill_job import Distilled as Distilled
+from cs336.compression.distill_job import distill as distill
+from cs336.compression.distillation import Distill as Distill
+from cs336.compression.distillation import TopLogits as TopLogits
+from cs336.compression.distillation import kl_of_top as kl_of_top
 from cs336.compression.job import Pruned as Pruned
 from cs336.compression.job import prune as prune
 from cs336.compression.narrowing import block_influence as block_influence
