@@ -5,7 +5,7 @@ import os
 from typing import Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional
 
 from cs336.cli.common import Path, Run
 
@@ -15,6 +15,9 @@ def compress(arguments: list[str]) -> Run:
 
     def run() -> int:
         rest = list(arguments)
+        if rest[:1] == ["pareto"]:
+            tyro.cli(pareto, prog="cs336 compress pareto", args=rest[1:], config=(FlagCreatePairsOff,))
+            return os.EX_OK
         method = _taken(rest)
         if method is None and {"-h", "--help"} & set(rest):
             print(_overview())
@@ -150,6 +153,31 @@ def distill(
     print(f"{learn(model, student, out, calibrate=calibrate, config=config, device=device)}, in {out}")
 
 
+def pareto(
+    models: Positional[tuple[Path, ...]],
+    text: Path,
+    out: Path = Path("pareto"),  # noqa: B008 (immutable)
+    tasks: tuple[str, ...] = (),
+    limit: DisallowNone[int | None] = None,
+    device: str = "auto",
+) -> None:
+    """Models side by side: what each costs and what it is worth, in pareto.json and on a page.
+
+    Args:
+        models: exports, checkpoints or run directories.
+        text: text, JSON lines or parquet that none of them has read, for bits per byte.
+        out: the directory to write; what is measured there already is not measured again.
+        tasks: KIND:FILE or TOML files, as cs336 evaluate takes them.
+        limit: ask no more questions of a task than this.
+        device: auto (a GPU if there is one), cpu, cuda.
+    """
+    from cs336.compression import pareto as measure
+    from cs336.report.pareto import write_pareto
+
+    measure(models, out, text=text, tasks=tasks, limit=limit, device=device)
+    print(write_pareto(out / "pareto.json"))
+
+
 METHODS: dict[str, Run] = {
     "int8": int8,
     "int4": int4,
@@ -205,6 +233,7 @@ def _overview() -> str:
     return "\n".join(
         [
             "usage: cs336 compress MODEL --out DIR [--method METHOD] [OPTIONS]",
+            "       cs336 compress pareto MODEL MODEL ... --text FILE [OPTIONS]",
             "",
             (compress.__doc__ or "").strip(),
             "",
