@@ -142,7 +142,7 @@ class _Job:
             step = load_checkpoint(path, student, optimizer)
         while step < config.steps:
             torch.manual_seed(config.seed + step)  # of dropout
-            place = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+            place = range(step * config.batch_size, (step + 1) * config.batch_size)
             rows = [int(permute(np.array([i % len(read)]), len(read), config.seed, i // len(read))[0]) for i in place]
             ids = windows.data.windows(read[rows])
             batch = (ids[:, :-1], ids[:, 1:], *tops.read(np.array(rows)))

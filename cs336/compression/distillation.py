@@ -96,13 +96,13 @@ class TopLogits:
             for ids_T in windows_NT[start : start + CHUNK]:
                 logits_1TV = teacher(ids_T[None].to(teacher.device))
                 tops.append(logits_1TV[0].log_softmax(-1, dtype=torch.float32).topk(top_k))
-            data = {
+            tensors = {
                 "ids": torch.stack([top.indices for top in tops]).int().cpu(),
                 "logprobs": torch.stack([top.values for top in tops]).half().cpu(),
             }
             with replacing(self.directory / name, "wb") as file:
-                file.write(save(data))
-            checksums[name] = self._digest(name)
+                file.write(data := save(tensors))
+            checksums[name] = hashlib.sha256(data).hexdigest()
             with replacing(self.directory / INDEX) as file:
                 json.dump(checksums, file, indent=1)
 

@@ -56,6 +56,8 @@ def prune_weights_(
     """
     if score not in ("magnitude", "wanda"):
         raise ValueError(f"score must be magnitude or wanda, got {score!r}")
+    if isinstance(sparsity, str) and sparsity != "2:4":
+        raise ValueError(f"sparsity must be '2:4' or a share from 0 to below 1, got {sparsity!r}")
     refuse_quantized(model)
     walk = Walk(model, batches) if score == "wanda" else None
     for i, block in enumerate(model.layers if walk is None else walk):
@@ -68,8 +70,10 @@ def prune_weights_(
             try:
                 if not score_NK.isfinite().all():
                     raise ValueError("a weight, or what it is multiplied with, is not finite")
-                is_24 = sparsity == "2:4"
-                zero_NK = lowest_2_4(score_NK) if is_24 else lowest(score_NK, sparsity, by_row=name in squares)
+                if isinstance(sparsity, str):
+                    zero_NK = lowest_2_4(score_NK)
+                else:
+                    zero_NK = lowest(score_NK, sparsity, by_row=name in squares)
             except ValueError as error:
                 raise ValueError(f"layers.{i}.{name}: {error}") from None
             layer.weight.masked_fill_(zero_NK, 0)

@@ -79,16 +79,17 @@ class Drafter:
             rows.append((drafted, most if count == missing else 0))
         drafts: dict[Drafted, list[int]] = {drafted: [] for drafted, _ in rows}
         passes = [self._launch(first)]
-        while live := [drafted for drafted, most in rows if most > len(passes)]:
-            for drafted in live:
-                drafted.computed += 1
-                drafted.sampled += 1
+        while any(most > len(passes) for _, most in rows):
+            live: list[Sequence] = [drafted for drafted, most in rows if most > len(passes)]
+            for guessing in live:
+                guessing.computed += 1
+                guessing.sampled += 1
             passes.append(self._launch(Step(live, [], [])))
         for launched in passes:
             launched.wait()
-            for drafted, token in zip(launched.sequences, launched.drawn.token_ids.tolist(), strict=True):
-                assert isinstance(drafted, Drafted)
-                drafts[drafted].append(token)
+            for of, token in zip(launched.sequences, launched.drawn.token_ids.tolist(), strict=True):
+                assert isinstance(of, Drafted)
+                drafts[of].append(token)
         for drafted, found in drafts.items():
             drafted.guesses = found[:-1]
             drafted.computed -= len(drafted.guesses)

@@ -152,7 +152,7 @@ class TransformerConfig:
 
     def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> "TransformerConfig":
         """The same model of these blocks instead."""
-        short = {f.name: f.default for f in dataclasses.fields(self) if f.name in SHORT}
+        short: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in SHORT}
         return dataclasses.replace(self, num_layers=len(blocks), layers=blocks, pattern=None, **short)
 
     @property
