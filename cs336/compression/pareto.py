@@ -154,5 +154,5 @@ def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _disk_bytes(path: pathlib.Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
+    files = path.iterdir() if path.is_dir() else [path]  # not what a job keeps below
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)

@@ -30,6 +30,8 @@ def test_models_are_measured_once_and_shown(tmp_path, capsys):
     model = Transformer(TransformerConfig(270, 16, 2, 32, num_heads=4, d_ff=64))
     save_pretrained(model, tmp_path / "whole", tokenizer)
     compress(tmp_path / "whole", tmp_path / "small", "int8", 32)
+    (tmp_path / "small" / "teacher").mkdir()  # what a job kept
+    (tmp_path / "small" / "teacher" / "00000.safetensors").write_bytes(bytes(1 << 20))
     (tmp_path / "ask.jsonl").write_text(
         '{"question": "the cat sat on the", "choices": [" mat", " dog"], "answer": 0}\n'
     )
