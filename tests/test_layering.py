@@ -14,7 +14,7 @@ TRAINING = DATA | {"cs336.training"}
 INFERENCE = TRAINING | {"cs336.inference"}
 EVALUATION = INFERENCE | {"cs336.verifiers", "cs336.evaluation"}
 EXPERIMENTS = EVALUATION | {"cs336.experiments"}
-TOP = EXPERIMENTS | {"cs336.scaling", "cs336.alignment", "cs336.report", "cs336.env"}
+TOP = EXPERIMENTS | {"cs336.compression", "cs336.scaling", "cs336.alignment", "cs336.report", "cs336.env"}
 
 # folder or file -> what it may import from cs336 (a package may always import itself)
 MAY_IMPORT = {
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "cs336/inference": TRAINING,
     "cs336/verifiers": INFERENCE,
     "cs336/evaluation": INFERENCE | {"cs336.verifiers"},
+    "cs336/compression": EVALUATION,
     "cs336/experiments": EVALUATION,
     "cs336/scaling": EXPERIMENTS,
     "cs336/alignment": EXPERIMENTS,

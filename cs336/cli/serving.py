@@ -31,6 +31,7 @@ def serve(arguments: list[str]) -> Run:
     def run(
         model: Positional[Path],
         tokenizer: MaybePath = None,
+        draft: MaybePath = None,
         device: str = "auto",
         dtype: Dtype = "auto",
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
@@ -40,10 +41,11 @@ def serve(arguments: list[str]) -> Run:
         Args:
             model: an export, a checkpoint, or a run directory, of which the newest is taken.
             tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
-        listen(LLM(model, tokenizer, device=device, dtype=_dtype(dtype), **vars(engine)), server)
+        listen(LLM(model, tokenizer, draft=draft, device=device, dtype=_dtype(dtype), **vars(engine)), server)
 
     return run
 
@@ -57,6 +59,7 @@ def chat(arguments: list[str]) -> Run:
         model: Positional[Path],
         system: DisallowNone[str | None] = None,
         tokenizer: MaybePath = None,
+        draft: MaybePath = None,
         device: str = "auto",
         dtype: Dtype = "auto",
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(temperature=0.7, max_tokens=512),  # noqa: B008
@@ -66,10 +69,11 @@ def chat(arguments: list[str]) -> Run:
             model: an export, a checkpoint, or a run directory, of which the newest is taken.
             system: what the model is told first.
             tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
-        llm = LLM(model, tokenizer, device=device, dtype=_dtype(dtype), max_seqs=1)
+        llm = LLM(model, tokenizer, draft=draft, device=device, dtype=_dtype(dtype), max_seqs=1)
         talk = Talk(llm, sampling, system)
         shown = visible if sys.stdout.isatty() else str
         prompt = "> " if sys.stdin.isatty() else ""

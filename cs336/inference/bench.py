@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import Positional, arg
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.inference.engine import EngineConfig
 from cs336.inference.llm import LLM
@@ -99,7 +99,7 @@ def run_engine(llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]]) -
     steps = engine.stats.steps - steps
     shared = engine.stats.cached_tokens - cached
     found |= {"input_tokens": inputs, "steps": steps, "cache_peak": round(peak, 4), "cached_tokens": shared}
-    if engine.config.speculation:
+    if engine.speculates:
         found["drafted_tokens"] = sum(engine.stats.drafted) - drafted
         found["accepted_tokens"] = sum(engine.stats.accepted) - accepted
     return found | _shares(llm, requests, steps, seconds, inputs - shared + outputs)
@@ -148,6 +148,7 @@ Model = Annotated[str, arg(metavar="MODEL")]
 
 def offline(
     model: Positional[Model],
+    draft: DisallowNone[str | None] = None,
     device: str = "auto",
     load: Annotated[Load, arg(name="")] = Load(),
     engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(max_seqs=256),  # noqa: B008
@@ -156,9 +157,10 @@ def offline(
 
     Args:
         model: an export, a checkpoint, or a run directory.
+        draft: a smaller one, which drafts what the model then verifies.
         device: auto (a GPU if there is one), cpu, cuda.
     """
-    llm = LLM(model, device=device, **vars(engine))
+    llm = LLM(model, draft=draft, device=device, **vars(engine))
     _warm_up(llm)
     _tell("offline", run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
 
@@ -171,6 +173,8 @@ def latency(
     output_len: int = 128,
     repeats: int = 3,
     speculation: Literal["none", "ngram"] = "none",
+    draft: DisallowNone[str | None] = None,
+    exit_layer: DisallowNone[int | None] = None,
 ) -> None:
     """A few requests of one size, closely: the median of some repeats.
 
@@ -181,9 +185,12 @@ def latency(
         input_len, output_len: tokens of each.
         repeats: of which that with the median time is told.
         speculation: ngram: draft what followed the same tokens before, and verify it all at once.
+        draft: draft by this smaller model.
+        exit_layer: draft by the first so many layers.
     """
-    drafting = None if speculation == "none" else speculation
-    llm = LLM(model, device=device, max_seqs=batch_size, prefix_cache=False, speculation=drafting)
+    drafting: dict[str, Any] = {"speculation": None if speculation == "none" else speculation}
+    drafting |= {"draft": draft, "exit_layer": exit_layer}
+    llm = LLM(model, device=device, max_seqs=batch_size, prefix_cache=False, **drafting)
     _warm_up(llm)
     found = []
     for seed in range(repeats):

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from cs336 import ops
 from cs336.inference import ranks
+from cs336.inference.drafting import Drafter, check_draft, early_exit, first_layers
 from cs336.inference.memory import EngineMemory, free_memory, plan_memory
 from cs336.inference.outputs import CompletionOutput, RequestOutput, Token
 from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
-from cs336.inference.speculation import MAX_DRAFT, Speculator, StepTimes
+from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
-from cs336.models import Transformer
+from cs336.models import PagedState, Transformer
 from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
 
@@ -60,6 +61,8 @@ class EngineConfig:
     speculation: Literal["ngram"] | None = None
     """Draft tokens that a step then verifies all at once, as long as that pays. ngram: what followed in the text so far
     when its last tokens were there before. No token is another for it."""
+    exit_layer: int | None = None
+    """Speculate with what the first so many layers, norm and head make of the text, instead (arXiv:2404.16710)."""
     draft_tokens: int = MAX_DRAFT
     """At most, for a step."""
 
@@ -72,6 +75,8 @@ class EngineConfig:
             raise ValueError(f"max_step_tokens {self.max_step_tokens} must reach max_seqs {self.max_seqs}")
         if self.speculation not in (None, "ngram"):
             raise ValueError(f"speculation must be 'ngram' or None, got {self.speculation!r}")
+        if self.speculation is not None and self.exit_layer is not None:
+            raise ValueError(f"drafts come from speculation {self.speculation!r} or from exit_layer: give one of them")
         if not 1 <= self.draft_tokens <= MAX_DRAFT:
             raise ValueError(f"draft_tokens must be in 1..{MAX_DRAFT}, got {self.draft_tokens}")
         if self.memory_share is not None and not 0 < self.memory_share <= 1:
@@ -205,11 +210,19 @@ class Engine:
 
     model: one that cs336.parallel.tensor_parallel has divided has an engine on each rank; all are asked the same.
     tokenizer: of the model; without one there are ids alone, and no stop strings.
-    Raises ValueError where the model and what it needs do not fit the memory, for a tokenizer that is not its, and for
-    blocks that `invariant` does not have.
+    draft: a smaller model of the same tokenizer, which drafts what this one verifies: see drafting.py.
+    Raises ValueError where the models and what they need do not fit the memory, for a tokenizer or a draft model that
+    is not the model's, and for blocks that `invariant` does not have.
     """
 
-    def __init__(self, model: Transformer, tokenizer=None, config: EngineConfig | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer=None,
+        config: EngineConfig | None = None,
+        *,
+        draft: Transformer | None = None,
+    ):
         config = EngineConfig() if config is None else config
         self.model, self.tokenizer, self.config = model, tokenizer, config
         if config.invariant:
@@ -221,47 +234,75 @@ class Engine:
             model.join_weights()
         max_len = min(config.max_len or model.config.context_length, model.config.context_length)
         step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
-        rollback = config.draft_tokens if config.speculation else 0
-        sample = model.new_pages(1, config.page_size, 1, max_len, rollback=rollback)
+        self.vocab_size = model.config.vocab_size
+        self.speculates = draft is not None or config.speculation is not None or config.exit_layer is not None
+        if draft is not None:
+            if config.speculation is not None or config.exit_layer is not None:
+                raise ValueError("there is a draft model, and drafts of another kind are asked for: take one of them")
+            check_draft(model, draft, max_len, tokenizer)
+            self.vocab_size = min(self.vocab_size, draft.config.vocab_size)
+        rollback = config.draft_tokens if self.speculates else 0
+        samples = [
+            m.new_pages(1, config.page_size, 1, max_len, rollback=rollback) for m in (model, draft) if m is not None
+        ]
+        page_bytes, is_paged = sum(s.page_bytes for s in samples), all(s.is_paged for s in samples)
         self.memory: EngineMemory = plan_memory(
             model.config,
             width=model.compute_dtype.itemsize,
-            page_bytes=sample.page_bytes,
-            slot_bytes=sample.nbytes - sample.page_bytes,
+            page_bytes=page_bytes,
+            slot_bytes=sum(s.nbytes for s in samples) - page_bytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
             max_step_tokens=step_tokens,
             max_len=max_len,
-            shorten=config.max_len is None and sample.is_paged,
+            shorten=config.max_len is None and is_paged,
             free=ranks.least(free_memory(model.device, config.memory_share), model),
             num_pages=config.num_pages,
         )
         self.max_len = self.memory.max_len
         self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
-        remembering = config.prefix_cache and sample.is_paged  # what a recurrence has come to is in no page
+        remembering = config.prefix_cache and is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
-        self.runner = Runner(
-            model,
-            model.new_pages(
-                self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
-            ),
-            max_seqs=config.max_seqs,
-            max_step_tokens=step_tokens,
-            most_pages=-(-self.max_len // config.page_size),
-            unused=() if tokenizer is None else tuple(unused_ids(model, tokenizer)),
-            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs and not ranks.is_divided(model) else (),
-            invariant=config.invariant,
-        )
+        self.runner = self._runner(model, self._state(model, rollback), step_tokens, config.invariant)
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)
+        elif config.exit_layer is not None:
+            draft = early_exit(model, config.exit_layer)
+            state = first_layers(self.runner.state, config.exit_layer)
+            self.drafter = Drafter(self._runner(draft, state, step_tokens), shares=True)
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
-        self._times = StepTimes()
+        share = 0.0 if draft is None else draft.config.num_parameters() / model.config.num_parameters()
+        self._times = StepTimes(COST + share)
         self._measures = not ranks.is_divided(model)  # ranks take the same steps, and see other times
         self._numbers = itertools.count()
         self._seeds = ranks.generator_of_seeds(model)
         begin = time.perf_counter()
-        self.warm_up = WarmUp(self.runner.capture(), self.runner.warm_up(config.page_size), time.perf_counter() - begin)
+        runners = [self.runner] if self.drafter is None else [self.runner, self.drafter.runner]
+        graphs, steps = (sum(r.capture() for r in runners), sum(r.warm_up(config.page_size) for r in runners))
+        self.warm_up = WarmUp(graphs, steps, time.perf_counter() - begin)
+
+    def _state(self, model: Transformer, rollback: int) -> PagedState:
+        config = self.config
+        return model.new_pages(
+            self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
+        )
+
+    def _runner(self, model: Transformer, state: PagedState, step_tokens: int, invariant: bool = False) -> Runner:
+        config = self.config
+        return Runner(
+            model,
+            state,
+            max_seqs=config.max_seqs,
+            max_step_tokens=step_tokens,
+            most_pages=-(-self.max_len // config.page_size),
+            unused=() if self.tokenizer is None else tuple(unused_ids(model, self.tokenizer)),
+            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs and not ranks.is_divided(model) else (),
+            invariant=invariant,
+        )
 
     # ---- requests ----
 
@@ -294,7 +335,7 @@ class Engine:
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,
-                speculator=Speculator(self.config.draft_tokens) if self.config.speculation else None,
+                speculator=Speculator(self.config.draft_tokens) if self.speculates else None,
                 stream=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
             )
             request.samples.append(sample)
@@ -314,14 +355,13 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step, and tell what the one before drew; without a lag, what this one did."""
-        for sample in self._speculating():
-            assert sample.speculator is not None
-            assert not sample.pending
-            sample.drafts = sample.speculator.draft(sample.token_ids)
         begin, alone = time.perf_counter(), not self._in_flight
+        self._draft()
         step = self.scheduler.schedule()
         if step is not None:
             self._in_flight.append(self.runner.launch(step))
+            if self.drafter is not None:
+                self.drafter.follow(step)
             self.scheduler.launched()
             self.stats.steps += 1
             self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks if not chunk.drafts)
@@ -332,8 +372,26 @@ class Engine:
         while len(self._in_flight) > lag:
             updates += self._take(self._in_flight.popleft())
         if self._measures and step and alone and not lag and all(chunk.drafts for chunk in step.chunks):
-            self._times.add(bool(step.chunks), time.perf_counter() - begin)
+            self._times.add(bool(step.chunks), time.perf_counter() - begin, len(step.sequences))
         return updates
+
+    def _draft(self) -> None:
+        """Have the next step verify what may come next of the sequences that speculate."""
+        samples, wanted = self._speculating(), []
+        if self.drafter is not None and self._measures and not self._times.knows_plain(len(self.scheduler.running)):
+            return  # what drafts cost is known beside steps without them
+        spare = self.scheduler.max_step_tokens - len(self.scheduler.running)
+        for sample in samples:
+            assert sample.speculator is not None
+            assert not sample.pending
+            if self.drafter is None:
+                sample.drafts = sample.speculator.draft(sample.token_ids)
+            elif room := self.scheduler.room(sample, min(sample.speculator.length, spare)):
+                wanted.append((sample, room))
+                spare -= room
+        if self.drafter is not None and wanted:
+            for (sample, _), drafts in zip(wanted, self.drafter.draft(wanted), strict=True):
+                sample.drafts = drafts
 
     def update_weights(self, weights: "Transformer | Mapping[str, Tensor]") -> None:
         """Go on with other weights: a module's, whose tensors are the engine's from now on, or values by their names,
@@ -364,6 +422,8 @@ class Engine:
         elif any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items()):
             self.model.load_state_dict(module.state_dict(), assign=True)
             self.runner.drop_graphs()
+            if self.drafter is not None and self.drafter.shares:
+                self.drafter.runner.drop_graphs()
         self.runner.state.renew()
 
     def check(self) -> None:
@@ -409,7 +469,7 @@ class Engine:
         for i in range(len(drafts)):
             self.stats.drafted[i] += 1
             self.stats.accepted[i] += i < accepted
-        sample.speculator.learn(accepted, self._times.cost(len(drafts)))
+        sample.speculator.learn(accepted, self._times.cost(len(drafts), len(self.scheduler.running)))
         self.scheduler.reject(sample, len(drafts) - accepted)
         return tokens[: accepted + 1]
 
@@ -449,7 +509,7 @@ class Engine:
 
     def validate(self, ids: Rows[int], params: SamplingParams) -> None:
         """Raises ValueError as `add` does; from any thread."""
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.vocab_size
         if not ids:
             raise ValueError("the prompt is empty: give it at least one token")
         if strange := [token for token in ids if not isinstance(token, Integral)]:

@@ -5,6 +5,7 @@ outputs = llm.generate(["how do ", "def "], SamplingParams(temperature=0.7, max_
 print(outputs[0].text)
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -20,7 +21,7 @@ from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.inference.outputs import RequestOutput, Token
 from cs336.inference.sampling import SamplingParams
-from cs336.inference.vocabulary import encode_prompts
+from cs336.inference.vocabulary import check_same_tokens, encode_prompts
 from cs336.models import Transformer
 from cs336.tokenizer import convert
 from cs336.utils.device import pick
@@ -34,6 +35,8 @@ class LLM:
             are used as they are.
         tokenizer: of the model, or a file of it; what lies beside a model that is read, if None. A Transformer without
             one takes and gives ids alone.
+        draft: a smaller model of the same tokenizer, given as `model` is, which drafts what the model then verifies:
+            texts stay what they are.
         device, dtype: of a model that is read: "auto" is a GPU if there is one; the dtype is that of the files if None.
         quiet: do not print on stderr what the memory is for.
         options: of EngineConfig, max_seqs, max_len, num_pages and more.
@@ -49,6 +52,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        draft: str | os.PathLike | Transformer | None = None,
         quiet: bool = False,
         **options: Any,
     ):
@@ -66,7 +70,9 @@ class LLM:
         if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
             self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer
-        self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options))
+        if draft is not None and not isinstance(draft, Transformer):
+            draft = _load_draft(find_model(draft), tokenizer, model)
+        self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options), draft=draft)
         if not quiet:
             print(f"memory: {self.engine.memory}", file=sys.stderr)
             if self.engine.warm_up.steps:
@@ -178,6 +184,14 @@ class LLM:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
         ids = iter(self.encode(texts))
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
+
+
+def _load_draft(path: pathlib.Path, tokenizer, model: Transformer) -> Transformer:
+    """In the model's dtype, where it is; its tokenizer, if it has one, must be the model's."""
+    if tokenizer is not None:
+        with contextlib.suppress(FileNotFoundError):
+            check_same_tokens(tokenizer, load_tokenizer(path), str(path))
+    return load_model(path, str(model.device), model.embedding.weight.dtype)
 
 
 def _template_of(model: Transformer, tokenizer) -> ChatTemplate:

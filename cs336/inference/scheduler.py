@@ -199,15 +199,19 @@ class Scheduler:
                 sequence.sampled += 1 + len(drafts)
         return decodes, verified
 
-    def _fitting(self, sequence: Sequence, most: int) -> Rows[int]:
-        """Its drafts, as far as there is room for them without another's leaving."""
-        drafts = sequence.drafts[: max(0, min(most, sequence.limit - sequence.sampled - 1))]
-        sequence.drafts = ()
+    def room(self, sequence: Sequence, most: int) -> int:
+        """For how many drafts behind the next token there are pages, which are taken, without another's leaving."""
+        most = max(0, min(most, sequence.limit - sequence.sampled - 1))
         size, end = self.cache.page_size, sequence.computed + 1
-        missing = -(-(end + len(drafts)) // size) - len(sequence.pages)
+        missing = -(-(end + most) // size) - len(sequence.pages)
         if missing > 0:
             sequence.pages += self.cache.take(missing) or []
-        return drafts[: len(sequence.pages) * size - end]
+        return max(0, min(most, len(sequence.pages) * size - end))
+
+    def _fitting(self, sequence: Sequence, most: int) -> Rows[int]:
+        """Its drafts, as far as there is room for them."""
+        drafts, sequence.drafts = sequence.drafts, ()
+        return drafts[: self.room(sequence, min(most, len(drafts)))]
 
     def _finds_room(self, sequence: Sequence) -> bool:
         """Whether there is a page for its next token, for which those after it may have to leave, or itself."""
@@ -280,4 +284,4 @@ class Scheduler:
         self.cache.release(sequence.pages)
         sequence.slot, sequence.pages, sequence.node = None, [], None
         sequence.computed = sequence.known = sequence.told = 0
-        sequence.decoding = False
+        sequence.decoding, sequence.drafts = False, ()

@@ -6,7 +6,8 @@ holds if the draft was what was drawn in its place; so the tokens up to the firs
 Every token is a draw from the model's own distribution. This is rejection sampling (arXiv:2211.17192, 2302.01318) for
 drafts that are certain: draft d is kept with p(d), and in its place comes else a draw from p without d.
 
-Here drafts are looked up in the text so far (arXiv:2304.04487): what followed when its last tokens were there before.
+Drafts are looked up in the text so far (arXiv:2304.04487): what followed when its last tokens were there before. Or a
+smaller model makes them: see drafting.py.
 """
 
 import statistics
@@ -45,20 +46,32 @@ class PromptLookup:
 
 
 class StepTimes:
-    """Of an engine's last steps that verified drafts, and of those that only decoded."""
+    """Of an engine's last steps that made and verified drafts, and of those that only decoded, by how many sequences
+    ran: 1, 2 and 3, 4 to 7, and so on.
 
-    def __init__(self):
-        self._verifying: deque[float] = deque(maxlen=RECENT)
-        self._plain: deque[float] = deque(maxlen=RECENT)
+    guess: what a draft costs, in steps that only decode, until that is known.
+    """
 
-    def add(self, verifying: bool, seconds: float) -> None:
-        (self._verifying if verifying else self._plain).append(seconds)
+    def __init__(self, guess: float = COST):
+        self._guess = guess
+        self._seconds: dict[tuple[bool, int], deque[float]] = {}
 
-    def cost(self, drafted: int) -> float:
-        """What a step takes longer for verifying so many drafts of a sequence, in steps that only decode."""
-        if min(len(self._verifying), len(self._plain)) < ENOUGH:
-            return COST * drafted
-        return max(0.0, statistics.median(self._verifying) / statistics.median(self._plain) - 1)
+    def add(self, verifying: bool, seconds: float, running: int = 1) -> None:
+        self._of(verifying, running).append(seconds)
+
+    def cost(self, drafted: int, running: int = 1) -> float:
+        """What a step takes longer for so many drafts of a sequence, in steps that only decode."""
+        verifying, plain = self._of(True, running), self._of(False, running)
+        if min(len(verifying), len(plain)) < ENOUGH:
+            return self._guess * drafted
+        return max(0.0, statistics.median(verifying) / statistics.median(plain) - 1)
+
+    def knows_plain(self, running: int) -> bool:
+        """Whether enough steps that only decode were measured."""
+        return len(self._of(False, running)) >= ENOUGH
+
+    def _of(self, verifying: bool, running: int) -> deque[float]:
+        return self._seconds.setdefault((verifying, running.bit_length()), deque(maxlen=RECENT))
 
 
 class Speculator:

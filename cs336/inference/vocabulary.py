@@ -40,3 +40,13 @@ def unused_ids(model: Transformer, tokenizer) -> list[int]:
     """Rows of the embedding that are no token: holes in the vocabulary, and padding to a round size."""
     vocab = tokenizer.vocab
     return [i for i in range(model.config.vocab_size) if i not in vocab]
+
+
+def check_same_tokens(tokenizer, other, name: str) -> None:
+    """Raises ValueError where the other tokenizer, of the model called so, gives an id to another token."""
+    for i in sorted(tokenizer.vocab.keys() | other.vocab.keys()):
+        ours, theirs = tokenizer.vocab.get(i), other.vocab.get(i)
+        if ours != theirs:
+            raise ValueError(
+                f"token {i} is {theirs!r} to {name} and {ours!r} to the model: they must share a tokenizer"
+            )

@@ -165,6 +165,11 @@ class TransformerConfig:
         config = dataclasses.replace(self, layers=None, pattern=None, **short)
         return config if config.blocks == self.blocks else None
 
+    def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> "TransformerConfig":
+        """The same model of these blocks instead."""
+        short: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in SHORT}
+        return dataclasses.replace(self, num_layers=len(blocks), layers=blocks, pattern=None, **short)
+
     @property
     def kv_heads(self) -> int:
         """Of the first layer of attention. Raises ValueError without one; so does head_size."""
