@@ -147,6 +147,19 @@ def test_curation():
     assert "150,000 tokens each." in text
 
 
+def test_variants():
+    row = {"op": "variants", "parameters": 37024, "tokens": 51200, "interval": None, "state_bytes": 16384}
+    rows = [
+        row | {"variant": "ReLU", "loss": 2.5, "tokens_per_second": 30, "decoding_error": 1.2e-06, "decodes": True},
+        row | {"variant": "SwiGLU", "loss": 2.25, "tokens_per_second": 20, "decoding_error": 0.5, "decodes": False},
+    ]
+    rows[1]["interval"] = 0.0456
+    text = "\n".join(report.variants(rows))
+    assert "| ReLU | 37,024 | 2.500 | 1.50 | 16,384 | yes, 1e-06 |" in text
+    assert "| SwiGLU | 37,024 | 2.250 ± 0.046 | 1.00 | 16,384 | no, 5e-01 |" in text
+    assert "51,200 tokens each." in text
+
+
 def test_tokenizers():
     trained = {
         "op": "tokenizer",
