@@ -289,7 +289,7 @@ def optimizers(rows: list[Row]) -> Iterator[str]:
 def variants(rows: list[Row]) -> Iterator[str]:
     """A row a kind of block, trained alike; its speed as a share of the plainest one's."""
     plain = next((row["tokens_per_second"] for row in rows if row["variant"] == "SwiGLU"), None)
-    yield "| variant | parameters | loss, 95 % | tokens a CPU second, SwiGLU's is 1 | state, bytes | decodes, error of a logit |"
+    yield "| variant | parameters | loss, 95 % | tokens a second, of SwiGLU | state, bytes | decodes, error |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for row in rows:
         spread = "" if row["interval"] is None else f" ± {row['interval']:.3f}"

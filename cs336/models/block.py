@@ -52,12 +52,15 @@ Placement = Literal["pre", "post", "sandwich", "reordered"]
 @dataclass(frozen=True)
 class BlockConfig:
     mixer: Mixer
+    """What lets a token see those before it."""
     mlp: MLP = field(default_factory=SwiGLUConfig)
+    """What is done to each token alone."""
     norm: Norm = field(default_factory=RMSNormConfig)
+    """Of every norm of the block; the last block's is the model's last too."""
     positions: Positions = field(default_factory=RopeConfig)
     """Of kind "none" if left out where the mixer takes no rotary ones."""
     placement: Placement = "pre"
-    """Of the norms: pre, post, sandwich or reordered, as the top of the file has them."""
+    """Of the norms: before a sublayer, after its addition, around it, or after it and before its addition."""
     parallel: bool = False
     """The mixer and the MLP read the same normed x. Of pre-norm blocks."""
     residual_scale: float = 1.0

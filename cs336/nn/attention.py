@@ -282,6 +282,7 @@ class AttentionConfig:
     """Causal self-attention: see Attention. Raises ValueError for head counts that do not divide."""
 
     num_heads: int
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key-value heads, shared by groups of query heads (arXiv:2305.13245). None: num_heads."""
     head_dim: int | None = None

@@ -140,6 +140,7 @@ class LatentAttentionConfig:
     """Latent attention (MLA): see LatentAttention."""
 
     num_heads: int
+    """Heads, of queries, keys and values."""
     kv_rank: int
     """Features of the latent that keys and values are made of: with rope_head_dim all that decoding keeps."""
     head_dim: int

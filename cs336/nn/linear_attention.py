@@ -130,6 +130,7 @@ class LinearAttentionConfig:
     """Linear attention: see LinearAttention. Its state is of one size whatever the length of the text."""
 
     num_heads: int
+    """Heads, each with a state of head_dim x value_dim numbers."""
     head_dim: int | None = None
     """Features of a query and a key. None: d_model / num_heads."""
     value_dim: int | None = None

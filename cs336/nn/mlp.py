@@ -140,10 +140,13 @@ class MLPConfig(_Counts):
     """See MLP. Of silu, gated, SwiGLUConfig is the short name; of gelu, plain, GELUConfig."""
 
     activation: Activation = "gelu"
+    """Of the hidden features, or of the gate."""
     gated: bool = False
+    """down(act(gate(x)) * up(x)) instead of down(act(up(x)))."""
     d_ff: int | None = None
     """Hidden features. None: 4 d_model, or if gated 8/3 d_model rounded up to a multiple of 64."""
     bias: bool = False
+    """Biases of every projection."""
     kind: Literal["mlp"] = "mlp"
 
     def __post_init__(self):

@@ -194,6 +194,7 @@ class MoEConfig:
     """See MoE. Raises ValueError for values that do not fit together."""
 
     num_experts: int
+    """Experts to choose from, besides the shared ones."""
     top_k: int
     """Experts a token."""
     d_ff: int | None = None
@@ -201,18 +202,23 @@ class MoEConfig:
     num_shared: int = 0
     """Experts that every token goes to, as one MLP of num_shared * d_ff features."""
     activation: Activation = "silu"
+    """As in the mlp kind."""
     gated: bool = True
+    """As in the mlp kind."""
     router: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: over all experts together, or each by itself."""
     normalize: bool = True
     """The weights of a token's experts sum to `scale`."""
     scale: float = 1.0
     """Of the experts' weights: DeepSeek-V3's routed_scaling_factor."""
     balance: Literal["loss", "bias", "none"] = "loss"
+    """What keeps loads even: a loss that is added to what is trained, a bias that moves after each step, or nothing."""
     balance_loss: float = 0.01
     """Of the loss of balance "loss"."""
     bias_rate: float = 0.001
     """How far a bias goes in a step, of balance "bias"."""
     z_loss: float = 0.0
+    """Of the mean square of the router's log-sum-exp (arXiv:2202.08906)."""
     kind: Literal["moe"] = "moe"
 
     def __post_init__(self):
