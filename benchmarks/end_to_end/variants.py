@@ -69,6 +69,7 @@ POSITIONS = {
 }
 BOUNDS = {
     "soft-caps": model(BlockConfig(AttentionConfig(4, softcap=1.5)), logit_softcap=3.0),
+    "sinks": block(AttentionConfig(4, 2, sinks=True)),
     "QK-norm": block(AttentionConfig(4, 2, qk_norm=True)),
     "biases and scale": block(AttentionConfig(4, 1, qkv_bias=True, out_bias=True, scale=0.2)),
     "scaled residuals": model(BlockConfig(ATTENTION, residual_scale=0.4), embedding_scale=2.0, tie_embeddings=True),

@@ -259,6 +259,8 @@ def _divide_block(block: TransformerBlock, region: Region) -> None:
         module.register_forward_pre_hook(_entering(region))
     if attention.alibi is not None:
         attention.alibi = OwnSlopes(attention.num_heads, region.group, attention.alibi.slopes.device)
+    if attention.sinks is not None:
+        attention.sinks = _own(attention.sinks, 0, region.group)
     attention.num_heads //= region.size
     attention.num_kv_heads //= region.size
     for norm in (attention.q_norm, attention.k_norm):
