@@ -16,6 +16,7 @@ from cs336.nn import (
     Mamba2Config,
     MLPConfig,
     MoEConfig,
+    NoMLPConfig,
     NoPositionsConfig,
     NtkScaling,
     RMSNormConfig,
@@ -45,6 +46,7 @@ MLPS = {
     "GEGLU": block(mlp=MLPConfig("gelu", gated=True)),
     "GEGLU (tanh), biases": block(mlp=MLPConfig("gelu_tanh", gated=True, d_ff=40, bias=True)),
     "SwiGLU": block(),
+    "no MLP": block(mlp=NoMLPConfig()),
 }
 NORMS = {
     "LayerNorm": block(norm=LayerNormConfig()),

@@ -198,3 +198,28 @@ class GELUConfig(_Counts):
 
     def build(self, d_model: int, *, device=None, dtype=None) -> GELU:
         return GELU(d_model, self.d_ff, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class NoMLPConfig:
+    """A block of a mixer alone, with one norm: Mamba's (arXiv:2312.00752)."""
+
+    kind: Literal["none"] = "none"
+
+    def width(self, d_model: int) -> int:
+        return 0
+
+    def build(self, d_model: int, *, device=None, dtype=None) -> None:
+        return None
+
+    def num_parameters(self, d_model: int) -> int:
+        return 0
+
+    def idle_parameters(self, d_model: int) -> int:
+        return 0
+
+    def flops(self, d_model: int) -> int:
+        return 0
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        return 0

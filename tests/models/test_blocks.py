@@ -22,6 +22,7 @@ from cs336.nn import (
     Llama3Scaling,
     MLPConfig,
     MoEConfig,
+    NoMLPConfig,
     NoPositionsConfig,
     RopeConfig,
     YarnScaling,
@@ -128,6 +129,8 @@ class Definition:
         a = block.residual_scale
         if block.parallel:
             return x + a * (subs["attention_"](norm(x, "attention_")) + subs["mlp_"](norm(x, "attention_")))
+        if block.mlp.kind == "none":
+            del subs["mlp_"]
         for which, f in subs.items():
             match block.placement:
                 case "pre":
@@ -321,6 +324,7 @@ REFUSED = [
     (lambda: LayerNormConfig(weight=False), "a layer_norm with a bias and no weight is not known"),
     (lambda: block(placement="peri"), "placement must be 'pre' or 'post' or 'sandwich' or 'reordered', got 'peri'"),
     (lambda: block(parallel=True, placement="post"), "parallel blocks are normed before: placement must be 'pre'"),
+    (lambda: block(parallel=True, mlp=NoMLPConfig()), "it needs an MLP, got one of kind 'none'"),
     (lambda: block(dropout=1.0), "dropout must be a number from 0 to below 1, got 1.0"),
     (lambda: block(stochastic_depth=-0.1), "stochastic_depth must be a number from 0 to below 1"),
     (lambda: block(residual_scale=0.0), "residual_scale must be a positive, finite number"),

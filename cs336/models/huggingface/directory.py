@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cs336.models.config import TransformerConfig
+from cs336.models.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cs336.models.huggingface.family import Family, Rule
 from cs336.models.huggingface.gemma2 import GEMMA2
+from cs336.models.huggingface.gemma3 import GEMMA3
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.llama import LLAMA
+from cs336.models.huggingface.mamba2 import MAMBA2
 from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
@@ -33,7 +36,10 @@ from cs336.utils.special_tokens import END_OF_TEXT
 
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2)  # the first that fits
+    for family in (
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2),
+    )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
@@ -123,7 +129,9 @@ def from_pretrained(
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
     whole = _check_quantized(model, weights)
-    model.load_state_dict({n: weights[n] if n in whole else weights[n].to(dtype) for n in shapes}, assign=True)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
+    read = {n: weights[n] if n in whole else weights[n].to(dtypes.get(n, dtype)) for n in shapes}
+    model.load_state_dict(read, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
     if (directory / GENERATION).exists():
         generation = _read_json(directory / GENERATION)
@@ -200,7 +208,8 @@ def _their_weights(
     weights: dict[str, Tensor], config: TransformerConfig, family: Family
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in family.rules({name: t.shape for name, t in weights.items()}):
-        written = rule.write([_half_split(name, weights[name], config) for name in rule.ours])
+        ours = [weights[name] if family.keeps_pairs else _half_split(name, weights[name], config) for name in rule.ours]
+        written = rule.write(ours)
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
 
