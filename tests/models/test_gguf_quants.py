@@ -1,4 +1,4 @@
-"""GGUF's K formats: every number of a block of random bytes, by where its bits lie, and as the package gguf reads it."""
+"""GGUF's K formats: every number of a block of random bytes, by where its bits lie, and as gguf reads them."""
 
 import numpy as np
 import pytest
