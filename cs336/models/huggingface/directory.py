@@ -130,7 +130,8 @@ def save_adapter(
         if (full := theirs.get(f"{name}.weight")) is None:
             kind = OURS if family is None else family.model_type
             raise ValueError(f"{name} is no linear layer of its own in files of {kind}: an adapter cannot name it")
-        named[full.removesuffix(".weight")] = a, b if family is None else _half_split(f"{name}.weight", b, config)
+        rows = b if family is None else _half_split(f"{name}.weight", b, config, family)
+        named[full.removesuffix(".weight")] = a, rows
     write_adapter(named, directory, base=base, alpha=alpha)
     if model.generation_config:
         with replacing(pathlib.Path(directory) / GENERATION) as file:
@@ -249,8 +250,7 @@ def _their_weights(
     weights: dict[str, Tensor], config: TransformerConfig, family: Family
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in family.rules({name: t.shape for name, t in weights.items()}):
-        ours = [weights[name] if family.keeps_pairs else _half_split(name, weights[name], config) for name in rule.ours]
-        written = rule.write(ours)
+        written = rule.write([_half_split(name, weights[name], config, family) for name in rule.ours])
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
 
@@ -321,10 +321,10 @@ def _our_weights(
     return weights
 
 
-def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
+def _half_split(name: str, t: Tensor, config: TransformerConfig, family: Family) -> Tensor:
     """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
     block = config.blocks[0]  # of a family: all are alike
-    if not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
+    if family.keeps_pairs or not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
         return t
     if not re.search(r"\.[qk]_(proj|norm)\.", name):
         return t
