@@ -48,7 +48,7 @@ def test_pages_are_current(page):
 
 
 def test_the_readme_has_a_row_a_capability_and_the_tables_are_elsewhere():
-    readme, tables = ((report.ROOT / page).read_text() for page in report.PAGES)
+    readme, tables = ((report.ROOT / page).read_text() for page in report.PAGES[:2])
     assert report.MARKED.findall(readme)[0][1] == "headline"
     assert len(readme.splitlines()) < 300
     names = {found[1] for found in report.MARKED.findall(tables)}
