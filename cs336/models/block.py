@@ -221,6 +221,7 @@ class TransformerBlock(nn.Module):
                 return Stream(Stream(total, self._update(y)).normed(norm)[0], None)
 
     def _mlp(self, x: Tensor, before: Routing | None) -> tuple[Tensor, Routing | None]:
+        assert self.mlp is not None
         y = self.mlp(x)
         if isinstance(y, Tensor):
             return y, before

@@ -293,7 +293,7 @@ def _divided(config: TransformerConfig, tensor: int, layers: range) -> Transform
         assert isinstance(mixer, AttentionConfig)
         heads: dict[str, Any] = {"num_heads": mixer.num_heads // tensor, "num_kv_heads": mixer.kv_heads // tensor}
         mixer = dataclasses.replace(mixer, **heads, head_dim=mixer.head_size(config.d_model))
-        mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var]
+        mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var,arg-type]
         return dataclasses.replace(block, mixer=mixer, mlp=mlp)
 
     blocks = config.blocks

@@ -138,8 +138,7 @@ def _written(config: TransformerConfig, router: Literal["softmax", "sigmoid"]) -
     mixer, mlp, positions = last.mixer, last.mlp, last.positions
     if not (isinstance(mixer, LatentAttentionConfig) and isinstance(mlp, MoEConfig) and mlp.router == router):
         return None
-    rope = write_rope(positions) if isinstance(positions, RopeConfig) else None
-    if rope is None:
+    if not isinstance(positions, RopeConfig) or (rope := write_rope(positions)) is None:
         return None
     if mixer.scale is not None and isinstance(positions.scaling, YarnScaling) and positions.scaling.factor > 1:
         m = (mixer.scale * (mixer.head_dim + mixer.rope_head_dim) ** 0.5) ** 0.5
