@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json:  python benchmarks/report.py
+"""Rewrite the tables of README.md and docs/ from benchmarks/results/*.json:  python benchmarks/report.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, where NAME is a run of the results, or `headline`:
 a row for each.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
@@ -299,6 +299,21 @@ def align_ladder(rows: list[Row]) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def variants(rows: list[Row]) -> Iterator[str]:
+    """A row a kind of block, trained alike; its speed as a share of the plainest one's."""
+    plain = next((row["tokens_per_second"] for row in rows if row["variant"] == "SwiGLU"), None)
+    yield "| variant | parameters | loss, 95 % | tokens a second, of SwiGLU | state, bytes | decodes, error |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        spread = "" if row["interval"] is None else f" ± {row['interval']:.3f}"
+        speed = f"{row['tokens_per_second'] / plain:.2f}" if plain else "–"
+        decodes = f"{'yes' if row['decodes'] else 'no'}, {row['decoding_error']:.0e}"
+        cells = (f"{row['parameters']:,}", f"{row['loss']:.3f}{spread}", speed, f"{row['state_bytes']:,}", decodes)
+        yield f"| {row['variant']} | " + " | ".join(cells) + " |"
+    yield ""
+    yield f"{rows[0]['tokens']:,} tokens each."
+
+
 def tokenizer(rows: list[Row]) -> Iterator[str]:
     """Encoding and decoding, a table for each vocabulary; training; linear time; who is not there."""
     ran = [row for row in rows if "skipped" not in row]
@@ -517,6 +532,7 @@ BODIES = {
     "align_ladder": align_ladder,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
+    "variants": variants,
     "attention": rated,
     "attention_varlen": rated,
     "cross_entropy": rated,

@@ -101,6 +101,16 @@ def _linear_attention_bwd(dtype: torch.dtype, device: str) -> tuple:
     return torch.empty_like(q), None, q, *rest
 
 
+def _gated_delta_rule_fwd(dtype: torch.dtype, device: str) -> tuple:
+    q, k, v, *rest = _linear_attention_fwd(dtype, device)
+    return q, k, v, torch.empty(1, 2, 64, dtype=_wide(dtype), device=device), *rest
+
+
+def _gated_delta_rule_bwd(dtype: torch.dtype, device: str) -> tuple:
+    q, *rest = _gated_delta_rule_fwd(dtype, device)
+    return torch.empty_like(q), None, q, *rest
+
+
 def _paged(q_shape: tuple[int, ...]) -> Arguments:
     """Of decode (q: B, Q, H, D) or prefill (q: T, H, D), for 2 sequences over pages of 16 tokens."""
 
@@ -146,6 +156,8 @@ SAMPLES: dict[str, Arguments] = {
     "embedding_bwd": _embedding,
     "scale_": _scale,
     "linear_invariant": _linear,
+    "gated_delta_rule_fwd": _gated_delta_rule_fwd,
+    "gated_delta_rule_bwd": _gated_delta_rule_bwd,
     "linear_attention_fwd": _linear_attention_fwd,
     "linear_attention_bwd": _linear_attention_bwd,
     "paged_attention": _paged((2, 1, 4, 64)),

@@ -1,14 +1,14 @@
 """Every variant of a block at one small budget: parameters, loss, speed, state, and whether decoding is exact.
 
     python -m benchmarks.end_to_end.bench_variants [--steps 150] [--seeds 3] [--device cpu] [--only NAME ...] [--out F]
+    ... --steps 20 --out benchmarks/results/cpu.json && python benchmarks/report.py    # docs/architectures.md's table
 
 Each trains on the same text, tiny and made here: random words of a random dictionary, where every letter but a word's
-first can be learned. The loss is the mean of the seeds with a 95 % interval of Student's t.
+first can be learned. The loss is the mean of the seeds, over the last tenth of their steps, with a 95 % interval of
+Student's t.
 """
 
 import argparse
-import datetime
-import json
 import pathlib
 import platform
 import statistics
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, results
+from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from benchmarks.end_to_end.variants import MIXERS, VARIANTS
 from cs336.models import Transformer, TransformerConfig
 from cs336.nn.moe import balance_experts
@@ -28,6 +29,8 @@ from cs336.training.objectives import NextToken
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points, by the number of seeds
 BATCH = 16
 ALL = VARIANTS | MIXERS
+
+Row = dict[str, Any]
 
 
 def batches(config: TransformerConfig, steps: int, seed: int, device: torch.device) -> Tensor:
@@ -41,13 +44,14 @@ def batches(config: TransformerConfig, steps: int, seed: int, device: torch.devi
 
 
 def train(config: TransformerConfig, steps: int, seed: int, device: torch.device) -> tuple[Transformer, float, float]:
-    """The model, its mean loss over the last tenth of the steps, and tokens a second."""
+    """The model, its mean loss over the last tenth of the steps, and tokens a second (on a CPU, of processor time)."""
     torch.manual_seed(seed)
     model, objective = Transformer(config, device=device), NextToken()
     optimizer = AdamW(model.parameters(), lr=3e-3)
     losses, data = [], batches(config, steps, seed, device)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     harness.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for x in data:
         total, count, metrics = objective(model, (x[:, :-1].contiguous(), x[:, 1:].contiguous()))
         (total / count).backward()
@@ -56,7 +60,7 @@ def train(config: TransformerConfig, steps: int, seed: int, device: torch.device
         optimizer.zero_grad()
         losses.append((metrics.get("cross_entropy", total) / count).detach())
     harness.synchronize(device)
-    speed = data[:, :, 1:].numel() / (time.perf_counter() - start)
+    speed = data[:, :, 1:].numel() / (clock() - start)
     return model, torch.stack(losses[-max(1, steps // 10) :]).mean().item(), speed
 
 
@@ -71,14 +75,16 @@ def decoding_error(model: Transformer) -> float:
     return (torch.cat(parts, 1) - model(x)).abs().max().item()
 
 
-def row(name: str, config: TransformerConfig, steps: int, seeds: int, device: torch.device) -> dict[str, Any]:
+def row(name: str, config: TransformerConfig, steps: int, seeds: int, device: torch.device) -> Row:
     runs = [train(config, steps, seed, device) for seed in range(seeds)]
     losses = [loss for _, loss, _ in runs]
     spread = statistics.stdev(losses) / seeds**0.5 * STUDENT[seeds] if seeds > 1 else None
     error = max(decoding_error(model) for model, _, _ in runs)
     return {
+        "op": "variants",
         "variant": name,
         "parameters": config.num_parameters(),
+        "tokens": steps * BATCH * config.context_length,
         "loss": round(statistics.mean(losses), 4),
         "interval": None if spread is None else round(spread, 4),
         "tokens_per_second": round(max(speed for _, _, speed in runs)),
@@ -88,30 +94,52 @@ def row(name: str, config: TransformerConfig, steps: int, seeds: int, device: to
     }
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+def header(options: argparse.Namespace) -> Row:
+    command = f"python -m benchmarks.end_to_end.bench_variants --steps {options.steps} --seeds {options.seeds}"
+    if options.device != "cpu":
+        return results.header(torch.device(options.device), command)
+    return {
+        "command": command,
+        "cpu": cpu_model(),
+        "cores": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "peers": {"torch": torch.__version__},
+        "commit": results.describe_commit(),
+        "date": results.today(),
+    }
+
+
+def found_before(path: pathlib.Path | None, about: Row) -> dict[str, Row]:
+    """The rows of a run that was stopped: of the same command at the same commit."""
+    last = results.read(path).get("variants") if path else None
+    same = last is not None and all(last["header"].get(key) == about.get(key) for key in ("command", "commit", "cpu"))
+    return {row["variant"]: row for row in last["rows"]} if last and same else {}
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3, choices=(1, *STUDENT))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", default=list(ALL), choices=list(ALL))
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="results file; a run that was stopped goes on from its rows")
     options = parser.parse_args(arguments)
-    rows = []
+    about = header(options)
+    rows = found_before(options.out, about)
     print(f"{'variant':<30}{'parameters':>11}{'loss':>9}{'±':>8}{'tok/s':>10}{'state B':>9}{'decoding':>10}")
     for name in options.only:
-        found = row(name, ALL[name], options.steps, options.seeds, torch.device(options.device))
-        rows.append(found)
+        if name not in rows:
+            rows[name] = row(name, ALL[name], options.steps, options.seeds, torch.device(options.device))
+        found = rows[name]
         interval = "" if found["interval"] is None else f"{found['interval']:.4f}"
         print(
             f"{name:<30}{found['parameters']:>11,}{found['loss']:>9.4f}{interval:>8}"
             f"{found['tokens_per_second']:>10,}{found['state_bytes']:>9,}{found['decoding_error']:>10.1e}",
             flush=True,
         )
-    if options.out is not None:
-        about = {"steps": options.steps, "seeds": options.seeds, "batch": BATCH, "device": options.device}
-        about |= {"torch": torch.__version__, "machine": platform.machine(), "date": f"{datetime.date.today()}"}
-        options.out.write_text(json.dumps({"header": about, "rows": rows}, indent=1) + "\n")
-    return rows
+        if options.out is not None:
+            results.write(options.out, "variants", about, [rows[name] for name in ALL if name in rows])
+    return [rows[name] for name in options.only]
 
 
 def bench_variants(benchmark):

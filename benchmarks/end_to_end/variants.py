@@ -16,6 +16,7 @@ from cs336.nn import (
     Mamba2Config,
     MLPConfig,
     MoEConfig,
+    NoMLPConfig,
     NoPositionsConfig,
     NtkScaling,
     RMSNormConfig,
@@ -45,6 +46,7 @@ MLPS = {
     "GEGLU": block(mlp=MLPConfig("gelu", gated=True)),
     "GEGLU (tanh), biases": block(mlp=MLPConfig("gelu_tanh", gated=True, d_ff=40, bias=True)),
     "SwiGLU": block(),
+    "no MLP": block(mlp=NoMLPConfig()),
 }
 NORMS = {
     "LayerNorm": block(norm=LayerNormConfig()),
@@ -69,6 +71,7 @@ POSITIONS = {
 }
 BOUNDS = {
     "soft-caps": model(BlockConfig(AttentionConfig(4, softcap=1.5)), logit_softcap=3.0),
+    "sinks": block(AttentionConfig(4, 2, sinks=True)),
     "QK-norm": block(AttentionConfig(4, 2, qk_norm=True)),
     "biases and scale": block(AttentionConfig(4, 1, qkv_bias=True, out_bias=True, scale=0.2)),
     "scaled residuals": model(BlockConfig(ATTENTION, residual_scale=0.4), embedding_scale=2.0, tie_embeddings=True),

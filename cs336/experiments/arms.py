@@ -207,5 +207,6 @@ def _with_width(name: str, config: TrainConfig, d_ff: int) -> TrainConfig:
     for block in model.layers:
         if not hasattr(block.mlp, "d_ff"):
             raise ValueError(f"{name} cannot be matched: an MLP of kind {block.mlp.kind!r} has no d_ff to solve for")
-        layers.append(dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, d_ff=d_ff)))
+        mlp = dataclasses.replace(block.mlp, d_ff=d_ff)  # type: ignore[arg-type]
+        layers.append(dataclasses.replace(block, mlp=mlp))
     return dataclasses.replace(config, model=dataclasses.replace(model, layers=tuple(layers)))

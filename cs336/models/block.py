@@ -6,7 +6,7 @@
     reordered   x = x + norm(f(x))                          as in OLMo 2, arXiv:2501.00656
     parallel    x = x + mixer(norm(x)) + mlp(norm(x))       one norm, arXiv:2204.02311
 
-for f the mixer, then the MLP. What f gives is dropped out and scaled before it is added.
+for f the mixer, then the MLP, if there is one. What f gives is dropped out and scaled before it is added.
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from cs336.nn import (
     MixerState,
     MLPConfig,
     MoEConfig,
+    NoMLPConfig,
     NoPositionsConfig,
     RMSNormConfig,
     RopeConfig,
@@ -43,7 +44,7 @@ Mixer = Annotated[
     AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
     Field(discriminator="kind"),
 ]
-MLP = Annotated[SwiGLUConfig | GELUConfig | MLPConfig | MoEConfig, Field(discriminator="kind")]
+MLP = Annotated[SwiGLUConfig | GELUConfig | MLPConfig | MoEConfig | NoMLPConfig, Field(discriminator="kind")]
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 Positions = Annotated[RopeConfig | AlibiConfig | NoPositionsConfig, Field(discriminator="kind")]
 Placement = Literal["pre", "post", "sandwich", "reordered"]
@@ -52,12 +53,15 @@ Placement = Literal["pre", "post", "sandwich", "reordered"]
 @dataclass(frozen=True)
 class BlockConfig:
     mixer: Mixer
+    """What lets a token see those before it."""
     mlp: MLP = field(default_factory=SwiGLUConfig)
+    """What is done to each token alone."""
     norm: Norm = field(default_factory=RMSNormConfig)
+    """Of every norm of the block; the last block's is the model's last too."""
     positions: Positions = field(default_factory=RopeConfig)
     """Of kind "none" if left out where the mixer takes no rotary ones."""
     placement: Placement = "pre"
-    """Of the norms: pre, post, sandwich or reordered, as the top of the file has them."""
+    """Of the norms: before a sublayer, after its addition, around it, or after it and before its addition."""
     parallel: bool = False
     """The mixer and the MLP read the same normed x. Of pre-norm blocks."""
     residual_scale: float = 1.0
@@ -76,6 +80,8 @@ class BlockConfig:
         check_probabilities(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
         if self.parallel and self.placement != "pre":
             raise ValueError(f"parallel blocks are normed before: placement must be 'pre', got {self.placement!r}")
+        if self.parallel and not self.has_mlp:
+            raise ValueError("a parallel block is a mixer beside an MLP: it needs an MLP, got one of kind 'none'")
         if "rope" not in self.mixer.takes_positions and self.positions == RopeConfig():
             object.__setattr__(self, "positions", NoPositionsConfig())
         if self.positions.kind not in self.mixer.takes_positions:
@@ -90,8 +96,17 @@ class BlockConfig:
         return self.positions.build(self.mixer.rope_dim(d_model), context_length, device=device)
 
     @property
+    def has_mlp(self) -> bool:
+        return not isinstance(self.mlp, NoMLPConfig)
+
+    @property
+    def num_sublayers(self) -> int:
+        """That add to the stream."""
+        return 2 if self.has_mlp and not self.parallel else 1
+
+    @property
     def num_norms(self) -> int:
-        return 1 if self.parallel else 4 if self.placement == "sandwich" else 2
+        return self.num_sublayers * (2 if self.placement == "sandwich" else 1)
 
     def num_parameters(self, d_model: int) -> int:
         norms = self.num_norms * self.norm.num_parameters(d_model)
@@ -105,7 +120,7 @@ class BlockConfig:
         """Kept for the backward, a token, `width` bytes an element; what dropout drew, as a CPU keeps it."""
         norms = self.num_norms * self.norm.activation_bytes(d_model, width)
         shared = width * d_model if self.parallel else 0  # the x that both read
-        drawn = (1 if self.parallel else 2) * width * d_model if self.dropout else 0
+        drawn = self.num_sublayers * width * d_model if self.dropout else 0
         sublayers = self.mixer.activation_bytes(d_model, width) + self.mlp.activation_bytes(d_model, width)
         return sublayers + norms + drawn - shared
 
@@ -156,9 +171,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = config.norm.build(d_model, **place)
         self.attention = config.mixer.build(d_model, norm_eps=config.norm.eps, rope=rope, **alibi, **place)
         self.attention_post_norm = config.norm.build(d_model, **place) if sandwich else None
-        self.mlp_norm = None if config.parallel else config.norm.build(d_model, **place)
+        self.mlp_norm = config.norm.build(d_model, **place) if config.num_sublayers == 2 else None
         self.mlp = config.mlp.build(d_model, **place)
-        self.mlp_post_norm = config.norm.build(d_model, **place) if sandwich else None
+        self.mlp_post_norm = config.norm.build(d_model, **place) if sandwich and config.has_mlp else None
 
     @overload
     def forward(self, x: Tensor, context: Context | None = None, state: MixerState | None = None) -> Tensor: ...
@@ -178,10 +193,13 @@ class TransformerBlock(nn.Module):
             more, routing = self._mlp(read, stream.routing)
             stream = Stream(total, self._update(y + more), routing)
         else:
-            after = self._add(total, y, self.attention_norm, self.attention_post_norm)
-            read, total = self._read(after, self.mlp_norm)
-            y, routing = self._mlp(read, stream.routing)
-            stream = self._add(total, y, self.mlp_norm, self.mlp_post_norm)._replace(routing=routing)
+            routing = stream.routing
+            stream = self._add(total, y, self.attention_norm, self.attention_post_norm)
+            if self.mlp is not None:
+                read, total = self._read(stream, self.mlp_norm)
+                y, routing = self._mlp(read, routing)
+                stream = self._add(total, y, self.mlp_norm, self.mlp_post_norm)
+            stream = stream._replace(routing=routing)
         return stream if isinstance(x, Stream) else stream.value
 
     def _read(self, stream: Stream, norm) -> tuple[Tensor, Tensor]:
@@ -203,6 +221,7 @@ class TransformerBlock(nn.Module):
                 return Stream(Stream(total, self._update(y)).normed(norm)[0], None)
 
     def _mlp(self, x: Tensor, before: Routing | None) -> tuple[Tensor, Routing | None]:
+        assert self.mlp is not None
         y = self.mlp(x)
         if isinstance(y, Tensor):
             return y, before

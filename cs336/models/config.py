@@ -33,17 +33,21 @@ class TransformerConfig:
     context_length: int
     """Most tokens the model reads at once."""
     num_layers: int
+    """Blocks, one after the other."""
     d_model: int
     """Features of the residual stream."""
     num_heads: int | None = None
+    """Query heads. None: layers say it."""
     num_kv_heads: int | None = None
     """Key-value heads, shared by groups of query heads (arXiv:2305.13245). None: num_heads."""
     d_ff: int | None = None
     """Hidden features of the SwiGLU. None: 8/3 d_model, rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
+    """Base of the rotary wavelengths: pair i of D features turns by theta^(-2i / D) radians a token."""
     rope_interleaved: bool = False
     """Rotate neighbouring features, as arXiv:2104.09864 does, instead of the two halves of a head."""
     norm_eps: float = 1e-5
+    """Added to the mean square before its root is taken."""
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys (arXiv:2302.05442)."""
     qkv_bias: bool = False

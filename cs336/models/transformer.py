@@ -80,10 +80,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Matrices normal with init_std, what writes to the stream over sqrt(2 * num_layers), with mup_base_width as
-        muP has them; norms 1, biases 0. Decays, convolutions and filters start as their mixers say."""
+        muP has them; norms 1, biases and sinks 0. Decays, convolutions and filters start as their mixers say."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(0 if name.endswith("bias") else 1)
+                parameter.fill_(0 if name.endswith(("bias", "sinks")) else 1)
             else:
                 writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
                 depth = 2 * self.config.num_layers if writes else 1

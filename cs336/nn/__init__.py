@@ -19,6 +19,7 @@ from cs336.nn.mlp import GELU as GELU
 from cs336.nn.mlp import MLP as MLP
 from cs336.nn.mlp import GELUConfig as GELUConfig
 from cs336.nn.mlp import MLPConfig as MLPConfig
+from cs336.nn.mlp import NoMLPConfig as NoMLPConfig
 from cs336.nn.mlp import SwiGLU as SwiGLU
 from cs336.nn.mlp import SwiGLUConfig as SwiGLUConfig
 from cs336.nn.mlp import default_d_ff as default_d_ff

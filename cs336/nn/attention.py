@@ -33,6 +33,7 @@ class Attention(nn.Module):
         dropout: share of the probabilities that is dropped in training.
         rope: rotates queries and keys; layers may share one.
         alibi: slope * distance is taken off the scores (arXiv:2108.12409).
+        sinks: each head has one more score, learned, of no token, whose value is zero (arXiv:2508.10925).
 
     Raises ValueError for head counts that do not divide.
     """
@@ -56,6 +57,7 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         rope: RotaryEmbedding | None = None,
         alibi: bool = False,
+        sinks: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -80,6 +82,7 @@ class Attention(nn.Module):
         self.qk_norm, self.softcap, self.scale, self.dropout = qk_norm, softcap, scale, dropout
         self.rope = rope
         self.alibi = AlibiSlopes(num_heads, device=device) if alibi else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
 
     def new_state(
         self,
@@ -169,13 +172,15 @@ class Attention(nn.Module):
     def _options(self, S: int) -> dict[str, Any]:
         """Of ops.attention, for S queries."""
         dropout = self.dropout if self.dropout and self.training else 0.0
-        return {"softcap": self.softcap, "scale": self.scale, "dropout_p": dropout, "window": self._sees(S)}
+        options = {"softcap": self.softcap, "scale": self.scale, "sinks": self.sinks}
+        return options | {"dropout_p": dropout, "window": self._sees(S)}
 
     @property
     def _paged_options(self) -> dict[str, Any]:
         """Of ops.paged_attention and its like."""
         before = None if self.window is None else self.window - 1
-        return {"window": before, "softcap": self.softcap, "scale": self.scale}
+        sinks = None if self.sinks is None else self.sinks.float()
+        return {"window": before, "softcap": self.softcap, "scale": self.scale, "sinks": sinks}
 
     @property
     def _slopes(self) -> Tensor | None:
@@ -282,6 +287,7 @@ class AttentionConfig:
     """Causal self-attention: see Attention. Raises ValueError for head counts that do not divide."""
 
     num_heads: int
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key-value heads, shared by groups of query heads (arXiv:2305.13245). None: num_heads."""
     head_dim: int | None = None
@@ -301,6 +307,8 @@ class AttentionConfig:
     """Of the scores. None: 1 / sqrt(head_dim)."""
     dropout: float = 0.0
     """Share of the attention probabilities that is dropped in training."""
+    sinks: bool = False
+    """One more score a head, learned, of no token and with a value of zero, as in gpt-oss (arXiv:2508.10925)."""
     kind: Literal["attention"] = "attention"
     takes_positions: ClassVar[tuple[str, ...]] = ("rope", "alibi", "none")
 
@@ -311,7 +319,7 @@ class AttentionConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.qk_norm not in (False, True, "all"):
             raise ValueError(f"qk_norm must be true, false or 'all', got {self.qk_norm!r}")
-        check_flags(qkv_bias=self.qkv_bias, out_bias=self.out_bias)
+        check_flags(qkv_bias=self.qkv_bias, out_bias=self.out_bias, sinks=self.sinks)
         check_positive(optional=True, softcap=self.softcap, scale=self.scale)
         check_probabilities(dropout=self.dropout)
 
@@ -356,6 +364,7 @@ class AttentionConfig:
             dropout=self.dropout,
             rope=rope,
             alibi=alibi,
+            sinks=self.sinks,
             device=device,
             dtype=dtype,
         )
@@ -363,7 +372,7 @@ class AttentionConfig:
     def num_parameters(self, d_model: int) -> int:
         D = self.head_size(d_model)
         biases = (self.num_heads + 2 * self.kv_heads) * D if self.qkv_bias else 0
-        biases += d_model if self.out_bias else 0
+        biases += (d_model if self.out_bias else 0) + (self.num_heads if self.sinks else 0)
         normed = {False: 0, True: 2 * D, "all": (self.num_heads + self.kv_heads) * D}[self.qk_norm]
         return self._matrices(d_model) + biases + normed
 
@@ -375,12 +384,14 @@ class AttentionConfig:
 
     def activation_bytes(self, d_model: int, width: int) -> int:
         """Kept for the backward, a token: x, q, k, v, o as attention returns it and as o_proj reads it, float32
-        log-sum-exps; with qk_norm what is normalised too. The scores are recomputed."""
+        log-sum-exps, and with sinks the shares these leave; with qk_norm what is normalised too. The scores are
+        recomputed."""
         D, norm = self.head_size(d_model), RMSNormConfig()
         normed = (self.num_heads + self.kv_heads) * norm.activation_bytes(D, width) if self.qk_norm else 0
         if self.qk_norm == "all":
             normed = sum(norm.activation_bytes(heads * D, width) for heads in (self.num_heads, self.kv_heads))
-        return width * (d_model + (3 * self.num_heads + 2 * self.kv_heads) * D) + 4 * self.num_heads + normed
+        stats = 4 * self.num_heads * (2 if self.sinks else 1)
+        return width * (d_model + (3 * self.num_heads + 2 * self.kv_heads) * D) + stats + normed
 
     def state_bytes(self, d_model: int, max_len: int, width: int, rollback: int = 0) -> int:
         """Of one sequence's keys and values, `width` bytes an element."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts
+from cs336.nn.checks import check_counts, check_positive
 from cs336.nn.linear import Linear
 from cs336.nn.norms import RMSNorm
 from cs336.nn.positions import RotaryEmbedding
@@ -114,14 +114,16 @@ class LatentAttention(nn.Module):
         q_BHSQ = torch.cat((q_BHSD, q_BHSR), -1)
         k_BHSQ = torch.cat((k_BHSD, k_B1SR.expand(B, H, S, -1)), -1)
         if context.cu_seqlens is None:
-            return ops.attention(q_BHSQ, k_BHSQ, v_BHSE, context.mask, causal=True)
+            return ops.attention(q_BHSQ, k_BHSQ, v_BHSE, context.mask, causal=True, scale=config.scale)
         q_THQ, k_THQ, v_THE = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHSQ, k_BHSQ, v_BHSE))
-        o_THE = ops.attention_varlen(q_THQ, k_THQ, v_THE, context.cu_seqlens, None, S, S, causal=True)
+        o_THE = ops.attention_varlen(
+            q_THQ, k_THQ, v_THE, context.cu_seqlens, None, S, S, causal=True, scale=config.scale
+        )
         return o_THE.unflatten(0, (B, S)).transpose(1, 2)
 
     def _absorbed(self, q_BHSD: Tensor, q_BHSR: Tensor, context: Context, state: Latents) -> Tensor:
         """All heads attend to the latents themselves."""
-        D, L, dtype = self.config.head_dim, self.config.kv_rank, q_BHSD.dtype
+        D, L, scale, dtype = self.config.head_dim, self.config.kv_rank, self.config.scale, q_BHSD.dtype
         up_HDL, values_HEL = (
             self.kv_b_proj.weight.to(dtype)
             .unflatten(0, (self.config.num_heads, -1))
@@ -130,7 +132,7 @@ class LatentAttention(nn.Module):
         q_BHSQ = torch.cat((q_BHSD @ up_HDL, q_BHSR), -1)
         kv_B1TQ = state.entries[0][:, None, : context.reach]
         mask = state.visible(q_BHSD.shape[2], context)
-        scale = (D + self.config.rope_head_dim) ** -0.5
+        scale = (D + self.config.rope_head_dim) ** -0.5 if scale is None else scale
         o_BHSL = ops.attention(q_BHSQ, kv_B1TQ, kv_B1TQ[..., :L], mask, scale=scale)
         return o_BHSL @ values_HEL.transpose(1, 2)
 
@@ -140,6 +142,7 @@ class LatentAttentionConfig:
     """Latent attention (MLA): see LatentAttention."""
 
     num_heads: int
+    """Heads, of queries, keys and values."""
     kv_rank: int
     """Features of the latent that keys and values are made of: with rope_head_dim all that decoding keeps."""
     head_dim: int
@@ -150,6 +153,8 @@ class LatentAttentionConfig:
     """Features of a value. None: head_dim."""
     q_rank: int | None = None
     """Features of the latent that queries are made of. None: queries are made of x."""
+    scale: float | None = None
+    """Of the scores. None: 1 / sqrt(head_dim + rope_head_dim)."""
     kind: Literal["latent_attention"] = "latent_attention"
     takes_positions: ClassVar[tuple[str, ...]] = ("rope", "none")
 
@@ -157,6 +162,7 @@ class LatentAttentionConfig:
         check_counts(num_heads=self.num_heads, kv_rank=self.kv_rank)
         check_counts(head_dim=self.head_dim, rope_head_dim=self.rope_head_dim)
         check_counts(optional=True, value_dim=self.value_dim, q_rank=self.q_rank)
+        check_positive(optional=True, scale=self.scale)
 
     @property
     def value_size(self) -> int:

@@ -98,7 +98,8 @@ class LinearAttention(nn.Module):
         op: Callable = ops.linear_attention
         if self.b_proj is not None:
             op = ops.gated_delta_rule
-            tokens |= {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1)}
+            # A GPU's autocast takes lengths in float32, and what is divided by them becomes float32 too.
+            tokens |= {"q": F.normalize(q, dim=-1).to(q.dtype), "k": F.normalize(k, dim=-1).to(k.dtype)}
             tokens["beta"] = torch.sigmoid(_wide(self.b_proj(x_BSM))).transpose(1, 2)
         g_BHS = self._decay(x_BSM)
         if g_BHS is not None:
@@ -130,6 +131,7 @@ class LinearAttentionConfig:
     """Linear attention: see LinearAttention. Its state is of one size whatever the length of the text."""
 
     num_heads: int
+    """Heads, each with a state of head_dim x value_dim numbers."""
     head_dim: int | None = None
     """Features of a query and a key. None: d_model / num_heads."""
     value_dim: int | None = None

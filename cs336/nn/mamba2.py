@@ -107,6 +107,7 @@ class Mamba2Config:
     state_dim: int = 128
     """Features of the state: of B and C."""
     head_dim: int = 64
+    """Features of a head; there are expand * d_model / head_dim heads."""
     expand: int = 2
     """Inner features are expand * d_model, a multiple of head_dim."""
     num_groups: int = 1

@@ -140,10 +140,13 @@ class MLPConfig(_Counts):
     """See MLP. Of silu, gated, SwiGLUConfig is the short name; of gelu, plain, GELUConfig."""
 
     activation: Activation = "gelu"
+    """Of the hidden features, or of the gate."""
     gated: bool = False
+    """down(act(gate(x)) * up(x)) instead of down(act(up(x)))."""
     d_ff: int | None = None
     """Hidden features. None: 4 d_model, or if gated 8/3 d_model rounded up to a multiple of 64."""
     bias: bool = False
+    """Biases of every projection."""
     kind: Literal["mlp"] = "mlp"
 
     def __post_init__(self):
@@ -195,3 +198,28 @@ class GELUConfig(_Counts):
 
     def build(self, d_model: int, *, device=None, dtype=None) -> GELU:
         return GELU(d_model, self.d_ff, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class NoMLPConfig:
+    """A block of a mixer alone, with one norm: Mamba's (arXiv:2312.00752)."""
+
+    kind: Literal["none"] = "none"
+
+    def width(self, d_model: int) -> int:
+        return 0
+
+    def build(self, d_model: int, *, device=None, dtype=None) -> None:
+        return None
+
+    def num_parameters(self, d_model: int) -> int:
+        return 0
+
+    def idle_parameters(self, d_model: int) -> int:
+        return 0
+
+    def flops(self, d_model: int) -> int:
+        return 0
+
+    def activation_bytes(self, d_model: int, width: int) -> int:
+        return 0

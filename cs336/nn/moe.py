@@ -2,6 +2,7 @@
 
     s = softmax(W x) or sigmoid(W x)         over the experts
     T = the k experts with the largest s + b      b: the bias of balancing, which chooses and does not weigh
+        of the experts in its best groups, if they are in groups: arXiv:2405.04434, arXiv:2412.19437
     y = sum_{e in T} g_e expert_e(x) + shared(x)      g = scale * s_T, divided by its sum if normalised
 
 Nothing is dropped: each expert takes as many tokens as are sent to it. Tokens are sorted by expert, and each projection
@@ -143,6 +144,8 @@ class MoE(nn.Module):
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         score_NE = logits_NE.softmax(-1) if config.router == "softmax" else logits_NE.sigmoid()
         wanted_NE = score_NE if self.balance_bias is None else score_NE + self.balance_bias
+        if config.num_groups > 1:
+            wanted_NE = self._in_best_groups(wanted_NE)
         expert_NK = wanted_NE.topk(config.top_k).indices
         weight_NK = score_NE.gather(-1, expert_NK)
         if config.normalize:
@@ -157,6 +160,15 @@ class MoE(nn.Module):
         if config.z_loss and len(x_NM):
             z = config.z_loss * logits_NE.logsumexp(-1).square().mean()
         return config.scale * weight_NK, expert_NK, Routing(balance, z, (load_E,))
+
+    def _in_best_groups(self, wanted_NE: Tensor) -> Tensor:
+        """-inf for experts outside of a token's best groups: by their best score, of sigmoid's by their two best."""
+        config = self.config
+        wanted_NGE = wanted_NE.unflatten(-1, (config.num_groups, -1))
+        best_NG = wanted_NGE.topk(1 if config.router == "softmax" else 2).values.sum(-1)
+        chosen_NG = torch.zeros_like(best_NG, dtype=torch.bool)
+        chosen_NG = chosen_NG.scatter(-1, best_NG.topk(config.groups_per_token).indices, True)
+        return wanted_NGE.masked_fill(~chosen_NG[..., None], -torch.inf).flatten(-2)
 
 
 def experts_of(model: nn.Module) -> Iterator[MoE]:
@@ -194,6 +206,7 @@ class MoEConfig:
     """See MoE. Raises ValueError for values that do not fit together."""
 
     num_experts: int
+    """Experts to choose from, besides the shared ones."""
     top_k: int
     """Experts a token."""
     d_ff: int | None = None
@@ -201,18 +214,27 @@ class MoEConfig:
     num_shared: int = 0
     """Experts that every token goes to, as one MLP of num_shared * d_ff features."""
     activation: Activation = "silu"
+    """As in the mlp kind."""
     gated: bool = True
+    """As in the mlp kind."""
     router: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: over all experts together, or each by itself."""
     normalize: bool = True
     """The weights of a token's experts sum to `scale`."""
     scale: float = 1.0
     """Of the experts' weights: DeepSeek-V3's routed_scaling_factor."""
+    num_groups: int = 1
+    """Experts are in so many groups, of one size, one after the other."""
+    groups_per_token: int = 1
+    """A token's experts are of so many groups, those with the best expert, or of a sigmoid router the two best."""
     balance: Literal["loss", "bias", "none"] = "loss"
+    """What keeps loads even: a loss that is added to what is trained, a bias that moves after each step, or nothing."""
     balance_loss: float = 0.01
     """Of the loss of balance "loss"."""
     bias_rate: float = 0.001
     """How far a bias goes in a step, of balance "bias"."""
     z_loss: float = 0.0
+    """Of the mean square of the router's log-sum-exp (arXiv:2202.08906)."""
     kind: Literal["moe"] = "moe"
 
     def __post_init__(self):
@@ -225,11 +247,24 @@ class MoEConfig:
         check_positive(scale=self.scale, bias_rate=self.bias_rate)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than the num_experts {self.num_experts} there are")
+        self._check_groups()
         if not isinstance(self.num_shared, int) or self.num_shared < 0:
             raise ValueError(f"num_shared must be an integer, 0 or more, got {self.num_shared!r}")
         for name in ("balance_loss", "z_loss"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
+
+    def _check_groups(self) -> None:
+        check_counts(num_groups=self.num_groups, groups_per_token=self.groups_per_token)
+        size, rest = divmod(self.num_experts, self.num_groups)
+        if rest or (self.num_groups > 1 and self.router == "sigmoid" and size < 2):
+            least = ", of 2 or more" if self.router == "sigmoid" else ""
+            raise ValueError(f"num_groups {self.num_groups} must divide num_experts {self.num_experts}{least}")
+        if self.groups_per_token > self.num_groups or self.groups_per_token * size < self.top_k:
+            raise ValueError(
+                f"groups_per_token {self.groups_per_token} of num_groups {self.num_groups}: expected at most all, "
+                f"with top_k {self.top_k} experts or more"
+            )
 
     def width(self, d_model: int) -> int:
         """Hidden features of an expert."""

@@ -93,6 +93,7 @@ class LayerNorm(_Norm):
 @dataclass(frozen=True)
 class RMSNormConfig:
     eps: float = 1e-5
+    """Added to the mean square before its root is taken."""
     weight: bool = True
     """Scale each feature by a learned weight."""
     kind: Literal["rms_norm"] = "rms_norm"
@@ -115,7 +116,9 @@ class RMSNormConfig:
 @dataclass(frozen=True)
 class LayerNormConfig:
     eps: float = 1e-5
+    """Added to the variance before its root is taken."""
     bias: bool = True
+    """Add a learned bias to each feature."""
     weight: bool = True
     """Scale each feature by a learned weight. With neither there are no parameters, as in OLMo (arXiv:2402.00838)."""
     kind: Literal["layer_norm"] = "layer_norm"

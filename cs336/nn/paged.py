@@ -87,7 +87,7 @@ class PagedKeyValues:
         """Let each query see the tokens of its sequence up to its own: (T, Hq, D). k and v are those of these tokens,
         which are kept already.
 
-        options: window, softcap, scale of ops.paged_attention.
+        options: window, softcap, scale, sinks of ops.paged_attention.
         """
         n, caches = tokens.num_decodes, (self.keys, self.values)
         if registry.is_invariant():  # decoding adds up in another order

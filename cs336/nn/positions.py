@@ -111,6 +111,7 @@ class RotaryEmbedding(Derived):
 @dataclass(frozen=True)
 class RopeConfig:
     theta: float = 10000.0
+    """Base of the wavelengths: pair i of D features turns by theta^(-2i / D) radians a token."""
     interleaved: bool = False
     """Rotate neighbouring features, as arXiv:2104.09864 does, instead of the two halves of a head."""
     fraction: float = 1.0

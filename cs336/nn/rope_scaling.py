@@ -25,6 +25,7 @@ class LinearScaling:
     """Position interpolation, arXiv:2306.15595: positions are divided by factor."""
 
     factor: float
+    """How many times longer the context becomes, at least 1."""
     kind: Literal["linear"] = "linear"
 
     def __post_init__(self):
@@ -39,6 +40,7 @@ class NtkScaling:
     """NTK-aware: theta grows so that the slowest pair is stretched by factor, the fastest not at all."""
 
     factor: float
+    """How many times longer the context becomes, at least 1."""
     kind: Literal["ntk"] = "ntk"
 
     def __post_init__(self):
@@ -53,7 +55,9 @@ class YarnScaling:
     """YaRN, arXiv:2309.00071: fast pairs are kept, slow ones divided by factor, a ramp joins them."""
 
     factor: float
+    """How many times longer the context becomes, at least 1."""
     original_context_length: int
+    """Tokens that the model was first trained on."""
     beta_fast: float = 32.0
     """Pairs that turn more often in the original context are kept."""
     beta_slow: float = 1.0
@@ -82,7 +86,9 @@ class Llama3Scaling:
     """Llama 3.1's: long wavelengths are stretched by factor, short ones kept, and between them it is gradual."""
 
     factor: float
+    """How many times longer the context becomes, at least 1."""
     original_context_length: int
+    """Tokens that the model was first trained on."""
     low_freq_factor: float = 1.0
     """Wavelengths beyond original_context_length / low_freq_factor are stretched whole."""
     high_freq_factor: float = 4.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention  # torch's, also where cs336.enable() has replaced it
 
 from cs336.ops import registry
-from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
+from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
 from cs336.ops.attention_raw import check_extras
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
@@ -34,6 +34,7 @@ def attention(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Scaled dot-product attention with grouped queries.
@@ -52,20 +53,24 @@ def attention(
         alibi_slopes: (Hq,) or (..., Hq) float32, without gradient: slope * |distance| is taken off the scores.
         dropout_p: share of the probabilities that is dropped, in [0, 1), whether training or not; the draw is made
             from torch's generator, and made again by the backward.
-        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key. Its
-            gradient is taken into account.
+        sinks: (Hq,) floating point, one more score a head, whose value is zero: a share that goes nowhere, as in
+            gpt-oss (arXiv:2508.10925). Differentiable.
+        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key, sinks
+            included. Its gradient is taken into account.
 
     Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros.
     Raises ValueError for shapes, dtypes or devices that do not fit.
 
     On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
     scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
-    (softcap, ALiBi, our dropout, lse, a float32 mask beside 16-bit tensors). Second derivatives and torch.func's
+    (softcap, ALiBi, our dropout, sinks, lse, a float32 mask beside 16-bit tensors). Second derivatives and torch.func's
     transforms are plain torch's, with all scores in memory. Autocast casts as it does for torch's.
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
     _check(q, k, v, softcap, mask)
+    if sinks is not None:
+        check_sinks(sinks, q.shape[-3] if q.dim() > 2 else 1, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = q.shape[:-3]
     mask = None if mask is None else _four_dims(mask, lead)
@@ -89,6 +94,7 @@ def attention(
         softcap is None
         and not extras
         and not return_lse
+        and sinks is None
         and registry.forced() is None
         and (mask is None or mask.dtype in (torch.bool, q.dtype))
     ):
@@ -96,6 +102,8 @@ def attention(
     else:
         slopes, p, seed = extras or (None, 0.0, None)
         o_BHSE, lse_BHS = ref.fwd(q_BHSD, k_BHTD, v_BHTE, *options, slopes, p, seed, mask)
+    if sinks is not None and lse_BHS is not None:
+        o_BHSE, lse_BHS = with_sinks(o_BHSE, lse_BHS, sinks)
     o = o_BHSE if q.dim() == 4 else o_BHSE.reshape(*q.shape[:-1], v.shape[-1])
     return (o, lse_BHS.view(q.shape[:-1])) if return_lse and lse_BHS is not None else o
 

@@ -72,6 +72,20 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: boo
     return run(f"{name}_fwd", q, k, v, *rest)
 
 
+def with_sinks(o_HSE: Tensor, lse_HS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """o (..., H, S, E) and lse (..., H, S) where each head has one more score, with a value of zero:
+    o sigmoid(lse - sink), log(e^lse + e^sink). A query without keys keeps its zeros."""
+    sinks_H1 = sinks_H[:, None].to(lse_HS.dtype)
+    share_HS = torch.sigmoid(lse_HS - sinks_H1)
+    return (o_HSE * share_HS[..., None]).to(o_HSE.dtype), torch.logaddexp(lse_HS, sinks_H1)
+
+
+def check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:
+    if sinks.shape != (num_heads,) or not sinks.is_floating_point() or sinks.device != device:
+        got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+        raise ValueError(f"sinks must be a floating-point number a query head, ({num_heads},) on {device}, got {got}")
+
+
 def new_seed(device: torch.device) -> Tensor:
     """Drawn from torch's generator of the device, without waiting for it: replayed by graphs and checkpoints."""
     return torch.randint(2**63 - 1, (1,), device=device)

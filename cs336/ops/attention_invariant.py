@@ -26,6 +26,7 @@ def attention_invariant(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What ops.attention_varlen(..., causal=True) computes, with the bits of ops.paged_prefill.
 
@@ -35,35 +36,39 @@ def attention_invariant(
             cu_seqlens[n + 1].
         max_seqlen: at least the longest sequence.
         window: how many keys before its own a query sees; all if None.
-        softcap, scale: as in ops.paged_prefill.
+        softcap, scale, sinks: as in ops.paged_prefill.
 
     Returns o (T, H, D) like q, differentiable once. Raises ValueError as ops.paged_prefill does.
     """
     q, k, v = (rows(x) for x in autocast(q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _AttentionInvariant.apply(q, k, v, cu_seqlens, max_seqlen, window, softcap, scale)
+    return _AttentionInvariant.apply(q, k, v, sinks, cu_seqlens, max_seqlen, window, softcap, scale)
 
 
 class _AttentionInvariant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens, max_seqlen, window, softcap, scale) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks, cu_seqlens, max_seqlen, *options) -> Tensor:
+        window, softcap, scale = options
         first_N1 = cu_seqlens[:-1, None]
         table_NM = first_N1 + torch.arange(max_seqlen, dtype=torch.int32, device=q.device)
-        options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True}
+        how = {"window": window, "softcap": softcap, "scale": scale, "sinks": sinks, "return_lse": True}
         o, lse = paged_prefill(
-            q, k[:, None], v[:, None], table_NM, cu_seqlens.diff(), cu_seqlens, max_seqlen_q=max_seqlen, **options
+            q, k[:, None], v[:, None], table_NM, cu_seqlens.diff(), cu_seqlens, max_seqlen_q=max_seqlen, **how
         )
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
-        ctx.options = max_seqlen, window, softcap, scale
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, sinks)
+        ctx.options = max_seqlen, *options
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple:  # type: ignore[override]
-        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        q, k, v, o, lse, cu_seqlens, sinks = ctx.saved_tensors
         max_seqlen, window, softcap, scale = ctx.options
         left, right = (-1, -1) if window is None else (window, 0)
         packing = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
         options = scale, True, left, right, softcap or 0.0, registry.is_deterministic()
         grads = run("attention_varlen_bwd", rows(do), None, q, k, v, o, lse, *packing, *options)
-        return *grads, None, None, None, None, None
+        dsinks = None  # whose probability is e^(sink - lse), and whose value is zero
+        if sinks is not None:
+            dsinks = -(torch.exp(sinks[:, None] - lse) * (do.to(lse.dtype) * o).sum(-1).T).sum(-1).to(sinks.dtype)
+        return *grads, dsinks, None, None, None, None, None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs336.ops.attention_autograd import attend, autocast, limits, new_seed
+from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
 
 
 def attention_varlen(
@@ -26,6 +26,7 @@ def attention_varlen(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Scaled dot-product attention inside each sequence of a pack.
@@ -40,7 +41,8 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: at least the longest sequence; looked up if None, for which the host waits.
         causal, window, softcap, scale, dropout_p: as in `attention`, at each sequence's own ends.
         alibi_slopes: (Hq,) or (N, Hq) float32.
-        return_lse: return the scores' log-sum-exp too: (Hq, Tq) float32.
+        sinks: (Hq,), as in `attention`.
+        return_lse: return the scores' log-sum-exp too: (Hq, Tq) float32, sinks included.
 
     Returns o (Tq, Hq, E) like q, or (o, lse). A query without keys gives zeros. Second derivatives are plain torch's.
     Raises ValueError for arguments that do not fit. What cu_seqlens hold is checked on a CPU; on a GPU, where looking
@@ -50,6 +52,8 @@ def attention_varlen(
     left, right = limits(window)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
+    if sinks is not None and q.dim() == 3:
+        check_sinks(sinks, q.shape[1], q.device)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
@@ -60,6 +64,9 @@ def attention_varlen(
     else:
         extras = alibi_slopes, dropout_p, new_seed(q.device) if dropout_p else None
         o, lse = attend("attention_general", q, k, v, *packing, *options, *extras)
+    if sinks is not None:
+        o, lse = with_sinks(o.transpose(0, 1), lse, sinks)
+        o = o.transpose(0, 1)
     return (o, lse) if return_lse else o
 
 

@@ -20,33 +20,32 @@ from torch.utils.checkpoint import checkpoint
 
 from cs336.ops import chunked, registry
 from cs336.ops.dispatch import has_kernel, rows
-from cs336.ops.ref import gated_delta_rule as delta_ref
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
 
-def _check(q, k, v, g, state, segments, scale) -> None:
+def check(q, k, v, g, state, segments, scale) -> None:
     if q.dim() != 4 or k.shape != q.shape or not q.is_floating_point():
-        raise ValueError(f"q and k must be one (B, G, T, K), floating point, got {_like(q)} and {_like(k)}")
+        raise ValueError(f"q and k must be one (B, G, T, K), floating point, got {like(q)} and {like(k)}")
     (B, G, T, K), V = q.shape, v.shape[-1]
     if v.dim() != 4 or (v.shape[0], v.shape[2]) != (B, T) or G == 0 or v.shape[1] % G:
-        raise ValueError(f"v must be ({B}, a multiple of {G}, {T}, V) to fit q {tuple(q.shape)}, got {_like(v)}")
+        raise ValueError(f"v must be ({B}, a multiple of {G}, {T}, V) to fit q {tuple(q.shape)}, got {like(v)}")
     H, stat = v.shape[1], torch.promote_types(q.dtype, torch.float32)
     if k.dtype != q.dtype or v.dtype != q.dtype or len({x.device for x in (q, k, v)}) > 1:
-        raise ValueError(f"q, k and v must have one dtype and device, got {_like(q)}, {_like(k)}, {_like(v)}")
+        raise ValueError(f"q, k and v must have one dtype and device, got {like(q)}, {like(k)}, {like(v)}")
     for name, x, shape in (("g", g, (B, H, T)), ("state", state, (B, H, K, V))):
         if x is not None and (x.shape != shape or x.dtype != stat or x.device != q.device):
-            raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {_like(x)}")
+            raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {like(x)}")
     if segments is not None and (
         segments.shape != (B, T) or segments.dtype.is_floating_point or segments.device != q.device
     ):
-        raise ValueError(f"segments must be ({B}, {T}) integers on {q.device}, got {_like(segments)}")
+        raise ValueError(f"segments must be ({B}, {T}) integers on {q.device}, got {like(segments)}")
 
 
 def _check_raw(*args) -> None:
-    _check(*args)
+    check(*args)
     for name, x in zip("qkv", args[:3], strict=True):
-        _check_rows(name, x)
+        check_rows(name, x)
 
 
 def _check_bwd(do, dstate, *args) -> None:
@@ -55,16 +54,16 @@ def _check_bwd(do, dstate, *args) -> None:
     stat = torch.promote_types(q.dtype, torch.float32)
     for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
         if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
-            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {_like(x)}")
-    _check_rows("do", do)
+            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
+    check_rows("do", do)
 
 
-def _check_rows(name: str, x: Tensor) -> None:
+def check_rows(name: str, x: Tensor) -> None:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
 
 
-def _like(x: Tensor) -> str:
+def like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
@@ -160,14 +159,14 @@ def linear_attention(
     On a GPU Triton's kernels; elsewhere plain torch in chunks, which the backward computes again, and one token by
     itself; the recurrence where "ref" is forced.
     """
-    g, state = _bounded(g), None if initial_state is None else wide(initial_state)
+    g, state = bounded(g), None if initial_state is None else wide(initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = q, k, v, g, state, segments, scale
-    _check(*args)
+    check(*args)
     if registry.forced() == "ref":
         o, last = ref.fwd(*args)
     elif v.shape[2] == 1:
-        q0, k0, v0, g0, before = _first(q, k, v, g, state)
+        q0, k0, v0, g0, before = first_token(q, k, v, g, state)
         o, last = ref.step(q0, k0, v0, g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif v.numel() and has_kernel("linear_attention_fwd", *args):
@@ -177,47 +176,12 @@ def linear_attention(
     return (o, last) if return_state else o
 
 
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    segments: Tensor | None = None,
-    return_state: bool = False,
-) -> Any:
-    """Linear attention that writes by the delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
-
-    beta: (B, H, T), how far what the state holds under k is replaced by v, 0 to 1 (to 2 with negative eigenvalues).
-    k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
-    linear_attention's. In plain torch on every device, in chunks, which the backward computes again.
-    """
-    g, state = _bounded(g), None if initial_state is None else wide(initial_state)
-    beta = wide(beta)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, g, state, segments, scale)
-    if beta.shape != v.shape[:-1]:
-        raise ValueError(f"beta must be {tuple(v.shape[:-1])} to fit v {tuple(v.shape)}, got {_like(beta)}")
-    if registry.forced() == "ref":
-        o, last = delta_ref.fwd(q, k, v, beta, g, state, segments, scale)
-    elif v.shape[2] == 1:
-        q0, k0, v0, g0, before = _first(q, k, v, g, state)
-        o, last = delta_ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
-        o = o[:, :, None].to(v.dtype)
-    else:
-        o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
-    return (o, last) if return_state else o
-
-
-def _bounded(g: Tensor | None) -> Tensor | None:
+def bounded(g: Tensor | None) -> Tensor | None:
     """Log-decays that can be added up and taken off again; the least one's exponential is 0 all the same."""
     return None if g is None else _Bounded.apply(wide(g))
 
 
-def _first(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
+def first_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
     """What a step takes: the first token's q, k, v and g, wide and for each head of the values, and a state."""
     q, k = (wide(ref.heads(x, v.shape[1])) for x in (q, k))
     state = ref.start(k, v, state)

@@ -135,20 +135,29 @@ def _meeting(rank: int, source: int, s: int, causal: bool) -> tuple[slice, slice
 
 
 def all_to_all_attention(
-    q: Tensor, k: Tensor, v: Tensor, group: Group = None, *, alibi_slopes: Tensor | None = None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group = None,
+    *,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """ops.attention of all ranks' tokens, of this rank's queries, whose head counts divide by N.
 
     q (B, Hq, s, D), k (B, Hkv, s, D), v (B, Hkv, s, E) are of the r-th part of the tokens; options are those of
-    ops.attention (causal, window, softcap, scale, dropout_p), alibi_slopes (Hq,). Returns o (B, Hq, s, E).
+    ops.attention (causal, window, softcap, scale, dropout_p), alibi_slopes and sinks (Hq,). Returns o (B, Hq, s, E).
     Raises ValueError for heads that do not divide.
     """
     for name, x in (("query", q), ("key-value", k)):
         check_parts(x.shape[1], dist.get_world_size(group), f"{name} heads")
     if alibi_slopes is not None:
         alibi_slopes = own_part(alibi_slopes, 0, group)
+    if sinks is not None:
+        sinks = own_part(sinks, 0, group)
     mine = (_tokens_for_heads(x, group) for x in (q, k, v))
-    return _heads_for_tokens(ops.attention(*mine, alibi_slopes=alibi_slopes, **options), group)
+    return _heads_for_tokens(ops.attention(*mine, alibi_slopes=alibi_slopes, sinks=sinks, **options), group)
 
 
 def _tokens_for_heads(x_BHsD: Tensor, group: Group) -> Tensor:
@@ -196,8 +205,8 @@ def context_parallel(model: Transformer, group: Group = None, kind: Kind = "ring
     tokens, and its loss the sum over them. A gradient is this rank's share of the whole: sum it over the group, as over
     rows of a batch (DDP with group=).
 
-    Raises ValueError, and leaves the model as it was, for other mixers than attention; for a ring with windows, ALiBi
-    or dropout of attention; and for heads that all_to_all cannot divide.
+    Raises ValueError, and leaves the model as it was, for other mixers than attention; for a ring with windows, ALiBi,
+    sinks or dropout of attention; and for heads that all_to_all cannot divide.
     """
     if kind not in ("ring", "all_to_all"):
         raise ValueError(f"kind must be 'ring' or 'all_to_all', got {kind!r}")
@@ -226,7 +235,8 @@ def _why_not(mixer: Any, kind: Kind, N: int) -> str | None:
             if (count := getattr(mixer, name)) % N != 0:
                 return f"{name} {count} / {N} = {count / N:g}; a ring takes any"
         return None
-    for name, there in (("window", mixer.window), ("alibi", mixer.alibi), ("dropout", mixer.dropout or None)):
+    absent = {"window": mixer.window, "alibi": mixer.alibi, "sinks": mixer.sinks, "dropout": mixer.dropout or None}
+    for name, there in absent.items():
         if there is not None:
             return f"a ring has no {name}; all_to_all has"
     return None

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from cs336.models import BlockConfig, Memory, TransformerConfig, training_memory
 from cs336.models.config import SHORT
-from cs336.nn import AttentionConfig, MoEConfig
+from cs336.nn import AttentionConfig, MoEConfig, NoMLPConfig
 from cs336.parallel.hardware import Gpu, find
 from cs336.parallel.layout import AXES, ParallelConfig
 from cs336.parallel.pipeline import layers_of
@@ -222,13 +222,14 @@ def _tensor_refuses(config: TransformerConfig, t: int) -> bool:
     def divides(block: BlockConfig) -> bool:
         mixer, mlp = block.mixer, block.mlp
         heads = isinstance(mixer, AttentionConfig) and mixer.qk_norm != "all" and mixer.kv_heads % t == 0
-        return heads and not isinstance(mlp, MoEConfig) and mlp.width(config.d_model) % t == 0
+        return heads and not isinstance(mlp, MoEConfig | NoMLPConfig) and mlp.width(config.d_model) % t == 0
 
     return t > 1 and not (config.vocab_size % t == 0 and all(divides(block) for block in set(config.blocks)))
 
 
 def _context_divides(work: Work, c: int) -> bool:
-    plain = all(isinstance(b.mixer, AttentionConfig) and b.mixer.window is None for b in work.config.blocks)
+    mixers = [b.mixer for b in work.config.blocks]
+    plain = all(isinstance(m, AttentionConfig) and m.window is None and not m.sinks for m in mixers)
     return c == 1 or (plain and work.context_length % (2 * c) == 0)
 
 
@@ -300,7 +301,7 @@ def _divided(config: TransformerConfig, tensor: int, layers: range) -> Transform
         assert isinstance(mixer, AttentionConfig)
         heads: dict[str, Any] = {"num_heads": mixer.num_heads // tensor, "num_kv_heads": mixer.kv_heads // tensor}
         mixer = dataclasses.replace(mixer, **heads, head_dim=mixer.head_size(config.d_model))
-        mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var]
+        mlp = dataclasses.replace(mlp, d_ff=mlp.width(config.d_model) // tensor)  # type: ignore[type-var,arg-type]
         return dataclasses.replace(block, mixer=mixer, mlp=mlp)
 
     blocks = config.blocks

@@ -233,6 +233,8 @@ def why_not(model: Transformer, N: int) -> str | None:
         mixer, mlp = block.mixer, block.mlp
         if mixer.kind != "attention":
             return f"layer {i} has a mixer of kind {mixer.kind!r}, only attention is divided by its heads"
+        if mlp.kind == "none":
+            return f"layer {i} has no MLP to divide"
         if mlp.kind == "moe":
             return f"layer {i} is a mixture of experts: give ranks whole experts with expert_parallel"
         for name, count in (("num_heads", mixer.num_heads), ("num_kv_heads", mixer.kv_heads)):
@@ -259,6 +261,8 @@ def _divide_block(block: TransformerBlock, region: Region) -> None:
         module.register_forward_pre_hook(_entering(region))
     if attention.alibi is not None:
         attention.alibi = OwnSlopes(attention.num_heads, region.group, attention.alibi.slopes.device)
+    if attention.sinks is not None:
+        attention.sinks = _own(attention.sinks, 0, region.group)
     attention.num_heads //= region.size
     attention.num_kv_heads //= region.size
     for norm in (attention.q_norm, attention.k_norm):

@@ -220,8 +220,9 @@ def _keys(kind: type, prefix: str, of: str) -> Iterator[Key]:
             yield from _keys(classes[0], f"{name}.", of)
         else:
             tags = " | ".join(repr(_tag_of(c)) for c in classes)
-            default = _default_tag(field)
-            yield Key(f"{name}.{TAG}", tags, None if default is None else repr(default), docs.get(field.name, ""), of)
+            tag = _default_tag(field)
+            default = "" if field.default is None else None if tag is None else repr(tag)
+            yield Key(f"{name}.{TAG}", tags, default, docs.get(field.name, ""), of)
             for member in classes:
                 yield from _keys(member, f"{name}.", f"{name}.{TAG} = {_tag_of(member)!r}")
 

@@ -121,7 +121,9 @@ def test_sequences_that_begin_may_attend_without_the_pages(model, alone):
     "block",
     [
         BlockConfig(AttentionConfig(4, 2, window=6)),
-        BlockConfig(AttentionConfig(4, 1, softcap=5.0, scale=0.4, qk_norm="all"), GELUConfig(), placement="sandwich"),
+        BlockConfig(
+            AttentionConfig(4, 1, softcap=5.0, scale=0.4, qk_norm="all", sinks=True), GELUConfig(), placement="sandwich"
+        ),
         BlockConfig(AttentionConfig(4, qkv_bias=True), MoEConfig(4, 2), LayerNormConfig(), parallel=True),
     ],
 )

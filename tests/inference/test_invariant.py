@@ -28,7 +28,9 @@ PLACES = [
 ]
 BLOCKS = (
     BlockConfig(AttentionConfig(4, 2, head_dim=16, qk_norm=True)),
-    BlockConfig(AttentionConfig(4, 1, head_dim=16, window=9, softcap=8.0, qkv_bias=True), placement="sandwich"),
+    BlockConfig(
+        AttentionConfig(4, 1, head_dim=16, window=9, softcap=8.0, qkv_bias=True, sinks=True), placement="sandwich"
+    ),
 )
 CONFIG = TransformerConfig(272, 160, num_layers=2, d_model=64, init_std=0.3, layers=BLOCKS, logit_softcap=30.0)
 PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True, logprobs=0, prompt_logprobs=0)

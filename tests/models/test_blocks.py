@@ -22,6 +22,7 @@ from cs336.nn import (
     Llama3Scaling,
     MLPConfig,
     MoEConfig,
+    NoMLPConfig,
     NoPositionsConfig,
     RopeConfig,
     YarnScaling,
@@ -109,6 +110,9 @@ class Definition:
             distance = torch.arange(S)[:, None] - torch.arange(S)
             scores = scores - slopes[:, None, None] * distance
         scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -torch.inf)
+        if mixer.sinks:
+            sink = self.w[f"{name}.sinks"][:, None, None].expand(B, -1, S, 1)
+            scores, v = torch.cat((scores, sink), -1), F.pad(v, (0, 0, 0, 1))
         return self.linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, S, -1), f"{name}.o_proj")
 
     def mlp(self, x, name, mlp):
@@ -125,6 +129,8 @@ class Definition:
         a = block.residual_scale
         if block.parallel:
             return x + a * (subs["attention_"](norm(x, "attention_")) + subs["mlp_"](norm(x, "attention_")))
+        if block.mlp.kind == "none":
+            del subs["mlp_"]
         for which, f in subs.items():
             match block.placement:
                 case "pre":
@@ -216,7 +222,7 @@ def test_counts_are_the_models_own(config):
 
 
 # The reference, which a CPU runs for these, keeps all scores; the kernels that the counts describe keep none.
-SCORES_KEPT = {"soft-caps", "ALiBi", "dropout"}
+SCORES_KEPT = {"soft-caps", "sinks", "ALiBi", "dropout"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -318,10 +324,12 @@ REFUSED = [
     (lambda: LayerNormConfig(weight=False), "a layer_norm with a bias and no weight is not known"),
     (lambda: block(placement="peri"), "placement must be 'pre' or 'post' or 'sandwich' or 'reordered', got 'peri'"),
     (lambda: block(parallel=True, placement="post"), "parallel blocks are normed before: placement must be 'pre'"),
+    (lambda: block(parallel=True, mlp=NoMLPConfig()), "it needs an MLP, got one of kind 'none'"),
     (lambda: block(dropout=1.0), "dropout must be a number from 0 to below 1, got 1.0"),
     (lambda: block(stochastic_depth=-0.1), "stochastic_depth must be a number from 0 to below 1"),
     (lambda: block(residual_scale=0.0), "residual_scale must be a positive, finite number"),
     (lambda: block(AttentionConfig(4, softcap=0.0)), "softcap must be a positive, finite number, got 0"),
+    (lambda: block(AttentionConfig(4, sinks=1)), "sinks must be true or false, got 1"),
     (lambda: block(AttentionConfig(4, qk_norm="both")), "qk_norm must be true, false or 'all', got 'both'"),
     (lambda: block(positions=RopeConfig(fraction=0.4)), "fraction 0.4 of head_dim 8 rotates 3 features"),
     (lambda: block(positions=RopeConfig(fraction=1.5)), "fraction must be at most 1"),

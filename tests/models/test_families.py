@@ -40,6 +40,17 @@ LLAMA3 |= {"original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 24}
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 16, "truncate": False}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+DEEPSEEK = {"num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 14, "qk_rope_head_dim": 8, "v_head_dim": 12}
+DEEPSEEK |= {"qk_nope_head_dim": 6, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+DEEPSEEK |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "num_hidden_layers": 3}
+GROUPED, UNGROUPED = {"n_group": 4, "topk_group": 2}, {"n_group": 1, "topk_group": 1}
+LATENT_YARN = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}, "q_lora_rank": None}
+MAMBA2 = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 16, "num_heads": 4}
+MAMBA2 |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+GEMMA3 = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20, "num_hidden_layers": 3}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 THEIRS = {
     "gpt2": ("GPT2", GPT2),
@@ -66,6 +77,20 @@ THEIRS = {
     "qwen3_moe": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": False}),
     "qwen3_moe normalised": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": True}),
     "gemma2": ("Gemma2", SIZES | {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20}),
+    "gemma3": ("Gemma3Text", SIZES | GEMMA3 | {"rope_parameters": TWO_ROPES}),
+    "gemma3, untied": ("Gemma3Text", SIZES | GEMMA3 | {"final_logit_softcapping": 9.0, "tie_word_embeddings": False}),
+    "deepseek_v2": ("DeepseekV2", SIZES | DEEPSEEK | {"n_shared_experts": 2}),
+    "deepseek_v2, groups, yarn": (
+        "DeepseekV2",
+        SIZES | DEEPSEEK | GROUPED | LATENT_YARN | {"topk_method": "group_limited_greedy", "n_shared_experts": 1},
+    ),
+    "deepseek_v3": ("DeepseekV3", SIZES | DEEPSEEK | GROUPED),
+    "deepseek_v3, one group, yarn": (
+        "DeepseekV3",
+        SIZES | DEEPSEEK | LATENT_YARN | UNGROUPED | {"norm_topk_prob": False, "rope_interleave": False},
+    ),
+    "mamba2": ("Mamba2", MAMBA2 | {"n_groups": 2}),
+    "mamba2, one group, tied": ("Mamba2", MAMBA2 | {"n_groups": 1, "conv_kernel": 3, "tie_word_embeddings": True}),
     "gemma2 without caps": ("Gemma2", SIZES | {"head_dim": 8, "sliding_window": 7} | CAPLESS),
 }
 
@@ -74,12 +99,15 @@ def made(name):
     """A model of transformers whose every weight counts."""
     family, options = THEIRS[name]
     config = getattr(transformers, f"{family}Config")(**options)
-    head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    head = "GPT2LMHeadModel" if family == "GPT2" else f"{family.removesuffix('Text')}ForCausalLM"
     return randomised(getattr(transformers, head)(config))
 
 
 def randomised(model):
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.rand_like(p) - 0.5)  # 1 of norms, 0 of biases
@@ -225,9 +253,9 @@ def test_of_several_chat_templates_the_default_is_read(tmp_path):
 def test_no_field_is_ignored(family):
     """Their own configuration is read whole; every field that is not known is refused by its name."""
     config = transformers.AutoConfig.for_model(family).to_dict()
-    config["sliding_window"] = None
+    config |= {"sliding_window": None} | ({"num_experts_per_tok": 2} if family == "deepseek_v2" else {})
     FAMILIES[family].config(config)
-    for name in ("attention_multiplier", "num_experts", "rope_local_base_freq", "quantization_config"):
+    for name in ("attention_multiplier", "num_experts", "rope_local_theta", "quantization_config"):
         with pytest.raises(ValueError, match=f"config.json has {name} = 7, which cs336"):
             FAMILIES[family].config(config | {name: 7})
 
@@ -239,6 +267,49 @@ def test_a_field_of_any_value_is_read_or_refused(family):
         for value in (-1, 0, 1.5, math.inf, 10**12, 10**30, "x", True, [], [None], {}, {"a": 1}):
             with contextlib.suppress(ValueError):
                 FAMILIES[family].config(config | {name: value})
+
+
+def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
+    config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 4, "layer_types": None}).to_dict()
+    for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
+        config.pop(name, None)
+    config |= {"sliding_window_pattern": 2, "rope_theta": 500.0, "rope_local_base_freq": 50.0}
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    blocks = FAMILIES["gemma3_text"].config(config).blocks
+    assert [block.mixer.window for block in blocks] == [4096, None, 4096, None]
+    assert blocks[0].positions == RopeConfig(50.0)
+    assert blocks[1].positions == RopeConfig(500.0, scaling=LinearScaling(8.0))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3_text", {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters = "),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+        ("deepseek_v3", {"n_group": 7}, "num_groups 7 must divide num_experts 256, of 2 or more"),
+        ("deepseek_v3", {"topk_group": 9}, "groups_per_token 9 of num_groups 8"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),
+        ("mamba2", {"use_bias": True}, "use_bias = True"),
+        ("mamba2", {"num_heads": 64}, "num_heads = 64"),
+    ],
+)
+def test_what_a_family_cannot_be_is_named(family, changes, message):
+    config = transformers.AutoConfig.for_model(family).to_dict() | {"num_experts_per_tok": 2}
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[family].config(config | changes)
+
+
+def test_what_balances_experts_keeps_its_dtype(tmp_path):
+    theirs = made("deepseek_v3")
+    theirs.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path, dtype=torch.bfloat16)
+    bias = dict(ours.named_buffers())["layers.1.mlp.balance_bias"]
+    assert ours.embedding.weight.dtype == torch.bfloat16
+    assert torch.equal(bias, theirs.model.layers[1].mlp.gate.e_score_correction_bias)
 
 
 def test_a_file_without_a_head_is_a_models(tmp_path):

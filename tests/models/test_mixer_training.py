@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mixers import NAMES, config, ids, make
 
 from cs336 import ops
@@ -125,3 +126,15 @@ def test_starts_where_its_paper_does():
     assert torch.equal(mixer.D, torch.ones_like(mixer.D))
     assert 0.2 < mixer.conv1d.weight.abs().max() <= 0.5  # torch's: uniform in 1 / sqrt(taps)
     assert (Transformer(config("hyena")).layers[0].attention.filter.frequency == 10).all()
+
+
+def test_keys_normed_in_float32_are_cast_back(monkeypatch):
+    """As autocast on a GPU norms them: the op wants q, k and v of one dtype."""
+    normalize = F.normalize
+    monkeypatch.setattr(F, "normalize", lambda x, dim: normalize(x.float(), dim=dim))
+    model, x = make("gated delta"), ids(2, 70)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x[:, :48])
+    assert logits.isfinite().all()
+    logits.float().square().mean().backward()
+    assert model.layers[0].attention.k_proj.weight.grad.abs().max() > 0

@@ -13,6 +13,8 @@ CONFIGS = {
     "not normalised": MoEConfig(5, 2, d_ff=12, normalize=False, activation="gelu", gated=False),
     "sigmoid, shared": MoEConfig(6, 3, d_ff=8, num_shared=2, router="sigmoid", scale=2.5),
     "bias": MoEConfig(4, 1, d_ff=8, balance="bias", router="sigmoid"),
+    "groups": MoEConfig(6, 2, d_ff=8, num_groups=3, groups_per_token=2),
+    "groups by their two best": MoEConfig(8, 3, 8, router="sigmoid", balance="bias", num_groups=2, groups_per_token=1),
     "all of them": MoEConfig(3, 3, d_ff=8, balance="none"),
 }
 
@@ -36,7 +38,13 @@ def definition(layer, x):
     for token in x.double():
         logits = w["router.weight"] @ token
         score = logits.softmax(0) if config.router == "softmax" else logits.sigmoid()
-        chosen = (score + w.get("balance_bias", 0)).argsort(descending=True)[: config.top_k]
+        wanted = score + w.get("balance_bias", 0)
+        if config.num_groups > 1:
+            by_group = wanted.view(config.num_groups, -1)
+            best = by_group.sort(-1, descending=True).values[:, : 1 if config.router == "softmax" else 2].sum(-1)
+            for group in best.argsort(descending=True)[config.groups_per_token :]:
+                by_group[group] = -torch.inf
+        chosen = wanted.argsort(descending=True)[: config.top_k]
         weight = score[chosen] / (score[chosen].sum() if config.normalize else 1) * config.scale
         gates = w.get("experts.gate_proj")
         y = sum(

@@ -20,7 +20,7 @@ CONFIGS = {
     ("ring", "tied"): TransformerConfig(V, S, 2, M, 3, 1, tie_embeddings=True),
     ("all_to_all", "tied"): TransformerConfig(V, S, 2, M, 6, 3, tie_embeddings=True),
     ("all_to_all", "alibi"): TransformerConfig(
-        V, S, 1, M, layers=(BlockConfig(AttentionConfig(3, window=5), positions=AlibiConfig()),)
+        V, S, 1, M, layers=(BlockConfig(AttentionConfig(3, window=5, sinks=True), positions=AlibiConfig()),)
     ),
 }
 

@@ -18,7 +18,7 @@ WORLD = 2
 V, S, M = 48, 8, 32
 ALIBI = BlockConfig(AttentionConfig(4, qkv_bias=True, out_bias=True), GELUConfig(40), LayerNormConfig(), AlibiConfig())
 SANDWICH = BlockConfig(
-    AttentionConfig(4, 2, qk_norm=True, window=5), MLPConfig("gelu", bias=True), placement="sandwich"
+    AttentionConfig(4, 2, qk_norm=True, window=5, sinks=True), MLPConfig("gelu", bias=True), placement="sandwich"
 )
 PARALLEL = BlockConfig(AttentionConfig(2), parallel=True)
 REORDERED = BlockConfig(AttentionConfig(2), placement="reordered")

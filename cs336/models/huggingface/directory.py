@@ -17,11 +17,14 @@ from torch import Tensor
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.adapter import add_adapter, base_of, is_adapter, write_adapter
+from cs336.models.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cs336.models.huggingface.family import Family, Rule
 from cs336.models.huggingface.fields import read_json
 from cs336.models.huggingface.gemma2 import GEMMA2
+from cs336.models.huggingface.gemma3 import GEMMA3
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.llama import LLAMA
+from cs336.models.huggingface.mamba2 import MAMBA2
 from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
@@ -37,7 +40,10 @@ from cs336.utils.special_tokens import END_OF_TEXT
 
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2)  # the first that fits
+    for family in (
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2),
+    )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
@@ -129,7 +135,8 @@ def save_adapter(
         if (full := theirs.get(f"{name}.weight")) is None:
             kind = OURS if family is None else family.model_type
             raise ValueError(f"{name} is no linear layer of its own in files of {kind}: an adapter cannot name it")
-        named[full.removesuffix(".weight")] = a, b if family is None else _half_split(f"{name}.weight", b, config)
+        rows = b if family is None else _half_split(f"{name}.weight", b, config, family)
+        named[full.removesuffix(".weight")] = a, rows
     write_adapter(named, directory, base=base, alpha=alpha)
     if model.generation_config:
         with replacing(pathlib.Path(directory) / GENERATION) as file:
@@ -169,9 +176,9 @@ def from_pretrained(
     shapes = {name: t.shape for name, t in state.items() if name not in quantized}
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
-    model.load_state_dict(
-        {name: state[name] if name in quantized else weights[name].to(dtype) for name in state}, assign=True
-    )
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
+    read = {n: state[n] if n in quantized else weights[n].to(dtypes.get(n, dtype)) for n in state}
+    model.load_state_dict(read, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
     if place := next((place for place in (given, directory) if (place / GENERATION).exists()), None):
         generation = read_json(place / GENERATION)
@@ -216,7 +223,7 @@ def _their_weights(
     weights: dict[str, Tensor], config: TransformerConfig, family: Family
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in family.rules({name: t.shape for name, t in weights.items()}):
-        written = rule.write([_half_split(name, weights[name], config) for name in rule.ours])
+        written = rule.write([_half_split(name, weights[name], config, family) for name in rule.ours])
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
 
@@ -292,10 +299,10 @@ def _as_it_is(name: str, t: Tensor) -> Tensor:
     return t
 
 
-def _half_split(name: str, t: Tensor, config: TransformerConfig) -> Tensor:
+def _half_split(name: str, t: Tensor, config: TransformerConfig, family: Family) -> Tensor:
     """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
     block = config.blocks[0]  # of a family: all are alike
-    if not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
+    if family.keeps_pairs or not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
         return t
     if not re.search(r"\.[qk]_(proj|norm)\.", name):
         return t

@@ -1,4 +1,4 @@
-"""What Mixtral and Qwen3-MoE share: a softmax router, and experts written one by one that are stacks here."""
+"""What families with mixtures of experts share: their loss, and experts written one by one that are stacks here."""
 
 from collections.abc import Mapping
 
@@ -21,11 +21,14 @@ def coefficient(config: TransformerConfig, mlp: MoEConfig) -> float:
     return mlp.balance_loss * config.num_layers / mlp.top_k if mlp.balance == "loss" else 0.0
 
 
-def rules(shapes: Mapping[str, torch.Size], block: str, names: Mapping[str, str]) -> list[Rule]:
-    """block: their name of the mixture within a layer; names: of ours in a stack, theirs in an expert."""
+def rules(
+    shapes: Mapping[str, torch.Size], block: str, names: Mapping[str, str], others: Mapping[str, str] | None = None
+) -> list[Rule]:
+    """block: their name of the mixture within a layer; names: of ours in a stack, theirs in an expert; others: of what
+    else the family names in its own way, as in `renamed`."""
     found = renamed(
         (name for name in shapes if ".mlp.experts." not in name),
-        {".mlp.router.": f"model.layers.{{layer}}.{block}.gate."} | NAMES,
+        {".mlp.router.": f"model.layers.{{layer}}.{block}.gate."} | dict(others or {}) | NAMES,
     )
     for name, shape in shapes.items():
         if ".mlp.experts." in name:

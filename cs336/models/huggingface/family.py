@@ -18,7 +18,15 @@ from torch import Tensor
 from cs336.models.block import BlockConfig
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.fields import Fields
-from cs336.nn import AttentionConfig, GELUConfig, MLPConfig, MoEConfig, RopeConfig, SwiGLUConfig
+from cs336.nn import (
+    AttentionConfig,
+    GELUConfig,
+    LatentAttentionConfig,
+    MLPConfig,
+    MoEConfig,
+    RopeConfig,
+    SwiGLUConfig,
+)
 
 Convert = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -56,6 +64,8 @@ class Family:
     """Before the names of all weights but the head, where a file has the head."""
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Ends of the names of weights that files hold and nobody needs."""
+    keeps_pairs: bool = False
+    """Rotary pairs may be neighbours here too: a field says it."""
 
     def config(self, table: Mapping[str, Any]) -> TransformerConfig:
         """Raises ValueError, naming the field, for a model that is not ours."""
@@ -93,6 +103,10 @@ def _resolved(block: BlockConfig, d_model: int) -> BlockConfig:
         D, mixer = block.mixer.head_size(d_model), block.mixer
         scale = D**-0.5 if mixer.scale is None else mixer.scale
         changes["mixer"] = dataclasses.replace(mixer, num_kv_heads=mixer.kv_heads, head_dim=D, scale=scale, dropout=0.0)
+    if isinstance(block.mixer, LatentAttentionConfig):
+        latent, Q = block.mixer, block.mixer.head_dim + block.mixer.rope_head_dim
+        scale = Q**-0.5 if latent.scale is None else latent.scale
+        changes["mixer"] = dataclasses.replace(latent, value_dim=latent.value_size, scale=scale)
     if isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig):
         mlp = block.mlp
         changes["mlp"] = MLPConfig(mlp.activation, mlp.gated, mlp.width(d_model), mlp.bias)

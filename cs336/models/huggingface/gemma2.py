@@ -1,4 +1,4 @@
-"""Gemma 2: sandwiched norms whose weights are stored less 1, soft-caps, a scaled embedding, windows in turns."""
+"""Gemma 2, and what Gemma 3 shares: sandwiched norms, stored less 1, a scaled embedding, windows in turns."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, renamed
 from cs336.models.huggingface.fields import Fields
 from cs336.models.huggingface.rotary import read_rope
-from cs336.nn import AttentionConfig, MLPConfig, RMSNormConfig
+from cs336.nn import AttentionConfig, MLPConfig, RMSNormConfig, RopeConfig
 
 NAMES = {
     ".attention_post_norm.": "model.layers.{layer}.post_attention_layernorm.",
@@ -23,42 +23,49 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 
 
 def read(fields: Fields) -> TransformerConfig:
+    rope, softcap = read_rope(fields), cap(fields, "attn_logit_softcapping", 50.0)
+    sliding, full = blocks(fields, {"softcap": softcap}, rope, rope)
+    return model(fields, sliding, full, 2, cap(fields, "final_logit_softcapping", 30.0))
+
+
+def blocks(
+    fields: Fields, attention: dict[str, Any], local: RopeConfig, everywhere: RopeConfig
+) -> tuple[BlockConfig, BlockConfig]:
+    """A layer with a window, and one without."""
     fields.require("intermediate_size")
     fields.only("use_bidirectional_attention", False)
-    sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
-    bias, depth = fields.flag("attention_bias"), sizes["num_layers"]
-    if depth > MOST_LAYERS:
-        fields.refuse("num_hidden_layers")
-    window, kinds = fields.take("sliding_window", 4096), fields.take("layer_types", [WINDOW, FULL] * depth)
-    if not isinstance(kinds, list) or len(kinds) < depth or any(kind not in (WINDOW, FULL) for kind in kinds):
-        fields.refuse("layer_types")
-    scale = fields.number("query_pre_attn_scalar", 256)
+    scale, bias = fields.number("query_pre_attn_scalar", 256), fields.flag("attention_bias")
     if not scale > 0:
         fields.refuse("query_pre_attn_scalar")
-    mixer = AttentionConfig(
-        **decoder.heads(fields, num_kv_heads=4, head_dim=256),
-        qkv_bias=bias,
-        out_bias=bias,
-        softcap=_cap(fields, "attn_logit_softcapping", 50.0),
-        scale=scale**-0.5,
-    )
+    heads = decoder.heads(fields, num_kv_heads=4, head_dim=256)
+    mixer = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, scale=scale**-0.5, **attention)
     full = BlockConfig(
         mixer,
         MLPConfig(_activation(fields), gated=True, d_ff=fields.take("intermediate_size")),
         RMSNormConfig(fields.number("rms_norm_eps", 1e-6)),
-        read_rope(fields),
+        everywhere,
         placement="sandwich",
     )
-    sliding = dataclasses.replace(full, mixer=dataclasses.replace(mixer, window=window))
-    return TransformerConfig(
-        **sizes,
-        embedding_scale=sizes["d_model"] ** 0.5,
-        logit_softcap=_cap(fields, "final_logit_softcapping", 30.0),
-        layers=tuple(sliding if kind == WINDOW else full for kind in kinds[:depth]),
-    )
+    windowed = dataclasses.replace(mixer, window=fields.take("sliding_window", 4096))
+    return dataclasses.replace(full, mixer=windowed, positions=local), full
 
 
-def _cap(fields: Fields, name: str, default: float) -> float | None:
+def model(
+    fields: Fields, sliding: BlockConfig, full: BlockConfig, every: int, softcap: float | None
+) -> TransformerConfig:
+    """every: how often a layer is full, where layer_types does not say it."""
+    sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
+    depth = sizes["num_layers"]
+    if depth > MOST_LAYERS:
+        fields.refuse("num_hidden_layers")
+    kinds = fields.take("layer_types", [WINDOW if i % every else FULL for i in range(1, depth + 1)])
+    if not isinstance(kinds, list) or len(kinds) < depth or any(kind not in (WINDOW, FULL) for kind in kinds):
+        fields.refuse("layer_types")
+    layers = tuple(sliding if kind == WINDOW else full for kind in kinds[:depth])
+    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=softcap, layers=layers)
+
+
+def cap(fields: Fields, name: str, default: float) -> float | None:
     """null is none, and not the default."""
     return fields.number(name, None if name in fields.given else default)
 
@@ -74,7 +81,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
     windows = {mixer.window for mixer in mixers if isinstance(mixer, AttentionConfig)} - {None}
     if not isinstance(block.mixer, AttentionConfig) or not isinstance(block.mlp, MLPConfig) or len(windows) > 1:
         return None
-    plain = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, window=None))
+    plain = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, window=None))  # reading compares the rest
     fields = decoder.written(dataclasses.replace(config, layers=(plain,), pattern=None))
     if fields is None:
         return None

@@ -54,8 +54,9 @@ def read(fields: Fields) -> TransformerConfig:
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:
     block = config.blocks[0]
-    dense = isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig)
-    if len(set(config.blocks)) > 1 or not (dense and isinstance(block.mixer, AttentionConfig)):
+    if len(set(config.blocks)) > 1 or not isinstance(block.mixer, AttentionConfig):
+        return None
+    if not isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig):
         return None
     return {
         "vocab_size": config.vocab_size,

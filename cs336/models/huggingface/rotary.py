@@ -19,12 +19,17 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> RopeConfig:
         if not isinstance(value, dict):
             raise ValueError(f"config.json has {name} = {value!r}: expected a table")
         table |= value
+    return rope_of(table, fields, theta)
+
+
+def rope_of(table: dict[str, Any], fields: Fields, theta: float, **options: Any) -> RopeConfig:
+    """Of a table like rope_parameters, whose model has these fields; theta where it has none."""
     rope = Fields(table, above="rope_parameters.")
     theta = rope.number("rope_theta", theta)
     rope.only("partial_rotary_factor", 1.0)
     scaling = _read_scaling(rope, fields)
     rope.finish()
-    return RopeConfig(theta, scaling=scaling)
+    return RopeConfig(theta, scaling=scaling, **options)
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any] | None:

@@ -44,3 +44,58 @@ def fwd(
         os.append(o_BHV)
     o_BTHV = torch.stack(os, 1) if os else v.transpose(1, 2)
     return o_BTHV.to(v_BHTV.dtype).contiguous().transpose(1, 2), state.clone()
+
+
+def bwd(
+    do_BHTV: Tensor,
+    dstate_BHKV: Tensor | None,
+    q_BGTK: Tensor,
+    k_BGTK: Tensor,
+    v_BHTV: Tensor,
+    beta_BHT: Tensor,
+    g_BHT: Tensor | None,
+    state_BHKV: Tensor | None,
+    segments_BT: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbeta and dg (B, H, T), and the gradient of the state before the first token."""
+    (_, H, T, _), G = v_BHTV.shape, q_BGTK.shape[1]
+    q, k, v, do = heads(wide(q_BGTK), H), heads(wide(k_BGTK), H), wide(v_BHTV), wide(do_BHTV)
+    decay_BHT = torch.ones_like(v[..., 0]) if g_BHT is None else torch.exp(g_BHT)
+    state, before = start(k, v, state_BHKV), []
+    for t in range(T):
+        if segments_BT is not None:
+            state = torch.where(continues(segments_BT, t), state, 0)
+        before.append(state)
+        g_BH = None if g_BHT is None else g_BHT[:, :, t]
+        _, state = step(q[:, :, t], k[:, :, t], v[:, :, t], beta_BHT[:, :, t], g_BH, state, scale)
+    d = torch.zeros_like(state) if dstate_BHKV is None else dstate_BHKV.to(state.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dbeta, dg = torch.zeros_like(decay_BHT), torch.zeros_like(decay_BHT)
+    for t in reversed(range(T)):
+        k_t, beta_t, decay_t = k[:, :, t], beta_BHT[:, :, t, None], decay_BHT[:, :, t, None, None]
+        faded = decay_t * before[t]
+        missing = v[:, :, t] - _read(faded, k_t)
+        after = faded + k_t[..., None] * (beta_t * missing)[..., None, :]
+        dq[:, :, t] = scale * _under(after, do[:, :, t])
+        d = d + scale * q[:, :, t, :, None] * do[:, :, t, None, :]
+        dwritten = _read(d, k_t)
+        dv[:, :, t] = beta_t * dwritten
+        dbeta[:, :, t] = (missing * dwritten).sum(-1)
+        dk[:, :, t] = _under(d, beta_t * missing) - _under(faded, beta_t * dwritten)
+        d = d - k_t[..., None] * (beta_t * dwritten)[..., None, :]
+        dg[:, :, t] = (faded * d).sum((-1, -2))
+        d = decay_t * d
+        if segments_BT is not None:
+            d = torch.where(continues(segments_BT, t), d, 0)
+    if G != H:
+        dq, dk = (x.unflatten(1, (G, H // G)).sum(2) for x in (dq, dk))
+    return *(x.to(v_BHTV.dtype).contiguous() for x in (dq, dk, dv)), dbeta, dg, d.clone()
+
+
+def _read(state_BHKV: Tensor, k_BHK: Tensor) -> Tensor:
+    return (k_BHK[..., None, :] @ state_BHKV)[..., 0, :]
+
+
+def _under(state_BHKV: Tensor, v_BHV: Tensor) -> Tensor:
+    return (state_BHKV @ v_BHV[..., None])[..., 0]

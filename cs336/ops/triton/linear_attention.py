@@ -192,9 +192,14 @@ def states(k, v, g, state, segments):
 
 
 def fwd(q, k, v, g, state, segments, scale):
-    (B, H, T, V), K = v.shape, q.shape[-1]
     segments = _rows(segments)
     before, last = states(k, v, g, state, segments)
+    return outputs(q, k, v, g, segments, before, scale), last
+
+
+def outputs(q, k, v, g, segments, before, scale):
+    """o (B, H, T, V), stored by token, of the states before each chunk."""
+    (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)
     plan = tiles(K, V)
     with torch.cuda.device_of(q):
@@ -204,7 +209,7 @@ def fwd(q, k, v, g, state, segments, scale):
             0 if segments is None else segments.stride(0),
             H, H // q.shape[1], T, K, V, scale, **plan,
         )  # fmt: skip
-    return o, last
+    return o
 
 
 def _rows(segments):

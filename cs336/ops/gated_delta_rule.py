@@ -1,0 +1,138 @@
+"""The gated delta rule: a linear recurrence that replaces what its state holds under a key.
+
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale S_t^T q_t
+
+DeltaNet, arXiv:2406.06484; with a decay Gated DeltaNet, arXiv:2412.06464. In chunks of C = 64 tokens a head takes
+C (3 K + 2 V) + 6 K V FLOPs a token forward, and must move q, k, v, o once. Shapes as in linear_attention.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cs336.ops import chunked, registry
+from cs336.ops.dispatch import rows
+from cs336.ops.linear_attention import bounded, check, check_rows, first_token, like, recomputed
+from cs336.ops.ref import gated_delta_rule as ref
+from cs336.ops.ref.wide import wide
+
+MOST_KEY_FEATURES = 128  # of the Triton kernels, which hold a state's rows whole
+
+
+def _check(q, k, v, beta, g, state, segments, scale) -> None:
+    check(q, k, v, g, state, segments, scale)
+    if beta.shape != v.shape[:-1] or beta.device != v.device:
+        raise ValueError(f"beta must be {tuple(v.shape[:-1])} on {v.device} to fit v, got {like(beta)}")
+
+
+def _check_raw(*args) -> None:
+    _check(*args)
+    q, k, v, beta = args[:4]
+    if beta.dtype != torch.promote_types(q.dtype, torch.float32):
+        raise ValueError(f"beta must be {torch.promote_types(q.dtype, torch.float32)}, got {like(beta)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_rows(name, x)
+
+
+def _check_bwd(do, dstate, *args) -> None:
+    _check_raw(*args)
+    q, v = args[0], args[2]
+    stat, state_shape = torch.promote_types(q.dtype, torch.float32), (*v.shape[:2], q.shape[-1], v.shape[-1])
+    for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
+        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
+            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
+    check_rows("do", do)
+
+
+def _triton_refuses(q, *_) -> str | None:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] > MOST_KEY_FEATURES:
+        return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
+    return None
+
+
+def _fake_fwd(q, k, v, *_):
+    (B, H, T, V), K = v.shape, q.shape[-1]
+    stat = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
+
+
+def _fake_bwd(do, dstate, q, k, v, *_):
+    (B, H, T, V), K = v.shape, q.shape[-1]
+    stat = torch.promote_types(q.dtype, torch.float32)
+    gates = (v.new_empty(B, H, T, dtype=stat) for _ in range(2))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *gates, v.new_empty(B, H, K, V, dtype=stat)
+
+
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? segments, float scale"
+registry.define(
+    f"gated_delta_rule_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
+    fake=_fake_fwd,
+    ref=ref.fwd,
+    triton="gated_delta_rule.fwd",
+    check=_check_raw,
+    supports={"triton": _triton_refuses},
+)
+registry.define(
+    f"gated_delta_rule_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor dfirst)",
+    fake=_fake_bwd,
+    ref=ref.bwd,
+    triton="gated_delta_rule_bwd.bwd",
+    check=_check_bwd,
+    supports={"triton": lambda do, dstate, *rest: _triton_refuses(*rest)},
+)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, g, state, segments, scale):
+        ctx.save_for_backward(q, k, v, beta, g, state, segments)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return registry.call("gated_delta_rule_fwd", q, k, v, beta, g, state, segments, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlast):
+        q, k, v, beta, g, state, segments = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do
+        args = rows(do), dlast, q, k, v, beta, g, state, segments, ctx.scale
+        dq, dk, dv, dbeta, dg, dfirst = registry.call("gated_delta_rule_bwd", *args)
+        return dq, dk, dv, dbeta, None if g is None else dg, None if state is None else dfirst, None, None
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Linear attention that writes by the delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+
+    beta: (B, H, T), how far what the state holds under k is replaced by v, 0 to 1 (to 2 with negative eigenvalues).
+    k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
+    linear_attention's. On every device plain torch in chunks, which the backward computes again; Triton's kernels, for
+    keys of up to 128 features, where "triton" is forced.
+    """
+    g, state = bounded(g), None if initial_state is None else wide(initial_state)
+    beta = wide(beta)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, beta, g, state, segments, scale)
+    if v.shape[2] == 1 and registry.forced() != "ref":
+        q0, k0, v0, g0, before = first_token(q, k, v, g, state)
+        o, last = ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
+        o = o[:, :, None].to(v.dtype)
+    elif registry.forced() == "ref" or (registry.forced() == "triton" and v.numel()):
+        o, last = _GatedDeltaRule.apply(*(rows(x) for x in (q, k, v)), beta, g, state, segments, scale)
+    else:
+        o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
+    return (o, last) if return_state else o
