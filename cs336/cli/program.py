@@ -9,7 +9,17 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
-from cs336.cli import alignment, data, data_classifier, experiments, plan_parallel, plan_run, scaling, tokenizer
+from cs336.cli import (
+    alignment,
+    data,
+    data_classifier,
+    experiments,
+    plan_parallel,
+    plan_run,
+    scaling,
+    scaling_api,
+    tokenizer,
+)
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
 from cs336.cli.common import Make, Run, Stopped
 from cs336.cli.compress import compress
@@ -66,6 +76,19 @@ SCALING_VERBS: dict[str, Run] = {
     "plot": scaling.plot,
     "forecast": scaling.forecast,
     "grade": scaling.grade,
+}
+API_VERBS: dict[str, Run] = {
+    "serve": scaling_api.serve,
+    "add-user": scaling_api.add_user,
+    "users": scaling_api.users,
+    "reveal": scaling_api.reveal,
+    "submit": scaling_api.submit,
+    "runs": scaling_api.runs,
+    "status": scaling_api.status,
+    "cancel": scaling_api.cancel,
+    "account": scaling_api.account,
+    "predict": scaling_api.predict,
+    "leaderboard": scaling_api.leaderboard,
 }
 STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,
@@ -143,6 +166,10 @@ def _run(arguments: list[str]) -> int:
         classifier.command(name=name)(run)
     help = "Train and apply linear n-gram classifiers of documents."
     groups["data"].command(classifier, name="classifier", help=help)
+    api = tyro.extras.SubcommandApp()
+    for name, run in API_VERBS.items():
+        api.command(name=name)(run)
+    groups["scaling"].command(api, name="api", help="Serve training runs under a budget, and submit them.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )
