@@ -23,7 +23,7 @@ def until(condition, seconds=60.0):
 
 
 @contextlib.contextmanager
-def listening(directory, backend=None, *, workers=0, **config):
+def listening(directory, backend=None, *, workers=0, grace=10.0, **config):
     """(its store, its address): uvicorn in a thread until the block ends. workers=0: nobody makes its runs."""
     import uvicorn
 
@@ -31,7 +31,7 @@ def listening(directory, backend=None, *, workers=0, **config):
     from cs336.scaling.api.pool import Pool
 
     store, backend = Store(directory), backend or Simulator()
-    pool = Pool(store, backend, workers, grace=10) if workers else None
+    pool = Pool(store, backend, workers, grace=grace) if workers else None
     app = make_app(store, backend, ServerConfig(**config), pool=pool)
     loop = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=loop.run)

@@ -20,11 +20,12 @@ from cs336.scaling.points import Points
 
 TIMEOUT = 60.0  # seconds, of one request
 RETRY = 0.2  # seconds until a server that is not there is asked again
+POLL = 0.05, 2.0  # seconds between two looks at runs: at first, and at last
 PAGE = 1000  # runs a request
 ENDED = ("done", "failed", "cancelled")
 
 
-class ApiError(RuntimeError):
+class ApiError(ValueError):
     """What the server refused."""
 
     def __init__(self, status: int, error: Mapping[str, Any]):
@@ -94,9 +95,9 @@ class Client:
         """A run that goes on ends soon."""
         return RunInfo.model_validate(self._ask("POST", f"/runs/{urllib.parse.quote(id, safe='')}/cancel"))
 
-    def wait(self, ids: Iterable[str], timeout: float = 3600.0, poll: float = 0.2) -> list[RunInfo]:
+    def wait(self, ids: Iterable[str], timeout: float = 3600.0) -> list[RunInfo]:
         """Until these runs have ended, however. Raises TimeoutError, KeyError for one that is none of yours."""
-        wanted, end = list(ids), time.monotonic() + timeout
+        wanted, end, pause = list(ids), time.monotonic() + timeout, POLL[0]
         while True:
             found = {run.id: run for run in self.runs()}
             chosen = [found[id] for id in wanted]
@@ -104,7 +105,8 @@ class Client:
                 return chosen
             if time.monotonic() > end:
                 raise TimeoutError(f"runs have not ended within {timeout:.0f} s")
-            time.sleep(poll)
+            time.sleep(pause)
+            pause = min(POLL[1], 1.5 * pause)
 
     def points(self) -> Points:
         """Runs that are done. Raises ValueError where there are none."""
