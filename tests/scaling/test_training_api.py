@@ -1,9 +1,12 @@
 """The training API over HTTP: what is asked is answered, or refused with a sentence, and goes on after a restart."""
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -279,6 +282,7 @@ def test_the_simulator_is_the_published_laws():
     assert noisy.loss(seeds[7]) == noisy.loss(seeds[7])
     assert logs.std() == pytest.approx(0.002, rel=0.2)
     assert abs(logs.mean()) < 0.0006
+    assert exact.loss(dataclasses.replace(best, learning_rate=0)) == pytest.approx(math.log(32768))
     wild = exact.plan(RunRequest(parameters=1, tokens=1, learning_rate=1e-9))
     assert exact.loss(wild) == pytest.approx(math.log(32768))
 
@@ -369,3 +373,25 @@ def test_runs_are_trained(tmp_path):
         assert ada.run(run.id).curve[-1][0] == 64
         (timed,) = eve.wait([timed.id], timeout=120)
         assert (timed.state, 0 < timed.charged <= 1) == ("done", True)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_s_run_goes_on_from_its_checkpoint(tmp_path):
+    from cs336.scaling.api.training import Training
+    from cs336.training.checkpoint import list_checkpoints
+
+    model = MODEL | {"d_model": 64, "context_length": 32, "num_layers": 2}
+    table = base(tmp_path, model=model, checkpoint_interval=10)
+    backend = Training({name: value for name, value in table.items() if name != "budget"})
+    with listening(tmp_path / "api", backend, workers=1) as (store, url):
+        ada = client(store, url)
+        run = ada.submit(config={"budget": "100steps"})
+        checkpoints = store.folder(run.id) / "checkpoints"
+        until(lambda: list_checkpoints(checkpoints), 120)
+        os.kill(store.running()[0].pid, signal.SIGKILL)
+        (done,) = ada.wait([run.id], timeout=200)
+        assert (done.state, done.attempts) == ("done", 2)
+        assert done.charged == pytest.approx(done.flops, abs=1e6)
+        rows = (store.folder(run.id) / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(row)["step"] for row in rows if "train/loss" in row]
+        assert steps == list(range(1, 101))

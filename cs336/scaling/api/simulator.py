@@ -27,6 +27,7 @@ from cs336.utils.rows import read_rows
 POINTS = 40  # rows of a run
 LR_CURVATURE, BATCH_CURVATURE = 0.01, 0.004
 BEFORE_DECAY = 0.06
+STOP_POLL = 0.1  # seconds between two looks whether a run shall stop
 GUESSING = math.log(32_768)  # nats a token
 
 
@@ -81,6 +82,8 @@ class Simulator:
     def _at(self, job: Job, tokens: float) -> float:
         """Without noise, if the run ended there."""
         assert job.tokens is not None
+        if job.learning_rate == 0:
+            return GUESSING
         lr, batch = step_law(job.parameters, job.tokens)
         off = LR_CURVATURE * math.log(job.learning_rate / lr) ** 2
         off += BATCH_CURVATURE * math.log(job.batch_tokens / batch) ** 2
@@ -98,15 +101,23 @@ class Simulator:
         noise = end / self._at(job, job.tokens)
         with open(path, "a", encoding="utf-8") as file:
             for row in range(done + 1, POINTS + 1):
-                if stopped():
-                    raise Interrupted
-                time.sleep(job.seconds * self.time_scale / POINTS)
+                _pass(job.seconds * self.time_scale / POINTS, stopped)
                 part = row / POINTS
                 loss = min(GUESSING, self._at(job, part * job.tokens) * noise * (1 + BEFORE_DECAY * (1 - part)))
                 numbers = {"step": row, "tokens": part * job.tokens, "seconds": part * job.seconds, "train/loss": loss}
                 file.write(json.dumps(numbers) + "\n")
                 file.flush()
         return end
+
+
+def _pass(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Let time pass. Raises Interrupted once it is stopped."""
+    end = time.monotonic() + seconds
+    while not stopped():
+        if (left := end - time.monotonic()) <= 0:
+            return
+        time.sleep(min(left, STOP_POLL))
+    raise Interrupted
 
 
 def digest(value: Any) -> str:
