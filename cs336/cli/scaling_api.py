@@ -49,9 +49,10 @@ def serve(
         from cs336.scaling.api.serve import serve as listen
     except ModuleNotFoundError as error:
         raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
+    from cs336.scaling.api.jobs import Backend
     from cs336.scaling.api.simulator import Simulator
 
-    chosen = Simulator(speed=speed, time_scale=time_scale, noise=noise)
+    chosen: Backend = Simulator(speed=speed, time_scale=time_scale, noise=noise)
     if backend == "train":
         import torch
 

@@ -92,7 +92,7 @@ def test_the_schema_is_whole(served):
         assert responses[status]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(data=st.data())
 def test_nothing_is_answered_with_500(served, data):
     store, port, key, schema = served

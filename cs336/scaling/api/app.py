@@ -124,7 +124,7 @@ def make_app(
         """One of yours, with its losses so far."""
         entry = _found(store, user, id)
         more = {"curve": curve(store.folder(id)), "config": entry.job.config}
-        return RunDetails(**_info(entry, store).model_dump(), **more)
+        return RunDetails.model_validate(_info(entry, store).model_dump() | more)
 
     @app.post("/runs/{id}/cancel", responses=_may(401, 404, 422))
     def cancel(id: str, user: Whose) -> RunInfo:

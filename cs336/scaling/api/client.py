@@ -72,8 +72,8 @@ class Client:
         price. Raises ApiError: 400 over budget, 409 where you have this run, 422 for what cannot be run."""
         if isinstance(config, str | pathlib.Path):
             config = tomllib.loads(pathlib.Path(config).read_text(encoding="utf-8"))
-        asked = {"parameters": parameters, "tokens": tokens, "learning_rate": learning_rate, "seed": seed}
-        asked |= {"batch_tokens": batch_tokens, "config": config}
+        asked: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "learning_rate": learning_rate}
+        asked |= {"seed": seed} | {"batch_tokens": batch_tokens, "config": config}
         body = {name: value for name, value in asked.items() if value is not None}
         return RunInfo.model_validate(self._ask("POST", "/runs", body))
 

@@ -63,27 +63,18 @@ class Contest:
 
     def board(self) -> Leaderboard:
         """By the error of the predicted loss; before the true run is revealed by time, without what was predicted."""
-        found = truth(self.store)
-        if found is None:
-            rows = [Score(user=s.user, final=s.final) for s in self._all()]
-        else:
-            loss, best = found
-            rows = [
-                Score(
-                    user=s.user,
-                    final=s.final,
-                    loss=s.loss,
-                    parameters=s.parameters,
-                    error=abs(s.loss / loss - 1),
-                    size_ratio=None if best is None else s.parameters / best,
-                )
-                for s in self._all()
-            ]
-            rows.sort(key=lambda row: row.error or 0.0)
-        loss, best = found or (None, None)
+        loss, best = truth(self.store) or (None, None)
+        rows = [Score(user=s.user, final=s.final) if loss is None else _scored(s, loss, best) for s in self._all()]
+        rows.sort(key=lambda row: row.error or 0.0)
         return Leaderboard(
             target_flops=self.target_flops, deadline=self.deadline, true_loss=loss, true_parameters=best, rows=rows
         )
+
+
+def _scored(made: Submission, loss: float, best: float | None) -> Score:
+    ratio = None if best is None else made.parameters / best
+    kept = {"user": made.user, "final": made.final, "loss": made.loss, "parameters": made.parameters}
+    return Score.model_validate(kept | {"error": abs(made.loss / loss - 1), "size_ratio": ratio})
 
 
 def reveal(store: Store, loss: float, parameters: float | None = None) -> None:

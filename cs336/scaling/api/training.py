@@ -52,16 +52,16 @@ class Training:
         assert asked.parameters is not None
         assert asked.tokens is not None
         base = TrainConfig.from_table(self.base | {"run_dir": "."})
-        near = sorted(
+        wanted = asked.parameters
+        shape = min(
             shapes(base.model.vocab_size, base.model.context_length),
-            key=lambda shape: abs(math.log(shape.num_parameters() / asked.parameters)),
+            key=lambda shape: abs(math.log(shape.num_parameters() / wanted)),
         )
-        size = near[0].num_parameters()
-        if not 1 / NEAREST < size / asked.parameters < NEAREST:
-            raise FieldError("parameters", f"no shape has {asked.parameters:g}: the nearest has {size:,}")
-        lr, batch = step_law(near[0].num_parameters(embeddings=False), asked.tokens)
+        if not 1 / NEAREST < shape.num_parameters() / wanted < NEAREST:
+            raise FieldError("parameters", f"no shape has {wanted:g}: the nearest has {shape.num_parameters():,}")
+        lr, batch = step_law(shape.num_parameters(embeddings=False), asked.tokens)
         lr, batch = asked.learning_rate or min(HIGHEST_LR, lr), asked.batch_tokens or batch
-        table: dict[str, Any] = {"model": configs.to_table(near[0]), "budget": f"{asked.tokens:.0f}tok"}
+        table: dict[str, Any] = {"model": configs.to_table(shape), "budget": f"{asked.tokens:.0f}tok"}
         table |= {"batch_size": max(1, round(batch / base.model.context_length)), "seed": asked.seed}
         table["optimizer"] = self.base.get("optimizer", {}) | {"lr": lr}
         return plan_config(table, self.base)
