@@ -103,16 +103,12 @@ def test_refusals(idle):
 def test_nobody_without_a_key(idle):
     store, url = idle
     key = store.add_user("ada", "flops", 1e18)
-    for header in ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {key}"}, {"Authorization": key}):
-        for method, path in (
-            ("GET", "/account"),
-            ("GET", "/runs"),
-            ("POST", "/runs"),
-            ("GET", "/runs/x"),
-            ("GET", "/no"),
-        ):
-            status, body, headers = raw(url, method, path, b"no JSON" if method == "POST" else None, header.items())
-            assert (status, headers["WWW-Authenticate"]) == (401, "Bearer"), (method, path, header)
+    wrong = ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {key}"}, {"Authorization": key})
+    for header in wrong:
+        for asked in ("GET /account", "GET /runs", "POST /runs", "GET /runs/x", "PUT /submission", "GET /none"):
+            method, path = asked.split()
+            status, body, headers = raw(url, method, path, None if method == "GET" else b"no JSON", header.items())
+            assert (status, headers["WWW-Authenticate"]) == (401, "Bearer"), (asked, header)
             assert "message" in json.loads(body)["error"]
     assert Client(url, f"{key}\n").account().user == "ada"
     assert refused(Client(url, "x").account).status == 401

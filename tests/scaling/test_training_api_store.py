@@ -179,6 +179,16 @@ def test_the_death_of_a_worker_costs_nothing(store):
     assert balances(store) == {"ada": (0, 1e14, 9e14)}
 
 
+def test_a_claim_that_fails_lets_go(store, monkeypatch):
+    id = store.submit(user(store), job(1e14))
+    with monkeypatch.context() as patch:
+        patch.setattr("cs336.scaling.api.store.process_mark", lambda pid: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.claim()
+    assert store.run("ada", id).attempts == 0
+    assert store.claim().entry.id == id
+
+
 def test_a_run_is_cancelled_wherever_it_is(store):
     ada = user(store, amount=1e15)
     id = store.submit(ada, job(4e14))

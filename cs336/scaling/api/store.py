@@ -268,24 +268,28 @@ class Store:
 
     def claim(self) -> Claim | None:
         """Take the next run: of the users with the fewest that go on, the one that has waited longest."""
-        with self.transaction() as db:
-            waiting = db.execute(
-                f"{SELECT} WHERE state = 'waiting' ORDER BY (SELECT COUNT(*) FROM runs AS other WHERE "
-                "other.user = runs.user AND other.state = 'running'), number"
-            ).fetchall()
-            for row in waiting:
-                stack = contextlib.ExitStack()
-                try:
-                    stack.enter_context(locked(self.claims, row["id"]))
-                except RuntimeError:  # its last owner is about to let go
-                    continue
-                pid = os.getpid()
-                db.execute(
-                    "UPDATE runs SET state = 'running', pid = ?, mark = ?, attempts = attempts + 1, "
-                    "started = COALESCE(started, ?) WHERE id = ?",
-                    (pid, process_mark(pid), time.time(), row["id"]),
-                )
-                return Claim(_entry(db.execute(f"{SELECT} WHERE id = ?", (row["id"],)).fetchone()), stack)
+        with contextlib.ExitStack() as held:  # let go of where the transaction fails
+            with self.transaction() as db:
+                entry = self._take(db, held)
+            return None if entry is None else Claim(entry, held.pop_all())
+
+    def _take(self, db: sqlite3.Connection, held: contextlib.ExitStack) -> Entry | None:
+        waiting = db.execute(
+            f"{SELECT} WHERE state = 'waiting' ORDER BY (SELECT COUNT(*) FROM runs AS other WHERE "
+            "other.user = runs.user AND other.state = 'running'), number"
+        ).fetchall()
+        for row in waiting:
+            try:
+                held.enter_context(locked(self.claims, row["id"]))
+            except RuntimeError:  # its last owner is about to let go
+                continue
+            pid = os.getpid()
+            db.execute(
+                "UPDATE runs SET state = 'running', pid = ?, mark = ?, attempts = attempts + 1, "
+                "started = COALESCE(started, ?) WHERE id = ?",
+                (pid, process_mark(pid), time.time(), row["id"]),
+            )
+            return _entry(db.execute(f"{SELECT} WHERE id = ?", (row["id"],)).fetchone())
         return None
 
     def cancelled(self, id: str) -> bool:
@@ -309,9 +313,10 @@ class Store:
         for entry in self.running():
             with contextlib.suppress(RuntimeError), locked(self.claims, entry.id), self.transaction() as db:
                 row = db.execute(f"{SELECT} WHERE id = ? AND state = 'running'", (entry.id,)).fetchone()
-                if row is None or row["attempts"] != entry.attempts:
+                if row is None:
                     continue
-                state: State = "cancelled" if row["cancel"] else "waiting"
+                entry = _entry(row)
+                state: State = "cancelled" if entry.cancel else "waiting"
                 error = None
                 if state == "waiting" and entry.attempts >= MOST_DEATHS:
                     state, error = "failed", f"its process died {entry.attempts} times"
