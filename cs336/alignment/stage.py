@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -14,11 +15,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from cs336.alignment.lora import LoRAConfig, apply_lora, merged
+from cs336.alignment.lora import LoRAConfig, LoRALinear, apply_lora, merged
 from cs336.inference.chat import CHATML, CHATML_STOP, ChatTemplate
 from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer
 from cs336.inference.vocabulary import ends_of
 from cs336.models import Transformer, save_pretrained
+from cs336.models.huggingface import save_adapter
 from cs336.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig, clip_scale, grad_norm
 from cs336.tokenizer import Tokenizer, convert
 from cs336.training import Budget
@@ -126,7 +128,8 @@ class Policy:
     def __init__(self, config: StageConfig):
         self.device = pick(config.device)
         torch.manual_seed(config.seed)  # of adapters and heads
-        found = find_model(config.init_from)
+        self.config, self.base = config, find_model(config.init_from)
+        found = self.base
         self.model = load_model(found, str(self.device), torch.float32)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.tokenizer: Tokenizer = _tokenizer(found, config.tokenizer, self.model)
@@ -168,8 +171,16 @@ class Policy:
             self.model.train(training)
 
     def export(self, directory: pathlib.Path, step: int) -> None:
-        """The model in the Hugging Face layout, with adapters merged, its tokenizer and its template."""
+        """The model in the Hugging Face layout, with adapters merged, its tokenizer and its template; in `adapter`
+        beside it the adapters alone, where such a directory can name their layers and their base."""
         save_pretrained(merged(self.model), directory, tokenizer=self.tokenizer, step=step)
+        if self.config.lora is not None and (self.base / "config.json").exists():
+            layers = {n: (m.lora_a, m.lora_b) for n, m in self.model.named_modules() if isinstance(m, LoRALinear)}
+            place = directory.with_name("adapter")
+            try:
+                save_adapter(self.model, layers, place, base=self.base, alpha=self.config.lora.alpha)
+            except ValueError as error:
+                print(f"{place} is not written: {error}", file=sys.stderr)
 
     def _ends(self, names: tuple[str, ...]) -> tuple[int, ...]:
         special = self.tokenizer.special_tokens

@@ -173,24 +173,27 @@ class Ledger:
         for entry in self.entries(wanted=True):
             if entry.state != "waiting":
                 continue
-            stack = contextlib.ExitStack()
-            try:
-                stack.enter_context(locked(self.claims, entry.id))
-            except RuntimeError:  # another process is about to
-                continue
-            with self._transaction() as db:
-                if self._fits(db, entry):
-                    taken = db.execute(
-                        "UPDATE runs SET state = 'running', owner = ?, attempts = attempts + 1, started = ?, "
-                        "error = NULL WHERE id = ? AND state = 'waiting'",
-                        (owner(), time.time(), entry.id),
-                    )
-                    if taken.rowcount:
-                        return Claim(
-                            _entry(db.execute("SELECT * FROM runs WHERE id = ?", (entry.id,)).fetchone()), stack
-                        )
-            stack.close()
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(self.claims, entry.id))
+                except RuntimeError:  # another process is about to
+                    continue
+                if (taken := self._take(entry)) is not None:
+                    return Claim(taken, stack.pop_all())
         return None
+
+    def _take(self, entry: Entry) -> Entry | None:
+        with self._transaction() as db:
+            if not self._fits(db, entry):
+                return None
+            taken = db.execute(
+                "UPDATE runs SET state = 'running', owner = ?, attempts = attempts + 1, started = ?, "
+                "error = NULL WHERE id = ? AND state = 'waiting'",
+                (owner(), time.time(), entry.id),
+            )
+            if not taken.rowcount:
+                return None
+            return _entry(db.execute("SELECT * FROM runs WHERE id = ?", (entry.id,)).fetchone())
 
     def finish(self, claim: Claim, result: dict[str, Any], reached: Cost) -> None:
         """A run is done. reached: FLOPs, tokens and seconds of its folder from the start."""

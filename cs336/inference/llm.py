@@ -56,6 +56,8 @@ class LLM:
         if not isinstance(model, Transformer):
             found = find_model(model)
             self.name = pathlib.Path(model).resolve().name
+            if not quiet:
+                print(f"reading {found}", file=sys.stderr)
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
             model = load_model(found, str(pick(device)), dtype)
             self.chat_template = ChatTemplate.find(found)

@@ -7,6 +7,7 @@ import torch
 
 from cs336.models import Transformer, TransformerConfig, from_gguf, from_pretrained, tokenizer_from_gguf
 from cs336.models.gguf.model import config_of_gguf
+from cs336.models.huggingface import base_of
 from cs336.tokenizer import Tokenizer, convert
 from cs336.training import TrainConfig, load_checkpoint
 from cs336.training.checkpoint import STATE, read_model_config
@@ -17,7 +18,7 @@ from cs336.utils.device import pick
 
 
 def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
-    """The model at `path`, an export, a checkpoint or a GGUF file, for inference.
+    """The model at `path`, an export, an adapter of one, a checkpoint or a GGUF file, for inference.
 
     device: "auto" is a GPU if there is one. dtype: of the weights; as they are stored if None.
     Raises FileNotFoundError where a file is missing, ValueError for damaged files.
@@ -59,13 +60,14 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
-    """The tokenizer.json that belongs to the model at `path`: beside it, or in its run directory or that one's export.
+    """The tokenizer.json that belongs to the model at `path`: beside it, in its run directory or that one's export, or
+    with the base model of an adapter.
 
     Raises FileNotFoundError where there is none.
     """
     path = pathlib.Path(path).resolve()
     run = path.parent.parent if (path / STATE).exists() else path.parent
-    for place in (path, run, run / "export"):
+    for place in (path, run, run / "export", base_of(path)):
         if (place / "tokenizer.json").exists():
             return place / "tokenizer.json"
     raise FileNotFoundError(f"no tokenizer.json beside {path} or in its run directory: name one with --tokenizer")

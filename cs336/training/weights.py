@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from cs336.models import Transformer, TransformerConfig, from_pretrained
-from cs336.models.huggingface import read_config, read_step
+from cs336.models.huggingface import is_adapter, read_config, read_step
 from cs336.training.checkpoint import MODEL, STATE, list_checkpoints, load_checkpoint, read_model_config
 from cs336.utils.config import to_table
 
@@ -15,8 +15,8 @@ MAY_DIFFER = {"context_length", "init_std"}  # no weight has their shape, and no
 
 
 def find_model(path: str | os.PathLike) -> pathlib.Path:
-    """The export (any directory in the Hugging Face layout) or checkpoint (a directory, or a file) that `path` means:
-    itself, or that of a run directory which was trained for most steps.
+    """The export (any directory in the Hugging Face layout, or an adapter's) or checkpoint (a directory, or a file)
+    that `path` means: itself, or that of a run directory which was trained for most steps.
 
     Raises FileNotFoundError where there is none.
     """
@@ -66,7 +66,7 @@ def model_config(path: pathlib.Path) -> TransformerConfig:
 
 
 def _is_layout(path: pathlib.Path) -> bool:
-    return (path / "config.json").exists()
+    return (path / "config.json").exists() or is_adapter(path)
 
 
 def _check_same(theirs: TransformerConfig, ours: TransformerConfig, path: pathlib.Path) -> None:

@@ -23,7 +23,6 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
 constexpr int kAhead = 4;  // vectors of four logits that a thread loads before it uses them
-constexpr int kInPrompt = 1 << 30;
 constexpr float kLog2E = 1.4426950408889634f, kMax = 3.402823466e38f;
 
 struct Stats {  // of the logits as they came in: maximum and sum of exp(logit - maximum); then of what is drawn from

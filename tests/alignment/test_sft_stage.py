@@ -88,6 +88,13 @@ def test_adapters_learn_and_the_rest_stays(tmp_path, model):
         stage.policy.model.eval()
         torch.testing.assert_close(llm.model(ids), stage.policy.model(ids), rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name, _ in llm.model.named_parameters())
+    alone = LLM(result.export.parent / "adapter", device="cpu", quiet=True)  # with the tokenizer of its base
+    torch.testing.assert_close(alone.model.state_dict(), llm.model.state_dict(), rtol=1e-5, atol=1e-6)
+    assert alone.model.end_ids == llm.model.end_ids
+    assert alone.chat_template.render([{"role": "user", "content": "1"}]) == llm.chat_template.render(
+        [{"role": "user", "content": "1"}]
+    )
+    assert alone.encode(["3=3"]) == llm.encode(["3=3"])
 
 
 def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cs336.models.config import TransformerConfig
+from cs336.models.huggingface.adapter import add_adapter, base_of, is_adapter, write_adapter
 from cs336.models.huggingface.family import Family, Rule
+from cs336.models.huggingface.fields import read_json
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.llama import LLAMA
@@ -97,17 +99,54 @@ def save_pretrained(
         (directory / WEIGHTS).unlink(missing_ok=True)
 
 
+def save_adapter(
+    model: Transformer,
+    layers: Mapping[str, tuple[Tensor, Tensor]],
+    directory: str | os.PathLike,
+    *,
+    base: str | os.PathLike,
+    alpha: float,
+) -> None:
+    """Write a LoRA as PEFT and `from_pretrained` read it: A (r, in) and B (out, r) by the names of the model's layers,
+    and the model's generation_config and chat template.
+
+    base: the directory of the model that they adapt. alpha: the products' weight is alpha / r.
+    Raises ValueError for a layer that the family lays out together with others, as GPT-2 does queries, keys and values.
+    """
+    config = model.config
+    family = next((f for f in FAMILIES.values() if f.table(config) is not None), None)
+    shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
+    shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
+    rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
+    theirs = {rule.ours[0]: rule.theirs[0] for rule in rules if rule.renames}
+    named = {}
+    for name, (a, b) in layers.items():
+        if (full := theirs.get(f"{name}.weight")) is None:
+            kind = OURS if family is None else family.model_type
+            raise ValueError(f"{name} is no linear layer of its own in files of {kind}: an adapter cannot name it")
+        named[full.removesuffix(".weight")] = a, b if family is None else _half_split(f"{name}.weight", b, config)
+    write_adapter(named, directory, base=base, alpha=alpha)
+    if model.generation_config:
+        with replacing(pathlib.Path(directory) / GENERATION) as file:
+            file.write(json.dumps(model.generation_config, indent=2) + "\n")
+    if model.chat_template is not None:
+        with replacing(pathlib.Path(directory) / TEMPLATE) as file:
+            file.write(model.chat_template)
+
+
 def from_pretrained(
     directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout.
+    """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout; or of a LoRA in
+    PEFT's layout the base model that it names, with the adapter merged into its weights.
 
     dtype: of the weights; as they are stored if None. The model is in eval mode, as one of transformers.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind, naming the field of
     config.json that says so, and for damaged files.
     """
-    directory = pathlib.Path(directory)
-    theirs = _read_json(directory / CONFIG)
+    given = pathlib.Path(directory)
+    directory = base_of(given)
+    theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
     model = Transformer(config, device="meta").eval()
     if QUANTIZATION in theirs:
@@ -120,32 +159,34 @@ def from_pretrained(
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if is_adapter(given):
+        add_adapter(given, found)
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
     whole = _check_quantized(model, weights)
     model.load_state_dict({n: weights[n] if n in whole else weights[n].to(dtype) for n in shapes}, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
-    if (directory / GENERATION).exists():
-        generation = _read_json(directory / GENERATION)
+    if place := next((place for place in (given, directory) if (place / GENERATION).exists()), None):
+        generation = read_json(place / GENERATION)
         model.generation_config = {k: v for k, v in generation.items() if v is not None or k not in SPECIAL_IDS}
-    model.chat_template = _chat_template(directory)
+    model.chat_template = _chat_template(given) or _chat_template(directory)
     _check_ends(directory, model)
     return model
 
 
 def read_config(directory: str | os.PathLike) -> TransformerConfig:
     """The configuration of the model in a directory, without its weights. Errors: as from_pretrained's."""
-    return _our_config(_read_json(pathlib.Path(directory) / CONFIG))[0]
+    return _our_config(read_json(base_of(directory) / CONFIG))[0]
 
 
 def read_step(directory: str | os.PathLike) -> int | None:
     """The step of training at which the model in a directory was written; None where it does not say."""
-    return _read_json(pathlib.Path(directory) / CONFIG).get("training_step")
+    return read_json(base_of(directory) / CONFIG).get("training_step")
 
 
 def read_kind(directory: str | os.PathLike) -> str | None:
     """The model_type in a directory's config.json: OURS, or a family of transformers."""
-    return _read_json(pathlib.Path(directory) / CONFIG).get("model_type")
+    return read_json(base_of(directory) / CONFIG).get("model_type")
 
 
 def _in_layout(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -288,7 +329,7 @@ def _chat_template(directory: pathlib.Path) -> str | None:
         return (directory / TEMPLATE).read_text(encoding="utf-8")
     if not (directory / TOKENIZER).exists():
         return None
-    template = _read_json(directory / TOKENIZER).get("chat_template")
+    template = read_json(directory / TOKENIZER).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         others = ", ".join(str(name) for name in named if name != "default")
@@ -303,7 +344,7 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     names = [WEIGHTS]
     if index.exists() and not (directory / names[0]).exists():
-        places = _read_json(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index} must have a weight_map, a table of weights and names of files")
         names = sorted(set(places.values()))
@@ -312,15 +353,3 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     if missing := [name for name in names if not (directory / name).exists()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")
     return [directory / name for name in names]
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a model's directory?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -38,6 +38,11 @@ class Rule:
     write: Convert = _same
     """Ours -> theirs."""
 
+    @property
+    def renames(self) -> bool:
+        """Whether one weight of ours is one of theirs as it is."""
+        return self.read is _same and len(self.ours) == len(self.theirs) == 1
+
 
 @dataclass(frozen=True)
 class Family:

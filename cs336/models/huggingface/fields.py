@@ -1,5 +1,7 @@
 """What a config.json says: each field is used, known to change nothing, or refused by name."""
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -76,3 +78,16 @@ class Fields:
             off = name in OFF and not value
             if name not in self.taken and not off and (self.above or name not in IRRELEVANT):
                 self.refuse(name)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Raises FileNotFoundError where there is no such file, ValueError where it holds no JSON object."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a model's directory?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
