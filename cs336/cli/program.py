@@ -17,6 +17,7 @@ from cs336.cli import (
     plan_parallel,
     plan_run,
     scaling,
+    scaling_api,
     scaling_designs,
     tokenizer,
 )
@@ -79,6 +80,19 @@ SCALING_VERBS: dict[str, Run] = {
     "grade": scaling.grade,
     "design": scaling_designs.design,
     "coord-check": scaling_designs.coord_check,
+}
+API_VERBS: dict[str, Run] = {
+    "serve": scaling_api.serve,
+    "add-user": scaling_api.add_user,
+    "users": scaling_api.users,
+    "reveal": scaling_api.reveal,
+    "submit": scaling_api.submit,
+    "runs": scaling_api.runs,
+    "status": scaling_api.status,
+    "cancel": scaling_api.cancel,
+    "account": scaling_api.account,
+    "predict": scaling_api.predict,
+    "leaderboard": scaling_api.leaderboard,
 }
 STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,
@@ -156,6 +170,10 @@ def _run(arguments: list[str]) -> int:
         classifier.command(name=name)(run)
     help = "Train and apply linear n-gram classifiers of documents."
     groups["data"].command(classifier, name="classifier", help=help)
+    api = tyro.extras.SubcommandApp()
+    for name, run in API_VERBS.items():
+        api.command(name=name)(run)
+    groups["scaling"].command(api, name="api", help="Serve training runs under a budget, and submit them.")
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )

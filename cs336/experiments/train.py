@@ -13,6 +13,7 @@ from rich.console import Console
 from cs336.experiments.study import Cost
 from cs336.training import TrainConfig, Trainer
 from cs336.training.metrics import Display
+from cs336.utils.rows import read_rows
 from cs336.utils.stages import Interrupted
 
 TAIL = 0.1  # of a run: its training loss is the mean over the last rows
@@ -43,21 +44,6 @@ def train_run(config: TrainConfig) -> Result:
     if trainer.learner.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.learner.device)
     return result
-
-
-def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """metrics.jsonl; a torn line, which a killed run leaves, is passed over."""
-    rows = []
-    try:
-        with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
-            for line in file:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-    except FileNotFoundError:
-        pass
-    return rows
 
 
 def reached(run_dir: pathlib.Path) -> Cost:

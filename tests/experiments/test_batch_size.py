@@ -11,9 +11,9 @@ from experiments.tiny_study import base
 from cs336.cli import main
 from cs336.experiments.batch_size import Branching, critical, measure_batch_size, reason
 from cs336.experiments.noise import NoiseScale, measure, smoothed
-from cs336.experiments.train import read_rows
 from cs336.training import TrainConfig
 from cs336.training.learner import Learner
+from cs336.utils.rows import read_rows
 
 
 def config(tmp_path, **changes):

@@ -1,0 +1,156 @@
+"""kill -9 of server and workers while fifty clients are at it: no run is lost, made twice or charged twice."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+import urllib.parse
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from scaling.api_server import balances, listening, program, until, user
+
+from cs336.scaling.api import ApiError, Client, Simulator, Store
+from cs336.scaling.api.process import process_mark
+from cs336.scaling.api.protocol import RunRequest
+
+USERS, CLIENTS, RUNS = 10, 5, 2  # clients a user, runs a client
+PRICE = 6e16
+OPTIONS = ("--workers", "2", "--time-scale", "1e-4")  # 15 ms a run
+
+
+def one(url, key, number, outcomes, errors):
+    """Submits runs, the last one of them also its neighbour's; cancels its first; waits for the others."""
+    try:
+        client, mine = Client(url, key, patience=120), []
+        for seed in (*range(RUNS * number, RUNS * (number + 1)), RUNS * ((number + 1) % CLIENTS)):
+            try:
+                mine.append(client.submit(1e7, 1e9, seed=seed).id)
+            except ApiError as refused:
+                outcomes.append(refused.status)
+            time.sleep(random.random() / 10)
+        if number == 0 and mine:
+            client.cancel(mine[0])
+        client.wait(mine, timeout=240)
+    except Exception as error:
+        errors.append(error)
+        raise
+
+
+def kill(pid):
+    """Whether there was such a process."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_fifty_clients_and_nine_lives(tmp_path):
+    directory = tmp_path / "api"
+    store = Store(directory)
+    budget = 8 * PRICE  # of the 10 runs that a user's clients want
+    keys = {f"user{number}": store.add_user(f"user{number}", "flops", budget) for number in range(USERS)}
+    server, url = program(directory, *OPTIONS)
+    port, outcomes, errors, seen = urllib.parse.urlsplit(url).port, [], [], {}
+    threads = [
+        threading.Thread(target=one, args=(url, key, number, outcomes, errors))
+        for key in keys.values()
+        for number in range(CLIENTS)
+    ]
+    for thread in threads:
+        thread.start()
+
+    def owners():
+        found = {entry.pid: entry.mark for entry in store.running() if entry.pid}
+        seen.update(found)
+        return list(found)
+
+    try:
+        killed = 0
+        for kill_server, kill_worker in ((False, True), (True, False), (True, True)):
+            until(owners)
+            balances(store)  # the books are right at any moment
+            if kill_worker:
+                killed += until(lambda: sum(map(kill, owners()[:1])))
+            if kill_server:
+                assert kill(server.pid)
+                server.wait()
+                server.stdout.close()
+                server, again = program(directory, *OPTIONS, port=port)
+                assert again == url
+        for thread in threads:
+            thread.join(240)
+        owners()
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+        server.stdout.close()
+    assert errors == []
+    assert killed == 2
+    assert not [pid for pid, mark in seen.items() if process_mark(pid) == mark]
+
+    attempts = 0
+    for name, (reserved, charged, left) in balances(store).items():
+        runs = store.runs(name)
+        assert reserved == 0
+        assert charged + left == budget
+        assert charged == sum(run.charged for run in runs)
+        assert {run.state for run in runs} <= {"done", "cancelled"}
+        done = [run for run in runs if run.state == "done"]
+        assert 7 <= len(done) <= 8
+        assert len({run.job.seed for run in done}) == len(done)
+        for run in done:
+            assert run.charged == PRICE
+            assert run.loss == Simulator().loss(run.job)
+            lines = (store.folder(run.id) / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+        attempts += sum(run.attempts - 1 for run in done)
+    assert attempts > 0
+    assert {400, 409} >= set(outcomes) >= {400}
+
+
+def _stuck(directory):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    claim = Store(directory).claim()
+    while True:
+        signal.pause()
+    claim.release()
+
+
+def test_what_a_dead_server_left_is_ended(tmp_path):
+    """A worker that neither works nor stops is killed, and its run made."""
+    store = Store(tmp_path / "api")
+    ada = user(store)
+    id = store.submit(ada, Simulator().plan(RunRequest(parameters=1e7, tokens=1e9)))
+    process = multiprocessing.get_context("fork").Process(target=_stuck, args=(store.directory,))
+    process.start()
+    until(store.running)
+    with listening(store.directory, workers=1, grace=0.3):
+        until(lambda: store.run("ada", id).state == "done")
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+    assert store.run("ada", id).attempts == 2
+    assert balances(store) == {"ada": (0, PRICE, 1e18 - PRICE)}
+
+
+def test_another_process_of_that_number_is_left_alone(tmp_path):
+    """A number is given again: only with the start time that was noted is it the worker."""
+    store = Store(tmp_path / "api")
+    id = store.submit(user(store), Simulator().plan(RunRequest(parameters=1e7, tokens=1e9)))
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    store.claim().release()
+    with store.transaction() as db:
+        db.execute("UPDATE runs SET pid = ?, mark = 'another boot:1'", (process.pid,))
+    with listening(store.directory, workers=1, grace=0.1):
+        until(lambda: store.run("ada", id).state == "done")
+    assert process.is_alive()
+    process.kill()
+    process.join()
