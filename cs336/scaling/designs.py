@@ -151,9 +151,9 @@ def isoflop(
     runs = []
     for budget in budgets:
         middle = math.sqrt(budget / (6 * ratio))
-        reach, models = span, ()
+        reach, models = span, list[TransformerConfig]()
         while len(models) < LEAST_SIZES:
-            models = tuple(dict.fromkeys(map(family.nearest, np.geomspace(middle / reach, middle * reach, sizes))))
+            models = list(dict.fromkeys(map(family.nearest, np.geomspace(middle / reach, middle * reach, sizes))))
             reach *= 1.5
         runs += [_run(family, model, budget / model.flops_per_token(), budget, "flops") for model in models]
     return runs

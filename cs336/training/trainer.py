@@ -363,8 +363,8 @@ class Trainer:
         if self._restored is not None:
             self._continue(self._restored)
         elif config.branch_from is not None:
-            trunk = config.branch_from
-            together(lambda: checkpoint.load_checkpoint(trunk, self.learner.trained, self.learner.optimizer))
+            trunk, into = config.branch_from, (division.trained, division.optimizer)
+            together(lambda: checkpoint.load_checkpoint(trunk, *into, parts=division.parts))
             self._continue(trunk)
             self._seconds_before = 0.0  # the trunk's are its own
         elif config.init_from is not None:
