@@ -122,8 +122,8 @@ def coord_check(
     """
     from cs336.scaling.coordinates import measure
 
-    settings = {"lr": lr, "steps": steps, "seeds": seeds}
-    checks = {name: measure(widths, mup=name == "muP", **settings) for name in ("standard", "muP")}
+    kinds = {"standard": False, "muP": True}
+    checks = {name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds) for name, mup in kinds.items()}
     for name, check in checks.items():
         print(f"{name}: RMS of the change after {steps} steps at widths {', '.join(map(str, check.widths))}")
         for activation, slope in check.slopes().items():

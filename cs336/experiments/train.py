@@ -55,7 +55,7 @@ def reached(run_dir: pathlib.Path) -> Cost:
         facts = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         facts = {}
-    tokens, begun = rows[-1].get("tokens", 0), next(iter(facts.get("budgets", [])), {}).get("from_step", 0)
-    if begun:
+    tokens, budgets = rows[-1].get("tokens", 0), facts.get("budgets")
+    if budgets and (begun := budgets[0]["from_step"]):
         tokens -= begun * tokens // rows[-1]["step"]
     return Cost(tokens * facts.get("flops_per_token", 0), tokens, rows[-1].get("seconds", 0))
