@@ -255,7 +255,7 @@ class _Job:
         rung, data = self.rung, PromptData(*(self.run_dir / "data" / f"{kind}.jsonl" for kind in ("learned", "tested")))
         shared = self._shared(rung.algorithm, self.run_dir / "sft" / "export", self.steps, 1e-3)
         shared |= {"data": data, "rewards": rung.rewards, "max_seqs": 1024, "eval_prompts": TESTED}
-        drawn = {"prompts_per_step": rung.prompts, "max_tokens": rung.max_tokens}
+        drawn: dict[str, Any] = {"prompts_per_step": rung.prompts, "max_tokens": rung.max_tokens}
         if rung.algorithm == "ppo":
             ppo = PPOStageConfig(**shared, ppo=PPOConfig(**drawn, num_generations=16, kl_coef=0.0, vf_coef=0.5))
             return self._run(ppo, PPOStage(ppo))

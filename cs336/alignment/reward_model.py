@@ -64,7 +64,7 @@ class Bin(NamedTuple):
     """Mean probability."""
     came_true: float
     """How often it came true."""
-    count: int
+    size: int
 
 
 def calibration_curve(probabilities: Sequence[float], outcomes: Sequence[bool], bins: int = 10) -> list[Bin]:
@@ -87,4 +87,4 @@ def calibration_error(probabilities: Sequence[float], outcomes: Sequence[bool], 
     be likely is from how often it came true. Raises what that does.
     """
     curve = calibration_curve(probabilities, outcomes, bins)
-    return sum(b.count * abs(b.came_true - b.said) for b in curve) / len(probabilities)
+    return sum(b.size * abs(b.came_true - b.said) for b in curve) / len(probabilities)

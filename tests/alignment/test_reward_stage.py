@@ -41,8 +41,8 @@ def test_rewards_follow_preferences(tmp_path, model, options):
     assert result.metrics["val/accuracy"] == 1
     assert result.metrics["val/calibration_error"] < 0.3
     bins = json.loads((tmp_path / "run" / "calibration.json").read_text())["bins"]
-    assert sum(b["count"] for b in bins) == 10
-    error = sum(b["count"] * abs(b["said"] - b["came_true"]) for b in bins) / 10
+    assert sum(b["size"] for b in bins) == 10
+    error = sum(b["size"] * abs(b["said"] - b["came_true"]) for b in bins) / 10
     assert error == pytest.approx(result.metrics["val/calibration_error"])
     judge = load_reward_model(result.export)
     end = tokenizer().special_tokens["<|endoftext|>"]

@@ -403,7 +403,7 @@ def test_alignment_shows_where_a_reward_is_deceived(tmp_path):
 def test_alignment_shows_how_sure_a_reward_model_is(tmp_path):
     rows = [{"step": i, "val/accuracy": 0.5, "val/calibration_error": 0.1} for i in range(3)]
     assert "said to be likely" not in aligned(tmp_path, rows)
-    bins = [{"said": 0.25, "came_true": 0.375, "count": 8}, {"said": 0.75, "came_true": 0.5, "count": 8}, {"said": "?"}]
+    bins = [{"said": 0.25, "came_true": 0.375, "size": 8}, {"said": 0.75, "came_true": 0.5, "size": 8}, {"said": "?"}]
     (tmp_path / "calibration.json").write_text(json.dumps({"bins": bins}))
     text = aligned(tmp_path, rows)
     assert "as sure as right" in text

@@ -6,6 +6,7 @@ from cs336.report.chart import Series, line_chart, smooth
 from cs336.report.run import Run, mapping, number
 from cs336.report.section import section
 
+STEPS: dict[str, Any] = {"x_label": "steps"}
 Spec = tuple[str, str, list[Series], dict[str, Any]]
 
 
@@ -25,7 +26,7 @@ def charts_of(run: Run, most: int | None = None) -> list[dict[str, Any]]:
             "title": title,
             "note": note,
             "keys": [s for s in series if len(series) > 1 and s.label and len(s.xs)],
-            "svg": line_chart(series, title=title, **{"x_label": "steps"} | options),
+            "svg": line_chart(series, title=title, **(STEPS | options)),
         }
         for title, note, series, options in _specs(run)
     ]
