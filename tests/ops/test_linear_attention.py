@@ -269,5 +269,5 @@ def test_what_does_not_fit():
         ops.linear_attention(q, k, v, segments=torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"state must be \(2, 4, 8, 6\)"):
         ops.linear_attention(q, k, v, initial_state=torch.zeros(2, 4, 8, 5))
-    with pytest.raises(ValueError, match=r"beta must be \(2, 4, 5\) to fit v"):
+    with pytest.raises(ValueError, match=r"beta must be \(2, 4, 5\) on cpu to fit v"):
         ops.gated_delta_rule(q, k, v, g[:, :1])
