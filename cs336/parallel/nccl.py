@@ -105,7 +105,7 @@ def missing(device: torch.device) -> str | None:
 
 def _connect_nccl(made: Communicator, group: dist.ProcessGroup) -> None:
     store = group.get_group_store()
-    key = f"cs336_nccl/{store.add(f'cs336_nccl/{made.rank}', 1)}"  # every rank has connected as often
+    key = f"cs336_nccl/id {store.add(f'cs336_nccl/count of {made.rank}', 1)}"  # every rank has connected as often
     unique = ctypes.create_string_buffer(ID_BYTES)
     if made.rank == 0:
         _raise(_library().cs336_nccl_unique_id(unique))

@@ -139,14 +139,14 @@ int64_t draw(const SampleParams& p, int64_t row, float* x) {
 }
 
 // The largest of x, the first of equal ones first.
-void list(const SampleParams& p, int64_t row, const float* x, float logsumexp) {
+void list(const SampleParams& p, int64_t row, const float* x, float top, float log_sum) {
   std::vector<int64_t> order(p.vocabulary);
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + p.num_logprobs, order.end(),
                     [x](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
   for (int64_t i = 0; i < p.num_logprobs; i++) {
     p.top_tokens[row * p.num_logprobs + i] = order[i];
-    p.top_logprobs[row * p.num_logprobs + i] = x[order[i]] - logsumexp;
+    p.top_logprobs[row * p.num_logprobs + i] = x[order[i]] - top - log_sum;
   }
 }
 
@@ -167,12 +167,12 @@ void sample(const SampleParams& p, int64_t first_row, int64_t last_row) {
       make_finite(x.data(), p.vocabulary);
       const float top = largest(x.data(), p.vocabulary);
       const double sum = mass(x.data(), p.vocabulary, top, -INFINITY, -INFINITY);
-      const float logsumexp = top + static_cast<float>(std::log(sum));
-      if (p.num_logprobs > 0) list(p, row, x.data(), logsumexp);
+      const float log_sum = static_cast<float>(std::log(sum));  // apart: beside a large `top` it would be rounded away
+      if (p.num_logprobs > 0) list(p, row, x.data(), top, log_sum);
       change(p, row, x.data());
       const int64_t token = draw(p, row, x.data());
       p.tokens[row] = token;
-      p.logprobs[row] = finite(static_cast<float>(logits[token])) - logsumexp;
+      p.logprobs[row] = finite(static_cast<float>(logits[token])) - top - log_sum;
     });
   }
 }

@@ -38,14 +38,14 @@ class ShardedAdamwStream {
   ShardedAdamwStream(const ShardedAdamwStream&) = delete;
   ShardedAdamwStream& operator=(const ShardedAdamwStream&) = delete;
 
-  // Waits for what is queued. Call it once, last.
+  // Waits for what is queued. Call it once, last. The stream itself stays for as long as the process: torch's allocator
+  // records an event on it when memory that it used is freed, which may be later.
   void close() {
     CUDA_CHECK(cudaStreamSynchronize(moving_));
     nccl_.check(nccl_.comm_destroy(comm_), "ncclCommDestroy");
     for (const auto& [param, event] : gathered_) CUDA_CHECK(cudaEventDestroy(event));
     CUDA_CHECK(cudaEventDestroy(to_moving_));
     CUDA_CHECK(cudaEventDestroy(summed_));
-    CUDA_CHECK(cudaStreamDestroy(moving_));
   }
 
   int rank() const { return rank_; }

@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_op(const Tensor& logits, const
   const Dtype dtype = float_dtype_of(logits, "logits");
   const int64_t B = logits.size(0), V = logits.size(1);
   STD_TORCH_CHECK(B < int64_t{1} << 27, "logits must have fewer than 2^27 rows, got ", B);
+  STD_TORCH_CHECK(V < int64_t{1} << 31, "logits must have fewer than 2^31 tokens, got ", V);
   check_of_rows(temperature, "temperature", ScalarType::Float, logits);
   check_of_rows(top_k, "top_k", ScalarType::Int, logits);
   check_of_rows(top_p, "top_p", ScalarType::Float, logits);

@@ -1,5 +1,7 @@
 """sample in every variant that runs here: against ref where it is exact, and against probabilities where it draws."""
 
+import math
+
 import pytest
 import torch
 from attentions import CUDA
@@ -167,6 +169,16 @@ def test_logprobs_are_those_of_the_logits(variant, device):
     top = want.topk(5)
     assert torch.equal(out.top_token_ids, top.indices)
     torch.testing.assert_close(out.top_logprobs.double(), top.values, atol=2e-5, rtol=1e-5)
+
+
+def test_logprobs_beside_large_logits():
+    """Where the logarithm of their sum, added to the largest, would be lost."""
+    args = arguments(2, 5, "cpu")
+    args[0][0], args[0][1] = 1e9, torch.inf
+    with registry.use("native"):
+        out = run("native", args, num_logprobs=2)
+    assert out.logprobs.tolist() == pytest.approx([-math.log(5)] * 2)
+    assert out.top_logprobs.flatten().tolist() == pytest.approx([-math.log(5)] * 4)
 
 
 def test_rows_that_hold_nothing_to_draw(variant, device):

@@ -3,6 +3,9 @@
 Several ranks are in tests/parallel/test_sharded_adamw.py, the events of the native one in test_sharded_adamw_native.py.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -184,6 +187,26 @@ def test_a_communicator_without_nccl_is_not_native(group):
     with pytest.raises(ValueError, match=f"comm must be the number of an open communicator.*got {made.number}"):
         ops.sharded_adamw_wait_(torch.zeros(16), made.number)
     assert nccl.connect(device="cpu") is not made
+
+
+def test_ranks_read_the_id_that_rank_0_made(monkeypatch):
+    """Of each connection its own; NCCL is a list of who came with which id."""
+    came, store = [], dist.HashStore()
+
+    def unique_id(buffer):
+        buffer.raw = bytes([len(came)]) * nccl.ID_BYTES
+
+    def connect(number, unique, *where):
+        came.append((number, unique.raw[0], *where))
+
+    library = SimpleNamespace(cs336_nccl_unique_id=unique_id, cs336_nccl_connect=connect)
+    monkeypatch.setattr(nccl, "_library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    for number in (1, 2):
+        for rank in range(3):
+            made = SimpleNamespace(rank=rank, size=3, number=number, device=torch.device("cuda", rank))
+            nccl._connect_nccl(made, SimpleNamespace(get_group_store=lambda: store))
+    assert came == [(number, 3 * (number - 1), rank, 3, rank) for number in (1, 2) for rank in range(3)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
