@@ -15,9 +15,9 @@ import torch
 from cs336.compression.distillation import Distill, Divergence, TopLogits, kl_of_top
 from cs336.compression.windows import Windows, tokenize
 from cs336.data.loader import permute
-from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.inference.load import find_model, load_model, load_tokenizer, read_config
 from cs336.inference.vocabulary import check_same_tokens
-from cs336.models import Transformer, save_pretrained
+from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import load_checkpoint, save_checkpoint
 from cs336.utils.device import pick
@@ -112,16 +112,25 @@ class _Job:
             Stage("measure", "held-out text", self._measure, (RESULT,), both, settings),
         ]
         run_stages(self.out, stages)
+        shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)  # the export has what it held
         return Distilled(**json.loads((self.out / RESULT).read_text(encoding="utf-8")))
 
     def _load(self, path: pathlib.Path) -> Transformer:
         return load_model(path, str(pick(self.device)), torch.float32)
 
     @functools.cached_property
+    def _configs(self) -> list[TransformerConfig]:
+        return [read_config(path) for path in (self.teacher, self.student)]
+
+    @property
+    def _vocab_size(self) -> int:
+        """Of what both have: those of one tokenizer may be padded to other sizes."""
+        return min(config.vocab_size for config in self._configs)
+
+    @functools.cached_property
     def _windows(self) -> Windows:
         """Of what both can read."""
-        configs = [load_model(path, "cpu").config for path in (self.teacher, self.student)]
-        return Windows(self.out / SHARDS, min(configs, key=lambda config: config.context_length))
+        return Windows(self.out / SHARDS, min(self._configs, key=lambda config: config.context_length))
 
     def _tokenize(self) -> Outcome:
         return Outcome(f"{tokenize(self.teacher, self.text, self.out / SHARDS):,} tokens")
@@ -130,7 +139,7 @@ class _Job:
         windows = self._windows
         read = windows.read(self.config.samples)
         ids = [windows.data.windows(np.array([i]))[0, :-1] for i in read]
-        TopLogits(self.out / TOPS).write(self._load(self.teacher), ids, self.config.top_k)
+        TopLogits(self.out / TOPS).write(self._load(self.teacher), ids, self.config.top_k, self._vocab_size)
         return Outcome(f"{len(read):,} windows of {windows.context:,} tokens, {self.config.top_k} logits each")
 
     def _learn(self) -> Outcome:
@@ -159,7 +168,6 @@ class _Job:
             if step % max(1, config.steps // CHECKPOINTS) == 0:
                 save_checkpoint(student, optimizer, step, path)
         save_pretrained(student, self.out, load_tokenizer(self.student))
-        shutil.rmtree(path, ignore_errors=True)  # the export has what it held
         return Outcome(f"{config.steps:,} steps of {config.batch_size} windows")
 
     @torch.inference_mode()
@@ -173,7 +181,8 @@ class _Job:
             sums = []
             for i in windows.held_out:
                 ids_1T = windows.data.windows(np.array([i]))[:, :-1].to(model.device)
-                q, p = (m(ids_1T).log_softmax(-1, dtype=torch.float32) for m in (model, teacher))
+                logits = (m(ids_1T)[..., : self._vocab_size] for m in (model, teacher))
+                q, p = (x.log_softmax(-1, dtype=torch.float32) for x in logits)
                 sums.append(float(kl_of_top(q, p).mean()))
             found[f"kl_{name}"] = sum(sums) / len(sums)
         with replacing(self.out / RESULT) as file:

@@ -81,11 +81,14 @@ class TopLogits:
         self.directory = directory
 
     @torch.inference_mode()
-    def write(self, teacher: Transformer, windows_NT: Sequence[Tensor], top_k: int) -> None:
-        """Go on where an earlier call was stopped. windows_NT: token ids (T,) int64 each. Raises ValueError for a top_k
-        that is not in 1..vocabulary."""
-        if not 1 <= top_k <= teacher.config.vocab_size:
-            raise ValueError(f"top_k must be in 1..{teacher.config.vocab_size}, the vocabulary, got {top_k}")
+    def write(
+        self, teacher: Transformer, windows_NT: Sequence[Tensor], top_k: int, vocab_size: int | None = None
+    ) -> None:
+        """Go on where an earlier call was stopped. windows_NT: token ids (T,) int64 each. vocab_size: of the first so
+        many tokens, which a student has; None: of all. Raises ValueError for a top_k that is not in 1..vocabulary."""
+        vocab_size = teacher.config.vocab_size if vocab_size is None else vocab_size
+        if not 1 <= top_k <= vocab_size:
+            raise ValueError(f"top_k must be in 1..{vocab_size}, the vocabulary, got {top_k}")
         self.directory.mkdir(parents=True, exist_ok=True)
         checksums = self._checksums() if (self.directory / INDEX).exists() else {}
         for start in range(0, len(windows_NT), CHUNK):
@@ -94,7 +97,7 @@ class TopLogits:
                 continue
             tops = []
             for ids_T in windows_NT[start : start + CHUNK]:
-                logits_1TV = teacher(ids_T[None].to(teacher.device))
+                logits_1TV = teacher(ids_T[None].to(teacher.device))[..., :vocab_size]
                 tops.append(logits_1TV[0].log_softmax(-1, dtype=torch.float32).topk(top_k))
             tensors = {
                 "ids": torch.stack([top.indices for top in tops]).int().cpu(),

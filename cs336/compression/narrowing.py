@@ -107,6 +107,9 @@ def _fewer_heads(
     q = (kept_G[:, None] * queries * D + torch.arange(queries * D, device=kept_G.device)).flatten()
     kv = (kept_G[:, None] * D + torch.arange(D, device=kept_G.device)).flatten()
     _take(weights, f"layers.{i}.attention", {"q_proj": q, "k_proj": kv, "v_proj": kv}, {"o_proj": q})
+    if attention.sinks is not None:
+        heads = (kept_G[:, None] * queries + torch.arange(queries, device=kept_G.device)).flatten()
+        weights[f"layers.{i}.attention.sinks"] = weights[f"layers.{i}.attention.sinks"].index_select(0, heads)
     shape: dict[str, Any] = {"num_heads": len(kept_G) * queries, "num_kv_heads": len(kept_G), "head_dim": D}
     return dataclasses.replace(config, mixer=dataclasses.replace(config.mixer, **shape))
 

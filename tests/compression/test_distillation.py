@@ -1,5 +1,7 @@
 """The loss is the divergence it says, the teacher's words stay what they were, and a student comes closer to it."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,6 +14,7 @@ from cs336.compression import distill_job as job
 from cs336.models import Transformer, TransformerConfig, from_pretrained, save_pretrained
 from cs336.tokenizer import Tokenizer
 from cs336.training import NextToken
+from cs336.utils import stages
 
 
 def model_of(num_layers=2, vocab_size=48, seed=0):
@@ -166,6 +169,43 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(saved, tmp_path, monkey
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "cut")]) == 0
     assert capsys.readouterr().out.count("(done before)") == 4
+
+
+def test_nothing_is_learned_again_when_it_stops_behind_the_export(saved, tmp_path, monkeypatch):
+    place, text = saved
+    config, write, saves = DistillConfig(**OPTIONS | {"steps": 4}), stages._Job._write, []
+    save = job.save_checkpoint
+    monkeypatch.setattr(job, "save_checkpoint", lambda *args: saves.append(args[2]) or save(*args))
+
+    def stop(self, stage, entry):
+        if stage.name == "learn" and "seconds" in entry:
+            raise KeyboardInterrupt
+        write(self, stage, entry)
+
+    call = functools.partial(distill, place / "teacher", place / "student", tmp_path, calibrate=text, config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages._Job, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    call()
+    assert saves == [1, 2, 3, 4]
+    assert not (tmp_path / job.CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("wider", ["teacher", "student"])
+def test_one_tokenizer_s_vocabularies_may_be_padded_to_other_sizes(saved, tmp_path, wider):
+    place, text = saved
+    model, tokenizer = from_pretrained(place / wider), Tokenizer.load(place / wider / "tokenizer.json")
+    padded = Transformer(dataclasses.replace(model.config, vocab_size=288))
+    weights = {name: t.clone() for name, t in padded.state_dict().items()}
+    for name, t in model.state_dict().items():
+        weights[name][: len(t)] = t
+    padded.load_state_dict(weights)
+    save_pretrained(padded, tmp_path / wider, tokenizer)
+    places = {name: tmp_path / name if name == wider else place / name for name in ("teacher", "student")}
+    config = DistillConfig(**OPTIONS | {"steps": 20, "top_k": 270})
+    found = distill(*places.values(), tmp_path / "out", calibrate=text, config=config)
+    assert found.kl_after < found.kl_before
 
 
 def test_another_tokenizer_is_refused(saved, tmp_path):

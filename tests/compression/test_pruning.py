@@ -1,5 +1,6 @@
 """What is taken out is what counts least, and what stays is what it was."""
 
+import dataclasses
 import json
 import shutil
 
@@ -159,6 +160,18 @@ def test_neurons_and_heads_that_say_nothing_go_and_nothing_changes(config):
     assert smaller.layers[0].attention.head_dim == 8
     torch.testing.assert_close(smaller(ids[0]), model(ids[0]), atol=1e-5, rtol=1e-4)
     assert prune_width(model, 0.99, ids).config.ff_size == 8
+
+
+def test_a_head_that_stays_keeps_its_sink():
+    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, sinks=True)
+    model, ids = of(dataclasses.replace(BLOCKS["gelu"], mixer=mixer)), batches()
+    with torch.no_grad():
+        for block in model.layers:
+            block.attention.sinks.copy_(torch.arange(4.0))
+            block.attention.v_proj.weight[:8] = 0
+    smaller = prune_width(model, 0.0, ids, head_sparsity=0.5)
+    assert smaller.layers[1].attention.sinks.tolist() == [2, 3]
+    torch.testing.assert_close(smaller(ids[0]), model(ids[0]), atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_pruned_is_refused_by_name():

@@ -90,6 +90,12 @@ def test_what_does_not_fit_is_refused(base, tmp_path):
         (good, {"use_dora": True}, "use_dora = True, which is not read"),
         (good, {"bias": "all"}, "bias = 'all'"),
         (good, {"new_trick": 1}, "new_trick = 1"),
+        (good, {"init_lora_weights": "pissa_niter_4"}, "whose base is not the model's own"),
+        (good, {"lora_alpha": "much"}, "lora_alpha = 'much' for .*: expected a finite number"),
+        (good, {"lora_alpha": 10**400}, "expected a finite number"),
+        (good, {"alpha_pattern": {"(": 1}}, "no regular expression"),
+        (good, {"alpha_pattern": [1]}, "expected a table"),
+        ({f"{QUERY}.lora_A.weight": a[:0], f"{QUERY}.lora_B.weight": b[:, :0]}, {}, "no product"),
         (good, {"peft_type": "IA3"}, "peft_type 'IA3': only LORA"),
         ({f"{QUERY}.lora_A.weight": a}, {}, "one of the two matrices of base_model.model.*q_proj"),
         (good | {f"{QUERY}.lora_B.weight": b[:, :2]}, {}, "no product"),
@@ -148,7 +154,12 @@ def adapted_by_peft(directory, **fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "use_rslora": True}]
+    "fields",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "fan_in_fan_out": True},  # which is of no such layer
+    ],
 )
 def test_as_peft_merges_a_llama(tmp_path, fields):
     torch.manual_seed(5)
@@ -157,15 +168,19 @@ def test_as_peft_merges_a_llama(tmp_path, fields):
     torch.testing.assert_close(from_pretrained(adapter)(IDS), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_as_peft_merges_a_gpt2(tmp_path):
+@pytest.mark.parametrize("said", [True, False, None])
+def test_as_peft_merges_a_gpt2(tmp_path, said):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(6)
     config = transformers.GPT2Config(
         vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    fields = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
+    fields = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": bool(said)}
     adapter, logits = adapted_by_peft(tmp_path, **fields)
+    if said is None:  # a square weight's shape does not tell
+        config = json.loads((adapter / ADAPTER).read_text())
+        (adapter / ADAPTER).write_text(json.dumps(config | {"fan_in_fan_out": False}))
     torch.testing.assert_close(from_pretrained(adapter)(IDS), logits, rtol=1e-4, atol=1e-4)
 
 

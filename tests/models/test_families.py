@@ -269,6 +269,28 @@ def test_a_field_of_any_value_is_read_or_refused(family):
                 FAMILIES[family].config(config | {name: value})
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "deepseek_v2", "deepseek_v3", "mamba2"])
+def test_a_field_that_is_left_out_is_what_it_is_to_transformers(family):
+    config = transformers.AutoConfig.for_model(family).to_dict()
+    config |= {"num_experts_per_tok": 2} if "deepseek" in family else {}
+    whole, same = FAMILIES[family].config(config), 0
+    for name in config:
+        try:
+            less = FAMILIES[family].config({key: value for key, value in config.items() if key != name})
+        except ValueError:
+            continue  # or it must be there
+        assert less == whole, name
+        same += 1
+    assert same > len(config) // 2
+
+
+def test_an_old_mamba2_says_that_it_has_a_norm():
+    config = transformers.AutoConfig.for_model("mamba2").to_dict()
+    assert FAMILIES["mamba2"].config(config | {"rms_norm": True}) == FAMILIES["mamba2"].config(config)
+    with pytest.raises(ValueError, match="rms_norm = False"):
+        FAMILIES["mamba2"].config(config | {"rms_norm": False})
+
+
 def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
     config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 4, "layer_types": None}).to_dict()
     for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):

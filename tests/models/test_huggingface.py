@@ -326,6 +326,16 @@ def test_models_that_cannot_be_read(tmp_path, changes, message):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_are_refused(tmp_path, dtype):
+    save_pretrained(make(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}, config\.json means floating point"):
+        from_pretrained(tmp_path)
+
+
 def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config"):
         from_pretrained(tmp_path / "nowhere")
@@ -340,6 +350,10 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors; only safetensors are read, never pickles"):
         from_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "folder").mkdir()
+    index.write_text(json.dumps({"weight_map": {"a": "folder"}}))
+    with pytest.raises(ValueError, match="folder cannot be read"):
+        from_pretrained(tmp_path)
     for name in ("../a.safetensors", "/a.safetensors", "..", ""):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ValueError, match="names files outside its directory"):

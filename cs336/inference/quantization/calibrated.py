@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ class Calibrated:
         )
         measure = Stage("measure", "bits per byte", self._measure, (RESULT,), inputs, settings)
         run_stages(self.out, [tokens, blocks, measure])
+        shutil.rmtree(self.out / BLOCKS, ignore_errors=True)  # the model has them now
         return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
 
     def _tokenize(self) -> Outcome:
@@ -90,9 +92,6 @@ class Calibrated:
         say = functools.partial(print, "   ", flush=True)
         quantize_blocks_(model, batches, scheme, quantize, folder, device=pick(self.device), say=say)
         save_pretrained(model, self.out, load_tokenizer(self.found), quantized_as=self.format)
-        for i in range(len(model.layers)):  # the model has them now
-            (folder / f"{i:03}.safetensors").unlink()
-        folder.rmdir()
         return Outcome(f"{len(data.read(self.samples)):,} windows of {data.context:,} tokens read")
 
     def _measure(self) -> Outcome:

@@ -22,10 +22,13 @@ from cs336.utils.files import replacing
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in an adapter's file
-USED = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out"}
+USED = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "alpha_pattern", "use_rslora"}
+USED |= {"init_lora_weights"}
+BEGINS_AT_BASE = (None, True, False, "gaussian", "orthogonal", "eva")  # others take what A and B begin as from the base
 # What says how an adapter is trained or was initialised, or which layers it has, which its weights say too.
-HARMLESS = {"auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights"}
+HARMLESS = {"auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out"}
 HARMLESS |= {
+    "inference_mode",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -60,9 +63,10 @@ def base_of(directory: str | os.PathLike) -> pathlib.Path:
     )
 
 
-def add_adapter(directory: pathlib.Path, weights: dict[str, Tensor]) -> None:
+def add_adapter(directory: pathlib.Path, weights: dict[str, Tensor], *, transposed: bool = False) -> None:
     """Put the adapted weights in the place of a base's, named as in its files; sums are taken in float32.
 
+    transposed: weights lie (in, out), but for a head's, as GPT-2's do: PEFT too goes by that, not by fan_in_fan_out.
     Raises ValueError for what is no LoRA, a field that would change what it computes otherwise, and weights that do not
     fit the base's.
     """
@@ -90,10 +94,10 @@ def add_adapter(directory: pathlib.Path, weights: dict[str, Tensor]) -> None:
         a, b = (pair["a"], pair["b"]) if not embedding else (pair["b"], pair["a"])
         layer = name.removeprefix(PREFIX)
         target = _target(path, f"{layer}.weight", weights)
-        if not (a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]):
+        if not (a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] > 0):
             raise ValueError(f"{path}: {name} has an A of {tuple(a.shape)} and a B of {tuple(b.shape)}: no product")
         product = b.float() @ a.float()
-        if config.get("fan_in_fan_out") and not embedding:  # weights of (in, out), GPT-2's
+        if transposed and not embedding and not layer.endswith("lm_head"):
             product = product.T
         scale = _scale(config, layer, a.shape[0])
         weight = weights[target]
@@ -138,13 +142,25 @@ def _check(directory: pathlib.Path, config: dict[str, Any]) -> None:
         f"{name} = {value!r}" for name, value in other.items() if value not in (None, False, "none", [], {})
     ]:
         raise ValueError(f"{directory / ADAPTER} has {', '.join(changed)}, which is not read")
+    if (begin := config.get("init_lora_weights")) not in BEGINS_AT_BASE:
+        raise ValueError(
+            f"{directory / ADAPTER} has init_lora_weights = {begin!r}, whose base is not the model's own: save it "
+            "converted to a plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
+        )
 
 
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     """PEFT's patterns are regular expressions of the ends of names."""
     patterns = config.get("alpha_pattern") or {}
-    own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{ADAPTER} has alpha_pattern = {patterns!r}: expected a table")
+    try:
+        own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+    except re.error as error:
+        raise ValueError(f"{ADAPTER} has an alpha_pattern that is no regular expression: {error}") from None
     alpha = own[0] if own else config.get("lora_alpha", 8)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+        raise ValueError(f"{ADAPTER} has lora_alpha = {alpha!r} for {layer}: expected a finite number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

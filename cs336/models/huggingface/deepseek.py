@@ -18,6 +18,7 @@ from cs336.models.huggingface.fields import Fields
 from cs336.models.huggingface.rotary import read_rope, write_rope
 from cs336.nn import LatentAttentionConfig, MoEConfig, RMSNormConfig, RopeConfig, YarnScaling
 
+Q_RANK = 1536  # where it is left out; null is none
 EPS = 1e-6  # of the latents' norms, whatever the others have
 NAMES = {
     ".attention.q_a_norm.": "model.layers.{layer}.self_attn.q_a_layernorm.",
@@ -41,7 +42,8 @@ def read_v2(fields: Fields) -> TransformerConfig:
         groups = {"num_groups": count, "groups_per_token": most}
     elif method not in ("greedy", None):
         fields.refuse("topk_method")
-    return _read(fields, True, 0, _experts(fields, router="softmax", normalize=False, balance="none", **groups))
+    mlp = _experts(fields, 2, 1.0, router="softmax", normalize=False, balance="none", **groups)
+    return _read(fields, True, 0, mlp)
 
 
 def read_v3(fields: Fields) -> TransformerConfig:
@@ -51,11 +53,12 @@ def read_v3(fields: Fields) -> TransformerConfig:
         fields.take(name)  # further layers, which propose tokens and change no logit
     groups = {"num_groups": fields.take("n_group", 8), "groups_per_token": fields.take("topk_group", 4)}
     normalize = fields.flag("norm_topk_prob", True)
-    mlp = _experts(fields, router="sigmoid", normalize=normalize, balance="bias", **groups)
+    mlp = _experts(fields, 1, 2.5, router="sigmoid", normalize=normalize, balance="bias", **groups)
     return _read(fields, fields.flag("rope_interleave", True), 3, mlp)
 
 
-def _experts(fields: Fields, **options: Any) -> MoEConfig:
+def _experts(fields: Fields, shared: int, scale: float, **options: Any) -> MoEConfig:
+    """shared, scale: where they are left out."""
     fields.require("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     fields.only("moe_layer_freq", 1)
     for name in OF_TRAINING:
@@ -64,9 +67,9 @@ def _experts(fields: Fields, **options: Any) -> MoEConfig:
         fields.take("n_routed_experts"),
         fields.take("num_experts_per_tok"),
         fields.take("moe_intermediate_size"),
-        num_shared=fields.count("n_shared_experts", 1),
+        num_shared=fields.count("n_shared_experts", shared),
         activation=decoder.activation(fields),
-        scale=fields.number("routed_scaling_factor", 1.0),
+        scale=fields.number("routed_scaling_factor", scale),
         **options,
     )
 
@@ -89,7 +92,7 @@ def _read(fields: Fields, interleaved: bool, dense: int, mlp: MoEConfig) -> Tran
         plain,
         rotary,
         fields.take("v_head_dim"),
-        fields.take("q_lora_rank"),
+        fields.take("q_lora_rank", None if "q_lora_rank" in fields.given else Q_RANK),
         scale=_scale(plain + rotary, rope, mscale),
     )
     sizes, first = decoder.sizes(fields), fields.take("first_k_dense_replace", dense)

@@ -168,8 +168,10 @@ def from_pretrained(
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
     if is_adapter(given):
-        add_adapter(given, found)
+        add_adapter(given, found, transposed=family is GPT2)
     said = theirs.get(QUANTIZATION)
     quantized = set() if said is None else read_quantized(model, said, found, family)
     state = model.state_dict()
@@ -208,10 +210,10 @@ def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], d
     config, weights = model.config, model.state_dict()
     tables = ((family, family.table(config)) for family in FAMILIES.values())
     family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
-    half_split = functools.partial(_half_split, config=config)
     if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
         family = table = None
-    said, quantized, buffers = write_quantized(model, quantized_as, family, half_split if family else _as_it_is)
+    rows = _as_it_is if family is None else functools.partial(_half_split, config=config, family=family)
+    said, quantized, buffers = write_quantized(model, quantized_as, family, rows)
     weights = {name: t for name, t in weights.items() if name not in buffers}
     if family is not None and table is not None:
         return table | said, dict(_their_weights(weights, config, family)) | quantized
@@ -281,6 +283,11 @@ def _our_weights(
     ignored = ("lm_head.weight", *(() if family is None else family.ignored))
     if unknown := [name for name in found if name not in expected and not name.endswith(ignored)]:
         raise ValueError(f"{directory} has unknown weights: {', '.join(sorted(unknown))}")
+    if odd := [name for name in sorted(expected) if not found[name].is_floating_point()]:
+        kind = found[odd[0]].dtype
+        raise ValueError(
+            f"{odd[0]} is {kind}, config.json means floating point: quantised weights need their {QUANTIZATION}"
+        )
     weights: dict[str, Tensor] = {}
     for rule in rules:
         try:

@@ -30,6 +30,7 @@ def read(fields: Fields) -> TransformerConfig:
     fields.only("hidden_act", "silu", "swish")
     fields.only("use_bias", False)
     fields.only("use_conv_bias", True)
+    fields.only("rms_norm", True)  # of older files, in which it is always there
     fields.only("time_step_limit", [0.0, math.inf], (0.0, math.inf), [0.0, INFINITY])
     for name in OF_TRAINING + OF_ROUNDING:
         fields.take(name)
