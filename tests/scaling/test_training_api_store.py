@@ -179,6 +179,20 @@ def test_the_death_of_a_worker_costs_nothing(store):
     assert balances(store) == {"ada": (0, 1e14, 9e14)}
 
 
+def test_stops_in_good_order_are_no_deaths(store):
+    id = store.submit(user(store), job(4e14))
+    for _ in range(3):
+        store.settle(store.claim(), "waiting", Taken(1e14))
+    for _ in range(2):
+        _lose(store)
+        store.recover(lambda entry: Taken(1e14))
+    assert (store.run("ada", id).state, store.run("ada", id).attempts) == ("waiting", 5)
+    store.settle(store.claim(), "waiting", Taken(1e14))
+    _lose(store)
+    store.recover(lambda entry: Taken(1e14))
+    assert store.run("ada", id).state == "waiting"
+
+
 def test_a_claim_that_fails_lets_go(store, monkeypatch):
     id = store.submit(user(store), job(1e14))
     with monkeypatch.context() as patch:
