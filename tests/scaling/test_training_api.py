@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import urllib.parse
 
@@ -17,7 +18,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from experiments.tiny_study import MODEL, base
-from scaling.api_server import SLOW, balances, client, listening, program, until
+from scaling.api_server import ROOT, SLOW, balances, client, listening, program, until
 
 from cs336.cli import main
 from cs336.scaling import EPOCH, fit_isoflop
@@ -334,6 +335,12 @@ def test_verbs(tmp_path, capsys):
         assert verb("status", "none")[1] == "cs336: you have no run none (status 404)\n"
     assert "no directory of" in (main(["scaling", "api", "users", str(tmp_path)]), capsys.readouterr().err)[1]
     assert main([*add, "eve", "--budget", "5steps"]) == 2
+
+
+def test_a_worker_of_the_simulator_and_a_client_do_without_torch():
+    """Both are started often, and torch takes them seconds."""
+    code = "import sys, cs336.scaling.api.worker, cs336.scaling.api.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
