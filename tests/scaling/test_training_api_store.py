@@ -1,5 +1,6 @@
 """The ledger of the training API: money moves once, whoever dies, and a run is claimed by one process."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -264,3 +265,11 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.sqlite").rename(tmp_path / "api.sqlite")
     with pytest.raises(ValueError, match="is of format 9"):
         Store(tmp_path)
+
+
+def test_nothing_is_written_behind_a_torn_line(tmp_path):
+    for before in (b'{"step": 1, "tok', b'{"step": 1, "tokens": 1, "seconds": 0}\n{"st'):
+        (tmp_path / "metrics.jsonl").write_bytes(before)
+        Simulator(time_scale=0).run(job(4e14), tmp_path, lambda: False)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
