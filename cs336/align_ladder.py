@@ -205,12 +205,12 @@ class _Job:
         rung, data = self.rung, self.run_dir / "data"
         files = ("data/sft.jsonl", "data/learned.jsonl", "data/tested.jsonl", "base/model.safetensors")
         seed = {"seed": self.settings.seed}
+        imitating = seed | {"steps": self.sft_steps}  # of which there are so many examples
         return [
-            Stage("data", "questions, and a model that knows nothing", self.data, outputs=files, settings=seed),
+            Stage("data", "questions, and a model that knows nothing", self.data, outputs=files, settings=imitating),
             Stage(
                 "sft", "learn how an answer looks", self.sft, outputs=("sft/export/model.safetensors",),
-                inputs=(self.run_dir / "base", data / "sft.jsonl"), settings=seed | {"steps": self.sft_steps},
-                kept=("sft",),
+                inputs=(self.run_dir / "base", data / "sft.jsonl"), settings=imitating, kept=("sft",),
             ),
             Stage(
                 rung.algorithm, "learn which is right", self.reinforce,

@@ -4,12 +4,14 @@ import json
 import random
 
 import pytest
+from rich.console import Console
 
 from benchmarks import report
 from benchmarks.end_to_end import bench_align_ladder
-from cs336.align_ladder import RUNGS, TESTED, AlignLadder, align_ladder, nearly
+from cs336.align_ladder import BATCH, RUNGS, TESTED, AlignLadder, _Job, align_ladder, nearly
 from cs336.alignment.rewards import Rewards
 from cs336.cli.program import main
+from cs336.utils.stages import run_stages
 
 BEST = {
     "bandit": lambda question, answer: max(answer, key=answer.get),
@@ -83,6 +85,14 @@ def test_each_rung_runs_for_a_few_steps(tmp_path, name):
     assert row["questions"] == len(tested) == min(TESTED, (len(learned) + len(tested)) // 4)
     assert 0 <= row["start"] < 0.5
     assert 0 <= row["end"] <= row["optimum"] == 1
+
+
+def test_another_share_of_the_steps_has_its_own_number_of_examples(tmp_path):
+    for share, steps in ((0.1, 2), (1.0, 20)):
+        job = _Job("bandit", AlignLadder(("bandit",), tmp_path, share=share), Console(quiet=True))
+        run_stages(job.run_dir, job.stages()[:1], job.console)
+        examples = (tmp_path / "bandit" / "data" / "sft.jsonl").read_text().splitlines()
+        assert len(examples) == BATCH * steps
 
 
 def test_the_benchmark_keeps_a_row_a_seed(tmp_path):

@@ -87,7 +87,8 @@ def prune_width(
             d_ff = config.mlp.width(model.config.d_model)
             kept_F = _kept(squares["mlp"], min(d_ff, NEURONS * math.ceil((1 - sparsity) * d_ff / NEURONS - 1e-9)))
             _take(weights, f"layers.{i}.mlp", {"gate_proj": kept_F, "up_proj": kept_F}, {"down_proj": kept_F})
-            config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, d_ff=len(kept_F)))
+            mlp = dataclasses.replace(config.mlp, d_ff=len(kept_F))  # type: ignore[arg-type]
+            config = dataclasses.replace(config, mlp=mlp)
         if isinstance(block.attention, Attention) and head_sparsity:
             config = _fewer_heads(block.attention, config, weights, i, squares["attention"], head_sparsity)
         blocks.append(config)

@@ -335,11 +335,11 @@ class Study:
                 groups.setdefault(shared, []).append((options, config))
         found = []
         for group in groups.values():
-            lengths = {config.budget: options for options, config in group}
+            lengths = {int(Budget.parse(config.budget).amount): options for options, config in group}
             before = Cost(0, 0, 0)
             parts = segments([config for _, config in group], lambda first: self.runs / identity(first))
             for number, (trunk, branch) in enumerate(parts):
-                options = lengths[branch.budget]
+                options = lengths[int(Budget.parse(branch.budget).amount)]
                 part = Trial.of(trunk, options | {TRUNK: trunk.budget})
                 spent, folder = part.planned, identity(parts[0].trunk)
                 found.append(dataclasses.replace(part, folder=folder, planned=spent.minus(before), rung=2 * number))

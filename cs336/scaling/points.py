@@ -9,10 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from cs336.experiments import Ledger
-from cs336.experiments.study import TRUNK, cost
-from cs336.training import TrainConfig
-
 # What others call the columns, in lower case.
 NAMES = {
     "parameters": ("parameters", "params", "n", "num_parameters", "model size"),
@@ -90,6 +86,10 @@ def read_points(path: str | os.PathLike) -> Points:
 
 
 def _of_study(directory: pathlib.Path) -> Points:
+    from cs336.experiments import Ledger  # and torch with it, which a client and a simulator's worker do without
+    from cs336.experiments.study import TRUNK, cost
+    from cs336.training import TrainConfig
+
     if not (directory / "ledger.sqlite").exists():
         raise ValueError(f"{directory} holds no study: expected what `cs336 sweep` writes, or a file of runs")
     rows = []

@@ -44,6 +44,12 @@ def test_a_branch_is_the_run_that_it_replaces_bit_for_bit(tmp_path):
     assert spent == sum(entry.planned.tokens for entry in entries) == 16 * (6 + 4 + 6)  # not 8 + 12
 
 
+def test_a_budget_may_be_written_in_any_way(tmp_path):
+    runs = [run | {"budget": budget} for run, budget in zip(RUNS, ("0.012ksteps", "8.5steps"), strict=True)]
+    (first,) = annealed(tmp_path, runs).trials()
+    assert first.options == {"budget": "8.5steps", "optimizer.lr": 0.01, "trunk": "4steps"}
+
+
 def test_a_branch_is_wanted_once_its_part_of_the_trunk_is_done(tmp_path):
     study = annealed(tmp_path)
     first = study.trials()

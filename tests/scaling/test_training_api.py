@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import urllib.parse
 
@@ -17,7 +18,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from experiments.tiny_study import MODEL, base
-from scaling.api_server import SLOW, balances, client, listening, program, until
+from scaling.api_server import ROOT, SLOW, balances, client, listening, program, until
 
 from cs336.cli import main
 from cs336.scaling import EPOCH, fit_isoflop
@@ -221,7 +222,10 @@ def test_configurations(idle):
         ({"model": {}}, "config", "missing: model.vocab_size"),
         ({"data": {"train": "/etc"}}, "config.data", "data is the operator's"),
         ({"init_from": "/etc"}, "config.init_from", "init_from is the operator's"),
+        ({"branch_from": "/etc"}, "config.branch_from", "branch_from is the operator's"),
         ({"run_dir": "/tmp/x"}, "config.run_dir", "run_dir is the operator's"),
+        ({"budget": "1e308steps"}, "config", "too large"),
+        ({"batch_size": 10**400}, "config", ""),
         ({"budget": "1tok"}, "config", "one step takes 16"),
         ({"model": MODEL | {"d_ff": 10**400}}, "config", ""),
     ):
@@ -333,6 +337,12 @@ def test_verbs(tmp_path, capsys):
     assert main([*add, "eve", "--budget", "5steps"]) == 2
 
 
+def test_a_worker_of_the_simulator_and_a_client_do_without_torch():
+    """Both are started often, and torch takes them seconds."""
+    code = "import sys, cs336.scaling.api.worker, cs336.scaling.api.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith(("fastapi", "cs336.scaling.api"))]:
         monkeypatch.delitem(sys.modules, name)
@@ -363,6 +373,20 @@ def test_runs_are_trained(tmp_path):
         assert runs[1].charged == pytest.approx(runs[1].flops, abs=1e6)
         assert 2 < runs[1].loss < 4
         assert ada.run(run.id).curve[-1][0] == 64
+
+
+def test_a_restart_stops_a_run_that_is_trained_once(tmp_path):
+    """Its worker ends with it: it does not claim it again, to be killed at it when the server's patience ends."""
+    from cs336.scaling.api.training import Training
+
+    table = base(tmp_path) | {"checkpoint_interval": 0}
+    backend = Training({name: value for name, value in table.items() if name != "budget"})
+    with listening(tmp_path / "api", backend, workers=1, grace=60.0) as (store, url):
+        ada = client(store, url)
+        run = ada.submit(config={"budget": "100000steps"})
+        until(lambda: ada.run(run.id).curve)
+    entry = store.run("ada", run.id)
+    assert (entry.state, entry.attempts, entry.deaths) == ("waiting", 1, 0)
 
 
 @pytest.mark.slow

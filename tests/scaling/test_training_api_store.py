@@ -1,5 +1,6 @@
 """The ledger of the training API: money moves once, whoever dies, and a run is claimed by one process."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -179,6 +180,20 @@ def test_the_death_of_a_worker_costs_nothing(store):
     assert balances(store) == {"ada": (0, 1e14, 9e14)}
 
 
+def test_stops_in_good_order_are_no_deaths(store):
+    id = store.submit(user(store), job(4e14))
+    for _ in range(3):
+        store.settle(store.claim(), "waiting", Taken(1e14))
+    for _ in range(2):
+        _lose(store)
+        store.recover(lambda entry: Taken(1e14))
+    assert (store.run("ada", id).state, store.run("ada", id).attempts) == ("waiting", 5)
+    store.settle(store.claim(), "waiting", Taken(1e14))
+    _lose(store)
+    store.recover(lambda entry: Taken(1e14))
+    assert store.run("ada", id).state == "waiting"
+
+
 def test_a_claim_that_fails_lets_go(store, monkeypatch):
     id = store.submit(user(store), job(1e14))
     with monkeypatch.context() as patch:
@@ -250,3 +265,11 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.sqlite").rename(tmp_path / "api.sqlite")
     with pytest.raises(ValueError, match="is of format 9"):
         Store(tmp_path)
+
+
+def test_nothing_is_written_behind_a_torn_line(tmp_path):
+    for before in (b'{"step": 1, "tok', b'{"step": 1, "tokens": 1, "seconds": 0}\n{"st'):
+        (tmp_path / "metrics.jsonl").write_bytes(before)
+        Simulator(time_scale=0).run(job(4e14), tmp_path, lambda: False)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))

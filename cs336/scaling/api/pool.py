@@ -51,8 +51,9 @@ class Pool:
         """Let workers save their runs, which wait for the next server."""
         self._stopping.set()
         self._thread.join()
-        for process in self._processes.values():
-            process.terminate()
+        for process in self._processes.values():  # not by a signal, which a trainer would take for its run's alone
+            assert process.stdin is not None
+            process.stdin.close()
         end = time.monotonic() + self.grace
         for process in self._processes.values():
             try:
@@ -60,8 +61,6 @@ class Pool:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
         self.store.recover(taken_of(self.store))
 
     def _keep(self) -> None:

@@ -95,9 +95,9 @@ class Simulator:
         folder.mkdir(parents=True, exist_ok=True)
         path, end = folder / "metrics.jsonl", self.loss(job)
         done = len(read_rows(folder))
-        if done:  # a torn line has no end, and nothing may be written behind it
+        if path.exists():  # a torn line has no end, and nothing may be written behind it
             whole = path.read_bytes()
-            path.write_bytes(whole[: whole.rindex(b"\n") + 1])
+            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
         noise = end / self._at(job, job.tokens)
         with open(path, "a", encoding="utf-8") as file:
             for row in range(done + 1, POINTS + 1):

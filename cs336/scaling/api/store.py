@@ -31,7 +31,7 @@ from cs336.scaling.api.process import process_mark
 from cs336.scaling.api.protocol import Account, State
 from cs336.utils.locks import locked
 
-FORMAT = 1
+FORMAT = 2
 PATIENCE = 60  # seconds that a transaction waits for another process's
 MOST_DEATHS = 3  # of a run's owners, one after the other: then it has failed
 UNIT = {"flops": 1e6, "seconds": 0.001}  # of the ledger's whole numbers
@@ -55,6 +55,7 @@ CREATE TABLE IF NOT EXISTS runs (
     state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'done', 'failed', 'cancelled')),
     cancel INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
+    deaths INTEGER NOT NULL DEFAULT 0,
     pid INTEGER, mark TEXT,
     reserved INTEGER NOT NULL, charged INTEGER,
     loss REAL, error TEXT,
@@ -121,6 +122,8 @@ class Entry:
     state: State
     cancel: bool
     attempts: int
+    deaths: int
+    """Of owners, since one last stopped in good order."""
     pid: int | None
     mark: str | None
     """See process_mark."""
@@ -317,10 +320,11 @@ class Store:
                     continue
                 entry = _entry(row)
                 state: State = "cancelled" if entry.cancel else "waiting"
-                error = None
-                if state == "waiting" and entry.attempts >= MOST_DEATHS:
-                    state, error = "failed", f"its process died {entry.attempts} times"
+                error, deaths = None, entry.deaths + 1
+                if state == "waiting" and deaths >= MOST_DEATHS:
+                    state, error = "failed", f"its process died {deaths} times"
                 _settle(db, entry, state, taken(entry), error=error)
+                db.execute("UPDATE runs SET deaths = ? WHERE id = ?", (deaths, entry.id))
                 lost.append(entry)
         return lost
 
@@ -391,7 +395,7 @@ def _settle(
 ) -> None:
     """In the transaction of `db`, in which the run was seen to be alive."""
     if state == "waiting":
-        db.execute("UPDATE runs SET state = 'waiting', pid = NULL, mark = NULL WHERE id = ?", (entry.id,))
+        db.execute("UPDATE runs SET state = 'waiting', deaths = 0, pid = NULL, mark = NULL WHERE id = ?", (entry.id,))
         return
     (reserved,) = db.execute("SELECT reserved FROM runs WHERE id = ?", (entry.id,)).fetchone()
     charged = min(reserved, round(getattr(taken, entry.kind) / UNIT[entry.kind]))

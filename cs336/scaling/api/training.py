@@ -22,7 +22,7 @@ from cs336.utils import config as configs
 from cs336.utils import stages
 
 # What a user may not say: where things are, and how they are computed.
-OPERATORS = (FREE | {"init_from"}) - {"budget", "micro_batch_size", "gradient_checkpointing"}
+OPERATORS = (FREE | {"init_from", "branch_from"}) - {"budget", "micro_batch_size", "gradient_checkpointing"}
 STOP_POLL = 0.5  # seconds between two looks whether a run shall stop
 NEAREST = 1.25  # what a size that is asked for may be off the shape's that it is given
 
@@ -107,18 +107,17 @@ def plan_config(given: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
         raise FieldError(f"config.{theirs[0]}", f"{theirs[0]} is the operator's: leave it out")
     try:
         config = TrainConfig.from_table({**base, **given, "run_dir": "."})
-        planned, per_token = cost(config), float(config.model.flops_per_token())
+        planned = cost(config)
+        return Job(
+            identity(config),
+            parameters=float(config.model.num_parameters()),
+            flops_per_token=float(config.model.flops_per_token()),
+            tokens=None if planned.tokens is None else float(planned.tokens),
+            seconds=planned.seconds,
+            learning_rate=config.optimizer.lr,
+            batch_tokens=float(config.batch_size * config.model.context_length),
+            seed=config.seed,
+            config={name: value for name, value in configs.to_table(config).items() if name != "run_dir"},
+        )
     except (ValueError, OverflowError, RecursionError) as error:
         raise FieldError("config", str(error)) from None
-    table = {name: value for name, value in configs.to_table(config).items() if name != "run_dir"}
-    return Job(
-        identity(config),
-        parameters=float(config.model.num_parameters()),
-        flops_per_token=per_token,
-        tokens=planned.tokens,
-        seconds=planned.seconds,
-        learning_rate=config.optimizer.lr,
-        batch_tokens=float(config.batch_size * config.model.context_length),
-        seed=config.seed,
-        config=table,
-    )
