@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import rows
 from cs336.ops.ref import sample as ref
 
 IN_PROMPT = ref.IN_PROMPT
@@ -67,7 +67,7 @@ def sample(
     penalties = repetition_penalty, presence_penalty, frequency_penalty
     options = counts, *penalties, bias, num_logprobs
     _check(logits, temperature, top_k, top_p, min_p, seeds, offsets, *options)
-    return Sampled(*run("sample", logits, temperature, top_k, top_p, min_p, seeds, offsets, *options))
+    return Sampled(*registry.call("sample", logits, temperature, top_k, top_p, min_p, seeds, offsets, *options))
 
 
 def _check(
