@@ -110,7 +110,7 @@ class StageRun:
     def _update(self) -> None:
         step = self.step + 1
         for group in self.stage.optimizer.param_groups:
-            group["lr"] = self.rate.at(step)
+            group["lr"] = self.rate.at(step) * group.get("lr_scale", 1.0)
         try:
             values = self.stage.update(step)
         except FloatingPointError as error:

@@ -16,6 +16,7 @@ from cs336.alignment.stages.sft import SFTConfig, SFTStage
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
+from cs336.models import Transformer
 from cs336.utils import config as configs
 
 END = tokenizer().special_tokens["<|endoftext|>"]
@@ -240,3 +241,12 @@ def test_the_verb(tmp_path, model, capsys):
     assert "name no linear layer" in capsys.readouterr().err
     assert main(["sft", "--config", str(path), "--budget", "3Mtok"]) == 2
     assert "steps or time" in capsys.readouterr().err
+
+
+def test_a_model_s_scales_of_the_learning_rate_hold(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(Transformer, "lr_scales", lambda self: {"layers.0.mlp.down_proj.weight": 0.5})
+    settings = config(tmp_path, model, budget="2steps")
+    stage = SFTStage(settings)
+    StageRun(settings, stage).train()
+    rates = {group["lr_scale"]: group["lr"] for group in stage.optimizer.param_groups}
+    assert rates[0.5] == rates[1.0] / 2 > 0
