@@ -55,7 +55,7 @@ class Quickstart:
     run_dir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Where everything is written; the same command continues a run that is already there."""
     minutes: float = 4.0
-    """Time for pretraining. The other stages take about one more on two CPU cores."""
+    """Time for pretraining. The other stages take about one more on two CPU cores, those of --full about ten more."""
     vocab_size: int = 4096
     """Tokens of the tokenizer."""
     text_field: str = TEXT_FIELD

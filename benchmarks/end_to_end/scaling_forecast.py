@@ -1,4 +1,4 @@
-"""What recipes/scaling_ladder.sh wrote, as results: the ladder's runs, its law, the forecast, and its grade if given.
+"""What recipes/scaling/ladder.sh wrote, as results: the ladder's runs, its law, the forecast, and its grade if given.
 
 python -m benchmarks.end_to_end.scaling_forecast DIRECTORY --text "..." --out benchmarks/results/cpu.json
 """
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
     options = parser.parse_args()
     header = {
-        "command": shlex.join(["recipes/scaling_ladder.sh", "TOKENS", "DIRECTORY", "forecast"]) + ", then grade",
+        "command": shlex.join(["recipes/scaling/ladder.sh", "TOKENS", "DIRECTORY", "forecast"]) + ", then grade",
         "text": options.text,
         "load": options.load,
         "cpu": cpu_model(),

@@ -39,7 +39,7 @@ def parallel(
         memory_gib: of a GPU.
         weight_bytes: of a weight and its gradient: 4 under autocast, 2 for a bfloat16 model.
         optimizer_bytes: a weight.
-        write: a configuration of the first layout that `cs336 train --config` runs.
+        write: a file for the first layout that `cs336 train` runs; the printed command adds data and run_dir.
         top: layouts to show.
     """
     from cs336.inference.load import read_config

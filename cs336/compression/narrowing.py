@@ -61,7 +61,10 @@ def prune_depth(model: Transformer, sparsity: float, batches: Sequence[Tensor]) 
     count = len(model.layers)
     fewer = int(sparsity * count + 1e-9)
     if not 0 < fewer < count:
-        raise ValueError(f"a sparsity of {sparsity!r} takes {fewer} of {count} layers: take 1 to {count - 1} of them")
+        one = math.ceil(100 / count) / 100
+        raise ValueError(
+            f"a sparsity of {sparsity!r} takes {fewer} of {count} layers: take 1 to {count - 1}, the first at {one}"
+        )
     gone = block_influence(model, batches).argsort(stable=True)[:fewer].tolist()
     return drop_layers(model, [i for i in range(count) if i not in gone])
 

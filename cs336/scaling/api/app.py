@@ -193,7 +193,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     if first["type"] == "json_invalid":
         return problem(400, f"the body is no JSON: {first['ctx']['error']}")
     where = ".".join(str(part) for part in first["loc"][1:])
-    return problem(422, f"{where}: {first['msg']}" if where else first["msg"], field=where or None)
+    said = first["msg"].removeprefix("Value error, ")
+    if not where and first["type"].endswith("_type"):
+        said = "the body must be a JSON object, sent with Content-Type: application/json"
+    return problem(422, f"{where}: {said}" if where else said, field=where or None)
 
 
 async def _field(request: Request, error: Any) -> Response:

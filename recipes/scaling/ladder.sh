@@ -1,8 +1,8 @@
 #!/bin/sh
 # A ladder of tiny models, the forecast of a run of ten times the compute of its largest, that run, and its grade.
 #
-#   recipes/scaling_ladder.sh TOKENS DIRECTORY forecast    # then keep DIRECTORY/forecasts.jsonl where it is not changed
-#   recipes/scaling_ladder.sh TOKENS DIRECTORY grade
+#   recipes/scaling/ladder.sh TOKENS DIRECTORY forecast    # then keep DIRECTORY/forecasts.jsonl where it is not changed
+#   recipes/scaling/ladder.sh TOKENS DIRECTORY grade
 #
 # TOKENS: token shards in train/ and val/, such as those of `cs336 quickstart`. Either command goes on where it was
 # stopped. BUDGETS, TARGET (FLOPs a run) and SHAPE may be set; as they are the ladder takes 1.9e12 FLOPs.
@@ -10,7 +10,7 @@ set -eu
 tokens=$1 directory=$2 stage=$3
 budgets=${BUDGETS:-5e10 1.5e11 4.5e11} target=${TARGET:-4.5e12}
 shape=${SHAPE:---head-dim 8 --lr-factor 0.5 --highest-lr 0.01 --batch-factor 2}
-base=$(dirname "$0")/scaling_ladder.toml
+base=$(dirname "$0")/ladder.toml
 mkdir -p "$directory"
 design() { cs336 scaling design "$@" --data "$tokens" --base "$base" $shape; }
 
