@@ -313,7 +313,7 @@ def test_a_repeated_run_can_be_stopped(tmp_path, monkeypatch):
 def test_a_failure_is_forgotten_when_the_run_goes_on(tmp_path, monkeypatch):
     tiny = tiny_run.config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(RunDir, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
             tiny_run.train(tiny)
     assert "No space" in json.loads((tiny.run_dir / "failure.json").read_text())["message"]
