@@ -75,8 +75,8 @@ def make_arms(base: TrainConfig, key: str, values: Sequence[str], match: Match) 
 
 
 def kinds(part: str) -> list[str]:
-    """Every kind of a layer's part, that of the plain block first."""
-    return list(_union(part))
+    """Every kind of a layer's part, that of the plain block first; but for no MLP, which has no width to match by."""
+    return [kind for kind in _union(part) if (part, kind) != ("mlp", "none")]
 
 
 def _union(part: str) -> dict[str, type]:
