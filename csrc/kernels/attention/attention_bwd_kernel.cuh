@@ -100,13 +100,15 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   using T = typename Tile::T;
   const int row_blocks = rows.tiles * batch * p.q_heads;
-  if (packed)
+  if (packed) {
     list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, true, Tile::kKeys,
                                                                        at.key_tiles, packed, rows.counter);
+    const int sms = current_device().num_sms, vectors = Tile::kHeadDim / 8;
+    clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, false, {params.dq, {}, p.q_heads, vectors, nullptr});
+    clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, true, {dk, dv, block_heads, vectors, nullptr});
+  }
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
-  if (in_parts && packed)  // tokens that no sequence holds
-    CUDA_CHECK(cudaMemsetAsync(dk.data, 0, at.counter - at.dk_parts, stream));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));
   launch<attention_bwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
                                      stream, args);
