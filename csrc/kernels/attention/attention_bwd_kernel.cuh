@@ -55,6 +55,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   const AttentionTensor dk = in_parts ? parts(at.dk_parts) : params.dk, dv = in_parts ? parts(at.dv_parts) : params.dv;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.key_tile_list) : nullptr;
+  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
+                                int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads,  // Q, dO and the sums for dQ
+                                params.deterministic);
 
   const RowsArgs rows{
       .o = params.o,
@@ -81,11 +84,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .dv = tensor_map(dv, p, p.k_tokens, block_heads, Tile::kHeadDim, 64),
       .sequences = sequences,
       .window = Window(p),
-      // Q, dO and the sums for dQ of a key head's queries.
-      .order = {static_cast<int>(at.key_tiles), heads,
-                attention_bwd_section(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
-                                      int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads),
-                packed},
+      .order = {static_cast<int>(at.key_tiles), heads, waves.section, packed},
       .rows = rows.rows,
       .dq = rows.sums,
       .turns = rows.turns,
@@ -93,6 +92,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .q_heads = p.q_heads,
       .group = group,
       .heads = at.heads,
+      .wave = waves.wave,
       .query_tiles = rows.tiles,
       .cap_factor = Tile::kCap ? p.scale / p.softcap : 0.f,
       .scale = p.scale,

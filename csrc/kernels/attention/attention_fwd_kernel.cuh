@@ -81,6 +81,11 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
   constexpr int kCapKeys = 64;  // the cap takes registers
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<int kKeys, Mask kMask, bool kCap>() {
+    constexpr AttentionFwdShape kShort = kAttentionFwdShort;
+    if constexpr (kHeadDim == kShort.head_dim && kValueDim == kShort.value_dim && kMask != Mask::kWindow)
+      if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
+        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort.groups, kShort.keys, kShort.stages, kMask, kCap>>(
+            params, stream);
     launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kMask, kCap>>(params, stream);
   };
   if (p.softcap > 0)
