@@ -65,7 +65,8 @@ struct AttentionBwdWaves {
       section = std::clamp(enough, attention_section(heads, bytes_of_head), heads);
       wave = static_cast<int>(key_tiles);
     } else {
-      section = static_cast<int>(std::clamp<int64_t>((2 * num_sms + key_tiles / 2) / key_tiles, 1, heads));
+      // Twice as many as two waves need: fewer blocks add to the same dQ at the same time.
+      section = static_cast<int>(std::clamp<int64_t>((4 * num_sms + key_tiles / 2) / key_tiles, 1, heads));
       const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
       wave = static_cast<int>(ceil_div(key_tiles, 2 * pairs));
     }
