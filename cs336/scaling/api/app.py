@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from cs336.scaling.api.contest import ClosedError, Contest
 from cs336.scaling.api.gate import admission, problem
-from cs336.scaling.api.jobs import Backend, FieldError, curve, taken
+from cs336.scaling.api.jobs import Backend, FieldError, curve, newest_loss, taken
 from cs336.scaling.api.pool import Pool
 from cs336.scaling.api.protocol import (
     Account,
@@ -175,7 +175,7 @@ def _info(entry: Entry, store: Store) -> RunInfo:
             done = min(1.0, so_far.tokens / job.tokens)
         elif job.seconds:
             done = min(1.0, so_far.seconds / job.seconds)
-        loss = next((loss for _, loss in reversed(curve(folder))), None)
+        loss = newest_loss(folder)
     kept = {name: getattr(entry, name) for name in ("id", "state", "reserved", "charged", "error", "attempts")}
     kept |= {name: getattr(entry, name) for name in ("submitted", "started", "ended")}
     kept |= {name: getattr(job, name) for name in ("parameters", "tokens", "flops", "learning_rate", "batch_tokens")}
