@@ -465,6 +465,24 @@ def test_samples_of_a_seed(data, tokenizer, capsys):
     assert texts(3, 2) == texts(3, 1) + "\n" + texts(4, 1)
 
 
+def test_generate_with_a_draft(data, tokenizer, capsys):
+    """Its text is the model's own; with several samples too."""
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    run, small = str(data / "run"), str(data / "small")
+    assert main(["train", "--config", f"{run}/config.toml", "--run-dir", small, "--model.d-model", "16"]) == 0
+
+    def text(*options):
+        capsys.readouterr()
+        assert main(["generate", run, "--prompt", "How ", "--max-tokens", "6", "--temperature", "0", *options]) == 0
+        return capsys.readouterr()
+
+    want = text()
+    assert text("--draft", small) == want
+    assert text("--draft", small, "--num-samples", "2") == (f"{want.out}\n{want.out}", "")
+    assert "n must be" in fails(["generate", run, "--draft", small, "--num-samples", "0"], capsys)
+    assert "leaves no room" in fails(["generate", run, "--draft", small, "--prompt", TEXT], capsys)
+
+
 def test_compare_hf(data, tokenizer, text_file, capsys):
     pytest.importorskip("transformers")
     assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
