@@ -136,6 +136,20 @@ def test_unknown_verb_and_option(capsys):
     assert "did you mean optimizer.lr?" in fails(["train", "--optimizer.lrr", "1"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("scaling submit --tokens 1", "`cs336 scaling submit`: did you mean `cs336 scaling api submit`?"),
+        ("submit", "`cs336 submit`: did you mean `cs336 scaling api submit`?"),
+        ("data train", "`cs336 data train`: did you mean `cs336 data classifier train`?"),
+        ("model report runs/mine", "`cs336 model report`: did you mean `cs336 report`?"),
+        ("demo", "`cs336 demo`: did you mean `cs336 data demo` or `cs336 align demo`?"),
+    ],
+)
+def test_a_verb_without_its_group(asked, meant, capsys):
+    assert fails(asked.split(), capsys) == f"cs336: there is no {meant}\n"
+
+
 def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
     """Values that a configuration refuses are named by its own keys."""
     arguments = train_arguments(data)
