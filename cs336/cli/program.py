@@ -120,6 +120,7 @@ GROUPS: dict[str, Group] = {
     "scaling": (SCALING_VERBS | API, "Fit scaling laws to finished runs, and predict others."),
     "plan": (PLAN_VERBS, "Predict what a run takes before paying for it."),
 }
+TREE: Mapping[str, Any] = VERBS | STUDY_VERBS | GROUPS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -183,19 +184,18 @@ def _group(verbs: Mapping[str, Any]) -> tyro.extras.SubcommandApp:
     return app
 
 
-def _paths(verbs: Mapping[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
-    """Of all verbs below, with their groups."""
+def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[str, ...]]:
+    """Of all verbs, with their groups."""
     for name, found in verbs.items():
         if isinstance(found, tuple):
-            yield from _paths(found[0], *above, name)
+            yield from verb_paths(found[0], *above, name)
         else:
             yield (*above, name)
 
 
 def _check_place(arguments: list[str]) -> None:
     """Raises ValueError for a verb that is found in another group than it was asked of."""
-    verbs: Mapping[str, Any] = VERBS | STUDY_VERBS | GROUPS
-    paths = list(_paths(verbs))
+    verbs, paths = TREE, list(verb_paths())
     for depth, word in enumerate(arguments):
         if word not in verbs:
             there = [path for path in paths if path[-1] == word]
