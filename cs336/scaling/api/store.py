@@ -38,7 +38,6 @@ UNIT = {"flops": 1e6, "seconds": 0.001}  # of the ledger's whole numbers
 MOST = 2**62  # of them, in one account: sums stay within 64 bits
 SLACK = 1e-9  # of an account: what products of floats may be off, so that a grid that fills it fits
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LIVE = ("waiting", "running")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (
