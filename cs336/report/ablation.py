@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from cs336.report.chart import Series, compact, line_chart, linear_ticks
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number, read_run
+from cs336.report.run import listing, mapping, number, read_run
 from cs336.report.study import CURVES, read_summary
 
 ROW, LEFT, WIDTH, FOOT = 26, 120, 460, 38  # of the chart of intervals
@@ -22,7 +22,7 @@ def write_ablation_report(directory: str | Path) -> Path:
     """
     path = Path(directory)
     found = read_summary(path, "ablation.json", "cs336 ablate")
-    rows = [mapping(row) for row in found.get("rows", [])]
+    rows = [mapping(row) for row in listing(found.get("rows"))]
     metric = str(found.get("metric"))
     parts: list[tuple[str, str, str, dict[str, Any]]] = [
         ("intervals", "Side by side", "picture", {"note": _note(found), "svg": interval_chart(rows, metric)}),

@@ -9,7 +9,7 @@ from typing import Any
 from cs336.report.chart import Series, compact, line_chart
 from cs336.report.coordinates import Coordinate, parallel_chart
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number, read_run
+from cs336.report.run import listing, mapping, number, read_run
 from cs336.utils.duration import duration
 
 CURVES = 6  # runs whose colours can be told apart
@@ -25,7 +25,7 @@ def write_study_report(directory: str | Path) -> Path:
     """
     path = Path(directory)
     found = read_summary(path, "study.json", "cs336 sweep")
-    groups = [mapping(group) for group in found.get("groups", [])]
+    groups = [mapping(group) for group in listing(found.get("groups"))]
     done = [group for group in groups if finite(group.get("mean"))]
     metric = str(found.get("metric"))
     parts: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -139,7 +139,7 @@ def _coordinate(title: str, values: Sequence[Any], axis: Mapping[str, Any]) -> C
 
 def _sensitivities(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for entry in map(mapping, found.get("sensitivities", [])):
+    for entry in map(mapping, listing(found.get("sensitivities"))):
         what = f"lowest at {value_text(entry.get('best'))}; means differ by up to {entry.get('spread', 0):.4f}"
         percent = round(100 * (number(entry.get("share")) or 0.0), 1)
         rows.append({"name": entry.get("key"), "what": what, "percent": percent, "time": f"{percent:.0f} %"})
