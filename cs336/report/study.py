@@ -151,24 +151,30 @@ def _curves(path: Path, done: Sequence[Mapping[str, Any]], metric: str) -> list[
     once: dict[str, Mapping[str, Any]] = {}
     for group in done:
         once.setdefault(json.dumps(group.get("options")), group)
-    column = metric if metric.startswith("val/") else "train/loss"
-    series: dict[str, list[Series]] = {"train/loss": [], column: []}
-    for i, group in enumerate(list(once.values())[:CURVES]):
+    best = list(once.values())[:CURVES]
+    named = [(label(mapping(group.get("options"))), str(group["folders"][0])) for group in best]
+    return curves(path, named, metric, "Logarithmic, the first seed of each.")
+
+
+def curves(path: Path, runs: Sequence[tuple[str, str]], metric: str, note: str) -> list[dict[str, Any]]:
+    """Charts of the loss, and of a validation metric, of runs by name and folder; one that cannot be read is left
+    out."""
+    series: dict[str, list[Series]] = {"train/loss": [], metric if metric.startswith("val/") else "train/loss": []}
+    for i, (name, folder) in enumerate(runs):
         try:
-            run = read_run(path / "runs" / str(group["folders"][0]))
+            run = read_run(path / "runs" / folder)
         except (FileNotFoundError, ValueError):
             continue
-        for name, lines in series.items():
-            name_of = label(mapping(group.get("options")))
-            lines.append(Series(name_of, *run.column(name, "tokens"), f"run{i}", dots=name != "train/loss"))
+        for column, lines in series.items():
+            lines.append(Series(name, *run.column(column, "tokens"), f"run{i % CURVES}", dots=column != "train/loss"))
     return [
         {
-            "title": name,
-            "note": "Logarithmic, the first seed of each.",
+            "title": column,
+            "note": note,
             "keys": lines,
-            "svg": line_chart(lines, title=name, x_label="tokens", log_y=True),
+            "svg": line_chart(lines, title=column, x_label="tokens", log_y=True),
         }
-        for name, lines in series.items()
+        for column, lines in series.items()
         if lines
     ]
 
