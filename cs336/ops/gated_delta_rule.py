@@ -18,6 +18,7 @@ from cs336.ops.ref import gated_delta_rule as ref
 from cs336.ops.ref.wide import wide
 
 MOST_KEY_FEATURES = 128  # of the Triton kernels, which hold a state's rows whole
+SHARED_MEMORY = 96 * 1024  # that a block of theirs may take
 
 
 def _check(q, k, v, beta, g, state, segments, scale) -> None:
@@ -50,6 +51,8 @@ def _triton_refuses(q, *_) -> str | None:
         return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > MOST_KEY_FEATURES:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
+    if q.is_cuda and (room := registry.shared_memory(q.device)) < SHARED_MEMORY:
+        return f"the Triton kernels need {SHARED_MEMORY} bytes of shared memory a block, and {q.device} has {room}"
     return None
 
 
