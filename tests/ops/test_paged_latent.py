@@ -15,10 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, un
 OPTIONS = 0.3, -1, 0.0, None
 if CUDA:
     LENGTHS = [0, 1, 15, 64, 65, 255, 256, 257, 1000, 4097, 20000]
-    WIDTHS, DTYPES, HEADS = [(512, 64), (256, 32), (384, 96), (16, 8)], [BF16, F16], [1, 16, 20, 128]
+    WIDTHS, DTYPES = [(512, 64), (256, 32), (384, 96), (16, 8)], [BF16, F16]
+    HEADS = [(1, 1), (16, 2), (16, 8), (20, 1), (128, 1), (128, 8)]
 else:
     LENGTHS = [0, 1, 17, 300]
-    WIDTHS, DTYPES, HEADS = [(32, 16), (24, 6)], [F32, BF16], [1, 3, 20]
+    WIDTHS, DTYPES, HEADS = [(32, 16), (24, 6)], [F32, BF16], [(1, 1), (3, 2), (20, 1), (5, 8)]
 
 
 @pytest.fixture(params=registry.NAMESPACE)
@@ -52,8 +53,7 @@ def test_widths(variant, device, L, R, dtype):
     decode(variant, device, LENGTHS, L, R, 16 if CUDA else 4, 1, dtype)
 
 
-@pytest.mark.parametrize("Q", [1, 2, 8])
-@pytest.mark.parametrize("H", HEADS)
+@pytest.mark.parametrize(("H", "Q"), HEADS)
 def test_heads_and_queries(variant, device, H, Q):
     decode(variant, device, LENGTHS, *WIDTHS[0], H, Q, DTYPES[-1], page=64)
 
