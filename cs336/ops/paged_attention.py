@@ -220,7 +220,7 @@ def _like(x: Tensor) -> str:
 
 def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
     if q.device.type == "cpu":
-        return None
+        return _float64_refused(q)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the native kernel takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] not in NATIVE_HEAD_DIMS or v_cache.shape[-1] != q.shape[-1]:
@@ -238,9 +238,9 @@ def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
     return None
 
 
-def _triton_refuses(q, *_) -> str | None:
+def _float64_refused(q, *_) -> str | None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}"
+        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
     return None
 
 
@@ -261,7 +261,7 @@ registry.define(
     ref=ref.paged_attention,
     check=_check_decode,
     capabilities={"native": ((8, 0), registry.ANY[1])},
-    supports={"native": _native_refuses, "triton": _triton_refuses},
+    supports={"native": _native_refuses, "triton": _float64_refused},
     triton="paged_attention.paged_attention",
 )
 registry.define(
@@ -269,6 +269,6 @@ registry.define(
     fake=lambda q, k, v, *_: _fake(q, (q.shape[1], q.shape[0]), v),
     ref=ref.paged_prefill,
     check=_check_prefill,
-    supports={"triton": _triton_refuses},
+    supports={"native": _float64_refused, "triton": _float64_refused},
     triton="paged_attention.paged_prefill",
 )
