@@ -110,6 +110,18 @@ def test_with_options_and_without_sequences(variant, device):
     assert ops.paged_attention(q[:0], *cache[:2], *(x[:0] for x in cache[2:])).shape == (0, 2, 3, 16)
 
 
+def test_what_is_read_once():
+    pytest.importorskip("triton")
+    from cs336.ops.triton.paged_latent import fits
+
+    k = torch.zeros(3, 16, 1, 24)
+    assert fits(k, k[..., :16], *OPTIONS[1:])
+    for v in (k, k[..., 8:], k[..., :16].clone(), k[:, ::2, :, :16]):
+        assert not fits(k, v, *OPTIONS[1:])
+    assert not fits(torch.zeros(3, 16, 2, 24), torch.zeros(3, 16, 2, 16), *OPTIONS[1:])
+    assert not any(fits(k, k[..., :16], *options) for options in ((5, 0.0, None), (-1, 2.0, None), (-1, 0.0, k)))
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_one_captured_graph_serves_changing_lengths():
     lengths = [5000, 1, 0, 700, 64, 2048]
