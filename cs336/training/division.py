@@ -10,11 +10,13 @@ One process holds everything, and is asked the same.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336.models import Transformer
@@ -67,7 +69,7 @@ class Division:
     def __init__(self, model: Transformer, config: TrainConfig):
         self.model, self.config = model, config
         self.sizes = config.parallel.axes(world_size())
-        self.mesh = Mesh(**self.sizes) if world_size() > 1 else None
+        self.mesh = _mesh(dist.group.WORLD, **self.sizes) if world_size() > 1 else None
         self._tied = False
         whole = {name: t.shape for name, t in model.state_dict().items()}
         groups = groups_of(model, config.optimizer.build(model))
@@ -254,6 +256,12 @@ class Division:
         for name in DESCRIBED:
             setattr(model, name, getattr(self.model, name))
         yield model
+
+
+@functools.lru_cache(maxsize=1)
+def _mesh(world: Any, **sizes: int) -> Mesh:
+    """Of the processes of `world`: a run that goes back to a checkpoint takes the groups that are there."""
+    return Mesh(**sizes)
 
 
 def _compile(layer: nn.Module) -> None:
