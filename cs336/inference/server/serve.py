@@ -6,8 +6,10 @@ import sys
 import uvicorn
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from cs336.inference import ranks
 from cs336.inference.llm import LLM
 from cs336.inference.server.app import Server, ServerConfig
+from cs336.parallel.launch import rank
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -25,7 +27,11 @@ class _Announcing(uvicorn.Server):
 
 def serve(llm: LLM, config: ServerConfig) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C: then no new connection is taken, and requests that are under way
-    have config.drain seconds to end. Call it in the main thread."""
+    have config.drain seconds to end. Call it in the main thread. Of a divided model each
+    rank calls it: the first listens, and the others do what it is asked."""
+    if rank():
+        ranks.follow(llm.engine)
+        return
     app = Server(llm, config).app
     if config.host in LOOPBACK:  # a name that someone made point here is no name of ours
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
