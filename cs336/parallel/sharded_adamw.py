@@ -276,11 +276,11 @@ class ShardedAdamW(torch.optim.Optimizer):
     def overlap(self, module: nn.Module) -> None:
         """Let a step return while parameters are still gathered; the module's forward waits for each when it needs it.
 
-        An element of an nn.ModuleList waits for its own parameters, the module itself for all others, and for those
-        of this optimizer that it does not have. Call `wait` before anything else reads parameters, or captures a CUDA
-        graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
+        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself for all others,
+        and for those of this optimizer that it does not have. Call `wait` before anything else reads parameters, or
+        captures a CUDA graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
         """
-        parts = [part for m in module.modules() if isinstance(m, nn.ModuleList) for part in m]
+        parts = [part for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) for part in m]
         of = {p: bucket for bucket in self._buckets for p in bucket.params}
         units = [_distinct([of[p] for p in part.parameters() if p in of]) for part in parts]
         inside = {p for part in parts for p in part.parameters()}
