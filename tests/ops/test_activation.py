@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from close import assert_close_to_ref
 
 from cs336 import ops
-from cs336.ops import registry
-from cs336.ops.activation import Kind, gated
+from cs336.ops import activation, registry
+from cs336.ops.activation import Kind
 
 CUDA = torch.cuda.is_available()
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -93,7 +93,7 @@ GATED = {
 def test_gate_and_up_side_by_side(variant, device, shape, kind):
     """As if they were two tensors, bit for bit; what is beside the rows stays out."""
     both = F.pad(torch.randn(shape, device=device).to(BF16), (0, 6), value=torch.nan)[..., :-6].requires_grad_()
-    y, want = gated(both, kind), GATED[kind](*both.chunk(2, -1))
+    y, want = activation.gated(both, kind), GATED[kind](*both.chunk(2, -1))
     assert torch.equal(y, want)
     dy = torch.randn_like(y)
     assert torch.equal(*(torch.autograd.grad(out, both, dy)[0] for out in (y, want)))
@@ -103,7 +103,9 @@ def test_gate_and_up_side_by_side(variant, device, shape, kind):
         return torch.autograd.grad(g.square().sum(), wide)[0]
 
     wide = both.detach().float().requires_grad_()
-    torch.testing.assert_close(penalty(lambda x: gated(x, kind)), penalty(lambda x: GATED[kind](*x.chunk(2, -1))))
+    torch.testing.assert_close(
+        penalty(lambda x: activation.gated(x, kind)), penalty(lambda x: GATED[kind](*x.chunk(2, -1)))
+    )
 
 
 def test_far_from_zero(variant, device):
@@ -195,7 +197,7 @@ def test_bad_arguments():
         ops.geglu(x, x, approximate="erf")
     for bad, kind, what in ((x[:, :3], Kind.SILU, "both must be"), (x, Kind.RELU2, "kind must be that of a gated")):
         with pytest.raises(ValueError, match=what):
-            gated(bad, kind)
+            activation.gated(bad, kind)
     for op in (ops.silu, ops.relu2):
         with pytest.raises(ValueError, match="x must be floating point"):
             op(x.long())
