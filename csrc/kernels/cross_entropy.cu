@@ -38,7 +38,8 @@ __device__ __forceinline__ Capped capped(float x, float softcap) {
 // ---- a row's vectors ----
 
 // 16 bytes of a row from a column on. Where they are not aligned (kElements): out of the two vectors that they lie in,
-// which read nothing that is not in a vector with a part of the row.
+// which read nothing that is not in a vector with a part of the row. The forward, which stores nothing, is faster with
+// one element after the other (8192 x 50257: 263 us for 283).
 template <typename T, Access kAccess>
 __device__ __forceinline__ uint4 load_columns(const T* row, int column) {
   if constexpr (kAccess == Access::kVectors) return load<T>(row, column);
@@ -139,14 +140,14 @@ __device__ __forceinline__ OnlineSums sums_of_thread(const T* row, int V, float 
   for (; v + (kUnroll - 1) * threads < full; v += kUnroll * threads) {
     uint4 packed[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) packed[u] = load_columns<T, kAccess>(row, (v + u * threads) * kVec<T>);
+    for (int u = 0; u < kUnroll; u++) packed[u] = load<T, kAccess>(row, (v + u * threads) * kVec<T>);
     if (kSplit && softcap == 0.f && !smoothed)
       add_vectors<T, kEntropy>(sums, packed, 0.f, false);
     else
       add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
   for (; v < full; v += threads) {
-    uint4 packed[1] = {load_columns<T, kAccess>(row, v * kVec<T>)};
+    uint4 packed[1] = {load<T, kAccess>(row, v * kVec<T>)};
     add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
   if (const int i = full * kVec<T> + static_cast<int>(threadIdx.x); i < V) {  // fewer than a vector
