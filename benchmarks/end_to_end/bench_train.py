@@ -37,7 +37,7 @@ MODELS = {
     **{name: TransformerConfig(50304, 1024, *shape, tie_embeddings=True) for name, shape in GPT2.items()},
     "llama-1B": TransformerConfig(32000, 4096, 18, 2048, 16),
 }
-BATCH = {"tiny": 4, "124M": 32, "350M": 32, "774M": 16, "1.5B": 16, "llama-1B": 8}  # sequences a step
+BATCH = {"tiny": 4, "124M": 32, "350M": 32, "774M": 16, "1.5B": 16, "llama-1B": 4}  # sequences a step
 VARIANTS = ("cs336", "plain")
 
 Update = Callable[[Tensor, Tensor, float], Tensor]  # x, y, learning rate -> loss, still on the device
