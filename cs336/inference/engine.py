@@ -419,12 +419,14 @@ class Engine:
             with torch.no_grad():
                 for name, tensor in new.items():
                     own[name].copy_(tensor)
-        elif any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items()):
+        moved = any(own[name].data_ptr() != tensor.data_ptr() for name, tensor in new.items())
+        if module is not None and moved:
             self.model.load_state_dict(module.state_dict(), assign=True)
+        self.runner.state.renew()
+        if (module is not None and moved) or not self.runner.state.is_paged:
             self.runner.drop_graphs()
             if self.drafter is not None and self.drafter.shares:
                 self.drafter.runner.drop_graphs()
-        self.runner.state.renew()
 
     def check(self) -> None:
         """Raises AssertionError where a page is held by no sequence, or is free and held."""
