@@ -230,7 +230,7 @@ class Engine:
             if ranks.is_divided(model):
                 raise ValueError("a divided model's sums depend on the number of ranks: give one or ask no invariance")
         on_gpu = model.device.type == "cuda"
-        if on_gpu and not config.invariant:
+        if on_gpu:
             model.join_weights()
         max_len = min(config.max_len or model.config.context_length, model.config.context_length)
         step_tokens = config.max_step_tokens or max(config.max_seqs, 16384 if on_gpu else 512)
