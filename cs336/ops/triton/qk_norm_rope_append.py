@@ -36,8 +36,9 @@ def _kernel(
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
     INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:  # what attends may start, and wait for the end of this launch
+    if EARLY:  # as common/async.cuh has it: begin before the kernel before has ended, and let the next one do so
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(T, BLOCK_S)
     head, t = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     live, at = t < T, t.to(tl.int64)
@@ -85,6 +86,7 @@ def qk_norm_rope_append_(
     (T, Hq, D), (pages, page, Hk, E), (B, M), P = q.shape, v_cache.shape, page_table.shape, cos.shape[-1]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     sizes = plan(T, D, P)
+    early = _launches_early(q.device)
     programs = (Hq + 2 * Hk) * triton.cdiv(T, sizes["BLOCK_S"])
     if programs:
         with torch.cuda.device_of(q):
@@ -92,6 +94,7 @@ def qk_norm_rope_append_(
                 q, k, v, q_out, k_out, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, sequences, page_table,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
                 page_table.stride(0), cos.stride(0), T, Hq, Hk, cos.shape[0], P, D, E, pages, page, B, M, eps,
-                BLOCK_E=triton.next_power_of_2(E), INTERLEAVED=interleaved, EARLY=_launches_early(q.device), **sizes,
+                BLOCK_E=triton.next_power_of_2(E), INTERLEAVED=interleaved, EARLY=early, **sizes,
+                **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return q_out, k_out
