@@ -384,6 +384,13 @@ struct Best {
   }
 };
 
+// One of four registers.
+template <typename V>
+__device__ __forceinline__ V pick(const V* values, int i) {
+  const V low = i & 1 ? values[1] : values[0], high = i & 1 ? values[3] : values[2];
+  return i & 2 ? high : low;
+}
+
 // Draws as it reads, and keeps nothing: sums and scores are relative to the largest logit that the warp has seen.
 template <typename T>
 __device__ int draw_any(const SampleParams& p, const Settings& settings, int row, Row& of_row, int begin, int n,
@@ -420,12 +427,17 @@ __device__ int draw_any(const SampleParams& p, const Settings& settings, int row
       for (int four = 0; four < kSize; four += 4) {
         const uint4 random = philox((begin + first + four) / 4, offset, seed);
         const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+        int winning = 0;  // those that may win: few, in a loop, for logarithms in each place would be 60 KB of code
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const float value = x[four + j], below = value - top, z = below * inverse;
+          const float below = x[four + j] - top;
           sum += exp2_approx(below * kLog2E);
-          if (!(z + gumbel_bound(words[j]) >= least)) continue;
-          const float noise = gumbel(words[j]);
+          winning |= (below * inverse + gumbel_bound(words[j]) >= least) << j;
+        }
+        while (winning) {
+          const int j = __ffs(winning) - 1;
+          winning &= winning - 1;
+          const float value = pick(&x[four], j), noise = gumbel(pick(words, j)), z = (value - top) * inverse;
           if (z + noise > score) {
             score = z + noise;
             best = {value, noise, begin + first + four + j};
