@@ -191,6 +191,13 @@ def modifiers(
     return at_run, {"CAPPED": softcap > 0, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0}
 
 
+def widths(dtype: torch.dtype, **features: int) -> dict[str, int]:
+    """BLOCK_X of each X. In 16 bits all are alike, or 64 and more: narrower tiles have swizzles of their own, and
+    ptxas 12.8 takes their wgmma descriptors for each other's (docs/numerics.md)."""
+    least = 16 if dtype == torch.float32 else min(64, max(map(triton.next_power_of_2, features.values())))
+    return {f"BLOCK_{name}": max(16, least, triton.next_power_of_2(n)) for name, n in features.items()}
+
+
 def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device) -> dict:
     """The first entry of a table {wide: [(BLOCK_M, BLOCK_N, warps, stages, rows kept, rows streamed a stage)]} that
     fits the device's shared memory, or the last."""
@@ -205,8 +212,7 @@ def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device
     return {
         "BLOCK_M": m,
         "BLOCK_N": n,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_E": max(16, triton.next_power_of_2(E)),
+        **widths(dtype, D=D, E=E),
         "num_warps": warps,
         "num_stages": stages,
     }
