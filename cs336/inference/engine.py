@@ -443,9 +443,11 @@ class Engine:
     def _take(self, launched: Launched) -> list[Update]:
         launched.wait()
         for scores in launched.scores:
-            assert isinstance(scores.sequence, Sample)
-            for i, token in enumerate(_tokens(scores.drawn), scores.start):
-                scores.sequence.request.prompt_tokens[i] = token
+            for (sample, i), token in zip(scores.places, _tokens(scores.drawn), strict=True):
+                assert isinstance(sample, Sample)
+                if token.top:  # as many as the request of the step that wants most
+                    token = token._replace(top=token.top[: sample.params.prompt_logprobs or 0])
+                sample.request.prompt_tokens[i] = token
         updates, drawn = [], _tokens(launched.drawn)
         for sample, drafts in zip(launched.sequences, launched.drafts, strict=True):
             assert isinstance(sample, Sample)

@@ -14,8 +14,8 @@ from cs336.ops.triton.attention_tile import INTERPRET, dot
 from cs336.ops.triton.cast import cast
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: where rows are few the widest of which there are enough to keep all
-# multiprocessors reading w. us on an H200, K and N of 3072 and 1024, 64 rows: 8.2 with 16 columns, 9.5 with 32, 12.8 with
-# 64; 256 rows: 10.9, 9.7, 13.1; cuBLAS 7.4 and 7.9.
+# multiprocessors reading w. us on an H200, K 3072, N 1024: 64 rows 8.2 with 16 columns, 9.5 with 32, 12.8 with 64; 256
+# rows 10.9, 9.7, 13.1; cuBLAS 7.4 and 7.9.
 NARROW = ((64, 64, 64, 4, 5), (64, 32, 128, 4, 4), (64, 16, 128, 4, 4))
 ENOUGH = 128
 FEW_ROWS = 256
