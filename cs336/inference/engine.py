@@ -300,7 +300,7 @@ class Engine:
             max_step_tokens=step_tokens,
             most_pages=-(-self.max_len // config.page_size),
             unused=() if self.tokenizer is None else tuple(unused_ids(model, self.tokenizer)),
-            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs and not ranks.is_divided(model) else (),
+            graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
             invariant=invariant,
         )
 

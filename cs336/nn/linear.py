@@ -71,6 +71,19 @@ def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     return linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
 
 
+def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
+    """What the layers make of x, (..., the sum of their features), by one product; None where that would cost copies.
+
+    In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
+    product as well, where layers called one by one leave their gradients to be added up.
+    """
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
+        return None
+    if not all(_is_plain(layer) and layer.weight.requires_grad for layer in layers):
+        return None
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether calling it is a product with its weight and nothing else."""
     return type(layer) is Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)

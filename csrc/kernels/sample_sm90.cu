@@ -454,7 +454,8 @@ __device__ int draw_any(const SampleParams& p, const Settings& settings, int row
 
 // The most likely tokens one after the other, each the best of those behind the one before.
 template <typename T>
-__device__ void list(const SampleParams& p, int row, float logsumexp, Row& of_row, int begin, int n, bool writes) {
+__device__ void list(const SampleParams& p, int row, float top, float log_sum, Row& of_row, int begin, int n,
+                     bool writes) {
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + begin;
   Candidate last{INFINITY, 0.f, -1, 0};
   for (int place = 0; place < p.num_logprobs; place++) {
@@ -467,7 +468,7 @@ __device__ void list(const SampleParams& p, int row, float logsumexp, Row& of_ro
     last = of_row.merged(mine);
     if (writes) {
       p.top_tokens[int64_t{row} * p.num_logprobs + place] = last.token;
-      p.top_logprobs[int64_t{row} * p.num_logprobs + place] = last.score - logsumexp;
+      p.top_logprobs[int64_t{row} * p.num_logprobs + place] = last.score - top - log_sum;
     }
   }
 }
@@ -488,12 +489,12 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(const __grid_consta
     stats = of_row.merged(load<T>(p, settings, row, begin, n, values));
     token = draw(p, settings, row, stats, of_row, values, begin, n);
   }
-  const float logsumexp = stats.raw_top + logf(stats.raw_sum);
+  const float top = stats.raw_top, log_sum = logf(stats.raw_sum);  // apart: beside a large `top` it would be lost
   if (rank == 0 && threadIdx.x == 0) {
     p.tokens[row] = token;
-    p.logprobs[row] = finite(static_cast<const T*>(p.logits)[row * p.logits_stride + token]) - logsumexp;
+    p.logprobs[row] = finite(static_cast<const T*>(p.logits)[row * p.logits_stride + token]) - top - log_sum;
   }
-  list<T>(p, row, logsumexp, of_row, begin, n, rank == 0 && threadIdx.x == 0);
+  list<T>(p, row, top, log_sum, of_row, begin, n, rank == 0 && threadIdx.x == 0);
   cg::this_cluster().sync();  // no block may end while others write to its shared memory
 }
 

@@ -11,23 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, scores, shared_memory, visible
+from cs336.ops.triton import paged_latent
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, scores, shared_memory, visible
 from cs336.ops.triton.cast import cast
-
-
-@triton.jit
-def _gather(
-    cache_ptr, table_ptr, key, T, P, page, page_stride, token_stride, feature,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows of the keys `key`, zero from T on. Pages outside of the cache are not read."""
-    seen = key < T
-    entry = tl.load(table_ptr + key // page, mask=seen, other=0)
-    seen = seen & (entry >= 0) & (entry < P)
-    row = entry.to(tl.int64) * page_stride + (key % page).to(tl.int64) * token_stride
-    return tl.load(
-        cache_ptr + row[:, None] + feature[None, :], mask=seen[:, None] & (feature < WIDTH)[None, :], other=0.0
-    )
 
 
 @triton.jit
@@ -38,7 +24,7 @@ def _walk(
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
+        k = gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
         s, _ = scores(dot(q, tl.trans(k)), position, key[None, :], 0.0, inner, outer, CAPPED, False)
         if not WHOLE:
             s = tl.where(visible(position, key[None, :], T, left, 0, HAS_LEFT, True), s, float("-inf"))
@@ -47,7 +33,7 @@ def _walk(
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
         l = l * alpha + tl.sum(p, 1)
-        v = _gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
+        v = gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
         m = m_new
     return acc, m, l
@@ -190,6 +176,8 @@ def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strid
 
 
 def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks):
+    if paged_latent.fits(k_cache, v_cache, window, softcap, sinks):
+        return paged_latent.decode(q, k_cache, v_cache, page_table, seq_lens, scale)
     B, Q, H, _ = q.shape
     o = q.new_empty(B, Q, H, v_cache.shape[-1])
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
@@ -199,6 +187,8 @@ def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, so
 
 
 def paged_prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale, window, softcap, sinks):
+    if paged_latent.fits(k_cache, v_cache, window, softcap, sinks):
+        return paged_latent.prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale)
     T, H, _ = q.shape
     o = q.new_zeros(T, H, v_cache.shape[-1])
     lse = q.new_full((H, T), -torch.inf, dtype=torch.float32)
