@@ -191,14 +191,25 @@ def host(cases: Iterable[dict[str, Row]]) -> Iterator[str]:
 
 
 def train(rows: list[Row]) -> Iterator[str]:
-    yield "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+    yield (
+        "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain "
+        "| GiB at the peak, ours (predicted) / plain |"
+    )
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for name, group in itertools.groupby(rows, lambda row: row["model"]):
         by_variant = {row["variant"]: row for row in group}
         ours, plain = by_variant["cs336"], by_variant["plain"]
         speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s" + mfu(r) for r in (ours, plain)]
         faster = ours["tokens_per_second"] / plain["tokens_per_second"]
-        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {ours['loss']:.4f} / {plain['loss']:.4f} |"
+        losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
+        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {losses} | {peaks(ours, plain)} |"
+
+
+def peaks(ours: Row, plain: Row) -> str:
+    if not ours.get("bytes"):
+        return "–"
+    found, predicted, other = (size / 2**30 for size in (ours["bytes"], ours["predicted_bytes"], plain["bytes"]))
+    return f"{found:.2f} ({predicted:.2f}) / {other:.2f}"
 
 
 def ladder(rows: list[Row]) -> Iterator[str]:

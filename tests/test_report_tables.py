@@ -116,7 +116,11 @@ def test_training():
         {**shared, "variant": "plain", "tokens_per_second": 500e3, "mfu": None, "loss": 5.251},
     ]
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
-    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 |" in text
+    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 | – |" in text
+    rows[0] |= {"bytes": 3 << 30, "predicted_bytes": 7 << 29}
+    rows[1] |= {"bytes": 5 << 30, "predicted_bytes": None}
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert "| 5.2500 / 5.2510 | 3.00 (3.50) / 5.00 |" in text
 
 
 def coded(tool, output, cold, warm, **more):
