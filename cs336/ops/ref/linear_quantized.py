@@ -9,6 +9,8 @@ M = rows, K = in_features, N = out_features, G = groups of a row: ceil(K / group
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.linear_few_rows import linear_few_rows
+
 
 def dequantize_int8(q_NK: Tensor, scales_NG: Tensor, group: int, zeros_NG: Tensor | None = None) -> Tensor:
     """The weights (N, K), float32 or as wide as the scales."""
@@ -36,14 +38,8 @@ def unpack_int4(packed_NJ: Tensor) -> Tensor:
 
 
 def linear_int8(x_MK: Tensor, q_NK: Tensor, scales_NG, b_N: Tensor | None, group: int, zeros_NG=None) -> Tensor:
-    return _linear(x_MK, dequantize_int8(q_NK, scales_NG, group, zeros_NG), b_N)
+    return linear_few_rows(x_MK, dequantize_int8(q_NK, scales_NG, group, zeros_NG), b_N)
 
 
 def linear_int4(x_MK: Tensor, packed_NJ: Tensor, scales_NG, b_N: Tensor | None, group: int, zeros_NG=None) -> Tensor:
-    return _linear(x_MK, dequantize_int4(packed_NJ, scales_NG, group, zeros_NG), b_N)
-
-
-def _linear(x_MK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
-    wide = torch.promote_types(x_MK.dtype, torch.float32)
-    y_MN = x_MK.to(wide) @ w_NK.to(wide).t()
-    return (y_MN if b_N is None else y_MN + b_N.to(wide)).to(x_MK.dtype)
+    return linear_few_rows(x_MK, dequantize_int4(packed_NJ, scales_NG, group, zeros_NG), b_N)
