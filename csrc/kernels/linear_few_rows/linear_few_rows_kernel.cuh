@@ -1,11 +1,11 @@
-// y = x w^T + b for up to 64 rows of x. Each warp streams rows of weights, kTiles times eight of them, 64 bytes of each
-// at a time, through a ring of its own in shared memory, and multiplies them as they come:
+// y = x w^T + b for up to 16 rows of x, which a block keeps in shared memory. Each warp streams rows of weights, eight or
+// sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they come:
 //
 //   y (16 rows of x, 8 rows of weights) += x (16, 16) w^T (16, 8)                       m16n8k16, fp32 sums
 //
 // A product does not care in which order it meets the features, so that a lane takes eight neighbours of a row of x, 16
 // bytes, and the same eight of a row of weights: four lanes a row, 32 features, two products. `split` warps of a block
-// are a team that shares the chunks of a tile; their sums are added up in shared memory in one order.
+// are a team that shares the steps of a tile; their sums are added up in shared memory in one order.
 #pragma once
 #include "common/async.cuh"
 #include "common/mma.cuh"
@@ -17,47 +17,46 @@
 namespace cs336::few_rows {
 
 using cuda::LinearFewRowsParams;
-using cuda::WeightFormat;
 
 constexpr int kThreads = kWarps * 32;
-constexpr int kRingBytes = 96 * 1024;  // of a block: two blocks fit on a multiprocessor, the second one to read ahead
 
 // How a warp is shaped for up to 8 * kEights rows of x.
 template <WeightFormat kFormat, int kEights>
 struct Shape {
-  static constexpr int kRowTiles = (kEights + 1) / 2;  // 16 rows of x each; the upper half of one for 8 is zeros
-  static constexpr int kMostTiles = kFormat == WeightFormat::kLikeX ? 4 : 2;  // registers for scaled sums too
-  static constexpr int kTiles = kEights < kMostTiles ? kEights : kMostTiles;  // of weights: they share the loads of x
-  static constexpr int kRows = kTiles * kTileRows;                            // of weights
-  static constexpr int kStages = kRingBytes / (kWarps * kTiles * 32 * 16);
-  static constexpr int kPartial = kEights * 8 * kRows;  // floats: what a warp hands to its team
-  static constexpr int kSharedBytes = kRingBytes + kWarps * kPartial * 4;
+  static constexpr int kTiles = kFormat == WeightFormat::kInt4 ? 2 : 1;  // of 8 rows of weights: they share loads of x
+  static constexpr int kRows = kTiles * kTileRows;                      // of weights
+  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);    // of each row in a step
+  static constexpr int kVectors = kStepBytes / 16;                      // of a step
+  static constexpr int kPartial = kEights * 8 * kRows;                  // floats: what a warp hands to its team
 };
 
-// Where the vector of lane t of row g lies: so that words, pairs of words and vectors are all read without bank
-// conflicts, by lanes that want four, two and one of them next to each other.
-__device__ __forceinline__ int slot_of(int g, int t) { return 4 * g + (t ^ ((g >> 1 & 1) * 2 + (g >> 2 & 1))); }
+template <typename T, WeightFormat kFormat>
+constexpr int bytes_of_row(int K) {
+  return static_cast<int>(static_cast<int64_t>(K) * Weights<T, kFormat>::kBytes / cuda::kFeatures);
+}
 
-// The chunks of a warp, one after the other.
+// The steps of a warp, one after the other.
 struct Walk {
-  int tile, chunk;
-  int member, split, teams, chunks;
+  int tile, step;
+  int member, split, teams, steps;
   __device__ __forceinline__ void next() {
-    chunk += split;
-    if (chunk >= chunks) {
-      chunk = member;
+    step += split;
+    if (step >= steps) {
+      step = member;
       tile += teams;
     }
   }
-  __device__ __forceinline__ bool is_last_of_tile() const { return chunk + split >= chunks; }
+  __device__ __forceinline__ bool is_last_of_tile() const { return step + split >= steps; }
 };
 
 template <typename T, WeightFormat kFormat, int kEights>
 class Warp {
   using S = Shape<kFormat, kEights>;
   using W = Weights<T, kFormat>;
+  static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
 
  public:
+  // shared: the rings of all warps, what they hand to their teams, x.
   __device__ Warp(const LinearFewRowsParams& p, const Plan& plan, uint4* shared)
       : p_(p),
         plan_(plan),
@@ -66,144 +65,158 @@ class Warp {
         t_(lane_ % 4),
         member_(threadIdx.x / 32 % plan.split),
         team_(threadIdx.x / 32 / plan.split),
-        bytes_(p.K / 32 * W::kBytes + p.K % 32 * W::kBytes / 32),
-        ring_(shared + threadIdx.x / 32 * S::kStages * S::kTiles * 32),
-        partials_(reinterpret_cast<float*>(shared + kRingBytes / 16) + team_ * plan.split * S::kPartial) {}
+        bytes_(bytes_of_row<T, kFormat>(p.K)),
+        ring_(shared + threadIdx.x / 32 * kStages * S::kVectors),
+        partials_(reinterpret_cast<float*>(shared + kRingBytes / 16) + team_ * plan.split * S::kPartial),
+        x_(shared + kRingBytes / 16 + kWarps * S::kPartial / 4) {}
 
   __device__ void run() {
     const int tiles = (p_.N + S::kRows - 1) / S::kRows;
-    const int first = team_ * gridDim.x + blockIdx.x;
-    const int chunks = (bytes_ + kChunkBytes - 1) / kChunkBytes;
-    const Walk start{first, member_, member_, plan_.split, plan_.teams(), chunks};
+    const Walk start{.tile = team_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x),
+                     .step = member_,
+                     .member = member_,
+                     .split = plan_.split,
+                     .teams = plan_.teams(),
+                     .steps = (bytes_ + S::kChunks * kChunkBytes - 1) / (S::kChunks * kChunkBytes)};
     Walk ahead = start;
 #pragma unroll 1
-    for (int i = 0; i < S::kStages; i++, ahead.next()) prefetch(ahead);
+    for (int i = 0; i < kStages; i++, ahead.next()) prefetch(ahead);
     allow_successor();
     wait_for_predecessor();
     ahead = start;
     int stage = 0;
-    for (; stage < S::kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+#pragma unroll 1
+    for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+    keep_x();
     clear(sums_);
-    for (Walk here = start; here.tile < tiles; here.next()) {
+    [[maybe_unused]] Scales scales, next_scales;
+    if constexpr (kScaled) load_scales(next_scales, start);
+    for (Walk here = start; here.tile < tiles;) {
       copy(ahead, stage);
       ahead.next();
-      stage = stage + 1 == S::kStages ? 0 : stage + 1;
-      wait_copies<S::kStages - 1>();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      Walk next = here;
+      next.next();
+      if constexpr (kScaled) {
+        scales = next_scales;
+        load_scales(next_scales, next);
+      }
+      wait_copies<kStages - 1>();
       __syncwarp();
-      multiply(here, stage);
+      multiply(here, stage, scales);
       __syncwarp();  // all have read what the next copy overwrites
       if (here.is_last_of_tile()) {
         join(here.tile);
         clear(sums_);
       }
+      here = next;
     }
   }
 
  private:
-  using Sums = float[S::kRowTiles][S::kTiles][4];
+  using Sums = float[S::kTiles][4];
+
+  struct Scales {  // of the chunks of a step
+    float of[S::kChunks][S::kTiles][2];  // of the two rows of weights whose sums a lane has
+    float zero[S::kChunks][S::kTiles];   // of the row that it multiplies with
+  };
 
   __device__ __forceinline__ static void clear(Sums& sums) {
 #pragma unroll
-    for (int m = 0; m < S::kRowTiles; m++)
+    for (int i = 0; i < S::kTiles; i++)
 #pragma unroll
-      for (int i = 0; i < S::kTiles; i++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) sums[m][i][c] = 0.f;
+      for (int c = 0; c < 4; c++) sums[i][c] = 0.f;
   }
 
-  // This lane's 16 bytes of row i * 8 + g of a tile; whether they are there.
-  __device__ __forceinline__ const char* source(const Walk& at, int i, bool& live) const {
-    const int n = at.tile * S::kRows + i * kTileRows + g_, byte = at.chunk * kChunkBytes + t_ * 16;
-    live = n < p_.N && byte < bytes_;
-    return static_cast<const char*>(p_.weight) + (live ? n * p_.weight_stride + byte : 0);
+  // Calls f(from, live, vector): 16 bytes of this lane's rows, whether they are there, and where they lie in a stage.
+  template <typename F>
+  __device__ __forceinline__ void each_vector(const Walk& at, F f) const {
+#pragma unroll
+    for (int i = 0; i < S::kTiles; i++) {
+      const int n = at.tile * S::kRows + i * kTileRows + g_, byte = at.step * S::kChunks * kChunkBytes + t_ * 16;
+      const char* from = static_cast<const char*>(p_.weight) + n * p_.weight_stride + byte;
+#pragma unroll
+      for (int c = 0; c < S::kChunks; c++)
+        f(from + c * kChunkBytes, n < p_.N && byte + c * kChunkBytes < bytes_,
+          (i * S::kChunks + c) * 32 + slot_of(g_, t_));
+    }
   }
 
   __device__ __forceinline__ void prefetch(const Walk& at) const {
-#pragma unroll
-    for (int i = 0; i < S::kTiles; i++) {
-      bool live;
-      const char* from = source(at, i, live);
+    each_vector(at, [](const char* from, bool live, int) {
       if (live) prefetch_L2(from);
-    }
+    });
   }
 
   __device__ __forceinline__ void copy(const Walk& at, int stage) const {
-#pragma unroll
-    for (int i = 0; i < S::kTiles; i++) {
-      bool live;
-      const char* from = source(at, i, live);
-      copy_async(ring_ + (stage * S::kTiles + i) * 32 + slot_of(g_, t_), from, live);
-    }
+    each_vector(at, [&](const char* from, bool live, int vector) {
+      copy_async(ring_ + stage * S::kVectors + vector, from, live);
+    });
     commit_copies();
   }
 
-  // Eight features of a row of x, or zeros.
-  __device__ __forceinline__ uint4 features(int m, int k) const {
-    return m < p_.M && k < p_.K ? load<T>(p_.x, m * p_.x_stride + k) : uint4{0, 0, 0, 0};
+  // x to shared memory, zeros behind its last feature.
+  __device__ __forceinline__ void keep_x() const {
+    const int vectors = x_vectors(p_.K);
+    for (int m = 0; m < p_.M; m++)
+      for (int v = threadIdx.x; v < vectors; v += kThreads)
+        x_[m * vectors + v] =
+            v * 8 < p_.K ? W::in_order(load<T>(p_.x, m * p_.x_stride + v * 8)) : uint4{0, 0, 0, 0};
+    __syncthreads();
   }
 
-  __device__ __forceinline__ void multiply(const Walk& at, int stage) {
-    const uint4* tiles = ring_ + stage * S::kTiles * 32;
-    [[maybe_unused]] Sums part;
-    [[maybe_unused]] float scales[S::kTiles][2];
-    [[maybe_unused]] float zeros[S::kTiles];
-    constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
-    [[maybe_unused]] const bool whole = p_.group >= p_.K || p_.group % (W::kPieces * cuda::kFeatures) == 0;
+  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Scales& scales) {
+    // What lanes of rows that are not there multiply is not looked at.
+    const int first = at.step * S::kChunks * W::kPieces * 4 + t_, vectors = x_vectors(p_.K);
+    const uint4* low_row = x_ + min(g_, p_.M - 1) * vectors + first;
+    const uint4* high_row = x_ + min(g_ + 8, p_.M - 1) * vectors + first;
 #pragma unroll
-    for (int j = 0; j < W::kPieces; j++) {
-      const int first = (at.chunk * W::kPieces + j) * cuda::kFeatures, k = first + t_ * 8;
-      if constexpr (kScaled) {
-        if (j == 0 || !whole) {
-          load_scales(scales, zeros, at.tile, first);
-          clear(part);
-        }
-      }
-      uint32_t w[S::kTiles][4];
+    for (int c = 0; c < S::kChunks; c++) {
+      [[maybe_unused]] Sums part;
+      [[maybe_unused]] Scales own;
+      if constexpr (kScaled) clear(part);
 #pragma unroll
-      for (int i = 0; i < S::kTiles; i++) {
-        W::take(w[i], tiles + i * 32, g_, t_, j);
-        if constexpr (kScaled) {
-          if (p_.zeros) W::subtract(w[i], zeros[i]);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < S::kRowTiles; m++) {
-        const uint4 low = W::in_order(features(m * 16 + g_, k));
-        const uint4 high = kEights == 1 ? uint4{0, 0, 0, 0} : W::in_order(features(m * 16 + g_ + 8, k));
+      for (int j = 0; j < W::kPieces; j++) {
+        const uint4 low = low_row[(c * W::kPieces + j) * 4];
+        const uint4 high = kEights == 1 ? uint4{0, 0, 0, 0} : high_row[(c * W::kPieces + j) * 4];
 #pragma unroll
         for (int i = 0; i < S::kTiles; i++) {
-          float(&to)[4] = kScaled ? part[m][i] : sums_[m][i];
-          multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[i][0], w[i][1]);
-          multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[i][2], w[i][3]);
+          uint32_t w[4];
+          W::take(w, ring_ + stage * S::kVectors + (i * S::kChunks + c) * 32, g_, t_, j);
+          if constexpr (kScaled) {
+            if (p_.zeros) subtract<T>(w, scales.zero[c][i]);
+          }
+          float(&to)[4] = kScaled ? part[i] : sums_[i];
+          multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[0], w[1]);
+          multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[2], w[3]);
         }
       }
       if constexpr (kScaled) {
-        if (j == W::kPieces - 1 || !whole) {
 #pragma unroll
-          for (int m = 0; m < S::kRowTiles; m++)
+        for (int i = 0; i < S::kTiles; i++)
 #pragma unroll
-            for (int i = 0; i < S::kTiles; i++)
-#pragma unroll
-              for (int c = 0; c < 4; c++) sums_[m][i][c] += part[m][i][c] * scales[i][c % 2];
-        }
+          for (int e = 0; e < 4; e++) sums_[i][e] += part[i][e] * scales.of[c][i][e % 2];
       }
     }
   }
 
-  // Of the group of feature k: the scales of the two rows of weights whose sums this lane has, the zero of its own row.
-  __device__ __forceinline__ void load_scales(float (&scales)[S::kTiles][2], float (&zeros)[S::kTiles], int tile,
-                                              int k) const {
-    const int groups = (p_.K + p_.group - 1) / p_.group, group = k < p_.K ? k / p_.group : 0;
+  __device__ __forceinline__ void load_scales(Scales& scales, const Walk& at) const {
+    const int groups = (p_.K + p_.group - 1) / p_.group;
 #pragma unroll
-    for (int i = 0; i < S::kTiles; i++) {
-      const int n = tile * S::kRows + i * kTileRows;
+    for (int c = 0; c < S::kChunks; c++) {
+      const int k = (at.step * S::kChunks + c) * W::kPieces * cuda::kFeatures;
+      const int group = min(k / p_.group, groups - 1);
 #pragma unroll
-      for (int c = 0; c < 2; c++) {
-        const int64_t row = min(n + 2 * t_ + c, p_.N - 1);
-        scales[i][c] = load_scale(p_.scales, row * groups + group, p_.scale_dtype);
+      for (int i = 0; i < S::kTiles; i++) {
+        const int n = at.tile * S::kRows + i * kTileRows;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int64_t row = min(n + 2 * t_ + e, p_.N - 1);
+          scales.of[c][i][e] = load_scale(p_.scales, row * groups + group, p_.scale_dtype);
+        }
+        const int64_t row = min(n + g_, p_.N - 1);
+        scales.zero[c][i] = p_.zeros ? p_.zeros[row * groups + group] : 0.f;
       }
-      const int64_t row = min(n + g_, p_.N - 1);
-      zeros[i] = p_.zeros ? p_.zeros[row * groups + group] : 0.f;
     }
   }
 
@@ -219,13 +232,11 @@ class Warp {
     sync_team();  // all have read the tile before
     float* mine = partials_ + member_ * S::kPartial;
 #pragma unroll
-    for (int m = 0; m < S::kRowTiles; m++)
+    for (int i = 0; i < S::kTiles; i++)
 #pragma unroll
-      for (int i = 0; i < S::kTiles; i++)
-#pragma unroll
-        for (int half = 0; half < (kEights == 1 ? 1 : 2); half++)
-          *reinterpret_cast<float2*>(mine + (m * 16 + half * 8 + g_) * S::kRows + i * kTileRows + t_ * 2) =
-              make_float2(sums_[m][i][half * 2], sums_[m][i][half * 2 + 1]);
+      for (int half = 0; half < kEights; half++)
+        *reinterpret_cast<float2*>(mine + (half * 8 + g_) * S::kRows + i * kTileRows + t_ * 2) =
+            make_float2(sums_[i][half * 2], sums_[i][half * 2 + 1]);
     sync_team();
     for (int e = member_ * 32 + lane_; e < p_.M * S::kRows; e += plan_.split * 32) {
       const int n = tile * S::kRows + e % S::kRows;
@@ -243,6 +254,7 @@ class Warp {
   const int member_, team_, bytes_;  // of a row of weights
   uint4* const ring_;
   float* const partials_;
+  uint4* const x_;  // (M, x_vectors(K))
   Sums sums_;
 };
 

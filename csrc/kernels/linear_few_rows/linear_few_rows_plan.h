@@ -9,7 +9,22 @@ inline constexpr int kWarps = 16;       // of a block, of which a multiprocessor
 inline constexpr int kTileRows = 8;     // of weights: what one product of 16 x 8 x 16 takes
 inline constexpr int kChunkBytes = 64;  // of a row of weights: 16 for each of the four lanes that share it
 
+inline constexpr int kMostAtOnce = 16;  // rows of x
+inline constexpr int kStepBytes = 2048;  // of weights, that a warp copies and multiplies at a time
+inline constexpr int kStages = 3;        // steps of a warp's ring
+inline constexpr int kRingBytes = kWarps * kStages * kStepBytes;  // of all warps
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Vectors of 16 bytes that a row of x takes in shared memory: up to the end of the last step of any format, and half of
+// the banks more, so that two rows are read at once without conflicts.
+constexpr int x_vectors(int K) { return ceil_div(K, 256) * 32 + 4; }
+
+// Rows of x that fit into a block's shared memory beside the rings and the sums of 16 rows of weights; 0: none.
+constexpr int rows_at_once(int K, int shared_bytes) {
+  const int64_t left = shared_bytes - kRingBytes - kWarps * kMostAtOnce * 16 * 4;
+  return static_cast<int>(std::clamp<int64_t>(left / (x_vectors(K) * int64_t{16}), 0, kMostAtOnce));
+}
 
 struct Plan {
   int blocks;
