@@ -76,7 +76,7 @@ void check_groups(const Tensor& x, const Tensor& weight, const Tensor& scales, i
 }
 
 Tensor product(const Tensor& x, const Tensor& weight, const Tensor* scales, const std::optional<Tensor>& bias,
-               int64_t group, const std::optional<Tensor>& zeros, WeightFormat format) {
+               int64_t group, const std::optional<Tensor>& zeros, WeightFormat format, bool constant) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor y = new_tensor(x, {x.size(0), weight.size(0)}, x.scalar_type());
   cuda::linear_few_rows({.x = x.const_data_ptr(),
@@ -93,27 +93,28 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor* scales, cons
                          .group = static_cast<int>(std::min(group, x.size(1))),
                          .dtype = dtype_of(x, "x"),
                          .scale_dtype = scales ? dtype_of(*scales, "scales") : Dtype::F32,
-                         .format = format},
+                         .format = format,
+                         .constant = constant},
                         static_cast<cudaStream_t>(current_stream(x)));
   return y;
 }
 
-Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool constant) {
   check_product(x, weight, bias, WeightFormat::kLikeX);
-  return product(x, weight, nullptr, bias, 0, std::nullopt, WeightFormat::kLikeX);
+  return product(x, weight, nullptr, bias, 0, std::nullopt, WeightFormat::kLikeX, constant);
 }
 
 template <WeightFormat kFormat>
 Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
-                        int64_t group, const std::optional<Tensor>& zeros) {
+                        int64_t group, const std::optional<Tensor>& zeros, bool constant) {
   check_product(x, weight, bias, kFormat);
   check_groups(x, weight, scales, group, zeros, kFormat);
-  return product(x, weight, &scales, bias, group, zeros, kFormat);
+  return product(x, weight, &scales, bias, group, zeros, kFormat, constant);
 }
 
 Tensor linear_fp8(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
-                  int64_t group) {
-  return linear_quantized<WeightFormat::kFp8>(x, weight, scales, bias, group, std::nullopt);
+                  int64_t group, bool constant) {
+  return linear_quantized<WeightFormat::kFp8>(x, weight, scales, bias, group, std::nullopt, constant);
 }
 
 }  // namespace

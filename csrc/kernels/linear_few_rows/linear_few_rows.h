@@ -24,6 +24,7 @@ struct LinearFewRowsParams {
   Dtype dtype;            // of x, bias and y: F16 or BF16
   Dtype scale_dtype;
   WeightFormat format;
+  bool constant;  // the kernel before this one does not write the weights: they are read while it still runs
 };
 
 inline constexpr int kMostRows = 64;

@@ -78,15 +78,13 @@ class Warp {
                      .split = plan_.split,
                      .teams = plan_.teams(),
                      .steps = (bytes_ + S::kChunks * kChunkBytes - 1) / (S::kChunks * kChunkBytes)};
-    Walk ahead = start;
-#pragma unroll 1
-    for (int i = 0; i < kStages; i++, ahead.next()) prefetch(ahead);
     allow_successor();
-    wait_for_predecessor();
-    ahead = start;
+    if (!p_.constant) wait_for_predecessor();
+    Walk ahead = start;
     int stage = 0;
 #pragma unroll 1
     for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+    wait_for_predecessor();
     keep_x();
     clear(sums_);
     [[maybe_unused]] Scales scales, next_scales;
@@ -128,40 +126,35 @@ class Warp {
       for (int c = 0; c < 4; c++) sums[i][c] = 0.f;
   }
 
-  // Calls f(from, live, vector): 16 bytes of this lane's rows, whether they are there, and where they lie in a stage.
-  template <typename F>
-  __device__ __forceinline__ void each_vector(const Walk& at, F f) const {
+  // 16 bytes of each of this lane's chunks.
+  __device__ __forceinline__ void copy(const Walk& at, int stage) const {
 #pragma unroll
     for (int i = 0; i < S::kTiles; i++) {
       const int n = at.tile * S::kRows + i * kTileRows + g_, byte = at.step * S::kChunks * kChunkBytes + t_ * 16;
       const char* from = static_cast<const char*>(p_.weight) + n * p_.weight_stride + byte;
+      uint4* to = ring_ + stage * S::kVectors + i * S::kChunks * 32 + slot_of(g_, t_);
 #pragma unroll
       for (int c = 0; c < S::kChunks; c++)
-        f(from + c * kChunkBytes, n < p_.N && byte + c * kChunkBytes < bytes_,
-          (i * S::kChunks + c) * 32 + slot_of(g_, t_));
+        copy_async(to + c * 32, from + c * kChunkBytes, n < p_.N && byte + c * kChunkBytes < bytes_);
     }
-  }
-
-  __device__ __forceinline__ void prefetch(const Walk& at) const {
-    each_vector(at, [](const char* from, bool live, int) {
-      if (live) prefetch_L2(from);
-    });
-  }
-
-  __device__ __forceinline__ void copy(const Walk& at, int stage) const {
-    each_vector(at, [&](const char* from, bool live, int vector) {
-      copy_async(ring_ + stage * S::kVectors + vector, from, live);
-    });
     commit_copies();
   }
 
-  // x to shared memory, zeros behind its last feature.
+  // x to shared memory, zeros behind its last feature. All of a thread's loads are under way before it waits for one.
   __device__ __forceinline__ void keep_x() const {
-    const int vectors = x_vectors(p_.K);
-    for (int m = 0; m < p_.M; m++)
-      for (int v = threadIdx.x; v < vectors; v += kThreads)
-        x_[m * vectors + v] =
-            v * 8 < p_.K ? W::in_order(load<T>(p_.x, m * p_.x_stride + v * 8)) : uint4{0, 0, 0, 0};
+    constexpr int kAtOnce = 4;
+    const int row = x_vectors(p_.K), vectors = p_.M * row;
+    for (int first = threadIdx.x; first < vectors; first += kAtOnce * kThreads) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int v = first + i * kThreads, m = v / row, k = (v - m * row) * 8;
+        x[i] = v < vectors && k < p_.K ? load<T>(p_.x, m * p_.x_stride + k) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (first + i * kThreads < vectors) x_[first + i * kThreads] = W::in_order(x[i]);
+    }
     __syncthreads();
   }
 
@@ -259,7 +252,7 @@ class Warp {
 };
 
 template <typename T, WeightFormat kFormat, int kEights>
-__global__ void __launch_bounds__(kThreads) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
   extern __shared__ uint4 shared[];
   Warp<T, kFormat, kEights>(p, plan, shared).run();
 }
