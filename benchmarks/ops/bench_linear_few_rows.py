@@ -4,7 +4,7 @@ pytest benchmarks/ops/bench_linear_few_rows.py
 python -m benchmarks.run ops linear_few_rows --out FILE [--quick]
 
 Shapes are rows, out_features, in_features: of Llama-3.2-1B and Qwen3-8B, with what reads the same x joined. Bytes: the
-weights, their scales (groups of 128), x and y once. "cublas" multiplies with the weights in bfloat16, whatever the pass.
+weights, their scales (groups of 128), x and y once. "cublas" multiplies with bfloat16 weights, whatever the pass.
 """
 
 import functools
