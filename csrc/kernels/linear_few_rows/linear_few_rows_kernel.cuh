@@ -1,5 +1,6 @@
-// y = x w^T + b for up to 16 rows of x, which a block keeps in shared memory. Each warp streams rows of weights, eight or
-// sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they come:
+// y = x w^T + b for up to 16 rows of x, which a block keeps in shared memory. Each warp streams rows of weights, eight
+// or sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they
+// come:
 //
 //   y (16 rows of x, 8 rows of weights) += x (16, 16) w^T (16, 8)                       m16n8k16, fp32 sums
 //
@@ -24,10 +25,10 @@ constexpr int kThreads = kWarps * 32;
 template <WeightFormat kFormat, int kEights>
 struct Shape {
   static constexpr int kTiles = kFormat == WeightFormat::kInt4 ? 2 : 1;  // of 8 rows of weights: they share loads of x
-  static constexpr int kRows = kTiles * kTileRows;                      // of weights
-  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);    // of each row in a step
-  static constexpr int kVectors = kStepBytes / 16;                      // of a step
-  static constexpr int kPartial = kEights * 8 * kRows;                  // floats: what a warp hands to its team
+  static constexpr int kRows = kTiles * kTileRows;                       // of weights
+  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);     // of each row in a step
+  static constexpr int kVectors = kStepBytes / 16;                       // of a step
+  static constexpr int kPartial = kEights * 8 * kRows;                   // floats: what a warp hands to its team
 };
 
 template <typename T, WeightFormat kFormat>
@@ -114,7 +115,7 @@ class Warp {
  private:
   using Sums = float[S::kTiles][4];
 
-  struct Scales {  // of the chunks of a step
+  struct Scales {                        // of the chunks of a step
     float of[S::kChunks][S::kTiles][2];  // of the two rows of weights whose sums a lane has
     float zero[S::kChunks][S::kTiles];   // of the row that it multiplies with
   };
@@ -179,7 +180,7 @@ class Warp {
           if constexpr (kScaled) {
             if (p_.zeros) subtract<T>(w, scales.zero[c][i]);
           }
-          float(&to)[4] = kScaled ? part[i] : sums_[i];
+          float (&to)[4] = kScaled ? part[i] : sums_[i];
           multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[0], w[1]);
           multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[2], w[3]);
         }
@@ -243,7 +244,7 @@ class Warp {
 
   const LinearFewRowsParams& p_;
   const Plan& plan_;
-  const int lane_, g_, t_;          // of a tile of 8 x 4 lanes, row and column
+  const int lane_, g_, t_;           // of a tile of 8 x 4 lanes, row and column
   const int member_, team_, bytes_;  // of a row of weights
   uint4* const ring_;
   float* const partials_;

@@ -9,7 +9,7 @@ inline constexpr int kWarps = 16;       // of a block, of which a multiprocessor
 inline constexpr int kTileRows = 8;     // of weights: what one product of 16 x 8 x 16 takes
 inline constexpr int kChunkBytes = 64;  // of a row of weights: 16 for each of the four lanes that share it
 
-inline constexpr int kMostAtOnce = 16;  // rows of x
+inline constexpr int kMostAtOnce = 16;   // rows of x
 inline constexpr int kStepBytes = 2048;  // of weights, that a warp copies and multiplies at a time
 inline constexpr int kStages = 3;        // steps of a warp's ring
 inline constexpr int kRingBytes = kWarps * kStages * kStepBytes;  // of all warps
@@ -32,8 +32,9 @@ struct Plan {
   constexpr int teams() const { return blocks * (kWarps / split); }
 };
 
-// tiles: of as many rows of weights as a warp takes at a time; chunks: of a row. A warp has 6 KB in flight, about a sixth
-// of what a multiprocessor needs, so that tiles are split until its own share of the work is no longer what takes longest.
+// tiles: of as many rows of weights as a warp takes at a time; chunks: of a row. A warp has 6 KB in flight, about a
+// sixth of what a multiprocessor needs, so that tiles are split until its own share of the work is no longer what takes
+// longest.
 inline Plan plan(int tiles, int chunks, int num_sms) {
   constexpr int kWarpsAtFullSpeed = 6;  // of a multiprocessor
   constexpr int kJoin = 4;              // chunks in whose time the sums of a tile are put together
