@@ -123,6 +123,8 @@ def test_the_same_bits_each_time_and_whatever_the_other_rows(variant, device, M)
     assert torch.equal(ops.linear_few_rows(others, w, b)[0], y[0])
     turned = torch.arange(M, device=device).roll(1)
     assert torch.equal(ops.linear_few_rows(x[turned], w, b), y[turned])
+    if variant == "native":
+        assert torch.equal(ops.linear_few_rows(x[:1], w, b, constant=True)[0], y[0])
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
