@@ -138,7 +138,9 @@ def test_what_the_few_row_kernel_is_not_asked_for():
         x, w = x.cuda(), w.cuda()
         wanted = registry.missing("linear_few_rows", "native", x.device) is None
         assert pays(x, w, None) == wanted
-        for args in ((x.float(), w.float(), None), (x.expand(65, 8), w, None), (x[:, :4], w[:, :4], None)):
+        large = torch.empty(2**13, 2**12, dtype=x.dtype, device="cuda")
+        refused = (x.float(), w.float(), None), (x.expand(9, 8), w, None), (x[:, :4], w[:, :4], None)
+        for args in (*refused, (large[:1], large, None), (large.view(-1, 2**14)[:8], large.view(-1, 2**14)[:9], None)):
             assert not pays(*args)
         with torch.autocast("cuda", torch.bfloat16):
             assert not pays(x, w, None)
