@@ -94,6 +94,17 @@ def _linear(dtype: torch.dtype, device: str) -> tuple:
     return x, weight, None
 
 
+def _linear_quantized(method: str) -> Arguments:
+    kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+
+    def arguments(dtype: torch.dtype, device: str) -> tuple:
+        x, scales = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((4, 128), (32, 1)))
+        weight = torch.empty(32, 64 if method == "int4" else 128, dtype=kinds[method], device=device)
+        return x, weight, scales, None, 128
+
+    return arguments
+
+
 def _linear_attention_fwd(dtype: torch.dtype, device: str) -> tuple:
     q, k, v = (torch.empty(1, 2, 64, 16, dtype=dtype, device=device) for _ in range(3))
     return q, k, v, None, None, None, 0.25
@@ -160,6 +171,8 @@ SAMPLES: dict[str, Arguments] = {
     "embedding_bwd": _embedding,
     "scale_": _scale,
     "linear_invariant": _linear,
+    "linear_few_rows": _linear,
+    **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
     "gated_delta_rule_fwd": _gated_delta_rule_fwd,
     "gated_delta_rule_bwd": _gated_delta_rule_bwd,
     "linear_attention_fwd": _linear_attention_fwd,

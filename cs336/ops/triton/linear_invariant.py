@@ -92,3 +92,7 @@ def linear_invariant(x, weight, bias):
             GROUP=8, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y
+
+
+def linear_few_rows(x, weight, bias, constant):
+    return linear_invariant(x, weight, bias)
