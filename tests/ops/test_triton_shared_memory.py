@@ -47,7 +47,7 @@ def compile_all() -> None:
             print(f"walk back {dtype} on {capability}: {took} of {room}")
         for rows in (16, 128):
             cut = paged_latent.plan(rows, 512, 64, torch.bfloat16, gpu)
-            rest = {"L": 512, "R": 64, "MOST": paged_latent.MOST, "SPLIT": True, "cu_ptr": None}
+            rest = {"L": 512, "R": 64, "MOST": paged_latent.MOST, "SPLIT": True, "IN_PAGE": True, "cu_ptr": None}
             took = shared_memory(paged_latent._latent_kernel, capability, "bf16", cut, **rest)
             print(f"latent attention, {rows} rows, on {capability}: {took} of {room}")
 
