@@ -23,7 +23,6 @@ from cs336.ops.dispatch import has_kernel, rows
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
-
 WIDE_KEYS = 107 * 1024  # bytes of shared memory that the backward takes for keys of 256 features in float32
 
 
