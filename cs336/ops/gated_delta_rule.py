@@ -53,7 +53,7 @@ def _triton_refuses(q, *_) -> str | None:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
     if q.is_cuda and (room := registry.shared_memory(q.device)) < (least := SHARED_MEMORY[q.dtype.itemsize]):
         return (
-            f"the Triton kernels need {least} bytes of shared memory a block for {q.dtype}, and {q.device} has {room}"
+            f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, and {q.device} has {room} a block"
         )
     return None
 
