@@ -13,7 +13,16 @@ from torch import Tensor
 
 from cs336.ops import chunked, registry
 from cs336.ops.dispatch import rows
-from cs336.ops.linear_attention import bounded, check, check_rows, first_token, like, recomputed
+from cs336.ops.linear_attention import (
+    bounded,
+    check,
+    check_gradients,
+    check_rows,
+    fake_fwd,
+    first_token,
+    like,
+    recomputed,
+)
 from cs336.ops.ref import gated_delta_rule as ref
 from cs336.ops.ref.wide import wide
 
@@ -38,12 +47,7 @@ def _check_raw(*args) -> None:
 
 def _check_bwd(do, dstate, *args) -> None:
     _check_raw(*args)
-    q, v = args[0], args[2]
-    stat, state_shape = torch.promote_types(q.dtype, torch.float32), (*v.shape[:2], q.shape[-1], v.shape[-1])
-    for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
-        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
-            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
-    check_rows("do", do)
+    check_gradients(do, dstate, args[0], args[2])
 
 
 def _triton_refuses(q, *_) -> str | None:
@@ -51,17 +55,12 @@ def _triton_refuses(q, *_) -> str | None:
         return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > MOST_KEY_FEATURES:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
-    if q.is_cuda and (room := registry.shared_memory(q.device)) < (least := SHARED_MEMORY[q.dtype.itemsize]):
+    least = SHARED_MEMORY[q.dtype.itemsize]
+    if q.is_cuda and (room := registry.shared_memory(q.device)) < least:
         return (
             f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, and {q.device} has {room} a block"
         )
     return None
-
-
-def _fake_fwd(q, k, v, *_):
-    (B, H, T, V), K = v.shape, q.shape[-1]
-    stat = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
 
 
 def _fake_bwd(do, dstate, q, k, v, *_):
@@ -74,7 +73,7 @@ def _fake_bwd(do, dstate, q, k, v, *_):
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? segments, float scale"
 registry.define(
     f"gated_delta_rule_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
-    fake=_fake_fwd,
+    fake=fake_fwd,
     ref=ref.fwd,
     triton="gated_delta_rule.fwd",
     check=_check_raw,
