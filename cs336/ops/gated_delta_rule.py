@@ -58,7 +58,7 @@ def _triton_refuses(q, *_) -> str | None:
     least = SHARED_MEMORY[q.dtype.itemsize]
     if q.is_cuda and (room := registry.shared_memory(q.device)) < least:
         return (
-            f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, and {q.device} has {room} a block"
+            f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, {q.device} has {room} a block"
         )
     return None
 
