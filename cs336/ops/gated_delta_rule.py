@@ -57,9 +57,7 @@ def _triton_refuses(q, *_) -> str | None:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
     least = SHARED_MEMORY[q.dtype.itemsize]
     if q.is_cuda and (room := registry.shared_memory(q.device)) < least:
-        return (
-            f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, {q.device} has {room} a block"
-        )
+        return f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, {q.device} has {room} a block"
     return None
 
 
