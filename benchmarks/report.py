@@ -324,6 +324,31 @@ def align_ladder(rows: list[Row]) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def sft(rows: list[Row]) -> Iterator[str]:
+    """A row for each way to make the same pass."""
+    (ours,) = (row["tokens_per_second"] for row in rows if row["way"] == "cs336 sft")
+    yield f"{rows[0]['examples']} examples of {rows[0]['tokens']:,} tokens"
+    yield ""
+    yield "| | steps | tokens a second | cs336 is as fast, times |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows:
+        speed = row["tokens_per_second"]
+        yield f"| {row['way']} | {row['steps']} | {speed:,} | {ours / speed:.2f} |"
+
+
+def gsm8k(rows: list[Row]) -> Iterator[str]:
+    """A row a seed, and the gain with the 95 % interval of Student's t."""
+    yield "| seed | SFT | and GRPO | SFT, drawn | and GRPO, drawn | steps of SFT | of GRPO |"
+    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for row in (row for row in rows if "seed" in row):
+        cells = [f"{100 * row[f'{by}_{how}']:.1f} %" for how in ("greedy", "drawn") for by in ("sft", "grpo")]
+        yield f"| {row['seed']} | " + " | ".join([*cells, str(row["sft_steps"]), str(row["grpo_steps"])]) + " |"
+    yield ""
+    for row in (row for row in rows if "gain" in row):
+        spread = "" if row["half_width"] is None else f" ± {100 * row['half_width']:.2f}"
+        yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {rows[0]['tested']:,} questions."
+
+
 def variants(rows: list[Row]) -> Iterator[str]:
     """A row a kind of block, trained alike; its speed as a share of the plainest one's."""
     plain = next((row["tokens_per_second"] for row in rows if row["variant"] == "SwiGLU"), None)
@@ -559,6 +584,8 @@ BODIES = {
     "curation": curation,
     "scaling_forecast": scaling_forecast,
     "align_ladder": align_ladder,
+    "sft": sft,
+    "gsm8k": gsm8k,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "variants": variants,

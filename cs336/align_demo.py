@@ -43,6 +43,7 @@ TEMPLATE = (
 """A question is written as 12+34, its answer as =046, so that every answer is of three characters and an end."""
 CONTEXT, ANSWER = 16, 4
 COPIES = 3  # of each sum that SFT learns from, with another answer each
+SFT_SHARE = 0.25  # of the minutes, where there are any; GRPO has the rest
 WIDTH = 64  # of the model that is pretrained here; a wider one learns more slowly by so much
 
 
@@ -61,6 +62,8 @@ class AlignDemo:
     grpo_steps: int = 200
     prompts_per_step: int = 32
     """Of GRPO, each answered 16 times."""
+    minutes: float | None = None
+    """For SFT and GRPO together. None: sft_steps and grpo_steps say how long they are."""
     device: str = "cpu"
     """cpu, auto (a GPU if there is one), cuda."""
     seed: int = 0
@@ -69,6 +72,8 @@ class AlignDemo:
         for name in ("pretrain_steps", "sft_steps", "dpo_steps", "grpo_steps", "prompts_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes must be more than zero and finite, got {self.minutes}")
 
 
 def align_demo(settings: AlignDemo, console: Console | None = None) -> pathlib.Path:
@@ -129,7 +134,8 @@ class _Job:
         ]  # fmt: skip
 
     def _stage(self, name: str, purpose: str, run: Any, model: pathlib.Path, data: pathlib.Path, steps: int) -> Stage:
-        settings = {"steps": steps, "seed": self.settings.seed}
+        timed = name != "dpo" and self.settings.minutes is not None
+        settings = {"seed": self.settings.seed, **({"minutes": self.settings.minutes} if timed else {"steps": steps})}
         if name == "grpo":
             settings["prompts_per_step"] = self.settings.prompts_per_step
         outputs = (f"{name}/export/model.safetensors",)
@@ -182,7 +188,7 @@ class _Job:
 
     def sft(self) -> Outcome:
         config = SFTConfig(
-            **self._shared("sft", self._base, self.settings.sft_steps, 4e-3),
+            **self._shared("sft", self._base, self.settings.sft_steps, 4e-3, SFT_SHARE),
             chat_template=self.run_dir / "data" / "template.jinja",
             data=SFTData(self.run_dir / "data" / "sft.jsonl"),
             batch_size=128,
@@ -196,6 +202,8 @@ class _Job:
         labels = VerifierLabels([CharactersReward()])
         seed = self.settings.seed
         found = make_pairs(llm, prompts, self.run_dir / "data" / "pairs.jsonl", labels, max_tokens=ANSWER, seed=seed)
+        if found.ties == found.pairs:
+            raise ValueError("after SFT all answers are worth the same, and none can be preferred: give more minutes")
         return Outcome(f"{found.pairs:,} pairs of answers, {found.ties:,} of them equally good")
 
     def dpo(self) -> Outcome:
@@ -208,7 +216,7 @@ class _Job:
 
     def grpo(self) -> Outcome:
         config = GRPOStageConfig(
-            **self._shared("grpo", self._export("dpo"), self.settings.grpo_steps, 1e-3),
+            **self._shared("grpo", self._export("dpo"), self.settings.grpo_steps, 1e-3, 1 - SFT_SHARE),
             data=PromptData(self.run_dir / "data" / "prompts.jsonl", self.run_dir / "data" / "test.jsonl"),
             rewards=(ExactReward(), MathReward(weight=0.0)),
             grpo=replace(GRPO, prompts_per_step=self.settings.prompts_per_step, max_tokens=ANSWER),
@@ -231,13 +239,16 @@ class _Job:
         first, last = accuracies["sft"], accuracies["grpo"]
         return Outcome(f"from {first:.1%} to {last:.1%} of {len(self.tested)} sums that it never saw")
 
-    def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float) -> dict[str, Any]:
+    def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float, share: float = 0.0) -> dict[str, Any]:
+        """share: of the minutes, where there are any."""
+        minutes = self.settings.minutes
+        timed = bool(share) and minutes is not None
         return {
             "run_dir": self.run_dir / name,
             "init_from": model,
             "optimizer": AdamWConfig(lr=lr * min(1, WIDTH / self._width()), weight_decay=0.0),
-            "schedule": LinearConfig(warmup_steps=min(20, steps // 4)),
-            "budget": f"{steps}steps",
+            "schedule": LinearConfig(warmup_steps=None if timed else min(20, steps // 4)),
+            "budget": f"{60 * share * minutes:g}s" if timed else f"{steps}steps",
             "device": self.settings.device,
             "seed": self.settings.seed,
             "log_interval": 10 if steps >= 100 else 1,

@@ -73,6 +73,8 @@ class Rung:
     algorithm: str = "grpo"
     greedy: bool = True
     """Whether the likeliest answers are tested; those that are drawn otherwise."""
+    wordings: Callable[[str], list[str]] = lambda question: [question]
+    """Of a question that is learned, each of which is one to learn from."""
 
 
 def _arms(rng: random.Random) -> list[Question]:
@@ -96,10 +98,15 @@ def _any_order(rng: random.Random, question: str) -> str:
 
 
 def sums(rng: random.Random) -> list[tuple[int, int]]:
-    """All pairs of numbers of two digits in a random order: the last TESTED are tested."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    rng.shuffle(pairs)
-    return pairs
+    """All pairs of numbers of two digits in a random order: the last TESTED are tested, in no order learned from."""
+    unequal = list(itertools.combinations(range(10, 100), 2))
+    rng.shuffle(unequal)
+    cut = TESTED // 2
+    tested, others = ([*pairs, *((b, a) for a, b in pairs)] for pairs in (unequal[:cut], unequal[cut:]))
+    learned = [*others, *((a, a) for a in range(10, 100))]
+    for pairs in (learned, tested):
+        rng.shuffle(pairs)
+    return learned + tested
 
 
 def nearly(rng: random.Random, a: int, b: int) -> str:
@@ -129,6 +136,12 @@ def _countdowns(rng: random.Random) -> list[Question]:
     return found
 
 
+def _any_given_order(question: str) -> list[str]:
+    """Of 428 questions in one order each, half of what is learned is these questions and not how to count."""
+    numbers, _, target = question.partition(":")
+    return [f"{','.join(order)}:{target}" for order in sorted(set(itertools.permutations(numbers.split(","))))]
+
+
 def _any_expression(rng: random.Random, question: str) -> str:
     a, b, c = rng.sample(question.partition(":")[0].split(","), 3)
     return f"{a}{rng.choice('+-')}{b}{rng.choice('+-')}{c}"
@@ -149,7 +162,7 @@ RUNGS = {
     ),
     "countdown": Rung(
         "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=200,
-        steps=250,
+        steps=250, wordings=_any_given_order,
     ),
 }  # fmt: skip
 
@@ -230,6 +243,7 @@ class _Job:
         questions = self.rung.questions(rng)
         cut = len(questions) - min(TESTED, len(questions) // 4)
         learned, tested = questions[:cut], questions[cut:] or questions
+        learned = [(wording, answer) for question, answer in learned for wording in self.rung.wordings(question)]
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
         _write(folder / "sft.jsonl", imitated)

@@ -173,7 +173,7 @@ class _Job:
         )
 
     def build(self, name: str, recipe: Recipe) -> Outcome:
-        Build(recipe, console=Console(quiet=True)).run()
+        Build(recipe, console=self.console).run()
         found = json.loads((self.run_dir / name / "build.json").read_text(encoding="utf-8"))
         if name == "curated":
             with replacing(self.run_dir / name / "planted.json") as file:

@@ -55,7 +55,8 @@ class Quickstart:
     run_dir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Where everything is written; the same command continues a run that is already there."""
     minutes: float = 4.0
-    """Time for pretraining. The other stages take about one more on two CPU cores, those of --full about ten more."""
+    """Time for pretraining, and with --full as much again for SFT and GRPO together. The other stages take about one
+    more on two CPU cores, those of --full about four more."""
     vocab_size: int = 4096
     """Tokens of the tokenizer."""
     text_field: str = TEXT_FIELD
@@ -128,7 +129,7 @@ class Job:
         self.device = pick(settings.device)
         self._demo = DataDemo(self.run_dir / DEMO, vocab_size=settings.vocab_size, seeds=0)
         cleaning = f"{DEMO}/curated/report.html" if settings.makes_a_crawl else None
-        self.after = Full(self.run_dir, settings.device, settings.seed, cleaning, self.console)
+        self.after = Full(self.run_dir, settings.device, settings.seed, settings.minutes, cleaning, self.console)
         if settings.corpus is not None and not settings.corpus.exists():
             raise FileNotFoundError(
                 f"{settings.corpus} does not exist: expected text, JSON lines, parquet, or a directory"
@@ -214,7 +215,7 @@ class Job:
     # ---- curate, collect ----
 
     def curate(self) -> Outcome:
-        report = data_demo(self._demo, Console(quiet=True))
+        report = data_demo(self._demo, self.console)
         found = json.loads((report.parent / "build.json").read_text(encoding="utf-8"))
         return Outcome(f"{found['documents']:,} of {found['records']:,} records are left: {report} says why")
 

@@ -7,7 +7,6 @@ and read the same held-out text.
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,6 @@ from cs336.utils.files import replacing
 from cs336.utils.stages import Outcome, Stage
 
 ALIGN, INT8, MEASURED = "align", "int8", "full.json"
-STEPS: Mapping[str, int] = {}
-"""Of the alignment demo's stages, where they are not its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Full:
     run_dir: pathlib.Path
     device: str
     seed: int
+    minutes: float
+    """For SFT and GRPO together."""
     curated: str | None
     """The report of the text's cleaning, below run_dir; None where a corpus was given."""
     console: Console
@@ -41,7 +40,7 @@ class Full:
     @property
     def demo(self) -> AlignDemo:
         return AlignDemo(
-            self.run_dir / ALIGN, self.run_dir / "export", device=self.device, seed=self.seed, **dict(STEPS)
+            self.run_dir / ALIGN, self.run_dir / "export", device=self.device, seed=self.seed, minutes=self.minutes
         )
 
     @property
@@ -60,7 +59,7 @@ class Full:
                 self.align,
                 outputs=(f"{ALIGN}/grpo/export/model.safetensors", f"{ALIGN}/results.json"),
                 inputs=(models["pretraining"],),
-                settings={"seed": self.seed, **STEPS},
+                settings={"seed": self.seed, "minutes": self.minutes},
             ),
             Stage(
                 "int8",

@@ -2,7 +2,10 @@
 
 import json
 
-from cs336.align_demo import split_sums
+import pytest
+from rich.console import Console
+
+from cs336.align_demo import SFT_SHARE, AlignDemo, _Job, split_sums
 from cs336.cli.program import main
 
 
@@ -33,3 +36,16 @@ def test_what_is_tested_is_in_nothing_that_is_learned():
     learned, tested = split_sums(3)
     assert len(set(learned)) + len(set(tested)) == len(set(learned + tested)) == 8100
     assert (learned, tested) == split_sums(3) != split_sums(4)
+
+
+def test_minutes_are_shared_by_sft_and_grpo(tmp_path, monkeypatch):
+    monkeypatch.setattr(_Job, "_width", lambda job: 64)
+    job = _Job(AlignDemo(tmp_path, minutes=2), Console(quiet=True))
+    shares = {"sft": SFT_SHARE, "dpo": 0, "grpo": 1 - SFT_SHARE}
+    budgets = [job._shared(name, tmp_path, 600, 1e-3, share)["budget"] for name, share in shares.items()]
+    assert budgets == ["30s", "600steps", "90s"]
+    settings = {stage.name: stage.settings for stage in job.stages()}
+    assert settings["sft"]["minutes"] == settings["grpo"]["minutes"] == 2
+    assert "minutes" not in settings["dpo"]
+    with pytest.raises(ValueError, match="minutes must be more than zero and finite, got 0"):
+        AlignDemo(minutes=0)

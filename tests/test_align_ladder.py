@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.end_to_end import bench_align_ladder
-from cs336.align_ladder import BATCH, RUNGS, TESTED, AlignLadder, _Job, align_ladder, nearly
+from cs336.align_ladder import BATCH, RUNGS, TESTED, AlignLadder, _Job, align_ladder, nearly, sums
 from cs336.alignment.rewards import Rewards
 from cs336.cli.program import main
 from cs336.utils.stages import run_stages
@@ -18,6 +18,11 @@ BEST = {
     "sorting": lambda question, answer: "".join(sorted(question[:-1])),
     "addition": lambda question, answer: f"{sum(map(int, question[:-1].split('+'))):03}",
 }
+
+
+def _unordered(question):
+    numbers, _, target = question.partition(":")
+    return *sorted(numbers.split(",")), target
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -37,8 +42,15 @@ def test_the_best_answers_are_worth_the_optimum_and_imitated_ones_less(name):
 def test_what_is_tested_is_not_learned_from(name):
     questions = [question for question, _ in RUNGS[name].questions(random.Random(0))]
     assert len(set(questions)) == len(questions) > 500
-    asked = {(*sorted(q.partition(":")[0].split(",")), q.partition(":")[2]) for q in questions}
-    assert len(asked) == len(questions)  # in no other order either
+    assert len(set(map(_unordered, questions))) == len(questions)  # in no other order either
+
+
+def test_no_sum_that_is_tested_is_learned_with_its_numbers_swapped():
+    pairs = sums(random.Random(3))
+    assert sorted(pairs) == [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    learned, tested = set(pairs[:-TESTED]), set(pairs[-TESTED:])
+    assert not {(b, a) for a, b in tested} & learned
+    assert pairs[:-TESTED] != sorted(learned)
 
 
 def test_countdown_can_be_solved():
@@ -82,7 +94,12 @@ def test_each_rung_runs_for_a_few_steps(tmp_path, name):
     imitated = {json.loads(line)["prompt"] for line in (tmp_path / name / "data" / "sft.jsonl").open()}
     assert imitated == learned
     assert not learned & tested
-    assert row["questions"] == len(tested) == min(TESTED, (len(learned) + len(tested)) // 4)
+    asked = RUNGS[name].questions(random.Random(1))
+    assert row["questions"] == len(tested) == min(TESTED, len(asked) // 4)
+    in_any_order = [
+        {(*sorted(q.partition(":")[0].split(",")), q.partition(":")[2]) for q in x} for x in (learned, tested)
+    ]
+    assert not in_any_order[0] & in_any_order[1]
     assert 0 <= row["start"] < 0.5
     assert 0 <= row["end"] <= row["optimum"] == 1
 

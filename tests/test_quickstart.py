@@ -21,6 +21,7 @@ import cs336.quickstart as q
 from cs336.data.stdlib import stdlib_documents
 from cs336.inference import LLM
 from cs336.quickstart import SHAPES, Job, Quickstart, quickstart
+from cs336.quickstart_full import Full
 from cs336.utils.locks import locked
 from cs336.utils.stages import LOCK
 
@@ -105,9 +106,11 @@ def test_end_to_end_then_only_what_changed(corpus, tiny, tmp_path):
 
 def test_full_goes_on_to_a_model_that_answers(corpus, tiny, tmp_path, monkeypatch):
     """Each stage for a few steps; the second time nothing is repeated, and what is next is said again."""
-    steps = {"sft_steps": 40, "dpo_steps": 2, "grpo_steps": 2, "prompts_per_step": 2}
-    monkeypatch.setattr("cs336.quickstart_full.STEPS", steps)
+    demo = Full.demo.fget
+    steps = {"minutes": None, "sft_steps": 40, "dpo_steps": 2, "grpo_steps": 2, "prompts_per_step": 2}
+    monkeypatch.setattr(Full, "demo", property(lambda full: dataclasses.replace(demo(full), **steps)))
     settings = Quickstart(corpus, tmp_path / "run", vocab_size=400, full=True)
+    assert demo(Job(settings).after).minutes == settings.minutes
     out = io.StringIO()
     quickstart(settings, Console(file=out, width=400))
     measured = json.loads((settings.run_dir / "full.json").read_text())

@@ -157,7 +157,8 @@ class Policy:
         return self.model if self.adapters is None else self.adapters
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low)
+        """Without autocast's cache: optimizer steps inside change the weights, and the engine's graphs read them."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low, cache_enabled=False)
 
     @contextlib.contextmanager
     def judging(self) -> Iterator[None]:

@@ -342,3 +342,20 @@ def test_prompts_that_leave_no_room(tmp_path, model):
     with pytest.raises(ValueError, match=r'long\.jsonl:1: expected "answer"'):
         GRPOStage(config(tmp_path, model, data=data))
     assert dataclasses.replace(settings, lora=LoRAConfig(2)).lora.rank == 2
+
+
+def test_weights_that_a_step_changes_are_read_anew_under_bf16(tmp_path, model):
+    """Autocast keeps casts of weights unless told not to: later iterations and the engine would see the old ones."""
+    stage = GRPOStage(config(tmp_path, model, precision="bf16"))
+    token_ids = torch.tensor([[1, 2, 3]])
+    with stage.policy.autocast(), torch.no_grad():
+        before = stage.policy.model(token_ids)
+        stage.policy.model.layers[0].mlp.down_proj.weight.neg_()
+        assert not torch.equal(stage.policy.model(token_ids), before)
+
+
+def test_the_engine_has_room_for_the_longest_answer_and_no_more(tmp_path):
+    settings = config(tmp_path, save_model(tmp_path / "long", context_length=4096))
+    stage = GRPOStage(settings)
+    stage.begin()
+    assert stage.llm.engine.max_len == 3  # a digit, a question mark, and max_tokens = 1

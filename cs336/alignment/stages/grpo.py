@@ -11,7 +11,7 @@ from typing import Any
 from cs336.alignment.examples import digest_of, read_prompts, render
 from cs336.alignment.grpo import GRPOConfig, collect, learn
 from cs336.alignment.rewards import MathReward, RewardConfig, Rewards
-from cs336.alignment.rollouts import Order
+from cs336.alignment.rollouts import Order, Sampled
 from cs336.alignment.stage import Policy, StageConfig
 from cs336.inference import LLM, SamplingParams
 from cs336.models.memory import decoding_memory, training_memory
@@ -85,11 +85,7 @@ class GRPOStage:
         self.reference = copy.deepcopy(self.policy.model).requires_grad_(False) if self.grpo.beta else None
 
     def begin(self) -> None:
-        seqs = min(self.config.max_seqs, self.grpo.prompts_per_step * self.grpo.num_generations)
-        with self.policy.autocast():
-            self.llm = LLM(
-                self.policy.model, self.policy.tokenizer, quiet=True, max_seqs=seqs, invariant=self.config.invariant
-            )
+        self.llm = engine_of(self.config, self.policy, [*self.order.items, *self.val], self.grpo, self.config.invariant)
 
     def describe(self) -> str:
         g = self.grpo
@@ -126,7 +122,7 @@ class GRPOStage:
         start, tokens = time.perf_counter(), self.update(2)["tokens"]
         seconds = time.perf_counter() - start
         model, g = self.policy.model.config, self.grpo
-        longest = min(model.context_length, longest_prompt(self.order.items, self.policy) + g.max_tokens)
+        longest = self.llm.engine.max_len
         width = 2 if self.policy.low else 4
         batch = self.config.micro_batch_size or g.prompts_per_step * g.num_generations
         learned = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
@@ -164,6 +160,19 @@ def read_pairs_of_prompts(path: pathlib.Path, policy: Policy) -> list[tuple[str,
 def longest_prompt(pairs: Sequence[tuple[str, Any]], policy: Policy) -> int:
     """In tokens."""
     return max(len(policy.tokenizer.encode(prompt, allowed_special="all")) for prompt, _ in pairs)
+
+
+def engine_of(
+    config: AnsweringConfig, policy: Policy, pairs: Sequence[tuple[str, Any]], sampled: Sampled, invariant: bool = False
+) -> LLM:
+    """With room for the longest prompt and its answer: a context_length that no text fills takes no memory."""
+    responses = sampled.prompts_per_step * sampled.num_generations
+    longest = min(policy.model.config.context_length, longest_prompt(pairs, policy) + sampled.max_tokens)
+    with policy.autocast():
+        return LLM(
+            policy.model, policy.tokenizer, quiet=True, max_len=longest, max_seqs=min(config.max_seqs, responses),
+            invariant=invariant,
+        )  # fmt: skip
 
 
 def answer_greedily(llm: LLM, pairs: Sequence[tuple[str, Any]], rewards: Rewards, max_tokens: int) -> Finding:

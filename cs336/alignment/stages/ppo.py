@@ -14,8 +14,7 @@ from cs336.alignment.reward_model import RewardModel, load_reward_model
 from cs336.alignment.rewards import Rewards
 from cs336.alignment.rollouts import Order, Rollouts, rollout, scores
 from cs336.alignment.stage import Policy
-from cs336.alignment.stages.grpo import AnsweringConfig, answer_greedily, read_pairs_of_prompts
-from cs336.inference import LLM
+from cs336.alignment.stages.grpo import AnsweringConfig, answer_greedily, engine_of, read_pairs_of_prompts
 from cs336.training.evaluators import Finding
 
 
@@ -58,9 +57,7 @@ class PPOStage:
         self.kl = KLControl(config.ppo.kl_coef, config.ppo.target_kl)
 
     def begin(self) -> None:
-        seqs = min(self.config.max_seqs, self.config.ppo.prompts_per_step * self.config.ppo.num_generations)
-        with self.policy.autocast():
-            self.llm = LLM(self.policy.model, self.policy.tokenizer, quiet=True, max_seqs=seqs)
+        self.llm = engine_of(self.config, self.policy, [*self.order.items, *self.val], self.config.ppo)
 
     def describe(self) -> str:
         p = self.config.ppo

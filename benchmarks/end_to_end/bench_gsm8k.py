@@ -1,0 +1,133 @@
+"""What GRPO adds to SFT on grade-school mathematics: a model is tuned on GSM8K's answers, then learns of a verifier.
+
+    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
+
+MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
+split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and once drawn at
+temperature 1. A call adds its seed's row to FILE; calls beside each other take a FILE each.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import re
+import shlex
+import sys
+from typing import Any
+
+from benchmarks import results
+from cs336.alignment.run import StageRun
+from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
+from cs336.alignment.stages.sft import SFTConfig, SFTStage
+from cs336.experiments.significance import mean
+from cs336.inference import SamplingParams
+from cs336.utils import config as configs
+from cs336.utils.device import pick
+from cs336.utils.documents import open_bytes
+
+TESTED, MAX_TOKENS = 1000, 200
+_CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
+Row = dict[str, Any]
+
+
+def write_data(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """sft.jsonl, train.jsonl and val.jsonl of the question's own text."""
+    with open_bytes(source) as file:
+        rows = [json.loads(line) for line in file]
+    random.Random(0).shuffle(rows)
+
+    def asked(row: Row) -> list[Row]:
+        return [{"role": "user", "content": row["question"]}]
+
+    def prompts(some: list[Row]) -> list[Row]:
+        return [{"prompt": asked(row), "answer": row["answer"].split("####")[1].strip()} for row in some]
+
+    def conversation(row: Row) -> Row:
+        return {"messages": [*asked(row), {"role": "assistant", "content": _CALCULATOR.sub("", row["answer"])}]}
+
+    learned, tested = rows[:-TESTED], rows[-TESTED:]
+    for name, lines in (
+        ("sft", list(map(conversation, learned))), ("train", prompts(learned)), ("val", prompts(tested)),
+    ):  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def accuracies(stage: GRPOStage) -> tuple[float, float]:
+    """Of the likeliest answers to the tested questions, and of answers drawn at temperature 1."""
+    greedy = stage.evaluate().metrics["eval/reward"]
+    with stage.policy.autocast():
+        params = SamplingParams(1.0, max_tokens=MAX_TOKENS, seed=7)
+        drawn = stage.llm.generate([prompt for prompt, _ in stage.val], params)
+    right = [stage.rewards(output.text, answer) for output, (_, answer) in zip(drawn, stage.val, strict=True)]
+    return greedy, sum(right) / len(right)
+
+
+def measure(options: argparse.Namespace) -> Row:
+    """A seed: SFT, what it answers, GRPO from there, what that answers."""
+    folder: pathlib.Path = options.run_dir / f"seed-{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(options.data, folder)
+    shared = {"device": options.device, "seed": options.seed, "checkpoint_interval": 0, "eval_interval": 0}
+    tuning = configs.parse(SFTConfig, shared | {
+        "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
+        "budget": options.sft, "batch_size": 16, "context_length": 1024, "too_long": "drop",
+        "optimizer": {"lr": options.sft_lr, "weight_decay": 0.0},
+        "schedule": {"kind": "linear", "warmup_steps": 10, "min_lr_ratio": 0.0},
+    })  # fmt: skip
+    tuned = StageRun(tuning, SFTStage(tuning)).train()
+    config = configs.parse(GRPOStageConfig, shared | {
+        "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
+        "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
+        "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512, "micro_batch_size": 64,
+        "grpo": {
+            "num_generations": 16, "prompts_per_step": 32, "max_tokens": MAX_TOKENS, "loss_type": "dapo",
+            "epsilon_high": 0.28, "num_iterations": 2,
+        },
+    })  # fmt: skip
+    stage = GRPOStage(config)
+    stage.begin()
+    before = accuracies(stage)
+    result = StageRun(config, stage).train()
+    after = accuracies(stage)
+    return {
+        "seed": options.seed, "sft_greedy": before[0], "sft_drawn": before[1], "grpo_greedy": after[0],
+        "grpo_drawn": after[1], "tested": len(stage.val), "sft_steps": tuned.step, "grpo_steps": result.step,
+        "sft_seconds": round(tuned.seconds), "grpo_seconds": round(result.seconds), "lr": options.lr,
+    }  # fmt: skip
+
+
+def with_gains(rows: list[Row]) -> list[Row]:
+    """And the mean gain over the seeds, with half of its 95 % interval, of either way to answer."""
+    found = list(rows)
+    for how in ("greedy", "drawn"):
+        gain = mean([row[f"grpo_{how}"] - row[f"sft_{how}"] for row in rows])
+        found.append({"gain": how, "mean": gain.value, "half_width": gain.half_width})
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.end_to_end.bench_gsm8k", description=__doc__)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("data", type=pathlib.Path, help='JSON lines of "question" and "answer", .xz or not')
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sft", default="160steps", help="budget of SFT (%(default)s)")
+    parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
+    parser.add_argument("--sft-lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO (%(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
+    options = parser.parse_args(argv)
+    row = measure(options)
+    print(json.dumps(row))
+    if options.out:
+        kept = results.read(options.out).get("gsm8k", {"rows": []})["rows"]
+        rows = with_gains([*(other for other in kept if other.get("seed") not in (None, options.seed)), row])
+        command = shlex.join(["python", "-m", "benchmarks.end_to_end.bench_gsm8k", *argv])
+        results.write(options.out, "gsm8k", results.header(pick(options.device), command, roofs=False), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
