@@ -288,10 +288,11 @@ def groups_added(rank):
 def mistakes(rank, world):
     def second_backward():
         net = model()
-        ShardedAdamW(net.parameters())
+        optimizer = ShardedAdamW(net.parameters())
         backward(net, 0)
         for p in (net.unused, *net.parameters()):
             (p * 1).sum().backward() if p.requires_grad else None
+        optimizer.step()
 
     def moved():
         p = nn.Parameter(torch.ones(3))
