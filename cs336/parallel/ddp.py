@@ -76,8 +76,8 @@ class DDP(nn.Module):
         optimizer.step()
 
     Parameters and buffers become rank 0's here; afterwards buffers are each rank's own. Tied parameters travel once,
-    frozen ones never. `.module` is the wrapped module: save `.module.state_dict()`. Gradients are averaged as long as the
-    wrapper is kept.
+    frozen ones never. `.module` is the wrapped module: save `.module.state_dict()`. Gradients are averaged as long as
+    the wrapper is kept.
 
     Args:
         module: the same on every rank, on the device it trains on.
