@@ -252,34 +252,18 @@ def parallel(rows: list[Row]) -> Iterator[str]:
         extra = [f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"] if "tokens_per_second" in row else []
         extra += [f"{row['of_linear']:.1%} of linear"] if "of_linear" in row else []
         extra += [f"{row['of_perfect_split']:.3f}x a perfect split"] if "of_perfect_split" in row else []
-        if row.get("communication_ms"):
-            extra.append(f"{row['communication_ms']:.1f} ms of messages, {row['exposed_ms']:.1f} of them not hidden")
-        extra += [f"{row['equal_tokens']:.1%} of tokens equal"] if "equal_tokens" in row else []
+        extra += [f"{row['exposed_ms']:.1f} ms of messages not hidden"] if row.get("communication_ms") else []
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "–"
         cells = (row["variant"], f"{1e3 * row['seconds']:.2f} ms", memory, ", ".join(extra))
         yield "| " + " | ".join(cells) + " |"
-
-
-def parallel_plan(rows: list[Row]) -> Iterator[str]:
-    """Of each layout what was predicted beside what was measured."""
-    name, N = rows[0]["model"], rows[0]["processes"]
-    yield f"| {name} on {N} GPUs | a step | predicted | memory | predicted | loss apart |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    for row in rows:
-        times = [f"{1e3 * row[name]:.1f} ms" for name in ("seconds", "predicted_seconds")]
-        sizes = [f"{row[name] / 2**30:.2f} GiB" for name in ("peak_bytes", "predicted_bytes")]
-        errors = [f"{row['predicted_seconds'] / row['seconds'] - 1:+.0%}"]
-        errors.append(f"{row['predicted_bytes'] / row['peak_bytes'] - 1:+.0%}")
-        cells = (row["variant"], times[0], f"{times[1]}, {errors[0]}", sizes[0], f"{sizes[1]}, {errors[1]}")
-        yield "| " + " | ".join([*cells, f"{row['loss_difference']:.1e}"]) + " |"
 
 
 def parallel_equal(rows: list[Row]) -> Iterator[str]:
     yield f"| on {rows[0]['processes']} GPUs | loss apart | gradients apart | weights apart, after 5 steps |"
     yield "| --- | ---: | ---: | ---: |"
     for row in rows:
-        names = ("loss_difference", "gradient_difference", "weight_difference")
-        yield f"| {row['variant']} | " + " | ".join(f"{row[n]:.1e}" if n in row else "–" for n in names) + " |"
+        cells = (f"{row.get(f'{what}_difference', math.nan):.1e}" for what in ("loss", "gradient", "weight"))
+        yield f"| {row['variant']} | {' | '.join(cells)} |".replace("nan", "–")
 
 
 def collectives(rows: list[Row]) -> Iterator[str]:
@@ -566,18 +550,12 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    "train": train,
-    "train_deterministic": train,
+    **dict.fromkeys(("train", "train_deterministic"), train),
     "ladder": ladder,
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
-    "parallel_zero": parallel,
-    "parallel_gpt": parallel,
-    "parallel_ring": parallel,
-    "parallel_large": parallel,
-    "parallel_engine": parallel,
-    "parallel_plan": parallel_plan,
+    **dict.fromkeys(("parallel_zero", "parallel_gpt", "parallel_ring"), parallel),
     "parallel_equal": parallel_equal,
     "adamw": optimizer,
     "data": data,
@@ -589,14 +567,8 @@ BODIES = {
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "variants": variants,
-    "attention": rated,
-    "attention_varlen": rated,
-    "cross_entropy": rated,
-    "linear_cross_entropy": rated,
-    "activation": rated,
-    "paged_attention": rated,
-    "sample": rated,
-    "rope": rated,
+    **dict.fromkeys(("attention", "attention_varlen", "cross_entropy", "linear_cross_entropy", "activation"), rated),
+    **dict.fromkeys(("paged_attention", "sample", "rope"), rated),
 }
 HEADLINES = {
     "tokenizer": tokenizer_headline,
