@@ -264,9 +264,18 @@ def parallel(rows: list[Row]) -> Iterator[str]:
         extra = [f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"] if "tokens_per_second" in row else []
         extra += [f"{row['of_linear']:.1%} of linear"] if "of_linear" in row else []
         extra += [f"{row['of_perfect_split']:.3f}x a perfect split"] if "of_perfect_split" in row else []
+        extra += [f"{row['exposed_ms']:.1f} ms of messages not hidden"] if row.get("communication_ms") else []
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "–"
         cells = (row["variant"], f"{1e3 * row['seconds']:.2f} ms", memory, ", ".join(extra))
         yield "| " + " | ".join(cells) + " |"
+
+
+def parallel_equal(rows: list[Row]) -> Iterator[str]:
+    yield f"| on {rows[0]['processes']} GPUs | loss apart | gradients apart | weights apart, after 5 steps |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows:
+        cells = (f"{row.get(f'{what}_difference', math.nan):.1e}" for what in ("loss", "gradient", "weight"))
+        yield f"| {row['variant']} | {' | '.join(cells)} |".replace("nan", "–")
 
 
 def collectives(rows: list[Row]) -> Iterator[str]:
@@ -563,15 +572,13 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    "train": train,
-    "train_deterministic": train,
+    **dict.fromkeys(("train", "train_deterministic"), train),
     "ladder": ladder,
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
-    "parallel_zero": parallel,
-    "parallel_gpt": parallel,
-    "parallel_ring": parallel,
+    **dict.fromkeys(("parallel_zero", "parallel_gpt", "parallel_ring"), parallel),
+    "parallel_equal": parallel_equal,
     "adamw": optimizer,
     "data": data,
     "curation": curation,
