@@ -8,6 +8,7 @@ python -m benchmarks.run ops --quick --check   # exit status 1 if we fell behind
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -54,8 +55,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument("--workers", type=int, metavar="N", help="processes that compile first, before a whole sweep")
     ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
     train = kinds.add_parser("train", help="tokens a second of training against plain PyTorch")
-    train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
-    train.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    sizes = "124M, 350M, 774M, 1.5B, llama-1B or tiny"
+    train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help=sizes)
+    train.add_argument("--batch", type=int, help="sequences a step; 32 of 1,024 tokens, of larger models fewer")
     train.add_argument("--blocks", type=int, default=8, help="alternating blocks of each, one of them untimed")
     train.add_argument("--steps", type=int, default=20, help="in a block")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
@@ -200,27 +202,38 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
         raise SystemExit(f"no model {', '.join(unknown)}: expected some of {', '.join(bench_train.MODELS)}")
     if options.blocks < 2:
         raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
-    settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
-    rows, failed = [], False
-    for name in options.models:
+    batches = {name: options.batch or bench_train.BATCH[name] for name in dict.fromkeys(options.models)}
+    settings = {"blocks": options.blocks, "steps": options.steps, "data": options.data}
+    settings |= {"compile": not options.no_compile, "deterministic": not options.nondeterministic}
+    if device.type == "cuda":
+        makers = bench_train.compare_apart(batches, **settings)
+    else:
+        one = functools.partial(bench_train.compare, **settings)
+        makers = (functools.partial(one, name, batch_size=size) for name, size in batches.items())
+    rows: list[dict[str, Any]] = []
+    for name, make in zip(batches, makers, strict=True):
         try:
-            switches = {"compile": not options.no_compile, "deterministic": not options.nondeterministic}
-            ours, plain = bench_train.compare(name, **settings, **switches)
+            pair = make()
         except ValueError as error:
-            print(f"FAILED {name}: {error}")
-            failed = True
+            print(f"FAILED {name}: {error}", flush=True)
             continue
-        rows += [ours, plain]
-        for row in (ours, plain):
-            mfu = f"{row['mfu']:.1f} % MFU" if row["mfu"] else "MFU unknown"
-            print(
-                f"{name} {row['variant']:6} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a"
-                f" step (spread {row['spread']:.1%})  {mfu}  loss {row['loss']:.4f}"
-            )
-        print(f"{name} cs336 / plain {ours['tokens_per_second'] / plain['tokens_per_second']:.3f}x", flush=True)
-    if options.out and rows:
-        results.write(options.out, "train", header, rows)
-    return 1 if failed else 0
+        rows += pair
+        _print_pair(*pair)
+        if options.out:
+            results.write(options.out, "train", header, rows)
+    return 0 if len(rows) == 2 * len(batches) else 1
+
+
+def _print_pair(ours: dict[str, Any], plain: dict[str, Any]) -> None:
+    for row in (ours, plain):
+        mfu = f"{row['mfu']:.1f} % MFU" if row["mfu"] else "MFU unknown"
+        print(
+            f"{row['model']} {row['variant']:6} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} "
+            f"ms a step (spread {row['spread']:.1%})  {mfu}  loss {row['loss']:.4f}"
+        )
+    memory = f", {ours['bytes'] / 2**30:.2f} GiB for {ours['predicted_bytes'] / 2**30:.2f}" if ours["bytes"] else ""
+    speedup = ours["tokens_per_second"] / plain["tokens_per_second"]
+    print(f"{ours['model']} cs336 / plain {speedup:.3f}x{memory}", flush=True)
 
 
 def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:

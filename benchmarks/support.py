@@ -58,6 +58,11 @@ def _activation(*tensors: str) -> Arguments:
     return arguments
 
 
+def _gated_bwd(dtype: torch.dtype, device: str) -> tuple:
+    both, dy = (torch.empty(4, width, dtype=dtype, device=device) for width in (128, 64))
+    return both, dy, 0
+
+
 def _cross_entropy(kind: str) -> Arguments:
     """Arguments of the "fwd", "bwd" or "gradient_" of 4 rows of 64 logits."""
 
@@ -149,6 +154,7 @@ SAMPLES: dict[str, Arguments] = {
     "adamw_": _adamw,
     "activation_fwd": _activation("x", "up"),
     "activation_bwd": _activation("x", "up", "dy"),
+    "gated_bwd": _gated_bwd,
     "cross_entropy_fwd": _cross_entropy("fwd"),
     "cross_entropy_bwd": _cross_entropy("bwd"),
     "cross_entropy_gradient_": _cross_entropy("gradient_"),

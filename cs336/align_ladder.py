@@ -98,10 +98,15 @@ def _any_order(rng: random.Random, question: str) -> str:
 
 
 def sums(rng: random.Random) -> list[tuple[int, int]]:
-    """All pairs of numbers of two digits in a random order: the last TESTED are tested."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    rng.shuffle(pairs)
-    return pairs
+    """All pairs of numbers of two digits in a random order: the last TESTED are tested, in no order learned from."""
+    unequal = list(itertools.combinations(range(10, 100), 2))
+    rng.shuffle(unequal)
+    cut = TESTED // 2
+    tested, others = ([*pairs, *((b, a) for a, b in pairs)] for pairs in (unequal[:cut], unequal[cut:]))
+    learned = [*others, *((a, a) for a in range(10, 100))]
+    for pairs in (learned, tested):
+        rng.shuffle(pairs)
+    return learned + tested
 
 
 def nearly(rng: random.Random, a: int, b: int) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.end_to_end import bench_align_ladder
-from cs336.align_ladder import BATCH, RUNGS, TESTED, AlignLadder, _Job, align_ladder, nearly
+from cs336.align_ladder import BATCH, RUNGS, TESTED, AlignLadder, _Job, align_ladder, nearly, sums
 from cs336.alignment.rewards import Rewards
 from cs336.cli.program import main
 from cs336.utils.stages import run_stages
@@ -43,6 +43,14 @@ def test_what_is_tested_is_not_learned_from(name):
     questions = [question for question, _ in RUNGS[name].questions(random.Random(0))]
     assert len(set(questions)) == len(questions) > 500
     assert len(set(map(_unordered, questions))) == len(questions)  # in no other order either
+
+
+def test_no_sum_that_is_tested_is_learned_with_its_numbers_swapped():
+    pairs = sums(random.Random(3))
+    assert sorted(pairs) == [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    learned, tested = set(pairs[:-TESTED]), set(pairs[-TESTED:])
+    assert not {(b, a) for a, b in tested} & learned
+    assert pairs[:-TESTED] != sorted(learned)
 
 
 def test_countdown_can_be_solved():

@@ -136,6 +136,20 @@ def test_unknown_verb_and_option(capsys):
     assert "did you mean optimizer.lr?" in fails(["train", "--optimizer.lrr", "1"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("scaling submit --tokens 1", "`cs336 scaling submit`: did you mean `cs336 scaling api submit`?"),
+        ("submit", "`cs336 submit`: did you mean `cs336 scaling api submit`?"),
+        ("data train", "`cs336 data train`: did you mean `cs336 data classifier train`?"),
+        ("model report runs/mine", "`cs336 model report`: did you mean `cs336 report`?"),
+        ("demo", "`cs336 demo`: did you mean `cs336 data demo` or `cs336 align demo`?"),
+    ],
+)
+def test_a_verb_without_its_group(asked, meant, capsys):
+    assert fails(asked.split(), capsys) == f"cs336: there is no {meant}\n"
+
+
 def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
     """Values that a configuration refuses are named by its own keys."""
     arguments = train_arguments(data)
@@ -463,6 +477,24 @@ def test_samples_of_a_seed(data, tokenizer, capsys):
         return capsys.readouterr().out
 
     assert texts(3, 2) == texts(3, 1) + "\n" + texts(4, 1)
+
+
+def test_generate_with_a_draft(data, tokenizer, capsys):
+    """Its text is the model's own; with several samples too."""
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    run, small = str(data / "run"), str(data / "small")
+    assert main(["train", "--config", f"{run}/config.toml", "--run-dir", small, "--model.d-model", "16"]) == 0
+
+    def text(*options):
+        capsys.readouterr()
+        assert main(["generate", run, "--prompt", "How ", "--max-tokens", "6", "--temperature", "0", *options]) == 0
+        return capsys.readouterr()
+
+    want = text()
+    assert text("--draft", small) == want
+    assert text("--draft", small, "--num-samples", "2") == (f"{want.out}\n{want.out}", "")
+    assert "n must be" in fails(["generate", run, "--draft", small, "--num-samples", "0"], capsys)
+    assert "leaves no room" in fails(["generate", run, "--draft", small, "--prompt", TEXT], capsys)
 
 
 def test_compare_hf(data, tokenizer, text_file, capsys):

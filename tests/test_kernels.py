@@ -29,12 +29,10 @@ def _library():
 
 # With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a feature,
 # that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack.
-# The loss and its gradient in a block of 1024 threads have 64 registers; unaligned rows keep a pointer on the stack.
 SPILLS = {  # kernel: bytes of stack that it may have
     r"norm_bwd_kernelIf\w+Lb1E": 16,
     r"norm_bwd_kernelIfLi8ELi1E\w+Lb0E": 16,
     r"norm_bwd_kernelIfLi8ELi1E\w+Lb1E": 112,
-    r"cross_entropy_fwd_kernel\w+AccessE1ELb0ELb1E": 8,
 }
 
 

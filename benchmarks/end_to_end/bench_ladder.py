@@ -37,7 +37,7 @@ def rungs() -> dict[str, Callable[[Callable[..., Learner]], tuple[Learner, Updat
         learner = make()
         compile = functools.partial(torch.compile, backend=functools.partial(_backend, only=PIECES[:count]))
         update = bench_train.plain_update(learner, compile, our_optimizer=our_optimizer)
-        learner.model.to("meta")  # the memory is that of the plain model alone
+        bench_train.release(learner)  # the memory is that of the plain model alone
         return learner, update
 
     def trained(make: Callable[..., Learner], **settings: Any) -> tuple[Learner, Update]:

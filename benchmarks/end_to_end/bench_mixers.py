@@ -1,7 +1,8 @@
 """Mixers at one model's shape: tokens a second of training and of decoding, and memory, with short texts and long.
 
 Training is the forward, loss and backward under autocast to bfloat16, each layer compiled or not; decoding is a step of
-all rows behind a prompt of T tokens, replayed as a CUDA graph. The recurrences themselves stand beside fla's kernels
+all rows behind a prompt of T tokens, replayed as a CUDA graph: in pages, as the engine does it, where a mixer has them,
+else with the state that generate keeps. The recurrences themselves stand beside fla's kernels
 (pip install fla-core) where these are installed.
 
     python -m benchmarks.run mixers [NAME ...] [--size 350M] [--tokens 16384] [--compile] [--out FILE]
@@ -17,13 +18,22 @@ from torch import Tensor
 
 from benchmarks import harness
 from cs336 import ops
-from cs336.models import BlockConfig, Transformer, TransformerConfig
-from cs336.nn import AttentionConfig, HyenaConfig, LatentAttentionConfig, LinearAttentionConfig, Mamba2Config
+from cs336.models import BlockConfig, DecodingState, PagedState, Transformer, TransformerConfig
+from cs336.nn import (
+    AttentionConfig,
+    HyenaConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    PagedKeyValues,
+    PagedTokens,
+)
 from cs336.ops import registry
 
 SIZES = {"tiny": (64, 2, 64), "350M": (50304, 24, 1024)}  # vocabulary, layers, d_model
 LENGTHS = {"tiny": (32, 64), "350M": (2048, 16384)}
 STEPS = 5  # of training, timed one by one
+PAGE = 64  # tokens
 
 
 def mixers(d_model: int, T: int) -> dict[str, Any]:
@@ -82,6 +92,12 @@ def _train(model: Transformer, x_BT: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def _decode(model: Transformer, B: int, T: int) -> dict[str, Any]:
+    state, step = (_paged_step if model.new_pages(1, PAGE).is_paged else _step)(model, B, T)
+    timing = harness.measure([step], model.device)
+    return {"state_bytes": state.nbytes // B, "decode_tokens_per_second": round(B / timing.seconds, 1)}
+
+
+def _step(model: Transformer, B: int, T: int) -> tuple[DecodingState, Callable[[], tuple]]:
     state = model.new_state(B, T + 256)
     for first in range(0, T, 4096):
         model.features(
@@ -93,8 +109,22 @@ def _decode(model: Transformer, B: int, T: int) -> dict[str, Any]:
         state.lengths.fill_(T)  # each at the same length, whatever their number
         return (model(token_B1, state=state),)
 
-    timing = harness.measure([step], model.device)
-    return {"state_bytes": state.nbytes // B, "decode_tokens_per_second": round(B / timing.seconds, 1)}
+    return state, step
+
+
+def _paged_step(model: Transformer, B: int, T: int) -> tuple[PagedState, Callable[[], tuple]]:
+    """Behind keys and values that are random: what they are does not change how long they take."""
+    each = -(-(T + 256) // PAGE)
+    state, ints = model.new_pages(B * each, PAGE), {"dtype": torch.int32, "device": model.device}
+    for layer in state.layers:
+        assert isinstance(layer, PagedKeyValues)
+        layer.keys.normal_()
+        layer.values.normal_()
+    table_BM = torch.randperm(B * each, device=model.device).view(B, each).to(torch.int32)
+    row_B, lengths_B = torch.arange(B, **ints), torch.full((B,), T + 1, **ints)  # type: ignore[call-overload]
+    state.tokens = PagedTokens(table_BM, lengths_B, row_B, lengths_B - 1, B, row_B)
+    token_1B = torch.zeros(1, B, dtype=torch.int64, device=model.device)
+    return state, lambda: (model.logits(model.features(token_1B, state=state)),)
 
 
 def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:

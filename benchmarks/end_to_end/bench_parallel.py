@@ -1,19 +1,20 @@
 """Training split over N processes, beside DDP + ZeroRedundancyOptimizer and FSDP2, with one command.
 
-    cs336 bench parallel [zero] [equal] [gpt] [ring] [--processes N] [--size full|tiny] [--out FILE]
+    cs336 bench parallel [zero] [equal] [ring] [gpt] [plan] [large] [engine] [--processes N] [--size full|tiny]
+                         [--out FILE]
 
     zero    a step of AdamW on 537M bfloat16 parameters (8 matrices of 8192 x 8192), 4096 rows a process: ours, the
-            peers, and what computes alone: one process's forward and backward, and AdamW on 1/N of the parameters
+            peers, and what computes alone: one process's forward and backward, and AdamW on 1/N of the parameters;
+            and what torch.profiler says of messages that nothing hides
     equal   losses and gradients of a small model divided by data, tensor, pipeline, context and expert, against
-            the whole model on one process
-    gpt     tokens a second of GPT-2 1.5B on N processes under ZeRO-1, over N times those of one
+            the whole model on one process, and weights after steps whose optimizer is divided
     ring    attention of 128 Ki tokens divided by a ring and by all-to-all, over 1/N of the time on one
 
-Blocks of steps of the contenders alternate; a block counts as long as on its slowest rank; the median block counts.
+and of parallel_runs.py whole models: gpt, plan, large, engine. A block of steps counts as long as on its slowest
+rank; the median block counts.
 """
 
 import argparse
-import gc
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,19 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks import harness, results
-from benchmarks.end_to_end.bench_collectives import block, slowest, start
-from benchmarks.end_to_end.bench_train import MODELS
-from benchmarks.end_to_end.equivalence import differences
+from benchmarks import results
+from benchmarks.end_to_end import parallel_runs
+from benchmarks.end_to_end.bench_collectives import slowest, start
+from benchmarks.end_to_end.equivalence import differences, steps_apart
+from benchmarks.end_to_end.parallel_runs import forget, row, timed
+from benchmarks.end_to_end.parallel_trace import traced
 from cs336 import ops
-from cs336.models import Transformer
 from cs336.optim import AdamW
 from cs336.parallel import DDP, ShardedAdamW, ShardedOptimizer, all_to_all_attention, nccl, own_tokens, ring_attention
 
 Step = Callable[[], Any]
 Row = dict[str, Any]
 STACK = {"full": (8, 8192, 4096), "tiny": (2, 32, 16)}  # layers, features, rows a process
-GPT = {"full": ("1.5B", 8), "tiny": ("tiny", 2)}  # model, sequences a process
 RING = {"full": (1 << 17, 16, 128), "tiny": (32, 2, 8)}  # tokens, heads, features of a head
 STEPS, BLOCKS = {"full": 10, "tiny": 1}, {"full": 5, "tiny": 2}
 
@@ -79,6 +80,7 @@ def contenders(size: str, device: torch.device) -> Iterator[tuple[str, Callable[
     def ours_flat(native: bool) -> Step:
         model = stack(size, device)
         optimizer = ShardedAdamW(model.parameters(), lr=1e-4, native=native)
+        optimizer.overlap(model)
         return step_of(model, optimizer)
 
     def ours_with_torch() -> Step:
@@ -119,64 +121,10 @@ def contenders(size: str, device: torch.device) -> Iterator[tuple[str, Callable[
 def zero(size: str, device: torch.device) -> Iterator[Row]:
     for name, make in contenders(size, device):
         step = make()
-        seconds, peak = timed(step, size, device)
-        yield row("zero", name, STACK[size], seconds, peak)
+        seconds, peak = timed(step, device, STEPS[size], BLOCKS[size])
+        found = traced(step) if device.type == "cuda" else {}
+        yield row("zero", name, STACK[size], seconds, peak) | found
         del step
-        forget()
-
-
-def forget() -> None:
-    """Free what a contender held: modules and their hooks hold each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def timed(step: Step, size: str, device: torch.device, steps: int | None = None) -> tuple[float, int | None]:
-    """Seconds of a step, and the most bytes that a process held."""
-    steps = steps or STEPS[size]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    block(step, steps, device)  # makes what is made once
-    samples = [block(step, steps, device) for _ in range(BLOCKS[size])]
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return harness.summary(samples, 1, "perf_counter").seconds, peak
-
-
-# ---- 1.5B ----
-
-
-def gpt(size: str, device: torch.device) -> Iterator[Row]:
-    """First every process by itself, with an optimizer's whole state, then together."""
-    name, sequences = GPT[size]
-    config = MODELS[name]
-    ids, targets = torch.randint(config.vocab_size, (2, sequences, config.context_length), device=device)
-    speeds = {}
-    for variant in ("one", "together"):
-        torch.manual_seed(0)
-        model = Transformer(config, device=device)
-        together = variant == "together"
-        module = DDP(model) if together else model
-        make = ShardedOptimizer if together else lambda params, cls, **options: cls(params, **options)
-        optimizer = make(model.parameters(), AdamW, lr=1e-4)
-
-        def step(module=module, optimizer=optimizer) -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = module(ids, targets=targets)
-            (loss / targets.numel()).backward()
-            if isinstance(module, DDP):
-                module.finish_gradient_synchronization()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-
-        seconds, peak = timed(step, size, device)
-        processes = dist.get_world_size() if together else 1
-        speeds[variant] = processes * targets.numel() / seconds
-        extra = {"tokens_per_second": round(speeds[variant], 1), "model": name}
-        if together:
-            extra["of_linear"] = round(speeds["together"] / (processes * speeds["one"]), 4)
-        yield row("gpt", "cs336 ZeRO-1" if together else "one process", (sequences,), seconds, peak) | extra
-        del model, module, optimizer, step
         forget()
 
 
@@ -194,12 +142,12 @@ def ring(size: str, device: torch.device) -> Iterator[Row]:
         leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
         return lambda: torch.autograd.grad(call(*leaves), leaves, do)
 
-    seconds, peak = timed(run_of(lambda q, k, v: ops.attention(q, k, v, causal=True), qkv, do), size, device, 1)
+    seconds, peak = timed(run_of(lambda q, k, v: ops.attention(q, k, v, causal=True), qkv, do), device, 1, BLOCKS[size])
     yield row("ring", "one process", (S, H, D), seconds, peak)
     for kind, call in (("ring", ring_attention), ("all_to_all", all_to_all_attention)):
         *mine, mine_do = (own_tokens(x, dim=2, kind=kind) for x in whole)
         step = run_of(lambda q, k, v, call=call: call(q, k, v, causal=True), mine, mine_do)
-        split, peak = timed(step, size, device, 1)
+        split, peak = timed(step, device, 1, BLOCKS[size])
         over = {"of_perfect_split": round(split * N / seconds, 3)}
         yield row("ring", kind, (S, H, D), split, peak) | over
 
@@ -213,14 +161,17 @@ def equal(size: str, device: torch.device) -> Iterator[Row]:
             "loss_difference": slowest(loss, device),
             "gradient_difference": slowest(gradient, device),
         }
+    for name, loss, weight in steps_apart(device):
+        yield {
+            "op": "parallel equal",
+            "variant": name,
+            "processes": dist.get_world_size(),
+            "loss_difference": slowest(loss, device),
+            "weight_difference": slowest(weight, device),
+        }
 
 
-def row(section: str, variant: str, shape: tuple, seconds: float, peak: int | None) -> Row:
-    found: Row = {"op": f"parallel {section}", "variant": variant, "shape": list(shape), "seconds": seconds}
-    return found | {"processes": dist.get_world_size(), "peak_bytes": peak}
-
-
-SECTIONS = {"zero": zero, "equal": equal, "gpt": gpt, "ring": ring}
+SECTIONS = {"zero": zero, "equal": equal, "ring": ring} | parallel_runs.RUNS
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

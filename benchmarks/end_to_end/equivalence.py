@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig
+from cs336.optim import AdamW
 from cs336.parallel import (
     DDP,
     Pipeline,
+    ShardedAdamW,
+    ShardedOptimizer,
     context_parallel,
     expert_parallel,
     expert_parameters,
+    nccl,
     own_tokens,
     pipeline_stage,
     tensor_parallel,
@@ -113,3 +117,46 @@ def differences(device: torch.device) -> Iterator[tuple[str, float, float]]:
                     whole = own_part(whole, dim, None)
             worst = max(worst, ((p.grad - whole).abs().max() / whole.abs().max()).item())
         yield name, ((loss - want).abs() / want).item(), worst
+
+
+STEPPED: dict[str, Callable[[AdamW, bool], torch.optim.Optimizer]] = {
+    "DDP": lambda optimizer, native: optimizer,
+    "DDP + ShardedOptimizer": lambda optimizer, native: ShardedOptimizer.of(optimizer),
+    "ShardedAdamW": lambda optimizer, native: ShardedAdamW.of(optimizer),
+    "ShardedAdamW(native=True)": lambda optimizer, native: ShardedAdamW.of(optimizer, native=native),
+}
+
+
+def steps_apart(device: torch.device, steps: int = 5) -> Iterator[tuple[str, float, float]]:
+    """Each way to divide an optimizer: how far, after some steps, the loss is from that of one process which has
+    the whole batch, relatively, and how far the weights are from those under DDP: 0 where they are the same bits."""
+    N, shape = dist.get_world_size(), config(dist.get_world_size(), moe=False)
+    torch.manual_seed(0)
+    ids, targets = torch.randint(shape.vocab_size, (2, 2 * N, shape.context_length), device=device)
+
+    def trained(make: Callable[[Transformer], torch.optim.Optimizer], rows: Callable[[Tensor], Tensor]):
+        torch.manual_seed(0)
+        model = Transformer(shape, device=device)
+        optimizer = make(model)
+        ddp = None if isinstance(optimizer, ShardedAdamW) or rows is not _rows else DDP(model)
+        for _ in range(steps):
+            loss = model(rows(ids), targets=rows(targets))
+            (loss / rows(targets).numel()).backward()
+            if ddp is not None:
+                ddp.finish_gradient_synchronization()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model(ids, targets=targets).item(), [p.detach().clone() for p in model.parameters()]
+
+    def adamw(model: Transformer) -> AdamW:
+        return AdamW(model.parameters(), lr=1e-3)
+
+    want, under_ddp = trained(adamw, lambda x: x)[0], None
+    native = nccl.missing(device) is None
+    for name, around in STEPPED.items():
+        if "native" in name and not native:
+            continue
+        loss, weights = trained(lambda model, around=around: around(adamw(model), native), _rows)
+        under_ddp = under_ddp or weights
+        apart = max((a - b).abs().max().item() for a, b in zip(weights, under_ddp, strict=True))
+        yield name, abs(loss - want) / want, apart

@@ -1,8 +1,10 @@
 """What is done with a model: `cs336 generate`, `compare-hf`, `report`, `model info`."""
 
+import dataclasses
 import itertools
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -19,7 +21,7 @@ def generate(arguments: list[str]) -> Run:
     """Continue a prompt with a trained model, as it is written."""
     import torch
 
-    from cs336.inference import SamplingParams, stream
+    from cs336.inference import LLM, SamplingParams, stream
     from cs336.inference import generate as continue_all
     from cs336.inference.load import find_model, load_model, load_tokenizer
     from cs336.tokenizer import convert
@@ -29,6 +31,7 @@ def generate(arguments: list[str]) -> Run:
         prompt: str = "",
         num_samples: int = 1,
         tokenizer: MaybePath = None,
+        draft: MaybePath = None,
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
@@ -39,27 +42,42 @@ def generate(arguments: list[str]) -> Run:
             prompt: text to continue; - reads it from standard input, an empty one begins a document.
             num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
             tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
+            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
-        found = find_model(model)
+        found, kind = find_model(model), None if dtype == "auto" else getattr(torch, dtype)
         loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
-        network = load_model(found, device, None if dtype == "auto" else getattr(torch, dtype))
         torch.seed()  # without --seed every run is another
+
+        def samples() -> Iterator[Iterator[str]]:
+            """The pieces of each."""
+            if draft is not None:
+                many = max(1, num_samples)
+                llm = LLM(found, loaded, draft=draft, device=device, dtype=kind, quiet=True, max_seqs=many)
+                if num_samples == 1:
+                    yield llm.stream(prompt, sampling)
+                    return
+                (output,) = llm.generate(prompt, dataclasses.replace(sampling, n=num_samples))
+                yield from (iter([completion.text]) for completion in output.outputs)
+                return
+            network = load_model(found, device, kind)
+            if num_samples == 1:
+                yield stream(network, loaded, prompt, sampling)
+                return
+            completions = continue_all(network, loaded, prompt, sampling, num_samples=num_samples)
+            if dropped := completions[0].dropped:
+                warnings.warn(f"the first {dropped} tokens of the prompt are not read", stacklevel=1)
+            yield from (iter([completion.text]) for completion in completions)
+
         shown = visible if sys.stdout.isatty() else str
-        if num_samples == 1:
-            pieces = stream(network, loaded, prompt, sampling)
+        for number, pieces in enumerate(samples()):
             # Together: a prompt that is refused is not written.
             print(shown(prompt + next(pieces, "")), end="", flush=True)
             for piece in pieces:
                 print(shown(piece), end="", flush=True)
-            print()
-            return
-        for number, found_text in enumerate(continue_all(network, loaded, prompt, sampling, num_samples=num_samples)):
-            if found_text.dropped and not number:
-                warnings.warn(f"the first {found_text.dropped} tokens of the prompt are not read", stacklevel=1)
-            print(shown(f"{prompt}{found_text.text}"), end="\n\n" if number + 1 < num_samples else "\n")
+            print(end="\n\n" if number + 1 < num_samples else "\n")
 
     return run
 

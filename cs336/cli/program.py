@@ -4,6 +4,8 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -33,6 +35,7 @@ from cs336.cli.train import train
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 
+Group = tuple[Mapping[str, Any], str]  # verbs, or groups of them by name; what they are for
 VERBS: dict[str, Make] = {
     "quickstart": quickstart,
     "train": train,
@@ -106,6 +109,18 @@ BOARD_VERBS: dict[str, Run] = {
 }
 PLAN_VERBS: dict[str, Run] = {"run": plan_run.run, "parallel": plan_parallel.parallel}
 CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
+CLASSIFIER = {"classifier": (CLASSIFIER_VERBS, "Train and apply linear n-gram classifiers of documents.")}
+API = {"api": (API_VERBS, "Serve training runs under a budget, and submit them.")}
+GROUPS: dict[str, Group] = {
+    "tokenizer": (TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
+    "model": (MODEL_VERBS, "What a model is made of."),
+    "data": (DATA_VERBS | CLASSIFIER, "Build training data from crawls, pages, papers, texts and tables."),
+    "align": (ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
+    "leaderboard": (BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
+    "scaling": (SCALING_VERBS | API, "Fit scaling laws to finished runs, and predict others."),
+    "plan": (PLAN_VERBS, "Predict what a run takes before paying for it."),
+}
+TREE: Mapping[str, Any] = VERBS | STUDY_VERBS | GROUPS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,6 +159,7 @@ def _run(arguments: list[str]) -> int:
         # libgomp reads this when torch loads. By default threads spin for milliseconds while they wait for each other.
         # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _check_place(arguments)
     if verb in OWN_OPTIONS:
         return VERBS[verb](rest)() or 0
     app = tyro.extras.SubcommandApp()
@@ -151,32 +167,46 @@ def _run(arguments: list[str]) -> int:
         app.command(name=name)(_described(make, rest) if name == verb else _named(make))
     for name, run in STUDY_VERBS.items():
         app.command(name=name)(run)
-    groups = {}
-    for group, verbs, help in (
-        ("tokenizer", TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
-        ("model", MODEL_VERBS, "What a model is made of."),
-        ("data", DATA_VERBS, "Build training data from crawls, pages, papers, texts and tables."),
-        ("align", ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
-        ("leaderboard", BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
-        ("scaling", SCALING_VERBS, "Fit scaling laws to finished runs, and predict others."),
-        ("plan", PLAN_VERBS, "Predict what a run takes before paying for it."),
-    ):
-        nested = groups[group] = tyro.extras.SubcommandApp()
-        for name, run in verbs.items():
-            nested.command(name=name)(run)
-        app.command(nested, name=group, help=help)
-    classifier = tyro.extras.SubcommandApp()
-    for name, run in CLASSIFIER_VERBS.items():
-        classifier.command(name=name)(run)
-    help = "Train and apply linear n-gram classifiers of documents."
-    groups["data"].command(classifier, name="classifier", help=help)
-    api = tyro.extras.SubcommandApp()
-    for name, run in API_VERBS.items():
-        api.command(name=name)(run)
-    groups["scaling"].command(api, name="api", help="Serve training runs under a budget, and submit them.")
+    for name, (verbs, help) in GROUPS.items():
+        app.command(_group(verbs), name=name, help=help)
     return (
         app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
     )
+
+
+def _group(verbs: Mapping[str, Any]) -> tyro.extras.SubcommandApp:
+    app = tyro.extras.SubcommandApp()
+    for name, found in verbs.items():
+        if isinstance(found, tuple):
+            app.command(_group(found[0]), name=name, help=found[1])
+        else:
+            app.command(name=name)(found)
+    return app
+
+
+def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[str, ...]]:
+    """Of all verbs, with their groups."""
+    for name, found in verbs.items():
+        if isinstance(found, tuple):
+            yield from verb_paths(found[0], *above, name)
+        else:
+            yield (*above, name)
+
+
+def _check_place(arguments: list[str]) -> None:
+    """Raises ValueError for a verb that is found in another group than it was asked of."""
+    verbs, paths = TREE, list(verb_paths())
+    for depth, word in enumerate(arguments):
+        if word not in verbs:
+            there = [path for path in paths if path[-1] == word]
+            nearer = [path for path in there if path[:depth] == tuple(arguments[:depth])]
+            if there:
+                meant = " or ".join(f"`cs336 {' '.join(path)}`" for path in nearer or there)
+                raise ValueError(f"there is no `cs336 {' '.join(arguments[: depth + 1])}`: did you mean {meant}?")
+            return
+        if not isinstance(verbs[word], tuple):
+            return
+        verbs = verbs[word][0]
 
 
 def _named(make: Make) -> Run:

@@ -122,7 +122,10 @@ def reveal(directory: Positional[Path], loss: float, parameters: float | None = 
     from cs336.scaling.api import contest
     from cs336.scaling.api.store import Store
 
-    contest.reveal(_existing(Store, directory), loss, parameters)
+    made = contest.reveal(_existing(Store, directory), loss, parameters)
+    best = "" if parameters is None else f", of {parameters:.4g} parameters"
+    are = "1 is" if made == 1 else f"{made} are"
+    print(f"the true loss is {loss:g}{best}; predictions are closed, and {are} on the leaderboard")
 
 
 # ---- users' ----
@@ -144,8 +147,8 @@ def submit(
     Args:
         parameters: of the model.
         tokens: to read.
-        learning_rate: highest; the Step Law's if left out.
-        batch_tokens: tokens a step; the Step Law's if left out.
+        learning_rate: highest, of 1e-9 to 1; the Step Law's if left out.
+        batch_tokens: tokens a step, no more than all; the Step Law's if left out.
         seed: another draw of the same run.
         config: of `cs336 train`, without data and run_dir.
         wait: until it has ended.

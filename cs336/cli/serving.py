@@ -19,7 +19,9 @@ def _dtype(name: Dtype) -> Any:
 
 
 def serve(arguments: list[str]) -> Run:
-    """A model behind OpenAI's interface, with a page to chat on: `cs336 serve runs/mine`, then open the address."""
+    """A model behind OpenAI's interface, with a page to chat on: `cs336 serve runs/mine`, then open the address.
+
+    Under torchrun its processes divide the model: `torchrun --nproc_per_node 2 -m cs336 serve runs/mine`."""
     from cs336.inference import LLM, EngineConfig
 
     try:
@@ -45,7 +47,8 @@ def serve(arguments: list[str]) -> Run:
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
-        listen(LLM(model, tokenizer, draft=draft, device=device, dtype=_dtype(dtype), **vars(engine)), server)
+        read = {"draft": draft, "device": device, "dtype": _dtype(dtype), "tensor_parallel": True}
+        listen(LLM(model, tokenizer, **read, **vars(engine)), server)
 
     return run
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cs336.compression.distillation import Distill, Divergence, TopLogits, kl_of_top
-from cs336.compression.windows import Windows, tokenize
 from cs336.data.loader import permute
 from cs336.inference.load import find_model, load_model, load_tokenizer, read_config
+from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.inference.vocabulary import check_same_tokens
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm

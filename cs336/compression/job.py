@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cs336.compression.narrowing import prune_depth, prune_width
 from cs336.compression.pruning import prune_weights_, zeros
-from cs336.compression.windows import Windows, tokenize
 from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.models import Transformer, save_pretrained
 from cs336.utils.device import pick
 from cs336.utils.files import replacing

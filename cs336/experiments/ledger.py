@@ -16,19 +16,19 @@ import pathlib
 import platform
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cs336.experiments.study import Cost, Trial
 from cs336.training import Budget
 from cs336.training.metrics import json_line
+from cs336.utils.database import Database
 from cs336.utils.locks import locked
 
 State = Literal["waiting", "running", "done", "failed"]
 Reached = Callable[[str], Cost]
 FORMAT = 1
-PATIENCE = 60  # seconds that a transaction waits for another process's
 MOST_DEATHS = 3  # of a run's owners, one after the other: then it is not tried again
 SLACK = 1e-9  # of a budget: what sums of floats may be off
 
@@ -104,7 +104,7 @@ def owner(pid: int | None = None) -> str:
     return f"{platform.node()}:{os.getpid() if pid is None else pid}"
 
 
-class Ledger:
+class Ledger(Database):
     """A study's runs. Every method is one transaction, and may be called from any process.
 
     Args:
@@ -116,14 +116,9 @@ class Ledger:
     def __init__(self, directory: str | os.PathLike, budget: str | None = None):
         self.directory = pathlib.Path(directory)
         self.budget = None if budget is None else Budget.parse(budget)
-        self.path, self.claims = self.directory / "ledger.sqlite", self.directory / "claims"
+        self.claims = self.directory / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
-        with self._transaction() as db:
-            (found,) = db.execute("PRAGMA user_version").fetchone()
-            if found not in (0, FORMAT):
-                raise ValueError(f"{self.path} is a ledger of format {found}, expected {FORMAT}: use another directory")
-            db.execute(SCHEMA)
-            db.execute(f"PRAGMA user_version = {FORMAT}")
+        super().__init__(self.directory / "ledger.sqlite", "a ledger", SCHEMA, FORMAT)
 
     # ---- what there is ----
 
@@ -144,7 +139,7 @@ class Ledger:
             )
             for t in trials
         ]
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("UPDATE runs SET wanted = 0")
             db.executemany(
                 "INSERT INTO runs (id, folder, options, seed, rung, config, state, wanted, planned_flops, "
@@ -156,14 +151,14 @@ class Ledger:
 
     def entries(self, *, wanted: bool = False) -> list[Entry]:
         """All runs in the order in which they were entered, or those that are wanted."""
-        with self._transaction() as db:
+        with self.transaction(write=False) as db:
             return [
                 _entry(row) for row in db.execute("SELECT * FROM runs WHERE wanted >= ? ORDER BY number", (wanted,))
             ]
 
     def spent(self) -> Cost:
         """Of all runs, whatever came of them."""
-        with self._transaction() as db:
+        with self.transaction(write=False) as db:
             return Cost(*db.execute("SELECT TOTAL(flops), TOTAL(tokens), TOTAL(seconds) FROM runs").fetchone())
 
     # ---- a run's life ----
@@ -183,7 +178,7 @@ class Ledger:
         return None
 
     def _take(self, entry: Entry) -> Entry | None:
-        with self._transaction() as db:
+        with self.transaction() as db:
             if not self._fits(db, entry):
                 return None
             taken = db.execute(
@@ -209,7 +204,7 @@ class Ledger:
 
     def _end(self, claim: Claim, state: State, reached: Cost, result: str, error: str | None) -> None:
         try:
-            with self._transaction() as db:
+            with self.transaction() as db:
                 self._settle(db, claim.entry, state, reached, result, error)
         finally:
             claim.release()
@@ -245,7 +240,7 @@ class Ledger:
             if entry.state != "running" or of not in (None, entry.owner) or entry.owner in spare:
                 continue
             why = error or (f"its process died {entry.attempts} times" if entry.attempts >= MOST_DEATHS else None)
-            with contextlib.suppress(RuntimeError), locked(self.claims, entry.id), self._transaction() as db:
+            with contextlib.suppress(RuntimeError), locked(self.claims, entry.id), self.transaction() as db:
                 (state, attempts) = db.execute("SELECT state, attempts FROM runs WHERE id = ?", (entry.id,)).fetchone()
                 if state == "running" and attempts == entry.attempts:
                     self._settle(db, entry, "failed" if why else "waiting", reached(entry.folder), "{}", why)
@@ -254,7 +249,7 @@ class Ledger:
 
     def retry(self) -> int:
         """Let wanted runs that have failed wait again, from their newest checkpoint; how many."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             change = "UPDATE runs SET state = 'waiting', attempts = 0 WHERE wanted AND state = 'failed'"
             return db.execute(change).rowcount
 
@@ -262,7 +257,7 @@ class Ledger:
 
     def affords(self, entry: Entry) -> bool:
         """Whether a run fits what is left of the budget now."""
-        with self._transaction() as db:
+        with self.transaction(write=False) as db:
             return self._fits(db, entry)
 
     def _fits(self, db: sqlite3.Connection, entry: Entry) -> bool:
@@ -279,27 +274,6 @@ class Ledger:
             spent = getattr(other.spent, kind)
             used += max(spent, expected(other.planned, kind, rates)) if other.state == "running" else spent
         return used + expected(entry.planned, kind, rates) <= self.budget.amount * (1 + SLACK)
-
-    # ---- the file ----
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as db:
-                db.row_factory = sqlite3.Row
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
-        except sqlite3.OperationalError as error:
-            raise OSError(f"{self.path} cannot be written: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is not a ledger ({error}): use another directory") from error
 
 
 RATES = "SELECT TOTAL(flops), TOTAL(tokens), TOTAL(seconds) FROM runs WHERE state IN ('done', 'failed')"

@@ -13,7 +13,7 @@ from rich.console import Console
 from cs336.experiments.study import Cost
 from cs336.training import TrainConfig, Trainer
 from cs336.training.metrics import Display
-from cs336.utils.rows import read_rows
+from cs336.utils.rows import newest_row, read_rows
 from cs336.utils.stages import Interrupted
 
 TAIL = 0.1  # of a run: its training loss is the mean over the last rows
@@ -48,14 +48,14 @@ def train_run(config: TrainConfig) -> Result:
 
 def reached(run_dir: pathlib.Path) -> Cost:
     """What a run has taken since it was begun, or has left its trunk, by its rows."""
-    rows = read_rows(run_dir)
-    if not rows:
+    newest = newest_row(run_dir)
+    if newest is None:
         return Cost(0, 0, 0)
     try:
         facts = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         facts = {}
-    tokens, budgets = rows[-1].get("tokens", 0), facts.get("budgets")
+    tokens, budgets = newest.get("tokens", 0), facts.get("budgets")
     if budgets and (begun := budgets[0]["from_step"]):
-        tokens -= begun * tokens // rows[-1]["step"]
-    return Cost(tokens * facts.get("flops_per_token", 0), tokens, rows[-1].get("seconds", 0))
+        tokens -= begun * tokens // newest["step"]
+    return Cost(tokens * facts.get("flops_per_token", 0), tokens, newest.get("seconds", 0))

@@ -20,9 +20,11 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import DisallowNone, Positional, arg
 
+from cs336.inference import ranks
 from cs336.inference.engine import EngineConfig
 from cs336.inference.llm import LLM
 from cs336.inference.sampling import SamplingParams
+from cs336.parallel.launch import rank
 from cs336.utils.device import peak_bandwidth, peak_flops
 
 
@@ -112,10 +114,11 @@ def _shares(llm: LLM, requests, steps: int, seconds: float, tokens: int) -> dict
     kept = config.state_bytes(1, width)
     read = sum(n * len(ids) + n * (n - 1) // 2 for ids, n in ((ids, p.max_tokens) for ids, p in requests)) * kept
     shares: dict[str, Any] = {}
+    devices = ranks.size(llm.model)
     if bandwidth := peak_bandwidth(device):
-        shares["mbu"] = round((steps * weights + read) / seconds / bandwidth, 4)
+        shares["mbu"] = round((steps * weights + read) / seconds / bandwidth / devices, 4)
     if flops := peak_flops(device, llm.model.compute_dtype):
-        shares["mfu"] = round(tokens * config.flops_per_token(0) / 3 / seconds / flops, 4)
+        shares["mfu"] = round(tokens * config.flops_per_token(0) / 3 / seconds / flops / devices, 4)
     return shares
 
 
@@ -138,6 +141,8 @@ def _percentile(values: Sequence[float], share: int) -> float:
 
 
 def _tell(kind: str, found: dict[str, Any]) -> None:
+    if rank():
+        return
     for name, value in found.items():
         print(f"{name:>16}  {value}")
     print(json.dumps({"bench": kind} | {k: None if v != v else v for k, v in found.items()}))
@@ -153,14 +158,14 @@ def offline(
     load: Annotated[Load, arg(name="")] = Load(),
     engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(max_seqs=256),  # noqa: B008
 ) -> None:
-    """Many requests at once, as fast as they go.
+    """Many requests at once, as fast as they go. Under torchrun its processes divide the model.
 
     Args:
         model: an export, a checkpoint, or a run directory.
         draft: a smaller one, which drafts what the model then verifies.
         device: auto (a GPU if there is one), cpu, cuda.
     """
-    llm = LLM(model, draft=draft, device=device, **vars(engine))
+    llm = LLM(model, draft=draft, device=device, tensor_parallel=True, **vars(engine))
     _warm_up(llm)
     _tell("offline", run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
 
@@ -203,7 +208,7 @@ def latency(
 def _fitted(load: Load, llm: LLM) -> Load:
     context = llm.model.config.context_length
     fitted = load.within(context)
-    if fitted != load:
+    if fitted != load and rank() == 0:
         print(f"to fit the context of {context}: prompts of {fitted.input_len} tokens, answers of {fitted.output_len}")
     return fitted
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cs336.inference import ranks
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
@@ -23,8 +24,8 @@ from cs336.inference.outputs import RequestOutput, Token
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.vocabulary import check_same_tokens, encode_prompts
 from cs336.models import Transformer
+from cs336.parallel.launch import connect, rank
 from cs336.tokenizer import convert
-from cs336.utils.device import pick
 
 Prompt = str | Sequence[int]
 
@@ -38,6 +39,8 @@ class LLM:
         draft: a smaller model of the same tokenizer, given as `model` is, which drafts what the model then verifies:
             texts stay what they are.
         device, dtype: of a model that is read: "auto" is a GPU if there is one; the dtype is that of the files if None.
+        tensor_parallel: divide a model that is read among the processes that torchrun started, if it did; each makes an
+            LLM, and all are asked the same, in the same order.
         quiet: do not print on stderr what the memory is for.
         options: of EngineConfig, max_seqs, max_len, num_pages and more.
 
@@ -53,17 +56,22 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         draft: str | os.PathLike | Transformer | None = None,
+        tensor_parallel: bool = False,
         quiet: bool = False,
         **options: Any,
     ):
         self.chat_template, self.name = ChatTemplate(), "cs336"
         if not isinstance(model, Transformer):
+            if tensor_parallel:
+                connect(device)
+                quiet = quiet or rank() > 0
             found = find_model(model)
             self.name = pathlib.Path(model).resolve().name
             if not quiet:
                 print(f"reading {found}", file=sys.stderr)
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
-            model = load_model(found, str(pick(device)), dtype)
+            read = ranks.load_part if tensor_parallel else load_model
+            model = read(found, device, dtype)
             self.chat_template = ChatTemplate.find(found)
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = convert.load(tokenizer)

@@ -23,6 +23,8 @@ from cs336.inference.scheduler import Chunk, Sequence, Step
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
 from cs336.nn import Chunks, PagedTokens
+from cs336.nn.expert_list import ExpertList
+from cs336.nn.moe import Experts
 from cs336.ops import registry
 from cs336.utils import nvtx
 
@@ -87,17 +89,21 @@ class Slots:
         return drawn
 
 
-def _capturable(device: torch.device) -> bool:
-    """Whether a decoding step can be captured: plain torch looks at what tensors hold, which a graph cannot."""
+def _capturable(model: Transformer) -> bool:
+    """Whether a decoding step can be captured: one in which the host waits for the device, as plain torch does for what
+    tensors hold, cannot be."""
+    device = model.device
     if device.type != "cuda":
         return False
     slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
     if slow:
-        reason = registry.missing(slow[0], "native", device)
-        warnings.warn(
-            f"steps are not captured in CUDA graphs: {', '.join(slow)} run plain torch ({reason})", stacklevel=2
-        )
-    return not slow
+        reason = f"{', '.join(slow)} run plain torch ({registry.missing(slow[0], 'native', device)})"
+    elif any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList)):
+        reason = "the host waits for the loads of these experts, which it does not of stacks in bfloat16 on Hopper"
+    else:
+        return True
+    warnings.warn(f"steps are not captured in CUDA graphs: {reason}", stacklevel=2)
+    return False
 
 
 class Runner:
@@ -134,7 +140,7 @@ class Runner:
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
-        self._sizes = tuple(sorted(graphs)) if graphs and state.is_paged and _capturable(self.device) else ()
+        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(model) else ()
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
@@ -162,7 +168,7 @@ class Runner:
         return len(cases)
 
     def drop_graphs(self) -> None:
-        """The weights are other tensors now."""
+        """The weights, or what is kept outside of pages, are other tensors now."""
         self._graphs.clear()
 
     @torch.inference_mode()
@@ -371,7 +377,8 @@ class Runner:
         stream.wait_stream(torch.cuda.current_stream())
         with registry.invariant(self.invariant):
             with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
-                self._decode(rows, num_logprobs, options)
+                for _ in range(1 if self.state.is_paged else 2):  # the first step of a state in slots is like no other
+                    self._decode(rows, num_logprobs, options)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -1,7 +1,7 @@
 """What a model takes of a device's memory, added up from its description before anything is allocated.
 
-Counted as eager torch keeps it, with attention that recomputes its scores; torch.compile keeps less. Left out are the
-rotary tables, workspaces of libraries, and what a caching allocator holds in reserve.
+Counted as eager torch keeps it, with attention that recomputes its scores; torch.compile keeps less where it is told
+to be used. Left out are the rotary tables, workspaces of libraries, and what a caching allocator holds in reserve.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cs336.models.block import BlockConfig, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute
-from cs336.nn import Linear
+from cs336.nn import AttentionConfig, Linear, MLPConfig, SwiGLUConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Memory:
 
     weights: int
     gradients: int = 0
+    """Of a step that is one micro-batch they come as activations go: what they take beyond those."""
     optimizer: int = 0
     casts: int = 0
     """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward."""
@@ -48,15 +49,17 @@ def training_memory(
     optimizer_bytes: float = 8,
     gradient_checkpointing: Recompute = False,
     compiled: bool = False,
+    accumulated: bool = True,
 ) -> Memory:
-    """Of a training step at its peak: when the backward begins, of a micro-batch that adds to gradients already there.
+    """Of a training step at its peak: when the backward begins.
 
     Args:
         batch_size: sequences of a forward pass, of context_length tokens (the config's if None).
         weight_bytes: of a weight, and of its gradient.
         compute_bytes: of an activation: 2 under autocast to bfloat16. None: weight_bytes.
         optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
-        compiled: torch.compile makes one pass of the loss's backward.
+        compiled: torch.compile makes one pass of the loss's backward, and its kernels keep less.
+        accumulated: micro-batches add to gradients already there.
     """
     width = weight_bytes if compute_bytes is None else compute_bytes
     tokens = batch_size * (config.context_length if context_length is None else context_length)
@@ -67,6 +70,8 @@ def training_memory(
     activations = tokens * config.activation_bytes(
         width, gradient_checkpointing=gradient_checkpointing not in KEEPS_ALL
     )
+    if compiled and gradient_checkpointing in KEEPS_ALL:
+        activations -= tokens * sum(_computed_again(block, config.d_model, width) for block in config.blocks)
     if gradient_checkpointing not in KEEPS_ALL:  # the logits are gone when the first block is recomputed
         block_bytes = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         if gradient_checkpointing == "selective":
@@ -74,14 +79,22 @@ def training_memory(
             activations += tokens * sum(kept[block] for block in config.blocks)
             block_bytes -= min(kept.values())
         activations += max(0, tokens * block_bytes - logits)
+    gradients = weight_bytes * parameters
     return Memory(
         weights=weight_bytes * parameters,
-        gradients=weight_bytes * parameters,
+        gradients=gradients if accumulated else max(0, gradients - activations - logits),
         optimizer=round(optimizer_bytes * parameters),
         casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,
         logits=logits,
     )
+
+
+def _computed_again(block: BlockConfig, d_model: int, width: int) -> int:
+    """What is kept of a block by eager torch alone, a token: o in a second order of its dims, and a gate activated."""
+    o = block.mixer.num_heads * block.mixer.head_size(d_model) if isinstance(block.mixer, AttentionConfig) else 0
+    gate = block.mlp.width(d_model) if isinstance(block.mlp, MLPConfig | SwiGLUConfig) and block.mlp.gated else 0
+    return width * (o + gate)
 
 
 def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:

@@ -32,6 +32,7 @@ from cs336.nn.norms import RMSNorm as RMSNorm
 from cs336.nn.norms import RMSNormConfig as RMSNormConfig
 from cs336.nn.paged import Chunks as Chunks
 from cs336.nn.paged import PagedKeyValues as PagedKeyValues
+from cs336.nn.paged import PagedLatents as PagedLatents
 from cs336.nn.paged import PagedTokens as PagedTokens
 from cs336.nn.position_embedding import LearnedPositions as LearnedPositions
 from cs336.nn.position_embedding import SinusoidalPositions as SinusoidalPositions

@@ -19,6 +19,8 @@ class ExpertList(nn.Module):
     gate_proj: nn.ModuleList | None
     up_proj: nn.ModuleList
     down_proj: nn.ModuleList
+    waits = True
+    """The host, for load_E."""
 
     def __init__(self, experts: Experts):
         super().__init__()

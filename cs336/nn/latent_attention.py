@@ -21,8 +21,11 @@ from cs336 import ops
 from cs336.nn.checks import check_counts, check_positive
 from cs336.nn.linear import Linear
 from cs336.nn.norms import RMSNorm
+from cs336.nn.paged import PagedLatents
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.state import Context, Slots
+from cs336.ops import registry
+from cs336.ops.paged_attention import MAX_DECODE_QUERIES
 
 
 class Latents(Slots):
@@ -78,7 +81,17 @@ class LatentAttention(nn.Module):
         shape = (batch_size, max_len, self.config.kv_rank + self.config.rope_head_dim)
         return Latents(torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype))
 
-    def forward(self, x_BSM: Tensor, context: Context | None = None, state: Latents | None = None) -> Tensor:
+    has_pages = True
+
+    def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedLatents:
+        """A pool of pages of page_size tokens each; device and dtype as in new_state."""
+        weight, L = self.kv_a_proj.weight, self.config.kv_rank
+        shape = num_pages, page_size, L + self.config.rope_head_dim
+        return PagedLatents(torch.empty(shape, device=device or weight.device, dtype=dtype or weight.dtype), L)
+
+    def forward(
+        self, x_BSM: Tensor, context: Context | None = None, state: Latents | PagedLatents | None = None
+    ) -> Tensor:
         """x (B, S, d_model) -> (B, S, d_model). context and state as in Attention."""
         if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
@@ -89,6 +102,8 @@ class LatentAttention(nn.Module):
         q_BHSD, q_BHSR = self.q_proj(q_in).unflatten(-1, (config.num_heads, -1)).transpose(1, 2).split(sizes, -1)
         c_BSL, k_BSR = self.kv_a_proj(x_BSM).split((config.kv_rank, config.rope_head_dim), -1)
         c_BSL, k_B1SR = self.kv_a_norm(c_BSL), k_BSR[:, None]
+        if isinstance(state, PagedLatents):
+            return self.o_proj(self._paged(q_BHSD, q_BHSR, c_BSL, k_B1SR, context, state).flatten(-2)[None])
         if self.rope is not None:
             positions = context.positions
             if positions is None and state is not None:
@@ -103,11 +118,19 @@ class LatentAttention(nn.Module):
         if state is None or begins:
             o_BHSE = self._whole(q_BHSD, q_BHSR, c_BSL, k_B1SR, context)
         else:
-            o_BHSE = self._absorbed(q_BHSD, q_BHSR, context, state)
+            o_BHSE = self._continue(q_BHSD, q_BHSR, context, state)
         return self.o_proj(o_BHSE.transpose(1, 2).flatten(-2))
 
-    def _whole(self, q_BHSD: Tensor, q_BHSR: Tensor, c_BSL: Tensor, k_B1SR: Tensor, context: Context) -> Tensor:
-        """Keys and values made of the latents, head by head."""
+    def _whole(
+        self,
+        q_BHSD: Tensor,
+        q_BHSR: Tensor,
+        c_BSL: Tensor,
+        k_B1SR: Tensor,
+        context: Context,
+        longest: int | None = None,
+    ) -> Tensor:
+        """Keys and values made of the latents, head by head. longest: of packed documents, if not S."""
         config, (B, H, S, D) = self.config, q_BHSD.shape
         kv_BHSF = self.kv_b_proj(c_BSL).unflatten(-1, (H, -1)).transpose(1, 2)
         k_BHSD, v_BHSE = kv_BHSF.split((D, config.value_size), -1)
@@ -116,25 +139,90 @@ class LatentAttention(nn.Module):
         if context.cu_seqlens is None:
             return ops.attention(q_BHSQ, k_BHSQ, v_BHSE, context.mask, causal=True, scale=config.scale)
         q_THQ, k_THQ, v_THE = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHSQ, k_BHSQ, v_BHSE))
+        most = S if longest is None else longest
         o_THE = ops.attention_varlen(
-            q_THQ, k_THQ, v_THE, context.cu_seqlens, None, S, S, causal=True, scale=config.scale
+            q_THQ, k_THQ, v_THE, context.cu_seqlens, None, most, most, causal=True, scale=config.scale
         )
         return o_THE.unflatten(0, (B, S)).transpose(1, 2)
 
-    def _absorbed(self, q_BHSD: Tensor, q_BHSR: Tensor, context: Context, state: Latents) -> Tensor:
-        """All heads attend to the latents themselves."""
-        D, L, scale, dtype = self.config.head_dim, self.config.kv_rank, self.config.scale, q_BHSD.dtype
-        up_HDL, values_HEL = (
-            self.kv_b_proj.weight.to(dtype)
-            .unflatten(0, (self.config.num_heads, -1))
-            .split((D, self.config.value_size), 1)
-        )
-        q_BHSQ = torch.cat((q_BHSD @ up_HDL, q_BHSR), -1)
-        kv_B1TQ = state.entries[0][:, None, : context.reach]
-        mask = state.visible(q_BHSD.shape[2], context)
-        scale = (D + self.config.rope_head_dim) ** -0.5 if scale is None else scale
-        o_BHSL = ops.attention(q_BHSQ, kv_B1TQ, kv_B1TQ[..., :L], mask, scale=scale)
-        return o_BHSL @ values_HEL.transpose(1, 2)
+    def _absorbed(self, q_BHSD: Tensor, q_BHSR: Tensor) -> Tensor:
+        """Queries (B, H, S, L + R) of the latents themselves, which all heads share."""
+        up_HDL, _ = self._ups(q_BHSD.dtype)
+        return torch.cat((_by_head(q_BHSD, up_HDL), q_BHSR), -1)
+
+    def _values(self, o_BHSL: Tensor) -> Tensor:
+        """(B, H, S, E) of what was seen of the latents."""
+        _, values_HEL = self._ups(o_BHSL.dtype)
+        return _by_head(o_BHSL, values_HEL.transpose(1, 2))
+
+    def _ups(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What makes keys (H, D, L) and values (H, E, L) of a latent."""
+        weight_HFL = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.config.num_heads, -1))
+        up_HDL, values_HEL = weight_HFL.split((self.config.head_dim, self.config.value_size), 1)
+        return up_HDL, values_HEL
+
+    @property
+    def _scale(self) -> float:
+        sizes = self.config.head_dim + self.config.rope_head_dim
+        return sizes**-0.5 if self.config.scale is None else self.config.scale
+
+    def _continue(self, q_BHSD: Tensor, q_BHSR: Tensor, context: Context, state: Latents) -> Tensor:
+        """(B, H, S, E) of the newest tokens of rows whose latents are kept: each row of them is a page."""
+        q_BHSQ, (latents_BTF,) = self._absorbed(q_BHSD, q_BHSR), state.entries
+        (B, _, S, _), L = q_BHSQ.shape, self.config.kv_rank
+        differentiable = torch.is_grad_enabled() and q_BHSQ.requires_grad
+        if differentiable or registry.kernels("paged_prefill", q_BHSQ.device)[0] == "ref":
+            kv_B1TF = latents_BTF[:, None, : context.reach]
+            mask = state.visible(S, context)
+            return self._values(ops.attention(q_BHSQ, kv_B1TF, kv_B1TF[..., :L], mask, scale=self._scale))
+        assert context.lengths is not None
+        pages, ints = PagedLatents(latents_BTF, L), {"dtype": torch.int32, "device": q_BHSQ.device}
+        rows = torch.arange(B, **ints)[:, None], (context.lengths + S).to(torch.int32)  # type: ignore[call-overload]
+        q_BSHQ, caches = q_BHSQ.transpose(1, 2), (pages.keys, pages.values)
+        if S <= MAX_DECODE_QUERIES:
+            o_BSHL = ops.paged_attention(q_BSHQ, *caches, *rows, scale=self._scale)
+        else:
+            ends = torch.arange(0, B * S + 1, S, **ints)  # type: ignore[call-overload]
+            o_BSHL = ops.paged_prefill(
+                q_BSHQ.flatten(0, 1), *caches, *rows, ends, max_seqlen_q=S, scale=self._scale
+            ).unflatten(0, (B, S))
+        return self._values(o_BSHL.transpose(1, 2))
+
+    def _paged(
+        self, q_BHSD: Tensor, q_BHSR: Tensor, c_BSL: Tensor, k_B1SR: Tensor, context: Context, state: PagedLatents
+    ) -> Tensor:
+        """(T, H, E) of the tokens of a step in pages; B is 1, and S the tokens T."""
+        tokens = context.paged
+        if tokens is None:
+            raise ValueError("a paged state needs context.paged: whose tokens these are, and their pages")
+        q_THR, k_T1R, c_T1L = q_BHSR[0].transpose(0, 1), k_B1SR[0].transpose(0, 1), c_BSL[0, :, None]
+        caches, where = (state.rotated, state.values), (tokens.table, tokens.sequence, tokens.position)
+        if self.rope is None:
+            ops.append_kv_(*caches, k_T1R, c_T1L, *where)
+        else:
+            turn = self.rope.cos, self.rope.sin, *where
+            q_THR, k_T1R = ops.qk_norm_rope_append_(
+                *caches, q_THR, k_T1R, c_T1L, *turn, interleaved=self.rope.interleaved
+            )
+        q_BHSR, k_B1SR, outs = q_THR.transpose(0, 1)[None], k_T1R.transpose(0, 1)[None], []
+        old = slice(0, q_BHSD.shape[2] if tokens.fresh is None else tokens.fresh.tokens.start)
+        if old.stop:
+            q_THQ = self._absorbed(q_BHSD[:, :, old], q_BHSR[:, :, old])[0].transpose(0, 1)
+            o_THL = torch.cat(state.read(q_THQ, tokens, scale=self._scale))
+            outs.append(self._values(o_THL.transpose(0, 1)[None])[0].transpose(0, 1))
+        if (new := tokens.fresh) is not None:
+            q_BHSD, q_BHSR, k_B1SR = (x[:, :, new.tokens] for x in (q_BHSD, q_BHSR, k_B1SR))
+            packed = Context(cu_seqlens=new.ends)
+            o_BHSE = self._whole(q_BHSD, q_BHSR, c_BSL[:, new.tokens], k_B1SR, packed, new.longest)
+            outs.append(o_BHSE[0].transpose(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _by_head(x_BHSD: Tensor, weight_HDL: Tensor) -> Tensor:
+    """x @ weight, for which the weight is read once, whatever B is."""
+    B, H, S, _ = x_BHSD.shape
+    y_HTL = x_BHSD.transpose(0, 1).reshape(H, B * S, -1) @ weight_HDL
+    return y_HTL.unflatten(1, (B, S)).transpose(0, 1)
 
 
 @dataclass(frozen=True)

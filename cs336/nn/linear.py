@@ -59,8 +59,8 @@ def join(layers: Sequence[nn.Linear]) -> None:
 
 def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
-    wanted."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or registry.is_invariant():
+    wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or (registry.is_invariant() and not x.is_cuda):
         return [layer(x) for layer in layers]
     if not all(_is_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
@@ -68,7 +68,20 @@ def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     if weights[0].device != x.device or not _lie_together(weights):
         return [layer(x) for layer in layers]
     rows, first = [len(weight) for weight in weights], weights[0]
-    return F.linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
+    return linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
+
+
+def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
+    """What the layers make of x, (..., the sum of their features), by one product; None where that would cost copies.
+
+    In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
+    product as well, where layers called one by one leave their gradients to be added up.
+    """
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
+        return None
+    if not all(_is_plain(layer) and layer.weight.requires_grad for layer in layers):
+        return None
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -67,6 +67,11 @@ class Experts(nn.Module):
             std = (2 / (p.shape[-1] + p.shape[-2])) ** 0.5
             nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for load_E: see grouped_matmul."""
+        return not all(_has_grouped_mm(w_EOK.flatten(0, 1), w_EOK) for w_EOK in self.parameters())
+
     def forward(self, x_NM: Tensor, load_E: Tensor) -> Tensor:
         """x (N, M), sorted by expert, of which load_E (E,) rows go to each -> (N, M)."""
         if torch.is_autocast_enabled(x_NM.device.type):

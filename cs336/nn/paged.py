@@ -89,13 +89,23 @@ class PagedKeyValues:
 
         options: window, softcap, scale, sinks of ops.paged_attention.
         """
-        n, caches = tokens.num_decodes, (self.keys, self.values)
         if registry.is_invariant():  # decoding adds up in another order
             assert tokens.fresh is None
             longest = 1 if tokens.continued is None else tokens.continued.longest
             rows = tokens.table, tokens.lengths, tokens.ends
-            return ops.paged_prefill(q_THD, *caches, *rows, max_seqlen_q=longest, **options)
-        outs = []
+            return ops.paged_prefill(q_THD, self.keys, self.values, *rows, max_seqlen_q=longest, **options)
+        outs = self.read(q_THD, tokens, **options)
+        if (some := tokens.fresh) is not None:
+            q, k, v = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
+            before = options.get("window")
+            seen = options | {"window": None if before is None else (before, 0)}
+            outs.append(ops.attention_varlen(q, k, v, some.ends, None, some.longest, some.longest, causal=True, **seen))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def read(self, q_THD: Tensor, tokens: PagedTokens, **options: Any) -> list[Tensor]:
+        """What the queries see of the pages, those that decode and those of chunks that go on: [(T, Hq, D)], in order.
+        Others behind them are not looked at."""
+        n, caches, outs = tokens.num_decodes, (self.keys, self.values), []
         if n:
             decodes = tokens.table[:n], tokens.lengths[:n]
             outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **options)[:, 0])
@@ -107,9 +117,22 @@ class PagedKeyValues:
             else:
                 rows = table, lengths, some.ends
                 outs.append(ops.paged_prefill(q, *caches, *rows, max_seqlen_q=some.longest, **options))
-        if (some := tokens.fresh) is not None:
-            q, k, v = (x_THD[some.tokens] for x_THD in (q_THD, k_THD, v_THD))
-            before = options.get("window")
-            seen = options | {"window": None if before is None else (before, 0)}
-            outs.append(ops.attention_varlen(q, k, v, some.ends, None, some.longest, some.longest, causal=True, **seen))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return outs
+
+
+class PagedLatents(PagedKeyValues):
+    """One layer's pool of latents with the rotated keys behind them (P, S, L + R). Absorbed queries see one head of
+    keys, the beginnings of which, L features, are its values."""
+
+    def __init__(self, cache_PSF: Tensor, kv_rank: int):
+        self.cache = cache_PSF
+        keys = cache_PSF[:, :, None]
+        super().__init__(keys, keys[..., :kv_rank])
+        self.rotated = keys[..., kv_rank:]
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
+        ops.copy_pages_(self.keys, source_N, target_N)

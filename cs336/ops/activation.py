@@ -42,10 +42,19 @@ def _check(x: Tensor, up: Tensor | None, kind: int, **others: Tensor) -> None:
         raise ValueError(f"kind must be one of {', '.join(f'{k.value} ({k.name})' for k in Kind)}, got {kind}")
 
 
+def _check_both(both: Tensor, dy: Tensor, kind: int) -> None:
+    """both: x and up side by side."""
+    if both.dim() != 2 or both.shape[1] % 2 or (both.shape[1] > 1 and both.stride(1) != 1):
+        raise ValueError(f"both must be (M, 2 N), its last dim contiguous, got {_like(both)} {both.stride()}")
+    x, up = both.chunk(2, -1)
+    _check(x, up, kind, dy=dy)
+
+
 def _no_float64(x: Tensor, *_) -> str | None:
     return None if x.dtype in FLOATS else f"{x.dtype} is computed by the reference alone"
 
 
+GELUS = {Kind.GELU: "none", Kind.GELU_TANH: "tanh"}  # by geglu's `approximate`
 KERNELS = {"native": _no_float64, "triton": _no_float64}
 
 registry.define(
@@ -62,6 +71,14 @@ registry.define(
     ref=ref.bwd,
     triton="activation.bwd",
     check=lambda x, up, dy, kind: _check(x, up, kind, dy=dy),
+    supports=KERNELS,
+)
+registry.define(
+    "gated_bwd(Tensor both, Tensor dy, int kind) -> Tensor",
+    fake=lambda both, dy, kind: both.new_empty(both.shape),
+    ref=ref.gated_bwd,
+    triton="activation.gated_bwd",
+    check=lambda both, dy, kind: _check_both(both, dy, kind),
     supports=KERNELS,
 )
 
@@ -92,6 +109,23 @@ def activate(x: Tensor, up: Tensor | None, kind: Kind) -> Tensor | None:
     return _Activation.apply(rows(x), None if up is None else rows(up), int(kind)).view(x.shape)
 
 
+class _Gated(torch.autograd.Function):
+    """Of x and up side by side, so that their gradients are one tensor, as one product of matrices takes them."""
+
+    @staticmethod
+    def forward(ctx, both_MN2, kind):
+        ctx.save_for_backward(both_MN2)
+        ctx.kind = kind
+        return registry.call("activation_fwd", *both_MN2.chunk(2, -1), kind)
+
+    @staticmethod
+    def backward(ctx, dy_MN):
+        (both_MN2,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: differentiable again
+            return ref.gated_bwd(both_MN2, dy_MN, ctx.kind), None
+        return registry.call("gated_bwd", both_MN2, rows(dy_MN), ctx.kind), None
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element.
 
@@ -110,6 +144,23 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
     y = activate(gate, up, Kind.GELU if approximate == "none" else Kind.GELU_TANH)
     return F.gelu(gate, approximate=approximate) * up if y is None else y
+
+
+def gated(both: Tensor, kind: Kind) -> Tensor:
+    """act(gate) * up of both (..., 2 N), gate and then up, as one linear layer gives them: (..., N).
+
+    Raises ValueError for an odd number of features, a kind without a gate, and as swiglu does.
+    """
+    if both.dim() == 0 or both.shape[-1] % 2:
+        raise ValueError(f"both must be (..., 2 N), gate and then up, got {_like(both)}")
+    if kind != Kind.SILU and kind not in GELUS:
+        raise ValueError(f"kind must be that of a gated activation, got {kind!r}")
+    gate, up = both.chunk(2, -1)
+    _check_gated(gate, up)
+    if gate.numel() == 0 or not has_kernel("activation_fwd", gate, up, int(kind)):
+        return swiglu(gate, up) if kind == Kind.SILU else geglu(gate, up, GELUS[kind])
+    y_MN = _Gated.apply(rows(both), int(kind))
+    return y_MN.view(gate.shape)
 
 
 def relu2(x: Tensor) -> Tensor:

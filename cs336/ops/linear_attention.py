@@ -50,8 +50,12 @@ def _check_raw(*args) -> None:
 
 def _check_bwd(do, dstate, *args) -> None:
     _check_raw(*args)
-    q, v, state_shape = args[0], args[2], (*args[2].shape[:2], args[0].shape[-1], args[2].shape[-1])
-    stat = torch.promote_types(q.dtype, torch.float32)
+    check_gradients(do, dstate, args[0], args[2])
+
+
+def check_gradients(do, dstate, q, v) -> None:
+    """Of the outputs and, if there is one, of the last state."""
+    stat, state_shape = torch.promote_types(q.dtype, torch.float32), (*v.shape[:2], q.shape[-1], v.shape[-1])
     for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
         if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
             raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
@@ -75,7 +79,7 @@ def _triton_refuses(q, k, v, g, state, segments, scale) -> str | None:
     return None
 
 
-def _fake_fwd(q, k, v, g, state, segments, scale):
+def fake_fwd(q, k, v, *_):
     (B, H, T, V), K = v.shape, q.shape[-1]
     stat = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
@@ -94,7 +98,7 @@ def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segments, float scale"
 registry.define(
     f"linear_attention_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
-    fake=_fake_fwd,
+    fake=fake_fwd,
     ref=ref.fwd,
     triton="linear_attention.fwd",
     check=_check_raw,

@@ -8,7 +8,6 @@ B = sequences, Q = query tokens a sequence, T = of all sequences, H, Hkv = query
 head, E = of its values, P = pages, M = entries of a row of the table.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ def paged_attention(
     Args:
         q: (B, Q, H, D) floating point, Q from 1 to 8.
         k_cache: (P, page, Hkv, D) like q; H is a multiple of Hkv, and query head h reads key-value head h // (H / Hkv).
-        v_cache: (P, page, Hkv, E) like k_cache.
+        v_cache: (P, page, Hkv, E) like k_cache. Of latent attention, whose one key head holds its values, the view
+            k_cache[..., :E]: then Triton reads them once, up to E = 512 without window, softcap and sinks.
         page_table: (B, M) int32: entry j of row b is the page of tokens j * page to (j + 1) * page of sequence b.
             Entries past a sequence's length may hold anything, and so may its last page past it.
         seq_lens: (B,) int32, tokens of each sequence in the cache, its queries included; 0 for an empty slot.
@@ -220,7 +220,7 @@ def _like(x: Tensor) -> str:
 
 def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
     if q.device.type == "cpu":
-        return None
+        return _float64_refused(q)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the native kernel takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] not in NATIVE_HEAD_DIMS or v_cache.shape[-1] != q.shape[-1]:
@@ -233,21 +233,15 @@ def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
             return f"the native kernel reads rows at multiples of 16 bytes, not at strides {x.stride()}"
         if seen and x.storage_offset() % 8 != 0:
             return "the native kernel reads rows at multiples of 16 bytes: a tensor starts between two of them"
-    if q.is_cuda and _shared_memory(q.device) < NATIVE_SHARED_MEMORY:
+    if q.is_cuda and registry.shared_memory(q.device) < NATIVE_SHARED_MEMORY:
         return f"the native kernel needs {NATIVE_SHARED_MEMORY} bytes of shared memory a block"
     return None
 
 
-def _triton_refuses(q, *_) -> str | None:
+def _float64_refused(q, *_) -> str | None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}"
+        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
     return None
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 # ---- the ops ----
@@ -267,7 +261,7 @@ registry.define(
     ref=ref.paged_attention,
     check=_check_decode,
     capabilities={"native": ((8, 0), registry.ANY[1])},
-    supports={"native": _native_refuses, "triton": _triton_refuses},
+    supports={"native": _native_refuses, "triton": _float64_refused},
     triton="paged_attention.paged_attention",
 )
 registry.define(
@@ -275,6 +269,6 @@ registry.define(
     fake=lambda q, k, v, *_: _fake(q, (q.shape[1], q.shape[0]), v),
     ref=ref.paged_prefill,
     check=_check_prefill,
-    supports={"triton": _triton_refuses},
+    supports={"native": _float64_refused, "triton": _float64_refused},
     triton="paged_attention.paged_prefill",
 )

@@ -166,6 +166,12 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of a CUDA device may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 def has_kernel(name: str, variant: str, kind: str) -> bool:
     """Whether a kernel for that type of device is registered."""
     registered = torch._C._dispatch_has_computed_kernel_for_dispatch_key

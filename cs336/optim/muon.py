@@ -197,14 +197,14 @@ class Muon(AdamW):
         o_BMN = orthogonalize(x_BMN, group["ns_steps"], group["method"])
         lr = group["lr"]  # rounded alike as a number and as a tensor
         lr = lr.to(device, dtype) if isinstance(lr, Tensor) else torch.full((), lr, dtype=dtype, device=device)
-        o_BMN = o_BMN.to(dtype) * (lr * (RMS * o_BMN.shape[-1] ** 0.5))
+        size = lr * (RMS * o_BMN.shape[-1] ** 0.5)
 
         targets = [widened(p, self.state[p], group.get("rounding", "nearest")) for p in params]
         torch._foreach_mul_(targets, 1 - lr * group["weight_decay"])
         counts = [u.shape[:-2].numel() for u in lying]
         for p, target, u, o in zip(params, targets, lying, o_BMN.split(counts), strict=True):
             o = o.view(u.shape)
-            target.sub_(o.mT if _stands(p) else o)
+            target.addcmul_(o.mT if _stands(p) else o, size, value=-1)  # in one pass, whatever o's dtype
             store_(p, target, self.state[p], group.get("rounding", "nearest"))
 
     def step_cost(self, p: Tensor, group: dict[str, Any]) -> int:

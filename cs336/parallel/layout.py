@@ -19,6 +19,9 @@ class ParallelConfig:
     zero: Literal[0, 1, 2, 3] = 0
     """What is split among those that hold alike: 0, nothing; 1, the optimizer's state; 2, gradients too; 3, weights
     too."""
+    native_step: bool = False
+    """With zero = 1 and AdamW: gradients, step and weights travel in flat buckets, each of which is cut evenly, on GPUs
+    by NCCL from our own kernels; see cs336.parallel.ShardedAdamW."""
     tensor: int = 1
     """Processes that split each matrix, and between them the tokens."""
     pipeline: int = 1

@@ -102,10 +102,11 @@ class Parts:
         return _Own(tensors, self, have)
 
     def own_state(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of the numbers and groups of a whole optimizer."""
-        groups = [g | {"params": [p for i in g["params"] if (p := self.place(i)) is not None]} for g in saved["groups"]]
+        """This rank's part of the numbers and groups of a whole optimizer, in the order of its own."""
+        places = [sorted(p for i in group["params"] if (p := self.place(i)) is not None) for group in saved["groups"]]
+        kept = [group | {"params": mine} for group, mine in zip(saved["groups"], places, strict=True) if mine]
         numbers = {str(p): v for i, v in saved["numbers"].items() if (p := self.place(int(i))) is not None}
-        return {"numbers": numbers, "groups": [group for group in groups if group["params"]]}
+        return {"numbers": numbers, "groups": sorted(kept, key=lambda group: group["params"][0])}
 
     def place(self, i: int) -> int | None:
         """Where this rank's optimizer has the i-th parameter of the whole one; None: nowhere."""

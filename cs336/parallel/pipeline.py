@@ -8,6 +8,7 @@ N-r. Gradients add up in the order of micro-batches, as they do in one process: 
 """
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -163,9 +164,7 @@ class Pipeline:
         self.actions = SCHEDULES[schedule](self.rank, self.num_stages, num_microbatches)
         self.num_microbatches, self.group = num_microbatches, group
         # Gradients have a communicator of their own: two neighbours that send first would wait for each other in one.
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        back = dist.new_group(ranks, use_local_synchronization=True)
-        self._forward, self._back = _Messages(group), _Messages(back)
+        self._forward, self._back = _Messages(group), _Messages(_second(group or dist.group.WORLD))
 
     def step(self, token_ids_BS: Tensor, targets_BS: Tensor, *, scale: float = 1.0, ignore_index: int = -100) -> Tensor:
         """Add the gradients of scale * (sum of the losses) to .grad; return that sum, unscaled, on every rank.
@@ -220,6 +219,12 @@ class Pipeline:
                 torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
         if not self.stage.first:
             self._back.send(torch.zeros_like(x) if x.grad is None else x.grad, self.rank - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _second(group: Any) -> Any:
+    """Another group of the same processes, one for all pipelines of these: a step leaves no message behind."""
+    return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
 
 
 class _Messages:

@@ -27,6 +27,18 @@ RECOMPUTE = ("none", "selective", "full")
 RECOMPUTED = {"none": 3.0, "selective": 3.15, "full": 4.0}  # forwards that a step costs, of which the backward is two
 
 
+Units = tuple[tuple[float, str], ...]
+BYTES: Units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+SENT: Units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+TIMES: Units = ((1e-3, "ms"), (1e-6, "us"))
+
+
+def _in(units: Units, value: float) -> str:
+    """In the largest unit of which it is one or more."""
+    size, name = next((unit for unit in units if value >= unit[0]), units[-1])
+    return f"{value / size:.1f} {name}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ranks there are along each axis."""
@@ -120,15 +132,15 @@ class Plan:
         """Sentences: whether it fits and what fills it, what a step is made of, what is sent."""
         memory, total = dataclasses.asdict(self.memory), self.step_seconds
         largest = sorted(memory, key=lambda name: -memory[name])[:3]
-        filled = ", ".join(f"{name} {memory[name] / 2**30:.1f}" for name in largest if memory[name])
+        filled = ", ".join(f"{name} {_in(BYTES, memory[name])}" for name in largest if memory[name])
         verdict = "fits" if self.fits else "does not fit"
         parts = sorted(self.seconds.items(), key=lambda part: -part[1])
         shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in parts if s > 0.001 * total)
-        sent = ", ".join(f"{axis} {size / 1e9:.2f}" for axis, size in self.sent.items() if size) or "nothing"
+        sent = ", ".join(f"{axis} {_in(SENT, size)}" for axis, size in self.sent.items() if size) or "nothing"
         return (
-            f"{self.layout}: {verdict}, {self.memory.total / 2**30:.1f} of {self.room / 2**30:.1f} GiB ({filled}). "
-            f"A step takes {1e3 * total:.1f} ms ({shares}), {self.tokens_per_second:,.0f} tokens/s, "
-            f"{100 * self.mfu:.1f} % MFU. A GPU sends, in GB: {sent}."
+            f"{self.layout}: {verdict}, {_in(BYTES, self.memory.total)} of {_in(BYTES, self.room)} ({filled}). "
+            f"A step takes {_in(TIMES, total)} ({shares}), {self.tokens_per_second:,.0f} tokens/s, "
+            f"{100 * self.mfu:.1f} % MFU. A GPU sends: {sent}."
         )
 
 
@@ -174,10 +186,12 @@ def plan(
 
 
 def _place(p: Plan) -> tuple:
-    """Of those whose time is the same to three digits the one that sends least, then the smallest, is first."""
+    """Of those whose time is the same to three digits the one that sends least, then the simplest, then the smallest,
+    is first."""
     if not p.fits:
         return True, p.memory.total, p.step_seconds
-    return False, float(f"{p.step_seconds:.3g}"), sum(p.sent.values()), p.memory.total
+    simple = sum(getattr(p.layout, axis) > 1 for axis in AXES), p.layout.zero, RECOMPUTE.index(p.layout.recompute)
+    return False, float(f"{p.step_seconds:.3g}"), sum(p.sent.values()), simple, p.memory.total
 
 
 def layouts(work: Work, gpus: int) -> Iterator[Layout]:
@@ -414,9 +428,9 @@ def table(plans: list[Plan], top: int = 10) -> str:
     firsts: dict[Layout, Plan] = {}
     for p in plans:
         firsts.setdefault(dataclasses.replace(p.layout, micro_batch=1, recompute=""), p)
-    rows = [f"{'step':>10} {'tokens/s':>13} {'MFU':>6} {'GiB':>7}  {'sent, GB':>9}  layout"]
+    rows = [f"{'step':>10} {'tokens/s':>13} {'MFU':>6} {'memory':>10} {'sent':>10}  layout"]
     for p in list(firsts.values())[:top]:
-        numbers = f"{1e3 * p.step_seconds:8.1f}ms {p.tokens_per_second:13,.0f} {100 * p.mfu:5.1f}%"
-        sizes = f"{p.memory.total / 2**30:7.1f}  {sum(p.sent.values()) / 1e9:9.2f}"
+        numbers = f"{_in(TIMES, p.step_seconds):>10} {p.tokens_per_second:13,.0f} {100 * p.mfu:5.1f}%"
+        sizes = f"{_in(BYTES, p.memory.total):>10} {_in(SENT, sum(p.sent.values())):>10}"
         rows.append(f"{numbers} {sizes}  {p.layout}{'' if p.fits else '  (does not fit)'}")
     return "\n".join(rows)

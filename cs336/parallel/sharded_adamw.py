@@ -20,6 +20,7 @@ from cs336.parallel import nccl
 from cs336.parallel.collectives import broadcast_all, check_alike, describe
 from cs336.parallel.ddp import divide
 from cs336.parallel.flat_bucket import FlatBucket
+from cs336.parallel.pieces import Piece
 
 KEPT = {"params", "param_names", "rounding", *TORCH_ONLY}  # keys of a group that a saved one does not change
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
@@ -72,6 +73,13 @@ class ShardedAdamW(torch.optim.Optimizer):
         if rounding != "nearest":
             defaults["rounding"] = rounding
         super().__init__(params, defaults)
+
+    @classmethod
+    def of(
+        cls, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None, *, native: bool = False
+    ) -> "ShardedAdamW":
+        """One with the parameters and options of a cs336.optim.AdamW that has made no step."""
+        return cls([dict(g) for g in optimizer.param_groups], group=group, native=native)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the parameters of one more group; every rank calls it, between a step and the next backward."""
@@ -268,11 +276,11 @@ class ShardedAdamW(torch.optim.Optimizer):
     def overlap(self, module: nn.Module) -> None:
         """Let a step return while parameters are still gathered; the module's forward waits for each when it needs it.
 
-        An element of an nn.ModuleList waits for its own parameters, the module itself for all others, and for those
-        of this optimizer that it does not have. Call `wait` before anything else reads parameters, or captures a CUDA
-        graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
+        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself for all others,
+        and for those of this optimizer that it does not have. Call `wait` before anything else reads parameters, or
+        captures a CUDA graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
         """
-        parts = [part for m in module.modules() if isinstance(m, nn.ModuleList) for part in m]
+        parts = [part for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) for part in m]
         of = {p: bucket for bucket in self._buckets for p in bucket.params}
         units = [_distinct([of[p] for p in part.parameters() if p in of]) for part in parts]
         inside = {p for part in parts for p in part.parameters()}
@@ -318,6 +326,32 @@ class ShardedAdamW(torch.optim.Optimizer):
                     index, step = stepped[i]
                     state[index] = {"step": step, **{name: t[piece].clone() for name, t in bucket.state.items()}}
         return {"state": state, "param_groups": self._packed_groups(), "shard": self._shard()}
+
+    def _places(self) -> dict[int, tuple[Tensor, slice]]:
+        """By index, each parameter in a bucket, and its elements in this rank's shard."""
+        index = {p: i for i, p in enumerate(self._all())}
+        return {
+            index[p]: (p, own)
+            for bucket in self._buckets
+            for p, (_, own) in zip(bucket.params, bucket.own_pieces(), strict=True)
+        }
+
+    def pieces(self, named: dict[str, Tensor]) -> dict[str, Tensor | Piece]:
+        """Of the tensors in `state_dict`, named INDEX.NAME, those of parameters of which this rank has elements, each
+        with its place in the whole."""
+        found: dict[str, Tensor | Piece] = {}
+        places = self._places()
+        for key, t in named.items():
+            i, _, name = key.partition(".")
+            p, own = places[int(i)]
+            if own.start < own.stop:
+                found[key] = t if name == "step" else Piece(t, p.shape, own.start)
+        return found
+
+    def part_of(self, i: int, name: str, whole: Tensor) -> Tensor:
+        """What this rank keeps of a tensor of the whole state of the i-th parameter, as in `state_dict`."""
+        p, own = self._places()[i]
+        return whole.reshape(-1)[own].clone() if name != "step" and whole.shape == p.shape else whole
 
     @torch.no_grad()
     def consolidate(self, to: int | None = 0) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.models import Transformer, TransformerBlock
-from cs336.nn import MLP, Attention, LayerNorm, Linear, RMSNorm
+from cs336.nn import MLP, Attention, LayerNorm, Linear, QuantizedLinear, RMSNorm
 from cs336.nn.positions import AlibiSlopes
 from cs336.parallel import differentiable
 from cs336.parallel.differentiable import Group, check_parts, gathered, own_part
@@ -51,8 +51,7 @@ class Region:
 class ColumnLinear(Linear):
     """A Linear of which each rank makes its part of the output: x (..., S, in) -> (..., S, out / N).
 
-    weight is (out / N, in), bias (out / N,). enters: x comes from outside the region; else several of them share what
-    `region.enter` gave. Raises ValueError where `out` does not divide.
+    weight is (out / N, in), bias (out / N,). Raises ValueError where `out` does not divide.
     """
 
     def __init__(
@@ -62,27 +61,23 @@ class ColumnLinear(Linear):
         region: Region | None = None,
         *,
         bias: bool = False,
-        enters: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         region = region or Region()
         check_parts(out_features, region.size, "an output")
         super().__init__(in_features, out_features // region.size, bias=bias, device=device, dtype=dtype)
-        self.region, self.enters = region, enters
+        self.region = region
 
     @classmethod
-    def of(cls, linear: nn.Linear, region: Region, *, enters: bool = True) -> "ColumnLinear":
+    def of(cls, linear: nn.Linear, region: Region) -> "ColumnLinear":
         """This rank's part of a whole one."""
-        bias = linear.bias is not None
-        made = cls(linear.in_features, linear.out_features, region, bias=bias, enters=enters, device="meta")
-        made.weight = _own(linear.weight, 0, region.group)
-        if bias:
-            made.bias = _own(linear.bias, 0, region.group)
+        made = cls(linear.in_features, linear.out_features, region, bias=linear.bias is not None, device="meta")
+        _take_rows(made, linear, region.group)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.region.enter(x) if self.enters else x)
+        return super().forward(self.region.enter(x))
 
 
 class RowLinear(Linear):
@@ -204,7 +199,7 @@ def tensor_parallel(model: Transformer, group: Group = None, *, sequence: bool =
     tied = model.head is None
     model.embedding = VocabularyEmbedding.of(model.embedding, group)
     if not tied:
-        model.head = ColumnLinear.of(cast(nn.Linear, model.head), region, enters=False)
+        model.head = _columns(cast(nn.Linear, model.head), group)
     for layer in model.layers:
         _divide_block(cast(TransformerBlock, layer), region)
     if sequence and model.norm is not None:
@@ -225,6 +220,8 @@ def why_not(model: Transformer, N: int) -> str | None:
     vocabulary = model.config.vocab_size
     if isinstance(model, TensorParallelTransformer):
         return "it has been divided before"
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return "its weights are quantised: give the model that they were made of"
     if vocabulary % N != 0:
         return f"vocab_size {vocabulary} / {N} = {vocabulary / N:g}: pad it to {-(-vocabulary // N) * N}"
     if model.config.embedding_dropout:
@@ -256,7 +253,7 @@ def _divide_block(block: TransformerBlock, region: Region) -> None:
         (mlp, ("gate_proj", "up_proj") if mlp.gated else ("up_proj",), "down_proj"),
     ):
         for name in columns:
-            setattr(module, name, ColumnLinear.of(getattr(module, name), region, enters=False))
+            setattr(module, name, _columns(getattr(module, name), region.group))
         setattr(module, row, RowLinear.of(getattr(module, row), region))
         module.register_forward_pre_hook(_entering(region))
     if attention.alibi is not None:
@@ -285,6 +282,20 @@ def _share(norm: nn.Module, group: Group) -> None:
     """Make a norm one that sums its gradient."""
     norm.__class__ = PartialRMSNorm if isinstance(norm, RMSNorm) else PartialLayerNorm
     cast(PartialRMSNorm, norm).group = group
+
+
+def _columns(linear: nn.Linear, group: Group) -> Linear:
+    """This rank's part of a whole one, of what is in the region already: several share what `region.enter` gave."""
+    out, bias = linear.out_features // dist.get_world_size(group), linear.bias is not None
+    made = Linear(linear.in_features, out, bias=bias, device="meta")
+    _take_rows(made, linear, group)
+    return made
+
+
+def _take_rows(made: nn.Linear, whole: nn.Linear, group: Group) -> None:
+    made.weight = _own(whole.weight, 0, group)
+    if whole.bias is not None:
+        made.bias = _own(whole.bias, 0, group)
 
 
 def _own(p: Tensor, dim: int, group: Group) -> nn.Parameter:

@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cs336.report.chart import Series, compact, line_chart, linear_ticks
+from cs336.report.chart import compact, linear_ticks
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number, read_run
-from cs336.report.study import CURVES, read_summary
+from cs336.report.run import listing, mapping, number
+from cs336.report.study import CURVES, curves, read_summary
 
 ROW, LEFT, WIDTH, FOOT = 26, 120, 460, 38  # of the chart of intervals
 CHARS = 19  # of an arm's name in it
@@ -22,7 +22,7 @@ def write_ablation_report(directory: str | Path) -> Path:
     """
     path = Path(directory)
     found = read_summary(path, "ablation.json", "cs336 ablate")
-    rows = [mapping(row) for row in found.get("rows", [])]
+    rows = [mapping(row) for row in listing(found.get("rows"))]
     metric = str(found.get("metric"))
     parts: list[tuple[str, str, str, dict[str, Any]]] = [
         ("intervals", "Side by side", "picture", {"note": _note(found), "svg": interval_chart(rows, metric)}),
@@ -161,21 +161,5 @@ def _costs(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[
 
 
 def _curves(path: Path, found: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
-    columns = dict.fromkeys(["train/loss", metric if metric.startswith("val/") else "train/loss"])
-    series: dict[str, list[Series]] = {column: [] for column in columns}
-    for i, (name, folders) in enumerate(mapping(found.get("folders")).items()):
-        if not folders:
-            continue
-        run = read_run(path / "runs" / str(folders[0]))
-        for column, lines in series.items():
-            lines.append(Series(name, *run.column(column, "tokens"), f"run{i % CURVES}", dots=column != "train/loss"))
-    return [
-        {
-            "title": column,
-            "note": "Logarithmic, the first seed of each arm.",
-            "keys": lines,
-            "svg": line_chart(lines, title=column, x_label="tokens", log_y=True),
-        }
-        for column, lines in series.items()
-        if lines
-    ]
+    runs = [(name, str(folders[0])) for name, folders in mapping(found.get("folders")).items() if folders]
+    return curves(path, runs, metric, "Logarithmic, the first seed of each arm.")

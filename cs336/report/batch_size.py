@@ -6,7 +6,7 @@ from typing import Any
 
 from cs336.report.chart import Series, compact, line_chart
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number
+from cs336.report.run import listing, mapping, number
 from cs336.report.study import CURVES, finite, read_summary
 
 
@@ -17,7 +17,7 @@ def write_batch_size_report(directory: str | Path) -> Path:
     """
     path = Path(directory)
     found = read_summary(path, "batch_size.json", "cs336 batch-size")
-    points = [mapping(point) for point in found.get("points", [])]
+    points = [mapping(point) for point in listing(found.get("points"))]
     context = int(number(found.get("context_length")) or 0)
     recommended = int(number(found.get("recommended")) or 0)
     parts: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -44,7 +44,7 @@ def write_batch_size_report(directory: str | Path) -> Path:
 
 
 def _charts(found: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    noise = [row for row in map(mapping, found.get("noise", [])) if finite(row.get("batch"))]
+    noise = [row for row in map(mapping, listing(found.get("noise"))) if finite(row.get("batch"))]
     over = [
         Series("gradient noise scale", [r["tokens"] for r in noise], [r["batch"] for r in noise], "faint"),
         Series("by branching", [p["tokens"] for p in points], [p["critical"] for p in points], "second", dots=True),

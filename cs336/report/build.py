@@ -8,7 +8,7 @@ from typing import Any
 
 from cs336.report.chart import bar_chart, compact
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number
+from cs336.report.run import listing, mapping, number
 from cs336.utils.duration import duration
 
 MOST_RULES, MOST_LISTED, MOST_LANGUAGES = 12, 60, 12
@@ -212,7 +212,7 @@ def _times(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stages(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [mapping(stage) for stage in found.get("stages", [])]
+    return [mapping(stage) for stage in listing(found.get("stages"))]
 
 
 def _removed(stage: Mapping[str, Any]) -> dict[str, list[int]]:

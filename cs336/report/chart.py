@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 34
+MOST = 1e300  # of a number: differences and sums of a chart's stay finite
 MAX_POINTS = 360  # one a unit of width: more cannot be seen
 HOVERED = 90  # places along x that show their values
 CHAR, GAP = 5.8, 6  # width of a character of a rule's name, and from the plot to it
@@ -72,9 +73,13 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / most)] if ticks else [low, high]
 
 
+def _drawable(value: float) -> bool:
+    return abs(value) < MOST
+
+
 def thin(xs: Sequence[float], ys: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """The finite points, averaged in runs of equal length so that at most `most` are left."""
-    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    """The points that can be drawn, averaged in runs of equal length so that at most `most` are left."""
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if _drawable(x) and _drawable(y)]
     run = math.ceil(len(points) / most) or 1
     runs = (points[i : i + run] for i in range(0, len(points), run))
     return [(sum(x for x, _ in r) / len(r), sum(y for _, y in r) / len(r)) for r in runs]
@@ -110,11 +115,12 @@ def line_chart(
         from_zero: the y axis starts at zero (for rates, where the distance to zero has a meaning).
     """
     drawn = [(s, points) for s in series if (points := thin(s.xs, s.ys))]
+    rules = [(name, value) for name, value in rules if _drawable(value)]
     if not drawn:
         return Markup("")
     all_x = [x for _, points in drawn for x, _ in points]
     all_y = [y for _, points in drawn for _, y in points] + [value for _, value in rules]
-    log_y = log_y and min(all_y) > 0 and max(all_y) > 1.5 * min(all_y)
+    log_y = log_y and min(all_y) > 1 / MOST and max(all_y) > 1.5 * min(all_y)
     low, high = _span(min(0.0, *all_y) if from_zero else min(all_y), max(all_y), log_y)
     x_low, x_high = min(0.0, *all_x), max(all_x)  # from zero, so that charts can be compared
     x_high = x_high if x_high > x_low else x_low + 1
@@ -149,6 +155,7 @@ def bar_chart(labels: Sequence[str], values: Sequence[float], *, title: str, x_l
     """Vertical bars from zero; empty Markup where there are no values."""
     if not values:
         return Markup("")
+    values = [value if _drawable(value) else 0.0 for value in values]
     high = max(*values, 1) * 1.04
     pitch = (WIDTH - LEFT - RIGHT) / len(values)
     every = math.ceil(len(values) / 16)

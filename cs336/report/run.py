@@ -54,7 +54,12 @@ def number(value: Any) -> float | None:
     """A number; one that is not finite is a string in the files, because JSON has none."""
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf if value > 0 else -math.inf
 
 
 def shown(value: Any) -> str:
@@ -66,6 +71,10 @@ def shown(value: Any) -> str:
 
 def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def listing(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def read_run(run_dir: str | Path) -> Run:

@@ -9,7 +9,7 @@ from typing import Any
 from cs336.report.chart import Series, compact, line_chart
 from cs336.report.coordinates import Coordinate, parallel_chart
 from cs336.report.page import render, write_page
-from cs336.report.run import mapping, number, read_run
+from cs336.report.run import listing, mapping, number, read_run
 from cs336.utils.duration import duration
 
 CURVES = 6  # runs whose colours can be told apart
@@ -25,7 +25,7 @@ def write_study_report(directory: str | Path) -> Path:
     """
     path = Path(directory)
     found = read_summary(path, "study.json", "cs336 sweep")
-    groups = [mapping(group) for group in found.get("groups", [])]
+    groups = [mapping(group) for group in listing(found.get("groups"))]
     done = [group for group in groups if finite(group.get("mean"))]
     metric = str(found.get("metric"))
     parts: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -139,7 +139,7 @@ def _coordinate(title: str, values: Sequence[Any], axis: Mapping[str, Any]) -> C
 
 def _sensitivities(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for entry in map(mapping, found.get("sensitivities", [])):
+    for entry in map(mapping, listing(found.get("sensitivities"))):
         what = f"lowest at {value_text(entry.get('best'))}; means differ by up to {entry.get('spread', 0):.4f}"
         percent = round(100 * (number(entry.get("share")) or 0.0), 1)
         rows.append({"name": entry.get("key"), "what": what, "percent": percent, "time": f"{percent:.0f} %"})
@@ -151,24 +151,30 @@ def _curves(path: Path, done: Sequence[Mapping[str, Any]], metric: str) -> list[
     once: dict[str, Mapping[str, Any]] = {}
     for group in done:
         once.setdefault(json.dumps(group.get("options")), group)
-    column = metric if metric.startswith("val/") else "train/loss"
-    series: dict[str, list[Series]] = {"train/loss": [], column: []}
-    for i, group in enumerate(list(once.values())[:CURVES]):
+    best = list(once.values())[:CURVES]
+    named = [(label(mapping(group.get("options"))), str(group["folders"][0])) for group in best]
+    return curves(path, named, metric, "Logarithmic, the first seed of each.")
+
+
+def curves(path: Path, runs: Sequence[tuple[str, str]], metric: str, note: str) -> list[dict[str, Any]]:
+    """Charts of the loss, and of a validation metric, of runs by name and folder; one that cannot be read is left
+    out."""
+    series: dict[str, list[Series]] = {"train/loss": [], metric if metric.startswith("val/") else "train/loss": []}
+    for i, (name, folder) in enumerate(runs):
         try:
-            run = read_run(path / "runs" / str(group["folders"][0]))
+            run = read_run(path / "runs" / folder)
         except (FileNotFoundError, ValueError):
             continue
-        for name, lines in series.items():
-            name_of = label(mapping(group.get("options")))
-            lines.append(Series(name_of, *run.column(name, "tokens"), f"run{i}", dots=name != "train/loss"))
+        for column, lines in series.items():
+            lines.append(Series(name, *run.column(column, "tokens"), f"run{i % CURVES}", dots=column != "train/loss"))
     return [
         {
-            "title": name,
-            "note": "Logarithmic, the first seed of each.",
+            "title": column,
+            "note": note,
             "keys": lines,
-            "svg": line_chart(lines, title=name, x_label="tokens", log_y=True),
+            "svg": line_chart(lines, title=column, x_label="tokens", log_y=True),
         }
-        for name, lines in series.items()
+        for column, lines in series.items()
         if lines
     ]
 

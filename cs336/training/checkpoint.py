@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cs336.parallel import FSDP, ShardedOptimizer
+from cs336.parallel import FSDP, ShardedAdamW, ShardedOptimizer
 from cs336.parallel.launch import rank, world_size
 from cs336.parallel.parts import Parts
 from cs336.training.shards import DamagedError, Tensors, divided, shard_name
@@ -103,6 +103,8 @@ def snapshot(
     if optimizer is not None:
         apart, numbers = _split_optimizer(optimizer.state_dict())
         kinds["optimizer"] = _distinct(apart, tie=False)[0]
+        if isinstance(optimizer, ShardedAdamW):
+            kinds["optimizer"] = optimizer.pieces(kinds["optimizer"])
         if isinstance(model, FSDP):
             kinds["optimizer"] = model.optimizer_pieces(optimizer, kinds["optimizer"])
         if parts is not None:
@@ -130,7 +132,7 @@ def snapshot(
 
 
 def _is_share(optimizer: torch.optim.Optimizer | None) -> bool:
-    return isinstance(optimizer, ShardedOptimizer)
+    return isinstance(optimizer, ShardedOptimizer | ShardedAdamW)
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -503,13 +505,16 @@ def _load_optimizer(
         place = int(parameter) if parts is None else parts.place(int(parameter))
         if place is not None and (mine_alone is None or place in mine_alone):
             tensor = tensors[name] if parts is None else parts.own_part(place, tensors[name])
-            state.setdefault(place, {})[key] = (
-                model.part_of(optimizer, place, tensor) if isinstance(model, FSDP) else tensor
-            )
-    mine = optimizer.state_dict()["param_groups"]
-    groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in zip(saved["groups"], mine, strict=False)]
+            if isinstance(model, FSDP):
+                tensor = model.part_of(optimizer, place, tensor)
+            elif isinstance(optimizer, ShardedAdamW):
+                tensor = optimizer.part_of(place, key, tensor)
+            state.setdefault(place, {})[key] = tensor
+    mine = optimizer.state_dict()
+    pairs = zip(saved["groups"], mine["param_groups"], strict=False)
+    groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in pairs]
     try:
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict(mine | {"state": state, "param_groups": groups})
     except ValueError as error:
         raise ValueError(f"checkpoint {path} does not fit the optimizer: {error}") from None
 

@@ -10,11 +10,13 @@ One process holds everything, and is asked the same.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336.models import Transformer
@@ -26,6 +28,7 @@ from cs336.parallel import (
     FSDP,
     Mesh,
     Pipeline,
+    ShardedAdamW,
     ShardedOptimizer,
     context,
     context_parallel,
@@ -43,7 +46,7 @@ from cs336.parallel.layout import AXES
 from cs336.parallel.parts import Parts, gather_whole, groups_of
 from cs336.parallel.pieces import Cut
 from cs336.parallel.pipeline import layers_of
-from cs336.training.config import TrainConfig
+from cs336.training.config import AdamWConfig, TrainConfig
 from cs336.training.objectives import Batch, NextToken
 
 ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
@@ -62,12 +65,12 @@ class Division:
 
     parts: Parts | None
     """What of the whole model this rank has, if more is divided than rows; None: all of it, or what FSDP says."""
-    optimizer: Optimizer | ShardedOptimizer
+    optimizer: Optimizer | ShardedOptimizer | ShardedAdamW
 
     def __init__(self, model: Transformer, config: TrainConfig):
         self.model, self.config = model, config
         self.sizes = config.parallel.axes(world_size())
-        self.mesh = Mesh(**self.sizes) if world_size() > 1 else None
+        self.mesh = _mesh(dist.group.WORLD, **self.sizes) if world_size() > 1 else None
         self._tied = False
         whole = {name: t.shape for name, t in model.state_dict().items()}
         groups = groups_of(model, config.optimizer.build(model))
@@ -76,6 +79,7 @@ class Division:
         self.fsdp = next((s for s in self._synced if isinstance(s, FSDP)), None)
         self.called: nn.Module = self._synced[0] if self._synced else model
         self.optimizer = self._optimizer()
+        self.flat = self.optimizer if isinstance(self.optimizer, ShardedAdamW) else None
         self.parts = None
         if any(size > 1 for axis, size in self.sizes.items() if axis != "data"):
             zero = config.parallel.zero
@@ -119,7 +123,7 @@ class Division:
     def _average(self) -> list[DDP | FSDP]:
         """What averages gradients over the ranks that have other rows or tokens."""
         parallel, alike = self.config.parallel, self.sizes["data"] * self.sizes["context"]
-        if self.averaged == 1:
+        if self.averaged == 1 or parallel.native_step:  # whose optimizer does so
             return []
         if parallel.zero >= 2:
             fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
@@ -135,10 +139,12 @@ class Division:
             found.append(DDP(nn.ParameterList(experts), group=self._group("data", "context")))
         return found
 
-    def _optimizer(self) -> Optimizer | ShardedOptimizer:
+    def _optimizer(self) -> Optimizer | ShardedOptimizer | ShardedAdamW:
         optimizer = self.config.optimizer.build(self.model)
         if self.fsdp is not None:
             self.fsdp.split(optimizer)
+        elif self.config.parallel.native_step and self.averaged > 1:
+            return ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
         elif self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
@@ -210,7 +216,7 @@ class Division:
     def alone(self) -> Iterator[None]:
         """Around backwards whose gradients stay this rank's own, with the weights of `whole`."""
         with contextlib.ExitStack() as stack:
-            for synced in self._synced:
+            for synced in (*self._synced, *([self.flat] if self.flat else [])):
                 stack.enter_context(synced.no_sync())
             yield
 
@@ -224,6 +230,8 @@ class Division:
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients of the whole model together, the same on every rank: a float32 scalar."""
+        if self.flat is not None:
+            return self.flat.grad_norm()
         if self.parts is None and self.fsdp is None:
             return grad_norm(self.model.parameters())
         device = self.model.device
@@ -254,6 +262,12 @@ class Division:
         for name in DESCRIBED:
             setattr(model, name, getattr(self.model, name))
         yield model
+
+
+@functools.lru_cache(maxsize=1)
+def _mesh(world: Any, **sizes: int) -> Mesh:
+    """Of the processes of `world`: a run that goes back to a checkpoint takes the groups that are there."""
+    return Mesh(**sizes)
 
 
 def _compile(layer: nn.Module) -> None:
@@ -288,6 +302,8 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
     if zero >= 2 and optimizer not in ELEMENTWISE:
         return f"zero = {zero} splits every matrix, and {optimizer} needs whole ones: use zero = 1, or adamw or sgd"
     divided = [axis for axis in AXES if axis != "data" and sizes[axis] > 1]
+    if parallel.native_step and math.prod(sizes.values()) > 1 and (reason := _why_not_native(config, divided)):
+        return f"native_step = true {reason}"
     if not divided:
         return None
     if config.compile:
@@ -318,6 +334,21 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
             return f"expert = {N}: soap keeps a basis for a whole stack of experts; use adamw, sgd or muon"
     if (N := sizes["pipeline"]) > 1:
         return _why_no_pipeline(config, sizes, N)
+    return None
+
+
+def _why_not_native(config: TrainConfig, divided: list[str]) -> str | None:
+    optimizer, low = config.optimizer, config.precision == "bf16_weights"
+    if config.parallel.zero != 1:
+        return f"divides the optimizer's state, which is zero = 1, and zero is {config.parallel.zero}"
+    if divided:
+        return f"goes with data parallel alone, and {divided[0]} is {getattr(config.parallel, divided[0])}"
+    if not isinstance(optimizer, AdamWConfig):
+        return f"steps AdamW, and optimizer.kind is {optimizer.kind}"
+    if optimizer.state_dtype != "float32" or (low and optimizer.rounding == "stochastic"):
+        return 'keeps moments in float32, and bfloat16 weights rounded to "nearest" or with their "remainder"'
+    if config.guard.reads_each_step:
+        return "has no gradients left when [guard] looks at a step: leave its settings out"
     return None
 
 

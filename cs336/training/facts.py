@@ -61,6 +61,7 @@ def _places(learner: Learner) -> str:
     zero, sizes = learner.config.parallel.zero, learner.division.sizes
     axes = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
     how = [*(axes if axes != [f"data {world_size()}"] else []), *([f"ZeRO-{zero}"] if zero else [])]
+    how += ["native step"] if learner.division.flat is not None and learner.device.type == "cuda" else []
     return ", ".join([f"{world_size()} x {learner.device.type}", *how]) + ("," if how else "")
 
 

@@ -47,6 +47,7 @@ def predicted_memory(
         optimizer_bytes=per_parameter,
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
+        accumulated=ranks > 1 or micro_batch_size < config.batch_size,
     )
     split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
     return dataclasses.replace(whole, **{name: -(-getattr(whole, name) // ranks) for name in split})

@@ -14,7 +14,7 @@ from cs336.models.memory import Memory
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale
-from cs336.parallel import ShardedOptimizer
+from cs336.parallel import ShardedAdamW, ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.checkpoint import load_whole
 from cs336.training.config import TrainConfig
@@ -124,9 +124,10 @@ class Learner:
         with annotate("optimizer"):
             own = torch.stack(parts).sum(0)
             self.own_loss = own[1] / own[0].clamp(min=1)
+            norm = self.division.grad_norm()  # first: what gradients travel by is done before anything else travels
             count, *sums = self.division.total(own)
             scale = gradient_scale(count, self.division.averaged)
-            norm = self.division.grad_norm() * scale
+            norm = norm * scale
             means = [total / count.clamp(min=1) for total in sums]
             values = dict(zip(("loss", *metrics), means, strict=True)) | {"grad_norm": norm}
             if accept is None or accept(values):
@@ -161,7 +162,7 @@ class Learner:
         reason = None
         if self.device.type != "cuda":
             reason = f"it is a GPU's, and the device is {self.device}"
-        elif world_size() > 1 or isinstance(self.optimizer, ShardedOptimizer):
+        elif world_size() > 1 or isinstance(self.optimizer, ShardedOptimizer | ShardedAdamW):
             reason = "several processes take a step together"
         elif not self.optimizer.capturable:
             reason = f"a step of {self.config.optimizer.kind} waits for the GPU"

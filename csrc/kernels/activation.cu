@@ -48,7 +48,6 @@ __device__ __forceinline__ void load_floats(float (&out)[kVec<T>], const void* r
   unpack<T>(load<T, kAccess>(rows, element), out);
 }
 
-// Outputs are newly allocated: row r starts at a multiple of 16 bytes where N elements are whole vectors of them.
 template <typename T, Access kAccess>
 __device__ __forceinline__ void store_floats(void* rows, int64_t element, const float (&values)[kVec<T>]) {
   if constexpr (kAccess == Access::kVectors) {
@@ -71,7 +70,7 @@ __device__ __forceinline__ int row_length(const ActivationParams& p, int64_t num
 
 template <typename T, Access kAccess, Activation kActivation, bool kGated>
 __global__ void __launch_bounds__(kMaxThreads) activation_fwd_kernel(const ActivationParams p, const int64_t numel) {
-  const int64_t x = blockIdx.x * p.x_stride, up = blockIdx.x * p.up_stride, y = blockIdx.x * p.N;
+  const int64_t x = blockIdx.x * p.x_stride, up = blockIdx.x * p.up_stride, y = blockIdx.x * p.out_stride;
   const int length = row_length(p, numel), full = length / kVec<T>;
   allow_successor();
   wait_for_predecessor();
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads) activation_fwd_kernel(const Activ
 template <typename T, Access kAccess, Activation kActivation, bool kGated>
 __global__ void __launch_bounds__(kMaxThreads) activation_bwd_kernel(const ActivationParams p, const int64_t numel) {
   const int64_t x = blockIdx.x * p.x_stride, up = blockIdx.x * p.up_stride, dy = blockIdx.x * p.dy_stride;
-  const int64_t out = blockIdx.x * p.N;
+  const int64_t out = blockIdx.x * p.out_stride;
   const int length = row_length(p, numel), full = length / kVec<T>;
   allow_successor();
   wait_for_predecessor();
@@ -142,9 +141,11 @@ void dispatch_activation(const ActivationParams& p, F&& f) {
 // The same elements in rows of kFlatRow, if there are no gaps between rows.
 ActivationParams flattened(ActivationParams p) {
   const auto no_gaps = [&](const void* rows, int64_t stride) { return !rows || p.M == 1 || stride == p.N; };
-  if (!no_gaps(p.x, p.x_stride) || !no_gaps(p.up, p.up_stride) || !no_gaps(p.dy, p.dy_stride)) return p;
+  if (!no_gaps(p.x, p.x_stride) || !no_gaps(p.up, p.up_stride) || !no_gaps(p.dy, p.dy_stride) ||
+      !no_gaps(p.y, p.out_stride))
+    return p;
   p.M = (p.M * p.N + kFlatRow - 1) / kFlatRow;
-  p.N = p.x_stride = p.up_stride = p.dy_stride = kFlatRow;
+  p.N = p.x_stride = p.up_stride = p.dy_stride = p.out_stride = kFlatRow;
   return p;
 }
 
@@ -152,7 +153,8 @@ ActivationParams flattened(ActivationParams p) {
 template <typename F>
 void dispatch_all(const ActivationParams& p, F&& f) {
   dispatch_dtype(p.dtype, [&]<typename T>(T t) {
-    const bool vectors = all_aligned(p.M, sizeof(T), {p.x_stride, p.up_stride, p.dy_stride, p.N}, {p.x, p.up, p.dy});
+    const bool vectors = all_aligned(p.M, sizeof(T), {p.x_stride, p.up_stride, p.dy_stride, p.out_stride},
+                                     {p.x, p.up, p.dy, p.y, p.dup});
     dispatch_activation(p, [&](auto activation) {
       dispatch_bool(p.up, [&](auto gated) {
         if (vectors)

@@ -13,10 +13,10 @@ struct ActivationParams {
   const void* x;   // (M, N)
   const void* up;  // (M, N) or null: without a gate
   const void* dy;  // (M, N), of the backward
-  void* y;         // (M, N) contiguous: act(x) * up, or of the backward dx
-  void* dup;       // (M, N) contiguous, of the backward with up
+  void* y;         // (M, N): act(x) * up, or of the backward dx
+  void* dup;       // (M, N), of the backward with up
   int64_t M, N;
-  int64_t x_stride, up_stride, dy_stride;  // of rows, in elements
+  int64_t x_stride, up_stride, dy_stride, out_stride;  // of rows, in elements; the last of y and dup
   Dtype dtype;
   Activation activation;
 };

@@ -40,6 +40,17 @@ __device__ __forceinline__ Part<T, kWidth> narrow(const float (&in)[kWidth]) {
     return pack<T>(in);
 }
 
+// In one instruction: nvcc makes four of what it has moved behind a branch, half of a training step's rope at D 64.
+template <typename T, int kWidth>
+__device__ __forceinline__ void put(T* out, const Part<T, kWidth>& part) {
+  if constexpr (kWidth == 1)
+    *out = part;
+  else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(out)), "r"(part.x),
+                 "r"(part.y), "r"(part.z), "r"(part.w)
+                 : "memory");
+}
+
 // Two parts of a head: a thread's share. Pairs lie in the same place of both, or side by side in one.
 template <int kWidth>
 struct Columns {
@@ -141,8 +152,8 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const __grid_constant
 #pragma unroll
   for (int i = 0; i < kHeads; i++) {
     if (i >= num_heads) continue;
-    *reinterpret_cast<Raw*>(y + i * heads.y_h + columns.first) = parts[i][0];
-    if (columns.has_second) *reinterpret_cast<Raw*>(y + i * heads.y_h + columns.second) = parts[i][1];
+    put<T, kWidth>(y + i * heads.y_h + columns.first, parts[i][0]);
+    if (columns.has_second) put<T, kWidth>(y + i * heads.y_h + columns.second, parts[i][1]);
   }
 }
 

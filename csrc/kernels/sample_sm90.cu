@@ -1,4 +1,5 @@
 // A cluster of blocks holds a row of logits in shared memory: it is read once from memory and then as often as need be.
+// Where every token may be drawn it is not kept: once is enough.
 //
 // top_k: the k-th largest by its bits, 11 at a time, from histograms. top_p: a token is in the nucleus if the mass
 // above it is less than top_p. The draw, an argmax over all tokens, is taken if it is in the nucleus; otherwise nothing
@@ -22,7 +23,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
-constexpr int kAhead = 4;  // vectors of four logits that a thread loads before it uses them
+constexpr int kAhead = 4;  // vectors of logits that a thread loads before it uses them
 constexpr float kLog2E = 1.4426950408889634f, kMax = 3.402823466e38f;
 
 struct Stats {  // of the logits as they came in: maximum and sum of exp(logit - maximum); then of what is drawn from
@@ -182,6 +183,12 @@ struct Settings {
         top_k(p.top_k[row]),
         counted(p.counts && (repetition != 1.f || presence != 0.f || frequency != 0.f)) {}
 
+  // Whether every token may be drawn, by its logit as it came in.
+  __device__ __forceinline__ bool takes_any(const SampleParams& p) const {
+    const bool cut = (top_k > 0 && top_k < p.vocabulary) || top_p < 1.f || min_p > 0.f;
+    return temperature > 0.f && !cut && !counted && !p.bias;
+  }
+
   __device__ __forceinline__ float penalised(float x, int count) const {
     if (count > 0) x = x > 0.f ? x / repetition : x * repetition;
     const int generated = count & (kInPrompt - 1);
@@ -190,34 +197,44 @@ struct Settings {
   }
 };
 
-// Four logits as they lie in memory, loaded at once where they are whole and aligned.
+// 16 bytes of logits as they lie in memory, loaded at once where they are whole and aligned.
 template <typename T>
-struct Four {
-  using Words = std::conditional_t<sizeof(T) == 4, float4, uint2>;
-  Words words;
+struct Logits {
+  static constexpr int kSize = 16 / sizeof(T);
+  uint4 words;
   bool whole;
 
   __device__ __forceinline__ void load(const T* row, int first, int n, bool aligned) {
-    whole = aligned && first + 4 <= n;
-    if (whole) words = __ldcs(reinterpret_cast<const Words*>(row + first));
+    whole = aligned && first + kSize <= n;
+    if (whole) words = __ldcs(reinterpret_cast<const uint4*>(row + first));
   }
-  __device__ __forceinline__ void unpack(const T* row, int first, int n, float (&x)[4]) const {
+  __device__ __forceinline__ void unpack(const T* row, int first, int n, float (&x)[kSize]) const {
     const T* values = reinterpret_cast<const T*>(&words);
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = whole ? finite(values[i]) : first + i < n ? finite(row[first + i]) : -INFINITY;
+    for (int i = 0; i < kSize; i++)
+      x[i] = whole ? finite(values[i]) : first + i < n ? finite(row[first + i]) : -INFINITY;
   }
 };
+
+template <int kSize>
+__device__ __forceinline__ float largest(const float (&x)[kSize]) {
+  float top = x[0];
+#pragma unroll
+  for (int i = 1; i < kSize; i++) top = fmaxf(top, x[i]);
+  return top;
+}
 
 // Loads this block's part of the row, from `begin` on, into shared memory.
 template <typename T>
 __device__ Stats load(const SampleParams& p, const Settings& settings, int row, int begin, int n, float* values) {
+  constexpr int kSize = Logits<T>::kSize;
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + begin;
-  const bool aligned = reinterpret_cast<uintptr_t>(logits) % (4 * sizeof(T)) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
   const float* bias = p.bias ? p.bias + row * p.bias_stride + begin : nullptr;
   const int* counts = settings.counted ? p.counts + row * p.counts_stride + begin : nullptr;
   Stats mine{-INFINITY, 0.f, -INFINITY, n > 0 ? begin : 0x7fffffff};
-  const auto take = [&](int first, float (&x)[4]) {
-    const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+  const auto take = [&](int first, float (&x)[kSize]) {
+    const float top = largest(x);
     if (top > mine.raw_top) {
       mine.raw_sum *= exp2_approx((mine.raw_top - top) * kLog2E);
       mine.raw_top = top;
@@ -228,27 +245,29 @@ __device__ Stats load(const SampleParams& p, const Settings& settings, int row, 
     }
     if (bias || counts) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < kSize; i++) {
         if (first + i >= n) continue;
         if (bias) x[i] = finite(x[i] + bias[first + i]);
         if (counts) x[i] = finite(settings.penalised(x[i], counts[first + i]));  // a penalty may have overflowed
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < kSize; i++)
       if (x[i] > mine.top) mine.top = x[i], mine.token = begin + first + i;
-    *reinterpret_cast<float4*>(values + first) = make_float4(x[0], x[1], x[2], x[3]);
-  };
-  for (int start = 4 * threadIdx.x; start < n; start += 4 * kThreads * kAhead) {
-    Four<T> four[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; i++) four[i].load(logits, start + 4 * kThreads * i, n, aligned);
+    for (int i = 0; i < kSize; i += 4)
+      *reinterpret_cast<float4*>(values + first + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  };
+  for (int start = kSize * threadIdx.x; start < n; start += kSize * kThreads * kAhead) {
+    Logits<T> ahead_of_use[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) ahead_of_use[i].load(logits, start + kSize * kThreads * i, n, aligned);
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
-      const int first = start + 4 * kThreads * i;
+      const int first = start + kSize * kThreads * i;
       if (first >= n) break;
-      float x[4];
-      four[i].unpack(logits, first, n, x);
+      float x[kSize];
+      ahead_of_use[i].unpack(logits, first, n, x);
       take(first, x);
     }
   }
@@ -276,6 +295,14 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float unordered(int x) { return __int_as_float(x < 0 ? x ^ 0x7fffffff : x); }
 
+// -log(e) of an exponential draw e, from 32 random bits; and a bound of it that takes no logarithm: -log(e) <= -log(u)
+// <= (leading zeros + 1) log 2. Most tokens cannot win even with that.
+__device__ __forceinline__ float gumbel(uint32_t word) {
+  const float u = fminf((__uint2float_rn(word) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
+  return -logf(-log1pf(-u));
+}
+__device__ __forceinline__ float gumbel_bound(uint32_t word) { return (__clz(word) + 1) * 0.6931473f; }
+
 struct Draw {
   float top, inverse, farthest;  // the largest logit, 1 / temperature, the distance up to which tokens are kept
   uint64_t seed, offset;
@@ -299,11 +326,9 @@ struct Draw {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const float z = -distances[i] * inverse;
-          // -log(e) <= -log(u) <= (leading zeros + 1) log 2: most tokens cannot win, and need no logarithm.
-          if (!(z + (__clz(words[i]) + 1) * 0.6931473f >= least)) continue;
+          if (!(z + gumbel_bound(words[i]) >= least)) continue;
           if (!(distances[i] <= farthest && distances[i] < nearer) || first + i >= n) continue;
-          const float u = fminf((__uint2float_rn(words[i]) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
-          const float score = z - logf(-log1pf(-u));
+          const float score = z + gumbel(words[i]);
           if (score > mine.score) mine = {score, distances[i], begin + first + i, 0};
         }
       }
@@ -347,9 +372,90 @@ __device__ int draw(const SampleParams& p, const Settings& settings, int row, co
   }
 }
 
+// ---- rows of which every token may be drawn ----
+
+// A thread's best token: its logit and its draw, which make a score relative to any other logit.
+struct Best {
+  float logit = -INFINITY, noise = 0.f;
+  int token = 0x7fffffff;
+
+  __device__ __forceinline__ float score(float top, float inverse) const {
+    return token == 0x7fffffff ? -INFINITY : (logit - top) * inverse + noise;
+  }
+};
+
+// One of four registers.
+template <typename V>
+__device__ __forceinline__ V pick(const V* values, int i) {
+  const V low = i & 1 ? values[1] : values[0], high = i & 1 ? values[3] : values[2];
+  return i & 2 ? high : low;
+}
+
+// Draws as it reads, and keeps nothing: sums and scores are relative to the largest logit that the warp has seen.
+template <typename T>
+__device__ int draw_any(const SampleParams& p, const Settings& settings, int row, Row& of_row, int begin, int n,
+                        Stats& stats) {
+  constexpr int kSize = Logits<T>::kSize;
+  const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + begin;
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  const float inverse = fminf(1.f / settings.temperature, kMax);
+  const uint64_t seed = p.seeds[row], offset = p.offsets[row];
+  float top = -INFINITY, sum = 0.f, score = -INFINITY;
+  int bar = ordered(-INFINITY);  // the best score of the warp
+  Best best;
+  for (int start = threadIdx.x / 32 * 32 * kSize; start < n; start += kSize * kThreads * kAhead) {
+    const int mine = start + threadIdx.x % 32 * kSize;
+    Logits<T> ahead_of_use[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) ahead_of_use[i].load(logits, mine + kSize * kThreads * i, n, aligned);
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (start + kSize * kThreads * i >= n) break;
+      const int first = mine + kSize * kThreads * i;
+      float x[kSize];
+      ahead_of_use[i].unpack(logits, first, n, x);
+      const float highest = unordered(__reduce_max_sync(~0u, ordered(largest(x))));
+      if (highest > top) {
+        sum *= exp2_approx((top - highest) * kLog2E);
+        top = highest;
+        score = best.score(top, inverse);
+        bar = __reduce_max_sync(~0u, ordered(score));
+      }
+      if (top == -INFINITY) continue;
+      const float least = unordered(bar);
+#pragma unroll
+      for (int four = 0; four < kSize; four += 4) {
+        const uint4 random = philox((begin + first + four) / 4, offset, seed);
+        const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+        int winning = 0;  // those that may win: few, in a loop, for logarithms in each place would be 60 KB of code
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float below = x[four + j] - top;
+          sum += exp2_approx(below * kLog2E);
+          winning |= (below * inverse + gumbel_bound(words[j]) >= least) << j;
+        }
+        while (winning) {
+          const int j = __ffs(winning) - 1;
+          winning &= winning - 1;
+          const float value = pick(&x[four], j), noise = gumbel(pick(words, j)), z = (value - top) * inverse;
+          if (z + noise > score) {
+            score = z + noise;
+            best = {value, noise, begin + first + four + j};
+          }
+        }
+      }
+      bar = max(bar, __reduce_max_sync(~0u, ordered(score)));
+    }
+  }
+  stats = of_row.merged(Stats{top, sum, -INFINITY, 0x7fffffff});
+  const Candidate winner = of_row.merged(Candidate{best.score(stats.raw_top, inverse), 0.f, best.token, 0});
+  return winner.token == 0x7fffffff ? 0 : winner.token;
+}
+
 // The most likely tokens one after the other, each the best of those behind the one before.
 template <typename T>
-__device__ void list(const SampleParams& p, int row, float logsumexp, Row& of_row, int begin, int n, bool writes) {
+__device__ void list(const SampleParams& p, int row, float top, float log_sum, Row& of_row, int begin, int n,
+                     bool writes) {
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + begin;
   Candidate last{INFINITY, 0.f, -1, 0};
   for (int place = 0; place < p.num_logprobs; place++) {
@@ -362,7 +468,7 @@ __device__ void list(const SampleParams& p, int row, float logsumexp, Row& of_ro
     last = of_row.merged(mine);
     if (writes) {
       p.top_tokens[int64_t{row} * p.num_logprobs + place] = last.token;
-      p.top_logprobs[int64_t{row} * p.num_logprobs + place] = last.score - logsumexp;
+      p.top_logprobs[int64_t{row} * p.num_logprobs + place] = last.score - top - log_sum;
     }
   }
 }
@@ -375,14 +481,20 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(const __grid_consta
   const int row = blockIdx.x / kSampleCluster, rank = blockIdx.x % kSampleCluster;
   const int begin = rank * part, n = max(0, min(part, p.vocabulary - begin));
   const Settings settings(p, row);
-  const Stats stats = of_row.merged(load<T>(p, settings, row, begin, n, values));
-  const int token = draw(p, settings, row, stats, of_row, values, begin, n);
-  const float logsumexp = stats.raw_top + logf(stats.raw_sum);
+  Stats stats;
+  int token;
+  if (settings.takes_any(p)) {
+    token = draw_any<T>(p, settings, row, of_row, begin, n, stats);
+  } else {
+    stats = of_row.merged(load<T>(p, settings, row, begin, n, values));
+    token = draw(p, settings, row, stats, of_row, values, begin, n);
+  }
+  const float top = stats.raw_top, log_sum = logf(stats.raw_sum);  // apart: beside a large `top` it would be lost
   if (rank == 0 && threadIdx.x == 0) {
     p.tokens[row] = token;
-    p.logprobs[row] = finite(static_cast<const T*>(p.logits)[row * p.logits_stride + token]) - logsumexp;
+    p.logprobs[row] = finite(static_cast<const T*>(p.logits)[row * p.logits_stride + token]) - top - log_sum;
   }
-  list<T>(p, row, logsumexp, of_row, begin, n, rank == 0 && threadIdx.x == 0);
+  list<T>(p, row, top, log_sum, of_row, begin, n, rank == 0 && threadIdx.x == 0);
   cg::this_cluster().sync();  // no block may end while others write to its shared memory
 }
 
@@ -390,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(const __grid_consta
 
 void sample(const SampleParams& p, cudaStream_t stream) {
   NVTX_FN();
-  const int part = ((p.vocabulary + kSampleCluster - 1) / kSampleCluster + 3) / 4 * 4;
+  const int part = ((p.vocabulary + kSampleCluster - 1) / kSampleCluster + 7) / 8 * 8;
   cuda::dispatch_dtype(p.dtype, [&]<typename T>(T) {
     launch<sample_kernel<T>>({.grid = dim3(p.rows * kSampleCluster),
                               .threads = dim3(kThreads),

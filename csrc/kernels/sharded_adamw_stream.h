@@ -31,9 +31,16 @@ class ShardedAdamwStream {
     CUDA_CHECK(cudaSetDevice(device));
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     nccl_.check(nccl_.comm_init_rank(&comm_, size, id, rank), "ncclCommInitRank");
-    CUDA_CHECK(cudaStreamCreateWithPriority(&moving_, cudaStreamNonBlocking, greatest));
-    CUDA_CHECK(cudaEventCreateWithFlags(&to_moving_, cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&summed_, cudaEventDisableTiming));
+    try {
+      CUDA_CHECK(cudaStreamCreateWithPriority(&moving_, cudaStreamNonBlocking, greatest));
+      CUDA_CHECK(cudaEventCreateWithFlags(&to_moving_, cudaEventDisableTiming));
+      CUDA_CHECK(cudaEventCreateWithFlags(&summed_, cudaEventDisableTiming));
+    } catch (...) {
+      if (to_moving_) cudaEventDestroy(to_moving_);
+      if (moving_) cudaStreamDestroy(moving_);
+      nccl_.comm_destroy(comm_);
+      throw;
+    }
   }
   ShardedAdamwStream(const ShardedAdamwStream&) = delete;
   ShardedAdamwStream& operator=(const ShardedAdamwStream&) = delete;

@@ -33,6 +33,7 @@ cuda::ActivationParams checked(const Tensor& x, const std::optional<Tensor>& up,
           .x_stride = x.stride(0),
           .up_stride = up ? up->stride(0) : 0,
           .dy_stride = dy ? dy->stride(0) : 0,
+          .out_stride = x.size(1),
           .dtype = float_dtype_of(x, "x"),
           .activation = static_cast<cuda::Activation>(kind)};
 }
@@ -59,11 +60,32 @@ std::tuple<Tensor, Tensor> activation_bwd(const Tensor& x, const std::optional<T
   return {dx, dup};
 }
 
+// both: x and up side by side, (M, 2N), and so are their gradients.
+Tensor gated_bwd(const Tensor& both, const Tensor& dy, int64_t kind) {
+  check_like(both, "both", both);
+  STD_TORCH_CHECK(dy.dim() == 2 && both.size(1) == 2 * dy.size(1), "both must have twice the columns of dy");
+  STD_TORCH_CHECK(both.scalar_type() == dy.scalar_type() && both.size(0) == dy.size(0), "both must be like dy");
+  cuda::ActivationParams p = checked(dy, std::nullopt, &dy, kind);
+  check_device(both, "both", dy);
+  const int64_t half = dy.size(1) * static_cast<int64_t>(dy.element_size());
+  torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  Tensor out = new_like(both);
+  p.x = both.const_data_ptr();
+  p.up = static_cast<const char*>(p.x) + half;
+  p.y = out.mutable_data_ptr();
+  p.dup = static_cast<char*>(p.y) + half;
+  p.x_stride = p.up_stride = both.stride(0);
+  p.out_stride = out.size(1);
+  cuda::activation_bwd(p, static_cast<cudaStream_t>(current_stream(dy)));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cs336, CUDA, m) {
   m.impl("activation_fwd", TORCH_BOX(&activation_fwd));
   m.impl("activation_bwd", TORCH_BOX(&activation_bwd));
+  m.impl("gated_bwd", TORCH_BOX(&gated_bwd));
 }
 
 }  // namespace cs336

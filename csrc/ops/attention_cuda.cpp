@@ -181,11 +181,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor lse = packing ? new_tensor(q, {p.q_heads, p.q_tokens}, ScalarType::Float)
                        : new_tensor(q, {p.sequences, p.q_heads, p.q_tokens}, ScalarType::Float);
   if (o.numel() == 0) return {o, lse};
-  if (packing || p.k_tokens == 0) {  // tokens that no sequence holds
+  if (p.k_tokens == 0 || p.sequences == 0) {
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -INFINITY);
+    return {o, lse};
   }
-  if (p.k_tokens == 0 || p.sequences == 0) return {o, lse};
   const Tensor workspace = new_tensor(q, {attention_fwd_workspace(p)}, ScalarType::Int);
   attention_fwd({.problem = p,
                  .q = layout.strided(q),
@@ -218,11 +218,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
   Tensor dq = new_heads(q, layout, p.head_dim);
   Tensor dk = new_heads(k, layout, p.head_dim);
   Tensor dv = new_heads(k, layout, p.value_dim);
-  const bool empty = q.numel() == 0 || k.numel() == 0 || p.sequences == 0;
-  if (packing || empty)  // tokens that no sequence holds
+  if (q.numel() == 0 || k.numel() == 0 || p.sequences == 0) {
     for (Tensor* t : {&dq, &dk, &dv})
       if (t->numel()) torch::stable::zero_(*t);
-  if (empty) return {dq, dk, dv};
+    return {dq, dk, dv};
+  }
   const Tensor workspace = new_tensor(
       q, {ceil_div(AttentionBwdWorkspace(p, deterministic, current_device().num_sms).bytes, 4)}, ScalarType::Float);
   attention_bwd({.problem = p,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from experiments.tiny_study import base, pretend
@@ -13,7 +14,7 @@ from cs336.experiments.arms import kinds, make_arms, size, split_values
 from cs336.experiments.significance import holm, incomplete_beta, mean, t_quantile, t_two_sided, welch
 from cs336.experiments.study import Here
 from cs336.models import Transformer
-from cs336.report.ablation import verdict
+from cs336.report.ablation import verdict, write_ablation_report
 from cs336.training import TrainConfig
 
 MODEL = {"vocab_size": 64, "context_length": 16, "num_layers": 2, "d_model": 32, "num_heads": 2, "d_ff": 160}
@@ -204,5 +205,9 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
     page = (tmp_path / "a" / "report.html").read_text()
     for text in ("p (Welch, Holm)", "state KiB", "residual", "linear_attention"):
         assert text in page
+    (folder, _) = summary["folders"]["linear_attention"]
+    shutil.rmtree(tmp_path / "a" / "runs" / folder)  # a run that left nothing has no curve
+    page = write_ablation_report(tmp_path / "a").read_text()
+    assert "As they learned" in page
     assert main([*arguments, "--vary", "mixer"]) == 2
     assert "KEY=VALUE" in capsys.readouterr().err

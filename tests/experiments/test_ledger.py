@@ -230,3 +230,14 @@ def test_other_files_are_refused(tmp_path):
         db.execute("PRAGMA user_version = 9")
     with pytest.raises(ValueError, match="format 9, expected 1"):
         Ledger(tmp_path / "study")
+
+
+def test_who_looks_waits_for_nobody(tmp_path):
+    found, _ = ledger(tmp_path)
+    before = found.entries()
+    with found.transaction() as db:  # of a process that takes its time
+        db.execute("UPDATE runs SET state = 'failed'")
+        assert found.entries() == before
+        assert found.spent() == Cost(0, 0, 0)
+        assert found.affords(before[0])
+    assert {entry.state for entry in found.entries()} == {"failed"}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
+from cs336.inference.engine import graph_sizes
 from cs336.models import BlockConfig, Transformer, TransformerConfig, huggingface
 from cs336.nn import (
     AlibiConfig,
@@ -518,3 +519,13 @@ def test_a_paged_state_needs_its_tokens_described(model):
     with pytest.raises(ValueError, match="give neither positions nor segments"):
         model(torch.tensor([[1]]), positions=torch.tensor([0]), state=state)
     assert torch.allclose(model(torch.tensor([[1]]), state=state), model(torch.tensor([[1]])), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_seqs", [1, 7, 64, 100, 200, 256, 1000])
+def test_every_batch_has_a_graph_that_is_not_much_larger(max_seqs):
+    sizes = graph_sizes(max_seqs)
+    assert sizes == tuple(sorted(set(sizes)))
+    assert sizes[-1] == max_seqs
+    for rows in range(1, max_seqs + 1):
+        size = next(size for size in sizes if size >= rows)
+        assert size - rows < (8 if rows <= 64 else 16 if rows <= 144 else 64)

@@ -1,12 +1,15 @@
 """On a GPU: captured steps, in batches of any size, give the tokens of full forward passes."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
+from block_kinds import MIXERS
 
 from cs336.inference import Engine, EngineConfig, SamplingParams
-from cs336.models import Transformer, TransformerConfig
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AlibiConfig, AttentionConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,6 +45,12 @@ def regret(model, prompt, ids):
     return (logits.amax(-1) - logits.gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0]).max().item()
 
 
+@torch.inference_mode()
+def logprobs(model, prompt, ids):
+    logits = model(torch.tensor([prompt + ids], device="cuda"))[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0].tolist()
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("options", [{}, {"num_pages": 12}, {"page_size": 16, "overlap": False}])
@@ -52,6 +61,44 @@ def test_equals_full_forward(prompts, dtype, graphs, options):
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= (1e-3 if dtype == torch.float32 else 0.15)
+
+
+def layered(*blocks):
+    return TransformerConfig(512, 512, num_layers=len(blocks), d_model=256, init_std=0.2, layers=blocks)
+
+
+RING = BlockConfig(AttentionConfig(4, window=20), positions=AlibiConfig())
+
+
+@pytest.mark.parametrize("block", [*(MIXERS[k] for k in ("latent", "linear", "delta", "mamba2", "hyena")), RING])
+def test_states_in_slots(prompts, block):
+    """Beside attention in pages; and once more, where captured steps would read memory of the state before."""
+    config = layered(block, MIXERS["attention"])
+    torch.manual_seed(3)
+    model, other = (Transformer(config, device="cuda", dtype=torch.float32).eval() for _ in range(2))
+    e, _, _ = run(model, prompts)
+    assert not e.runner.state.is_paged
+    assert e.runner._graphs
+    e.update_weights(other.state_dict())
+    requests = [e.add(prompt, GREEDY) for prompt in prompts]
+    while e.busy:
+        e.step()
+    for prompt, request in zip(prompts, requests, strict=True):
+        found = [t.id for t in request.samples[0].tokens]
+        assert len(found) == 40
+        assert regret(other, prompt, found) <= 1e-2
+        assert [t.logprob for t in request.samples[0].tokens] == pytest.approx(logprobs(other, prompt, found), abs=1e-2)
+
+
+def test_experts_that_the_host_waits_for_are_not_captured(prompts):
+    config = layered(MIXERS["experts"], MIXERS["experts"])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Transformer(config, device="cuda", dtype=dtype).eval()
+        waits = model.layers[0].mlp.experts.waits
+        assert waits or dtype == torch.bfloat16
+        with pytest.warns(UserWarning, match="not captured.*waits for the loads") if waits else nullcontext():
+            e, _, _ = run(model, prompts[:3])
+        assert bool(e.runner._graphs) != waits
 
 
 def test_log_probabilities_in_a_graph(prompts):

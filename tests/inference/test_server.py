@@ -377,7 +377,7 @@ def test_the_openai_client(served, llm):
 
 
 def test_a_body_that_never_comes(served, monkeypatch):
-    monkeypatch.setattr("cs336.inference.server.gate.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("cs336.utils.http_server.BODY_SECONDS", 0.1)
 
     async def dawdle():
         reader, writer = await asyncio.open_connection("127.0.0.1", served[1])

@@ -44,6 +44,8 @@ def write(directory, tensors, base, **fields):
         ({"use_rslora": True}, 6 / 3**0.5),
         ({"alpha_pattern": {"q_proj": 9}}, 3.0),
         ({"alpha_pattern": {"layers.0.self_attn.q_proj": 9, "1.self_attn.q_proj": 12}}, 4.0),
+        ({"alpha_pattern": {r"^model\.layers\.1\.self_attn\.q_proj$": 9}}, 3.0),
+        ({"alpha_pattern": {"^layers.1.self_attn.q_proj": 9, ".*tn.q_proj": 12}}, 4.0),
         ({"alpha_pattern": {"proj": 9}, "lora_dropout": 0.1, "target_modules": ["q_proj"], "use_dora": False}, 2.0),
     ],
 )
@@ -93,7 +95,8 @@ def test_what_does_not_fit_is_refused(base, tmp_path):
         (good, {"init_lora_weights": "pissa_niter_4"}, "whose base is not the model's own"),
         (good, {"lora_alpha": "much"}, "lora_alpha = 'much' for .*: expected a finite number"),
         (good, {"lora_alpha": 10**400}, "expected a finite number"),
-        (good, {"alpha_pattern": {"(": 1}}, "no regular expression"),
+        (good, {"alpha_pattern": {"(": 1}}, r"alpha_pattern '\(': expected the end of a layer's name"),
+        (good, {"alpha_pattern": {r"layers\.[01]\.*q_proj": 1}}, "spell out the layers"),
         (good, {"alpha_pattern": [1]}, "expected a table"),
         ({f"{QUERY}.lora_A.weight": a[:0], f"{QUERY}.lora_B.weight": b[:, :0]}, {}, "no product"),
         (good, {"peft_type": "IA3"}, "peft_type 'IA3': only LORA"),
@@ -118,6 +121,21 @@ def test_what_does_not_fit_is_refused(base, tmp_path):
     (torn / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match="never pickles"):
         from_pretrained(torn)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "pattern", ["(.*)*" * 9 + "x", "(a|a)?" * 40 + "x", ".*" * 40 + "x", "." * 100_000, "a." * 50_000]
+)
+def test_no_pattern_takes_for_ever(base, tmp_path, pattern):
+    a, b = low_rank(*from_pretrained(base).layers[1].attention.q_proj.weight.shape)
+    tensors = {f"{QUERY}.lora_A.weight": a, f"{QUERY}.lora_B.weight": b}
+    adapter = write(tmp_path, tensors, base, alpha_pattern={pattern: 1})
+    if set(pattern) <= set("a."):  # a name, which no layer has
+        from_pretrained(adapter)
+        return
+    with pytest.raises(ValueError, match="spell out the layers"):
+        from_pretrained(adapter)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

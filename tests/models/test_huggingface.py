@@ -238,6 +238,27 @@ def test_step_of_training(tmp_path):
     assert read_step(tmp_path) == 12
 
 
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 30.0}])
+def test_the_width_that_rates_were_chosen_at_goes_round(tmp_path, changes):
+    """Training further has the learning rates that training had; a Llama's config.json, and our own."""
+    model = Transformer(dataclasses.replace(SMALL, mup_base_width=16, **changes))
+    save_pretrained(model, tmp_path)
+    read = from_pretrained(tmp_path)
+    assert read.config.mup_base_width == 16
+    assert read.lr_scales() == model.lr_scales() != {}
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["model_type"] == ("cs336" if changes else "llama")
+
+
+@pytest.mark.parametrize("width", [0, 1.5, "wide"])
+def test_a_width_that_is_none_is_refused(tmp_path, width):
+    save_pretrained(make(), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"mup_base_width": width}))
+    with pytest.raises(ValueError, match="mup_base_width must be a positive integer"):
+        from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("eos", [3, [3, 5]])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_ends_of_text_and_generation_config_go_round(tmp_path, offline, eos, elsewhere):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cs336.nn import GELU, GELUConfig, SwiGLU, SwiGLUConfig, default_d_ff
+from cs336.nn import GELU, MLP, GELUConfig, SwiGLU, SwiGLUConfig, default_d_ff
 
 
 def test_swiglu():
@@ -46,3 +46,29 @@ def test_default_width():
         assert d_ff % 64 == 0
         assert 0 <= d_ff - 8 / 3 * d_model < 64
     assert SwiGLU(24, device="meta").gate_proj.weight.shape == (64, 24)
+
+
+@pytest.mark.parametrize(("activation", "products"), [("silu", 2), ("gelu_tanh", 2), ("relu", 3)])
+def test_a_compiled_training_step_has_one_product_for_gate_and_up(activation, products):
+    layer, x = MLP(8, 12, activation=activation, gated=True), torch.randn(3, 8, requires_grad=True)
+
+    def compiled(layer):
+        """What it gives, and how many products it has."""
+        torch.compiler.reset()
+        counts = []
+
+        def backend(graph, inputs):
+            counts.append(str(graph.code).count("linear("))
+            return graph
+
+        return torch.compile(layer, backend=backend, fullgraph=True)(x), sum(counts)
+
+    got, count = compiled(layer)
+    assert count == products
+    torch.testing.assert_close(got, layer(x))
+    leaves = [x, *layer.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, layer(x))))
+    with torch.no_grad():
+        assert compiled(layer)[1] == 3
+    layer.gate_proj.requires_grad_(False)
+    assert compiled(layer)[1] == 3

@@ -47,9 +47,16 @@ void check_heads(const AttentionProblem& p) {
   CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
   for (int all : {1, 3, 64, 1000})
     for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
-      const int section = attention_section(all, bytes), bwd = attention_bwd_section(all, key_tiles, kSms, bytes);
-      CHECK(section >= 1 && section <= all && bwd >= section && bwd <= all);
-      CHECK(bwd == all || bwd * key_tiles >= 2 * kSms);
+      const int section = attention_section(all, bytes);
+      CHECK(section >= 1 && section <= all);
+      for (bool deterministic : {false, true}) {
+        const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
+        CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);
+        const int64_t count = ceil_div(key_tiles, waves.wave);
+        CHECK(count == 1 || waves.wave * waves.section <= kSms + waves.section);   // resident together
+        CHECK(waves.section == all || waves.section * key_tiles >= 3 * kSms / 2);  // enough work for all
+        if (deterministic && bytes == 0) CHECK(count == 1);                        // all go down
+      }
     }
 }
 

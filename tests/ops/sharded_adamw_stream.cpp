@@ -36,7 +36,8 @@ struct Access {
 };
 std::vector<Access> accesses;
 std::vector<std::string> races;
-int live = 0;  // events and communicators
+int live = 0;        // streams, events and communicators
+int creations = -1;  // of streams and events, until one fails; below 0 none does
 
 bool is_before(const Access& a, const Access& b) {
   const auto found = b.clock.find(a.stream);
@@ -74,10 +75,13 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int priority) {
   if (priority != -5) races.push_back("a stream of low priority");
-  return *stream = new CUstream_st, cudaSuccess;
+  if (creations-- == 0) return cudaErrorMemoryAllocation;
+  return live++, *stream = new CUstream_st, cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return live--, delete stream, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (creations-- == 0) return cudaErrorMemoryAllocation;
   return live++, *event = new CUevent_st, cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -220,10 +224,11 @@ std::vector<std::string> train(Dtype dtype, const Mistakes& mistakes) {
   }
   const cudaStream_t moving = stream.moving();
   stream.close();
-  if (live != 0) std::printf("%d events or communicators are left\n", live), std::exit(1);
+  if (live != 1) std::printf("%d events or communicators are left\n", live - 1), std::exit(1);
   CUevent_st freed;  // torch's allocator, when the buckets go
   cudaEventRecord(&freed, moving);
   if (freed.clock[moving] < last("gather").time) std::printf("the stream is gone\n"), std::exit(1);
+  cudaStreamDestroy(moving);
   return found;
 }
 
@@ -236,9 +241,22 @@ void expect(const char* what, bool clean, const Mistakes& mistakes) {
   }
 }
 
+// Nothing is left of one that could not be made.
+void fail_at(int creation) {
+  creations = creation;
+  try {
+    const ShardedAdamwStream stream(kNccl, NcclId{}, kRank, kSize, 0);
+    std::printf("creation %d did not fail\n", creation), std::exit(1);
+  } catch (const std::runtime_error&) {
+  }
+  if (live != 0) std::printf("%d are left where creation %d failed\n", live, creation), std::exit(1);
+  creations = -1;
+}
+
 }  // namespace
 
 int main() {
+  for (int creation = 0; creation < 3; creation++) fail_at(creation);
   expect("steps as they shall be", true, {});
   expect("a forward that does not wait for its bucket", false, {.no_wait = true});
   expect("a step without clipping", true, {.no_total = true});

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from close import assert_close_to_ref
 
 from cs336 import ops
-from cs336.ops import registry
+from cs336.ops import activation, registry
 from cs336.ops.activation import Kind
 
 CUDA = torch.cuda.is_available()
@@ -81,6 +81,33 @@ def test_layouts(variant, device, N, dtype, name):
     check(name, [t.requires_grad_() for t in columns][: OPS[name][2]])
 
 
+GATED = {
+    Kind.SILU: ops.swiglu,
+    Kind.GELU: ops.geglu,
+    Kind.GELU_TANH: lambda gate, up: ops.geglu(gate, up, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("shape", [(3, 2 * 257), (5, 2 * 96), (0, 4), (2, 3, 2)])
+def test_gate_and_up_side_by_side(variant, device, shape, kind):
+    """As if they were two tensors, bit for bit; what is beside the rows stays out."""
+    both = F.pad(torch.randn(shape, device=device).to(BF16), (0, 6), value=torch.nan)[..., :-6].requires_grad_()
+    y, want = activation.gated(both, kind), GATED[kind](*both.chunk(2, -1))
+    assert torch.equal(y, want)
+    dy = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(out, both, dy)[0] for out in (y, want)))
+
+    def penalty(f):
+        (g,) = torch.autograd.grad(f(wide).square().sum(), wide, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), wide)[0]
+
+    wide = both.detach().float().requires_grad_()
+    torch.testing.assert_close(
+        penalty(lambda x: activation.gated(x, kind)), penalty(lambda x: GATED[kind](*x.chunk(2, -1)))
+    )
+
+
 def test_far_from_zero(variant, device):
     x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=device, requires_grad=True)
     for op in (ops.silu, lambda x: ops.swiglu(x, torch.ones_like(x)), lambda x: ops.geglu(x, torch.ones_like(x))):
@@ -130,10 +157,12 @@ def test_compiles_whole(variant, device, name):
 
 def raw_args(name, gated, kind, device):
     x, up, dy = torch.randn(3, 4, 6, device=device)
+    if name == "gated_bwd":
+        return torch.cat((x, up), -1), dy, kind
     return (x, up if gated else None, kind) if name == "activation_fwd" else (x, up if gated else None, dy, kind)
 
 
-@pytest.mark.parametrize("name", ["activation_fwd", "activation_bwd"])
+@pytest.mark.parametrize("name", ["activation_fwd", "activation_bwd", "gated_bwd"])
 def test_raw_ops(variant, device, name):
     overload = registry.OPS[name].overloads[variant or "ref"]
     for gated in (False, True):
@@ -166,6 +195,9 @@ def test_bad_arguments():
                 op(x, bad)
     with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'erf'"):
         ops.geglu(x, x, approximate="erf")
+    for bad, kind, what in ((x[:, :3], Kind.SILU, "both must be"), (x, Kind.RELU2, "kind must be that of a gated")):
+        with pytest.raises(ValueError, match=what):
+            activation.gated(bad, kind)
     for op in (ops.silu, ops.relu2):
         with pytest.raises(ValueError, match="x must be floating point"):
             op(x.long())

@@ -180,6 +180,28 @@ def test_varlen_is_attention_of_each(variant, device):
         assert torch.equal(alone, pack[n : 2 * n])
 
 
+@pytest.mark.parametrize("starts", [[3, 50, 50, 97], [0, 70, 30, 120], [0, 60, 120, 121]], ids=str)
+def test_tokens_that_no_sequence_holds(variant, device, starts):
+    """Zeros, and lse -inf; where starts decrease or overrun nothing is touched outside, and no gradient is left."""
+    if variant != "native" or not CUDA:
+        pytest.skip("the native kernels alone take them: on a CPU starts are read, and refused")
+    q, k, v = (torch.randn(120, H, 64, dtype=BF16, device=device, requires_grad=True) for H in (4, 2, 2))
+    cu = torch.tensor(starts, dtype=torch.int32, device=device)
+    skip_without(variant, q, k, v, "attention_varlen_fwd", (cu, cu, 60, 60))
+    del_me = [torch.full_like(x, torch.nan) for x in (q, q, k, v) for _ in range(4)]  # what is allocated next is NaN
+    del del_me
+    o, lse = ops.attention_varlen(q, k, v, cu, cu, 60, 60, causal=True, return_lse=True)
+    grads = torch.autograd.grad(o.float().square().sum(), (q, k, v))
+    assert all(x.isfinite().all() for x in (o, *grads))
+    if sorted(starts) != starts or starts[-1] > 120:
+        assert not any(x.any() for x in grads)
+    else:
+        for outside in (slice(0, starts[0]), slice(starts[-1], None)):
+            assert not any(x[outside].any() for x in (o, *grads))
+            assert (lse[:, outside] == -torch.inf).all()
+        assert lse[:, starts[0] : starts[-1]].isfinite().all()
+
+
 def test_tiles_outside_the_window_are_not_read(variant, device):
     """They are NaN, keys and values: even a probability of 0 would spread it."""
     if variant == "ref":

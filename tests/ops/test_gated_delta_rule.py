@@ -136,3 +136,16 @@ def test_bad_arguments(device):
     wide = inputs((1, 1, 1, 5, 129, 6), F32, device)
     with registry.use("triton"), pytest.raises(NotImplementedError, match="keys of up to 128 features, not 129"):
         ops.gated_delta_rule(**wide)
+
+
+def test_bad_gradients(device):
+    x = inputs((1, 1, 2, 5, 8, 6), F32, device)
+    overload = registry.OPS["gated_delta_rule_bwd"].overloads["ref"]
+    args, do, dstate = (*(x[name] for name in NAMES), None, 0.5), torch.zeros_like(x["v"]), x["initial_state"]
+    for bad, message in (
+        ((do[:, :, 1:], dstate), r"do must be \(1, 2, 5, 6\) torch.float32 on"),
+        ((do, dstate.double()), r"dstate must be \(1, 2, 8, 6\) torch.float32 on"),
+        ((do.transpose(-1, -2).contiguous().transpose(-1, -2), dstate), "do must have its last dim contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            overload(*bad, *args)

@@ -163,24 +163,31 @@ def test_prefill_options(variant, device, options):
     prefill(variant, [40, 18], [30, 18], 16, 2, 2, DIMS[0], DTYPES[0], device, **options, sinks=sinks)
 
 
-def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device):
+@pytest.mark.parametrize("options", [{}, {"window": 20, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, dtype, options):
+    """Log-sum-exps too, whose float32 shows what rounding to 16 bits hides, and in pages of one token."""
     if variant == "ref":
         pytest.skip("plain torch does not promise it")
     length = 300 if CUDA else 50
-    *(k, v, table, _), _ = pool([length], 16, 1, DIMS[0], None, DTYPES[-1], device)
-    q = torch.randn(length, 4, DIMS[0], device=device).to(DTYPES[-1])
+    *(k, v, table, _), _ = pool([length], 16, 1, DIMS[0], None, dtype, device)
+    q = torch.randn(length, 4, DIMS[0], device=device).to(dtype)
+    places = table[0].repeat_interleave(16) * 16 + torch.arange(16, device=device).repeat(table.shape[1])
+    single = k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:]), places.int()[None]
 
-    def run(first, last):
+    def run(first, last, cache=(k, v, table)):
         ints = {"dtype": torch.int32, "device": device}
-        args = q[first:last], k, v, table, torch.tensor([last], **ints), torch.tensor([0, last - first], **ints)
-        if reason := registry.why_not("paged_prefill", variant, *args, last - first, *scaled({})):
+        args = q[first:last], *cache, torch.tensor([last], **ints), torch.tensor([0, last - first], **ints)
+        if reason := registry.why_not("paged_prefill", variant, *args, last - first, *scaled(options)):
             pytest.skip(reason)
-        return ops.paged_prefill(*args, max_seqlen_q=last - first)
+        return ops.paged_prefill(*args, max_seqlen_q=last - first, **options, return_lse=True)
 
     whole = run(0, length)
-    for cuts in ([0, 1, 17, 33, length], [0, length - 1, length]):
+    for cuts in ([0, 1, 17, 33, length], [0, length - 1, length], range(0, length + 1, 1 if CUDA else 10)):
         parts = [run(a, b) for a, b in itertools.pairwise(cuts)]
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat([o for o, _ in parts]), whole[0])
+        assert torch.equal(torch.cat([lse for _, lse in parts], 1), whole[1])
+    assert all(map(torch.equal, run(0, length, single), whole))
 
 
 # ---- arguments ----

@@ -171,12 +171,11 @@ def test_logprobs_are_those_of_the_logits(variant, device):
     torch.testing.assert_close(out.top_logprobs.double(), top.values, atol=2e-5, rtol=1e-5)
 
 
-def test_logprobs_beside_large_logits():
+def test_logprobs_beside_large_logits(variant, device):
     """Where the logarithm of their sum, added to the largest, would be lost."""
-    args = arguments(2, 5, "cpu")
+    args = arguments(2, 5, device)
     args[0][0], args[0][1] = 1e9, torch.inf
-    with registry.use("native"):
-        out = run("native", args, num_logprobs=2)
+    out = run(variant, args, num_logprobs=2)
     assert out.logprobs.tolist() == pytest.approx([-math.log(5)] * 2)
     assert out.top_logprobs.flatten().tolist() == pytest.approx([-math.log(5)] * 4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.end_to_end import bench_collectives, bench_parallel
+from benchmarks.end_to_end import bench_collectives, bench_parallel, parallel_trace
 
 
 def results_of(path, *argv):
@@ -20,8 +20,15 @@ def test_every_section_in_two_processes(tmp_path):
     assert {row["variant"] for row in rows["parallel_zero"]} >= {"compute alone", "cs336 ShardedAdamW", "FSDP2"}
     for row in rows["parallel_equal"]:
         assert row["loss_difference"] < 1e-5, row
-        assert row["gradient_difference"] < 1e-4, row
-    assert rows["parallel_gpt"][1]["of_linear"] > 0
+        assert row.get("gradient_difference", 0) < 1e-4, row
+        assert row.get("weight_difference", 0) < 1e-6, row
+    assert {row["variant"] for row in rows["parallel_equal"]} >= {"context ring", "expert", "ShardedAdamW"}
+    assert rows["parallel_gpt"][2]["of_linear"] > 0
+    for row in rows["parallel_plan"]:
+        assert row["loss_difference"] < 1e-5, row
+        assert row["predicted_seconds"] > 0
+        assert row["predicted_bytes"] > 0
+    assert [row["equal_tokens"] for row in rows["parallel_engine"]] == [1, 1]
     assert all(row["processes"] == 2 for found in rows.values() for row in found)
 
 
@@ -31,6 +38,12 @@ def test_every_collective_in_two_processes(tmp_path):
     for row in rows:
         factor = bench_collectives.COLLECTIVES[row["variant"]][0](2)
         assert row["bus_gbps"] == pytest.approx(row["bytes"] * factor / row["seconds"] / 1e9, abs=0.006)
+
+
+def test_what_nothing_hides():
+    found = parallel_trace.overlap([(0, 4), (2, 6), (10, 12)], [(5, 7), (6, 8), (11, 20)])
+    assert found == {"communication_ms": 8, "exposed_ms": 6, "span_ms": 20}
+    assert parallel_trace.overlap([], [(1, 2)]) == {"communication_ms": 0, "exposed_ms": 0, "span_ms": 1}
 
 
 def test_sizes_and_picture(tmp_path):

@@ -1,13 +1,20 @@
 """A model divided among two ranks: each has an engine, and all of them say what one alone says."""
 
+import functools
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from gloo_ranks import error_of, on_two_ranks
 
-from cs336.inference import LLM, SamplingParams
-from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.inference import LLM, SamplingParams, ranks
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
 from cs336.nn import AttentionConfig
 from cs336.parallel import tensor_parallel
+from cs336.tokenizer import Tokenizer
 
 BLOCKS = (BlockConfig(AttentionConfig(4, 2, qk_norm=True)), BlockConfig(AttentionConfig(4, 2, window=6)))
 CONFIG = TransformerConfig(272, 96, num_layers=2, d_model=32, init_std=0.3, layers=BLOCKS, tie_embeddings=True)
@@ -47,3 +54,70 @@ def test_ranks_say_what_one_says(tmp_path):
     assert first[2] > 0
     assert first[3] == alone.engine.memory.pages / 2  # each has its heads' keys
     assert "depend on the number of ranks" in first[4]
+
+
+# ---- a model that is read, and a rank that is asked ----
+
+ENDING = SamplingParams(temperature=0, max_tokens=30, stop=("q",), logit_bias={5: 0.5})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_pretrained(model(), path, Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"]))
+    return path
+
+
+def asked(engine):
+    """Requests that come while others run; one goes away, which makes room."""
+    first = [engine.add(ids, params) for ids, params in zip(PROMPTS, (GREEDY, ENDING, GREEDY, GREEDY), strict=True)]
+    for _ in range(3):
+        engine.step()
+    engine.cancel(first[2])
+    later = [engine.add(PROMPTS[1], ENDING), engine.add(PROMPTS[0], SamplingParams(max_tokens=9, seed=3))]
+    while engine.busy:
+        engine.step()
+    said = [r.output().outputs[0].token_ids for r in (*first, *later)]
+    return said, (engine.stats.steps, engine.stats.finished, engine.cache.in_use)
+
+
+def one_is_asked(rank, directory):
+    llm = LLM(directory, device="cpu", tensor_parallel=True, **OPTIONS)
+    if rank:
+        ranks.follow(llm.engine)
+        stats = llm.engine.stats
+        return [], (stats.steps, stats.finished, llm.engine.cache.in_use)
+    with ranks.leading(llm.engine) as engine:
+        return asked(engine)
+
+
+def test_ranks_follow_the_one_that_is_asked(tmp_path, directory):
+    (said, counts), (_, followed) = on_two_ranks(functools.partial(one_is_asked, directory=directory), tmp_path)
+    llm = LLM(directory, device="cpu", **OPTIONS)
+    with ranks.leading(llm.engine) as engine:
+        assert engine is llm.engine
+        assert asked(engine) == (said, counts)
+    assert followed == counts
+
+
+def undivided(rank, directory):
+    return error_of(lambda: LLM(directory, device="cpu", tensor_parallel=True, quiet=True))
+
+
+def test_a_model_without_a_division_is_refused_on_every_rank(tmp_path):
+    odd = Transformer(TransformerConfig(273, 16, num_layers=1, d_model=32, num_heads=4))
+    save_pretrained(odd, tmp_path / "odd", Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"]))
+    for said in on_two_ranks(functools.partial(undivided, directory=tmp_path / "odd"), tmp_path):
+        assert "vocab_size 273 / 2 = 136.5: pad it to 274" in said
+
+
+def test_torchrun_divides_what_bench_offline_runs(tmp_path, directory):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cs336"]
+    load = ["--num-requests", "5", "--input-len", "3", "9", "--output-len", "2", "5", "--max-seqs", "4"]
+    command = [*launcher, "bench", "offline", str(directory), "--device", "cpu", *load]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("memory:") == 1
+    (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert (told["bench"], told["requests"]) == ("offline", 5)

@@ -1,11 +1,11 @@
 """`cs336 train` under torchrun, in every layout, against itself in one process."""
 
-import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from training import tiny_run
 from cs336.models import BlockConfig, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.parallel import ParallelConfig
-from cs336.training import AdamWConfig, MuonConfig, NextToken, SOAPConfig
+from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig
 from cs336.training.division import why_not
 
 MODEL = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, 4, 2, qk_norm=True, tie_embeddings=True)
 MOE = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2)),))
 PLAIN = TransformerConfig(tiny_run.VOCAB, 8, 3, 16, 2)  # stages of one layer and of two, and a head of its own
+NATIVE = ParallelConfig(zero=1, native_step=True)
 STEPS = 4
 ALONE = {
     "dense": {"model": MODEL, "gradient_checkpointing": "full"},
@@ -39,6 +40,8 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "expert": ("moe", {"expert": 2}),
         "1f1b": ("dense", {"pipeline": 2}),
         "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
+        "native step": ("dense", {"zero": 1, "native_step": True}),
+        "native step bf16": ("low", {"zero": 1, "native_step": True}),
         "gpipe": ("muon", {"pipeline": 2, "schedule": "gpipe"}),
     },
     4: {
@@ -50,10 +53,21 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
     },
 }
 MOVES = {  # a run that goes from layout to layout, each until a step
-    2: [(2, {"tensor": 2}), (3, {"pipeline": 2}), (4, {"zero": 1}), (5, {"tensor": 2})],
-    4: [(6, {"zero": 3, "tensor": 2}), (7, {"data": 2, "pipeline": 2, "zero": 1})],
+    2: [
+        (2, {"tensor": 2}),
+        (3, {"zero": 1, "native_step": True}),
+        (4, {"pipeline": 2}),
+        (5, {"zero": 1}),
+        (6, {"zero": 1, "native_step": True}),
+        (7, {"zero": 1, "native_step": True}),
+    ],
+    4: [
+        (8, {"zero": 1, "native_step": True}),
+        (9, {"zero": 3, "tensor": 2}),
+        (10, {"data": 2, "pipeline": 2, "zero": 1}),
+    ],
 }
-MOVED = {"budget": "9steps", "model": MODEL}
+MOVED = {"budget": "12steps", "model": MODEL}
 
 
 def config(root, name, **changes):
@@ -185,8 +199,8 @@ def test_each_rank_writes_what_it_alone_has(root, four):
 
 
 def test_a_run_goes_from_layout_to_layout(root, four):
-    """From one process through six layouts, and back."""
-    assert alone(config(root, "moved", **MOVED)).step == 9
+    """From one process through nine layouts, and back."""
+    assert alone(config(root, "moved", **MOVED)).step == 12
     check_same(root, "moved", "still")
 
 
@@ -218,11 +232,11 @@ def layout(**sizes):
     ("sizes", "changes", "message"),
     [
         ({"tensor": 4}, {}, "num_kv_heads 2 / 4 = 0.5"),
-        ({"tensor": 2}, {"model": dataclasses.replace(MODEL, vocab_size=33)}, "vocab_size 33 / 2 = 16.5: pad it to 34"),
-        ({"tensor": 2}, {"model": dataclasses.replace(MODEL, d_ff=51)}, "d_ff 51 / 2 = 25.5"),
-        ({"tensor": 2}, {"model": dataclasses.replace(MODEL, context_length=7)}, "7 tokens / 2 = 3.5"),
-        ({"tensor": 2, "context": 2}, {"model": dataclasses.replace(MODEL, context_length=12)}, None),
-        ({"tensor": 2, "context": 4}, {"model": dataclasses.replace(MODEL, context_length=24)}, None),
+        ({"tensor": 2}, {"model": replace(MODEL, vocab_size=33)}, "vocab_size 33 / 2 = 16.5: pad it to 34"),
+        ({"tensor": 2}, {"model": replace(MODEL, d_ff=51)}, "d_ff 51 / 2 = 25.5"),
+        ({"tensor": 2}, {"model": replace(MODEL, context_length=7)}, "7 tokens / 2 = 3.5"),
+        ({"tensor": 2, "context": 2}, {"model": replace(MODEL, context_length=12)}, None),
+        ({"tensor": 2, "context": 4}, {"model": replace(MODEL, context_length=24)}, None),
         ({"tensor": 2}, {"model": MOE}, "mixture of experts"),
         ({"tensor": 2}, {"optimizer": MuonConfig()}, "splits every matrix, and muon needs whole ones"),
         ({"tensor": 2}, {"compile": True}, "leave it out"),
@@ -238,6 +252,12 @@ def layout(**sizes):
         ({"pipeline": 2}, {"objective": NextToken(z_loss=1e-4)}, "leave label_smoothing and z_loss at 0"),
         ({"pipeline": 2, "context": 2}, {}, "do not go together"),
         ({"data": 2}, {"optimizer": MuonConfig(), "parallel": ParallelConfig(zero=2)}, "use zero = 1"),
+        ({"data": 2}, {"parallel": ParallelConfig(native_step=True)}, "which is zero = 1, and zero is 0"),
+        ({"data": 2, "tensor": 2}, {"parallel": replace(NATIVE, tensor=2)}, "data parallel alone, and tensor is 2"),
+        ({"data": 2}, {"optimizer": MuonConfig(), "parallel": NATIVE}, "steps AdamW, and optimizer.kind is muon"),
+        ({"data": 2}, {"optimizer": AdamWConfig(state_dtype="bfloat16"), "parallel": NATIVE}, "moments in float32"),
+        ({"data": 2}, {"guard": GuardConfig(non_finite="skip"), "parallel": NATIVE}, "has no gradients left"),
+        ({}, {"optimizer": MuonConfig(), "parallel": NATIVE}, None),
         ({}, {"optimizer": MuonConfig(), "parallel": ParallelConfig(zero=2)}, None),
     ],
 )

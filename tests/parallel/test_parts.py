@@ -1,5 +1,7 @@
 """Tensors cut and put together again, and the names and indices of a part of a model."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -93,3 +95,16 @@ def test_what_a_rank_reads_is_its_part(parts):
         parts.own_tensors({"b": WHOLE[:, :3]}, {"b": 0})["b"]
     assert torch.equal(parts.own_part(0, WHOLE), WHOLE[:, 3:])
     assert parts.own_part(0, WHOLE[0]).shape == (6,)
+
+
+def test_an_optimizer_of_another_order(parts):
+    """Its groups and parameters are in an order of their own: a saved group's options and states follow the names."""
+    other = dataclasses.replace(parts, own=[{"names": ["y", "x"]}, {"names": ["b", "a"]}])
+    saved = {
+        "groups": [{"params": [0, 1], "lr": 1.0}, {"params": [2, 3], "lr": 2.0}, {"params": [4], "lr": 3.0}],
+        "numbers": {str(i): {"step": i} for i in range(5)},
+    }
+    assert other.own_state(saved) == {
+        "groups": [{"params": [0, 1], "lr": 2.0}, {"params": [2, 3], "lr": 1.0}],
+        "numbers": {"3": {"step": 0}, "2": {"step": 1}, "1": {"step": 2}, "0": {"step": 3}},
+    }

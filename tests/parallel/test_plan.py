@@ -8,7 +8,7 @@ import pytest
 from cs336.cli import program
 from cs336.models import BlockConfig, TransformerConfig, training_memory
 from cs336.nn import AttentionConfig, LinearAttentionConfig, MoEConfig
-from cs336.parallel import Layout, hardware, plan
+from cs336.parallel import Layout, hardware, plan, planner
 from cs336.parallel.planner import Work, layouts, predict, rank_memory, sent_bytes
 from cs336.training import DataConfig, TrainConfig
 from cs336.training.division import why_not
@@ -164,9 +164,24 @@ def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
     assert program.main(command) == 0
     assert capsys.readouterr().out == shown
     assert program.main([*command, "--network", "8:360 1024:5", "--top", "1"]) == 0
-    assert "zero 1, tensor 4, pipeline 32" in capsys.readouterr().out
+    assert "data 4, tensor 4, pipeline 32, context 2" in capsys.readouterr().out
     assert program.main([*command, "--network", "8:360"]) == 2
     assert "the network reaches 8 ranks, 1024 are needed" in capsys.readouterr().err
+
+
+def test_of_equal_times_the_simplest_is_first():
+    slow = dataclasses.replace(H200, flops=1e30, bandwidth=1e30, tiers=(hardware.Tier(8, 1e30, 0.1),))
+    best = plan(GPT, 2, gpu=slow, batch_size=16, data_only=True)[0].layout  # all wait for the network alone
+    assert (best.zero, best.recompute) == (0, "none")
+    firsts = [p.layout for p in plan(GPT, 1, gpu=slow, batch_size=16)]
+    assert [layout.recompute for layout in firsts[:5]] == ["none"] * 5
+
+
+def test_small_numbers_have_small_units():
+    (first, *_) = plan(GPT, 1, batch_size=16)
+    assert re.search(r"fits, \d+\.\d MiB of 126\.0 GiB \(.*KiB.*A step takes [1-9][\d.]* us", first.explain())
+    _, row = planner.table([first]).splitlines()
+    assert re.search(r"[1-9][\d.]* us .* MiB +0\.0 kB  data 1", row)
 
 
 SMALL = TransformerConfig(512, 64, 4, 64, 4)

@@ -152,6 +152,23 @@ def test_torn_and_wrong_lines(run_dir):
     assert "This model" in text
 
 
+@pytest.mark.parametrize(
+    "odd", [None, True, "Infinity", 10**400, 1e-320, -1e308, {"²": "x"}], ids=lambda odd: repr(odd)[:9]
+)
+def test_a_value_of_any_kind_spoils_no_page(run_dir, odd):
+    """Each value of each file, in turn."""
+    rows = run_dir.joinpath("metrics.jsonl").read_text().splitlines(keepends=True)
+    run_dir.joinpath("metrics.jsonl").write_text("".join(rows[:3] + rows[-3:]))
+    for file in sorted(run_dir.glob("*.json*")):
+        whole = file.read_text()
+        last = json.loads(whole.splitlines()[-1])
+        for key in last:
+            changed = json.dumps(last | {key: odd})
+            file.write_text("\n".join([*whole.splitlines()[:-1], changed]))
+            assert write_report(run_dir).stat().st_size > 10_000
+        file.write_text(whole)
+
+
 def test_resumed_run_counts_each_step_once(tmp_path):
     lines = [{"step": s, "train/loss": 9.0} for s in (1, 2, 3, 4)] + [{"step": s, "train/loss": 5.0} for s in (3, 4, 5)]
     tmp_path.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

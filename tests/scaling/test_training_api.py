@@ -1,7 +1,6 @@
 """The training API over HTTP: what is asked is answered, or refused with a sentence, and goes on after a restart."""
 
 import asyncio
-import dataclasses
 import http.client
 import json
 import math
@@ -79,6 +78,8 @@ def test_refusals(idle):
         ({"parameters": -1, "tokens": 1e9}, "parameters"),
         ({"parameters": "many", "tokens": 1e9}, "parameters"),
         ({"parameters": 1e7, "tokens": 1e9, "learning_rate": 0}, "learning_rate"),
+        ({"parameters": 1e7, "tokens": 1e9, "learning_rate": 100}, "learning_rate"),
+        ({"parameters": 1e7, "tokens": 1e9, "batch_tokens": 2e9}, None),
         ({"parameters": 1e7, "tokens": 1e9, "seed": -1}, "seed"),
         ({"parameters": 1e7, "tokens": 1e9, "seed": 1.5}, "seed"),
         ({"parameters": 1e7, "tokens": 1e9, "batch_tokens": True}, "batch_tokens"),
@@ -227,6 +228,8 @@ def test_configurations(idle):
         ({"budget": "1e308steps"}, "config", "too large"),
         ({"batch_size": 10**400}, "config", ""),
         ({"budget": "1tok"}, "config", "one step takes 16"),
+        ({"optimizer": {"lr": 100}}, "config", "optimizer.lr must be from 1e-09 to 1, got 100"),
+        ({"optimizer": {"lr": 0}}, "config", "optimizer.lr must be from 1e-09 to 1, got 0"),
         ({"model": MODEL | {"d_ff": 10**400}}, "config", ""),
     ):
         found = refused(ada.submit, config=config | changes)
@@ -281,7 +284,6 @@ def test_the_simulator_is_the_published_laws():
     assert noisy.loss(seeds[7]) == noisy.loss(seeds[7])
     assert logs.std() == pytest.approx(0.002, rel=0.2)
     assert abs(logs.mean()) < 0.0006
-    assert exact.loss(dataclasses.replace(best, learning_rate=0)) == pytest.approx(math.log(32768))
     wild = exact.plan(RunRequest(parameters=1, tokens=1, learning_rate=1e-9))
     assert exact.loss(wild) == pytest.approx(math.log(32768))
 
@@ -328,9 +330,12 @@ def test_verbs(tmp_path, capsys):
         assert "done" in verb("cancel", id)[1]  # it had ended
         assert "6e+16 charged" in verb("account")[1]
         assert verb("submit", "--parameters", "1e7", "--tokens", "1e9")[0] == 2
+        status, said = verb("submit", "--parameters", "1e7", "--tokens", "1e9", "--learning-rate", "100")
+        assert (status, "learning_rate: Input should be less than or equal to 1 (status 422)" in said) == (2, True)
         assert verb("predict", "--loss", "2.5", "--parameters", "1e8", "--tokens", "1e9")[0] == 0
         assert "ada" in verb("leaderboard")[1]
         assert main(["scaling", "api", "reveal", str(directory), "--loss", "2"]) == 0
+        assert capsys.readouterr().out == "the true loss is 2; predictions are closed, and 1 is on the leaderboard\n"
         assert "25.00 %" in verb("leaderboard")[1]
         assert verb("status", "none")[1] == "cs336: you have no run none (status 404)\n"
     assert "no directory of" in (main(["scaling", "api", "users", str(tmp_path)]), capsys.readouterr().err)[1]

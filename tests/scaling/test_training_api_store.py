@@ -257,13 +257,13 @@ def test_a_process_is_known_by_its_start(tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "api.sqlite").write_bytes(b"no database, but longer than its header would be" * 9)
-    with pytest.raises(ValueError, match="is no file of this API"):
+    with pytest.raises(ValueError, match="is not a training API's file"):
         Store(tmp_path)
     with sqlite3.connect(tmp_path / "other.sqlite") as db:
         db.execute("PRAGMA user_version = 9")
     db.close()
     (tmp_path / "other.sqlite").rename(tmp_path / "api.sqlite")
-    with pytest.raises(ValueError, match="is of format 9"):
+    with pytest.raises(ValueError, match="format 9, expected 2"):
         Store(tmp_path)
 
 

@@ -7,29 +7,19 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-from cs336.data import TokenDataset, tokenize_documents
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.inference.quantization.awq import awq_block
 from cs336.inference.quantization.gptq import gptq_block
 from cs336.inference.quantization.layerwise import Scheme, quantize_blocks_
-from cs336.models import Transformer, save_pretrained
+from cs336.inference.quantization.windows import Windows, tokenize
+from cs336.models import save_pretrained
 from cs336.nn import QuantMethod
-from cs336.training.evaluators import bits_per_byte
 from cs336.utils.device import pick
-from cs336.utils.documents import read_texts
 from cs336.utils.files import replacing
-from cs336.utils.shards import read_meta
-from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Outcome, Stage, run_stages
 
 BLOCK_METHODS = {"gptq": gptq_block, "awq": awq_block}
 METHOD_OF_BITS: dict[int, QuantMethod] = {4: "int4", 8: "int8"}
-MOST_CONTEXT = 2048  # tokens of a window
-BATCH_TOKENS = 4096  # through a block at once
-HELD_OUT = 10  # one window of so many is measured and not read
 SHARDS, BLOCKS, RESULT = "calibration", "blocks", "compression.json"
 
 
@@ -76,15 +66,11 @@ class Calibrated:
         return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
 
     def _tokenize(self) -> Outcome:
-        tokenizer = load_tokenizer(self.found)
-        ends = load_model(self.found, "cpu").end_ids
-        end = next((text for text, i in tokenizer.special_tokens.items() if i in ends), END_OF_TEXT)
-        meta = tokenize_documents(read_texts(self.text), tokenizer, self.out / SHARDS, eot_token=end)
-        return Outcome(f"{meta.tokens:,} tokens")
+        return Outcome(f"{tokenize(self.found, self.text, self.out / SHARDS):,} tokens")
 
     def _quantise(self) -> Outcome:
         model = load_model(self.found, "cpu")
-        data = _Windows(self.out / SHARDS, model)
+        data = Windows(self.out / SHARDS, model.config)
         scheme = Scheme(METHOD_OF_BITS[self.bits], self.group, zeros=self.asymmetric, order=self.act_order)
         quantize = functools.partial(BLOCK_METHODS[self.method], scheme=scheme)
         folder = self.out / BLOCKS
@@ -99,40 +85,7 @@ class Calibrated:
         for when, path in (("before", self.found), ("after", self.out)):
             model = load_model(path, self.device)
             found[f"bytes_{when}"] = sum(tensor.nbytes for tensor in model.state_dict().values())
-            found[f"bits_{when}"] = _Windows(self.out / SHARDS, model).bits_per_byte(model)
+            found[f"bits_{when}"] = Windows(self.out / SHARDS, model.config).bits_per_byte(model)
         with replacing(self.out / RESULT) as file:
             json.dump(found, file, indent=2)
         return Outcome(f"{found['bits_before']:.4f} -> {found['bits_after']:.4f} bits per byte")
-
-
-class _Windows:
-    """The calibration text in windows, one of HELD_OUT of them set aside; a text of one window is read and measured."""
-
-    def __init__(self, shards: pathlib.Path, model: Transformer):
-        meta = read_meta(shards)
-        assert meta is not None
-        self.tokens, self.bytes = meta.tokens, meta.text_bytes
-        self.context = max(1, min(model.config.context_length, MOST_CONTEXT, (meta.tokens - 1) // 2))
-        self.data = TokenDataset(shards, self.context, vocab_size=model.config.vocab_size)
-        self.held_out = np.arange(len(self.data))[HELD_OUT - 1 :: HELD_OUT]
-        if not len(self.held_out):
-            self.held_out = np.arange(len(self.data))[-1:]
-
-    def read(self, samples: int) -> np.ndarray:
-        """The windows to calibrate with, at most so many, spread evenly."""
-        rest = np.setdiff1d(np.arange(len(self.data)), self.held_out)
-        rest = rest if len(rest) else self.held_out
-        return rest[np.unique(np.arange(samples) * len(rest) // samples)]
-
-    def batches(self, index_N: np.ndarray) -> list[torch.Tensor]:
-        """Token ids (B, S) of windows, BATCH_TOKENS or one window at a time."""
-        size = max(1, BATCH_TOKENS // self.context)
-        return [self.data.windows(part)[:, :-1] for part in np.split(index_N, range(size, len(index_N), size))]
-
-    @torch.inference_mode()
-    def bits_per_byte(self, model: Transformer) -> float:
-        loss, size = 0.0, max(1, BATCH_TOKENS // self.context)
-        for part in np.split(self.held_out, range(size, len(self.held_out), size)):
-            ids_BT = self.data.windows(part).to(model.device)
-            loss += float(model(ids_BT[:, :-1], targets=ids_BT[:, 1:]))
-        return bits_per_byte(loss / (len(self.held_out) * self.context), self.tokens, self.bytes)

@@ -6,7 +6,7 @@ import json
 import pathlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from cs336.inference.llm import LLM
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.server import answers
 from cs336.inference.server.answers import Answers, choice
-from cs336.inference.server.gate import Gate
+from cs336.inference.server.gate import admission
 from cs336.inference.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,13 +28,10 @@ from cs336.inference.server.protocol import (
     TokenizeRequest,
 )
 from cs336.inference.server.worker import EngineFailed, Message, Ticket, Worker
+from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
 PAGE = pathlib.Path(__file__).with_name("page.html")
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
-)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,8 @@ class Server:
         self.answers = Answers(self.config.name or llm.name, llm.tokenizer)
         self.under_way = 0
         self.app = FastAPI(title="cs336", lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-        self.app.add_middleware(Gate, api_key=self.config.api_key, max_body_bytes=self.config.max_body_bytes)
+        admit, most = admission(self.config.api_key), self.config.max_body_bytes
+        self.app.add_middleware(Gate, admit=admit, problem=_problem, max_body_bytes=most)
         for kind, handler in (
             (RequestValidationError, _invalid),
             (HTTPException, _http_error),
@@ -250,7 +248,7 @@ class Server:
     # ---- the rest ----
 
     async def _page(self) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def _health(self) -> Response:
         if self.worker.failure is not None:
@@ -328,9 +326,14 @@ async def _invalid(http: Request, error: Any) -> Response:
     return JSONResponse(answers.error(message), 400)
 
 
+def _problem(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
+    kind = {429: "rate_limit_exceeded", 404: "not_found_error"}.get(status, "invalid_request_error")
+    content = answers.error(message, kind, "invalid_api_key" if status == 401 else None)
+    return JSONResponse(content, status, headers)
+
+
 async def _http_error(http: Request, error: Any) -> Response:
-    kind = {429: "rate_limit_exceeded", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
-    return JSONResponse(answers.error(str(error.detail), kind), error.status_code, error.headers)
+    return _problem(error.status_code, str(error.detail), error.headers)
 
 
 async def _value_error(http: Request, error: Exception) -> Response:

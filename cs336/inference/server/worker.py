@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cs336.inference import ranks
 from cs336.inference.engine import Engine, Request, Update
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.server.metrics import Metrics
@@ -37,7 +38,8 @@ Message = tuple[Ticket, Update | Exception | None]
 class Worker(threading.Thread):
     def __init__(self, engine: Engine):
         super().__init__(name="engine", daemon=True)
-        self.engine, self.metrics = engine, Metrics(engine)
+        self.engine: Engine | ranks.Leader = engine
+        self.metrics = Metrics(engine)
         self.failure: Exception | None = None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[Request, Ticket] = {}
@@ -69,9 +71,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            while self._take_calls():
-                if self.engine.busy:
-                    self._deliver(self.engine.step())
+            with ranks.leading(self.engine) as self.engine:
+                while self._take_calls():
+                    if self.engine.busy:
+                        self._deliver(self.engine.step())
         except Exception as error:  # whatever it was, those who wait are told, and no request is taken any more
             self.failure = error
             self._send([(ticket, EngineFailed(f"the engine has failed: {error}")) for ticket in self._tickets.values()])

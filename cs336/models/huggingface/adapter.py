@@ -38,6 +38,7 @@ HARMLESS |= {
 }
 HARMLESS |= {"modules_to_save", "peft_version", "qalora_group_size", "rank_pattern", "revision", "runtime_config"}
 HARMLESS |= {"target_modules", "task_type", "ensure_weight_tying"}
+NAMES = re.compile(r"(?P<first>\^|\^?\.\*)?(?P<name>(?:[\w-]|\\?\.)+)\$?")
 PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
 
 
@@ -150,18 +151,31 @@ def _check(directory: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
-    """PEFT's patterns are regular expressions of the ends of names."""
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{ADAPTER} has alpha_pattern = {patterns!r}: expected a table")
-    try:
-        own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
-    except re.error as error:
-        raise ValueError(f"{ADAPTER} has an alpha_pattern that is no regular expression: {error}") from None
+    own = [alpha for pattern, alpha in patterns.items() if _names(pattern, layer)]
     alpha = own[0] if own else config.get("lora_alpha", 8)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise ValueError(f"{ADAPTER} has lora_alpha = {alpha!r} for {layer}: expected a finite number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether PEFT's pattern, a regular expression of the end of a name, is of a layer.
+
+    Those of names alone are read, after ^ or .* and before $: a file's own expression could be made to take for ever.
+    """
+    parts = NAMES.fullmatch(pattern)
+    if parts is None:
+        raise ValueError(
+            f"{ADAPTER} has an alpha_pattern {pattern[:80]!r}: expected the end of a layer's name, perhaps after ^ or "
+            ".*: spell out the layers that the expression means"
+        )
+    first, end = parts["first"], parts["name"].replace("\\.", ".")
+    if first == "^":
+        return layer == end
+    return layer.endswith(end) if first else f".{layer}".endswith(f".{end}")
 
 
 def _target(path: pathlib.Path, name: str, weights: dict[str, Tensor]) -> str:

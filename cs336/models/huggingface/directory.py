@@ -1,6 +1,7 @@
 """The files of a model in the Hugging Face layout, written whole and read with every field and weight accounted for."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -49,6 +50,7 @@ OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"
+MUP = "mup_base_width"  # ours in a family's config.json: changes no logit, but how the model is trained further
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -86,6 +88,7 @@ def save_pretrained(
     config, weights = _in_layout(model, quantized_as)
     config |= special_ids | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
     config |= {} if step is None else {"training_step": step}
+    config |= {} if model.config.mup_base_width is None else {MUP: model.config.mup_base_width}
     files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
     if tokenizer is not None:
         files[TOKENIZER] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
@@ -266,8 +269,8 @@ def _our_config(theirs: dict[str, Any]) -> tuple[TransformerConfig, Family | Non
         return parse(TransformerConfig, theirs.get("config", {})), None
     if kind not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
-    plain = {name: value for name, value in theirs.items() if name != QUANTIZATION}
-    return FAMILIES[kind].config(plain), FAMILIES[kind]
+    plain = {name: value for name, value in theirs.items() if name not in (QUANTIZATION, MUP)}
+    return dataclasses.replace(FAMILIES[kind].config(plain), mup_base_width=theirs.get(MUP)), FAMILIES[kind]
 
 
 def _our_weights(

@@ -20,6 +20,11 @@ def bwd(x: Tensor, up: Tensor | None, dy: Tensor, kind: int) -> tuple[Tensor, Te
     return dx.to(x.dtype), x.new_empty(0) if up is None else (y * wide(dy)).to(x.dtype)
 
 
+def gated_bwd(both: Tensor, dy: Tensor, kind: int) -> Tensor:
+    """Of x and up side by side, (M, 2N), as their gradients are."""
+    return torch.cat(bwd(*both.chunk(2, -1), dy, kind), -1)
+
+
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
     """x sigmoid(x), arXiv:1606.08415; and its derivative, as all of these."""
     s = torch.sigmoid(x)

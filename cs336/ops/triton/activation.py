@@ -38,8 +38,8 @@ def _load(ptr, row, stride, columns, live):
 
 
 @triton.jit
-def _store(ptr, row, N, columns, live, values):
-    tl.store(ptr + row.to(tl.int64) * N + columns, cast(values, ptr.dtype.element_ty), mask=live)
+def _store(ptr, row, stride, columns, live, values):
+    tl.store(ptr + row.to(tl.int64) * stride + columns, cast(values, ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -63,16 +63,17 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, N, x_stride, up_stride, dy_stride, KIND: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, N, x_stride, up_stride, dy_stride, out_stride,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, columns = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = columns < N
     y, slope = _activated(_load(x_ptr, row, x_stride, columns, live), KIND)
     dy = _load(dy_ptr, row, dy_stride, columns, live)
     if up_ptr is not None:
-        _store(dup_ptr, row, N, columns, live, dy * y)
+        _store(dup_ptr, row, out_stride, columns, live, dy * y)
         dy *= _load(up_ptr, row, up_stride, columns, live)
-    _store(dx_ptr, row, N, columns, live, dy * slope)
+    _store(dx_ptr, row, out_stride, columns, live, dy * slope)
 
 
 def _layout(*tensors):
@@ -99,5 +100,16 @@ def bwd(x, up, dy, kind):
     M, N, strides = _layout(x, up, dy)
     if x.numel():
         with torch.cuda.device_of(x):
-            _bwd_kernel[(M, triton.cdiv(N, BLOCK))](x, up, dy, dx, dup, N, *strides, kind, BLOCK)
+            _bwd_kernel[(M, triton.cdiv(N, BLOCK))](x, up, dy, dx, dup, N, *strides, N, kind, BLOCK)
     return dx, dup
+
+
+def gated_bwd(both, dy, kind):
+    out = both.new_empty(both.shape)
+    (x, up), (dx, dup) = both.chunk(2, -1), out.chunk(2, -1)
+    M, N = dy.shape
+    if out.numel():
+        with torch.cuda.device_of(dy):
+            strides = x.stride(0), up.stride(0), dy.stride(0), out.stride(0)
+            _bwd_kernel[(M, triton.cdiv(N, BLOCK))](x, up, dy, dx, dup, N, *strides, kind, BLOCK)
+    return out

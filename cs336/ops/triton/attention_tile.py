@@ -59,6 +59,21 @@ def load(ptr, stride, start, num, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def gather(
+    cache_ptr, table_ptr, key, T, P, page, page_stride, token_stride, feature,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of the keys `key`, zero from T on. Pages outside of the cache are not read."""
+    seen = key < T
+    entry = tl.load(table_ptr + key // page, mask=seen, other=0)
+    seen = seen & (entry >= 0) & (entry < P)
+    row = entry.to(tl.int64) * page_stride + (key % page).to(tl.int64) * token_stride
+    return tl.load(
+        cache_ptr + row[:, None] + feature[None, :], mask=seen[:, None] & (feature < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
 def tanh(x):
     """To an ulp or two near 0, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x

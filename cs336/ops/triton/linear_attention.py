@@ -161,9 +161,9 @@ def _out_kernel(
     store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, CHUNK, BLOCK_V)
 
 
-def tiles(K: int, V: int) -> dict[str, int]:
+def tiles(K: int, V: int, chunk: int = CHUNK) -> dict[str, int]:
     return {
-        "CHUNK": CHUNK,
+        "CHUNK": chunk,
         "BLOCK_K": min(max(triton.next_power_of_2(K), 16), 64),
         "BLOCK_V": min(max(triton.next_power_of_2(V), 16), 64),
     }
@@ -197,13 +197,13 @@ def fwd(q, k, v, g, state, segments, scale):
     return outputs(q, k, v, g, segments, before, scale), last
 
 
-def outputs(q, k, v, g, segments, before, scale):
+def outputs(q, k, v, g, segments, before, scale, chunk=CHUNK):
     """o (B, H, T, V), stored by token, of the states before each chunk."""
     (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)
-    plan = tiles(K, V)
+    plan = tiles(K, V, chunk)
     with torch.cuda.device_of(q):
-        _out_kernel[(triton.cdiv(T, CHUNK) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
+        _out_kernel[(triton.cdiv(T, chunk) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
             q, k, v, g, segments, before, o,
             *strides(q), *strides(k), *strides(v), *strides(o), *strides(g),
             0 if segments is None else segments.stride(0),

@@ -2,30 +2,18 @@
 
 The heads of a group are rows of one tile and share its keys. Blocks of keys start at multiples of BLOCK_N whatever the
 queries, and what a row does not see adds exact zeros: so a row's bits depend on its position and its sequence alone,
-not on its batch, nor on how a prompt is cut into chunks.
+not on its batch, nor on how a prompt is cut into chunks. A block that some rows of a tile do not see goes through other
+code than one that all see: in prefill the compiler may not make one instruction, with one rounding, of a product and a
+sum, which it did in the second alone.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, scores, shared_memory, visible
+from cs336.ops.triton import paged_latent
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, scores, shared_memory, visible
 from cs336.ops.triton.cast import cast
-
-
-@triton.jit
-def _gather(
-    cache_ptr, table_ptr, key, T, P, page, page_stride, token_stride, feature,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows of the keys `key`, zero from T on. Pages outside of the cache are not read."""
-    seen = key < T
-    entry = tl.load(table_ptr + key // page, mask=seen, other=0)
-    seen = seen & (entry >= 0) & (entry < P)
-    row = entry.to(tl.int64) * page_stride + (key % page).to(tl.int64) * token_stride
-    return tl.load(
-        cache_ptr + row[:, None] + feature[None, :], mask=seen[:, None] & (feature < WIDTH)[None, :], other=0.0
-    )
 
 
 @triton.jit
@@ -36,7 +24,7 @@ def _walk(
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
+        k = gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
         s, _ = scores(dot(q, tl.trans(k)), position, key[None, :], 0.0, inner, outer, CAPPED, False)
         if not WHOLE:
             s = tl.where(visible(position, key[None, :], T, left, 0, HAS_LEFT, True), s, float("-inf"))
@@ -45,7 +33,7 @@ def _walk(
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
         l = l * alpha + tl.sum(p, 1)
-        v = _gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
+        v = gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
         m = m_new
     return acc, m, l
@@ -151,24 +139,27 @@ def _paged_kernel(
     tl.store(lse_ptr + place, lse, mask=inside)
 
 
-def _blocks(D: int, E: int, decode_rows: int | None, dtype: torch.dtype, device: torch.device) -> dict:
-    """decode_rows: query tokens times heads of a group, few; None for prefill, whose tiles never depend on its rows."""
+def _blocks(D: int, E: int, rows: int, prefill: bool, dtype: torch.dtype, device: torch.device) -> dict:
+    """rows: query tokens times heads of a group, of the longest sequence. In prefill its tiles of 64 rows are made of
+    the same instructions as those of 128, which leave a multiprocessor half of its keys in flight."""
     wide = max(16, triton.next_power_of_2(max(D, E)))
     roomy = shared_memory(device) >= 160_000 and wide * dtype.itemsize <= 256
-    rows = 16 if decode_rows is not None and decode_rows <= 16 else 128 if roomy else 64
+    few = rows <= 64 and dtype != torch.float32
+    block = 16 if not prefill and rows <= 16 else 128 if roomy and not few else 64
     if INTERPRET.value:
-        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": block, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     keys = (64 if wide <= 128 else 32) // (2 if dtype == torch.float32 else 1)
     if wide > 256:  # latent attention's 576 features
-        keys, rows = 16, min(rows, 32)
-    warps = 4 if rows * wide <= 8192 else 8
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 3 if roomy else 2}
+        keys, block = 16, min(block, 32)
+    warps = 4 if block * wide <= 8192 else 8
+    plan = {"BLOCK_M": block, "BLOCK_N": keys, "num_warps": warps, "num_stages": 3 if roomy else 2}
+    return plan | {"enable_fp_fusion": not prefill}
 
 
 def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strides, scale, window, softcap, sinks):
     (P, page, Hkv, D), E, H = k_cache.shape, v_cache.shape[-1], q.shape[-2]
     B, G = seq_lens.shape[0], H // Hkv
-    plan = _blocks(D, E, max_q * G if cu is None else None, q.dtype, q.device)
+    plan = _blocks(D, E, max_q * G, cu is not None, q.dtype, q.device)
     tiles = triton.cdiv(max_q * G, plan["BLOCK_M"])
     if tiles == 0 or B == 0:
         return
@@ -185,6 +176,8 @@ def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strid
 
 
 def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks):
+    if paged_latent.fits(k_cache, v_cache, window, softcap, sinks):
+        return paged_latent.decode(q, k_cache, v_cache, page_table, seq_lens, scale)
     B, Q, H, _ = q.shape
     o = q.new_empty(B, Q, H, v_cache.shape[-1])
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
@@ -194,6 +187,8 @@ def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, so
 
 
 def paged_prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale, window, softcap, sinks):
+    if paged_latent.fits(k_cache, v_cache, window, softcap, sinks):
+        return paged_latent.prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale)
     T, H, _ = q.shape
     o = q.new_zeros(T, H, v_cache.shape[-1])
     lse = q.new_full((H, T), -torch.inf, dtype=torch.float32)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cs336.ops.triton.cast import INTERPRET
 from cs336.ops.triton.qk_norm_rope import _columns, _load, _store, _sum
 from cs336.ops.triton.rope import plan, table_rows
 
@@ -33,8 +34,11 @@ def _kernel(
     q_t, q_h, k_t, k_h, v_t, v_h, k_page, k_token, k_head, v_page, v_token, v_head, table_b, cos_stride,
     T, Hq, Hk, L, P, D, E, pages, page, B, M, eps,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:  # as common/async.cuh has it: begin before the kernel before has ended, and let the next one do so
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(T, BLOCK_S)
     head, t = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     live, at = t < T, t.to(tl.int64)
@@ -71,12 +75,18 @@ def _kernel(
             tl.store(v_cache_ptr + place[:, None] + column, value, mask=mask)
 
 
+def _launches_early(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launches."""
+    return not INTERPRET.value and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def qk_norm_rope_append_(
     k_cache, v_cache, q, k, v, cos, sin, page_table, sequences, positions, q_weight, k_weight, interleaved, eps
 ):
     (T, Hq, D), (pages, page, Hk, E), (B, M), P = q.shape, v_cache.shape, page_table.shape, cos.shape[-1]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     sizes = plan(T, D, P)
+    early = _launches_early(q.device)
     programs = (Hq + 2 * Hk) * triton.cdiv(T, sizes["BLOCK_S"])
     if programs:
         with torch.cuda.device_of(q):
@@ -84,6 +94,7 @@ def qk_norm_rope_append_(
                 q, k, v, q_out, k_out, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, sequences, page_table,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
                 page_table.stride(0), cos.stride(0), T, Hq, Hk, cos.shape[0], P, D, E, pages, page, B, M, eps,
-                BLOCK_E=triton.next_power_of_2(E), INTERLEAVED=interleaved, **sizes,
+                BLOCK_E=triton.next_power_of_2(E), INTERLEAVED=interleaved, EARLY=early, **sizes,
+                **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return q_out, k_out

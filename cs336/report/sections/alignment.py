@@ -3,7 +3,7 @@
 from typing import Any
 
 from cs336.report.chart import Series, line_chart, smooth
-from cs336.report.run import Run, mapping, number
+from cs336.report.run import Run, listing, mapping, number
 from cs336.report.section import section
 
 STEPS: dict[str, Any] = {"x_label": "steps"}
@@ -90,7 +90,7 @@ def _verifiers(run: Run) -> list[Series]:
 
 
 def _calibration(run: Run) -> list[Series]:
-    bins = [mapping(b) for b in run.calibration.get("bins") or []]
+    bins = [mapping(b) for b in listing(run.calibration.get("bins"))]
     pairs = [(number(b.get("said")), number(b.get("came_true"))) for b in bins]
     points = [(x, y) for x, y in pairs if x is not None and y is not None]
     if not points:
@@ -114,7 +114,7 @@ def _over_divergence(run: Run) -> list[Series]:
 
 def _weights(run: Run) -> dict[str, float]:
     """Of the verifiers by their names: two of a kind are told apart by their place."""
-    rewards = [mapping(reward) for reward in run.config.get("rewards", []) if isinstance(reward, dict)]
+    rewards = [reward for reward in listing(run.config.get("rewards")) if isinstance(reward, dict)]
     kinds = [reward.get("kind") for reward in rewards]
     named = [str(k) if kinds.count(k) == 1 else f"{k}.{i}" for i, k in enumerate(kinds)]
-    return {name: float(reward.get("weight", 1.0)) for name, reward in zip(named, rewards, strict=True)}
+    return {name: number(reward.get("weight", 1.0)) or 0.0 for name, reward in zip(named, rewards, strict=True)}

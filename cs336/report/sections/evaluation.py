@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cs336.report.run import Run, mapping, number
+from cs336.report.run import Run, listing, mapping, number
 from cs336.report.section import section
 
 
@@ -18,7 +18,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
     """Bits per byte of the model and of the baselines, best first, with each bar's width in percent."""
     rows: list[dict[str, Any]] = [
         {"name": str(b.get("name", "?")), "bits": bits, "how": str(b.get("how", "")), "ours": False}
-        for b in map(mapping, run.evaluation.get("baselines") or [])
+        for b in map(mapping, listing(run.evaluation.get("baselines")))
         if (bits := number(b.get("bits_per_byte"))) is not None
     ]
     how = str(run.evaluation.get("how", ""))

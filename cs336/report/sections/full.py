@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cs336.report.run import Run, mapping, number, read_run
+from cs336.report.run import Run, listing, mapping, number, read_run
 from cs336.report.section import section
 from cs336.report.sections.alignment import charts_of
 
@@ -13,7 +13,7 @@ def full(run: Run) -> dict[str, Any] | None:
     if not run.full:
         return None
     forms = {"sums": ".1%", "bits_per_byte": ".3f", "mebibytes": ".2f"}
-    rows = [mapping(row) for row in run.full.get("rows") or []]
+    rows = [mapping(row) for row in listing(run.full.get("rows"))]
     shown = [
         {name: str(row.get(name, "?")) for name in ("after", "where")}
         | {name: _cell(row.get(name), form) for name, form in forms.items()}

@@ -1,6 +1,7 @@
 """What the model wrote, early and late."""
 
 import difflib
+import math
 from typing import Any
 
 from cs336.report.run import Run, number
@@ -31,7 +32,7 @@ def by_prompt(run: Run) -> list[dict[str, Any]]:
     prompts: dict[str, list[tuple[int, str]]] = {}
     for sample in run.samples:
         step, prompt, text = number(sample.get("step")), str(sample.get("prompt", "")), str(sample.get("text", ""))
-        if step is not None:
+        if step is not None and math.isfinite(step):
             prompts.setdefault(prompt, []).append((int(step), text.removeprefix(prompt)))
     return [
         {

@@ -13,8 +13,8 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from cs336.scaling.api.contest import ClosedError, Contest
-from cs336.scaling.api.gate import Gate, problem
-from cs336.scaling.api.jobs import Backend, FieldError, curve, taken
+from cs336.scaling.api.gate import admission, problem
+from cs336.scaling.api.jobs import Backend, FieldError, curve, newest_loss, taken
 from cs336.scaling.api.pool import Pool
 from cs336.scaling.api.protocol import (
     Account,
@@ -29,12 +29,9 @@ from cs336.scaling.api.protocol import (
 )
 from cs336.scaling.api.store import DuplicateError, Entry, FullError, OverBudgetError, Store, User
 from cs336.scaling.api.worker import taken_of
+from cs336.utils.http_server import PAGE_POLICY, Gate
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
-)
 MEANINGS = {
     400: "The account does not hold what the run takes, or the body is no JSON.",
     401: "No key, or one of nobody.",
@@ -85,14 +82,14 @@ def make_app(
             pool.stop()
 
     app = FastAPI(title="cs336 training API", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, user=store.user, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Gate, admit=admission(store.user), problem=problem, max_body_bytes=config.max_body_bytes)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> Response:
         """The dashboard."""
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -178,7 +175,7 @@ def _info(entry: Entry, store: Store) -> RunInfo:
             done = min(1.0, so_far.tokens / job.tokens)
         elif job.seconds:
             done = min(1.0, so_far.seconds / job.seconds)
-        loss = next((loss for _, loss in reversed(curve(folder))), None)
+        loss = newest_loss(folder)
     kept = {name: getattr(entry, name) for name in ("id", "state", "reserved", "charged", "error", "attempts")}
     kept |= {name: getattr(entry, name) for name in ("submitted", "started", "ended")}
     kept |= {name: getattr(job, name) for name in ("parameters", "tokens", "flops", "learning_rate", "batch_tokens")}

@@ -77,8 +77,8 @@ def _scored(made: Submission, loss: float, best: float | None) -> Score:
     return Score.model_validate(kept | {"error": abs(made.loss / loss - 1), "size_ratio": ratio})
 
 
-def reveal(store: Store, loss: float, parameters: float | None = None) -> None:
-    """Say what the target's run reached, once. Raises ValueError."""
+def reveal(store: Store, loss: float, parameters: float | None = None) -> int:
+    """Say what the target's run reached, once; how many submissions there are. Raises ValueError."""
     for name, value in (("loss", loss), ("parameters", parameters)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -86,6 +86,7 @@ def reveal(store: Store, loss: float, parameters: float | None = None) -> None:
         if db.execute("SELECT 1 FROM facts WHERE name = 'truth'").fetchone():
             raise ValueError("the true run is revealed already: it is not changed")
         db.execute("INSERT INTO facts VALUES ('truth', ?)", (json.dumps([loss, parameters]),))
+        return db.execute("SELECT COUNT(*) FROM submissions").fetchone()[0]
 
 
 def truth(store: Store) -> tuple[float, float | None] | None:

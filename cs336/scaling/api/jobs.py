@@ -3,12 +3,12 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from cs336.scaling.api.protocol import RunRequest
-from cs336.utils.rows import read_rows
+from cs336.utils.rows import newest_row, read_rows
 
 Kind = Literal["flops", "seconds"]
 MOST_POINTS = 200  # of a loss curve that is answered
@@ -88,15 +88,23 @@ class Backend(Protocol):
 
 def taken(job: Job, folder: pathlib.Path) -> Taken:
     """By its newest row."""
-    rows = read_rows(folder)
-    if not rows:
-        return Taken()
-    tokens = float(rows[-1].get("tokens", 0))
-    return Taken(tokens * job.flops_per_token, tokens, float(rows[-1].get("seconds", 0)))
+    row = newest_row(folder) or {}
+    tokens = float(row.get("tokens", 0))
+    return Taken(tokens * job.flops_per_token, tokens, float(row.get("seconds", 0)))
 
 
-def curve(folder: pathlib.Path, name: str = "train/loss") -> list[tuple[float, float]]:
+def _has_loss(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("train/loss"), int | float)
+
+
+def curve(folder: pathlib.Path) -> list[tuple[float, float]]:
     """(tokens, loss) along a run, thinned to MOST_POINTS, the newest kept."""
-    points = [(row["tokens"], row[name]) for row in read_rows(folder) if isinstance(row.get(name), int | float)]
+    points = [(row["tokens"], row["train/loss"]) for row in read_rows(folder) if _has_loss(row)]
     step = -(-len(points) // MOST_POINTS) or 1
     return points[::-1][::step][::-1]
+
+
+def newest_loss(folder: pathlib.Path) -> float | None:
+    """The last of a curve."""
+    row = newest_row(folder, _has_loss)
+    return None if row is None else row["train/loss"]

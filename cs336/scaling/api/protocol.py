@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Size = Annotated[float, Field(ge=1, le=1e15, allow_inf_nan=False)]
 Loss = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+LOWEST_LR, HIGHEST_LR = 1e-9, 1.0  # that may be asked for
 
 
 class _Request(BaseModel):
@@ -19,7 +20,7 @@ class RunRequest(_Request):
 
     parameters: Size | None = None
     tokens: Annotated[float, Field(ge=1, le=1e18, allow_inf_nan=False)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    learning_rate: Annotated[float, Field(ge=LOWEST_LR, le=HIGHEST_LR, allow_inf_nan=False)] | None = None
     """Highest. None: the Step Law's, arXiv:2503.04715."""
     batch_tokens: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)] | None = None
     """Tokens a step. None: the Step Law's."""
@@ -43,6 +44,8 @@ class RunRequest(_Request):
             raise ValueError(f"config says everything: leave out {', '.join(sorted(sizes))}")
         if self.config is None and not {"parameters", "tokens"} <= sizes:
             raise ValueError("say parameters and tokens, or config")
+        if self.batch_tokens is not None and self.tokens is not None and self.batch_tokens > self.tokens:
+            raise ValueError(f"batch_tokens must be no more than tokens, {self.tokens:g}, got {self.batch_tokens:g}")
         return self
 
 

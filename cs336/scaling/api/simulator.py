@@ -82,8 +82,6 @@ class Simulator:
     def _at(self, job: Job, tokens: float) -> float:
         """Without noise, if the run ended there."""
         assert job.tokens is not None
-        if job.learning_rate == 0:
-            return GUESSING
         lr, batch = step_law(job.parameters, job.tokens)
         off = LR_CURVATURE * math.log(job.learning_rate / lr) ** 2
         off += BATCH_CURVATURE * math.log(job.batch_tokens / batch) ** 2

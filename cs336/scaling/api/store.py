@@ -23,22 +23,21 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cs336.scaling.api.jobs import Job, Kind, Taken
 from cs336.scaling.api.process import process_mark
 from cs336.scaling.api.protocol import Account, State
+from cs336.utils.database import Database
 from cs336.utils.locks import locked
 
 FORMAT = 2
-PATIENCE = 60  # seconds that a transaction waits for another process's
 MOST_DEATHS = 3  # of a run's owners, one after the other: then it has failed
 UNIT = {"flops": 1e6, "seconds": 0.001}  # of the ledger's whole numbers
 MOST = 2**62  # of them, in one account: sums stay within 64 bits
 SLACK = 1e-9  # of an account: what products of floats may be off, so that a grid that fills it fits
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LIVE = ("waiting", "running")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (
@@ -147,7 +146,7 @@ class Claim:
         self._lock.close()
 
 
-class Store:
+class Store(Database):
     """Every method is one transaction, and may be called from any process and thread.
 
     Raises ValueError for a file that is of another kind, OSError where it cannot be written.
@@ -155,16 +154,9 @@ class Store:
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
-        self.path, self.claims = self.directory / "api.sqlite", self.directory / "claims"
+        self.claims = self.directory / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
-        with self.transaction() as db:
-            (found,) = db.execute("PRAGMA user_version").fetchone()
-            if found not in (0, FORMAT):
-                raise ValueError(f"{self.path} is of format {found}, expected {FORMAT}: use another directory")
-            if found == 0:
-                for statement in SCHEMA.split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {FORMAT}")
+        super().__init__(self.directory / "api.sqlite", "a training API's file", SCHEMA, FORMAT)
 
     def folder(self, run: str) -> pathlib.Path:
         """Where a run is made."""
@@ -335,30 +327,6 @@ class Store:
     def num_waiting(self) -> int:
         with self.transaction(write=False) as db:
             return db.execute("SELECT COUNT(*) FROM runs WHERE state = 'waiting'").fetchone()[0]
-
-    # ---- the file ----
-
-    @contextlib.contextmanager
-    def transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """All of the block or nothing of it. write=False: waits for nobody."""
-        try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as db:
-                db.row_factory = sqlite3.Row
-                if write:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    db.execute("PRAGMA foreign_keys = ON")
-                db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
-        except sqlite3.OperationalError as error:
-            raise OSError(f"{self.path} cannot be read or written: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is no file of this API ({error}): use another directory") from error
 
 
 SELECT = "SELECT runs.*, (SELECT kind FROM users WHERE name = user) AS kind FROM runs"

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from cs336.experiments.study import cost, identity
 from cs336.experiments.train import train_run
+from cs336.scaling import run_plan
 from cs336.scaling.api.jobs import FieldError, Interrupted, Job
-from cs336.scaling.api.protocol import RunRequest
+from cs336.scaling.api.protocol import HIGHEST_LR, LOWEST_LR, RunRequest
 from cs336.scaling.laws import step_law
-from cs336.scaling.run_plan import HIGHEST_LR, shapes
 from cs336.training import TrainConfig
 from cs336.training.config import FREE
 from cs336.utils import config as configs
@@ -54,13 +54,13 @@ class Training:
         base = TrainConfig.from_table(self.base | {"run_dir": "."})
         wanted = asked.parameters
         shape = min(
-            shapes(base.model.vocab_size, base.model.context_length),
+            run_plan.shapes(base.model.vocab_size, base.model.context_length),
             key=lambda shape: abs(math.log(shape.num_parameters() / wanted)),
         )
         if not 1 / NEAREST < shape.num_parameters() / wanted < NEAREST:
             raise FieldError("parameters", f"no shape has {wanted:g}: the nearest has {shape.num_parameters():,}")
         lr, batch = step_law(shape.num_parameters(embeddings=False), asked.tokens)
-        lr, batch = asked.learning_rate or min(HIGHEST_LR, lr), asked.batch_tokens or batch
+        lr, batch = asked.learning_rate or min(run_plan.HIGHEST_LR, lr), asked.batch_tokens or batch
         table: dict[str, Any] = {"model": configs.to_table(shape), "budget": f"{asked.tokens:.0f}tok"}
         table |= {"batch_size": max(1, round(batch / base.model.context_length)), "seed": asked.seed}
         table["optimizer"] = self.base.get("optimizer", {}) | {"lr": lr}
@@ -107,6 +107,8 @@ def plan_config(given: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
         raise FieldError(f"config.{theirs[0]}", f"{theirs[0]} is the operator's: leave it out")
     try:
         config = TrainConfig.from_table({**base, **given, "run_dir": "."})
+        if not LOWEST_LR <= (lr := config.optimizer.lr) <= HIGHEST_LR:
+            raise ValueError(f"optimizer.lr must be from {LOWEST_LR:g} to {HIGHEST_LR:g}, got {lr:g}")
         planned = cost(config)
         return Job(
             identity(config),
@@ -114,7 +116,7 @@ def plan_config(given: Mapping[str, Any], base: Mapping[str, Any]) -> Job:
             flops_per_token=float(config.model.flops_per_token()),
             tokens=None if planned.tokens is None else float(planned.tokens),
             seconds=planned.seconds,
-            learning_rate=config.optimizer.lr,
+            learning_rate=lr,
             batch_tokens=float(config.batch_size * config.model.context_length),
             seed=config.seed,
             config={name: value for name, value in configs.to_table(config).items() if name != "run_dir"},

@@ -55,6 +55,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   const AttentionTensor dk = in_parts ? parts(at.dk_parts) : params.dk, dv = in_parts ? parts(at.dv_parts) : params.dv;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.key_tile_list) : nullptr;
+  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
+                                int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads,  // Q, dO and the sums for dQ
+                                params.deterministic);
 
   const RowsArgs rows{
       .o = params.o,
@@ -81,11 +84,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .dv = tensor_map(dv, p, p.k_tokens, block_heads, Tile::kHeadDim, 64),
       .sequences = sequences,
       .window = Window(p),
-      // Q, dO and the sums for dQ of a key head's queries.
-      .order = {static_cast<int>(at.key_tiles), heads,
-                attention_bwd_section(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
-                                      int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads),
-                packed},
+      .order = {static_cast<int>(at.key_tiles), heads, waves.section, packed},
       .rows = rows.rows,
       .dq = rows.sums,
       .turns = rows.turns,
@@ -93,6 +92,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
       .q_heads = p.q_heads,
       .group = group,
       .heads = at.heads,
+      .wave = waves.wave,
       .query_tiles = rows.tiles,
       .cap_factor = Tile::kCap ? p.scale / p.softcap : 0.f,
       .scale = p.scale,
@@ -100,13 +100,15 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   using T = typename Tile::T;
   const int row_blocks = rows.tiles * batch * p.q_heads;
-  if (packed)
+  if (packed) {
     list_packed_tiles<<<ceil_div(at.key_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, true, Tile::kKeys,
                                                                        at.key_tiles, packed, rows.counter);
+    const int sms = current_device().num_sms, vectors = Tile::kHeadDim / 8;
+    clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, false, {params.dq, {}, p.q_heads, vectors, nullptr});
+    clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, true, {dk, dv, block_heads, vectors, nullptr});
+  }
   attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
-  if (in_parts && packed)  // tokens that no sequence holds
-    CUDA_CHECK(cudaMemsetAsync(dk.data, 0, at.counter - at.dk_parts, stream));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));
   launch<attention_bwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
                                      stream, args);

@@ -4,14 +4,14 @@
 // A block owns 128 keys of one key head and walks the query tiles that see them, each for all query heads that share
 // the keys (or some of them, where blocks would be too few; dK and dV are then parts, to be added up). Blocks that
 // start together go down from the last tile side by side, and end one after the other where their keys are; those that
-// start then go up, and meet. So what they read and add to stays in L2. A producer thread streams Q and dO; two
-// consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys down, queries
-// across): P^T and dS^T are then, where they are computed, register operands of the products for dV and dK. dS goes
-// through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the copy engine add
-// dQ to sums in fp32.
+// start then go up, side by side, and end together. So what they read and add to stays in L2. A producer thread streams
+// Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys
+// down, queries across): P^T and dS^T are then, where they are computed, register operands of the products for dV and
+// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the
+// copy engine add dQ to sums in fp32.
 //
-//   a warpgroup   dS | store dS |        | stage dQ | P of the next tile |
-//   its products  dV .......... | dK ... dQ ... S of the next . dP of the next ..
+//   a warpgroup   dS | store dS |    | stage dQ |        | P of the next tile |
+//   its products  dV .......... | dQ . dK ........ S of the next . dP of the next
 #pragma once
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
@@ -43,10 +43,9 @@ struct BwdTile {
   static constexpr int kQueries = kQueries_, kKeys = kKeys_;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
-  // Registers allow to start the next scores before dQ is there, and to keep P in fp32 until dS.
-  static constexpr bool kAhead = kQueries == 64 && !kCap;
-  static constexpr int kGroups = 2;  // consumer warpgroups, 64 keys each
-  static constexpr int kStages = 2;  // query tiles in flight
+  static constexpr bool kKeepWeights = kQueries == 64 && !kCap;  // in fp32 until dS: there are the registers
+  static constexpr int kGroups = 2;                              // consumer warpgroups, 64 keys each
+  static constexpr int kStages = 2;                              // query tiles in flight
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kQueries == 64 || kCap ? 24 : 40;
   static constexpr int kConsumerRegisters = kQueries == 64 || kCap ? 240 : 232;
@@ -89,6 +88,7 @@ struct BwdArgs {
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
   int heads;           // of them that one block walks
+  int wave;            // key tiles whose blocks go the same way: down, up, down, ...
   int query_tiles;     // of one head: of a sequence, or of all packed ones
   float cap_factor;    // of the scores in tanh
   float scale;         // of dK
@@ -108,7 +108,7 @@ __device__ __forceinline__ void announce(const BwdArgs& a, int index, BwdWork& w
   const TileOrder::Tile tile = a.order.tile<false>(index, a.q_heads / a.heads, Tile::kKeys);
   if (tile.rows.sequence < 0) return;
   w.place = tile.head, w.head = tile.head * a.heads, w.kv_head = tile.head * a.heads / a.group;
-  w.key0 = tile.rows.row0, w.direction = -1;
+  w.key0 = tile.rows.row0, w.direction = w.key0 / Tile::kKeys / a.wave % 2 ? 1 : -1;
   w.sequence = a.sequences[tile.rows.sequence];
   const Sequence& s = w.sequence;
   const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
@@ -150,7 +150,6 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
       if (index >= a.order.count()) break;
       announce<Tile>(a, index, w);
     }
-    if (!a.turns && round % 2) w.direction = 1;  // turns are in the order in which blocks that go down arrive
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.kv_head < 0) break;
 
@@ -369,7 +368,7 @@ struct BwdConsumer {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int e = 4 * j + 2 * r;
-        const float2 weight = Tile::kAhead ? make_float2(s[e], s[e + 1]) : unpack<T>(p[j / 2][j % 2 * 2 + r]);
+        const float2 weight = Tile::kKeepWeights ? make_float2(s[e], s[e + 1]) : unpack<T>(p[j / 2][j % 2 * 2 + r]);
         float low = weight.x * (dp[e] - x.x), high = weight.y * (dp[e + 1] - x.y);
         if constexpr (Tile::kCap) {
           const float2 by = unpack<T>(slope[j / 2][j % 2 * 2 + r]);
@@ -419,7 +418,6 @@ struct BwdConsumer {
   // The tile's P and dP are there. Ends with those of the next one.
   template <bool kNext>
   __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
-    constexpr bool kAhead = kNext && Tile::kAhead;
     const int stage = count % Tile::kStages, buffer = count % 2;
     const uint32_t dq_parity = (count & 1) ^ 1, ds_parity = count / 2 & 1;
     float dq[32];
@@ -427,20 +425,22 @@ struct BwdConsumer {
     start_sum(dv, p, dout_tile + stage * kStage);
     score_gradients(ds, stage);
     store_ds(ds, buffer);
-    start_sum(dk, ds, q_tile + stage * kStage);
-    wgmma_wait<1>(dv);
     barrier_wait(&shared.ds_full[buffer], ds_parity);
     start_dq(dq, buffer);
+    start_sum(dk, ds, q_tile + stage * kStage);
     count++;
-    if constexpr (kAhead) start_s();
-    wgmma_wait<kAhead ? 1 : 0>(dq);
-    release(&shared.q_empty[stage]);
+    wgmma_wait<2>(dv);
+    wgmma_wait<1>(dq);
     stage_dq(dq, dq_parity);
-    if constexpr (kNext && !kAhead) start_s();
-    if constexpr (kNext) start_dp();
     fence_async_proxy();
     release(&shared.dq_full[group]);
-    if constexpr (kNext) finish_scores(w, next_tile);
+    if constexpr (kNext) start_s();
+    wgmma_wait<kNext ? 1 : 0>(dk);
+    release(&shared.q_empty[stage]);
+    if constexpr (kNext) {
+      start_dp();
+      finish_scores(w, next_tile);
+    }
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {

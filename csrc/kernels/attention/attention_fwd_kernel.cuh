@@ -45,10 +45,13 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   int* counter = params.workspace;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
   const Sequences sequences{p.q_tokens, p.k_tokens, p.cu_q, p.cu_k};
-  if (packed)
+  if (packed) {
     list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, false, Tile::kRows,
                                                                     row_tiles, packed, counter);
-  else
+    clear_unheld<<<current_device().num_sms, 256, 0, stream>>>(
+        sequences, p.sequences, false, {params.o, {}, p.q_heads, Tile::kValueDim / 8, params.lse});
+    CUDA_CHECK(cudaGetLastError());
+  } else
     CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
   const FwdArgs args{
       .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, Tile::kHeadDim, 64),
@@ -78,6 +81,11 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
   constexpr int kCapKeys = 64;  // the cap takes registers
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<int kKeys, Mask kMask, bool kCap>() {
+    constexpr AttentionFwdShape kShort = kAttentionFwdShort;
+    if constexpr (kHeadDim == kShort.head_dim && kValueDim == kShort.value_dim && kMask != Mask::kWindow)
+      if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
+        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort.groups, kShort.keys, kShort.stages, kMask, kCap>>(
+            params, stream);
     launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kMask, kCap>>(params, stream);
   };
   if (p.softcap > 0)

@@ -45,12 +45,37 @@ inline int attention_section(int heads, int64_t bytes_of_head) {
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, bytes_of_head), 1, heads));
 }
 
-// Key heads that the backward works on together. Its blocks go down the queries side by side, so that L2 holds what
-// they share anyway; but a section must outlast its longest block on all multiprocessors, or the last one ends late:
-// 64/8 heads of 4k tokens, 358 TFLOP/s with one head at a time.
-inline int attention_bwd_section(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head) {
-  return std::clamp(static_cast<int>(ceil_div(2 * num_sms, key_tiles)), attention_section(heads, bytes_of_head), heads);
-}
+// How the backward walks the key heads: `section` of them together, with `wave` key tiles of each at a time. The blocks
+// of one wave start together at the last query tile, go down side by side and end one after the other, where their keys
+// are (causal); those of the next start there one after the other, go up side by side and end together at the last
+// tile. So the waves of a section are an even number, each about as many blocks as run at a time, and L2 holds what
+// they share.
+//
+// Deterministic, a block waits at each query tile for those of smaller keys: a wave that goes up loses the lead that
+// its first blocks had. That pays only where the queries of a key head do not fit in L2; else all blocks go down.
+struct AttentionBwdWaves {
+  int section, wave;
+
+  AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, bool deterministic) {
+    constexpr int64_t kMuchOfL2 = 64 << 20;
+    if (deterministic && bytes_of_head < kMuchOfL2) {
+      // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
+      // tokens, 358 TFLOP/s with one head at a time.
+      const int enough = static_cast<int>(ceil_div(2 * num_sms, key_tiles));
+      section = std::clamp(enough, attention_section(heads, bytes_of_head), heads);
+      wave = static_cast<int>(key_tiles);
+    } else {
+      section = static_cast<int>(std::clamp<int64_t>((2 * num_sms + key_tiles / 2) / key_tiles, 1, heads));
+      const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
+      wave = static_cast<int>(ceil_div(key_tiles, 2 * pairs));
+    }
+  }
+};
+
+// The forward of short sequences with D = 128, not packed: what was measured of tiles of 128 rows in blocks of 128 keys
+// is 316 for 298 TFLOP/s (512 tokens) and 469 for 425 (1k), but 582 for 610 (2k).
+inline constexpr AttentionFwdShape kAttentionFwdShort{128, 128, 2, 128, 2};
+inline constexpr int kAttentionFwdShortTokens = 1024;
 
 // Ints: the counter that deals out tiles, and for packed sequences the sequence and the row of each tile.
 inline int64_t attention_fwd_workspace(const AttentionProblem& p) {

@@ -47,6 +47,31 @@ static __global__ void list_packed_tiles(const Sequences s, int sequences, bool 
         find_packed_tile(of_keys ? s.cu_k : s.cu_q, sequences, of_keys ? s.k_tokens : s.q_tokens, rows, index);
 }
 
+// Of a packed tensor and a second one like it, or of lse beside it: what tokens that no sequence holds get.
+struct Unheld {
+  AttentionTensor zero, zero_too;  // zero_too.data null: none
+  int heads, vectors;              // of a token; of 8 elements, of a head
+  float* lse;                      // (heads, tokens), minus infinity; null: none
+};
+
+// Where starts are wrong no sequence holds anything.
+static __global__ void clear_unheld(const Sequences s, int sequences, bool of_keys, const Unheld a) {
+  const bool wrong = wrong_starts(s.cu_q, sequences, s.q_tokens) || wrong_starts(s.cu_k, sequences, s.k_tokens);
+  const int* cu = of_keys ? s.cu_k : s.cu_q;
+  const int tokens = of_keys ? s.k_tokens : s.q_tokens;
+  const int begin = wrong ? tokens : cu[0], held = wrong ? 0 : cu[sequences] - begin;
+  const int64_t count = int64_t(tokens - held) * a.heads * a.vectors;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = i / a.vectors, unheld = row / a.heads, token = unheld < begin ? unheld : unheld + held;
+    const int64_t column = i % a.vectors * 8, head = row % a.heads;
+    for (const AttentionTensor* t : {&a.zero, &a.zero_too})
+      if (t->data)
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(t->data) + token * t->token_stride + head * t->head_stride +
+                                  column) = {0, 0, 0, 0};
+    if (a.lse && column == 0) a.lse[head * tokens + token] = -INFINITY;
+  }
+}
+
 // Heads go in sections whose keys and values (queries, in the backward) fit in L2 together. Within a section all heads
 // of one row tile come before the next row tile, so that the longest tiles of a section are dealt out first.
 struct TileOrder {

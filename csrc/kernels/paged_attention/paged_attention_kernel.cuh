@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* part_o = reinterpret_cast<float*>(flags + flag_words(plan));
   float2* part_stats = reinterpret_cast<float2*>(part_o + plan.slots * plan.rows * kDim);
 
+  allow_successor();
   wait_for_predecessor();
   const Share share = find_share(p, plan, shared.scratch);
   Walk walk(p, plan, share);

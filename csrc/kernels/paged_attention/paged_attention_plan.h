@@ -33,6 +33,7 @@ namespace paged {
 
 inline constexpr int kRows = 16, kTile = 16, kWarps = 4, kThreads = 32 * kWarps;
 inline constexpr int kMaxPieces = 128;
+inline constexpr int kFewTiles = 48;
 // Tiles' worth of time that a segment takes however short it is: its rows are loaded, added up and written. On an H200
 // a segment of one tile takes 2.3 us, and a tile more 0.5; dealt by tiles alone, 15 empty sequences beside 193 of 850
 // keys were all one block's, which made the launch take 0.45 ms instead of 0.2.
@@ -40,9 +41,12 @@ inline constexpr int kSegmentCost = 4;
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of a piece: a multiple of two for each of the warps that share it, since its end costs them two barriers.
+// Tiles of a piece: a multiple of two for each of the warps that share it, since its end costs them two barriers; of
+// four where a sequence has so few keys that blocks cannot share it well. us, pieces of 256 and of 128 keys, H200, 16/8
+// heads: 1 x 600 10.8 and 11.5, 256 x 545 152 and 155; but 1 x 1024, 32/8 heads, 15.6 and 12.1.
 HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
-  return ceil_div(ceil_div(tiles, max_pieces), 2 * kWarps) * (2 * kWarps);
+  const int unit = tiles <= kFewTiles ? 4 * kWarps : 2 * kWarps;
+  return ceil_div(ceil_div(tiles, max_pieces), unit) * unit;
 }
 
 // The first tile of all segments that block i works on.

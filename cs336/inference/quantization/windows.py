@@ -54,9 +54,9 @@ class Windows:
 
     @torch.inference_mode()
     def bits_per_byte(self, model: Transformer) -> float:
-        losses = []
-        for index in self.held_out:
-            ids_1T = self.data.windows(np.array([index])).to(model.device)
-            losses.append(float(model(ids_1T[:, :-1], targets=ids_1T[:, 1:])))
-        loss = math.fsum(losses) / (len(losses) * self.context)
+        losses, size = [], max(1, BATCH_TOKENS // self.context)
+        for part in np.split(self.held_out, range(size, len(self.held_out), size)):
+            ids_BT = self.data.windows(part).to(model.device)
+            losses.append(float(model(ids_BT[:, :-1], targets=ids_BT[:, 1:])))
+        loss = math.fsum(losses) / (len(self.held_out) * self.context)
         return bits_per_byte(loss, self.tokens, self.bytes)
