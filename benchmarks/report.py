@@ -19,6 +19,7 @@ PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
 PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense kernel"}  # of attention
 PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
+PEERS |= {"cublas": "cuBLAS, bf16"}  # of linear layers of few rows
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -191,14 +192,25 @@ def host(cases: Iterable[dict[str, Row]]) -> Iterator[str]:
 
 
 def train(rows: list[Row]) -> Iterator[str]:
-    yield "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+    yield (
+        "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain "
+        "| GiB at the peak, ours (predicted) / plain |"
+    )
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for name, group in itertools.groupby(rows, lambda row: row["model"]):
         by_variant = {row["variant"]: row for row in group}
         ours, plain = by_variant["cs336"], by_variant["plain"]
         speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s" + mfu(r) for r in (ours, plain)]
         faster = ours["tokens_per_second"] / plain["tokens_per_second"]
-        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {ours['loss']:.4f} / {plain['loss']:.4f} |"
+        losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
+        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {losses} | {peaks(ours, plain)} |"
+
+
+def peaks(ours: Row, plain: Row) -> str:
+    if not ours.get("bytes"):
+        return "–"
+    found, predicted, other = (size / 2**30 for size in (ours["bytes"], ours["predicted_bytes"], plain["bytes"]))
+    return f"{found:.2f} ({predicted:.2f}) / {other:.2f}"
 
 
 def ladder(rows: list[Row]) -> Iterator[str]:
@@ -252,9 +264,18 @@ def parallel(rows: list[Row]) -> Iterator[str]:
         extra = [f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"] if "tokens_per_second" in row else []
         extra += [f"{row['of_linear']:.1%} of linear"] if "of_linear" in row else []
         extra += [f"{row['of_perfect_split']:.3f}x a perfect split"] if "of_perfect_split" in row else []
+        extra += [f"{row['exposed_ms']:.1f} ms of messages not hidden"] if row.get("communication_ms") else []
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "–"
         cells = (row["variant"], f"{1e3 * row['seconds']:.2f} ms", memory, ", ".join(extra))
         yield "| " + " | ".join(cells) + " |"
+
+
+def parallel_equal(rows: list[Row]) -> Iterator[str]:
+    yield f"| on {rows[0]['processes']} GPUs | loss apart | gradients apart | weights apart, after 5 steps |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows:
+        cells = (f"{row.get(f'{what}_difference', math.nan):.1e}" for what in ("loss", "gradient", "weight"))
+        yield f"| {row['variant']} | {' | '.join(cells)} |".replace("nan", "–")
 
 
 def collectives(rows: list[Row]) -> Iterator[str]:
@@ -337,6 +358,16 @@ def variants(rows: list[Row]) -> Iterator[str]:
         yield f"| {row['variant']} | " + " | ".join(cells) + " |"
     yield ""
     yield f"{rows[0]['tokens']:,} tokens each."
+
+
+def quantization(rows: list[Row]) -> Iterator[str]:
+    """A row a method: what a model's held-out text costs, and what its layers weigh; torchao's tensors hide that."""
+    plain = {row["model"]: row["bits_per_byte"] for row in rows if row["method"] == "unquantised"}
+    yield "| model | method | bits per byte | lost | MiB of layers |\n| --- | --- | ---: | ---: | ---: |"
+    for row in rows:
+        lost = f"{row['bits_per_byte']:.4f} | {row['bits_per_byte'] - plain[row['model']]:+.4f}"
+        size = "–" if "torchao" in row["method"] else f"{row['mib']:.1f}"
+        yield f"| {row['model']} | {row['method']} | {lost} | {size} |"
 
 
 def tokenizer(rows: list[Row]) -> Iterator[str]:
@@ -541,15 +572,13 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    "train": train,
-    "train_deterministic": train,
+    **dict.fromkeys(("train", "train_deterministic"), train),
     "ladder": ladder,
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
-    "parallel_zero": parallel,
-    "parallel_gpt": parallel,
-    "parallel_ring": parallel,
+    **dict.fromkeys(("parallel_zero", "parallel_gpt", "parallel_ring"), parallel),
+    "parallel_equal": parallel_equal,
     "adamw": optimizer,
     "data": data,
     "curation": curation,
@@ -560,15 +589,10 @@ BODIES = {
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "variants": variants,
-    "attention": rated,
-    "attention_varlen": rated,
-    "cross_entropy": rated,
-    "linear_cross_entropy": rated,
-    "activation": rated,
-    "paged_attention": rated,
-    "sample": rated,
-    "rope": rated,
+    "quantization": quantization,
 }
+BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
+BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,

@@ -6,7 +6,6 @@ It describes a whole build, wherever it is made: all libraries, for the architec
 """
 
 import contextlib
-import importlib
 import itertools
 import pathlib
 import re
@@ -22,7 +21,6 @@ from cs336.ops import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
-PAGED_ATTENTION = importlib.import_module("cs336.ops.paged_attention")  # whose name is the function's too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = {"CPU": None, "7.5 (T4)": (7, 5), "8.0 (A100)": (8, 0), "9.0 (H100, H200)": (9, 0), "10.0 (B200)": (10, 0)}
 HEADER = """# Support
@@ -96,6 +94,17 @@ def _linear(dtype: torch.dtype, device: str) -> tuple:
     return x, weight, None
 
 
+def _linear_quantized(method: str) -> Arguments:
+    kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+
+    def arguments(dtype: torch.dtype, device: str) -> tuple:
+        x, scales = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((4, 128), (32, 1)))
+        weight = torch.empty(32, 64 if method == "int4" else 128, dtype=kinds[method], device=device)
+        return x, weight, scales, None, 128
+
+    return arguments
+
+
 def _linear_attention_fwd(dtype: torch.dtype, device: str) -> tuple:
     q, k, v = (torch.empty(1, 2, 64, 16, dtype=dtype, device=device) for _ in range(3))
     return q, k, v, None, None, None, 0.25
@@ -162,6 +171,8 @@ SAMPLES: dict[str, Arguments] = {
     "embedding_bwd": _embedding,
     "scale_": _scale,
     "linear_invariant": _linear,
+    "linear_few_rows": _linear,
+    **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
     "gated_delta_rule_fwd": _gated_delta_rule_fwd,
     "gated_delta_rule_bwd": _gated_delta_rule_bwd,
     "linear_attention_fwd": _linear_attention_fwd,
@@ -209,8 +220,7 @@ def whole_build(capability: registry.Capability | None) -> Iterator[None]:
             (registry, "_forced", None),
             (_load, "missing", lambda kind: None),
             (_load, "architectures", _default_architectures),
-            # Of 8.0, 9.0 and 10.0 each has more than it asks for.
-            (PAGED_ATTENTION, "_shared_memory", lambda device: PAGED_ATTENTION.NATIVE_SHARED_MEMORY),
+            (registry, "shared_memory", lambda device: 163 * 1024),  # what 8.0 has: 9.0 and 10.0 have more
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         yield

@@ -62,11 +62,11 @@ class AlignDemo:
     grpo_steps: int = 200
     prompts_per_step: int = 32
     """Of GRPO, each answered 16 times."""
-    minutes: float | None = None
-    """For SFT and GRPO together. None: sft_steps and grpo_steps say how long they are."""
     device: str = "cpu"
     """cpu, auto (a GPU if there is one), cuda."""
     seed: int = 0
+    minutes: float | None = None
+    """For SFT and GRPO together. None: sft_steps and grpo_steps say how long they are."""
 
     def __post_init__(self):
         for name in ("pretrain_steps", "sft_steps", "dpo_steps", "grpo_steps", "prompts_per_step"):
@@ -241,14 +241,14 @@ class _Job:
 
     def _shared(self, name: str, model: pathlib.Path, steps: int, lr: float, share: float = 0.0) -> dict[str, Any]:
         """share: of the minutes, where there are any."""
-        minutes = self.settings.minutes
-        timed = bool(share) and minutes is not None
+        timed = bool(share) and self.settings.minutes is not None
+        seconds = 60 * share * (self.settings.minutes or 0)
         return {
             "run_dir": self.run_dir / name,
             "init_from": model,
             "optimizer": AdamWConfig(lr=lr * min(1, WIDTH / self._width()), weight_decay=0.0),
             "schedule": LinearConfig(warmup_steps=None if timed else min(20, steps // 4)),
-            "budget": f"{60 * share * minutes:g}s" if timed else f"{steps}steps",
+            "budget": f"{seconds:g}s" if timed else f"{steps}steps",
             "device": self.settings.device,
             "seed": self.settings.seed,
             "log_interval": 10 if steps >= 100 else 1,

@@ -73,8 +73,6 @@ class Rung:
     algorithm: str = "grpo"
     greedy: bool = True
     """Whether the likeliest answers are tested; those that are drawn otherwise."""
-    wordings: Callable[[str], list[str]] = lambda question: [question]
-    """Of a question that is learned, each of which is one to learn from."""
 
 
 def _arms(rng: random.Random) -> list[Question]:
@@ -136,12 +134,6 @@ def _countdowns(rng: random.Random) -> list[Question]:
     return found
 
 
-def _any_given_order(question: str) -> list[str]:
-    """Of 428 questions in one order each, half of what is learned is these questions and not how to count."""
-    numbers, _, target = question.partition(":")
-    return [f"{','.join(order)}:{target}" for order in sorted(set(itertools.permutations(numbers.split(","))))]
-
-
 def _any_expression(rng: random.Random, question: str) -> str:
     a, b, c = rng.sample(question.partition(":")[0].split(","), 3)
     return f"{a}{rng.choice('+-')}{b}{rng.choice('+-')}{c}"
@@ -162,7 +154,7 @@ RUNGS = {
     ),
     "countdown": Rung(
         "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=200,
-        steps=250, wordings=_any_given_order,
+        steps=250,
     ),
 }  # fmt: skip
 
@@ -243,7 +235,6 @@ class _Job:
         questions = self.rung.questions(rng)
         cut = len(questions) - min(TESTED, len(questions) // 4)
         learned, tested = questions[:cut], questions[cut:] or questions
-        learned = [(wording, answer) for question, answer in learned for wording in self.rung.wordings(question)]
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
         _write(folder / "sft.jsonl", imitated)

@@ -57,6 +57,21 @@ def test_rows_hold_speed_and_curves():
         assert r["loss"] == r["curve"][-1]
 
 
+def test_contenders_in_processes_of_their_own_make_the_same_steps():
+    settings = {"blocks": 2, "steps": 2, "compile": False}
+    (rows,) = (make() for make in bench_train.compare_apart({"tiny": 2}, **settings))
+    for row, same in zip(rows, bench_train.compare("tiny", batch_size=2, **settings), strict=True):
+        assert (row["variant"], row["curve"]) == (same["variant"], same["curve"])
+
+
+def test_a_contender_whose_process_ends_is_an_error(tmp_path):
+    shard = bench_train.zipf_tokens(tmp_path / "zipf.bin", TINY.vocab_size, 1000)
+    contender = bench_train.Apart("tiny", "plain", shard, batch_size=2, compile=False, steps=1, total=1)
+    contender.process.kill()
+    with pytest.raises(ValueError, match="a contender's process ended with status -9"):
+        contender.block(0, 1, 1)
+
+
 def test_curves_that_disagree_are_an_error(monkeypatch, capsys):
     ours = torch.full((2, 3), 5.0)
     bench_train.check_curves(ours, ours * 1.005)

@@ -116,7 +116,11 @@ def test_training():
         {**shared, "variant": "plain", "tokens_per_second": 500e3, "mfu": None, "loss": 5.251},
     ]
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
-    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 |" in text
+    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 | – |" in text
+    rows[0] |= {"bytes": 3 << 30, "predicted_bytes": 7 << 29}
+    rows[1] |= {"bytes": 5 << 30, "predicted_bytes": None}
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert "| 5.2500 / 5.2510 | 3.00 (3.50) / 5.00 |" in text
 
 
 def coded(tool, output, cold, warm, **more):
@@ -212,3 +216,17 @@ def test_the_optimizer_has_a_row_for_each_list_of_parameters():
     assert "| parameters | % of roof | torch fused |" in text
     assert "| 124 M float32 | 91.0 | 1.20 |" in text
     assert "step 200.0 us (torch 300.0)" in text
+
+
+def test_quantization():
+    rows = [
+        {"model": "tiny", "method": "unquantised", "bits_per_byte": 1.5, "mib": 400.0},
+        {"model": "tiny", "method": "gptq int4", "bits_per_byte": 1.5123, "mib": 60.04},
+        {"model": "tiny", "method": "torchao int4", "bits_per_byte": 1.62, "mib": 400.0},
+    ]
+    machine = {"cpu": "x86", "cores": 2, "python": "3.11", "peers": {"torch": "2.13"}, **HEADER}
+    text = report.render(
+        TEXT.replace("norm", "quantization"), {"cpu": {"quantization": {"header": machine, "rows": rows}}}
+    )
+    assert "| tiny | gptq int4 | 1.5123 | +0.0123 | 60.0 |" in text
+    assert "| tiny | torchao int4 | 1.6200 | +0.1200 | – |" in text

@@ -142,7 +142,7 @@ class Apart:
         try:
             self.pipe.send(message)
             return self.pipe.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             self.process.join()
             raise ValueError(f"a contender's process ended with status {self.process.exitcode}") from None
 
@@ -187,7 +187,7 @@ def compare_apart(
     batch_sizes: Mapping[str, int], *, blocks: int, steps: int, data: pathlib.Path | None = None, **switches: bool
 ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """What makes `compare(...)` of one model after the other, each contender in a process of its own: compiling takes
-    longer than the steps, and they do it side by side."""
+    longer than the steps, and they do it side by side. To be called before the next is asked for."""
     with contextlib.ExitStack() as stack:
         pairs = []
         for name, batch_size in batch_sizes.items():

@@ -32,6 +32,7 @@ Step = Callable[[], Any]
 Row = dict[str, Any]
 GPT = {"full": ("1.5B", 8), "tiny": ("tiny", 2)}  # model, sequences of a pass
 PASSES = (1, 4)
+COUNTS = {"full": (2, 3), "tiny": (1, 1)}  # steps of a block, blocks
 PLAN = {"full": ("350M", 16, 8), "tiny": ("tiny", 4, 2)}  # model, sequences of a process, of a pass
 TINY = TransformerConfig(256, 64, 2, 64, 4, 2)
 LARGE = {"full": TransformerConfig(151936, 32768, 36, 4096, 32, 8, d_ff=12288, qk_norm=True), "tiny": TINY}
@@ -58,7 +59,7 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def timed(step: Step, device: torch.device, steps: int, blocks: int = 5) -> tuple[float, int | None]:
+def timed(step: Step, device: torch.device, steps: int, blocks: int) -> tuple[float, int | None]:
     """Seconds of a step, and the most bytes that a process held."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -120,7 +121,7 @@ def gpt(size: str, device: torch.device) -> Iterator[Row]:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            seconds, peak = timed(step, device, 4 if passes == 1 else 1)
+            seconds, peak = timed(step, device, *COUNTS[size])
             count = passes * targets.numel() * (N if together else 1)
             extra: Row = {"tokens_per_second": round(count / seconds, 1), "model": name, "passes": passes}
             if together:
@@ -138,7 +139,7 @@ def gpt(size: str, device: torch.device) -> Iterator[Row]:
 def plan(size: str, device: torch.device) -> Iterator[Row]:
     name, rows, passes = PLAN[size]
     config, N = MODELS[name], dist.get_world_size()
-    gpu = _measured(name, rows, passes, device)
+    gpu = _measured(name, rows, passes, device, COUNTS[size])
     ids, targets = _tokens(config, rows * N, device)
     first: float | None = None
     for variant, table in LAYOUTS.items():
@@ -148,7 +149,7 @@ def plan(size: str, device: torch.device) -> Iterator[Row]:
         batch = (ids.chunk(parts)[place], targets.chunk(parts)[place])
         losses = [learner.update(batch, 1e-3)["loss"].item() for _ in range(3)]
         first = losses[-1] if first is None else first
-        seconds, peak = timed(lambda learner=learner, batch=batch: learner.update(batch, 1e-3), device, 2, 3)
+        seconds, peak = timed(lambda learner=learner, batch=batch: learner.update(batch, 1e-3), device, *COUNTS[size])
         sizes = parallel.axes(N)
         layout = Layout(**sizes, zero=parallel.zero, micro_batch=passes)
         compute = learner.dtype.itemsize
@@ -178,20 +179,20 @@ def _config(name: str, rows: int, passes: int, device: torch.device, parallel: P
     )
 
 
-def _measured(name: str, rows: int, passes: int, device: torch.device) -> Gpu:
+def _measured(name: str, rows: int, passes: int, device: torch.device, counts: tuple[int, int]) -> Gpu:
     """This GPU as a plan sees it: what it reaches by itself, and the links."""
     config = MODELS[name]
     bandwidth = measure("all_reduce", 1 << 28 if device.type == "cuda" else 1 << 16, device)["bus_gbps"] * 1e9
     tiers = (Tier(8, max(bandwidth, 1e6)),)
     gpu = find("H200", tiers=tiers) if device.type == "cuda" else Gpu("cpu", 1 << 40, 1e12, 1e10, tiers)
-    seconds, work = _alone(config, rows, passes, device), Work(config, rows, config.context_length)
+    seconds, work = _alone(config, rows, passes, device, counts), Work(config, rows, config.context_length)
     forget()
     moved = predict(work, Layout(micro_batch=passes), gpu).seconds["optimizer"]
     reached = work.flops / max(seconds - moved, 0.1 * seconds) / gpu.flops
     return dataclasses.replace(gpu, efficiency=reached)
 
 
-def _alone(config: TransformerConfig, rows: int, passes: int, device: torch.device) -> float:
+def _alone(config: TransformerConfig, rows: int, passes: int, device: torch.device, counts: tuple[int, int]) -> float:
     """Seconds of a step of one process by itself."""
     model = Transformer(config, device=device)
     optimizer = AdamW(model.parameters(), lr=1e-4)
@@ -205,7 +206,7 @@ def _alone(config: TransformerConfig, rows: int, passes: int, device: torch.devi
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(step, device, 2, 3)[0]
+    return timed(step, device, *counts)[0]
 
 
 # ---- 8B ----
@@ -220,7 +221,7 @@ def large(size: str, device: torch.device) -> Iterator[Row]:
         model = Transformer(config, device=device)
         model.gradient_checkpointing = "full"
         step = divide(model, ids, targets)
-        seconds, peak = timed(step, device, 1, 2)
+        seconds, peak = timed(step, device, 1, COUNTS[size][0])
         speed = dist.get_world_size() * targets.numel() / seconds
         yield row("large", variant, tuple(ids.shape), seconds, peak) | {"tokens_per_second": round(speed, 1)}
         del model, step

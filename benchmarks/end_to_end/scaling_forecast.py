@@ -7,7 +7,6 @@ import argparse
 import json
 import pathlib
 import platform
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -52,19 +51,18 @@ def main() -> None:
     parser.add_argument("directory", type=pathlib.Path)
     parser.add_argument("--text", required=True, help="what the tokens are of")
     parser.add_argument("--load", default="", help="what else the machine did")
+    parser.add_argument("--settings", default="", help="variables that ladder.sh was given, as the shell takes them")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    header = {
-        "command": shlex.join(["recipes/scaling/ladder.sh", "TOKENS", "DIRECTORY", "forecast"]) + ", then grade",
-        "text": options.text,
-        "load": options.load,
-        "cpu": cpu_model(),
-        "cores": 1,
-        "python": platform.python_version(),
-        "peers": {"torch": torch.__version__},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
+    command = f"{options.settings} recipes/scaling/ladder.sh TOKENS DIRECTORY forecast".strip() + ", then grade"
+    header: Row = {"text": options.text, "load": options.load}
+    if torch.cuda.is_available():
+        header |= results.header(torch.device("cuda"), command, roofs=False)
+    else:
+        header |= {
+            "command": command, "cpu": cpu_model(), "cores": 1, "python": platform.python_version(),
+            "peers": {"torch": torch.__version__}, "commit": results.describe_commit(), "date": results.today(),
+        }  # fmt: skip
     found = list(rows(options.directory))
     results.write(options.out, "scaling_forecast", header, found)
     print("\n".join(json.dumps(row) for row in found))

@@ -136,7 +136,8 @@ def learn(
     """num_iterations optimizer steps on responses, after which the engine goes on with the new weights: metrics.
 
     With an engine that was made with invariant=True training runs inside cs336.invariant() too: the log-probabilities
-    of both are then the same bits.
+    of both are then the same bits. A torch.autocast around it needs cache_enabled=False: its casts of the weights would
+    outlast the steps that change them.
     Raises ValueError for beta without reference, FloatingPointError for a loss or gradient that is not finite.
     """
     if config.beta and reference is None:

@@ -121,6 +121,7 @@ def demo(
     prompts_per_step: int = 32,
     device: str = "cpu",
     seed: int = 0,
+    minutes: float | None = None,
 ) -> None:
     """All stages on a task that two cores learn in minutes: sums that the model never saw.
 
@@ -133,6 +134,7 @@ def demo(
         sft_steps: on answers of which nine in a hundred are right.
         prompts_per_step: of GRPO, each answered 16 times.
         device: cpu, auto (a GPU if there is one), cuda.
+        minutes: for SFT and GRPO together, in place of their steps.
     """
     import webbrowser
 
@@ -140,7 +142,7 @@ def demo(
     from cs336.utils.stages import Interrupted
 
     settings = AlignDemo(
-        run_dir, model, pretrain_steps, sft_steps, dpo_steps, grpo_steps, prompts_per_step, device, seed
+        run_dir, model, pretrain_steps, sft_steps, dpo_steps, grpo_steps, prompts_per_step, device, seed, minutes
     )  # fmt: skip
     try:
         report = align_demo(settings)

@@ -160,6 +160,7 @@ def pareto(
 METHODS: dict[str, Run] = {
     "int8": quantize.int8,
     "int4": quantize.int4,
+    "fp8": quantize.fp8,
     "gptq": quantize.gptq,
     "awq": quantize.awq,
     "magnitude": magnitude,

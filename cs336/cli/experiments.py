@@ -7,19 +7,26 @@ from tyro.conf import Positional, arg
 from cs336.cli.common import MaybePath, Path, Stopped
 
 
-def sweep(study: Positional[Path], retry: bool = False) -> None:
+def sweep(study: Positional[Path], retry: bool = False, workers: int | None = None, gpus: tuple[int, ...] = ()) -> None:
     """Train the runs of a study that are not trained yet, and write which configuration is best, and why.
 
     Args:
         study: TOML: a base configuration, what varies, seeds, search (grid, random, halving), budget, where to run.
         retry: train runs that have failed once more.
+        workers: runs at once on this machine, in place of the study's [where].
+        gpus: CUDA_VISIBLE_DEVICES of each worker in turn, in place of it too: more workers than GPUs share them.
     """
+    import dataclasses
+
     from cs336.experiments import Study, run_study
+    from cs336.experiments.study import Local
     from cs336.experiments.summary import save
     from cs336.report import write_study_report
     from cs336.utils.stages import Interrupted
 
     of = Study.load(study)
+    if workers is not None or gpus:
+        of = dataclasses.replace(of, where=Local(workers=workers, gpus=gpus))
     try:
         entries = run_study(of, retry=retry)
     except Interrupted:

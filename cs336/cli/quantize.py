@@ -40,6 +40,20 @@ def int4(
     _quantized(model, out, "int4", group, asymmetric=asymmetric, format=format)
 
 
+def fp8(
+    model: Positional[Path], out: Path, group: Group = -1, format: Literal["cs336", "compressed-tensors"] = "cs336"
+) -> None:
+    """Weights as floats of 8 bits (e4m3), rounded to the nearest.
+
+    Args:
+        model: an export, a checkpoint, or a run directory, of which the newest is taken.
+        out: the directory to write, new or empty.
+        group: neighbours in a row of a weight that share a scale; -1: the whole row.
+        format: of the files: ours, or compressed-tensors', which transformers and vLLM read too.
+    """
+    _quantized(model, out, "fp8", group, format=format)
+
+
 def gptq(
     model: Positional[Path],
     out: Path,

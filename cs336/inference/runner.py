@@ -37,10 +37,10 @@ SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the tokens of a prompt from `start` on, and the likeliest in their places (rows, N)."""
+    """Log-probabilities of tokens of prompts, and the likeliest in their places (rows, N)."""
 
-    sequence: Sequence
-    start: int
+    places: list[tuple[Sequence, int]]
+    """Of each token: its sequence, and which of its tokens it is."""
     drawn: ops.Sampled
 
 
@@ -322,11 +322,7 @@ class Runner:
             *self._groups(step, chunks),
         )
         features_TM = self.model.features(ids_T[None], state=self.state)[0]
-        scores, begin = [], n
-        for chunk in step.chunks:
-            if chunk.sequence.score_from is not None:
-                scores += self._score(chunk, features_TM[begin : begin + chunk.count])
-            begin += chunk.count
+        scores = self._score(step.chunks, features_TM[n:])
         slot_B, offset_B = slot_R.index_select(0, chunks["drawn_rows"]), chunks["drawn_offsets"]
         features_BM = features_TM.index_select(0, chunks["drawn_tokens"])
         options = self.controls.options(drawn_from, slot_B) if controlled else self.controls.common(len(drawn_from))
@@ -347,21 +343,36 @@ class Runner:
             row, token = rows.stop, tokens.stop
         return groups
 
-    def _score(self, chunk: Chunk, features_TM: Tensor) -> list[Scores]:
-        """Of the tokens that follow those of a chunk, as far as they are of the prompt and asked for."""
-        sequence = chunk.sequence
-        first = max(chunk.start + 1, sequence.score_from or 0)
-        ids = sequence.token_ids[first : min(chunk.start + chunk.count + 1, sequence.num_prompt)]
-        N, scores = sequence.params.prompt_logprobs or 0, []
-        for at in range(0, len(ids), SCORED_ROWS):
-            ids_S1 = torch.tensor(ids[at : at + SCORED_ROWS], device=self.device)[:, None]
-            begin = first + at - 1 - chunk.start  # of the tokens before them
-            features_SM = features_TM[begin : begin + len(ids_S1)]
+    def _score(self, chunks: Rows[Chunk], features_TM: Tensor) -> list[Scores]:
+        """Of the tokens that follow those of chunks, as far as they are of the prompt and asked for."""
+        places: list[tuple[Sequence, int]] = []
+        rows: list[int] = []
+        begin = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.score_from is not None:
+                first = max(chunk.start + 1, sequence.score_from)
+                ends = range(first, min(chunk.start + chunk.count + 1, sequence.num_prompt))
+                places += [(sequence, i) for i in ends]
+                rows += [begin + i - 1 - chunk.start for i in ends]  # of the tokens before them
+            begin += chunk.count
+        if not rows:
+            return []
+        numbers_2S = torch.tensor([rows, [sequence.token_ids[i] for sequence, i in places]], dtype=torch.int64)
+        if self.device.type == "cuda":  # from pages that stay where they are, so that the host need not wait
+            numbers_2S = numbers_2S.pin_memory().to(self.device, non_blocking=True)
+        scores = []
+        for at in range(0, len(rows), SCORED_ROWS):
+            some = places[at : at + SCORED_ROWS]
+            row_S, ids_S = numbers_2S[:, at : at + SCORED_ROWS]
+            features_SM = features_TM.index_select(0, row_S)
             logprobs_SV = self.model.logits(features_SM).log_softmax(-1, dtype=torch.float32)
-            top, ids_S = logprobs_SV.topk(min(N, logprobs_SV.shape[1])), ids_S1[:, 0]
-            found_S = self._log_probs(features_SM, ids_S) if self.invariant else logprobs_SV.gather(1, ids_S1)[:, 0]
-            drawn = ops.Sampled(ids_S, found_S, top.indices, top.values)
-            scores.append(Scores(sequence, first + at, drawn))
+            N = max(sequence.params.prompt_logprobs or 0 for sequence, _ in some)
+            top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
+            found_S = logprobs_SV.gather(1, ids_S[:, None])[:, 0]
+            if self.invariant:
+                found_S = self._log_probs(features_SM, ids_S)
+            scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
     def _captured(self, size: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
@@ -399,7 +410,7 @@ class Runner:
             pairs = zip(hosts, found, strict=True)
             return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
-        home, scored = copy(drawn), [Scores(s.sequence, s.start, copy(s.drawn)) for s in scores]
+        home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
         done = torch.cuda.Event()
         done.record()
         return Launched(sequences, drafts, home, scored, done)

@@ -15,11 +15,12 @@ from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear
 from cs336.ops import registry
-from cs336.ops.ref.linear_quantized import dequantize_int4, dequantize_int8, pack_int4, unpack_int4
+from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
 
-QuantMethod = Literal["int8", "int4"]
-METHODS = ("int8", "int4")
-BITS = {"int8": 8, "int4": 4}
+QuantMethod = Literal["int8", "int4", "fp8"]
+METHODS = ("int8", "int4", "fp8")
+BITS = {"int8": 8, "int4": 4}  # of whole numbers
+FP8 = torch.float8_e4m3fn
 KEPT = ("router", "kv_b_proj")  # a wrong expert costs more than bytes; latent attention takes this weight apart
 
 
@@ -27,7 +28,7 @@ class QuantizedWeight(NamedTuple):
     """w[n, order[k]] = (q[n, k] - zeros[n, k // group]) * scales[n, k // group]."""
 
     q: Tensor
-    """(N, K) int8."""
+    """(N, K) int8, or float8_e4m3fn."""
     scales: Tensor
     """(N, G) floating point."""
     zeros: Tensor | None = None
@@ -41,8 +42,9 @@ class QuantizedWeight(NamedTuple):
 
 
 class QuantizedLinear(nn.Module):
-    """y = x w^T + b with w in int8 or int4: buffers `packed` and `scales`, see ops.linear_int8 and ops.linear_int4, and
-    `zeros` and `order` where they are asked for, see QuantizedWeight. group None: a row shares one scale.
+    """y = x w^T + b with w in int8, int4 or fp8: buffers `packed` and `scales`, see ops.linear_int8, linear_int4 and
+    linear_fp8, and `zeros` and `order` where they are asked for, see QuantizedWeight. group None: a row shares one
+    scale. Floats of eight bits are kept as uint8, which `.to(dtype)` leaves alone.
 
     x (..., in_features) -> (..., out_features) like x. `weight` is made anew each time that it is asked for.
     """
@@ -69,7 +71,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.method = in_features, out_features, method
         self.group = in_features if group is None else group
-        columns, kind = (in_features, torch.int8) if method == "int8" else (in_features // 2, torch.uint8)
+        columns = in_features // 2 if method == "int4" else in_features
+        kind = torch.int8 if method == "int8" else torch.uint8
         groups = out_features, -(-in_features // self.group)
         self.register_buffer("packed", torch.zeros(out_features, columns, dtype=kind, device=device))
         self.register_buffer("scales", torch.ones(groups, dtype=dtype, device=device))
@@ -88,30 +91,36 @@ class QuantizedLinear(nn.Module):
 
     def fill(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         """Take the values of a weight, and those of a bias."""
-        self.packed = weight.q.contiguous() if self.method == "int8" else pack_int4(weight.q)
+        q_NK = weight.q.contiguous()
+        self.packed = pack_int4(q_NK) if self.method == "int4" else q_NK.view(self.packed.dtype)
         self.scales, self.zeros, self.order = weight.scales, weight.zeros, weight.order
         if bias is not None:
             self.bias = bias.detach().clone()
 
     @property
     def quantized(self) -> QuantizedWeight:
-        q_NK = self.packed if self.method == "int8" else unpack_int4(self.packed)
+        q_NK = unpack_int4(self.packed) if self.method == "int4" else self._kept
         return QuantizedWeight(q_NK, self.scales, self.zeros, self.order)
+
+    @property
+    def _kept(self) -> Tensor:
+        """`packed` as the ops take it."""
+        return self.packed.view(FP8) if self.method == "fp8" else self.packed
 
     @property
     def weight(self) -> Tensor:
         """(N, K) in the dtype of the scales."""
-        dequantize = dequantize_int8 if self.method == "int8" else dequantize_int4
-        w_NK = dequantize(self.packed, self.scales, self.group, self.zeros).to(self.scales.dtype)
-        return _in_place(w_NK, self.order)
+        return self.quantized.dequantized(self.group).to(self.scales.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if registry.is_invariant():
             raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
-        op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = x if self.order is None else x.index_select(-1, self.order)
-        return op(x, self.packed, self.scales, bias, group=self.group, zeros=self.zeros)
+        if self.method == "fp8":
+            return ops.linear_fp8(x, self._kept, self.scales, bias, group=self.group, constant=True)
+        op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
+        return op(x, self._kept, self.scales, bias, group=self.group, zeros=self.zeros, constant=True)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"
@@ -146,6 +155,8 @@ def replace_linears(
     """
     if method not in METHODS:
         raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
+    if method == "fp8" and zeros:
+        raise ValueError("fp8 has signs and no zeros: quantise without asymmetric, or in int8 or int4")
     check_counts(optional=True, group=group)
     unstack_experts(layers)
     found = quantizable(layers, names)

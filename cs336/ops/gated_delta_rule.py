@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import chunked, registry
-from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.dispatch import rows
 from cs336.ops.linear_attention import (
     bounded,
     check,
@@ -27,7 +27,7 @@ from cs336.ops.ref import gated_delta_rule as ref
 from cs336.ops.ref.wide import wide
 
 MOST_KEY_FEATURES = 128  # of the Triton kernels, which hold a state's rows whole
-SHARED_MEMORY = 96 * 1024  # that a block of theirs may take
+SHARED_MEMORY = {2: 96 * 1024, 4: 196 * 1024}  # that a block of theirs may take, by bytes of an element
 
 
 def _check(q, k, v, beta, g, state, segments, scale) -> None:
@@ -55,8 +55,9 @@ def _triton_refuses(q, *_) -> str | None:
         return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > MOST_KEY_FEATURES:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
-    if q.is_cuda and (room := registry.shared_memory(q.device)) < SHARED_MEMORY:
-        return f"the Triton kernels need {SHARED_MEMORY} bytes of shared memory a block, and {q.device} has {room}"
+    least = SHARED_MEMORY[q.dtype.itemsize]
+    if q.is_cuda and (room := registry.shared_memory(q.device)) < least:
+        return f"the Triton kernels take {least} bytes of shared memory for {q.dtype}, {q.device} has {room} a block"
     return None
 
 
@@ -121,20 +122,19 @@ def gated_delta_rule(
 
     beta: (B, H, T), how far what the state holds under k is replaced by v, 0 to 1 (to 2 with negative eigenvalues).
     k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
-    linear_attention's. On a GPU Triton's kernels, for 16 bits and keys of up to 128 features; elsewhere plain torch in
-    chunks, which the backward computes again.
+    linear_attention's. On every device plain torch in chunks, which the backward computes again; Triton's kernels, for
+    keys of up to 128 features, where "triton" is forced.
     """
     g, state = bounded(g), None if initial_state is None else wide(initial_state)
     beta = wide(beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = q, k, v, beta, g, state, segments, scale
     _check(*args)
-    fast = q.dtype.itemsize == 2 or registry.forced() is not None  # in float32 products are no faster than torch's
     if v.shape[2] == 1 and registry.forced() != "ref":
         q0, k0, v0, g0, before = first_token(q, k, v, g, state)
         o, last = ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
         o = o[:, :, None].to(v.dtype)
-    elif registry.forced() == "ref" or (v.numel() and fast and has_kernel("gated_delta_rule_fwd", *args)):
+    elif registry.forced() == "ref" or (registry.forced() == "triton" and v.numel()):
         o, last = _GatedDeltaRule.apply(*(rows(x) for x in (q, k, v)), beta, g, state, segments, scale)
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)

@@ -23,6 +23,8 @@ from cs336.ops.dispatch import has_kernel, rows
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
+WIDE_KEYS = 107 * 1024  # bytes of shared memory that the backward takes for keys of 256 features in float32
+
 
 def check(q, k, v, g, state, segments, scale) -> None:
     if q.dim() != 4 or k.shape != q.shape or not q.is_floating_point():
@@ -76,6 +78,8 @@ def _triton_refuses(q, k, v, g, state, segments, scale) -> str | None:
         return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"the Triton kernels take keys and values of up to 256 features, not {q.shape[-1]} and {v.shape[-1]}"
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[-1] > 128 and registry.shared_memory(q.device) < WIDE_KEYS:
+        return f"keys of {q.shape[-1]} features in float32 take {WIDE_KEYS} bytes of shared memory a block"
     return None
 
 

@@ -36,7 +36,7 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     rows = _contiguous(x.reshape(-1, x.shape[-1]))
     weight = _contiguous(weight)
-    _check(rows, weight, bias)
+    check_linear(rows, weight, bias)
     y = _LinearInvariant.apply(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -63,7 +63,7 @@ class _LinearInvariant(torch.autograd.Function):
         )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x and weight must be (M, K) and (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if not x.is_floating_point() or weight.dtype != x.dtype or weight.device != x.device:
@@ -93,6 +93,6 @@ registry.define(
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     ref=ref.linear_invariant,
     triton="linear_invariant.linear_invariant",
-    check=_check,
+    check=check_linear,
     supports={"triton": _triton_refuses},
 )

@@ -7,7 +7,8 @@ whichever parameters a rank uses: a bucket waits for those before it.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class DDP(nn.Module):
         optimizer.step()
 
     Parameters and buffers become rank 0's here; afterwards buffers are each rank's own. Tied parameters travel once,
-    frozen ones never. `.module` is the wrapped module: save `.module.state_dict()`.
+    frozen ones never. `.module` is the wrapped module: save `.module.state_dict()`. Gradients are averaged as long as
+    the wrapper is kept.
 
     Args:
         module: the same on every rank, on the device it trains on.
@@ -112,15 +114,16 @@ class DDP(nn.Module):
         trained = [p for p in module.parameters() if p.requires_grad and p.numel() and p not in self._known]
         self._buckets = [_Bucket(params) for params in divide(trained[::-1], bucket_mb)]
         self._known |= {p for bucket in self._buckets for p in bucket.params}
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets):
             for i, p in enumerate(bucket.params):
-                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, i=i: self._arrived(bucket, i))
+                when_complete(p, self._arrived, number, i)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def _arrived(self, bucket: _Bucket, i: int) -> None:
+    def _arrived(self, number: int, i: int) -> None:
         """A gradient is complete: start every bucket whose turn it is."""
+        bucket = self._buckets[number]
         if bucket.launched:
             raise RuntimeError(
                 f"a second gradient of a parameter of shape {tuple(bucket.params[i].shape)} came after the first was "
@@ -159,6 +162,20 @@ class DDP(nn.Module):
             yield
         finally:
             self._syncing = before
+
+
+def when_complete(p: Tensor, method: Callable[..., None], *args: Any) -> None:
+    """Call an object's method each time that a backward has made p's gradient, for as long as there is the object.
+
+    A hook that held the object would keep it, and p with it, for good: no garbage collector looks into such hooks.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def hook(_: Tensor) -> None:
+        if (alive := weak()) is not None:
+            alive(*args)
+
+    p.register_post_accumulate_grad_hook(hook)
 
 
 def divide(params: Sequence[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:

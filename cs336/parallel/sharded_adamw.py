@@ -18,9 +18,10 @@ from cs336.optim.adamw import MOMENTS, TORCH_ONLY, check_state
 from cs336.optim.rounding import Rounding
 from cs336.parallel import nccl
 from cs336.parallel.collectives import broadcast_all, check_alike, describe
-from cs336.parallel.ddp import divide
+from cs336.parallel.ddp import divide, when_complete
 from cs336.parallel.flat_bucket import FlatBucket
 from cs336.parallel.pieces import Piece
+from cs336.parallel.sharded_optimizer import OWN
 
 KEPT = {"params", "param_names", "rounding", *TORCH_ONLY}  # keys of a group that a saved one does not change
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
@@ -106,7 +107,7 @@ class ShardedAdamW(torch.optim.Optimizer):
     def _check_ranks(self, group: dict[str, Any]) -> None:
         place = f"group {len(self.param_groups) - 1}"
         names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        options = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k not in OWN}
         what = [("bucket_mb", str(self._bucket_mb)), ("native", str(self._native)), (place, str(options))]
         for name, p in zip(names, group["params"], strict=True):
             kind = f"{describe(p)}{', trained' if p.requires_grad else ''}"
@@ -123,7 +124,7 @@ class ShardedAdamW(torch.optim.Optimizer):
             self._buckets.append(bucket)
             first = bucket.at.stop
             for i, p in enumerate(params):
-                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket, i=i: self._arrived(bucket, i))
+                when_complete(p, self._arrived, bucket.number, i)
         self._order += [bucket for bucket in self._buckets[::-1] if bucket not in self._order]
         numbers = torch.zeros(first, dtype=torch.float32, device=self._comm.device)
         numbers[:before] = self._steps
@@ -141,8 +142,9 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     # ---- gradients ----
 
-    def _arrived(self, bucket: FlatBucket, i: int) -> None:
+    def _arrived(self, number: int, i: int) -> None:
         """A gradient is complete: start every bucket whose turn it is."""
+        bucket = self._buckets[number]
         if not bucket.holds(i):  # another optimizer has taken it over
             return
         if bucket.launched:

@@ -5,22 +5,23 @@
 #   recipes/scaling/ladder.sh TOKENS DIRECTORY grade
 #
 # TOKENS: token shards in train/ and val/, such as those of `cs336 quickstart`. Either command goes on where it was
-# stopped. BUDGETS, TARGET (FLOPs a run) and SHAPE may be set; as they are the ladder takes 1.9e12 FLOPs.
+# stopped. BUDGETS, TARGET (FLOPs a run), SIZES, SHAPE and BASE may be set; as they are the ladder takes 1.9e12 FLOPs.
+# SWEEP="--workers 10 --gpus 0" trains ten rungs at once on one GPU, which tiny models leave idle.
 set -eu
 tokens=$1 directory=$2 stage=$3
 budgets=${BUDGETS:-5e10 1.5e11 4.5e11} target=${TARGET:-4.5e12}
 shape=${SHAPE:---head-dim 8 --lr-factor 0.5 --highest-lr 0.01 --batch-factor 2}
-base=$(dirname "$0")/ladder.toml
+sizes=${SIZES:---points 5 --span 2.2 --ratio 10} base=${BASE:-$(dirname "$0")/ladder.toml}
 mkdir -p "$directory"
 design() { cs336 scaling design "$@" --data "$tokens" --base "$base" $shape; }
 
 if [ ! -e "$directory/ladder.toml" ]; then
-    design isoflop --budgets $budgets --points 5 --span 2.2 --ratio 10 \
+    design isoflop --budgets $budgets $sizes \
         --directory "$directory/ladder" --write "$directory/ladder.toml"
 fi
 case $stage in
 forecast)
-    cs336 sweep "$directory/ladder.toml"
+    cs336 sweep "$directory/ladder.toml" ${SWEEP:-}
     cs336 scaling fit "$directory/ladder" --out "$directory/law.json"
     design best --law "$directory/law.json" --budgets $target \
         --directory "$directory/target" --write "$directory/target.toml"
@@ -28,7 +29,7 @@ forecast)
         --log "$directory/forecasts.jsonl"
     ;;
 grade)
-    cs336 sweep "$directory/target.toml"
+    cs336 sweep "$directory/target.toml" ${SWEEP:-}
     cs336 scaling grade "$target" --study "$directory/target" --log "$directory/forecasts.jsonl"
     ;;
 *)

@@ -11,6 +11,7 @@ from cs336.cli import main
 from cs336.cli.program import STUDY_VERBS
 from cs336.experiments import run_study
 from cs336.experiments.space import Range
+from cs336.experiments.study import Here, Local
 from cs336.experiments.summary import Group, groups, save, sensitivities
 from cs336.report import write_study_report
 from cs336.report.coordinates import Coordinate
@@ -100,6 +101,19 @@ def test_the_verb(tmp_path, capsys):
         assert head in page
     assert main(["sweep", str(tmp_path / "none.toml")]) == 2
     assert "none.toml" in capsys.readouterr().err
+
+
+def test_the_verb_says_where_in_place_of_the_study(tmp_path, monkeypatch):
+    """Several runs at once on one GPU, for a study that was written for one after the other."""
+    (tmp_path / "study.toml").write_text(
+        configs.dumps({"directory": str(tmp_path / "s"), "base": base(tmp_path), "where": {"kind": "here"}})
+    )
+    (tmp_path / "s").mkdir()
+    asked = []
+    monkeypatch.setattr("cs336.experiments.run_study", lambda of, retry: asked.append(of.where) or [])
+    for options in ([], ["--workers", "8", "--gpus", "0"], ["--gpus", "0", "1"]):
+        assert main(["sweep", str(tmp_path / "study.toml"), *options]) == 0
+    assert asked == [Here(), Local(workers=8, gpus=(0,)), Local(gpus=(0, 1))]
 
 
 @pytest.mark.parametrize("verb", STUDY_VERBS)

@@ -528,4 +528,24 @@ def test_every_batch_has_a_graph_that_is_not_much_larger(max_seqs):
     assert sizes[-1] == max_seqs
     for rows in range(1, max_seqs + 1):
         size = next(size for size in sizes if size >= rows)
-        assert size - rows < (8 if rows <= 64 else 16 if rows <= 144 else 64)
+        assert size - rows < (8 if rows <= 64 else 16 if rows <= 256 else 32)
+
+
+def test_prompts_of_one_step_are_scored_each_with_its_likeliest(model):
+    e = engine(model, max_step_tokens=200)
+    asked = [(PROMPTS[4], 0), (PROMPTS[0], 2), (PROMPTS[5], 5), (PROMPTS[3], None)]
+    requests = [
+        e.add(prompt, dataclasses.replace(GREEDY, max_tokens=1, prompt_logprobs=n), score_from=2) for prompt, n in asked
+    ]
+    e.step()
+    for (prompt, n), request in zip(asked, requests, strict=True):
+        if n is None:
+            assert request.prompt_logprobs is None
+            continue
+        with torch.inference_mode():
+            log_p = model(torch.tensor([prompt]))[0].log_softmax(-1)
+        assert request.prompt_logprobs[:2] == [None, None]
+        for i, token in enumerate(request.prompt_logprobs[2:], 2):
+            assert token.id == prompt[i]
+            assert token.logprob == pytest.approx(log_p[i - 1, token.id].item(), abs=1e-4)
+            assert [p for _, p in token.top] == pytest.approx(log_p[i - 1].topk(n).values.tolist(), abs=1e-4)

@@ -47,7 +47,7 @@ def perplexity(model):
     return float((model(rows[:, :-1], targets=rows[:, 1:]) / rows[:, 1:].numel()).exp())
 
 
-@pytest.mark.parametrize(("method", "group", "most"), [("int8", 64, 1.002), ("int4", 16, 1.1)])
+@pytest.mark.parametrize(("method", "group", "most"), [("int8", 64, 1.002), ("int4", 16, 1.1), ("fp8", None, 1.02)])
 def test_perplexity_and_size(trained, directory, tmp_path, method, group, most):
     before = perplexity(trained)
     assert before < 8, "the model has not learned"
@@ -145,7 +145,7 @@ def test_damaged_weights_are_refused_by_name(directory, tmp_path, name, tensor, 
     ("said", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantization_config is of 'gptq'"),
-        ({"quant_method": "cs336", "method": "int3", "group": 16}, "method must be int8 or int4, got 'int3'"),
+        ({"quant_method": "cs336", "method": "int3", "group": 16}, "method must be int8 or int4 or fp8, got 'int3'"),
         ({"quant_method": "cs336", "method": "int4", "group": "16"}, "group must be a positive integer, got '16'"),
         ({"quant_method": "cs336", "method": "int4", "group": 32}, "has shape"),
         ({"quant_method": "cs336", "method": "int8", "group": 16}, "has shape"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_quantised_is_refused(trained, directory, tmp_path):
         quantize_(model, "int8", 4096)
     with pytest.raises(ValueError, match="int4 wants even in_features and group, got 64 and 3"):
         quantize_(model, "int4", 3)
-    with pytest.raises(ValueError, match="method must be int8 or int4, got 'fp2'"):
+    with pytest.raises(ValueError, match="method must be int8 or int4 or fp8, got 'fp2'"):
         quantize_(model, "fp2")
     model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: the weight is not finite"):

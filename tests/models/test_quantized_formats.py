@@ -51,6 +51,7 @@ def edited(directory, tensors=None, **said):
         ("compressed-tensors", "int4", 16, True, False),
         ("compressed-tensors", "int8", 32, True, False),
         ("compressed-tensors", "int8", None, False, False),
+        ("compressed-tensors", "fp8", None, False, False),
         ("gptq", "int4", 16, False, True),
         ("gptq", "int8", 64, False, False),
         ("gptq", "int4", None, False, True),
@@ -58,6 +59,8 @@ def edited(directory, tensors=None, **said):
         ("awq", "int4", 32, False, False),
         ("cs336", "int4", 16, True, True),
         ("cs336", "int8", None, True, False),
+        ("cs336", "fp8", 16, False, False),
+        ("cs336", "fp8", None, False, False),
     ],
 )
 def test_what_is_written_is_read_as_the_same(form, method, group, asymmetric, order, tmp_path):
@@ -73,7 +76,7 @@ def test_what_is_written_is_read_as_the_same(form, method, group, asymmetric, or
     save_pretrained(again, tmp_path / "again", quantized_as=form)
     first, second = (load_file(d / "model.safetensors") for d in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys()
-    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert all(torch.equal(t.float(), second[name].float()) for name, t in first.items())
 
 
 def numbers(word, bits):
@@ -140,6 +143,55 @@ def test_experts_are_written_one_by_one(tmp_path):
         from_pretrained(tmp_path)
 
 
+FLOATS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+NAN = torch.full((192, 64), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def fp8_group(read=None, **changes):
+    only = {"targets": ["Linear"], "weights": FLOATS | changes, "input_activations": read}
+    return {"config_groups": {"group_0": only}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "message"),
+    [
+        ({f"{NAME}.weight": NAN}, {}, f"{NAME}.weight must be numbers, got NaN"),
+        ({f"{NAME}.weight": torch.ones(192, 64)}, {}, f"{NAME}.weight is torch.float32"),
+        ({f"{NAME}.weight": NAN[:, :63]}, {}, rf"{NAME}.weight has shape \(192, 63\)"),
+        ({f"{NAME}.weight": None}, {}, f"{NAME}.weight is missing"),
+        ({f"{NAME}.weight_scale": torch.zeros(192, 1)}, {}, f"{NAME}.weight_scale must be positive"),
+        ({f"{NAME}.input_scale": torch.ones(1)}, {}, "unknown weights: .*input_scale"),
+        ({}, fp8_group(strategy="tensor"), r"weight_scale has shape \(\d+, 1\), config.json means \(1,\)"),
+        ({}, fp8_group(strategy="block", block_structure=[128, 0]), "weights.strategy = "),
+        ({}, fp8_group(strategy="group", group_size=16), "weights.strategy = "),
+        ({}, fp8_group(num_bits=4), "symmetric floats of 8 bits"),
+        ({}, fp8_group({"num_bits": 8, "dynamic": False}), "input_activations = "),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused_by_name(change, said, message, tmp_path):
+    save_pretrained(make("fp8", None), tmp_path, quantized_as="compressed-tensors")
+    edited(tmp_path, {n: None if t is None else t.contiguous() for n, t in change.items()}, **said)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "block"])
+def test_fp8_scales_of_a_tensor_and_of_blocks_are_read(strategy, tmp_path):
+    save_pretrained(make("fp8", None), tmp_path, quantized_as="compressed-tensors")
+    names = [n for n in load_file(tmp_path / "model.safetensors") if n.endswith("weight_scale")]
+    weights = load_file(tmp_path / "model.safetensors")
+    change = {}
+    for name in names:
+        N, K = weights[name.removesuffix("_scale")].shape
+        change[name] = torch.rand(1 if strategy == "tensor" else (-(-N // 48), -(-K // 32))) + 1
+    dynamic = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    edited(tmp_path, change, **fp8_group(dynamic, strategy=strategy, block_structure=[48, 32]))
+    q, scale = weights[f"{NAME}.weight"].float(), change[f"{NAME}.weight_scale"]
+    if strategy == "block":
+        scale = scale.repeat_interleave(48, 0)[:192].repeat_interleave(32, 1)[:, :64]
+    torch.testing.assert_close(from_pretrained(tmp_path).layers[1].mlp.up_proj.weight, q * scale)
+
+
 PACKED, SCALE = f"{NAME}.weight_packed", f"{NAME}.weight_scale"
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16, "dynamic": False}
 
@@ -199,6 +251,9 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path):
             "compressed-tensors",
             r"q_proj: compressed-tensors has whole groups: 64 features in groups of 48",
         ),
+        (make("fp8", None), "gptq", "GPTQ's format holds int4 and int8 weights, got fp8"),
+        (make("fp8", None), "awq", "AWQ's format holds int4 weights, got fp8"),
+        (make("fp8", 16), "compressed-tensors", "fp8 is written with a scale a row, not 16 features"),
         (make(), "gguf", "the format must be one of cs336, compressed-tensors, gptq, awq, got 'gguf'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -213,7 +268,7 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path):
         save_pretrained(quantize_(soft, "int4", 16), tmp_path, quantized_as="awq")
 
 
-@pytest.mark.parametrize(("method", "group"), [("int4", 16), ("int8", 32), ("int8", None)])
+@pytest.mark.parametrize(("method", "group"), [("int4", 16), ("int8", 32), ("int8", None), ("fp8", None)])
 def test_transformers_loads_ours_with_compressed_tensors(method, group, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -252,5 +307,29 @@ def test_compressed_tensors_reads_what_is_written_and_the_other_way_round(bits, 
             weights = load_file(tmp_path / "model.safetensors")
             packed = {n.removeprefix(f"{NAME}."): t for n, t in weights.items() if n.startswith(NAME)}
         want = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+        found = from_pretrained(tmp_path).layers[1].mlp.up_proj.weight
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+
+
+def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    save_pretrained(make("fp8", None), tmp_path, quantized_as="compressed-tensors")
+    torch.manual_seed(1)
+    w = torch.randn(192, 64)
+    state = {"weight": w, "weight_scale": w.abs().amax(1, keepdim=True) / 448}
+    for source in ("theirs", "ours"):
+        if source == "theirs":
+            packed = FloatQuantizationCompressor.compress(state, scheme)
+            edited(tmp_path, {f"{NAME}.{n}": t.contiguous() for n, t in packed.items()})
+        else:
+            save_pretrained(from_pretrained(tmp_path), tmp_path, quantized_as="compressed-tensors")
+            weights = load_file(tmp_path / "model.safetensors")
+            packed = {n.removeprefix(f"{NAME}."): t for n, t in weights.items() if n.startswith(NAME)}
+        want = FloatQuantizationCompressor.decompress(packed, scheme)["weight"]
         found = from_pretrained(tmp_path).layers[1].mlp.up_proj.weight
         torch.testing.assert_close(found, want, rtol=1e-6, atol=0)

@@ -2,8 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cs336 import ops
 from cs336.nn import Linear
 from cs336.nn.linear import join, joined
+from cs336.ops import registry
+from cs336.ops.linear_few_rows import pays
 
 
 def test_is_torchs_function():
@@ -103,3 +106,44 @@ def test_joined_layers_call_their_hooks():
     assert calls == ["before"]
     assert torch.equal(first, x @ layers[0].weight.T)
     assert torch.equal(second, 2 * (x @ layers[1].weight.T))
+
+
+def test_few_rows_go_to_their_op_in_inference_alone(monkeypatch):
+    """nn asks one function, whose answer on this device is what the kernel is for."""
+    calls = []
+
+    def op(x, weight, bias=None, *, constant=False):
+        calls.append((tuple(x.shape), constant))
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(ops, "linear_few_rows", op)
+    x, layers = torch.randn(3, 8), [Linear(8, 4), Linear(8, 6)]
+    with torch.no_grad():
+        want = [layer(x) for layer in layers]
+        assert not calls  # no kernel of a CPU's
+        join(layers)
+        monkeypatch.setattr("cs336.nn.linear.pays", lambda x, weight, bias: len(weight) != 6)
+        assert all(torch.equal(a, b) for a, b in zip([layer(x) for layer in layers], want, strict=True))
+        assert calls == [((3, 8), True)]
+        torch.testing.assert_close(list(joined(x, layers)), want)
+        assert calls == [((3, 8), True)] * 2
+
+
+def test_what_the_few_row_kernel_is_not_asked_for():
+    x, w = torch.randn(1, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    with torch.no_grad():
+        assert not pays(x, w, None)  # on a CPU
+        if not torch.cuda.is_available():
+            return
+        x, w = x.cuda(), w.cuda()
+        wanted = registry.missing("linear_few_rows", "native", x.device) is None
+        assert pays(x, w, None) == wanted
+        large = torch.empty(2**13, 2**12, dtype=x.dtype, device="cuda")
+        refused = (x.float(), w.float(), None), (x.expand(9, 8), w, None), (x[:, :4], w[:, :4], None)
+        for args in (*refused, (large[:1], large, None), (large.view(-1, 2**14)[:8], large.view(-1, 2**14)[:9], None)):
+            assert not pays(*args)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not pays(x, w, None)
+        with registry.use("triton"):
+            assert not pays(x, w, None)
+    assert not pays(x, w, None)  # where gradients are recorded

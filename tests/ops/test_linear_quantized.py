@@ -1,4 +1,4 @@
-"""linear_int8 and linear_int4 in every variant that runs here: against fp64 of the dequantised weights."""
+"""linear_int8, linear_int4 and linear_fp8 in every variant that runs here: against fp64 of the dequantised weights."""
 
 import pytest
 import torch
@@ -8,21 +8,30 @@ from close import assert_close_to_ref
 from cs336 import ops
 from cs336.inference.quantization import round_to_nearest
 from cs336.ops import registry
-from cs336.ops.ref.linear_quantized import dequantize_int4, dequantize_int8
+from cs336.ops.ref.linear_quantized import dequantize_fp8, dequantize_int4, dequantize_int8, pack_int4
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
 OPS = {"int8": (ops.linear_int8, dequantize_int8), "int4": (ops.linear_int4, dequantize_int4)}
+OPS["fp8"] = ops.linear_fp8, dequantize_fp8
 SIZES = [(1, 5, 34, 8), (17, 40, 200, 128), (3, 33, 64, 32), (2, 3, 6, 128), (0, 3, 8, 8), (5, 7, 70, 70)]
 SIZES += [(64, 1000, 4096, 128), (1, 4096, 4096, 128), (300, 384, 1000, 64)] if CUDA else []
+SIZES += [
+    (M, 1001, K, group) for M in (1, 5, 8, 9, 16, 40) for K, group in ((1184, 128), (4096, 256), (320, 320))
+] * CUDA
 
 
 @pytest.fixture(params=registry.NAMESPACE)
 def variant(request):
-    x = torch.zeros(1, 2, device="cuda" if CUDA else "cpu")
-    if reason := registry.why_not("linear_int8", request.param, x):
+    kind = "cuda" if CUDA else "cpu"
+    if reason := registry.missing("linear_int8", request.param, torch.device(kind, 0) if CUDA else torch.device(kind)):
         pytest.skip(reason)
     with registry.use(request.param):
         yield request.param
+
+
+def skip_refused(variant, method, *args):
+    if reason := registry.why_not(f"linear_{method}", variant, *args):
+        pytest.skip(reason)
 
 
 def inputs(M, N, K, group, dtype, device, method):
@@ -36,13 +45,14 @@ def inputs(M, N, K, group, dtype, device, method):
 def test_against_fp64_of_the_dequantised_weights(variant, device, M, N, K, group, dtype, method):
     op, dequantize = OPS[method]
     x, q, scales, b = inputs(M, N, K, group, dtype, device, method)
+    skip_refused(variant, method, x, q, scales, b, group)
     zero = torch.randint(-8, 9, scales.shape, dtype=torch.int16, device=device)
-    for bias, zeros in ((None, None), (b, None), (b, zero)):
-        w = dequantize(q, scales.double(), group, zeros)
+    for bias, more in ((None, {}), (b, {}), (b, {"zeros": zero} if method != "fp8" else {})):
+        w = dequantize(q, scales.double(), group, **({"zeros_NG": zero} if more else {}))
         want = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
         torchs = torch.nn.functional.linear(x, w.to(dtype), bias)
         assert want.dtype == F64
-        assert_close_to_ref(op(x, q, scales, bias, group=group, zeros=zeros), want, torchs, scale=K**0.5)
+        assert_close_to_ref(op(x, q, scales, bias, group=group, **more), want, torchs, scale=K**0.5)
 
 
 def test_what_the_numbers_mean():
@@ -55,7 +65,54 @@ def test_what_the_numbers_mean():
     assert dequantize_int4(packed, scales[:, :2], 2).tolist() == [[-4, 3.5, 0, 2]]
 
 
+CODES = torch.arange(256)
+
+
 @pytest.mark.parametrize("method", OPS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_every_weight_there_is_is_exact(variant, device, method, dtype):
+    """The products of rows with a single 1 are the weights themselves."""
+    number = CODES.to(torch.uint8)
+    number = {"int8": number.view(torch.int8), "fp8": number.view(torch.float8_e4m3fn)}.get(method)
+    q = (pack_int4((CODES % 16 - 8).to(torch.int8)[None]) if number is None else number[None]).expand(24, -1)
+    q = q.contiguous().to(device)
+    q.view(torch.uint8)[1:] = q.view(torch.uint8)[0].roll(1)
+    if method == "fp8":
+        q.view(torch.uint8)[(q.view(torch.uint8) & 127) == 127] = 0  # no NaN
+    op, dequantize = OPS[method]
+    scales = torch.full((24, 1), 0.5, device=device)
+    want = dequantize(q, scales, 256)
+    for first in range(0, 256, 64):
+        x = torch.zeros(64, 256, dtype=dtype, device=device)
+        x[torch.arange(64), torch.arange(first, first + 64)] = 1
+        y = op(x, q, scales, group=256)
+        assert torch.equal(y.float(), want[:, first : first + 64].t())
+
+
+@pytest.mark.parametrize("zero", [-128, -1, 0, 127, 128])
+def test_every_zero_is_exact(variant, device, zero):
+    q = CODES.to(torch.uint8).view(torch.int8).expand(9, -1).contiguous().to(device)
+    x = torch.zeros(2, 256, dtype=BF16, device=device)
+    x[0, 0], x[1, 128] = 1, 1
+    y = ops.linear_int8(
+        x, q, torch.ones(9, 1, device=device), group=256, zeros=torch.full((9, 1), zero, device=device).short()
+    )
+    assert y.tolist() == [[-zero] * 9, [-128 - zero] * 9]
+
+
+def test_what_the_native_kernels_do_not_take_is_said():
+    x, q, scales, _ = inputs(3, 4, 256, 32, BF16, "cpu", "int8")
+    refuses = registry.OPS["linear_int8"].supports["native"]
+    assert "groups of a multiple of 64 features, or all 256, not 32" in refuses(x, q, scales, None, 32)
+    assert "scales in float32, float16 and bfloat16" in refuses(x, q, scales.double(), None, 64)
+    assert "float16 and bfloat16, not torch.float32" in refuses(x.float(), q, scales, None, 64)
+    assert "up to 64 rows, not 99" in refuses(x[:1].expand(99, -1), q, scales, None, 64)
+    assert refuses(x, q, scales, None, 64) is refuses(x, q, scales, None, 300) is None
+    q = inputs(3, 4, 256, 64, BF16, "cpu", "int4")[1]
+    assert "a multiple of 128 features" in registry.OPS["linear_int4"].supports["native"](x, q, scales, None, 64)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
 def test_rounding_is_to_the_nearest(method):
     half = {"int8": 127.5, "int4": 7.5}[method]
     w = torch.randn(9, 50)
@@ -70,6 +127,8 @@ def test_rounding_is_to_the_nearest(method):
 
 @pytest.mark.parametrize("method", OPS)
 def test_gradients_and_dims(variant, device, method):
+    if variant == "native":
+        pytest.skip("the native kernels take no float32")
     op, dequantize = OPS[method]
     x, q, scales, b = inputs(6, 5, 12, 4, F32, device, method)
     x, b = x.view(2, 3, 12).requires_grad_(), b.requires_grad_()
@@ -94,6 +153,7 @@ def test_refuses_what_does_not_fit(variant, device):
         (ops.linear_int8, (x, q, scales, b.double()), "bias must be"),
         (ops.linear_int8, (x.int(), q, scales), "x must be"),
         (ops.linear_int8, (x, q.t().contiguous().t(), scales), "weight must be contiguous"),
+        (ops.linear_fp8, (x, q, scales), r"weight must be \(N, K\) torch.float8_e4m3fn"),
     ):
         with pytest.raises(ValueError, match=message):
             op(*args, group=8)
@@ -108,7 +168,8 @@ def test_refuses_what_does_not_fit(variant, device):
 @pytest.mark.parametrize("method", OPS)
 def test_op_is_registered_as_torch_wants_it(method):
     x, q, scales, b = inputs(3, 4, 16, 8, F32, "cpu", method)
-    torch.library.opcheck(getattr(torch.ops.cs336_ref, f"linear_{method}").default, (x, q, scales, b, 8))
+    if method != "fp8":  # opcheck adds up its inputs, which torch does not do in fp8
+        torch.library.opcheck(getattr(torch.ops.cs336_ref, f"linear_{method}").default, (x, q, scales, b, 8))
     op = OPS[method][0]
     compiled = torch.compile(lambda x: op(x, q, scales, b, group=8), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), op(x, q, scales, b, group=8))

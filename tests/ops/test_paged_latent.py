@@ -12,7 +12,7 @@ from cs336 import ops
 from cs336.ops import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
-OPTIONS = 0.3, -1, 0.0, None
+OPTIONS = 1.0, -1, 0.0, None
 if CUDA:
     LENGTHS = [0, 1, 15, 64, 65, 255, 256, 257, 1000, 4097, 20000]
     WIDTHS, DTYPES = [(512, 64), (256, 32), (384, 96), (16, 8)], [BF16, F16]
@@ -43,8 +43,8 @@ def decode(variant, device, lengths, L, R, H, Q, dtype, page=16):
     cache, dense = latents(lengths, L, R, dtype, device, page)
     q = torch.randn(len(lengths), Q, H, L + R, device=device).to(dtype)
     refused(variant, "paged_attention", q, *cache)
-    o, lse = ops.paged_attention(q, *cache, scale=0.3, return_lse=True)
-    compare(o, lse, list(q), dense, scale=0.3)
+    o, lse = ops.paged_attention(q, *cache, return_lse=True)
+    compare(o, lse, list(q), dense)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,8 +83,8 @@ def test_prefill_and_its_chunks(variant, device, L, R, dtype):
     q = torch.randn(sum(queries), 3, L + R, device=device).to(dtype)
     cu = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32, device=device)
     refused(variant, "paged_prefill", q, *cache, cu, 50)
-    o, lse = ops.paged_prefill(q, *cache, cu, max_seqlen_q=50, scale=0.3, return_lse=True)
-    compare(o.split(queries), lse.split(queries, 1), q.split(queries), dense, scale=0.3)
+    o, lse = ops.paged_prefill(q, *cache, cu, max_seqlen_q=50, return_lse=True)
+    compare(o.split(queries), lse.split(queries, 1), q.split(queries), dense)
     if variant == "ref":
         return
     k, v, table, _ = cache
@@ -94,7 +94,7 @@ def test_prefill_and_its_chunks(variant, device, L, R, dtype):
             {"dtype": torch.int32, "device": device},
         )
         lens, ends = torch.tensor([lengths[-1] - 50 + last], **ints), torch.tensor([0, last - first], **ints)
-        part = ops.paged_prefill(q[rows], k, v, table[-1:], lens, ends, max_seqlen_q=last - first, scale=0.3)
+        part = ops.paged_prefill(q[rows], k, v, table[-1:], lens, ends, max_seqlen_q=last - first)
         assert torch.equal(part, o[rows])
 
 
@@ -127,13 +127,13 @@ def test_one_captured_graph_serves_changing_lengths():
     lengths = [5000, 1, 0, 700, 64, 2048]
     (k, v, table, lens), dense = latents(lengths, 512, 64, BF16, "cuda")
     q = torch.randn(len(lengths), 1, 16, 576, device="cuda", dtype=BF16)
-    ops.paged_attention(q, k, v, table, lens, scale=0.3)
+    ops.paged_attention(q, k, v, table, lens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, lse = ops.paged_attention(q, k, v, table, lens, scale=0.3, return_lse=True)
+        o, lse = ops.paged_attention(q, k, v, table, lens, return_lse=True)
     for cut in (lengths, [17, 1, 0, 699, 63, 1], [4999, 0, 0, 1, 1, 2000], [0] * 6, lengths):
         lens.copy_(torch.tensor(cut, dtype=torch.int32))
         o.fill_(torch.nan)
         graph.replay()
-        compare(o, lse, list(q), [(k[:n], v[:n]) for (k, v), n in zip(dense, cut, strict=True)], scale=0.3)
-        assert torch.equal(o, ops.paged_attention(q, k, v, table, lens, scale=0.3))
+        compare(o, lse, list(q), [(k[:n], v[:n]) for (k, v), n in zip(dense, cut, strict=True)])
+        assert torch.equal(o, ops.paged_attention(q, k, v, table, lens))

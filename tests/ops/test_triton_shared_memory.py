@@ -10,8 +10,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 GPUS = {90: 232448, 86: 101376}  # compute capability: bytes that a block may have
-FLOATS = ("through_ptr", "dlast_ptr", "dfirst_ptr", "lse_ptr")
-INTS = ("table_ptr", "lens_ptr", "cu_ptr")
+FLOATS = ("g_ptr", "dlast_ptr", "dfirst_ptr", "lse_ptr")
+INTS = ("segments_ptr", "table_ptr", "lens_ptr", "cu_ptr")
 
 
 def shared_memory(kernel, capability: int, dtype: str, cut: dict, **constants) -> int:
@@ -28,7 +28,7 @@ def shared_memory(kernel, capability: int, dtype: str, cut: dict, **constants) -
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in FLOATS else "*i32" if name in INTS else f"*{dtype}"
         else:
-            signature[name] = "fp32" if name == "outer" else "i32"
+            signature[name] = "fp32" if name in ("outer", "scale") else "i32"
         if name not in constants and name.endswith(("_ptr", "_stride", "_page", "_token", "K", "V")):
             aligned[i,] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
@@ -42,12 +42,12 @@ def compile_all() -> None:
     for capability, room in GPUS.items():
         gated_delta_rule.shared_memory = paged_latent.shared_memory = lambda device, room=room: room
         for dtype in dtypes if capability == 90 else ["bf16"]:
-            cut = gated_delta_rule.plan(128, 128, dtypes[dtype], gpu)["walk back"]
+            cut = gated_delta_rule.plan(128, 128, dtypes[dtype], gpu)
             took = shared_memory(gated_delta_rule_bwd._walk_back_kernel, capability, dtype, cut)
             print(f"walk back {dtype} on {capability}: {took} of {room}")
         for rows in (16, 128):
             cut = paged_latent.plan(rows, 512, 64, torch.bfloat16, gpu)
-            rest = {"L": 512, "R": 64, "MOST": paged_latent.MOST, "SPLIT": True, "cu_ptr": None}
+            rest = {"L": 512, "R": 64, "MOST": paged_latent.MOST, "SPLIT": True, "IN_PAGE": True, "cu_ptr": None}
             took = shared_memory(paged_latent._latent_kernel, capability, "bf16", cut, **rest)
             print(f"latent attention, {rows} rows, on {capability}: {took} of {room}")
 

@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
+mp.set_forkserver_preload(["cs336.training", "torch._dynamo"])  # once, and not in each process
 
 
 def on_a_rank(rank, folder, function, world):
@@ -19,7 +20,7 @@ def on_a_rank(rank, folder, function, world):
 
 def on_ranks(function, folder, world):
     """[what function(rank) returns in a process of its own, for each rank]"""
-    mp.spawn(on_a_rank, (str(folder), function, world), nprocs=world)
+    mp.start_processes(on_a_rank, (str(folder), function, world), nprocs=world, start_method="forkserver")
     return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from cs336.ops import registry
 from cs336.optim import AdamW, clip_scale, grad_norm
 from cs336.parallel import ShardedAdamW, ShardedOptimizer, count_traffic
+from cs336.parallel.pieces import Piece, assembled
 
 STEPS, HYPER = 4, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 SHAPES = [(3, 5), (40,), (1,), (17, 4), (2, 2)]
@@ -287,10 +288,11 @@ def groups_added(rank):
 def mistakes(rank, world):
     def second_backward():
         net = model()
-        ShardedAdamW(net.parameters())
+        optimizer = ShardedAdamW(net.parameters())
         backward(net, 0)
         for p in (net.unused, *net.parameters()):
             (p * 1).sum().backward() if p.requires_grad else None
+        optimizer.step()
 
     def moved():
         p = nn.Parameter(torch.ones(3))
@@ -442,3 +444,38 @@ def test_a_rank_keeps_its_part_of_the_state(two):
     _, ranks, results = two
     whole = sum(torch.Size(shape).numel() for shape in SHAPES)
     assert whole / ranks <= results[0]["float32"]["elements"] <= whole / ranks + 16 * (len(SHAPES) + 1)
+
+
+# ---- what a checkpoint holds ----
+
+
+def named(state):
+    return {f"{i}.{name}": t for i, of in state.items() for name, t in of.items()}
+
+
+def in_pieces(rank):
+    """Each piece's place, the whole, and whether parts of the whole are what was saved."""
+    params = params_of(torch.bfloat16)
+    optimizer = ShardedAdamW.of(AdamW(params, rounding="remainder", **HYPER))
+    exact_steps(optimizer, params, [rank], torch.bfloat16, unused=True, max_norm=None, world=3)
+    saved, whole = named(optimizer.state_dict()["state"]), named(optimizer.consolidate(to=None)["state"])
+    pieces = optimizer.pieces(saved)
+    said = {key: (t.start, t.tensor, list(t.shape)) for key, t in pieces.items() if isinstance(t, Piece)}
+    kept = {key: optimizer.part_of(int(key.split(".")[0]), key.split(".")[1], t) for key, t in whole.items()}
+    same = all(torch.equal(kept[key], t) and kept[key].shape == t.shape for key, t in saved.items())
+    return said, whole, same and kept.keys() == saved.keys(), sorted(pieces.keys() - said.keys())
+
+
+def test_pieces_are_parts_of_the_whole(tmp_path):
+    """Of three ranks, so that a parameter is on two."""
+    saids, wholes, sames, steps = zip(*on_ranks(in_pieces, tmp_path, 3), strict=True)
+    assert all(sames)
+    assert {key for key in wholes[0] if not key.endswith("step")} == {key for said in saids for key in said}
+    assert any(start > 0 for said in saids for start, _, _ in said.values())
+    for key in {key for said in saids for key in said}:
+        found = [said[key] for said in saids if key in said]
+        assert all(len(t) for _, t, _ in found), "a rank writes what it has elements of"
+        pieces = [Piece(t, torch.Size(shape), start) for start, t, shape in found]
+        assert torch.equal(assembled(pieces), wholes[0][key])
+    for said, written in zip(saids, steps, strict=True):
+        assert written == sorted({f"{key.split('.')[0]}.step" for key in said})

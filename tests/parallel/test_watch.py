@@ -45,7 +45,8 @@ def on_a_rank(rank, folder, name):
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """The exit status of each rank, and what rank 0 said."""
-    context, found = mp.get_context("spawn"), {}
+    context, found = mp.get_context("forkserver"), {}
+    context.set_forkserver_preload(["cs336.training", "torch._dynamo"])
     for name in FAULTS:
         folder = tmp_path_factory.mktemp(name)
         found[name] = folder, [context.Process(target=on_a_rank, args=(rank, folder, name)) for rank in range(2)]

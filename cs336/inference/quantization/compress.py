@@ -12,7 +12,7 @@ from cs336.models import Transformer, save_pretrained
 from cs336.nn import QuantMethod
 from cs336.nn.quantized import METHODS
 
-Method = Literal["int8", "int4", "gptq", "awq"]
+Method = Literal["int8", "int4", "fp8", "gptq", "awq"]
 Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
 
 
@@ -50,7 +50,7 @@ def compress(
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
     Args:
-        method: int8 and int4 round to the nearest. gptq and awq read text; the same call goes on where one that
+        method: int8, int4 and fp8 round to the nearest. gptq and awq read text; the same call goes on where one that
             was killed stopped, and does not repeat one that is finished.
         group: neighbours in a row of a weight that share a scale; None: the whole row.
         calibrate: of gptq and awq: text, JSON lines, parquet or a directory of them. A tenth is held out to measure.

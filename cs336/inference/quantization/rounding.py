@@ -1,4 +1,4 @@
-"""Weights rounded to the nearest whole numbers of a grid a group, q = round(w / scale) + zero.
+"""Weights rounded to the nearest whole numbers of a grid a group, q = round(w / scale) + zero, or floats of eight bits.
 
 A symmetric grid has no zeros, and a group's largest |w| is the end of its scale; of an asymmetric one the group's least
 and largest weights are.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.nn import QuantizedWeight, QuantMethod, replace_linears
-from cs336.nn.quantized import BITS
+from cs336.nn.quantized import BITS, FP8
 from cs336.ops.ref.linear_quantized import pack_int4
 
 
@@ -49,12 +49,30 @@ def nearest(weight_NK: Tensor, bits: int, group: int, *, asymmetric: bool = Fals
     return QuantizedWeight(q_NK.to(torch.int8).contiguous(), scales_NG, zeros_NG)
 
 
+@torch.no_grad()
+def nearest_fp8(weight_NK: Tensor, group: int) -> QuantizedWeight:
+    """Each weight to the nearest float8_e4m3fn, a group's largest |w| to the largest; scales are like the weight.
+
+    Raises ValueError for a weight that is not finite.
+    """
+    N, K = weight_NK.shape
+    check_finite(weight_NK)
+    G, most = -(-K // group), torch.finfo(FP8).max
+    w_NGE = nn.functional.pad(wide(weight_NK), (0, G * group - K)).view(N, G, group)
+    scales_NG = (w_NGE.abs().amax(-1) / most).to(weight_NK.dtype)
+    scales_NG = scales_NG.masked_fill(scales_NG == 0, 1)
+    q_NGE = (w_NGE / scales_NG.to(w_NGE.dtype)[..., None]).clamp(-most, most).to(FP8)
+    return QuantizedWeight(q_NGE.view(N, -1)[:, :K].contiguous(), scales_NG)
+
+
 def round_to_nearest(weight_NK: Tensor, method: QuantMethod, group: int) -> tuple[Tensor, Tensor]:
-    """(q, scales) as ops.linear_int8 and ops.linear_int4 take them; scales are like the weight.
+    """(q, scales) as ops.linear_int8, ops.linear_int4 and ops.linear_fp8 take them; scales are like the weight.
 
     Raises ValueError for a weight that is not finite, and with int4 for an odd number of features or group.
     """
     K = weight_NK.shape[1]
+    if method == "fp8":
+        return nearest_fp8(weight_NK, group)[:2]
     if method == "int4" and (K % 2 or group % 2):
         raise ValueError(f"int4 weights lie two in a byte: in_features and group must be even, got {K} and {group}")
     q_NK, scales_NG, *_ = nearest(weight_NK, BITS[method], group)
@@ -74,7 +92,10 @@ def quantize_(
     """
     for name, (old, new) in replace_linears(model.layers, method, group, zeros=asymmetric).items():
         try:
-            new.fill(nearest(old.weight, BITS[method], new.group, asymmetric=asymmetric), old.bias)
+            if method == "fp8":
+                new.fill(nearest_fp8(old.weight, new.group), old.bias)
+            else:
+                new.fill(nearest(old.weight, BITS[method], new.group, asymmetric=asymmetric), old.bias)
         except ValueError as error:
             raise ValueError(f"layers.{name}: {error}") from None
     return model

@@ -38,8 +38,8 @@ Message = tuple[Ticket, Update | Exception | None]
 class Worker(threading.Thread):
     def __init__(self, engine: Engine):
         super().__init__(name="engine", daemon=True)
-        self.engine: Engine | ranks.Leader = engine
-        self.metrics = Metrics(engine)
+        self._own, self.metrics = engine, Metrics(engine)
+        self._engine: Engine | ranks.Leader = engine
         self.failure: Exception | None = None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[Request, Ticket] = {}
@@ -71,10 +71,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            with ranks.leading(self.engine) as self.engine:
+            with ranks.leading(self._own) as self._engine:
                 while self._take_calls():
-                    if self.engine.busy:
-                        self._deliver(self.engine.step())
+                    if self._engine.busy:
+                        self._deliver(self._engine.step())
         except Exception as error:  # whatever it was, those who wait are told, and no request is taken any more
             self.failure = error
             self._send([(ticket, EngineFailed(f"the engine has failed: {error}")) for ticket in self._tickets.values()])
@@ -82,7 +82,7 @@ class Worker(threading.Thread):
 
     def _take_calls(self) -> bool:
         """What the loop asked for; waits for it where there is nothing else to do. False: to stop."""
-        block = not self.engine.busy
+        block = not self._engine.busy
         while True:
             try:
                 call = self._calls.get(block)
@@ -95,13 +95,13 @@ class Worker(threading.Thread):
 
     def _add(self, ticket: Ticket) -> None:
         if not ticket.cancelled:
-            ticket.request = self.engine.add(ticket.ids, ticket.params)
+            ticket.request = self._engine.add(ticket.ids, ticket.params)
             self._tickets[ticket.request] = ticket
 
     def _cancel(self, ticket: Ticket) -> None:
         ticket.cancelled = True
         if ticket.request is not None and self._tickets.pop(ticket.request, None) is not None:
-            self.engine.cancel(ticket.request)
+            self._engine.cancel(ticket.request)
             self.metrics.requests.labels("cancelled").inc()
 
     def _deliver(self, updates: list[Update]) -> None:

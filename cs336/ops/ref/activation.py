@@ -22,7 +22,8 @@ def bwd(x: Tensor, up: Tensor | None, dy: Tensor, kind: int) -> tuple[Tensor, Te
 
 def gated_bwd(both: Tensor, dy: Tensor, kind: int) -> Tensor:
     """Of x and up side by side, (M, 2N), as their gradients are."""
-    return torch.cat(bwd(*both.chunk(2, -1), dy, kind), -1)
+    x, up = both.chunk(2, -1)
+    return torch.cat(bwd(x, up, dy, kind), -1)
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:

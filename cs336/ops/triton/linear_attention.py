@@ -8,10 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot, rows_of, tile
-from cs336.ops.triton.cast import cast
-
-CHUNK = 64
+from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile
+from cs336.ops.triton.cast import INTERPRET, cast
 
 
 @triton.jit
@@ -161,12 +159,22 @@ def _out_kernel(
     store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, CHUNK, BLOCK_V)
 
 
-def tiles(K: int, V: int, chunk: int = CHUNK) -> dict[str, int]:
+def roomy(device: torch.device) -> bool:
+    """Whether a block has the shared memory of an H100's."""
+    return INTERPRET.value or shared_memory(device) > 200_000
+
+
+def tiles(K: int, V: int, chunk: int) -> dict[str, int]:
     return {
         "CHUNK": chunk,
         "BLOCK_K": min(max(triton.next_power_of_2(K), 16), 64),
         "BLOCK_V": min(max(triton.next_power_of_2(V), 16), 64),
     }
+
+
+def chunk_of(x) -> int:
+    """Tokens of a chunk."""
+    return 64 if x.dtype.itemsize == 2 or roomy(x.device) else 32
 
 
 def strides(x) -> tuple[int, ...]:
@@ -177,8 +185,8 @@ def strides(x) -> tuple[int, ...]:
 def states(k, v, g, state, segments):
     """The state before each chunk (B, H, N, K, V), in 16 bits where k is, and after the last (B, H, K, V)."""
     (B, H, T, V), K = v.shape, k.shape[-1]
-    plan = tiles(K, V)
-    before = v.new_empty(B, H, triton.cdiv(T, CHUNK), K, V)
+    plan = tiles(K, V, chunk_of(v))
+    before = v.new_empty(B, H, triton.cdiv(T, plan["CHUNK"]), K, V)
     last = v.new_empty(B, H, K, V, dtype=torch.float32)
     state = None if state is None else state.contiguous()
     grid = (triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)
@@ -194,10 +202,10 @@ def states(k, v, g, state, segments):
 def fwd(q, k, v, g, state, segments, scale):
     segments = _rows(segments)
     before, last = states(k, v, g, state, segments)
-    return outputs(q, k, v, g, segments, before, scale), last
+    return outputs(q, k, v, g, segments, before, scale, chunk_of(v)), last
 
 
-def outputs(q, k, v, g, segments, before, scale, chunk=CHUNK):
+def outputs(q, k, v, g, segments, before, scale, chunk):
     """o (B, H, T, V), stored by token, of the states before each chunk."""
     (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)

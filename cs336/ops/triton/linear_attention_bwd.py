@@ -14,11 +14,12 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of
 from cs336.ops.triton.cast import cast
 from cs336.ops.triton.linear_attention import (
-    CHUNK,
+    chunk_of,
     decays,
     inner_decay,
     load_columns,
     load_state,
+    roomy,
     scaled,
     states,
     store_columns,
@@ -150,7 +151,7 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     (B, H, T, V), (_, G, _, K) = v.shape, q.shape
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
-    plan, group = tiles(K, V), H // G
+    plan, group = tiles(K, V, chunk_of(v)), H // G
     before, _ = states(k, v, g, state, segments)
     dstates = torch.empty_like(before)
     dfirst = v.new_empty(B, H, K, V, dtype=torch.float32)
@@ -164,8 +165,11 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
             *strides(do), *strides(q), *strides(g), segments_b, H, group, T, K, V, scale, **plan,
         )  # fmt: skip
         whole = max(triton.next_power_of_2(K), 16)
-        plan |= {"BLOCK_K": whole, "BLOCK_V": min(plan["BLOCK_V"], 64 if whole <= 128 else 32)}
-        _grads_kernel[(triton.cdiv(T, CHUNK), B * G)](
+        most = 64 if whole <= 128 else 32
+        if not roomy(v.device):
+            most = 32 if whole <= 128 else 16
+        plan |= {"BLOCK_K": whole, "BLOCK_V": min(plan["BLOCK_V"], most)}
+        _grads_kernel[(before.shape[2], B * G)](
             do, q, k, v, g, segments, before, dstates, dq, dk, dv, dg,
             *strides(do), *strides(q), *strides(k), *strides(v), *strides(dq), *strides(dv), *strides(g), segments_b,
             G, group, T, K, V, scale, num_warps=8 if whole > 64 else 4, num_stages=1, **plan,

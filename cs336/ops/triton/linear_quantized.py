@@ -1,6 +1,6 @@
-"""y = x w^T + b of int8 and int4 weights in Triton. The whole numbers, less their zero, are exact in the dtype of x (to
+"""y = x w^T + b of int8, int4 and fp8 weights in Triton. Whole numbers less their zero are exact in the dtype of x (to
 256 in bfloat16), so that a group's product is that of x and q - zero, and its scale multiplies the sum. A byte's two
-weights meet the even and the odd features."""
+weights meet the even and the odd features. A float of eight bits is made from its bits, where a GPU may not know it."""
 
 import torch
 import triton
@@ -15,7 +15,8 @@ BLOCK_BYTES = 32  # of a row of weights, in a step
 @triton.jit(do_not_specialize=["M"])  # it changes from call to call
 def _linear_kernel(
     x_ptr, w_ptr, s_ptr, b_ptr, z_ptr, y_ptr, M, N, K, groups, x_stride,
-    PER_BYTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_BYTE: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -33,7 +34,11 @@ def _linear_kernel(
             j = start + tl.arange(0, BLOCK_K)[None, :]
             q = tl.load(w_ptrs + j, mask=w_rows & (j < last), other=0)
             x = tl.load(x_ptrs + PER_BYTE * j, mask=x_rows & (j < last), other=0.0)
-            if PER_BYTE == 1:
+            if FP8:
+                sign_and_size = ((q & 128).to(tl.int32) << 24) | ((q & 127).to(tl.int32) << 20)
+                value = sign_and_size.to(tl.float32, bitcast=True) * 2.0**120  # the exponent's bias is 127 for 7
+                part += dot(x, tl.trans(cast(value, x.dtype)))
+            elif PER_BYTE == 1:
                 part += dot(x, tl.trans(cast(q.to(tl.float32) - zero, x.dtype)))
             else:
                 odd = tl.load(x_ptrs + 2 * j + 1, mask=x_rows & (j < last), other=0.0)
@@ -48,15 +53,19 @@ def _linear_kernel(
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=x_rows & (n < N)[None, :])
 
 
-def linear_int8(x, weight, scales, bias, group, zeros):
+def linear_int8(x, weight, scales, bias, group, zeros, constant):
     return _linear(x, weight, scales, bias, group, zeros, 1)
 
 
-def linear_int4(x, weight, scales, bias, group, zeros):
+def linear_int4(x, weight, scales, bias, group, zeros, constant):
     return _linear(x, weight, scales, bias, group, zeros, 2)
 
 
-def _linear(x, weight, scales, bias, group, zeros, per_byte):
+def linear_fp8(x, weight, scales, bias, group, constant):
+    return _linear(x, weight.view(torch.uint8), scales, bias, group, None, 1, fp8=True)
+
+
+def _linear(x, weight, scales, bias, group, zeros, per_byte, fp8=False):
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
     if y.numel() == 0:
@@ -65,6 +74,6 @@ def _linear(x, weight, scales, bias, group, zeros, per_byte):
     with torch.cuda.device_of(x):
         _linear_kernel[triton.cdiv(N, block_n), triton.cdiv(M, block_m)](
             x, weight, scales, bias, zeros, y, M, N, K, scales.shape[1], x.stride(0),
-            PER_BYTE=per_byte, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_BYTES,
+            PER_BYTE=per_byte, FP8=fp8, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_BYTES,
         )  # fmt: skip
     return y

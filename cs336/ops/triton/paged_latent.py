@@ -18,6 +18,17 @@ WIDEST = 512  # features of a value
 
 
 @triton.jit
+def _rows(cache_ptr, table_ptr, n, T, P, page, c_page, c_token, feature, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`gather` of the keys from n on, which are in one page."""
+    entry = tl.load(table_ptr + n // page)
+    here = tl.where((entry >= 0) & (entry < P), T - n, 0)
+    key = tl.arange(0, BLOCK_N)
+    cache_ptr += tl.cast(entry, tl.int64) * c_page + tl.cast(n % page, tl.int64) * c_token
+    mask = (key < here)[:, None] & (feature < WIDTH)[None, :]
+    return tl.load(cache_ptr + key[:, None] * c_token + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _size(T, least, MOST: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys of a piece."""
     return tl.maximum(tl.cdiv(tl.cdiv(T, MOST), BLOCK_N) * BLOCK_N, least)
@@ -39,7 +50,7 @@ def _latent_kernel(
     q_b, q_token, q_head, c_page, c_token, table_b, lse_piece, lse_b, lse_h,
     rows, Q, H, P, page, M, tiles, least, outer,
     L: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, MOST: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, MOST: tl.constexpr, SPLIT: tl.constexpr, IN_PAGE: tl.constexpr,
 ):  # fmt: skip
     piece, b = tl.program_id(1), tl.program_id(2)
     start = (tiles - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
@@ -74,8 +85,12 @@ def _latent_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32)
     for n in range(lo, hi, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
-        latent = gather(cache_ptr, table_ptr, key, T, P, page, c_page, c_token, of_latent, L)
-        rest = gather(cache_ptr + L, table_ptr, key, T, P, page, c_page, c_token, of_rest, R)
+        if IN_PAGE:
+            latent = _rows(cache_ptr, table_ptr, n, T, P, page, c_page, c_token, of_latent, L, BLOCK_N)
+            rest = _rows(cache_ptr + L, table_ptr, n, T, P, page, c_page, c_token, of_rest, R, BLOCK_N)
+        else:
+            latent = gather(cache_ptr, table_ptr, key, T, P, page, c_page, c_token, of_latent, L)
+            rest = gather(cache_ptr + L, table_ptr, key, T, P, page, c_page, c_token, of_rest, R)
         s = (dot(q_latent, tl.trans(latent)) + dot(q_rest, tl.trans(rest))) * outer
         s = tl.where((key[None, :] <= position) & (key < T)[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -146,10 +161,10 @@ def plan(decode_rows: int | None, L: int, R: int, dtype: torch.dtype, device: to
     if INTERPRET.value:
         return wide | {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     row, room = sum(wide.values()) * dtype.itemsize, shared_memory(device)
-    cuts = [(64, 3), (64, 2), (32, 3), (32, 2), (16, 2)] if dtype.itemsize == 2 else [(16, 1)]
-    fits = [(m, *c) for m in (rows, rows // 2) for c in cuts if (m + c[0] * max(1, c[1] - 1)) * row + 256 * m <= room]
+    cuts = [(64, 2), (32, 2), (16, 2)] if dtype.itemsize == 2 else [(16, 1)]
+    fits = [(m, *c) for m in (rows, rows // 2) for c in cuts if (m + c[0]) * row + 256 * m <= room]
     rows, keys, stages = fits[0] if fits else (16, *cuts[-1])
-    warps = 8 if rows * wide["BLOCK_L"] > 16384 else 4
+    warps = 4 if rows <= 16 else 8
     return wide | {"BLOCK_M": max(16, rows), "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -167,7 +182,8 @@ def decode(q, k_cache, v_cache, page_table, seq_lens, scale):
         _latent_kernel[(tiles, pieces, B)](
             q, k_cache, page_table, seq_lens, None, parts, part_lse,
             *q.stride()[:3], *k_cache.stride()[:2], page_table.stride(0), *part_lse.stride()[:3],
-            B * Q, Q, H, P, page, M, tiles, least, scale * LOG2E, L=L, R=D - L, MOST=MOST, SPLIT=True, **cut,
+            B * Q, Q, H, P, page, M, tiles, least, scale * LOG2E, L=L, R=D - L, MOST=MOST, SPLIT=True,
+            IN_PAGE=page % cut["BLOCK_N"] == 0, **cut,
         )  # fmt: skip
         block = min(128, cut["BLOCK_L"])
         _combine_kernel[(B * Q * H, triton.cdiv(L, block))](
@@ -189,6 +205,7 @@ def prefill(q, k_cache, v_cache, page_table, seq_lens, cu, max_seqlen_q, scale):
                 q, k_cache, page_table, seq_lens, cu, o, lse,
                 0, *q.stride()[:2], *k_cache.stride()[:2], page_table.stride(0), 0, 0, T,
                 T, max_seqlen_q, H, P, page, page_table.shape[1], tiles, 0, scale * LOG2E,
-                L=L, R=D - L, MOST=MOST, SPLIT=False, **cut,
+                L=L, R=D - L, MOST=MOST, SPLIT=False,
+                IN_PAGE=page % cut["BLOCK_N"] == 0, **cut,
             )  # fmt: skip
     return o, lse

@@ -5,12 +5,17 @@
     weight_zero_point  (ceil(N / 8), G) int32    zero + 8, packed down the rows, of asymmetric grids
     weight_shape       (2,) int64                N, K
 
-so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized".
+so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized". Of fp8, the format "float-quantized",
+
+    weight             (N, K) float8_e4m3fn
+    weight_scale       (N, 1), or (1,) for all rows, or (ceil(N / n), ceil(K / k)) for blocks of n x k
+
+which is written with a scale a row. Features that such a model rounds as it runs, "dynamic", are not rounded here.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +25,18 @@ from cs336.models.huggingface.quantized.scheme import BITS, Scheme, refuse
 from cs336.models.huggingface.quantized.tensors import Tensors
 from cs336.nn import QuantizedWeight
 
-PACKED = "pack-quantized"
+PACKED, FLOATS = "pack-quantized", "float-quantized"
 
 
 @dataclass(frozen=True)
 class CompressedTensors:
     scheme: Scheme
-    mark: ClassVar[str] = "weight_packed"
+    rows: int | None = 1
+    """That share the scales of fp8; None: all."""
+
+    @property
+    def mark(self) -> str:
+        return "weight_scale" if self.scheme.method == "fp8" else "weight_packed"
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "CompressedTensors":
@@ -37,21 +47,27 @@ class CompressedTensors:
             or not isinstance(only := next(iter(groups.values())), dict)
         ):
             raise refuse("config_groups", groups, "one group of layers")
-        if (kind := only.get("format") or said.get("format")) != PACKED:
-            raise refuse("format", kind, repr(PACKED))
+        if (kind := only.get("format") or said.get("format")) not in (PACKED, FLOATS):
+            raise refuse("format", kind, f"{PACKED!r} or {FLOATS!r}")
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             if said.get(name):
                 raise refuse(name, said[name], "none")
-        if only.get("input_activations") or only.get("output_activations"):
-            raise refuse("input_activations", only.get("input_activations"), f"none, with {PACKED!r}")
-        weights = only.get("weights")
+        weights, read, made = (only.get(name) for name in ("weights", "input_activations", "output_activations"))
+        if made or (read and (kind == PACKED or not isinstance(read, dict) or read.get("dynamic") is not True)):
+            raise refuse("input_activations", read or made, f"none, or dynamic ones with {FLOATS!r}")
         if not isinstance(weights, dict):
             raise refuse("weights", weights, "a table")
+        if weights.get("dynamic"):
+            raise refuse("weights.dynamic", weights["dynamic"], "false")
+        return cls._of_floats(weights) if kind == FLOATS else cls._of_numbers(weights)
+
+    @classmethod
+    def _of_numbers(cls, weights: Mapping[str, Any]) -> "CompressedTensors":
         bits, strategy, group = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
         if type(bits) is not int or bits not in BITS:
             raise refuse("weights.num_bits", bits, "4 or 8")
-        if weights.get("type", "int") != "int" or weights.get("dynamic"):
-            raise refuse("weights.type", weights.get("type"), "'int', not dynamic")
+        if weights.get("type", "int") != "int":
+            raise refuse("weights.type", weights["type"], "'int'")
         if strategy == "channel" or (strategy == "group" and group == -1):
             group = None
         elif strategy != "group" or type(group) is not int or group < 1:
@@ -62,22 +78,47 @@ class CompressedTensors:
         return cls(Scheme(BITS[bits], group, zeros=not symmetric))
 
     @classmethod
+    def _of_floats(cls, weights: Mapping[str, Any]) -> "CompressedTensors":
+        if (weights.get("num_bits"), weights.get("type"), weights.get("symmetric", True)) != (8, "float", True):
+            raise refuse("weights", weights, "symmetric floats of 8 bits")
+        strategy, block = weights.get("strategy"), weights.get("block_structure")
+        if strategy in ("channel", "tensor"):
+            return cls(Scheme("fp8", None), 1 if strategy == "channel" else None)
+        if (
+            strategy != "block"
+            or not isinstance(block, list)
+            or [type(n) for n in block] != [int, int]
+            or min(block) < 1
+        ):
+            raise refuse(
+                "weights.strategy", (strategy, block), "'channel', 'tensor', or 'block' with a block_structure"
+            )
+        return cls(Scheme("fp8", block[1]), block[0])
+
+    @classmethod
     def like(cls, scheme: Scheme) -> "CompressedTensors":
         if scheme.order:
             raise ValueError("compressed-tensors has no order of features: choose gptq, or quantise without act_order")
+        if scheme.method == "fp8" and scheme.group is not None:
+            raise ValueError(f"fp8 is written with a scale a row, not {scheme.group} features: choose the group -1")
         return cls(scheme)
 
     def config(self, unquantized: list[str]) -> dict[str, Any]:
         scheme = self.scheme
-        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": not scheme.zeros}
+        kind, form = ("float", FLOATS) if scheme.method == "fp8" else ("int", PACKED)
+        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": not scheme.zeros}
         weights |= {"strategy": "channel" if scheme.group is None else "group", "group_size": scheme.group}
         weights |= {"actorder": None, "dynamic": False, "block_structure": None}
         only = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        said = {"quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed"}
+        said = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
         return said | {"config_groups": {"group_0": only}, "ignore": unquantized, "kv_cache_scheme": None}
 
     def read(self, tensors: Tensors, out_features: int, in_features: int) -> QuantizedWeight:
         N, K, G, bits = out_features, in_features, self.scheme.groups(in_features), self.scheme.bits
+        if self.scheme.method == "fp8":
+            scales = tensors.scales("weight_scale", (1,) if self.rows is None else (-(-N // self.rows), G)).view(-1, G)
+            scales = scales.repeat_interleave(self.rows or N, 0)[:N].contiguous()
+            return QuantizedWeight(tensors.floats("weight", (N, K)), scales)
         many, half = 32 // bits, 2 ** (bits - 1)
         shape = tensors.take("weight_shape", (2,), torch.int64, torch.int32)
         if shape.tolist() != [N, K]:
@@ -92,6 +133,8 @@ class CompressedTensors:
 
     def write(self, weight: QuantizedWeight, group: int) -> dict[str, Tensor]:
         (N, K), bits = weight.q.shape, self.scheme.bits
+        if self.scheme.method == "fp8":
+            return {"weight": weight.q, "weight_scale": weight.scales}
         if K % group:
             raise ValueError(f"compressed-tensors has whole groups: {K} features in groups of {group} do not fit")
         half = 2 ** (bits - 1)

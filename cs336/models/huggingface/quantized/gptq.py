@@ -43,6 +43,8 @@ class GPTQ:
 
     @classmethod
     def like(cls, scheme: Scheme) -> "GPTQ":
+        if scheme.method == "fp8":
+            raise ValueError("GPTQ's format holds int4 and int8 weights, got fp8: choose cs336 or compressed-tensors")
         return cls(scheme)
 
     def config(self, unquantized: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ours: `packed` and `scales` as ops.linear_int8 and ops.linear_int4 take them, and, if any, `zeros` and `order`."""
+"""Ours: `packed` and `scales` as ops.linear_int8, linear_int4 and linear_fp8 take them; `zeros` and `order`, if any."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ class Own:
 
     def read(self, tensors: Tensors, out_features: int, in_features: int) -> QuantizedWeight:
         N, K, G, int4 = out_features, in_features, self.scheme.groups(in_features), self.scheme.method == "int4"
+        if self.scheme.method == "fp8":
+            return QuantizedWeight(tensors.floats("packed", (N, K)), tensors.scales("scales", (N, G)))
         packed = tensors.take("packed", (N, K // 2 if int4 else K), torch.uint8 if int4 else torch.int8)
         scales = tensors.scales("scales", (N, G))
         zeros = tensors.take("zeros", (N, G), torch.int16) if "zeros" in tensors else None

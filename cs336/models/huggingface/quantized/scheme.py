@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -49,8 +49,9 @@ def scheme_of(layers: Mapping[str, QuantizedLinear]) -> Scheme:
 
 
 class Format(Protocol):
-    mark: ClassVar[str]
-    """The last part of the name of a tensor that only quantised layers have."""
+    @property
+    def mark(self) -> str:
+        """The last part of the name of a tensor that only quantised layers have."""
 
     @property
     def scheme(self) -> Scheme: ...

@@ -40,3 +40,10 @@ class Tensors:
         if not (t.isfinite() & (t > 0)).all():
             raise ValueError(f"{name} must be positive numbers, got others: the file is damaged")
         return t
+
+    def floats(self, last: str, shape: tuple[int, ...]) -> Tensor:
+        """Of eight bits. Raises ValueError for NaN."""
+        t = self.take(last, shape, torch.float8_e4m3fn)
+        if t.float().isnan().any():
+            raise ValueError(f"{self.stem}.{last} must be numbers, got NaN: the file is damaged")
+        return t

@@ -1,0 +1,69 @@
+"""Linear layers of few rows, of bfloat16, int8, fp8 and int4 weights: ours beside cuBLAS with bfloat16 weights.
+
+pytest benchmarks/ops/bench_linear_few_rows.py
+python -m benchmarks.run ops linear_few_rows --out FILE [--quick]
+
+Shapes are rows, out_features, in_features: of Llama-3.2-1B and Qwen3-8B, with what reads the same x joined. Bytes: the
+weights, their scales (groups of 128), x and y once. "cublas" multiplies with bfloat16 weights, whatever the pass.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from cs336.inference.quantization import round_to_nearest
+from cs336.ops import registry
+from cs336.ops.ref.linear_quantized import dequantize_fp8, dequantize_int4, dequantize_int8
+
+DTYPE = torch.bfloat16
+GROUP = 128
+LAYERS = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (6144, 4096), (4096, 4096), (24576, 4096)]
+SHAPES = {
+    "tiny": [(3, 24, 256)],
+    "quick": [(M, N, K) for N, K in ((3072, 2048), (16384, 2048), (4096, 4096), (24576, 4096)) for M in (1, 8)],
+    "full": [(M, N, K) for N, K in LAYERS for M in (1, 2, 4, 8, 16, 64)],
+}
+DEQUANTIZE = {"int8": dequantize_int8, "fp8": dequantize_fp8, "int4": dequantize_int4}
+BYTES = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "fp8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}  # of a weight
+
+
+def inputs(shape: tuple[int, int, int], weights: str, device: torch.device) -> tuple:
+    M, N, K = shape
+    x, w = (torch.randn(n, K, device=device).to(DTYPE) for n in (M, N))
+    return (x, w) if weights == "bf16" else (x, *round_to_nearest(w, weights, GROUP))
+
+
+def ours(variant: str, weights: str, *args) -> harness.Call:
+    name = "linear_few_rows" if weights == "bf16" else f"linear_{weights}"
+    args += (None,) if weights == "bf16" else (None, GROUP)
+    args += (None,) if weights in ("int8", "int4") else ()
+    if reason := registry.why_not(name, variant, *args, True):
+        raise NotImplementedError(reason)
+    overload = registry.OPS[name].overloads[variant]
+    return lambda: (overload(*args, True),)
+
+
+def cublas(weights: str, x, w, scales=None) -> harness.Call:
+    w = w if scales is None else DEQUANTIZE[weights](w, scales, GROUP).to(DTYPE)
+    return lambda: (F.linear(x, w),)
+
+
+def cases(size: str) -> Iterator[harness.Case]:
+    for shape in SHAPES[size]:
+        M, N, K = shape
+        for weights, each in BYTES.items():
+            contenders = {v: functools.partial(ours, v, weights) for v in registry.NAMESPACE}
+            contenders["cublas"] = functools.partial(cublas, weights)
+            moved = 2 * M * (N + K)
+            own = {"cublas": moved + 2 * N * K}
+            draw = functools.partial(inputs, shape, weights)
+            yield harness.Case(
+                "linear", weights, shape, DTYPE, draw, contenders, bytes=int(moved + each * N * K), own_bytes=own
+            )
+
+
+def bench_linear_few_rows(benchmark, case):
+    harness.bench(benchmark, case)

@@ -1,0 +1,106 @@
+"""Linear layers of few rows, y = x w^T + b, as decoding has them: they take as long as their weights take to be read.
+
+FLOPs 2 M N K; bytes that must move: x, w and y once, which is w where M is small. The native kernel streams w through
+shared memory, the first of them while the kernel before it still runs if it may, and multiplies on tensor cores.
+
+M = rows, K = in_features, N = out_features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cs336.ops import registry
+from cs336.ops.dispatch import rows, run
+from cs336.ops.linear_invariant import check_linear
+from cs336.ops.ref import linear_few_rows as ref
+
+MOST_ROWS, MOST_FEATURES = 64, 57344  # of the native kernels
+HOPPER = ((9, 0), (9, 0))  # whose shared memory they count on
+FASTEST_ROWS, FASTEST_WEIGHTS = 8, 2**24  # beyond them cuBLAS is faster, on an H200: 19.1 us for 18.3 with 2^25
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool = False) -> Tensor:
+    """torch.nn.functional.linear for inference, made for up to 64 rows.
+
+    Args:
+        x: (..., K) floating point.
+        weight: (N, K) like x; bias: (N,) like x, or None.
+        constant: a promise that the kernel before this one on the stream does not write weight, which is then read
+            while that one still runs. Parameters keep it while a model runs.
+
+    Returns y (..., N) like x, summed in float32. Without gradients: where one is wanted torch's own function runs. The
+    native kernel gives a row the same bits whatever the others are.
+    Raises ValueError for arguments that do not fit.
+    """
+    if x.dim() == 0:
+        raise ValueError("x must be (..., K), got no dims")
+    flat, weight = rows(x.reshape(-1, x.shape[-1])), rows(weight)
+    check_linear(flat, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return F.linear(x, weight, bias)
+    return run("linear_few_rows", flat, weight, bias, constant).view(*x.shape[:-1], weight.shape[0])
+
+
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the native kernel takes these arguments, in inference, and was measured to be faster than torch's."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cuda or x.dtype not in HALVES:
+        return False
+    if (
+        x.dim() == 0
+        or x.shape[-1] == 0
+        or weight.dim() != 2
+        or weight.dtype != x.dtype
+        or torch.is_autocast_enabled("cuda")
+    ):
+        return False
+    if registry.forced() not in (None, "native") or torch._C._are_functorch_transforms_active():
+        return False
+    K = x.shape[-1]
+    M = x.numel() // K
+    if not 0 < M <= FASTEST_ROWS or M * K > MOST_FEATURES or weight.numel() > FASTEST_WEIGHTS:
+        return False  # rows beyond MOST_FEATURES would read the weights a second time
+    return registry.why_not("linear_few_rows", "native", rows(x.reshape(M, -1)), rows(weight), bias) is None
+
+
+def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
+    """Why the native kernels, of weights of any kind, do not take these rows."""
+    if x.dtype not in HALVES:
+        return f"the native kernel takes float16 and bfloat16, not {x.dtype}"
+    if x.shape[0] > MOST_ROWS:
+        return f"the native kernel takes up to {MOST_ROWS} rows, not {x.shape[0]}"
+    if x.shape[1] > MOST_FEATURES:
+        return f"the native kernel takes up to {MOST_FEATURES} features, not {x.shape[1]}"
+    for name, t in (("x", x), ("weight", weight)):
+        if not _is_aligned(t):
+            return f"the native kernel takes rows of {name} that start at multiples of 16 bytes, not {_where(t)}"
+    return None
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """As far as its storage is, as all that torch allocates: the kernel looks at the address itself."""
+    steps = [t.storage_offset(), t.shape[1]] if t.shape[0] <= 1 else [t.storage_offset(), t.shape[1], t.stride(0)]
+    return not any(step * t.itemsize % 16 for step in steps)
+
+
+def _where(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {t.storage_offset()} on"
+
+
+def _triton_refuses(x: Tensor, *_) -> str | None:
+    if x.dtype not in (torch.float32, *HALVES):
+        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    return None
+
+
+registry.define(
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool constant=False) -> Tensor",
+    fake=lambda x, weight, bias, constant: x.new_empty(x.shape[0], weight.shape[0]),
+    ref=ref.linear_few_rows,
+    triton="linear_invariant.linear_few_rows",
+    check=lambda x, weight, bias, constant: check_linear(x, weight, bias),
+    supports={"native": native_refuses, "triton": _triton_refuses},
+    capabilities={"native": HOPPER},
+)

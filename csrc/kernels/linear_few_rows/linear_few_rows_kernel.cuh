@@ -1,0 +1,261 @@
+// y = x w^T + b for up to 16 rows of x, which a block keeps in shared memory. Each warp streams rows of weights, eight
+// or sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they
+// come:
+//
+//   y (16 rows of x, 8 rows of weights) += x (16, 16) w^T (16, 8)                       m16n8k16, fp32 sums
+//
+// A product does not care in which order it meets the features, so that a lane takes eight neighbours of a row of x, 16
+// bytes, and the same eight of a row of weights: four lanes a row, 32 features, two products. `split` warps of a block
+// are a team that shares the steps of a tile; their sums are added up in shared memory in one order.
+#pragma once
+#include "common/async.cuh"
+#include "common/mma.cuh"
+#include "common/vec.cuh"
+#include "kernels/linear_few_rows/linear_few_rows.h"
+#include "kernels/linear_few_rows/linear_few_rows_plan.h"
+#include "kernels/linear_few_rows/weights.cuh"
+
+namespace cs336::few_rows {
+
+using cuda::LinearFewRowsParams;
+
+constexpr int kThreads = kWarps * 32;
+
+// How a warp is shaped for up to 8 * kEights rows of x.
+template <WeightFormat kFormat, int kEights>
+struct Shape {
+  static constexpr int kTiles = kFormat == WeightFormat::kInt4 ? 2 : 1;  // of 8 rows of weights: they share loads of x
+  static constexpr int kRows = kTiles * kTileRows;                       // of weights
+  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);     // of each row in a step
+  static constexpr int kVectors = kStepBytes / 16;                       // of a step
+  static constexpr int kPartial = kEights * 8 * kRows;                   // floats: what a warp hands to its team
+};
+
+template <typename T, WeightFormat kFormat>
+constexpr int bytes_of_row(int K) {
+  return static_cast<int>(static_cast<int64_t>(K) * Weights<T, kFormat>::kBytes / cuda::kFeatures);
+}
+
+// The steps of a warp, one after the other.
+struct Walk {
+  int tile, step;
+  int member, split, teams, steps;
+  __device__ __forceinline__ void next() {
+    step += split;
+    if (step >= steps) {
+      step = member;
+      tile += teams;
+    }
+  }
+  __device__ __forceinline__ bool is_last_of_tile() const { return step + split >= steps; }
+};
+
+template <typename T, WeightFormat kFormat, int kEights>
+class Warp {
+  using S = Shape<kFormat, kEights>;
+  using W = Weights<T, kFormat>;
+  static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
+
+ public:
+  // shared: the rings of all warps, what they hand to their teams, x.
+  __device__ Warp(const LinearFewRowsParams& p, const Plan& plan, uint4* shared)
+      : p_(p),
+        plan_(plan),
+        lane_(threadIdx.x % 32),
+        g_(lane_ / 4),
+        t_(lane_ % 4),
+        member_(threadIdx.x / 32 % plan.split),
+        team_(threadIdx.x / 32 / plan.split),
+        bytes_(bytes_of_row<T, kFormat>(p.K)),
+        ring_(shared + threadIdx.x / 32 * kStages * S::kVectors),
+        partials_(reinterpret_cast<float*>(shared + kRingBytes / 16) + team_ * plan.split * S::kPartial),
+        x_(shared + kRingBytes / 16 + kWarps * S::kPartial / 4) {}
+
+  __device__ void run() {
+    const int tiles = (p_.N + S::kRows - 1) / S::kRows;
+    const Walk start{.tile = team_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x),
+                     .step = member_,
+                     .member = member_,
+                     .split = plan_.split,
+                     .teams = plan_.teams(),
+                     .steps = (bytes_ + S::kChunks * kChunkBytes - 1) / (S::kChunks * kChunkBytes)};
+    allow_successor();
+    if (!p_.constant) wait_for_predecessor();
+    Walk ahead = start;
+    int stage = 0;
+#pragma unroll 1
+    for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+    wait_for_predecessor();
+    keep_x();
+    clear(sums_);
+    [[maybe_unused]] Scales scales, next_scales;
+    if constexpr (kScaled) load_scales(next_scales, start);
+    for (Walk here = start; here.tile < tiles;) {
+      copy(ahead, stage);
+      ahead.next();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      Walk next = here;
+      next.next();
+      if constexpr (kScaled) {
+        scales = next_scales;
+        load_scales(next_scales, next);
+      }
+      wait_copies<kStages - 1>();
+      __syncwarp();
+      multiply(here, stage, scales);
+      __syncwarp();  // all have read what the next copy overwrites
+      if (here.is_last_of_tile()) {
+        join(here.tile);
+        clear(sums_);
+      }
+      here = next;
+    }
+  }
+
+ private:
+  using Sums = float[S::kTiles][4];
+
+  struct Scales {                        // of the chunks of a step
+    float of[S::kChunks][S::kTiles][2];  // of the two rows of weights whose sums a lane has
+    float zero[S::kChunks][S::kTiles];   // of the row that it multiplies with
+  };
+
+  __device__ __forceinline__ static void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < S::kTiles; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) sums[i][c] = 0.f;
+  }
+
+  // 16 bytes of each of this lane's chunks.
+  __device__ __forceinline__ void copy(const Walk& at, int stage) const {
+#pragma unroll
+    for (int i = 0; i < S::kTiles; i++) {
+      const int n = at.tile * S::kRows + i * kTileRows + g_, byte = at.step * S::kChunks * kChunkBytes + t_ * 16;
+      const char* from = static_cast<const char*>(p_.weight) + n * p_.weight_stride + byte;
+      uint4* to = ring_ + stage * S::kVectors + i * S::kChunks * 32 + slot_of(g_, t_);
+#pragma unroll
+      for (int c = 0; c < S::kChunks; c++)
+        copy_async(to + c * 32, from + c * kChunkBytes, n < p_.N && byte + c * kChunkBytes < bytes_);
+    }
+    commit_copies();
+  }
+
+  // x to shared memory, zeros behind its last feature. All of a thread's loads are under way before it waits for one.
+  __device__ __forceinline__ void keep_x() const {
+    constexpr int kAtOnce = 4;
+    const int row = x_vectors(p_.K), vectors = p_.M * row;
+    for (int first = threadIdx.x; first < vectors; first += kAtOnce * kThreads) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int v = first + i * kThreads, m = v / row, k = (v - m * row) * 8;
+        x[i] = v < vectors && k < p_.K ? load<T>(p_.x, m * p_.x_stride + k) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (first + i * kThreads < vectors) x_[first + i * kThreads] = W::in_order(x[i]);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Scales& scales) {
+    // What lanes of rows that are not there multiply is not looked at.
+    const int first = at.step * S::kChunks * W::kPieces * 4 + t_, vectors = x_vectors(p_.K);
+    const uint4* low_row = x_ + min(g_, p_.M - 1) * vectors + first;
+    const uint4* high_row = x_ + min(g_ + 8, p_.M - 1) * vectors + first;
+#pragma unroll
+    for (int c = 0; c < S::kChunks; c++) {
+      [[maybe_unused]] Sums part;
+      [[maybe_unused]] Scales own;
+      if constexpr (kScaled) clear(part);
+#pragma unroll
+      for (int j = 0; j < W::kPieces; j++) {
+        const uint4 low = low_row[(c * W::kPieces + j) * 4];
+        const uint4 high = kEights == 1 ? uint4{0, 0, 0, 0} : high_row[(c * W::kPieces + j) * 4];
+#pragma unroll
+        for (int i = 0; i < S::kTiles; i++) {
+          uint32_t w[4];
+          W::take(w, ring_ + stage * S::kVectors + (i * S::kChunks + c) * 32, g_, t_, j);
+          if constexpr (kScaled) {
+            if (p_.zeros) subtract<T>(w, scales.zero[c][i]);
+          }
+          float (&to)[4] = kScaled ? part[i] : sums_[i];
+          multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[0], w[1]);
+          multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[2], w[3]);
+        }
+      }
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int i = 0; i < S::kTiles; i++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) sums_[i][e] += part[i][e] * scales.of[c][i][e % 2];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_scales(Scales& scales, const Walk& at) const {
+    const int groups = (p_.K + p_.group - 1) / p_.group;
+#pragma unroll
+    for (int c = 0; c < S::kChunks; c++) {
+      const int k = (at.step * S::kChunks + c) * W::kPieces * cuda::kFeatures;
+      const int group = min(k / p_.group, groups - 1);
+#pragma unroll
+      for (int i = 0; i < S::kTiles; i++) {
+        const int n = at.tile * S::kRows + i * kTileRows;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int64_t row = min(n + 2 * t_ + e, p_.N - 1);
+          scales.of[c][i][e] = load_scale(p_.scales, row * groups + group, p_.scale_dtype);
+        }
+        const int64_t row = min(n + g_, p_.N - 1);
+        scales.zero[c][i] = p_.zeros ? p_.zeros[row * groups + group] : 0.f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void sync_team() const {
+    if (plan_.split == 1)
+      __syncwarp();
+    else
+      asm volatile("bar.sync %0, %1;" ::"r"(team_), "r"(plan_.split * 32) : "memory");
+  }
+
+  // Adds up the team's sums of a tile and writes them.
+  __device__ __forceinline__ void join(int tile) const {
+    sync_team();  // all have read the tile before
+    float* mine = partials_ + member_ * S::kPartial;
+#pragma unroll
+    for (int i = 0; i < S::kTiles; i++)
+#pragma unroll
+      for (int half = 0; half < kEights; half++)
+        *reinterpret_cast<float2*>(mine + (half * 8 + g_) * S::kRows + i * kTileRows + t_ * 2) =
+            make_float2(sums_[i][half * 2], sums_[i][half * 2 + 1]);
+    sync_team();
+    for (int e = member_ * 32 + lane_; e < p_.M * S::kRows; e += plan_.split * 32) {
+      const int n = tile * S::kRows + e % S::kRows;
+      if (n >= p_.N) continue;
+      float sum = 0.f;
+      for (int s = 0; s < plan_.split; s++) sum += partials_[s * S::kPartial + e];
+      if (p_.bias) sum += to_float(static_cast<const T*>(p_.bias)[n]);
+      static_cast<T*>(p_.y)[static_cast<int64_t>(e / S::kRows) * p_.N + n] = from_float<T>(sum);
+    }
+  }
+
+  const LinearFewRowsParams& p_;
+  const Plan& plan_;
+  const int lane_, g_, t_;           // of a tile of 8 x 4 lanes, row and column
+  const int member_, team_, bytes_;  // of a row of weights
+  uint4* const ring_;
+  float* const partials_;
+  uint4* const x_;  // (M, x_vectors(K))
+  Sums sums_;
+};
+
+template <typename T, WeightFormat kFormat, int kEights>
+__global__ void __launch_bounds__(kThreads, 1) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
+  extern __shared__ uint4 shared[];
+  Warp<T, kFormat, kEights>(p, plan, shared).run();
+}
+
+}  // namespace cs336::few_rows
