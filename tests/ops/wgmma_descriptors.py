@@ -49,7 +49,9 @@ def strays(sass: str) -> list[str]:
                 labels[label[1]] = len(code)
             elif instruction := INSTRUCTION.search(line):
                 code.append(instruction.groups())
-        jumps = {i: labels.get(t[1]) for i, c in enumerate(code) if c[1] == "BRA" and (t := re.search(r"`\((.+?)\)", c[2]))}
+        jumps = {
+            i: labels.get(t[1]) for i, c in enumerate(code) if c[1] == "BRA" and (t := re.search(r"`\((.+?)\)", c[2]))
+        }
         starts = sorted({0, *labels.values(), *(i + 1 for i in jumps)} - {len(code)})
         ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))
         into: dict[int, dict[str, bool]] = {0: {}}
