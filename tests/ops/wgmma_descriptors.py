@@ -4,6 +4,7 @@ import re
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?(U?P\w+)\s+)?([\w.]+)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):")
+JUMP = re.compile(r"`\((.+?)\)")
 REGISTER = re.compile(r"\bU?R\d+\b")
 PREDICATE = re.compile(r"!?U?P(\d|T)")
 WGMMA = re.compile(r"R\d+, (R\d+, )?gdesc\[UR(\d+)\]")
@@ -49,9 +50,8 @@ def strays(sass: str) -> list[str]:
                 labels[label[1]] = len(code)
             elif instruction := INSTRUCTION.search(line):
                 code.append(instruction.groups())
-        jumps = {
-            i: labels.get(t[1]) for i, c in enumerate(code) if c[1] == "BRA" and (t := re.search(r"`\((.+?)\)", c[2]))
-        }
+        targets = {i: JUMP.search(text) for i, (_, opcode, text) in enumerate(code) if opcode == "BRA"}
+        jumps = {i: labels[to[1]] for i, to in targets.items() if to}
         starts = sorted({0, *labels.values(), *(i + 1 for i in jumps)} - {len(code)})
         ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))
         into: dict[int, dict[str, bool]] = {0: {}}
