@@ -176,6 +176,8 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
 
 // ---- writer: adds what a warpgroup has staged of dQ ----
 
+// For tiles of smaller keys of the same head. They were dealt before (TileOrder), and a block works on what it drew in
+// the order in which it drew: so the first tile of all that is not done waits for nobody, however few blocks there are.
 __device__ __forceinline__ void await_turn(const int* turns, int turn) {
   int done;
   do {
