@@ -8,6 +8,7 @@ N K / 2 (int4), and the scales.
 M = rows, K = in_features, N = out_features, G = groups of a row: ceil(K / group).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,7 +155,11 @@ def _check(
             raise ValueError(f"{name} must be contiguous on {x.device}, got {_like(t)} with strides {t.stride()}")
 
 
-_CHECKS = {"linear_int8": _check_int8, "linear_int4": _check_int4, "linear_fp8": _check_fp8}
+_CHECKS: dict[str, Callable[..., None]] = {
+    "linear_int8": _check_int8,
+    "linear_int4": _check_int4,
+    "linear_fp8": _check_fp8,
+}
 
 
 def _like(x: Tensor) -> str:

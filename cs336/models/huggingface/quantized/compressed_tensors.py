@@ -116,8 +116,7 @@ class CompressedTensors:
     def read(self, tensors: Tensors, out_features: int, in_features: int) -> QuantizedWeight:
         N, K, G, bits = out_features, in_features, self.scheme.groups(in_features), self.scheme.bits
         if self.scheme.method == "fp8":
-            shape = (1,) if self.rows is None else (-(-N // self.rows), G)
-            scales = tensors.scales("weight_scale", shape).view(-1, G)
+            scales = tensors.scales("weight_scale", (1,) if self.rows is None else (-(-N // self.rows), G)).view(-1, G)
             scales = scales.repeat_interleave(self.rows or N, 0)[:N].contiguous()
             return QuantizedWeight(tensors.floats("weight", (N, K)), scales)
         many, half = 32 // bits, 2 ** (bits - 1)
