@@ -191,6 +191,14 @@ def modifiers(
     return at_run, {"CAPPED": softcap > 0, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0}
 
 
+def width(n: int, *beside: int, dtype: torch.dtype) -> int:
+    """Columns of a tile of n features, beside tiles of others. In 16 bits all get as many, or 64 and more: narrower
+    tiles have swizzles of their own, and ptxas 12.8 takes their wgmma descriptors for each other's (docs/numerics.md).
+    """
+    least = 16 if dtype == torch.float32 else min(64, max(map(triton.next_power_of_2, beside)))
+    return max(16, least, triton.next_power_of_2(n))
+
+
 def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device) -> dict:
     """The first entry of a table {wide: [(BLOCK_M, BLOCK_N, warps, stages, rows kept, rows streamed a stage)]} that
     fits the device's shared memory, or the last."""
@@ -205,8 +213,8 @@ def blocks(table: dict, D: int, E: int, dtype: torch.dtype, device: torch.device
     return {
         "BLOCK_M": m,
         "BLOCK_N": n,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_E": max(16, triton.next_power_of_2(E)),
+        "BLOCK_D": width(D, E, dtype=dtype),
+        "BLOCK_E": width(E, D, dtype=dtype),
         "num_warps": warps,
         "num_stages": stages,
     }

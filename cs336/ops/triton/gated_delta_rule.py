@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory
+from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, width
 from cs336.ops.triton.cast import INTERPRET, cast
 from cs336.ops.triton.linear_attention import (
     decays,
@@ -18,6 +18,7 @@ from cs336.ops.triton.linear_attention import (
     load_columns,
     load_state,
     outputs,
+    roomy,
     scaled,
     store_columns,
     store_state,
@@ -130,8 +131,11 @@ CHUNK = 64
 
 def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """The keys' features are whole in a program: what a chunk takes off a state needs all of them."""
-    whole = max(triton.next_power_of_2(K), 16)
-    block_v = min(max(triton.next_power_of_2(V), 16), 64 if whole <= 64 else 32)
+    whole = width(K, CHUNK, dtype=dtype)
+    # Values of 32 columns spare registers. On Hopper (see `width`) that is right where chunks are copied ahead.
+    ahead = whole <= 128 and K % 16 == V % 16 == 0
+    narrow = whole > 64 and (ahead or dtype == torch.float32 or not roomy(device))
+    block_v = min(width(V, CHUNK, dtype=dtype), 32 if narrow else 64)
     stage = CHUNK * (3 * whole + block_v) * dtype.itemsize  # that a step of the way back loads
     room = 1 if INTERPRET.value else shared_memory(device) - 49152  # which its products take besides
     cut = {"CHUNK": CHUNK, "BLOCK_K": whole, "BLOCK_V": block_v, "num_warps": 8}

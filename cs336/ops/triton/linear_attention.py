@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile
+from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
 
@@ -164,11 +164,11 @@ def roomy(device: torch.device) -> bool:
     return INTERPRET.value or shared_memory(device) > 200_000
 
 
-def tiles(K: int, V: int, chunk: int) -> dict[str, int]:
+def tiles(K: int, V: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     return {
         "CHUNK": chunk,
-        "BLOCK_K": min(max(triton.next_power_of_2(K), 16), 64),
-        "BLOCK_V": min(max(triton.next_power_of_2(V), 16), 64),
+        "BLOCK_K": min(width(K, chunk, dtype=dtype), 64),
+        "BLOCK_V": min(width(V, chunk, dtype=dtype), 64),
     }
 
 
@@ -185,7 +185,7 @@ def strides(x) -> tuple[int, ...]:
 def states(k, v, g, state, segments):
     """The state before each chunk (B, H, N, K, V), in 16 bits where k is, and after the last (B, H, K, V)."""
     (B, H, T, V), K = v.shape, k.shape[-1]
-    plan = tiles(K, V, chunk_of(v))
+    plan = tiles(K, V, chunk_of(v), v.dtype)
     before = v.new_empty(B, H, triton.cdiv(T, plan["CHUNK"]), K, V)
     last = v.new_empty(B, H, K, V, dtype=torch.float32)
     state = None if state is None else state.contiguous()
@@ -209,7 +209,7 @@ def outputs(q, k, v, g, segments, before, scale, chunk):
     """o (B, H, T, V), stored by token, of the states before each chunk."""
     (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)
-    plan = tiles(K, V, chunk)
+    plan = tiles(K, V, chunk, q.dtype)
     with torch.cuda.device_of(q):
         _out_kernel[(triton.cdiv(T, chunk) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
             q, k, v, g, segments, before, o,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot, rows_of
+from cs336.ops.triton.attention_tile import dot, rows_of, width
 from cs336.ops.triton.cast import cast
 from cs336.ops.triton.linear_attention import (
     chunk_of,
@@ -151,7 +151,7 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     (B, H, T, V), (_, G, _, K) = v.shape, q.shape
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
-    plan, group = tiles(K, V, chunk_of(v)), H // G
+    plan, group = tiles(K, V, chunk_of(v), v.dtype), H // G
     before, _ = states(k, v, g, state, segments)
     dstates = torch.empty_like(before)
     dfirst = v.new_empty(B, H, K, V, dtype=torch.float32)
@@ -164,7 +164,7 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
             do, q, g, dlast, segments, dstates, dfirst,
             *strides(do), *strides(q), *strides(g), segments_b, H, group, T, K, V, scale, **plan,
         )  # fmt: skip
-        whole = max(triton.next_power_of_2(K), 16)
+        whole = width(K, chunk_of(v), dtype=v.dtype)
         most = 64 if whole <= 128 else 32
         if not roomy(v.device):
             most = 32 if whole <= 128 else 16

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from cs336.ops.triton import paged_latent
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, scores, shared_memory, visible
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, scores, shared_memory, visible, width
 from cs336.ops.triton.cast import cast
 
 
@@ -170,7 +170,7 @@ def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strid
             *q_strides, *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0), *lse_strides,
             q.shape[0], max_q, H, G, P, page, page_table.shape[1], tiles,
             scale / softcap if softcap > 0 else 1.0, (softcap if softcap > 0 else scale) * LOG2E, window,
-            D=D, E=E, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+            D=D, E=E, BLOCK_D=width(D, E, dtype=q.dtype), BLOCK_E=width(E, D, dtype=q.dtype),
             CAPPED=softcap > 0, HAS_LEFT=window >= 0, **plan,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, shared_memory
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, shared_memory, width
 from cs336.ops.triton.cast import cast
 
 MOST = 64  # pieces of a sequence
@@ -155,7 +155,7 @@ def fits(k_cache, v_cache, window: int, softcap: float, sinks) -> bool:
 
 def plan(decode_rows: int | None, L: int, R: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """decode_rows: query tokens times heads; None for prefill, whose tiles never depend on its rows."""
-    wide = {"BLOCK_L": max(16, triton.next_power_of_2(L)), "BLOCK_R": max(16, triton.next_power_of_2(R))}
+    wide = {"BLOCK_L": width(L, R, dtype=dtype), "BLOCK_R": width(R, L, dtype=dtype)}
     most = 64 if dtype.itemsize == 2 else 16
     rows = most if decode_rows is None else min(most, max(16, triton.next_power_of_2(decode_rows)))
     if INTERPRET.value:
