@@ -15,7 +15,7 @@ BITS: dict[Any, QuantMethod] = {4: "int4", 8: "int8"}
 
 @dataclass(frozen=True)
 class Scheme:
-    """Raises ValueError for a group below 1, or that no op can count."""
+    """Raises ValueError for a group below 1."""
 
     method: QuantMethod
     group: int | None
@@ -25,8 +25,6 @@ class Scheme:
 
     def __post_init__(self):
         check_counts(optional=True, group=self.group)
-        if self.group is not None and self.group >= 2**31:
-            raise ValueError(f"group must be below 2^31, got {self.group}: the whole row has no number")
 
     @property
     def bits(self) -> int:
