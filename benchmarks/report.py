@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md and docs/ from benchmarks/results/*.json:  python benchmarks/report.py
+"""Rewrite the tables of README.md and docs/ from benchmarks/results/*.json:  python -m benchmarks.report
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, where NAME is a run of the results, or `headline`:
 a row for each.
@@ -11,6 +11,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from benchmarks.alignment_tables import align_ladder, gsm8k, sft
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md")
@@ -193,17 +195,18 @@ def host(cases: Iterable[dict[str, Row]]) -> Iterator[str]:
 
 def train(rows: list[Row]) -> Iterator[str]:
     yield (
-        "| model | ours | plain PyTorch | ours / plain | loss after the same steps, ours / plain "
+        "| model | ours | plain PyTorch | ours / plain | spread of blocks | loss after the same steps, ours / plain "
         "| GiB at the peak, ours (predicted) / plain |"
     )
-    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, group in itertools.groupby(rows, lambda row: row["model"]):
         by_variant = {row["variant"]: row for row in group}
         ours, plain = by_variant["cs336"], by_variant["plain"]
-        speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s" + mfu(r) for r in (ours, plain)]
+        speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
+        spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
         faster = ours["tokens_per_second"] / plain["tokens_per_second"]
         losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
-        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {losses} | {peaks(ours, plain)} |"
+        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
 
 
 def peaks(ours: Row, plain: Row) -> str:
@@ -305,44 +308,6 @@ def optimizers(rows: list[Row]) -> Iterator[str]:
         each = ", ".join(f"{loss:.3f}" for loss in losses)
         mean = sum(losses) / len(losses)
         yield f"| {name} | {found[0]['cost']:.2f} | {found[0]['steps']} | {best:g} of {rates} | {each} | {mean:.3f} |"
-
-
-def align_ladder(rows: list[Row]) -> Iterator[str]:
-    """A row for each rung, with a value a seed."""
-    yield "| rung | by | start | end | optimum | steps | CPU seconds of reinforcement | of SFT before | seeds |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
-    for name in dict.fromkeys(row["rung"] for row in rows):
-        found = [row for row in rows if row["rung"] == name]
-        start, end = (", ".join(f"{row[key]:.3f}" for row in found) for key in ("start", "end"))
-        took, before = (", ".join(f"{row[key]:.0f}" for row in found) for key in ("cpu_seconds", "sft_cpu_seconds"))
-        seeds, first = ", ".join(str(row["seed"]) for row in found), found[0]
-        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, seeds)
-        yield "| " + " | ".join(map(str, cells)) + " |"
-
-
-def sft(rows: list[Row]) -> Iterator[str]:
-    """A row for each way to make the same pass."""
-    (ours,) = (row["tokens_per_second"] for row in rows if row["way"] == "cs336 sft")
-    yield f"{rows[0]['examples']} examples of {rows[0]['tokens']:,} tokens"
-    yield ""
-    yield "| | steps | tokens a second | cs336 is as fast, times |"
-    yield "| --- | ---: | ---: | ---: |"
-    for row in rows:
-        speed = row["tokens_per_second"]
-        yield f"| {row['way']} | {row['steps']} | {speed:,} | {ours / speed:.2f} |"
-
-
-def gsm8k(rows: list[Row]) -> Iterator[str]:
-    """A row a seed, and the gain with the 95 % interval of Student's t."""
-    yield "| seed | SFT | and GRPO | SFT, drawn | and GRPO, drawn | steps of SFT | of GRPO |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for row in (row for row in rows if "seed" in row):
-        cells = [f"{100 * row[f'{by}_{how}']:.1f} %" for how in ("greedy", "drawn") for by in ("sft", "grpo")]
-        yield f"| {row['seed']} | " + " | ".join([*cells, str(row["sft_steps"]), str(row["grpo_steps"])]) + " |"
-    yield ""
-    for row in (row for row in rows if "gain" in row):
-        spread = "" if row["half_width"] is None else f" ± {100 * row['half_width']:.2f}"
-        yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {rows[0]['tested']:,} questions."
 
 
 def variants(rows: list[Row]) -> Iterator[str]:
@@ -609,7 +574,7 @@ def main() -> None:
         try:
             text = render(page.read_text(), load())
         except ValueError as error:
-            raise SystemExit(f"benchmarks/report.py: {name}: {error}") from None
+            raise SystemExit(f"benchmarks.report: {name}: {error}") from None
         page.write_text(text)
         print(f"{name}: {', '.join(m[1] for m in MARKED.findall(text))}")
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.run ops                                # every op, whole sweep
 python -m benchmarks.run ops rms_norm --quick --only native,eager
-python -m benchmarks.run ops --out benchmarks/results/h200.json && python benchmarks/report.py
+python -m benchmarks.run ops --out benchmarks/results/h200.json && python -m benchmarks.report
 python -m benchmarks.run collectives --processes 4          # several processes, one for each GPU
 python -m benchmarks.run ops --quick --check   # exit status 1 if we fell behind a peer
 """

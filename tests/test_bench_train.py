@@ -1,5 +1,7 @@
 """The opponent of the training benchmark is the same model, and a broken one is noticed."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,27 @@ def test_contenders_in_processes_of_their_own_make_the_same_steps():
     (rows,) = (make() for make in bench_train.compare_apart({"tiny": 2}, **settings))
     for row, same in zip(rows, bench_train.compare("tiny", batch_size=2, **settings), strict=True):
         assert (row["variant"], row["curve"]) == (same["variant"], same["curve"])
+
+
+def test_no_other_contender_is_there_while_two_are_timed(monkeypatch):
+    """One that still compiles would take the host, and the GPU."""
+    begun = []
+
+    class Process:
+        def __init__(self, name, variant, *args, **settings):
+            begun.append((name, variant))
+            self.process = self
+
+        def kill(self):
+            begun.clear()
+
+        def join(self):
+            pass
+
+    monkeypatch.setattr(bench_train, "Apart", Process)
+    makers = bench_train.compare_apart({"tiny": 2, "124M": 2}, blocks=2, steps=2, data=pathlib.Path("tokens.bin"))
+    for name, _ in zip(("tiny", "124M"), makers, strict=True):
+        assert begun == [(name, "cs336"), (name, "plain")]
 
 
 def test_a_contender_whose_process_ends_is_an_error(tmp_path):

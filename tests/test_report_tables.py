@@ -44,7 +44,7 @@ TEXT = "before\n<!-- table: norm -->\nold\n<!-- /table -->\nafter\n"
 @pytest.mark.parametrize("page", report.PAGES)
 def test_pages_are_current(page):
     text = (report.ROOT / page).read_text()
-    assert report.render(text, report.load()) == text, "run `python benchmarks/report.py`"
+    assert report.render(text, report.load()) == text, "run `python -m benchmarks.report`"
 
 
 def test_the_readme_has_a_row_a_capability_and_the_tables_are_elsewhere():
@@ -112,11 +112,13 @@ def test_host_time():
 def test_training():
     shared = {"op": "train", "model": "124M"}
     rows = [
-        {**shared, "variant": "cs336", "tokens_per_second": 600e3, "mfu": 50.0, "loss": 5.25},
-        {**shared, "variant": "plain", "tokens_per_second": 500e3, "mfu": None, "loss": 5.251},
+        {**shared, "variant": "cs336", "tokens_per_second": 600e3, "mfu": 50.0, "loss": 5.25, "spread": 0.07},
+        {**shared, "variant": "plain", "tokens_per_second": 500e3, "mfu": None, "loss": 5.251, "spread": 0.048},
     ]
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
-    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 5.2500 / 5.2510 | – |" in text
+    assert (
+        "| 124M | 600.0k tokens/s, 50.0 % MFU | 500.0k tokens/s | 1.200 | 7.0% / 4.8% | 5.2500 / 5.2510 | – |" in text
+    )
     rows[0] |= {"bytes": 3 << 30, "predicted_bytes": 7 << 29}
     rows[1] |= {"bytes": 5 << 30, "predicted_bytes": None}
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})

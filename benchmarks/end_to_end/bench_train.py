@@ -186,15 +186,12 @@ def compare(
 def compare_apart(
     batch_sizes: Mapping[str, int], *, blocks: int, steps: int, data: pathlib.Path | None = None, **switches: bool
 ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What makes `compare(...)` of one model after the other, each contender in a process of its own: compiling takes
-    longer than the steps, and they do it side by side. To be called before the next is asked for."""
-    with contextlib.ExitStack() as stack:
-        pairs = []
-        for name, batch_size in batch_sizes.items():
-            shard = stack.enter_context(_shard(name, data, blocks * steps * batch_size))
-            settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "total": blocks * steps, **switches}
-            pairs.append([Apart(name, variant, shard, **settings) for variant in VARIANTS])
-        for pair in pairs:
+    """What makes `compare(...)` of one model after the other, each contender in a process of its own: the two compile
+    side by side, and no other is there while they are timed. To be called before the next is asked for."""
+    for name, batch_size in batch_sizes.items():
+        settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "total": blocks * steps, **switches}
+        with _shard(name, data, blocks * steps * batch_size) as shard:
+            pair = [Apart(name, variant, shard, **settings) for variant in VARIANTS]
             try:
                 yield functools.partial(take_turns, pair, blocks, steps)
             finally:

@@ -1,7 +1,7 @@
 """Every variant of a block at one small budget: parameters, loss, speed, state, and whether decoding is exact.
 
     python -m benchmarks.end_to_end.bench_variants [--steps 150] [--seeds 3] [--device cpu] [--only NAME ...] [--out F]
-    ... --steps 20 --out benchmarks/results/cpu.json && python benchmarks/report.py    # docs/architectures.md's table
+    ... --steps 20 --out benchmarks/results/cpu.json && python -m benchmarks.report    # docs/architectures.md's table
 
 Each trains on the same text, tiny and made here: random words of a random dictionary, where every letter but a word's
 first can be learned. The loss is the mean of the seeds, over the last tenth of their steps, with a 95 % interval of

@@ -13,7 +13,7 @@ def sweep(study: Positional[Path], retry: bool = False, workers: int | None = No
     Args:
         study: TOML: a base configuration, what varies, seeds, search (grid, random, halving), budget, where to run.
         retry: train runs that have failed once more.
-        workers: runs at once on this machine, in place of the study's [where].
+        workers: runs at once on this machine, in place of what the study's [where] says.
         gpus: CUDA_VISIBLE_DEVICES of each worker in turn, in place of it too: more workers than GPUs share them.
     """
     import dataclasses
@@ -26,7 +26,11 @@ def sweep(study: Positional[Path], retry: bool = False, workers: int | None = No
 
     of = Study.load(study)
     if workers is not None or gpus:
-        of = dataclasses.replace(of, where=Local(workers=workers, gpus=gpus))
+        there = of.where if isinstance(of.where, Local) else Local()
+        where = dataclasses.replace(
+            there, workers=there.workers if workers is None else workers, gpus=gpus or there.gpus
+        )
+        of = dataclasses.replace(of, where=where)
     try:
         entries = run_study(of, retry=retry)
     except Interrupted:

@@ -78,8 +78,9 @@ class Leader:
         self.engine, self._group = engine, group
         self._news: list[Any] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
 
     def add(self, prompt_token_ids: Rows[int], params: SamplingParams) -> "Request":
         request = self.engine.add(prompt_token_ids, params)
@@ -102,12 +103,16 @@ class Leader:
 
 @contextlib.contextmanager
 def leading(engine: "Engine") -> Iterator["Engine | Leader"]:
-    """The engine itself, or of a divided model one whose requests and steps are those of the other ranks too."""
+    """The engine itself, or of a divided model one whose requests and steps are those of the other ranks too.
+
+    After an error the others are told nothing: they may wait in the middle of a step, and end when this process does.
+    """
     if not is_divided(engine.model):
         yield engine
         return
-    with contextlib.closing(Leader(engine, _waiting_group())) as leader:
-        yield leader
+    leader = Leader(engine, _waiting_group())
+    yield leader
+    leader.close()
 
 
 def follow(engine: "Engine") -> None:

@@ -19,7 +19,7 @@ class Memory:
 
     weights: int
     gradients: int = 0
-    """Of a step that is one micro-batch they come as activations go: what they take beyond those."""
+    """Of a step that is one micro-batch they come as activations go: what they and the last block take beyond those."""
     optimizer: int = 0
     casts: int = 0
     """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward."""
@@ -72,17 +72,19 @@ def training_memory(
     )
     if compiled and gradient_checkpointing in KEEPS_ALL:
         activations -= tokens * sum(_computed_again(block, config.d_model, width) for block in config.blocks)
+    block_bytes = last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
     if gradient_checkpointing not in KEEPS_ALL:  # the logits are gone when the first block is recomputed
-        block_bytes = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         if gradient_checkpointing == "selective":
             kept = {block: products_bytes(block, config.d_model, width) for block in set(config.blocks)}
             activations += tokens * sum(kept[block] for block in config.blocks)
             block_bytes -= min(kept.values())
         activations += max(0, tokens * block_bytes - logits)
     gradients = weight_bytes * parameters
+    if not accumulated:  # all that has come when one block is left
+        gradients = max(0, gradients + tokens * last - activations - logits)
     return Memory(
         weights=weight_bytes * parameters,
-        gradients=gradients if accumulated else max(0, gradients - activations - logits),
+        gradients=gradients,
         optimizer=round(optimizer_bytes * parameters),
         casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,

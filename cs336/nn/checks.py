@@ -5,9 +5,9 @@ from typing import Any
 
 
 def check_counts(*, optional: bool = False, **values: Any) -> None:
-    """Raises ValueError for a value that is not a positive integer; optional ones may be None."""
+    """Raises ValueError for a value that is not a positive integer of 64 bits; optional ones may be None."""
     for name, value in values.items():
-        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
         if not (valid or (optional and value is None)):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 

@@ -7,16 +7,15 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.ops import registry
-from cs336.ops.linear_few_rows import pays
+from cs336.ops.linear_few_rows import keeps_weights, pays
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear with weights that no kernel has just written; inside cs336.invariant() ops.linear_invariant, and
-    ops.linear_few_rows where that is faster."""
+    """F.linear; inside cs336.invariant() ops.linear_invariant, and ops.linear_few_rows where that is faster."""
     if registry.is_invariant():
         return ops.linear_invariant(x, weight, bias)
     if pays(x, weight, bias):
-        return ops.linear_few_rows(x, weight, bias, constant=True)
+        return ops.linear_few_rows(x, weight, bias, constant=keeps_weights(x))
     return F.linear(x, weight, bias)
 
 

@@ -15,6 +15,7 @@ from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear
 from cs336.ops import registry
+from cs336.ops.linear_few_rows import keeps_weights
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
 
 QuantMethod = Literal["int8", "int4", "fp8"]
@@ -117,10 +118,11 @@ class QuantizedLinear(nn.Module):
             raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = x if self.order is None else x.index_select(-1, self.order)
+        constant = keeps_weights(x)
         if self.method == "fp8":
-            return ops.linear_fp8(x, self._kept, self.scales, bias, group=self.group, constant=True)
+            return ops.linear_fp8(x, self._kept, self.scales, bias, group=self.group, constant=constant)
         op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
-        return op(x, self._kept, self.scales, bias, group=self.group, zeros=self.zeros, constant=True)
+        return op(x, self._kept, self.scales, bias, group=self.group, zeros=self.zeros, constant=constant)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"

@@ -27,8 +27,8 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, co
     Args:
         x: (..., K) floating point.
         weight: (N, K) like x; bias: (N,) like x, or None.
-        constant: a promise that the kernel before this one on the stream does not write weight, which is then read
-            while that one still runs. Parameters keep it while a model runs.
+        constant: a promise that none of the kernels just before this one on the stream writes weight, which is then
+            read while they still run: not the last one, whatever made it, nor those that it may overlap itself.
 
     Returns y (..., N) like x, summed in float32. Without gradients: where one is wanted torch's own function runs. The
     native kernel gives a row the same bits whatever the others are.
@@ -65,14 +65,20 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return registry.why_not("linear_few_rows", "native", rows(x.reshape(M, -1)), rows(weight), bias) is None
 
 
+def keeps_weights(x: Tensor) -> bool:
+    """Whether a layer may promise `constant` of its parameters: in a graph that is captured, where what stands before
+    it is the model. Called on its own, the kernel before may be an optimizer's, or a copy into the parameter."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
     """Why the native kernels, of weights of any kind, do not take these rows."""
     if x.dtype not in HALVES:
         return f"the native kernel takes float16 and bfloat16, not {x.dtype}"
     if x.shape[0] > MOST_ROWS:
         return f"the native kernel takes up to {MOST_ROWS} rows, not {x.shape[0]}"
-    if x.shape[1] > MOST_FEATURES:
-        return f"the native kernel takes up to {MOST_FEATURES} features, not {x.shape[1]}"
+    if not 0 < x.shape[1] <= MOST_FEATURES:
+        return f"the native kernel takes from 1 up to {MOST_FEATURES} features, not {x.shape[1]}"
     for name, t in (("x", x), ("weight", weight)):
         if not _is_aligned(t):
             return f"the native kernel takes rows of {name} that start at multiples of 16 bytes, not {_where(t)}"

@@ -76,7 +76,8 @@ def linear_fp8(
 ) -> Tensor:
     """A linear layer of fp8 weights: as linear_int8, with weight (N, K) float8_e4m3fn of finite numbers and no zeros.
     group None: a row shares one scale, (N, 1)."""
-    group = x.shape[-1] if group is None and x.dim() else group or 1
+    if group is None:
+        group = x.shape[-1] if x.dim() else 1
     return _call("linear_fp8", ref.dequantize_fp8, x, weight, scales, bias, group, None, constant)
 
 

@@ -7,6 +7,7 @@ whichever parameters a rank uses: a bucket waits for those before it.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cs336.parallel.collectives import MB, all_reduce, broadcast_all, buckets, check_alike, describe
 
@@ -77,7 +80,7 @@ class DDP(nn.Module):
 
     Parameters and buffers become rank 0's here; afterwards buffers are each rank's own. Tied parameters travel once,
     frozen ones never. `.module` is the wrapped module: save `.module.state_dict()`. Gradients are averaged as long as
-    the wrapper is kept.
+    the wrapper is kept; a backward after that warns.
 
     Args:
         module: the same on every rank, on the device it trains on.
@@ -164,18 +167,35 @@ class DDP(nn.Module):
             self._syncing = before
 
 
+Hook = tuple[weakref.WeakMethod, RemovableHandle]
+_HOOKS = WeakTensorKeyDictionary()  # Tensor -> list[Hook], of when_complete
+
+
 def when_complete(p: Tensor, method: Callable[..., None], *args: Any) -> None:
     """Call an object's method each time that a backward has made p's gradient, for as long as there is the object.
 
     A hook that held the object would keep it, and p with it, for good: no garbage collector looks into such hooks.
+    Where several processes train, a gradient that comes when the object is gone warns, unless another has p by then.
     """
-    weak = weakref.WeakMethod(method)
+    weak, name = weakref.WeakMethod(method), method.__qualname__.partition(".")[0]
 
     def hook(_: Tensor) -> None:
         if (alive := weak()) is not None:
             alive(*args)
+        elif dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"the {name} that averaged this model's gradients over the ranks is gone, and they are this rank's own "
+                f"now: keep the {name} for as long as the model trains",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-    p.register_post_accumulate_grad_hook(hook)
+    before: list[Hook] = _HOOKS.get(p, [])
+    for other, handle in before:
+        if other() is None:
+            handle.remove()
+    living = [(other, handle) for other, handle in before if other() is not None]
+    _HOOKS[p] = [*living, (weak, p.register_post_accumulate_grad_hook(hook))]
 
 
 def divide(params: Sequence[Tensor], bucket_mb: float | None) -> Iterator[list[Tensor]]:

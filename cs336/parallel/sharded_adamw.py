@@ -36,7 +36,8 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     Parameters become rank 0's, and views of flat buckets: move or cast a model before. `.grad` is there until its
     bucket travels. A parameter that no rank has a gradient of is left alone, with its state; frozen ones never travel.
-    Options in `param_groups` hold from the next step.
+    Options in `param_groups` hold from the next step. Drop the optimizer, and gradients are each rank's own: a
+    backward then warns.
 
     Args:
         params: tensors or groups, contiguous float32 or bfloat16 on one device, the same on every rank.

@@ -45,7 +45,7 @@ class Gate:
         try:
             await self._admit(scope, headers)
             length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > self._max_body_bytes:
+            if not length.isdigit() or len(length) > 18 or int(length) > self._max_body_bytes:
                 raise self._too_large()
         except HTTPException as error:  # the body is not read, so that nothing may follow it
             closing = {"Connection": "close"} | dict(error.headers or {})

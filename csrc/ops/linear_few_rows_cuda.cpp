@@ -43,8 +43,8 @@ void check_product(const Tensor& x, const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float16 or bfloat16");
   STD_TORCH_CHECK(x.size(0) <= cuda::kMostRows, "x must have at most ", cuda::kMostRows, " rows, got ", x.size(0));
-  STD_TORCH_CHECK(x.size(1) <= cuda::kMostFeatures, "x must have at most ", cuda::kMostFeatures, " features, got ",
-                  x.size(1));
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(1) <= cuda::kMostFeatures, "x must have 1 to ", cuda::kMostFeatures,
+                  " features, got ", x.size(1));
   STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(1) * per_byte == x.size(1), "weight must be (N, ",
                   x.size(1) / per_byte, ") in this op's dtype");
   STD_TORCH_CHECK(weight.size(0) < INT32_MAX / 2, "weight must have fewer than 2^30 rows");

@@ -116,6 +116,22 @@ def test_the_verb_says_where_in_place_of_the_study(tmp_path, monkeypatch):
     assert asked == [Here(), Local(workers=8, gpus=(0,)), Local(gpus=(0, 1))]
 
 
+def test_the_verb_leaves_the_rest_of_where_as_it_is(tmp_path, monkeypatch, capsys):
+    """Eight workers on the GPUs that the study names, not all on the first."""
+    where = {"kind": "local", "workers": 4, "gpus": [2, 3], "threads": 1}
+    (tmp_path / "study.toml").write_text(
+        configs.dumps({"directory": str(tmp_path / "s"), "base": base(tmp_path), "where": where})
+    )
+    (tmp_path / "s").mkdir()
+    asked = []
+    monkeypatch.setattr("cs336.experiments.run_study", lambda of, retry: asked.append(of.where) or [])
+    for options in (["--workers", "8"], ["--gpus", "0"]):
+        assert main(["sweep", str(tmp_path / "study.toml"), *options]) == 0
+    assert asked == [Local(workers=8, gpus=(2, 3), threads=1), Local(workers=4, gpus=(0,), threads=1)]
+    assert main(["sweep", str(tmp_path / "study.toml"), "--workers", "0"]) == 2
+    assert "workers and threads must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", STUDY_VERBS)
 def test_help_of_each_study_verb(verb, capsys):
     with pytest.raises(SystemExit) as stop:

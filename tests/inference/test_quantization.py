@@ -11,6 +11,7 @@ from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.load import load_model
 from cs336.inference.quantization import compress, quantize_
+from cs336.inference.quantization.rounding import nearest_fp8
 from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
 from cs336.nn import AttentionConfig, GELUConfig, LatentAttentionConfig, MoEConfig, QuantizedLinear
 from cs336.tokenizer import Tokenizer
@@ -62,6 +63,16 @@ def test_perplexity_and_size(trained, directory, tmp_path, method, group, most):
     assert found.bytes_after < size < found.bytes_after + 10_000
     again = quantize_(load_model(directory), method, group).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_fp8_rounds_small_rows_as_well_as_large_ones(dtype):
+    """float16 has no scale as small as theirs; a row of zeros stays one."""
+    weight = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    weight_NK = torch.stack([weight * size for size in (1, 1e-2, 1e-4, 0)]).to(dtype)
+    found = nearest_fp8(weight_NK, 64).dequantized(64)
+    error_N = (found - weight_NK.float()).norm(dim=1) / weight_NK.float().norm(dim=1).clamp(1e-30)
+    assert error_N.max() < 0.035
 
 
 def test_a_saved_model_is_the_same_in_any_dtype_and_may_be_saved_again(directory, tmp_path):

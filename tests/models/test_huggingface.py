@@ -250,7 +250,7 @@ def test_the_width_that_rates_were_chosen_at_goes_round(tmp_path, changes):
     assert content["model_type"] == ("cs336" if changes else "llama")
 
 
-@pytest.mark.parametrize("width", [0, 1.5, "wide"])
+@pytest.mark.parametrize("width", [0, 1.5, "wide", 10**400])
 def test_a_width_that_is_none_is_refused(tmp_path, width):
     save_pretrained(make(), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -163,6 +163,7 @@ def fp8_group(read=None, **changes):
         ({f"{NAME}.input_scale": torch.ones(1)}, {}, "unknown weights: .*input_scale"),
         ({}, fp8_group(strategy="tensor"), r"weight_scale has shape \(\d+, 1\), config.json means \(1,\)"),
         ({}, fp8_group(strategy="block", block_structure=[128, 0]), "weights.strategy = "),
+        ({}, fp8_group(strategy="block", block_structure=[1, 10**30]), "group must be a positive integer"),
         ({}, fp8_group(strategy="group", group_size=16), "weights.strategy = "),
         ({}, fp8_group(num_bits=4), "symmetric floats of 8 bits"),
         ({}, fp8_group({"num_bits": 8, "dynamic": False}), "input_activations = "),
@@ -175,20 +176,22 @@ def test_fp8_that_does_not_fit_is_refused_by_name(change, said, message, tmp_pat
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["tensor", "block"])
-def test_fp8_scales_of_a_tensor_and_of_blocks_are_read(strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "rows", "columns"), [("tensor", None, None), ("block", 48, 32), ("block", 10**12, 2**62)]
+)
+def test_fp8_scales_of_a_tensor_and_of_blocks_are_read(strategy, rows, columns, tmp_path):
     save_pretrained(make("fp8", None), tmp_path, quantized_as="compressed-tensors")
     names = [n for n in load_file(tmp_path / "model.safetensors") if n.endswith("weight_scale")]
     weights = load_file(tmp_path / "model.safetensors")
     change = {}
     for name in names:
         N, K = weights[name.removesuffix("_scale")].shape
-        change[name] = torch.rand(1 if strategy == "tensor" else (-(-N // 48), -(-K // 32))) + 1
+        change[name] = torch.rand(1 if rows is None else (-(-N // rows), -(-K // columns))) + 1
     dynamic = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
-    edited(tmp_path, change, **fp8_group(dynamic, strategy=strategy, block_structure=[48, 32]))
+    edited(tmp_path, change, **fp8_group(dynamic, strategy=strategy, block_structure=[rows, columns]))
     q, scale = weights[f"{NAME}.weight"].float(), change[f"{NAME}.weight_scale"]
-    if strategy == "block":
-        scale = scale.repeat_interleave(48, 0)[:192].repeat_interleave(32, 1)[:, :64]
+    if rows is not None:
+        scale = scale.repeat_interleave(min(rows, 192), 0)[:192].repeat_interleave(min(columns, 64), 1)[:, :64]
     torch.testing.assert_close(from_pretrained(tmp_path).layers[1].mlp.up_proj.weight, q * scale)
 
 

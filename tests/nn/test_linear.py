@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from cs336 import ops
 from cs336.nn import Linear
 from cs336.nn.linear import join, joined
+from cs336.nn.quantized import QuantizedLinear
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import pays
 
@@ -124,9 +125,34 @@ def test_few_rows_go_to_their_op_in_inference_alone(monkeypatch):
         join(layers)
         monkeypatch.setattr("cs336.nn.linear.pays", lambda x, weight, bias: len(weight) != 6)
         assert all(torch.equal(a, b) for a, b in zip([layer(x) for layer in layers], want, strict=True))
-        assert calls == [((3, 8), True)]
+        assert calls == [((3, 8), False)]
         torch.testing.assert_close(list(joined(x, layers)), want)
-        assert calls == [((3, 8), True)] * 2
+        assert calls == [((3, 8), False)] * 2
+
+
+def test_layers_promise_constant_weights_in_captured_graphs_alone(monkeypatch):
+    """Called on its own, a layer may follow the kernel that has just written its weight."""
+    promised = []
+
+    def op(x, weight, *args, constant=False, **options):
+        promised.append(constant)
+        return x.new_zeros(*x.shape[:-1], 4)
+
+    for name in ("linear_few_rows", "linear_int8", "linear_int4", "linear_fp8"):
+        monkeypatch.setattr(ops, name, op)
+    monkeypatch.setattr("cs336.nn.linear.pays", lambda *args: True)
+    x = torch.randn(3, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+    layers = [QuantizedLinear(8, 4, method, None, device=x.device) for method in ("int8", "int4", "fp8")]
+    layers.append(Linear(8, 4, device=x.device))
+    with torch.no_grad():
+        for layer in layers:
+            layer(x)
+        assert promised == [False] * 4
+        if x.is_cuda:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                for layer in layers:
+                    layer(x)
+            assert promised[4:] == [True] * 4
 
 
 def test_what_the_few_row_kernel_is_not_asked_for():

@@ -60,6 +60,38 @@ void check_heads(const AttentionProblem& p) {
     }
 }
 
+// The deterministic backward's turns. Blocks draw tiles in the order dealt and work on what they drew in that order, so
+// that no turn is waited for in vain if a tile waits for those dealt before it alone.
+void check_order(const AttentionProblem& p, int row_tiles, int heads, int section) {
+  std::vector<int> next(heads, 0);
+  for (int index = 0; index < row_tiles * heads; index++) {
+    const auto [head, row_tile] = dealt_tile(index, row_tiles, heads, section);
+    CHECK(head >= 0 && head < heads && row_tile == next[head]++);
+  }
+}
+
+// The key tiles that add to a query tile are neighbours, the first of them that of the first key that its first query
+// sees: so many have added when it is a tile's turn.
+template <bool kLeft, bool kRight>
+void check_turns(const AttentionProblem& p, int left, int right, int queries) {
+  const int offset = p.k_tokens - p.q_tokens;
+  std::vector<int> added(ceil_div(p.q_tokens, queries), 0);
+  for (int key0 = 0; key0 < p.k_tokens; key0 += 128) {
+    const int last_key = std::min(key0 + 128, p.k_tokens) - 1;
+    const auto [first, last] = tiles_that_see<kLeft, kRight>(key0, last_key, offset, p.q_tokens, left, right, queries);
+    CHECK(first >= last || (first >= 0 && last <= static_cast<int>(added.size())));
+    for (int tile = 0; tile < static_cast<int>(added.size()); tile++) {
+      bool sees = false;
+      for (int i = tile * queries; i < std::min((tile + 1) * queries, p.q_tokens); i++)
+        sees |= (!kRight || key0 <= i + offset + right) && (!kLeft || last_key >= i + offset - left);
+      CHECK(sees == (tile >= first && tile < last));
+      if (!sees) continue;
+      const int first_key = kLeft ? std::max(0, tile * queries + offset - left) : 0;
+      CHECK(added[tile]++ == key0 / 128 - first_key / 128);
+    }
+  }
+}
+
 void check_workspace(const AttentionProblem& p) {
   for (bool deterministic : {false, true}) {
     const AttentionBwdWorkspace at(p, deterministic, kSms);
@@ -100,5 +132,20 @@ int main() {
               check_workspace(p);
             }
   AttentionProblem p{};
+  for (int row_tiles : {1, 2, 7, 33})
+    for (int heads : {1, 3, 8, 64})
+      for (int section = 1; section <= heads; section++) check_order(p, row_tiles, heads, section);
+  constexpr int kLengths[] = {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 700}, kUnbounded = 1 << 29;
+  constexpr int kSides[] = {0, 1, 9, 63, 64, 65, 127, 128, 129, 300, kUnbounded};
+  for (int queries : {64, 128})
+    for (int q_tokens : kLengths)
+      for (int k_tokens : kLengths) {
+        p.q_tokens = q_tokens, p.k_tokens = k_tokens;
+        check_turns<false, false>(p, 0, 0, queries);
+        for (int right : kSides) {
+          check_turns<false, true>(p, 0, right, queries);
+          for (int left : kSides) check_turns<true, true>(p, left, right, queries);
+        }
+      }
   CHECK(!find_attention_shape(kAttentionFwdShapes, 80, 80) && !find_attention_shape(kAttentionBwdShapes, 256, 256));
 }

@@ -1,4 +1,4 @@
-"""Attention's launch plans, where there is a C++ compiler: tiles, sections, splits and workspace of many shapes."""
+"""Attention's launch plans, where there is a C++ compiler: tiles, order, turns, splits and workspace of many shapes."""
 
 import os
 import pathlib

@@ -87,6 +87,7 @@ def test_what_the_native_kernel_does_not_take_is_said():
         ((x.float(), w.float()), "float16 and bfloat16, not torch.float32"),
         ((torch.zeros(65, 40, dtype=BF16), w), "up to 64 rows, not 65"),
         ((torch.zeros(1, 57352, dtype=BF16), torch.zeros(1, 57352, dtype=BF16)), "up to 57344 features, not 57352"),
+        ((x[:, :0], w[:, :0]), "from 1 up to 57344 features, not 0"),
         ((x[:, :36], w[:, :36]), r"rows of x .* multiples of 16 bytes, not \(64, 36\)"),
         ((x[:, 1:33], w[:, :32]), "rows of x .* from element 1 on"),
         ((x[:, :32].contiguous(), w[:, 4:36]), "rows of weight .* from element 4 on"),

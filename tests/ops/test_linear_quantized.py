@@ -163,6 +163,8 @@ def test_refuses_what_does_not_fit(variant, device):
         ops.linear_int4(x, packed, scales, group=3)
     with pytest.raises(ValueError, match="group must be 1 or more"):
         ops.linear_int8(x, q, scales, group=0)
+    with pytest.raises(ValueError, match="group must be 1 or more"):
+        ops.linear_fp8(x, q.to(torch.float8_e4m3fn), torch.ones(4, 16, device=device), group=0)
 
 
 @pytest.mark.parametrize("method", OPS)

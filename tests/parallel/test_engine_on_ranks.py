@@ -77,27 +77,55 @@ def asked(engine):
     later = [engine.add(PROMPTS[1], ENDING), engine.add(PROMPTS[0], SamplingParams(max_tokens=9, seed=3))]
     while engine.busy:
         engine.step()
-    said = [r.output().outputs[0].token_ids for r in (*first, *later)]
-    return said, (engine.stats.steps, engine.stats.finished, engine.cache.in_use)
+    return [r.output().outputs[0].token_ids for r in (*first, *later)]
+
+
+def counts(engine):
+    return engine.stats.steps, engine.stats.finished, engine.cache.in_use
 
 
 def one_is_asked(rank, directory):
     llm = LLM(directory, device="cpu", tensor_parallel=True, **OPTIONS)
     if rank:
         ranks.follow(llm.engine)
-        stats = llm.engine.stats
-        return [], (stats.steps, stats.finished, llm.engine.cache.in_use)
+        return [], counts(llm.engine)
     with ranks.leading(llm.engine) as engine:
-        return asked(engine)
+        return asked(engine), counts(llm.engine)
 
 
 def test_ranks_follow_the_one_that_is_asked(tmp_path, directory):
-    (said, counts), (_, followed) = on_two_ranks(functools.partial(one_is_asked, directory=directory), tmp_path)
+    (said, led), (_, followed) = on_two_ranks(functools.partial(one_is_asked, directory=directory), tmp_path)
     llm = LLM(directory, device="cpu", **OPTIONS)
     with ranks.leading(llm.engine) as engine:
         assert engine is llm.engine
-        assert asked(engine) == (said, counts)
-    assert followed == counts
+        assert asked(engine) == said
+    assert led == followed == counts(llm.engine)
+
+
+def fails_in_a_step(rank, directory):
+    llm = LLM(directory, device="cpu", tensor_parallel=True, **OPTIONS)
+    if rank:
+        return error_of(lambda: ranks.follow(llm.engine))
+
+    def launch(step):
+        raise MemoryError("no room")
+
+    def serve():
+        with ranks.leading(llm.engine) as engine:
+            engine.add(PROMPTS[0], GREEDY)
+            llm.engine.runner.launch = launch
+            with pytest.raises(MemoryError, match="no room"):
+                engine.step()
+            raise ValueError("the engine has failed")
+
+    return error_of(serve)
+
+
+def test_a_rank_that_fails_waits_for_no_other(tmp_path, directory):
+    """The other one is then in the middle of a step, and asks for nothing."""
+    first, second = on_two_ranks(functools.partial(fails_in_a_step, directory=directory), tmp_path)
+    assert first == "ValueError: the engine has failed"
+    assert "RuntimeError" in second
 
 
 def undivided(rank, directory):

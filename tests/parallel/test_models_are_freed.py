@@ -1,11 +1,13 @@
 """A model that nothing uses any more is freed, whatever divided it: a run that goes back makes another."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import on_two_ranks
 from torch import nn
 
 from cs336.parallel import DDP, FSDP, ShardedAdamW
@@ -41,3 +43,41 @@ def test_a_model_is_freed(world, kind):
     p = stepped(kind)
     gc.collect()
     assert p() is None
+
+
+def said(p):
+    """What a backward of p says."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (p * 1).sum().backward()
+    return [str(warning.message) for warning in caught]
+
+
+def dropped(rank):
+    """What a backward says after DDP, and after an optimizer, are dropped, and when others have come."""
+    found = []
+    for make in (DDP, lambda model: ShardedAdamW(model.parameters())):
+        model = nn.Linear(1, 1, bias=False)
+        make(model)
+        gc.collect()
+        found.append(said(model.weight))
+        model.weight.grad = None
+        with make(model).no_sync():
+            found.append(said(model.weight))
+    return found
+
+
+def test_gradients_that_nothing_averages_any_more_are_said(tmp_path):
+    """Ranks would train apart, in silence."""
+    for ddp, ddp_again, adamw, adamw_again in on_two_ranks(dropped, tmp_path):
+        (message,), (other,) = ddp, adamw
+        assert "the DDP that averaged this model's gradients over the ranks is gone" in message
+        assert "keep the ShardedAdamW for as long as the model trains" in other
+        assert ddp_again == adamw_again == []
+
+
+def test_one_process_has_nothing_to_say(world):
+    model = nn.Linear(1, 1)
+    DDP(model)
+    gc.collect()
+    assert said(model.weight) == []

@@ -60,7 +60,7 @@ def nearest_fp8(weight_NK: Tensor, group: int) -> QuantizedWeight:
     G, most = -(-K // group), torch.finfo(FP8).max
     w_NGE = nn.functional.pad(wide(weight_NK), (0, G * group - K)).view(N, G, group)
     scales_NG = (w_NGE.abs().amax(-1) / most).to(weight_NK.dtype)
-    scales_NG = scales_NG.masked_fill(scales_NG == 0, 1)
+    scales_NG = scales_NG.clamp(torch.finfo(scales_NG.dtype).tiny)  # float16's below are coarse, or 0
     q_NGE = (w_NGE / scales_NG.to(w_NGE.dtype)[..., None]).clamp(-most, most).to(FP8)
     return QuantizedWeight(q_NGE.view(N, -1)[:, :K].contiguous(), scales_NG)
 

@@ -16,6 +16,7 @@ from cs336.ops.ref.linear_few_rows import linear_few_rows
 def dequantize_int8(q_NK: Tensor, scales_NG: Tensor, group: int, zeros_NG: Tensor | None = None) -> Tensor:
     """The weights (N, K), float32 or as wide as the scales."""
     K, wide = q_NK.shape[1], torch.promote_types(scales_NG.dtype, torch.float32)
+    group = min(group, K)
     w_NK = q_NK.to(wide)
     if zeros_NG is not None:
         w_NK = w_NK - zeros_NG.to(wide).repeat_interleave(group, 1)[:, :K]

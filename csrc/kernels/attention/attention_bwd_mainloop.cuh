@@ -112,11 +112,9 @@ __device__ __forceinline__ void announce(const BwdArgs& a, int index, BwdWork& w
   w.sequence = a.sequences[tile.rows.sequence];
   const Sequence& s = w.sequence;
   const int last_key = min(w.key0 + Tile::kKeys, s.k_length) - 1;
-  int begin = 0, end = s.q_length;  // queries that see some of the keys
-  if (Tile::kMask != Mask::kNone) begin = max(0, w.key0 - s.offset() - a.window.right);
-  if (Tile::kMask == Mask::kWindow) end = min(end, last_key - s.offset() + a.window.left + 1);
-  w.first = begin / Tile::kQueries;
-  w.last = begin < end ? (end + Tile::kQueries - 1) / Tile::kQueries : begin / Tile::kQueries;
+  const QueryTiles tiles = tiles_that_see<Tile::kMask == Mask::kWindow, Tile::kMask != Mask::kNone>(
+      w.key0, last_key, s.offset(), s.q_length, a.window.left, a.window.right, Tile::kQueries);
+  w.first = tiles.first, w.last = tiles.last;
 }
 
 // How many key tiles add to a query tile before this one does: those with smaller keys.
@@ -176,6 +174,8 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
 
 // ---- writer: adds what a warpgroup has staged of dQ ----
 
+// For tiles of smaller keys of the same head. They were dealt before (TileOrder), and a block works on what it drew in
+// the order in which it drew: so the first tile of all that is not done waits for nobody, however few blocks there are.
 __device__ __forceinline__ void await_turn(const int* turns, int turn) {
   int done;
   do {

@@ -73,6 +73,30 @@ struct AttentionBwdWaves {
   }
 };
 
+// Which head and which of its row tiles is dealt out as number `index`: heads in sections, and within a section all
+// heads of one row tile before the next. A head's tiles are dealt in their order, on which the backward's turns rely.
+struct DealtTile {
+  int head, row_tile;
+};
+constexpr DealtTile dealt_tile(int index, int row_tiles, int heads, int section) {
+  const int per_section = section * row_tiles, s = index / per_section, r = index - s * per_section;
+  const int width = std::min(section, heads - s * section);
+  return {s * section + r % width, r / width};
+}
+
+// The tiles [first, last) of `queries` queries that see some of the keys from key0 to last_key: query i of a sequence
+// sees from i + offset - left to i + offset + right, where there are these ends.
+struct QueryTiles {
+  int first, last;
+};
+template <bool kLeft, bool kRight>
+constexpr QueryTiles tiles_that_see(int key0, int last_key, int offset, int q_length, int left, int right,
+                                    int queries) {
+  const int begin = kRight ? std::max(0, key0 - offset - right) : 0;
+  const int end = kLeft ? std::min(q_length, last_key - offset + left + 1) : q_length;
+  return {begin / queries, begin < end ? (end + queries - 1) / queries : begin / queries};
+}
+
 // The forward of short sequences with D = 128, not packed: what was measured of tiles of 128 rows in blocks of 128 keys
 // is 316 for 298 TFLOP/s (512 tokens) and 469 for 425 (1k), but 582 for 610 (2k).
 inline constexpr AttentionFwdShape kAttentionFwdShort{128, 128, 2, 128, 2};

@@ -89,9 +89,8 @@ struct TileOrder {
   // The tile dealt out as number `index`, the last row tile of a head first.
   template <bool kLastFirst>
   __device__ __forceinline__ Tile tile(int index, int heads_of_batch, int rows) const {
-    const int per_section = section * row_tiles, s = index / per_section, r = index - s * per_section;
-    const int width = min(section, heads - s * section);
-    const int head = s * section + r % width, place = kLastFirst ? row_tiles - 1 - r / width : r / width;
+    const auto [head, nth] = dealt_tile(index, row_tiles, heads, section);
+    const int place = kLastFirst ? row_tiles - 1 - nth : nth;
     if (packed) return {packed[place], head};
     const int batch = head / heads_of_batch;
     return {{batch, place * rows}, head - batch * heads_of_batch};

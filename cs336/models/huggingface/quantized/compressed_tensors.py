@@ -117,7 +117,7 @@ class CompressedTensors:
         N, K, G, bits = out_features, in_features, self.scheme.groups(in_features), self.scheme.bits
         if self.scheme.method == "fp8":
             scales = tensors.scales("weight_scale", (1,) if self.rows is None else (-(-N // self.rows), G)).view(-1, G)
-            scales = scales.repeat_interleave(self.rows or N, 0)[:N].contiguous()
+            scales = scales.repeat_interleave(min(self.rows or N, N), 0)[:N].contiguous()
             return QuantizedWeight(tensors.floats("weight", (N, K)), scales)
         many, half = 32 // bits, 2 ** (bits - 1)
         shape = tensors.take("weight_shape", (2,), torch.int64, torch.int32)

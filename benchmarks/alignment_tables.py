@@ -1,0 +1,44 @@
+"""The tables of benchmarks/report.py that say what alignment reaches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def align_ladder(rows: list[Row]) -> Iterator[str]:
+    """A row for each rung, with a value a seed."""
+    yield "| rung | by | start | end | optimum | steps | CPU seconds of reinforcement | of SFT before | seeds |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    for name in dict.fromkeys(row["rung"] for row in rows):
+        found = [row for row in rows if row["rung"] == name]
+        start, end = (", ".join(f"{row[key]:.3f}" for row in found) for key in ("start", "end"))
+        took, before = (", ".join(f"{row[key]:.0f}" for row in found) for key in ("cpu_seconds", "sft_cpu_seconds"))
+        seeds, first = ", ".join(str(row["seed"]) for row in found), found[0]
+        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, seeds)
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def sft(rows: list[Row]) -> Iterator[str]:
+    """A row for each way to make the same pass."""
+    (ours,) = (row["tokens_per_second"] for row in rows if row["way"] == "cs336 sft")
+    yield f"{rows[0]['examples']} examples of {rows[0]['tokens']:,} tokens"
+    yield ""
+    yield "| | steps | tokens a second | cs336 is as fast, times |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows:
+        speed = row["tokens_per_second"]
+        yield f"| {row['way']} | {row['steps']} | {speed:,} | {ours / speed:.2f} |"
+
+
+def gsm8k(rows: list[Row]) -> Iterator[str]:
+    """A row a seed, and the gain with the 95 % interval of Student's t."""
+    yield "| seed | SFT | and GRPO | SFT, drawn | and GRPO, drawn | steps of SFT | of GRPO |"
+    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for row in (row for row in rows if "seed" in row):
+        cells = [f"{100 * row[f'{by}_{how}']:.1f} %" for how in ("greedy", "drawn") for by in ("sft", "grpo")]
+        yield f"| {row['seed']} | " + " | ".join([*cells, str(row["sft_steps"]), str(row["grpo_steps"])]) + " |"
+    yield ""
+    for row in (row for row in rows if "gain" in row):
+        spread = "" if row["half_width"] is None else f" ± {100 * row['half_width']:.2f}"
+        yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {rows[0]['tested']:,} questions."
