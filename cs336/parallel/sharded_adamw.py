@@ -279,14 +279,17 @@ class ShardedAdamW(torch.optim.Optimizer):
     def overlap(self, module: nn.Module) -> None:
         """Let a step return while parameters are still gathered; the module's forward waits for each when it needs it.
 
-        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself for all others,
-        and for those of this optimizer that it does not have. Call `wait` before anything else reads parameters, or
-        captures a CUDA graph; the module's state_dict() and load_state_dict() do so. For modules that run eagerly.
+        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself for those that
+        are used outside of elements too, and for those of this optimizer that it does not have. Call `wait` before
+        anything else reads parameters, or captures a CUDA graph; the module's state_dict() and load_state_dict() do so.
+        For modules that run eagerly.
         """
         parts = [part for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) for part in m]
         of = {p: bucket for bucket in self._buckets for p in bucket.params}
         units = [_distinct([of[p] for p in part.parameters() if p in of]) for part in parts]
-        inside = {p for part in parts for p in part.parameters()}
+        within = {m for part in parts for m in part.modules()}
+        outside = {p for m in module.modules() if m not in within for p in m.parameters(recurse=False)}
+        inside = {p for part in parts for p in part.parameters()} - outside
         root = _distinct([bucket for p, bucket in of.items() if p not in inside])
         self._order = _distinct([*root, *(bucket for unit in units for bucket in unit)])
         for part, needed in zip((module, *parts), (root, *units), strict=True):
