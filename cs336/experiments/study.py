@@ -269,8 +269,9 @@ class Study:
         Raises ValueError, naming the file and the key or the run; `base` may be a path beside the file.
         """
         path = pathlib.Path(path)
+        table = configs.read_table(path)
         try:
-            return Study.from_table(configs.read_table(path), path)
+            return Study.from_table(table, path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -153,7 +153,7 @@ def replace_linears(
     """Put a QuantizedLinear, without values, in the place of each layer that may be quantised; (old, new) by name.
 
     Stacks of experts become lists of them first. names: of the layers, if not all of them.
-    Raises ValueError for an unknown method, a group below 1 or above the features of every layer.
+    Raises ValueError for an unknown method, a group below 1 or above the features of every layer, and quantised layers.
     """
     if method not in METHODS:
         raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
@@ -163,6 +163,8 @@ def replace_linears(
     unstack_experts(layers)
     found = quantizable(layers, names)
     most = max((module.in_features for module in found.values()), default=0)
+    if not found and any(isinstance(module, QuantizedLinear) for module in layers.modules()):
+        raise ValueError("the layers are quantised already: quantise the model that they were made of")
     if not found or (group is not None and group > most):
         raise ValueError(f"there is nothing to quantise in groups of {group}: layers have at most {most} features")
     pairs = {}

@@ -130,8 +130,9 @@ class TrainConfig:
     @staticmethod
     def from_toml(path: str | os.PathLike) -> "TrainConfig":
         """Read a TOML file. Raises ValueError, naming the key, for one that is unknown, missing or of another type."""
+        table = configs.read_table(path)
         try:
-            return TrainConfig.from_table(configs.read_table(path))
+            return TrainConfig.from_table(table)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -37,15 +37,19 @@ BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 def load(kind: type[T], path: str | os.PathLike) -> T:
     """Read a TOML file. Raises ValueError, naming the file and the key, for what does not fit."""
+    table = read_table(path)
     try:
-        return parse(kind, read_table(path))
+        return parse(kind, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def read_table(path: str | os.PathLike) -> Table:
-    """The table that a TOML file is. Raises ValueError for another file."""
-    return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """The table that a TOML file is. Raises ValueError, naming the file, for another."""
+    try:
+        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse(kind: type[T], table: Mapping[str, Any]) -> T:

@@ -201,5 +201,5 @@ def test_what_cannot_be_quantised_is_refused(trained, directory, tmp_path):
     small = quantize_(load_model(directory), "int8", 16)
     with pytest.raises(ValueError, match="no sums in one order"), cs336.invariant():
         small(torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="there is nothing to quantise"):
+    with pytest.raises(ValueError, match="quantised already: quantise the model that they were made of"):
         quantize_(small, "int8", 16)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pydantic
 import pytest
 
-from cs336.utils.config import dumps, keys, load, override, parse, to_table
+from cs336.utils.config import dumps, keys, load, override, parse, read_table, to_table
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,13 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
     (tmp_path / "m.toml").write_text("on = true\n")
     with pytest.raises(ValueError, match=r"m\.toml: missing: layers, mlp"):
         load(Model, tmp_path / "m.toml")
+
+
+def test_a_file_that_is_no_toml_is_named_once(tmp_path):
+    (tmp_path / "broken.toml").write_text("on = true true\n")
+    for read in (read_table, lambda path: load(Model, path)):
+        with pytest.raises(ValueError, match=r"^\S+broken\.toml: Expected newline"):
+            read(tmp_path / "broken.toml")
 
 
 def test_none_in_a_list_cannot_be_written():
