@@ -1,6 +1,6 @@
 """What GRPO adds to SFT on grade-school mathematics: a model is tuned on GSM8K's answers, then learns of a verifier.
 
-    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 240steps] [--grpo 120s] [--out FILE]
+    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
 split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and DRAWS times at
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> Row:
     }
     tuning = configs.parse(SFTConfig, shared | {
         "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
-        "budget": options.sft, "batch_size": 64, "context_length": 1024, "too_long": "drop",
+        "budget": options.sft, "batch_size": 16, "context_length": 1024, "too_long": "drop",
         "optimizer": {"lr": options.sft_lr, "weight_decay": 0.0},
         "schedule": {"kind": "linear", "warmup_steps": 10, "min_lr_ratio": 0.0},
     })  # fmt: skip
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("data", type=pathlib.Path, help='JSON lines of "question" and "answer", .xz or not')
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft", default="240steps", help="budget of SFT (%(default)s)")
+    parser.add_argument("--sft", default="160steps", help="budget of SFT (%(default)s)")
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
