@@ -8,15 +8,17 @@ Row = dict[str, Any]
 
 def align_ladder(rows: list[Row]) -> Iterator[str]:
     """A row for each rung, with a value a seed."""
-    yield "| rung | by | start | end | optimum | steps | CPU seconds of reinforcement | of SFT before | seeds |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    heads = ("rung", "by", "start", "end", "optimum", "steps", "CPU seconds of reinforcement", "of SFT before")
+    yield "| " + " | ".join([*heads, "both, by the clock", "seeds"]) + " |"
+    yield "| --- | --- | " + "---: | " * 7 + "--- |"
     for name in dict.fromkeys(row["rung"] for row in rows):
         found = [row for row in rows if row["rung"] == name]
         start, end = (", ".join(f"{row[key]:.3f}" for row in found) for key in ("start", "end"))
         took, before = (", ".join(f"{row[key]:.0f}" for row in found) for key in ("cpu_seconds", "sft_cpu_seconds"))
+        clock = ", ".join(f"{row['seconds'] + row['sft_seconds']:.0f}" for row in found)
         seeds, first = ", ".join(str(row["seed"]) for row in found), found[0]
-        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, seeds)
-        yield "| " + " | ".join(map(str, cells)) + " |"
+        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, clock)
+        yield "| " + " | ".join(map(str, (*cells, seeds))) + " |"
 
 
 def sft(rows: list[Row]) -> Iterator[str]:
