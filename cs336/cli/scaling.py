@@ -1,4 +1,4 @@
-"""`cs336 scaling`: fit a law to finished runs, ask it about others, draw it."""
+"""`cs336 scaling`: fit a law to finished runs, look at how they fit together, ask it about others, draw it."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -7,7 +7,7 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path
 
-Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope"]
+Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step"]
 LOG = Path("forecasts.jsonl")
 
 
@@ -18,12 +18,16 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
         points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row; or the directory
             of a study.
         law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
-            lowest run a budget), envelope (1: training curves).
-        bootstrap: resamples of the runs, for the intervals of approach 3.
+            lowest run a budget), envelope (1: training curves), step (the Step Law: lr = c N^a D^b and batch = c D^b,
+            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best).
+        bootstrap: resamples of the runs, for the intervals of approach 3 and of step.
         out: write it here, for `cs336 scaling predict`.
     """
     from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
 
+    if law == "step":
+        _fit_step(points, bootstrap, out)
+        return
     runs = read_points(points)
     found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
     if law == "chinchilla":
@@ -49,6 +53,47 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
             print(f"{name:10} = {power.coefficient:.4g} C^{power.exponent:.4f}")
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _fit_step(points: Path, bootstrap: int, out: MaybePath) -> None:
+    from cs336.scaling.rates import fit_step_law, read_step_points
+
+    columns = read_step_points(points)
+    rate, batch = fit_step_law(**columns, bootstrap=bootstrap)
+    found: dict[str, Any] = {"law": "step", "points": str(points), "runs": len(columns["lr"])}
+    for name, power in (("lr", rate), ("batch_tokens", batch)):
+        numbers = {"coefficient": power.coefficient, **power.exponents}
+        found[name] = numbers | {f"{key}_interval": power.interval(key) if bootstrap else None for key in numbers}
+        for key, value in numbers.items():
+            low, high = power.interval(key) if bootstrap else (None, None)
+            print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{low:.5g}, {high:.5g}]" if bootstrap else ""))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
+    """Whether the training curves of a study's runs have one shape: a run that leaves it was set otherwise than others.
+
+    Args:
+        study: the directory of a study, which `cs336 sweep` trained.
+        law: what `fit --out` wrote of it, for its E.
+        parts: of a run, over each of which the training loss is averaged.
+    """
+    from cs336.experiments import Ledger
+    from cs336.scaling.collapse import collapse as normalized
+    from cs336.scaling.collapse import curve
+    from cs336.scaling.saved import load_fit
+
+    if not (study / "ledger.sqlite").exists():
+        raise ValueError(f"{study} holds no study: expected what `cs336 sweep` writes")
+    entries = [entry for entry in Ledger(study).entries() if entry.state == "done"]
+    curves = [curve(study / "runs" / entry.folder / "metrics.jsonl", parts) for entry in entries]
+    found = normalized(curves, load_fit(law).law.E)
+    for entry, off in zip(entries, found.off_R, strict=True):
+        options = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in entry.options.items())
+        print(f"{100 * off:6.2f} %  seed {entry.seed}, {options}")
+    later = found.deviation_P[parts // 2 :]
+    print(f"deviation over the later half: {100 * later.mean():.2f} %, {100 * later.max():.2f} % at most")
 
 
 def predict(
