@@ -7,11 +7,17 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path
 
-Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step"]
+Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
 LOG = Path("forecasts.jsonl")
 
 
-def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400, out: MaybePath = None) -> None:
+def fit(
+    points: Positional[Path],
+    law: Law = "chinchilla",
+    bootstrap: int = 400,
+    base: MaybePath = None,
+    out: MaybePath = None,
+) -> None:
     """Fit a scaling law to runs, and print it with its 95 % intervals.
 
     Args:
@@ -19,14 +25,21 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
             of a study.
         law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
             lowest run a budget), envelope (1: training curves), step (the Step Law: lr = c N^a D^b and batch = c D^b,
-            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best).
-        bootstrap: resamples of the runs, for the intervals of approach 3 and of step.
+            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
+            (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
+        bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
+        base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
     from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
 
+    if (law == "repeats") != (base is not None):
+        raise ValueError("--law repeats takes --base, a law of runs that do not repeat, and no other law does")
     if law == "step":
         _fit_step(points, bootstrap, out)
+        return
+    if base is not None:
+        _fit_repeats(points, base, bootstrap, out)
         return
     runs = read_points(points)
     found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
@@ -67,6 +80,24 @@ def _fit_step(points: Path, bootstrap: int, out: MaybePath) -> None:
         for key, value in numbers.items():
             low, high = power.interval(key) if bootstrap else (None, None)
             print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{low:.5g}, {high:.5g}]" if bootstrap else ""))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _fit_repeats(points: Path, base: Path, bootstrap: int, out: MaybePath) -> None:
+    from cs336.scaling import fit_repeats, read_points
+    from cs336.scaling.points import read_columns
+    from cs336.scaling.saved import load_fit
+
+    columns, have = read_columns(points, {"unique_tokens": ("unique_tokens", "unique tokens", "u")})
+    if not columns:
+        raise ValueError(f"{points} must have unique_tokens as a column; it has {have}")
+    repeats = fit_repeats(read_points(points), columns["unique_tokens"], load_fit(base).law, bootstrap=bootstrap)
+    found = json.loads(base.read_text(encoding="utf-8"))
+    for name in ("repeat_decay", "excess_decay"):
+        found[name] = getattr(repeats, name)
+        found[f"{name}_interval"] = interval = repeats.interval(name) if bootstrap else None
+        print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -117,12 +148,13 @@ def predict(
     """
     import pathlib
 
-    from cs336.scaling import EPOCH, DataConstrainedLaw
+    from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
     from cs336.scaling.saved import load_fit
 
     fitted = None if law == "epoch" else load_fit(pathlib.Path(law))
     base = EPOCH if fitted is None else fitted.law
-    constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens)
+    decays = EPOCH_FIT.decays if fitted is None else fitted.decays
+    constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens, *decays)
     if (flops is None) == (parameters is None) or (parameters is None) != (tokens is None):
         raise ValueError("say --flops, or --parameters and --tokens")
     if parameters is not None and tokens is not None:

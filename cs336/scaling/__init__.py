@@ -6,6 +6,7 @@ from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflo
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
 from cs336.scaling.points import Points, read_points
 from cs336.scaling.rates import PowerFit, fit_power, fit_step_law
+from cs336.scaling.repeats import Repeats, fit_repeats
 
 __all__ = [
     "EPOCH",
@@ -19,11 +20,13 @@ __all__ = [
     "Points",
     "PowerFit",
     "PowerLaw",
+    "Repeats",
     "collapse",
     "fit_chinchilla",
     "fit_envelope",
     "fit_isoflop",
     "fit_power",
+    "fit_repeats",
     "fit_step_law",
     "read_points",
     "step_law",
