@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> Row:
         "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
         "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
         "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512,
-        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "schedule": {"kind": "constant", "warmup_steps": 0},
         "grpo": {
             "num_generations": 16, "prompts_per_step": 32, "max_tokens": MAX_TOKENS, "loss_type": "dapo",
             "epsilon_high": 0.28, "num_iterations": 2,
