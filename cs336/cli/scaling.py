@@ -15,6 +15,7 @@ def fit(
     points: Positional[Path],
     law: Law = "chinchilla",
     bootstrap: int = 400,
+    huber_delta: float = 1e-3,
     base: MaybePath = None,
     out: MaybePath = None,
 ) -> None:
@@ -28,6 +29,8 @@ def fit(
             of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
             (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
         bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
+        huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. The paper's 0.001
+            is for noise of that size; runs of tiny models have more.
         base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
@@ -44,7 +47,7 @@ def fit(
     runs = read_points(points)
     found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
     if law == "chinchilla":
-        fitted = fit_chinchilla(runs, bootstrap=bootstrap)
+        fitted = fit_chinchilla(runs, huber_delta=huber_delta, bootstrap=bootstrap)
         for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):
             found[name] = getattr(fitted.law, name)
             interval = fitted.interval(name) if bootstrap else None

@@ -26,6 +26,12 @@ def test_fit_then_predict(points, tmp_path, capsys):
     assert main(["scaling", "fit", str(points), "--bootstrap", "50", "--out", str(out)]) == 0
     assert "parameter_exponent" in capsys.readouterr().out
     assert json.loads(out.read_text())["alpha"] == pytest.approx(EPOCH.alpha, rel=0.2)
+    wider = tmp_path / "wider.json"
+    options = ["--bootstrap", "50", "--huber-delta", "0.02", "--out", str(wider)]
+    assert main(["scaling", "fit", str(points), *options]) == 0
+    capsys.readouterr()
+    assert json.loads(wider.read_text())["alpha"] == pytest.approx(EPOCH.alpha, rel=0.2)
+    assert json.loads(wider.read_text())["alpha"] != json.loads(out.read_text())["alpha"]
     assert main(["scaling", "predict", str(out), "--flops", "1e22", "--inference-tokens", "1e12"]) == 0
     said = capsys.readouterr().out
     assert "95 % interval of the parameters" in said
