@@ -16,6 +16,7 @@ def fit(
     law: Law = "chinchilla",
     bootstrap: int = 400,
     huber_delta: float = 1e-3,
+    least_tokens: float = 0.0,
     base: MaybePath = None,
     out: MaybePath = None,
 ) -> None:
@@ -31,6 +32,7 @@ def fit(
         bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
         huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. The paper's 0.001
             is for noise of that size; runs of tiny models have more.
+        least_tokens: runs on fewer are left out: the first tokens teach by another law.
         base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
@@ -45,7 +47,10 @@ def fit(
         _fit_repeats(points, base, bootstrap, out)
         return
     runs = read_points(points)
-    found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
+    runs = runs.take(runs.tokens >= least_tokens)
+    if not len(runs):
+        raise ValueError(f"{points} has no run on {least_tokens:,.0f} tokens or more: lower --least-tokens")
+    found: dict[str, Any] = {"law": law, "points": str(points), "least_tokens": least_tokens, "runs": len(runs)}
     if law == "chinchilla":
         fitted = fit_chinchilla(runs, huber_delta=huber_delta, bootstrap=bootstrap)
         for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):

@@ -41,6 +41,17 @@ def test_fit_then_predict(points, tmp_path, capsys):
     assert loss == pytest.approx(float(EPOCH.loss(1e9, 2e10)), rel=0.02)
 
 
+def test_runs_on_few_tokens_are_left_out(points, tmp_path, capsys):
+    out = tmp_path / "fit.json"
+    command = ["scaling", "fit", str(points), "--bootstrap", "0", "--out", str(out), "--least-tokens"]
+    assert main([*command, "1e10"]) == 0
+    kept = json.loads(out.read_text())["runs"]
+    tokens = [row["compute_budget"] / (6 * row["parameters"]) for row in json.loads(points.read_text())]
+    assert 0 < kept == sum(count >= 1e10 for count in tokens) < len(tokens)
+    assert main([*command, "1e15"]) == 2
+    assert "has no run on 1,000,000,000,000,000 tokens or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("law", ["isoflop", "isoflop-lowest", "envelope"])
 def test_the_other_approaches(points, law, capsys):
     assert main(["scaling", "fit", str(points), "--law", law]) == 0
