@@ -122,16 +122,23 @@ def _nearly(rng: random.Random, question: str) -> str:
 
 
 def _countdowns(rng: random.Random) -> list[Question]:
-    """One for each three digits and target, not below 0, that + and - make of them."""
-    found = list[Question]()
+    """Each three digits and target, not below 0, that + and - make of them, in every order of the digits: the last
+    TESTED are of digits and targets that are asked in no order before."""
+    found = list[list[Question]]()
     for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
         signed = itertools.product((1, -1), repeat=3)
         targets = {sum(s * n for s, n in zip(signs, numbers, strict=True)) for signs in signed if max(signs) > 0}
+        orders = sorted(set(itertools.permutations(numbers)))
         for target in sorted(target for target in targets if target >= 0):
-            asked = ",".join(map(str, rng.sample(numbers, 3)))
-            found.append((f"{asked}:{target}=", {"numbers": list(numbers), "target": target}))
+            answer = {"numbers": list(numbers), "target": target}
+            found.append([(f"{a},{b},{c}:{target}=", answer) for a, b, c in orders])
     rng.shuffle(found)
-    return found
+    tested = list[Question]()
+    while len(tested) < TESTED:
+        tested += found.pop()
+    learned = [question for orders in found for question in orders]
+    rng.shuffle(learned)
+    return learned + tested[:TESTED]
 
 
 def _any_expression(rng: random.Random, question: str) -> str:
