@@ -72,8 +72,8 @@ def measure(device: torch.device, steps: int) -> list[Row]:
         print(json.dumps(rows[-1]), flush=True)
 
     torch.manual_seed(0)
-    with torch.device(device):
-        model = Transformer(TransformerConfig(context_length=PROMPT + TOKENS, **SHAPE)).bfloat16().eval()
+    shape = TransformerConfig(context_length=PROMPT + TOKENS, **SHAPE)
+    model = Transformer(shape, device=device, dtype=torch.bfloat16).eval()
     optimizer = AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, rounding="remainder")
     config = GRPOConfig(
         num_generations=GENERATIONS, prompts_per_step=PROMPTS, max_tokens=TOKENS, micro_batch_size=MICRO
