@@ -118,6 +118,8 @@ def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
         law: what `fit --out` wrote of it, for its E.
         parts: of a run, over each of which the training loss is averaged.
     """
+    import numpy as np
+
     from cs336.experiments import Ledger
     from cs336.scaling.collapse import collapse as normalized
     from cs336.scaling.collapse import curve
@@ -127,7 +129,7 @@ def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
         raise ValueError(f"{study} holds no study: expected what `cs336 sweep` writes")
     entries = [entry for entry in Ledger(study).entries() if entry.state == "done"]
     curves = [curve(study / "runs" / entry.folder / "metrics.jsonl", parts) for entry in entries]
-    found = normalized(curves, load_fit(law).law.E)
+    found = normalized(np.array(curves), load_fit(law).law.E)
     for entry, off in zip(entries, found.off_R, strict=True):
         options = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in entry.options.items())
         print(f"{100 * off:6.2f} %  seed {entry.seed}, {options}")

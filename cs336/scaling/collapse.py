@@ -34,7 +34,7 @@ class Collapse:
         return np.sqrt(((later_RP / np.median(later_RP, 0) - 1) ** 2).mean(1))
 
 
-def collapse(losses_RP: Sequence[Sequence[float]] | np.ndarray, E: float) -> Collapse:
+def collapse(losses_RP: Sequence[Sequence[float]] | Sequence[np.ndarray] | np.ndarray, E: float) -> Collapse:
     """Curves of loss over equal parts of each run, normalised by a law's E.
 
     Raises ValueError for fewer than two runs or parts, and for a run that ends at E or below.

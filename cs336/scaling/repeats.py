@@ -64,7 +64,8 @@ def fit_repeats(points: Points, unique_tokens, base: ChinchillaLaw, *, bootstrap
             step = reach * np.linspace(-1, 1, PLACES)
             a, b = (axis.ravel() for axis in np.meshgrid(step, step if excess else [0.0]))
             tried = place + np.stack([a, b], 1)
-            place = tried[np.argmin(cost_K(*np.exp(tried).T, weight_n))]
+            repeat_K, excess_K = np.exp(tried).T
+            place = tried[np.argmin(cost_K(repeat_K, excess_K, weight_n))]
             reach *= CLOSER
         return float(np.exp(place[0])), float(np.exp(place[1]))
 
