@@ -71,6 +71,8 @@ class Rung:
     """What the best answers are worth."""
     prompts: int = 32
     algorithm: str = "grpo"
+    wordings: Callable[[str], list[str]] = lambda question: [question]
+    """Of a question that is learned, each of which is one to learn from."""
     greedy: bool = True
     """Whether the likeliest answers are tested; those that are drawn otherwise."""
 
@@ -122,28 +124,27 @@ def _nearly(rng: random.Random, question: str) -> str:
 
 
 def _countdowns(rng: random.Random) -> list[Question]:
-    """Each three digits and target, not below 0, that + and - make of them, in every order of the digits: the last
-    TESTED are of digits and targets that are asked in no order before."""
-    found = list[list[Question]]()
+    """One for each three digits and target, not below 0, that + and - make of them."""
+    found = list[Question]()
     for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
         signed = itertools.product((1, -1), repeat=3)
         targets = {sum(s * n for s, n in zip(signs, numbers, strict=True)) for signs in signed if max(signs) > 0}
-        orders = sorted(set(itertools.permutations(numbers)))
         for target in sorted(target for target in targets if target >= 0):
-            answer = {"numbers": list(numbers), "target": target}
-            found.append([(f"{a},{b},{c}:{target}=", answer) for a, b, c in orders])
+            asked = ",".join(map(str, rng.sample(numbers, 3)))
+            found.append((f"{asked}:{target}=", {"numbers": list(numbers), "target": target}))
     rng.shuffle(found)
-    tested = list[Question]()
-    while len(tested) < TESTED:
-        tested += found.pop()
-    learned = [question for orders in found for question in orders]
-    rng.shuffle(learned)
-    return learned + tested[:TESTED]
+    return found
 
 
 def _any_expression(rng: random.Random, question: str) -> str:
     a, b, c = rng.sample(question.partition(":")[0].split(","), 3)
     return f"{a}{rng.choice('+-')}{b}{rng.choice('+-')}{c}"
+
+
+def _every_order(question: str) -> list[str]:
+    """Of 428 questions in one order each, half of what is learned is these questions and not how to count."""
+    numbers, _, target = question.partition(":")
+    return [f"{','.join(order)}:{target}" for order in sorted(set(itertools.permutations(numbers.split(","))))]
 
 
 _BANDIT = Rung(
@@ -160,8 +161,8 @@ RUNGS = {
         "two numbers of two digits", _sums, _nearly, (ExactReward(),), max_tokens=4, sft_steps=600, steps=200
     ),
     "countdown": Rung(
-        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=200,
-        steps=250,
+        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=600,
+        steps=250, wordings=_every_order,
     ),
 }  # fmt: skip
 
@@ -242,6 +243,7 @@ class _Job:
         questions = self.rung.questions(rng)
         cut = len(questions) - min(TESTED, len(questions) // 4)
         learned, tested = questions[:cut], questions[cut:] or questions
+        learned = [(wording, answer) for question, answer in learned for wording in self.rung.wordings(question)]
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
         _write(folder / "sft.jsonl", imitated)
