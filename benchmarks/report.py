@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.alignment_tables import align_ladder, gsm8k, sft
+from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md")
@@ -551,6 +551,7 @@ BODIES = {
     "align_ladder": align_ladder,
     "sft": sft,
     "gsm8k": gsm8k,
+    "grpo_step": grpo_step,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "variants": variants,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.alignment_tables import grpo_step
 from benchmarks.end_to_end import bench_grpo
 from cs336.alignment import GRPOConfig
 
@@ -21,3 +22,8 @@ def test_a_step_is_timed_and_its_invariant_twin_has_equal_log_probabilities(tmp_
         assert row["seconds"] == pytest.approx(row["rollout_seconds"] + row["learn_seconds"])
         assert row["rollout_tokens_per_second"] == pytest.approx(42 / row["rollout_seconds"])
     assert (invariant["mode"], invariant["tokens"], invariant["difference_max"]) == ("invariant", 24, 0.0)
+    slow = fast[0] | {"seconds": fast[0]["seconds"] + 100}
+    lines = list(grpo_step([row | {"peak_gib": 1.0} for row in (slow, *fast[1:], invariant)]))
+    assert lines[0] == "6 responses of 7 tokens to prompts of 5"
+    assert lines[4].startswith(f"| {fast[1]['seconds']:.1f} s |")
+    assert lines[-1].endswith(", 0 in invariant mode.")
