@@ -71,8 +71,6 @@ class Rung:
     """What the best answers are worth."""
     prompts: int = 32
     algorithm: str = "grpo"
-    wordings: Callable[[str], list[str]] = lambda question: [question]
-    """Of a question that is learned, each of which is one to learn from."""
     greedy: bool = True
     """Whether the likeliest answers are tested; those that are drawn otherwise."""
 
@@ -141,12 +139,6 @@ def _any_expression(rng: random.Random, question: str) -> str:
     return f"{a}{rng.choice('+-')}{b}{rng.choice('+-')}{c}"
 
 
-def _every_order(question: str) -> list[str]:
-    """Of 428 questions in one order each, half of what is learned is these questions and not how to count."""
-    numbers, _, target = question.partition(":")
-    return [f"{','.join(order)}:{target}" for order in sorted(set(itertools.permutations(numbers.split(","))))]
-
-
 _BANDIT = Rung(
     "the arm of ten that pays most", _arms, lambda rng, _: rng.choice("abcdefghij"),
     (PythonReward("cs336.align_ladder:payout"),), max_tokens=1, sft_steps=20, steps=60, prompts=8, greedy=False,
@@ -161,8 +153,8 @@ RUNGS = {
         "two numbers of two digits", _sums, _nearly, (ExactReward(),), max_tokens=4, sft_steps=600, steps=200
     ),
     "countdown": Rung(
-        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=600,
-        steps=250, wordings=_every_order,
+        "a target of three numbers", _countdowns, _any_expression, (CountdownReward(),), max_tokens=6, sft_steps=200,
+        steps=250,
     ),
 }  # fmt: skip
 
@@ -243,7 +235,6 @@ class _Job:
         questions = self.rung.questions(rng)
         cut = len(questions) - min(TESTED, len(questions) // 4)
         learned, tested = questions[:cut], questions[cut:] or questions
-        learned = [(wording, answer) for question, answer in learned for wording in self.rung.wordings(question)]
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
         _write(folder / "sft.jsonl", imitated)
