@@ -32,6 +32,17 @@ def only_row(contender):
     return rows[0]
 
 
+def test_the_judge_of_a_case_stands_for_the_reference():
+    def broken(x):
+        raise MemoryError("too large")
+
+    triple = lambda x: lambda: (3 * x,)  # noqa: E731
+    judged = dataclasses.replace(case({"ref": broken, "peer": triple}), right=triple)
+    assert "failed" not in harness.rows(judged, CPU, {"peer"}, timed=False)[0]
+    judged = dataclasses.replace(judged, right=lambda x: lambda: (2 * x,))
+    assert "disagrees" in harness.rows(judged, CPU, {"peer"}, timed=False)[0]["failed"]
+
+
 def test_calls_are_taken_in_turn():
     seen = []
     calls = [lambda i=i: seen.append(i) or (i,) for i in range(3)]
