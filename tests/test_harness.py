@@ -150,6 +150,22 @@ def test_peers_that_tune_themselves_wait_to_be_named(monkeypatch):
     assert ran == [{"ref", "native"}, {"quack tuned"}]
 
 
+def test_a_run_that_is_cut_short_leaves_the_rows_that_it_has(tmp_path, monkeypatch):
+    def rows(case, device, only):
+        if case.pass_ == "bwd":
+            raise KeyboardInterrupt
+        return [timed(1.0, "native")]
+
+    monkeypatch.setattr(harness, "rows", rows)
+    cases = [case({}), dataclasses.replace(case({}), pass_="bwd")]
+    module = type("module", (), {"cases": staticmethod(lambda size: cases)})
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    out = tmp_path / "cpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["ops", "rms_norm", "--out", str(out)])
+    assert results.read(out)["rms_norm"]["rows"] == [timed(1.0, "native")]
+
+
 # ---- check ----
 
 
