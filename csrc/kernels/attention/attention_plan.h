@@ -119,6 +119,13 @@ inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   return heads;
 }
 
+// Whether the backward adds to dQ in turns: asked for, or because it is faster, since the first turn needs no zeros
+// (H200, 16 heads: 191 us for 225 of 512 tokens, 361 TFLOP/s for 326 of 1k, 463 for 466 of 2k).
+inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic) {
+  constexpr int kShort = 1024;
+  return deterministic || p.max_q <= kShort;
+}
+
 // Where things are in the backward's workspace, in bytes.
 struct AttentionBwdWorkspace {
   int64_t query_tiles, key_tiles;  // of a head: of a sequence, or of all packed ones
