@@ -131,7 +131,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         numbers[:before] = self._steps
         self._steps = numbers
         self._totals = numbers.new_zeros(1 + first)
-        self._squares = numbers.new_zeros(len(self._buckets) * SQUARES)
+        self._squares = numbers.new_zeros(len(self._buckets) * SQUARES, dtype=torch.float64)
         self._mean = numbers.new_full((), 1 / self._comm.size)
         if self._comm.native:
             for t in (self._totals, self._squares):

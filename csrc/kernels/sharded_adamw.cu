@@ -5,7 +5,6 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/nvtx.h"
-#include "common/reduce.cuh"
 #include "common/rounding.h"
 #include "common/vec.cuh"
 #include "kernels/sharded_adamw.h"
@@ -59,8 +58,10 @@ __global__ void __launch_bounds__(kThreads) sharded_adamw_kernel(const __grid_co
   const Piece piece = table.pieces[which];
   if (!(table.p.used[piece.parameter] > 0.f)) return;
   const float scale = table.hyper.grad_scale ? *table.hyper.grad_scale : 1.f;
-  const AdamwCoefficients coefficients =
-      adamw_coefficients(table.hyper, *table.hyper.lr, table.p.steps[piece.parameter]);
+  __shared__ AdamwCoefficients shared;  // float64 is slow on most GPUs: once a block
+  if (threadIdx.x == 0) shared = adamw_coefficients(table.hyper, *table.hyper.lr, table.p.steps[piece.parameter]);
+  __syncthreads();
+  const AdamwCoefficients coefficients = shared;
 
   const int64_t first = piece.begin + static_cast<int64_t>(blockIdx.x - table.first_chunk[which]) * kChunk;
   const int64_t end = min(first + kChunk, piece.end);
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) sharded_adamw_kernel(const __grid_co
         x = join(p_k.x[k], remainder_k.x[k]);
       else
         x = float(p_k.x[k]);
-      adamw_update(x, float(g_k.x[k]) * scale, m_k.x[k], v_k.x[k], table.hyper, coefficients);
+      adamw_update(x, float(g_k.x[k]), scale, m_k.x[k], v_k.x[k], table.hyper, coefficients);
       if constexpr (kRemainder)
         split(x, p_k.x[k], remainder_k.x[k]);
       else
@@ -94,36 +95,35 @@ __global__ void __launch_bounds__(kThreads) sharded_adamw_kernel(const __grid_co
 }
 
 // Of all threads of the block, in thread 0.
-__device__ float block_sum(float value) {
-  __shared__ float sums[kThreads / 32];
-  float warp[1] = {value};
-  warp_sum(warp);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = warp[0];
+__device__ double block_sum(double value) {
+  __shared__ double sums[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   __syncthreads();
-  float total[1] = {threadIdx.x < kThreads / 32 ? sums[threadIdx.x] : 0.f};
-  if (threadIdx.x < 32) warp_sum(total);
-  return total[0];
+  double total = 0;
+  for (int warp = 0; warp < kThreads / 32; warp++) total += sums[warp];
+  return total;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const T* x, int64_t numel, float* squares) {
+__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const T* x, int64_t numel, double* squares) {
   constexpr int64_t kStride = static_cast<int64_t>(kSquares) * kThreads * kVec<T>;
-  float sum = 0.f;
+  double sum = 0;
   for (int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kVec<T>; i < numel; i += kStride) {
     float values[kVec<T>];
     unpack<T>(load<T>(x, i), values);
 #pragma unroll
-    for (int k = 0; k < kVec<T>; k++) sum += values[k] * values[k];
+    for (int k = 0; k < kVec<T>; k++) sum = fma(double{values[k]}, double{values[k]}, sum);
   }
-  const float total = block_sum(sum);
+  const double total = block_sum(sum);
   if (threadIdx.x == 0) squares[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_partials_kernel(const float* x, int64_t numel, float* total) {
-  float sum = 0.f;
+__global__ void __launch_bounds__(kThreads) sum_partials_kernel(const double* x, int64_t numel, float* total) {
+  double sum = 0;
   for (int64_t i = threadIdx.x; i < numel; i += kThreads) sum += x[i];
   sum = block_sum(sum);
-  if (threadIdx.x == 0) *total = sum;
+  if (threadIdx.x == 0) *total = static_cast<float>(sum);
 }
 
 // ---- launchers ----
@@ -162,7 +162,7 @@ void sharded_adamw(const ShardedAdamwParams& p, const AdamwHyper& hyper, cudaStr
     throw std::invalid_argument("a shard is bfloat16, or float32 without remainder");
 }
 
-void sum_squares(const void* x, int64_t numel, Dtype dtype, float* squares, cudaStream_t stream) {
+void sum_squares(const void* x, int64_t numel, Dtype dtype, double* squares, cudaStream_t stream) {
   NVTX_FN();
   if (dtype == Dtype::F32)
     sum_squares_kernel<<<kSquares, kThreads, 0, stream>>>(static_cast<const float*>(x), numel, squares);
@@ -173,7 +173,7 @@ void sum_squares(const void* x, int64_t numel, Dtype dtype, float* squares, cuda
   CUDA_CHECK(cudaGetLastError());
 }
 
-void sum_partials(const float* x, int64_t numel, float* total, cudaStream_t stream) {
+void sum_partials(const double* x, int64_t numel, float* total, cudaStream_t stream) {
   NVTX_FN();
   sum_partials_kernel<<<1, kThreads, 0, stream>>>(x, numel, total);
   CUDA_CHECK(cudaGetLastError());

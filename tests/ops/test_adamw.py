@@ -105,6 +105,21 @@ def test_numbers(variant, device, changed):
     check_step(make([(1031,)], device), **changed)
 
 
+@pytest.mark.skipif(not CUDA, reason="the CPU kernel fuses products as its compiler likes")
+@pytest.mark.parametrize("step", [1, 7, 1000])
+@pytest.mark.parametrize("beta1", [0.9, 0.0, 0.3])
+@pytest.mark.parametrize("scale", [None, 0.37])
+def test_the_kernel_has_the_bits_of_the_reference(device, step, beta1, scale):
+    start = make(SHAPES, device)
+    found = []
+    for variant in ("native", "ref"):
+        found.append(copied(start))
+        with registry.use(variant):
+            scale_ = None if scale is None else torch.tensor(scale, device=device)
+            adamw_(*found[-1], **HYPER | {"beta1": beta1}, step=step, grad_scale=scale_)
+    assert all(torch.equal(a, b) for a, b in zip(*map(flat, found), strict=True))
+
+
 def test_first_step_from_zero_moments(variant, device):
     params, grads, *_ = make([(257,), (3, 5)], device)
     zeros = [torch.zeros_like(p) for p in params]
