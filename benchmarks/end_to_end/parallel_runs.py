@@ -221,7 +221,7 @@ def large(size: str, device: torch.device) -> Iterator[Row]:
         model = Transformer(config, device=device)
         model.gradient_checkpointing = "full"
         step = divide(model, ids, targets)
-        seconds, peak = timed(step, device, 1, COUNTS[size][0])
+        seconds, peak = timed(step, device, 1, 1)
         speed = dist.get_world_size() * targets.numel() / seconds
         yield row("large", variant, tuple(ids.shape), seconds, peak) | {"tokens_per_second": round(speed, 1)}
         del model, step
