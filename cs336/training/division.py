@@ -58,7 +58,7 @@ class Division:
 
     Args:
         model: whole, the same on every rank, on the device it trains on.
-        config: of the run, which `why_not` does not refuse, with the batch_size of this rank.
+        config: of the run, which `why_not` does not refuse, with the batch_size of this rank; `compile` says whether.
 
     Raises ValueError for processes that do not make up the layout.
     """
@@ -127,9 +127,7 @@ class Division:
             return []
         if parallel.zero >= 2:
             fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
-            if self.config.compile:
-                for layer in self.model.layers:
-                    _compile(layer)
+            self._compile_layers()
             return [fsdp]
         experts = expert_parameters(self.model)
         found: list[DDP | FSDP] = [
@@ -144,10 +142,23 @@ class Division:
         if self.fsdp is not None:
             self.fsdp.split(optimizer)
         elif self.config.parallel.native_step and self.averaged > 1:
-            return ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
+            flat = ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
+            flat.overlap(self.model)
+            self._compile_layers()
+            return flat
         elif self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
+
+    def _compile_layers(self) -> None:
+        """Each by itself: what waits for its weights before it, and lets go of them, is outside."""
+        for layer in self.model.layers if self.config.compile else ():
+            _compile(layer)
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether weights come layer by layer, so that layers are compiled and not what calls them."""
+        return self.fsdp is not None or self.flat is not None
 
     @property
     def trained(self) -> nn.Module:
@@ -248,6 +259,8 @@ class Division:
 
         device: where one that is divided is put together; None: where it trains.
         """
+        if self.flat is not None:
+            self.flat.wait()
         if self.parts is None:
             with contextlib.nullcontext() if self.fsdp is None else self.fsdp.gathered():
                 yield self.model
@@ -271,7 +284,7 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
 
 
 def _compile(layer: nn.Module) -> None:
-    """A layer's forward in training, by itself: what gathers its weights before it and lets go of them is outside."""
+    """A layer's forward in training."""
     eager, compiled = layer.forward, torch.compile(layer.forward)
     layer.forward = lambda *args: (compiled if layer.training else eager)(*args)  # type: ignore[method-assign]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,6 +42,7 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "1f1b": ("dense", {"pipeline": 2}),
         "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
         "native step": ("dense", {"zero": 1, "native_step": True}),
+        "native step compiled": ("dense", {"zero": 1, "native_step": True}, {"compile": True}),
         "native step bf16": ("low", {"zero": 1, "native_step": True}),
         "gpipe": ("muon", {"pipeline": 2, "schedule": "gpipe"}),
     },
@@ -178,6 +180,11 @@ def test_four_ranks_train_as_one_process(root, four, name):
 def test_the_layout_is_announced(two, four):
     assert "parameters on 2 x cpu, tensor 2, (float32)" in two
     assert "parameters on 4 x cpu, data 2, tensor 2, ZeRO-1, (float32)" in four
+
+
+def test_a_run_that_a_signal_stops_is_no_failure_to_torchrun(two):
+    """It would start the processes again."""
+    assert re.findall(r"^moved \d+\.toml:\d+: (\d+)$", two, re.MULTILINE) == ["0"] * 2 * len(MOVES[2])
 
 
 def test_each_rank_writes_what_it_alone_has(root, four):
