@@ -54,7 +54,7 @@ inline AdamwHyper adamw_hyper(const float* lr, const float* grad_scale, double b
           .eps = static_cast<float>(eps)};
 }
 
-// In float64, where 1 - beta^t is -expm1(t log beta): in float32 1 - 0.999 keeps three digits. The only float64 of a step.
+// In float64, where 1 - beta^t is -expm1(t log beta): in float32 1 - 0.999 keeps three digits.
 ADAMW_INLINE AdamwCoefficients adamw_coefficients(const AdamwHyper& h, double lr, double t) {
   return {.decay = static_cast<float>(lr * h.weight_decay),
           .step_size = static_cast<float>(lr / -std::expm1(t * h.log_beta1)),

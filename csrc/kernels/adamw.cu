@@ -9,9 +9,9 @@ namespace cs336::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPack = 4;          // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
-constexpr int kChunk = 4096;      // elements of a block
-constexpr int kMaxTensors = 628;  // as many as fit
+constexpr int kPack = 4;                  // elements a thread moves at once: 16 bytes of fp32, 8 of a 16-bit dtype
+constexpr int kChunk = kThreads * kPack;  // elements of a block: 4.22 TB/s, and 4.12 with four times as many (H200)
+constexpr int kMaxTensors = 628;          // as many as fit
 
 struct AdamwTable {
   void* p[kMaxTensors];

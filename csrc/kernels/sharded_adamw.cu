@@ -1,4 +1,4 @@
-// AdamW on a shard of a flat bucket, and the squares of its gradients. A block updates 4096 elements of one parameter;
+// AdamW on a shard of a flat bucket, and the squares of its gradients. A block updates 1024 elements of one parameter;
 // its step, whether it is used, the learning rate and the gradient's scale are read on the device.
 #include <algorithm>
 
@@ -13,8 +13,8 @@ namespace cs336::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPack = 4;         // elements a thread moves at once: 16 bytes of float32
-constexpr int kChunk = 4096;     // elements of a block
+constexpr int kPack = 4;                  // elements a thread moves: 16 bytes of float32
+constexpr int kChunk = kThreads * kPack;  // elements of a block: 4.22 TB/s, and 4.12 with four times as many (H200)
 constexpr int kMaxPieces = 128;  // of a launch: its parameters stay below 4 KB, what a launch costs grows beyond
 
 struct Table {
@@ -64,34 +64,33 @@ __global__ void __launch_bounds__(kThreads) sharded_adamw_kernel(const __grid_co
   const AdamwCoefficients coefficients = shared;
 
   const int64_t first = piece.begin + static_cast<int64_t>(blockIdx.x - table.first_chunk[which]) * kChunk;
-  const int64_t end = min(first + kChunk, piece.end);
-  for (int64_t i = first + threadIdx.x * kPack; i < end; i += kThreads * kPack) {
-    auto& p_pack = *reinterpret_cast<Pack<P>*>(static_cast<P*>(table.p.p) + i);
-    auto& m_pack = *reinterpret_cast<Pack<float>*>(table.p.m + i);
-    auto& v_pack = *reinterpret_cast<Pack<float>*>(table.p.v + i);
-    const auto g_k = *reinterpret_cast<const Pack<P>*>(static_cast<const P*>(table.p.g) + i);
-    auto p_k = p_pack;
-    auto m_k = m_pack, v_k = v_pack;
-    Pack<int16_t> remainder_k;
-    if constexpr (kRemainder) remainder_k = *reinterpret_cast<Pack<int16_t>*>(table.p.remainder + i);
+  const int64_t i = first + threadIdx.x * kPack;
+  if (i >= piece.end) return;
+  auto& p_pack = *reinterpret_cast<Pack<P>*>(static_cast<P*>(table.p.p) + i);
+  auto& m_pack = *reinterpret_cast<Pack<float>*>(table.p.m + i);
+  auto& v_pack = *reinterpret_cast<Pack<float>*>(table.p.v + i);
+  const auto g_k = *reinterpret_cast<const Pack<P>*>(static_cast<const P*>(table.p.g) + i);
+  auto p_k = p_pack;
+  auto m_k = m_pack, v_k = v_pack;
+  Pack<int16_t> remainder_k;
+  if constexpr (kRemainder) remainder_k = *reinterpret_cast<Pack<int16_t>*>(table.p.remainder + i);
 #pragma unroll
-    for (int k = 0; k < kPack; k++) {
-      float x;
-      if constexpr (kRemainder)
-        x = join(p_k.x[k], remainder_k.x[k]);
-      else
-        x = float(p_k.x[k]);
-      adamw_update(x, float(g_k.x[k]), scale, m_k.x[k], v_k.x[k], table.hyper, coefficients);
-      if constexpr (kRemainder)
-        split(x, p_k.x[k], remainder_k.x[k]);
-      else
-        p_k.x[k] = P(x);
-    }
-    p_pack = p_k;
-    m_pack = m_k;
-    v_pack = v_k;
-    if constexpr (kRemainder) *reinterpret_cast<Pack<int16_t>*>(table.p.remainder + i) = remainder_k;
+  for (int k = 0; k < kPack; k++) {
+    float x;
+    if constexpr (kRemainder)
+      x = join(p_k.x[k], remainder_k.x[k]);
+    else
+      x = float(p_k.x[k]);
+    adamw_update(x, float(g_k.x[k]), scale, m_k.x[k], v_k.x[k], table.hyper, coefficients);
+    if constexpr (kRemainder)
+      split(x, p_k.x[k], remainder_k.x[k]);
+    else
+      p_k.x[k] = P(x);
   }
+  p_pack = p_k;
+  m_pack = m_k;
+  v_pack = v_k;
+  if constexpr (kRemainder) *reinterpret_cast<Pack<int16_t>*>(table.p.remainder + i) = remainder_k;
 }
 
 // Of all threads of the block, in thread 0.
@@ -132,7 +131,7 @@ template <typename P, bool kRemainder>
 void update_pieces(Table& table, cudaStream_t stream) {
   std::span<const Piece> rest = table.p.pieces;
   while (!rest.empty()) {
-    uint32_t num_chunks = 0;  // a shard has at most 2^31 - 1 of them: 8 Ti elements
+    uint32_t num_chunks = 0;  // a shard has at most 2^31 - 1 of them: 2 Ti elements
     table.num_pieces = static_cast<int>(std::min<size_t>(rest.size(), kMaxPieces));
     for (int i = 0; i < table.num_pieces; i++) {
       table.pieces[i] = rest[i];
