@@ -11,14 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 import trained_layouts
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from training import tiny_run
 
 from cs336.models import BlockConfig, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.parallel import ParallelConfig
-from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig
+from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig, Trainer
 from cs336.training.division import why_not
+from cs336.training.metrics import Display
 
 MODEL = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, 4, 2, qk_norm=True, tie_embeddings=True)
 MOE = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2)),))
@@ -271,6 +273,12 @@ def layout(**sizes):
 def test_what_is_refused(tmp_path, sizes, changes, message):
     reason = why_not(config(tmp_path, "refused", **({"model": MODEL} | changes)), layout(**sizes))
     assert reason is None if message is None else message in reason
+
+
+def test_one_process_says_that_it_has_no_native_step(tmp_path, capsys):
+    settings = config(tmp_path, "one", parallel=NATIVE, budget="1steps")
+    Trainer(settings, display=Display(Console(soft_wrap=True))).train()
+    assert "parallel.native_step changes nothing here" in capsys.readouterr().out
 
 
 def test_processes_and_rows_must_divide():
