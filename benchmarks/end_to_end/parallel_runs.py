@@ -26,6 +26,7 @@ from cs336.parallel import FSDP, ParallelConfig, ShardedAdamW, nccl, tensor_para
 from cs336.parallel.hardware import Gpu, Tier, find
 from cs336.parallel.planner import Layout, Work, predict
 from cs336.training import DataConfig, TrainConfig
+from cs336.training.division import compile_layer
 from cs336.training.learner import Learner
 
 Step = Callable[[], Any]
@@ -100,7 +101,7 @@ def gpt(size: str, device: torch.device) -> Iterator[Row]:
             optimizer.overlap(model)
         if device.type == "cuda":
             for layer in model.layers:
-                layer.forward = torch.compile(layer.forward)
+                compile_layer(layer)
 
         def pass_(model=model) -> None:
             with torch.autocast(device.type, torch.bfloat16):

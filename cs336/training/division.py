@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336.models import Transformer
+from cs336.models.block import Stream
 from cs336.nn import MoEConfig
+from cs336.nn.moe import Routing
 from cs336.optim import grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.parallel import (
@@ -153,7 +155,7 @@ class Division:
     def _compile_layers(self) -> None:
         """Each by itself: what waits for its weights before it, and lets go of them, is outside."""
         for layer in self.model.layers if self.config.compile else ():
-            _compile(layer)
+            compile_layer(layer)
 
     @property
     def by_layers(self) -> bool:
@@ -283,10 +285,26 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
     return Mesh(**sizes)
 
 
-def _compile(layer: nn.Module) -> None:
-    """A layer's forward in training."""
-    eager, compiled = layer.forward, torch.compile(layer.forward)
-    layer.forward = lambda *args: (compiled if layer.training else eager)(*args)  # type: ignore[method-assign]
+def compile_layer(layer: nn.Module) -> None:
+    """Compile a block's forward in training, by itself. It is given a Stream, as a model's blocks are.
+
+    Tuples leave what is compiled: torch 2.11 cannot return a Stream that is made while it traces.
+    """
+    eager = layer.forward
+
+    def fields(*args: Any) -> tuple:
+        total, update, routing = eager(*args)
+        return total, update, None if routing is None else tuple(routing)
+
+    compiled = torch.compile(fields)
+
+    def forward(*args: Any) -> Stream:
+        if not layer.training:
+            return eager(*args)
+        total, update, routing = compiled(*args)
+        return Stream(total, update, None if routing is None else Routing(*routing))
+
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 class _Piped(nn.Module):
