@@ -129,7 +129,9 @@ class Division:
             return []
         if parallel.zero >= 2:
             fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
-            self._compile_layers()
+            if self.config.compile:  # by layers: what gathers their weights, and lets go of them, is outside
+                for layer in self.model.layers:
+                    compile_layer(layer)
             return [fsdp]
         experts = expert_parameters(self.model)
         found: list[DDP | FSDP] = [
@@ -145,22 +147,12 @@ class Division:
             self.fsdp.split(optimizer)
         elif self.config.parallel.native_step and self.averaged > 1:
             flat = ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
-            flat.overlap(self.model)
-            self._compile_layers()
+            if not self.config.compile:  # a model that is compiled whole cannot wait for its layers one by one
+                flat.overlap(self.model)
             return flat
         elif self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
-
-    def _compile_layers(self) -> None:
-        """Each by itself: what waits for its weights before it, and lets go of them, is outside."""
-        for layer in self.model.layers if self.config.compile else ():
-            compile_layer(layer)
-
-    @property
-    def by_layers(self) -> bool:
-        """Whether weights come layer by layer, so that layers are compiled and not what calls them."""
-        return self.fsdp is not None or self.flat is not None
 
     @property
     def trained(self) -> nn.Module:

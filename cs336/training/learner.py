@@ -62,8 +62,9 @@ class Learner:
         self.model.gradient_checkpointing = self.recompute
         self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled))
         self.optimizer = self.division.optimizer
-        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph.
-        whole = self.compiled and not self.division.by_layers
+        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph. Of weights that
+        # come and go the layers are.
+        whole = self.compiled and self.division.fsdp is None
         self._terms = torch.compile(self._eager_terms) if whole else self._eager_terms
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
