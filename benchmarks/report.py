@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
+from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md", "docs/attention.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md", "docs/attention.md", "docs/parallel.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
@@ -271,37 +272,6 @@ def mixers(rows: list[Row]) -> Iterator[str]:
     yield f"The recurrences alone, (B, G, H, T, K, V) = {tuple(alone[0]['shape'])}: {'; '.join(each)}." if alone else ""
 
 
-def parallel(rows: list[Row]) -> Iterator[str]:
-    yield f"| on {rows[0]['processes']} GPUs | a step | memory of one | |"
-    yield "| --- | ---: | ---: | --- |"
-    for row in rows:
-        extra = [f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"] if "tokens_per_second" in row else []
-        extra += [f"{row['of_linear']:.1%} of linear"] if "of_linear" in row else []
-        extra += [f"{row['of_perfect_split']:.3f}x a perfect split"] if "of_perfect_split" in row else []
-        extra += [f"{row['exposed_ms']:.1f} ms of messages not hidden"] if row.get("communication_ms") else []
-        memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "–"
-        cells = (row["variant"], f"{1e3 * row['seconds']:.2f} ms", memory, ", ".join(extra))
-        yield "| " + " | ".join(cells) + " |"
-
-
-def parallel_equal(rows: list[Row]) -> Iterator[str]:
-    yield f"| on {rows[0]['processes']} GPUs | loss apart | gradients apart | weights apart, after 5 steps |"
-    yield "| --- | ---: | ---: | ---: |"
-    for row in rows:
-        cells = (f"{row.get(f'{what}_difference', math.nan):.1e}" for what in ("loss", "gradient", "weight"))
-        yield f"| {row['variant']} | {' | '.join(cells)} |".replace("nan", "–")
-
-
-def collectives(rows: list[Row]) -> Iterator[str]:
-    """Bus bandwidth in GB/s, a column a size."""
-    sizes = sorted({row["bytes"] for row in rows})
-    yield "| GB/s on the bus | " + " | ".join(f"{size / 2**20:.0f} MiB" for size in sizes) + " |"
-    yield "| --- " + "| ---: " * len(sizes) + "|"
-    for name, group in itertools.groupby(rows, lambda row: row["variant"]):
-        found = {row["bytes"]: row["bus_gbps"] for row in group}
-        yield f"| {name} | " + " | ".join(f"{found[size]:.0f}" if size in found else "–" for size in sizes) + " |"
-
-
 def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
 
@@ -553,8 +523,10 @@ BODIES = {
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
-    **dict.fromkeys(("parallel_zero", "parallel_gpt", "parallel_ring"), parallel),
+    **dict.fromkeys([f"parallel_{name}" for name in ("step", "zero", "gpt", "ring", "large")], parallel),
     "parallel_equal": parallel_equal,
+    "parallel_plan": parallel_plan,
+    "parallel_engine": parallel_engine,
     "adamw": optimizer,
     "data": data,
     "curation": curation,

@@ -1,14 +1,16 @@
 """Training split over N processes, beside DDP + ZeroRedundancyOptimizer and FSDP2, with one command.
 
-    cs336 bench parallel [zero] [equal] [ring] [gpt] [plan] [large] [engine] [--processes N] [--size full|tiny]
-                         [--out FILE]
+    cs336 bench parallel [step] [zero] [equal] [ring] [gpt] [plan] [large] [engine] [--processes N]
+                         [--size full|tiny] [--out FILE]
+
+    step    AdamW alone, where gradients are summed already: of 537M bfloat16 parameters, in flat buckets and without
 
     zero    a step of AdamW on 537M bfloat16 parameters (8 matrices of 8192 x 8192), 4096 rows a process: ours, the
             peers, and what computes alone: one process's forward and backward, and AdamW on 1/N of the parameters;
             and what torch.profiler says of messages that nothing hides
     equal   losses and gradients of a small model divided by data, tensor, pipeline, context and expert, against
             the whole model on one process, and weights after steps whose optimizer is divided
-    ring    attention of 128 Ki tokens divided by a ring and by all-to-all, over 1/N of the time on one
+    ring    attention of 128 Ki and of 1 Mi tokens divided by a ring and by all-to-all, over 1/N of the time on one
 
 and of parallel_runs.py whole models: gpt, plan, large, engine. A block of steps counts as long as on its slowest
 rank; the median block counts.
@@ -36,8 +38,53 @@ from cs336.parallel import DDP, ShardedAdamW, ShardedOptimizer, all_to_all_atten
 Step = Callable[[], Any]
 Row = dict[str, Any]
 STACK = {"full": (8, 8192, 4096), "tiny": (2, 32, 16)}  # layers, features, rows a process
-RING = {"full": (1 << 17, 16, 128), "tiny": (32, 2, 8)}  # tokens, heads, features of a head
+RING = {  # tokens, heads, features of a head; blocks
+    "full": (((1 << 17, 16, 128), 5), ((1 << 20, 2, 128), 1)),
+    "tiny": (((32, 2, 8), 1),),
+}
 STEPS, BLOCKS = {"full": 10, "tiny": 1}, {"full": 5, "tiny": 2}
+
+
+# ---- AdamW ----
+
+
+def step(size: str, device: torch.device) -> Iterator[Row]:
+    """A step of AdamW on gradients that are there; of a divided one with the gather, without the sums before it."""
+    layers, features, _ = STACK[size]
+    native = nccl.missing(device) is None
+    found: dict[str, float] = {}
+
+    def weights() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.randn(features, features, device=device).bfloat16()) for _ in range(layers)]
+        for p in made:
+            p.grad = torch.randn_like(p)
+        return made
+
+    def sharded(bucket_mb: float | None) -> Step:
+        optimizer = ShardedAdamW(weights(), lr=1e-4, bucket_mb=bucket_mb, native=native)
+        optimizer.step()
+
+        def step() -> None:
+            optimizer._totals.fill_(1)  # every parameter has a gradient, summed
+            optimizer._reduced = True
+            optimizer.step()
+
+        return step
+
+    fused = device.type == "cuda"
+    contenders: dict[str, Callable[[], Step]] = {
+        "cs336 AdamW": lambda: AdamW(weights(), lr=1e-4).step,
+        "torch AdamW(fused=True), bfloat16 moments": lambda: torch.optim.AdamW(weights(), lr=1e-4, fused=fused).step,
+        "cs336 ShardedAdamW": lambda: sharded(25.0),
+        "cs336 ShardedAdamW, one bucket": lambda: sharded(None),
+    }
+    for name, make in contenders.items():
+        call = make()
+        found[name], peak = timed(call, device, STEPS[size], BLOCKS[size])
+        extra = {"of_adamw": round(found[name] / found["cs336 AdamW"], 4), "native": native}
+        yield row("step", name, STACK[size][:2], found[name], peak) | extra
+        del call
+        forget()
 
 
 # ---- ZeRO-1 ----
@@ -133,7 +180,13 @@ def zero(size: str, device: torch.device) -> Iterator[Row]:
 
 def ring(size: str, device: torch.device) -> Iterator[Row]:
     """Forward and backward; on one process over all tokens, then each process over its part."""
-    S, H, D = RING[size]
+    for shape, blocks in RING[size]:
+        yield from _ring(shape, blocks, device)
+        forget()
+
+
+def _ring(shape: tuple[int, int, int], blocks: int, device: torch.device) -> Iterator[Row]:
+    S, H, D = shape
     N = dist.get_world_size()
     whole = [torch.randn(1, H, S, D, device=device, dtype=torch.bfloat16) for _ in range(4)]
     *qkv, do = whole
@@ -142,12 +195,12 @@ def ring(size: str, device: torch.device) -> Iterator[Row]:
         leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
         return lambda: torch.autograd.grad(call(*leaves), leaves, do)
 
-    seconds, peak = timed(run_of(lambda q, k, v: ops.attention(q, k, v, causal=True), qkv, do), device, 1, BLOCKS[size])
+    seconds, peak = timed(run_of(lambda q, k, v: ops.attention(q, k, v, causal=True), qkv, do), device, 1, blocks)
     yield row("ring", "one process", (S, H, D), seconds, peak)
     for kind, call in (("ring", ring_attention), ("all_to_all", all_to_all_attention)):
         *mine, mine_do = (own_tokens(x, dim=2, kind=kind) for x in whole)
         step = run_of(lambda q, k, v, call=call: call(q, k, v, causal=True), mine, mine_do)
-        split, peak = timed(step, device, 1, BLOCKS[size])
+        split, peak = timed(step, device, 1, blocks)
         over = {"of_perfect_split": round(split * N / seconds, 3)}
         yield row("ring", kind, (S, H, D), split, peak) | over
 
@@ -171,7 +224,7 @@ def equal(size: str, device: torch.device) -> Iterator[Row]:
         }
 
 
-SECTIONS = {"zero": zero, "equal": equal, "ring": ring} | parallel_runs.RUNS
+SECTIONS = {"step": step, "zero": zero, "equal": equal, "ring": ring} | parallel_runs.RUNS
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

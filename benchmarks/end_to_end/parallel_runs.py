@@ -26,6 +26,7 @@ from cs336.parallel import FSDP, ParallelConfig, ShardedAdamW, nccl, tensor_para
 from cs336.parallel.hardware import Gpu, Tier, find
 from cs336.parallel.planner import Layout, Work, predict
 from cs336.training import DataConfig, TrainConfig
+from cs336.training.division import compile_layer
 from cs336.training.learner import Learner
 
 Step = Callable[[], Any]
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 GPT = {"full": ("1.5B", 8), "tiny": ("tiny", 2)}  # model, sequences of a pass
 PASSES = (1, 4)
 COUNTS = {"full": (2, 3), "tiny": (1, 1)}  # steps of a block, blocks
-PLAN = {"full": ("350M", 16, 8), "tiny": ("tiny", 4, 2)}  # model, sequences of a process, of a pass
+PLAN = {"full": ("1.5B", 16, 16), "tiny": ("tiny", 4, 2)}  # model, sequences of a process, of a pass
 TINY = TransformerConfig(256, 64, 2, 64, 4, 2)
 LARGE = {"full": TransformerConfig(151936, 32768, 36, 4096, 32, 8, d_ff=12288, qk_norm=True), "tiny": TINY}
 ENGINE = {  # model, requests, tokens of a prompt and of an answer
@@ -100,7 +101,7 @@ def gpt(size: str, device: torch.device) -> Iterator[Row]:
             optimizer.overlap(model)
         if device.type == "cuda":
             for layer in model.layers:
-                layer.forward = torch.compile(layer.forward)
+                compile_layer(layer)
 
         def pass_(model=model) -> None:
             with torch.autocast(device.type, torch.bfloat16):
@@ -138,7 +139,7 @@ def gpt(size: str, device: torch.device) -> Iterator[Row]:
 
 def plan(size: str, device: torch.device) -> Iterator[Row]:
     name, rows, passes = PLAN[size]
-    config, N = MODELS[name], dist.get_world_size()
+    config, N, compiled = MODELS[name], dist.get_world_size(), device.type == "cuda"
     gpu = _measured(name, rows, passes, device, COUNTS[size])
     ids, targets = _tokens(config, rows * N, device)
     first: float | None = None
@@ -153,7 +154,8 @@ def plan(size: str, device: torch.device) -> Iterator[Row]:
         sizes = parallel.axes(N)
         layout = Layout(**sizes, zero=parallel.zero, micro_batch=passes)
         compute = learner.dtype.itemsize
-        predicted = predict(Work(config, rows * N, config.context_length, compute_bytes=compute), layout, gpu)
+        work = Work(config, rows * N, config.context_length, compute_bytes=compute, compiled=compiled)
+        predicted = predict(work, layout, gpu)
         yield row("plan", variant, (rows, passes), seconds, peak) | {
             "model": name,
             "predicted_seconds": predicted.step_seconds,
@@ -221,7 +223,7 @@ def large(size: str, device: torch.device) -> Iterator[Row]:
         model = Transformer(config, device=device)
         model.gradient_checkpointing = "full"
         step = divide(model, ids, targets)
-        seconds, peak = timed(step, device, 1, COUNTS[size][0])
+        seconds, peak = timed(step, device, 1, 1)
         speed = dist.get_world_size() * targets.numel() / seconds
         yield row("large", variant, tuple(ids.shape), seconds, peak) | {"tokens_per_second": round(speed, 1)}
         del model, step

@@ -1,6 +1,7 @@
 """`cs336 train`: a few options of its own, and every key of the configuration as a dotted one."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from cs336.cli.common import Path, Run, Stopped
@@ -61,7 +62,7 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         raise
     if rank() == 0:
         _tell(settings, loaded, result)
-    if not result.finished:
+    if not result.finished and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would call it a failure, or restart
         raise Stopped
 
 

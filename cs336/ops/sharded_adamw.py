@@ -53,13 +53,13 @@ def _check_bucket(name: str, t: Tensor, comm: int) -> int:
 
 def _check_reduce(grad: Tensor, squares: Tensor, comm: int) -> None:
     _check_bucket("grad", grad, comm)
-    _check_flat("squares", squares, SQUARES, (torch.float32,), grad.device)
+    _check_flat("squares", squares, SQUARES, (torch.float64,), grad.device)
 
 
 def _check_total(totals: Tensor, squares: Tensor, comm: int) -> None:
     communicator.get(comm)
     _check_flat("totals", totals, None, (torch.float32,), totals.device)
-    _check_flat("squares", squares, None, (torch.float32,), totals.device)
+    _check_flat("squares", squares, None, (torch.float64,), totals.device)
     if not totals.numel():
         raise ValueError("totals must have an element for the squares, got none")
 
@@ -135,7 +135,7 @@ def sharded_adamw_reduce_(grad: Tensor, squares: Tensor, comm: int) -> None:
 
     Args:
         grad: (N shards,) float32 or bfloat16. This rank's shard becomes the sum; the others are undefined afterwards.
-        squares: (SQUARES,) float32; their sum becomes that of the squares of the shard.
+        squares: (SQUARES,) float64; their sum becomes that of the squares of the shard.
 
     Raises ValueError that names the argument that does not fit.
     """
@@ -149,7 +149,7 @@ def sharded_adamw_total_(totals: Tensor, squares: Tensor, comm: int) -> None:
     Args:
         totals: (1 + parameters,) float32. The first element becomes the sum of squares, the others what they sum up to:
             1 where this rank has a gradient of the parameter, else 0.
-        squares: (buckets * SQUARES,) float32: what sharded_adamw_reduce_ left for each bucket.
+        squares: (buckets * SQUARES,) float64: what sharded_adamw_reduce_ left for each bucket.
     """
     _call("sharded_adamw_total_", _check_total, totals, squares, comm)
 

@@ -88,6 +88,8 @@ class Work:
     weight_bytes: int = 4
     compute_bytes: int = 2
     optimizer_bytes: float = 8
+    compiled: bool = True
+    """Or by our kernels, on a GPU, which keep as little: see cs336.models.memory."""
 
     @functools.cached_property
     def flops(self) -> float:
@@ -286,7 +288,7 @@ def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
     mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, MoEConfig)]
     experts = sum(m.num_experts * m.expert_parameters(config.d_model) for m in mixtures)
     tables = 2 if pipeline == 1 and not config.tie_embeddings else int(rank in (0, pipeline - 1))
-    options = {"weight_bytes": work.weight_bytes, "compute_bytes": work.compute_bytes}
+    options = {"weight_bytes": work.weight_bytes, "compute_bytes": work.compute_bytes, "compiled": work.compiled}
     found = {
         how: training_memory(model, 1, context_length=1, gradient_checkpointing=how, **options)  # type: ignore[arg-type]
         for how in RECOMPUTE
@@ -299,7 +301,7 @@ def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
         largest=max(block.num_parameters(config.d_model) for block in set(model.blocks)),
         activations={how: memory.activations for how, memory in found.items()},
         norms=sum(b.num_norms * b.norm.activation_bytes(config.d_model, work.compute_bytes) for b in model.blocks),
-        logits=found["none"].logits if rank == pipeline - 1 else 0,
+        logits=tensor * found["none"].logits if rank == pipeline - 1 else 0,  # gathered, where the head is not fused
         keys=sum(2 * mixer.kv_heads * mixer.head_size(config.d_model) for mixer in heads),
         choices=sum(m.top_k for m in mixtures),
     )
@@ -346,7 +348,7 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
     if layout.schedule == "1f1b":
         in_flight = min(in_flight, layout.pipeline - rank)
     return Memory(
-        weights=width * (shared if layout.zero >= 3 else whole),
+        weights=width * (whole * (layout.zero < 3) + shared * (layout.zero >= 2)),  # ZeRO-2 has masters beside them
         gradients=width * (shared if layout.zero >= 2 else whole),
         optimizer=round(work.optimizer_bytes * (shared if layout.zero >= 1 else whole)),
         casts=casts,

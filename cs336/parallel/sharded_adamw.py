@@ -70,6 +70,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         self._buckets: list[FlatBucket] = []
         self._order: list[FlatBucket] = []  # in which they are stepped: as the next forward needs them
         self._steps = torch.zeros(0)  # of every parameter of every bucket
+        self._places: dict[int, tuple[Tensor, slice]] = {}  # by index: what is in a bucket, its elements in our shards
         self._syncing, self._reduced = True, False
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if rounding != "nearest":
@@ -120,18 +121,20 @@ class ShardedAdamW(torch.optim.Optimizer):
         assert self._comm is not None
         before = self._buckets[-1].at.stop if self._buckets else 0
         first = before
+        index = {p: i for i, p in enumerate(self._all())}
         for params in divide(trained[::-1], self._bucket_mb):
             bucket = FlatBucket(params, group, len(self._buckets), first, self._comm)
             self._buckets.append(bucket)
             first = bucket.at.stop
-            for i, p in enumerate(params):
+            for i, (p, (_, own)) in enumerate(zip(params, bucket.own_pieces(), strict=True)):
                 when_complete(p, self._arrived, bucket.number, i)
+                self._places[index[p]] = p, own
         self._order += [bucket for bucket in self._buckets[::-1] if bucket not in self._order]
         numbers = torch.zeros(first, dtype=torch.float32, device=self._comm.device)
         numbers[:before] = self._steps
         self._steps = numbers
         self._totals = numbers.new_zeros(1 + first)
-        self._squares = numbers.new_zeros(len(self._buckets) * SQUARES)
+        self._squares = numbers.new_zeros(len(self._buckets) * SQUARES, dtype=torch.float64)
         self._mean = numbers.new_full((), 1 / self._comm.size)
         if self._comm.native:
             for t in (self._totals, self._squares):
@@ -333,30 +336,20 @@ class ShardedAdamW(torch.optim.Optimizer):
                     state[index] = {"step": step, **{name: t[piece].clone() for name, t in bucket.state.items()}}
         return {"state": state, "param_groups": self._packed_groups(), "shard": self._shard()}
 
-    def _places(self) -> dict[int, tuple[Tensor, slice]]:
-        """By index, each parameter in a bucket, and its elements in this rank's shard."""
-        index = {p: i for i, p in enumerate(self._all())}
-        return {
-            index[p]: (p, own)
-            for bucket in self._buckets
-            for p, (_, own) in zip(bucket.params, bucket.own_pieces(), strict=True)
-        }
-
     def pieces(self, named: dict[str, Tensor]) -> dict[str, Tensor | Piece]:
         """Of the tensors in `state_dict`, named INDEX.NAME, those of parameters of which this rank has elements, each
         with its place in the whole."""
         found: dict[str, Tensor | Piece] = {}
-        places = self._places()
         for key, t in named.items():
             i, _, name = key.partition(".")
-            p, own = places[int(i)]
+            p, own = self._places[int(i)]
             if own.start < own.stop:
                 found[key] = t if name == "step" else Piece(t, p.shape, own.start)
         return found
 
     def part_of(self, i: int, name: str, whole: Tensor) -> Tensor:
         """What this rank keeps of a tensor of the whole state of the i-th parameter, as in `state_dict`."""
-        p, own = self._places()[i]
+        p, own = self._places[i]
         return whole.reshape(-1)[own].clone() if name != "step" and whole.shape == p.shape else whole
 
     @torch.no_grad()

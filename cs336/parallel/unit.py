@@ -64,8 +64,11 @@ class _Bundle:
         rows_NC = self.out.view(self.ranks, -1)
         for p, columns in zip(self.params, self.columns, strict=True):
             p.untyped_storage().resize_(p.numel() * p.itemsize)
-            # .data: what autograd has saved of p is not outdated by being filled again
-            p.data.copy_(rows_NC[:, columns].reshape(-1)[: p.numel()].view(p.shape))
+            pieces, whole = rows_NC[:, columns], p.data  # what autograd has saved of p is not outdated by a new .data
+            if pieces.numel() == p.numel():
+                whole.view(self.ranks, -1).copy_(pieces)
+            else:
+                whole.copy_(pieces.reshape(-1)[: p.numel()].view(p.shape))
         self.out, self.work, self.gathered = None, None, True
 
     def release(self) -> None:
@@ -77,22 +80,22 @@ class _Bundle:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        trained = [i for i, p in enumerate(self.params) if p.requires_grad]
-        if not trained:
+        if not any(p.requires_grad for p in self.params):
             return
         self.finish()
-        message_NC = self.master.new_zeros(self.ranks, self.master.numel() + len(self.params))
-        for i in trained:
-            p, columns = self.params[i], self.columns[i]
-            if p.grad is not None:
-                padded = nn.functional.pad(p.grad.reshape(-1), (0, self.ranks * self.widths[i] - p.numel()))
-                message_NC[:, columns].copy_(padded.view(self.ranks, -1))
-                message_NC[:, self.master.numel() + i] = 1
+        message_NC = self.master.new_empty(self.ranks, self.master.numel() + len(self.params))
+        message_NC[:, self.master.numel() :] = 0
+        for i, (p, columns) in enumerate(zip(self.params, self.columns, strict=True)):
+            if p.grad is None:
+                message_NC[:, columns] = 0
+                continue
+            padded = nn.functional.pad(p.grad.reshape(-1), (0, self.ranks * self.widths[i] - p.numel()))
+            message_NC[:, columns].copy_(padded.view(self.ranks, -1))
+            message_NC[:, self.master.numel() + i] = 1
         used = [p.grad is not None for p in self.params]
         for p in self.params:
             p.grad = None
         out = self.master.new_empty(message_NC.shape[1])
-        message_NC.div_(self.ranks)
         self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
 
     @torch.no_grad()
@@ -102,6 +105,7 @@ class _Bundle:
         (out, work, used), self.reduced = self.reduced, None
         if work is not None:
             work.wait()
+        out.div_(self.ranks)
         flags = [] if all(used) else out[self.master.numel() :].tolist()  # the only wait for the device
         for i, (shard, columns) in enumerate(zip(self.shards, self.columns, strict=True)):
             if shard.requires_grad and (used[i] or flags[i] > 0):
@@ -128,7 +132,8 @@ class Unit:
     def split(self) -> None:
         """Keep this rank's pieces alone."""
         self.bundles = [_Bundle(params, *self._how) for params in self._made]
-        self._originals, self._made = [], []
+        del self._how, self._made  # and with them what holds the parameters as they were
+        self._originals = []
         self.release()
 
     def pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:

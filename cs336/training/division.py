@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336.models import Transformer
+from cs336.models.block import Stream
 from cs336.nn import MoEConfig
+from cs336.nn.moe import Routing
 from cs336.optim import grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.parallel import (
@@ -58,7 +60,7 @@ class Division:
 
     Args:
         model: whole, the same on every rank, on the device it trains on.
-        config: of the run, which `why_not` does not refuse, with the batch_size of this rank.
+        config: of the run, which `why_not` does not refuse, with the batch_size of this rank; `compile` says whether.
 
     Raises ValueError for processes that do not make up the layout.
     """
@@ -127,9 +129,9 @@ class Division:
             return []
         if parallel.zero >= 2:
             fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
-            if self.config.compile:
+            if self.config.compile:  # by layers: what gathers their weights, and lets go of them, is outside
                 for layer in self.model.layers:
-                    _compile(layer)
+                    compile_layer(layer)
             return [fsdp]
         experts = expert_parameters(self.model)
         found: list[DDP | FSDP] = [
@@ -144,7 +146,10 @@ class Division:
         if self.fsdp is not None:
             self.fsdp.split(optimizer)
         elif self.config.parallel.native_step and self.averaged > 1:
-            return ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
+            flat = ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
+            if not self.config.compile:  # a model that is compiled whole cannot wait for its layers one by one
+                flat.overlap(self.model)
+            return flat
         elif self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
@@ -248,6 +253,8 @@ class Division:
 
         device: where one that is divided is put together; None: where it trains.
         """
+        if self.flat is not None:
+            self.flat.wait()
         if self.parts is None:
             with contextlib.nullcontext() if self.fsdp is None else self.fsdp.gathered():
                 yield self.model
@@ -270,10 +277,26 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
     return Mesh(**sizes)
 
 
-def _compile(layer: nn.Module) -> None:
-    """A layer's forward in training, by itself: what gathers its weights before it and lets go of them is outside."""
-    eager, compiled = layer.forward, torch.compile(layer.forward)
-    layer.forward = lambda *args: (compiled if layer.training else eager)(*args)  # type: ignore[method-assign]
+def compile_layer(layer: nn.Module) -> None:
+    """Compile a block's forward in training, by itself. It is given a Stream, as a model's blocks are.
+
+    Tuples leave what is compiled: torch 2.11 cannot return a Stream that is made while it traces.
+    """
+    eager = layer.forward
+
+    def fields(*args: Any) -> tuple:
+        total, update, routing = eager(*args)
+        return total, update, None if routing is None else tuple(routing)
+
+    compiled = torch.compile(fields)
+
+    def forward(*args: Any) -> Stream:
+        if not layer.training:
+            return eager(*args)
+        total, update, routing = compiled(*args)
+        return Stream(total, update, None if routing is None else Routing(*routing))
+
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 class _Piped(nn.Module):

@@ -27,6 +27,7 @@ class Numerics:
     weight_bytes: int
     compute_bytes: int
     compiled: bool
+    """Or by our kernels on a GPU, which keep as little."""
 
 
 def predicted_memory(
@@ -50,7 +51,10 @@ def predicted_memory(
         accumulated=ranks > 1 or micro_batch_size < config.batch_size,
     )
     split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
-    return dataclasses.replace(whole, **{name: -(-getattr(whole, name) // ranks) for name in split})
+    parts = {name: -(-getattr(whole, name) // ranks) for name in split}
+    if config.parallel.zero == 2 and ranks > 1:  # a piece of the masters, beside whole weights
+        parts["weights"] = whole.weights + -(-whole.weights // ranks)
+    return dataclasses.replace(whole, **parts)
 
 
 def _of_fullest(
@@ -74,6 +78,7 @@ def _of_fullest(
         numerics.weight_bytes,
         numerics.compute_bytes,
         optimizer_bytes,
+        numerics.compiled,
     )
     return max((rank_memory(work, layout, stage) for stage in range(layout.pipeline)), key=lambda m: m.total)
 

@@ -54,13 +54,13 @@ class Learner:
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or rows
-        self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled)
+        self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled or on_gpu)
         self.room = room(self.device, config.memory_limit)
         self.recompute = choose_recompute(config, self.numerics, self.room, world_size())
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
-        self.division = Division(self.model, config)
+        self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled))
         self.optimizer = self.division.optimizer
         # The objective's call is compiled, not the model: so logits and cross-entropy are one graph. Of weights that
         # come and go the layers are.

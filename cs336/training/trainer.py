@@ -426,6 +426,8 @@ class Trainer:
     def _announce(self) -> None:
         plan = self.decisions.plan
         self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
+        if self.config.parallel.native_step and world_size() == 1:
+            self.display.say("parallel.native_step changes nothing here: one process makes its steps by itself")
         if self.tokenizer is None:
             self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:

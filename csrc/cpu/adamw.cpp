@@ -12,7 +12,7 @@ MULTIVERSION void update(P* __restrict__ p, const G* __restrict__ g, float* __re
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     float p_i = float(p[i]);
-    adamw_update(p_i, float(g[i]) * grad_scale, m[i], v[i], hyper, coefficients);
+    adamw_update(p_i, float(g[i]), grad_scale, m[i], v[i], hyper, coefficients);
     p[i] = P(p_i);
   }
 }

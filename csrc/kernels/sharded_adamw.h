@@ -21,11 +21,12 @@ struct ShardedAdamwParams {  // one shard: float32 or bfloat16 weights and gradi
   Dtype dtype;
 };
 
-// squares (kSquares,): partial sums, in an order that numel alone decides. numel is a multiple of kShardAlign.
-void sum_squares(const void* x, int64_t numel, Dtype dtype, float* squares, cudaStream_t stream);
+// squares (kSquares,): partial sums, in an order that numel alone decides; in float64 that order shows in none of the
+// total's float32 bits. numel is a multiple of kShardAlign.
+void sum_squares(const void* x, int64_t numel, Dtype dtype, double* squares, cudaStream_t stream);
 
 // total (1,) = the sum of x (numel,), in a fixed order.
-void sum_partials(const float* x, int64_t numel, float* total, cudaStream_t stream);
+void sum_partials(const double* x, int64_t numel, float* total, cudaStream_t stream);
 
 // One launch for each kMaxPieces pieces.
 void sharded_adamw(const ShardedAdamwParams& p, const AdamwHyper& hyper, cudaStream_t stream);

@@ -61,7 +61,7 @@ class ShardedAdamwStream {
   cudaStream_t moving() const { return moving_; }
 
   // Of grad (size * shard,) this rank's shard becomes the sum; squares (kSquares,).
-  void reduce(void* grad, int64_t shard, Dtype dtype, float* squares, cudaStream_t current) {
+  void reduce(void* grad, int64_t shard, Dtype dtype, double* squares, cudaStream_t current) {
     const std::lock_guard lock(mutex_);
     void* own = own_of(grad, shard, dtype);
     begin(current);
@@ -72,7 +72,7 @@ class ShardedAdamwStream {
   }
 
   // totals (num_totals,): the first is the sum of squares (num_squares,); then each the sum over the ranks.
-  void total(float* totals, int64_t num_totals, const float* squares, int64_t num_squares, cudaStream_t current) {
+  void total(float* totals, int64_t num_totals, const double* squares, int64_t num_squares, cudaStream_t current) {
     const std::lock_guard lock(mutex_);
     begin(current);
     sum_partials(squares, num_squares, totals, moving_);

@@ -57,12 +57,19 @@ void* check_vector(const Tensor& t, const char* name, int64_t numel, ScalarType 
   return data;
 }
 
-// One float32 element, or more, beside x; a view of others may begin anywhere.
+// One element, or more, beside x; a view of others may begin anywhere.
 float* check_floats(const Tensor& t, const char* name, int64_t numel, const Tensor& x) {
   STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == ScalarType::Float, name, " must be ",
                   numel, " contiguous float32 elements, got ", t.numel());
   check_device(t, name, x);
   return static_cast<float*>(data_of(t));
+}
+
+double* check_doubles(const Tensor& t, const char* name, int64_t numel, const Tensor& x) {
+  STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == ScalarType::Double, name, " must be ",
+                  numel, " contiguous float64 elements, got ", t.numel());
+  check_device(t, name, x);
+  return static_cast<double*>(data_of(t));
 }
 
 // Elements of a shard of the bucket.
@@ -81,7 +88,7 @@ int64_t check_bucket(const Tensor& t, const char* name, const Stream& stream) {
 void reduce(const Tensor& grad, const Tensor& squares, int64_t comm) {
   const auto stream = streams().get(comm);
   const int64_t shard = check_bucket(grad, "grad", *stream);
-  float* sums = check_floats(squares, "squares", cuda::kSquares, grad);
+  double* sums = check_doubles(squares, "squares", cuda::kSquares, grad);
   torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   stream->reduce(grad.mutable_data_ptr(), shard, dtype_of(grad, "grad"), sums,
                  static_cast<cudaStream_t>(current_stream(grad)));
@@ -92,7 +99,7 @@ void total(const Tensor& totals, const Tensor& squares, int64_t comm) {
   STD_TORCH_CHECK(totals.get_device_index() == stream->device(), "totals must be on the communicator's device");
   STD_TORCH_CHECK(totals.numel() > 0, "totals must have an element for the squares, got none");
   float* sums = check_floats(totals, "totals", totals.numel(), totals);
-  const float* parts = check_floats(squares, "squares", squares.numel(), totals);
+  const double* parts = check_doubles(squares, "squares", squares.numel(), totals);
   torch::stable::accelerator::DeviceGuard guard(totals.get_device_index());
   stream->total(sums, totals.numel(), parts, squares.numel(), static_cast<cudaStream_t>(current_stream(totals)));
 }

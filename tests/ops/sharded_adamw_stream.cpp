@@ -129,14 +129,14 @@ const Nccl kNccl = {
 
 namespace cs336::cuda {
 
-void sum_squares(const void* x, int64_t numel, Dtype dtype, float* squares, cudaStream_t stream) {
+void sum_squares(const void* x, int64_t numel, Dtype dtype, double* squares, cudaStream_t stream) {
   touch("squares", stream, x, numel * size_of(dtype), false);
-  touch("squares", stream, squares, kSquares * 4, true);
+  touch("squares", stream, squares, kSquares * sizeof(double), true);
   tick(stream);
 }
 
-void sum_partials(const float* x, int64_t numel, float* total, cudaStream_t stream) {
-  touch("partials", stream, x, numel * 4, false);
+void sum_partials(const double* x, int64_t numel, float* total, cudaStream_t stream) {
+  touch("partials", stream, x, numel * sizeof(double), false);
   touch("partials", stream, total, 4, true);
   tick(stream);
 }
@@ -171,7 +171,8 @@ std::vector<std::string> train(Dtype dtype, const Mistakes& mistakes) {
   const int64_t bytes = kSize * kShard * size_of(dtype);
   std::vector<std::vector<char>> params(kBuckets, std::vector<char>(bytes)), grads = params;
   std::vector<std::vector<float>> moments(kBuckets, std::vector<float>(kShard));
-  std::vector<float> squares(kBuckets * kSquares), totals(1 + kBuckets), scale(1);
+  std::vector<double> squares(kBuckets * kSquares);
+  std::vector<float> totals(1 + kBuckets), scale(1);
   CUstream_st current;
   ShardedAdamwStream stream(kNccl, NcclId{}, kRank, kSize, 0);
   for (int step = 0; step < kSteps; step++) {

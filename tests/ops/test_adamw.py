@@ -14,7 +14,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = list(itertools.product((F32, F16, BF16), repeat=2))  # dtypes of parameters, of gradients
 SHAPES = [(), (0,), (1,), (3, 0, 5), (7,), (2, 127), (64, 64), (4097,), (5, 13, 67)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-CHUNK, MAX_TENSORS = 4096, 628  # of the CUDA kernel: elements a block, tensors a launch
+CHUNK, MAX_TENSORS = 1024, 628  # of the CUDA kernel: elements a block, tensors a launch
 
 
 def raw_args(lists, grad_scale=None, step=3):
@@ -103,6 +103,21 @@ def test_one_step(variant, device, p_dtype, g_dtype):
 )
 def test_numbers(variant, device, changed):
     check_step(make([(1031,)], device), **changed)
+
+
+@pytest.mark.skipif(not CUDA, reason="the CPU kernel fuses products as its compiler likes")
+@pytest.mark.parametrize("step", [1, 7, 1000])
+@pytest.mark.parametrize("beta1", [0.9, 0.0, 0.3])
+@pytest.mark.parametrize("scale", [None, 0.37])
+def test_the_kernel_has_the_bits_of_the_reference(device, step, beta1, scale):
+    start = make(SHAPES, device)
+    found = []
+    for variant in ("native", "ref"):
+        found.append(copied(start))
+        with registry.use(variant):
+            scale_ = None if scale is None else torch.tensor(scale, device=device)
+            adamw_(*found[-1], **HYPER | {"beta1": beta1}, step=step, grad_scale=scale_)
+    assert all(torch.equal(a, b) for a, b in zip(*map(flat, found), strict=True))
 
 
 def test_first_step_from_zero_moments(variant, device):

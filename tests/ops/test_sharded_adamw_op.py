@@ -14,6 +14,7 @@ from cs336 import ops
 from cs336.ops import registry
 from cs336.ops.ref import rounding
 from cs336.ops.sharded_adamw import ALIGN, SQUARES
+from cs336.optim import clip_scale
 from cs336.parallel import nccl
 
 NUMELS, NUMEL = [32, 16, 4112, 0], 4176  # the last 16 are nobody's
@@ -84,11 +85,40 @@ def test_a_shard_is_stepped_as_parameters_are(variant, device, kind):
         assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_steps_have_the_bits_of_the_reference(group, device, kind, clip):
+    if reason := nccl.missing(torch.device(device)):
+        pytest.skip(reason)
+
+    def trained(variant):
+        comm = nccl.connect(group, device=device, native=variant == "native").number
+        tensors, gradients = make(device, kind), torch.Generator(device).manual_seed(1)
+        squares = torch.empty(SQUARES, device=device, dtype=torch.float64)
+        for step in range(1, 6):
+            tensors[1].copy_(torch.randn(NUMEL, device=device, generator=gradients))
+            totals, count = torch.ones(5, device=device), torch.full((4,), float(step), device=device)
+            with registry.use(variant):
+                ops.sharded_adamw_reduce_(tensors[1], squares, comm)
+                ops.sharded_adamw_total_(totals, squares, comm)
+                scale = None if clip is None else clip_scale(totals[0].sqrt(), clip)
+                how = HYPER | {"steps": count, "used": totals[1:], "numels": NUMELS, "grad_scale": scale}
+                ops.sharded_adamw_step_(*tensors, **how, comm=comm)
+                ops.sharded_adamw_wait_(tensors[0], comm)
+        return tensors
+
+    for a, b in zip(trained("native"), trained("ref"), strict=True):
+        assert a is None or torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_sums_and_squares(variant, device, kind):
     _, comm = variant
     _, g, *_ = make(device, kind)
-    squares, totals = torch.full((2 * SQUARES,), 9.0, device=device), torch.tensor([7.0, 1, 0], device=device)
+    squares, totals = (
+        torch.full((2 * SQUARES,), 9.0, device=device, dtype=torch.float64),
+        torch.tensor([7.0, 1, 0], device=device),
+    )
     before = g.clone()
     ops.sharded_adamw_reduce_(g, squares[:SQUARES], comm)
     ops.sharded_adamw_reduce_(g, squares[SQUARES:], comm)
@@ -120,7 +150,7 @@ def test_remainders_of_special_weights(variant, device, bits):
 def test_opcheck(variant, device, kind):
     name, comm = variant
     tensors = make(device, kind)
-    squares, totals = torch.zeros(SQUARES, device=device), torch.zeros(3, device=device)
+    squares, totals = torch.zeros(SQUARES, device=device, dtype=torch.float64), torch.zeros(3, device=device)
     for op, args in {
         "sharded_adamw_reduce_": (tensors[1], squares, comm),
         "sharded_adamw_total_": (totals, squares, comm),
@@ -171,10 +201,22 @@ def test_other_refusals(variant, device):
         with pytest.raises((ValueError, RuntimeError), match=match):
             registry.OPS[op].overloads[name](*args)
 
-    refuse("sharded_adamw_reduce_", flat[:-1], torch.zeros(SQUARES, device=device), comm, match="grad must have a mult")
+    refuse(
+        "sharded_adamw_reduce_",
+        flat[:-1],
+        torch.zeros(SQUARES, device=device, dtype=torch.float64),
+        comm,
+        match="grad must have a mult",
+    )
     refuse("sharded_adamw_reduce_", flat, torch.zeros(3, device=device), comm, match="squares must")
-    refuse("sharded_adamw_reduce_", flat.half(), torch.zeros(SQUARES, device=device), comm, match="grad must be")
-    refuse("sharded_adamw_total_", flat[:0], flat, comm, match="totals must have an element")
+    refuse(
+        "sharded_adamw_reduce_",
+        flat.half(),
+        torch.zeros(SQUARES, device=device, dtype=torch.float64),
+        comm,
+        match="grad must be",
+    )
+    refuse("sharded_adamw_total_", flat[:0], flat.double(), comm, match="totals must have an element")
     refuse("sharded_adamw_wait_", flat[:0], comm, match="param must have a multiple")
 
 
@@ -216,7 +258,7 @@ def test_a_step_in_a_cuda_graph_takes_new_numbers(group):
     comm = nccl.connect(group, device="cuda", native=True).number
     lr, squares, totals = (
         torch.tensor(0.1, device="cuda"),
-        torch.zeros(SQUARES, device="cuda"),
+        torch.zeros(SQUARES, device="cuda", dtype=torch.float64),
         torch.ones(5, device="cuda"),
     )
     ours, theirs, how = make("cuda"), make("cuda"), HYPER | numbers("cuda") | {"lr": lr}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,14 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 import trained_layouts
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from training import tiny_run
 
 from cs336.models import BlockConfig, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.parallel import ParallelConfig
-from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig
+from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig, Trainer
 from cs336.training.division import why_not
+from cs336.training.metrics import Display
 
 MODEL = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, 4, 2, qk_norm=True, tie_embeddings=True)
 MOE = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2)),))
@@ -41,6 +44,7 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "1f1b": ("dense", {"pipeline": 2}),
         "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
         "native step": ("dense", {"zero": 1, "native_step": True}),
+        "native step compiled": ("dense", {"zero": 1, "native_step": True}, {"compile": True}),
         "native step bf16": ("low", {"zero": 1, "native_step": True}),
         "gpipe": ("muon", {"pipeline": 2, "schedule": "gpipe"}),
     },
@@ -180,6 +184,11 @@ def test_the_layout_is_announced(two, four):
     assert "parameters on 4 x cpu, data 2, tensor 2, ZeRO-1, (float32)" in four
 
 
+def test_a_run_that_a_signal_stops_is_no_failure_to_torchrun(two):
+    """It would start the processes again."""
+    assert re.findall(r"^moved \d+\.toml:\d+: (\d+)$", two, re.MULTILINE) == ["0"] * 2 * len(MOVES[2])
+
+
 def test_each_rank_writes_what_it_alone_has(root, four):
     def tensors(name, kind):
         files = sorted((root / name / "checkpoints").iterdir())[-1].glob(f"{kind}*.safetensors")
@@ -264,6 +273,12 @@ def layout(**sizes):
 def test_what_is_refused(tmp_path, sizes, changes, message):
     reason = why_not(config(tmp_path, "refused", **({"model": MODEL} | changes)), layout(**sizes))
     assert reason is None if message is None else message in reason
+
+
+def test_one_process_says_that_it_has_no_native_step(tmp_path, capsys):
+    settings = config(tmp_path, "one", parallel=NATIVE, budget="1steps")
+    Trainer(settings, display=Display(Console(soft_wrap=True))).train()
+    assert "parallel.native_step changes nothing here" in capsys.readouterr().out
 
 
 def test_processes_and_rows_must_divide():

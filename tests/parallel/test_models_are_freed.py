@@ -24,7 +24,6 @@ def world(tmp_path_factory):
 def stepped(kind):
     """A parameter of a model that has made a step."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    p = weakref.ref(model[0].weight)
     if kind is ShardedAdamW:
         optimizer = ShardedAdamW(model.parameters(), lr=torch.tensor(0.1))
         optimizer.overlap(model)
@@ -34,8 +33,7 @@ def stepped(kind):
         divided = kind(model)
         divided(torch.ones(2, 4)).sum().backward()
         divided.finish_gradient_synchronization()
-    assert p() is not None
-    return p
+    return weakref.ref(model[0].weight)
 
 
 @pytest.mark.parametrize("kind", [DDP, FSDP, ShardedAdamW])
@@ -43,6 +41,15 @@ def test_a_model_is_freed(world, kind):
     p = stepped(kind)
     gc.collect()
     assert p() is None
+
+
+def test_weights_that_fsdp_has_split_are_freed(world):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]))
+    given = [weakref.ref(p) for p in model.parameters()]
+    divided = FSDP(model)
+    gc.collect()
+    assert [p() for p in given] == [None] * 4
+    assert len(list(divided.parameters())) == 4
 
 
 def said(p):

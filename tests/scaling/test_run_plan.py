@@ -62,7 +62,7 @@ def test_the_trainer_agrees_that_it_fits(dump, tmp_path):
         assert config.model == made.model
         assert config.parallel.share(32, config.batch_size, config.micro_batch_size) * 32 == made.batch_size
         recompute = config.gradient_checkpointing
-        need = predicted_memory(config, Numerics(4, 2, False), recompute, config.micro_batch_size, 32)
+        need = predicted_memory(config, Numerics(4, 2, True), recompute, config.micro_batch_size, 32)
         assert need.total <= made.parallel.memory.total  # which the planner rounds up by its norms
 
 

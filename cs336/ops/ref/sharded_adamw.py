@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from cs336.ops import communicator
 from cs336.ops.ref import adamw
 from cs336.ops.ref.rounding import join, split
+
+PART = 1 << 22  # elements that are float64 at once
 
 
 def own(bucket: Tensor, comm: int) -> Tensor:
@@ -29,7 +32,8 @@ def pieces(numels: Sequence[int], shard: int, comm: int) -> Iterator[tuple[int, 
 def reduce_(grad: Tensor, squares: Tensor, comm: int) -> None:
     shard = own(grad, comm)
     communicator.get(comm).reduce_scatter(shard, grad)
-    squares.zero_()[0] = shard.float().square().sum()
+    parts = [part.double().square().sum() for part in shard.split(PART)]
+    squares.zero_()[0] = torch.stack(parts).sum()
 
 
 def total_(totals: Tensor, squares: Tensor, comm: int) -> None:
