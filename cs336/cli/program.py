@@ -1,5 +1,6 @@
 """The program: finds the verb, runs it, and turns what went wrong into a sentence and an exit status."""
 
+import difflib
 import inspect
 import os
 import sys
@@ -194,16 +195,20 @@ def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[s
 
 
 def _check_place(arguments: list[str]) -> None:
-    """Raises ValueError for a verb that is found in another group than it was asked of."""
+    """Raises ValueError for a verb that there is not, or that another group has, with the one that was meant."""
     verbs, paths = TREE, list(verb_paths())
     for depth, word in enumerate(arguments):
+        if word.startswith("-"):
+            return
         if word not in verbs:
+            above = " ".join(["cs336", *arguments[:depth]])
             there = [path for path in paths if path[-1] == word]
             nearer = [path for path in there if path[:depth] == tuple(arguments[:depth])]
-            if there:
-                meant = " or ".join(f"`cs336 {' '.join(path)}`" for path in nearer or there)
-                raise ValueError(f"there is no `cs336 {' '.join(arguments[: depth + 1])}`: did you mean {meant}?")
-            return
+            meant = [" ".join(("cs336", *path)) for path in nearer or there]
+            meant = meant or [f"{above} {name}" for name in difflib.get_close_matches(word, verbs, 2, 0.6)]
+            hint = " or ".join(f"`{name}`" for name in meant)
+            known = f"did you mean {hint}?" if meant else f"`{above}` has {', '.join(verbs)}"
+            raise ValueError(f"there is no `{above} {word}`: {known}")
         if not isinstance(verbs[word], tuple):
             return
         verbs = verbs[word][0]
