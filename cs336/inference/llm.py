@@ -20,7 +20,7 @@ from cs336.inference import ranks
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
-from cs336.inference.outputs import RequestOutput, Token
+from cs336.inference.outputs import RequestOutput, Token, warn_if_cut
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.vocabulary import check_same_tokens, encode_prompts
 from cs336.models import Transformer
@@ -109,7 +109,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
         """Continue one prompt, piece by piece: joined, they are generate's text. Closing it early ends the request.
 
-        Raises what generate does.
+        Warns where the context ends before max_tokens. Raises what generate does.
         """
         if self.tokenizer is None:
             raise ValueError("to stream text takes a tokenizer: give LLM one")
@@ -125,7 +125,9 @@ class LLM:
                 while seen < len(pieces):
                     seen += 1
                     yield pieces[seen - 1]
-            request.output()
+            (ended,) = request.output().outputs
+            if ended.finish_reason == "length":
+                warn_if_cut(len(ended.token_ids), params.max_tokens, self.engine.max_len)
         finally:
             self.engine.cancel(request)
 
