@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, Stopped
+from cs336.cli.common import MaybePath, Path, Run, Stopped, check_output
 from cs336.cli.settings import help_text, own_options
 
 
@@ -96,6 +96,7 @@ def pairs(
     from cs336.inference import LLM
     from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
+    check_output(out, prompts)
     llm = LLM(model, device=device, quiet=True)
     verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
     if label == "judge":

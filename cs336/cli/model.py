@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run
+from cs336.cli.common import MaybePath, Path, Run, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -163,6 +163,8 @@ def report(arguments: list[str]) -> Run:
         """
         if not run_dirs:
             raise ValueError("there is nothing to report: name a run directory")
+        if len(run_dirs) > 1:
+            check_output(output)
         print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
 
     return run

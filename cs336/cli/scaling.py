@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path
+from cs336.cli.common import MaybePath, Path, check_output
 
 Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope"]
 LOG = Path("forecasts.jsonl")
@@ -24,6 +24,7 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
     """
     from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
 
+    check_output(out, points)
     runs = read_points(points)
     found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
     if law == "chinchilla":

@@ -61,11 +61,15 @@ class LLM:
         **options: Any,
     ):
         self.chat_template, self.name = ChatTemplate(), "cs336"
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = convert.load(tokenizer)
         if not isinstance(model, Transformer):
             if tensor_parallel:
                 connect(device)
                 quiet = quiet or rank() > 0
             found = find_model(model)
+            if draft is not None and not isinstance(draft, Transformer):
+                draft = find_model(draft)  # before the model is read, not after it
             self.name = pathlib.Path(model).resolve().name
             if not quiet:
                 print(f"reading {found}", file=sys.stderr)
@@ -73,8 +77,6 @@ class LLM:
             read = ranks.load_part if tensor_parallel else load_model
             model = read(found, device, dtype)
             self.chat_template = ChatTemplate.find(found)
-        if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = convert.load(tokenizer)
         if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
             self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer

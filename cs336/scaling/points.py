@@ -61,8 +61,8 @@ def read_points(path: str | os.PathLike) -> Points:
     path = pathlib.Path(path)
     if path.is_dir():
         return _of_study(path)
-    text = path.read_text(encoding="utf-8-sig")
-    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else _csv_rows(text, path)
     if not rows:
         raise ValueError(f"{path} holds no runs")
     known = [_named(row) for row in rows]
@@ -71,9 +71,8 @@ def read_points(path: str | os.PathLike) -> Points:
         if all(value is None for value in columns[name]):
             del columns[name]
     if "loss" not in columns or len(columns) < 3:
-        raise ValueError(
-            f"{path} must have loss and two of parameters, tokens and flops as columns; it has {', '.join(rows[0])}"
-        )
+        has = ", ".join(map(str, rows[0]))[:200]
+        raise ValueError(f"{path} must have loss and two of parameters, tokens and flops as columns; it has {has}")
     numbers = {name: _numbers(name, values, path) for name, values in columns.items()}
     if "tokens" not in numbers:
         numbers["tokens"] = numbers["flops"] / (6 * numbers["parameters"])
@@ -101,6 +100,13 @@ def _of_study(directory: pathlib.Path) -> Points:
     if not rows:
         raise ValueError(f"{directory} holds a study without a finished run")
     return Points(*map(np.array, zip(*rows, strict=True)))
+
+
+def _csv_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(text.splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from None
 
 
 def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
