@@ -1,11 +1,16 @@
 """Files that are not what a verb reads, or cannot be what it writes: a sentence that names them, before any work."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from cs336.cli import main
 
+ROOT = pathlib.Path(__file__).parents[1]
 TEXT = "how do you train the best model?\n" * 50
 POINTS = [{"parameters": 1e6 * 2**n, "flops": 1e15 * 4**k, "loss": 4 - 0.1 * k} for n in range(3) for k in range(3)]
 
@@ -23,6 +28,7 @@ def place(tmp_path, monkeypatch, capsys):
     (tmp_path / "wide.csv").write_text("a,b\n1,2,3\n")
     (tmp_path / "long.csv").write_text("loss\n" + "1" * 200_000)
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert main(["tokenizer", "train", "text.txt", "--vocab-size", "270"]) == 0
     capsys.readouterr()
     return tmp_path
@@ -72,7 +78,11 @@ def test_what_is_read(asked, message, place, capsys):
     ],
 )
 def test_what_is_written(asked, place, capsys):
-    for output, message in (("folder", "folder is a directory"), ("none/out", "there is no directory none; make it")):
+    for output, message in (
+        ("folder", "folder is a directory"),
+        ("none/out", "there is no directory none; make it"),
+        ("pipe", "pipe is a device or a pipe"),
+    ):
         assert main([*asked.split(), output]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
@@ -94,3 +104,12 @@ def test_what_is_read_is_not_written_over(asked, place, capsys):
     assert main(asked.split()) == 2
     assert "is what is read, and would be written over" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("unbuffered", "what"), [("", "standard output"), ("1", "standard output, or a file")])
+def test_standard_output_that_is_full(unbuffered, what):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cs336", "leaderboard", "rules"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, f"cs336: {what}: No space left on device\n")

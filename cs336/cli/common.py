@@ -31,6 +31,8 @@ def check_output(path: Path | None, *inputs: Path) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a directory: expected the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe: expected the name of a file to write")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, or write elsewhere")
     if path.exists() and any(source.exists() and path.samefile(source) for source in inputs):

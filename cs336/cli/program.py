@@ -1,6 +1,7 @@
 """The program: finds the verb, runs it, and turns what went wrong into a sentence and an exit status."""
 
 import difflib
+import errno
 import inspect
 import os
 import sys
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cs336 ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("CS336_DEBUG") == "1":
@@ -147,8 +148,18 @@ def main(arguments: list[str] | None = None) -> int:
             hint = (
                 ": only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
             )
+        try:
+            sys.stdout.flush()
+        except OSError as full:  # what was printed, and would be tried again at the end
+            _drop_output()
+            full.filename, error = "standard output", full
         print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
@@ -234,4 +245,6 @@ def _described(make: Make, rest: list[str]) -> Run:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of write(), which names nothing
+        return f"standard output, or a file: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
