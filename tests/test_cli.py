@@ -155,6 +155,12 @@ def test_a_verb_that_there_is_not(asked, meant, capsys):
     assert fails(asked.split(), capsys) == f"cs336: there is no {meant}\n"
 
 
+def test_a_group_without_a_verb(capsys):
+    assert fails(["data"], capsys) == "cs336: `cs336 data` has build, demo, classifier: name one, or --help\n"
+    assert "`cs336 data classifier` has train, apply" in fails(["data", "classifier"], capsys)
+    assert "build" in help_of(["data"], capsys)
+
+
 def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
     """Values that a configuration refuses are named by its own keys."""
     arguments = train_arguments(data)

@@ -206,7 +206,8 @@ def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[s
 
 
 def _check_place(arguments: list[str]) -> None:
-    """Raises ValueError for a verb that there is not, or that another group has, with the one that was meant."""
+    """Raises ValueError for a verb that there is not, or that another group has, with the one that was meant; and for a
+    group without a verb."""
     verbs, paths = TREE, list(verb_paths())
     for depth, word in enumerate(arguments):
         if word.startswith("-"):
@@ -223,6 +224,8 @@ def _check_place(arguments: list[str]) -> None:
         if not isinstance(verbs[word], tuple):
             return
         verbs = verbs[word][0]
+    if arguments:
+        raise ValueError(f"`cs336 {' '.join(arguments)}` has {', '.join(verbs)}: name one, or --help")
 
 
 def _named(make: Make) -> Run:
