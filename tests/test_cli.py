@@ -127,7 +127,7 @@ def test_no_verb_shows_help(capsys):
 
 
 def test_unknown_verb_and_option(capsys):
-    for arguments in (["trian"], ["generate"], ["train", "--prompt"]):
+    for arguments in (["generate"], ["train", "--prompt"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -143,11 +143,22 @@ def test_unknown_verb_and_option(capsys):
         ("submit", "`cs336 submit`: did you mean `cs336 scaling api submit`?"),
         ("data train", "`cs336 data train`: did you mean `cs336 data classifier train`?"),
         ("model report runs/mine", "`cs336 model report`: did you mean `cs336 report`?"),
+        ("trian --config x.toml", "`cs336 trian`: did you mean `cs336 train`?"),
+        ("scaling fti points.csv --law envelope", "`cs336 scaling fti`: did you mean `cs336 scaling fit`?"),
+        ("tokenizer trian", "`cs336 tokenizer trian`: did you mean `cs336 tokenizer train`?"),
+        ("data classifier aply --help", "`cs336 data classifier aply`: did you mean `cs336 data classifier apply`?"),
+        ("model runs/mine", "`cs336 model runs/mine`: `cs336 model` has info"),
         ("demo", "`cs336 demo`: did you mean `cs336 data demo` or `cs336 align demo`?"),
     ],
 )
-def test_a_verb_without_its_group(asked, meant, capsys):
+def test_a_verb_that_there_is_not(asked, meant, capsys):
     assert fails(asked.split(), capsys) == f"cs336: there is no {meant}\n"
+
+
+def test_a_group_without_a_verb(capsys):
+    assert fails(["data"], capsys) == "cs336: `cs336 data` has build, demo, classifier: name one, or --help\n"
+    assert "`cs336 data classifier` has train, apply" in fails(["data", "classifier"], capsys)
+    assert "build" in help_of(["data"], capsys)
 
 
 def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):

@@ -111,6 +111,17 @@ def test_a_first_build_puts_the_library_into_the_wheel(tmp_path):
     assert [name.partition(".")[0] for name in libraries] == ["cs336/_text"]
 
 
+@pytest.mark.slow
+def test_a_compiler_of_cuda_that_came_later_is_found(tmp_path):
+    """docs/install.md: CUDACXX=none leaves the kernels out."""
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    without = os.environ | {"CUDACXX": "none"}
+    first = subprocess.run(configure, env=without, capture_output=True, text=True, check=True)
+    assert "the CUDA kernels are not built" in " ".join(first.stderr.split())
+    again = subprocess.run(configure, env=os.environ, capture_output=True, text=True, check=True)
+    assert "Looking for a CUDA compiler" in again.stdout
+
+
 def test_what_every_part_needs_is_an_extra_or_installed(setup_arguments):
     """matplotlib draws one chart, and pydantic reads every configuration."""
     core = names(setup_arguments("")["install_requires"])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, Stopped
+from cs336.cli.common import MaybePath, Path, Run, Stopped, check_output
 from cs336.cli.settings import help_text, own_options
 
 
@@ -96,6 +96,8 @@ def pairs(
     from cs336.inference import LLM
     from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
+    check_output(out, prompts)
+    asked = read_prompts(prompts)
     llm = LLM(model, device=device, quiet=True)
     verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
     if label == "judge":
@@ -105,7 +107,7 @@ def pairs(
     else:
         labels = VerifierLabels([verifiers[label]()])
     report = make_pairs(
-        llm, read_prompts(prompts), out, labels,
+        llm, asked, out, labels,
         num_generations=num_generations, temperature=temperature, max_tokens=max_tokens, seed=seed,
     )  # fmt: skip
     print(json.dumps({name: value for name, value in dataclasses.asdict(report).items() if value is not None}))

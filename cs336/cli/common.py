@@ -25,6 +25,20 @@ class Stopped(Exception):
     """A signal stopped a run that can be continued."""
 
 
+def check_output(path: Path | None, *inputs: Path) -> None:
+    """Before the work, not after it: raises ValueError for a file that cannot be written, or is one that is read."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: expected the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe: expected the name of a file to write")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, or write elsewhere")
+    if path.exists() and any(source.exists() and path.samefile(source) for source in inputs):
+        raise ValueError(f"{path} is what is read, and would be written over: write elsewhere")
+
+
 @contextlib.contextmanager
 def opened(path: Path | None) -> Iterator[IO[bytes]]:
     """A file, unpacked; standard input for None."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths
+from cs336.cli.common import MaybePath, Path, Paths, check_output
 from cs336.utils.documents import TEXT_FIELD, Document, read_documents
 
 MaybePair = DisallowNone[tuple[int, int] | None]
@@ -53,6 +53,7 @@ def train(
 
     if bool(inputs) == bool(classes):
         raise ValueError("give either files with a label a line, or --classes LABEL PATH ...")
+    check_output(output, *inputs, *(classes or {}).values())
 
     def examples(validation: bool) -> Iterator[tuple[str, str]]:
         source = _of_classes(classes, text_field) if classes else _labelled(inputs, text_field, label_field)
@@ -102,6 +103,7 @@ def apply(
 
     if not inputs:
         raise ValueError("name the files or directories to label")
+    check_output(output, model, *inputs)
     loaded = Classifier.load(model)
     if keep is not None and keep not in loaded.labels:
         raise ValueError(f"{model} has no label {keep!r}, only {', '.join(loaded.labels)}")

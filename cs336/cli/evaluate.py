@@ -4,7 +4,7 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, Run
+from cs336.cli.common import MaybePath, Path, Paths, Run, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
 
 Tasks = Annotated[tuple[str, ...], arg(metavar="[TASK ...]", help_behavior_hint="")]
@@ -62,6 +62,8 @@ def evaluate(arguments: list[str]) -> Run:
             weak_sandbox: run programs where there are no namespaces, behind Landlock alone.
             output: where prompts, answers and scores of tasks are written.
         """
+        if tasks:
+            check_output(output)
         if text or not tasks:
             _on_text(model, text, text_field, tokenizer, device, max_tokens)
         if not tasks:

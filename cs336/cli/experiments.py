@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Stopped
+from cs336.cli.common import MaybePath, Path, Stopped, check_output
 
 
 def sweep(study: Positional[Path], retry: bool = False, workers: int | None = None, gpus: tuple[int, ...] = ()) -> None:
@@ -193,6 +193,7 @@ def leaderboard_table(submissions: Positional[Path], output: MaybePath = None) -
     from cs336.experiments.leaderboard import markdown, read_submissions
     from cs336.utils.files import replacing
 
+    check_output(output)
     table = markdown(read_submissions(submissions))
     if output is None:
         print(table, end="")

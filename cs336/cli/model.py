@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run
+from cs336.cli.common import MaybePath, Path, Run, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -24,6 +24,7 @@ def generate(arguments: list[str]) -> Run:
     from cs336.inference import LLM, SamplingParams, stream
     from cs336.inference import generate as continue_all
     from cs336.inference.load import find_model, load_model, load_tokenizer
+    from cs336.inference.outputs import warn_if_cut
     from cs336.tokenizer import convert
 
     def run(
@@ -60,7 +61,7 @@ def generate(arguments: list[str]) -> Run:
                     yield llm.stream(prompt, sampling)
                     return
                 (output,) = llm.generate(prompt, dataclasses.replace(sampling, n=num_samples))
-                yield from (iter([completion.text]) for completion in output.outputs)
+                yield from texts(output.outputs, llm.engine.max_len)
                 return
             network = load_model(found, device, kind)
             if num_samples == 1:
@@ -69,7 +70,12 @@ def generate(arguments: list[str]) -> Run:
             completions = continue_all(network, loaded, prompt, sampling, num_samples=num_samples)
             if dropped := completions[0].dropped:
                 warnings.warn(f"the first {dropped} tokens of the prompt are not read", stacklevel=1)
-            yield from (iter([completion.text]) for completion in completions)
+            yield from texts(completions, network.config.context_length)
+
+        def texts(completions: Sequence[Any], max_len: int) -> Iterator[Iterator[str]]:
+            if cut := [len(c.token_ids) for c in completions if c.finish_reason == "length"]:
+                warn_if_cut(min(cut), sampling.max_tokens, max_len)
+            return (iter([completion.text]) for completion in completions)
 
         shown = visible if sys.stdout.isatty() else str
         for number, pieces in enumerate(samples()):
@@ -157,6 +163,8 @@ def report(arguments: list[str]) -> Run:
         """
         if not run_dirs:
             raise ValueError("there is nothing to report: name a run directory")
+        if len(run_dirs) > 1:
+            check_output(output)
         print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
 
     return run

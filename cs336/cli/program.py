@@ -1,5 +1,7 @@
 """The program: finds the verb, runs it, and turns what went wrong into a sentence and an exit status."""
 
+import difflib
+import errno
 import inspect
 import os
 import sys
@@ -137,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cs336 ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("CS336_DEBUG") == "1":
@@ -147,8 +149,18 @@ def main(arguments: list[str] | None = None) -> int:
             hint = (
                 ": only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
             )
+        try:
+            sys.stdout.flush()
+        except OSError as full:  # what was printed, and would be tried again at the end
+            _drop_output()
+            full.filename, error = "standard output", full
         print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
@@ -195,19 +207,26 @@ def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[s
 
 
 def _check_place(arguments: list[str]) -> None:
-    """Raises ValueError for a verb that is found in another group than it was asked of."""
+    """Raises ValueError for a verb that there is not, or that another group has, with the one that was meant; and for a
+    group without a verb."""
     verbs, paths = TREE, list(verb_paths())
     for depth, word in enumerate(arguments):
+        if word.startswith("-"):
+            return
         if word not in verbs:
+            above = " ".join(["cs336", *arguments[:depth]])
             there = [path for path in paths if path[-1] == word]
             nearer = [path for path in there if path[:depth] == tuple(arguments[:depth])]
-            if there:
-                meant = " or ".join(f"`cs336 {' '.join(path)}`" for path in nearer or there)
-                raise ValueError(f"there is no `cs336 {' '.join(arguments[: depth + 1])}`: did you mean {meant}?")
-            return
+            meant = [" ".join(("cs336", *path)) for path in nearer or there]
+            meant = meant or [f"{above} {name}" for name in difflib.get_close_matches(word, verbs, 2, 0.6)]
+            hint = " or ".join(f"`{name}`" for name in meant)
+            known = f"did you mean {hint}?" if meant else f"`{above}` has {', '.join(verbs)}"
+            raise ValueError(f"there is no `{above} {word}`: {known}")
         if not isinstance(verbs[word], tuple):
             return
         verbs = verbs[word][0]
+    if arguments:
+        raise ValueError(f"`cs336 {' '.join(arguments)}` has {', '.join(verbs)}: name one, or --help")
 
 
 def _named(make: Make) -> Run:
@@ -230,4 +249,6 @@ def _described(make: Make, rest: list[str]) -> Run:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of write(), which names nothing
+        return f"standard output, or a file: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

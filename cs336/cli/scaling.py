@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path
+from cs336.cli.common import MaybePath, Path, check_output
 
 Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
 LOG = Path("forecasts.jsonl")
@@ -38,6 +38,7 @@ def fit(
     """
     from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
 
+    check_output(out, points)
     if (law == "repeats") != (base is not None):
         raise ValueError("--law repeats takes --base, a law of runs that do not repeat, and no other law does")
     if law == "step":

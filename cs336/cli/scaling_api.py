@@ -251,7 +251,7 @@ def _client(url: str, key_file: Path):
 
     if not key_file.exists():
         raise ValueError(f"{key_file} is not there: name the file that holds your key with --key-file")
-    return Client(url, key_file.read_text(encoding="utf-8"))
+    return Client(url, key_file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _existing(kind, directory: Path):

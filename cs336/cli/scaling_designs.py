@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from cs336.cli.common import MaybePath, Path
+from cs336.cli.common import MaybePath, Path, check_output
 
 Kind = Literal["isoflop", "ladder", "wsd", "best"]
 
@@ -122,6 +122,7 @@ def coord_check(
     """
     from cs336.scaling.coordinates import measure
 
+    check_output(out)
     kinds = {"standard": False, "muP": True}
     checks = {name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds) for name, mup in kinds.items()}
     for name, check in checks.items():

@@ -27,6 +27,8 @@ def serve(arguments: list[str]) -> Run:
     try:
         from cs336.inference.server.app import ServerConfig
         from cs336.inference.server.serve import serve as listen
+        from cs336.parallel.launch import rank
+        from cs336.utils.http_server import check_free
     except ImportError as error:
         raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
 
@@ -47,6 +49,8 @@ def serve(arguments: list[str]) -> Run:
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
+        if rank() == 0:
+            check_free(server.host, server.port)
         read = {"draft": draft, "device": device, "dtype": _dtype(dtype), "tensor_parallel": True}
         listen(LLM(model, tokenizer, **read, **vars(engine)), server)
 

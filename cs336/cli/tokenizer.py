@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, blocks, opened
+from cs336.cli.common import MaybePath, Path, Paths, blocks, check_output, opened
 from cs336.utils.documents import TEXT_FIELD, holds_documents, read_documents, read_texts, refuse_binary
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -39,6 +39,7 @@ def train(
         raise ValueError(f"--special-tokens has the name of a file, {files[0]}: name the files before the options")
     if not inputs and sys.stdin.isatty():
         print("reading standard input, up to Ctrl-D", file=sys.stderr)
+    check_output(output, *inputs)
     for path in inputs:
         if path.is_file() and not holds_documents(path):
             refuse_binary(path)
@@ -193,6 +194,7 @@ def compare(
         raise ValueError("there is no tokenizer to compare: name one or more before --text")
     given = {path: None if convert.tells_pattern(path) else pattern for path in tokenizers}
     loaded = {str(path): convert.load(path, pattern) for path, pattern in given.items()}
+    check_output(plot, text, *tokenizers)
     if plot is not None:
         compare.plot_format(plot)  # before the work, not after it
     documents: Iterable[str | bytes]

@@ -135,12 +135,15 @@ def get_batch(
         generator: a CPU generator; torch's own if None.
 
     Returns x and y, (batch_size, context_length) int64 on device; y is x one token later.
-    Raises ValueError if there are fewer than context_length + 1 tokens.
+    Raises ValueError if there are fewer than context_length + 1 tokens, or if they are no integers.
     """
-    if tokens.ndim != 1 or context_length < 1:
+    if tokens.ndim != 1 or context_length < 1 or batch_size < 0:
         raise ValueError(
-            f"expected tokens (N,) and context_length >= 1, got {tuple(tokens.shape)} and {context_length}"
+            f"expected tokens (N,), batch_size >= 0 and context_length >= 1, got {tuple(tokens.shape)}, {batch_size} "
+            f"and {context_length}"
         )
+    if "int" not in str(tokens.dtype):
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     if len(tokens) <= context_length:
         raise ValueError(
             f"a window of context_length {context_length} needs {context_length + 1} tokens, got {len(tokens)}"

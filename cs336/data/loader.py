@@ -61,8 +61,8 @@ class TokenLoader:
         rank: int = 0,
         world: int = 1,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in 0..{world - 1}, got {rank}")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed

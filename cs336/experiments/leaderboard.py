@@ -170,7 +170,11 @@ def _write(
 
 
 def read_submissions(root: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every submission below a directory, with its folder's name. Raises ValueError for a file that is none."""
+    """Every submission below a directory, with its folder's name.
+
+    Raises NotADirectoryError for another root, ValueError for a file that is no submission."""
+    if not pathlib.Path(root).is_dir():
+        raise NotADirectoryError(f"{root} is no directory: expected one in which `cs336 leaderboard run` wrote")
     found = []
     for path in sorted(pathlib.Path(root).rglob("submission.json")):
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cs336.inference.outputs import warn_if_cut
 from cs336.inference.sampling import SamplingParams, Uniforms, refuse_engine_only, sample
 from cs336.inference.vocabulary import encode_prompts, ends_of, unused_ids
 from cs336.models import DecodingState, Transformer
@@ -83,7 +84,7 @@ def generate(
 def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
     """Continue one prompt, piece by piece: whole characters, none of a stop string. Joined, they are generate's text.
 
-    Warns where generate sets `dropped`. Raises what generate does.
+    Warns where generate sets `dropped`, and where the context ends before max_tokens. Raises what generate does.
     """
     params = params or SamplingParams()
     ends, (ids,) = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, [prompt])
@@ -95,13 +96,16 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
             stacklevel=2,
         )
     text = TextStream(tokenizer, params.stop)
-    for _, token_id in _decode(model, [read], params, set(), unused_ids(model, tokenizer)):
+    tokens = _decode(model, [read], params, set(), unused_ids(model, tokenizer))
+    for sampled, (_, token_id) in enumerate(tokens, 1):  # noqa: B007 (read in its else)
         if token_id in ends:
             break
         if piece := text.push(token_id):
             yield piece
         if text.stopped:
             return
+    else:
+        warn_if_cut(sampled, params.max_tokens, model.config.context_length)
     if piece := text.close():
         yield piece
 

@@ -20,7 +20,7 @@ from cs336.inference import ranks
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
-from cs336.inference.outputs import RequestOutput, Token
+from cs336.inference.outputs import RequestOutput, Token, warn_if_cut
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.vocabulary import check_same_tokens, encode_prompts
 from cs336.models import Transformer
@@ -61,11 +61,15 @@ class LLM:
         **options: Any,
     ):
         self.chat_template, self.name = ChatTemplate(), "cs336"
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = convert.load(tokenizer)
         if not isinstance(model, Transformer):
             if tensor_parallel:
                 connect(device)
                 quiet = quiet or rank() > 0
             found = find_model(model)
+            if draft is not None and not isinstance(draft, Transformer):
+                draft = find_model(draft)  # before the model is read, not after it
             self.name = pathlib.Path(model).resolve().name
             if not quiet:
                 print(f"reading {found}", file=sys.stderr)
@@ -73,8 +77,6 @@ class LLM:
             read = ranks.load_part if tensor_parallel else load_model
             model = read(found, device, dtype)
             self.chat_template = ChatTemplate.find(found)
-        if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = convert.load(tokenizer)
         if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
             self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer
@@ -109,7 +111,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
         """Continue one prompt, piece by piece: joined, they are generate's text. Closing it early ends the request.
 
-        Raises what generate does.
+        Warns where the context ends before max_tokens. Raises what generate does.
         """
         if self.tokenizer is None:
             raise ValueError("to stream text takes a tokenizer: give LLM one")
@@ -125,7 +127,9 @@ class LLM:
                 while seen < len(pieces):
                     seen += 1
                     yield pieces[seen - 1]
-            request.output()
+            (ended,) = request.output().outputs
+            if ended.finish_reason == "length":
+                warn_if_cut(len(ended.token_ids), params.max_tokens, self.engine.max_len)
         finally:
             self.engine.cancel(request)
 

@@ -1,5 +1,6 @@
 """What an engine says of requests: as they go on, and when they end."""
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,3 +55,13 @@ class RequestOutput:
     @property
     def finish_reason(self) -> str:
         return self.outputs[0].finish_reason
+
+
+def warn_if_cut(sampled: int, max_tokens: int, max_len: int) -> None:
+    """Warns of a text that reached the end of the context, and not max_tokens."""
+    if sampled < max_tokens:
+        warnings.warn(
+            f"the text ends where the model's context of {max_len} tokens does: {sampled} of max_tokens = {max_tokens} "
+            "fit after the prompt",
+            stacklevel=3,
+        )

@@ -96,6 +96,7 @@ def attention(
         and not return_lse
         and sinks is None
         and registry.forced() is None
+        and scale > 0  # torch's CPU kernel scales after it masks: others would give NaN
         and (mask is None or mask.dtype in (torch.bool, q.dtype))
     ):
         o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.attention_autograd import autocast
-from cs336.ops.dispatch import rows, run
+from cs336.ops.attention_raw import check
+from cs336.ops.dispatch import default_scale, rows, run
 from cs336.ops.paged_attention import paged_prefill
 
 
@@ -41,7 +42,8 @@ def attention_invariant(
     Returns o (T, H, D) like q, differentiable once. Raises ValueError as ops.paged_prefill does.
     """
     q, k, v = (rows(x) for x in autocast(q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
+    check(q, k, v, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), scale, True, -1, 0, softcap or 0.0)
     return _AttentionInvariant.apply(q, k, v, sinks, cu_seqlens, max_seqlen, window, softcap, scale)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
+from cs336.ops.dispatch import default_scale
 
 
 def attention_varlen(
@@ -58,7 +59,7 @@ def attention_varlen(
     max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    options = q.shape[-1] ** -0.5 if scale is None else scale, causal, left, right, softcap or 0.0
+    options = default_scale(q) if scale is None else scale, causal, left, right, softcap or 0.0
     if alibi_slopes is None and dropout_p == 0:
         o, lse = attend("attention_varlen", q, k, v, *packing, *options)
     else:

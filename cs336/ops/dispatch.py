@@ -32,7 +32,17 @@ def has_kernel(name: str, *args: Any) -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """x with its last dim contiguous; copies only where it is not."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K), also where K is 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(q's last dim): of scores. Of a q that the op's own check is yet to refuse, 1."""
+    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5
 
 
 def turn(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import chunked, registry
-from cs336.ops.dispatch import rows
+from cs336.ops.dispatch import default_scale, rows
 from cs336.ops.linear_attention import (
     bounded,
     check,
@@ -32,16 +32,16 @@ SHARED_MEMORY = {2: 96 * 1024, 4: 196 * 1024}  # that a block of theirs may take
 
 def _check(q, k, v, beta, g, state, segments, scale) -> None:
     check(q, k, v, g, state, segments, scale)
+    stat = torch.promote_types(q.dtype, torch.float32)
     if beta.shape != v.shape[:-1] or beta.device != v.device:
         raise ValueError(f"beta must be {tuple(v.shape[:-1])} on {v.device} to fit v, got {like(beta)}")
+    if beta.dtype != stat:
+        raise ValueError(f"beta must be {stat}, or narrower, to fit q, got {like(beta)}")
 
 
 def _check_raw(*args) -> None:
     _check(*args)
-    q, k, v, beta = args[:4]
-    if beta.dtype != torch.promote_types(q.dtype, torch.float32):
-        raise ValueError(f"beta must be {torch.promote_types(q.dtype, torch.float32)}, got {like(beta)}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in zip("qkv", args[:3], strict=True):
         check_rows(name, x)
 
 
@@ -127,7 +127,7 @@ def gated_delta_rule(
     """
     g, state = bounded(g), None if initial_state is None else wide(initial_state)
     beta = wide(beta)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     args = q, k, v, beta, g, state, segments, scale
     _check(*args)
     if v.shape[2] == 1 and registry.forced() != "ref":

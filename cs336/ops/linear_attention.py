@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cs336.ops import chunked, registry
-from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.dispatch import default_scale, has_kernel, rows
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
@@ -29,7 +29,7 @@ WIDE_KEYS = 107 * 1024  # bytes of shared memory that the backward takes for key
 def check(q, k, v, g, state, segments, scale) -> None:
     if q.dim() != 4 or k.shape != q.shape or not q.is_floating_point():
         raise ValueError(f"q and k must be one (B, G, T, K), floating point, got {like(q)} and {like(k)}")
-    (B, G, T, K), V = q.shape, v.shape[-1]
+    (B, G, T, K), V = q.shape, v.shape[-1] if v.dim() else 0
     if v.dim() != 4 or (v.shape[0], v.shape[2]) != (B, T) or G == 0 or v.shape[1] % G:
         raise ValueError(f"v must be ({B}, a multiple of {G}, {T}, V) to fit q {tuple(q.shape)}, got {like(v)}")
     H, stat = v.shape[1], torch.promote_types(q.dtype, torch.float32)
@@ -168,7 +168,7 @@ def linear_attention(
     itself; the recurrence where "ref" is forced.
     """
     g, state = bounded(g), None if initial_state is None else wide(initial_state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     args = q, k, v, g, state, segments, scale
     check(*args)
     if registry.forced() == "ref":

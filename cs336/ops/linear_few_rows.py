@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import matrix, rows, run
 from cs336.ops.linear_invariant import check_linear
 from cs336.ops.ref import linear_few_rows as ref
 
@@ -36,7 +36,7 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, co
     """
     if x.dim() == 0:
         raise ValueError("x must be (..., K), got no dims")
-    flat, weight = rows(x.reshape(-1, x.shape[-1])), rows(weight)
+    flat, weight = rows(matrix(x)), rows(weight)
     check_linear(flat, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

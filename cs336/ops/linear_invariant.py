@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import run
+from cs336.ops.dispatch import matrix, run
 from cs336.ops.ref import linear_invariant as ref
 
 
@@ -34,7 +34,7 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if kind != "meta" and torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
-    rows = _contiguous(x.reshape(-1, x.shape[-1]))
+    rows = _contiguous(matrix(x))
     weight = _contiguous(weight)
     check_linear(rows, weight, bias)
     y = _LinearInvariant.apply(rows, weight, bias)

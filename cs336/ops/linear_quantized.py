@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import matrix, rows, run
 from cs336.ops.linear_few_rows import HALVES, HOPPER, native_refuses
 from cs336.ops.ref import linear_quantized as ref
 
@@ -94,7 +94,7 @@ def _call(
 ) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x must be (..., K), got no dims")
-    flat = rows(x.reshape(-1, x.shape[-1]))
+    flat = rows(matrix(x))
     more = () if name == "linear_fp8" else (zeros,)
     _CHECKS[name](flat, weight, scales, bias, group, *more, constant)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows
+from cs336.ops.dispatch import default_scale, rows
 from cs336.ops.ref import paged_attention as ref
 
 MAX_DECODE_QUERIES = 8
@@ -110,7 +110,7 @@ def _options(q: Tensor, scale, window, softcap, sinks) -> tuple:
         raise ValueError(f"window must be a number of keys of at least 0, or None for all, got {window!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    scale = max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     return scale, -1 if window is None else window, softcap or 0.0, sinks
 
 

@@ -28,9 +28,9 @@ RECOMPUTED = {"none": 3.0, "selective": 3.15, "full": 4.0}  # forwards that a st
 
 
 Units = tuple[tuple[float, str], ...]
-BYTES: Units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-SENT: Units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-TIMES: Units = ((1e-3, "ms"), (1e-6, "us"))
+BYTES: Units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+SENT: Units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+TIMES: Units = ((1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 
 def _in(units: Units, value: float) -> str:

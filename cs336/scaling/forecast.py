@@ -45,7 +45,7 @@ def read(log: pathlib.Path) -> list[Forecast]:
     if not log.exists():
         return []
     found = []
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             found.append(Forecast(**json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -82,14 +82,14 @@ def read_columns(path: str | os.PathLike, names: Mapping[str, Sequence[str]]) ->
     Raises ValueError that names the file, the row and what is wrong.
     """
     path = pathlib.Path(path)
-    text = path.read_text(encoding="utf-8-sig")
-    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else _csv_rows(text, path)
     if not rows:
         raise ValueError(f"{path} holds no runs")
     known = [_named(row, names) for row in rows]
     columns = {name: [row.get(name) for row in known] for name in names}
     present = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    return {name: _numbers(name, values, path) for name, values in present.items()}, ", ".join(rows[0])
+    return {name: _numbers(name, values, path) for name, values in present.items()}, ", ".join(map(str, rows[0]))[:200]
 
 
 def _of_study(directory: pathlib.Path) -> Points:
@@ -108,6 +108,13 @@ def _of_study(directory: pathlib.Path) -> Points:
     if not rows:
         raise ValueError(f"{directory} holds a study without a finished run")
     return Points(*map(np.array, zip(*rows, strict=True)))
+
+
+def _csv_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(text.splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from None
 
 
 def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:

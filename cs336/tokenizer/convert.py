@@ -40,8 +40,8 @@ def load(
     if not tells_pattern(path):
         if pattern is None:
             raise ValueError(
-                f"{path} does not say how text is split first: give its pattern, {', '.join(PATTERNS)} or a regular "
-                "expression (on the command line: convert --pattern)"
+                f"{path} is no tokenizer.json, and ranks and GPT-2's files do not say how text is split: give "
+                f"its pattern, {', '.join(PATTERNS)} or a regular expression (on the command line: convert --pattern)"
             )
         if path.is_dir():
             files = path / "vocab.json", path / "merges.txt"

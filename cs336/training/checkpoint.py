@@ -455,7 +455,7 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
             what = path if isinstance(path, str | os.PathLike) else "the file object"
-            raise DamagedError(f"{what} holds no checkpoint: {error}") from None
+            raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
         yield directory
 
 

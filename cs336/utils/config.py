@@ -49,7 +49,7 @@ def read_table(path: str | os.PathLike) -> Table:
     try:
         return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def parse(kind: type[T], table: Mapping[str, Any]) -> T:

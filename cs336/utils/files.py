@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
 import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,10 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     mode is "w" (UTF-8 text) or "wb". Raises OSError, with the name of the file, where it cannot be written.
     """
     path = pathlib.Path(path)
+    if _is_special(path):
+        raise OSError(
+            errno.EINVAL, "a device or a pipe, in whose place a file would be put: name a file", os.fspath(path)
+        )
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -37,6 +42,13 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             error.filename = os.fspath(path if path.parent.exists() else path.parent)
         raise
     sync(path.parent)
+
+
+def _is_special(path: pathlib.Path) -> bool:
+    """Whether there is something that is neither file nor directory, or a name of one's own descriptors."""
+    if path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout
+        return True
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def sync(path: str | os.PathLike) -> None:

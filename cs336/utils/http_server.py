@@ -1,7 +1,10 @@
 """What our servers share: a gate before the body of a request, and listening until a signal ends it."""
 
 import asyncio
+import errno
+import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -89,18 +92,56 @@ class _Announcing(uvicorn.Server):
             self._announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
 
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets of a host's addresses. Raises OSError that says what to do where the port is taken or cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must be 0 to {2**16 - 1}, and 0 is one that is free, got {port}")
+    found: list[socket.socket] = []
+    refused: OSError | None = None
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, *_, address in dict.fromkeys(places):
+            try:
+                found.append(socket.create_server(address, family=family))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # ::1, where there is no IPv6
+                    raise
+                refused = error
+        if refused and not found:
+            raise refused
+    except OSError as error:
+        for opened in found:
+            opened.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} of {host} is taken: stop what listens there, or give another --port (0: a free one)"
+        else:
+            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            message = f"cannot listen to {host}, port {port}: {why}: give another --host or --port"
+        raise OSError(message) from None
+    return found
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises as `bind` does: before a model is read, not after."""
+    for opened in bind(host, port):
+        opened.close()
+
+
 def listen(
     app: Starlette, host: str, port: int, *, drain: float, announce: Callable[[str], None], **options: Any
 ) -> None:
     """Serve until SIGTERM or Ctrl-C: then no new connection is taken, and requests that are under way have `drain`
-    seconds to end. On loopback, answer to its own names alone. Call it in the main thread. options: uvicorn's."""
+    seconds to end. On loopback, answer to its own names alone. Call it in the main thread. options: uvicorn's.
+
+    Raises as `bind` does."""
+    sockets = bind(host, port)
     if host in LOOPBACK:  # a name that someone made point here is no name of ours
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     options |= {"log_level": "warning", "access_log": False, "server_header": False}
-    config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=int(drain), **options)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=int(drain), **options)
     # uvicorn raises the signal that stopped it once more when all is done: then it shall change nothing.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _Announcing(config, announce).run()
+        _Announcing(config, announce).run(sockets)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -87,6 +87,15 @@ def test_get_batch_follows_its_generator():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_get_batch_refuses_what_is_no_batch_of_tokens():
+    with pytest.raises(ValueError, match=r"tokens must be integers, got float32"):
+        get_batch(np.zeros(99, np.float32), 2, 5)
+    with pytest.raises(ValueError, match=r"batch_size >= 0 .* got \(99,\), -1 and 5"):
+        get_batch(np.zeros(99, int), -1, 5)
+    for kind in (np.uint16, np.uint32, np.int64, np.int8):
+        assert get_batch(np.zeros(99, kind), 2, 5)[0].shape == (2, 5)
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_get_batch_refuses_short_data(count):
     with pytest.raises(ValueError, match=f"needs 6 tokens, got {count}"):

@@ -137,6 +137,11 @@ def test_bytes_that_are_no_utf8_part_words():
     assert _text.normalize(b"ab\xff\xc3cd") == "ab cd"
 
 
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(TypeError, match=r"expected a list of texts, got one str: give \[text\]"):
+        near_duplicates("one text")
+
+
 @pytest.mark.parametrize(("unit", "n"), [("word", 1), ("word", 3), ("char", 4)])
 def test_shingles_are_the_distinct_ngrams(unit, n):
     rng = random.Random(1)

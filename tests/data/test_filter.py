@@ -145,6 +145,12 @@ def test_secrets():
         assert mask_secrets(text) == (text, 0)
 
 
+@pytest.mark.parametrize("text", [None, 3, b"a@b.com"])
+def test_what_is_no_text_is_not_masked(text):
+    with pytest.raises(TypeError, match="expected str, got "):
+        mask_emails(text)
+
+
 def test_the_mask_is_the_callers():
     assert mask_emails("a@b.org <a@b.org>", mask="<a@b.org>") == ("<a@b.org> <a@b.org>", 1)
     with pytest.raises(ValueError, match="the mask is empty"):

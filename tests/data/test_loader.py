@@ -94,7 +94,8 @@ def test_seed_changes_the_order(dataset):
 
 
 def test_bad_arguments(dataset):
-    with pytest.raises(ValueError, match="batch_size"):
-        TokenLoader(dataset, 0)
+    for batch_size in (0, 1.5):
+        with pytest.raises(ValueError, match=f"batch_size must be an integer of at least 1, got {batch_size}"):
+            TokenLoader(dataset, batch_size)
     with pytest.raises(ValueError, match="rank"):
         TokenLoader(dataset, 1, rank=2, world=2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 
 import pytest
 import torch
@@ -114,3 +115,47 @@ def test_a_conversation_goes_on():
     assert len(talk.messages) == 4
     talk.forget()
     assert talk.messages == []
+
+
+def test_a_long_conversation_forgets_its_beginning():
+    talk = Talk(tiny_llm(), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), "be brief")
+    first = "".join(talk.say("a"))
+    with pytest.warns(UserWarning, match="the oldest 2 messages do not fit any more and are forgotten"):
+        "".join(talk.say("b" * 20))
+    contents = [message["content"] for message in talk.messages]
+    assert contents[:2] == ["be brief", "b" * 20]
+    assert len(contents) == 3
+    assert first not in contents
+
+
+def test_a_context_without_room_for_any_answer(directory, capsys):
+    assert main(["chat", directory, "--device", "cpu", "--system", "x" * 60]) == 2
+    err = capsys.readouterr().err
+    assert "the chat template and the system message take 141 of the 128 tokens" in err
+
+
+def test_a_text_that_the_context_cuts(directory, capsys):
+    options = ["--device", "cpu", "--prompt", "x" * 120, "--max-tokens", "40", "--temperature", "0", "--ignore-eos"]
+    for more in ((), ("--draft", directory), ("--num-samples", "2"), ("--num-samples", "2", "--draft", directory)):
+        assert main(["generate", directory, *options, *more]) == 0
+        assert "context of 128 tokens does: 8 of max_tokens = 40 fit" in capsys.readouterr().err
+    assert main(["generate", directory, *options, "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_port_that_is_taken(directory, capsys):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for verb in (["serve", directory], ["scaling", "api", "serve", f"{directory}-api"]):
+            assert main([*verb, "--port", str(port)]) == 2
+            out, err = capsys.readouterr()
+            assert f"cs336: port {port} of 127.0.0.1 is taken: stop what listens there, or give another --port" in err
+            assert "reading" not in err
+            assert out == ""
+    for options, message in (
+        (["--port", "70000"], "port must be 0 to 65535"),
+        (["--host", "no.such"], "cannot listen"),
+    ):
+        assert main(["serve", directory, *options]) == 2
+        assert message in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_small_numbers_have_small_units():
     (first, *_) = plan(GPT, 1, batch_size=16)
     assert re.search(r"fits, \d+\.\d MiB of 126\.0 GiB \(.*KiB.*A step takes [1-9][\d.]* us", first.explain())
     _, row = planner.table([first]).splitlines()
-    assert re.search(r"[1-9][\d.]* us .* MiB +0\.0 kB  data 1", row)
+    assert re.search(r"[1-9][\d.]* us .* MiB +0.0 B  data 1", row)
 
 
 SMALL = TransformerConfig(512, 64, 4, 64, 4)

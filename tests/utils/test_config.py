@@ -128,7 +128,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
 def test_a_file_that_is_no_toml_is_named_once(tmp_path):
     (tmp_path / "broken.toml").write_text("on = true true\n")
     for read in (read_table, lambda path: load(Model, path)):
-        with pytest.raises(ValueError, match=r"^\S+broken\.toml: Expected newline"):
+        with pytest.raises(ValueError, match=r"^\S+broken\.toml is not TOML: Expected newline"):
             read(tmp_path / "broken.toml")
 
 

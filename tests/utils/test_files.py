@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from cs336.utils.files import path_list, replacing
@@ -37,3 +39,14 @@ def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, replacing(path):
         pass
     assert caught.value.filename == str(path.parent)
+
+
+def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
+    pipe, output = tmp_path / "pipe", tmp_path / "stdout"
+    os.mkfifo(pipe)
+    output.symlink_to("/proc/self/fd/1")
+    before = [(name, os.lstat(tmp_path / name).st_mode) for name in sorted(os.listdir(tmp_path))]
+    for path in (pipe, output):
+        with pytest.raises(OSError, match="a device or a pipe, in whose place a file would be put"), replacing(path):
+            raise AssertionError("it was opened")
+    assert [(name, os.lstat(tmp_path / name).st_mode) for name in sorted(os.listdir(tmp_path))] == before

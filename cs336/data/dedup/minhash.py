@@ -53,6 +53,8 @@ def near_duplicates(
     Raises ValueError for arguments that make no sense, with what would.
     """
     check_minhash(num_hashes, num_bands, ngram, threshold)
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}: give [text]")
     with tempfile.TemporaryFile() as file:
         signatures_NH = _sign(texts, num_hashes, ngram, unit, seed, file)
         parent = np.arange(len(texts))

@@ -23,6 +23,8 @@ def save_model(path: str | os.PathLike, format: str, facts: Mapping[str, Any], t
 
 def load_model(path: str | os.PathLike, format: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(facts, tensors). Raises ValueError, naming the file, for one that is damaged or of another format."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a directory: expected a safetensors file")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             header = file.metadata() or {}

@@ -125,6 +125,8 @@ def _mask(text: str, mask: str, pattern: re.Pattern, accept: Callable[[str], boo
     """Replace what matches and is accepted, between masks that are there already."""
     if not mask:
         raise ValueError("the mask is empty: expected a text that shows that something was here, such as " + EMAIL_MASK)
+    if not isinstance(text, str):
+        raise TypeError(f"expected str, got {type(text).__name__}")
     total = 0
 
     def replace(match: re.Match) -> str:

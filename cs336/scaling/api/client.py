@@ -10,13 +10,13 @@ import http.client
 import json
 import pathlib
 import time
-import tomllib
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cs336.scaling.api.protocol import Account, Leaderboard, RunDetails, RunInfo, State, Submission
 from cs336.scaling.points import Points
+from cs336.utils.config import read_table
 
 TIMEOUT = 60.0  # seconds, of one request
 RETRY = 0.2  # seconds until a server that is not there is asked again
@@ -51,6 +51,8 @@ class Client:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"expected an address like http://127.0.0.1:8336, got {url!r}")
+        if not (key.strip().isascii() and key.strip().isprintable()):
+            raise ValueError("a key is one line of ASCII, as `cs336 scaling api add-user` printed it")
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._address, self._path = (parts.hostname, parts.port), parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key.strip()}", "Content-Type": "application/json"}
@@ -71,7 +73,7 @@ class Client:
         """Enter a run, by its size or by a configuration of `cs336 train` (a table, or a TOML file), and reserve its
         price. Raises ApiError: 400 over budget, 409 where you have this run, 422 for what cannot be run."""
         if isinstance(config, str | pathlib.Path):
-            config = tomllib.loads(pathlib.Path(config).read_text(encoding="utf-8"))
+            config = read_table(config)
         asked: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "learning_rate": learning_rate}
         asked |= {"seed": seed} | {"batch_tokens": batch_tokens, "config": config}
         body = {name: value for name, value in asked.items() if value is not None}
@@ -139,10 +141,14 @@ class Client:
         while True:
             try:
                 status, answer = self._once(method, path, body)
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
                 lost = True
                 if time.monotonic() > end:
-                    raise
+                    where = f"{self._address[0]}:{self._address[1] or self._kind.default_port}"
+                    raise OSError(
+                        f"no server answers at {where} ({error}): start one with `cs336 scaling api serve`, "
+                        "or give its address with --url"
+                    ) from error
                 time.sleep(RETRY)
                 continue
             if status < 300:

@@ -1,0 +1,64 @@
+"""Arguments that nobody means and somebody gives: no dims, no features, other dtypes, scales that are not positive."""
+
+import pytest
+import torch
+
+from cs336 import ops
+from cs336.ops import registry
+
+SCALAR = torch.tensor(1.0)
+CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+PACKED = torch.randn(10, 2, 16), torch.randn(10, 2, 16), torch.randn(10, 2, 16)
+BHTK = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+BETA = torch.rand(1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "place"),
+    [
+        *((ops.attention_varlen, (*PACKED, CU), i) for i in range(3)),
+        *((ops.attention_invariant, (*PACKED, CU, 6), i) for i in range(4)),
+        *((ops.linear_attention, BHTK, i) for i in range(3)),
+        *((ops.gated_delta_rule, (*BHTK, BETA), i) for i in range(4)),
+        *((ops.linear_few_rows, (torch.randn(2, 8), torch.randn(4, 8)), i) for i in range(2)),
+        *((ops.linear_invariant, (torch.randn(2, 8), torch.randn(4, 8)), i) for i in range(2)),
+    ],
+)
+def test_tensors_without_dims_or_features_are_refused(op, args, place):
+    op(*args)
+    good = args[place]
+    none = () if place == 2 else (good[..., :0],)  # values may have no features
+    for bad in (SCALAR.to(good.dtype), good.to(torch.complex64), *none):
+        with pytest.raises(ValueError, match=r"must|fit"):
+            op(*args[:place], bad, *args[place + 1 :])
+
+
+def test_lengths_of_packed_sequences_are_checked():
+    for longest in (-1, 5):
+        with pytest.raises(ValueError, match="must"):
+            ops.attention_invariant(*PACKED, CU, longest)
+
+
+def test_wider_gates_than_the_rest_are_refused():
+    with pytest.raises(ValueError, match=r"beta must be torch.float32, or narrower, to fit q, got .* torch.float64"):
+        ops.gated_delta_rule(*BHTK, BETA.double())
+    assert ops.gated_delta_rule(*BHTK, BETA.bfloat16()).shape == (1, 2, 5, 8)
+
+
+@pytest.mark.parametrize("op", [ops.linear_few_rows, ops.linear_invariant])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 0), (2, 3)])
+def test_products_over_no_features_are_the_bias(op, lead):
+    bias = torch.randn(4)
+    y = op(torch.empty(*lead, 0), torch.empty(4, 0), bias)
+    assert torch.equal(y, bias.expand(*lead, 4))
+    with pytest.raises(ValueError, match="must be"):
+        op(torch.empty(*lead, 0), torch.empty(4, 8))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(scale):
+    """torch's kernel on a CPU gives NaN for them under a causal mask."""
+    q, k, v = (torch.randn(1, 2, 7, 16) for _ in range(3))
+    with registry.use("ref"):
+        want = ops.attention(q, k, v, causal=True, scale=scale)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=True, scale=scale), want)
