@@ -64,6 +64,7 @@ class Walk {
   HOST_DEVICE Walk(const PagedAttentionParams& p, const PagedPlan& plan, const Share& share)
       : begin_(share.begin), end_(share.end), b_(share.b), start_(share.start) {
     if (begin_ >= end_) {
+      start_ = end_;
       return;
     }
     take_sequence(p, plan);
