@@ -118,6 +118,13 @@ def measure(work: Work, llm: LLM) -> list[dict[str, Any]]:
     return made
 
 
+def scorer(name: str, cached: bool) -> LLM:
+    model, shared, own, scored, count = SCORING[name]
+    together, each = count if cached else min(count, 32), 2 + (shared + own + scored) // 64
+    num_pages = each + 3 * count if cached else each * together
+    return make(model, prefix_cache=cached, max_seqs=together, num_pages=num_pages, cuda_graphs=False)
+
+
 def score(name: str) -> list[dict[str, Any]]:
     """Without and with the cache of prefixes: the best of three, of nothing that was computed before."""
     model, shared, own, scored, count = SCORING[name]
@@ -125,10 +132,9 @@ def score(name: str) -> list[dict[str, Any]]:
     prefix = [draw.randrange(vocab_size) for _ in range(shared)]
     prompts = [prefix + [draw.randrange(vocab_size) for _ in range(own)] for _ in range(count)]
     answers = [[draw.randrange(vocab_size) for _ in range(scored)] for _ in range(count)]
-    num_pages = count * (2 + (shared + own + scored) // 64)
     made = []
     for cached in (False, True):
-        llm = make(model, prefix_cache=cached, max_seqs=count, num_pages=num_pages, cuda_graphs=False)
+        llm = scorer(name, cached)
         llm.score(prompts[:2], answers[:2])
         seconds = []
         for _ in range(3):
