@@ -106,6 +106,8 @@ void check(const PagedAttentionParams& p, int resident) {
     }
   }
   CHECK(most <= total / busy + 1 + longest + kSegmentCost);  // dealt evenly, to a cut, however short segments are
+  if (plan.invariant && p.sequences == 1 && plan.row_tiles == 1 && resident >= (plan.max_pieces + 1) * plan.segments)
+    CHECK(most <= longest + kSegmentCost);  // alone on the device: a piece a block
 }
 
 }  // namespace

@@ -73,7 +73,8 @@ inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   const int64_t segments = int64_t{p.sequences} * plan.segments;
   plan.all_segments = static_cast<int>(segments);
   plan.least_share = p.head_dim <= 64 ? 4 * kWarps : 2 * kWarps;
-  const int of_segment = plan.invariant ? std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps))
+  // A block more than pieces: a segment's cost makes shares of as many longer than a piece, and some would have two.
+  const int of_segment = plan.invariant ? std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps)) + 1
                                         : ceil_div(plan.max_tiles + kSegmentCost, plan.least_share);
   plan.blocks = static_cast<int>(std::min<int64_t>(resident, segments * of_segment));
   plan.by_segment = plan.invariant && segments <= 2 * plan.blocks;
