@@ -25,7 +25,7 @@ from cs336.models import Transformer, TransformerConfig
 
 READ_ROOF = {"NVIDIA H200": 4.37e12}  # bytes a second of a stream that only reads
 
-QWEN = {"qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6, "head_dim": 128, "num_kv_heads": 8}
+QWEN: dict[str, Any] = {"qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6, "head_dim": 128, "num_kv_heads": 8}
 MODELS = {
     "Qwen3-0.6B": TransformerConfig(
         151936, 4096, num_layers=28, d_model=1024, num_heads=16, d_ff=3072, tie_embeddings=True, **QWEN
@@ -108,7 +108,7 @@ def measure(work: Work, llm: LLM) -> list[dict[str, Any]]:
     run_engine(llm, Load(8, (20, 20), (10, 10)).requests(vocab_size))
     for _ in range(work.repeats):
         found = run_engine(llm, work.load.requests(vocab_size))
-        row = {"op": "engine", "variant": "cs336", "work": work.title, "dtype": "bf16"}
+        row: dict[str, Any] = {"op": "engine", "variant": "cs336", "work": work.title, "dtype": "bf16"}
         row |= {"output_tokens": found["output_tokens"], "seconds": found["seconds"]}
         row |= {"tokens_per_second": found["tok_s"], "steps": found["steps"]}
         row |= {name: found[name] for name in ("ttft_p50_ms", "itl_p50_ms")}
@@ -143,7 +143,11 @@ def score(name: str) -> list[dict[str, Any]]:
             llm.score(prompts, answers)
             seconds.append(time.perf_counter() - begin)
         title = f"{model}, {count} prompts of {shared:,} common tokens and {own} more, {scored} scored each"
-        row = {"op": "engine", "variant": "cs336", "work": title + (", common ones once" if cached else "")}
+        row: dict[str, Any] = {
+            "op": "engine",
+            "variant": "cs336",
+            "work": title + (", common ones once" if cached else ""),
+        }
         row |= {"output_tokens": count * scored, "seconds": round(min(seconds), 4)}
         made.append(row | {"tokens_per_second": round(count * scored / min(seconds), 1)})
         del llm
