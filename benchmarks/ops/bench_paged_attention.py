@@ -44,14 +44,14 @@ SHAPES = {
 }
 
 
-def inputs(shape: Shape, device: torch.device) -> tuple:
+def inputs(shape: Shape, invariant: bool, device: torch.device) -> tuple:
     B, T, H, Hkv, D, page, Q = shape
     each = -(-T // page)
     caches = (torch.randn(B * each, page, Hkv, D, device=device, dtype=DTYPE) for _ in range(2))
     table = torch.randperm(B * each, device=device).view(B, each).to(torch.int32)
     lens = torch.full((B,), T, dtype=torch.int32, device=device)
     q = torch.randn(B, Q, H, D, device=device, dtype=DTYPE)
-    return q, *caches, table, lens, D**-0.5, -1, 0.0, None
+    return q, *caches, table, lens, D**-0.5, -1, 0.0, None, invariant, False
 
 
 def flashinfer(q, k_cache, v_cache, table, lens, scale, *_) -> harness.Call:
@@ -89,8 +89,9 @@ CONTENDERS = harness.variants("paged_attention", keep=(0,)) | {"flashinfer": fla
 def cases(size: str) -> Iterator[harness.Case]:
     for shape in SHAPES[size]:
         moved = 2 * shape.B * shape.T * shape.Hkv * shape.D * DTYPE.itemsize
-        draw = functools.partial(inputs, shape)
-        yield harness.Case("paged_attention", "decode", shape, DTYPE, draw, CONTENDERS, bytes=moved)
+        for name, invariant in (("decode", True), ("decode cut anywhere", False)):
+            draw = functools.partial(inputs, shape, invariant)
+            yield harness.Case("paged_attention", name, shape, DTYPE, draw, CONTENDERS, bytes=moved)
 
 
 def bench_paged_attention(benchmark, case):

@@ -134,7 +134,10 @@ class Request:
     def prompt_logprobs(self) -> list[Token | None] | None:
         if self.params.prompt_logprobs is None:
             return None
-        return [self.prompt_tokens.get(i) for i in range(len(self.prompt_token_ids))]
+        found: list[Token | None] = [None] * len(self.prompt_token_ids)
+        for place, token in self.prompt_tokens.items():  # often the last few of thousands
+            found[place] = token
+        return found
 
     def output(self) -> RequestOutput:
         """Of a request that has finished. Raises ValueError where its logits were not finite."""
@@ -516,7 +519,7 @@ class Engine:
         vocab_size = self.vocab_size
         if not ids:
             raise ValueError("the prompt is empty: give it at least one token")
-        if strange := [token for token in ids if not isinstance(token, Integral)]:
+        if strange := [token for token in ids if type(token) is not int and not isinstance(token, Integral)]:
             raise ValueError(f"a prompt's tokens are integers, got {strange[0]!r}")
         named = [*ids, *params.stop_token_ids, *(token for token, _ in params.biases)]
         if not 0 <= min(named) <= max(named) < vocab_size:

@@ -285,7 +285,8 @@ class Runner:
         slot_R, length_R, offset_R = rows
         R = len(slot_R)
         table = self.slots.table.index_select(0, slot_R)
-        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R)
+        # These were written before the ids were looked up, which no kernel overlaps.
+        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R, settled=True)
         ids_1R = self.slots.newest.index_select(0, slot_R)[None]
         features_RM = self.model.features(ids_1R, state=self.state)[0]
         return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)

@@ -6,7 +6,7 @@ P = pages, S = tokens a page, H = key-value heads, D = features of a head.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ class PagedTokens:
     fresh: Chunks | None = None
     """Behind these: chunks without tokens before, which need not look into the pages. None inside cs336.invariant() and
     where a state has no pages."""
+    settled: bool = field(default=False, kw_only=True)
+    """As ops.paged_attention has it, of the rows that decode: the table, the lengths, and all tokens before those of
+    this pass were written before a kernel that no other overlaps."""
 
     @functools.cached_property
     def ends(self) -> Tensor:
@@ -108,12 +111,14 @@ class PagedKeyValues:
         n, caches, outs = tokens.num_decodes, (self.keys, self.values), []
         if n:
             decodes = tokens.table[:n], tokens.lengths[:n]
-            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **options)[:, 0])
+            fast = options | {"invariant": False, "settled": tokens.settled}  # what must be invariant goes elsewhere
+            outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **fast)[:, 0])
         if (some := tokens.continued) is not None:
             table, lengths, q = tokens.table[some.rows], tokens.lengths[some.rows], q_THD[some.tokens]
             if some.longest <= MAX_DECODE_QUERIES and len(q) == len(lengths) * some.longest:  # drafts, mostly
                 q_BQHD = q.reshape(len(lengths), some.longest, *q.shape[1:])
-                outs.append(ops.paged_attention(q_BQHD, *caches, table, lengths, **options).flatten(0, 1))
+                fast = options | {"invariant": False}
+                outs.append(ops.paged_attention(q_BQHD, *caches, table, lengths, **fast).flatten(0, 1))
             else:
                 rows = table, lengths, some.ends
                 outs.append(ops.paged_prefill(q, *caches, *rows, max_seqlen_q=some.longest, **options))

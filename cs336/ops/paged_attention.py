@@ -2,7 +2,8 @@
 
 A pool of P pages holds `page` tokens each; row b of the page table lists the pages of sequence b, in order. Queries are
 the last tokens of their sequence, appended to the cache before the call, and see no later key. Decode is bound by
-memory: it reads sum(min(length, window + Q)) Hkv (D + E) elements. A sequence's bits do not depend on the batch.
+memory: it reads sum(min(length, window + Q)) Hkv (D + E) elements. A sequence's bits do not depend on the batch unless
+it is told that they may.
 
 B = sequences, Q = query tokens a sequence, T = of all sequences, H, Hkv = query and key-value heads, D = features of a
 head, E = of its values, P = pages, M = entries of a row of the table.
@@ -33,6 +34,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    invariant: bool = True,
+    settled: bool = False,
     return_lse: bool = False,
 ) -> Any:
     """Attention of the last Q tokens of each sequence to its cache, causal. No gradient.
@@ -49,6 +52,10 @@ def paged_attention(
         window: how many keys before its own a query sees; all if None.
         softcap: bound of the scores' magnitude; none if None.
         sinks: (H,) float32, one more score a head, whose value is zero.
+        invariant: a sequence's bits are the same in any batch. False: the native kernel cuts sequences wherever that
+            divides the work best, and gives the same bits for the same batch only.
+        settled: a promise that none of the kernels just before this one on the stream writes page_table, seq_lens or
+            any token but the last Q of each sequence: the others are then read while those kernels still run.
         return_lse: return the scores' log-sum-exp too: (B, H, Q) float32, sinks included.
 
     Returns out (B, Q, H, E) like q, or (out, lse). A query without keys gives zeros: all of an empty slot, and the
@@ -64,7 +71,7 @@ def paged_attention(
     args = _contiguous(q), _contiguous(k_cache), _contiguous(v_cache), page_table, seq_lens
     options = _options(q, scale, window, softcap, sinks)
     _check_decode(*args, *options)
-    out, lse = registry.call("paged_attention", *args, *options)
+    out, lse = registry.call("paged_attention", *args, *options, invariant, settled)
     return (out, lse) if return_lse else out
 
 
@@ -117,7 +124,7 @@ def _options(q: Tensor, scale, window, softcap, sinks) -> tuple:
 # ---- what every variant refuses ----
 
 
-def _check_decode(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks) -> None:
+def _check_decode(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks, *_) -> None:
     if q.dim() != 4:
         raise ValueError(f"q must be (B, Q, H, D), got shape {tuple(q.shape)}")
     _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks, q.shape[0])
@@ -256,7 +263,7 @@ def _fake(q, lse_shape, v_cache):
 
 
 registry.define(
-    f"paged_attention({CACHE}, {OPTIONS}) -> (Tensor o, Tensor lse)",
+    f"paged_attention({CACHE}, {OPTIONS}, bool invariant=True, bool settled=False) -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: _fake(q, (q.shape[0], q.shape[2], q.shape[1]), v),
     ref=ref.paged_attention,
     check=_check_decode,

@@ -22,8 +22,8 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
-constexpr int kAhead = 4;  // vectors of logits that a thread loads before it uses them
+constexpr int kThreads = 384, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
+constexpr int kAhead = 2;  // vectors of logits that a thread loads before it uses them
 constexpr float kLog2E = 1.4426950408889634f, kMax = 3.402823466e38f;
 
 struct Stats {  // of the logits as they came in: maximum and sum of exp(logit - maximum); then of what is drawn from
@@ -474,7 +474,7 @@ __device__ void list(const SampleParams& p, int row, float top, float log_sum, R
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) sample_kernel(const __grid_constant__ SampleParams p, int part) {
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_constant__ SampleParams p, int part) {
   extern __shared__ __align__(16) float values[];
   __shared__ Shared shared;
   Row of_row(shared);

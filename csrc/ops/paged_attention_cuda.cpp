@@ -44,7 +44,8 @@ PagedCache cache_of(const Tensor& t) {
 
 std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& page_table, const Tensor& seq_lens, double scale,
-                                              int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                                              int64_t window, double softcap, const std::optional<Tensor>& sinks,
+                                              bool invariant, bool settled) {
   check_rows_of(q, "q", q);
   check_rows_of(k_cache, "k_cache", q);
   check_rows_of(v_cache, "v_cache", q);
@@ -98,6 +99,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                          .head_dim = static_cast<int>(q.size(3)),
                          .dtype = dtype_of(q, "q"),
                          .window = static_cast<int>(std::min(window, kMost)),
+                         .invariant = invariant,
+                         .settled = settled,
                          .scale = static_cast<float>(scale),
                          .softcap = static_cast<float>(softcap)};
   const Tensor workspace = new_tensor(q, {paged_attention_workspace(p)}, ScalarType::Byte);

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cs336 import ops
 from cs336.inference import Engine, EngineConfig, SamplingParams
 from cs336.inference.engine import graph_sizes
 from cs336.models import BlockConfig, Transformer, TransformerConfig, huggingface
@@ -519,6 +520,35 @@ def test_a_paged_state_needs_its_tokens_described(model):
     with pytest.raises(ValueError, match="give neither positions nor segments"):
         model(torch.tensor([[1]]), positions=torch.tensor([0]), state=state)
     assert torch.allclose(model(torch.tensor([[1]]), state=state), model(torch.tensor([[1]])), atol=1e-5)
+
+
+def test_decoding_promises_that_old_tokens_are_there_where_nothing_else_runs(model, monkeypatch):
+    """A step that only decodes has written its table and lengths long before attention reads them; one with chunks
+    promises nothing, and inside cs336.invariant() the fast kernel is not called at all."""
+    told, plain = [], ops.paged_attention
+
+    def spy(*args, invariant=True, settled=False, **options):
+        told.append((invariant, settled))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(ops, "paged_attention", spy)
+    e = engine(model)
+    e.add(PROMPTS[0], GREEDY)
+    e.step()
+    told.clear()
+    e.step()
+    assert told == [(False, True)] * CONFIG.num_layers
+    e.add(PROMPTS[4], GREEDY)
+    told.clear()
+    e.step()
+    assert told == [(False, False)] * CONFIG.num_layers
+    told.clear()
+    run(e)
+    e = engine(model, invariant=True)
+    e.add(PROMPTS[0], GREEDY)
+    told.clear()
+    run(e)
+    assert told == []
 
 
 @pytest.mark.parametrize("max_seqs", [1, 7, 64, 100, 200, 256, 1000])

@@ -133,6 +133,28 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(variant, device, group, Q):
     assert torch.equal(repeated, together[many])
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("Q", [1, 3])
+@pytest.mark.parametrize("D", DIMS)
+def test_sequences_cut_anywhere(variant, device, D, Q, options):
+    """Not invariant: one after the other alone, all at once, many times all, behind a longer one. Nothing else runs, so
+    that what is settled changes no bit."""
+    *(k, v, table, lens), dense = pool(LENGTHS, 16, 2, D, None, DTYPES[-1], device)
+    sinks = torch.randn(8, device=device)
+    q = torch.randn(len(LENGTHS), Q, 8, D, device=device).to(DTYPES[-1])
+    if reason := registry.why_not("paged_attention", variant, q, k, v, table, lens, *scaled(options)):
+        pytest.skip(reason)
+    everyone = range(len(LENGTHS))
+    for rows in ([[b] for b in everyone], [everyone], [[b for b in everyone for _ in range(31 if CUDA else 2)]]):
+        for chosen in map(list, rows):
+            args, say = (q[chosen], k, v, table[chosen], lens[chosen]), options | {"sinks": sinks, "return_lse": True}
+            o, lse = ops.paged_attention(*args, **say, invariant=False)
+            compare(o, lse, list(q[chosen]), [dense[b] for b in chosen], **options, sinks=sinks)
+            again = ops.paged_attention(*args, **say, invariant=False, settled=True)
+            assert torch.equal(o, again[0])
+            assert torch.equal(lse, again[1])
+
+
 # ---- prefill ----
 
 
@@ -241,7 +263,8 @@ def test_opcheck_and_compile(device):
     k, v, table, lens, _ = pool([20, 5], 16, 2, DIMS[0], None, DTYPES[0], device)
     q = torch.randn(2, 1, 4, DIMS[0], device=device, dtype=DTYPES[0])
     args = q, k, v, table, lens
-    torch.library.opcheck(torch.ops.cs336_ref.paged_attention, (*args, 1.0, -1, 0.0, None))
+    for more in ((), (False, True)):  # invariant, settled
+        torch.library.opcheck(torch.ops.cs336_ref.paged_attention, (*args, 1.0, -1, 0.0, None, *more))
     cu = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.cs336_ref.paged_prefill, (q[:, 0], *args[1:], cu, 1, 1.0, -1, 0.0, None))
     compiled = torch.compile(ops.paged_attention, fullgraph=True, backend="aot_eager")
@@ -249,8 +272,8 @@ def test_opcheck_and_compile(device):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_one_captured_graph_serves_changing_lengths(name):
+@pytest.mark.parametrize(("name", "invariant"), [("native", True), ("native", False), ("triton", True)])
+def test_one_captured_graph_serves_changing_lengths(name, invariant):
     lengths = [5000, 1, 0, 700, 64, 2048]
     *(k, v, table, lens), dense = pool(lengths, 16, 2, 128, None, BF16, "cuda")
     q = torch.randn(len(lengths), 1, 8, 128, device="cuda", dtype=BF16)
@@ -258,11 +281,11 @@ def test_one_captured_graph_serves_changing_lengths(name):
         ops.paged_attention(q, k, v, table, lens)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            o, lse = ops.paged_attention(q, k, v, table, lens, return_lse=True)
+            o, lse = ops.paged_attention(q, k, v, table, lens, invariant=invariant, return_lse=True)
         for cut in (lengths, [17, 1, 0, 699, 63, 1], [4999, 0, 0, 1, 1, 2000], [0] * 6, lengths):
             lens.copy_(torch.tensor(cut, dtype=torch.int32))
             o.fill_(torch.nan)
             graph.replay()
             now = [(k[:n], v[:n]) for (k, v), n in zip(dense, cut, strict=True)]
             compare(o, lse, list(q), now)
-            assert torch.equal(o, ops.paged_attention(q, k, v, table, lens))
+            assert torch.equal(o, ops.paged_attention(q, k, v, table, lens, invariant=invariant))

@@ -14,7 +14,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_every_piece_is_one_blocks(tmp_path):
     source = pathlib.Path(__file__).with_name("paged_plan.cpp")
-    command = [COMPILER, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc", source]
-    subprocess.run([*command, "-o", tmp_path / "paged_plan"], check=True)
+    flags = ["-std=c++20", "-O1", "-fsanitize=address", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([COMPILER, *flags, "-I", ROOT / "csrc", source, "-o", tmp_path / "paged_plan"], check=True)
     done = subprocess.run([tmp_path / "paged_plan"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -175,7 +175,7 @@ def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strid
         )  # fmt: skip
 
 
-def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks):
+def paged_attention(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, sinks, *_):
     if paged_latent.fits(k_cache, v_cache, window, softcap, sinks):
         return paged_latent.decode(q, k_cache, v_cache, page_table, seq_lens, scale)
     B, Q, H, _ = q.shape

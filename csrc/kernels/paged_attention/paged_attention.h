@@ -29,8 +29,10 @@ struct PagedAttentionParams {
   int sequences, queries, kv_heads, group;
   int num_pages, page_size, table_width;
   int head_dim;
-  Dtype dtype;  // F16 or BF16
-  int window;   // keys before its own that a query sees; -1: all
+  Dtype dtype;     // F16 or BF16
+  int window;      // keys before its own that a query sees; -1: all
+  bool invariant;  // sums in an order that the sequence's length alone says, not its batch
+  bool settled;    // all but the last `queries` tokens, the table and lengths were there before the kernel ahead began
   float scale, softcap;
 };
 

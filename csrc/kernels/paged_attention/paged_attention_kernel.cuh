@@ -1,6 +1,6 @@
 // One launch: four warps of a block take the tiles of a piece in turn, each with a running softmax and a stream of
-// copies of its own; at the end of a piece the block adds the four up. A block that has all pieces of a segment adds
-// them up as it goes and writes the result. Otherwise blocks leave each piece in the workspace, and the last to come
+// copies of its own; at the end of a piece the block adds the four up. A block that has all of a segment adds its
+// pieces up as it goes and writes the result. Otherwise blocks leave their parts in the workspace, and the last to come
 // adds them up.
 #pragma once
 #include "common/mma.cuh"
@@ -22,6 +22,7 @@ struct Shared {
   float o[kWarps][kHalf * kDim];
   float top[kWarps][kRows], sum[kWarps][kRows];
   int scratch[kWarps + 2];
+  Segment ended;  // that begins in an earlier block's share and ends in this block's
 };
 
 __device__ __forceinline__ float max_of_quad(float x) {
@@ -216,15 +217,14 @@ struct BlockRows {
     }
   }
 
-  // Adds up the pieces of a segment that blocks have left in the workspace, in order.
-  __device__ __forceinline__ void collect(const PagedPlan& plan, int64_t total, const Segment& s, const float* o,
+  // Adds up the parts of a segment that blocks have left in the workspace, in order.
+  __device__ __forceinline__ void collect(const PagedPlan& plan, const Parts& parts, const float* o,
                                           const float2* stats) {
     constexpr int kAhead = 8;
-    const int pieces = s.pieces();
-    for (int first = 0; first < pieces; first += kAhead) {
+    for (int first = 0; first < parts.count(); first += kAhead) {
       int64_t slots[kAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; j++) slots[j] = slot_of(plan, total, s, min(first + j, pieces - 1)) * plan.rows;
+      for (int j = 0; j < kAhead; j++) slots[j] = parts.slot(min(first + j, parts.count() - 1)) * plan.rows;
 #pragma unroll
       for (int i = 0; i < kTotals; i++) {
         const int r = row(i);
@@ -238,7 +238,7 @@ struct BlockRows {
         }
 #pragma unroll
         for (int j = 0; j < kAhead; j++)
-          if (first + j < pieces) totals[i].add(of_row[j].x, of_row[j].y, values[j]);
+          if (first + j < parts.count()) totals[i].add(of_row[j].x, of_row[j].y, values[j]);
       }
     }
   }
@@ -292,9 +292,7 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
     if (w < warp) before += shared[w];
     all += shared[w];
   }
-  Share share{.total = int64_t{all} * plan.segments};
-  share.begin = first_of_block(share.total, blockIdx.x, plan.blocks);
-  share.end = first_of_block(share.total, blockIdx.x + 1, plan.blocks);
+  Share share(plan, int64_t{all} * plan.segments, blockIdx.x);
   int start = before * plan.segments;
   if (start <= share.begin && share.begin < start + mine * plan.segments) {
     int b = first;
@@ -338,23 +336,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   float2* part_stats = reinterpret_cast<float2*>(part_o + plan.slots * plan.rows * kDim);
 
   allow_successor();
-  wait_for_predecessor();
+  bool waits = p.settled;
+  if (!waits) wait_for_predecessor();
   const Share share = find_share(p, plan, shared.scratch);
   Walk walk(p, plan, share);
   Stream<T, kDim> stream(walk, warp);
 #pragma unroll
-  for (int i = 0; i < kDepth - 1; i++) stream.issue(p, plan, shared.tiles[warp][i]);
+  for (int i = 0; i < kDepth - 1; i++) {
+    if (waits && !stream.is_settled(p, plan)) {
+      wait_for_predecessor();
+      waits = false;
+    }
+    stream.issue(p, plan, shared.tiles[warp][i]);
+  }
+  if (waits) wait_for_predecessor();
   int stage = 0;
 
   WarpRows<T, kDim> mine;
   BlockRows<T, kDim> all;
-  Segment shared_with_others;  // the one that starts in an earlier block's share and ends in this one's
-  bool ends_it = false;
+  bool ends_one = false;  // that an earlier block begins
   for (Segment s; walk.next(p, plan, s);) {
     mine.load(p, plan, s);
     all.begin(p, plan, s);
-    for (int begin = s.begin; begin < s.end; begin += s.piece) {
-      const int end = min(begin + s.piece, s.end);
+    const Parts parts(plan, share, s);
+    const int run = plan.invariant ? s.cut : s.end - s.begin;
+    for (int begin = s.begin; begin < s.end; begin += run) {
+      const int end = min(begin + run, s.end);
       mine.clear();
       for (int tile = begin + warp; tile < end; tile += kWarps) {
         wait_copies<kDepth - 2>();
@@ -363,27 +370,29 @@ __global__ void __launch_bounds__(kThreads, 2)
         mine.add(p, shared.tiles[warp][stage], (s.sequence.first_tile + tile) * kTile, s.sequence.length);
         stage = stage + 1 == kDepth ? 0 : stage + 1;
       }
-      const int64_t row = s.whole() ? 0 : slot_of(plan, share.total, s, begin / s.piece) * plan.rows;
+      const int64_t row = s.whole() ? 0 : parts.slot(parts.at(begin)) * plan.rows;
       all.gather(shared, mine, s.whole() ? nullptr : part_o + row * kDim, part_stats + row);
     }
     if (s.whole()) {
       all.write(p, plan, s);
       continue;
     }
-    if (threadIdx.x == 0) raise(flags + slot_of(plan, share.total, s, s.begin / s.piece), p.tag);
+    if (threadIdx.x == 0) raise(flags + parts.slot(parts.at(s.begin)), p.tag);
     if (s.end == s.sequence.tiles) {
-      shared_with_others = s;
-      ends_it = true;
+      if (threadIdx.x == 0) shared.ended = s;
+      ends_one = true;
     }
   }
-  if (!ends_it) return;
+  if (!ends_one) return;
   // All blocks have their shares behind them by now, or soon: waiting earlier would put them in a queue.
-  const Segment& s = shared_with_others;
-  for (int piece = threadIdx.x; piece < s.pieces(); piece += kThreads)
-    if (starts_a_part(plan, share.total, s, piece)) await(flags + slot_of(plan, share.total, s, piece), p.tag);
+  __syncthreads();
+  const Segment s = shared.ended;
+  const Parts parts(plan, share, s);
+  for (int part = threadIdx.x; part < parts.count(); part += kThreads)
+    if (parts.begins(part)) await(flags + parts.slot(part), p.tag);
   __syncthreads();
   all.begin(p, plan, s);
-  all.collect(plan, share.total, s, part_o, part_stats);
+  all.collect(plan, parts, part_o, part_stats);
   all.write(p, plan, s);
 }
 

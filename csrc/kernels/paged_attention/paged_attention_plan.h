@@ -1,8 +1,10 @@
 // How paged attention is cut into work, as plain functions of the problem. Host and device alike.
 //
-// The keys of a sequence, as one key head sees them for one tile of rows, are a segment: tiles of 16 keys, cut into
-// pieces. Where the cuts are depends on that sequence's length alone, and pieces are added up one after the other: so
-// a sequence's bits do not depend on its batch. All segments behind each other are dealt evenly to the blocks.
+// The keys of a sequence, as one key head sees them for one tile of rows, are a segment: tiles of 16 keys. All segments
+// behind each other are dealt evenly to the blocks, each of which may get parts of the segments at both its ends.
+// Invariant: a segment is cut into pieces, where depends on that sequence's length alone, and they are added up one
+// after the other, whose ever they are: so a sequence's bits do not depend on its batch. Otherwise a block adds up all
+// it has of a segment at once: the only cuts are those between blocks.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -19,12 +21,15 @@
 namespace cs336 {
 
 struct PagedPlan {
-  int row_tiles;   // of 16 rows, a row being a query token of a query head that reads the key head
-  int rows;        // of a tile that are used
-  int segments;    // of a sequence: key heads times row tiles
+  int row_tiles;  // of 16 rows, a row being a query token of a query head that reads the key head
+  int rows;       // of a tile that are used
+  int segments;   // of a sequence: key heads times row tiles
+  int all_segments;
   int max_pieces;  // of a segment
   int max_tiles;   // of a segment: what the page table can hold
   int blocks;
+  bool invariant;
+  int least_share;  // tiles of a block if not: of little work it is better that fewer blocks have to meet
   bool by_segment;  // every segment has slots of its own for the pieces that blocks hand over; else every block has
   int64_t slots;
 };
@@ -34,6 +39,7 @@ namespace paged {
 inline constexpr int kRows = 16, kTile = 16, kWarps = 4, kThreads = 32 * kWarps;
 inline constexpr int kMaxPieces = 128;
 inline constexpr int kFewTiles = 48;
+inline constexpr int kCut = 2;  // tiles: where segments may be cut if not into pieces
 // Tiles' worth of time that a segment takes however short it is: its rows are loaded, added up and written. On an H200
 // a segment of one tile takes 2.3 us, and a tile more 0.5; dealt by tiles alone, 15 empty sequences beside 193 of 850
 // keys were all one block's, which made the launch take 0.45 ms instead of 0.2.
@@ -49,16 +55,6 @@ HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
   return ceil_div(ceil_div(tiles, max_pieces), unit) * unit;
 }
 
-// The first tile of all segments that block i works on.
-HOST_DEVICE int first_of_block(int64_t total, int block, int blocks) {
-  return static_cast<int>(total * block / blocks);
-}
-
-// The block whose share holds that tile.
-HOST_DEVICE int block_of(int64_t total, int tile, int blocks) {
-  return static_cast<int>(((int64_t{tile} + 1) * blocks + total - 1) / total - 1);
-}
-
 // Flags of pieces at the start of the workspace, as many as keep what follows aligned to 16 bytes.
 HOST_DEVICE int64_t flag_words(const PagedPlan& plan) { return (plan.slots + 1) / 2 * 2; }
 
@@ -66,6 +62,7 @@ HOST_DEVICE int64_t flag_words(const PagedPlan& plan) { return (plan.slots + 1) 
 inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   PagedPlan plan{};
   const int rows = p.group * p.queries;
+  plan.invariant = p.invariant;
   plan.row_tiles = ceil_div(rows, kRows);
   plan.rows = std::min(rows, kRows);
   plan.segments = p.kv_heads * plan.row_tiles;
@@ -74,10 +71,14 @@ inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   const int64_t keys = int64_t{p.table_width} * p.page_size;
   plan.max_tiles = static_cast<int>(std::max<int64_t>(1, (keys + kTile - 1) / kTile));
   const int64_t segments = int64_t{p.sequences} * plan.segments;
-  const int64_t pieces_at_most = segments * std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps));
-  plan.blocks = static_cast<int>(std::min<int64_t>(resident, pieces_at_most));
-  plan.by_segment = segments <= 2 * plan.blocks;
-  plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * plan.max_pieces;
+  plan.all_segments = static_cast<int>(segments);
+  plan.least_share = p.head_dim <= 64 ? 4 * kWarps : 2 * kWarps;
+  // A block more than pieces: a segment's cost makes shares of as many longer than a piece, and some would have two.
+  const int of_segment = plan.invariant ? std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps)) + 1
+                                        : ceil_div(plan.max_tiles + kSegmentCost, plan.least_share);
+  plan.blocks = static_cast<int>(std::min<int64_t>(resident, segments * of_segment));
+  plan.by_segment = plan.invariant && segments <= 2 * plan.blocks;
+  plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * (plan.invariant ? plan.max_pieces : 1);
   return plan;
 }
 

@@ -22,13 +22,15 @@ class Stream {
  public:
   __device__ __forceinline__ Stream(const Walk& walk, int warp) : walk_(walk), warp_(warp) {}
 
+  // Whether the next copies may be issued while newest tokens are on their way to the cache.
+  __device__ __forceinline__ bool is_settled(const PagedAttentionParams& p, const PagedPlan& plan) {
+    advance(p, plan);
+    return !live_ || segment_.is_settled(p, tile_);
+  }
+
   __device__ __forceinline__ void issue(const PagedAttentionParams& p, const PagedPlan& plan, Shared& shared) {
     const int lane = threadIdx.x % 32;
-    while (live_ && tile_ >= segment_.end) {
-      live_ = walk_.next(p, plan, segment_);
-      tile_ = segment_.begin + warp_;
-      if (live_) known_ = 0;
-    }
+    advance(p, plan);
     if (live_) {
       if (known_ == 0) look_up(p, lane);
       const int page = __shfl_sync(~0u, pages_, 32 - known_), row = __shfl_sync(~0u, rows_, 32 - known_);
@@ -43,6 +45,14 @@ class Stream {
   }
 
  private:
+  __device__ __forceinline__ void advance(const PagedAttentionParams& p, const PagedPlan& plan) {
+    while (live_ && tile_ >= segment_.end) {
+      live_ = walk_.next(p, plan, segment_);
+      tile_ = segment_.begin + warp_;
+      if (live_) known_ = 0;
+    }
+  }
+
   // The pages of the warp's next 32 tiles, one a lane.
   __device__ __forceinline__ void look_up(const PagedAttentionParams& p, int lane) {
     const int tile = tile_ + lane * kWarps;

@@ -26,26 +26,47 @@ struct Segment {
   int b, index;  // sequence, and which of its segments: key head * row tiles + row tile
   Sequence sequence;
   int start;       // its first tile among those of all segments
-  int piece;       // tiles of a piece
-  int begin, end;  // its tiles that are this block's: whole pieces
+  int cut;         // it is cut at multiples of these tiles: into pieces, or anywhere
+  int begin, end;  // its tiles that are this block's
 
-  HOST_DEVICE int pieces() const { return ceil_div(sequence.tiles, piece); }
   HOST_DEVICE bool whole() const { return begin == 0 && end == sequence.tiles; }
+  // Whether a tile has none of the newest tokens.
+  HOST_DEVICE bool is_settled(const PagedAttentionParams& p, int tile) const {
+    return (sequence.first_tile + tile + 1) * kTile <= sequence.length - p.queries;
+  }
 };
 
 // The tiles of all segments, with kSegmentCost behind those of each, and which of them are a block's: those from
-// `begin` to `end`, the first of which is in segments of sequence b, whose own start at `start`.
+// `begin` to `end`, the first of which, if there are any, is in segments of sequence b, whose own start at `start`.
 struct Share {
   int64_t total;
-  int begin, end, b, start;
+  int blocks;  // that have any
+  int begin = 0, end = 0, b = 0, start = 0;
+
+  HOST_DEVICE Share(const PagedPlan& plan, int64_t tiles, int block) : total(tiles), blocks(plan.blocks) {
+    if (!plan.invariant && total < int64_t{blocks} * plan.least_share) {
+      blocks = total < plan.least_share ? 1 : static_cast<int>(total / plan.least_share);
+      if (blocks > plan.all_segments) blocks -= blocks % plan.all_segments;  // equal segments: each its own blocks
+    }
+    begin = first_of(block < blocks ? block : blocks);
+    end = first_of(block < blocks ? block + 1 : blocks);
+  }
+
+  HOST_DEVICE int first_of(int block) const { return static_cast<int>(total * block / blocks); }
+  HOST_DEVICE int block_of(int tile) const {
+    return static_cast<int>(((int64_t{tile} + 1) * blocks + total - 1) / total - 1);
+  }
 };
 
-// Goes over the segments of which a piece starts in a share.
+// Goes over the segments of which a cut is in a share.
 class Walk {
  public:
   HOST_DEVICE Walk(const PagedAttentionParams& p, const PagedPlan& plan, const Share& share)
       : begin_(share.begin), end_(share.end), b_(share.b), start_(share.start) {
-    if (begin_ >= end_) return;
+    if (begin_ >= end_) {
+      start_ = end_;
+      return;
+    }
     take_sequence(p, plan);
     index_ = (begin_ - start_) / sequence_.cost();
     start_ += index_ * sequence_.cost();
@@ -55,7 +76,7 @@ class Walk {
   HOST_DEVICE bool next(const PagedAttentionParams& p, const PagedPlan& plan, Segment& segment) {
     while (start_ < end_) {
       const int tiles = sequence_.tiles;
-      segment = {b_, index_, sequence_, start_, piece_, first_piece(begin_ - start_), first_piece(end_ - start_)};
+      segment = {b_, index_, sequence_, start_, cut_, first_cut(begin_ - start_), first_cut(end_ - start_)};
       if (segment.end > tiles) segment.end = tiles;
       start_ += sequence_.cost();
       if (++index_ == plan.segments) {
@@ -71,29 +92,49 @@ class Walk {
  private:
   HOST_DEVICE void take_sequence(const PagedAttentionParams& p, const PagedPlan& plan) {
     sequence_ = sequence_of(p, b_);
-    piece_ = piece_tiles(sequence_.tiles, plan.max_pieces);
+    cut_ = plan.invariant ? piece_tiles(sequence_.tiles, plan.max_pieces) : kCut;
   }
-  // The start of the first piece at or after a tile of the segment.
-  HOST_DEVICE int first_piece(int tile) const { return tile <= 0 ? 0 : ceil_div(tile, piece_) * piece_; }
+  // The first cut at or after a tile of the segment.
+  HOST_DEVICE int first_cut(int tile) const { return tile <= 0 ? 0 : ceil_div(tile, cut_) * cut_; }
 
   int begin_, end_;
-  int b_, start_, index_ = 0, piece_ = 1;
+  int b_, start_, index_ = 0, cut_ = 1;
   Sequence sequence_{};
 };
 
-// Where the result of a piece that its block does not add up itself lies in the workspace.
-HOST_DEVICE int64_t slot_of(const PagedPlan& plan, int64_t total, const Segment& segment, int piece) {
-  if (plan.by_segment) return (int64_t{segment.b} * plan.segments + segment.index) * plan.max_pieces + piece;
-  const int block = block_of(total, segment.start + piece * segment.piece, plan.blocks);
-  const int before = first_of_block(total, block, plan.blocks) - segment.start;  // tiles of the segment, not its own
-  const int first = before > 0 ? ceil_div(before, segment.piece) : 0;
-  return (int64_t{2} * block + (before > 0 ? 0 : 1)) * plan.max_pieces + piece - first;
-}
+// The parts of a segment that several blocks share, in the order in which they are added up: its pieces, or what each
+// block has of it. Each has a slot of the workspace.
+class Parts {
+ public:
+  HOST_DEVICE Parts(const PagedPlan& plan, const Share& share, const Segment& segment)
+      : plan_(plan), share_(share), segment_(segment), first_block_(share.block_of(segment.start)) {
+    const int last = ceil_div(segment.sequence.tiles, segment.cut) - 1;
+    count_ = 1 + (plan.invariant ? last : share.block_of(segment.start + last * segment.cut) - first_block_);
+  }
 
-// Whether a piece is the first that its block has of the segment.
-HOST_DEVICE bool starts_a_part(const PagedPlan& plan, int64_t total, const Segment& segment, int piece) {
-  const auto block = [&](int i) { return block_of(total, segment.start + i * segment.piece, plan.blocks); };
-  return piece == 0 || block(piece) != block(piece - 1);
-}
+  HOST_DEVICE int count() const { return count_; }
+  // That which begins with a tile.
+  HOST_DEVICE int at(int tile) const {
+    return plan_.invariant ? tile / segment_.cut : share_.block_of(segment_.start + tile) - first_block_;
+  }
+  // Whether it is the first that its block has of the segment.
+  HOST_DEVICE bool begins(int part) const { return !plan_.invariant || part == 0 || block(part) != block(part - 1); }
+
+  HOST_DEVICE int64_t slot(int part) const {
+    if (!plan_.invariant) return int64_t{2} * (first_block_ + part) + (part == 0);
+    if (plan_.by_segment) return (int64_t{segment_.b} * plan_.segments + segment_.index) * plan_.max_pieces + part;
+    const int before = share_.first_of(block(part)) - segment_.start;  // tiles of the segment, not its block's
+    const int first = before > 0 ? ceil_div(before, segment_.cut) : 0;
+    return (int64_t{2} * block(part) + (before > 0 ? 0 : 1)) * plan_.max_pieces + part - first;
+  }
+
+ private:
+  HOST_DEVICE int block(int piece) const { return share_.block_of(segment_.start + piece * segment_.cut); }
+
+  const PagedPlan& plan_;
+  const Share& share_;
+  const Segment& segment_;
+  int first_block_, count_;
+};
 
 }  // namespace cs336::paged
