@@ -65,7 +65,10 @@ struct Shared {
 // What all threads of a row merge into, in an order of its own.
 class Row {
  public:
-  __device__ explicit Row(Shared& shared) : shared_(shared) {}
+  __device__ explicit Row(Shared& shared) : shared_(shared) { cluster_.barrier_arrive(); }
+
+  // Before the first that is merged: a block that has not begun has no shared memory yet that others could write to.
+  __device__ __forceinline__ void await_blocks() { cluster_.barrier_wait(); }
 
   template <typename R>
   __device__ R merged(R mine) {
@@ -447,6 +450,7 @@ __device__ int draw_any(const SampleParams& p, const Settings& settings, int row
       bar = max(bar, __reduce_max_sync(~0u, ordered(score)));
     }
   }
+  of_row.await_blocks();
   stats = of_row.merged(Stats{top, sum, -INFINITY, 0x7fffffff});
   const Candidate winner = of_row.merged(Candidate{best.score(stats.raw_top, inverse), 0.f, best.token, 0});
   return winner.token == 0x7fffffff ? 0 : winner.token;
@@ -486,7 +490,9 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_consta
   if (settings.takes_any(p)) {
     token = draw_any<T>(p, settings, row, of_row, begin, n, stats);
   } else {
-    stats = of_row.merged(load<T>(p, settings, row, begin, n, values));
+    const Stats mine = load<T>(p, settings, row, begin, n, values);
+    of_row.await_blocks();
+    stats = of_row.merged(mine);
     token = draw(p, settings, row, stats, of_row, values, begin, n);
   }
   const float top = stats.raw_top, log_sum = logf(stats.raw_sum);  // apart: beside a large `top` it would be lost

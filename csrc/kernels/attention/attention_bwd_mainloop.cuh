@@ -271,9 +271,10 @@ __device__ __forceinline__ void bwd_multiply_queries(const BwdArgs& a, typename 
     const BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
     if (uniform(w.kv_head) < 0) break;
-    barrier_wait(&shared.k_full, round & 1);
     for (int i = uniform(w.steps(a.heads)); i > 0; i--, count++) {
       const int buffer = count % 2;
+      // Who stored dS has seen K come. To wait for K beside steps would not do: keys that no query sees have none, the
+      // next K may be there before this warp looks, and it would wait for the one after, which waits for this warp.
       barrier_wait(&shared.ds_full[buffer], count / 2 & 1);
 #pragma unroll 1  // few registers
       for (int piece = 0; piece < Tile::kGroups; piece++) {
