@@ -43,7 +43,7 @@ def compile_all() -> None:
         gated_delta_rule.shared_memory = paged_latent.shared_memory = lambda device, room=room: room
         for dtype in dtypes if capability == 90 else ["bf16"]:
             cut = gated_delta_rule.plan(128, 128, dtypes[dtype], gpu)
-            took = shared_memory(gated_delta_rule_bwd._walk_back_kernel, capability, dtype, cut)
+            took = shared_memory(gated_delta_rule_bwd._walk_back_kernel, capability, dtype, cut["walk back"])
             print(f"walk back {dtype} on {capability}: {took} of {room}")
         for rows in (16, 128):
             cut = paged_latent.plan(rows, 512, 64, torch.bfloat16, gpu)

@@ -14,7 +14,12 @@ from cs336.nn import AttentionConfig, GELUConfig, MLPConfig, RMSNormConfig, Rope
 
 # their name of an activation -> ours
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
-ACTIVATIONS |= {"sigmoid": "sigmoid", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACTIVATIONS |= {
+    "sigmoid": "sigmoid",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 THEIR_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 THEIR_ACTIVATIONS |= {"sigmoid": "sigmoid"}
 # the start of a name of ours -> theirs
