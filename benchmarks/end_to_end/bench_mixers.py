@@ -72,10 +72,12 @@ def measure(name: str, size: str, T: int, tokens: int, *, compile: bool = False)
     row = {"op": "mixer", "variant": name, "model": size, "shape": [B, T], "compiled": compile}
     row["parameters"] = whole.num_parameters()
     _train(_model(replace(whole, num_layers=1), device, compile), x_BT, 0)  # compiles what all layers share
+    learner = _model(whole, device, compile)
+    reader = Transformer(whole, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     with TURN:
-        row |= _train(_model(whole, device, compile), x_BT, STEPS)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return row | _decode(Transformer(whole, device=device, dtype=dtype), B, T)
+        row |= _train(learner, x_BT, STEPS)
+        del learner
+        return row | _decode(reader, B, T)
 
 
 def _model(config: TransformerConfig, device: torch.device, compile: bool) -> Transformer:
@@ -218,16 +220,16 @@ def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator
         raise ValueError(f"no mixer {', '.join(unknown)}: expected some of {', '.join(known)}")
     if not names:
         yield from recurrences(size, tokens, device)
-    cases = [(name, size, T, tokens, compile) for T in LENGTHS[size] for name in names or known]
+    cases = [(name, size, tokens, compile) for name in names or known]
     spawn = multiprocessing.get_context("spawn")
     workers = min(len(cases), _workers(device))
     if workers == 1:
         for case in cases:
-            yield _row(*case)
+            yield from _both_lengths(*case)
         return
     with ProcessPoolExecutor(workers, spawn, _take_turns, (spawn.Lock(),), max_tasks_per_child=1) as pool:
-        for made in as_completed([pool.submit(_row, *case) for case in cases]):
-            yield made.result()
+        for made in as_completed([pool.submit(_both_lengths, *case) for case in cases]):
+            yield from made.result()
 
 
 def _workers(device: torch.device) -> int:
@@ -243,11 +245,14 @@ def _take_turns(turn: contextlib.AbstractContextManager) -> None:
     TURN = turn
 
 
-def _row(name: str, size: str, T: int, tokens: int, compile: bool) -> dict[str, Any]:
-    try:
-        return measure(name, size, T, tokens, compile=compile)
-    except RuntimeError as error:  # such as a text too long for the memory: the others go on
-        return {"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]}
+def _both_lengths(name: str, size: str, tokens: int, compile: bool) -> list[dict[str, Any]]:
+    found = []
+    for T in LENGTHS[size]:
+        try:
+            found.append(measure(name, size, T, tokens, compile=compile))
+        except RuntimeError as error:  # such as a text too long for the memory: the others go on
+            found.append({"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]})
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
