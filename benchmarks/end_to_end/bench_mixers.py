@@ -149,7 +149,7 @@ def _paged_step(model: Transformer, B: int, T: int) -> tuple[PagedState, Callabl
 
 
 def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Forward, and forward with backward, of the ops alone."""
+    """Forward, and forward with backward, of the ops alone, replayed as CUDA graphs."""
     d_model = SIZES[size][2]
     for T in LENGTHS[size]:
         B, D = max(1, tokens // T), min(128, d_model)
@@ -161,7 +161,7 @@ def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[s
                 row = {"op": op, "variant": variant, "shape": [B, G, H, T, K, V], "dtype": "bf16"}
                 try:
                     for pass_, backward in (("fwd", False), ("fwd+bwd", True)):
-                        timing = harness.measure([_bind(call, drawn, backward)], device, graph=False)
+                        timing = harness.measure([_bind(call, drawn, backward)], device)
                         yield row | {"pass": pass_, "seconds": timing.seconds, "spread": round(timing.spread, 4)}
                 except (RuntimeError, ImportError, TypeError) as error:  # of a peer whose version is another
                     yield row | {"failed": str(error).partition("\n")[0][:200]}
