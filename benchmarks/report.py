@@ -254,10 +254,16 @@ def mixers(rows: list[Row]) -> Iterator[str]:
         speed, decoding = (f"{row[f'{kind}_tokens_per_second']:,.0f}" for kind in ("train", "decode"))
         state = f"{row['state_bytes'] / 2**20:,.1f} MiB"
         yield f"| {row['variant']} | {B} x {T} | {speed} | {memory} | {state} | {decoding} |"
-    yield ""
     alone = [r for r in rows if r["op"] != "mixer" and "seconds" in r]
-    each = [f"{r['op']} {r['pass']} {r['variant']} {1e3 * r['seconds']:.2f} ms" for r in alone]
-    yield f"The recurrences alone, (B, G, H, T, K, V) = {tuple(alone[0]['shape'])}: {'; '.join(each)}." if alone else ""
+    if not alone:
+        return
+    yield ""
+    yield "| the recurrence alone | (B, G, H, T, K, V) | pass | cs336 | fla-core |"
+    yield "| --- | --- | --- | ---: | ---: |"
+    found = {(r["op"], tuple(r["shape"]), r["pass"], r["variant"]): f"{1e3 * r['seconds']:.3f} ms" for r in alone}
+    for op, shape, pass_ in dict.fromkeys(key[:3] for key in found):
+        ours, theirs = (found.get((op, shape, pass_, who), "–") for who in ("cs336", "fla"))
+        yield f"| {op} | {shape} | {pass_} | {ours} | {theirs} |"
 
 
 def parallel(rows: list[Row]) -> Iterator[str]:

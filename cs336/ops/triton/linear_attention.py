@@ -1,6 +1,6 @@
 """Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
 
-One kernel sums up each chunk's decays, one walks the chunks of a head in order and leaves the state before each; another
+One kernel sums up the decays of chunks, one walks the chunks of a head in order and leaves the state before each; one
 takes all chunks side by side and makes their outputs. A head's sums depend on nothing but its own sequence.
 """
 
