@@ -72,13 +72,11 @@ def measure(name: str, size: str, T: int, tokens: int, *, compile: bool = False)
     row = {"op": "mixer", "variant": name, "model": size, "shape": [B, T], "compiled": compile}
     row["parameters"] = whole.num_parameters()
     _train(_model(replace(whole, num_layers=1), device, compile), x_BT, 0)  # compiles what all layers share
-    learner = _model(whole, device, compile)
-    reader = Transformer(whole, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch.cuda.empty_cache()  # what a process keeps, the one whose turn it is lacks
     with TURN:
-        row |= _train(learner, x_BT, STEPS)
-        del learner
-        row |= _decode(reader, B, T)
+        row |= _train(_model(whole, device, compile), x_BT, STEPS)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        row |= _decode(Transformer(whole, device=device, dtype=dtype), B, T)
         torch.cuda.empty_cache()
     return row
 

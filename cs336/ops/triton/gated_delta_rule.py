@@ -138,13 +138,11 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     thin = not narrow or not roomy(device) or (64 < whole <= 128 and K % 16 == V % 16 == 0)
     shared = {"CHUNK": chunk, "BLOCK_K": whole, "num_warps": 4}
     solve, walk = shared | {"BLOCK_V": min(values, 64)}, shared | {"BLOCK_V": min(values, 32 if thin else 64)}
-    row, room = chunk * dtype.itemsize, 1 if INTERPRET.value else shared_memory(device)
-    stage, stage_back = row * (2 * whole + walk["BLOCK_V"]), row * (3 * whole + 2 * walk["BLOCK_V"])
-    back = walk | {"num_stages": max(1, min(3, (room - 8192) // stage_back))}
-    walk["num_stages"] = max(1, min(3, (room // 2 - 9216) // stage))  # two programs to a multiprocessor
+    stage = chunk * (3 * whole + 2 * walk["BLOCK_V"]) * dtype.itemsize  # that a step of the way back loads
+    walk["num_stages"] = 1 if INTERPRET.value else max(1, min(3, (shared_memory(device) - 8192) // stage))
     few = 16 if not narrow else 32 if thin else 64
     grads = shared | {"BLOCK_V": min(values, few), "num_warps": 8, "num_stages": 1}
-    return {"solve": solve, "walk": walk, "local": solve, "walk back": back, "grads": grads}
+    return {"solve": solve, "walk": walk, "local": solve, "walk back": walk, "grads": grads}
 
 
 def corrected(k, v, beta, g, state, segments):

@@ -1,7 +1,7 @@
 """Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
 
-One kernel sums up the decays of chunks, one walks the chunks of a head in order and leaves the state before each; one
-takes all chunks side by side and makes their outputs. A head's sums depend on nothing but its own sequence.
+One kernel walks the chunks of a head in order and leaves the state before each; another takes all chunks side by side
+and makes their outputs. A head's sums depend on nothing but its own sequence.
 """
 
 import torch
@@ -84,45 +84,15 @@ def scaled(x, weights):
 
 
 @triton.jit
-def _decays_kernel(
-    g_ptr,  # (B, H, T) float32, or None
-    segments_ptr,  # (B, T), or None
-    into_ptr,  # (B, H, T) float32, contiguous, as all that is written: see decays
-    out_ptr,  # (B, H, T) float32
-    through_ptr,  # (B, H, N) float32
-    g_b, g_h, g_stride, segments_b,
-    H, T,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    if g_ptr is not None:
-        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
-    if segments_ptr is not None:
-        segments_ptr += tl.cast(b, tl.int64) * segments_b
-    _, into, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
-    index = n * CHUNK + tl.arange(0, CHUNK)
-    tl.store(into_ptr + head * T + index, into, mask=index < T)
-    tl.store(out_ptr + head * T + index, out, mask=index < T)
-    tl.store(through_ptr + head * tl.cdiv(T, CHUNK) + n, through)
-
-
-@triton.jit
-def load_weights(ptr, start, T, CHUNK: tl.constexpr):
-    index = start + tl.arange(0, CHUNK)
-    return tl.load(ptr + index, mask=index < T, other=0.0)
-
-
-@triton.jit
 def _states_kernel(
     k_ptr,  # (B, G, T, K)
     v_ptr,  # (B, H, T, V)
-    out_ptr,  # (B, H, T) float32
-    through_ptr,  # (B, H, N) float32
+    g_ptr,  # (B, H, T) float32, or None
     first_ptr,  # (B, H, K, V) float32, or None
+    segments_ptr,  # (B, T), or None
     states_ptr,  # (B, H, N, K, V): before each chunk
     last_ptr,  # (B, H, K, V) float32: after the last
-    k_b, k_h, k_stride, v_b, v_h, v_stride,
+    k_b, k_h, k_stride, v_b, v_h, v_stride, g_b, g_h, g_stride, segments_b,
     H, group, T, K, V,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -131,6 +101,10 @@ def _states_kernel(
     k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
     k_ptr = rows_of(k_ptr, b, h // group, 0, k_b, k_h, k_stride)
     v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
+    if g_ptr is not None:
+        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
+    if segments_ptr is not None:
+        segments_ptr += tl.cast(b, tl.int64) * segments_b
     head = tl.program_id(1).to(tl.int64)
     num_chunks = tl.cdiv(T, CHUNK)
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
@@ -139,11 +113,10 @@ def _states_kernel(
     for n in range(0, num_chunks):
         store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
         start = n * CHUNK
-        through = tl.load(through_ptr + head * num_chunks + n)
-        out = load_weights(out_ptr + head * T, start, T, CHUNK)
+        _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
         k = load_columns(k_ptr, k_stride, start, T, k0, K, CHUNK, BLOCK_K)
         v = load_columns(v_ptr, v_stride, start, T, v0, V, CHUNK, BLOCK_V)
-        state = state * through + dot(tl.trans(k), scaled(v, out))
+        state = state * through + dot(tl.trans(scaled(k, out)), v)
     store_state(last_ptr + head * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
 
 
@@ -209,20 +182,7 @@ def strides(x) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def chunk_decays(v, g, segments):
-    """into and out (B, H, T), through (B, H, N), float32: what `decays` says of each chunk."""
-    (B, H, T, _), chunk = v.shape, chunk_of(v)
-    into, out = v.new_empty(2, B, H, T, dtype=torch.float32)
-    through = v.new_empty(B, H, triton.cdiv(T, chunk), dtype=torch.float32)
-    with torch.cuda.device_of(v):
-        _decays_kernel[(through.shape[2], B * H)](
-            g, segments, into, out, through, *strides(g), 0 if segments is None else segments.stride(0), H, T,
-            CHUNK=chunk, num_warps=1,
-        )  # fmt: skip
-    return into, out, through
-
-
-def states(k, v, out, through, state):
+def states(k, v, g, state, segments):
     """The state before each chunk (B, H, N, K, V), in 16 bits where k is, and after the last (B, H, K, V)."""
     (B, H, T, V), K = v.shape, k.shape[-1]
     plan = tiles(K, V, chunk_of(v), v.dtype)
@@ -232,16 +192,16 @@ def states(k, v, out, through, state):
     grid = (triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)
     with torch.cuda.device_of(k):
         _states_kernel[grid](
-            k, v, out, through, state, before, last,
-            *strides(k), *strides(v), H, H // k.shape[1], T, K, V, **plan,
+            k, v, g, state, segments, before, last,
+            *strides(k), *strides(v), *strides(g), 0 if segments is None else segments.stride(0),
+            H, H // k.shape[1], T, K, V, **plan,
         )  # fmt: skip
     return before, last
 
 
 def fwd(q, k, v, g, state, segments, scale):
     segments = _rows(segments)
-    _, out, through = chunk_decays(v, g, segments)
-    before, last = states(k, v, out, through, state)
+    before, last = states(k, v, g, state, segments)
     return outputs(q, k, v, g, segments, before, scale, chunk_of(v)), last
 
 

@@ -14,13 +14,11 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, width
 from cs336.ops.triton.cast import cast
 from cs336.ops.triton.linear_attention import (
-    chunk_decays,
     chunk_of,
     decays,
     inner_decay,
     load_columns,
     load_state,
-    load_weights,
     roomy,
     scaled,
     states,
@@ -35,12 +33,12 @@ from cs336.ops.triton.linear_attention import (
 def _dstates_kernel(
     do_ptr,  # (B, H, T, V)
     q_ptr,  # (B, G, T, K)
-    into_ptr,  # (B, H, T) float32
-    through_ptr,  # (B, H, N) float32
+    g_ptr,  # (B, H, T) float32, or None
     dlast_ptr,  # (B, H, K, V) float32, or None
+    segments_ptr,  # (B, T), or None
     dstates_ptr,  # (B, H, N, K, V): of the state after each chunk
     dfirst_ptr,  # (B, H, K, V) float32: of the state before the first
-    do_b, do_h, do_stride, q_b, q_h, q_stride,
+    do_b, do_h, do_stride, q_b, q_h, q_stride, g_b, g_h, g_stride, segments_b,
     H, group, T, K, V, scale,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +47,10 @@ def _dstates_kernel(
     k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
     do_ptr = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
     q_ptr = rows_of(q_ptr, b, h // group, 0, q_b, q_h, q_stride)
+    if g_ptr is not None:
+        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
+    if segments_ptr is not None:
+        segments_ptr += tl.cast(b, tl.int64) * segments_b
     head = tl.program_id(1).to(tl.int64)
     num_chunks = tl.cdiv(T, CHUNK)
     d = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
@@ -58,11 +60,10 @@ def _dstates_kernel(
         n = num_chunks - 1 - i
         store_state(dstates_ptr + (head * num_chunks + n) * K * V, d, k0, v0, K, V, BLOCK_K, BLOCK_V)
         start = n * CHUNK
-        through = tl.load(through_ptr + head * num_chunks + n)
-        into = load_weights(into_ptr + head * T, start, T, CHUNK)
+        _, into, _, through, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
         q = load_columns(q_ptr, q_stride, start, T, k0, K, CHUNK, BLOCK_K)
         do = load_columns(do_ptr, do_stride, start, T, v0, V, CHUNK, BLOCK_V)
-        d = d * through + dot(tl.trans(q), scaled(do, scale * into))
+        d = d * through + scale * dot(tl.trans(scaled(q, into)), do)
     store_state(dfirst_ptr + head * K * V, d, k0, v0, K, V, BLOCK_K, BLOCK_V)
 
 
@@ -151,8 +152,7 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
     plan, group = tiles(K, V, chunk_of(v), v.dtype), H // G
-    into, out, through = chunk_decays(v, g, segments)
-    before, _ = states(k, v, out, through, state)
+    before, _ = states(k, v, g, state, segments)
     dstates = torch.empty_like(before)
     dfirst = v.new_empty(B, H, K, V, dtype=torch.float32)
     dq, dk = (q.new_empty(B, T, G, K).transpose(1, 2) for _ in range(2))
@@ -161,8 +161,8 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     dlast = None if dlast is None else dlast.contiguous()
     with torch.cuda.device_of(q):
         _dstates_kernel[(triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
-            do, q, into, through, dlast, dstates, dfirst,
-            *strides(do), *strides(q), H, group, T, K, V, scale, **plan,
+            do, q, g, dlast, segments, dstates, dfirst,
+            *strides(do), *strides(q), *strides(g), segments_b, H, group, T, K, V, scale, **plan,
         )  # fmt: skip
         whole = width(K, chunk_of(v), dtype=v.dtype)
         most = 64 if whole <= 128 else 32
