@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
+from benchmarks.mixer_tables import mixers
 from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -254,22 +255,6 @@ def engine(rows: list[Row]) -> Iterator[str]:
         theirs = [found[0].get("peers_in_another_run", {}).get(p) for p in peers]
         cells = [speeds, f"{share:.0%}" if share else "–", *(f"{n:,.0f}" if n else "–" for n in theirs)]
         yield f"| {work} | " + " | ".join(cells) + " |"
-
-
-def mixers(rows: list[Row]) -> Iterator[str]:
-    """Training and decoding of whole models; then the recurrences by themselves, beside fla's."""
-    yield "| mixer | texts x tokens | training, tokens/s | its memory | state of a text | decoding, tokens/s |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    for row in (r for r in rows if r["op"] == "mixer"):
-        B, T = row["shape"]
-        memory = f"{row['train_bytes'] / 2**30:.1f} GiB" if row["train_bytes"] else "–"
-        speed, decoding = (f"{row[f'{kind}_tokens_per_second']:,.0f}" for kind in ("train", "decode"))
-        state = f"{row['state_bytes'] / 2**20:,.1f} MiB"
-        yield f"| {row['variant']} | {B} x {T} | {speed} | {memory} | {state} | {decoding} |"
-    yield ""
-    alone = [r for r in rows if r["op"] != "mixer" and "seconds" in r]
-    each = [f"{r['op']} {r['pass']} {r['variant']} {1e3 * r['seconds']:.2f} ms" for r in alone]
-    yield f"The recurrences alone, (B, G, H, T, K, V) = {tuple(alone[0]['shape'])}: {'; '.join(each)}." if alone else ""
 
 
 def mfu(row: Row) -> str:

@@ -145,6 +145,20 @@ def coded(tool, output, cold, warm, **more):
     return {**shared, "tool": tool, "output": output, "cold_cpu": cold, "warm_cpu": warm, **more}
 
 
+def test_mixers():
+    whole = {"op": "mixer", "variant": "mamba2", "shape": [8, 2048], "train_bytes": 3 << 30, "state_bytes": 5 << 19}
+    whole |= {"train_tokens_per_second": 58102.3, "decode_tokens_per_second": 1550.4}
+    alone = {"op": "ssd", "shape": [8, 1, 32, 2048, 128, 64], "dtype": "bf16"}
+    rows = [whole]
+    for pass_, variant, seconds in (("fwd", "cs336", 2e-4), ("fwd", "fla", 5e-4), ("fwd+bwd", "cs336", 1.4e-3)):
+        rows.append(alone | {"pass": pass_, "variant": variant, "seconds": seconds})
+    rows.append(alone | {"variant": "fla", "failed": "another Triton"})
+    text = "\n".join(report.mixers(rows))
+    assert "| mamba2 | 8 x 2048 | 58,102 | 3.0 GiB | 2.5 MiB | 1,550 |" in text
+    assert "| ssd | (8, 1, 32, 2048, 128, 64) | fwd | 0.200 ms | 0.500 ms |" in text
+    assert "| ssd | (8, 1, 32, 2048, 128, 64) | fwd+bwd | 1.400 ms | – |" in text
+
+
 def test_data():
     ours = {"op": "data", "tool": "cs336", "pages": 100, "kept": 92, "pages_per_cpu_second": 300.04, "to_ours": 1.0}
     theirs = {**ours, "tool": "datatrove", "kept": 78, "pages_per_cpu_second": 12.0, "to_ours": 25.0}
