@@ -50,11 +50,13 @@ struct Walk {
   __device__ __forceinline__ bool is_last_of_tile() const { return step + split >= steps; }
 };
 
-template <typename T, WeightFormat kFormat, int kEights>
+// kZeros: the weights have some.
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 class Warp {
   using S = Shape<kFormat, kEights>;
   using W = Weights<T, kFormat>;
   static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
+  static_assert(S::kRows * S::kChunks == 32, "a lane has the scale of a row's chunk");
 
  public:
   // shared: the rings of all warps, what they hand to their teams, x.
@@ -88,8 +90,8 @@ class Warp {
     wait_for_predecessor();
     keep_x();
     clear(sums_);
-    [[maybe_unused]] Scales scales, next_scales;
-    if constexpr (kScaled) load_scales(next_scales, start);
+    [[maybe_unused]] Grid grid, next_grid;
+    if constexpr (kScaled) next_grid = load_grid(start);
     for (Walk here = start; here.tile < tiles;) {
       copy(ahead, stage);
       ahead.next();
@@ -97,12 +99,12 @@ class Warp {
       Walk next = here;
       next.next();
       if constexpr (kScaled) {
-        scales = next_scales;
-        load_scales(next_scales, next);
+        grid = next_grid;
+        next_grid = load_grid(next);
       }
       wait_copies<kStages - 1>();
       __syncwarp();
-      multiply(here, stage, scales);
+      multiply(here, stage, grid);
       __syncwarp();  // all have read what the next copy overwrites
       if (here.is_last_of_tile()) {
         join(here.tile);
@@ -115,9 +117,9 @@ class Warp {
  private:
   using Sums = float[S::kTiles][4];
 
-  struct Scales {                        // of the chunks of a step
-    float of[S::kChunks][S::kTiles][2];  // of the two rows of weights whose sums a lane has
-    float zero[S::kChunks][S::kTiles];   // of the row that it multiplies with
+  struct Grid {      // of one chunk of one row of a step: lane row * kChunks + chunk has it
+    uint32_t scale;  // as it is kept: who converts it waits for it
+    int zero;
   };
 
   __device__ __forceinline__ static void clear(Sums& sums) {
@@ -159,16 +161,21 @@ class Warp {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Scales& scales) {
+  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Grid& grid) {
     // What lanes of rows that are not there multiply is not looked at.
     const int first = at.step * S::kChunks * W::kPieces * 4 + t_, vectors = x_vectors(p_.K);
     const uint4* low_row = x_ + min(g_, p_.M - 1) * vectors + first;
     const uint4* high_row = x_ + min(g_ + 8, p_.M - 1) * vectors + first;
+    [[maybe_unused]] float scale;
+    if constexpr (kScaled) scale = scale_of(grid.scale, p_.scale_dtype);
 #pragma unroll
     for (int c = 0; c < S::kChunks; c++) {
       [[maybe_unused]] Sums part;
-      [[maybe_unused]] Scales own;
       if constexpr (kScaled) clear(part);
+      [[maybe_unused]] int zeros[S::kTiles];
+#pragma unroll
+      for (int i = 0; i < S::kTiles; i++)
+        if constexpr (kZeros) zeros[i] = __shfl_sync(~0u, grid.zero, lane_of(i, g_, c));
 #pragma unroll
       for (int j = 0; j < W::kPieces; j++) {
         const uint4 low = low_row[(c * W::kPieces + j) * 4];
@@ -177,9 +184,7 @@ class Warp {
         for (int i = 0; i < S::kTiles; i++) {
           uint32_t w[4];
           W::take(w, ring_ + stage * S::kVectors + (i * S::kChunks + c) * 32, g_, t_, j);
-          if constexpr (kScaled) {
-            if (p_.zeros) subtract<T>(w, scales.zero[c][i]);
-          }
+          if constexpr (kZeros) subtract<T>(w, zeros[i]);
           float (&to)[4] = kScaled ? part[i] : sums_[i];
           multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[0], w[1]);
           multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[2], w[3]);
@@ -189,29 +194,27 @@ class Warp {
 #pragma unroll
         for (int i = 0; i < S::kTiles; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) sums_[i][e] += part[i][e] * scales.of[c][i][e % 2];
+          for (int e = 0; e < 2; e++) {
+            const float of_row = __shfl_sync(~0u, scale, lane_of(i, 2 * t_ + e, c));
+#pragma unroll
+            for (int half = 0; half < kEights; half++) sums_[i][2 * half + e] += part[i][2 * half + e] * of_row;
+          }
       }
     }
   }
 
-  __device__ __forceinline__ void load_scales(Scales& scales, const Walk& at) const {
+  // Which has the grid of chunk c of row `row` of tile i.
+  __device__ __forceinline__ static int lane_of(int i, int row, int c) {
+    return (i * kTileRows + row) * S::kChunks + c;
+  }
+
+  // Of this lane's row and chunk: one load, which nothing waits for before the next step.
+  __device__ __forceinline__ Grid load_grid(const Walk& at) const {
+    const int n = min(at.tile * S::kRows + lane_ / S::kChunks, p_.N - 1);
+    const int k = (at.step * S::kChunks + lane_ % S::kChunks) * W::kPieces * cuda::kFeatures;
     const int groups = (p_.K + p_.group - 1) / p_.group;
-#pragma unroll
-    for (int c = 0; c < S::kChunks; c++) {
-      const int k = (at.step * S::kChunks + c) * W::kPieces * cuda::kFeatures;
-      const int group = min(k / p_.group, groups - 1);
-#pragma unroll
-      for (int i = 0; i < S::kTiles; i++) {
-        const int n = at.tile * S::kRows + i * kTileRows;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int64_t row = min(n + 2 * t_ + e, p_.N - 1);
-          scales.of[c][i][e] = load_scale(p_.scales, row * groups + group, p_.scale_dtype);
-        }
-        const int64_t row = min(n + g_, p_.N - 1);
-        scales.zero[c][i] = p_.zeros ? p_.zeros[row * groups + group] : 0.f;
-      }
-    }
+    const int64_t group = static_cast<int64_t>(n) * groups + min(k / p_.group, groups - 1);
+    return {.scale = load_scale(p_.scales, group, p_.scale_dtype), .zero = kZeros ? p_.zeros[group] : 0};
   }
 
   __device__ __forceinline__ void sync_team() const {
@@ -252,10 +255,10 @@ class Warp {
   Sums sums_;
 };
 
-template <typename T, WeightFormat kFormat, int kEights>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
   extern __shared__ uint4 shared[];
-  Warp<T, kFormat, kEights>(p, plan, shared).run();
+  Warp<T, kFormat, kEights, kZeros>(p, plan, shared).run();
 }
 
 }  // namespace cs336::few_rows

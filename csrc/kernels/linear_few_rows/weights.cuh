@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
 }
 
 template <typename T>
-__device__ __forceinline__ void subtract(uint32_t (&w)[4], float zero) {
-  const T z = from_float<T>(zero);
+__device__ __forceinline__ void subtract(uint32_t (&w)[4], int zero) {
+  const T z = from_float<T>(static_cast<float>(zero));
   const uint32_t pair = twice(reinterpret_cast<const uint16_t&>(z));
 #pragma unroll
   for (int i = 0; i < 4; i++) w[i] = minus<T>(w[i], pair);
@@ -140,10 +140,16 @@ struct Weights<T, WeightFormat::kInt4> {
   }
 };
 
-__device__ __forceinline__ float load_scale(const void* scales, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::F32) return static_cast<const float*>(scales)[i];
-  if (dtype == Dtype::F16) return to_float(static_cast<const __half*>(scales)[i]);
-  return to_float(static_cast<const __nv_bfloat16*>(scales)[i]);
+// The bits of scale i, which scale_of makes a number of.
+__device__ __forceinline__ uint32_t load_scale(const void* scales, int64_t i, Dtype dtype) {
+  if (dtype == Dtype::F32) return static_cast<const uint32_t*>(scales)[i];
+  return static_cast<const uint16_t*>(scales)[i];
+}
+
+__device__ __forceinline__ float scale_of(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::F32) return __uint_as_float(bits);
+  if (dtype == Dtype::BF16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 }  // namespace cs336::few_rows
