@@ -86,8 +86,11 @@ def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
 
 
 def _is_aligned(t: Tensor) -> bool:
-    """As far as its storage is, as all that torch allocates: the kernel looks at the address itself."""
-    steps = [t.storage_offset(), t.shape[1]] if t.shape[0] <= 1 else [t.storage_offset(), t.shape[1], t.stride(0)]
+    """As far as its storage is, as all that torch allocates: the kernel looks at the address itself. Where in the storage
+    it begins is not seen while it is compiled."""
+    steps = [t.shape[1]] if t.shape[0] <= 1 else [t.shape[1], t.stride(0)]
+    if not torch.compiler.is_compiling():
+        steps.append(t.storage_offset())
     return not any(step * t.itemsize % 16 for step in steps)
 
 
