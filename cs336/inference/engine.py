@@ -264,7 +264,9 @@ class Engine:
         remembering = config.prefix_cache and is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
-        self.runner = self._runner(model, self._state(model, rollback), step_tokens, config.invariant)
+        self.runner = self._runner(
+            model, self._state(model, rollback), step_tokens, drafts=rollback, invariant=config.invariant
+        )
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)
@@ -291,7 +293,9 @@ class Engine:
             self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
         )
 
-    def _runner(self, model: Transformer, state: PagedState, step_tokens: int, invariant: bool = False) -> Runner:
+    def _runner(
+        self, model: Transformer, state: PagedState, step_tokens: int, *, drafts: int = 0, invariant: bool = False
+    ) -> Runner:
         config = self.config
         return Runner(
             model,
@@ -301,6 +305,7 @@ class Engine:
             most_pages=-(-self.max_len // config.page_size),
             unused=() if self.tokenizer is None else tuple(unused_ids(model, self.tokenizer)),
             graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
+            drafts=drafts,
             invariant=invariant,
         )
 
