@@ -86,16 +86,18 @@ def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
 
 
 def _is_aligned(t: Tensor) -> bool:
-    """As far as its storage is, as all that torch allocates: the kernel looks at the address itself. Where in the storage
-    it begins is not seen while it is compiled."""
-    steps = [t.shape[1]] if t.shape[0] <= 1 else [t.shape[1], t.stride(0)]
-    if not torch.compiler.is_compiling():
-        steps.append(t.storage_offset())
+    """As far as its storage is, as all that torch allocates: the kernel looks at the address itself."""
+    steps = [_offset(t), t.shape[1]] if t.shape[0] <= 1 else [_offset(t), t.shape[1], t.stride(0)]
     return not any(step * t.itemsize % 16 for step in steps)
 
 
+def _offset(t: Tensor) -> int:
+    """Where in its storage it begins: not seen while torch.compile traces, and taken for 0."""
+    return 0 if torch.compiler.is_compiling() else t.storage_offset()
+
+
 def _where(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {t.storage_offset()} on"
+    return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {_offset(t)} on"
 
 
 def _triton_refuses(x: Tensor, *_) -> str | None:
