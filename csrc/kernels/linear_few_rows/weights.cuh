@@ -24,6 +24,13 @@ inline constexpr bool kHalf = std::is_same_v<T, __half>;
 // One 16-bit pattern, or number, twice.
 __device__ __forceinline__ constexpr uint32_t twice(uint32_t bits) { return bits | bits << 16; }
 
+// (a & mask) | bits, in one instruction.
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
   if constexpr (kHalf<T>) {
@@ -96,8 +103,8 @@ struct FromInt8 {
       return minus<T>(bits, twice(0x6480));
     } else {
       const uint32_t bits = __byte_perm(word, 0, kSelect);
-      const uint32_t low = (bits & twice(0x7f)) | twice(0x4300);   // 128 + the lower seven bits
-      const uint32_t sign = (bits & twice(0x80)) | twice(0x4300);  // 128, or 256 where the sign is set
+      const uint32_t low = masked(bits, twice(0x7f), twice(0x4300));   // 128 + the lower seven bits
+      const uint32_t sign = masked(bits, twice(0x80), twice(0x4300));  // 128, or 256 where the sign is set
       return minus<T>(low, sign);
     }
   }
@@ -134,7 +141,8 @@ struct Weights<T, WeightFormat::kInt4> {
     const uint32_t word = reinterpret_cast<const uint32_t*>(tile + slot_of(g, j))[t];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const uint32_t bits = (word >> 4 * i & twice(0xf)) | twice(kHalf<T> ? 0x6400 : 0x4300);  // 1024 or 128, + 8 + q
+      const uint32_t bits =
+          masked(word >> 4 * i, twice(0xf), twice(kHalf<T> ? 0x6400 : 0x4300));  // 1024 or 128, + 8 + q
       w[i] = minus<T>(bits, twice(kHalf<T> ? 0x6408 : 0x4308));
     }
   }
