@@ -101,8 +101,8 @@ class Sample(Sequence):
 
     @property
     def speculates(self) -> bool:
-        """Whether drafts are worth a look: nothing changes its logits, which drafts would have to be counted for."""
-        return self.speculator is not None and self.speculator.pays and self.sampled >= self.controlled
+        """Whether drafts may be made: nothing changes its logits, which drafts would have to be counted for."""
+        return self.speculator is not None and self.sampled >= self.controlled
 
     @property
     def tokens(self) -> list[Token]:
@@ -370,18 +370,23 @@ class Engine:
             self.scheduler.launched()
             self.stats.steps += 1
             self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks if not chunk.drafts)
-        lag = 0 if self._speculating() else self._lag  # drafts follow tokens that the host has seen
         updates: list[Update] = []
         if self._in_flight and step is None:
             updates += self._take(self._in_flight.popleft())
-        while len(self._in_flight) > lag:
+        while len(self._in_flight) > self._lag:
             updates += self._take(self._in_flight.popleft())
-        if self._measures and step and alone and not lag and all(chunk.drafts for chunk in step.chunks):
-            self._times.add(bool(step.chunks), time.perf_counter() - begin, len(step.sequences))
+        verifies = step is not None and any(chunk.drafts for chunk in step.chunks)
+        while self._in_flight and (verifies or self._drafts_next()):  # drafts follow tokens that the host has seen
+            updates += self._take(self._in_flight.popleft())
+        # Measured is a step by itself, and what one takes while the next is laid out.
+        if self._measures and step and alone != bool(self._in_flight) and all(chunk.drafts for chunk in step.chunks):
+            self._times.add(verifies, time.perf_counter() - begin, len(step.sequences))
         return updates
 
     def _draft(self) -> None:
         """Have the next step verify what may come next of the sequences that speculate."""
+        if self._in_flight:
+            return
         samples, wanted = self._speculating(), []
         if self.drafter is not None and self._measures and not self._times.knows_plain(len(self.scheduler.running)):
             return  # what drafts cost is known beside steps without them
@@ -467,7 +472,17 @@ class Engine:
     def _speculating(self) -> list[Sample]:
         """Those that run and may have drafts in the next step."""
         samples = (s for s in self.scheduler.running if isinstance(s, Sample))
-        return [s for s in samples if s.decoding and s.speculates and not s.exhausted]
+        found = [s for s in samples if s.decoding and s.speculates and not s.exhausted]
+        if self.drafter is not None:
+            found = [s for s in found if s.speculator is not None and s.speculator.pays]
+        return found
+
+    def _drafts_next(self) -> bool:
+        """Whether to wait for the newest tokens: there will be drafts of what follows them, as far as can be seen."""
+        samples = self._speculating()
+        if self.drafter is not None:
+            return bool(samples)
+        return any(s.speculator is not None and s.speculator.draft(s.token_ids) for s in samples)
 
     def _verify(self, sample: Sample, drafts: Rows[int], tokens: list[Token]) -> list[Token]:
         """Of what was drawn in the places of drafts and behind them, what holds."""

@@ -205,6 +205,38 @@ def test_a_request_gives_up_what_does_not_pay():
     assert other.length == 7
 
 
+def test_what_was_given_up_is_watched_and_tried_again():
+    speculator, text = Speculator(7), [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2
+    while speculator.pays:
+        speculator.learn(0, 1.0)
+    for token in (1, 2, 3):  # as was to be expected
+        assert speculator.draft(text) == speculator.draft(text) == []
+        text.append(token)
+    text.append(7)  # and not 4
+    assert speculator.draft(text) == []
+    for token in (8, 9, 1, 2, 3):  # behind 7, 8 as expected
+        assert speculator.draft(text) == []
+        text.append(token)
+    assert speculator.draft(text) == [7]
+    assert 0 < speculator.credit < CREDIT
+
+
+def test_steps_overlap_where_nothing_is_drafted(monkeypatch):
+    """Only before a draft and while it is verified does the host wait for the newest token."""
+    texts, waited = [[*range(12)], [1, 2, 3, 4] * 4], []
+    for text in texts:
+        engine = Engine(model_of(), None, EngineConfig(speculation="ngram", overlap=True))
+        monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most, t=text: [5] * most if t[0] else [])
+        engine.add(text, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        in_flight = []
+        while engine.busy:
+            engine.step()
+            in_flight.append(len(engine._in_flight))
+        waited.append(in_flight)
+    assert waited[0] == [1] * 12 + [0]
+    assert set(waited[1][:3]) == {0}
+
+
 def test_the_cost_is_measured():
     times = StepTimes()
     for _ in range(4):
