@@ -117,8 +117,8 @@ class Warp {
  private:
   using Sums = float[kEights][4];  // row g of tile i and rows 2 t, 2 t + 1 of x: at 2 i and behind it
 
-  struct Grid {      // of one chunk of one row of a step: lane row * kChunks + chunk has it
-    uint32_t scale;  // as it is kept: who converts it waits for it
+  struct Grid {  // of one chunk of one row of a step: lane row * kChunks + chunk has it
+    Scale scale;
     int zero;
   };
 
@@ -168,7 +168,7 @@ class Warp {
 #pragma unroll
     for (int h = 0; h < kEights; h++) x_row[h] = x_ + min(8 * h + g_, p_.M - 1) * vectors + first;
     [[maybe_unused]] float scale;
-    if constexpr (kScaled) scale = scale_of(grid.scale, p_.scale_dtype);
+    if constexpr (kScaled) scale = grid.scale.value(p_.scale_dtype);
 #pragma unroll
     for (int c = 0; c < S::kChunks; c++) {
       [[maybe_unused]] Sums part;

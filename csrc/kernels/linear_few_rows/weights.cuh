@@ -148,16 +148,26 @@ struct Weights<T, WeightFormat::kInt4> {
   }
 };
 
-// The bits of scale i, which scale_of makes a number of.
-__device__ __forceinline__ uint32_t load_scale(const void* scales, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::F32) return static_cast<const uint32_t*>(scales)[i];
-  return static_cast<const uint16_t*>(scales)[i];
-}
+// A scale as it is kept: who asks for its value waits for it. In one register of two, for a load must wait for the one
+// before that writes the same.
+struct Scale {
+  uint32_t word;
+  uint16_t half;
 
-__device__ __forceinline__ float scale_of(uint32_t bits, Dtype dtype) {
-  if (dtype == Dtype::F32) return __uint_as_float(bits);
-  if (dtype == Dtype::BF16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  __device__ __forceinline__ float value(Dtype dtype) const {
+    if (dtype == Dtype::F32) return __uint_as_float(word);
+    if (dtype == Dtype::BF16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
+    return __half2float(__ushort_as_half(half));
+  }
+};
+
+__device__ __forceinline__ Scale load_scale(const void* scales, int64_t i, Dtype dtype) {
+  Scale scale = {};
+  if (dtype == Dtype::F32)
+    scale.word = static_cast<const uint32_t*>(scales)[i];
+  else
+    scale.half = static_cast<const uint16_t*>(scales)[i];
+  return scale;
 }
 
 }  // namespace cs336::few_rows
