@@ -93,7 +93,7 @@ def _is_aligned(t: Tensor) -> bool:
 
 def _offset(t: Tensor) -> int:
     """Where in its storage it begins: not seen while torch.compile traces, and taken for 0."""
-    return 0 if torch.compiler.is_compiling() else t.storage_offset()
+    return 0 if torch.compiler.is_compiling() else int(t.storage_offset())
 
 
 def _where(t: Tensor) -> str:
