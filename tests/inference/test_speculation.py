@@ -113,9 +113,8 @@ def widths(monkeypatch):
 
 
 CASES = [(kind, {}) for kind in BLOCKS]
-CASES += [
-    ("attention", options) for options in ({"max_seqs": 1}, {"num_pages": 24}, {"draft_tokens": 2, "max_seqs": 7})
-]
+CASES += [("attention", {"max_seqs": 1}), ("attention", {"num_pages": 24}), ("latent", {"draft_tokens": 2})]
+CASES += [("attention", {"invariant": True})]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
