@@ -13,18 +13,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
+from benchmarks.decoding_tables import decoding, quantization
 from benchmarks.mixer_tables import mixers
 from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md", "docs/attention.md", "docs/parallel.md")
+DOCS = ("architectures", "attention", "benchmarks", "compression", "parallel")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
 PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense kernel"}  # of attention
 PEERS |= {"deterministic": "ours, deterministic"}
 PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
-PEERS |= {"cublas": "cuBLAS, bf16"}  # of linear layers of few rows
+PEERS |= {"cublas": "cuBLAS, bf16", "torch": "torch"}  # of linear layers of few rows
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -291,16 +293,6 @@ def variants(rows: list[Row]) -> Iterator[str]:
     yield f"{rows[0]['tokens']:,} tokens each."
 
 
-def quantization(rows: list[Row]) -> Iterator[str]:
-    """A row a method: what a model's held-out text costs, and what its layers weigh; torchao's tensors hide that."""
-    plain = {row["model"]: row["bits_per_byte"] for row in rows if row["method"] == "unquantised"}
-    yield "| model | method | bits per byte | lost | MiB of layers |\n| --- | --- | ---: | ---: | ---: |"
-    for row in rows:
-        lost = f"{row['bits_per_byte']:.4f} | {row['bits_per_byte'] - plain[row['model']]:+.4f}"
-        size = "–" if "torchao" in row["method"] else f"{row['mib']:.1f}"
-        yield f"| {row['model']} | {row['method']} | {lost} | {size} |"
-
-
 def tokenizer(rows: list[Row]) -> Iterator[str]:
     """Encoding and decoding, a table for each vocabulary; training; linear time; who is not there."""
     ran = [row for row in rows if "skipped" not in row]
@@ -525,6 +517,7 @@ BODIES = {
     "variants": variants,
     "attention_launches": launches,
     "quantization": quantization,
+    "decoding": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
 BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
