@@ -18,6 +18,11 @@ Recompute = bool | Literal["none", "selective", "full"]
 KEEPS_ALL = (False, "none")
 
 
+def call_layer(how: Recompute, layer: Callable[..., Any], *args: Any) -> Any:
+    """layer(*args), of which the backward calls again what `how` says."""
+    return layer(*args) if how in KEEPS_ALL else recomputed(how, layer, *args)
+
+
 def recomputed(how: Recompute, layer: Callable[..., Any], *args: Any) -> Any:
     """layer(*args), which the backward calls again. Raises ValueError for an unknown way."""
     if how in (True, "full"):
