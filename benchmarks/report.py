@@ -201,12 +201,14 @@ def train(rows: list[Row]) -> Iterator[str]:
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, group in itertools.groupby(rows, lambda row: row["model"]):
         by_variant = {row["variant"]: row for row in group}
-        ours, plain = by_variant["cs336"], by_variant["plain"]
-        speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
-        spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
-        faster = ours["tokens_per_second"] / plain["tokens_per_second"]
-        losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
-        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
+        plain = by_variant.pop("plain")
+        for variant, ours in by_variant.items():
+            speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
+            spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
+            faster = ours["tokens_per_second"] / plain["tokens_per_second"]
+            losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
+            model = ", ".join([name, *variant.split()[1:]])
+            yield f"| {model} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
 
 
 def peaks(ours: Row, plain: Row) -> str:
