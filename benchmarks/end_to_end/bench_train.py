@@ -41,7 +41,15 @@ MODELS = {
     "llama-1B": TransformerConfig(32000, 4096, 18, 2048, 16),
     "quickstart": TransformerConfig(4096, 512, 8, 512, 8, tie_embeddings=True),
 }
-BATCH = {"tiny": 4, "quickstart": 32, "124M": 32, "350M": 32, "774M": 16, "1.5B": 16, "llama-1B": 4}  # sequences a step
+BATCH = {
+    "tiny": 4,
+    "quickstart": 32,
+    "124M": 32,
+    "350M": 32,
+    "774M": 16,
+    "1.5B": 12,
+    "llama-1B": 4,
+}  # sequences: two fit a GPU
 
 Update = Callable[[Tensor, Tensor, float], Tensor]  # x, y, learning rate -> loss, still on the device
 Way = Callable[[Callable[..., Learner]], tuple[Learner, Update]]  # what makes a learner -> it, and what makes a step

@@ -48,7 +48,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: Recompute = False
-        self.call_layer: Callable[..., Stream] = call_layer
+        self.call_layer: Callable[..., tuple] = call_layer
         """What calls a layer without a state. With torch.compile of it layers of one kind are compiled once, not the
         whole model, layer by layer."""
         self.special_ids: dict[str, Any] = {}
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         how = self.gradient_checkpointing if torch.is_grad_enabled() else "none"
         for i, layer in enumerate(self.layers):
             if state is None:
-                stream = self.call_layer(how, layer, stream, context)
+                stream = Stream.of(self.call_layer(how, layer, stream.flat(), context))
             else:
                 stream = layer(stream, context, state.layers[i])
         if state is not None:

@@ -8,6 +8,9 @@ remainders beside these. About 15 FLOPs a parameter: memory-bound on every devic
 list in one launch (CUDA: one for each pair of dtypes, and for each 544 tensors).
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -166,8 +169,8 @@ def adamw_(
             raise ValueError(f"step counts from 1, got {step}")
         step = _element(step, params)
     steps = [step] * len(params) if isinstance(step, Tensor) else step
-    args = (params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay)
-    name, check = "adamw_", _check
+    name, check = "adamw_", cast(Callable[..., None], _check)
+    args: tuple = (params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay)
     if remainders is not None:
         name, check, args = "adamw_remainder_", _check_remainders, (params, remainders, *args[1:])
     if not params:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336.models import Transformer
+from cs336.models.block import Stream
+from cs336.models.recompute import call_layer
 from cs336.nn import MoEConfig
 from cs336.optim import grad_norm
 from cs336.optim.optimizer import Optimizer
@@ -272,8 +274,12 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
 
 def _compile(layer: nn.Module) -> None:
     """A layer's forward in training, by itself: what gathers its weights before it and lets go of them is outside."""
-    eager, compiled = layer.forward, torch.compile(layer.forward)
-    layer.forward = lambda *args: (compiled if layer.training else eager)(*args)  # type: ignore[method-assign]
+    eager, compiled = layer.forward, torch.compile(call_layer)
+
+    def forward(stream: Stream, *rest: Any) -> Stream:
+        return Stream.of(compiled("none", eager, stream.flat(), *rest)) if layer.training else eager(stream, *rest)
+
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 class _Piped(nn.Module):
