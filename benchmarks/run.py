@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help=sizes)
     train.add_argument("--batch", type=int, help="sequences a step; 32 of 1,024 tokens, of larger models fewer")
     train.add_argument("--blocks", type=int, default=8, help="alternating blocks of each, one of them untimed")
-    train.add_argument("--steps", type=int, default=20, help="in a block")
+    train.add_argument("--steps", type=int, help="in a block; so many that it takes most of a second on an H200")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
     train.add_argument("--deterministic", action="store_true", help="ours repeatable bit for bit: rows of their own")

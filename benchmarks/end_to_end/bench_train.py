@@ -41,15 +41,10 @@ MODELS = {
     "llama-1B": TransformerConfig(32000, 4096, 18, 2048, 16),
     "quickstart": TransformerConfig(4096, 512, 8, 512, 8, tie_embeddings=True),
 }
-BATCH = {
-    "tiny": 4,
-    "quickstart": 32,
-    "124M": 32,
-    "350M": 32,
-    "774M": 16,
-    "1.5B": 12,
-    "llama-1B": 4,
-}  # sequences: two fit a GPU
+BATCH = {"tiny": 4, "quickstart": 32, "124M": 32, "350M": 32, "774M": 16, "1.5B": 12, "llama-1B": 4}
+"""Sequences a step: two contenders fit a GPU."""
+STEPS = {"tiny": 4, "quickstart": 60, "124M": 12, "350M": 4, "774M": 4, "1.5B": 3, "llama-1B": 3}
+"""In a block, which takes most of a second on an H200."""
 
 Update = Callable[[Tensor, Tensor, float], Tensor]  # x, y, learning rate -> loss, still on the device
 Way = Callable[[Callable[..., Learner]], tuple[Learner, Update]]  # what makes a learner -> it, and what makes a step
@@ -221,14 +216,15 @@ def compare(
     *,
     batch_size: int,
     blocks: int,
-    steps: int,
+    steps: int | None = None,
     data: pathlib.Path | None = None,
     compile: bool = True,
 ) -> list[dict[str, Any]]:
-    """Alternate `blocks` blocks of `steps` steps, the first of them untimed, of each way: a row each.
+    """Alternate `blocks` blocks of `steps` steps, STEPS if None, the first of them untimed, of each way: a row each.
 
     Raises ValueError if the loss curves disagree.
     """
+    steps = steps or STEPS[name]
     with shard(name, data, blocks * steps * batch_size) as tokens:
         return take_turns(
             [Contender(name, n, tokens, batch_size=batch_size, compile=compile) for n in names], blocks, steps
@@ -240,19 +236,19 @@ def compare_apart(
     names: Sequence[str] = ("cs336", "plain"),
     *,
     blocks: int,
-    steps: int,
+    steps: int | None = None,
     data: pathlib.Path | None = None,
     compile: bool = True,
 ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """What makes `compare(...)` of one model after the other, each contender in a process of its own. The contenders of
     all models are made side by side, before the first of them is timed."""
     with contextlib.ExitStack() as stack:
-        groups = []
-        for name, batch_size in batch_sizes.items():
-            tokens = stack.enter_context(shard(name, data, blocks * steps * batch_size))
+        groups, counts = [], [steps or STEPS[name] for name in batch_sizes]
+        for (name, batch_size), count in zip(batch_sizes.items(), counts, strict=True):
+            tokens = stack.enter_context(shard(name, data, blocks * count * batch_size))
             groups.append([Apart(name, n, tokens, batch_size=batch_size, compile=compile) for n in names])
-        for group in in_turn(groups):
-            yield functools.partial(take_turns, group, blocks, steps)
+        for group, count in zip(in_turn(groups), counts, strict=True):
+            yield functools.partial(take_turns, group, blocks, count)
 
 
 def in_turn(groups: Sequence[Sequence[Apart]]) -> Iterator[Sequence[Apart]]:
