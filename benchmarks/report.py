@@ -539,7 +539,7 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    **dict.fromkeys(("train", "train_deterministic"), train),
+    **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights"), train),
     "ladder": ladder,
     "engine": engine,
     "mixers": mixers,

@@ -62,10 +62,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--steps", type=int, help="in a block; so many that it takes most of a second on an H200")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
-    train.add_argument("--deterministic", action="store_true", help="ours repeatable bit for bit: rows of their own")
+    kinds_of_ours = ("deterministic", "bf16_weights")
+    train.add_argument("--ours", choices=kinds_of_ours, help="ours with this option, in rows of their own")
     ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
     ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
-    ladder.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
+    ladder.add_argument("--batch", type=int, default=24, help="sequences a step; of 24 all rungs fit an H200")
     ladder.add_argument("--blocks", type=int, default=4, help="a rung, one of them untimed")
     ladder.add_argument("--steps", type=int, default=20, help="in a block")
     ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
@@ -203,7 +204,7 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.blocks < 2:
         raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
     batches = {name: options.batch or bench_train.BATCH[name] for name in dict.fromkeys(options.models)}
-    names = ("cs336 deterministic" if options.deterministic else "cs336", "plain")
+    names = (f"cs336 {options.ours}" if options.ours else "cs336", "plain")
     settings = {"blocks": options.blocks, "steps": options.steps, "data": options.data}
     settings |= {"compile": not options.no_compile}
     if device.type == "cuda":
@@ -221,7 +222,7 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
         rows += found
         _print_training(found)
         if options.out:
-            results.write(options.out, "train_deterministic" if options.deterministic else "train", header, rows)
+            results.write(options.out, f"train_{options.ours}" if options.ours else "train", header, rows)
     return 0 if len(rows) == len(names) * len(batches) else 1
 
 
@@ -245,17 +246,19 @@ def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, 
     if options.model not in bench_train.MODELS:
         raise SystemExit(f"no model {options.model}: expected one of {', '.join(bench_train.MODELS)}")
     settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
-    made: list[dict[str, Any]] = []
-    for row in bench_ladder.climb(options.model, **settings, compile=not options.no_compile):
-        made.append(row)
+    try:
+        made = bench_ladder.climb(options.model, **settings, compile=not options.no_compile)
+    except ValueError as error:
+        raise SystemExit(f"{options.model}: {error}") from None
+    for row in made:
         memory = f"{row['bytes'] / 2**30:6.1f} GiB  " if row["bytes"] else ""
         print(
             f"{row['variant']:24} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a step "
             f"(spread {row['spread']:.1%})  {made[0]['seconds'] / row['seconds']:.3f}x  {memory}loss {row['loss']:.4f}",
             flush=True,
         )
-        if options.out:
-            results.write(options.out, "ladder", header, made)
+    if options.out:
+        results.write(options.out, "ladder", header, made)
     return 0
 
 

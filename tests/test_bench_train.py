@@ -164,7 +164,7 @@ def test_each_rung_of_the_ladder_adds_its_piece(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
     torch._dynamo.reset()
     bench_ladder._backend.cache_clear()
-    rows = list(bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=2))
+    rows = bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=2)
     layer, head = [1, 2, 1, 0], [0, 1, 0, 1]  # torch's rms_norm has the name of ours
     assert found == [
         [n if i < pieces or i == 1 else 0 for i, n in enumerate(part)]
@@ -186,4 +186,4 @@ def test_a_piece_that_is_not_found_is_an_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="has no layer_norm that the compile backend finds"):
-        list(bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=1))
+        bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=1)

@@ -3,13 +3,13 @@
 Each rung has all pieces of the rungs before it; the first ones are put in by the compile backend, which finds their
 patterns in the plain model. All rungs start from the same weights and read the same batches.
 
-    python -m benchmarks.run ladder [124M] [--batch 32] [--data TOKENS] [--out FILE]
+    python -m benchmarks.run ladder [124M] [--batch 24] [--data TOKENS] [--out FILE]
 """
 
 import collections
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,17 +67,17 @@ def _backend(pieces: tuple[str, ...]) -> tuple[Callable, collections.Counter[str
 
 def climb(
     name: str, *, batch_size: int, blocks: int, steps: int, data: pathlib.Path | None = None, compile: bool = True
-) -> Iterator[dict[str, Any]]:
-    """A row a rung, as bench_train has them, one timed after the other; on a GPU each has a process of its own."""
+) -> list[dict[str, Any]]:
+    """A row a rung, as bench_train has them; on a GPU each rung has a process of its own. Raises ValueError if the loss
+    curves disagree."""
     settings: dict[str, Any] = {"batch_size": batch_size, "compile": compile, "ways": rungs}
     with bench_train.shard(name, data, blocks * steps * batch_size) as tokens:
-        if torch.cuda.is_available():
-            turns = bench_train.in_turn([[Apart(name, rung, tokens, **settings)] for rung in rungs()])
-        else:
-            turns = ([Contender(name, rung, tokens, **settings)] for rung in rungs())
-        for contender in turns:
-            yield bench_train.take_turns(contender, blocks, steps)[0] | {"op": "ladder"}
+        apart = torch.cuda.is_available()
+        contenders = [(Apart if apart else Contender)(name, rung, tokens, **settings) for rung in rungs()]
+        turns = bench_train.in_turn([contenders]) if apart else [contenders]
+        (rows,) = (bench_train.take_turns(group, blocks, steps) for group in turns)
+    return [row | {"op": "ladder"} for row in rows]
 
 
 def bench_ladder(benchmark):
-    benchmark.pedantic(lambda: list(climb("tiny", batch_size=4, blocks=2, steps=2, compile=False)))
+    benchmark.pedantic(lambda: climb("tiny", batch_size=4, blocks=2, steps=2, compile=False))

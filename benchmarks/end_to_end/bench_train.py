@@ -4,7 +4,7 @@ All start from the same weights and read the same batches; blocks of steps alter
 the median block counts, and the loss curves must agree. Both are compiled a layer at a time, plain PyTorch's head and
 loss too. On a GPU each has a process of its own; all compile side by side, and are timed when none does any more.
 
-    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--deterministic] [--out FILE]
+    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours deterministic] [--out FILE]
 """
 
 import contextlib
@@ -109,7 +109,9 @@ def plain(make: Callable[..., Learner]) -> tuple[Learner, Update]:
 
 def ways() -> dict[str, Way]:
     """Of training, by the names of their rows."""
-    return {"cs336": trained, "plain": plain, "cs336 deterministic": functools.partial(trained, deterministic=True)}
+    options = {"deterministic": {"deterministic": True}, "bf16_weights": {"precision": "bf16_weights"}}
+    ours = {f"cs336 {name}": functools.partial(trained, **settings) for name, settings in options.items()}
+    return {"cs336": trained, **ours, "plain": plain}
 
 
 class Contender:
