@@ -2,7 +2,8 @@
 
 All start from the same weights and read the same batches; blocks of steps alternate, so that all see the same clocks;
 the median block counts, and the loss curves must agree. Both are compiled a layer at a time, plain PyTorch's head and
-loss too. On a GPU each has a process of its own; all compile side by side, and are timed when none does any more.
+loss too; --whole adds plain PyTorch compiled as one, for which the first, untimed block waits. On a GPU each has a
+process of its own; all others compile side by side, and are timed when none does any more.
 
     python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours deterministic] [--out FILE]
 """
@@ -59,8 +60,11 @@ def zipf_tokens(path: pathlib.Path, vocab_size: int, count: int) -> pathlib.Path
     return path
 
 
-def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimizer: bool = False) -> Update:
-    """What a Learner does, in plain PyTorch, from the same weights; `compile` is called where the learner compiles.
+def plain_update(
+    ours: Learner, compile: Callable = torch.compile, *, our_optimizer: bool = False, whole: bool = False
+) -> Update:
+    """What a Learner does, in plain PyTorch, from the same weights; `compile` is called where the learner compiles, on
+    the whole model or a layer at a time.
 
     The learner's own weights are freed: the plain twin trains in its place.
     """
@@ -69,7 +73,9 @@ def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimi
     model.copy_weights(ours.model)
     ours.model.to("meta")
     ours.optimizer.param_groups.clear()
-    if ours.compiled:
+    if ours.compiled and whole:
+        model.loss = compile(model.loss)  # type: ignore[method-assign]
+    elif ours.compiled:
         model.compile_parts(compile)
     parameters = list(model.parameters())
     groups = [
@@ -102,16 +108,16 @@ def trained(make: Callable[..., Learner], **settings: Any) -> tuple[Learner, Upd
     return learner, lambda x, y, lr: learner.update((x, y), lr)["loss"]
 
 
-def plain(make: Callable[..., Learner]) -> tuple[Learner, Update]:
+def plain(make: Callable[..., Learner], *, whole: bool = False) -> tuple[Learner, Update]:
     learner = make(cuda_graph=False)
-    return learner, plain_update(learner)
+    return learner, plain_update(learner, whole=whole)
 
 
 def ways() -> dict[str, Way]:
     """Of training, by the names of their rows."""
     options = {"deterministic": {"deterministic": True}, "bf16_weights": {"precision": "bf16_weights"}}
     ours = {f"cs336 {name}": functools.partial(trained, **settings) for name, settings in options.items()}
-    return {"cs336": trained, **ours, "plain": plain}
+    return {"cs336": trained, **ours, "plain whole": functools.partial(plain, whole=True), "plain": plain}
 
 
 class Contender:
@@ -326,7 +332,7 @@ def row(name: str, way: str, learner: Learner, timing: harness.Timing, curve: Te
         "loss": round(curve[-1].mean().item(), 4),
         "curve": [round(loss, 4) for loss in curve.mean(1).tolist()],
         "bytes": torch.cuda.max_memory_allocated(learner.device) if on_gpu else None,
-        "predicted_bytes": None if way == "plain" else learner.predicted_memory().total,
+        "predicted_bytes": None if way.startswith("plain") else learner.predicted_memory().total,
     }
 
 

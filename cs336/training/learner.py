@@ -29,6 +29,7 @@ from cs336.training.weights import load_weights
 from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
+MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -66,7 +67,11 @@ class Learner:
         self.optimizer = self.division.optimizer
         # A layer at a time: a deep model is compiled as fast as a shallow one, and gradients come as the backward goes.
         # What is outside is our own kernels. Of weights that come and go the division compiles the layers.
-        self._call_layer = torch.compile(call_layer) if self.compiled and self.division.fsdp is None else call_layer
+        self._call_layer = call_layer
+        if self.compiled and self.division.fsdp is None:
+            self._call_layer = torch.compile(call_layer)
+            limits = torch._dynamo.config  # of all models of the process together; past it layers would run uncompiled
+            limits.recompile_limit = max(limits.recompile_limit, MOST_LAYERS)
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]

@@ -18,8 +18,8 @@ def without_a_code_generator(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the graphs are the same
 
 
-def learner(path, num_layers=2, **changes):
-    model = TransformerConfig(tiny_run.VOCAB, 8, num_layers, 16, 2)
+def learner(path, num_layers=2, d_model=16, **changes):
+    model = TransformerConfig(tiny_run.VOCAB, 8, num_layers, d_model, 2)
     return Learner(tiny_run.config(path, model=model, batch_size=4, **changes))
 
 
@@ -36,6 +36,15 @@ def test_a_deep_model_has_the_graphs_of_a_shallow_one(tmp_path):
             made.update(batch(made), 1e-3)
         graphs = counters["stats"]["unique_graphs"] - before
         assert graphs == (2 if num_layers == 2 else 0)  # the first layer adds nothing before its norm
+
+
+def test_a_process_that_trains_many_models_compiles_all(tmp_path):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for d_model in (8, 12, 16):
+            made = learner(tmp_path, d_model=d_model, compile=True)
+            before = counters["stats"]["unique_graphs"]
+            made.update(batch(made), 1e-3)
+            assert counters["stats"]["unique_graphs"] == before + 2
 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
