@@ -8,15 +8,17 @@ Row = dict[str, Any]
 
 def align_ladder(rows: list[Row]) -> Iterator[str]:
     """A row for each rung, with a value a seed."""
-    yield "| rung | by | start | end | optimum | steps | CPU seconds of reinforcement | of SFT before | seeds |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    heads = ("rung", "by", "start", "end", "optimum", "steps", "CPU seconds of reinforcement", "of SFT before")
+    yield "| " + " | ".join([*heads, "both, by the clock", "seeds"]) + " |"
+    yield "| --- | --- | " + "---: | " * 7 + "--- |"
     for name in dict.fromkeys(row["rung"] for row in rows):
         found = [row for row in rows if row["rung"] == name]
         start, end = (", ".join(f"{row[key]:.3f}" for row in found) for key in ("start", "end"))
         took, before = (", ".join(f"{row[key]:.0f}" for row in found) for key in ("cpu_seconds", "sft_cpu_seconds"))
+        clock = ", ".join(f"{row['seconds'] + row['sft_seconds']:.0f}" for row in found)
         seeds, first = ", ".join(str(row["seed"]) for row in found), found[0]
-        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, seeds)
-        yield "| " + " | ".join(map(str, cells)) + " |"
+        cells = (name, first["algorithm"], start, end, f"{first['optimum']:g}", first["steps"], took, before, clock)
+        yield "| " + " | ".join(map(str, (*cells, seeds))) + " |"
 
 
 def sft(rows: list[Row]) -> Iterator[str]:
@@ -42,3 +44,25 @@ def gsm8k(rows: list[Row]) -> Iterator[str]:
     for row in (row for row in rows if "gain" in row):
         spread = "" if row["half_width"] is None else f" ± {100 * row['half_width']:.2f}"
         yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {rows[0]['tested']:,} questions."
+
+
+def grpo_step(rows: list[Row]) -> Iterator[str]:
+    """The fastest of the steps that were timed, and what invariant mode says of the log-probabilities."""
+    best = min((row for row in rows if row["mode"] == "fast"), key=lambda row: row["seconds"])
+    length = best["tokens"] // best["responses"]
+    yield f"{best['responses']} responses of {length:,} tokens to prompts of {best['prompt']}"
+    yield ""
+    yield "| a step | of it drawing | tokens a second drawn | learning | most memory |"
+    yield "| ---: | ---: | ---: | ---: | ---: |"
+    seconds = [f"{best[name]:.1f} s" for name in ("seconds", "rollout_seconds", "learn_seconds")]
+    cells = [
+        seconds[0],
+        seconds[1],
+        f"{best['rollout_tokens_per_second']:,.0f}",
+        seconds[2],
+        f"{best['peak_gib']:.0f} GiB",
+    ]
+    yield "| " + " | ".join(cells) + " |"
+    yield ""
+    said = ", ".join(f"{row['difference_max']:.3g} in {row['mode']} mode" for row in rows if row in (best, rows[-1]))
+    yield f"Largest difference of a token's log-probability between drawing and learning: {said}."

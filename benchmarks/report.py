@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.alignment_tables import align_ladder, gsm8k, sft
+from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/architectures.md", "docs/attention.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 PEERS = {"eager": "eager", "compile": "torch.compile", "triton": "our Triton", "liger": "Liger", "quack": "QuACK"}
 PEERS |= {"fused": "torch fused", "foreach": "torch foreach"}  # of the optimizer
 PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense kernel"}  # of attention
+PEERS |= {"deterministic": "ours, deterministic"}
 PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
 PEERS |= {"cublas": "cuBLAS, bf16"}  # of linear layers of few rows
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
@@ -117,11 +118,12 @@ def optimizer(rows: list[Row]) -> Iterator[str]:
 def rated(rows: list[Row]) -> Iterator[str]:
     """A row for each case: native's rate, its share of the roof, and how many times as fast as each peer it is.
 
-    A run of several ops names each in its rows.
+    A run of several ops names each in its rows. Where there is no native kernel the row is our Triton kernel's.
     """
     several = len({row["op"] for row in rows}) > 1
     cases = [{row["variant"]: row for row in group} for _, group in itertools.groupby(rows, case)]
-    timed = [c for c in cases if "seconds" in c.get("native", {})]
+    cases = [c if "seconds" in c.get("native", {}) else c | {"native": c.get("triton", {})} for c in cases]
+    timed = [c for c in cases if "seconds" in c["native"]]
     present = [p for p in PEERS if any("seconds" in c.get(p, {}) for c in timed)]
     yield "Native: its rate, its share of the roof, and how many times as fast as each peer"
     yield ""
@@ -133,9 +135,18 @@ def rated(rows: list[Row]) -> Iterator[str]:
         cells = [f"{1e6 * native['seconds']:.1f}", rate, both([native.get("percent_of_roof")])]
         cells += [both([ratio(c, p)], ".2f") for p in present]
         name = f"{native['op']} {native['pass']}" if several else native["pass"]
+        name += ", Triton" if native["variant"] == "triton" else ""
         yield f"| {name} | {'x'.join(map(str, native['shape']))} | " + " | ".join(cells) + " |"
     yield ""
     yield losses(timed, sized=False) if present else "No peer ran."
+
+
+def launches(rows: list[Row]) -> Iterator[str]:
+    yield "| kernel, of bf16 | registers at launch | threads | shared memory, KiB |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows:
+        shared = f"{row['shared_bytes'] / 1024:.1f}"
+        yield f"| `{row['kernel']}` | {row['registers']} | {row['threads']} | {shared} |"
 
 
 def case(row: Row) -> tuple:
@@ -554,9 +565,11 @@ BODIES = {
     "align_ladder": align_ladder,
     "sft": sft,
     "gsm8k": gsm8k,
+    "grpo_step": grpo_step,
     "tokenizer": tokenizer,
     "optimizers": optimizers,
     "variants": variants,
+    "attention_launches": launches,
     "quantization": quantization,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)

@@ -14,7 +14,7 @@ from benchmarks import harness
 from cs336.utils import device as devices
 
 ROOT = pathlib.Path(__file__).parents[1]
-PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl")
+PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "tokenspeed-fa3")
 
 
 def header(device: torch.device, command: str, commit: str | None = None, *, roofs: bool = True) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def header(device: torch.device, command: str, commit: str | None = None, *, roo
         "commit": commit or describe_commit(),
         "date": today(),
     }
+    if on_gpu:
+        found["peers"]["cuDNN"] = str(torch.backends.cudnn.version())
     if roofs:
         matmul = round(harness.matmul_roof(device) / 1e12, 1) if on_gpu else None
         found["roofs"] = {"copy_gbps": round(harness.copy_roof(device) / 1e9, 1), "matmul_bf16_tflops": matmul}

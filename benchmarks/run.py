@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -180,9 +181,8 @@ def ops(options: argparse.Namespace, device: torch.device, header: dict[str, Any
     start = time.monotonic()
     for i, name in enumerate(names, 1):
         deadline = start + left * i / len(names)
-        rows = sweep(importlib.import_module(f"benchmarks.ops.bench_{name}"), size, device, only, deadline)
-        if options.out:
-            results.write(options.out, name, header, rows)
+        keep = functools.partial(results.write, options.out, name, header) if options.out else None
+        rows = sweep(importlib.import_module(f"benchmarks.ops.bench_{name}"), size, device, only, deadline, keep)
         failed += [row for row in rows if "failed" in row and row["variant"] in registry.NAMESPACE]
         print("\n".join(summary(rows)), flush=True)
         if options.check:
@@ -276,9 +276,17 @@ def mixers(options: argparse.Namespace, device: torch.device, header: dict[str, 
 
 
 def sweep(
-    module: ModuleType, size: str, device: torch.device, only: set[str] | None, deadline: float
+    module: ModuleType,
+    size: str,
+    device: torch.device,
+    only: set[str] | None,
+    deadline: float,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the cases that start before the deadline, then of the public call's host time."""
+    """Rows of the cases that start before the deadline, then of the public call's host time.
+
+    keep: gets all rows so far after each case, so that a run that is cut short leaves what it has.
+    """
     rows: list[dict[str, Any]] = []
     cases = list(module.cases(size))
     for i, case in enumerate(cases):
@@ -286,10 +294,14 @@ def sweep(
             print(f"time limit: {len(cases) - i} of {len(cases)} cases not run, from {case} on")
             break
         rows += (found := harness.rows(case, device, only or case.contenders.keys() - set(TUNED)))
-        print(line(found) if found else f"{case}: none of {only}")
+        print(line(found) if found else f"{case}: none of {only}", flush=True)
+        if keep:
+            keep(rows)
     host = module.host(device) if hasattr(module, "host") else []
     for _, group in itertools.groupby(host, label):
         print(line(list(group)))
+    if keep:
+        keep(rows + host)
     return rows + host
 
 

@@ -95,6 +95,7 @@ def test_each_rung_runs_for_a_few_steps(tmp_path, name):
     assert imitated == learned
     assert not learned & tested
     assert row["questions"] == len(tested) == min(TESTED, (len(learned) + len(tested)) // 4)
+    assert not set(map(_unordered, learned)) & set(map(_unordered, tested))
     assert 0 <= row["start"] < 0.5
     assert 0 <= row["end"] <= row["optimum"] == 1
 
@@ -114,6 +115,11 @@ def test_the_benchmark_keeps_a_row_a_seed(tmp_path):
     run = json.loads(out.read_text())["align_ladder"]
     assert run["header"]["command"].endswith("bench_align_ladder bandit --seeds 0 1")
     assert [(row["rung"], row["seed"]) for row in run["rows"]] == [("bandit", 0), ("bandit", 1)]
+    (other,) = align_ladder(AlignLadder(("bandit-ppo",), tmp_path / "other", 0.05))
+    bench_align_ladder.write(out, [other, run["rows"][1] | {"end": 0.5}])
+    kept = json.loads(out.read_text())["align_ladder"]["rows"]
+    assert [(row["rung"], row["seed"]) for row in kept] == [("bandit", 0), ("bandit", 1), ("bandit-ppo", 0)]
+    assert (kept[0], kept[1]["end"]) == (run["rows"][0], 0.5)
     heads, _, row = report.align_ladder(run["rows"])
     assert heads.count("|") == row.count("|")
     assert row.startswith("| bandit | grpo | ")

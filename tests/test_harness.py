@@ -32,6 +32,17 @@ def only_row(contender):
     return rows[0]
 
 
+def test_the_judge_of_a_case_stands_for_the_reference():
+    def broken(x):
+        raise MemoryError("too large")
+
+    triple = lambda x: lambda: (3 * x,)  # noqa: E731
+    judged = dataclasses.replace(case({"ref": broken, "peer": triple}), right=triple)
+    assert "failed" not in harness.rows(judged, CPU, {"peer"}, timed=False)[0]
+    judged = dataclasses.replace(judged, right=lambda x: lambda: (2 * x,))
+    assert "disagrees" in harness.rows(judged, CPU, {"peer"}, timed=False)[0]["failed"]
+
+
 def test_calls_are_taken_in_turn():
     seen = []
     calls = [lambda i=i: seen.append(i) or (i,) for i in range(3)]
@@ -137,6 +148,22 @@ def test_peers_that_tune_themselves_wait_to_be_named(monkeypatch):
     run.sweep(module, "tiny", CPU, None, float("inf"))
     run.sweep(module, "tiny", CPU, {"quack tuned"}, float("inf"))
     assert ran == [{"ref", "native"}, {"quack tuned"}]
+
+
+def test_a_run_that_is_cut_short_leaves_the_rows_that_it_has(tmp_path, monkeypatch):
+    def rows(case, device, only):
+        if case.pass_ == "bwd":
+            raise KeyboardInterrupt
+        return [timed(1.0, "native")]
+
+    monkeypatch.setattr(harness, "rows", rows)
+    cases = [case({}), dataclasses.replace(case({}), pass_="bwd")]
+    module = type("module", (), {"cases": staticmethod(lambda size: cases)})
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    out = tmp_path / "cpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["ops", "rms_norm", "--out", str(out)])
+    assert results.read(out)["rms_norm"]["rows"] == [timed(1.0, "native")]
 
 
 # ---- check ----

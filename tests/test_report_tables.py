@@ -95,6 +95,21 @@ def test_a_run_of_several_ops_names_them_and_no_megabytes():
     assert "| fwd | 8192x4096 |" in one
 
 
+def test_a_pass_without_a_native_kernel_shows_tritons():
+    rows = [
+        row("bwd", "native", SMALL, None),
+        row("bwd", "triton", SMALL, 20e-6, tflops=300.0, percent_of_roof=40.0),
+        row("bwd", "cudnn", SMALL, 10e-6),
+    ]
+    text = report.table("attention", {"h200": {"attention": {"header": HEADER, "rows": rows}}})
+    assert "| bwd, Triton | 8192x4096 | 20.0 | 300 TFLOP/s | 40.0 | 1.00 | 0.50 |" in text
+
+
+def test_launches():
+    rows = [{"kernel": "attention_fwd_kernel<D>", "registers": 128, "threads": 512, "shared_bytes": 231424}]
+    assert list(report.launches(rows))[-1] == "| `attention_fwd_kernel<D>` | 128 | 512 | 226.0 |"
+
+
 def test_rendering_again_changes_nothing():
     once = report.render(TEXT, results(*ROWS))
     assert report.render(once, results(*ROWS)) == once != TEXT

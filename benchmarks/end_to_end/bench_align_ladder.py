@@ -2,13 +2,14 @@
 
     python -m benchmarks.end_to_end.bench_align_ladder [RUNG ...] [--seeds 0 1 2] [--run-dir DIR] [--out FILE]
 
-What is done in DIR is not repeated.
+What is done in DIR is not repeated. FILE keeps its rows of other rungs and seeds, each with the commit it is of.
 """
 
 import argparse
 import pathlib
 import platform
 import sys
+from typing import Any
 
 import torch
 
@@ -31,10 +32,19 @@ def main(argv: list[str]) -> int:
         place = options.run_dir / f"seed-{seed}"
         rows += align_ladder(AlignLadder(tuple(options.rungs), place, options.share, seed=seed))
         if options.out:
-            seeds = " ".join(map(str, options.seeds))
-            command = f"python -m benchmarks.end_to_end.bench_align_ladder {' '.join(options.rungs)} --seeds {seeds}"
-            results.write(options.out, "align_ladder", header(command), rows)
+            write(options.out, rows)
     return 0
+
+
+def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a results file, in place of those of the same rungs and seeds."""
+    places, commit = [(row["rung"], row["seed"]) for row in rows], results.describe_commit()
+    kept = results.read(out).get("align_ladder", {"rows": []})["rows"]
+    found = [row for row in kept if (row["rung"], row["seed"]) not in places] + [r | {"commit": commit} for r in rows]
+    found.sort(key=lambda row: (list(RUNGS).index(row["rung"]), row["seed"]))
+    rungs, seeds = (" ".join(str(x) for x in dict.fromkeys(row[key] for row in found)) for key in ("rung", "seed"))
+    command = f"python -m benchmarks.end_to_end.bench_align_ladder {rungs} --seeds {seeds}"
+    results.write(out, "align_ladder", header(command), found)
 
 
 def header(command: str) -> dict[str, object]:

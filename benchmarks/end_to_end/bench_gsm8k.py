@@ -3,17 +3,20 @@
     python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
-split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and once drawn at
-temperature 1. A call adds its seed's row to FILE; calls beside each other take a FILE each.
+split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and DRAWS times at
+temperature 1. A call adds its seed's row to FILE; calls beside each other take a FILE each. With --within GRPO has the
+time that the rest leaves.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import random
 import re
 import shlex
 import sys
+import time
 from typing import Any
 
 from benchmarks import results
@@ -26,7 +29,8 @@ from cs336.utils import config as configs
 from cs336.utils.device import pick
 from cs336.utils.documents import open_bytes
 
-TESTED, MAX_TOKENS = 1000, 200
+TESTED, MAX_TOKENS, DRAWS = 1000, 200, 4
+MARGIN = 1.2  # of the time that the second evaluation and an export take, over the first's
 _CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
 Row = dict[str, Any]
 
@@ -53,22 +57,38 @@ def write_data(source: pathlib.Path, folder: pathlib.Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+class Stage(GRPOStage):
+    """GRPO on the engine that has answered before it began."""
+
+    def begin(self) -> None:
+        if not hasattr(self, "llm"):
+            super().begin()
+
+
 def accuracies(stage: GRPOStage) -> tuple[float, float]:
     """Of the likeliest answers to the tested questions, and of answers drawn at temperature 1."""
     greedy = stage.evaluate().metrics["eval/reward"]
     with stage.policy.autocast():
-        params = SamplingParams(1.0, max_tokens=MAX_TOKENS, seed=7)
+        params = SamplingParams(1.0, max_tokens=MAX_TOKENS, seed=7, n=DRAWS)
         drawn = stage.llm.generate([prompt for prompt, _ in stage.val], params)
-    right = [stage.rewards(output.text, answer) for output, (_, answer) in zip(drawn, stage.val, strict=True)]
+    asked = zip(drawn, stage.val, strict=True)
+    right = [stage.rewards(output.text, answer) for request, (_, answer) in asked for output in request.outputs]
     return greedy, sum(right) / len(right)
 
 
 def measure(options: argparse.Namespace) -> Row:
     """A seed: SFT, what it answers, GRPO from there, what that answers."""
+    began = time.monotonic()
     folder: pathlib.Path = options.run_dir / f"seed-{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     write_data(options.data, folder)
-    shared = {"device": options.device, "seed": options.seed, "checkpoint_interval": 0, "eval_interval": 0}
+    shared = {
+        "device": options.device,
+        "seed": options.seed,
+        "checkpoint_interval": 0,
+        "eval_interval": 0,
+        "micro_batch_size": 32,
+    }
     tuning = configs.parse(SFTConfig, shared | {
         "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
         "budget": options.sft, "batch_size": 16, "context_length": 1024, "too_long": "drop",
@@ -79,16 +99,23 @@ def measure(options: argparse.Namespace) -> Row:
     config = configs.parse(GRPOStageConfig, shared | {
         "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
         "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
-        "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512, "micro_batch_size": 64,
+        "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512,
+        "schedule": {"kind": "constant", "warmup_steps": 0},
         "grpo": {
             "num_generations": 16, "prompts_per_step": 32, "max_tokens": MAX_TOKENS, "loss_type": "dapo",
             "epsilon_high": 0.28, "num_iterations": 2,
         },
     })  # fmt: skip
-    stage = GRPOStage(config)
+    stage, mark = Stage(config), time.monotonic()
     stage.begin()
     before = accuracies(stage)
+    print(f"after SFT: {before[0]:.4f} greedy, {before[1]:.4f} drawn", flush=True)
+    if options.within:
+        rest = options.within - (time.monotonic() - began) - MARGIN * (time.monotonic() - mark)
+        config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
+    tested, stage.val = stage.val, []  # the run's own evaluations would take of its time
     result = StageRun(config, stage).train()
+    stage.val = tested
     after = accuracies(stage)
     return {
         "seed": options.seed, "sft_greedy": before[0], "sft_drawn": before[1], "grpo_greedy": after[0],
@@ -113,8 +140,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft", default="160steps", help="budget of SFT (%(default)s)")
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
-    parser.add_argument("--sft-lr", type=float, default=2e-4)
-    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO (%(default)s)")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
+    parser.add_argument("--sft-lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=5e-5, help="of GRPO (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")

@@ -29,8 +29,8 @@ def rows(directory: pathlib.Path) -> Iterator[Row]:
     yield _law(load_fit(directory / "law.json"))
     for made in read(directory / "forecasts.jsonl"):
         yield {"job": "forecast"} | asdict(made) | {"error": made.error, "covered": made.covered}
-        if made.measured is not None:
-            yield from _runs(directory / "target", "target")
+    for target in sorted(directory.glob("target*/ledger.sqlite")):
+        yield from _runs(target.parent, "target")
 
 
 def _runs(study: pathlib.Path, job: str) -> Iterator[Row]:

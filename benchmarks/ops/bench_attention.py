@@ -1,9 +1,10 @@
-"""Attention: heads of 64 and 128 features, 512 to 16k tokens, causal and full; cuDNN, FA2 (of torch) and FA3 beside.
+"""Attention: heads of 64 and 128 features, 512 to 32k tokens, causal and full; cuDNN, FA2 (of torch) and FA3 beside.
 
 pytest benchmarks/ops/bench_attention.py
-python -m benchmarks.run ops attention --out FILE [--quick] [--only native,cudnn,fa3]
+python -m benchmarks.run ops attention --out FILE [--quick] [--only native,deterministic,cudnn,fa2,fa3]
 
-FLOPs: forward 4 B H S^2 D, half of it causal; backward 2.5 times as many.
+FLOPs: forward 4 B H S^2 D, half of it causal; backward 2.5 times as many. "deterministic" is our backward that adds in
+one order. From 4,096 tokens on FA2 says what is right: the formula would take most of the time.
 """
 
 import functools
@@ -30,39 +31,66 @@ class Shape(NamedTuple):
     D: int
 
 
-SHAPES = {
+GROUPED = [Shape(B, S, 64, 8, 128) for B, S in ((1, 16384), (1, 4096), (1, 2048), (1, 1024), (4, 512))]
+EQUAL = [Shape(B, S, 16, 16, 128) for B, S in ((1, 16384), (4, 4096), (8, 2048), (16, 1024), (16, 512))]
+NARROW = [
+    Shape(B, S, H, H, 64) for B, S, H in ((1, 16384, 16), (4, 4096, 32), (8, 2048, 32), (16, 1024, 16), (32, 512, 16))
+]
+CAUSAL = {
     "tiny": [Shape(1, 24, 2, 1, 16)],
-    "quick": [Shape(1, 16384, 64, 8, 128), Shape(8, 2048, 16, 16, 128), Shape(1, 16384, 16, 16, 64)],
-    "full": [
-        *(Shape(1, S, 64, 8, 128) for S in (16384, 4096, 2048, 1024)),
-        *(Shape(B, S, 16, 16, 128) for B, S in ((1, 16384), (4, 4096), (8, 2048), (16, 512))),
-        *(
-            Shape(B, S, H, H, 64)
-            for B, S, H in ((1, 16384, 16), (4, 4096, 32), (8, 2048, 32), (16, 1024, 16), (32, 512, 16))
-        ),
-    ],
+    "quick": [GROUPED[0], EQUAL[2], NARROW[0]],
+    "full": [*GROUPED, *EQUAL, *NARROW],
 }
+FULL = {
+    "tiny": CAUSAL["tiny"],
+    "quick": [],
+    "full": [GROUPED[0], EQUAL[0], NARROW[0], *(shapes[i] for shapes in (GROUPED, EQUAL, NARROW) for i in (1, 2, 4))],
+}
+LONG = {"tiny": [], "quick": [], "full": [Shape(1, 32768, 64, 8, 128)]}
+STEP = {"tiny": CAUSAL["tiny"], "quick": [], "full": [NARROW[0]]}  # forward and backward behind each other
+FORMULA_TOKENS = 2048
 
 
-def options(shape: Shape, causal: bool) -> tuple:
-    """scale, causal, window_left, window_right, softcap of the raw ops."""
-    return shape.D**-0.5, causal, -1, -1, 0.0
+def heads(shape: Shape, count: int, width: int, device: torch.device) -> Tensor:
+    """(B, count, S, width), stored by token as a projection leaves it."""
+    return torch.randn(shape.B, shape.S, count, width, device=device, dtype=DTYPE).transpose(1, 2)
 
 
-def heads(shape: Shape, count: int, device: torch.device) -> Tensor:
-    """(B, count, S, D), stored by token as a projection leaves it."""
-    return torch.randn(shape.B, shape.S, count, shape.D, device=device, dtype=DTYPE).transpose(1, 2)
+def fwd_inputs(shape: Shape, causal: bool, device: torch.device, value_dim: int = 0, window: int = -1) -> tuple:
+    """q, k, v, then scale, causal, window_left, window_right, softcap of the raw ops."""
+    q, k = (heads(shape, count, shape.D, device) for count in (shape.Hq, shape.Hkv))
+    v = heads(shape, shape.Hkv, value_dim or shape.D, device)
+    return q, k, v, shape.D**-0.5, causal, window, -1, 0.0
 
 
-def fwd_inputs(shape: Shape, causal: bool, device: torch.device) -> tuple:
-    q, k, v = (heads(shape, count, device) for count in (shape.Hq, shape.Hkv, shape.Hkv))
-    return q, k, v, *options(shape, causal)
+def bwd_inputs(shape: Shape, causal: bool, device: torch.device, value_dim: int = 0, window: int = -1) -> tuple:
+    q, k, v, *options = fwd_inputs(shape, causal, device, value_dim, window)
+    o, lse = registry.call("attention_fwd", q, k, v, *options)
+    return torch.randn_like(o), None, q, k, v, o, lse, *options, False
 
 
-def bwd_inputs(shape: Shape, causal: bool, deterministic: bool, device: torch.device) -> tuple:
-    q, k, v, *rest = fwd_inputs(shape, causal, device)
-    o, lse = registry.call("attention_fwd", q, k, v, *rest)
-    return heads(shape, shape.Hq, device), None, q, k, v, o, lse, *rest, deterministic
+def step_inputs(shape: Shape, causal: bool, device: torch.device) -> tuple:
+    inputs = fwd_inputs(shape, causal, device)
+    return torch.randn_like(inputs[0]), *inputs
+
+
+# ---- ours ----
+
+
+def deterministic_bwd(*args) -> harness.Call:
+    return harness.variants("attention_bwd", keep=(0, 1, 2))["native"](*args[:-1], True)
+
+
+def step(variant: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> harness.Call:
+    if reason := registry.why_not("attention_bwd", variant, do, None, q, k, v, q, q[..., 0], *options, False):
+        raise NotImplementedError(reason)
+    forward, backward = (registry.OPS[f"attention_{name}"].overloads[variant] for name in ("fwd", "bwd"))
+
+    def call() -> tuple:
+        o, lse = forward(q, k, v, *options)
+        return tuple(backward(do, None, q, k, v, o, lse, *options, False))
+
+    return call
 
 
 # ---- the reference, a key head at a time: all of them at once do not fit in memory ----
@@ -86,6 +114,14 @@ def ref_bwd(do: Tensor, dlse: None, *rest) -> tuple:
     q, k, v, o, lse, *options = rest
     one_head = lambda do, q, k, v, o, lse: ref.bwd(do, None, q, k, v, o, lse, *options)  # noqa: E731
     return by_key_head(one_head, (do, q, k, v, o, lse), k.shape[1])
+
+
+def ref_step(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> tuple:
+    def one_head(do: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        o, lse = ref.fwd(q, k, v, *options)
+        return ref.bwd(do, None, q, k, v, o, lse, *options, False)
+
+    return by_key_head(one_head, (do, q, k, v), k.shape[1])
 
 
 # ---- peers ----
@@ -118,6 +154,12 @@ def sdpa_bwd(backend: SDPBackend, do: Tensor, dlse: None, *rest) -> harness.Call
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
 
+def sdpa_step(backend: SDPBackend, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> harness.Call:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    forward = sdpa_fwd(backend, *leaves, *options)
+    return lambda: torch.autograd.grad(*forward(), leaves, do)
+
+
 def fa3_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, *_) -> harness.Call:
     from flash_attn_interface import flash_attn_func
 
@@ -137,20 +179,35 @@ def sdpa(bind: Callable[..., harness.Call]) -> dict[str, harness.Bind]:
 
 
 FWD = harness.variants("attention_fwd", keep=(0,)) | {"ref": harness.eager(ref_fwd)} | sdpa(sdpa_fwd) | {"fa3": fa3_fwd}
-BWD = harness.variants("attention_bwd", keep=(0, 1, 2)) | {"ref": harness.eager(ref_bwd)} | sdpa(sdpa_bwd)
+BWD = harness.variants("attention_bwd", keep=(0, 1, 2)) | {"ref": harness.eager(ref_bwd)}
+BWD |= {"deterministic": deterministic_bwd} | sdpa(sdpa_bwd)
+BOTH = {variant: functools.partial(step, variant) for variant in registry.NAMESPACE}
+BOTH |= {"ref": harness.eager(ref_step)} | sdpa(sdpa_step)
 
 
 def cases(size: str) -> Iterator[harness.Case]:
-    for shape in SHAPES[size]:
-        for causal in (True, False) if shape.S >= 16384 or size == "tiny" else (True,):
-            flops = 4 * shape.B * shape.Hq * shape.S**2 * shape.D // (2 if causal else 1)
-            mask = "causal" if causal else "full"
-            inputs = functools.partial(fwd_inputs, shape, causal)
-            yield harness.Case("attention", f"fwd {mask}", shape, DTYPE, inputs, FWD, flops=flops)
-            for deterministic in (False, True):
-                name = f"bwd {mask}{' deterministic' if deterministic else ''}"
-                inputs = functools.partial(bwd_inputs, shape, causal, deterministic)
-                yield harness.Case("attention", name, shape, DTYPE, inputs, BWD, flops=flops * 5 // 2)
+    """In the order in which a run that is cut short misses them least."""
+    for shape in STEP[size]:
+        inputs = functools.partial(step_inputs, shape, True)
+        yield case("fwd+bwd causal", shape, inputs, BOTH, 7 * shape.B * shape.Hq * shape.S**2 * shape.D)
+    for shape in CAUSAL[size]:
+        yield from passes(shape, causal=True)
+    for shape in FULL[size]:
+        yield from passes(shape, causal=False)
+    for shape in LONG[size]:
+        yield from passes(shape, causal=True)
+
+
+def passes(shape: Shape, causal: bool) -> Iterator[harness.Case]:
+    mask, flops = ("causal", 2) if causal else ("full", 4)
+    flops *= shape.B * shape.Hq * shape.S**2 * shape.D
+    yield case(f"fwd {mask}", shape, functools.partial(fwd_inputs, shape, causal), FWD, flops)
+    yield case(f"bwd {mask}", shape, functools.partial(bwd_inputs, shape, causal), BWD, flops * 5 // 2)
+
+
+def case(name: str, shape: Shape, inputs: Callable, contenders: dict[str, harness.Bind], flops: int) -> harness.Case:
+    right = contenders["fa2"] if shape.S > FORMULA_TOKENS else None
+    return harness.Case("attention", name, shape, DTYPE, inputs, contenders, flops=flops, right=right)
 
 
 def bench_attention(benchmark, case):

@@ -79,6 +79,7 @@ SCALING_VERBS: dict[str, Run] = {
     "fit": scaling.fit,
     "predict": scaling.predict,
     "plot": scaling.plot,
+    "collapse": scaling.collapse,
     "forecast": scaling.forecast,
     "grade": scaling.grade,
     "design": scaling_designs.design,

@@ -1,4 +1,4 @@
-"""`cs336 scaling`: fit a law to finished runs, ask it about others, draw it."""
+"""`cs336 scaling`: fit a law to finished runs, look at how they fit together, ask it about others, draw it."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -7,27 +7,52 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path
 
-Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope"]
+Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
 LOG = Path("forecasts.jsonl")
 
 
-def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400, out: MaybePath = None) -> None:
+def fit(
+    points: Positional[Path],
+    law: Law = "chinchilla",
+    bootstrap: int = 400,
+    huber_delta: float = 1e-3,
+    least_tokens: float = 0.0,
+    base: MaybePath = None,
+    out: MaybePath = None,
+) -> None:
     """Fit a scaling law to runs, and print it with its 95 % intervals.
 
     Args:
         points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row; or the directory
             of a study.
         law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
-            lowest run a budget), envelope (1: training curves).
-        bootstrap: resamples of the runs, for the intervals of approach 3.
+            lowest run a budget), envelope (1: training curves), step (the Step Law: lr = c N^a D^b and batch = c D^b,
+            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
+            (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
+        bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
+        huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. The paper's 0.001
+            is for noise of that size; runs of tiny models have more.
+        least_tokens: runs on fewer are left out: the first tokens teach by another law.
+        base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
     from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
 
+    if (law == "repeats") != (base is not None):
+        raise ValueError("--law repeats takes --base, a law of runs that do not repeat, and no other law does")
+    if law == "step":
+        _fit_step(points, bootstrap, out)
+        return
+    if base is not None:
+        _fit_repeats(points, base, bootstrap, out)
+        return
     runs = read_points(points)
-    found: dict[str, Any] = {"law": law, "points": str(points), "runs": len(runs)}
+    runs = runs.take(runs.tokens >= least_tokens)
+    if not len(runs):
+        raise ValueError(f"{points} has no run on {least_tokens:,.0f} tokens or more: lower --least-tokens")
+    found: dict[str, Any] = {"law": law, "points": str(points), "least_tokens": least_tokens, "runs": len(runs)}
     if law == "chinchilla":
-        fitted = fit_chinchilla(runs, bootstrap=bootstrap)
+        fitted = fit_chinchilla(runs, huber_delta=huber_delta, bootstrap=bootstrap)
         for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):
             found[name] = getattr(fitted.law, name)
             interval = fitted.interval(name) if bootstrap else None
@@ -51,6 +76,67 @@ def fit(points: Positional[Path], law: Law = "chinchilla", bootstrap: int = 400,
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def _fit_step(points: Path, bootstrap: int, out: MaybePath) -> None:
+    from cs336.scaling.rates import fit_step_law, read_step_points
+
+    columns = read_step_points(points)
+    rate, batch = fit_step_law(**columns, bootstrap=bootstrap)
+    found: dict[str, Any] = {"law": "step", "points": str(points), "runs": len(columns["lr"])}
+    for name, power in (("lr", rate), ("batch_tokens", batch)):
+        numbers = {"coefficient": power.coefficient, **power.exponents}
+        found[name] = numbers | {f"{key}_interval": power.interval(key) if bootstrap else None for key in numbers}
+        for key, value in numbers.items():
+            low, high = power.interval(key) if bootstrap else (None, None)
+            print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{low:.5g}, {high:.5g}]" if bootstrap else ""))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _fit_repeats(points: Path, base: Path, bootstrap: int, out: MaybePath) -> None:
+    from cs336.scaling import fit_repeats, read_points
+    from cs336.scaling.points import read_columns
+    from cs336.scaling.saved import load_fit
+
+    columns, have = read_columns(points, {"unique_tokens": ("unique_tokens", "unique tokens", "u")})
+    if not columns:
+        raise ValueError(f"{points} must have unique_tokens as a column; it has {have}")
+    repeats = fit_repeats(read_points(points), columns["unique_tokens"], load_fit(base).law, bootstrap=bootstrap)
+    found = json.loads(base.read_text(encoding="utf-8"))
+    for name in ("repeat_decay", "excess_decay"):
+        found[name] = getattr(repeats, name)
+        found[f"{name}_interval"] = interval = repeats.interval(name) if bootstrap else None
+        print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
+    """Whether the training curves of a study's runs have one shape: a run that leaves it was set otherwise than others.
+
+    Args:
+        study: the directory of a study, which `cs336 sweep` trained.
+        law: what `fit --out` wrote of it, for its E.
+        parts: of a run, over each of which the training loss is averaged.
+    """
+    import numpy as np
+
+    from cs336.experiments import Ledger
+    from cs336.scaling.collapse import collapse as normalized
+    from cs336.scaling.collapse import curve
+    from cs336.scaling.saved import load_fit
+
+    if not (study / "ledger.sqlite").exists():
+        raise ValueError(f"{study} holds no study: expected what `cs336 sweep` writes")
+    entries = [entry for entry in Ledger(study).entries() if entry.state == "done"]
+    curves = [curve(study / "runs" / entry.folder / "metrics.jsonl", parts) for entry in entries]
+    found = normalized(np.array(curves), load_fit(law).law.E)
+    for entry, off in zip(entries, found.off_R, strict=True):
+        options = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in entry.options.items())
+        print(f"{100 * off:6.2f} %  seed {entry.seed}, {options}")
+    later = found.deviation_P[parts // 2 :]
+    print(f"deviation over the later half: {100 * later.mean():.2f} %, {100 * later.max():.2f} % at most")
+
+
 def predict(
     law: Annotated[Positional[str], arg(metavar="FIT.json|epoch")],
     flops: float | None = None,
@@ -72,12 +158,13 @@ def predict(
     """
     import pathlib
 
-    from cs336.scaling import EPOCH, DataConstrainedLaw
+    from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
     from cs336.scaling.saved import load_fit
 
     fitted = None if law == "epoch" else load_fit(pathlib.Path(law))
     base = EPOCH if fitted is None else fitted.law
-    constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens)
+    decays = EPOCH_FIT.decays if fitted is None else fitted.decays
+    constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens, *decays)
     if (flops is None) == (parameters is None) or (parameters is None) != (tokens is None):
         raise ValueError("say --flops, or --parameters and --tokens")
     if parameters is not None and tokens is not None:

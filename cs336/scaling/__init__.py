@@ -1,23 +1,33 @@
 """Scaling laws: what loss a budget buys, fitted to runs that were made and asked about runs that were not."""
 
+from cs336.scaling.collapse import Collapse, collapse
 from cs336.scaling.fit import EPOCH_FIT, Fit, fit_chinchilla
 from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflop
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
 from cs336.scaling.points import Points, read_points
+from cs336.scaling.rates import PowerFit, fit_power, fit_step_law
+from cs336.scaling.repeats import Repeats, fit_repeats
 
 __all__ = [
     "EPOCH",
     "EPOCH_FIT",
     "Allocation",
     "ChinchillaLaw",
+    "Collapse",
     "DataConstrainedLaw",
     "Fit",
     "IsoFlopFit",
     "Points",
+    "PowerFit",
     "PowerLaw",
+    "Repeats",
+    "collapse",
     "fit_chinchilla",
     "fit_envelope",
     "fit_isoflop",
+    "fit_power",
+    "fit_repeats",
+    "fit_step_law",
     "read_points",
     "step_law",
 ]

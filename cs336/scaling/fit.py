@@ -29,6 +29,8 @@ class Fit:
     resampled: tuple[ChinchillaLaw, ...]
     residuals: np.ndarray
     """(n,): log of the measured loss over the law's."""
+    decays: tuple[float, float] = (DataConstrainedLaw.repeat_decay, DataConstrainedLaw.excess_decay)
+    """Of tokens and parameters where unique tokens run out."""
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of E, A, B, alpha, beta or parameter_exponent: quantiles of the resampled laws'."""
@@ -44,7 +46,7 @@ class Fit:
         """
 
         def loss(law: ChinchillaLaw) -> float:
-            constrained = law if unique_tokens is None else DataConstrainedLaw(law, unique_tokens)
+            constrained = law if unique_tokens is None else DataConstrainedLaw(law, unique_tokens, *self.decays)
             return float(constrained.loss(parameters, tokens))
 
         at = np.array([loss(law) for law in self.resampled])
@@ -109,7 +111,7 @@ def minimize(
     """
     theta_KP, damping_K = theta_KP.copy(), np.full(len(theta_KP), 1e-2)
     prediction_Kn, jacobian_KPn = _predict(theta_KP, x_n, y_n)
-    cost_K = _huber(prediction_Kn - z_n, weight_Kn, delta)
+    cost_K = huber(prediction_Kn - z_n, weight_Kn, delta)
     for _ in range(MOST_STEPS):
         residual_Kn = prediction_Kn - z_n
         scale_Kn = weight_Kn * np.minimum(1, delta / np.maximum(np.abs(residual_Kn), 1e-300))
@@ -122,7 +124,7 @@ def minimize(
         step_KP = -np.linalg.solve(lifted_KPP, gradient_KP[..., None])[..., 0]
         tried_KP = theta_KP + step_KP
         tried_prediction, tried_jacobian = _predict(tried_KP, x_n, y_n)
-        tried_cost = _huber(tried_prediction - z_n, weight_Kn, delta)
+        tried_cost = huber(tried_prediction - z_n, weight_Kn, delta)
         better_K = tried_cost < cost_K
         gain_K = np.where(better_K, (cost_K - tried_cost) / np.maximum(cost_K, 1e-300), 0)
         theta_KP[better_K], cost_K[better_K] = tried_KP[better_K], tried_cost[better_K]
@@ -146,7 +148,8 @@ def _predict(theta_KP: np.ndarray, x_n: np.ndarray, y_n: np.ndarray) -> tuple[np
         return top + np.log(total), slopes
 
 
-def _huber(residual_Kn: np.ndarray, weight_Kn: np.ndarray, delta: float) -> np.ndarray:
+def huber(residual_Kn: np.ndarray, weight_Kn: np.ndarray, delta: float) -> np.ndarray:
+    """Of each problem: squares up to delta, beyond it straight lines. (K,), infinite where a residual is."""
     size = np.abs(residual_Kn)
     with np.errstate(over="ignore", invalid="ignore"):
         loss = np.where(size < delta, residual_Kn**2 / 2, delta * (size - delta / 2))

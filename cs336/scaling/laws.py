@@ -108,8 +108,8 @@ class DataConstrainedLaw:
 
     def loss(self, parameters, tokens):
         deserved = self.base.matched_parameters(self.unique_tokens)
-        N = _worth(np.asarray(parameters, dtype=np.float64), deserved, self.excess_decay)
-        D = _worth(np.asarray(tokens, dtype=np.float64), self.unique_tokens, self.repeat_decay)
+        N = worth(np.asarray(parameters, dtype=np.float64), deserved, self.excess_decay)
+        D = worth(np.asarray(tokens, dtype=np.float64), self.unique_tokens, self.repeat_decay)
         return self.base.loss(N, D)
 
     def optimum(self, flops: float) -> Allocation:
@@ -132,7 +132,8 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
-def _worth(x: np.ndarray, full: float, decay: float) -> np.ndarray:
+def worth(x, full, decay):
+    """What x is worth of which all up to `full` counts whole, and the rest less and less: numbers or arrays."""
     excess = np.maximum(x / full - 1, 0)
     return np.minimum(x, full) - full * decay * np.expm1(-excess / decay)
 

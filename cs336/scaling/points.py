@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,20 +62,9 @@ def read_points(path: str | os.PathLike) -> Points:
     path = pathlib.Path(path)
     if path.is_dir():
         return _of_study(path)
-    text = path.read_text(encoding="utf-8-sig")
-    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
-    if not rows:
-        raise ValueError(f"{path} holds no runs")
-    known = [_named(row) for row in rows]
-    columns = {name: [row.get(name) for row in known] for name in NAMES}
-    for name in ("parameters", "tokens", "flops", "loss"):
-        if all(value is None for value in columns[name]):
-            del columns[name]
-    if "loss" not in columns or len(columns) < 3:
-        raise ValueError(
-            f"{path} must have loss and two of parameters, tokens and flops as columns; it has {', '.join(rows[0])}"
-        )
-    numbers = {name: _numbers(name, values, path) for name, values in columns.items()}
+    numbers, have = read_columns(path, NAMES)
+    if "loss" not in numbers or len(numbers) < 3:
+        raise ValueError(f"{path} must have loss and two of parameters, tokens and flops as columns; it has {have}")
     if "tokens" not in numbers:
         numbers["tokens"] = numbers["flops"] / (6 * numbers["parameters"])
     if "parameters" not in numbers:
@@ -83,6 +73,23 @@ def read_points(path: str | os.PathLike) -> Points:
         return Points.of(numbers["parameters"], numbers["tokens"], numbers["loss"], numbers.get("flops"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_columns(path: str | os.PathLike, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of a CSV file with a header, a JSON list of objects, or JSON lines, that are called as `names` say,
+    in any case; and what all its columns are called.
+
+    Raises ValueError that names the file, the row and what is wrong.
+    """
+    path = pathlib.Path(path)
+    text = path.read_text(encoding="utf-8-sig")
+    rows = _json_rows(text, path) if path.suffix in (".json", ".jsonl") else list(csv.DictReader(text.splitlines()))
+    if not rows:
+        raise ValueError(f"{path} holds no runs")
+    known = [_named(row, names) for row in rows]
+    columns = {name: [row.get(name) for row in known] for name in names}
+    present = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    return {name: _numbers(name, values, path) for name, values in present.items()}, ", ".join(rows[0])
 
 
 def _of_study(directory: pathlib.Path) -> Points:
@@ -114,11 +121,11 @@ def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
+def _named(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     lower = {str(key).strip().lower(): value for key, value in row.items()}
     return {
         name: next(lower[other] for other in others if other in lower)
-        for name, others in NAMES.items()
+        for name, others in names.items()
         if any(other in lower for other in others)
     }
 

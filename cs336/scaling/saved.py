@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +16,11 @@ def load_fit(path: pathlib.Path) -> Fit:
         saved = json.loads(path.read_text(encoding="utf-8"))
         law = ChinchillaLaw(**{name: saved[name] for name in ("E", "A", "B", "alpha", "beta")})
         resampled = tuple(ChinchillaLaw(*numbers) for numbers in saved["resampled"])
-        return Fit(law, resampled, np.array(saved["residuals"], dtype=np.float64))
+        fit = Fit(law, resampled, np.array(saved["residuals"], dtype=np.float64))
+        decays = [
+            float(saved.get(f"{name}_decay", old)) for name, old in zip(("repeat", "excess"), fit.decays, strict=True)
+        ]
+        return replace(fit, decays=(decays[0], decays[1]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no fitted law: expected what `cs336 scaling fit POINTS --law chinchilla --out FILE` writes "

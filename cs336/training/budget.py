@@ -123,7 +123,7 @@ class Plan:
             self._untimed -= 1
             return False
         self._observed.append((step, seconds))
-        while len(self._observed) > 2 and self._is_old(self._observed[1], step, seconds):
+        while len(self._observed) > MEASURED + 1 and self._is_old(self._observed[1], step, seconds):
             self._observed.popleft()
         first_step, first_seconds = self._observed[0]
         if step - first_step < MEASURED or seconds - first_seconds < MEASURED_PART * self.budget.amount:

@@ -223,8 +223,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
       if (t->numel()) torch::stable::zero_(*t);
     return {dq, dk, dv};
   }
+  const bool in_turns = attention_bwd_in_turns(p, deterministic);
   const Tensor workspace = new_tensor(
-      q, {ceil_div(AttentionBwdWorkspace(p, deterministic, current_device().num_sms).bytes, 4)}, ScalarType::Float);
+      q, {ceil_div(AttentionBwdWorkspace(p, in_turns, current_device().num_sms).bytes, 4)}, ScalarType::Float);
   attention_bwd({.problem = p,
                  .q = layout.strided(q),
                  .k = layout.strided(k),
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
                  .lse = static_cast<const float*>(lse.const_data_ptr()),
                  .dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr,
                  .workspace = workspace.mutable_data_ptr(),
-                 .deterministic = deterministic},
+                 .deterministic = in_turns},
                 stream_of(q));
   return {dq, dk, dv};
 }

@@ -6,6 +6,8 @@
 #
 # TOKENS: token shards in train/ and val/, such as those of `cs336 quickstart`. Either command goes on where it was
 # stopped. BUDGETS, TARGET (FLOPs a run), SIZES, SHAPE and BASE may be set; as they are the ladder takes 1.9e12 FLOPs.
+# FIT="--huber-delta 0.005" goes to the fit. RUN="ladder --sizes 1.9e6 --ratios 25" is the run that is forecast, in
+# place of the law's best of TARGET FLOPs.
 # SWEEP="--workers 10 --gpus 0" trains ten rungs at once on one GPU, which tiny models leave idle.
 set -eu
 tokens=$1 directory=$2 stage=$3
@@ -22,8 +24,8 @@ fi
 case $stage in
 forecast)
     cs336 sweep "$directory/ladder.toml" ${SWEEP:-}
-    cs336 scaling fit "$directory/ladder" --out "$directory/law.json"
-    design best --law "$directory/law.json" --budgets $target \
+    cs336 scaling fit "$directory/ladder" ${FIT:-} --out "$directory/law.json"
+    design ${RUN:-best --law "$directory/law.json" --budgets $target} \
         --directory "$directory/target" --write "$directory/target.toml"
     cs336 scaling forecast "$directory/law.json" --name "$target" --study "$directory/target.toml" \
         --log "$directory/forecasts.jsonl"

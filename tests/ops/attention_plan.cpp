@@ -93,6 +93,7 @@ void check_turns(const AttentionProblem& p, int left, int right, int queries) {
 }
 
 void check_workspace(const AttentionProblem& p) {
+  CHECK(attention_bwd_in_turns(p, true) && attention_bwd_in_turns(p, false) == (p.max_q <= 1024));
   for (bool deterministic : {false, true}) {
     const AttentionBwdWorkspace at(p, deterministic, kSms);
     const int64_t batch = p.cu_q ? 1 : p.sequences,

@@ -26,6 +26,12 @@ def test_fit_then_predict(points, tmp_path, capsys):
     assert main(["scaling", "fit", str(points), "--bootstrap", "50", "--out", str(out)]) == 0
     assert "parameter_exponent" in capsys.readouterr().out
     assert json.loads(out.read_text())["alpha"] == pytest.approx(EPOCH.alpha, rel=0.2)
+    wider = tmp_path / "wider.json"
+    options = ["--bootstrap", "50", "--huber-delta", "0.02", "--out", str(wider)]
+    assert main(["scaling", "fit", str(points), *options]) == 0
+    capsys.readouterr()
+    assert json.loads(wider.read_text())["alpha"] == pytest.approx(EPOCH.alpha, rel=0.2)
+    assert json.loads(wider.read_text())["alpha"] != json.loads(out.read_text())["alpha"]
     assert main(["scaling", "predict", str(out), "--flops", "1e22", "--inference-tokens", "1e12"]) == 0
     said = capsys.readouterr().out
     assert "95 % interval of the parameters" in said
@@ -33,6 +39,17 @@ def test_fit_then_predict(points, tmp_path, capsys):
     assert main(["scaling", "predict", str(out), "--parameters", "1e9", "--tokens", "2e10"]) == 0
     loss = float(capsys.readouterr().out.split()[1])
     assert loss == pytest.approx(float(EPOCH.loss(1e9, 2e10)), rel=0.02)
+
+
+def test_runs_on_few_tokens_are_left_out(points, tmp_path, capsys):
+    out = tmp_path / "fit.json"
+    command = ["scaling", "fit", str(points), "--bootstrap", "0", "--out", str(out), "--least-tokens"]
+    assert main([*command, "1e10"]) == 0
+    kept = json.loads(out.read_text())["runs"]
+    tokens = [row["compute_budget"] / (6 * row["parameters"]) for row in json.loads(points.read_text())]
+    assert 0 < kept == sum(count >= 1e10 for count in tokens) < len(tokens)
+    assert main([*command, "1e15"]) == 2
+    assert "has no run on 1,000,000,000,000,000 tokens or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("law", ["isoflop", "isoflop-lowest", "envelope"])

@@ -138,6 +138,12 @@ def test_steps_longer_than_the_budget_allows_still_end(budget, seconds):
     assert clock.plan.total_steps == clock.step
 
 
+def test_a_budget_of_few_steps_is_planned_for():
+    """Each takes more of it than the window over which the speed is measured."""
+    clock = Clock("60s", lambda step: 4.0).run(until=5)
+    assert clock.plan.decisions == [[5, 15]]
+
+
 def test_decisions_survive_a_resume():
     clock = Clock("100s", lambda step: 0.1).run(until=200)
     state = json.loads(json.dumps(clock.plan.state_dict()))

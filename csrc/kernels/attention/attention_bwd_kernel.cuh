@@ -22,8 +22,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
       barrier_init(&shared.q_empty[i], kWarps);
     }
     for (int i = 0; i < 2; i++) {
-      barrier_init(&shared.ds_full[i], kWarps);
-      barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps + Tile::kGroups);
+      barrier_init(&shared.ds_full[i], kWarps), barrier_init(&shared.ds_empty[i], 4);
+      barrier_init(&shared.work_full[i], 1);
+      barrier_init(&shared.work_empty[i], kWarps + (Tile::kDqApart ? 4 : 0) + Tile::kGroups);
     }
     for (int g = 0; g < Tile::kGroups; g++) barrier_init(&shared.dq_full[g], 4), barrier_init(&shared.dq_empty[g], 1);
     barrier_init_fence();
@@ -33,9 +34,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
     decrease_registers<Tile::kProducerRegisters>();
     if (warp == 0 && elect_one()) bwd_produce<Tile>(args, shared);
     if ((warp == 1 || warp == 2) && elect_one()) bwd_write<Tile>(args, shared, warp - 1);
+  } else if (Tile::kDqApart && warp < 8) {
+    decrease_registers<Tile::kDqRegisters>();
+    bwd_multiply_queries<Tile>(args, shared);
   } else {
     increase_registers<Tile::kConsumerRegisters>();
-    BwdConsumer<Tile>(args, shared, warp / 4 - 1).run();
+    BwdConsumer<Tile>(args, shared, warp / 4 - (Tile::kDqApart ? 2 : 1)).run();
   }
 }
 

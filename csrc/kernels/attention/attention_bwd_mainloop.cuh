@@ -7,11 +7,16 @@
 // start then go up, side by side, and end together. So what they read and add to stays in L2. A producer thread streams
 // Q and dO; two consumer warpgroups own 64 keys each, with dK and dV in registers. They work on transposed scores (keys
 // down, queries across): P^T and dS^T are then, where they are computed, register operands of the products for dV and
-// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K. Two writer warps let the
+// dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K, and two writer warps let the
 // copy engine add dQ to sums in fp32.
 //
-//   a warpgroup   dS | store dS |    | stage dQ |        | P of the next tile |
-//   its products  dV .......... | dQ . dK ........ S of the next . dP of the next
+// With D = 128 dQ has a warpgroup of its own, for which nobody waits:
+//   a warpgroup of keys   P |      | dS | store dS |                 | P of the next tile
+//   its products            | dP . dV ............ | dK . S of the next
+//   the warpgroup of dQ     ... of the tile before | dQ | stage it | dQ | stage it |
+// With D = 64, where exponentials and registers are scarce, each warpgroup of keys computes half of dQ:
+//   a warpgroup   dS | store dS |          | stage dQ |  P of the next tile  |
+//   its products  dV .......... | dK . dQ .| S of the next . dP of the next
 #pragma once
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
@@ -43,12 +48,12 @@ struct BwdTile {
   static constexpr int kQueries = kQueries_, kKeys = kKeys_;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
-  static constexpr bool kKeepWeights = kQueries == 64 && !kCap;  // in fp32 until dS: there are the registers
-  static constexpr int kGroups = 2;                              // consumer warpgroups, 64 keys each
-  static constexpr int kStages = 2;                              // query tiles in flight
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kQueries == 64 || kCap ? 24 : 40;
-  static constexpr int kConsumerRegisters = kQueries == 64 || kCap ? 240 : 232;
+  static constexpr bool kDqApart = kHeadDim == 128;  // dQ by a warpgroup of its own
+  static constexpr int kGroups = 2;                  // consumer warpgroups, 64 keys each
+  static constexpr int kStages = 2;                  // query tiles in flight
+  static constexpr int kThreads = 128 * (kGroups + (kDqApart ? 2 : 1));
+  static constexpr int kProducerRegisters = kDqApart ? 24 : 40, kDqRegisters = 72;
+  static constexpr int kConsumerRegisters = kDqApart ? 208 : 232;
   static constexpr int kPanels = num_panels(kHeadDim);
   static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
   static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
@@ -67,9 +72,13 @@ struct BwdTile {
     alignas(1024) T ds[2][kQueries * kKeys];  // rows are queries; panel g holds the keys of warpgroup g
     alignas(1024) float dq[kGroups][kPiece];  // in the order of the registers
     alignas(1024) float rows[kStages][kRowFloats];
+    int row0[kStages];  // of a query tile
+    struct {
+      int below, above;
+    } masked[kGroups];  // tiles whose first row is outside need a mask
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[kStages], dout_full[kStages], q_empty[kStages];
-    uint64_t ds_full[2];
+    uint64_t ds_full[2], ds_empty[2];
     uint64_t dq_full[kGroups], dq_empty[kGroups];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
@@ -161,6 +170,7 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
       const int tile = w.tile(i, a.heads), head = w.q_head(i, a.heads), stage = count % Tile::kStages;
       const Rows rows = a.sequences.q_rows(w.sequence);
       barrier_wait(&shared.q_empty[stage], (count / Tile::kStages & 1) ^ 1);
+      shared.row0[stage] = tile * Tile::kQueries;
       barrier_arrive_expect(&shared.q_full[stage], Tile::kQBytes + Tile::kRowFloats * 4);
       load_rows<Tile>(a.q, shared.q[stage], Tile::kQueries, &shared.q_full[stage], tile * Tile::kQueries, head, rows);
       bulk_in(shared.rows[stage], a.rows + query_tile<Tile>(a, w.sequence, head, tile) * Tile::kRowFloats,
@@ -216,6 +226,69 @@ __device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Share
   wait_out();
 }
 
+// ---- dQ = dS K, in pieces ----
+
+__device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+template <class Tile>
+__device__ __forceinline__ void start_dq(typename Tile::Shared& shared, float (&d)[32], int buffer, int piece) {
+  using Product = Wgmma<typename Tile::T, 64>;
+  const auto* queries = shared.ds[buffer] + (Tile::kSplitColumns ? 0 : piece * (64 * kPanel));
+  const auto* keys = shared.k + (Tile::kSplitColumns ? piece * (Tile::kKeys * kPanel) : 0);
+  const uint64_t x = opaque(tile_descriptor(queries, 0)), y = opaque(tile_descriptor(keys, Tile::kKeys * 128));
+  wgmma_fence();
+  Product::template ss_set<Along::kRows>(d, x, y);
+#pragma unroll
+  for (int k = 1; k < Tile::kKeys / 16; k++)
+    Product::template ss_add<Along::kRows>(
+        d, x + k / 4 * descriptor_step(Tile::kQueries * 128) + k % 4 * descriptor_step(32),
+        y + k * descriptor_step(16 * 128));
+  wgmma_commit();
+}
+
+// To where the writer takes it from, which hand_over then tells it.
+template <class Tile>
+__device__ __forceinline__ void stage_dq(typename Tile::Shared& shared, const float (&dq)[32], int piece, int count) {
+  barrier_wait(&shared.dq_empty[piece], (count & 1) ^ 1);
+  float4* staged = reinterpret_cast<float4*>(shared.dq[piece]) + threadIdx.x % 128;
+#pragma unroll
+  for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+}
+template <class Tile>
+__device__ __forceinline__ void hand_over(typename Tile::Shared& shared, int piece) {
+  fence_async_proxy();
+  release(&shared.dq_full[piece]);
+}
+
+// The warpgroup of dQ, where there is one.
+template <class Tile>
+__device__ __forceinline__ void bwd_multiply_queries(const BwdArgs& a, typename Tile::Shared& shared) {
+  int count = 0;  // query tiles done
+  for (int round = 0;; round++) {
+    const BwdWork& w = shared.work[round % 2];
+    barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
+    if (uniform(w.kv_head) < 0) break;
+    barrier_wait(&shared.k_full, round & 1);
+    for (int i = uniform(w.steps(a.heads)); i > 0; i--, count++) {
+      const int buffer = count % 2;
+      barrier_wait(&shared.ds_full[buffer], count / 2 & 1);
+#pragma unroll 1  // few registers
+      for (int piece = 0; piece < Tile::kGroups; piece++) {
+        float dq[32];
+        start_dq<Tile>(shared, dq, buffer, piece);
+        wgmma_wait<0>(dq);
+        if (piece == Tile::kGroups - 1) release(&shared.ds_empty[buffer]);
+        stage_dq<Tile>(shared, dq, piece, count);
+        hand_over<Tile>(shared, piece);
+      }
+    }
+    release(&shared.work_empty[round % 2]);
+  }
+}
+
 // ---- consumer: one warpgroup and its registers ----
 
 template <class Tile>
@@ -230,34 +303,31 @@ struct BwdConsumer {
 
   const BwdArgs& a;
   typename Tile::Shared& shared;
-  const int group, thread, lane, warp;
-  const uint64_t k_tile, v_tile, q_tile, dout_tile;  // descriptors
-  const uint64_t ds_tile, k_rows_tile;               // of the product for this warpgroup's piece of dQ
+  const int group;
   const uint32_t ds_address;  // where this lane's row of the matrices that it stores begins in its panel of dS
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
-  float s[kQueries / 2];                              // S^T, then P^T
-  float dp[kQueries / 2];                             // (dO V^T)^T
-  uint32_t p[kQueries / 16][4];                       // P^T, rounded
-  uint32_t slope[Tile::kCap ? kQueries / 16 : 1][4];  // 1 - tanh^2 of a cap, rounded
-  int count = 0;                                      // query tiles done
-  int mask_below, mask_above;                         // tiles whose first row is outside need a mask
+  float s[kQueries / 2];         // S^T
+  float dp[kQueries / 2];        // (dO V^T)^T
+  uint32_t p[kQueries / 16][4];  // P^T, rounded
+  int count = 0;                 // query tiles done
 
   __device__ __forceinline__ BwdConsumer(const BwdArgs& a, typename Tile::Shared& shared, int group)
       : a(a),
         shared(shared),
         group(group),
-        thread(threadIdx.x % 128),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x % 128 / 32),
-        k_tile(tile_descriptor(shared.k + group * (64 * kPanel), 0)),
-        v_tile(tile_descriptor(shared.v + group * (64 * kPanel), 0)),
-        q_tile(tile_descriptor(shared.q[0], kQueries * 128)),
-        dout_tile(tile_descriptor(shared.dout[0], kQueries * 128)),
-        ds_tile(tile_descriptor(shared.ds[0] + (Tile::kSplitColumns ? 0 : group * (64 * kPanel)), 0)),
-        k_rows_tile(tile_descriptor(shared.k + (Tile::kSplitColumns ? group * (kKeys * kPanel) : 0), kKeys * 128)),
-        ds_address(shared_address(shared.ds[0]) + group * (kQueries * 128) + (lane / 16 * 8 + lane % 8) * 128 +
-                   ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16) {}
+        ds_address(shared_address(shared.ds[0]) + group * (kQueries * 128) + (lane() / 16 * 8 + lane() % 8) * 128 +
+                   ((2 * warp() + lane() / 8 % 2) ^ lane() % 8) * 16) {}
+
+  // Computed where they are needed: registers are scarce.
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
+  __device__ __forceinline__ uint64_t keys(const T* tile) const {  // descriptor of the warpgroup's keys
+    return tile_descriptor(tile + group * (64 * kPanel), 0);
+  }
+  __device__ __forceinline__ uint64_t queries(const T (&tiles)[Tile::kStages][Tile::kQ]) const {
+    return tile_descriptor(tiles[0], kQueries * 128) + count % Tile::kStages * kStage;
+  }
 
   // ---- products ----
 
@@ -284,33 +354,16 @@ struct BwdConsumer {
     wgmma_commit();
   }
 
-  // This warpgroup's piece of dQ = dS K.
-  __device__ __forceinline__ void start_dq(float (&d)[32], int buffer) {
-    using Product = Wgmma<T, 64>;
-    const uint64_t x = opaque(ds_tile + buffer * descriptor_step(kDsBytes)), y = opaque(k_rows_tile);
-    wgmma_fence();
-    Product::template ss_set<Along::kRows>(d, x, y);
-#pragma unroll
-    for (int k = 1; k < kKeys / 16; k++)
-      Product::template ss_add<Along::kRows>(d, x + k / 4 * kQPanel + k % 4 * descriptor_step(32), y + k * kRows16);
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
-  }
-
   // ---- elements ----
 
   // P from the scores, with weight 0 where a query must not see a key.
-  __device__ __forceinline__ void weigh(const BwdWork& w, int tile, int stage) {
+  __device__ __forceinline__ void weigh(const BwdWork& w, int stage) {
     if constexpr (Tile::kCap) {
 #pragma unroll
       for (int e = 0; e < kQueries / 2; e++) s[e] = soft_capped(s[e], a.cap_factor);
     }
-    mask(w, tile * kQueries);
-    const float2* lse = reinterpret_cast<const float2*>(shared.rows[stage]) + lane % 4;
+    mask(w, shared.row0[stage]);
+    const float2* lse = reinterpret_cast<const float2*>(shared.rows[stage]) + lane() % 4;
 #pragma unroll
     for (int j = 0; j < kQueries / 8; j++) {
       const float2 x = lse[4 * j];
@@ -318,25 +371,31 @@ struct BwdConsumer {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         y[e] = exp2_approx(fmaf(s[4 * j + e], a.scale_log2, e % 2 ? x.y : x.x));
-        s[4 * j + e] = Tile::kCap ? fmaxf(1.f - s[4 * j + e] * s[4 * j + e], 0.f) : y[e];  // slope 0 where masked
-      }
-      if constexpr (Tile::kCap) {
-        slope[j / 2][j % 2 * 2] = pack<T>(s[4 * j], s[4 * j + 1]);
-        slope[j / 2][j % 2 * 2 + 1] = pack<T>(s[4 * j + 2], s[4 * j + 3]);
       }
       p[j / 2][j % 2 * 2] = pack<T>(y[0], y[1]);
       p[j / 2][j % 2 * 2 + 1] = pack<T>(y[2], y[3]);
     }
   }
 
+  // P of a cap, where s holds tanh of the scores, times the derivative of tanh: all that dS needs of it.
+  __device__ __forceinline__ void multiply_by_slope() {
+#pragma unroll
+    for (int e = 0; e < kQueries / 2; e += 2) {
+      uint32_t& pair = p[e / 8][e % 8 / 2];
+      const float2 weight = unpack<T>(pair);  // 0 where masked
+      pair = pack<T>(weight.x * fmaxf(1.f - s[e] * s[e], 0.f), weight.y * fmaxf(1.f - s[e + 1] * s[e + 1], 0.f));
+    }
+  }
+
   __device__ __forceinline__ void mask(const BwdWork& w, int row0) {
     const Sequence& q = w.sequence;
     const int first_key = w.key0 + 64 * group;
-    if (row0 >= mask_below && row0 <= mask_above) return;
+    const auto [below, above] = shared.masked[group];
+    if (row0 >= below && row0 <= above) return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int key = first_key + 16 * warp + lane / 4 + 8 * r;
-      const int beside = key - q.offset() - row0 - lane % 4 * 2;             // column of the query beside the key
+      const int key = first_key + 16 * warp() + lane() / 4 + 8 * r;
+      const int beside = key - q.offset() - row0 - lane() % 4 * 2;           // column of the query beside the key
       int begin = Tile::kMask == Mask::kNone ? 0 : beside - a.window.right;  // columns [begin, end) see the key
       int end = Tile::kMask == Mask::kWindow ? beside + a.window.left + 1 : kQueries;
       if (key >= q.k_length) end = begin = kQueries;
@@ -353,28 +412,25 @@ struct BwdConsumer {
   __device__ __forceinline__ void find_masked(const BwdWork& w) {
     const Sequence& q = w.sequence;
     const int first_key = w.key0 + 64 * group, last_key = first_key + 63;
-    mask_below = last_key >= q.k_length       ? kFar
-                 : Tile::kMask == Mask::kNone ? 0
-                                              : last_key - q.offset() - a.window.right;
-    mask_above = Tile::kMask == Mask::kWindow ? first_key - q.offset() + a.window.left - kQueries + 1 : kFar;
+    const int below = last_key >= q.k_length       ? kFar
+                      : Tile::kMask == Mask::kNone ? 0
+                                                   : last_key - q.offset() - a.window.right;
+    const int above = Tile::kMask == Mask::kWindow ? first_key - q.offset() + a.window.left - kQueries + 1 : kFar;
+    if (threadIdx.x % 128 == 0) shared.masked[group] = {below, above};
+    named_sync(kStore + group, 128);
   }
 
-  // dS^T = P^T (dP^T - delta), rounded. Where registers are scarce, P comes once more from its rounded pairs.
+  // dS^T = P^T (dP^T - delta), rounded. P comes once more from its rounded pairs: registers are scarce.
   __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kQueries / 16][4], int stage) {
-    const float2* delta = reinterpret_cast<const float2*>(shared.rows[stage] + kQueries) + lane % 4;
+    const float2* delta = reinterpret_cast<const float2*>(shared.rows[stage] + kQueries) + lane() % 4;
 #pragma unroll
     for (int j = 0; j < kQueries / 8; j++) {
       const float2 x = delta[4 * j];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int e = 4 * j + 2 * r;
-        const float2 weight = Tile::kKeepWeights ? make_float2(s[e], s[e + 1]) : unpack<T>(p[j / 2][j % 2 * 2 + r]);
-        float low = weight.x * (dp[e] - x.x), high = weight.y * (dp[e + 1] - x.y);
-        if constexpr (Tile::kCap) {
-          const float2 by = unpack<T>(slope[j / 2][j % 2 * 2 + r]);
-          low *= by.x, high *= by.y;
-        }
-        ds[j / 2][j % 2 * 2 + r] = pack<T>(low, high);
+        const float2 weight = unpack<T>(p[j / 2][j % 2 * 2 + r]);
+        ds[j / 2][j % 2 * 2 + r] = pack<T>(weight.x * (dp[e] - x.x), weight.y * (dp[e + 1] - x.y));
       }
     }
   }
@@ -383,22 +439,14 @@ struct BwdConsumer {
 
   __device__ __forceinline__ void start_s() {
     barrier_wait(&shared.q_full[count % Tile::kStages], count / Tile::kStages & 1);
-    start_scores(s, k_tile, q_tile + count % Tile::kStages * kStage);
+    start_scores(s, keys(shared.k), queries(shared.q));
   }
   __device__ __forceinline__ void start_dp() {
     barrier_wait(&shared.dout_full[count % Tile::kStages], count / Tile::kStages & 1);
-    start_scores(dp, v_tile, dout_tile + count % Tile::kStages * kStage);
+    start_scores(dp, keys(shared.v), queries(shared.dout));
   }
 
-  // P of the scores that were started, while the product for dP goes on.
-  __device__ __forceinline__ void finish_scores(const BwdWork& w, int tile) {
-    wgmma_wait<1>(s);
-    weigh(w, tile, count % Tile::kStages);
-    wgmma_wait<0>(dp);
-  }
-
-  // dS to shared memory, for both warpgroups. It has two buffers: once both have stored a tile, the products that read
-  // the other buffer are over.
+  // dS to shared memory, where both halves of the keys meet.
   __device__ __forceinline__ void store_ds(const uint32_t (&ds)[kQueries / 16][4], int buffer) {
 #pragma unroll
     for (int k = 0; k < kQueries / 16; k++)
@@ -407,53 +455,78 @@ struct BwdConsumer {
     release(&shared.ds_full[buffer]);
   }
 
-  // The piece of dQ to where the writer takes it from.
-  __device__ __forceinline__ void stage_dq(const float (&dq)[32], uint32_t parity) {
-    barrier_wait(&shared.dq_empty[group], parity);
-    float4* staged = reinterpret_cast<float4*>(shared.dq[group]) + thread;
-#pragma unroll
-    for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  // Where another warpgroup computes dQ. The tile's S is there; ends with that of the next one.
+  template <bool kNext>
+  __device__ __forceinline__ void step_beside_dq(const BwdWork& w) {
+    const int stage = count % Tile::kStages, buffer = count % 2;
+    uint32_t ds[kQueries / 16][4];
+    weigh(w, stage);
+    if constexpr (Tile::kCap) {
+      start_sum(dv, p, queries(shared.dout));
+      wgmma_wait<0>(dv);
+      multiply_by_slope();
+      start_dp();
+      wgmma_wait<0>(dp);
+    } else {
+      start_dp();
+      start_sum(dv, p, queries(shared.dout));
+      wgmma_wait<1>(dp);
+    }
+    score_gradients(ds, stage);
+    barrier_wait(&shared.ds_empty[buffer], (count / 2 & 1) ^ 1);
+    store_ds(ds, buffer);
+    start_sum(dk, ds, queries(shared.q));
+    count++;
+    wgmma_wait<1>(dv);
+    if constexpr (kNext) start_s();
+    wgmma_wait<0>(s);
+    changes_here(dv), changes_here(dk);
+    release(&shared.q_empty[stage]);
   }
 
-  // The tile's P and dP are there. Ends with those of the next one.
+  // With this warpgroup's piece of dQ. The tile's P and dP are there; ends with those of the next one. dS has two
+  // buffers: once both warpgroups have stored a tile, the products that read the other buffer are over.
   template <bool kNext>
-  __device__ __forceinline__ void step(const BwdWork& w, int next_tile) {
+  __device__ __forceinline__ void step_with_dq(const BwdWork& w) {
     const int stage = count % Tile::kStages, buffer = count % 2;
-    const uint32_t dq_parity = (count & 1) ^ 1, ds_parity = count / 2 & 1;
     float dq[32];
     uint32_t ds[kQueries / 16][4];
-    start_sum(dv, p, dout_tile + stage * kStage);
+    start_sum(dv, p, queries(shared.dout));
     score_gradients(ds, stage);
     store_ds(ds, buffer);
-    barrier_wait(&shared.ds_full[buffer], ds_parity);
-    start_dq(dq, buffer);
-    start_sum(dk, ds, q_tile + stage * kStage);
-    count++;
-    wgmma_wait<2>(dv);
-    wgmma_wait<1>(dq);
-    stage_dq(dq, dq_parity);
-    fence_async_proxy();
-    release(&shared.dq_full[group]);
-    if constexpr (kNext) start_s();
-    wgmma_wait<kNext ? 1 : 0>(dk);
+    start_sum(dk, ds, queries(shared.q));
+    wgmma_wait<1>(dv);
+    barrier_wait(&shared.ds_full[buffer], count / 2 & 1);
+    start_dq<Tile>(shared, dq, buffer, group);
+    wgmma_wait<0>(dq);
     release(&shared.q_empty[stage]);
-    if constexpr (kNext) {
-      start_dp();
-      finish_scores(w, next_tile);
-    }
+    stage_dq<Tile>(shared, dq, group, count++);
+    if constexpr (kNext) start_s(), start_dp();
+    hand_over<Tile>(shared, group);
+    if constexpr (kNext) finish_scores(w);
+  }
+
+  // P of the scores that were started, while the product for dP goes on.
+  __device__ __forceinline__ void finish_scores(const BwdWork& w) {
+    wgmma_wait<1>(s);
+    weigh(w, count % Tile::kStages);
+    wgmma_wait<0>(dp);
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
-    int tile = uniform(w.first_tile()), heads = a.heads;
+    const int steps = uniform(w.steps(a.heads));
     find_masked(w);
     start_s();
-    start_dp();
-    finish_scores(w, tile);
-    for (int i = uniform(w.steps(a.heads)); i > 1; i--) {
-      if (--heads == 0) heads = a.heads, tile += uniform(w.direction);
-      step<true>(w, tile);
+    if constexpr (Tile::kDqApart) {
+      wgmma_wait<0>(s);
+      for (int i = steps; i > 1; i--) step_beside_dq<true>(w);
+      step_beside_dq<false>(w);
+    } else {
+      start_dp();
+      finish_scores(w);
+      for (int i = steps; i > 1; i--) step_with_dq<true>(w);
+      step_with_dq<false>(w);
     }
-    step<false>(w, tile);
   }
 
   // ---- the end of a key tile ----
@@ -463,9 +536,9 @@ struct BwdConsumer {
                                         const BwdWork& w) {
 #pragma unroll
     for (int c = 0; c < kHeadDim / 8; c += 2) {  // two columns of 8 x 8 matrices
-      const int row = 64 * group + 16 * warp + lane % 8 + lane / 8 % 2 * 8, chunk = c + lane / 16;
+      const int row = 64 * group + 16 * warp() + lane() % 8 + lane() / 8 % 2 * 8, chunk = c + lane() / 16;
       const uint32_t address =
-          shared_address(tile) + chunk / 8 * (kKeys * 128) + row * 128 + (chunk % 8 ^ lane % 8) * 16;
+          shared_address(tile) + chunk / 8 * (kKeys * 128) + row * 128 + (chunk % 8 ^ lane() % 8) * 16;
       const float* y = x + 4 * c;
       store_matrices(address, {pack<T>(y[0] * factor, y[1] * factor), pack<T>(y[2] * factor, y[3] * factor),
                                pack<T>(y[4] * factor, y[5] * factor), pack<T>(y[6] * factor, y[7] * factor)});
@@ -473,7 +546,7 @@ struct BwdConsumer {
     fence_async_proxy();
     named_sync(kStore + group, 128);
     const int row0 = w.key0 + 64 * group;
-    if (thread == 0 && row0 < w.sequence.k_length) {
+    if (threadIdx.x % 128 == 0 && row0 < w.sequence.k_length) {
       const Rows rows = a.sequences.k_rows(w.sequence);
       for (int c = 0; c < Tile::kPanels; c++)
         copy_out(&map, tile + c * (kKeys * kPanel) + group * (64 * kPanel), c * kPanel, row0 + rows.shift, w.place,
@@ -491,12 +564,14 @@ struct BwdConsumer {
       for (int e = 0; e < kHeadDim / 2; e++) dk[e] = dv[e] = 0.f;
       barrier_wait(&shared.k_full, round & 1);
       barrier_wait(&shared.v_full, round & 1);
-      if (uniform(w.last - w.first) > 0) walk(w);
+      const bool seen = uniform(w.last - w.first) > 0;
+      if (seen) walk(w);
       changes_here(dk), changes_here(dv);
-      named_sync(kMeet, 256);  // nobody reads K any more
+      named_sync(kMeet, 256);  // no other consumer reads K and V any more
       store(dv, 1.f, shared.v, a.dv, w);
+      if (Tile::kDqApart && seen) barrier_wait(&shared.ds_empty[(count - 1) % 2], (count - 1) / 2 & 1);  // nor does dQ
       store(dk, a.scale, shared.k, a.dk, w);
-      if (thread == 0) {
+      if (threadIdx.x % 128 == 0) {
         wait_out_read();
         barrier_arrive(&shared.kv_empty);
       }

@@ -13,10 +13,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;
-    for (int g = 0; g < Tile::kGroups; g++) {
-      barrier_init(&shared.q_full[g], 1);
-      barrier_init(&shared.q_empty[g], Tile::kOwnOutput ? 4 : 1);
-    }
+    for (int i = 0; i < Tile::kQStages; i++)
+      for (int g = 0; g < Tile::kGroups; g++) {
+        barrier_init(&shared.q_full[i][g], 1);
+        barrier_init(&shared.q_empty[i][g], Tile::kOwnOutput ? 4 : 1);
+      }
     for (int i = 0; i < Tile::kStages; i++) {
       barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], kWarps);
       barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], kWarps);
@@ -81,12 +82,13 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
   constexpr int kCapKeys = 64;  // the cap takes registers
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<int kKeys, Mask kMask, bool kCap>() {
-    constexpr AttentionFwdShape kShort = kAttentionFwdShort;
-    if constexpr (kHeadDim == kShort.head_dim && kValueDim == kShort.value_dim && kMask != Mask::kWindow)
+    constexpr const AttentionFwdShape* kShort = find_attention_shape(kAttentionFwdShortShapes, kHeadDim, kValueDim);
+    if constexpr (kShort && kMask != Mask::kWindow)
       if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
-        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort.groups, kShort.keys, kShort.stages, kMask, kCap>>(
-            params, stream);
-    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kMask, kCap>>(params, stream);
+        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,
+                                  kShort->q_stages, kMask, kCap>>(params, stream);
+    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kShape.q_stages, kMask, kCap>>(
+        params, stream);
   };
   if (p.softcap > 0)
     launch.template operator()<kCapKeys, Mask::kWindow, true>();

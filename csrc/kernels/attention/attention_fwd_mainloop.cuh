@@ -26,34 +26,37 @@ struct FwdWork {
   Blocks blocks;
 };
 
-template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, Mask kMask_, bool kCap_>
+template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
+          Mask kMask_, bool kCap_>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
-  static constexpr int kGroups = kGroups_;  // consumer warpgroups
-  static constexpr int kKeys = kKeys_;      // of a block
-  static constexpr int kStages = kStages_;  // blocks of K, and of V, in flight
+  static constexpr int kGroups = kGroups_;    // consumer warpgroups
+  static constexpr int kKeys = kKeys_;        // of a block
+  static constexpr int kStages = kStages_;    // blocks of K, and of V, in flight
+  static constexpr int kQStages = kQStages_;  // tiles of Q in flight
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 112;
   // Tiles are panels of 64 columns, one behind the other; elements of one, and bytes.
   static constexpr int kQ = 64 * kPanel * num_panels(kHeadDim), kQBytes = 2 * kQ;  // of one warpgroup
   static constexpr int kK = kKeys * kPanel * num_panels(kHeadDim), kKBytes = 2 * kK;
   static constexpr int kV = kKeys * kPanel * num_panels(kValueDim), kVBytes = 2 * kV;
   static constexpr int kO = 64 * kPanel * num_panels(kValueDim);
   // The output leaves through shared memory: its own where there is room, else Q's.
-  static constexpr bool kOwnOutput = kGroups * (kQBytes + 2 * kO) + kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
-  static_assert(kOwnOutput || kO <= kQ);
+  static constexpr bool kOwnOutput =
+      kGroups * (kQStages * kQBytes + 2 * kO) + kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
+  static_assert(kOwnOutput || (kO <= kQ && kQStages == 1));
 
   struct Shared {
-    alignas(1024) T q[kGroups][kQ];
+    alignas(1024) T q[kQStages][kGroups][kQ];
     alignas(1024) T k[kStages][kK];
     alignas(1024) T v[kStages][kV];
     alignas(1024) T o[kOwnOutput ? kGroups : 1][kOwnOutput ? kO : 8];
-    uint64_t q_full[kGroups], q_empty[kGroups];
+    uint64_t q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
     uint64_t k_full[kStages], k_empty[kStages];
     uint64_t v_full[kStages], v_empty[kStages];
     uint64_t work_full[2], work_empty[2];
@@ -137,11 +140,12 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1
     for (int g = 0; g < Tile::kGroups; g++) {
       const Rows q_rows = a.sequences.q_rows(w.sequence);
-      barrier_wait(&shared.q_empty[g], (round & 1) ^ 1);
-      barrier_arrive_expect(&shared.q_full[g], Tile::kQBytes);
+      const int stage = round % Tile::kQStages;
+      barrier_wait(&shared.q_empty[stage][g], (round / Tile::kQStages & 1) ^ 1);
+      barrier_arrive_expect(&shared.q_full[stage][g], Tile::kQBytes);
       for (int p = 0; p < kKPanels; p++)
-        copy_in(&a.q, shared.q[g] + p * (64 * kPanel), &shared.q_full[g], p * kPanel, w.row0 + 64 * g + q_rows.shift,
-                w.head, q_rows.c3, q_rows.c4);
+        copy_in(&a.q, shared.q[stage][g] + p * (64 * kPanel), &shared.q_full[stage][g], p * kPanel,
+                w.row0 + 64 * g + q_rows.shift, w.head, q_rows.c3, q_rows.c4);
       if (g == 0) load_k(count, w.blocks.last - 1);
     }
     int j = w.blocks.last - 1;
@@ -169,6 +173,7 @@ struct FwdConsumer {
   uint32_t p[kKeys / 16][4];
   Softmax<kKeys / 2> softmax;
   Ring<Tile::kStages> ring;
+  int q_stage;
 
   __device__ __forceinline__ FwdConsumer(const FwdArgs& a, typename Tile::Shared& shared, int group)
       : a(a),
@@ -177,7 +182,7 @@ struct FwdConsumer {
         thread(threadIdx.x % 128),
         lane(threadIdx.x % 32),
         warp(threadIdx.x % 128 / 32),
-        q_tile(tile_descriptor(shared.q[group], 0)),
+        q_tile(tile_descriptor(shared.q[0][group], 0)),
         k_tile(tile_descriptor(shared.k[0], 0)),
         v_tile(tile_descriptor(shared.v[0], kKeys * 128)) {}
 
@@ -186,12 +191,13 @@ struct FwdConsumer {
   // A step of 16 columns is 32 bytes, of 64 columns a panel; of 16 rows 16 * 128 bytes.
   __device__ __forceinline__ void start_scores(int stage) {
     const uint64_t k = k_tile + stage * descriptor_step(Tile::kKBytes);
+    const uint64_t q = q_tile + q_stage * descriptor_step(Tile::kGroups * Tile::kQBytes);
     wgmma_fence();
-    Products::template ss_set<Along::kColumns>(s, q_tile, k);
+    Products::template ss_set<Along::kColumns>(s, q, k);
 #pragma unroll
     for (int i = 1; i < Tile::kHeadDim / 16; i++)
       Products::template ss_add<Along::kColumns>(
-          s, q_tile + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32),
+          s, q + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32),
           k + i / 4 * descriptor_step(kKeys * 128) + i % 4 * descriptor_step(32));
     wgmma_commit();
   }
@@ -306,7 +312,7 @@ struct FwdConsumer {
     for (; j >= first_unmasked; j--) next_block<false>(w, row, j);
     if constexpr (Tile::kMask == Mask::kWindow)
       for (; j >= first; j--) next_block<true>(w, row, j);
-    if (Tile::kOwnOutput) release(&shared.q_empty[group]);
+    if (Tile::kOwnOutput) release(&shared.q_empty[q_stage][group]);
     barrier_wait(&shared.v_full[ring.stage], ring.parity);
     start_output(ring.stage);
   }
@@ -329,7 +335,7 @@ struct FwdConsumer {
 
   // Rounds O and lets the copy engine write it; rows past the end of the sequence are outside the map.
   __device__ __forceinline__ void store_output(const FwdWork& w, int first_row) {
-    T* out = Tile::kOwnOutput ? shared.o[group] : shared.q[group];
+    T* out = Tile::kOwnOutput ? shared.o[group] : shared.q[0][group];
     if (Tile::kOwnOutput) {
       if (thread == 0) wait_out_read();  // of the tile before
       named_sync(kStore + group, 128);
@@ -353,7 +359,7 @@ struct FwdConsumer {
       commit_out();
       if (!Tile::kOwnOutput) {
         wait_out_read();
-        barrier_arrive(&shared.q_empty[group]);
+        barrier_arrive(&shared.q_empty[0][group]);
       }
     }
   }
@@ -365,7 +371,8 @@ struct FwdConsumer {
       const FwdWork& w = shared.work[round % 2];
       if (uniform(w.head) < 0) break;
       const int first_row = w.row0 + 64 * group, row = first_row + 16 * warp + lane / 4;
-      barrier_wait(&shared.q_full[group], round & 1);
+      q_stage = round % Tile::kQStages;
+      barrier_wait(&shared.q_full[q_stage][group], round / Tile::kQStages & 1);
       walk(w, first_row, row);
       const int v_stage = ring.stage;
       finish_rows(w, row);

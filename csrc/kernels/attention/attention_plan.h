@@ -7,14 +7,20 @@
 
 namespace cs336 {
 
-// Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight; the fastest measured
-// of those that fit the registers (H200; docs/attention.md).
+// Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight, tiles of Q in flight;
+// the fastest measured of those that fit the registers (H200; docs/attention.md).
 struct AttentionFwdShape {
-  int head_dim, value_dim, groups, keys, stages;
+  int head_dim, value_dim, groups, keys, stages, q_stages;
 };
 inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
-    {64, 64, 3, 128, 4}, {96, 96, 3, 80, 2}, {128, 128, 3, 80, 2}, {192, 128, 3, 80, 2}, {256, 256, 2, 80, 2},
+    {64, 64, 3, 128, 4, 1},  {96, 96, 3, 80, 2, 1},   {128, 128, 3, 80, 2, 1},
+    {192, 128, 3, 80, 2, 1}, {256, 256, 2, 80, 2, 1},
 };
+
+// Of short sequences, not packed. D = 64: 280 for 236 TFLOP/s (512 tokens), 374 for 325 (1k), but 440 for 439 (2k) and
+// less from there. D = 128: 316 for 298, 469 for 425, but 582 for 610.
+inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 1}};
+inline constexpr int kAttentionFwdShortTokens = 1024;
 
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
@@ -97,11 +103,6 @@ constexpr QueryTiles tiles_that_see(int key0, int last_key, int offset, int q_le
   return {begin / queries, begin < end ? (end + queries - 1) / queries : begin / queries};
 }
 
-// The forward of short sequences with D = 128, not packed: what was measured of tiles of 128 rows in blocks of 128 keys
-// is 316 for 298 TFLOP/s (512 tokens) and 469 for 425 (1k), but 582 for 610 (2k).
-inline constexpr AttentionFwdShape kAttentionFwdShort{128, 128, 2, 128, 2};
-inline constexpr int kAttentionFwdShortTokens = 1024;
-
 // Ints: the counter that deals out tiles, and for packed sequences the sequence and the row of each tile.
 inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
   const AttentionFwdShape* shape = find_attention_shape(kAttentionFwdShapes, p.head_dim, p.value_dim);
@@ -116,6 +117,13 @@ inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   int heads = p.q_heads / p.kv_heads;
   while (heads % 2 == 0 && blocks / heads < 3 * num_sms) heads /= 2;
   return heads;
+}
+
+// Whether the backward adds to dQ in turns: asked for, or because it is faster, since the first turn needs no zeros
+// (H200, 16 heads: 191 us for 225 of 512 tokens, 361 TFLOP/s for 326 of 1k, 463 for 466 of 2k).
+inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic) {
+  constexpr int kShort = 1024;
+  return deterministic || p.max_q <= kShort;
 }
 
 // Where things are in the backward's workspace, in bytes.
