@@ -216,12 +216,15 @@ def train(rows: list[Row]) -> Iterator[str]:
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, group in itertools.groupby(rows, lambda row: row["model"]):
         by_variant = {row["variant"]: row for row in group}
-        ours, plain = by_variant["cs336"], by_variant["plain"]
-        speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
-        spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
-        faster = ours["tokens_per_second"] / plain["tokens_per_second"]
-        losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
-        yield f"| {name} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
+        plains = [by_variant.pop(variant) for variant in list(by_variant) if variant.startswith("plain")]
+        plain = max(plains, key=lambda row: row["tokens_per_second"])
+        for variant, ours in by_variant.items():
+            speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
+            spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
+            faster = ours["tokens_per_second"] / plain["tokens_per_second"]
+            losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
+            model = ", ".join([name, *variant.split()[1:]])
+            yield f"| {model} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
 
 
 def peaks(ours: Row, plain: Row) -> str:
@@ -495,7 +498,7 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    **dict.fromkeys(("train", "train_deterministic"), train),
+    **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights"), train),
     "ladder": ladder,
     "engine": engine,
     "mixers": mixers,

@@ -138,6 +138,15 @@ def test_training():
     rows[1] |= {"bytes": 5 << 30, "predicted_bytes": None}
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
     assert "| 5.2500 / 5.2510 | 3.00 (3.50) / 5.00 |" in text
+    rows.append(rows[0] | {"variant": "cs336 deterministic", "tokens_per_second": 550e3})
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert [line[:39] for line in text.splitlines() if "124M" in line] == [
+        "| 124M | 600.0k tokens/s, 50.0 % MFU | ",
+        "| 124M, deterministic | 550.0k tokens/s",
+    ]
+    rows.append(rows[1] | {"variant": "plain whole", "tokens_per_second": 625e3})
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 625.0k tokens/s | 0.960 |" in text  # the faster one counts
 
 
 def coded(tool, output, cold, warm, **more):
