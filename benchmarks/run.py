@@ -56,18 +56,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops.add_argument("--workers", type=int, metavar="N", help="processes that compile first, before a whole sweep")
     ops.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="start nothing after (%(default)s)")
     train = kinds.add_parser("train", help="tokens a second of training against plain PyTorch")
-    sizes = "124M, 350M, 774M, 1.5B, llama-1B or tiny"
+    sizes = "124M, 350M, 774M, 1.5B, llama-1B, quickstart or tiny"
     train.add_argument("models", nargs="*", default=["124M"], metavar="MODEL", help=sizes)
     train.add_argument("--batch", type=int, help="sequences a step; 32 of 1,024 tokens, of larger models fewer")
     train.add_argument("--blocks", type=int, default=8, help="alternating blocks of each, one of them untimed")
-    train.add_argument("--steps", type=int, default=20, help="in a block")
+    train.add_argument("--steps", type=int, help="in a block; so many that it takes most of a second on an H200")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
-    train.add_argument("--nondeterministic", action="store_true", help="ours too: plain PyTorch always is, on a GPU")
+    kinds_of_ours = ("deterministic", "bf16_weights")
+    train.add_argument("--ours", choices=kinds_of_ours, help="ours with this option, in rows of their own")
+    train.add_argument("--whole", action="store_true", help="plain PyTorch compiled whole, too: for minutes, if deep")
     ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
     ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
-    ladder.add_argument("--batch", type=int, default=32, help="sequences a step (%(default)s)")
-    ladder.add_argument("--blocks", type=int, default=3, help="timed, a rung (%(default)s)")
+    ladder.add_argument("--batch", type=int, default=24, help="sequences a step; of 24 all rungs fit an H200")
+    ladder.add_argument("--blocks", type=int, default=4, help="a rung, one of them untimed")
     ladder.add_argument("--steps", type=int, default=20, help="in a block")
     ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     ladder.add_argument("--no-compile", action="store_true")
@@ -203,37 +205,40 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.blocks < 2:
         raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
     batches = {name: options.batch or bench_train.BATCH[name] for name in dict.fromkeys(options.models)}
+    names = (f"cs336 {options.ours}" if options.ours else "cs336", *["plain whole"] * options.whole, "plain")
     settings = {"blocks": options.blocks, "steps": options.steps, "data": options.data}
-    settings |= {"compile": not options.no_compile, "deterministic": not options.nondeterministic}
+    settings |= {"compile": not options.no_compile}
     if device.type == "cuda":
-        makers = bench_train.compare_apart(batches, **settings)
+        makers = bench_train.compare_apart(batches, names, **settings)
     else:
         one = functools.partial(bench_train.compare, **settings)
-        makers = (functools.partial(one, name, batch_size=size) for name, size in batches.items())
+        makers = (functools.partial(one, name, names, batch_size=size) for name, size in batches.items())
     rows: list[dict[str, Any]] = []
     for name, make in zip(batches, makers, strict=True):
         try:
-            pair = make()
+            found = make()
         except ValueError as error:
             print(f"FAILED {name}: {error}", flush=True)
             continue
-        rows += pair
-        _print_pair(*pair)
+        rows += found
+        _print_training(found)
         if options.out:
-            results.write(options.out, "train", header, rows)
-    return 0 if len(rows) == 2 * len(batches) else 1
+            results.write(options.out, f"train_{options.ours}" if options.ours else "train", header, rows)
+    return 0 if len(rows) == len(names) * len(batches) else 1
 
 
-def _print_pair(ours: dict[str, Any], plain: dict[str, Any]) -> None:
-    for row in (ours, plain):
+def _print_training(rows: list[dict[str, Any]]) -> None:
+    """The last is the plain model's."""
+    for row in rows:
         mfu = f"{row['mfu']:.1f} % MFU" if row["mfu"] else "MFU unknown"
+        memory = f"  {row['bytes'] / 2**30:.2f} GiB" if row["bytes"] else ""
+        memory += f", predicted {row['predicted_bytes'] / 2**30:.2f}" if memory and row["predicted_bytes"] else ""
         print(
-            f"{row['model']} {row['variant']:6} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} "
-            f"ms a step (spread {row['spread']:.1%})  {mfu}  loss {row['loss']:.4f}"
+            f"{row['model']} {row['variant']:20} {row['tokens_per_second']:11.1f} tokens/s "
+            f"{row['tokens_per_second'] / rows[-1]['tokens_per_second']:.3f}x  {1e3 * row['seconds']:9.2f} ms a step "
+            f"(spread {row['spread']:.1%})  {mfu}  loss {row['loss']:.4f}{memory}",
+            flush=True,
         )
-    memory = f", {ours['bytes'] / 2**30:.2f} GiB for {ours['predicted_bytes'] / 2**30:.2f}" if ours["bytes"] else ""
-    speedup = ours["tokens_per_second"] / plain["tokens_per_second"]
-    print(f"{ours['model']} cs336 / plain {speedup:.3f}x{memory}", flush=True)
 
 
 def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, Any]) -> int:
@@ -242,17 +247,19 @@ def ladder(options: argparse.Namespace, device: torch.device, header: dict[str, 
     if options.model not in bench_train.MODELS:
         raise SystemExit(f"no model {options.model}: expected one of {', '.join(bench_train.MODELS)}")
     settings = {"batch_size": options.batch, "blocks": options.blocks, "steps": options.steps, "data": options.data}
-    made: list[dict[str, Any]] = []
-    for row in bench_ladder.climb(options.model, **settings, compile=not options.no_compile):
-        made.append(row)
+    try:
+        made = bench_ladder.climb(options.model, **settings, compile=not options.no_compile)
+    except ValueError as error:
+        raise SystemExit(f"{options.model}: {error}") from None
+    for row in made:
         memory = f"{row['bytes'] / 2**30:6.1f} GiB  " if row["bytes"] else ""
         print(
             f"{row['variant']:24} {row['tokens_per_second']:11.1f} tokens/s  {1e3 * row['seconds']:9.2f} ms a step "
             f"(spread {row['spread']:.1%})  {made[0]['seconds'] / row['seconds']:.3f}x  {memory}loss {row['loss']:.4f}",
             flush=True,
         )
-        if options.out:
-            results.write(options.out, "ladder", header, made)
+    if options.out:
+        results.write(options.out, "ladder", header, made)
     return 0
 
 

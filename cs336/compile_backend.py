@@ -178,7 +178,10 @@ def _linear_cross_entropy(node: Node):
         return None
     x, weight, bias = _arguments(linear, "input weight bias", (None,))
     dtypes = {_value(t).dtype for t in (linear, x, weight, bias) if t is not None}
-    if len(dtypes) > 1 or _value(weight).dim() != 2 or _value(weight).shape[0] != _value(logits).shape[1]:
+    autocast = torch.is_autocast_enabled(_value(x).device.type)  # which casts for both
+    if len(dtypes) > 1 and not autocast:
+        return None
+    if _value(weight).dim() != 2 or _value(weight).shape[0] != _value(logits).shape[1]:
         return None
     args = (x, weight, bias, target, ignore_index, reduction, smoothing, _value(node).dtype)
     return torch_cross_entropy.of_linear, args, {}

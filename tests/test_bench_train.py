@@ -1,10 +1,12 @@
 """The opponent of the training benchmark is the same model, and a broken one is noticed."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks import run
 from benchmarks.end_to_end import bench_ladder, bench_train
@@ -66,33 +68,68 @@ def test_contenders_in_processes_of_their_own_make_the_same_steps():
         assert (row["variant"], row["curve"]) == (same["variant"], same["curve"])
 
 
-def test_no_other_contender_is_there_while_two_are_timed(monkeypatch):
+def test_contenders_are_timed_when_all_are_made_and_go_before_the_next(monkeypatch):
     """One that still compiles would take the host, and the GPU."""
-    begun = []
+    made, there = [], []
 
     class Process:
-        def __init__(self, name, variant, *args, **settings):
-            begun.append((name, variant))
-            self.process = self
+        def __init__(self, name, way, *args, **settings):
+            self.name = name, way
+            there.append(self.name)
 
-        def kill(self):
-            begun.clear()
+        def wait(self):
+            made.append(self.name)
 
-        def join(self):
-            pass
+        def end(self):
+            if self.name in there:
+                there.remove(self.name)
 
     monkeypatch.setattr(bench_train, "Apart", Process)
-    makers = bench_train.compare_apart({"tiny": 2, "124M": 2}, blocks=2, steps=2, data=pathlib.Path("tokens.bin"))
-    for name, _ in zip(("tiny", "124M"), makers, strict=True):
-        assert begun == [(name, "cs336"), (name, "plain")]
+    names = ["tiny", "124M"]
+    makers = bench_train.compare_apart(dict.fromkeys(names, 2), blocks=2, steps=2, data=pathlib.Path("tokens.bin"))
+    for i, _ in enumerate(makers):
+        assert made == [(name, way) for name in names for way in ("cs336", "plain")]
+        assert there == made[2 * i :]
+    assert not there
 
 
 def test_a_contender_whose_process_ends_is_an_error(tmp_path):
     shard = bench_train.zipf_tokens(tmp_path / "zipf.bin", TINY.vocab_size, 1000)
-    contender = bench_train.Apart("tiny", "plain", shard, batch_size=2, compile=False, steps=1, total=1)
-    contender.process.kill()
+    contender = bench_train.Apart("tiny", "plain", shard, batch_size=2, compile=False)
+    contender.end()
     with pytest.raises(ValueError, match="a contender's process ended with status -9"):
         contender.block(0, 1, 1)
+
+
+def test_one_that_cannot_be_made_stops_no_other():
+    class Process:
+        def __init__(self, fails):
+            self.fails = fails
+
+        def wait(self):
+            if self.fails:
+                raise ValueError("a contender's process ended with status 1")
+
+        def end(self):
+            pass
+
+    groups = [[Process(True)], [Process(False)]]
+    assert list(bench_train.in_turn(groups)) == groups
+
+
+def test_compilers_are_done_when_a_contender_is_made(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
+    deep = dataclasses.replace(TINY, num_layers=5)
+    monkeypatch.setitem(bench_train.MODELS, "deep", deep)
+    shard = bench_train.zipf_tokens(tmp_path / "zipf.bin", TINY.vocab_size, 1000)
+    for way in ("cs336", "plain"):
+        contender = bench_train.Contender("deep", way, shard, batch_size=2)
+        assert contender.learner.config.model == deep
+        graphs = counters["stats"]["unique_graphs"]
+        assert contender.block(0, 1, 1)[1]
+        assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_curves_that_disagree_are_an_error(monkeypatch, capsys):
@@ -125,13 +162,28 @@ def test_each_rung_of_the_ladder_adds_its_piece(monkeypatch):
     monkeypatch.setattr(bench_ladder, "compile_fx", backend)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
-    rows = list(bench_ladder.climb("tiny", batch_size=2, blocks=1, steps=2))
-    whole = [TINY.num_layers, 2 * TINY.num_layers + 1, TINY.num_layers, 1]
-    plain_norms = 2 * TINY.num_layers + 1  # torch's function has the same name
+    torch._dynamo.reset()
+    bench_ladder._backend.cache_clear()
+    rows = bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=2)
+    layer, head = [1, 2, 1, 0], [0, 1, 0, 1]  # torch's rms_norm has the name of ours
     assert found == [
-        [n if i < pieces else plain_norms * (i == 1) for i, n in enumerate(whole)] for pieces in (0, 1, 2, 3, 4, 4)
+        [n if i < pieces or i == 1 else 0 for i, n in enumerate(part)]
+        for pieces in (1, 2, 3, 4)
+        for part in (layer, head)
     ]
-    assert [row["variant"] for row in rows][-4:] == ["+ AdamW", "cs336 train", "+ CUDA graph", "+ bf16 weights"]
+    names = [row["variant"] for row in rows]
+    assert names[0] == "plain PyTorch"
+    assert names[-4:] == ["+ AdamW", "cs336 train", "+ CUDA graph", "+ bf16 weights"]
     losses = [row["loss"] for row in rows]
     assert losses[:-1] == pytest.approx([losses[0]] * 8, abs=1e-3)
     assert losses[-1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_piece_that_is_not_found_is_an_error(monkeypatch):
+    monkeypatch.setattr(bench_ladder, "PIECES", ("attention", "layer_norm"))
+    monkeypatch.setattr(bench_ladder, "compile_fx", lambda graph_module, example_inputs: graph_module.forward)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend="eager": compile(f, backend=backend))
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="has no layer_norm that the compile backend finds"):
+        bench_ladder.climb("tiny", batch_size=2, blocks=2, steps=1)

@@ -99,6 +99,24 @@ def test_an_mlp_and_its_loss(counts, backend, dtype):
     assert counts == [{"swiglu": 1, "geglu": 1, "relu2": 2, "linear_cross_entropy": 1}]
 
 
+def test_a_loss_under_autocast(counts, backend):
+    """The weight is float32 there, and x and the logits are not."""
+    x = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
+    head, targets = torch.randn(11, 8, requires_grad=True), torch.randint(0, 11, (6,))
+
+    def loss_of(x, head, targets):
+        return F.cross_entropy(F.linear(x, head).float(), targets)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        want = loss_of(x, head, targets)
+        got = torch.compile(loss_of, backend=backend, fullgraph=True)(x, head, targets)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-5)
+    for g, w in zip(*(torch.autograd.grad(y, (x, head)) for y in (got, want)), strict=True):
+        assert g.dtype == w.dtype
+        torch.testing.assert_close(g, w, rtol=3e-2, atol=3e-3)
+    assert counts == [{"linear_cross_entropy": 1}]
+
+
 def test_logits_that_are_read_are_kept(counts, backend):
     def loss_and_logits(x, head):
         logits = F.linear(x, head)

@@ -138,11 +138,34 @@ def test_training():
     rows[1] |= {"bytes": 5 << 30, "predicted_bytes": None}
     text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
     assert "| 5.2500 / 5.2510 | 3.00 (3.50) / 5.00 |" in text
+    rows.append(rows[0] | {"variant": "cs336 deterministic", "tokens_per_second": 550e3})
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert [line[:39] for line in text.splitlines() if "124M" in line] == [
+        "| 124M | 600.0k tokens/s, 50.0 % MFU | ",
+        "| 124M, deterministic | 550.0k tokens/s",
+    ]
+    rows.append(rows[1] | {"variant": "plain whole", "tokens_per_second": 625e3})
+    text = report.table("train", {"h200": {"train": {"header": HEADER, "rows": rows}}})
+    assert "| 124M | 600.0k tokens/s, 50.0 % MFU | 625.0k tokens/s | 0.960 |" in text  # the faster one counts
 
 
 def coded(tool, output, cold, warm, **more):
     shared = {"op": "tokenizer", "job": "encode", "tokenizer": "gpt2", "text": "code", "threads": 1, "megabytes": 20.0}
     return {**shared, "tool": tool, "output": output, "cold_cpu": cold, "warm_cpu": warm, **more}
+
+
+def test_mixers():
+    whole = {"op": "mixer", "variant": "mamba2", "shape": [8, 2048], "train_bytes": 3 << 30, "state_bytes": 5 << 19}
+    whole |= {"train_tokens_per_second": 58102.3, "decode_tokens_per_second": 1550.4}
+    alone = {"op": "ssd", "shape": [8, 1, 32, 2048, 128, 64], "dtype": "bf16"}
+    rows = [whole]
+    for pass_, variant, seconds in (("fwd", "cs336", 2e-4), ("fwd", "fla", 5e-4), ("fwd+bwd", "cs336", 1.4e-3)):
+        rows.append(alone | {"pass": pass_, "variant": variant, "seconds": seconds})
+    rows.append(alone | {"variant": "fla", "failed": "another Triton"})
+    text = "\n".join(report.mixers(rows))
+    assert "| mamba2 | 8 x 2048 | 58,102 | 3.0 GiB | 2.5 MiB | 1,550 |" in text
+    assert "| ssd | (8, 1, 32, 2048, 128, 64) | fwd | 0.200 ms | 0.500 ms |" in text
+    assert "| ssd | (8, 1, 32, 2048, 128, 64) | fwd+bwd | 1.400 ms | – |" in text
 
 
 def test_data():

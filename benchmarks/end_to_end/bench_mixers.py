@@ -2,15 +2,20 @@
 
 Training is the forward, loss and backward under autocast to bfloat16, each layer compiled or not; decoding is a step of
 all rows behind a prompt of T tokens, replayed as a CUDA graph: in pages, as the engine does it, where a mixer has them,
-else with the state that generate keeps. The recurrences themselves stand beside fla's kernels
-(pip install fla-core) where these are installed.
+else with the state that generate keeps. On a GPU each model is a process's: they compile side by side and take turns to
+be timed. The recurrences themselves stand beside fla's kernels (pip install fla-core) where these are installed.
 
     python -m benchmarks.run mixers [NAME ...] [--size 350M] [--tokens 16384] [--compile] [--out FILE]
 """
 
+import contextlib
 import importlib
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +37,10 @@ from cs336.ops import registry
 
 SIZES = {"tiny": (64, 2, 64), "350M": (50304, 24, 1024)}  # vocabulary, layers, d_model
 LENGTHS = {"tiny": (32, 64), "350M": (2048, 16384)}
-STEPS = 5  # of training, timed one by one
+STEPS = 3  # of training, timed one by one behind one that is not
 PAGE = 64  # tokens
+ROOM = 10 << 30  # bytes of a GPU for a process that waits for its turn
+TURN: contextlib.AbstractContextManager = contextlib.nullcontext()  # a process's, to be the only one that is timed
 
 
 def mixers(d_model: int, T: int) -> dict[str, Any]:
@@ -59,24 +66,34 @@ def config(name: str, size: str, T: int) -> TransformerConfig:
 
 
 def measure(name: str, size: str, T: int, tokens: int, *, compile: bool = False) -> dict[str, Any]:
-    """One row: training on `tokens` tokens a step in texts of T, then decoding as many rows."""
-    device, B = harness.default_device(), max(1, tokens // T)
-    model = Transformer(config(name, size, T), device=device)
-    if compile:
-        for layer in model.layers:
-            layer.compile()
+    """One row: training on `tokens` tokens a step in texts of T, then decoding as many rows, in this process's turn."""
+    device, B, whole = harness.default_device(), max(1, tokens // T), config(name, size, T)
+    x_BT = torch.randint(whole.vocab_size, (B, T), device=device)
     row = {"op": "mixer", "variant": name, "model": size, "shape": [B, T], "compiled": compile}
-    row["parameters"] = model.config.num_parameters()
-    row |= _train(model, torch.randint(model.config.vocab_size, (B, T), device=device))
-    model.zero_grad(set_to_none=True)
-    return row | _decode(model.to(torch.bfloat16 if device.type == "cuda" else torch.float32), B, T)
+    row["parameters"] = whole.num_parameters()
+    _train(_model(replace(whole, num_layers=1), device, compile), x_BT, 0)  # compiles what all layers share
+    torch.cuda.empty_cache()  # what a process keeps, the one whose turn it is lacks
+    with TURN:
+        row |= _train(_model(whole, device, compile), x_BT, STEPS)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        row |= _decode(Transformer(whole, device=device, dtype=dtype), B, T)
+        torch.cuda.empty_cache()
+    return row
 
 
-def _train(model: Transformer, x_BT: Tensor) -> dict[str, Any]:
+def _model(config: TransformerConfig, device: torch.device, compile: bool) -> Transformer:
+    model = Transformer(config, device=device)
+    for layer in model.layers if compile else ():
+        layer.compile()
+    return model
+
+
+def _train(model: Transformer, x_BT: Tensor, steps: int) -> dict[str, Any]:
+    """Of `steps` steps behind one that is not timed; nothing of 0."""
     device, seconds = x_BT.device, []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(STEPS + 2):
+    for _ in range(steps + 1):
         harness.synchronize(device)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
@@ -84,7 +101,9 @@ def _train(model: Transformer, x_BT: Tensor) -> dict[str, Any]:
         loss.backward()
         harness.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    timing = harness.summary(seconds[2:], 1, "perf_counter")
+    if not steps:
+        return {}
+    timing = harness.summary(seconds[1:], 1, "perf_counter")
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     speed = round(x_BT.numel() / timing.seconds, 1)
     return {"train_tokens_per_second": speed, "spread": round(timing.spread, 4), "train_bytes": peak}
@@ -128,7 +147,7 @@ def _paged_step(model: Transformer, B: int, T: int) -> tuple[PagedState, Callabl
 
 
 def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Forward, and forward with backward, of the ops alone."""
+    """Forward, and forward with backward, of the ops alone, replayed as CUDA graphs."""
     d_model = SIZES[size][2]
     for T in LENGTHS[size]:
         B, D = max(1, tokens // T), min(128, d_model)
@@ -140,7 +159,7 @@ def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[s
                 row = {"op": op, "variant": variant, "shape": [B, G, H, T, K, V], "dtype": "bf16"}
                 try:
                     for pass_, backward in (("fwd", False), ("fwd+bwd", True)):
-                        timing = harness.measure([_bind(call, drawn, backward)], device, graph=False)
+                        timing = harness.measure([_bind(call, drawn, backward)], device)
                         yield row | {"pass": pass_, "seconds": timing.seconds, "spread": round(timing.spread, 4)}
                 except (RuntimeError, ImportError, TypeError) as error:  # of a peer whose version is another
                     yield row | {"failed": str(error).partition("\n")[0][:200]}
@@ -195,19 +214,46 @@ def _bind(call: Callable[..., Tensor], drawn: dict[str, Tensor], backward: bool)
 
 
 def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator[dict[str, Any]]:
-    """Everything, the recurrences first. Raises ValueError for names that are no mixer's."""
+    """Everything, the recurrences first, each as soon as it is there. Raises ValueError for what is no mixer's name."""
     device = harness.default_device()
     known = mixers(SIZES[size][2], LENGTHS[size][0])
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no mixer {', '.join(unknown)}: expected some of {', '.join(known)}")
     if not names:
         yield from recurrences(size, tokens, device)
-    for name in names or known:
-        for T in LENGTHS[size]:
-            try:
-                yield measure(name, size, T, tokens, compile=compile)
-            except torch.OutOfMemoryError as error:
-                yield {"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]}
+    cases = [(name, size, tokens, compile) for name in names or known]
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(len(cases), _workers(device))
+    if workers == 1:
+        for case in cases:
+            yield from _both_lengths(*case)
+        return
+    with ProcessPoolExecutor(workers, spawn, _take_turns, (spawn.Lock(),), max_tasks_per_child=1) as pool:
+        for made in as_completed([pool.submit(_both_lengths, *case) for case in cases]):
+            yield from made.result()
+
+
+def _workers(device: torch.device) -> int:
+    """Models that compile side by side."""
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(os.cpu_count() or 1, memory // ROOM))
+
+
+def _take_turns(turn: contextlib.AbstractContextManager) -> None:
+    global TURN
+    TURN = turn
+
+
+def _both_lengths(name: str, size: str, tokens: int, compile: bool) -> list[dict[str, Any]]:
+    found = []
+    for T in LENGTHS[size]:
+        try:
+            found.append(measure(name, size, T, tokens, compile=compile))
+        except RuntimeError as error:  # such as a text too long for the memory: the others go on
+            found.append({"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]})
+    return found
 
 
 def line(row: dict[str, Any]) -> str:

@@ -111,6 +111,12 @@ def main() -> None:
     batches = list(read[:: max(1, len(read) // args.samples)][: args.samples].split(8))
     num_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in held_out)
     print(f"| method | bits per byte of {num_bytes:,} bytes | MiB of layers |\n| --- | ---: | ---: |")
+    peers = {name: results.version(name) for name in ("torch", "torchao")}
+    command = f"python -m benchmarks.end_to_end.bench_quantization {args.model.name} {args.text.name}"
+    command += f" --context {args.context} --samples {args.samples} --measured {args.measured} --group {args.group}"
+    header = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "peers": peers}
+    header |= {"python": platform.python_version(), "command": command, "bytes": num_bytes}
+    header |= {"commit": results.describe_commit(), "date": results.today()}
     rows = []
     for name, method in methods(args.group):
         model = load_model(args.model, args.device, torch.float32)
@@ -119,14 +125,8 @@ def main() -> None:
         size = sum(t.nbytes for t in itertools.chain(model.layers.buffers(), model.layers.parameters())) / 2**20
         rows.append({"model": args.model.stem, "method": name, "bits_per_byte": round(bits, 4), "mib": round(size, 1)})
         print(f"| {name} | {bits:.4f} | {'' if 'torchao' in name else f'{size:.1f}'} |", flush=True)
-    if args.out:
-        peers = {name: results.version(name) for name in ("torch", "torchao")}
-        command = f"python -m benchmarks.end_to_end.bench_quantization {args.model.name} {args.text.name}"
-        command += f" --context {args.context} --samples {args.samples} --measured {args.measured} --group {args.group}"
-        header = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "peers": peers}
-        header |= {"python": platform.python_version(), "command": command}
-        header |= {"commit": results.describe_commit(), "date": results.today()}
-        results.write(args.out, "quantization", header, rows)
+        if args.out:
+            results.write(args.out, "quantization", header, rows)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Training: tokens a second of `cs336 train` against the same model, optimizer and data in plain PyTorch.
 
-Both start from the same weights and read the same batches; blocks of steps alternate, so that both see the same
-clocks; the median block counts, and the loss curves must agree. On a GPU each has a process of its own.
+All start from the same weights and read the same batches; blocks of steps alternate, so that all see the same clocks;
+the median block counts, and the loss curves must agree. Both are compiled a layer at a time, plain PyTorch's head and
+loss too; --whole adds plain PyTorch compiled as one, for which the first, untimed block waits. On a GPU each has a
+process of its own; all others compile side by side, and are timed when none does any more.
 
-    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--nondeterministic] [--out FILE]
+    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours deterministic] [--out FILE]
 """
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import multiprocessing
 import pathlib
 import tempfile
@@ -19,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo.callback import callback_handler
 
 from benchmarks import harness
 from benchmarks.end_to_end.plain import PlainTransformer
@@ -29,18 +32,23 @@ from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import DataConfig, TrainConfig
 from cs336.training.learner import Learner
 
-DISAGREES = 0.01  # relative difference of the two losses, averaged over the last block
+DISAGREES = 0.01  # relative difference of two losses, averaged over the last block
+SHALLOW = 2  # layers that have all the graphs of a model: its first, and one that adds to what came before
 
 GPT2 = {"124M": (12, 768, 12), "350M": (24, 1024, 16), "774M": (36, 1280, 20), "1.5B": (48, 1600, 25)}
 MODELS = {
     "tiny": TransformerConfig(256, 32, 2, 64, 2, tie_embeddings=True),
     **{name: TransformerConfig(50304, 1024, *shape, tie_embeddings=True) for name, shape in GPT2.items()},
     "llama-1B": TransformerConfig(32000, 4096, 18, 2048, 16),
+    "quickstart": TransformerConfig(4096, 512, 8, 512, 8, tie_embeddings=True),
 }
-BATCH = {"tiny": 4, "124M": 32, "350M": 32, "774M": 16, "1.5B": 16, "llama-1B": 4}  # sequences a step
-VARIANTS = ("cs336", "plain")
+BATCH = {"tiny": 4, "quickstart": 32, "124M": 32, "350M": 32, "774M": 16, "1.5B": 12, "llama-1B": 4}
+"""Sequences a step: two contenders fit a GPU."""
+STEPS = {"tiny": 4, "quickstart": 60, "124M": 12, "350M": 4, "774M": 4, "1.5B": 3, "llama-1B": 3}
+"""In a block, which takes most of a second on an H200."""
 
 Update = Callable[[Tensor, Tensor, float], Tensor]  # x, y, learning rate -> loss, still on the device
+Way = Callable[[Callable[..., Learner]], tuple[Learner, Update]]  # what makes a learner -> it, and what makes a step
 Block = tuple[float, list[float]]  # seconds, the loss of each step
 
 
@@ -52,12 +60,23 @@ def zipf_tokens(path: pathlib.Path, vocab_size: int, count: int) -> pathlib.Path
     return path
 
 
-def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimizer: bool = False) -> Update:
-    """What a Learner does, in plain PyTorch, from the same weights; `compile` is called where the learner compiles."""
+def plain_update(
+    ours: Learner, compile: Callable = torch.compile, *, our_optimizer: bool = False, whole: bool = False
+) -> Update:
+    """What a Learner does, in plain PyTorch, from the same weights; `compile` is called where the learner compiles, on
+    the whole model or a layer at a time.
+
+    The learner's own weights are freed: the plain twin trains in its place.
+    """
     settings, device = ours.config.optimizer, ours.device
     model = PlainTransformer(ours.config.model).to(device)
     model.copy_weights(ours.model)
-    loss_of = compile(model.loss) if ours.compiled else model.loss
+    ours.model.to("meta")
+    ours.optimizer.param_groups.clear()
+    if ours.compiled and whole:
+        model.loss = compile(model.loss)  # type: ignore[method-assign]
+    elif ours.compiled:
+        model.compile_parts(compile)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -70,7 +89,7 @@ def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimi
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=ours.dtype == torch.bfloat16):
-            loss = loss_of(x_BT, y_BT)
+            loss = model.loss(x_BT, y_BT)
         loss.backward()
         if our_optimizer:
             optimizer.step(grad_scale=clip_scale(grad_norm(parameters), settings.max_grad_norm))
@@ -83,29 +102,58 @@ def plain_update(ours: Learner, compile: Callable = torch.compile, *, our_optimi
     return update
 
 
+def trained(make: Callable[..., Learner], **settings: Any) -> tuple[Learner, Update]:
+    """As `cs336 train` does it."""
+    learner = make(**settings)
+    return learner, lambda x, y, lr: learner.update((x, y), lr)["loss"]
+
+
+def plain(make: Callable[..., Learner], *, whole: bool = False) -> tuple[Learner, Update]:
+    learner = make(cuda_graph=False)
+    return learner, plain_update(learner, whole=whole)
+
+
+def ways() -> dict[str, Way]:
+    """Of training, by the names of their rows."""
+    options = {"deterministic": {"deterministic": True}, "bf16_weights": {"precision": "bf16_weights"}}
+    ours = {f"cs336 {name}": functools.partial(trained, **settings) for name, settings in options.items()}
+    return {"cs336": trained, **ours, "plain whole": functools.partial(plain, whole=True), "plain": plain}
+
+
 class Contender:
-    """Makes blocks of steps of one model, as "cs336" or as "plain". Both begin with the weights of one seed."""
+    """Makes blocks of steps of one model in one way. All ways begin with the weights of one seed.
+
+    The compilers' work is done when it is made: by a step of a model that has the same layers, but few of them.
+    """
 
     def __init__(
         self,
         name: str,
-        variant: str,
+        way: str,
         data: pathlib.Path,
         *,
         batch_size: int,
         compile: bool = True,
-        deterministic: bool = True,
+        ways: Callable[[], Mapping[str, Way]] = ways,
     ):
         model = MODELS[name]
-        switches = {"compile": compile, "deterministic": deterministic}
-        self.name, self.variant = name, variant
-        self.learner = Learner(TrainConfig(data.parent, DataConfig(data), model, batch_size=batch_size, **switches))
-        self.update: Update = lambda x, y, lr: self.learner.update((x, y), lr)["loss"]
-        if variant == "plain":
-            self.update = plain_update(self.learner)
-            release(self.learner)
+        self.name, self.way = name, way
         dataset = TokenDataset(data, model.context_length, vocab_size=model.vocab_size)
-        self.loader = TokenLoader(dataset, batch_size, device=self.learner.device)
+        self.loader = TokenLoader(dataset, batch_size, device=harness.default_device())
+        config = TrainConfig(data.parent, DataConfig(data), model, batch_size=batch_size, compile=compile)
+        if compile:
+            shallow = dataclasses.replace(model, num_layers=min(SHALLOW, model.num_layers))
+            self._begin(ways()[way], dataclasses.replace(config, model=shallow))
+            self.block(0, 1, 1)
+            del self.learner, self.update
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        self._begin(ways()[way], config)
+
+    def _begin(self, way: Way, config: TrainConfig) -> None:
+        self.learner, self.update = way(lambda **settings: Learner(dataclasses.replace(config, **settings)))
 
     def block(self, first: int, steps: int, total: int) -> Block:
         """Seconds of steps first, first + 1, ... of `total`, and the loss of each."""
@@ -119,18 +167,24 @@ class Contender:
         """Of blocks, the first of them untimed."""
         curve = torch.tensor([losses for _, losses in blocks], dtype=torch.float64)
         timing = harness.summary([seconds for seconds, _ in blocks[1:]], curve.shape[1], "perf_counter")
-        return row(self.name, self.variant, self.learner, timing, curve)
+        return row(self.name, self.way, self.learner, timing, curve)
 
 
 class Apart:
-    """A Contender in a process of its own. It compiles at once, and waits before its first step until that is asked."""
+    """A Contender in a process of its own, where it is made at once."""
 
-    def __init__(self, *args: Any, steps: int, total: int, **settings: Any):
+    def __init__(self, *args: Any, **settings: Any):
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(end, args, settings, steps, total), daemon=True)
+        self.process = context.Process(target=_serve, args=(end, args, settings), daemon=True)
         self.process.start()
         end.close()
+        self._made = False
+
+    def wait(self) -> None:
+        """Until it is made. Raises ValueError if it cannot be."""
+        if not self._made:
+            self._made = self._answer()
 
     def block(self, first: int, steps: int, total: int) -> Block:
         return self._ask("block", first, steps, total)
@@ -138,79 +192,107 @@ class Apart:
     def row(self, blocks: Sequence[Block]) -> dict[str, Any]:
         return self._ask("row", blocks)
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
     def _ask(self, *message: Any) -> Any:
-        try:
+        self.wait()
+        with contextlib.suppress(ConnectionError):  # there is no answer then
             self.pipe.send(message)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             raise ValueError(f"a contender's process ended with status {self.process.exitcode}") from None
 
 
-def _serve(pipe: Connection, args: tuple, settings: dict[str, Any], steps: int, total: int) -> None:
-    contender, asked = Contender(*args, **settings), []
-
-    def wait(_: Any = None) -> None:
-        if not asked:
-            asked.append(pipe.recv())
-
-    if contender.learner.compiled:
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # the backward before the first step, too
-        callback_handler.register_end_callback(wait)
-    else:
-        wait()
-    pipe.send(contender.block(0, steps, total))
+def _serve(pipe: Connection, args: tuple, settings: dict[str, Any]) -> None:
+    contender = Contender(*args, **settings)
+    pipe.send(True)
     while True:
         name, *arguments = pipe.recv()
         pipe.send(getattr(contender, name)(*arguments))
 
 
-def release(learner: Learner) -> None:
-    """Free the weights of a learner whose plain twin trains in its place."""
-    learner.model.to("meta")
-    learner.optimizer.param_groups.clear()
-
-
 def compare(
-    name: str, *, batch_size: int, blocks: int, steps: int, data: pathlib.Path | None = None, **switches: bool
+    name: str,
+    names: Sequence[str] = ("cs336", "plain"),
+    *,
+    batch_size: int,
+    blocks: int,
+    steps: int | None = None,
+    data: pathlib.Path | None = None,
+    compile: bool = True,
 ) -> list[dict[str, Any]]:
-    """Alternate `blocks` blocks of `steps` steps, the first of them untimed. Two rows: "cs336" and "plain".
+    """Alternate `blocks` blocks of `steps` steps, STEPS if None, the first of them untimed, of each way: a row each.
 
-    switches: compile, deterministic. Raises ValueError if the loss curves disagree.
+    Raises ValueError if the loss curves disagree.
     """
-    with _shard(name, data, blocks * steps * batch_size) as shard:
-        contenders = [Contender(name, v, shard, batch_size=batch_size, **switches) for v in VARIANTS]
-        return take_turns(contenders, blocks, steps)
+    steps = steps or STEPS[name]
+    with shard(name, data, blocks * steps * batch_size) as tokens:
+        return take_turns(
+            [Contender(name, n, tokens, batch_size=batch_size, compile=compile) for n in names], blocks, steps
+        )
 
 
 def compare_apart(
-    batch_sizes: Mapping[str, int], *, blocks: int, steps: int, data: pathlib.Path | None = None, **switches: bool
+    batch_sizes: Mapping[str, int],
+    names: Sequence[str] = ("cs336", "plain"),
+    *,
+    blocks: int,
+    steps: int | None = None,
+    data: pathlib.Path | None = None,
+    compile: bool = True,
 ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What makes `compare(...)` of one model after the other, each contender in a process of its own: the two compile
-    side by side, and no other is there while they are timed. To be called before the next is asked for."""
-    for name, batch_size in batch_sizes.items():
-        settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "total": blocks * steps, **switches}
-        with _shard(name, data, blocks * steps * batch_size) as shard:
-            pair = [Apart(name, variant, shard, **settings) for variant in VARIANTS]
-            try:
-                yield functools.partial(take_turns, pair, blocks, steps)
-            finally:
-                for contender in pair:
-                    contender.process.kill()
-                    contender.process.join()
+    """What makes `compare(...)` of one model after the other, each contender in a process of its own. The contenders of
+    all models are made side by side, before the first of them is timed."""
+    with contextlib.ExitStack() as stack:
+        groups, counts = [], [steps or STEPS[name] for name in batch_sizes]
+        for (name, batch_size), count in zip(batch_sizes.items(), counts, strict=True):
+            tokens = stack.enter_context(shard(name, data, blocks * count * batch_size))
+            groups.append([Apart(name, n, tokens, batch_size=batch_size, compile=compile) for n in names])
+        for group, count in zip(in_turn(groups), counts, strict=True):
+            yield functools.partial(take_turns, group, blocks, count)
+
+
+def in_turn(groups: Sequence[Sequence[Apart]]) -> Iterator[Sequence[Apart]]:
+    """One group after the other, from when all are made; its processes end before the next group's turn.
+
+    A contender that cannot be made says so when it is asked for something.
+    """
+    contenders = [contender for group in groups for contender in group]
+    try:
+        for contender in contenders:
+            with contextlib.suppress(ValueError):
+                contender.wait()
+        for group in groups:
+            yield group
+            for contender in group:
+                contender.end()
+    finally:
+        for contender in contenders:
+            contender.end()
 
 
 def take_turns(contenders: Sequence[Contender | Apart], blocks: int, steps: int) -> list[dict[str, Any]]:
+    """The curve of each is held against the last one's."""
     made: list[list[Block]] = [[] for _ in contenders]
     for first in range(0, blocks * steps, steps):
         for contender, own in zip(contenders, made, strict=True):
             own.append(contender.block(first, steps, blocks * steps))
-    check_curves(*(torch.tensor([losses for _, losses in own], dtype=torch.float64) for own in made))
-    return [contender.row(own) for contender, own in zip(contenders, made, strict=True)]
+    rows = [contender.row(own) for contender, own in zip(contenders, made, strict=True)]
+    curves = [torch.tensor([losses for _, losses in own], dtype=torch.float64) for own in made]
+    for row, curve in zip(rows, curves, strict=True):
+        check_curves(curve, curves[-1], row["variant"])
+    return rows
 
 
 @contextlib.contextmanager
-def _shard(name: str, data: pathlib.Path | None, sequences: int) -> Iterator[pathlib.Path]:
+def shard(name: str, data: pathlib.Path | None, sequences: int) -> Iterator[pathlib.Path]:
     """data, or noise for so many sequences."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = sequences * MODELS[name].context_length + 1
@@ -223,35 +305,34 @@ def rate(step: int, total: int) -> float:
     return cosine_schedule(step + 1, max_lr=2e-4, min_lr=2e-5, warmup_steps=total // 2, total_steps=total)
 
 
-def check_curves(ours: Tensor, plain: Tensor) -> None:
+def check_curves(ours: Tensor, plain: Tensor, name: str = "cs336") -> None:
     """Loss curves, (blocks, steps) each."""
     difference = ((ours[-1] - plain[-1]).abs().mean() / plain[-1].mean()).item()
     if not difference < DISAGREES:
         raise ValueError(
-            f"the loss curves disagree: {difference:.2%} over the last block, {ours[-1].mean():.4f} (cs336) and "
+            f"the loss curves disagree: {difference:.2%} over the last block, {ours[-1].mean():.4f} ({name}) and "
             f"{plain[-1].mean():.4f} (plain); from the same weights and batches they must stay within {DISAGREES:.0%}"
         )
 
 
-def row(name: str, variant: str, ours: Learner, timing: harness.Timing, curve: Tensor) -> dict[str, Any]:
-    model, batch_size = ours.config.model, ours.config.batch_size
+def row(name: str, way: str, learner: Learner, timing: harness.Timing, curve: Tensor) -> dict[str, Any]:
+    model, batch_size = learner.config.model, learner.config.batch_size
     speed = batch_size * model.context_length / timing.seconds
-    on_gpu = ours.device.type == "cuda"
+    on_gpu = learner.device.type == "cuda"
     return {
         "op": "train",
         "model": name,
-        "variant": variant,
+        "variant": way,
         "shape": [batch_size, model.context_length],
-        "dtype": harness.dtype_name(ours.dtype),
-        "deterministic": ours.deterministic and variant == "cs336",
+        "dtype": harness.dtype_name(learner.dtype),
         "seconds": timing.seconds,
         "spread": round(timing.spread, 4),
         "tokens_per_second": round(speed, 1),
-        "mfu": round(100 * speed * model.flops_per_token() / ours.peak_flops, 2) if ours.peak_flops else None,
+        "mfu": round(100 * speed * model.flops_per_token() / learner.peak_flops, 2) if learner.peak_flops else None,
         "loss": round(curve[-1].mean().item(), 4),
         "curve": [round(loss, 4) for loss in curve.mean(1).tolist()],
-        "bytes": torch.cuda.max_memory_allocated(ours.device) if on_gpu else None,
-        "predicted_bytes": ours.predicted_memory().total if variant == "cs336" else None,
+        "bytes": torch.cuda.max_memory_allocated(learner.device) if on_gpu else None,
+        "predicted_bytes": None if way.startswith("plain") else learner.predicted_memory().total,
     }
 
 

@@ -4,6 +4,8 @@ One matmul for q, k and v and one for gate and up, a bf16 residual stream under 
 B = batch, S = tokens, M = d_model, H = heads, D = head dim, F = d_ff.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,12 @@ class PlainTransformer(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
+    def compile_parts(self, compile: Callable) -> None:
+        """A layer, once for all of them, and the head with the loss; the embedding is one kernel."""
+        for layer in self.layers:
+            layer.forward = compile(layer.forward)
+        self.head_loss = compile(self.head_loss)  # type: ignore[method-assign]
+
     def loss(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
         x_BSM = self.embedding(ids_BS)
         if torch.is_autocast_enabled(x_BSM.device.type):
@@ -60,6 +68,9 @@ class PlainTransformer(nn.Module):
         S = ids_BS.shape[1]
         for layer in self.layers:
             x_BSM = layer(x_BSM, self.cos[:S], self.sin[:S])
+        return self.head_loss(x_BSM, targets_BS)
+
+    def head_loss(self, x_BSM: Tensor, targets_BS: Tensor) -> Tensor:
         logits_BSV = self.head(norm(x_BSM, self.norm, self.eps))
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
 

@@ -41,6 +41,7 @@ MLPS = {
     "ReLU^2": block(mlp=MLPConfig("relu2")),
     "GELU": block(mlp=GELUConfig()),
     "SiLU": block(mlp=MLPConfig("silu")),
+    "GLU": block(mlp=MLPConfig("sigmoid", gated=True)),
     "GLU of ReLU^2": block(mlp=MLPConfig("relu2", gated=True)),
     "ReGLU": block(mlp=MLPConfig("relu", gated=True)),
     "GEGLU": block(mlp=MLPConfig("gelu", gated=True)),

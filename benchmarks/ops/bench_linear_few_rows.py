@@ -4,7 +4,8 @@ pytest benchmarks/ops/bench_linear_few_rows.py
 python -m benchmarks.run ops linear_few_rows --out FILE [--quick]
 
 Shapes are rows, out_features, in_features: of Llama-3.2-1B and Qwen3-8B, with what reads the same x joined. Bytes: the
-weights, their scales (groups of 128), x and y once. "cublas" multiplies with bfloat16 weights, whatever the pass.
+weights, their scales (groups of 128), x and y once. "cublas" multiplies with bfloat16 weights, whatever the pass;
+"torch" with weights of the same width: tinygemm's int4 in groups of 128, and fp8 with a scale a row, of x too.
 """
 
 import functools
@@ -51,12 +52,26 @@ def cublas(weights: str, x, w, scales=None) -> harness.Call:
     return lambda: (F.linear(x, w),)
 
 
+def torchs(weights: str, x, w, scales=None) -> harness.Call:
+    """torch's own product with weights of this width, of other numbers: only its time counts."""
+    (M, K), N = x.shape, len(w)
+    if not x.is_cuda or weights not in ("int4", "fp8") or K % GROUP:
+        raise NotImplementedError("torch has a product for few rows of int4 and fp8 on CUDA alone")
+    if weights == "int4":
+        packed = torch._convert_weight_to_int4pack(w, 8)
+        grids = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1).contiguous()
+        return lambda: (torch._weight_int4pack_mm(x, packed, GROUP, grids),)
+    x_fp8, of_x, of_w = x.to(w.dtype), torch.ones(M, 1, device=x.device), torch.ones(1, N, device=x.device)
+    return lambda: (torch._scaled_mm(x_fp8, w.t(), scale_a=of_x, scale_b=of_w, out_dtype=DTYPE),)
+
+
 def cases(size: str) -> Iterator[harness.Case]:
     for shape in SHAPES[size]:
         M, N, K = shape
         for weights, each in BYTES.items():
             contenders = {v: functools.partial(ours, v, weights) for v in registry.NAMESPACE}
             contenders["cublas"] = functools.partial(cublas, weights)
+            contenders["torch"] = functools.partial(torchs, weights)
             moved = 2 * M * (N + K)
             own = {"cublas": moved + 2 * N * K}
             draw = functools.partial(inputs, shape, weights)

@@ -101,8 +101,8 @@ class Sample(Sequence):
 
     @property
     def speculates(self) -> bool:
-        """Whether drafts are worth a look: nothing changes its logits, which drafts would have to be counted for."""
-        return self.speculator is not None and self.speculator.pays and self.sampled >= self.controlled
+        """Whether drafts may be made: nothing changes its logits, which drafts would have to be counted for."""
+        return self.speculator is not None and self.sampled >= self.controlled
 
     @property
     def tokens(self) -> list[Token]:
@@ -267,7 +267,9 @@ class Engine:
         remembering = config.prefix_cache and is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
-        self.runner = self._runner(model, self._state(model, rollback), step_tokens, config.invariant)
+        self.runner = self._runner(
+            model, self._state(model, rollback), step_tokens, drafts=rollback, invariant=config.invariant
+        )
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)
@@ -294,7 +296,9 @@ class Engine:
             self.memory.num_pages, config.page_size, config.max_seqs + 1, self.max_len, rollback=rollback
         )
 
-    def _runner(self, model: Transformer, state: PagedState, step_tokens: int, invariant: bool = False) -> Runner:
+    def _runner(
+        self, model: Transformer, state: PagedState, step_tokens: int, *, drafts: int = 0, invariant: bool = False
+    ) -> Runner:
         config = self.config
         return Runner(
             model,
@@ -304,6 +308,7 @@ class Engine:
             most_pages=-(-self.max_len // config.page_size),
             unused=() if self.tokenizer is None else tuple(unused_ids(model, self.tokenizer)),
             graphs=graph_sizes(config.max_seqs) if config.cuda_graphs else (),
+            drafts=drafts,
             invariant=invariant,
         )
 
@@ -368,18 +373,23 @@ class Engine:
             self.scheduler.launched()
             self.stats.steps += 1
             self.stats.prompt_tokens += sum(chunk.count for chunk in step.chunks if not chunk.drafts)
-        lag = 0 if self._speculating() else self._lag  # drafts follow tokens that the host has seen
         updates: list[Update] = []
         if self._in_flight and step is None:
             updates += self._take(self._in_flight.popleft())
-        while len(self._in_flight) > lag:
+        while len(self._in_flight) > self._lag:
             updates += self._take(self._in_flight.popleft())
-        if self._measures and step and alone and not lag and all(chunk.drafts for chunk in step.chunks):
-            self._times.add(bool(step.chunks), time.perf_counter() - begin, len(step.sequences))
+        verifies = step is not None and any(chunk.drafts for chunk in step.chunks)
+        while self._in_flight and (verifies or self._drafts_next()):  # drafts follow tokens that the host has seen
+            updates += self._take(self._in_flight.popleft())
+        # Measured is a step by itself, and what one takes while the next is laid out.
+        if self._measures and step and alone != bool(self._in_flight) and all(chunk.drafts for chunk in step.chunks):
+            self._times.add(verifies, time.perf_counter() - begin, len(step.sequences))
         return updates
 
     def _draft(self) -> None:
         """Have the next step verify what may come next of the sequences that speculate."""
+        if self._in_flight:
+            return
         samples, wanted = self._speculating(), []
         if self.drafter is not None and self._measures and not self._times.knows_plain(len(self.scheduler.running)):
             return  # what drafts cost is known beside steps without them
@@ -465,7 +475,17 @@ class Engine:
     def _speculating(self) -> list[Sample]:
         """Those that run and may have drafts in the next step."""
         samples = (s for s in self.scheduler.running if isinstance(s, Sample))
-        return [s for s in samples if s.decoding and s.speculates and not s.exhausted]
+        found = [s for s in samples if s.decoding and s.speculates and not s.exhausted]
+        if self.drafter is not None:
+            found = [s for s in found if s.speculator is not None and s.speculator.pays]
+        return found
+
+    def _drafts_next(self) -> bool:
+        """Whether to wait for the newest tokens: there will be drafts of what follows them, as far as can be seen."""
+        samples = self._speculating()
+        if self.drafter is not None:
+            return bool(samples)
+        return any(s.speculator is not None and s.speculator.draft(s.token_ids) for s in samples)
 
     def _verify(self, sample: Sample, drafts: Rows[int], tokens: list[Token]) -> list[Token]:
         """Of what was drawn in the places of drafts and behind them, what holds."""

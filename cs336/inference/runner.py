@@ -2,15 +2,18 @@
 
 A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
 step reads there, so that the host may lay that step out before it has seen the token. A step that only decodes is one
-CUDA graph, captured for batches of a few sizes; smaller batches are filled up with a slot that stays empty.
+CUDA graph, captured for batches of a few sizes; smaller batches are filled up with a slot that stays empty. So is one
+that verifies drafts of few sequences: each is a row of as many tokens, its own the last of them.
 
-R = sequences of a step, those that decode first; T = its tokens; B = those sequences of which a token is drawn;
-V = vocabulary; N = log-probabilities beside that of the token.
+R = sequences of a step, those that decode first; T = its tokens; W = tokens of a row of a step that verifies;
+B = those sequences of which a token is drawn; V = vocabulary; N = log-probabilities beside that of the token.
 """
 
 import warnings
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ from cs336.utils import nvtx
 # a multiple of 16 is compiled for.
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
+MOST_VERIFYING = 8  # sequences of a captured step that verifies: with more, drafts cost a good part of a step each
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -111,6 +115,7 @@ class Runner:
 
     unused: ids that are no token, and are never drawn.
     graphs: sizes of the batches whose decoding steps are captured, on a GPU.
+    drafts: of a sequence, at most, of steps that verify them: such steps are captured too, where every state has pages.
     invariant: run inside cs336.invariant(), and take log-probabilities as training does.
     """
 
@@ -124,6 +129,7 @@ class Runner:
         most_pages: int,
         unused: tuple[int, ...] = (),
         graphs: tuple[int, ...] = (),
+        drafts: int = 0,
         invariant: bool = False,
     ):
         self.model, self.state, self.device = model, state, model.device
@@ -131,8 +137,9 @@ class Runner:
         self.controls = Controls(max_seqs + 1, model.config.vocab_size, unused, self.device)
         self._owners: list[Sequence | None] = [None] * max_seqs
         # At most: 3 numbers of a row, 6 of a token, 7 of a sequence that begins, 2 of one that was corrected, and
-        # 3 of a new entry of the table.
+        # 3 of a new entry of the table; of a captured step that verifies 1 more of a row and 2 of each of its tokens.
         size = 18 * max_seqs + 6 * max_step_tokens + 3 * max_seqs * most_pages + 3 * max_seqs + 8
+        size += MOST_VERIFYING * (1 + 2 * (1 + drafts))
         self._staging = Staging(size, self.device)
         self.max_step_tokens = max_step_tokens
         self.invariant = invariant
@@ -140,16 +147,22 @@ class Runner:
         """Sequences without tokens before attend without the pages, which Hopper's kernel of ops.attention_varlen does
         at its full rate."""
         self._arange = torch.arange(max_seqs, dtype=torch.int32, device=self.device)
-        self._sizes = tuple(sorted(graphs)) if graphs and _capturable(model) else ()
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+        sizes = tuple(sorted(graphs)) if graphs and _capturable(model) else ()
+        self._width = 1 + drafts
+        self._sizes = {1: sizes}
+        """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
+        if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
+            self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @torch.inference_mode()
     def capture(self) -> int:
-        """Capture the decoding step for each size of batch, the largest first: the others share its memory.
-        Returns how many."""
-        for size in reversed(self._sizes):
-            self._captured(size, 0)
-        return len(self._sizes)
+        """Capture the decoding step for each size of batch, the largest first: the others share its memory; then the
+        steps that verify drafts. Returns how many."""
+        wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
+        for size, width in wanted:
+            self._captured(size, width, 0)
+        return len(wanted)
 
     def warm_up(self, page_size: int) -> int:
         """Run prompts of all kinds once, on pages of the pool: what is compiled or tuned at a first call of a shape is
@@ -180,17 +193,22 @@ class Runner:
         controlled = self.controls.wanted(drawn_from)
         num_logprobs = MAX_LOGPROBS if any(s.params.logprobs for s in drawn_from) else 0
         num_logprobs = min(num_logprobs, self.model.config.vocab_size)
-        captured = None if step.chunks or controlled else next((size for size in self._sizes if size >= n), None)
+        width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
+        fits = not controlled and (width > 1 or not step.chunks)
+        captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
         if captured:
-            graph, drawn = self._captured(captured, num_logprobs)
+            graph, drawn = self._captured(captured, width, num_logprobs)
         self._staging.begin()
         rows = self._put_rows(sequences, captured)
-        chunks = self._put_chunks(step) if step.chunks else None
+        kept = self._put_drafts(step, captured) if captured and width > 1 else None
+        chunks = self._put_chunks(step) if step.chunks and not captured else None
         self._put_news(sequences, step.copies)
         scores: list[Scores] = []
         with nvtx.annotate("prefill" if step.chunks else "decode"), registry.invariant(self.invariant):
             if captured:
                 graph.replay()
+                if kept is not None:
+                    drawn = ops.Sampled(*(x.index_select(0, kept) for x in drawn))
             elif chunks is None:
                 options = self.controls.options(step.decodes, rows[0]) if controlled else self.controls.common(n)
                 drawn = self._decode(rows, num_logprobs, options)
@@ -237,6 +255,18 @@ class Runner:
             "drawn_rows": put([*range(n), *(row for row, _ in samples)]),
             "drawn_offsets": put([*offsets[:n], *(offsets[row] - back for row, back in samples)]),
         }
+
+    def _put_drafts(self, step: Step, size: int) -> Tensor:
+        """Behind the rows of a captured step: how many tokens each has, and its drafts (R, W) at the end of its row.
+        Returns which of the tokens drawn, R W, are wanted."""
+        W, n = self._width, len(step.decodes)
+        counts = [1] * n + [chunk.count for chunk in step.chunks]
+        ids_RW = np.zeros((size, W), dtype=np.int32)
+        for row, chunk in enumerate(step.chunks, n):
+            ids_RW[row, W - len(chunk.drafts) :] = chunk.drafts
+        self._staging.put(counts, size)
+        self._staging.put(ids_RW.reshape(-1))
+        return self._staging.put([row * W + j for row, count in enumerate(counts) for j in range(W - count, W)])
 
     def _put_news(self, sequences: Rows[Sequence], copies: list[tuple[int, int]]) -> None:
         """Send all, and place what is new of these sequences: pages, and how those are sampled that have new slots."""
@@ -290,6 +320,31 @@ class Runner:
         ids_1R = self.slots.newest.index_select(0, slot_R)[None]
         features_RM = self.model.features(ids_1R, state=self.state)[0]
         return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+
+    def _verify(self, rows: Rows[Tensor], ids_RW: Tensor, num_logprobs: int, options) -> ops.Sampled:
+        """The newest token of each row and its drafts, the last of the row's W tokens: what is drawn behind each. Those
+        before them are nothing, are kept nowhere, and what is drawn behind them is not looked at."""
+        slot_R, length_R, offset_R, count_R = rows
+        R, W = ids_RW.shape
+        back_W = torch.arange(W - 1, -1, -1, dtype=torch.int32, device=self.device)
+        newest_R = self.slots.newest.index_select(0, slot_R)
+        ids_RW = torch.where(back_W == count_R[:, None] - 1, newest_R[:, None], ids_RW)
+        position_RW = torch.where(back_W < count_R[:, None], length_R[:, None] - 1 - back_W, -1)
+        ends = torch.arange(0, R * W + 1, W, dtype=torch.int32, device=self.device)
+        self.state.tokens = PagedTokens(
+            self.slots.table.index_select(0, slot_R),
+            length_R,
+            self._arange[:R].repeat_interleave(W),
+            position_RW.flatten(),
+            0,
+            slot_R,
+            Chunks(slice(0, R), slice(0, R * W), ends, W),
+        )
+        features_TM = self.model.features(ids_RW.view(1, -1), state=self.state)[0]
+        offset_RW = (offset_R[:, None] - back_W).clamp(min=0)
+        drawn = self._draw(features_TM, slot_R.repeat_interleave(W), offset_RW.flatten(), num_logprobs, options)
+        self.slots.newest.index_copy_(0, slot_R.long(), drawn.token_ids.view(R, W)[:, -1])
+        return drawn
 
     def _draw(self, features_BM: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
         drawn = self.slots.sample(self.model.logits(features_BM), slot_B, offset_B, num_logprobs, options)
@@ -376,27 +431,35 @@ class Runner:
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(self, size: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
-        """The graph of a decoding step of `size` rows, which reads them where a step puts them first."""
-        if found := self._graphs.get((size, num_logprobs)):
+    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+        """The graph of a step of `size` rows of `width` tokens."""
+        if found := self._graphs.get((size, width, num_logprobs)):
             return found
-        rows = slot_R, length_R, _ = self._staging.first(3, size)
-        slot_R.fill_(self.slots.empty)
-        length_R.zero_()
-        options = self.controls.common(size)
+        run = self._laid_out(size, width, num_logprobs)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with registry.invariant(self.invariant):
             with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
                 for _ in range(1 if self.state.is_paged else 2):  # the first step of a state in slots is like no other
-                    self._decode(rows, num_logprobs, options)
+                    run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                drawn = self._decode(rows, num_logprobs, options)
-        self._graphs[size, num_logprobs] = graph, drawn
+                drawn = run()
+        self._graphs[size, width, num_logprobs] = graph, drawn
         return graph, drawn
+
+    def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
+        """A step of `size` rows of `width` tokens, which reads them where steps put them first; all are empty now."""
+        given = self._staging.first(size * (3 if width == 1 else 4 + width))
+        given.zero_()
+        given[:size] = self.slots.empty
+        options = self.controls.common(size * width)
+        if width == 1:
+            return partial(self._decode, given.view(3, size).unbind(), num_logprobs, options)
+        rows, ids_RW = given[: 4 * size].view(4, size).unbind(), given[4 * size :].view(size, width)
+        return partial(self._verify, rows, ids_RW, num_logprobs, options)
 
     # ---- what comes back ----
 

@@ -20,6 +20,7 @@ COST = 0.15  # of a draft, in steps, until it is measured: 8 tokens took 1.7 to 
 CREDIT = 2.0  # steps that a request may lose before it gives up
 RECENT = 16  # steps whose times are known, a kind
 ENOUGH = 4  # of them, to judge by
+WATCHED = 4  # drafts that were not verified, and were all right: worth a try again
 
 
 class PromptLookup:
@@ -76,21 +77,33 @@ class StepTimes:
 
 class Speculator:
     """The drafts of one request: fewer after drafts that were wrong, and none once they have cost more than they
-    brought, CREDIT at most."""
+    brought, CREDIT at most. Looked-up ones are watched then, and verified again where they have come true."""
 
     def __init__(self, most: int):
         self.most = self.length = most
         self.credit = CREDIT
         self._lookup = PromptLookup()
+        self._watched: list[int] = []  # what would have been drafted, and where
+        self._start = 0
 
     @property
     def pays(self) -> bool:
         return self.credit > 0
 
     def draft(self, token_ids: Sequence[int]) -> list[int]:
+        """At most `length` tokens that may follow, of a text that has only grown since the last call."""
+        if not self.pays:
+            self._watch(token_ids)
         return self._lookup.draft(token_ids, self.length) if self.pays else []
 
     def learn(self, accepted: int, cost: float) -> None:
         """So many drafts were right, each of which saved a step; to verify them took so many steps longer."""
         self.length = min(self.most, 2 * accepted + 1)
         self.credit = min(CREDIT, self.credit + accepted - cost)
+
+    def _watch(self, token_ids: Sequence[int]) -> None:
+        seen = list(token_ids[self._start : self._start + WATCHED])
+        if seen != self._watched[: len(seen)] or not self._watched:
+            self._watched, self._start = self._lookup.draft(token_ids, WATCHED), len(token_ids)
+        elif len(seen) == WATCHED:
+            self._watched, self.credit = [], CREDIT / 2

@@ -146,6 +146,15 @@ class Stream(NamedTuple):
         """norm(value) and the value."""
         return (norm(self.total), self.total) if self.update is None else norm(self.update, self.total)
 
+    def flat(self) -> tuple:
+        """As tuples of tensors and None: what torch.compile of torch 2.11 returns is of no class of ours."""
+        return self.total, self.update, None if self.routing is None else tuple(self.routing)
+
+    @staticmethod
+    def of(flat: tuple) -> "Stream":
+        total, update, routing = flat
+        return Stream(total, update, None if routing is None else Routing(*routing))
+
 
 class TransformerBlock(nn.Module):
     """x (..., S, d_model) -> x like it; a Stream gives a Stream, so that a stack of blocks adds within its norms.

@@ -12,10 +12,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from cs336.models.block import Stream
+from cs336.nn import Context
 from cs336.ops.registry import OPS
 
 Recompute = bool | Literal["none", "selective", "full"]
 KEEPS_ALL = (False, "none")
+
+
+def call_layer(how: Recompute, layer: Callable[..., Stream], flat: tuple, context: Context) -> tuple:
+    """A layer's stream from that before it, both flat, of which the backward makes again what `how` says."""
+    stream = Stream.of(flat)
+    return (layer(stream, context) if how in KEEPS_ALL else recomputed(how, layer, stream, context)).flat()
 
 
 def recomputed(how: Recompute, layer: Callable[..., Any], *args: Any) -> Any:

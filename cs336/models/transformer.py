@@ -1,6 +1,7 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from cs336.models import mup
 from cs336.models.block import Stream, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.invariance import check_invariant
-from cs336.models.recompute import KEEPS_ALL, Recompute, recomputed
+from cs336.models.recompute import Recompute, call_layer
 from cs336.models.state import DecodingState, PagedState
 from cs336.nn import (
     MLP,
@@ -47,6 +48,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: Recompute = False
+        self.call_layer: Callable[..., tuple] = call_layer
+        """What calls a layer without a state. With torch.compile of it layers of one kind are compiled once, not the
+        whole model, layer by layer."""
         self.special_ids: dict[str, Any] = {}
         """bos_token_id, eos_token_id and the like, as from_pretrained read them in config.json."""
         self.generation_config: dict[str, Any] = {}
@@ -157,11 +161,12 @@ class Transformer(nn.Module):
     ) -> Stream:
         context = self._context(token_ids_BS, positions, segments, state)
         stream = Stream(self._embed(token_ids_BS, context), None)
+        how = self.gradient_checkpointing if torch.is_grad_enabled() else "none"
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing not in KEEPS_ALL and torch.is_grad_enabled() and state is None:
-                stream = recomputed(self.gradient_checkpointing, layer, stream, context)
+            if state is None:
+                stream = Stream.of(self.call_layer(how, layer, stream.flat(), context))
             else:
-                stream = layer(stream, context, None if state is None else state.layers[i])
+                stream = layer(stream, context, state.layers[i])
         if state is not None:
             state.advance(context.counts(token_ids_BS.shape[1]))
         if stream.routing is not None and self.training and torch.is_grad_enabled():

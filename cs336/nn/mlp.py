@@ -6,6 +6,7 @@
     gelu         GELU, arXiv:1606.08415           GEGLU
     gelu_tanh    GELU's tanh approximation        GEGLU as Gemma has it
     silu         SiLU                             SwiGLU
+    sigmoid      sigmoid                          GLU, arXiv:1612.08083
 
 Gates are from Shazeer 2020, arXiv:2002.05202. M = d_model, F = d_ff.
 """
@@ -23,17 +24,18 @@ from cs336.nn.checks import check_choice, check_counts, check_flags
 from cs336.nn.linear import Linear, join, joined, side_by_side
 from cs336.ops.activation import Kind, gated
 
-Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": ops.relu2,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": ops.silu,
+    "sigmoid": torch.sigmoid,
 }
 KINDS = {"silu": Kind.SILU, "gelu": Kind.GELU, "gelu_tanh": Kind.GELU_TANH}  # what ops.activation.gated knows
 # Tensors of d_ff features that the backward of an activation and of the product behind it reads.
-KEPT = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2}
+KEPT = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2, "sigmoid": 1}
 
 
 def default_d_ff(d_model: int) -> int:

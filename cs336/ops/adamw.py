@@ -3,10 +3,13 @@
     m += (1 - beta1) (g - m)        v += (1 - beta2) (g^2 - v)        g = grad * grad_scale
     p -= lr weight_decay p + lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-Bytes that must move: 28 a parameter when all is fp32 (read p, g, m, v; write p, m, v), 22 with bf16 p and g. About 15
-FLOPs a parameter: memory-bound on every device. The native kernels take the whole list in one launch (CUDA: one for
-each pair of dtypes, and for each 628 tensors).
+Bytes that must move: 28 a parameter when all is fp32 (read p, g, m, v; write p, m, v), 22 with bf16 p and g, 26 with
+remainders beside these. About 15 FLOPs a parameter: memory-bound on every device. The native kernels take the whole
+list in one launch (CUDA: one for each pair of dtypes, and for each 544 tensors).
 """
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,6 +45,20 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, b
     _check_element("lr", lr, device)
     if grad_scale is not None:
         _check_element("grad_scale", grad_scale, device)
+
+
+def _check_remainders(params, remainders, *rest) -> None:
+    _check(params, *rest)
+    if len(remainders) != len(params):
+        raise ValueError(f"params and remainders must have one length, got {len(params)} and {len(remainders)}")
+    for i, (p, remainder) in enumerate(zip(params, remainders, strict=True)):
+        _check_tensor(f"params[{i}]", p, frozenset({torch.bfloat16}), params[0].device)
+        _check_tensor(f"remainders[{i}]", remainder, frozenset({torch.int16}), p.device)
+        if remainder.shape != p.shape or not _same_order(remainder, p):
+            raise ValueError(
+                f"remainders[{i}] must have the shape and strides of params[{i}], {tuple(p.shape)} {p.stride()}, "
+                f"got {tuple(remainder.shape)} {remainder.stride()}"
+            )
 
 
 def _check_numbers(beta1: float, beta2: float, **not_negative: float) -> None:
@@ -97,6 +114,14 @@ registry.define(
     check=_check,
     supports={"native": _no_float64, "triton": _no_float64},
 )
+registry.define(
+    "adamw_remainder_(Tensor(a!)[] params, Tensor(b!)[] remainders, Tensor[] grads, Tensor(c!)[] exp_avgs, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, "
+    "float weight_decay) -> ()",
+    fake=lambda *args: None,
+    ref=ref.remainder_step_,
+    check=_check_remainders,
+)
 
 
 @torch.no_grad()
@@ -113,6 +138,7 @@ def adamw_(
     weight_decay: float,
     step: int | Tensor | list[Tensor],
     grad_scale: Tensor | None = None,
+    remainders: list[Tensor] | None = None,
 ) -> None:
     """One step of AdamW, in place, on every tensor of the lists.
 
@@ -129,6 +155,8 @@ def adamw_(
         step: the number of this step, from 1: for all, or a list with a tensor for each parameter. The value of a
             tensor is not checked.
         grad_scale: a tensor that multiplies the gradients (clipping, loss unscaling); they are not changed in memory.
+        remainders: int16, like params, all bfloat16: the other halves of float32 weights, of which the step is. See
+            cs336.optim.rounding.
 
     If params[0] is float64, all tensors of the four lists must be, and plain torch does the step.
     Raises ValueError, before anything is changed, for lists, tensors or numbers that do not fit.
@@ -141,14 +169,17 @@ def adamw_(
             raise ValueError(f"step counts from 1, got {step}")
         step = _element(step, params)
     steps = [step] * len(params) if isinstance(step, Tensor) else step
-    args = (params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay)
+    name, check = "adamw_", cast(Callable[..., None], _check)
+    args: tuple = (params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay)
+    if remainders is not None:
+        name, check, args = "adamw_remainder_", _check_remainders, (params, remainders, *args[1:])
     if not params:
-        _check(*args)
+        check(*args)
         return
     try:
-        registry.call("adamw_", *args)
+        registry.call(name, *args)
     except RuntimeError:  # native ops check for themselves in a third of the time; this check tells more
-        _check(*args)
+        check(*args)
         raise
 
 

@@ -1,55 +1,102 @@
 """Depthwise causal convolution.  y[t, c] = bias[c] + sum_k weight[c, K - 1 - k] x[t - k, c]      k = 0 to K - 1
 
-The short convolution of Mamba (arXiv:2312.00752), in plain torch, which inductor makes one pass of. Bytes that must
-move: x and y once; 2 K FLOPs an element: memory-bound on every device. B = batch, S = tokens, C = channels, K = taps.
+The short convolution of Mamba (arXiv:2312.00752). Bytes that must move: x and y once, backward dy, x and dx; 2 K FLOPs
+an element, backward 4 K: memory-bound on every device. B = batch, S = tokens, C = channels, K = taps.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from cs336.ops.ref.wide import wide
+from cs336.ops import registry
+from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.ref import causal_conv1d as ref
+
+MOST_TAPS = 16  # of the Triton kernels, which read each tap's tile by itself
+
+
+def _check(x, weight, bias, segments) -> None:
+    """Raises ValueError for what no variant takes."""
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x must be (B, S, C), floating point, got {tuple(x.shape)} {x.dtype}")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
+        raise ValueError(f"weight must be ({x.shape[2]}, K) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != x.shape[2:]:
+        raise ValueError(f"bias must be ({x.shape[2]},), got {tuple(bias.shape)}")
+    if segments is not None and segments.shape != x.shape[:2]:
+        raise ValueError(f"segments must be {tuple(x.shape[:2])} to fit x, got {tuple(segments.shape)}")
+    for name, other, floats in (("weight", weight, True), ("bias", bias, True), ("segments", segments, False)):
+        if other is not None and (other.device != x.device or other.is_floating_point() != floats):
+            kind = "floating point" if floats else "integers"
+            raise ValueError(f"{name} must be {kind} on {x.device}, as x is, got {other.dtype} on {other.device}")
+
+
+def _check_fwd(x, weight, bias, segments) -> None:
+    _check(x, weight, bias, segments)
+    if not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
+    for name, given in (("x", x), ("segments", segments)):
+        if given is not None and given.shape[-1] > 1 and given.stride(-1) != 1:
+            raise ValueError(f"{name} must have its last dim contiguous, got strides {given.stride()}")
+
+
+def _check_bwd(dy, x, weight, segments) -> None:
+    _check_fwd(x, weight, None, segments)
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device or (dy.shape[2] > 1 and dy.stride(2) != 1):
+        found = f"{tuple(dy.shape)} {dy.dtype} on {dy.device}, strides {dy.stride()}"
+        raise ValueError(f"dy must be like x, {tuple(x.shape)} {x.dtype}, its last dim contiguous, got {found}")
+
+
+def _triton_refuses(x, weight, *_) -> str | None:
+    if x.dtype == torch.float64 or weight.dtype == torch.float64:
+        return "float64 is computed by the reference alone"
+    if weight.shape[1] > MOST_TAPS:
+        return f"the Triton kernels take up to {MOST_TAPS} taps, not {weight.shape[1]}"
+    return None
+
+
+def _fake_bwd(dy, x, weight, segments):
+    stat = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=stat), x.new_empty(x.shape[2], dtype=stat)
+
+
+registry.define(
+    "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? segments) -> Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
+    ref=ref.fwd,
+    triton="causal_conv1d.fwd",
+    check=_check_fwd,
+    supports={"triton": _triton_refuses},
+)
+registry.define(
+    "causal_conv1d_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? segments) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=_fake_bwd,
+    ref=ref.bwd,
+    triton="causal_conv1d.bwd",
+    check=_check_bwd,
+    supports={"triton": lambda dy, *rest: _triton_refuses(*rest)},
+)
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BSC, weight_CK, bias_C, segments_BS):
-        ctx.save_for_backward(x_BSC, weight_CK, segments_BS)
-        ctx.bias_dtype = None if bias_C is None else bias_C.dtype
-        y_BSC = torch.zeros_like(wide(x_BSC)) if bias_C is None else wide(bias_C).expand(x_BSC.shape).clone()
-        for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
-            y_BSC[:, k:] += _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
-        return y_BSC.to(x_BSC.dtype)
+    def forward(ctx, x, weight, bias, segments):
+        ctx.save_for_backward(x, weight, segments)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # The kernels are not timed yet, and a compiler makes one pass of plain torch: they wait to be asked for.
+        ctx.by_kernel = registry.forced() is not None and has_kernel("causal_conv1d_fwd", x, weight, bias, segments)
+        if ctx.by_kernel:
+            return registry.call("causal_conv1d_fwd", x, weight, bias, segments)
+        return ref.fwd(x, weight, bias, segments)
 
     @staticmethod
-    def backward(ctx, dy_BSC):
-        x_BSC, weight_CK, segments_BS = ctx.saved_tensors
-        dy_BSC, S = wide(dy_BSC), x_BSC.shape[1]
-        dx_BSC, dtaps = torch.zeros_like(dy_BSC), []
-        for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
-            part = _seen(dy_BSC[:, k:], seen)
-            dx_BSC = dx_BSC + torch.nn.functional.pad(part * tap_C, (0, 0, 0, k))
-            dtaps.append((part * _seen(wide(x_BSC[:, : S - k]), seen)).sum((0, 1)))
-        dtaps += [torch.zeros_like(dtaps[0])] * (weight_CK.shape[1] - len(dtaps))  # taps that reach before the first
-        dweight_CK = torch.stack(dtaps[::-1], -1).to(weight_CK.dtype)
-        dbias = None if ctx.bias_dtype is None else dy_BSC.sum((0, 1)).to(ctx.bias_dtype)
-        return dx_BSC.to(x_BSC.dtype), dweight_CK, dbias, None
-
-
-def _seen(values_BSC: Tensor, seen: Tensor | None) -> Tensor:
-    """Zeros where another segment stands: a product with zero would let its NaN through."""
-    return values_BSC if seen is None else torch.where(seen, values_BSC, 0)
-
-
-def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Of each shift k: its weights (C,), and which tokens, from the k-th on, see the one k before them."""
-    K, S = weight_CK.shape[1], x_BSC.shape[1]
-    for k in range(min(K, max(S, 1))):
-        seen = None
-        if segments_BS is not None and k:
-            seen = (segments_BS[:, k:] == segments_BS[:, : S - k])[..., None]
-        yield k, wide(weight_CK[:, K - 1 - k]), seen
+    def backward(ctx, dy):
+        x, weight, segments = ctx.saved_tensors
+        if ctx.by_kernel and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+            dx, dweight, dbias = registry.call("causal_conv1d_bwd", rows(dy), x, weight, segments)
+        else:  # which can be differentiated again
+            dx, dweight, dbias = ref.bwd(dy, x, weight, segments)
+        return dx, dweight.to(weight.dtype), None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
@@ -61,14 +108,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segment
         bias: (C,) or None.
         segments: (B, S) integers, equal ones side by side: a tap that reaches into another segment gives 0.
 
-    Returns y like x. Raises ValueError for shapes that do not fit.
+    Returns y like x. Raises ValueError for shapes, dtypes or devices that do not fit.
+
+    In plain torch, which inductor makes one pass of; by Triton's kernels where "triton" is forced.
     """
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x must be (B, S, C), floating point, got {tuple(x.shape)} {x.dtype}")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
-        raise ValueError(f"weight must be ({x.shape[2]}, K) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != x.shape[2:]:
-        raise ValueError(f"bias must be ({x.shape[2]},), got {tuple(bias.shape)}")
-    if segments is not None and segments.shape != x.shape[:2]:
-        raise ValueError(f"segments must be {tuple(x.shape[:2])} to fit x, got {tuple(segments.shape)}")
-    return _Conv.apply(x, weight, bias, segments)
+    _check(x, weight, bias, segments)
+    return _Conv.apply(rows(x), weight.contiguous(), bias, None if segments is None else rows(segments))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import chunked, registry
-from cs336.ops.dispatch import default_scale, rows
+from cs336.ops.dispatch import default_scale, has_kernel, rows
 from cs336.ops.linear_attention import (
     bounded,
     check,
@@ -122,8 +122,7 @@ def gated_delta_rule(
 
     beta: (B, H, T), how far what the state holds under k is replaced by v, 0 to 1 (to 2 with negative eigenvalues).
     k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
-    linear_attention's. On every device plain torch in chunks, which the backward computes again; Triton's kernels, for
-    keys of up to 128 features, where "triton" is forced.
+    linear_attention's, and so is what runs where; Triton's kernels take keys of up to 128 features.
     """
     g, state = bounded(g), None if initial_state is None else wide(initial_state)
     beta = wide(beta)
@@ -134,7 +133,7 @@ def gated_delta_rule(
         q0, k0, v0, g0, before = first_token(q, k, v, g, state)
         o, last = ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
         o = o[:, :, None].to(v.dtype)
-    elif registry.forced() == "ref" or (registry.forced() == "triton" and v.numel()):
+    elif registry.forced() == "ref" or (v.numel() and has_kernel("gated_delta_rule_fwd", *args)):
         o, last = _GatedDeltaRule.apply(*(rows(x) for x in (q, k, v)), beta, g, state, segments, scale)
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)

@@ -87,12 +87,17 @@ def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
 
 def _is_aligned(t: Tensor) -> bool:
     """As far as its storage is, as all that torch allocates: the kernel looks at the address itself."""
-    steps = [t.storage_offset(), t.shape[1]] if t.shape[0] <= 1 else [t.storage_offset(), t.shape[1], t.stride(0)]
+    steps = [_offset(t), t.shape[1]] if t.shape[0] <= 1 else [_offset(t), t.shape[1], t.stride(0)]
     return not any(step * t.itemsize % 16 for step in steps)
 
 
+def _offset(t: Tensor) -> int:
+    """Where in its storage it begins: not seen while torch.compile traces, and taken for 0."""
+    return 0 if torch.compiler.is_compiling() else int(t.storage_offset())
+
+
 def _where(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {t.storage_offset()} on"
+    return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {_offset(t)} on"
 
 
 def _triton_refuses(x: Tensor, *_) -> str | None:

@@ -123,8 +123,12 @@ class AdamW(Optimizer):
             self.state[p]["step"] = counts.setdefault(step, step - 1)
 
     def _step_rounded(self, bucket: list[tuple[Tensor, ...]], rounding: Rounding, numbers: dict[str, Any]) -> None:
-        """In float32 copies, which are rounded back."""
+        """In float32 copies, which are rounded back; on a GPU with remainders in one pass."""
         params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*bucket, strict=True))
+        if all(keeps_remainder(p, rounding) and m.dtype == torch.float32 and p.is_cuda for p, _, m, *_ in bucket):
+            remainders = [remainder_of(p, self.state[p]) for p in params]
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, step=steps, remainders=remainders, **numbers)
+            return
         kept = [*exp_avgs, *exp_avg_sqs]
         wide = [widened(p, self.state[p], rounding) for p in params]
         moments = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in kept]
@@ -240,9 +244,13 @@ def widened(p: Tensor, state: dict[str, Any], rounding: Rounding) -> Tensor:
     """A parameter in float32, to be updated and given to `store_`; float32 ones are themselves."""
     if not keeps_remainder(p, rounding):
         return p.to(torch.promote_types(p.dtype, torch.float32))
+    return join(p, remainder_of(p, state))
+
+
+def remainder_of(p: Tensor, state: dict[str, Any]) -> Tensor:
     if "remainder" not in state:
         state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
-    return join(p, state["remainder"])
+    return state["remainder"]
 
 
 def store_(p: Tensor, wide: Tensor, state: dict[str, Any], rounding: Rounding) -> None:

@@ -66,7 +66,7 @@ class TrainConfig:
     """Of the matrix products; weights are fp32. auto: bf16 on a GPU, fp32 on a CPU. bf16_weights: weights are bf16 too,
     which generation reads as training writes them; optimizer.rounding says what becomes of their other 16 bits."""
     compile: bool | None = None
-    """torch.compile the model. None: on a GPU."""
+    """torch.compile the layers, those of one kind once for all of them. None: on a GPU."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step once and replay it, where the host would be slower than the GPU. auto: on a GPU, if the memory of
     a step is less than a third of the device's and the optimizer can."""

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.models.block import Stream
+from cs336.models.recompute import call_layer
 from cs336.nn import MoEConfig
-from cs336.nn.moe import Routing
 from cs336.optim import grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.parallel import (
@@ -147,7 +147,7 @@ class Division:
             self.fsdp.split(optimizer)
         elif self.config.parallel.native_step and self.averaged > 1:
             flat = ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
-            if not self.config.compile:  # a model that is compiled whole cannot wait for its layers one by one
+            if not self.config.compile:  # inside compiled layers nothing can wait for their weights
                 flat.overlap(self.model)
             return flat
         elif self.config.parallel.zero and self.averaged > 1:
@@ -278,23 +278,11 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
 
 
 def compile_layer(layer: nn.Module) -> None:
-    """Compile a block's forward in training, by itself. It is given a Stream, as a model's blocks are.
+    """Compile a block's forward in training, by itself. It is given a Stream, as a model's blocks are."""
+    eager, compiled = layer.forward, torch.compile(call_layer)
 
-    Tuples leave what is compiled: torch 2.11 cannot return a Stream that is made while it traces.
-    """
-    eager = layer.forward
-
-    def fields(*args: Any) -> tuple:
-        total, update, routing = eager(*args)
-        return total, update, None if routing is None else tuple(routing)
-
-    compiled = torch.compile(fields)
-
-    def forward(*args: Any) -> Stream:
-        if not layer.training:
-            return eager(*args)
-        total, update, routing = compiled(*args)
-        return Stream(total, update, None if routing is None else Routing(*routing))
+    def forward(stream: Stream, *rest: Any) -> Stream:
+        return Stream.of(compiled("none", eager, stream.flat(), *rest)) if layer.training else eager(stream, *rest)
 
     layer.forward = forward  # type: ignore[method-assign]
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cs336.models import Transformer
 from cs336.models.memory import Memory
+from cs336.models.recompute import call_layer
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.ops import registry
 from cs336.optim import clip_scale
@@ -27,6 +29,7 @@ from cs336.training.weights import load_weights
 from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
+MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -62,23 +65,23 @@ class Learner:
         self.model.gradient_checkpointing = self.recompute
         self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled))
         self.optimizer = self.division.optimizer
-        # The objective's call is compiled, not the model: so logits and cross-entropy are one graph. Of weights that
-        # come and go the layers are.
-        whole = self.compiled and self.division.fsdp is None
-        self._terms = torch.compile(self._eager_terms) if whole else self._eager_terms
+        # A layer at a time: a deep model is compiled as fast as a shallow one, and gradients come as the backward goes.
+        # What is outside is our own kernels. Of weights that come and go the division compiles the layers.
+        self._call_layer = call_layer
+        if self.compiled and self.division.fsdp is None:
+            self._call_layer = torch.compile(call_layer)
+            limits = torch._dynamo.config  # of all models of the process together; past it layers would run uncompiled
+            limits.recompile_limit = max(limits.recompile_limit, MOST_LAYERS)
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
         self._lrs = [torch.zeros((), device=self.device) for _ in self._decays]  # of the graph
 
-    def _eager_terms(self, *batch: Tensor) -> Terms:
-        return self.division.objective(self.division.called, batch)
-
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
-        with registry.determinism(self.deterministic), self.autocast():
-            return self._terms(*self.division.own(batch))
+        with registry.determinism(self.deterministic), self.autocast(), calling_layers(self.model, self._call_layer):
+            return self.division.objective(self.division.called, self.division.own(batch))
 
     def autocast(self) -> torch.autocast:
         enabled = self.dtype == torch.bfloat16 != self.weight_dtype
@@ -210,6 +213,16 @@ class Learner:
                 if found:
                     return found
         return None
+
+
+@contextlib.contextmanager
+def calling_layers(model: Transformer, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `call` calls its layers: what looks at modules one by one, or decodes, does not want compiled ones."""
+    before, model.call_layer = model.call_layer, call
+    try:
+        yield
+    finally:
+        model.call_layer = before
 
 
 def _seed_of_rank(seed: int) -> int:

@@ -27,6 +27,7 @@ struct AdamwTensor {  // one parameter: four dense arrays of numel elements in o
   const float* step;  // one element: t, from 1
   int64_t numel;
   Dtype p_dtype, g_dtype;
+  int16_t* remainder = nullptr;  // beside a bf16 p: what its bits, as the upper half of fp32's, are to be added to
 };
 
 struct AdamwHyper {

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #define ROUNDING_INLINE __host__ __device__ __forceinline__
 #else
 #define ROUNDING_INLINE inline
@@ -24,5 +25,17 @@ ROUNDING_INLINE Halves split_bits(uint32_t bits) {
 ROUNDING_INLINE uint32_t join_bits(Halves halves) {
   return (static_cast<uint32_t>(halves.high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(halves.remainder));
 }
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float join(__nv_bfloat16 p, int16_t remainder) {
+  return __uint_as_float(join_bits({.high = __bfloat16_as_ushort(p), .remainder = remainder}));
+}
+
+__device__ __forceinline__ void split(float x, __nv_bfloat16& p, int16_t& remainder) {
+  const Halves halves = split_bits(__float_as_uint(x));
+  p = __ushort_as_bfloat16(halves.high);
+  remainder = halves.remainder;
+}
+#endif
 
 }  // namespace cs336

@@ -42,16 +42,6 @@ __device__ int find_piece(const Table& table, uint32_t chunk) {
   return low;
 }
 
-__device__ __forceinline__ float join(__nv_bfloat16 p, int16_t remainder) {
-  return __uint_as_float(join_bits({.high = __bfloat16_as_ushort(p), .remainder = remainder}));
-}
-
-__device__ __forceinline__ void split(float x, __nv_bfloat16& p, int16_t& remainder) {
-  const Halves halves = split_bits(__float_as_uint(x));
-  p = __ushort_as_bfloat16(halves.high);
-  remainder = halves.remainder;
-}
-
 template <typename P, bool kRemainder>
 __global__ void __launch_bounds__(kThreads) sharded_adamw_kernel(const __grid_constant__ Table table) {
   const int which = find_piece(table, blockIdx.x);

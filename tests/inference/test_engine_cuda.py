@@ -63,6 +63,18 @@ def test_equals_full_forward(prompts, dtype, graphs, options):
         assert regret(model, prompt, found) <= (1e-3 if dtype == torch.float32 else 0.15)
 
 
+@pytest.mark.parametrize("max_seqs", [1, 3, 8])
+def test_captured_steps_verify_drafts(max_seqs):
+    prompts = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5 + [5], [8], [9] * 12]
+    model = make(torch.float32)
+    e, ids, _ = run(model, prompts, max_seqs=max_seqs, speculation="ngram")
+    assert any(width == 8 for _, width, _ in e.runner._graphs)
+    assert sum(e.stats.accepted) > 0
+    for prompt, found in zip(prompts, ids, strict=True):
+        assert len(found) == 40
+        assert regret(model, prompt, found) <= 1e-3
+
+
 def layered(*blocks):
     return TransformerConfig(512, 512, num_layers=len(blocks), d_model=256, init_std=0.2, layers=blocks)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cs336.inference import LLM, Engine, EngineConfig, SamplingParams
+from cs336.inference import LLM, Engine, EngineConfig, SamplingParams, runner
 from cs336.inference.sampling import filter_logits
 from cs336.inference.speculation import COST, CREDIT, PromptLookup, Speculator, StepTimes
 from cs336.models import BlockConfig, Transformer, TransformerConfig
@@ -84,6 +84,53 @@ def test_greedy_is_token_identical_however_it_is_scheduled(options):
     assert engine.cache.in_use == 0
 
 
+class Replayed:
+    """Stands in for the graph of a step: it runs the step anew, and what is drawn lies where it lay."""
+
+    def __init__(self, run):
+        self.run, self.drawn = run, run()
+
+    def replay(self):
+        for old, new in zip(self.drawn, self.run(), strict=True):
+            old.copy_(new)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """Steps are laid out as those that are captured on a GPU; of which tokens a row."""
+    found = []
+
+    def captured(self, size, width, num_logprobs):
+        found.append(width)
+        if (size, width, num_logprobs) not in self._graphs:
+            replayed = Replayed(self._laid_out(size, width, num_logprobs))
+            self._graphs[size, width, num_logprobs] = replayed, replayed.drawn
+        return self._graphs[size, width, num_logprobs]
+
+    monkeypatch.setattr(runner, "_capturable", lambda model: True)
+    monkeypatch.setattr(runner.Runner, "_captured", captured)
+    return found
+
+
+CASES = [(kind, {}) for kind in BLOCKS]
+CASES += [("attention", {"max_seqs": 1}), ("attention", {"num_pages": 24}), ("latent", {"draft_tokens": 2})]
+CASES += [("attention", {"invariant": True})]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_captured_steps_verify_drafts_of_states_in_pages(widths, kind, options):
+    model = model_of(BLOCKS[kind], seed=5)
+    requests = greedy(PROMPTS) + greedy(PROMPTS[:2], stop_token_ids=(1, 2), logprobs=2)
+    requests += [(ids, SamplingParams(top_k=9, seed=4, max_tokens=40)) for ids in PROMPTS]
+    plain, _ = run(model, requests, cuda_graphs=False, **options)
+    widths.clear()
+    found, engine = run(model, requests, speculation="ngram", **options)
+    assert found == plain
+    assert 0 < sum(engine.stats.accepted) < sum(engine.stats.drafted)
+    wide = 1 + options.get("draft_tokens", 7)
+    assert set(widths) == ({1, wide} if engine.runner.state.is_paged else {1})
+
+
 @pytest.mark.parametrize(
     "options",
     [{"repetition_penalty": 1.01}, {"frequency_penalty": 0.01}, {"logit_bias": {3: 0.1}}, {"min_tokens": 40}],
@@ -155,6 +202,38 @@ def test_a_request_gives_up_what_does_not_pay():
         other.learn(other.length, 1.0)
     assert other.credit == CREDIT
     assert other.length == 7
+
+
+def test_what_was_given_up_is_watched_and_tried_again():
+    speculator, text = Speculator(7), [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2
+    while speculator.pays:
+        speculator.learn(0, 1.0)
+    for token in (1, 2, 3):  # as was to be expected
+        assert speculator.draft(text) == speculator.draft(text) == []
+        text.append(token)
+    text.append(7)  # and not 4
+    assert speculator.draft(text) == []
+    for token in (8, 9, 1, 2, 3):  # behind 7, 8 as expected
+        assert speculator.draft(text) == []
+        text.append(token)
+    assert speculator.draft(text) == [7]
+    assert 0 < speculator.credit < CREDIT
+
+
+def test_steps_overlap_where_nothing_is_drafted(monkeypatch):
+    """Only before a draft and while it is verified does the host wait for the newest token."""
+    texts, waited = [[*range(12)], [1, 2, 3, 4] * 4], []
+    for text in texts:
+        engine = Engine(model_of(), None, EngineConfig(speculation="ngram", overlap=True))
+        monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most, t=text: [5] * most if t[0] else [])
+        engine.add(text, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        in_flight = []
+        while engine.busy:
+            engine.step()
+            in_flight.append(len(engine._in_flight))
+        waited.append(in_flight)
+    assert waited[0] == [1] * 12 + [0]
+    assert set(waited[1][:3]) == {0}
 
 
 def test_the_cost_is_measured():

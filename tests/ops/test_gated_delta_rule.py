@@ -7,7 +7,7 @@ from close import assert_close_to_ref
 from test_linear_attention import inputs
 
 from cs336 import ops
-from cs336.ops import registry
+from cs336.ops import chunked, registry
 from cs336.ops.ref import gated_delta_rule as ref
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
@@ -47,6 +47,10 @@ def token_by_token(q, k, v, beta, g, initial_state, segments):
     return torch.stack(os, 2), S.to(initial_state.dtype)
 
 
+def in_chunks(q, k, v, beta, g, initial_state, segments):
+    return chunked.linear_attention(q, k, v, g, initial_state, segments, q.shape[-1] ** -0.5, beta)
+
+
 def outputs_and_gradients(function, x, grads, dtype=None):
     again, leaves = leaves_of(x, dtype)
     outs = function(**again)
@@ -66,8 +70,8 @@ def test_kernels_against_fp64(device, shape, dtype, decay, segments):
     grads = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
     with registry.use("ref"):
         want = outputs_and_gradients(rule, x, grads, F64)
-    with registry.use(None):  # in chunks too, which takes more roundings; 16 bits it would take for 32
-        torchs = outputs_and_gradients(rule if dtype == F32 else token_by_token, x, grads)
+    # In chunks too, which takes more roundings; 16 bits it would take for 32.
+    torchs = outputs_and_gradients(in_chunks if dtype == F32 else token_by_token, x, grads)
     with registry.use("triton"):
         got = outputs_and_gradients(rule, x, grads)
     names = ["o", "state", *(name for name in NAMES if x[name] is not None)]

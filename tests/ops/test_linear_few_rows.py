@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, un
 SIZES = [(1, 1, 8), (3, 9, 40), (8, 33, 104), (9, 16, 64), (17, 70, 72), (64, 40, 136)]
 if CUDA:
     SIZES += [(M, N, K) for M in (1, 2, 7, 8, 16, 31, 33, 64) for N, K in ((2048, 2048), (1001, 3080), (32768, 136))]
-    SIZES += [(1, 24576, 4096), (4, 4096, 12288), (64, 1024, 8192), (1, 1, 65544), (5, 151936, 1024)]
+    SIZES += [(1, 24576, 4096), (4, 4096, 12288), (64, 1024, 8192), (1, 1, 57344), (5, 151936, 1024)]
 
 
 @pytest.fixture(params=registry.NAMESPACE)
@@ -96,6 +96,14 @@ def test_what_the_native_kernel_does_not_take_is_said():
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(refuses(*args, None))
     assert refuses(x[:1, :32].as_strided((1, 32), (44, 1)), w[:, :32], None) is None
+
+
+def test_what_the_native_kernel_takes_is_found_out_while_compiling():
+    refuses = registry.OPS["linear_few_rows"].supports["native"]
+    x, w = torch.zeros(4, 40, dtype=BF16), torch.zeros(8, 40, dtype=BF16)
+    taken = torch.compile(lambda x, w: x + (refuses(x, w) is None), fullgraph=True, backend="eager")
+    assert taken(x, w).all()
+    assert not taken(x[:, :36], w[:, :36]).any()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])

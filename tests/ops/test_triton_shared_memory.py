@@ -36,14 +36,15 @@ def shared_memory(kernel, capability: int, dtype: str, cut: dict, **constants) -
 
 
 def compile_all() -> None:
-    from cs336.ops.triton import gated_delta_rule, gated_delta_rule_bwd, paged_latent
+    from cs336.ops.triton import gated_delta_rule, gated_delta_rule_bwd, linear_attention, paged_latent
 
     gpu, dtypes = torch.device("cuda"), {"fp32": torch.float32, "bf16": torch.bfloat16}
     for capability, room in GPUS.items():
-        gated_delta_rule.shared_memory = paged_latent.shared_memory = lambda device, room=room: room
+        for module in (gated_delta_rule, linear_attention, paged_latent):
+            module.shared_memory = lambda device, room=room: room
         for dtype in dtypes if capability == 90 else ["bf16"]:
             cut = gated_delta_rule.plan(128, 128, dtypes[dtype], gpu)
-            took = shared_memory(gated_delta_rule_bwd._walk_back_kernel, capability, dtype, cut)
+            took = shared_memory(gated_delta_rule_bwd._walk_back_kernel, capability, dtype, cut["walk back"])
             print(f"walk back {dtype} on {capability}: {took} of {room}")
         for rows in (16, 128):
             cut = paged_latent.plan(rows, 512, 64, torch.bfloat16, gpu)

@@ -13,9 +13,9 @@ from cs336.models.huggingface.rotary import read_rope, write_rope
 from cs336.nn import AttentionConfig, GELUConfig, MLPConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
 
 # their name of an activation -> ours
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
-ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-THEIR_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
+SAME = {name: name for name in ("silu", "gelu", "relu", "relu2", "sigmoid")}
+ACTIVATIONS = SAME | {"swish": "silu"} | dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
+THEIR_ACTIVATIONS = SAME | {"gelu_tanh": "gelu_pytorch_tanh"}
 # the start of a name of ours -> theirs
 NAMES = {
     ".attention_norm.": "model.layers.{layer}.input_layernorm.",

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.rounding import join, split
+
 
 def step_(
     params: list[Tensor],
@@ -29,3 +31,13 @@ def step_(
         update = m / (v.sqrt() * rsqrt_bias2 + eps)
         before = p.to(torch.promote_types(p.dtype, m.dtype))
         p.copy_(before - (before * (lr * weight_decay).to(m.dtype) + update * step_size))
+
+
+def remainder_step_(params: list[Tensor], remainders: list[Tensor], grads: list[Tensor], *rest) -> None:
+    """step_ of the float32 weights whose halves params and remainders are: see ref/rounding.py."""
+    wide = [join(p, remainder) for p, remainder in zip(params, remainders, strict=True)]
+    step_(wide, grads, *rest)
+    for p, remainder, w in zip(params, remainders, wide, strict=True):
+        rounded, bits = split(w)
+        p.copy_(rounded)
+        remainder.copy_(bits)

@@ -1,4 +1,5 @@
-"""The backward of the gated delta rule: gradients of the states walk back, then all chunks side by side.
+"""The backward of the gated delta rule: what chunks can do by themselves, then gradients of the states walk back, then
+all chunks side by side.
 
 With S the state before a chunk, dS the gradient of that after it, x = u - W S and P_ij = scale exp(c_i - c_j) q_i k_j:
 
@@ -29,22 +30,19 @@ from cs336.ops.triton.linear_attention import (
 
 
 @triton.jit
-def _walk_back_kernel(
+def _local_kernel(
     do_ptr,  # (B, H, T, V)
     q_ptr,  # (B, G, T, K)
     k_ptr,
-    w_ptr,  # (B, H, T, K), contiguous
     g_ptr,  # (B, H, T) float32, or None
-    dlast_ptr,  # (B, H, K, V) float32, or None
     segments_ptr,  # (B, T), or None
-    dstates_ptr,  # (B, H, N, K, V): of the state after each chunk
-    dx_ptr,  # (B, H, T, V), contiguous
-    dfirst_ptr,  # (B, H, K, V) float32
+    read_ptr,  # (B, H, T, K), contiguous: what the queries read of the state before their chunk, scale exp(c) q
+    dx_ptr,  # (B, H, T, V), contiguous: P^T do
     do_b, do_h, do_stride, q_b, q_h, q_stride, k_b, k_h, k_stride, g_b, g_h, g_stride, segments_b,
     H, group, T, K, V, scale,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    v0, head = tl.program_id(0) * BLOCK_V, tl.program_id(1).to(tl.int64)
+    start, head = tl.program_id(0) * CHUNK, tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     do_ptr = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
     q_ptr = rows_of(q_ptr, b, h // group, 0, q_b, q_h, q_stride)
@@ -53,6 +51,33 @@ def _walk_back_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
+    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+    q = load_columns(q_ptr, q_stride, start, T, 0, K, CHUNK, BLOCK_K)
+    k = load_columns(k_ptr, k_stride, start, T, 0, K, CHUNK, BLOCK_K)
+    store_columns(read_ptr + head * T * K, K, scaled(q, scale * into), start, T, 0, K, CHUNK, BLOCK_K)
+    p = cast(dot(q, tl.trans(k)) * inner_decay(c, run, CHUNK) * scale, q.dtype)
+    for v0 in range(0, V, BLOCK_V):
+        do = load_columns(do_ptr, do_stride, start, T, v0, V, CHUNK, BLOCK_V)
+        store_columns(dx_ptr + head * T * V, V, dot(tl.trans(p), do), start, T, v0, V, CHUNK, BLOCK_V)
+
+
+@triton.jit
+def _walk_back_kernel(
+    do_ptr,  # (B, H, T, V)
+    read_ptr,  # (B, H, T, K), contiguous, as all but do
+    left_ptr,  # (B, H, T, K)
+    w_ptr,  # (B, H, T, K)
+    through_ptr,  # (B, H, N) float32
+    dlast_ptr,  # (B, H, K, V) float32, or None
+    dstates_ptr,  # (B, H, N, K, V): of the state after each chunk
+    dx_ptr,  # (B, H, T, V): P^T do becomes dx
+    dfirst_ptr,  # (B, H, K, V) float32
+    do_b, do_h, do_stride,
+    H, T, K, V,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    v0, head = tl.program_id(0) * BLOCK_V, tl.program_id(1).to(tl.int64)
+    do_ptr = rows_of(do_ptr, tl.program_id(1) // H, tl.program_id(1) % H, 0, do_b, do_h, do_stride)
     num_chunks = tl.cdiv(T, CHUNK)
     d = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if dlast_ptr is not None:
@@ -61,15 +86,15 @@ def _walk_back_kernel(
         n = num_chunks - 1 - i
         store_state(dstates_ptr + (head * num_chunks + n) * K * V, d, 0, v0, K, V, BLOCK_K, BLOCK_V)
         start = n * CHUNK
-        c, into, out, through, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
-        q = load_columns(q_ptr, q_stride, start, T, 0, K, CHUNK, BLOCK_K)
-        k = load_columns(k_ptr, k_stride, start, T, 0, K, CHUNK, BLOCK_K)
+        through = tl.load(through_ptr + head * num_chunks + n)
+        read = load_columns(read_ptr + head * T * K, K, start, T, 0, K, CHUNK, BLOCK_K)
+        left = load_columns(left_ptr + head * T * K, K, start, T, 0, K, CHUNK, BLOCK_K)
         w = load_columns(w_ptr + head * T * K, K, start, T, 0, K, CHUNK, BLOCK_K)
         do = load_columns(do_ptr, do_stride, start, T, v0, V, CHUNK, BLOCK_V)
-        p = cast(dot(q, tl.trans(k)) * inner_decay(c, run, CHUNK) * scale, q.dtype)
-        dx = dot(tl.trans(p), do) + dot(k, cast(d, k.dtype)) * out[:, None]
+        local = load_columns(dx_ptr + head * T * V, V, start, T, v0, V, CHUNK, BLOCK_V)
+        dx = cast(local.to(tl.float32) + dot(left, cast(d, left.dtype)), w.dtype)
         store_columns(dx_ptr + head * T * V, V, dx, start, T, v0, V, CHUNK, BLOCK_V)
-        d = d * through + scale * dot(tl.trans(scaled(q, into)), do) - dot(tl.trans(w), cast(dx, w.dtype))
+        d = d * through + dot(tl.trans(read), do) - dot(tl.trans(w), dx)
     store_state(dfirst_ptr + head * K * V, d, 0, v0, K, V, BLOCK_K, BLOCK_V)
 
 
@@ -178,23 +203,26 @@ def bwd(do, dlast, q, k, v, beta, g, state, segments, scale):
     (B, H, T, V), (_, G, _, K) = v.shape, q.shape
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
-    inverse, w, u, x, before, _ = corrected(k, v, beta, g, state, segments)
-    dstates, dx = torch.empty_like(before), torch.empty_like(x)
+    inverse, w, left, u, x, before, through, _ = corrected(k, v, beta, g, state, segments)
+    read, dstates, dx = torch.empty_like(w), torch.empty_like(before), torch.empty_like(x)
     dfirst = v.new_empty(B, H, K, V, dtype=torch.float32)
     dq, dk = (v.new_empty(B, H, T, K, dtype=v.dtype if G == H else torch.float32) for _ in range(2))
     dv = v.new_empty(B, H, T, V)
     dbeta, dg = (v.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
     dlast = None if dlast is None else dlast.contiguous()
-    of_tiles, group = plan(K, V, v.dtype, v.device), H // G
+    cuts, group, N = plan(K, V, v.dtype, v.device), H // G, before.shape[2]
     with torch.cuda.device_of(q):
-        _walk_back_kernel[(triton.cdiv(V, of_tiles["BLOCK_V"]), B * H)](
-            do, q, k, w, g, dlast, segments, dstates, dx, dfirst,
-            *strides(do), *strides(q), *strides(k), *strides(g), segments_b, H, group, T, K, V, scale, **of_tiles,
+        _local_kernel[(N, B * H)](
+            do, q, k, g, segments, read, dx,
+            *strides(do), *strides(q), *strides(k), *strides(g), segments_b, H, group, T, K, V, scale, **cuts["local"],
         )  # fmt: skip
-        _grads_kernel[(before.shape[2], B * H)](
+        _walk_back_kernel[(triton.cdiv(V, cuts["walk back"]["BLOCK_V"]), B * H)](
+            do, read, left, w, through, dlast, dstates, dx, dfirst, *strides(do), H, T, K, V, **cuts["walk back"]
+        )
+        _grads_kernel[(N, B * H)](
             do, q, k, v, beta, g, segments, inverse, w, u, x, dx, before, dstates, dq, dk, dv, dbeta, dg,
             *strides(do), *strides(q), *strides(k), *strides(v), *strides(beta), *strides(g), segments_b,
-            H, group, T, K, V, scale, **(of_tiles | {"num_stages": 1}),
+            H, group, T, K, V, scale, **cuts["grads"],
         )  # fmt: skip
     if G != H:
         dq, dk = (d.unflatten(1, (G, group)).sum(2).to(q.dtype) for d in (dq, dk))

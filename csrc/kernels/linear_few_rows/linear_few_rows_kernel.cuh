@@ -2,7 +2,7 @@
 // or sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they
 // come:
 //
-//   y (16 rows of x, 8 rows of weights) += x (16, 16) w^T (16, 8)                       m16n8k16, fp32 sums
+//   y^T (16 rows of weights, 8 rows of x) += w (16, 16) x^T (16, 8)                     m16n8k16, fp32 sums
 //
 // A product does not care in which order it meets the features, so that a lane takes eight neighbours of a row of x, 16
 // bytes, and the same eight of a row of weights: four lanes a row, 32 features, two products. `split` warps of a block
@@ -24,11 +24,11 @@ constexpr int kThreads = kWarps * 32;
 // How a warp is shaped for up to 8 * kEights rows of x.
 template <WeightFormat kFormat, int kEights>
 struct Shape {
-  static constexpr int kTiles = kFormat == WeightFormat::kInt4 ? 2 : 1;  // of 8 rows of weights: they share loads of x
-  static constexpr int kRows = kTiles * kTileRows;                       // of weights
-  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);     // of each row in a step
-  static constexpr int kVectors = kStepBytes / 16;                       // of a step
-  static constexpr int kPartial = kEights * 8 * kRows;                   // floats: what a warp hands to its team
+  static constexpr int kTiles = kFormat == WeightFormat::kLikeX ? 1 : 2;  // of 8 rows of weights: one product of both
+  static constexpr int kRows = kTiles * kTileRows;                        // of weights
+  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);      // of each row in a step
+  static constexpr int kVectors = kStepBytes / 16;                        // of a step
+  static constexpr int kPartial = kEights * 8 * kRows;                    // floats: what a warp hands to its team
 };
 
 template <typename T, WeightFormat kFormat>
@@ -50,11 +50,13 @@ struct Walk {
   __device__ __forceinline__ bool is_last_of_tile() const { return step + split >= steps; }
 };
 
-template <typename T, WeightFormat kFormat, int kEights>
+// kZeros: the weights have some.
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 class Warp {
   using S = Shape<kFormat, kEights>;
   using W = Weights<T, kFormat>;
   static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
+  static_assert(S::kRows * S::kChunks == 32, "a lane has the scale of a row's chunk");
 
  public:
   // shared: the rings of all warps, what they hand to their teams, x.
@@ -88,8 +90,8 @@ class Warp {
     wait_for_predecessor();
     keep_x();
     clear(sums_);
-    [[maybe_unused]] Scales scales, next_scales;
-    if constexpr (kScaled) load_scales(next_scales, start);
+    [[maybe_unused]] Grid grid, next_grid;
+    if constexpr (kScaled) next_grid = load_grid(start);
     for (Walk here = start; here.tile < tiles;) {
       copy(ahead, stage);
       ahead.next();
@@ -97,12 +99,12 @@ class Warp {
       Walk next = here;
       next.next();
       if constexpr (kScaled) {
-        scales = next_scales;
-        load_scales(next_scales, next);
+        grid = next_grid;
+        next_grid = load_grid(next);
       }
       wait_copies<kStages - 1>();
       __syncwarp();
-      multiply(here, stage, scales);
+      multiply(here, stage, grid);
       __syncwarp();  // all have read what the next copy overwrites
       if (here.is_last_of_tile()) {
         join(here.tile);
@@ -113,18 +115,18 @@ class Warp {
   }
 
  private:
-  using Sums = float[S::kTiles][4];
+  using Sums = float[kEights][4];  // row g of tile i and rows 2 t, 2 t + 1 of x: at 2 i and behind it
 
-  struct Scales {                        // of the chunks of a step
-    float of[S::kChunks][S::kTiles][2];  // of the two rows of weights whose sums a lane has
-    float zero[S::kChunks][S::kTiles];   // of the row that it multiplies with
+  struct Grid {  // of one chunk of one row of a step: lane row * kChunks + chunk has it
+    Scale scale;
+    int zero;
   };
 
   __device__ __forceinline__ static void clear(Sums& sums) {
 #pragma unroll
-    for (int i = 0; i < S::kTiles; i++)
+    for (int h = 0; h < kEights; h++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) sums[i][c] = 0.f;
+      for (int c = 0; c < 4; c++) sums[h][c] = 0.f;
   }
 
   // 16 bytes of each of this lane's chunks.
@@ -159,59 +161,63 @@ class Warp {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Scales& scales) {
+  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Grid& grid) {
     // What lanes of rows that are not there multiply is not looked at.
     const int first = at.step * S::kChunks * W::kPieces * 4 + t_, vectors = x_vectors(p_.K);
-    const uint4* low_row = x_ + min(g_, p_.M - 1) * vectors + first;
-    const uint4* high_row = x_ + min(g_ + 8, p_.M - 1) * vectors + first;
+    const uint4* x_row[kEights];
+#pragma unroll
+    for (int h = 0; h < kEights; h++) x_row[h] = x_ + min(8 * h + g_, p_.M - 1) * vectors + first;
+    [[maybe_unused]] float scale;
+    if constexpr (kScaled) scale = grid.scale.value(p_.scale_dtype);
 #pragma unroll
     for (int c = 0; c < S::kChunks; c++) {
       [[maybe_unused]] Sums part;
-      [[maybe_unused]] Scales own;
       if constexpr (kScaled) clear(part);
+      [[maybe_unused]] int zeros[S::kTiles];
+#pragma unroll
+      for (int i = 0; i < S::kTiles; i++)
+        if constexpr (kZeros) zeros[i] = __shfl_sync(~0u, grid.zero, lane_of(i, g_, c));
 #pragma unroll
       for (int j = 0; j < W::kPieces; j++) {
-        const uint4 low = low_row[(c * W::kPieces + j) * 4];
-        const uint4 high = kEights == 1 ? uint4{0, 0, 0, 0} : high_row[(c * W::kPieces + j) * 4];
+        uint32_t w[2][4] = {};  // without a second tile zeros
 #pragma unroll
         for (int i = 0; i < S::kTiles; i++) {
-          uint32_t w[4];
-          W::take(w, ring_ + stage * S::kVectors + (i * S::kChunks + c) * 32, g_, t_, j);
-          if constexpr (kScaled) {
-            if (p_.zeros) subtract<T>(w, scales.zero[c][i]);
-          }
-          float (&to)[4] = kScaled ? part[i] : sums_[i];
-          multiply_add<T>(to, {low.x, high.x, low.y, high.y}, w[0], w[1]);
-          multiply_add<T>(to, {low.z, high.z, low.w, high.w}, w[2], w[3]);
+          W::take(w[i], ring_ + stage * S::kVectors + (i * S::kChunks + c) * 32, g_, t_, j);
+          if constexpr (kZeros) subtract<T>(w[i], zeros[i]);
+        }
+#pragma unroll
+        for (int h = 0; h < kEights; h++) {
+          const uint4 x = x_row[h][(c * W::kPieces + j) * 4];
+          float (&to)[4] = kScaled ? part[h] : sums_[h];
+          multiply_add<T>(to, {w[0][0], w[1][0], w[0][1], w[1][1]}, x.x, x.y);
+          multiply_add<T>(to, {w[0][2], w[1][2], w[0][3], w[1][3]}, x.z, x.w);
         }
       }
       if constexpr (kScaled) {
 #pragma unroll
-        for (int i = 0; i < S::kTiles; i++)
+        for (int i = 0; i < S::kTiles; i++) {
+          const float of_row = __shfl_sync(~0u, scale, lane_of(i, g_, c));
 #pragma unroll
-          for (int e = 0; e < 4; e++) sums_[i][e] += part[i][e] * scales.of[c][i][e % 2];
+          for (int h = 0; h < kEights; h++)
+#pragma unroll
+            for (int e = 2 * i; e < 2 * i + 2; e++) sums_[h][e] += part[h][e] * of_row;
+        }
       }
     }
   }
 
-  __device__ __forceinline__ void load_scales(Scales& scales, const Walk& at) const {
+  // Which has the grid of chunk c of row `row` of tile i.
+  __device__ __forceinline__ static int lane_of(int i, int row, int c) {
+    return (i * kTileRows + row) * S::kChunks + c;
+  }
+
+  // Of this lane's row and chunk: one load, which nothing waits for before the next step.
+  __device__ __forceinline__ Grid load_grid(const Walk& at) const {
+    const int n = min(at.tile * S::kRows + lane_ / S::kChunks, p_.N - 1);
+    const int k = (at.step * S::kChunks + lane_ % S::kChunks) * W::kPieces * cuda::kFeatures;
     const int groups = (p_.K + p_.group - 1) / p_.group;
-#pragma unroll
-    for (int c = 0; c < S::kChunks; c++) {
-      const int k = (at.step * S::kChunks + c) * W::kPieces * cuda::kFeatures;
-      const int group = min(k / p_.group, groups - 1);
-#pragma unroll
-      for (int i = 0; i < S::kTiles; i++) {
-        const int n = at.tile * S::kRows + i * kTileRows;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int64_t row = min(n + 2 * t_ + e, p_.N - 1);
-          scales.of[c][i][e] = load_scale(p_.scales, row * groups + group, p_.scale_dtype);
-        }
-        const int64_t row = min(n + g_, p_.N - 1);
-        scales.zero[c][i] = p_.zeros ? p_.zeros[row * groups + group] : 0.f;
-      }
-    }
+    const int64_t group = static_cast<int64_t>(n) * groups + min(k / p_.group, groups - 1);
+    return {.scale = load_scale(p_.scales, group, p_.scale_dtype), .zero = kZeros ? p_.zeros[group] : 0};
   }
 
   __device__ __forceinline__ void sync_team() const {
@@ -226,11 +232,10 @@ class Warp {
     sync_team();  // all have read the tile before
     float* mine = partials_ + member_ * S::kPartial;
 #pragma unroll
-    for (int i = 0; i < S::kTiles; i++)
+    for (int h = 0; h < kEights; h++)
 #pragma unroll
-      for (int half = 0; half < kEights; half++)
-        *reinterpret_cast<float2*>(mine + (half * 8 + g_) * S::kRows + i * kTileRows + t_ * 2) =
-            make_float2(sums_[i][half * 2], sums_[i][half * 2 + 1]);
+      for (int e = 0; e < 2 * S::kTiles; e++)
+        mine[(8 * h + 2 * t_ + e % 2) * S::kRows + e / 2 * kTileRows + g_] = sums_[h][e];
     sync_team();
     for (int e = member_ * 32 + lane_; e < p_.M * S::kRows; e += plan_.split * 32) {
       const int n = tile * S::kRows + e % S::kRows;
@@ -252,10 +257,10 @@ class Warp {
   Sums sums_;
 };
 
-template <typename T, WeightFormat kFormat, int kEights>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
   extern __shared__ uint4 shared[];
-  Warp<T, kFormat, kEights>(p, plan, shared).run();
+  Warp<T, kFormat, kEights, kZeros>(p, plan, shared).run();
 }
 
 }  // namespace cs336::few_rows

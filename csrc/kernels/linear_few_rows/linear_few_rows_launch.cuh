@@ -7,7 +7,7 @@
 
 namespace cs336::few_rows {
 
-template <typename T, WeightFormat kFormat, int kEights>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros = false>
 void launch_kernel(const LinearFewRowsParams& p, cudaStream_t stream) {
   using S = Shape<kFormat, kEights>;
   const int steps = ceil_div(bytes_of_row<T, kFormat>(p.K), S::kChunks * kChunkBytes);
@@ -17,12 +17,16 @@ void launch_kernel(const LinearFewRowsParams& p, cudaStream_t stream) {
       .threads = dim3(kThreads),
       .shared_bytes = kRingBytes + kWarps * S::kPartial * sizeof(float) + p.M * x_vectors(p.K) * sizeof(uint4),
       .dependent = true};
-  launch<linear_few_rows_kernel<T, kFormat, kEights>>(shape, stream, p, shared_by);
+  launch<linear_few_rows_kernel<T, kFormat, kEights, kZeros>>(shape, stream, p, shared_by);
 }
 
 template <WeightFormat kFormat>
 void launch_format(const LinearFewRowsParams& p, cudaStream_t stream) {
   const auto of_dtype = [&]<typename T>(T) {
+    if constexpr (kFormat == WeightFormat::kInt8 || kFormat == WeightFormat::kInt4) {
+      if (p.zeros && p.M <= 8) return launch_kernel<T, kFormat, 1, true>(p, stream);
+      if (p.zeros) return launch_kernel<T, kFormat, 2, true>(p, stream);
+    }
     if (p.M <= 8) return launch_kernel<T, kFormat, 1>(p, stream);
     return launch_kernel<T, kFormat, 2>(p, stream);
   };

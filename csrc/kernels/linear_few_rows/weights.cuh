@@ -24,6 +24,13 @@ inline constexpr bool kHalf = std::is_same_v<T, __half>;
 // One 16-bit pattern, or number, twice.
 __device__ __forceinline__ constexpr uint32_t twice(uint32_t bits) { return bits | bits << 16; }
 
+// (a & mask) | bits, in one instruction.
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
   if constexpr (kHalf<T>) {
@@ -47,8 +54,8 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
 }
 
 template <typename T>
-__device__ __forceinline__ void subtract(uint32_t (&w)[4], float zero) {
-  const T z = from_float<T>(zero);
+__device__ __forceinline__ void subtract(uint32_t (&w)[4], int zero) {
+  const T z = from_float<T>(static_cast<float>(zero));
   const uint32_t pair = twice(reinterpret_cast<const uint16_t&>(z));
 #pragma unroll
   for (int i = 0; i < 4; i++) w[i] = minus<T>(w[i], pair);
@@ -96,8 +103,8 @@ struct FromInt8 {
       return minus<T>(bits, twice(0x6480));
     } else {
       const uint32_t bits = __byte_perm(word, 0, kSelect);
-      const uint32_t low = (bits & twice(0x7f)) | twice(0x4300);   // 128 + the lower seven bits
-      const uint32_t sign = (bits & twice(0x80)) | twice(0x4300);  // 128, or 256 where the sign is set
+      const uint32_t low = masked(bits, twice(0x7f), twice(0x4300));   // 128 + the lower seven bits
+      const uint32_t sign = masked(bits, twice(0x80), twice(0x4300));  // 128, or 256 where the sign is set
       return minus<T>(low, sign);
     }
   }
@@ -134,16 +141,33 @@ struct Weights<T, WeightFormat::kInt4> {
     const uint32_t word = reinterpret_cast<const uint32_t*>(tile + slot_of(g, j))[t];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const uint32_t bits = (word >> 4 * i & twice(0xf)) | twice(kHalf<T> ? 0x6400 : 0x4300);  // 1024 or 128, + 8 + q
+      const uint32_t bits =
+          masked(word >> 4 * i, twice(0xf), twice(kHalf<T> ? 0x6400 : 0x4300));  // 1024 or 128, + 8 + q
       w[i] = minus<T>(bits, twice(kHalf<T> ? 0x6408 : 0x4308));
     }
   }
 };
 
-__device__ __forceinline__ float load_scale(const void* scales, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::F32) return static_cast<const float*>(scales)[i];
-  if (dtype == Dtype::F16) return to_float(static_cast<const __half*>(scales)[i]);
-  return to_float(static_cast<const __nv_bfloat16*>(scales)[i]);
+// A scale as it is kept: who asks for its value waits for it. In one register of two, for a load must wait for the one
+// before that writes the same.
+struct Scale {
+  uint32_t word;
+  uint16_t half;
+
+  __device__ __forceinline__ float value(Dtype dtype) const {
+    if (dtype == Dtype::F32) return __uint_as_float(word);
+    if (dtype == Dtype::BF16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
+    return __half2float(__ushort_as_half(half));
+  }
+};
+
+__device__ __forceinline__ Scale load_scale(const void* scales, int64_t i, Dtype dtype) {
+  Scale scale = {};
+  if (dtype == Dtype::F32)
+    scale.word = static_cast<const uint32_t*>(scales)[i];
+  else
+    scale.half = static_cast<const uint16_t*>(scales)[i];
+  return scale;
 }
 
 }  // namespace cs336::few_rows

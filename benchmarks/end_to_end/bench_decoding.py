@@ -1,0 +1,120 @@
+"""Tokens a second of one sequence through the engine: of weights of 16, 8 and 4 bits, and with prompt lookup.
+
+    python -m benchmarks.end_to_end.bench_decoding llama-1b qwen3-8b --out FILE
+
+Weights are random, of real shapes. With prompt lookup the layers add nothing to what they read, so that the next token
+follows from the last alone; that takes as long as ever. A text then repeats itself (greedy: all drafts are right),
+wanders (drawn from three tokens: most drafts are wrong) or is new (drawn from all: there are no drafts).
+"""
+
+import argparse
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.quantization import quantize_
+from cs336.models import Transformer, TransformerConfig
+
+MODELS = {
+    "llama-1b": TransformerConfig(128256, 4096, 16, 2048, 32, num_kv_heads=8, d_ff=8192, tie_embeddings=True),
+    "qwen3-8b": TransformerConfig(151936, 4096, 36, 4096, 32, num_kv_heads=8, d_ff=12288, qk_norm=True),
+    "tiny": TransformerConfig(256, 512, 2, 64, 2, tie_embeddings=True),
+}
+WEIGHTS = {"llama-1b": ("bf16", "int8", "fp8", "int4"), "qwen3-8b": ("bf16", "int4"), "tiny": ("bf16", "int4")}
+TEXTS = {
+    "repeats itself": SamplingParams(temperature=0),
+    "wanders": SamplingParams(temperature=1000, top_k=3, seed=1),
+    "is new": SamplingParams(temperature=1000, seed=1),
+}
+REPEATS = 3
+PROMPT = 100
+
+
+def engine(model: Transformer, **options: Any) -> LLM:
+    return LLM(model, max_seqs=1, max_len=1024, max_step_tokens=128, prefix_cache=False, quiet=True, **options)
+
+
+def rate(llm: LLM, params: SamplingParams, tokens: int) -> float:
+    """Tokens a second behind the first, of the best of some runs."""
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, llm.model.config.vocab_size, (min(PROMPT, tokens),), generator=draw).tolist()
+    asked = SamplingParams(temperature=params.temperature, top_k=params.top_k, seed=params.seed, max_tokens=tokens)
+    best = 0.0
+    for _ in range(REPEATS):
+        request = llm.engine.add(prompt, asked)
+        (sample,) = request.samples
+        while len(sample.token_ids) == len(prompt):
+            llm.engine.step()
+        seen, begin = len(sample.token_ids), time.perf_counter()
+        while not request.finished:
+            llm.engine.step()
+        best = max(best, (len(sample.token_ids) - seen) / (time.perf_counter() - begin))
+    return best
+
+
+def make(name: str, device: torch.device, weights: str) -> Transformer:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Transformer(MODELS[name], device=device, dtype=dtype).eval()
+    return model if weights == "bf16" else quantize_(model, weights, group=128)
+
+
+def measure(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
+    for weights in WEIGHTS[name]:
+        model = make(name, device, weights)
+        read = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
+        read += (model.embedding if model.head is None else model.head).weight.nbytes
+        speed = rate(engine(model), TEXTS["is new"], tokens)
+        yield {"model": name, "weights": weights, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 3)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def speculate(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
+    model = make(name, device, "bf16")
+    for path, weight in model.layers.named_parameters():
+        if path.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    plain, drafting = engine(model), engine(model, speculation="ngram")
+    for text, params in TEXTS.items():
+        before = sum(drafting.engine.stats.drafted), sum(drafting.engine.stats.accepted)
+        speeds = [rate(llm, params, tokens) for llm in (plain, drafting)]
+        drafted, accepted = (sum(n) for n in (drafting.engine.stats.drafted, drafting.engine.stats.accepted))
+        yield {
+            "model": name,
+            "text": text,
+            "tokens_per_second": round(speeds[0], 1),
+            "with_lookup": round(speeds[1], 1),
+            "drafted": drafted - before[0],
+            "accepted": accepted - before[1],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=MODELS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--out", type=pathlib.Path, help="results file that gets the run `decoding`")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    command = f"python -m benchmarks.end_to_end.bench_decoding {' '.join(args.models)} --tokens {args.tokens}"
+    header = results.header(device, command, roofs=False)
+    rows = []
+    for name in args.models:
+        for kind in (measure, speculate) if MODELS[name].tie_embeddings else (measure,):
+            for row in kind(name, device, args.tokens):
+                rows.append(row)
+                print(row, flush=True)
+                if args.out:
+                    results.write(args.out, "decoding", header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Plain torch; the formula is in ops/causal_conv1d.py."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cs336.ops.ref.wide import wide
+
+
+def fwd(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, segments_BS: Tensor | None) -> Tensor:
+    y_BSC = torch.zeros_like(wide(x_BSC)) if bias_C is None else wide(bias_C).expand(x_BSC.shape).clone()
+    for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
+        y_BSC[:, k:] += _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
+    return y_BSC.to(x_BSC.dtype)
+
+
+def bwd(dy_BSC: Tensor, x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x; dweight (C, K) and dbias (C,) in float32 or wider."""
+    dy_BSC, S = wide(dy_BSC), x_BSC.shape[1]
+    dx_BSC, dtaps = torch.zeros_like(dy_BSC), []
+    for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS):
+        part = _seen(dy_BSC[:, k:], seen)
+        dx_BSC = dx_BSC + torch.nn.functional.pad(part * tap_C, (0, 0, 0, k))
+        dtaps.append((part * _seen(wide(x_BSC[:, : S - k]), seen)).sum((0, 1)))
+    dtaps += [torch.zeros_like(dtaps[0])] * (weight_CK.shape[1] - len(dtaps))  # taps that reach before the first
+    return dx_BSC.to(x_BSC.dtype), torch.stack(dtaps[::-1], -1), dy_BSC.sum((0, 1))
+
+
+def _seen(values_BSC: Tensor, seen: Tensor | None) -> Tensor:
+    """Zeros where another segment stands: a product with zero would let its NaN through."""
+    return values_BSC if seen is None else torch.where(seen, values_BSC, 0)
+
+
+def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Of each shift k: its weights (C,), and which tokens, from the k-th on, see the one k before them."""
+    K, S = weight_CK.shape[1], x_BSC.shape[1]
+    for k in range(min(K, max(S, 1))):
+        seen = None
+        if segments_BS is not None and k:
+            seen = (segments_BS[:, k:] == segments_BS[:, : S - k])[..., None]
+        yield k, wide(weight_CK[:, K - 1 - k]), seen
