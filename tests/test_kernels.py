@@ -1,4 +1,5 @@
-"""What the compiler made of the CUDA kernels: no spills, no stack frames, machine code for every promised GPU."""
+"""What the compiler made of the CUDA kernels: no spills, no stack frames, machine code for every promised GPU, and
+barriers where they belong."""
 
 import importlib.util
 import pathlib
@@ -45,6 +46,15 @@ def test_no_spills():
 
     spilled = [f"{name}: {line}" for name, line, stack, local in used if int(stack) > allowed(name) or int(local)]
     assert not spilled, "\n".join(spilled)
+
+
+def test_blocks_that_sample_have_all_begun_before_one_writes_to_another():
+    """A generic store is one to the cluster's shared memory, which is there once every block of it has begun."""
+    names = re.findall(r"Function (\S*sample_kernel\S*):", cuobjdump("-res-usage"))
+    assert names
+    for code in cuobjdump("-sass", "-fun", ",".join(names)).split("Function :")[1:]:
+        met, stored = re.search(r"\bUCGABAR_WAIT\b", code), re.search(r"\bST\.E\b", code)
+        assert met and stored and met.start() < stored.start(), code.split(maxsplit=1)[0]
 
 
 def test_architectures():
