@@ -54,7 +54,9 @@ def test_blocks_that_sample_have_all_begun_before_one_writes_to_another():
     assert names
     for code in cuobjdump("-sass", "-fun", ",".join(names)).split("Function :")[1:]:
         met, stored = re.search(r"\bUCGABAR_WAIT\b", code), re.search(r"\bST\.E\b", code)
-        assert met and stored and met.start() < stored.start(), code.split(maxsplit=1)[0]
+        assert met
+        assert stored
+        assert met.start() < stored.start(), code.split(maxsplit=1)[0]
 
 
 def test_architectures():
