@@ -54,8 +54,9 @@ def paged_attention(
         sinks: (H,) float32, one more score a head, whose value is zero.
         invariant: a sequence's bits are the same in any batch. False: the native kernel cuts sequences wherever that
             divides the work best, and gives the same bits for the same batch only.
-        settled: a promise that none of the kernels just before this one on the stream writes page_table, seq_lens or
-            any token but the last Q of each sequence: the others are then read while those kernels still run.
+        settled: a promise that page_table, seq_lens and all tokens but the last Q of each sequence are written by none
+            of the kernels just before this one on the stream, and may be read while those still run: not by the last
+            kernel, whatever made it, nor by those that it may overlap itself.
         return_lse: return the scores' log-sum-exp too: (B, H, Q) float32, sinks included.
 
     Returns out (B, Q, H, E) like q, or (out, lse). A query without keys gives zeros: all of an empty slot, and the
