@@ -74,6 +74,22 @@ def test_scale_softcap_and_window(forced, device, options):
     check(inputs((2, 4, 2, 9, 13, 8), F32, device), causal=True, **options)
 
 
+def test_keys_that_no_query_sees(forced, device):
+    """Most blocks of a backward meet no query, and wait for none; the other keys have the gradients they have alone."""
+    S, T, cut, D, left = (70, 19270, 18560, 128, 64) if device == "cuda" else (3, 40, 32, 8, 2)
+    q, k, v = inputs((1, 8, 4, S, T, D), BF16 if device == "cuda" else F32, device)
+    do = torch.randn_like(q)
+
+    def gradients(*leaves):
+        return torch.autograd.grad(ops.attention(*leaves, causal=True, window=(left, 0)), leaves, do)
+
+    dq, *d_keys = gradients(q, k, v)
+    alone = gradients(q, *(x[:, :, cut:].detach().requires_grad_() for x in (k, v)))
+    for got, want in zip((dq, *(x[:, :, cut:] for x in d_keys)), alone, strict=True):
+        torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+    assert all(x[:, :, -S:].any() and not x[:, :, : T - S - left].any() for x in d_keys)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mask_shape", [(2, 1, 1, 13), (9, 13), (2, 4, 9, 13), (1, 13), (13,)])
