@@ -21,8 +21,8 @@ struct ShardedAdamwParams {  // one shard: float32 or bfloat16 weights and gradi
   Dtype dtype;
 };
 
-// squares (kSquares,): partial sums, in an order that numel alone decides; in float64 that order shows in none of the
-// total's float32 bits. numel is a multiple of kShardAlign.
+// squares (kSquares,): partial sums, in an order that numel alone decides; in float64 that order shows in hardly
+// any of the total's float32 bits. numel is a multiple of kShardAlign.
 void sum_squares(const void* x, int64_t numel, Dtype dtype, double* squares, cudaStream_t stream);
 
 // total (1,) = the sum of x (numel,), in a fixed order.

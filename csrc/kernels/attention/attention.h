@@ -40,8 +40,8 @@ struct AttentionBwdParams {
   AttentionProblem problem;
   AttentionTensor q, k, v, o, dout, dq, dk, dv;
   const float *lse, *dlse;  // as the forward's lse; dlse may be null
-  void* workspace;          // attention_bwd_workspace(problem) bytes, 16-byte aligned
-  bool deterministic;
+  void* workspace;          // the bytes of AttentionBwdWorkspace, 16-byte aligned
+  bool deterministic;       // dQ is added up in turns: asked for, or because that is faster (attention_bwd_in_turns)
 };
 
 // Both need compute capability 9.0 and the shapes that attention_plan.h supports, with at least one query and one key.
