@@ -273,8 +273,8 @@ __device__ __forceinline__ void bwd_multiply_queries(const BwdArgs& a, typename 
     if (uniform(w.kv_head) < 0) break;
     for (int i = uniform(w.steps(a.heads)); i > 0; i--, count++) {
       const int buffer = count % 2;
-      // Who stored dS has seen K come. To wait for K beside steps would not do: keys that no query sees have none, the
-      // next K may be there before this warp looks, and it would wait for the one after, which waits for this warp.
+      // Whoever stored dS has waited for K. A wait for K outside of the steps could miss it: while keys that no query
+      // sees pass by, K of the tile after may come too, and this warp would wait for a phase that needs it to go on.
       barrier_wait(&shared.ds_full[buffer], count / 2 & 1);
 #pragma unroll 1  // few registers
       for (int piece = 0; piece < Tile::kGroups; piece++) {
