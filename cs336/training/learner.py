@@ -80,7 +80,8 @@ class Learner:
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
-        with registry.determinism(self.deterministic), self.autocast(), calling_layers(self.model, self._call_layer):
+        call = self._call_layer if self.model.training else call_layer  # validation is not worth a compilation
+        with registry.determinism(self.deterministic), self.autocast(), calling_layers(self.model, call):
             return self.division.objective(self.division.called, self.division.own(batch))
 
     def autocast(self) -> torch.autocast:
