@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from cs336.data import TokenDataset, TokenLoader
-from cs336.models import TransformerConfig
+from cs336.models import TransformerConfig, recompute
 from cs336.training.learner import Learner
 from tests.training import tiny_run
 
@@ -58,6 +58,20 @@ def test_a_step_is_that_without(tmp_path, how):
         assert (counters["stats"]["unique_graphs"] > before) == compile
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     torch.testing.assert_close(*weights)
+
+
+def test_the_list_of_what_is_kept_is_not_traced(tmp_path, monkeypatch):
+    """It would be made anew for each graph, with a warning."""
+    traced = []
+
+    def products():
+        traced.append(torch.compiler.is_dynamo_compiling())
+        return [torch.ops.aten.mm.default]
+
+    monkeypatch.setattr(recompute, "_products", products)
+    made = learner(tmp_path, compile=True, gradient_checkpointing="selective")
+    made.update(batch(made), 1e-3)
+    assert traced and not any(traced)
 
 
 def test_what_looks_at_single_modules_sees_them(tmp_path):
