@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import TransformerConfig, recompute
+from cs336.training.division import compile_layer
 from cs336.training.learner import Learner
 from tests.training import tiny_run
 
@@ -42,6 +43,17 @@ def test_a_process_that_trains_many_models_compiles_all(tmp_path):
     with torch._dynamo.config.patch(recompile_limit=1):
         for d_model in (8, 12, 16):
             made = learner(tmp_path, d_model=d_model, compile=True)
+            before = counters["stats"]["unique_graphs"]
+            made.update(batch(made), 1e-3)
+            assert counters["stats"]["unique_graphs"] == before + 2
+
+
+def test_layers_whose_weights_come_and_go_are_compiled_in_all_models(tmp_path):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for d_model in (8, 12, 16):
+            made = learner(tmp_path, d_model=d_model)
+            for layer in made.model.layers:
+                compile_layer(layer)
             before = counters["stats"]["unique_graphs"]
             made.update(batch(made), 1e-3)
             assert counters["stats"]["unique_graphs"] == before + 2
