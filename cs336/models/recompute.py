@@ -32,8 +32,12 @@ def recomputed(how: Recompute, layer: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(layer, *args, use_reentrant=False)
     if how != "selective":
         raise ValueError(f"gradient_checkpointing must be none, selective or full, got {how!r}")
-    contexts = functools.partial(create_selective_checkpoint_contexts, _products())
-    return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(layer, *args, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> Any:
+    """A function of its own, which torch.compile does not trace."""
+    return create_selective_checkpoint_contexts(_products())
 
 
 @functools.cache

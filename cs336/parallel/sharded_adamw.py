@@ -282,8 +282,9 @@ class ShardedAdamW(torch.optim.Optimizer):
     def overlap(self, module: nn.Module) -> None:
         """Let a step return while parameters are still gathered; the module's forward waits for each when it needs it.
 
-        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself for those that
-        are used outside of elements too, and for those of this optimizer that it does not have. Call `wait` before
+        An element of an nn.ModuleList or nn.Sequential waits for its own parameters, the module itself, or the first of
+        its other modules that is called, for those that are used outside of elements too, and for those of this
+        optimizer that it does not have. Call `wait` before
         anything else reads parameters, or captures a CUDA graph; the module's state_dict() and load_state_dict() do so.
         For modules that run eagerly.
         """
@@ -295,7 +296,8 @@ class ShardedAdamW(torch.optim.Optimizer):
         inside = {p for part in parts for p in part.parameters()} - outside
         root = _distinct([bucket for p, bucket in of.items() if p not in inside])
         self._order = _distinct([*root, *(bucket for unit in units for bucket in unit)])
-        for part, needed in zip((module, *parts), (root, *units), strict=True):
+        around = [m for m in module.modules() if m not in within]  # which a method beside forward may call
+        for part, needed in (*((m, root) for m in around), *zip(parts, units, strict=True)):
             part.register_forward_pre_hook(lambda module, args, needed=needed: self._before_forward(needed))
         module.register_state_dict_pre_hook(lambda *args: self.wait())
         module.register_load_state_dict_pre_hook(lambda *args: self.wait())

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ from cs336.parallel.pipeline import layers_of
 from cs336.training.config import AdamWConfig, TrainConfig
 from cs336.training.objectives import Batch, NextToken
 
+MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
 ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
 DESCRIBED = ("special_ids", "generation_config", "chat_template")  # of a model, beside its weights
 
@@ -277,9 +278,16 @@ def _mesh(world: Any, **sizes: int) -> Mesh:
     return Mesh(**sizes)
 
 
+def compiled_call_layer() -> Callable[..., tuple]:
+    """torch.compile of call_layer, for layers of as many kinds and models as a process has."""
+    limits = torch._dynamo.config  # of all of these together; past it layers would run uncompiled
+    limits.recompile_limit = max(limits.recompile_limit, MOST_LAYERS)
+    return torch.compile(call_layer)
+
+
 def compile_layer(layer: nn.Module) -> None:
     """Compile a block's forward in training, by itself. It is given a Stream, as a model's blocks are."""
-    eager, compiled = layer.forward, torch.compile(call_layer)
+    eager, compiled = layer.forward, compiled_call_layer()
 
     def forward(stream: Stream, *rest: Any) -> Stream:
         return Stream.of(compiled("none", eager, stream.flat(), *rest)) if layer.training else eager(stream, *rest)

@@ -1,6 +1,5 @@
 """What is measured and shown between steps: validation, samples. A run has a list of these."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,8 +59,7 @@ class Validation:
         self.pause = Pause("validate", config.eval_interval, EVALS, self._steps)
 
     def __call__(self, learner: Learner, total_steps: int) -> Finding:
-        # A compiled objective keeps its gradients and mode: without them it would be compiled again.
-        with contextlib.nullcontext() if learner.compiled else learner.evaluating():
+        with learner.evaluating():
             size = min(self.size, learner.micro_batch_size)
             windows, division = self.windows(total_steps), learner.division
             loss = mean_loss(learner.terms, self.data, windows, size, learner.device, division)

@@ -20,7 +20,7 @@ from cs336.parallel import ShardedAdamW, ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
 from cs336.training.checkpoint import load_whole
 from cs336.training.config import TrainConfig
-from cs336.training.division import DESCRIBED, Division, why_not
+from cs336.training.division import DESCRIBED, Division, compiled_call_layer, why_not
 from cs336.training.fit import Numerics, choose_recompute, predicted_memory, room
 from cs336.training.graph import StepGraph
 from cs336.training.guard import first_non_finite
@@ -29,7 +29,6 @@ from cs336.training.weights import load_weights
 from cs336.utils.device import peak_flops
 from cs336.utils.nvtx import annotate
 
-MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -69,9 +68,7 @@ class Learner:
         # What is outside is our own kernels. Of weights that come and go the division compiles the layers.
         self._call_layer = call_layer
         if self.compiled and self.division.fsdp is None:
-            self._call_layer = torch.compile(call_layer)
-            limits = torch._dynamo.config  # of all models of the process together; past it layers would run uncompiled
-            limits.recompile_limit = max(limits.recompile_limit, MOST_LAYERS)
+            self._call_layer = compiled_call_layer()
         if rank():
             torch.manual_seed(_seed_of_rank(config.seed))
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
@@ -80,7 +77,8 @@ class Learner:
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""
-        with registry.determinism(self.deterministic), self.autocast(), calling_layers(self.model, self._call_layer):
+        call = self._call_layer if self.model.training else call_layer  # validation is not worth a compilation
+        with registry.determinism(self.deterministic), self.autocast(), calling_layers(self.model, call):
             return self.division.objective(self.division.called, self.division.own(batch))
 
     def autocast(self) -> torch.autocast:

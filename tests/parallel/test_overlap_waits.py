@@ -42,3 +42,16 @@ def test_a_parameter_that_is_tied_to_one_in_a_list(world):
     holds_table = [model.embedding.weight in set(bucket.params) for bucket in model.optimizer._buckets]
     assert sorted(holds_table) == [False, True]
     assert model.at_the_table == [not holds for holds in holds_table]
+
+
+def test_a_method_beside_forward(world):
+    """As a Transformer's `features` is: it begins at the table, not at the model's own call."""
+    model = Tied()
+    model.optimizer = ShardedAdamW(model.parameters(), bucket_mb=0)
+    model.optimizer.overlap(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    model.optimizer.step()
+    holds_table = [model.embedding.weight in set(bucket.params) for bucket in model.optimizer._buckets]
+    assert all(bucket.gathering for bucket in model.optimizer._buckets)
+    model.embedding(torch.tensor([1, 2]))
+    assert [bucket.gathering for bucket in model.optimizer._buckets] == [not holds for holds in holds_table]

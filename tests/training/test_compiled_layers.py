@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from cs336.data import TokenDataset, TokenLoader
-from cs336.models import TransformerConfig
+from cs336.models import TransformerConfig, recompute
+from cs336.training.division import compile_layer
 from cs336.training.learner import Learner
 from tests.training import tiny_run
 
@@ -47,6 +48,17 @@ def test_a_process_that_trains_many_models_compiles_all(tmp_path):
             assert counters["stats"]["unique_graphs"] == before + 2
 
 
+def test_layers_whose_weights_come_and_go_are_compiled_in_all_models(tmp_path):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for d_model in (8, 12, 16):
+            made = learner(tmp_path, d_model=d_model)
+            for layer in made.model.layers:
+                compile_layer(layer)
+            before = counters["stats"]["unique_graphs"]
+            made.update(batch(made), 1e-3)
+            assert counters["stats"]["unique_graphs"] == before + 2
+
+
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_a_step_is_that_without(tmp_path, how):
     values, weights = [], []
@@ -58,6 +70,21 @@ def test_a_step_is_that_without(tmp_path, how):
         assert (counters["stats"]["unique_graphs"] > before) == compile
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     torch.testing.assert_close(*weights)
+
+
+def test_the_list_of_what_is_kept_is_not_traced(tmp_path, monkeypatch):
+    """It would be made anew for each graph, with a warning."""
+    traced = []
+
+    def products():
+        traced.append(torch.compiler.is_dynamo_compiling())
+        return [torch.ops.aten.mm.default]
+
+    monkeypatch.setattr(recompute, "_products", products)
+    made = learner(tmp_path, compile=True, gradient_checkpointing="selective")
+    made.update(batch(made), 1e-3)
+    assert traced
+    assert not any(traced)
 
 
 def test_what_looks_at_single_modules_sees_them(tmp_path):
