@@ -22,7 +22,7 @@ def paged_attention(
     window: int,
     softcap: float,
     sinks_H: Tensor | None,
-    *_: bool,
+    *orders: bool,  # of a kernel's sums
 ) -> tuple[Tensor, Tensor]:
     """o (B, Q, H, E), lse (B, H, Q)."""
     B, Q, H, _ = q_BQHD.shape

@@ -153,10 +153,10 @@ class Client:
                 continue
             if status < 300:
                 return answer
-            error = answer.get("error", {}) if isinstance(answer, dict) else {}
-            if status == 409 and lost and error.get("run"):  # the answer was lost, and not the run
-                return self._ask("GET", f"/runs/{error['run']}")
-            raise ApiError(status, error)
+            refusal = answer.get("error", {}) if isinstance(answer, dict) else {}
+            if status == 409 and lost and refusal.get("run"):  # the answer was lost, and not the run
+                return self._ask("GET", f"/runs/{refusal['run']}")
+            raise ApiError(status, refusal)
 
     def _once(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         connection = self._kind(*self._address, timeout=TIMEOUT)
