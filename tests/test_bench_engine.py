@@ -16,6 +16,7 @@ def test_rows_of_each_kind_make_a_table(tmp_path):
     assert run["header"]["command"] == "python -m benchmarks.end_to_end.bench_engine tiny tiny-scoring"
     served, uncached, cached = run["rows"]
     assert served["output_tokens"] == 30
+    assert served["dtype"] == ("bfloat16" if bench_engine.torch.cuda.is_available() else "float32")
     assert served["tokens_per_second"] == pytest.approx(30 / served["seconds"], rel=0.1)
     assert uncached["output_tokens"] == cached["output_tokens"] == 20
     assert [line.split("|")[1].strip() for line in report.engine(run["rows"])][2:] == [

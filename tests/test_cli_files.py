@@ -113,3 +113,21 @@ def test_standard_output_that_is_full(unbuffered, what):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
         done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, f"cs336: {what}: No space left on device\n")
+
+
+def test_what_went_wrong_is_said_where_standard_output_is_full_too():
+    program = "import sys; from cs336.cli import main; print(1); sys.exit(main(['scaling', 'fit', 'none.csv']))"
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "cs336: none.csv: No such file or directory\n")
+
+
+def test_a_descriptor_is_no_output(place, capsys):
+    with open("redirected", "w") as file:  # as /dev/stdout is, before `> redirected`
+        os.symlink(f"/proc/self/fd/{file.fileno()}", "out")
+        assert main(["tokenizer", "train", "text.txt", "--vocab-size", "270", "--output", "out"]) == 2
+        out, err = capsys.readouterr()
+    assert out == ""
+    assert "out is a device or a pipe" in err

@@ -70,7 +70,7 @@ def measure(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, 
         read = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
         read += (model.embedding if model.head is None else model.head).weight.nbytes
         speed = rate(engine(model), TEXTS["is new"], tokens)
-        yield {"model": name, "weights": weights, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 3)}
+        yield {"model": name, "weights": weights, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 6)}
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

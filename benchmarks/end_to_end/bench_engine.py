@@ -108,7 +108,8 @@ def measure(work: Work, llm: LLM) -> list[dict[str, Any]]:
     run_engine(llm, Load(8, (20, 20), (10, 10)).requests(vocab_size))
     for _ in range(work.repeats):
         found = run_engine(llm, work.load.requests(vocab_size))
-        row: dict[str, Any] = {"op": "engine", "variant": "cs336", "work": work.title, "dtype": "bf16"}
+        row: dict[str, Any] = {"op": "engine", "variant": "cs336", "work": work.title}
+        row["dtype"] = harness.dtype_name(llm.model.embedding.weight.dtype)
         row |= {"output_tokens": found["output_tokens"], "seconds": found["seconds"]}
         row |= {"tokens_per_second": found["tok_s"], "steps": found["steps"]}
         row |= {name: found[name] for name in ("ttft_p50_ms", "itl_p50_ms")}

@@ -13,6 +13,7 @@ from typing import IO, Annotated
 from tyro.conf import DisallowNone, arg
 
 from cs336.utils.documents import open_bytes, unpacking
+from cs336.utils.files import is_special
 
 Path = pathlib.Path
 MaybePath = DisallowNone[Path | None]
@@ -31,7 +32,7 @@ def check_output(path: Path | None, *inputs: Path) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a directory: expected the name of a file to write")
-    if path.exists() and not path.is_file():
+    if is_special(path):
         raise ValueError(f"{path} is a device or a pipe: expected the name of a file to write")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, or write elsewhere")

@@ -153,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError as full:  # what was printed, and would be tried again at the end
             _drop_output()
-            full.filename, error = "standard output", full
+            if isinstance(error, OSError) and error.errno == full.errno and not error.filename:
+                full.filename, error = "standard output", full
         print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
 

@@ -15,8 +15,8 @@ def fit(
     points: Positional[Path],
     law: Law = "chinchilla",
     bootstrap: int = 400,
-    huber_delta: float = 1e-3,
-    least_tokens: float = 0.0,
+    huber_delta: float | None = None,
+    least_tokens: float | None = None,
     base: MaybePath = None,
     out: MaybePath = None,
 ) -> None:
@@ -30,9 +30,9 @@ def fit(
             of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
             (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
         bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
-        huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. The paper's 0.001
-            is for noise of that size; runs of tiny models have more.
-        least_tokens: runs on fewer are left out: the first tokens teach by another law.
+        huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. None: the paper's
+            0.001, for noise of that size; runs of tiny models have more.
+        least_tokens: of approaches 1 to 3: runs on fewer are left out, since the first tokens teach by another law.
         base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
@@ -41,6 +41,10 @@ def fit(
     check_output(out, points)
     if (law == "repeats") != (base is not None):
         raise ValueError("--law repeats takes --base, a law of runs that do not repeat, and no other law does")
+    if huber_delta is not None and law != "chinchilla":
+        raise ValueError(f"--huber-delta is of --law chinchilla, and --law {law} has none")
+    if least_tokens is not None and law in ("step", "repeats"):
+        raise ValueError(f"--law {law} takes no --least-tokens: leave those runs out of {points}")
     if law == "step":
         _fit_step(points, bootstrap, out)
         return
@@ -48,12 +52,13 @@ def fit(
         _fit_repeats(points, base, bootstrap, out)
         return
     runs = read_points(points)
+    least_tokens = least_tokens or 0.0
     runs = runs.take(runs.tokens >= least_tokens)
     if not len(runs):
         raise ValueError(f"{points} has no run on {least_tokens:,.0f} tokens or more: lower --least-tokens")
     found: dict[str, Any] = {"law": law, "points": str(points), "least_tokens": least_tokens, "runs": len(runs)}
     if law == "chinchilla":
-        fitted = fit_chinchilla(runs, huber_delta=huber_delta, bootstrap=bootstrap)
+        fitted = fit_chinchilla(runs, huber_delta=1e-3 if huber_delta is None else huber_delta, bootstrap=bootstrap)
         for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):
             found[name] = getattr(fitted.law, name)
             interval = fitted.interval(name) if bootstrap else None
@@ -105,8 +110,11 @@ def _fit_repeats(points: Path, base: Path, bootstrap: int, out: MaybePath) -> No
     found = json.loads(base.read_text(encoding="utf-8"))
     for name in ("repeat_decay", "excess_decay"):
         found[name] = getattr(repeats, name)
-        found[f"{name}_interval"] = interval = repeats.interval(name) if bootstrap else None
+        told = name == "repeat_decay" or repeats.excess
+        found[f"{name}_interval"] = interval = repeats.interval(name) if bootstrap and told else None
         print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+    if not repeats.excess:
+        print("excess_decay is the published one: no run has more parameters than its unique tokens deserve")
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -129,6 +137,8 @@ def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
     if not (study / "ledger.sqlite").exists():
         raise ValueError(f"{study} holds no study: expected what `cs336 sweep` writes")
     entries = [entry for entry in Ledger(study).entries() if entry.state == "done"]
+    if not entries:
+        raise ValueError(f"{study} holds a study without a finished run")
     curves = [curve(study / "runs" / entry.folder / "metrics.jsonl", parts) for entry in entries]
     found = normalized(np.array(curves), load_fit(law).law.E)
     for entry, off in zip(entries, found.off_R, strict=True):

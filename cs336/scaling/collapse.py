@@ -53,11 +53,16 @@ def curve(metrics: pathlib.Path, parts: int = PARTS, name: str = "train/loss") -
 
     Raises ValueError where a part has no row: log more often, or take fewer parts.
     """
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
+    if parts < 2:
+        raise ValueError(f"parts must be 2 or more, got {parts}")
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        found = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=np.float64).reshape(-1, 2)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{metrics} holds no metrics of a run: {error!r}") from None
     if not len(found):
         raise ValueError(f"{metrics} has no {name}")
-    places = np.minimum((found[:, 0] - 1) * parts // found[-1, 0], parts - 1).astype(int)
+    places = np.clip((found[:, 0] - 1) * parts // found[-1, 0], 0, parts - 1).astype(int)
     counts = np.bincount(places, minlength=parts)
     if not counts.all():
         raise ValueError(f"{metrics} has {len(found)} rows of {name}, which leave one of {parts} parts empty")

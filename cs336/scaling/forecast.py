@@ -45,9 +45,9 @@ def read(log: pathlib.Path) -> list[Forecast]:
     if not log.exists():
         return []
     found = []
-    for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
         try:
-            found.append(Forecast(**json.loads(line)))
+            found.append(Forecast(**json.loads(line.decode())))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{log}:{number} is no forecast: {error}") from None
     return found

@@ -18,7 +18,7 @@ NAMES = {
     "parameters": ("parameters", "params", "n", "num_parameters", "model size"),
     "tokens": ("tokens", "d", "num_tokens", "training tokens"),
     "lr": ("lr", "learning_rate", "learning rate", "optimizer.lr"),
-    "batch_tokens": ("batch_tokens", "batch size", "batch_size_tokens", "bs"),
+    "batch_tokens": ("batch_tokens", "batch_size_tokens"),  # a "batch size" may be of sequences
 }
 
 
@@ -59,12 +59,6 @@ def fit_power(y, columns: Mapping[str, np.ndarray], *, bootstrap: int = 400, see
             raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
     log_y_n = np.log(named.pop("y"))
     design_nK = np.stack([np.ones_like(log_y_n), *map(np.log, named.values())], 1)
-    if len(design_nK) <= design_nK.shape[1] or np.linalg.matrix_rank(design_nK) < design_nK.shape[1]:
-        raise ValueError(
-            f"{design_nK.shape[1]} numbers want more runs, whose {' and '.join(named)} differ and do not grow "
-            f"together; got {len(design_nK)}"
-        )
-
     centre_K = design_nK.mean(0)
     centre_K[0] = 0
     weight_Bn = np.random.default_rng(seed).multinomial(
@@ -74,6 +68,11 @@ def fit_power(y, columns: Mapping[str, np.ndarray], *, bootstrap: int = 400, see
     x_nK = design_nK - centre_K
     gram_BKK = np.einsum("bn,nk,nl->bkl", weight_Bn, x_nK, x_nK)
     told_apart = np.linalg.matrix_rank(gram_BKK) == len(centre_K)
+    if len(design_nK) <= len(centre_K) or not told_apart[0]:
+        raise ValueError(
+            f"{len(centre_K)} numbers want more runs, whose {' and '.join(named)} differ and do not grow together; "
+            f"got {len(design_nK)}"
+        )
     moments_BK1 = np.einsum("bn,nk,n->bk", weight_Bn, x_nK, log_y_n)[told_apart, :, None]
     solved_BK = np.linalg.solve(gram_BKK[told_apart], moments_BK1)[..., 0]
     solved_BK[:, 0] = np.exp(solved_BK[:, 0] - solved_BK @ centre_K)

@@ -25,6 +25,8 @@ class Repeats:
     repeat_decay: float
     excess_decay: float
     resampled_B2: np.ndarray
+    excess: bool
+    """Whether runs tell of excess_decay; else it is the published one."""
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of repeat_decay or excess_decay: quantiles over the resampled runs."""
@@ -72,4 +74,4 @@ def fit_repeats(points: Points, unique_tokens, base: ChinchillaLaw, *, bootstrap
     n = len(points)
     drawn_Bn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap)
     whole = found(np.ones(n))
-    return Repeats(*whole, np.array([found(weight_n) for weight_n in drawn_Bn]).reshape(-1, 2))
+    return Repeats(*whole, np.array([found(weight_n) for weight_n in drawn_Bn]).reshape(-1, 2), excess)

@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     mode is "w" (UTF-8 text) or "wb". Raises OSError, with the name of the file, where it cannot be written.
     """
     path = pathlib.Path(path)
-    if _is_special(path):
+    if is_special(path):
         raise OSError(
             errno.EINVAL, "a device or a pipe, in whose place a file would be put: name a file", os.fspath(path)
         )
@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync(path.parent)
 
 
-def _is_special(path: pathlib.Path) -> bool:
+def is_special(path: pathlib.Path) -> bool:
     """Whether there is something that is neither file nor directory, or a name of one's own descriptors."""
     if path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout
         return True

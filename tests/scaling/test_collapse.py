@@ -42,6 +42,11 @@ def test_a_curve_is_of_equal_parts_of_the_steps(tmp_path):
         curve(path, 50)
     with pytest.raises(ValueError, match="has no val/bpb"):
         curve(path, name="val/bpb")
+    with pytest.raises(ValueError, match="parts must be 2 or more, got 0"):
+        curve(path, 0)
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tr')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no metrics of a run: JSONDecodeError"):
+        curve(path, 4)
 
 
 def test_curves_that_are_none_are_refused():

@@ -49,3 +49,6 @@ def test_what_is_refused_leaves_the_log(tmp_path, capsys):
     log.write_text(kept + "{}\n")
     with pytest.raises(ValueError, match=r"log.jsonl:2 is no forecast"):
         read(log)
+    log.write_bytes(kept.encode().replace(b'"a"', b'"\xe9"'))  # Latin-1: not read as another name, which would be kept
+    with pytest.raises(ValueError, match=r"log.jsonl:1 is no forecast"):
+        read(log)

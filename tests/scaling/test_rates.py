@@ -44,6 +44,8 @@ def test_what_cannot_be_told_apart_is_refused():
     N = np.geomspace(1e6, 1e8, 5)
     with pytest.raises(ValueError, match="want more runs, whose parameters and tokens differ and do not grow"):
         fit_power(N, {"parameters": N, "tokens": 20 * N})
+    with pytest.raises(ValueError, match="want more runs, whose parameters and tokens differ and do not grow"):
+        fit_power(N, {"parameters": N, "tokens": 20 * N * (1 + 1e-9 * np.array([1, -1, 2, 0, -2]))})
     with pytest.raises(ValueError, match="got 2"):
         fit_power(N[:2], {"tokens": N[:2]})
     with pytest.raises(ValueError, match="y must be positive and finite; run 1"):
@@ -65,3 +67,6 @@ def test_from_a_file(tmp_path, capsys):
     points.write_text(json.dumps([{"N": 1e6, "D": 1e9, "lr": 1e-3}]))
     assert main(["scaling", "fit", str(points), "--law", "step"]) == 2
     assert "batch_tokens is not among N, D, lr" in capsys.readouterr().err
+    points.write_text(json.dumps([{"N": 1e6, "D": 1e9, "lr": 1e-3, "batch size": 512}]))  # tokens, or sequences?
+    assert main(["scaling", "fit", str(points), "--law", "step"]) == 2
+    assert "batch_tokens is not among" in capsys.readouterr().err

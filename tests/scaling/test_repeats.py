@@ -73,3 +73,21 @@ def test_from_a_file_to_a_prediction(tmp_path, capsys):
         assert float(capsys.readouterr().out.split()[1]) == pytest.approx(loss, abs=1e-3)
     assert main(command) == 2
     assert "--law repeats takes --base" in capsys.readouterr().err
+    for option in ("--huber-delta", "--least-tokens"):  # which it does not read
+        assert main([*command, "--base", str(base), option, "1"]) == 2
+        assert option in capsys.readouterr().err
+
+
+def test_a_decay_that_no_run_tells_is_said_to_be_the_published_one(tmp_path, capsys):
+    points, unique = repeating(largest=1e7)
+    enough = unique >= 1e9
+    rows = zip(points.parameters[enough], points.tokens[enough], points.loss[enough], unique[enough], strict=True)
+    names = ("parameters", "tokens", "loss", "unique_tokens")
+    (tmp_path / "runs.json").write_text(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+    law = {name: getattr(EPOCH, name) for name in ("E", "A", "B", "alpha", "beta")}
+    base, out = tmp_path / "base.json", tmp_path / "law.json"
+    base.write_text(json.dumps(law | {"resampled": [], "residuals": [0.0]}))
+    command = ["scaling", "fit", str(tmp_path / "runs.json"), "--law", "repeats", "--base", str(base)]
+    assert main([*command, "--bootstrap", "2", "--out", str(out)]) == 0
+    assert "the published one: no run has more parameters than its unique tokens deserve" in capsys.readouterr().out
+    assert json.loads(out.read_text())["excess_decay_interval"] is None

@@ -56,6 +56,8 @@ def test_runs_on_few_tokens_are_left_out(points, tmp_path, capsys):
 def test_the_other_approaches(points, law, capsys):
     assert main(["scaling", "fit", str(points), "--law", law]) == 0
     assert "parameters = " in capsys.readouterr().out
+    assert main(["scaling", "fit", str(points), "--law", law, "--huber-delta", "0.01"]) == 2
+    assert f"--huber-delta is of --law chinchilla, and --law {law} has none" in capsys.readouterr().err
 
 
 def test_the_published_law_needs_no_file(capsys):
