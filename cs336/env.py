@@ -140,10 +140,12 @@ def extras() -> Iterator[Line]:
         name, extra = re.match(r"[\w.-]+", requirement), re.search(r'extra == "([\w-]+)"', requirement)
         assert name is not None
         packages.setdefault(extra[1] if extra else "core", []).append(name[0])
+    used = {name for extra_name, names in packages.items() if extra_name != "dev" for name in names}
     for extra_name, names in packages.items():
         missing = [name for name in names if not _installed(name)]
         wanted = "cs336" if extra_name == "core" else f"'cs336[{extra_name}]'"
-        here = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names if n not in missing)
+        shown = [name for name in names if extra_name != "dev" or name not in used]  # others' are named above
+        here = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in shown if n not in missing)
         sentence = (
             f"{here + '; ' if here else ''}missing {', '.join(missing)}: pip install {wanted}" if missing else here
         )

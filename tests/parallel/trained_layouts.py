@@ -35,7 +35,9 @@ class Trainer(training.Trainer):
 def run(argument):
     path, _, step = argument.partition(":")
     stops["step"] = int(step or -1)
-    print(f"{argument}: {main(['train', '--config', path])}", flush=True)
+    code = main(["train", "--config", path])
+    sys.stdout.flush()  # by itself: ranks share a pipe, which keeps short writes whole
+    print(f"\n{argument}: {code}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def spoil(monkeypatch, factors):
         factor = factors.get(self.step + 1, 1.0)
         handles = []
         if math.isfinite(factor):
-            terms = self.learner._terms
-            self.learner._terms = lambda *batch: (terms(*batch)[0] * factor, *terms(*batch)[1:])
+            terms = self.learner.terms
+            self.learner.terms = lambda batch: (terms(batch)[0] * factor, *terms(batch)[1:])
         else:
             mlp = self.learner.model.layers[0].mlp
             handles.append(mlp.register_forward_hook(lambda module, inputs, output: output * factor))
@@ -31,7 +31,7 @@ def spoil(monkeypatch, factors):
             for handle in handles:
                 handle.remove()
             if math.isfinite(factor):
-                self.learner._terms = terms
+                self.learner.terms = terms
 
     original = Trainer._update
     monkeypatch.setattr(Trainer, "_update", update)
