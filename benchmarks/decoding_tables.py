@@ -18,9 +18,9 @@ def quantization(rows: list[Row]) -> Iterator[str]:
 
 def decoding(rows: list[Row]) -> Iterator[str]:
     """A row for each kind of weights, and one for each text with prompt lookup."""
-    yield "| model | weights | GB read a token | tokens a second | of bf16 |\n| --- | --- | ---: | ---: | ---: |"
+    yield "| model | weights | GB read a token | tokens a second | of unquantised |\n| --- | --- | ---: | ---: | ---: |"
     weights = [row for row in rows if "weights" in row]
-    plain = {row["model"]: row["tokens_per_second"] for row in weights if row["weights"] == "bf16"}
+    plain = {row["model"]: row["tokens_per_second"] for row in weights if row["weights"] in ("bf16", "fp32")}
     for row in weights:
         speed = row["tokens_per_second"]
         times = f"{speed / plain[row['model']]:.2f}"

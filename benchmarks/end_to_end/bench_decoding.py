@@ -25,7 +25,8 @@ MODELS = {
     "qwen3-8b": TransformerConfig(151936, 4096, 36, 4096, 32, num_kv_heads=8, d_ff=12288, qk_norm=True),
     "tiny": TransformerConfig(256, 512, 2, 64, 2, tie_embeddings=True),
 }
-WEIGHTS = {"llama-1b": ("bf16", "int8", "fp8", "int4"), "qwen3-8b": ("bf16", "int4"), "tiny": ("bf16", "int4")}
+WEIGHTS = ("unquantised", "int8", "fp8", "int4")
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 TEXTS = {
     "repeats itself": SamplingParams(temperature=0),
     "wanders": SamplingParams(temperature=1000, top_k=3, seed=1),
@@ -61,23 +62,24 @@ def make(name: str, device: torch.device, weights: str) -> Transformer:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Transformer(MODELS[name], device=device, dtype=dtype).eval()
-    return model if weights == "bf16" else quantize_(model, weights, group=128)
+    return model if weights == "unquantised" else quantize_(model, weights, group=128)
 
 
 def measure(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
-    for weights in WEIGHTS[name]:
+    for weights in WEIGHTS:
         model = make(name, device, weights)
         read = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
         read += (model.embedding if model.head is None else model.head).weight.nbytes
         speed = rate(engine(model), TEXTS["is new"], tokens)
-        yield {"model": name, "weights": weights, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 6)}
+        kept = DTYPES[model.embedding.weight.dtype] if weights == "unquantised" else weights
+        yield {"model": name, "weights": kept, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 6)}
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 @torch.no_grad()
 def speculate(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
-    model = make(name, device, "bf16")
+    model = make(name, device, "unquantised")
     for path, weight in model.layers.named_parameters():
         if path.endswith(("o_proj.weight", "down_proj.weight")):
             weight.zero_()
