@@ -309,6 +309,7 @@ class Warp {
       if (p_.bias) sum += to_float(static_cast<const T*>(p_.bias)[n]);
       static_cast<T*>(p_.y)[static_cast<int64_t>(e / S::kRows) * p_.N + n] = from_float<T>(sum);
     }
+    __syncwarp();  // products want a whole warp
   }
 
   const LinearFewRowsParams& p_;
