@@ -202,11 +202,11 @@ class Warp {
     __syncthreads();
   }
 
-  __device__ __forceinline__ static float sum_of(const uint4& vector) {
-    const T* x = reinterpret_cast<const T*>(&vector);
+  __device__ __forceinline__ static float sum_of(uint4 vector) {
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += to_float(x[i]);
+    for (int i = 0; i < 4; i++) sum += sum_of_pair<T>(words[i]);
     return sum;
   }
 

@@ -49,6 +49,16 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ float sum_of_pair(uint32_t pair) {
+  if constexpr (kHalf<T>) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
+    return both.x + both.y;
+  } else {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+  }
+}
+
 // kBytes: of a piece, 32 features of a row; kPieces: in a chunk of 64 bytes. `take` gives eight features, the j-th of
 // the 16 bytes that a lane has of a chunk, each with kOffset added, and `in_order` those of x in the same order.
 template <typename T, WeightFormat kFormat>
