@@ -11,13 +11,15 @@ is what cs336 serve takes, goes on greedily with prompts of code and of other te
 
 import argparse
 import bisect
+import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,29 +79,38 @@ def rate(llm: LLM, prompt: list[int], params: SamplingParams) -> float:
     return best
 
 
-def make(name: str, device: torch.device, weights: str) -> Transformer:
+def make(name: str, device: torch.device) -> Transformer:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Transformer(MODELS[name], device=device, dtype=dtype).eval()
-    return model if weights == "unquantised" else quantize_(model, weights, group=128)
+    return Transformer(MODELS[name], device=device, dtype=dtype).eval()
 
 
-def measure(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
-    for weights in WEIGHTS:
-        model = make(name, device, weights)
+def measure(name: str, device: torch.device, tokens: int, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
+    unquantised = make(name, device)
+    for weights in kinds:
+        model = copy.deepcopy(unquantised)
+        if weights != "unquantised":
+            quantize_(model, weights, group=128)
         read = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
         read += (model.embedding if model.head is None else model.head).weight.nbytes
-        llm = engine(model)
-        speed = rate(llm, noise(llm, tokens), dataclasses.replace(TEXTS["is new"], max_tokens=tokens))
         kept = DTYPES[model.embedding.weight.dtype] if weights == "unquantised" else weights
+        speed = _alone(model, tokens)
         yield {"model": name, "weights": kept, "tokens_per_second": round(speed, 1), "gb": round(read / 1e9, 6)}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def _alone(model: Transformer, tokens: int) -> float:
+    llm = engine(model)
+    speed = rate(llm, noise(llm, tokens), dataclasses.replace(TEXTS["is new"], max_tokens=tokens))
+    del llm, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return speed
 
 
 @torch.no_grad()
 def speculate(name: str, device: torch.device, tokens: int) -> Iterator[dict[str, Any]]:
-    model = make(name, device, "unquantised")
+    model = make(name, device)
     for path, weight in model.layers.named_parameters():
         if path.endswith(("o_proj.weight", "down_proj.weight")):
             weight.zero_()
@@ -137,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--real", type=pathlib.Path, metavar="MODEL", help="prompt lookup with its weights")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--out", type=pathlib.Path, help="results file that gets the run `decoding` or `decoding_real`")
@@ -148,7 +160,7 @@ def main() -> None:
     command += f" --real {args.real.name}" if args.real else ""
     command += f" --tokens {args.tokens}"
     header = results.header(device, command, roofs=False)
-    makers = [functools.partial(measure, name, device, args.tokens) for name in args.models]
+    makers = [functools.partial(measure, name, device, args.tokens, args.weights) for name in args.models]
     tied = [name for name in args.models if MODELS[name].tie_embeddings]
     makers += [functools.partial(speculate, name, device, args.tokens) for name in tied]
     if args.real:
