@@ -93,11 +93,11 @@ class Warp {
     int stage = 0;
 #pragma unroll 1
     for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+    [[maybe_unused]] Grid grid, next_grid;
+    if constexpr (kScaled) next_grid = load_grid(start);
     wait_for_predecessor();
     keep_x();
     clear(sums_);
-    [[maybe_unused]] Grid grid, next_grid;
-    if constexpr (kScaled) next_grid = load_grid(start);
     for (Walk here = start; here.tile < tiles;) {
       copy(ahead, stage);
       ahead.next();
