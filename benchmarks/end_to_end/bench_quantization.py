@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these, by the names of the table")
     parser.add_argument("--out", type=pathlib.Path, help="results file that gets the run `quantization`")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -99,12 +100,14 @@ def main() -> None:
     header |= {"commit": results.describe_commit(), "date": results.today()}
     rows = []
     for name, method in methods(args.group):
+        if args.only and name not in args.only:
+            continue
         model = load_model(args.model, args.device, torch.float32)
         method(model, batches)
         bits = bits_per_byte(model, held_out, num_bytes)
         size = sum(t.nbytes for t in itertools.chain(model.layers.buffers(), model.layers.parameters())) / 2**20
         rows.append({"model": args.model.stem, "method": name, "bits_per_byte": round(bits, 4), "mib": round(size, 1)})
-        print(f"| {name} | {bits:.4f} | {'' if 'torchao' in name else f'{size:.1f}'} |", flush=True)
+        print(f"| {name} | {bits:.4f} | {size:.1f} |", flush=True)
         if args.out:
             results.write(args.out, "quantization", header, rows)
 
