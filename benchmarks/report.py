@@ -521,6 +521,7 @@ BODIES = {
     "attention_launches": launches,
     "quantization": quantization,
     "decoding": decoding,
+    "decoding_real": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
 BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
