@@ -9,7 +9,8 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import INTERPRET, dot
 from cs336.ops.triton.cast import cast
 
-BLOCK_BYTES = 32  # of a row of weights, in a step
+MOST_FEATURES = 128  # of a step
+WIDE = 8192  # features of y, from which on wider tiles keep all multiprocessors busy
 
 
 @triton.jit(do_not_specialize=["M"])  # it changes from call to call
@@ -71,10 +72,16 @@ def _linear(x, weight, scales, bias, group, zeros, per_byte, fp8=False):
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    block_m, block_n = (16, 16) if INTERPRET.value else (16 if M <= 16 else 64, 32)
+    group = min(group, K)
+    features = min(MOST_FEATURES, max(32, triton.next_power_of_2(group)))
+    block_m = 16 if M <= 16 else 32 if M <= 32 and per_byte == 1 else 64
+    block_n = 64 if N > WIDE else 32
+    if INTERPRET.value:
+        block_m = block_n = 16
     with torch.cuda.device_of(x):
         _linear_kernel[triton.cdiv(N, block_n), triton.cdiv(M, block_m)](
             x, weight, scales, bias, zeros, y, M, N, K, scales.shape[1], x.stride(0),
-            PER_BYTE=per_byte, FP8=fp8, GROUP=min(group, K), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_BYTES,
+            PER_BYTE=per_byte, FP8=fp8, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n,
+            BLOCK_K=features // per_byte, num_warps=4, num_stages=3,
         )  # fmt: skip
     return y
