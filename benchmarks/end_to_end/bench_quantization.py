@@ -103,7 +103,7 @@ def main() -> None:
         if args.only and name not in args.only:
             continue
         model = load_model(args.model, args.device, torch.float32)
-        method(model, batches)
+        model = method(model, batches) or model
         bits = bits_per_byte(model, held_out, num_bytes)
         size = sum(t.nbytes for t in itertools.chain(model.layers.buffers(), model.layers.parameters())) / 2**20
         rows.append({"model": args.model.stem, "method": name, "bits_per_byte": round(bits, 4), "mib": round(size, 1)})

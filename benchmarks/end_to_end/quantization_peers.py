@@ -1,8 +1,8 @@
 """The same quantisers as others have written them, on the same weights and text: torchao, llm-compressor.
 
-Each puts weights in place of a model's that are what its quantised layers multiply with. llm-compressor has a model of
-transformers for it, made of a directory that we write; it wants torch, transformers and compressed-tensors of certain
-versions, for which an environment of its own is best.
+Each puts weights in place of a model's that are what its quantised layers multiply with, or returns a model that has
+them. llm-compressor has a model of transformers for it, made of a directory that we write; it wants torch, transformers
+and compressed-tensors of certain versions, for which an environment of its own is best.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def torchao(bits: int, group: int) -> Method:
 
 
 def llm_compressor(recipe: Callable[[], list]) -> Method:
-    def run(model: Transformer, batches: Batches) -> None:
+    def run(model: Transformer, batches: Batches) -> Transformer:
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
         from llmcompressor import oneshot
         from transformers import AutoModelForCausalLM
@@ -104,6 +104,6 @@ def llm_compressor(recipe: Callable[[], list]) -> Method:
             kept = {name: t.contiguous() for name, t in theirs.state_dict().items() if name in names}
             kept.pop("lm_head.weight", None) if model.config.tie_embeddings else None
             save_file(kept, path, metadata={"format": "pt"})
-            model.load_state_dict(from_pretrained(folder).state_dict())
+            return from_pretrained(folder)  # of its layout, which a model of another file's need not have
 
     return run
