@@ -16,7 +16,7 @@ from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
 from benchmarks.decoding_tables import decoding, quantization
 from benchmarks.mixer_tables import mixers
 from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
-from benchmarks.training_tables import ladder, mfu, optimizers, recipes, train
+from benchmarks.training_tables import ladder, mfu, optimizers, overhead, recipes, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ("benchmarks", "architectures", "attention", "compression", "parallel")
@@ -447,6 +447,7 @@ BODIES = {
     **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights"), train),
     "ladder": ladder,
     "recipes": recipes,
+    "overhead": overhead,
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,

@@ -84,5 +84,25 @@ def recipes(rows: list[Row]) -> Iterator[str]:
     )
 
 
+def overhead(rows: list[Row]) -> Iterator[str]:
+    """What a run does beside its steps."""
+    heads = ("model", "a step", "data and rows", "a validation", "a checkpoint", "both, of 8 minutes", "the GPU waits")
+    yield "| " + " | ".join(heads) + " |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        pauses = f"{row['validation_seconds']:.2f} s", f"{row['checkpoint_seconds']:.2f} s"
+        waits = "–" if row["idle"] is None else f"{row['idle']:.1%}"
+        both = f"{row['validations'] + row['checkpoints']:.1%}"
+        cells = (
+            row["model"],
+            f"{1e3 * row['step_seconds']:.1f} ms",
+            f"{row['data_and_logging']:.1%}",
+            *pauses,
+            both,
+            waits,
+        )
+        yield "| " + " | ".join(cells) + " |"
+
+
 def mfu(row: Row) -> str:
     return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
