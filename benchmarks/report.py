@@ -471,7 +471,7 @@ BODIES = {
     "decoding": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
-BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
+BODIES |= dict.fromkeys(("gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,
