@@ -7,7 +7,7 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import INTERPRET, dot
 from cs336.ops.triton.cast import cast
 
-BLOCK, BLOCK_K, WARPS, STAGES = (16, 16, 4, 1) if INTERPRET.value else (128, 64, 8, 4)
+BLOCK, BLOCK_K, WARPS, STAGES = (16, 16, 4, 1) if INTERPRET.value else (128, 64, 4, 3)
 
 
 @triton.jit
