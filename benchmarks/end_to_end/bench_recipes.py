@@ -5,8 +5,9 @@
 A run is `cs336 train --config recipes/books/NAME.toml` under a budget of seconds, in a process of its own. First all
 recipes at all rates, beside each other, for --sweep seconds each; then each recipe at its best rate for --seconds, one
 after the other or, with --beside, at once. Runs beside each other share the GPU, so both recipes have less of it. Time
-is all time: compilation and validations too. --seconds 0 ends after the sweep; with --rates best=3e-3 gpt2=6e-4 there
-is none. TOKENS/train and TOKENS/val are made by `cs336 tokenizer encode --shards`, here of GPT-2's vocabulary.
+is all time: compilation and validations too. --seconds 0 ends after the sweep. --rates best=3e-3 gpt2=6e-4 are used
+instead of the sweep's; several of a recipe are swept. TOKENS/train and TOKENS/val are made by `cs336 tokenizer encode
+--shards`, here of GPT-2's vocabulary.
 """
 
 import argparse
@@ -132,18 +133,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=480, help="of each last run; 0: the sweep alone (%(default)s)")
     parser.add_argument("--sweep", type=float, default=120, help="seconds of each run of the sweep (%(default)s)")
     parser.add_argument("--beside", action="store_true", help="the last runs at once, on one GPU")
-    parser.add_argument("--rates", type=rate, nargs="+", metavar="NAME=LR", help="only these, and no sweep")
+    parser.add_argument(
+        "--rates", type=rate, nargs="+", metavar="NAME=LR", help="only these; one of each needs no sweep"
+    )
     parser.add_argument("--batch", type=int, help="sequences a step; the recipes' own")
     parser.add_argument("--no-compile", action="store_true", help="for runs that are shorter than it takes")
     parser.add_argument("--directory", type=pathlib.Path, help="of the runs; a temporary one")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the rows into")
     parser.add_argument("--commit", help="to record where there is no git checkout")
     options = parser.parse_args(argv)
-    if options.rates and not options.seconds:
-        parser.error("--rates leave the sweep out and --seconds 0 the last runs: nothing is left to do")
+    rates = {n: [lr for name, lr in options.rates if name == n] for n, _ in options.rates} if options.rates else RATES
+    if not options.seconds and all(len(of_name) == 1 for of_name in rates.values()):
+        parser.error("one rate of each leaves the sweep out and --seconds 0 the last runs: nothing is left to do")
     settings = {"batch_size": options.batch} if options.batch else {}
     settings |= {"compile": False} if options.no_compile else {}
-    rates = {name: [lr] for name, lr in options.rates} if options.rates else RATES
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.directory or pathlib.Path(temporary)
         try:
@@ -160,11 +163,9 @@ def main(argv: list[str]) -> int:
 
 def command(options: argparse.Namespace) -> str:
     """What a reader would type."""
-    words = ["--data TOKENS", f"--seconds {options.seconds:g}"]
+    words = ["--data TOKENS", f"--seconds {options.seconds:g}", f"--sweep {options.sweep:g}"]
     if options.rates:
         words += ["--rates", *(f"{name}={lr:g}" for name, lr in options.rates)]
-    else:
-        words += [f"--sweep {options.sweep:g}"]
     words += [f"--batch {options.batch}"] * bool(options.batch)
     words += ["--beside"] * options.beside + ["--no-compile"] * options.no_compile
     return " ".join(["python -m benchmarks.end_to_end.bench_recipes", *words])
