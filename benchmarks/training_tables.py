@@ -61,6 +61,9 @@ def optimizers(rows: list[Row]) -> Iterator[str]:
 def recipes(rows: list[Row]) -> Iterator[str]:
     """A row a recipe: the learning rate that the sweep chose, and where it leads in the time that all have."""
     swept, last = ([row for row in rows if row["stage"] == stage] for stage in ("sweep", "run"))
+    if not last:  # of the sweep alone
+        names = dict.fromkeys(row["recipe"] for row in swept)
+        last = [min((r for r in swept if r["recipe"] == name), key=lambda r: r["val_loss"]) for name in names]
     heads = ("recipe", "parameters", "learning rate, of those swept", "of the GPU", "seconds", "tokens", "tokens/s")
     yield "| " + " | ".join((*heads, "loss", "ahead")) + " |"
     yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"

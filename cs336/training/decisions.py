@@ -88,7 +88,8 @@ class Decisions:
 
     def observe(self, step: int, seconds: float) -> bool:
         """Take note of the time; whether the number of steps changed."""
-        return self.plan.observe(step, agreed(seconds), reserve=sum(p.seconds or 0.0 for p in self.pauses))
+        reserve, deciding = sum(p.seconds or 0.0 for p in self.pauses), self.save.seconds or 0.0
+        return self.plan.observe(step, agreed(seconds), reserve, deciding)
 
     def due(self, pause: Pause, step: int) -> bool:
         every = pause.every(self.plan)
