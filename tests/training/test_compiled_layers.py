@@ -8,12 +8,9 @@ from torch._dynamo.utils import counters
 
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import TransformerConfig, recompute
-from cs336.nn import attention
 from cs336.training.division import compile_layer
 from cs336.training.learner import Learner
 from tests.training import tiny_run
-
-COMPILE = torch.compile
 
 
 @pytest.fixture(autouse=True)
@@ -73,22 +70,6 @@ def test_a_step_is_that_without(tmp_path, how):
         assert (counters["stats"]["unique_graphs"] > before) == compile
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     torch.testing.assert_close(*weights)
-
-
-@pytest.mark.parametrize(("tile", "products"), [(256, 4), (16, 6)])
-def test_projections_that_leave_tiles_empty_are_one_product(tmp_path, monkeypatch, tile, products):
-    """Of a layer: q, k and v, the output's, gate and up, down's."""
-    found = []
-
-    def backend(graph_module, example_inputs):
-        found.append(sum(node.target is torch.nn.functional.linear for node in graph_module.graph.nodes))
-        return graph_module.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, **options: COMPILE(f, backend=backend))
-    monkeypatch.setattr(attention, "TILE", tile)
-    made = learner(tmp_path, compile=True)
-    made.update(batch(made), 1e-3)
-    assert found == [products] * 2
 
 
 def test_the_list_of_what_is_kept_is_not_traced(tmp_path, monkeypatch):
