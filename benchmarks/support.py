@@ -170,6 +170,7 @@ SAMPLES: dict[str, Arguments] = {
     "dropout_fwd": _dropout,
     "embedding_bwd": _embedding,
     "scale_": _scale,
+    "gram": lambda dtype, device: (torch.empty(2, 4, 64, dtype=dtype, device=device), None, 1.0, 1.0),
     "linear_invariant": _linear,
     "linear_few_rows": _linear,
     **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
