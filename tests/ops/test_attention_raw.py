@@ -286,7 +286,7 @@ def test_why_not_native(tensors, message):
     assert reason is None if message is None else pytest.importorskip("re").search(message, reason)
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
 @pytest.mark.parametrize("suffix", ["fwd", "bwd"])
 def test_why_not_native_by_numbers(suffix, D):
     """Where the arguments of each raw op stand: the sentence names the one that was refused."""
@@ -297,7 +297,7 @@ def test_why_not_native_by_numbers(suffix, D):
     assert ask(*tensors, 0.1, True, -1, -1, 0.0, *last) is None
     assert "positive scale, not -0.5" in ask(*tensors, -0.5, True, -1, -1, 0.0, *last)
     capped = ask(*tensors, 0.1, True, -1, -1, 5.0, *last)
-    assert ("no softcap" in capped) if (suffix, D) == ("bwd", 64) else capped is None
+    assert (f"96 and 128 features, not of {D}" in capped) if suffix == "bwd" and D in (64, 256) else capped is None
 
 
 @pytest.mark.skipif(not CUDA, reason="on a CPU wrong starts are refused")

@@ -129,9 +129,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of
 // its own, so that they compile side by side.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kValueDim>
 void attention_bwd_of(const AttentionBwdParams& params, cudaStream_t stream) {
-  constexpr AttentionBwdShape kShape = *find_attention_shape(kAttentionBwdShapes, kHeadDim, kHeadDim);
+  constexpr AttentionBwdShape kShape = *find_attention_shape(kAttentionBwdShapes, kHeadDim, kValueDim);
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<Mask kMask, bool kCap>() {
     launch_bwd<BwdTile<T, kHeadDim, kShape.queries, kShape.keys, kMask, kCap>>(params, stream);

@@ -10,7 +10,7 @@
 // dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K, and two writer warps let the
 // copy engine add dQ to sums in fp32.
 //
-// With D = 128 dQ has a warpgroup of its own, for which nobody waits:
+// With D = 96 and 128 dQ has a warpgroup of its own, for which nobody waits:
 //   a warpgroup of keys   P |      | dS | store dS |                 | P of the next tile
 //   its products            | dP . dV ............ | dK . S of the next
 //   the warpgroup of dQ     ... of the tile before | dQ | stage it | dQ | stage it |
@@ -48,21 +48,21 @@ struct BwdTile {
   static constexpr int kQueries = kQueries_, kKeys = kKeys_;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
-  static constexpr bool kDqApart = kHeadDim == 128;  // dQ by a warpgroup of its own
-  static constexpr int kGroups = 2;                  // consumer warpgroups, 64 keys each
-  static constexpr int kStages = 2;                  // query tiles in flight
+  static constexpr bool kDqApart = kHeadDim > 64;  // dQ by a warpgroup of its own
+  static constexpr int kGroups = 2;                // consumer warpgroups, 64 keys each
+  static constexpr int kStages = 2;                // query tiles in flight
   static constexpr int kThreads = 128 * (kGroups + (kDqApart ? 2 : 1));
   static constexpr int kProducerRegisters = kDqApart ? 24 : 40, kDqRegisters = 72;
   static constexpr int kConsumerRegisters = kDqApart ? 208 : 232;
-  static constexpr int kPanels = num_panels(kHeadDim);
-  static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
-  static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
+  static constexpr int kPanels = num_panels(kHeadDim), kColumns = kPanels * kPanel;  // those past kHeadDim are zeros
+  static constexpr int kQ = kQueries * kColumns, kQBytes = 2 * kQ;
+  static constexpr int kK = kKeys * kColumns, kKBytes = 2 * kK;
   static constexpr int kRowFloats = 2 * kQueries;  // lse and delta of a query tile
   // dQ of a tile is computed in pieces of 64 rows and 64 columns, one per warpgroup, which divide the columns of a tile
   // of 64 queries, else the rows.
   static constexpr int kPiece = 64 * 64;
   static constexpr bool kSplitColumns = kQueries == 64;
-  static_assert(kKeys == 64 * kGroups && kQueries * kHeadDim == kGroups * kPiece);
+  static_assert(kKeys == 64 * kGroups && kQueries * kColumns == kGroups * kPiece);
 
   struct Shared {
     alignas(1024) T k[kK];
@@ -393,20 +393,7 @@ struct BwdConsumer {
     const int first_key = w.key0 + 64 * group;
     const auto [below, above] = shared.masked[group];
     if (row0 >= below && row0 <= above) return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int key = first_key + 16 * warp() + lane() / 4 + 8 * r;
-      const int beside = key - q.offset() - row0 - lane() % 4 * 2;           // column of the query beside the key
-      int begin = Tile::kMask == Mask::kNone ? 0 : beside - a.window.right;  // columns [begin, end) see the key
-      int end = Tile::kMask == Mask::kWindow ? beside + a.window.left + 1 : kQueries;
-      if (key >= q.k_length) end = begin = kQueries;
-#pragma unroll
-      for (int e = 0; e < kQueries / 2; e++) {
-        if (e / 2 % 2 != r) continue;
-        const int column = e / 4 * 8 + e % 2;
-        if (column < begin || (Tile::kMask == Mask::kWindow && column >= end)) s[e] = -INFINITY;
-      }
-    }
+    mask_transposed_scores<Tile::kMask>(s, a.window, q, first_key + 16 * warp() + lane() / 4, row0 + lane() % 4 * 2);
   }
 
   // Which query tiles hide some of the warpgroup's keys from some of their rows.
