@@ -58,7 +58,10 @@ def compare(variant, tensors, **options):
     def ours(q, k, v):
         return ops.attention(q, k, v, **options, return_lse=True)
 
-    check(ours, lambda q, k, v: definition(q, k, v, **options), tensors)
+    left, right = options.get("window") or (None, None)
+    right = 0 if options.get("causal") else right
+    seen = None if left is None or right is None else left + right + 1
+    check(ours, lambda q, k, v: definition(q, k, v, **options), tensors, seen=seen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

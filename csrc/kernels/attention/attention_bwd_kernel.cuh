@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
       barrier_init(&shared.work_full[i], 1);
       barrier_init(&shared.work_empty[i], kWarps + (Tile::kDqApart ? 4 : 0) + Tile::kGroups);
     }
-    for (int g = 0; g < Tile::kGroups; g++) barrier_init(&shared.dq_full[g], 4), barrier_init(&shared.dq_empty[g], 1);
+    for (int i = 0; i < Tile::kDqStages; i++)
+      for (int g = 0; g < Tile::kGroups; g++)
+        barrier_init(&shared.dq_full[i][g], 4), barrier_init(&shared.dq_empty[i][g], 1);
     barrier_init_fence();
   }
   __syncthreads();

@@ -8,6 +8,7 @@
 //   warpgroup 1     | P | dS |                     | P of the next block
 //     its products  | dP     | dQ . S . dP of the next ..
 #pragma once
+#include "kernels/attention/attention_bwd_mainloop.cuh"
 #include "kernels/attention/attention_fwd_mainloop.cuh"
 
 namespace cs336::attention {
