@@ -138,6 +138,8 @@ int main() {
               check_workspace(p);
             }
   AttentionProblem p{};
+  for (const AttentionFwdShape& shape : kAttentionFwdWindowShapes)  // the workspace lists packed tiles of those without
+    CHECK(shape.groups >= find_attention_shape(kAttentionFwdShapes, shape.head_dim, shape.value_dim)->groups);
   for (int row_tiles : {1, 2, 7, 33})
     for (int heads : {1, 3, 8, 64})
       for (int section = 1; section <= heads; section++) check_order(p, row_tiles, heads, section);

@@ -22,6 +22,11 @@ inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
 inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 1}};
 inline constexpr int kAttentionFwdShortTokens = 1024;
 
+// Through a window, where a tile has few blocks and the warpgroup of later rows is done with them earlier: blocks as
+// wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be at blocks of their
+// own, and nobody waits for a turn.
+inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
+
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
   int head_dim, value_dim, queries, keys;
