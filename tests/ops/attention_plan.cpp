@@ -53,8 +53,11 @@ void check_heads(const AttentionProblem& p) {
       for (bool deterministic : {false, true}) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
         CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);
+        const int rest = all % waves.section;
+        CHECK(rest == 0 || rest * key_tiles >= 2 * kSms);  // enough work in the last section, too
         const int64_t count = ceil_div(key_tiles, waves.wave);
-        CHECK(count == 1 || waves.wave * waves.section <= kSms + waves.section);   // resident together
+        // Resident together, as nearly as whole tiles of all heads allow.
+        CHECK(count == 1 || 2 * waves.wave * waves.section <= 2 * kSms + 3 * waves.section);
         CHECK(waves.section == all || waves.section * key_tiles >= 3 * kSms / 2);  // enough work for all
         if (deterministic && bytes == 0) CHECK(count == 1);                        // all go down
       }

@@ -22,10 +22,12 @@ inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
 inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 1}};
 inline constexpr int kAttentionFwdShortTokens = 1024;
 
-// Through a window, where a tile has few blocks and the warpgroup of later rows is done with them earlier: blocks as
-// wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be at blocks of their
-// own, and nobody waits for a turn.
+// Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
+// earlier: blocks as wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be
+// at blocks of their own, and nobody waits for a turn. 1024 keys of 16k: D = 128 577 for 546 TFLOP/s, D = 64 418 for
+// 406; 4096 keys: 631 for 650, 497 for 502.
 inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
+inline constexpr int kAttentionFwdWindow = 2048;
 
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
@@ -75,18 +77,18 @@ struct AttentionBwdWaves {
 
   AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, bool deterministic) {
     constexpr int64_t kMuchOfL2 = 64 << 20;
-    if (deterministic && bytes_of_head < kMuchOfL2) {
-      // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
-      // tokens, 358 TFLOP/s with one head at a time.
-      const int enough = static_cast<int>(ceil_div(2 * num_sms, key_tiles));
-      section = std::clamp(enough, attention_section(heads, bytes_of_head), heads);
-      wave = static_cast<int>(key_tiles);
-    } else {
-      // Twice as many as two waves need: fewer blocks add to the same dQ at the same time.
-      section = static_cast<int>(std::clamp<int64_t>((4 * num_sms + key_tiles / 2) / key_tiles, 1, heads));
-      const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
-      wave = static_cast<int>(ceil_div(key_tiles, 2 * pairs));
-    }
+    const bool all_down = deterministic && bytes_of_head < kMuchOfL2;
+    // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
+    // tokens, 358 TFLOP/s with one head at a time. So must what is left for the last section.
+    const int enough = static_cast<int>(ceil_div(2 * num_sms, key_tiles));
+    if (all_down)
+      section = std::max(enough, attention_section(heads, bytes_of_head));
+    else  // twice as many as two waves need: fewer blocks add to the same dQ at the same time
+      section = static_cast<int>(std::max<int64_t>((4 * num_sms + key_tiles / 2) / key_tiles, 1));
+    section = std::min(section, heads);
+    while (heads % section != 0 && heads % section < enough) section++;
+    const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
+    wave = static_cast<int>(all_down ? key_tiles : ceil_div(key_tiles, 2 * pairs));
   }
 };
 
