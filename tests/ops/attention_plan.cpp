@@ -54,7 +54,7 @@ void check_heads(const AttentionProblem& p) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
         CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);
         const int rest = all % waves.section;
-        CHECK(rest == 0 || rest * key_tiles >= 2 * kSms);  // enough work in the last section, too
+        CHECK(rest == 0 || rest * key_tiles >= kSms);  // and not much less in the last section
         const int64_t count = ceil_div(key_tiles, waves.wave);
         // Resident together, as nearly as whole tiles of all heads allow.
         CHECK(count == 1 || 2 * waves.wave * waves.section <= 2 * kSms + 3 * waves.section);

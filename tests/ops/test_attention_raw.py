@@ -302,7 +302,8 @@ def test_why_not_native_by_numbers(suffix, D):
 
 @pytest.mark.skipif(not CUDA, reason="on a CPU wrong starts are refused")
 @pytest.mark.parametrize("starts", [[0, 1000, 0, 1000], [0, 2000, 500, 1000], [-5, 300, 1000, 10**6], [900, 10, 5, 0]])
-def test_wrong_starts_do_not_hang(variant, device, starts):
+@pytest.mark.parametrize("D", [64, 256])
+def test_wrong_starts_do_not_hang(variant, device, D, starts):
     """Key tiles that take turns would wait for those that wrong starts leave out."""
     tensors = leaves(1, 4, 2, 1000, 1000, D, None, DTYPE, device)
     cu, right = (torch.tensor(s, dtype=torch.int32, device=device) for s in (starts, [0, 300, 700, 1000]))

@@ -20,7 +20,7 @@ struct BwdKeysTile {
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
   static constexpr int kQueries = 64, kKeys = 64;
   static constexpr Mask kMask = kMask_;
-  static constexpr int kStages = kHeadDim > 192 ? 2 : 4;  // query tiles in flight, as many as fit
+  static constexpr int kStages = 2;  // query tiles in flight
   static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;   // of a tile of K, and of Q
   static constexpr int kV = kKeys * kValueDim, kVBytes = 2 * kV;  // of V, and of dO

@@ -22,8 +22,8 @@ struct BwdQueriesTile {
   static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kQ = 64 * kHeadDim, kQBytes = 2 * kQ;   // of a warpgroup's rows of Q; a block of K is as large
   static constexpr int kV = 64 * kValueDim, kVBytes = 2 * kV;  // of dO; a block of V
-  static constexpr int kStages = kHeadDim > 192 ? 2 : 3;       // blocks of K in flight
-  static constexpr int kVStages = kHeadDim > 192 ? 1 : 3;      // and of V, whose product is over before K's second
+  static constexpr int kStages = 2;                            // blocks of K in flight
+  static constexpr int kVStages = kValueDim > 128 ? 1 : 2;     // and of V: its product is over before K's second
   static_assert(kKeys == 64 && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
 
   struct Shared {
