@@ -239,7 +239,7 @@ def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator
     spawn = multiprocessing.get_context("spawn")
     found = spawn.SimpleQueue()  # which holds a row before its process goes on
     with ProcessPoolExecutor(workers, spawn, _start, (spawn.Lock(), found), max_tasks_per_child=1) as pool:
-        running = [pool.submit(_send_rows, *case) for case in cases]
+        running = {pool.submit(_send_rows, *case) for case in cases}
         while running:
             done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
             while not found.empty():
