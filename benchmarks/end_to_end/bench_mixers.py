@@ -225,12 +225,12 @@ def _bind(call: Callable[..., Tensor], drawn: dict[str, Tensor], backward: bool)
 
 
 def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator[dict[str, Any]]:
-    """Everything, each row as soon as it is there. Raises ValueError for what is no mixer's name."""
+    """Everything, each row as soon as it is there. Raises ValueError for names of neither."""
     device = harness.default_device()
-    known = mixers(SIZES[size][2], LENGTHS[size][0])
+    known = (*mixers(SIZES[size][2], LENGTHS[size][0]), *RECURRENCES)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no mixer {', '.join(unknown)}: expected some of {', '.join(known)}")
-    cases = [(name, size, tokens, compile) for name in names or (*known, *RECURRENCES)]
+        raise ValueError(f"no mixer and no recurrence {', '.join(unknown)}: expected some of {', '.join(known)}")
+    cases = [(name, size, tokens, compile) for name in names or known]
     workers = min(len(cases), _workers(device))
     if workers == 1:
         for case in cases:
