@@ -83,8 +83,9 @@ class _Conv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, segments):
         ctx.save_for_backward(x, weight, segments)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # The kernels are not timed yet, and a compiler makes one pass of plain torch: they wait to be asked for.
-        ctx.by_kernel = registry.forced() is not None and has_kernel("causal_conv1d_fwd", x, weight, bias, segments)
+        # A compiler makes one pass of plain torch, and of what follows it.
+        wanted = registry.forced() is not None or not torch.compiler.is_compiling()
+        ctx.by_kernel = wanted and has_kernel("causal_conv1d_fwd", x, weight, bias, segments)
         if ctx.by_kernel:
             return registry.call("causal_conv1d_fwd", x, weight, bias, segments)
         return ref.fwd(x, weight, bias, segments)
@@ -110,7 +111,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segment
 
     Returns y like x. Raises ValueError for shapes, dtypes or devices that do not fit.
 
-    In plain torch, which inductor makes one pass of; by Triton's kernels where "triton" is forced.
+    By Triton's kernels on a GPU; compiled, in plain torch, which inductor makes one pass of.
     """
     _check(x, weight, bias, segments)
     return _Conv.apply(rows(x), weight.contiguous(), bias, None if segments is None else rows(segments))
