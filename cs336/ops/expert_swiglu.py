@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import run
+from cs336.ops.dispatch import has_kernel, run
 from cs336.ops.ref import expert_swiglu as ref
 
 
@@ -33,6 +33,21 @@ def expert_swiglu(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tens
     _check(x, token, load, gate, up)
     with torch.no_grad():
         return run("expert_swiglu", x, token, load, gate, up)
+
+
+def pays(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tensor) -> bool:
+    """Whether the kernel is there, nothing asks for a gradient, and it takes less than torch's grouped products: see
+    docs/log.md."""
+    if (
+        gate is None
+        or gate.dtype != x.dtype
+        or x.dtype.itemsize != 2
+        or not (gate.is_contiguous() and up.is_contiguous())
+    ):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, up)):
+        return False
+    return len(token) > 0 and has_kernel("expert_swiglu", x, token, load, gate, up)
 
 
 def _check(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tensor) -> None:

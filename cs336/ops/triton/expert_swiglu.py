@@ -1,14 +1,16 @@
 """Experts' gated units: a program takes a tile of one expert's rows and features, and finds its expert by the loads."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot
+from cs336.ops.triton.attention_tile import dot, shared_memory
 from cs336.ops.triton.cast import INTERPRET, cast
 
 # Rows that an expert has on average, at most: BLOCK_R, BLOCK_F, BLOCK_M, warps, stages.
-TILES = ((16, (16, 64, 128, 4, 3)), (64, (64, 64, 64, 4, 4)), (None, (128, 128, 64, 8, 3)))
+TILES = ((16, (16, 64, 128, 4, 3)), (64, (64, 64, 64, 4, 4)), (math.inf, (128, 128, 64, 8, 3)))
 FLOAT32 = (32, 32, 32, 4, 2)
 
 
@@ -53,12 +55,14 @@ def _kernel(
         tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=(row < end)[:, None] & (f < F)[None, :])
 
 
-def _tile(rows: int, experts: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+def _tile(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int, int, int]:
     if INTERPRET.value:
         return 16, 16, 16, 4, 1
     if dtype == torch.float32:
         return FLOAT32
-    return next(tile for most, tile in TILES if most is None or rows <= most * experts)
+    block_r, block_f, block_m, warps, stages = next(tile for most, tile in TILES if rows <= most * experts)
+    stage = (block_r + 2 * block_f) * block_m * dtype.itemsize
+    return block_r, block_f, block_m, warps, max(1, min(stages, (shared_memory(device) - 4096) // stage))
 
 
 def expert_swiglu(x, token, load, gate, up):
@@ -66,7 +70,7 @@ def expert_swiglu(x, token, load, gate, up):
     y = x.new_empty(R, F)
     if y.numel() == 0:
         return y
-    block_r, block_f, block_m, warps, stages = _tile(R, E, x.dtype)
+    block_r, block_f, block_m, warps, stages = _tile(R, E, x.dtype, x.device)
     grid = (R // block_r + min(E, R), triton.cdiv(F, block_f))
     with torch.cuda.device_of(x):
         _kernel[grid](
