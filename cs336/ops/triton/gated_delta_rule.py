@@ -19,6 +19,7 @@ from cs336.ops.triton.linear_attention import (
     load_columns,
     load_state,
     outputs,
+    outputs_plan,
     roomy,
     scaled,
     store_columns,
@@ -176,4 +177,5 @@ def fwd(q, k, v, beta, g, state, segments, scale):
     _, _, _, _, x, before, _, last = corrected(k, v, beta, g, state, segments)
     K, V = k.shape[-1], v.shape[-1]
     chunk = plan(K, V, v.dtype, v.device)["solve"]["CHUNK"]
-    return outputs(q, k, x, g, segments, before, scale, tiles(K, V, chunk, v.dtype)), last
+    cut = outputs_plan(V, tiles(K, V, chunk, v.dtype), v.dtype, v.device)
+    return outputs(q, k, x, g, segments, before, scale, cut), last

@@ -13,6 +13,7 @@ from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, w
 from cs336.ops.triton.cast import INTERPRET, cast
 
 MOST_CHUNKS = 64  # that are walked at once
+PART = 16  # chunks of a part of a longer walk
 
 
 @triton.jit
@@ -139,17 +140,22 @@ def _walk_kernel(
             sums = load_state(sums_ptr + (head * parts + before) * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
             state = state * tl.load(kept_ptr + head * parts + before) + sums
     each = tl.cdiv(num_chunks, parts)
+    through_ptr += head * num_chunks
+    if BACK:
+        through_ptr += num_chunks - 1
+    through = tl.load(through_ptr + (-part * each if BACK else part * each), mask=part * each < num_chunks, other=1.0)
     for i in range(part * each, tl.minimum((part + 1) * each, num_chunks)):
         n = num_chunks - 1 - i if BACK else i
+        ahead = tl.load(through_ptr + (-i - 1 if BACK else i + 1), mask=i + 1 < num_chunks, other=1.0)  # by a step
         if not ADD_UP:
             store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
         index = n * CHUNK + tl.arange(0, CHUNK)
-        through = tl.load(through_ptr + head * num_chunks + n)
         weights = tl.load(weights_ptr + head * T + index, mask=index < T, other=0.0)
         x = load_columns(x_ptr, x_stride, n * CHUNK, T, k0, K, CHUNK, BLOCK_K)
         y = load_columns(y_ptr, y_stride, n * CHUNK, T, v0, V, CHUNK, BLOCK_V)
         state = state * through + dot(tl.trans(x), scaled(y, weights))
         kept *= through
+        through = ahead
     if ADD_UP:
         store_state(sums_ptr + (head * parts + part) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
         tl.store(kept_ptr + head * parts + part, kept)
@@ -215,7 +221,13 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     cut, whole = tiles(K, V, chunk, dtype), width(K, chunk, dtype=dtype)
     most = (64 if whole <= 128 else 32) if roomy(device) else (32 if whole <= 128 else 16)
     grads = {"BLOCK_K": whole, "BLOCK_V": min(cut["BLOCK_V"], most), "num_warps": 8 if whole > 64 else 4}
-    return {"walk": cut, "out": cut, "walk back": cut, "grads": cut | grads | {"num_stages": 1}}
+    return {"walk": cut, "out": outputs_plan(V, cut, dtype, device), "grads": cut | grads | {"num_stages": 1}}
+
+
+def outputs_plan(V: int, cut: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """A chunk's scores are made once for 128 features of values where those fit."""
+    wide = V > 64 and dtype.itemsize == 2 and roomy(device) and not INTERPRET.value
+    return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 2} if wide else cut
 
 
 def strides(x) -> tuple[int, ...]:
@@ -242,14 +254,14 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
     (B, H, T, V), K = y.shape, x.shape[-1]
     weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
     N = through.shape[2]
-    parts = 1 if N <= MOST_CHUNKS else triton.cdiv(N, MOST_CHUNKS // 2)
+    parts = 1 if N <= MOST_CHUNKS else triton.cdiv(N, PART)
     before, last = y.new_empty(B, H, N, K, V), y.new_empty(B, H, K, V, dtype=torch.float32)
     sums, kept = (y.new_empty(B, H, parts, n, dtype=torch.float32) for n in (K * V, 1))
     state = None if state is None else state.contiguous()
     blocks = triton.cdiv(K, cut["BLOCK_K"]) * triton.cdiv(V, cut["BLOCK_V"])
     with torch.cuda.device_of(x):
         for add_up in (True, False) if parts > 1 else (False,):
-            _walk_kernel[(blocks, B * H, parts)](
+            _walk_kernel[(blocks, B * H, parts - add_up)](
                 x, y, weights, through, state, sums, kept, before, last, *strides(x), *strides(y),
                 H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back, **cut,
             )  # fmt: skip

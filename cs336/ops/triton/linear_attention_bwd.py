@@ -5,8 +5,6 @@ With S the state before a chunk and dS the gradient of that after it, which a wa
     dP_ij = exp(c_i - c_j) do_i v_j        dq = scale (dP k + exp(c) do S^T)        dv = P^T do + exp(c_C - c) k dS
                                            dk = scale dP^T q + exp(c_C - c) v dS^T
     dg_t = sum_{i >= t in the chunk} (q_i dq_i - k_i dk_i) + <S', dS>               S' the state after the chunk
-
-where q_i dq_i = sum_j P_ij do_i v_j + scale exp(c_i) do_i (S^T q_i), so that heads that share keys have one dq and dk.
 """
 
 import torch
@@ -21,13 +19,10 @@ from cs336.ops.triton.linear_attention import (
     load_columns,
     load_state,
     plan,
-    scaled,
     store_columns,
     strides,
     walk,
 )
-
-MOST_HEADS = 8  # of values that a program takes
 
 
 @triton.jit
@@ -40,16 +35,16 @@ def _grads_kernel(
     segments_ptr,  # (B, T), or None
     states_ptr,  # (B, H, N, K, V)
     dstates_ptr,
-    dq_ptr,  # (splits, B, G, T, K)
+    dq_ptr,  # like q
     dk_ptr,
     dv_ptr,  # like v
     dg_ptr,  # (B, H, T) float32, contiguous
     do_b, do_h, do_stride, q_b, q_h, q_stride, k_b, k_h, k_stride, v_b, v_h, v_stride,
-    dq_split, dq_b, dq_h, dq_stride, dv_b, dv_h, dv_stride, g_b, g_h, g_stride, segments_b,
-    G, group, T, K, V, scale, heads,
+    dq_b, dq_h, dq_stride, dv_b, dv_h, dv_stride, g_b, g_h, g_stride, segments_b,
+    G, group, T, K, V, scale,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one head of the keys, for `heads` of the heads of values that read it."""
+    """A chunk of one head of the keys, for all heads of values that read it."""
     n = tl.program_id(0)
     start, num_chunks = n * CHUNK, tl.cdiv(T, CHUNK)
     b, first = tl.program_id(1) // G, tl.program_id(1) % G
@@ -60,11 +55,10 @@ def _grads_kernel(
     q = load_columns(q_ptr, q_stride, start, T, 0, K, CHUNK, BLOCK_K)
     k = load_columns(k_ptr, k_stride, start, T, 0, K, CHUNK, BLOCK_K)
     scores = dot(q, tl.trans(k)) * scale
-    dq = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-    dk = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    dq_all = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    dk_all = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     index = start + tl.arange(0, CHUNK)
-    split = tl.program_id(2)
-    for h in range(first * group + split * heads, first * group + tl.minimum((split + 1) * heads, group)):
+    for h in range(first * group, (first + 1) * group):
         head = tl.cast(b, tl.int64) * G * group + h
         head_g = g_ptr
         if g_ptr is not None:
@@ -76,8 +70,8 @@ def _grads_kernel(
         head_v = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
         head_dv = rows_of(dv_ptr, b, h, 0, dv_b, dv_h, dv_stride)
         dp = tl.zeros((CHUNK, CHUNK), tl.float32)
-        read = tl.zeros((CHUNK,), tl.float32)  # by a token of the state before
-        left = tl.zeros((CHUNK,), tl.float32)  # by a token to the state after
+        dq = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+        dk = tl.zeros((CHUNK, BLOCK_K), tl.float32)
         along = 0.0
         for v0 in range(0, V, BLOCK_V):
             do = load_columns(head_do, do_stride, start, T, v0, V, CHUNK, BLOCK_V)
@@ -85,22 +79,17 @@ def _grads_kernel(
             state = load_state(states_ptr + (head * num_chunks + n) * K * V, 0, v0, K, V, BLOCK_K, BLOCK_V)
             d = load_state(dstates_ptr + (head * num_chunks + n) * K * V, 0, v0, K, V, BLOCK_K, BLOCK_V)
             dp += dot(do, tl.trans(v))
-            dq += dot(scaled(do, into * scale), tl.trans(state))
-            dk += dot(scaled(v, out), tl.trans(d))
-            read += tl.sum(do.to(tl.float32) * dot(q, state), 1)
-            kd = dot(k, d)
-            left += tl.sum(v.to(tl.float32) * kd, 1)
+            dq += dot(do, tl.trans(state))
+            dk += dot(v, tl.trans(d))
             along += tl.sum(tl.sum(state.to(tl.float32) * d.to(tl.float32), 1), 0)
-            dv = dot(tl.trans(p), do) + kd * out[:, None]
+            dv = dot(tl.trans(p), do) + dot(k, d) * out[:, None]
             store_columns(head_dv, dv_stride, dv, start, T, v0, V, CHUNK, BLOCK_V)
-        dp *= inner
-        inside = dp * scores
-        dp = cast(dp * scale, q.dtype)
-        dq += dot(dp, k)
+        dp = cast(dp * inner * scale, q.dtype)
+        dk = dk * out[:, None]
+        along = along * through + tl.sum(tl.sum(k.to(tl.float32) * dk, 1), 0)
+        dq = dq * (into * scale)[:, None] + dot(dp, k)
         dk += dot(tl.trans(dp), q)
-        left *= out
-        along = along * through + tl.sum(left, 0)
-        share = tl.sum(inside, 1) - tl.sum(inside, 0) + read * into * scale - left
+        share = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(k.to(tl.float32) * dk, 1)
         i = tl.arange(0, CHUNK)
         later = (i[None, :] >= i[:, None]) & (run[None, :] == run[:, None])
         dg = tl.sum(tl.where(later, share[None, :], 0.0), 1) + tl.where(run == last, along, 0.0)
@@ -108,10 +97,12 @@ def _grads_kernel(
             before = tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32)
             dg = tl.where(run == before, dg, 0.0)  # a segment's first token has nothing to decay
         tl.store(dg_ptr + head * T + index, dg, mask=index < T)
-    dq_ptr = rows_of(dq_ptr + split.to(tl.int64) * dq_split, b, first, 0, dq_b, dq_h, dq_stride)
-    dk_ptr = rows_of(dk_ptr + split.to(tl.int64) * dq_split, b, first, 0, dq_b, dq_h, dq_stride)
-    store_columns(dq_ptr, dq_stride, dq, start, T, 0, K, CHUNK, BLOCK_K)
-    store_columns(dk_ptr, dq_stride, dk, start, T, 0, K, CHUNK, BLOCK_K)
+        dq_all += dq
+        dk_all += dk
+    dq_ptr = rows_of(dq_ptr, b, first, 0, dq_b, dq_h, dq_stride)
+    dk_ptr = rows_of(dk_ptr, b, first, 0, dq_b, dq_h, dq_stride)
+    store_columns(dq_ptr, dq_stride, dq_all, start, T, 0, K, CHUNK, BLOCK_K)
+    store_columns(dk_ptr, dq_stride, dk_all, start, T, 0, K, CHUNK, BLOCK_K)
 
 
 def bwd(do, dlast, q, k, v, g, state, segments, scale):
@@ -119,18 +110,15 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
     cuts, group = plan(K, V, v.dtype, v.device), H // G
-    before, _ = walk(k, v, g, state, segments, cuts["walk back"])
-    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk back"], scale, back=True)
-    splits = triton.cdiv(group, MOST_HEADS)
-    of_keys = q.new_empty(2, splits, B, T, G, K, dtype=q.dtype if splits == 1 else torch.float32)
-    dq, dk = of_keys.transpose(3, 4)
+    before, _ = walk(k, v, g, state, segments, cuts["walk"])
+    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True)
+    dq, dk = (q.new_empty(B, T, G, K).transpose(1, 2) for _ in range(2))
     dv = v.new_empty(B, T, H, V).transpose(1, 2)
     dg = v.new_empty(B, H, T, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _grads_kernel[(before.shape[2], B * G, splits)](
+        _grads_kernel[(before.shape[2], B * G)](
             do, q, k, v, g, segments, before, dstates, dq, dk, dv, dg,
-            *strides(do), *strides(q), *strides(k), *strides(v), *dq.stride()[:4], *strides(dv), *strides(g),
-            segments_b, G, group, T, K, V, scale, MOST_HEADS, **cuts["grads"],
+            *strides(do), *strides(q), *strides(k), *strides(v), *strides(dq), *strides(dv), *strides(g), segments_b,
+            G, group, T, K, V, scale, **cuts["grads"],
         )  # fmt: skip
-    dq, dk = of_keys.sum(1, dtype=torch.float32).to(q.dtype).transpose(2, 3) if splits > 1 else (dq[0], dk[0])
     return dq, dk, dv, dg, dfirst
