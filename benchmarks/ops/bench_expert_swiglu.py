@@ -4,7 +4,7 @@ pytest benchmarks/ops/bench_expert_swiglu.py
 python -m benchmarks.run ops expert_swiglu --out FILE [--quick]
 
 Shapes are tokens, experts, choices a token, d_model, features of an expert: Qwen3-30B-A3B's and Mixtral-8x7B's. Bytes:
-x, h and the matrices of the experts that were chosen, once. "grouped" gathers, multiplies twice and gates.
+x, h and the matrices of the experts that are chosen, so many as by chance, once. "grouped" gathers, multiplies twice and gates.
 """
 
 import functools
@@ -41,7 +41,7 @@ def grouped(x, token, load, gate, up) -> tuple:
 def cases(size: str) -> Iterator[harness.Case]:
     for shape in SHAPES[size]:
         N, E, K, M, F = shape
-        chosen = min(E, N * K)  # about
+        chosen = E * (1 - (1 - K / E) ** N)  # on average
         contenders = harness.variants("expert_swiglu", (0,)) | {"grouped": harness.eager(grouped)}
         yield harness.Case(
             "expert_swiglu",
@@ -50,7 +50,7 @@ def cases(size: str) -> Iterator[harness.Case]:
             DTYPE,
             functools.partial(inputs, shape),
             contenders,
-            bytes=2 * (N * M + N * K * F + 2 * chosen * F * M),
+            bytes=int(2 * (N * M + N * K * F + 2 * chosen * F * M)),
             flops=4 * N * K * M * F,
             right=harness.eager(grouped),
         )
