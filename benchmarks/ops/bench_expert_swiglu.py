@@ -4,7 +4,8 @@ pytest benchmarks/ops/bench_expert_swiglu.py
 python -m benchmarks.run ops expert_swiglu --out FILE [--quick]
 
 Shapes are tokens, experts, choices a token, d_model, features of an expert: Qwen3-30B-A3B's and Mixtral-8x7B's. Bytes:
-x, h and the matrices of the experts that are chosen, so many as by chance, once. "grouped" gathers, multiplies twice and gates.
+x, h and the matrices of the experts that are chosen, as many as by chance, once. "grouped" gathers, multiplies twice
+and gates.
 """
 
 import functools
