@@ -70,8 +70,8 @@ def _check(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tensor) -> 
 
 
 def _triton_refuses(x: Tensor, token: Tensor, load: Tensor, *_) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"the Triton kernel takes float16 and bfloat16, not {x.dtype}"
     if load.shape[0] > 1024:
         return f"the Triton kernel takes up to 1024 experts, not {load.shape[0]}"
     return None

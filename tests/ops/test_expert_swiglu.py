@@ -16,7 +16,7 @@ CASES = [
     (90, 2, 2, 20, 64, BF16),
 ]  # N E K M F
 if torch.cuda.is_available():
-    CASES += [(n, 16, 4, 256, 192, dtype) for n in (1, 33, 250, 2000) for dtype in (F32, BF16)]
+    CASES += [(n, 16, 4, 256, 192, dtype) for n in (1, 33, 250, 2000) for dtype in (F16, BF16)]
 
 
 def inputs(N, E, K, M, width, dtype, device):
@@ -29,7 +29,7 @@ def inputs(N, E, K, M, width, dtype, device):
 
 @pytest.fixture(params=registry.NAMESPACE)
 def variant(request, device):
-    if reason := registry.why_not("expert_swiglu", request.param, *inputs(2, 3, 1, 8, 8, F32, device)):
+    if reason := registry.why_not("expert_swiglu", request.param, *inputs(2, 3, 1, 8, 8, F16, device)):
         pytest.skip(reason)
     with registry.use(request.param):
         yield request.param
@@ -38,6 +38,8 @@ def variant(request, device):
 @pytest.mark.parametrize(("N", "E", "K", "M", "width", "dtype"), CASES)
 def test_against_fp64(variant, device, N, E, K, M, width, dtype):
     x, token, load, gate, up = inputs(N, E, K, M, width, dtype, device)
+    if reason := registry.why_not("expert_swiglu", variant, x, token, load, gate, up):
+        pytest.skip(reason)
     got = ops.expert_swiglu(x, token, load, gate, up)
     expert = torch.arange(E, device=device).repeat_interleave(load)
 
@@ -50,16 +52,17 @@ def test_against_fp64(variant, device, N, E, K, M, width, dtype):
 
 
 def test_experts_without_rows_and_one_with_all(variant, device):
-    x, gate, up = torch.randn(37, 16, device=device), *torch.randn(2, 4, 24, 16, device=device)
+    x, gate, up = (torch.randn(n, 16, device=device).half() for n in (37, 96, 96))
+    gate, up = (w.view(4, 24, 16) for w in (gate, up))
     token, load = torch.arange(37, device=device).flip(0), torch.tensor([0, 0, 37, 0], device=device)
     want = F.silu(x.flip(0) @ gate[2].T) * (x.flip(0) @ up[2].T)
-    torch.testing.assert_close(ops.expert_swiglu(x, token, load, gate, up), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ops.expert_swiglu(x, token, load, gate, up), want, atol=0.1, rtol=0.01)
     none = ops.expert_swiglu(x[:0], token[:0], torch.zeros_like(load), gate, up)
     assert none.shape == (0, 24)
 
 
 def test_a_token_that_is_none_is_nan(device):
-    x, token, load, gate, up = inputs(6, 3, 2, 16, 8, F32, device)
+    x, token, load, gate, up = inputs(6, 3, 2, 16, 8, BF16, device)
     if reason := registry.why_not("expert_swiglu", "triton", x, token, load, gate, up):
         pytest.skip(reason)
     wrong = token.clone()
@@ -73,7 +76,7 @@ def test_a_token_that_is_none_is_nan(device):
 
 
 def test_raw_op(variant, device):
-    args = inputs(5, 3, 2, 16, 8, F32, device)
+    args = inputs(5, 3, 2, 16, 8, BF16, device)
     overload = registry.OPS["expert_swiglu"].overloads[variant]
     torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -11,7 +11,6 @@ from cs336.ops.triton.cast import INTERPRET, cast
 
 # Rows that an expert has on average, at most: BLOCK_R, BLOCK_F, BLOCK_M, warps, stages.
 TILES = ((16, (16, 64, 128, 4, 3)), (64, (64, 64, 64, 4, 4)), (math.inf, (128, 128, 64, 8, 3)))
-FLOAT32 = (32, 32, 32, 4, 2)
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -58,8 +57,6 @@ def _kernel(
 def _tile(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int, int, int]:
     if INTERPRET.value:
         return 16, 16, 16, 4, 1
-    if dtype == torch.float32:
-        return FLOAT32
     block_r, block_f, block_m, warps, stages = next(tile for most, tile in TILES if rows <= most * experts)
     stage = (block_r + 2 * block_f) * block_m * dtype.itemsize
     return block_r, block_f, block_m, warps, max(1, min(stages, (shared_memory(device) - 4096) // stage))

@@ -140,22 +140,17 @@ def _walk_kernel(
             sums = load_state(sums_ptr + (head * parts + before) * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
             state = state * tl.load(kept_ptr + head * parts + before) + sums
     each = tl.cdiv(num_chunks, parts)
-    through_ptr += head * num_chunks
-    if BACK:
-        through_ptr += num_chunks - 1
-    through = tl.load(through_ptr + (-part * each if BACK else part * each), mask=part * each < num_chunks, other=1.0)
     for i in range(part * each, tl.minimum((part + 1) * each, num_chunks)):
         n = num_chunks - 1 - i if BACK else i
-        ahead = tl.load(through_ptr + (-i - 1 if BACK else i + 1), mask=i + 1 < num_chunks, other=1.0)  # by a step
         if not ADD_UP:
             store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
         index = n * CHUNK + tl.arange(0, CHUNK)
+        through = tl.load(through_ptr + head * num_chunks + n)
         weights = tl.load(weights_ptr + head * T + index, mask=index < T, other=0.0)
         x = load_columns(x_ptr, x_stride, n * CHUNK, T, k0, K, CHUNK, BLOCK_K)
         y = load_columns(y_ptr, y_stride, n * CHUNK, T, v0, V, CHUNK, BLOCK_V)
         state = state * through + dot(tl.trans(x), scaled(y, weights))
         kept *= through
-        through = ahead
     if ADD_UP:
         store_state(sums_ptr + (head * parts + part) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
         tl.store(kept_ptr + head * parts + part, kept)
