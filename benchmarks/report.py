@@ -28,6 +28,7 @@ PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense ker
 PEERS |= {"deterministic": "ours, deterministic"}
 PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
 PEERS |= {"cublas": "cuBLAS, bf16", "torch": "torch"}  # of linear layers of few rows
+PEERS |= {"grouped": "torch's grouped products"}  # of mixtures of experts
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -474,7 +475,9 @@ BODIES = {
     "decoding_real": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
-BODIES |= dict.fromkeys(("gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
+BODIES |= dict.fromkeys(
+    ("expert_swiglu", "gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated
+)
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,

@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     ladder.add_argument("--no-compile", action="store_true")
     mixers = kinds.add_parser("mixers", help="training and decoding of each mixer, and the recurrences beside fla's")
-    mixers.add_argument("names", nargs="*", metavar="MIXER", help="all, and the recurrences, if none is named")
+    mixers.add_argument("names", nargs="*", metavar="MIXER", help="or a recurrence; all, if none is named")
     mixers.add_argument("--size", default="350M", choices=("tiny", "350M"), help="of the model (%(default)s)")
     mixers.add_argument("--tokens", type=int, default=16384, help="a step (%(default)s)")
     mixers.add_argument("--compile", action="store_true", help="each layer")

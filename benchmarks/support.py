@@ -115,6 +115,11 @@ def _linear_attention_bwd(dtype: torch.dtype, device: str) -> tuple:
     return torch.empty_like(q), None, q, *rest
 
 
+def _expert_swiglu(dtype: torch.dtype, device: str) -> tuple:
+    x, gate, up = (torch.empty(shape, dtype=dtype, device=device) for shape in ((4, 64), (2, 32, 64), (2, 32, 64)))
+    return x, _ints(8, torch.int64, device), _ints(2, torch.int64, device), gate, up
+
+
 def _gated_delta_rule_fwd(dtype: torch.dtype, device: str) -> tuple:
     q, k, v, *rest = _linear_attention_fwd(dtype, device)
     return q, k, v, torch.empty(1, 2, 64, dtype=_wide(dtype), device=device), *rest
@@ -174,6 +179,7 @@ SAMPLES: dict[str, Arguments] = {
     "linear_invariant": _linear,
     "linear_few_rows": _linear,
     **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
+    "expert_swiglu": _expert_swiglu,
     "gated_delta_rule_fwd": _gated_delta_rule_fwd,
     "gated_delta_rule_bwd": _gated_delta_rule_bwd,
     "linear_attention_fwd": _linear_attention_fwd,
