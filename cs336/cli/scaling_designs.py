@@ -126,7 +126,9 @@ def coord_check(
 
     check_output(out)
     kinds = {"standard": False, "muP": True}
-    checks = {name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds) for name, mup in kinds.items()}
+    checks = {
+        name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds, progress=True) for name, mup in kinds.items()
+    }
     for name, check in checks.items():
         print(f"{name}: RMS of the change after {steps} steps at widths {', '.join(map(str, check.widths))}")
         for activation, slope in check.slopes().items():
