@@ -137,7 +137,9 @@ def _of_study(directory: pathlib.Path, counting: Counting) -> Points:
     for entry in Ledger(directory).entries():
         if entry.state == "done" and TRUNK not in entry.options:  # a trunk's rate has not fallen yet
             config = TrainConfig.from_table(entry.config | {"run_dir": str(directory)})
-            tokens = cost(config).tokens
+            planned = cost(config).tokens
+            tokens = entry.spent.tokens if planned is None else planned  # a budget of time says them when it is over
+            assert tokens is not None  # a run that is done has said them
             parameters, flops = counting.of(config.model, tokens)
             rows.append((parameters, tokens, entry.score("val/loss"), flops))
     if not rows:
