@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="what the tokens are of")
     parser.add_argument("--load", default="", help="what else the machine did")
     parser.add_argument("--settings", default="", help="variables that ladder.sh was given, as the shell takes them")
+    parser.add_argument("--run", default="scaling_forecast", metavar="NAME", help="of the results")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
     options = parser.parse_args()
     command = f"{options.settings} recipes/scaling/ladder.sh TOKENS DIRECTORY forecast".strip() + ", then grade"
@@ -66,8 +67,7 @@ def main() -> None:
             "peers": {"torch": torch.__version__}, "commit": results.describe_commit(), "date": results.today(),
         }  # fmt: skip
     found = list(rows(options.directory))
-    of_compute = any("gamma" in row for row in found)
-    results.write(options.out, "scaling_forecast_compute" if of_compute else "scaling_forecast", header, found)
+    results.write(options.out, options.run, header, found)
     print("\n".join(json.dumps(row) for row in found))
 
 
