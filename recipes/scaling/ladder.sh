@@ -32,6 +32,9 @@ forecast)
         --log "$directory/forecasts.jsonl"
     ;;
 grade)
+    if [ ! -e "$directory/target.toml" ]; then # of a forecast that was brought here
+        design $RUN --directory "$directory/target" --write "$directory/target.toml"
+    fi
     cs336 sweep "$directory/target.toml" ${SWEEP:-}
     cs336 scaling grade "$target" --study "$directory/target" --log "$directory/forecasts.jsonl"
     ;;
