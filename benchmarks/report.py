@@ -16,6 +16,7 @@ from benchmarks.alignment_tables import align_ladder, grpo_step, gsm8k, sft
 from benchmarks.decoding_tables import decoding, quantization
 from benchmarks.mixer_tables import mixers
 from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
+from benchmarks.scaling_tables import scaling_forecast
 from benchmarks.training_tables import ladder, mfu, optimizers, overhead, recipes, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -289,33 +290,6 @@ def curation(rows: list[Row]) -> Iterator[str]:
     yield f"{rows[0]['tokens']:,} tokens each."
 
 
-def scaling_forecast(rows: list[Row]) -> Iterator[str]:
-    """The ladder, the law through it, and for each forecast what came of it."""
-    yield "| | parameters | tokens | FLOPs | loss | above the law |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    (law,) = (row for row in rows if row["job"] == "law")
-    E, A, B, alpha, beta = (law[name][0] for name in ("E", "A", "B", "alpha", "beta"))
-    for row in rows:
-        if row["job"] in ("rung", "target"):
-            above = row["loss"] / (E + A * row["parameters"] ** -alpha + B * row["tokens"] ** -beta) - 1
-            counts = f"{row['parameters']:,} | {row['tokens']:,} | {row['flops']:.3g}"
-            yield f"| {row['job']} | {counts} | {row['loss']:.4f} | {100 * above:+.2f} % |"
-    yield ""
-    shown = (f"{name} {v:.4g} [{low:.4g}, {high:.4g}]" for name, (v, low, high) in list(intervals(law))[:5])
-    yield f"L(N, D) = E + A / N^alpha + B / D^beta, 95 % intervals: {', '.join(shown)}."
-    for row in rows:
-        if row["job"] == "forecast":
-            held = "within" if row["covered"] else "outside"
-            came = "not graded yet" if row["measured"] is None else f"measured {row['measured']:.4f}"
-            came += "" if row["measured"] is None else f", error {100 * row['error']:+.2f} %, {held} the interval"
-            said = f"loss {row['loss']:.4f}, 95 % between {row['low']:.4f} and {row['high']:.4f}"
-            yield f"Forecast of {row['made']} for {row['name']} FLOPs: {said}; {came}."
-
-
-def intervals(law: Row) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    return ((name, value) for name, value in law.items() if isinstance(value, list))
-
-
 def coding(name: str, rows: list[Row]) -> Iterator[str]:
     columns = list(dict.fromkeys((row["text"], row["threads"]) for row in rows))
     yield (
@@ -460,6 +434,8 @@ BODIES = {
     "data": data,
     "curation": curation,
     "scaling_forecast": scaling_forecast,
+    "scaling_forecast_ladder_4": scaling_forecast,
+    "scaling_forecast_ladder_5": scaling_forecast,
     "align_ladder": align_ladder,
     "sft": sft,
     "gsm8k": gsm8k,
