@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/async.cuh"
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "common/mma.cuh"
@@ -29,7 +30,8 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 256, kWarps = kThreads / 32, kBins = kThreads * kSampleCluster;
 constexpr int kBinBits = 11;
 static_assert(kBins == 1 << kBinBits);
-constexpr int kAhead = 4;  // vectors of logits that a thread loads before it uses them
+constexpr int kMostNear = 512;  // tokens, of which the k-th is found by comparing each with each
+constexpr int kParts = 4;       // of a block's logits, which are used as they come
 constexpr float kLog2E = 1.4426950408889634f, kMax = 3.402823466e38f;
 constexpr int kNone = 0x7fffffff;  // no token
 
@@ -86,7 +88,7 @@ struct Shared {
   uint4 of_warps[kWarps];
   uint4 of_blocks[2][kSampleCluster];
   int sums[kWarps], totals[kSampleCluster];
-  int bin, left;
+  int bin, left, near;
   float chance;  // what a token's random bits may be at most, times its exp(z), to reach the best score of the block
 };
 
@@ -122,13 +124,17 @@ class Row {
   // this thread's nearest of them.
   template <typename Kept>
   __device__ uint32_t kth(const Kept* values, int n, float top, float nearest, int k) {
-    uint32_t edge = ~0u;  // the k-th of all is no farther than the k-th of threads' nearest: few are
-    if (k <= kBins) {
+    uint32_t edge = ~0u;
+    if (k <= kBins) {  // the k-th of all is no farther than the k-th of threads' nearest: few are
+      if (threadIdx.x == 0) shared_.near = 0;
       clear();
       count(__float_as_uint(nearest) >> kLowest);
       cluster_.sync();
       find(k);
       edge = static_cast<uint32_t>(shared_.bin) << kLowest | ((1u << kLowest) - 1);
+      gather(values, n, top, edge);
+      cluster_.sync();
+      if (shared_.near <= kMostNear) return kth_near(k);
     }
     uint32_t found = 0;
     for (int high = 31; high > 0;) {  // distances are not negative: 31 bits
@@ -154,6 +160,40 @@ class Row {
 
  private:
   static constexpr int kLowest = 31 - kBinBits;  // of the bits that a first histogram counts by
+
+  // Puts the distances up to `edge` into a list in every block, in any order, where the histogram was.
+  template <typename Kept>
+  __device__ void gather(const Kept* values, int n, float top, uint32_t edge) {
+    for (int first = kVec<Kept> * threadIdx.x; first < n; first += kVec<Kept> * kThreads) {
+      float x[kVec<Kept>];
+      fetch(values + first, x);
+      if (__float_as_uint(top - largest(x)) > edge) continue;
+      for (float value : x) {
+        const int key = __float_as_int(top - value);
+        if (static_cast<uint32_t>(key) > edge) continue;
+        for (int r = 0; r < kSampleCluster; r++) {
+          const int place = atomicAdd(cluster_.map_shared_rank(&shared_.near, r), 1);
+          if (place < kMostNear) cluster_.map_shared_rank(shared_.histogram, r)[place] = key;
+        }
+      }
+    }
+  }
+
+  // The k-th of the list.
+  __device__ uint32_t kth_near(int k) {
+    for (int i = threadIdx.x; i < shared_.near; i += kThreads) {
+      const int mine = shared_.histogram[i];
+      int nearer = 0, equal = 0;
+      for (int j = 0; j < shared_.near; j++) {
+        const int other = shared_.histogram[j];
+        nearer += other < mine;
+        equal += other == mine;
+      }
+      if (nearer < k && k <= nearer + equal) shared_.bin = mine;  // whoever finds it finds the same
+    }
+    __syncthreads();
+    return shared_.bin;
+  }
 
   __device__ void clear() {
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared_.histogram[i] = 0;
@@ -221,8 +261,7 @@ class Row {
 
 template <typename T>
 __device__ __forceinline__ float finite(T x) {  // NaN becomes -inf, so that it is never drawn
-  const float value = to_float(x);
-  return value == value ? fminf(value, kMax) : -INFINITY;
+  return fminf(fmaxf(to_float(x), -INFINITY), kMax);
 }
 
 struct Settings {
@@ -248,56 +287,82 @@ struct Settings {
   }
 };
 
-// Sixteen bytes of logits; -inf behind the row's end.
+// Sixteen bytes of logits, of any alignment; -inf behind the row's end.
 template <typename T>
-__device__ __forceinline__ uint4 load_logits(const T* row, int first, int n, bool aligned) {
-  if (aligned && first + kVec<T> <= n) return __ldcs(reinterpret_cast<const uint4*>(row + first));
+__device__ __forceinline__ uint4 load_logits(const T* row, int first, int n) {
   float x[kVec<T>];
 #pragma unroll
   for (int i = 0; i < kVec<T>; i++) x[i] = first + i < n ? to_float(row[first + i]) : -INFINITY;
   return pack<T>(x);
 }
 
-// Loads this block's part of the row, from `begin` on, into shared memory. Behind its end there are -inf up to a
-// vector.
+// Copies of parts are waited for one after the other.
+__device__ __forceinline__ void wait_for_part(int i) {
+  static_assert(kParts == 4);
+  if (i == 0) wait_copies<3>();
+  if (i == 1) wait_copies<2>();
+  if (i == 2) wait_copies<1>();
+  if (i == 3) wait_copies<0>();
+}
+
+// Puts this block's part of the row, from `begin` on, into shared memory: without NaN and +inf, and behind its end -inf
+// up to a vector. All of it is on its way at once, and each thread takes what it has asked for as it comes.
 template <typename T, typename Kept>
 __device__ Stats load(const SampleParams& p, int row, int begin, int n, Kept* values) {
   constexpr int kSize = kVec<T>;
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + begin;
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
-  Stats mine{-kMax, 0.f, -INFINITY, 0};
-  for (int start = kSize * threadIdx.x; start < n; start += kSize * kThreads * kAhead) {
-    uint4 packed[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) packed[i] = load_logits(logits, start + kSize * kThreads * i, n, aligned);
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      const int first = start + kSize * kThreads * i;
-      if (first >= n) break;
-      float x[kSize];
-      unpack<T>(packed[i], x);
-#pragma unroll
-      for (float& value : x) value = finite(value);
-      const float top = largest(x);
-      if (top > mine.top) mine.top = top, mine.token = first;
-      if (top > mine.raw_top) {
-        mine.raw_sum *= exp2_approx((mine.raw_top - top) * kLog2E);
-        mine.raw_top = top;
+  const int part = (n + kSize * kThreads * kParts - 1) / (kSize * kThreads * kParts) * kSize * kThreads;
+  if constexpr (std::is_same_v<T, Kept>) {
+    for (int end = part; end <= kParts * part; end += part) {
+      for (int first = end - part + kSize * threadIdx.x; first < min(n, end); first += kSize * kThreads) {
+        if (aligned && first + kSize <= n)
+          copy_async(reinterpret_cast<uint4*>(values + first), logits + first, true);
+        else
+          store<T>(values, first, load_logits(logits, first, n));
       }
-#pragma unroll
-      for (float value : x) mine.raw_sum += exp2_approx((value - mine.raw_top) * kLog2E);
-      if constexpr (sizeof(T) == sizeof(Kept)) {
-        store<Kept>(values, first, pack<Kept>(x));
-      } else {
-        *reinterpret_cast<float4*>(values + first) = make_float4(x[0], x[1], x[2], x[3]);
-        *reinterpret_cast<float4*>(values + first + 4) = make_float4(x[4], x[5], x[6], x[7]);
-      }
+      commit_copies();
     }
   }
-  // The first of the vector's that is the largest.
-  for (int i = 1; i < kSize && mine.top > -INFINITY; i++) {
-    if (fminf(to_float(values[mine.token]), kMax) == mine.top) break;
-    mine.token++;
+  Stats mine{-kMax, 0.f, -INFINITY, 0};
+  const auto take = [&](int first, uint4 packed) {
+    float x[kSize];
+    unpack<T>(packed, x);
+#pragma unroll
+    for (float& value : x) value = finite(value);
+    const float top = largest(x);
+    if (top > mine.top) mine.top = top, mine.token = first;
+    if (top > mine.raw_top) {
+      mine.raw_sum *= exp2_approx((mine.raw_top - top) * kLog2E);
+      mine.raw_top = top;
+    }
+#pragma unroll
+    for (float value : x) mine.raw_sum += exp2_approx((value - mine.raw_top) * kLog2E);
+#pragma unroll
+    for (int i = 0; i < kSize; i += kVec<Kept>)
+      store<Kept>(values, first + i, pack<Kept>(reinterpret_cast<const float (&)[kVec<Kept>]>(x[i])));
+  };
+#pragma unroll
+  for (int i = 0; i < kParts; i++) {
+    if constexpr (std::is_same_v<T, Kept>) wait_for_part(i);
+    for (int first = i * part + kSize * threadIdx.x; first < min(n, (i + 1) * part); first += kSize * kThreads) {
+      if constexpr (std::is_same_v<T, Kept>)
+        take(first, *reinterpret_cast<const uint4*>(values + first));
+      else
+        take(first, load_logits(logits, first, n));
+    }
+  }
+  if (mine.top > -INFINITY) {
+    int place = 0;  // of the first of the vector's that is the largest
+#pragma unroll
+    for (int v = kSize - kVec<Kept>; v >= 0; v -= kVec<Kept>) {
+      float x[kVec<Kept>];
+      fetch(values + mine.token + v, x);
+#pragma unroll
+      for (int i = kVec<Kept> - 1; i >= 0; i--)
+        if (x[i] == mine.top) place = v + i;
+    }
+    mine.token += place;
   }
   mine.token = n > 0 ? begin + mine.token : kNone;
   return mine;
@@ -332,17 +397,21 @@ __device__ __forceinline__ Product product(uint32_t a, uint32_t b) {
   return ab;
 }
 
-// Four words of Philox4x32-7 (Salmon et al. 2011).
-__device__ __forceinline__ uint4 philox(uint32_t index, uint64_t offset, uint64_t seed) {
-  uint4 c = {index, static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0};
+// Four words of Philox4x32-7 (Salmon et al. 2011) of each of two counters, which share their keys.
+__device__ __forceinline__ void philox(const uint32_t (&index)[2], uint64_t offset, uint64_t seed, uint4 (&words)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    words[i] = {index[i], static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; round++) {
-    const Product p0 = product(c.x, 0xD2511F53u), p1 = product(c.z, 0xCD9E8D57u);
-    c = {p1.high ^ c.y ^ k0, p1.low, p0.high ^ c.w ^ k1, p0.low};
+#pragma unroll
+    for (uint4& c : words) {
+      const Product p0 = product(c.x, 0xD2511F53u), p1 = product(c.z, 0xCD9E8D57u);
+      c = {p1.high ^ c.y ^ k0, p1.low, p0.high ^ c.w ^ k1, p0.low};
+    }
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return c;
 }
 
 // Floats as integers of the same order, and back.
@@ -376,27 +445,42 @@ class Draw {
       : top_(top), inverse_(fminf(1.f / settings.temperature, kMax)), seed_(p.seeds[row]), offset_(p.offsets[row]) {}
 
   // The best of this thread's tokens that are no farther than `farthest`, and the mass of these.
-  template <typename Kept>
+  // kAll: that is all of them.
+  template <bool kAll, typename Kept>
   __device__ Candidate best(const Kept* values, int begin, int n, float farthest, float& chance) const {
     if (threadIdx.x == 0) chance = chance_of(kLeastGumbel);
     __syncthreads();
+    constexpr bool kWide = sizeof(Kept) == 4;
     const float scale = exponent();
     Candidate mine{-INFINITY, INFINITY, 0.f, kNone};
-    for (int start = threadIdx.x / 32 * 32 * kVec<Kept>; start < n; start += kVec<Kept> * kThreads) {
-      const int first = start + threadIdx.x % 32 * kVec<Kept>;
-      float d[kVec<Kept>];
-      distances(values, first, n, d);
+    const int lane = threadIdx.x % 32;
+    for (int start = threadIdx.x / 32 * 256; start < n; start += 8 * kThreads) {
+      // Two times four neighbours, and the first of each.
+      const int first[2] = {start + (kWide ? 4 : 8) * lane, start + (kWide ? 4 : 8) * lane + (kWide ? 128 : 4)};
+      float d[8];
 #pragma unroll
-      for (int i = 0; i < kVec<Kept>; i += 4) {
-        if (!__any_sync(~0u, fminf(fminf(d[i], d[i + 1]), fminf(d[i + 2], d[i + 3])) <= farthest)) continue;
-        const uint4 random = philox((begin + first + i) / 4, offset_, seed_);
-        Four four{
-            {d[i], d[i + 1], d[i + 2], d[i + 3]}, {}, {random.x, random.y, random.z, random.w}, begin + first + i};
-        const float least = *const_cast<volatile float*>(&chance);
+      for (int i = 0; i < 2; i += kVec<Kept> / 4)
+        distances(values, first[i], n, reinterpret_cast<float (&)[kVec<Kept>]>(d[4 * i]));
+      if (!kAll) {
+        float nearest = d[0];
+#pragma unroll
+        for (int i = 1; i < 8; i++) nearest = fminf(nearest, d[i]);
+        if (!__any_sync(~0u, nearest <= farthest)) continue;
+      }
+      uint4 random[2];
+      philox({static_cast<uint32_t>(begin + first[0]) / 4, static_cast<uint32_t>(begin + first[1]) / 4}, offset_, seed_,
+             random);
+      const float least = *const_cast<volatile float*>(&chance);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        Four four{{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]},
+                  {},
+                  {random[i].x, random[i].y, random[i].z, random[i].w},
+                  begin + first[i]};
         bool wins = false;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          four.p[j] = four.d[j] <= farthest ? exp2_approx(four.d[j] * scale) : 0.f;
+          four.p[j] = kAll || four.d[j] <= farthest ? exp2_approx(four.d[j] * scale) : 0.f;
           mine.mass += four.p[j];
           wins |= four.may_reach(j, least);
         }
@@ -471,15 +555,16 @@ __device__ int draw(const SampleParams& p, const Settings& settings, int row, co
                     Row& of_row, const Kept* values, int begin, int n, float& chance) {
   const bool greedy = !(settings.temperature > 0.f);
   if (greedy || stats.top == -INFINITY) return greedy || stats.top > -INFINITY ? stats.token : 0;
-  const Draw draw(p, settings, row, stats.top);
   float farthest = kMax;
   if (settings.min_p > 0.f) farthest = fmaxf(0.f, -settings.temperature * logf(settings.min_p));
   if (settings.top_k > 0 && settings.top_k < p.vocabulary)
     farthest = fminf(farthest, __uint_as_float(of_row.kth(values, n, stats.top, nearest, settings.top_k)));
+  const Draw draw(p, settings, row, stats.top);
   const bool nucleus = settings.top_p < 1.f;
   float enough = -1.f;
-  for (;;) {
-    const Candidate winner = of_row.merged(draw.best(values, begin, n, farthest, chance));
+  for (bool all = farthest == kMax;; all = false) {
+    const Candidate winner = of_row.merged(all ? draw.template best<true>(values, begin, n, farthest, chance)
+                                               : draw.template best<false>(values, begin, n, farthest, chance));
     if (!nucleus || winner.distance == 0.f) return winner.token;
     if (enough < 0.f) enough = settings.top_p * winner.mass;
     farthest = __uint_as_float(__float_as_uint(winner.distance) - 1);  // the next that is nearer
