@@ -79,7 +79,7 @@ __device__ __forceinline__ void fetch(const Kept* values, float (&x)[kVec<Kept>]
   unpack<Kept>(*reinterpret_cast<const uint4*>(values), x);
   if constexpr (sizeof(Kept) < 4) {  // 16 bits have no number that stands for kMax
 #pragma unroll
-    for (float& value : x) value = fminf(value, kMax);
+    for (int i = 0; i < kVec<Kept>; i++) x[i] = fminf(x[i], kMax);
   }
 }
 
@@ -145,8 +145,8 @@ class Row {
         fetch(values + first, x);
         if (__float_as_uint(top - largest(x)) > edge) continue;
 #pragma unroll
-        for (float value : x) {
-          const uint32_t key = __float_as_uint(top - value);
+        for (int i = 0; i < kVec<Kept>; i++) {
+          const uint32_t key = __float_as_uint(top - x[i]);
           if (key <= edge && (high == 31 || key >> high == found)) count(key >> low & ((1 << bits) - 1));
         }
       }
@@ -168,9 +168,11 @@ class Row {
       float x[kVec<Kept>];
       fetch(values + first, x);
       if (__float_as_uint(top - largest(x)) > edge) continue;
-      for (float value : x) {
-        const int key = __float_as_int(top - value);
+#pragma unroll
+      for (int i = 0; i < kVec<Kept>; i++) {
+        const int key = __float_as_int(top - x[i]);
         if (static_cast<uint32_t>(key) > edge) continue;
+#pragma unroll 1
         for (int r = 0; r < kSampleCluster; r++) {
           const int place = atomicAdd(cluster_.map_shared_rank(&shared_.near, r), 1);
           if (place < kMostNear) cluster_.map_shared_rank(shared_.histogram, r)[place] = key;
@@ -329,7 +331,7 @@ __device__ Stats load(const SampleParams& p, int row, int begin, int n, Kept* va
     float x[kSize];
     unpack<T>(packed, x);
 #pragma unroll
-    for (float& value : x) value = finite(value);
+    for (int i = 0; i < kSize; i++) x[i] = finite(x[i]);
     const float top = largest(x);
     if (top > mine.top) mine.top = top, mine.token = first;
     if (top > mine.raw_top) {
@@ -337,10 +339,13 @@ __device__ Stats load(const SampleParams& p, int row, int begin, int n, Kept* va
       mine.raw_top = top;
     }
 #pragma unroll
-    for (float value : x) mine.raw_sum += exp2_approx((value - mine.raw_top) * kLog2E);
-#pragma unroll
-    for (int i = 0; i < kSize; i += kVec<Kept>)
-      store<Kept>(values, first + i, pack<Kept>(reinterpret_cast<const float (&)[kVec<Kept>]>(x[i])));
+    for (int i = 0; i < kSize; i++) mine.raw_sum += exp2_approx((x[i] - mine.raw_top) * kLog2E);
+    if constexpr (std::is_same_v<T, Kept>) {
+      store<Kept>(values, first, pack<Kept>(x));
+    } else {
+      *reinterpret_cast<float4*>(values + first) = make_float4(x[0], x[1], x[2], x[3]);
+      *reinterpret_cast<float4*>(values + first + 4) = make_float4(x[4], x[5], x[6], x[7]);
+    }
   };
 #pragma unroll
   for (int i = 0; i < kParts; i++) {
@@ -403,6 +408,7 @@ __device__ __forceinline__ void philox(const uint32_t (&index)[2], uint64_t offs
   for (int i = 0; i < 2; i++)
     words[i] = {index[i], static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  asm volatile("" : "+r"(k0), "+r"(k1));  // or the keys of all rounds would be kept, in local memory
 #pragma unroll
   for (int round = 0; round < 7; round++) {
 #pragma unroll
@@ -458,9 +464,15 @@ class Draw {
       // Two times four neighbours, and the first of each.
       const int first[2] = {start + (kWide ? 4 : 8) * lane, start + (kWide ? 4 : 8) * lane + (kWide ? 128 : 4)};
       float d[8];
+      if constexpr (kWide) {
+        float near[4], far[4];
+        distances(values, first[0], n, near);
+        distances(values, first[1], n, far);
 #pragma unroll
-      for (int i = 0; i < 2; i += kVec<Kept> / 4)
-        distances(values, first[i], n, reinterpret_cast<float (&)[kVec<Kept>]>(d[4 * i]));
+        for (int i = 0; i < 4; i++) d[i] = near[i], d[4 + i] = far[i];
+      } else {
+        distances(values, first[0], n, d);
+      }
       if (!kAll) {
         float nearest = d[0];
 #pragma unroll
@@ -499,7 +511,7 @@ class Draw {
       float d[kVec<Kept>];
       distances(values, first, n, d);
 #pragma unroll
-      for (float distance : d) mine.mass += distance <= farthest ? exp2_approx(distance * scale) : 0.f;
+      for (int i = 0; i < kVec<Kept>; i++) mine.mass += d[i] <= farthest ? exp2_approx(d[i] * scale) : 0.f;
     }
     return mine;
   }
@@ -521,7 +533,7 @@ class Draw {
   __device__ __forceinline__ void distances(const Kept* values, int first, int n, float (&d)[kVec<Kept>]) const {
     if (first < n) fetch(values + first, d);
 #pragma unroll
-    for (float& x : d) x = first < n ? top_ - x : INFINITY;
+    for (int i = 0; i < kVec<Kept>; i++) d[i] = first < n ? top_ - d[i] : INFINITY;
   }
 
   // Takes the logarithms of those that may win, one a lane at a time: each makes it harder for the others.
@@ -595,7 +607,8 @@ __device__ void list(const SampleParams& p, int row, float top, float log_sum, R
 
 // Kept: the type of what is drawn from, in shared memory; the logits' own where they are drawn from as they came in.
 template <typename T, typename Kept>
-__global__ void __launch_bounds__(kThreads, 4) sample_kernel(const __grid_constant__ SampleParams p, int part) {
+__global__ void __launch_bounds__(kThreads, sizeof(Kept) == 4 ? 3 : 4)
+    sample_kernel(const __grid_constant__ SampleParams p, int part) {
   extern __shared__ __align__(16) char memory[];
   __shared__ Shared shared;
   Kept* values = reinterpret_cast<Kept*>(memory);
