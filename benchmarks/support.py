@@ -94,16 +94,6 @@ def _linear(dtype: torch.dtype, device: str) -> tuple:
     return x, weight, None
 
 
-def _linear_normed(dtype: torch.dtype, device: str) -> tuple:
-    x, weight, _ = _linear(dtype, device)
-    return x, torch.empty_like(x), torch.empty(64, dtype=dtype, device=device), 1e-5, weight
-
-
-def _linear_swiglu(dtype: torch.dtype, device: str) -> tuple:
-    x, weight, _ = _linear(dtype, device)
-    return x, torch.empty_like(x), weight
-
-
 def _linear_quantized(method: str) -> Arguments:
     kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
@@ -182,8 +172,6 @@ SAMPLES: dict[str, Arguments] = {
     "scale_": _scale,
     "linear_invariant": _linear,
     "linear_few_rows": _linear,
-    "linear_normed": _linear_normed,
-    "linear_swiglu": _linear_swiglu,
     **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
     "gated_delta_rule_fwd": _gated_delta_rule_fwd,
     "gated_delta_rule_bwd": _gated_delta_rule_bwd,

@@ -31,7 +31,6 @@ from cs336.nn import (
     MoEConfig,
     NoMLPConfig,
     NoPositionsConfig,
-    RMSNorm,
     RMSNormConfig,
     RopeConfig,
     RotaryEmbedding,
@@ -40,7 +39,6 @@ from cs336.nn import (
     SwiGLUConfig,
 )
 from cs336.nn.checks import check_choice, check_flags, check_positive, check_probabilities
-from cs336.nn.linear import Projected, normed_joined
 
 Mixer = Annotated[
     AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
@@ -148,17 +146,6 @@ class Stream(NamedTuple):
         """norm(value) and the value."""
         return (norm(self.total), self.total) if self.update is None else norm(self.update, self.total)
 
-    def read_by(self, sublayer: nn.Module, norm: nn.Module) -> tuple[Tensor | Projected, Tensor]:
-        """norm(value), or what the layers of the sublayer that read it make of it, and the value."""
-        if self.update is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.normed(norm)
-        readers = getattr(sublayer, "readers", ())
-        if type(norm) is RMSNorm and not any(m._forward_hooks or m._forward_pre_hooks for m in (norm, sublayer)):
-            fused = normed_joined(self.update, self.total, norm.weight, norm.eps, readers)
-            if fused is not None:
-                return fused
-        return self.normed(norm)
-
     def flat(self) -> tuple:
         """As tuples of tensors and None: what torch.compile of torch 2.11 returns is of no class of ours."""
         return self.total, self.update, None if self.routing is None else tuple(self.routing)
@@ -206,8 +193,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context=None, state=None):
         """context, state: of the mixer."""
         stream = x if isinstance(x, Stream) else Stream(x, None)
-        whole = self.config.parallel or isinstance(state, Slotted)  # what else than the mixer's layers reads it
-        read, total = self._read(stream, self.attention_norm, None if whole else self.attention)
+        read, total = self._read(stream, self.attention_norm)
         if isinstance(state, Slotted):
             y = state.mix(self.attention, read, context)
         else:
@@ -219,16 +205,16 @@ class TransformerBlock(nn.Module):
             routing = stream.routing
             stream = self._add(total, y, self.attention_norm, self.attention_post_norm)
             if self.mlp is not None:
-                read, total = self._read(stream, self.mlp_norm, self.mlp)
+                read, total = self._read(stream, self.mlp_norm)
                 y, routing = self._mlp(read, routing)
                 stream = self._add(total, y, self.mlp_norm, self.mlp_post_norm)
             stream = stream._replace(routing=routing)
         return stream if isinstance(x, Stream) else stream.value
 
-    def _read(self, stream: Stream, norm, sublayer: nn.Module | None) -> tuple[Any, Tensor]:
-        """What a sublayer reads, or its layers make of it, and the stream's value."""
+    def _read(self, stream: Stream, norm) -> tuple[Tensor, Tensor]:
+        """What a sublayer reads, and the stream's value."""
         if self.config.placement in ("pre", "sandwich"):
-            return stream.normed(norm) if sublayer is None else stream.read_by(sublayer, norm)
+            return stream.normed(norm)
         return (value := stream.value), value
 
     def _add(self, total: Tensor, y: Tensor, norm, post_norm) -> Stream:

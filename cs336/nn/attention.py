@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities
-from cs336.nn.linear import Linear, Projected, join, joined
+from cs336.nn.linear import Linear, join, joined
 from cs336.nn.norms import RMSNorm, RMSNormConfig
 from cs336.nn.paged import PagedKeyValues, PagedTokens
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
@@ -113,18 +113,10 @@ class Attention(nn.Module):
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         return PagedKeyValues.allocate(num_pages, page_size, self.num_kv_heads, self.head_dim, **place)
 
-    @property
-    def readers(self) -> tuple[Linear, ...]:
-        """The layers that read x, where `joined` calls them."""
-        return self.q_proj, self.k_proj, self.v_proj
-
     def forward(
-        self,
-        x_BSM: Tensor | Projected,
-        context: Context | None = None,
-        state: KeyValues | Recent | PagedKeyValues | None = None,
+        self, x_BSM: Tensor, context: Context | None = None, state: KeyValues | Recent | PagedKeyValues | None = None
     ) -> Tensor:
-        """x (..., S, d_model), or Projected by the readers, -> (..., S, d_model).
+        """x (..., S, d_model) -> (..., S, d_model).
 
         context: positions, and the mask of x or its cu_seqlens; with a state its lengths, or whose tokens x (1, T,
             d_model) are and the pages of theirs.
@@ -132,10 +124,10 @@ class Attention(nn.Module):
 
         Raises ValueError for shapes or dtypes that do not fit.
         """
-        if not isinstance(x_BSM, Projected) and (x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model):
+        if x_BSM.dim() < 2 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (..., tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
         context = Context() if context is None else context
-        q, k, v = joined(x_BSM, self.readers)
+        q, k, v = joined(x_BSM, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v_BTHD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
@@ -149,7 +141,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             positions = context.positions
             if positions is None and state is not None:
-                positions = context.slots(q_BHSD.shape[-2])
+                positions = context.slots(x_BSM.shape[-2])
             q_BHSD, k_BHTD = self.rope.rotate_qk(q_BHSD, k_BHTD, positions)
         if registry.is_invariant() and not isinstance(state, PagedKeyValues):
             o_BHSD = self._invariant(q_BHSD, k_BHTD, v_BHTD, context, state)
@@ -175,7 +167,7 @@ class Attention(nn.Module):
 
     def join(self) -> None:
         """Lay the projections of queries, keys and values together: see nn/linear.py."""
-        join(self.readers)
+        join((self.q_proj, self.k_proj, self.v_proj))
 
     def _options(self, S: int) -> dict[str, Any]:
         """Of ops.attention, for S queries."""

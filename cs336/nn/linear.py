@@ -1,6 +1,5 @@
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import keeps_weights, pays
-from cs336.ops.linear_fused import pays_fused
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,42 +62,18 @@ def join(layers: Sequence[nn.Linear]) -> None:
         layer.weight.data = weight
 
 
-class Projected(NamedTuple):
-    """In x's place: what the layers that would read it make of it, as `joined` returns it."""
-
-    parts: Sequence[Tensor]
-
-
-def joined(x: Tensor | Projected, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
     wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
-    if isinstance(x, Projected):
-        return x.parts
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (registry.is_invariant() and not x.is_cuda):
         return [layer(x) for layer in layers]
-    weight = _joined_weight(layers)
-    if weight is None or weight.device != x.device:
+    if not all(_is_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
-    return linear(x, weight).split([layer.out_features for layer in layers], -1)
-
-
-def normed_joined(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, layers: Sequence[nn.Linear]
-) -> tuple[Projected, Tensor] | None:
-    """What the layers make of the RMSNorm of x + residual, and that sum, by one launch; None where that is no faster,
-    or a gradient is wanted."""
-    weight = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _joined_weight(layers)
-    if weight is None or not pays_fused(x, residual, weight) or norm_weight.dtype != x.dtype:
-        return None
-    y, total = ops.linear_normed(x, residual, norm_weight, weight, eps, constant=keeps_weights(x))
-    return Projected(y.split([layer.out_features for layer in layers], -1)), total
-
-
-def swiglu_linear(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(silu(gate) * up), by one launch where that is faster."""
-    if not torch.is_grad_enabled() and _is_plain(layer) and pays_fused(gate, up, layer.weight):
-        return ops.linear_swiglu(gate, up, layer.weight, constant=keeps_weights(gate))
-    return layer(ops.swiglu(gate, up))
+    weights = [layer.weight for layer in layers]
+    if weights[0].device != x.device or not _lie_together(weights):
+        return [layer(x) for layer in layers]
+    rows, first = [len(weight) for weight in weights], weights[0]
+    return linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
 
 
 def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
@@ -118,16 +92,6 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether calling it is a product with its weight and nothing else."""
     return type(layer) is Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def _joined_weight(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """The weights of plain layers one behind the other, where they lie so."""
-    if not layers or not all(_is_plain(layer) for layer in layers):
-        return None
-    weights = [layer.weight for layer in layers]
-    if not _lie_together(weights):
-        return None
-    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
 
 
 def _lie_together(weights: Sequence[Tensor]) -> bool:

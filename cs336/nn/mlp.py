@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_choice, check_counts, check_flags
-from cs336.nn.linear import Linear, Projected, join, joined, side_by_side, swiglu_linear
+from cs336.nn.linear import Linear, join, joined, side_by_side
 from cs336.ops.activation import Kind, gated
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
@@ -78,27 +78,20 @@ class MLP(nn.Module):
         self.up_proj = Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self.down_proj = Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
 
-    @property
-    def readers(self) -> tuple[Linear, ...]:
-        """The layers that read x, where `joined` calls them."""
-        return (self.gate_proj, self.up_proj) if self.gated else ()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(self._gated(x))
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 
-    def forward(self, x: Tensor | Projected) -> Tensor:
-        """x may be Projected by the readers."""
-        if not self.gated:
-            return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
-        both = side_by_side(x, self.readers) if self.activation in KINDS else None
-        if both is not None:
-            return self.down_proj(gated(both, KINDS[self.activation]))
-        gate_F, up_F = joined(x, self.readers)
-        if self.activation == "silu":
-            return swiglu_linear(gate_F, up_F, self.down_proj)
-        return self.down_proj(gate(self.activation, gate_F, up_F))
+    def _gated(self, x: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj)
+        both = side_by_side(x, layers) if self.activation in KINDS else None
+        return gate(self.activation, *joined(x, layers)) if both is None else gated(both, KINDS[self.activation])
 
     def join(self) -> None:
         """Lay gate and up_proj together: see nn/linear.py."""
         if self.gated:
-            join(self.readers)
+            join((self.gate_proj, self.up_proj))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, gated={self.gated}"

@@ -17,8 +17,6 @@ from cs336.ops.linear_attention import linear_attention as linear_attention
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
 from cs336.ops.linear_few_rows import linear_few_rows as linear_few_rows
-from cs336.ops.linear_fused import linear_normed as linear_normed
-from cs336.ops.linear_fused import linear_swiglu as linear_swiglu
 from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.linear_quantized import linear_fp8 as linear_fp8
 from cs336.ops.linear_quantized import linear_int4 as linear_int4

@@ -104,63 +104,6 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optiona
   return product(x, weight, nullptr, bias, 0, std::nullopt, WeightFormat::kLikeX, constant);
 }
 
-// What a layer that makes its x itself is told.
-cuda::LinearFewRowsParams fused(const Tensor& x, const Tensor& other, const Tensor& weight, const Tensor& y,
-                                bool constant) {
-  return {.x = x.const_data_ptr(),
-          .weight = weight.const_data_ptr(),
-          .y = y.mutable_data_ptr(),
-          .x_stride = x.stride(0),
-          .weight_stride = weight.stride(0) * size_of(dtype_of(weight, "weight")),
-          .M = static_cast<int>(x.size(0)),
-          .N = static_cast<int>(weight.size(0)),
-          .K = static_cast<int>(x.size(1)),
-          .group = static_cast<int>(x.size(1)),
-          .dtype = dtype_of(x, "x"),
-          .scale_dtype = Dtype::F32,
-          .format = WeightFormat::kLikeX,
-          .other = other.const_data_ptr(),
-          .other_stride = other.stride(0),
-          .constant = constant};
-}
-
-void check_fused(const Tensor& x, const Tensor& other, const char* name, const Tensor& weight) {
-  check_product(x, weight, std::nullopt, WeightFormat::kLikeX);
-  STD_TORCH_CHECK(x.size(0) <= cuda::kMostFusedRows, "x must have at most ", cuda::kMostFusedRows, " rows, got ",
-                  x.size(0));
-  check_rows_like(other, name, x, "x");
-  check_aligned(other, name);
-}
-
-std::tuple<Tensor, Tensor> linear_normed(const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps,
-                                         const Tensor& weight, bool constant) {
-  check_fused(x, residual, "residual", weight);
-  STD_TORCH_CHECK(norm_weight.scalar_type() == x.scalar_type(), "norm_weight must have the dtype of x");
-  check_features(norm_weight, "norm_weight", x);
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(norm_weight.const_data_ptr()) % 16 == 0,
-                  "norm_weight must start at a multiple of 16 bytes");
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor y = new_tensor(x, {x.size(0), weight.size(0)}, x.scalar_type());
-  const Tensor sum = new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type());
-  cuda::LinearFewRowsParams p = fused(x, residual, weight, y, constant);
-  p.prologue = cuda::Prologue::kNorm;
-  p.norm_weight = norm_weight.const_data_ptr();
-  p.eps = static_cast<float>(eps);
-  p.sum = sum.mutable_data_ptr();
-  cuda::linear_fused(p, static_cast<cudaStream_t>(current_stream(x)));
-  return {y, sum};
-}
-
-Tensor linear_swiglu(const Tensor& gate, const Tensor& up, const Tensor& weight, bool constant) {
-  check_fused(gate, up, "up", weight);
-  torch::stable::accelerator::DeviceGuard guard(gate.get_device_index());
-  const Tensor y = new_tensor(gate, {gate.size(0), weight.size(0)}, gate.scalar_type());
-  cuda::LinearFewRowsParams p = fused(gate, up, weight, y, constant);
-  p.prologue = cuda::Prologue::kSwiglu;
-  cuda::linear_fused(p, static_cast<cudaStream_t>(current_stream(gate)));
-  return y;
-}
-
 template <WeightFormat kFormat>
 Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
                         int64_t group, const std::optional<Tensor>& zeros, bool constant) {
@@ -178,8 +121,6 @@ Tensor linear_fp8(const Tensor& x, const Tensor& weight, const Tensor& scales, c
 
 STABLE_TORCH_LIBRARY_IMPL(cs336, CUDA, m) {
   m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
-  m.impl("linear_normed", TORCH_BOX(&linear_normed));
-  m.impl("linear_swiglu", TORCH_BOX(&linear_swiglu));
   m.impl("linear_int8", TORCH_BOX(&linear_quantized<WeightFormat::kInt8>));
   m.impl("linear_int4", TORCH_BOX(&linear_quantized<WeightFormat::kInt4>));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));

@@ -10,41 +10,28 @@ namespace cs336::cuda {
 
 enum class WeightFormat { kLikeX, kInt8, kInt4, kFp8 };
 
-// What is multiplied: x; the RMSNorm of x + other; or silu(x) * other. The last two of kLikeX and up to 8 rows.
-enum class Prologue { kNone, kNorm, kSwiglu };
-
 struct LinearFewRowsParams {
-  const void* x;                   // (M, K)
-  const void* weight;              // (N, K) of 2, 1 or half a byte
-  const void* scales = nullptr;    // (N, ceil(K / group)), or null: of kLikeX
-  const int16_t* zeros = nullptr;  // like scales, or null
-  const void* bias = nullptr;      // (N,) like x, or null
-  void* y;                         // (M, N), contiguous
-  int64_t x_stride;                // in elements; all rows of x and of weight start at multiples of 16 bytes
-  int64_t weight_stride;           // in bytes
-  int M, N, K;                     // M <= kMostRows, K <= kMostFeatures
-  int group;                       // a multiple of the features in 64 bytes of weights, or K
-  Dtype dtype;                     // of x, bias and y: F16 or BF16
+  const void* x;          // (M, K)
+  const void* weight;     // (N, K) of 2, 1 or half a byte
+  const void* scales;     // (N, ceil(K / group)), or null: of kLikeX
+  const int16_t* zeros;   // like scales, or null
+  const void* bias;       // (N,) like x, or null
+  void* y;                // (M, N), contiguous
+  int64_t x_stride;       // in elements; all rows of x and of weight start at multiples of 16 bytes
+  int64_t weight_stride;  // in bytes
+  int M, N, K;            // M <= kMostRows, K <= kMostFeatures
+  int group;              // a multiple of the features in 64 bytes of weights, or K
+  Dtype dtype;            // of x, bias and y: F16 or BF16
   Dtype scale_dtype;
   WeightFormat format;
-  Prologue prologue = Prologue::kNone;
-  const void* other = nullptr;        // (M, K) like x
-  int64_t other_stride = 0;           // in elements
-  const void* norm_weight = nullptr;  // (K,) like x
-  float eps = 0.f;
-  void* sum = nullptr;  // (M, K): x + other, contiguous
-  bool constant;        // the kernel before this one does not write the weights: they are read while it still runs
+  bool constant;  // the kernel before this one does not write the weights: they are read while it still runs
 };
 
 inline constexpr int kMostRows = 64;
-inline constexpr int kMostFusedRows = 8;
 inline constexpr int kMostFeatures = 57344;  // of a row of x, which is kept in shared memory
 inline constexpr int kFeatures = 32;         // of a piece of a row: what four lanes take of it
 
 // Of more rows than fit into shared memory some at a time: each reads the weights.
 void linear_few_rows(const LinearFewRowsParams& p, cudaStream_t stream);
-
-// With a prologue, of rows that fit.
-void linear_fused(const LinearFewRowsParams& p, cudaStream_t stream);
 
 }  // namespace cs336::cuda

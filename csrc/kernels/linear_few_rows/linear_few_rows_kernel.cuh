@@ -13,13 +13,11 @@
 #include "common/vec.cuh"
 #include "kernels/linear_few_rows/linear_few_rows.h"
 #include "kernels/linear_few_rows/linear_few_rows_plan.h"
-#include "kernels/linear_few_rows/prologue.cuh"
 #include "kernels/linear_few_rows/weights.cuh"
 
 namespace cs336::few_rows {
 
 using cuda::LinearFewRowsParams;
-using cuda::Prologue;
 
 constexpr int kThreads = kWarps * 32;
 
@@ -53,7 +51,7 @@ struct Walk {
 };
 
 // kZeros: the weights have some.
-template <typename T, WeightFormat kFormat, int kEights, bool kZeros, Prologue kPrologue>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 class Warp {
   using S = Shape<kFormat, kEights>;
   using W = Weights<T, kFormat>;
@@ -90,12 +88,7 @@ class Warp {
 #pragma unroll 1
     for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
     wait_for_predecessor();
-    if constexpr (kPrologue == Prologue::kNorm)
-      keep_normed<T>(p_, x_, partials_ - team_ * plan_.split * S::kPartial);
-    else if constexpr (kPrologue == Prologue::kSwiglu)
-      keep_gated<T>(p_, x_);
-    else
-      keep_x();
+    keep_x();
     clear(sums_);
     [[maybe_unused]] Grid grid, next_grid;
     if constexpr (kScaled) next_grid = load_grid(start);
@@ -264,10 +257,10 @@ class Warp {
   Sums sums_;
 };
 
-template <typename T, WeightFormat kFormat, int kEights, bool kZeros, Prologue kPrologue>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
   extern __shared__ uint4 shared[];
-  Warp<T, kFormat, kEights, kZeros, kPrologue>(p, plan, shared).run();
+  Warp<T, kFormat, kEights, kZeros>(p, plan, shared).run();
 }
 
 }  // namespace cs336::few_rows

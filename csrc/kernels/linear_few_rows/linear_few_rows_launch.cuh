@@ -7,7 +7,7 @@
 
 namespace cs336::few_rows {
 
-template <typename T, WeightFormat kFormat, int kEights, bool kZeros = false, Prologue kPrologue = Prologue::kNone>
+template <typename T, WeightFormat kFormat, int kEights, bool kZeros = false>
 void launch_kernel(const LinearFewRowsParams& p, cudaStream_t stream) {
   using S = Shape<kFormat, kEights>;
   const int steps = ceil_div(bytes_of_row<T, kFormat>(p.K), S::kChunks * kChunkBytes);
@@ -17,7 +17,7 @@ void launch_kernel(const LinearFewRowsParams& p, cudaStream_t stream) {
       .threads = dim3(kThreads),
       .shared_bytes = kRingBytes + kWarps * S::kPartial * sizeof(float) + p.M * x_vectors(p.K) * sizeof(uint4),
       .dependent = true};
-  launch<linear_few_rows_kernel<T, kFormat, kEights, kZeros, kPrologue>>(shape, stream, p, shared_by);
+  launch<linear_few_rows_kernel<T, kFormat, kEights, kZeros>>(shape, stream, p, shared_by);
 }
 
 template <WeightFormat kFormat>
