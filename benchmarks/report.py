@@ -408,6 +408,14 @@ def train_headline(rows: list[Row]) -> tuple[str, str, str]:
     return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336'])}", f"{ours / plain:.2f}x PyTorch, compiled by layers too"
 
 
+def engine_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the first work, beside the fastest engine of another run."""
+    best = max((row for row in rows if row["work"] == rows[0]["work"]), key=lambda row: row["tokens_per_second"])
+    peer, speed = max(best["peers_in_another_run"].items(), key=lambda item: item[1])
+    ours = best["tokens_per_second"]
+    return best["work"], f"{ours / 1e3:.1f}k tokens/s", f"{ours / speed:.2f}x {peer}, in another run"
+
+
 def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
     """Of the forward with the most FLOPs that is causal."""
     causal = [r for r in rows if r["pass"] == "fwd causal" and "seconds" in r]
@@ -457,9 +465,9 @@ BODIES |= dict.fromkeys(
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,
+    "engine": engine_headline,
     "attention": attention_headline,
     "rms_norm": norm_headline,
-    "layer_norm": norm_headline,
     "adamw": adamw_headline,
 }
 
