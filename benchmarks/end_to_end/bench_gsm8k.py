@@ -3,9 +3,11 @@
     python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
-split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and DRAWS times at
-temperature 1. A call adds its seed's row to FILE; calls beside each other take a FILE each. With --within GRPO has the
-time that the rest leaves.
+split, the same for every seed, holds out TESTED questions. SFT imitates the solutions of all others, without their
+calculator's marks; GRPO draws answers to those of at most EASY steps of reckoning, which a small model is right about
+often enough to learn from. Both models answer all that is held out: greedily, and DRAWS times at GRPO's temperature.
+What is called SFT is the model that GRPO begins with. A call adds its seed's row to FILE; calls beside each other take
+a FILE each. With --within GRPO has the time that the rest leaves.
 """
 
 import argparse
@@ -29,7 +31,11 @@ from cs336.utils import config as configs
 from cs336.utils.device import pick
 from cs336.utils.documents import open_bytes
 
-TESTED, MAX_TOKENS, DRAWS = 1000, 200, 4
+TESTED, MAX_TOKENS, DRAWS = 2000, 200, 2
+EASY = 3  # of calculator's marks, one a step: two thirds of the questions
+LEARNED_TOKENS = 160  # of an answer that GRPO draws: easy questions seldom take more
+TEMPERATURE = 0.7  # after so little SFT a draw at 1 is right half as often as the likeliest answer
+WARMUP = 4  # steps of GRPO: Adam's first are of the gradient's sign alone
 MARGIN = 1.2  # of the time that the second evaluation and an export take, over the first's
 _CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
 Row = dict[str, Any]
@@ -51,8 +57,9 @@ def write_data(source: pathlib.Path, folder: pathlib.Path) -> None:
         return {"messages": [*asked(row), {"role": "assistant", "content": _CALCULATOR.sub("", row["answer"])}]}
 
     learned, tested = rows[:-TESTED], rows[-TESTED:]
+    easy = [row for row in learned if len(_CALCULATOR.findall(row["answer"])) <= EASY]
     for name, lines in (
-        ("sft", list(map(conversation, learned))), ("train", prompts(learned)), ("val", prompts(tested)),
+        ("sft", list(map(conversation, learned))), ("train", prompts(easy)), ("val", prompts(tested)),
     ):  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -65,15 +72,19 @@ class Stage(GRPOStage):
             super().begin()
 
 
-def accuracies(stage: GRPOStage) -> tuple[float, float]:
-    """Of the likeliest answers to the tested questions, and of answers drawn at temperature 1."""
-    greedy = stage.evaluate().metrics["eval/reward"]
-    with stage.policy.autocast():
-        params = SamplingParams(1.0, max_tokens=MAX_TOKENS, seed=7, n=DRAWS)
-        drawn = stage.llm.generate([prompt for prompt, _ in stage.val], params)
-    asked = zip(drawn, stage.val, strict=True)
-    right = [stage.rewards(output.text, answer) for request, (_, answer) in asked for output in request.outputs]
-    return greedy, sum(right) / len(right)
+def answered(stage: GRPOStage) -> tuple[list[float], float]:
+    """Which tested questions the likeliest answer is right about, and the share of right answers that are drawn."""
+    found = []
+    for temperature, n in ((0.0, 1), (TEMPERATURE, DRAWS)):
+        params = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n)
+        with stage.policy.autocast():
+            requests = stage.llm.generate([prompt for prompt, _ in stage.val], params)
+        asked = zip(requests, stage.val, strict=True)
+        found.append(
+            [stage.rewards(output.text, answer) for request, (_, answer) in asked for output in request.outputs]
+        )
+    greedy, drawn = found
+    return greedy, sum(drawn) / len(drawn)
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -87,7 +98,7 @@ def measure(options: argparse.Namespace) -> Row:
         "seed": options.seed,
         "checkpoint_interval": 0,
         "eval_interval": 0,
-        "micro_batch_size": 32,
+        "micro_batch_size": 64,
     }
     tuning = configs.parse(SFTConfig, shared | {
         "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
@@ -100,27 +111,30 @@ def measure(options: argparse.Namespace) -> Row:
         "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
         "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
         "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512,
-        "schedule": {"kind": "constant", "warmup_steps": 0},
+        "schedule": {"kind": "constant", "warmup_steps": WARMUP},
         "grpo": {
-            "num_generations": 16, "prompts_per_step": 32, "max_tokens": MAX_TOKENS, "loss_type": "dapo",
-            "epsilon_high": 0.28, "num_iterations": 2,
+            "num_generations": 16, "prompts_per_step": 32, "max_tokens": LEARNED_TOKENS, "temperature": TEMPERATURE,
+            "loss_type": "dapo", "epsilon_high": 0.28,
         },
     })  # fmt: skip
     stage, mark = Stage(config), time.monotonic()
     stage.begin()
-    before = accuracies(stage)
-    print(f"after SFT: {before[0]:.4f} greedy, {before[1]:.4f} drawn", flush=True)
+    before, before_drawn = answered(stage)
+    print(f"after SFT: {sum(before) / TESTED:.4f} greedy, {before_drawn:.4f} drawn", flush=True)
     if options.within:
         rest = options.within - (time.monotonic() - began) - MARGIN * (time.monotonic() - mark)
         config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
     tested, stage.val = stage.val, []  # the run's own evaluations would take of its time
     result = StageRun(config, stage).train()
     stage.val = tested
-    after = accuracies(stage)
+    after, after_drawn = answered(stage)
     return {
-        "seed": options.seed, "sft_greedy": before[0], "sft_drawn": before[1], "grpo_greedy": after[0],
-        "grpo_drawn": after[1], "tested": len(stage.val), "sft_steps": tuned.step, "grpo_steps": result.step,
-        "sft_seconds": round(tuned.seconds), "grpo_seconds": round(result.seconds), "lr": options.lr,
+        "seed": options.seed, "sft_greedy": sum(before) / TESTED, "sft_drawn": before_drawn,
+        "grpo_greedy": sum(after) / TESTED, "grpo_drawn": after_drawn, "tested": TESTED,
+        "gained": sum(b > a for a, b in zip(before, after, strict=True)),
+        "lost": sum(b < a for a, b in zip(before, after, strict=True)),
+        "sft_steps": tuned.step, "grpo_steps": result.step, "sft_seconds": round(tuned.seconds),
+        "grpo_seconds": round(result.seconds), "lr": options.lr, "temperature": TEMPERATURE,
     }  # fmt: skip
 
 
@@ -142,7 +156,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=5e-5, help="of GRPO (%(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
