@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> Row:
         "seed": options.seed,
         "checkpoint_interval": 0,
         "eval_interval": 0,
-        "micro_batch_size": 64,
+        "micro_batch_size": 128,
     }
     tuning = configs.parse(SFTConfig, shared | {
         "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> Row:
         "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
         "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
         "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512,
-        "schedule": {"kind": "constant", "warmup_steps": WARMUP},
+        "schedule": {"kind": "linear", "warmup_steps": WARMUP, "min_lr_ratio": 0.1},
         "grpo": {
             "num_generations": 16, "prompts_per_step": 32, "max_tokens": LEARNED_TOKENS, "temperature": TEMPERATURE,
             "loss_type": "dapo", "epsilon_high": 0.28,
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO (%(default)s)")
+    parser.add_argument("--lr", type=float, default=8e-5, help="of GRPO, at its start (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
