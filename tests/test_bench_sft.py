@@ -35,13 +35,13 @@ def test_a_seed_of_gsm8k_is_a_row_and_several_are_a_gain(tmp_path, monkeypatch):
     rows += [{"question": f"hard {i}?", "answer": "<<1+1=2>>" * (bench_gsm8k.EASY + 1) + "#### 2"} for i in range(2)]
     (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "cpu.json"
-    for seed, budget in (("0", ["--grpo", "5steps"]), ("1", ["--within", "1"])):
+    for seed, budget in (("0", ["--grpo", "7steps"]), ("1", ["--within", "1"])):
         command = [str(tmp_path / "model"), str(tmp_path / "gsm.jsonl"), "--seed", seed, "--sft", "12steps"]
         command += [*budget, "--device", "cpu", "--run-dir", str(tmp_path), "--out", str(out)]
         assert bench_gsm8k.main(command) == 0
     *found, greedy, drawn = json.loads(out.read_text())["gsm8k"]["rows"]
     assert [(row["seed"], row["tested"], row["sft_steps"]) for row in found] == [(0, 3, 12), (1, 3, 12)]
-    assert found[0]["grpo_steps"] == 5
+    assert found[0]["grpo_steps"] == 7
     saved = (tmp_path / "seed-1" / "grpo" / "config.toml").read_text()
     assert 'budget = "1s"' in saved  # all that SFT has left
     assert greedy["gain"] == "greedy"

@@ -1,6 +1,6 @@
 """What GRPO adds to SFT on grade-school mathematics: a model is tuned on GSM8K's answers, then learns of a verifier.
 
-    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
+    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 120steps] [--grpo 120s] [--out FILE]
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
 split, the same for every seed, holds out TESTED questions. SFT imitates the solutions of all others, without their
@@ -35,7 +35,7 @@ TESTED, MAX_TOKENS, DRAWS = 2000, 200, 2
 EASY = 3  # of calculator's marks, one a step: two thirds of the questions
 LEARNED_TOKENS = 160  # of an answer that GRPO draws: easy questions seldom take more
 TEMPERATURE = 0.7  # after so little SFT a draw at 1 is right half as often as the likeliest answer
-WARMUP = 4  # steps of GRPO: Adam's first are of the gradient's sign alone
+WARMUP = 6  # steps of GRPO: Adam's first are of the gradient's sign alone
 MARGIN = 1.2  # of the time that the second evaluation and an export take, over the first's
 _CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
 Row = dict[str, Any]
@@ -152,11 +152,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("data", type=pathlib.Path, help='JSON lines of "question" and "answer", .xz or not')
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft", default="160steps", help="budget of SFT (%(default)s)")
+    parser.add_argument("--sft", default="120steps", help="budget of SFT (%(default)s)")
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=8e-5, help="of GRPO, at its start (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of GRPO, at its start (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
