@@ -4,10 +4,11 @@
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
 split, the same for every seed, holds out TESTED questions. SFT imitates the solutions of all others, without their
-calculator's marks; GRPO draws answers to those of at most EASY steps of reckoning, which a small model is right about
-often enough to learn from. Both models answer all that is held out: greedily, and DRAWS times at GRPO's temperature.
-What is called SFT is the model that GRPO begins with. A call adds its seed's row to FILE; calls beside each other take
-a FILE each. With --within GRPO has the time that the rest leaves.
+calculator's marks; GRPO learns from those of at most EASY steps of reckoning to which some of TRIED answers of that
+model are right and some wrong: to most of the others all sixteen would be wrong, and teach nothing. Both models answer
+all that is held out: greedily, and DRAWS times at GRPO's temperature. What is called SFT is the model that GRPO begins
+with. A call adds its seed's row to FILE; calls beside each other take a FILE each. With --within GRPO has the time that
+the rest leaves.
 """
 
 import argparse
@@ -19,9 +20,11 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import results
+from cs336.alignment.rollouts import Order
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTStage
@@ -32,11 +35,11 @@ from cs336.utils.device import pick
 from cs336.utils.documents import open_bytes
 
 TESTED, MAX_TOKENS, DRAWS = 2000, 200, 2
-EASY = 3  # of calculator's marks, one a step: two thirds of the questions
+EASY, TRIED = 2, 4  # marks for a calculator, one a step
 LEARNED_TOKENS = 160  # of an answer that GRPO draws: easy questions seldom take more
 TEMPERATURE = 0.7  # after so little SFT a draw at 1 is right half as often as the likeliest answer
 WARMUP = 6  # steps of GRPO: Adam's first are of the gradient's sign alone
-MARGIN = 1.2  # of the time that the second evaluation and an export take, over the first's
+MARGIN = 1.5  # of the time that the second evaluation and an export take, over the first's
 _CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
 Row = dict[str, Any]
 
@@ -72,19 +75,21 @@ class Stage(GRPOStage):
             super().begin()
 
 
-def answered(stage: GRPOStage) -> tuple[list[float], float]:
+def right(stage: GRPOStage, asked: Sequence[tuple[str, Any]], temperature: float, n: int) -> list[float]:
+    """The share of n answers to each question that is right."""
+    params = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n)
+    with stage.policy.autocast():
+        requests = stage.llm.generate([prompt for prompt, _ in asked], params)
+    answers = (answer for _, answer in asked)
+    return [
+        sum(stage.rewards(output.text, answer) for output in request.outputs) / n
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def answered(stage: GRPOStage, tested: Sequence[tuple[str, Any]]) -> tuple[list[float], float]:
     """Which tested questions the likeliest answer is right about, and the share of right answers that are drawn."""
-    found = []
-    for temperature, n in ((0.0, 1), (TEMPERATURE, DRAWS)):
-        params = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n)
-        with stage.policy.autocast():
-            requests = stage.llm.generate([prompt for prompt, _ in stage.val], params)
-        asked = zip(requests, stage.val, strict=True)
-        found.append(
-            [stage.rewards(output.text, answer) for request, (_, answer) in asked for output in request.outputs]
-        )
-    greedy, drawn = found
-    return greedy, sum(drawn) / len(drawn)
+    return right(stage, tested, 0.0, 1), mean(right(stage, tested, TEMPERATURE, DRAWS)).value
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -117,20 +122,25 @@ def measure(options: argparse.Namespace) -> Row:
             "loss_type": "dapo", "epsilon_high": 0.28,
         },
     })  # fmt: skip
-    stage, mark = Stage(config), time.monotonic()
+    stage = Stage(config)
     stage.begin()
-    before, before_drawn = answered(stage)
-    print(f"after SFT: {sum(before) / TESTED:.4f} greedy, {before_drawn:.4f} drawn", flush=True)
-    if options.within:
-        rest = options.within - (time.monotonic() - began) - MARGIN * (time.monotonic() - mark)
-        config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
     tested, stage.val = stage.val, []  # the run's own evaluations would take of its time
+    mark = time.monotonic()
+    before, before_drawn = answered(stage, tested)
+    took = time.monotonic() - mark
+    print(f"after SFT: {mean(before).value:.4f} greedy, {before_drawn:.4f} drawn", flush=True)
+    shares = right(stage, stage.order.items, TEMPERATURE, TRIED)
+    kept = [item for item, share in zip(stage.order.items, shares, strict=True) if 0 < share < 1]
+    print(f"{len(kept):,} of {len(shares):,} questions are learned from", flush=True)
+    stage.order = Order(kept or stage.order.items, options.seed)
+    if options.within:
+        rest = options.within - (time.monotonic() - began) - MARGIN * took
+        config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
     result = StageRun(config, stage).train()
-    stage.val = tested
-    after, after_drawn = answered(stage)
+    after, after_drawn = answered(stage, tested)
     return {
-        "seed": options.seed, "sft_greedy": sum(before) / TESTED, "sft_drawn": before_drawn,
-        "grpo_greedy": sum(after) / TESTED, "grpo_drawn": after_drawn, "tested": TESTED,
+        "seed": options.seed, "sft_greedy": mean(before).value, "sft_drawn": before_drawn,
+        "grpo_greedy": mean(after).value, "grpo_drawn": after_drawn, "tested": TESTED, "learned": len(kept),
         "gained": sum(b > a for a, b in zip(before, after, strict=True)),
         "lost": sum(b < a for a, b in zip(before, after, strict=True)),
         "sft_steps": tuned.step, "grpo_steps": result.step, "sft_seconds": round(tuned.seconds),
@@ -156,7 +166,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=1e-4, help="of GRPO, at its start (%(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO, at its start (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
