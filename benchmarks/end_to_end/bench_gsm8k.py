@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=3e-5, help="of GRPO, at its start (%(default)s)")
+    parser.add_argument("--lr", type=float, default=2.5e-5, help="of GRPO, at its start (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")
