@@ -76,15 +76,19 @@ class Stage(GRPOStage):
 
 
 def right(stage: GRPOStage, asked: Sequence[tuple[str, Any]], temperature: float, n: int) -> list[float]:
-    """The share of n answers to each question that is right."""
-    params = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n)
-    with stage.policy.autocast():
-        requests = stage.llm.generate([prompt for prompt, _ in asked], params)
-    answers = (answer for _, answer in asked)
-    return [
-        sum(stage.rewards(output.text, answer) for output in request.outputs) / n
-        for request, answer in zip(requests, answers, strict=True)
-    ]
+    """The share of n answers to each question that is right.
+
+    As many are asked at once as the engine runs at once: a step in which a prompt begins is no CUDA graph, and where
+    each that ends makes room for another nearly all steps are such.
+    """
+    params, shares = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n), list[float]()
+    size = stage.llm.engine.config.max_seqs // n
+    for some in (asked[start : start + size] for start in range(0, len(asked), size)):
+        with stage.policy.autocast():
+            requests = stage.llm.generate([prompt for prompt, _ in some], params)
+        for request, (_, answer) in zip(requests, some, strict=True):
+            shares.append(sum(stage.rewards(output.text, answer) for output in request.outputs) / n)
+    return shares
 
 
 def answered(stage: GRPOStage, tested: Sequence[tuple[str, Any]]) -> tuple[list[float], float]:
