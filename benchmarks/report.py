@@ -520,7 +520,10 @@ BODIES = {
     "variants": variants,
     "attention_launches": launches,
     "quantization": quantization,
+    "quantization_ours": quantization,
     "decoding": decoding,
+    "decoding_8b": decoding,
+    "decoding_real": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
 BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
