@@ -12,9 +12,9 @@ def test_rows(tmp_path, monkeypatch, capsys):
     run = json.loads(out.read_text())["decoding"]
     assert "tiny --tokens 12" in run["header"]["command"]
     rows = run["rows"]
-    assert [row["weights"] for row in rows[:2]] == ["bf16", "int4"]
+    assert [row["weights"] for row in rows[:2]] == ["fp32", "int8"]
     assert rows[1]["gb"] < rows[0]["gb"]
-    texts = {row["text"]: row for row in rows[2:]}
+    texts = {row["text"]: row for row in rows[4:]}
     assert texts["repeats itself"]["accepted"] == texts["repeats itself"]["drafted"] > 0
     assert texts["wanders"]["accepted"] < texts["wanders"]["drafted"]
     assert texts["is new"]["drafted"] == 0

@@ -1,4 +1,5 @@
-"""What a model loses on held-out text by each way of quantising it, beside torchao's where that is installed.
+"""What a model loses on held-out text by each way of quantising it, beside torchao's and llm-compressor's ways where
+those are installed.
 
     python -m benchmarks.end_to_end.bench_quantization MODEL TEXT --out benchmarks/results/cpu.json
 
@@ -13,22 +14,20 @@ import os
 import pathlib
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from benchmarks import results
+from benchmarks.end_to_end import quantization_peers
+from benchmarks.end_to_end.quantization_peers import Batches, Method
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.inference.quantization.awq import awq_block
 from cs336.inference.quantization.gptq import gptq, gptq_block
 from cs336.inference.quantization.layerwise import Scheme, fill_block, quantize_blocks_
 from cs336.inference.quantization.rounding import nearest
 from cs336.models import Transformer
-from cs336.nn.quantized import BITS, quantizable
-
-Batches = list[torch.Tensor]
-Method = Callable[[Transformer, Batches], Any]
+from cs336.nn.quantized import BITS
 
 
 def by_block(method, scheme: Scheme) -> Method:
@@ -54,18 +53,6 @@ def gptq_of_bits(block, inputs, scheme: Scheme, bits: int) -> str:
     return fill_block(block, inputs, scheme, quantize)
 
 
-def torchao(bits: int, group: int) -> Method:
-    def run(model: Transformer, batches: Batches) -> None:
-        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
-
-        dtype = {4: torch.int4, 8: torch.int8, 3: torch.int3}[bits]
-        names = quantizable(model.layers)
-        config = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerGroup(group))
-        quantize_(model.layers, config, filter_fn=lambda module, name: name in names)
-
-    return run
-
-
 def methods(group: int) -> Iterator[tuple[str, Method]]:
     yield "unquantised", lambda model, batches: None
     yield "int8", by_block(rounded, Scheme("int8", group))
@@ -76,14 +63,7 @@ def methods(group: int) -> Iterator[tuple[str, Method]]:
     yield "awq int4 asymmetric", by_block(awq_block, Scheme("int4", group, zeros=True))
     yield "3 bits", by_block(functools.partial(rounded, bits=3), Scheme("int4", group))
     yield "gptq 3 bits act-order", by_block(functools.partial(gptq_of_bits, bits=3), Scheme("int4", group, order=True))
-    try:
-        import torchao as _  # noqa: F401 (whether there is one)
-    except ImportError:
-        print("torchao is not installed: pip install torchao")
-        return
-    yield "torchao int8", torchao(8, group)
-    yield "torchao int4", torchao(4, group)
-    yield "torchao 3 bits", torchao(3, group)
+    yield from quantization_peers.methods(group)
 
 
 @torch.inference_mode()
@@ -101,6 +81,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these, by the names of the table")
     parser.add_argument("--out", type=pathlib.Path, help="results file that gets the run `quantization`")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -111,7 +92,7 @@ def main() -> None:
     batches = list(read[:: max(1, len(read) // args.samples)][: args.samples].split(8))
     num_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in held_out)
     print(f"| method | bits per byte of {num_bytes:,} bytes | MiB of layers |\n| --- | ---: | ---: |")
-    peers = {name: results.version(name) for name in ("torch", "torchao")}
+    peers = {name: results.version(name) for name in ("torch", "torchao", "transformers", "llmcompressor")}
     command = f"python -m benchmarks.end_to_end.bench_quantization {args.model.name} {args.text.name}"
     command += f" --context {args.context} --samples {args.samples} --measured {args.measured} --group {args.group}"
     header = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "peers": peers}
@@ -119,12 +100,14 @@ def main() -> None:
     header |= {"commit": results.describe_commit(), "date": results.today()}
     rows = []
     for name, method in methods(args.group):
+        if args.only and name not in args.only:
+            continue
         model = load_model(args.model, args.device, torch.float32)
-        method(model, batches)
+        model = method(model, batches) or model
         bits = bits_per_byte(model, held_out, num_bytes)
         size = sum(t.nbytes for t in itertools.chain(model.layers.buffers(), model.layers.parameters())) / 2**20
         rows.append({"model": args.model.stem, "method": name, "bits_per_byte": round(bits, 4), "mib": round(size, 1)})
-        print(f"| {name} | {bits:.4f} | {'' if 'torchao' in name else f'{size:.1f}'} |", flush=True)
+        print(f"| {name} | {bits:.4f} | {size:.1f} |", flush=True)
         if args.out:
             results.write(args.out, "quantization", header, rows)
 

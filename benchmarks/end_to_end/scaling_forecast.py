@@ -16,17 +16,19 @@ import torch
 from benchmarks import results
 from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.experiments import Ledger
-from cs336.scaling import Fit, read_points
+from cs336.scaling import ComputeFit, Fit, read_points
 from cs336.scaling.forecast import read
-from cs336.scaling.saved import load_fit
+from cs336.scaling.saved import load_compute_fit, load_fit
 
 Row = dict[str, Any]
 NAMES = ("E", "A", "B", "alpha", "beta", "parameter_exponent")
+COMPUTE_NAMES = ("E", "A", "gamma")
 
 
 def rows(directory: pathlib.Path) -> Iterator[Row]:
     yield from _runs(directory / "ladder", "rung")
-    yield _law(load_fit(directory / "law.json"))
+    compute = load_compute_fit(directory / "law.json")
+    yield _law(load_fit(directory / "law.json"), NAMES) if compute is None else _law(compute, COMPUTE_NAMES)
     for made in read(directory / "forecasts.jsonl"):
         yield {"job": "forecast"} | asdict(made) | {"error": made.error, "covered": made.covered}
     for target in sorted(directory.glob("target*/ledger.sqlite")):
@@ -41,8 +43,8 @@ def _runs(study: pathlib.Path, job: str) -> Iterator[Row]:
         yield {"job": job} | counts | {"loss": round(float(points.loss[i]), 4), "seconds": seconds}
 
 
-def _law(fit: Fit) -> Row:
-    numbers = {name: [getattr(fit.law, name), *fit.interval(name)] for name in NAMES}
+def _law(fit: Fit | ComputeFit, names: tuple[str, ...]) -> Row:
+    numbers = {name: [getattr(fit.law, name), *fit.interval(name)] for name in names}
     return {"job": "law"} | numbers | {"residual_rms": float((fit.residuals**2).mean() ** 0.5)}
 
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="what the tokens are of")
     parser.add_argument("--load", default="", help="what else the machine did")
     parser.add_argument("--settings", default="", help="variables that ladder.sh was given, as the shell takes them")
+    parser.add_argument("--run", default="scaling_forecast", metavar="NAME", help="of the results")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
     options = parser.parse_args()
     command = f"{options.settings} recipes/scaling/ladder.sh TOKENS DIRECTORY forecast".strip() + ", then grade"
@@ -64,7 +67,7 @@ def main() -> None:
             "peers": {"torch": torch.__version__}, "commit": results.describe_commit(), "date": results.today(),
         }  # fmt: skip
     found = list(rows(options.directory))
-    results.write(options.out, "scaling_forecast", header, found)
+    results.write(options.out, options.run, header, found)
     print("\n".join(json.dumps(row) for row in found))
 
 

@@ -5,7 +5,8 @@ python -m benchmarks.run ops linear_few_rows --out FILE [--quick]
 
 Shapes are rows, out_features, in_features: of Llama-3.2-1B and Qwen3-8B, with what reads the same x joined. Bytes: the
 weights, their scales (groups of 128), x and y once. "cublas" multiplies with bfloat16 weights, whatever the pass;
-"torch" with weights of the same width: tinygemm's int4 in groups of 128, and fp8 with a scale a row, of x too.
+"torch" with weights of the same width: tinygemm's int4 in groups of 128; fp8, and int8 of 32 rows or more, with x of
+the same dtype and a scale a row. For these to be right a row's groups share their scale, and x has few bits.
 """
 
 import functools
@@ -24,7 +25,7 @@ GROUP = 128
 LAYERS = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (6144, 4096), (4096, 4096), (24576, 4096)]
 SHAPES = {
     "tiny": [(3, 24, 256)],
-    "quick": [(M, N, K) for N, K in ((3072, 2048), (16384, 2048), (4096, 4096), (24576, 4096)) for M in (1, 8)],
+    "quick": [(M, N, K) for N, K in ((24576, 4096), (4096, 4096), (3072, 2048)) for M in (1, 4, 16, 64)],
     "full": [(M, N, K) for N, K in LAYERS for M in (1, 2, 4, 8, 16, 64)],
 }
 DEQUANTIZE = {"int8": dequantize_int8, "fp8": dequantize_fp8, "int4": dequantize_int4}
@@ -34,7 +35,14 @@ BYTES = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "fp8": 1 + 2 / GROUP, "int4": 0.5 +
 def inputs(shape: tuple[int, int, int], weights: str, device: torch.device) -> tuple:
     M, N, K = shape
     x, w = (torch.randn(n, K, device=device).to(DTYPE) for n in (M, N))
-    return (x, w) if weights == "bf16" else (x, *round_to_nearest(w, weights, GROUP))
+    if weights == "bf16":
+        return x, w
+    if weights == "int8":
+        x = (32 * x).round().clamp(-127, 127)
+    elif weights == "fp8":
+        x = x.to(torch.float8_e4m3fn).to(DTYPE)
+    q, scales = round_to_nearest(w, weights, K)
+    return x, q, scales.repeat(1, -(-K // GROUP))
 
 
 def ours(variant: str, weights: str, *args) -> harness.Call:
@@ -53,15 +61,19 @@ def cublas(weights: str, x, w, scales=None) -> harness.Call:
 
 
 def torchs(weights: str, x, w, scales=None) -> harness.Call:
-    """torch's own product with weights of this width, of other numbers: only its time counts."""
-    (M, K), N = x.shape, len(w)
-    if not x.is_cuda or weights not in ("int4", "fp8") or K % GROUP:
-        raise NotImplementedError("torch has a product for few rows of int4 and fp8 on CUDA alone")
+    """torch's own product with weights of this width."""
+    if not x.is_cuda or weights == "bf16" or x.shape[1] % GROUP:
+        raise NotImplementedError("torch has a product for few rows of int8, int4 and fp8 on CUDA alone")
     if weights == "int4":
-        packed = torch._convert_weight_to_int4pack(w, 8)
+        packed = torch._convert_weight_to_int4pack(w << 4 | w >> 4, 8)
         grids = torch.stack((scales.t(), torch.zeros_like(scales.t())), -1).contiguous()
         return lambda: (torch._weight_int4pack_mm(x, packed, GROUP, grids),)
-    x_fp8, of_x, of_w = x.to(w.dtype), torch.ones(M, 1, device=x.device), torch.ones(1, N, device=x.device)
+    of_w = scales[:, 0].float()[None]
+    if weights == "int8":
+        M = len(x)
+        x_int8 = F.pad(x, (0, 0, 0, max(0, 32 - M))).to(w.dtype)
+        return lambda: ((torch._int_mm(x_int8, w.t())[:M] * of_w).to(DTYPE),)
+    x_fp8, of_x = x.to(w.dtype), torch.ones(len(x), 1, device=x.device)
     return lambda: (torch._scaled_mm(x_fp8, w.t(), scale_a=of_x, scale_b=of_w, out_dtype=DTYPE),)
 
 

@@ -1,13 +1,17 @@
 """`cs336 scaling`: fit a law to finished runs, look at how they fit together, ask it about others, draw it."""
 
 import json
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, check_output
 
-Law = Literal["chinchilla", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
+if TYPE_CHECKING:
+    from cs336.scaling import ComputeFit, Counting, Fit, Points
+
+Law = Literal["chinchilla", "compute", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
 LOG = Path("forecasts.jsonl")
 
 
@@ -17,6 +21,8 @@ def fit(
     bootstrap: int = 400,
     huber_delta: float | None = None,
     least_tokens: float | None = None,
+    flops: Literal["exact", "6nd"] = "exact",
+    embeddings: bool = True,
     base: MaybePath = None,
     out: MaybePath = None,
 ) -> None:
@@ -25,64 +31,98 @@ def fit(
     Args:
         points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row; or the directory
             of a study.
-        law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), isoflop (2: parabolas), isoflop-lowest (2: the
+        law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), compute (L = E + A / C^gamma, of runs that spend
+            each budget in one way, as a ladder of one ratio does), isoflop (2: parabolas), isoflop-lowest (2: the
             lowest run a budget), envelope (1: training curves), step (the Step Law: lr = c N^a D^b and batch = c D^b,
             of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
             (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
-        bootstrap: resamples of the runs, for the intervals of approach 3, of step and of repeats.
+        bootstrap: resamples of the runs, for the intervals of approach 3, of compute, of step and of repeats.
         huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. None: the paper's
             0.001, for noise of that size; runs of tiny models have more.
-        least_tokens: of approaches 1 to 3: runs on fewer are left out, since the first tokens teach by another law.
+        least_tokens: of approaches 1 to 3 and compute: runs on fewer are left out, since the first tokens teach by
+            another law.
+        flops: as the model counts them, with attention and the head, or as a column says; 6nd: 6 parameters * tokens.
+        embeddings: whether the token embedding and the head are among the parameters. Without them a file has a column
+            non_embedding_parameters.
         base: of repeats: what `fit --out` wrote of runs that do not repeat. What is written has both.
         out: write it here, for `cs336 scaling predict`.
     """
-    from cs336.scaling import fit_chinchilla, fit_envelope, fit_isoflop, read_points
+    from cs336.scaling import Counting, read_points
 
     check_output(out, points)
     if (law == "repeats") != (base is not None):
         raise ValueError("--law repeats takes --base, a law of runs that do not repeat, and no other law does")
     if huber_delta is not None and law != "chinchilla":
         raise ValueError(f"--huber-delta is of --law chinchilla, and --law {law} has none")
-    if least_tokens is not None and law in ("step", "repeats"):
-        raise ValueError(f"--law {law} takes no --least-tokens: leave those runs out of {points}")
-    if law == "step":
-        _fit_step(points, bootstrap, out)
+    counting = Counting(embeddings, flops)
+    if law in ("step", "repeats"):
+        if least_tokens is not None or counting != Counting():
+            raise ValueError(
+                f"--law {law} takes no --least-tokens, --flops and --no-embeddings: {points} has the runs that it is "
+                "fitted to, and their numbers as they are to be counted"
+            )
+        _write(_fit_step(points, bootstrap) if base is None else _fit_repeats(points, base, bootstrap), out)
         return
-    if base is not None:
-        _fit_repeats(points, base, bootstrap, out)
-        return
-    runs = read_points(points)
+    runs = read_points(points, counting)
     least_tokens = least_tokens or 0.0
     runs = runs.take(runs.tokens >= least_tokens)
     if not len(runs):
         raise ValueError(f"{points} has no run on {least_tokens:,.0f} tokens or more: lower --least-tokens")
     found: dict[str, Any] = {"law": law, "points": str(points), "least_tokens": least_tokens, "runs": len(runs)}
-    if law == "chinchilla":
-        fitted = fit_chinchilla(runs, huber_delta=1e-3 if huber_delta is None else huber_delta, bootstrap=bootstrap)
-        for name in ("E", "A", "B", "alpha", "beta", "parameter_exponent"):
-            found[name] = getattr(fitted.law, name)
-            interval = fitted.interval(name) if bootstrap else None
-            found[f"{name}_interval"] = interval
-            shown = f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""
-            print(f"{name:18} {found[name]:.5g}{shown}")
-        found["residual_rms"] = float((fitted.residuals**2).mean() ** 0.5)
-        found["residuals"] = fitted.residuals.tolist()
-        found["resampled"] = [[law.E, law.A, law.B, law.alpha, law.beta] for law in fitted.resampled]
-        print(f"{'residual':18} {100 * found['residual_rms']:.2f} % of the loss, root mean square")
-    else:
-        lowest = law == "isoflop-lowest"
-        through = fit_envelope(runs) if law == "envelope" else fit_isoflop(runs, "lowest" if lowest else "parabola")
-        if law != "envelope":
-            for C, N, loss in zip(through.flops, through.parameters, through.loss, strict=True):
-                print(f"{C:.3g} FLOPs: {N:.4g} parameters, {C / (6 * N):.4g} tokens, loss {loss:.4f}")
-        for name, power in (("parameters", through.parameter_law), ("tokens", through.token_law)):
-            found[name] = {"coefficient": power.coefficient, "exponent": power.exponent}
-            print(f"{name:10} = {power.coefficient:.4g} C^{power.exponent:.4f}")
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    found["counting"] = asdict(counting)
+    match law:
+        case "chinchilla":
+            found |= _fit_chinchilla(runs, 1e-3 if huber_delta is None else huber_delta, bootstrap)
+        case "compute":
+            found |= _fit_compute(runs, bootstrap)
+        case _:
+            found |= _fit_optimum(runs, law)
+    _write(found, out)
 
 
-def _fit_step(points: Path, bootstrap: int, out: MaybePath) -> None:
+def _fit_chinchilla(runs: "Points", huber_delta: float, bootstrap: int) -> dict[str, Any]:
+    from cs336.scaling import fit_chinchilla
+
+    fitted = fit_chinchilla(runs, huber_delta=huber_delta, bootstrap=bootstrap)
+    return _told(fitted, ("E", "A", "B", "alpha", "beta", "parameter_exponent"))
+
+
+def _fit_compute(runs: "Points", bootstrap: int) -> dict[str, Any]:
+    from cs336.scaling import fit_compute
+
+    return _told(fit_compute(runs, bootstrap=bootstrap), ("E", "A", "gamma"))
+
+
+def _told(fitted: "Fit | ComputeFit", names: tuple[str, ...]) -> dict[str, Any]:
+    """A law's numbers, printed with their intervals, and what `predict` needs of it."""
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = getattr(fitted.law, name)
+        found[f"{name}_interval"] = interval = fitted.interval(name) if fitted.resampled else None
+        print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+    found["residual_rms"] = float((fitted.residuals**2).mean() ** 0.5)
+    found["residuals"] = fitted.residuals.tolist()
+    found["resampled"] = [list(asdict(law).values()) for law in fitted.resampled]
+    print(f"{'residual':18} {100 * found['residual_rms']:.2f} % of the loss, root mean square")
+    return found
+
+
+def _fit_optimum(runs: "Points", law: Law) -> dict[str, Any]:
+    from cs336.scaling import fit_envelope, fit_isoflop
+
+    lowest = law == "isoflop-lowest"
+    through = fit_envelope(runs) if law == "envelope" else fit_isoflop(runs, "lowest" if lowest else "parabola")
+    if law != "envelope":
+        for C, N, loss in zip(through.flops, through.parameters, through.loss, strict=True):
+            print(f"{C:.3g} FLOPs: {N:.4g} parameters, {C / (6 * N):.4g} tokens, loss {loss:.4f}")
+    found = {}
+    for name, power in (("parameters", through.parameter_law), ("tokens", through.token_law)):
+        found[name] = {"coefficient": power.coefficient, "exponent": power.exponent}
+        print(f"{name:10} = {power.coefficient:.4g} C^{power.exponent:.4f}")
+    return found
+
+
+def _fit_step(points: Path, bootstrap: int) -> dict[str, Any]:
     from cs336.scaling.rates import fit_step_law, read_step_points
 
     columns = read_step_points(points)
@@ -94,11 +134,10 @@ def _fit_step(points: Path, bootstrap: int, out: MaybePath) -> None:
         for key, value in numbers.items():
             low, high = power.interval(key) if bootstrap else (None, None)
             print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{low:.5g}, {high:.5g}]" if bootstrap else ""))
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def _fit_repeats(points: Path, base: Path, bootstrap: int, out: MaybePath) -> None:
+def _fit_repeats(points: Path, base: Path, bootstrap: int) -> dict[str, Any]:
     from cs336.scaling import fit_repeats, read_points
     from cs336.scaling.points import read_columns
     from cs336.scaling.saved import load_fit
@@ -115,8 +154,15 @@ def _fit_repeats(points: Path, base: Path, bootstrap: int, out: MaybePath) -> No
         print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
     if not repeats.excess:
         print("excess_decay is the published one: no run has more parameters than its unique tokens deserve")
+    return found
+
+
+def _write(found: dict[str, Any], out: MaybePath) -> None:
+    from cs336.utils.files import replacing
+
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        with replacing(out) as file:
+            file.write(json.dumps(found, indent=1) + "\n")
 
 
 def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
@@ -170,8 +216,16 @@ def predict(
     import pathlib
 
     from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
-    from cs336.scaling.saved import load_fit
+    from cs336.scaling.saved import load_compute_fit, load_fit
 
+    if law != "epoch" and (compute := load_compute_fit(pathlib.Path(law))) is not None:
+        if flops is None or parameters or tokens or inference_tokens or unique_tokens is not None:
+            raise ValueError(f"{law} is a law of compute alone: it takes --flops, and says the loss")
+        print(f"loss {float(compute.law.loss(flops)):.4f}")
+        if compute.resampled:
+            low, high = compute.predict(flops)[1]
+            print(f"95 % of such runs between {low:.4f} and {high:.4f}")
+        return
     fitted = None if law == "epoch" else load_fit(pathlib.Path(law))
     base = EPOCH if fitted is None else fitted.law
     decays = EPOCH_FIT.decays if fitted is None else fitted.decays
@@ -219,6 +273,7 @@ def forecast(
     name: str,
     parameters: float | None = None,
     tokens: float | None = None,
+    flops: float | None = None,
     study: MaybePath = None,
     unique_tokens: float | None = None,
     log: Path = LOG,
@@ -230,24 +285,31 @@ def forecast(
         name: of the run, for its grade.
         parameters: of the run.
         tokens: of the run.
-        study: in place of both, the TOML of a study of one run, such as `cs336 scaling design best` writes.
+        flops: of the run, for a law of compute; 6 parameters * tokens if not given.
+        study: in place of these, the TOML of a study of one run, such as `cs336 scaling design best` writes, or of
+            several seeds of it.
         unique_tokens: as many exist.
         log: JSON lines, a forecast each.
     """
     import pathlib
 
-    from cs336.scaling import EPOCH_FIT
+    from cs336.scaling import EPOCH_FIT, Counting
     from cs336.scaling import forecast as forecasts
-    from cs336.scaling.saved import load_fit
+    from cs336.scaling.saved import load_compute_fit, load_counting, load_fit
 
     if (parameters is None) != (tokens is None) or (parameters is None) == (study is None):
         raise ValueError("say --parameters and --tokens, or --study")
+    path = pathlib.Path(law)
+    compute = None if law == "epoch" else load_compute_fit(path)
+    fit = compute or (EPOCH_FIT if law == "epoch" else load_fit(path))
+    if flops is not None and (compute is None or study is not None):
+        raise ValueError("--flops go with --parameters and --tokens, and a law of compute")
     if study is not None:
-        parameters, tokens = _run_of(study)
+        counting = Counting() if law == "epoch" else load_counting(path)
+        parameters, tokens, flops = _run_of(study, counting)
     assert parameters is not None
     assert tokens is not None
-    fit = EPOCH_FIT if law == "epoch" else load_fit(pathlib.Path(law))
-    made = forecasts.forecast(log, fit, name, parameters, tokens, unique_tokens=unique_tokens)
+    made = forecasts.forecast(log, fit, name, parameters, tokens, flops=flops, unique_tokens=unique_tokens)
     print(f"{name}: loss {made.loss:.4f}, 95 % of such runs between {made.low:.4f} and {made.high:.4f}; kept in {log}")
 
 
@@ -259,7 +321,7 @@ def grade(
     Args:
         name: as it was forecast.
         loss: that was measured, in nats a token.
-        study: in its place, the directory of a study of one run that is done.
+        study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts.
         log: JSON lines, a forecast each.
     """
     from cs336.scaling import forecast as forecasts
@@ -268,7 +330,9 @@ def grade(
     if (loss is None) == (study is None):
         raise ValueError("say the loss, or --study")
     if study is not None:
-        (loss,) = _one(read_points(study).loss.tolist(), study)
+        runs = read_points(study)
+        _same(set(zip(runs.parameters, runs.tokens, strict=True)), study)
+        loss = float(runs.loss.mean())
     assert loss is not None
     graded = forecasts.grade(log, name, loss)
     assert graded.error is not None
@@ -281,18 +345,21 @@ def grade(
     print(f"{count} graded: mean error {100 * scored[0]:.2f} %, {100 * scored[1]:.0f} % within their intervals")
 
 
-def _run_of(study: Path) -> tuple[float, float]:
-    """Parameters and tokens of its one run."""
+def _run_of(study: Path, counting: "Counting") -> tuple[float, float, float]:
+    """Parameters, tokens and FLOPs of its one run."""
     from cs336.experiments import Study
     from cs336.training import TrainConfig
 
-    (trial,) = _one(Study.load(study).trials(), study)
-    if trial.planned.tokens is None:
+    trials = Study.load(study).trials()
+    if any(trial.planned.tokens is None for trial in trials):
         raise ValueError(f"{study}: a run under a budget of time has as many tokens as there is time for: give steps")
-    return TrainConfig.from_table(trial.table | {"run_dir": "."}).model.num_parameters(), trial.planned.tokens
+    runs = {(TrainConfig.from_table(trial.table | {"run_dir": "."}).model, trial.planned.tokens) for trial in trials}
+    model, tokens = _same(runs, study)
+    parameters, flops = counting.of(model, tokens)
+    return parameters, tokens, flops
 
 
-def _one(found: list[Any], study: Path) -> list[Any]:
-    if len(found) != 1:
-        raise ValueError(f"{study} has {len(found)} runs: a forecast is of one")
-    return found
+def _same(runs: set[Any], study: Path) -> Any:
+    if len(runs) != 1:
+        raise ValueError(f"{study} has {len(runs)} runs: a forecast is of one, or of several seeds of it")
+    return next(iter(runs))

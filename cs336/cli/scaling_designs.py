@@ -24,6 +24,7 @@ def design(
     context_length: int = 128,
     head_dim: int = 16,
     aspect: int = 24,
+    num_layers: int | None = None,
     d_ff_multiple: int = 16,
     lr_factor: float = 1.0,
     highest_lr: float = 0.02,
@@ -53,6 +54,7 @@ def design(
         context_length: tokens of a sequence.
         head_dim: features of a head, of every size.
         aspect: d_model over num_layers.
+        num_layers: of every size, in place of --aspect.
         d_ff_multiple: that d_ff, 8/3 d_model, is rounded to.
         lr_factor: over the Step Law's learning rate.
         highest_lr: no run has a higher one.
@@ -71,7 +73,7 @@ def design(
         raise ValueError("a study needs --data, a directory with token shards in train/ and val/")
     vocab_size = _vocab_size(data) if vocab_size is None else vocab_size
     family = designs.Family(
-        vocab_size, context_length, head_dim, aspect, d_ff_multiple, lr_factor, highest_lr, batch_factor
+        vocab_size, context_length, head_dim, aspect, d_ff_multiple, lr_factor, highest_lr, batch_factor, num_layers
     )
     wanted, unwanted = (
         (("budgets",), ("sizes", "ratios")) if kind in ("isoflop", "best") else (("sizes", "ratios"), ("budgets",))
@@ -124,7 +126,9 @@ def coord_check(
 
     check_output(out)
     kinds = {"standard": False, "muP": True}
-    checks = {name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds) for name, mup in kinds.items()}
+    checks = {
+        name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds, progress=True) for name, mup in kinds.items()
+    }
     for name, check in checks.items():
         print(f"{name}: RMS of the change after {steps} steps at widths {', '.join(map(str, check.widths))}")
         for activation, slope in check.slopes().items():

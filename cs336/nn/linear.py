@@ -1,5 +1,6 @@
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if pays(x, weight, bias):
         return ops.linear_few_rows(x, weight, bias, constant=keeps_weights(x))
     return F.linear(x, weight, bias)
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A layer whose product may be one with others': see `join`."""
+
+    def parts(self) -> tuple[Hashable, list[Tensor]] | None: ...
+
+    def product(self, x: Tensor, *parts: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Linear):
@@ -46,34 +56,41 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def parts(self) -> tuple[Hashable, list[Tensor]] | None:
+        """What one product with several layers reads, row by row, and what these must have in common; None if this
+        layer is more than a product."""
+        return (Linear, [self.weight]) if type(self) is Linear and is_bare(self) else None
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As forward, of these parts."""
+        return linear(x, weight)
+
 
 @torch.no_grad()
-def join(layers: Sequence[nn.Linear]) -> None:
+def join(layers: Sequence[nn.Module]) -> None:
     """Put the weights of layers that read the same x one behind the other in memory, where `joined` multiplies x with
     all of them at once: few rows are read at the speed of launches. Each stays the parameter that it was, with
     memory of its own no more shared with any other tensor.
 
-    Layers of other classes, with biases or hooks, and those that lie so already, are left as they are.
+    Layers of different kinds, with biases or hooks, and those that lie so already, are left as they are.
     """
-    if not all(_is_plain(layer) for layer in layers) or _lie_together([layer.weight for layer in layers]):
-        return
-    whole = torch.cat([layer.weight for layer in layers])
-    for layer, weight in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
-        layer.weight.data = weight
+    for parts in _alike(layers) or ():
+        if not _lie_together(parts):
+            for part, data in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = data
 
 
-def joined(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
     wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (registry.is_invariant() and not x.is_cuda):
         return [layer(x) for layer in layers]
-    if not all(_is_plain(layer) for layer in layers):
+    alike = _alike(layers)
+    if alike is None or not all(parts[0].device == x.device and _lie_together(parts) for parts in alike):
         return [layer(x) for layer in layers]
-    weights = [layer.weight for layer in layers]
-    if weights[0].device != x.device or not _lie_together(weights):
-        return [layer(x) for layer in layers]
-    rows, first = [len(weight) for weight in weights], weights[0]
-    return linear(x, first.as_strided((sum(rows), first.shape[1]), first.stride())).split(rows, -1)
+    rows = [len(part) for part in alike[0]]
+    wholes = [parts[0].as_strided((sum(rows), parts[0].shape[1]), parts[0].stride()) for parts in alike]
+    return layers[0].product(x, *wholes).split(rows, -1)  # type: ignore[operator]
 
 
 def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
@@ -84,14 +101,22 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
     """
     if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
         return None
-    if not all(_is_plain(layer) and layer.weight.requires_grad for layer in layers):
+    if _alike(layers) is None or not all(type(layer) is Linear and layer.weight.requires_grad for layer in layers):
         return None
     return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling it is a product with its weight and nothing else."""
-    return type(layer) is Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling it is a product and nothing else."""
+    return layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _alike(layers: Sequence[nn.Module]) -> list[list[Tensor]] | None:
+    """The first parts of all layers, their second ones, and so on; None if no product has them all."""
+    found = [layer.parts() if isinstance(layer, Joinable) else None for layer in layers]
+    if any(each is None or each[0] != found[0][0] for each in found):  # type: ignore[index]
+        return None
+    return [list(parts) for parts in zip(*(each[1] for each in found), strict=True)]  # type: ignore[index]
 
 
 def _lie_together(weights: Sequence[Tensor]) -> bool:

@@ -4,7 +4,7 @@ others.
 N = out_features, K = in_features, G = groups of a row.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
-from cs336.nn.linear import Linear
+from cs336.nn.linear import Linear, is_bare
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import keeps_weights
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
@@ -114,15 +114,28 @@ class QuantizedLinear(nn.Module):
         return self.quantized.dequantized(self.group).to(self.scales.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if registry.is_invariant():
-            raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = x if self.order is None else x.index_select(-1, self.order)
+        return self.product(x, self.packed, self.scales, self.zeros, bias)
+
+    def parts(self) -> tuple[Hashable, list[Tensor]] | None:
+        """See nn.Linear."""
+        if self.order is not None or not is_bare(self):
+            return None
+        parts = [self.packed, self.scales] if self.zeros is None else [self.packed, self.scales, self.zeros]
+        return (self.method, self.group, self.scales.dtype, len(parts)), parts
+
+    def product(
+        self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """As forward, of these parts."""
+        if registry.is_invariant():
+            raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
         constant = keeps_weights(x)
         if self.method == "fp8":
-            return ops.linear_fp8(x, self._kept, self.scales, bias, group=self.group, constant=constant)
+            return ops.linear_fp8(x, packed.view(FP8), scales, bias, group=self.group, constant=constant)
         op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
-        return op(x, self._kept, self.scales, bias, group=self.group, zeros=self.zeros, constant=constant)
+        return op(x, packed, scales, bias, group=self.group, zeros=zeros, constant=constant)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.dispatch import matrix, rows, run
-from cs336.ops.linear_few_rows import HALVES, HOPPER, native_refuses
+from cs336.ops.linear_few_rows import HALVES, HOPPER, MOST_ROWS, native_refuses
 from cs336.ops.ref import linear_quantized as ref
 
 FP8 = torch.float8_e4m3fn
 PER_BYTE = {torch.int8: 1, torch.uint8: 2, FP8: 1}  # weights
+ROWS_AT_ONCE = 16  # of x, of the native kernel
 CHUNK = {torch.int8: 64, torch.uint8: 128, FP8: 64}  # features whose scale the native kernel wants to be one
 
 
@@ -99,9 +100,19 @@ def _call(
     _CHECKS[name](flat, weight, scales, bias, group, *more, constant)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _Linear.apply(name, dequantize, flat, weight, scales, bias, group, *more)
+    elif _tiles_are_faster(name, flat, weight, scales, bias, group, *more):
+        y = registry.OPS[name].overloads["triton"](flat, weight, scales, bias, group, *more, constant)
     else:
         y = run(name, flat, weight, scales, bias, group, *more, constant)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _tiles_are_faster(name: str, x: Tensor, weight: Tensor, *args) -> bool:
+    """Whether Triton's kernel was measured to be faster than the native one: of int8 with more rows of x than this
+    reads the weights once for."""
+    if not x.is_cuda or weight.dtype != torch.int8 or not ROWS_AT_ONCE < len(x) <= MOST_ROWS:
+        return False
+    return registry.forced() is None and registry.why_not(name, "triton", x, weight, *args) is None
 
 
 class _Linear(torch.autograd.Function):

@@ -1,10 +1,11 @@
 """Scaling laws: what loss a budget buys, fitted to runs that were made and asked about runs that were not."""
 
 from cs336.scaling.collapse import Collapse, collapse
+from cs336.scaling.compute import ComputeFit, ComputeLaw, fit_compute
 from cs336.scaling.fit import EPOCH_FIT, Fit, fit_chinchilla
 from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflop
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
-from cs336.scaling.points import Points, read_points
+from cs336.scaling.points import Counting, Points, read_points
 from cs336.scaling.rates import PowerFit, fit_power, fit_step_law
 from cs336.scaling.repeats import Repeats, fit_repeats
 
@@ -14,6 +15,9 @@ __all__ = [
     "Allocation",
     "ChinchillaLaw",
     "Collapse",
+    "ComputeFit",
+    "ComputeLaw",
+    "Counting",
     "DataConstrainedLaw",
     "Fit",
     "IsoFlopFit",
@@ -23,6 +27,7 @@ __all__ = [
     "Repeats",
     "collapse",
     "fit_chinchilla",
+    "fit_compute",
     "fit_envelope",
     "fit_isoflop",
     "fit_power",

@@ -6,6 +6,7 @@ arXiv:2203.03466, appendix D.1, here as the RMS of x_t - x_0 over a batch. B = b
 """
 
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,12 +49,14 @@ def measure(
     num_layers: int = 2,
     vocab_size: int = 256,
     context_length: int = 32,
+    progress: bool = False,
 ) -> Coordinates:
     """Train models of each width on one batch of Zipf-distributed tokens with AdamW, at one learning rate.
 
     Args:
         widths: of d_model, multiples of head_dim.
         mup: by muP from base_width, the smallest width if None; else the same initial weights' size and rate for all.
+        progress: write a line a width to standard error.
 
     Raises ValueError for fewer than two widths, and where a width is no multiple of head_dim.
     """
@@ -64,6 +67,8 @@ def measure(
     base = min(widths) if base_width is None else base_width
     moved: dict[str, np.ndarray] = {}
     for place, width in enumerate(widths):
+        if progress:
+            print(f"{'muP' if mup else 'standard'}: width {width}, {place + 1} of {len(widths)}", file=sys.stderr)
         model = TransformerConfig(
             vocab_size, context_length, num_layers, width, width // head_dim, mup_base_width=base if mup else None
         )

@@ -44,11 +44,13 @@ class Family:
     highest_lr: float = 2e-2
     batch_factor: float = 1.0
     """Over the Step Law's batch."""
+    num_layers: int | None = None
+    """Of every size, in place of aspect: the width alone grows."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "head_dim", "aspect", "d_ff_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "context_length", "head_dim", "aspect", "num_layers", "d_ff_multiple"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("lr_factor", "highest_lr", "batch_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -57,7 +59,7 @@ class Family:
         """The model of so many heads."""
         width = heads * self.head_dim
         d_ff = max(1, round(8 * width / (3 * self.d_ff_multiple))) * self.d_ff_multiple
-        layers = max(2, round(width / self.aspect))
+        layers = self.num_layers or max(2, round(width / self.aspect))
         return TransformerConfig(
             self.vocab_size, self.context_length, layers, width, heads, d_ff=d_ff, qk_norm=True, tie_embeddings=True
         )

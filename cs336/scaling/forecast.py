@@ -9,6 +9,7 @@ import math
 import pathlib
 from dataclasses import asdict, dataclass, replace
 
+from cs336.scaling.compute import ComputeFit
 from cs336.scaling.fit import Fit
 from cs336.utils.files import replacing
 
@@ -28,6 +29,8 @@ class Forecast:
     """UTC, ISO 8601."""
     measured: float | None = None
     graded: str | None = None
+    flops: float | None = None
+    """As the law counts them; None of a law of parameters and tokens."""
 
     @property
     def error(self) -> float | None:
@@ -55,16 +58,23 @@ def read(log: pathlib.Path) -> list[Forecast]:
 
 def forecast(
     log: pathlib.Path,
-    fit: Fit,
+    fit: Fit | ComputeFit,
     name: str,
     parameters: float,
     tokens: float,
     *,
+    flops: float | None = None,
     unique_tokens: float | None = None,
     confidence: float = 0.95,
 ) -> Forecast:
-    """Predict a run and write it down. Raises ValueError for a name that the log has."""
-    for what, value in (("parameters", parameters), ("tokens", tokens)):
+    """Predict a run and write it down.
+
+    flops: of a law of compute, 6 parameters * tokens if not given.
+
+    Raises ValueError for a name that the log has.
+    """
+    whole = 6 * parameters * tokens if flops is None else flops
+    for what, value in (("parameters", parameters), ("tokens", tokens), ("flops", whole)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{what} must be positive and finite, got {value}")
     if not 0 < confidence < 1:
@@ -72,8 +82,14 @@ def forecast(
     made = read(log)
     if any(name == other.name for other in made):
         raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
-    loss, (low, high) = fit.predict(parameters, tokens, confidence, unique_tokens=unique_tokens)
-    new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now())
+    if isinstance(fit, ComputeFit):
+        if unique_tokens is not None:
+            raise ValueError("a law of compute does not tell tokens that are read again: leave unique_tokens out")
+        loss, (low, high) = fit.predict(whole, confidence)
+    else:
+        loss, (low, high) = fit.predict(parameters, tokens, confidence, unique_tokens=unique_tokens)
+    counted = whole if isinstance(fit, ComputeFit) else None
+    new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now(), flops=counted)
     _write(log, [*made, new])
     return new
 

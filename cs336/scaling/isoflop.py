@@ -12,8 +12,6 @@ import numpy as np
 
 from cs336.scaling.points import Points
 
-SAME_BUDGET = 0.01  # relative difference of FLOPs within a profile
-
 
 @dataclass(frozen=True)
 class PowerLaw:
@@ -60,7 +58,7 @@ def fit_isoflop(points: Points, minimum: Literal["parabola", "lowest"] = "parabo
     """
     if minimum not in ("parabola", "lowest"):
         raise ValueError(f'minimum must be "parabola" or "lowest", got {minimum!r}')
-    profiles = _profiles(points)
+    profiles = points.by_budget()
     valleys = [_parabola(p) if minimum == "parabola" else _lowest(p) for p in profiles]
     return _through(np.array([p.flops.mean() for p in profiles]), *np.array(valleys).T)
 
@@ -84,13 +82,6 @@ def fit_envelope(points: Points, budgets: int = 100) -> IsoFlopFit:
 def _through(flops: np.ndarray, parameters: np.ndarray, loss: np.ndarray) -> IsoFlopFit:
     tokens = flops / (6 * parameters)
     return IsoFlopFit(flops, parameters, loss, PowerLaw.through(flops, parameters), PowerLaw.through(flops, tokens))
-
-
-def _profiles(points: Points) -> list[Points]:
-    order = np.argsort(points.flops, kind="stable")
-    flops = points.flops[order]
-    ends = np.flatnonzero(np.diff(flops) > SAME_BUDGET * flops[:-1]) + 1
-    return [points.take(part) for part in np.split(order, ends)]
 
 
 def _parabola(profile: Points) -> tuple[float, float]:

@@ -6,9 +6,12 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from cs336.models import TransformerConfig  # and torch with it, which a client and a simulator's worker do without
 
 # What others call the columns, in lower case.
 NAMES = {
@@ -17,6 +20,27 @@ NAMES = {
     "flops": ("flops", "c", "compute", "compute_budget", "training flop"),
     "loss": ("loss", "final_loss", "val/loss", "val_loss"),
 }
+# The same without the token embedding and the output head.
+INNER = ("parameters_without_embeddings", "non_embedding_parameters", "non_embedding_params", "n_non_embedding")
+SAME_BUDGET = 0.01  # relative difference of FLOPs between neighbours of one budget
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What is counted as a run's parameters and FLOPs."""
+
+    embeddings: bool = True
+    """Whether the token embedding and the output head are among the parameters."""
+    flops: Literal["exact", "6nd"] = "exact"
+    """exact: as the model counts them, with attention and the head; 6nd: 6 parameters * tokens (arXiv:2001.08361)."""
+
+    def of(self, model: "TransformerConfig", tokens: float) -> tuple[int, float]:
+        """Parameters and FLOPs of a run."""
+        parameters = model.num_parameters(self.embeddings)
+        return parameters, tokens * (model.flops_per_token() if self.flops == "exact" else 6 * parameters)
+
+
+COUNTING = Counting()
 
 
 @dataclass(frozen=True)
@@ -49,28 +73,38 @@ class Points:
     def take(self, which: np.ndarray) -> "Points":
         return Points(self.parameters[which], self.tokens[which], self.loss[which], self.flops[which])
 
+    def by_budget(self) -> list["Points"]:
+        """The runs of each budget, in its order: FLOPs within 1 % are one budget."""
+        order = np.argsort(self.flops, kind="stable")
+        flops = self.flops[order]
+        ends = np.flatnonzero(np.diff(flops) > SAME_BUDGET * flops[:-1]) + 1
+        return [self.take(part) for part in np.split(order, ends)]
 
-def read_points(path: str | os.PathLike) -> Points:
+
+def read_points(path: str | os.PathLike, counting: Counting = COUNTING) -> Points:
     """Runs from a CSV file with a header, a JSON list of objects, or JSON lines; or the finished runs of a study, whose
-    directory this is, with embeddings and FLOPs counted as the models count them.
+    directory this is.
 
     Columns: loss, and two of parameters, tokens and flops; the third follows from flops = 6 parameters * tokens
-    (arXiv:2001.08361). Other usual names are understood: N, D, C, compute_budget, final_loss, val/loss.
+    (arXiv:2001.08361). Other usual names are understood: N, D, C, compute_budget, final_loss, val/loss. Counted without
+    embeddings, the column non_embedding_parameters stands for parameters; counted as 6nd, a column of FLOPs is left.
 
     Raises ValueError that names the file, the row and what is missing.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return _of_study(path)
-    numbers, have = read_columns(path, NAMES)
-    if "loss" not in numbers or len(numbers) < 3:
-        raise ValueError(f"{path} must have loss and two of parameters, tokens and flops as columns; it has {have}")
+        return _of_study(path, counting)
+    numbers, have = read_columns(path, NAMES if counting.embeddings else NAMES | {"parameters": INNER})
+    if "loss" not in numbers or len(numbers) < 3 or not (counting.embeddings or "parameters" in numbers):
+        parameters = "parameters" if counting.embeddings else INNER[1]
+        raise ValueError(f"{path} must have loss and two of {parameters}, tokens and flops as columns; it has {have}")
     if "tokens" not in numbers:
         numbers["tokens"] = numbers["flops"] / (6 * numbers["parameters"])
     if "parameters" not in numbers:
         numbers["parameters"] = numbers["flops"] / (6 * numbers["tokens"])
     try:
-        return Points.of(numbers["parameters"], numbers["tokens"], numbers["loss"], numbers.get("flops"))
+        flops = numbers.get("flops") if counting.flops == "exact" else None
+        return Points.of(numbers["parameters"], numbers["tokens"], numbers["loss"], flops)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -92,8 +126,8 @@ def read_columns(path: str | os.PathLike, names: Mapping[str, Sequence[str]]) ->
     return {name: _numbers(name, values, path) for name, values in present.items()}, ", ".join(map(str, rows[0]))[:200]
 
 
-def _of_study(directory: pathlib.Path) -> Points:
-    from cs336.experiments import Ledger  # and torch with it, which a client and a simulator's worker do without
+def _of_study(directory: pathlib.Path, counting: Counting) -> Points:
+    from cs336.experiments import Ledger  # and torch with it
     from cs336.experiments.study import TRUNK, cost
     from cs336.training import TrainConfig
 
@@ -103,8 +137,11 @@ def _of_study(directory: pathlib.Path) -> Points:
     for entry in Ledger(directory).entries():
         if entry.state == "done" and TRUNK not in entry.options:  # a trunk's rate has not fallen yet
             config = TrainConfig.from_table(entry.config | {"run_dir": str(directory)})
-            whole = cost(config)
-            rows.append((config.model.num_parameters(), whole.tokens, entry.score("val/loss"), whole.flops))
+            planned = cost(config).tokens
+            tokens = entry.spent.tokens if planned is None else planned  # a budget of time says them when it is over
+            assert tokens is not None  # a run that is done has said them
+            parameters, flops = counting.of(config.model, tokens)
+            rows.append((parameters, tokens, entry.score("val/loss"), flops))
     if not rows:
         raise ValueError(f"{directory} holds a study without a finished run")
     return Points(*map(np.array, zip(*rows, strict=True)))

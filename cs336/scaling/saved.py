@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from cs336.scaling.compute import ComputeFit, ComputeLaw
 from cs336.scaling.fit import Fit
 from cs336.scaling.laws import ChinchillaLaw
+from cs336.scaling.points import Counting
 
 
 def load_fit(path: pathlib.Path) -> Fit:
@@ -26,3 +28,22 @@ def load_fit(path: pathlib.Path) -> Fit:
             f"{path} holds no fitted law: expected what `cs336 scaling fit POINTS --law chinchilla --out FILE` writes "
             f"({type(error).__name__}: {error})"
         ) from None
+
+
+def load_compute_fit(path: pathlib.Path) -> ComputeFit | None:
+    """None for a file of another law. Raises ValueError that names the file where its numbers are none."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.get("law") != "compute":
+            return None
+        laws = [ComputeLaw(*map(float, numbers)) for numbers in saved["resampled"]]
+        law = ComputeLaw(*(float(saved[name]) for name in ("E", "A", "gamma")))
+        return ComputeFit(law, tuple(laws), np.array(saved["residuals"], dtype=np.float64))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no fitted law ({type(error).__name__}: {error})") from None
+
+
+def load_counting(path: pathlib.Path) -> Counting:
+    """How the runs were counted that a fit on disk is of."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return Counting(**saved.get("counting", {}))

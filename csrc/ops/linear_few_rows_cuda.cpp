@@ -65,6 +65,7 @@ void check_groups(const Tensor& x, const Tensor& weight, const Tensor& scales, i
                   " or all features, got ", group);
   STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) == N && scales.size(1) == (K - 1) / group + 1,
                   "scales must be (N, ceil(K / group))");
+  STD_TORCH_CHECK(N * scales.size(1) <= UINT32_MAX, "scales must be fewer than 2^32");
   STD_TORCH_CHECK(scales.is_contiguous(), "scales must be contiguous");
   float_dtype_of(scales, "scales");
   check_device(scales, "scales", x);

@@ -6,8 +6,9 @@
 #
 # TOKENS: token shards in train/ and val/, such as those of `cs336 quickstart`. Either command goes on where it was
 # stopped. BUDGETS, TARGET (FLOPs a run), SIZES, SHAPE and BASE may be set; as they are the ladder takes 1.9e12 FLOPs.
-# FIT="--huber-delta 0.005" goes to the fit. RUN="ladder --sizes 1.9e6 --ratios 25" is the run that is forecast, in
-# place of the law's best of TARGET FLOPs.
+# DESIGN="ladder --sizes 1e5 3e5 1e6 3e6 --ratios 20 --seeds 3" is the ladder in place of IsoFLOP profiles;
+# FIT="--law compute" goes to the fit; RUN="ladder --sizes 1e7 --ratios 20 --seeds 2" is the run that is forecast, in
+# place of the law's best of TARGET FLOPs, and TARGET is then its name.
 # SWEEP="--workers 10 --gpus 0" trains ten rungs at once on one GPU, which tiny models leave idle.
 set -eu
 tokens=$1 directory=$2 stage=$3
@@ -18,7 +19,7 @@ mkdir -p "$directory"
 design() { cs336 scaling design "$@" --data "$tokens" --base "$base" $shape; }
 
 if [ ! -e "$directory/ladder.toml" ]; then
-    design isoflop --budgets $budgets $sizes \
+    design ${DESIGN:-isoflop --budgets $budgets $sizes} \
         --directory "$directory/ladder" --write "$directory/ladder.toml"
 fi
 case $stage in
@@ -31,6 +32,9 @@ forecast)
         --log "$directory/forecasts.jsonl"
     ;;
 grade)
+    if [ ! -e "$directory/target.toml" ]; then # of a forecast that was brought here
+        design $RUN --directory "$directory/target" --write "$directory/target.toml"
+    fi
     cs336 sweep "$directory/target.toml" ${SWEEP:-}
     cs336 scaling grade "$target" --study "$directory/target" --log "$directory/forecasts.jsonl"
     ;;

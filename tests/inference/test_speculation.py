@@ -16,6 +16,7 @@ from cs336.nn import (
     LatentAttentionConfig,
     LinearAttentionConfig,
     Mamba2Config,
+    MoEConfig,
 )
 
 CONFIG = TransformerConfig(24, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.2)
@@ -25,7 +26,11 @@ BLOCKS = {
     "window": BlockConfig(AttentionConfig(4, 2, window=6)),
     "alibi": BlockConfig(AttentionConfig(4, 2), positions=AlibiConfig()),
     "latent": BlockConfig(LatentAttentionConfig(2, 16, 12, rope_head_dim=8)),
+    "sinks": BlockConfig(AttentionConfig(4, 2, sinks=True)),
     "linear": BlockConfig(LinearAttentionConfig(2, 8)),
+    "retention": BlockConfig(LinearAttentionConfig(2, 8, decay="head", conv_size=0)),
+    "delta": BlockConfig(LinearAttentionConfig(2, 8, delta=True)),
+    "mixture": BlockConfig(AttentionConfig(4, 2), mlp=MoEConfig(4, 2, 16)),
     "mamba2": BlockConfig(Mamba2Config(head_dim=8, state_dim=8)),
     "hyena": BlockConfig(HyenaConfig(96)),
 }

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cs336 import ops
-from cs336.nn import Linear
+from cs336.nn import Linear, quantized
 from cs336.nn.linear import join, joined
 from cs336.nn.quantized import QuantizedLinear
 from cs336.ops import registry
@@ -107,6 +107,32 @@ def test_joined_layers_call_their_hooks():
     assert calls == ["before"]
     assert torch.equal(first, x @ layers[0].weight.T)
     assert torch.equal(second, 2 * (x @ layers[1].weight.T))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "zeros"), [("int8", True), ("int4", False), ("fp8", False)])
+def test_quantised_layers_are_joined(monkeypatch, method, zeros):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([Linear(64, n) for n in (24, 8, 8)])
+    quantized.replace_linears(model, method, 16, zeros=zeros)
+    layers, x = list(model), torch.randn(3, 64)
+    for layer in layers:
+        layer.packed.copy_(torch.randint(0, 100, layer.packed.shape))
+        layer.scales.uniform_(0.5, 2)
+        if zeros:
+            layer.zeros.random_(-8, 9)
+    want, saved = [layer(x) for layer in layers], {k: v.clone() for k, v in model.state_dict().items()}
+    op, rows = getattr(ops, f"linear_{method}"), []
+    monkeypatch.setattr(ops, f"linear_{method}", lambda x, w, *args, **kw: rows.append(len(w)) or op(x, w, *args, **kw))
+    joined(x, layers)
+    assert rows == [24, 8, 8]
+    join(layers)
+    torch.testing.assert_close(list(joined(x, layers)), want)
+    assert rows[3:] == [40]
+    assert all(torch.equal(saved[name], t) for name, t in model.state_dict().items())
+    layers[1].order = torch.arange(64)
+    torch.testing.assert_close(list(joined(x, layers)), want)
+    assert rows[4:] == [24, 8, 8]
 
 
 def test_few_rows_go_to_their_op_in_inference_alone(monkeypatch):

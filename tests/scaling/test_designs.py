@@ -10,7 +10,7 @@ from cs336.cli import main
 from cs336.data import ShardWriter
 from cs336.experiments import Ledger, Study
 from cs336.models import Transformer
-from cs336.scaling import EPOCH, read_points, step_law
+from cs336.scaling import EPOCH, Counting, read_points, step_law
 from cs336.scaling.designs import Family, accounts, anneal, best, isoflop, ladder, study
 from cs336.scaling.forecast import read
 from cs336.utils import config as configs
@@ -27,6 +27,13 @@ def test_models_have_whole_heads_and_round_widths():
         assert model.num_layers == max(2, round(model.d_model / 24))
         counted = sum(p.numel() for p in Transformer(model, device="meta").parameters())
         assert counted == model.num_parameters()
+
+
+def test_the_width_alone_grows_where_layers_are_said():
+    family = Family(1024, num_layers=3)
+    assert {family.shape(heads).num_layers for heads in (1, 4, 20)} == {3}
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        Family(1024, num_layers=0)
 
 
 def test_the_nearest_model_is_nearest_by_its_logarithm():
@@ -147,11 +154,14 @@ def test_from_a_design_to_a_graded_forecast(tokens, tmp_path, capsys):
     assert sorted(points.tokens) == sorted(cost.tokens for cost in planned)
     assert sorted(points.flops) == sorted(cost.flops for cost in planned)
     assert set(points.parameters) == {708, 4300}
+    inner = read_points(tmp_path / "small", Counting(embeddings=False, flops="6nd"))
+    assert set(inner.parameters) == {708 - 64 * 4, 4300 - 64 * 12}  # the one table of tied embeddings
+    assert inner.flops.tolist() == (6 * inner.parameters * inner.tokens).tolist()
     law = tmp_path / "law.json"
     fitted = {"E": 2.0, "A": 50.0, "B": 90.0, "alpha": 0.4, "beta": 0.4, "residuals": [0.01, -0.01]}
     law.write_text(json.dumps(fitted | {"resampled": [[2.0, 50.0, 90.0, 0.4, 0.4]]}))
     big = ["scaling", "design", "best", "--budgets", "1e8", "--law", str(law), *shape, "--write", str(large)]
-    assert main(big) == 0
+    assert main([*big, "--seeds", "2"]) == 0
     here(large, "large")
     log = ["--log", str(tmp_path / "log.jsonl")]
     assert main(["scaling", "forecast", str(law), "--name", "large", "--study", str(large), *log]) == 0
@@ -159,10 +169,26 @@ def test_from_a_design_to_a_graded_forecast(tokens, tmp_path, capsys):
     assert "holds no study" in capsys.readouterr().err
     assert main(["sweep", str(large)]) == 0
     assert main(["scaling", "grade", "large", "--study", str(tmp_path / "large"), *log]) == 0
-    (entry,) = Ledger(tmp_path / "large").entries()
+    entry, other = Ledger(tmp_path / "large").entries()
     (made,) = read(tmp_path / "log.jsonl")
-    assert made.measured == entry.result["val/loss"]
-    assert (made.parameters, made.tokens) == (entry.result["parameters"], entry.spent.tokens)
+    assert made.measured == pytest.approx((entry.result["val/loss"] + other.result["val/loss"]) / 2)
+    assert entry.result["val/loss"] != other.result["val/loss"]
+    assert (made.parameters, made.tokens, made.flops) == (entry.result["parameters"], entry.spent.tokens, None)
+    compute = {
+        "law": "compute",
+        "E": 2.0,
+        "A": 90.0,
+        "gamma": 0.2,
+        "resampled": [[2.0, 90.0, 0.2]],
+        "residuals": [0.01],
+    }
+    law.write_text(json.dumps(compute | {"counting": {"embeddings": False, "flops": "6nd"}}))
+    assert main(["scaling", "forecast", str(law), "--name", "counted", "--study", str(large), *log]) == 0
+    counted = read(tmp_path / "log.jsonl")[1]
+    assert counted.parameters < made.parameters
+    assert counted.flops == 6 * counted.parameters * counted.tokens
+    assert main(["scaling", "grade", "counted", "--study", str(tmp_path / "small"), *log]) == 2
+    assert "small has 4 runs: a forecast is of one" in capsys.readouterr().err
 
 
 def test_the_verb_writes_a_study_of_trunks(tokens, tmp_path, capsys):

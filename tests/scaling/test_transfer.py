@@ -98,7 +98,8 @@ def test_the_verb_prints_both_and_draws(tmp_path, capsys):
     options = ["--widths", "32", "64", "--steps", "2", "--seeds", "1"]
     drawn = ["--out", str(picture)] if has_matplotlib() else []
     assert main(["scaling", "coord-check", *options, *drawn]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "muP: width 64, 2 of 2" in told
     assert said.count("logits") == 2
     assert "standard: RMS of the change after 2 steps at widths 32, 64" in said
     assert picture.exists() == bool(drawn)

@@ -12,11 +12,10 @@ void launch_kernel(const LinearFewRowsParams& p, cudaStream_t stream) {
   using S = Shape<kFormat, kEights>;
   const int steps = ceil_div(bytes_of_row<T, kFormat>(p.K), S::kChunks * kChunkBytes);
   const Plan shared_by = plan(ceil_div(p.N, S::kRows), steps, current_device().num_sms);
-  const LaunchShape shape{
-      .grid = dim3(shared_by.blocks),
-      .threads = dim3(kThreads),
-      .shared_bytes = kRingBytes + kWarps * S::kPartial * sizeof(float) + p.M * x_vectors(p.K) * sizeof(uint4),
-      .dependent = true};
+  const LaunchShape shape{.grid = dim3(shared_by.blocks),
+                          .threads = dim3(kThreads),
+                          .shared_bytes = static_cast<size_t>(shared_bytes(p.M, p.K)),
+                          .dependent = true};
   launch<linear_few_rows_kernel<T, kFormat, kEights, kZeros>>(shape, stream, p, shared_by);
 }
 

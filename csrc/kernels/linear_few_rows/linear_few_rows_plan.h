@@ -11,7 +11,7 @@ inline constexpr int kChunkBytes = 64;  // of a row of weights: 16 for each of t
 
 inline constexpr int kMostAtOnce = 16;   // rows of x
 inline constexpr int kStepBytes = 2048;  // of weights, that a warp copies and multiplies at a time
-inline constexpr int kStages = 3;        // steps of a warp's ring
+inline constexpr int kStages = 2;        // steps of a warp's ring
 inline constexpr int kRingBytes = kWarps * kStages * kStepBytes;  // of all warps
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -20,10 +20,21 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // the banks more, so that two rows are read at once without conflicts.
 constexpr int x_vectors(int K) { return ceil_div(K, 256) * 32 + 4; }
 
-// Rows of x that fit into a block's shared memory beside the rings and the sums of 16 rows of weights; 0: none.
-constexpr int rows_at_once(int K, int shared_bytes) {
-  const int64_t left = shared_bytes - kRingBytes - kWarps * kMostAtOnce * 16 * 4;
-  return static_cast<int>(std::clamp<int64_t>(left / (x_vectors(K) * int64_t{16}), 0, kMostAtOnce));
+// Floats that the sums of a row of x take, one a chunk of weights, up to the same end: odd, so that two rows are in
+// different banks.
+constexpr int x_sums(int K) { return ceil_div(K, 256) * 256 / kChunkBytes | 1; }
+
+// Bytes of a block's shared memory for so many rows of x: the rings, what warps hand to their teams, x and its sums.
+constexpr int64_t shared_bytes(int rows, int K) {
+  const int64_t partials = int64_t{kWarps} * ceil_div(rows, 8) * 8 * 16 * 4;
+  return kRingBytes + partials + rows * (x_vectors(K) * int64_t{16} + x_sums(K) * int64_t{4});
+}
+
+// Rows of x that a block can keep; 0: none.
+constexpr int rows_at_once(int K, int64_t most_bytes) {
+  int rows = kMostAtOnce;
+  while (rows > 0 && shared_bytes(rows, K) > most_bytes) rows--;
+  return rows;
 }
 
 struct Plan {

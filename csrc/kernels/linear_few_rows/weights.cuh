@@ -14,10 +14,6 @@ namespace cs336::few_rows {
 
 using cuda::WeightFormat;
 
-// Where vector t of the four of row g lies in a tile: so that words, pairs of words and vectors are read without bank
-// conflicts, by lanes that want the same vector, every second one and their own.
-__device__ __forceinline__ int slot_of(int g, int t) { return 4 * g + (t ^ ((g >> 1 & 1) * 2 + (g >> 2 & 1))); }
-
 template <typename T>
 inline constexpr bool kHalf = std::is_same_v<T, __half>;
 
@@ -54,26 +50,27 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
 }
 
 template <typename T>
-__device__ __forceinline__ void subtract(uint32_t (&w)[4], int zero) {
-  const T z = from_float<T>(static_cast<float>(zero));
-  const uint32_t pair = twice(reinterpret_cast<const uint16_t&>(z));
-#pragma unroll
-  for (int i = 0; i < 4; i++) w[i] = minus<T>(w[i], pair);
+__device__ __forceinline__ float sum_of_pair(uint32_t pair) {
+  if constexpr (kHalf<T>) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
+    return both.x + both.y;
+  } else {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+  }
 }
 
-// kBytes: of a piece, 32 features of a row; kPieces: in a chunk of 64 bytes. `take` gives the eight features that lane
-// t has of piece j of row g, and `in_order` those of x in the same order.
+// kBytes: of a piece, 32 features of a row; kPieces: in a chunk of 64 bytes. `take` gives eight features, the j-th of
+// the 16 bytes that a lane has of a chunk, each with kOffset added, and `in_order` those of x in the same order.
 template <typename T, WeightFormat kFormat>
 struct Weights;
 
 template <typename T>
 struct Weights<T, WeightFormat::kLikeX> {
-  static constexpr int kBytes = 64, kPieces = 1;
+  static constexpr int kBytes = 64, kPieces = 1, kOffset = 0;
 
   __device__ __forceinline__ static uint4 in_order(const uint4& x) { return x; }
 
-  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4* tile, int g, int t, int) {
-    const uint4 v = tile[slot_of(g, t)];
+  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int) {
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
 };
@@ -81,14 +78,14 @@ struct Weights<T, WeightFormat::kLikeX> {
 // Two formats of a byte, which differ in what a pair of bytes becomes.
 template <typename T, typename Convert>
 struct Bytes {
-  static constexpr int kBytes = 32, kPieces = 2;
+  static constexpr int kBytes = 32, kPieces = 2, kOffset = 0;
 
   __device__ __forceinline__ static uint4 in_order(const uint4& x) { return x; }
 
-  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4* tile, int g, int t, int j) {
-    const uint2 v = reinterpret_cast<const uint2*>(tile + slot_of(g, 2 * j + t / 2))[t % 2];
-    w[0] = Convert::template pair<0>(v.x), w[1] = Convert::template pair<1>(v.x);
-    w[2] = Convert::template pair<0>(v.y), w[3] = Convert::template pair<1>(v.y);
+  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int j) {
+    const uint32_t first = j ? v.z : v.x, second = j ? v.w : v.y;
+    w[0] = Convert::template pair<0>(first), w[1] = Convert::template pair<1>(first);
+    w[2] = Convert::template pair<0>(second), w[3] = Convert::template pair<1>(second);
   }
 };
 
@@ -130,6 +127,7 @@ struct Weights<T, WeightFormat::kFp8> : Bytes<T, FromFp8<T>> {};
 template <typename T>
 struct Weights<T, WeightFormat::kInt4> {
   static constexpr int kBytes = 16, kPieces = 4;
+  static constexpr int kOffset = kHalf<T> ? 0 : 136;  // 128 + 8: left to the sums of x, which float32 holds well enough
 
   // Features 0 and 4, 1 and 5, 2 and 6, 3 and 7: as a word gives them.
   __device__ __forceinline__ static uint4 in_order(const uint4& x) {
@@ -137,13 +135,12 @@ struct Weights<T, WeightFormat::kInt4> {
             __byte_perm(x.y, x.w, 0x7632)};
   }
 
-  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4* tile, int g, int t, int j) {
-    const uint32_t word = reinterpret_cast<const uint32_t*>(tile + slot_of(g, j))[t];
+  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int j) {
+    const uint32_t word = j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const uint32_t bits =
-          masked(word >> 4 * i, twice(0xf), twice(kHalf<T> ? 0x6400 : 0x4300));  // 1024 or 128, + 8 + q
-      w[i] = minus<T>(bits, twice(kHalf<T> ? 0x6408 : 0x4308));
+      w[i] = masked(word >> 4 * i, twice(0xf), twice(kHalf<T> ? 0x6400 : 0x4300));  // 1024 or 128, + 8 + q
+      if constexpr (kHalf<T>) w[i] = minus<T>(w[i], twice(0x6408));
     }
   }
 };
@@ -161,7 +158,7 @@ struct Scale {
   }
 };
 
-__device__ __forceinline__ Scale load_scale(const void* scales, int64_t i, Dtype dtype) {
+__device__ __forceinline__ Scale load_scale(const void* scales, uint32_t i, Dtype dtype) {
   Scale scale = {};
   if (dtype == Dtype::F32)
     scale.word = static_cast<const uint32_t*>(scales)[i];
