@@ -1,6 +1,7 @@
 """`cs336 scaling`: fit a law to finished runs, look at how they fit together, ask it about others, draw it."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -218,6 +219,9 @@ def predict(
     from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
     from cs336.scaling.saved import load_compute_fit, load_fit
 
+    for what, value in (("flops", flops), ("parameters", parameters), ("tokens", tokens)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{what} must be positive and finite, got {value}")
     if law != "epoch" and (compute := load_compute_fit(pathlib.Path(law))) is not None:
         if flops is None or parameters or tokens or inference_tokens or unique_tokens is not None:
             raise ValueError(f"{law} is a law of compute alone: it takes --flops, and says the loss")
@@ -324,6 +328,7 @@ def grade(
         study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts.
         log: JSON lines, a forecast each.
     """
+    from cs336.experiments import Ledger
     from cs336.scaling import forecast as forecasts
     from cs336.scaling import read_points
 
@@ -331,7 +336,8 @@ def grade(
         raise ValueError("say the loss, or --study")
     if study is not None:
         runs = read_points(study)
-        _same(set(zip(runs.parameters, runs.tokens, strict=True)), study)
+        tables = [entry.config for entry in Ledger(study).entries() if entry.state == "done"]
+        _same(set(map(_but_its_seed, tables)), study)
         loss = float(runs.loss.mean())
     assert loss is not None
     graded = forecasts.grade(log, name, loss)
@@ -353,13 +359,18 @@ def _run_of(study: Path, counting: "Counting") -> tuple[float, float, float]:
     trials = Study.load(study).trials()
     if any(trial.planned.tokens is None for trial in trials):
         raise ValueError(f"{study}: a run under a budget of time has as many tokens as there is time for: give steps")
-    runs = {(TrainConfig.from_table(trial.table | {"run_dir": "."}).model, trial.planned.tokens) for trial in trials}
-    model, tokens = _same(runs, study)
+    _same({_but_its_seed(trial.table) for trial in trials}, study)
+    model, tokens = TrainConfig.from_table(trials[0].table | {"run_dir": "."}).model, trials[0].planned.tokens
+    assert tokens is not None
     parameters, flops = counting.of(model, tokens)
     return parameters, tokens, flops
 
 
-def _same(runs: set[Any], study: Path) -> Any:
+def _but_its_seed(table: dict[str, Any]) -> str:
+    """What a run is, in words."""
+    return json.dumps(table | {"seed": None}, sort_keys=True, default=str)
+
+
+def _same(runs: set[str], study: Path) -> None:
     if len(runs) != 1:
         raise ValueError(f"{study} has {len(runs)} runs: a forecast is of one, or of several seeds of it")
-    return next(iter(runs))

@@ -8,7 +8,8 @@ Intervals are of the residual bootstrap: the law's losses times residuals drawn 
 of rungs that the law does not meet. So a budget of one run still has its place in every resample.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -21,12 +22,17 @@ GAMMAS = np.geomspace(1e-3, 3, 400)  # neighbours differ by 2 %, and the laws th
 
 @dataclass(frozen=True)
 class ComputeLaw:
-    """L(C) = E + A / C^gamma, C in FLOPs."""
+    """L(C) = E + A / C^gamma, C in FLOPs. Raises ValueError for numbers that are negative or not finite."""
 
     E: float
     """May be 0: runs that show no end of the fall."""
     A: float
     gamma: float
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite, got {value}")
 
     def loss(self, flops):
         """Of a number or an array."""

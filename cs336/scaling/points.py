@@ -27,12 +27,18 @@ SAME_BUDGET = 0.01  # relative difference of FLOPs between neighbours of one bud
 
 @dataclass(frozen=True)
 class Counting:
-    """What is counted as a run's parameters and FLOPs."""
+    """What is counted as a run's parameters and FLOPs. Raises ValueError for other ways than these."""
 
     embeddings: bool = True
     """Whether the token embedding and the output head are among the parameters."""
     flops: Literal["exact", "6nd"] = "exact"
     """exact: as the model counts them, with attention and the head; 6nd: 6 parameters * tokens (arXiv:2001.08361)."""
+
+    def __post_init__(self):
+        if not isinstance(self.embeddings, bool) or self.flops not in ("exact", "6nd"):
+            raise ValueError(
+                f'embeddings must be true or false, flops "exact" or "6nd"; got {self.embeddings} and {self.flops!r}'
+            )
 
     def of(self, model: "TransformerConfig", tokens: float) -> tuple[int, float]:
         """Parameters and FLOPs of a run."""

@@ -44,6 +44,9 @@ def load_compute_fit(path: pathlib.Path) -> ComputeFit | None:
 
 
 def load_counting(path: pathlib.Path) -> Counting:
-    """How the runs were counted that a fit on disk is of."""
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    return Counting(**saved.get("counting", {}))
+    """How the runs were counted that a fit on disk is of. Raises ValueError that names the file if it does not say."""
+    counting = json.loads(path.read_text(encoding="utf-8")).get("counting", {})
+    try:
+        return Counting(**counting)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not say how its runs were counted ({error})") from None

@@ -1,6 +1,7 @@
 """The law of compute: known laws come back, intervals hold; and a law is fitted to what the runs are counted as."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from cs336.cli import main
 from cs336.scaling import ComputeLaw, Counting, Points, fit_compute, read_points
 from cs336.scaling.forecast import read
-from cs336.scaling.saved import load_compute_fit
+from cs336.scaling.saved import load_compute_fit, load_counting
 
 TRUTH = ComputeLaw(E=2.1, A=2.1 * 1e13**0.12, gamma=0.12)
 BUDGETS = np.geomspace(5e12, 3e14, 5)
@@ -76,6 +77,8 @@ def test_from_a_file_to_a_graded_forecast(tmp_path, capsys):
     assert (a.loss, a.low, a.high) == pytest.approx((loss, low, high))
     assert b.loss < a.loss
     for refused, message in (
+        (["scaling", "predict", str(law), "--flops=-1"], "flops must be positive and finite, got -1.0"),
+        (["scaling", "predict", "epoch", "--parameters=-1", "--tokens", "2e7"], "parameters must be positive"),
         (["scaling", "predict", str(law), "--parameters", "1e6", "--tokens", "2e7"], "takes --flops"),
         (["scaling", "forecast", str(law), "--name", "c", "--unique-tokens", "1e6", *run], "leave unique_tokens out"),
         (["scaling", "forecast", "epoch", "--name", "c", "--flops", "6e15", *run], "and a law of compute"),
@@ -102,3 +105,23 @@ def test_parameters_and_flops_are_counted_both_ways(tmp_path, capsys):
         read_points(points, Counting(embeddings=False))
     assert main(["scaling", "fit", str(points), "--law", "step", "--flops", "6nd"]) == 2
     assert "--law step takes no --least-tokens, --flops" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_fit_makes_no_forecast(tmp_path, capsys):
+    law, log = tmp_path / "law.json", tmp_path / "forecasts.jsonl"
+    good = {"law": "compute", "E": 2.0, "A": 90.0, "gamma": 0.2, "resampled": [[2.0, 90.0, 0.2]], "residuals": [0.01]}
+    law.write_text(json.dumps(good | {"gamma": math.nan}))
+    run = ["--name", "a", "--parameters", "5e6", "--tokens", "1e8", "--log", str(log)]
+    assert main(["scaling", "forecast", str(law), *run]) == 2
+    assert "law.json holds no fitted law (ValueError: gamma must be 0 or more" in capsys.readouterr().err
+    assert not log.exists()
+
+
+@pytest.mark.parametrize("counting", [{"flops": "most"}, {"embeddings": "no"}, {"layers": True}, 3])
+def test_how_runs_were_counted_is_said_or_refused(tmp_path, counting):
+    law = tmp_path / "law.json"
+    law.write_text(json.dumps({"counting": {"embeddings": False, "flops": "6nd"}}))
+    assert load_counting(law) == Counting(embeddings=False, flops="6nd")
+    law.write_text(json.dumps({"counting": counting}))
+    with pytest.raises(ValueError, match=r"law\.json does not say how its runs were counted"):
+        load_counting(law)

@@ -189,6 +189,14 @@ def test_from_a_design_to_a_graded_forecast(tokens, tmp_path, capsys):
     assert counted.flops == 6 * counted.parameters * counted.tokens
     assert main(["scaling", "grade", "counted", "--study", str(tmp_path / "small"), *log]) == 2
     assert "small has 4 runs: a forecast is of one" in capsys.readouterr().err
+    rates = configs.read_table(large) | {"directory": str(tmp_path / "rates")}
+    (run,) = rates["search"]["runs"]
+    rates["search"]["runs"] = [run, run | {"optimizer.lr": 1e-5}]
+    rates["seeds"] = 1
+    (tmp_path / "rates.toml").write_text(configs.dumps(rates))
+    asked = ["--name", "rates", "--study", str(tmp_path / "rates.toml"), *log]
+    assert main(["scaling", "forecast", str(law), *asked]) == 2
+    assert "rates.toml has 2 runs: a forecast is of one" in capsys.readouterr().err
 
 
 def test_the_verb_writes_a_study_of_trunks(tokens, tmp_path, capsys):
