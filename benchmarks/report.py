@@ -177,7 +177,7 @@ def both(values: Iterable[float | None], form: str = ".1f") -> str:
 
 def losses(cases: list[dict[str, Row]], sized: bool = True) -> str:
     """Where a peer is faster by more than the noise of both, in the whole sweep; sized: a shape is that of x, in MB."""
-    found = []
+    found, close = [], 0
     for c in cases:
         native = c["native"]
         for peer in PEERS:
@@ -186,12 +186,15 @@ def losses(cases: list[dict[str, Row]], sized: bool = True) -> str:
                 shape = "x".join(map(str, native["shape"]))
                 size = f" ({megabytes(native):g} MB)" if sized else ""
                 found.append((faster, f"{PEERS[peer]} in {native['pass']} {shape}{size}: {faster:.2f}"))
+            elif faster is not None and faster < 0.95:
+                close += 1
     if not cases:
         return "Native did not run."
     sizes = [megabytes(c["native"]) for c in cases]
     sweep = f"the sweep's {len(cases)} cases" + (f", x of {min(sizes):g} MB to {max(sizes):g} MB" if sized else "")
     if not found:
-        return f"In none of {sweep} is a peer faster by more than the noise."
+        within = f"; in {close} by more than 5 %, which the noise there exceeds" if close else ""
+        return f"In none of {sweep} is a peer faster by more than the noise{within}."
     shown = "; ".join(sentence for _, sentence in sorted(found)[:LOSSES_SHOWN])
     more = f"; and {len(found) - LOSSES_SHOWN} more in the file" if len(found) > LOSSES_SHOWN else ""
     return f"Of {sweep}, native loses to {shown}{more}."

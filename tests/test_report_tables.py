@@ -82,6 +82,13 @@ def test_a_table_shows_roof_ratios_and_losses():
     assert "triton" not in text
 
 
+def test_peers_ahead_by_less_than_the_noise_are_counted():
+    case = {"native": row("fwd", "native", SMALL, 10e-6) | {"spread": 0.3}, "liger": row("fwd", "liger", SMALL, 8e-6)}
+    said = "In none of the sweep's 1 cases is a peer faster by more than the noise"
+    assert report.losses([case], sized=False) == f"{said}; in 1 by more than 5 %, which the noise there exceeds."
+    assert report.losses([case | {"liger": row("fwd", "liger", SMALL, 9.8e-6)}], sized=False) == f"{said}."
+
+
 def test_a_run_of_several_ops_names_them_and_no_megabytes():
     rows = [
         {**row("fwd", variant, SMALL, seconds, gbps=4000.0, percent_of_roof=93.0), "op": op}
