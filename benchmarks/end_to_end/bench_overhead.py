@@ -40,7 +40,8 @@ def measure(name: str, steps: int, folder: pathlib.Path, *, compile: bool | None
     tokens = [
         zipf_tokens(folder / f"{n}.bin", model.vocab_size, size) for n, size in (("train", 1 << 22), ("val", 1 << 20))
     ]
-    pace = {"budget": f"{steps}steps", "eval_interval": steps // 2, "checkpoint_interval": steps // 2}
+    half = -(-steps // 2)  # so that there are two, the one at the end included
+    pace = {"budget": f"{steps}steps", "eval_interval": half, "checkpoint_interval": half}
     config = TrainConfig(folder / "run", DataConfig(*tokens), model, batch_size=batch_size, compile=compile, **pace)
     trainer = Trainer(config, display=Display(silent=True))
     found = trainer.train()
