@@ -322,7 +322,7 @@ def _of_rollouts(rollouts: Rollouts, rewards_B: Tensor, num_generations: int) ->
 def _update(
     model: Transformer, optimizer: torch.optim.Optimizer, config: GRPOConfig, batch: _Batch
 ) -> dict[str, float]:
-    """One optimizer step on the whole batch, a part at a time.
+    """One optimizer step on the whole batch, a part at a time. Metrics are means over its tokens, whatever the parts.
 
     Rows whose advantages are 0 have no gradient unless a divergence is paid for: they are counted and not computed.
     """
@@ -330,6 +330,7 @@ def _update(
     if config.beta or idle_B.all():
         idle_B = torch.zeros_like(idle_B)
     idle = batch.mask_BT[idle_B].sum() if KINDS[config.loss_type].mean == "token" else idle_B.sum()
+    tokens = batch.mask_BT.sum().clamp(min=1)
     batch = _Batch(*(None if x is None else x[~idle_B] for x in batch))  # type: ignore[arg-type]
     totals = []
     for part in batch.split(config.micro_batch_size or len(batch.mask_BT)):
@@ -341,7 +342,9 @@ def _update(
             reference_log_probs_BT=part.reference_BT,
         )  # fmt: skip
         loss.backward()
-        totals.append(torch.stack([x.detach().float() for x in (count, loss, *metrics.values())]))
+        weight = part.mask_BT.sum() / count.clamp(min=1)  # tokens a row, where the loss counts rows
+        totals.append(torch.stack([x.detach().float() for x in (count, loss, *(weight * m for m in metrics.values()))]))
     summed = torch.stack(totals).sum(0)
     summed[0] += idle
+    summed[2:] *= summed[0] / tokens
     return step_on(optimizer, model, summed, ("loss", *metrics), config.max_grad_norm)

@@ -120,6 +120,16 @@ def test_a_step_is_the_same_in_every_micro_batch_size(loss_type):
     assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_metrics_are_of_tokens_in_every_micro_batch_size(loss_type):
+    reference, settings = llm_of(0.2).model, {"max_tokens": 8, "loss_type": loss_type, "beta": 0.1}
+    whole, parts = (
+        recorded(GRPOConfig(8, micro_batch_size=n, **settings), reference=reference, seed=5)[0] for n in (None, 1)
+    )
+    assert parts["completions/mean_length"] < 8  # rows are not of one length
+    assert parts["kl"] == pytest.approx(whole["kl"], rel=1e-4)
+
+
 def test_a_part_is_as_wide_as_its_longest_row(monkeypatch):
     widths = []
 
