@@ -35,15 +35,19 @@ def sft(rows: list[Row]) -> Iterator[str]:
 
 def gsm8k(rows: list[Row]) -> Iterator[str]:
     """A row a seed, and the gain with the 95 % interval of Student's t."""
-    yield "| seed | SFT | and GRPO | SFT, drawn | and GRPO, drawn | steps of SFT | of GRPO |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for row in (row for row in rows if "seed" in row):
-        cells = [f"{100 * row[f'{by}_{how}']:.1f} %" for how in ("greedy", "drawn") for by in ("sft", "grpo")]
-        yield f"| {row['seed']} | " + " | ".join([*cells, str(row["sft_steps"]), str(row["grpo_steps"])]) + " |"
+    seeds = [row for row in rows if "seed" in row]
+    heads = ("seed", "SFT", "and GRPO", "right only after", "only before", f"SFT, drawn at {seeds[0]['temperature']}")
+    yield "| " + " | ".join([*heads, "and GRPO", "steps of SFT", "of GRPO"]) + " |"
+    yield "|" + " ---: |" * 9
+    for row in seeds:
+        share = {key: f"{100 * row[key]:.2f} %" for key in ("sft_greedy", "grpo_greedy", "sft_drawn", "grpo_drawn")}
+        cells = [share["sft_greedy"], share["grpo_greedy"], row["gained"], row["lost"]]
+        cells += [share["sft_drawn"], share["grpo_drawn"], row["sft_steps"], row["grpo_steps"]]
+        yield f"| {row['seed']} | " + " | ".join(map(str, cells)) + " |"
     yield ""
     for row in (row for row in rows if "gain" in row):
         spread = "" if row["half_width"] is None else f" ± {100 * row['half_width']:.2f}"
-        yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {rows[0]['tested']:,} questions."
+        yield f"Gain, {row['gain']}: {100 * row['mean']:+.2f}{spread} points of {seeds[0]['tested']:,} questions."
 
 
 def grpo_step(rows: list[Row]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from benchmarks.decoding_tables import decoding, quantization
 from benchmarks.mixer_tables import mixers
 from benchmarks.parallel_tables import collectives, parallel, parallel_engine, parallel_equal, parallel_plan
 from benchmarks.scaling_tables import scaling_forecast
+from benchmarks.training_tables import ladder, mfu, optimizers, overhead, recipes, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ("benchmarks", "architectures", "attention", "compression", "parallel")
@@ -28,6 +29,7 @@ PEERS |= {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "padded": "our dense ker
 PEERS |= {"deterministic": "ours, deterministic"}
 PEERS |= {"flashinfer": "FlashInfer", "cce": "CCE"}  # of inference; of a linear layer's losses
 PEERS |= {"cublas": "cuBLAS, bf16", "torch": "torch"}  # of linear layers of few rows
+PEERS |= {"grouped": "torch's grouped products"}  # of mixtures of experts
 SIZES = (64, 256)  # MB of x that the README shows; the file has more
 LOSSES_SHOWN = 12
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -209,42 +211,6 @@ def host(cases: Iterable[dict[str, Row]]) -> Iterator[str]:
 # ---- end to end ----
 
 
-def train(rows: list[Row]) -> Iterator[str]:
-    yield (
-        "| model | ours | plain PyTorch | ours / plain | spread of blocks | loss after the same steps, ours / plain "
-        "| GiB at the peak, ours (predicted) / plain |"
-    )
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for name, group in itertools.groupby(rows, lambda row: row["model"]):
-        by_variant = {row["variant"]: row for row in group}
-        plains = [by_variant.pop(variant) for variant in list(by_variant) if variant.startswith("plain")]
-        plain = max(plains, key=lambda row: row["tokens_per_second"])
-        for variant, ours in by_variant.items():
-            speed = [f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s{mfu(r)}" for r in (ours, plain)]
-            spread = " / ".join(f"{r['spread']:.1%}" for r in (ours, plain))
-            faster = ours["tokens_per_second"] / plain["tokens_per_second"]
-            losses = f"{ours['loss']:.4f} / {plain['loss']:.4f}"
-            model = ", ".join([name, *variant.split()[1:]])
-            yield f"| {model} | {speed[0]} | {speed[1]} | {faster:.3f} | {spread} | {losses} | {peaks(ours, plain)} |"
-
-
-def peaks(ours: Row, plain: Row) -> str:
-    if not ours.get("bytes"):
-        return "–"
-    found, predicted, other = (size / 2**30 for size in (ours["bytes"], ours["predicted_bytes"], plain["bytes"]))
-    return f"{found:.2f} ({predicted:.2f}) / {other:.2f}"
-
-
-def ladder(rows: list[Row]) -> Iterator[str]:
-    yield "| each rung has what those above it have | tokens/s | of plain PyTorch | memory at the peak | loss |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
-    for row in rows:
-        faster = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        memory = f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] else ""
-        speed = f"{row['tokens_per_second'] / 1e3:.1f}k{mfu(row)}"
-        yield f"| {row['variant']} | {speed} | {faster:.3f}x | {memory} | {row['loss']:.4f} |"
-
-
 def engine(rows: list[Row]) -> Iterator[str]:
     """Repeats of one piece of work are one row; peers were measured in another run on the same kind of card."""
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers_in_another_run", {})))
@@ -261,25 +227,6 @@ def engine(rows: list[Row]) -> Iterator[str]:
         theirs = [found[0].get("peers_in_another_run", {}).get(p) for p in peers]
         cells = [speeds, f"{share:.0%}" if share else "–", *(f"{n:,.0f}" if n else "–" for n in theirs)]
         yield f"| {work} | " + " | ".join(cells) + " |"
-
-
-def mfu(row: Row) -> str:
-    return f", {row['mfu']:.1f} % MFU" if row["mfu"] else ""
-
-
-def optimizers(rows: list[Row]) -> Iterator[str]:
-    """A row for each optimizer: the learning rate that the sweep chose, and where it leads, over the seeds."""
-    yield "| optimizer | a step, AdamW's is 1 | steps | learning rate, of those swept | loss, by seed | mean |"
-    yield "| --- | ---: | ---: | --- | --- | ---: |"
-    for name, group in itertools.groupby(rows, lambda row: row["optimizer"]):
-        found = list(group)
-        swept = [row for row in found if row["seed"] == found[0]["seed"]]
-        best = min(swept, key=lambda row: row["val_loss"])["lr"]
-        losses = [row["val_loss"] for row in found if row["lr"] == best]
-        rates = ", ".join(f"{row['lr']:g}" for row in swept)
-        each = ", ".join(f"{loss:.3f}" for loss in losses)
-        mean = sum(losses) / len(losses)
-        yield f"| {name} | {found[0]['cost']:.2f} | {found[0]['steps']} | {best:g} of {rates} | {each} | {mean:.3f} |"
 
 
 def variants(rows: list[Row]) -> Iterator[str]:
@@ -461,6 +408,14 @@ def train_headline(rows: list[Row]) -> tuple[str, str, str]:
     return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336'])}", f"{ours / plain:.2f}x PyTorch, compiled by layers too"
 
 
+def engine_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the first work, beside the fastest engine of another run."""
+    best = max((row for row in rows if row["work"] == rows[0]["work"]), key=lambda row: row["tokens_per_second"])
+    peer, speed = max(best["peers_in_another_run"].items(), key=lambda item: item[1])
+    ours = best["tokens_per_second"]
+    return best["work"], f"{ours / 1e3:.1f}k tokens/s", f"{ours / speed:.2f}x {peer}, in another run"
+
+
 def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
     """Of the forward with the most FLOPs that is causal."""
     causal = [r for r in rows if r["pass"] == "fwd causal" and "seconds" in r]
@@ -474,6 +429,8 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 BODIES = {
     **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights"), train),
     "ladder": ladder,
+    "recipes": recipes,
+    "overhead": overhead,
     "engine": engine,
     "mixers": mixers,
     "collectives": collectives,
@@ -502,13 +459,15 @@ BODIES = {
     "decoding_real": decoding,
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
-BODIES |= dict.fromkeys(("linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated)
+BODIES |= dict.fromkeys(
+    ("expert_swiglu", "gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated
+)
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,
+    "engine": engine_headline,
     "attention": attention_headline,
     "rms_norm": norm_headline,
-    "layer_norm": norm_headline,
     "adamw": adamw_headline,
 }
 

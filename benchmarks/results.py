@@ -14,7 +14,7 @@ from benchmarks import harness
 from cs336.utils import device as devices
 
 ROOT = pathlib.Path(__file__).parents[1]
-PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "tokenspeed-fa3")
+PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "tokenspeed-fa3", "fla-core")
 
 
 def header(device: torch.device, command: str, commit: str | None = None, *, roofs: bool = True) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
     kinds_of_ours = ("deterministic", "bf16_weights")
-    train.add_argument("--ours", choices=kinds_of_ours, help="ours with this option, in rows of their own")
+    train.add_argument("--ours", choices=kinds_of_ours, help="ours with this option too, in rows of their own")
     train.add_argument("--whole", action="store_true", help="plain PyTorch compiled whole, too: for minutes, if deep")
     ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
     ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ladder.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     ladder.add_argument("--no-compile", action="store_true")
     mixers = kinds.add_parser("mixers", help="training and decoding of each mixer, and the recurrences beside fla's")
-    mixers.add_argument("names", nargs="*", metavar="MIXER", help="all, and the recurrences, if none is named")
+    mixers.add_argument("names", nargs="*", metavar="MIXER", help="or a recurrence; all, if none is named")
     mixers.add_argument("--size", default="350M", choices=("tiny", "350M"), help="of the model (%(default)s)")
     mixers.add_argument("--tokens", type=int, default=16384, help="a step (%(default)s)")
     mixers.add_argument("--compile", action="store_true", help="each layer")
@@ -205,7 +205,7 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.blocks < 2:
         raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
     batches = {name: options.batch or bench_train.BATCH[name] for name in dict.fromkeys(options.models)}
-    names = (f"cs336 {options.ours}" if options.ours else "cs336", *["plain whole"] * options.whole, "plain")
+    names = (*[f"cs336 {options.ours}"] * bool(options.ours), "cs336", *["plain whole"] * options.whole, "plain")
     settings = {"blocks": options.blocks, "steps": options.steps, "data": options.data}
     settings |= {"compile": not options.no_compile}
     if device.type == "cuda":

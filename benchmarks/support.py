@@ -115,6 +115,11 @@ def _linear_attention_bwd(dtype: torch.dtype, device: str) -> tuple:
     return torch.empty_like(q), None, q, *rest
 
 
+def _expert_swiglu(dtype: torch.dtype, device: str) -> tuple:
+    x, gate, up = (torch.empty(shape, dtype=dtype, device=device) for shape in ((4, 64), (2, 32, 64), (2, 32, 64)))
+    return x, _ints(8, torch.int64, device), _ints(2, torch.int64, device), gate, up
+
+
 def _gated_delta_rule_fwd(dtype: torch.dtype, device: str) -> tuple:
     q, k, v, *rest = _linear_attention_fwd(dtype, device)
     return q, k, v, torch.empty(1, 2, 64, dtype=_wide(dtype), device=device), *rest
@@ -170,9 +175,11 @@ SAMPLES: dict[str, Arguments] = {
     "dropout_fwd": _dropout,
     "embedding_bwd": _embedding,
     "scale_": _scale,
+    "gram": lambda dtype, device: (torch.empty(2, 4, 64, dtype=dtype, device=device), None, 1.0, 1.0),
     "linear_invariant": _linear,
     "linear_few_rows": _linear,
     **{f"linear_{method}": _linear_quantized(method) for method in ("int8", "int4", "fp8")},
+    "expert_swiglu": _expert_swiglu,
     "gated_delta_rule_fwd": _gated_delta_rule_fwd,
     "gated_delta_rule_bwd": _gated_delta_rule_bwd,
     "linear_attention_fwd": _linear_attention_fwd,

@@ -30,11 +30,12 @@ class Steps:
     batch: tuple[Tensor, Tensor]
 
     @staticmethod
-    def of(options: argparse.Namespace, *, compile: bool | None = None) -> "Steps":
-        """Without a CUDA graph, in which single kernels have no names."""
+    def of(options: argparse.Namespace, *, compile: bool | None = None, graph: bool = False) -> "Steps":
+        """graph: where `cs336 train` would capture a step. The ranges inside of it are in no trace then."""
         model, nowhere = MODELS[options.model], pathlib.Path("unused")  # a Learner reads and writes no files
         settings = {"optimizer": OPTIMIZERS[options.optimizer], "batch_size": options.batch, "compile": compile}
-        learner = Learner(TrainConfig(nowhere, DataConfig(nowhere), model, cuda_graph=False, **settings))
+        settings |= {"cuda_graph": "auto" if graph else False}
+        learner = Learner(TrainConfig(nowhere, DataConfig(nowhere), model, **settings))
         shape = (options.batch, model.context_length)
         x_BT, y_BT = (torch.randint(model.vocab_size, shape, device=learner.device) for _ in range(2))
         return Steps(learner, (x_BT, y_BT))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from profiling import memory, step, table
+from profiling.idle import gpu_idle
 from profiling.table import OpTimer
 
 
@@ -16,6 +17,24 @@ def test_a_trace_has_the_phases(tmp_path, capsys):
     assert names.count("step") == 2
     assert {"forward", "backward", "optimizer"} <= set(names)
     assert "2 steps" in capsys.readouterr().out
+
+
+def test_a_gpu_is_idle_where_nothing_runs(tmp_path):
+    """Kernels of several streams overlap, and what the host does counts for nothing."""
+    spans = [
+        ("kernel", 100, 10),
+        ("gpu_memcpy", 105, 15),
+        ("kernel", 130, 20),
+        ("kernel", 132, 5),
+        ("gpu_memset", 160, 40),
+    ]
+    events = [{"cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in spans]
+    events += [{"cat": "cpu_op", "ts": 0, "dur": 500}, {"name": "a mark", "ts": 0}]
+    trace = tmp_path / "t.json"
+    trace.write_text(json.dumps({"traceEvents": events}))
+    assert gpu_idle(trace) == pytest.approx((10 + 10) / 100)
+    trace.write_text(json.dumps({"traceEvents": events[-2:]}))
+    assert gpu_idle(trace) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,11 +1,14 @@
 """What GRPO adds to SFT on grade-school mathematics: a model is tuned on GSM8K's answers, then learns of a verifier.
 
-    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 160steps] [--grpo 120s] [--out FILE]
+    python -m benchmarks.end_to_end.bench_gsm8k MODEL GSM8K.jsonl [--seed 0] [--sft 120steps] [--grpo 120s] [--out FILE]
 
 MODEL: any that the verbs take, SmolLM2-135M-Instruct as a GGUF file for one. GSM8K: its training set, of which one
-split, the same for every seed, holds out TESTED questions. Both models answer these: greedily, and DRAWS times at
-temperature 1. A call adds its seed's row to FILE; calls beside each other take a FILE each. With --within GRPO has the
-time that the rest leaves.
+split, the same for every seed, holds out TESTED questions. SFT imitates the solutions of all others, without their
+calculator's marks; GRPO learns from those of at most EASY steps of reckoning to which some of TRIED answers of that
+model are right and some wrong: to most of the others all sixteen would be wrong, and teach nothing. Both models answer
+all that is held out: greedily, and DRAWS times at GRPO's temperature. What is called SFT is the model that GRPO begins
+with. A call adds its seed's row to FILE; calls beside each other take a FILE each. With --within GRPO has the time that
+the rest leaves.
 """
 
 import argparse
@@ -17,9 +20,11 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import results
+from cs336.alignment.rollouts import Order
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTStage
@@ -29,8 +34,12 @@ from cs336.utils import config as configs
 from cs336.utils.device import pick
 from cs336.utils.documents import open_bytes
 
-TESTED, MAX_TOKENS, DRAWS = 1000, 200, 4
-MARGIN = 1.2  # of the time that the second evaluation and an export take, over the first's
+TESTED, MAX_TOKENS, DRAWS = 2000, 200, 2
+EASY, TRIED = 2, 4  # marks for a calculator, one a step
+LEARNED_TOKENS = 160  # of an answer that GRPO draws: easy questions seldom take more
+TEMPERATURE = 0.7  # after so little SFT a draw at 1 is right half as often as the likeliest answer
+WARMUP = 6  # steps of GRPO: Adam's first are of the gradient's sign alone
+MARGIN = 1.5  # of the time that the second evaluation and an export take, over the first's
 _CALCULATOR = re.compile(r"<<.*?>>")  # the answers' marks for a calculator
 Row = dict[str, Any]
 
@@ -51,8 +60,9 @@ def write_data(source: pathlib.Path, folder: pathlib.Path) -> None:
         return {"messages": [*asked(row), {"role": "assistant", "content": _CALCULATOR.sub("", row["answer"])}]}
 
     learned, tested = rows[:-TESTED], rows[-TESTED:]
+    easy = [row for row in learned if len(_CALCULATOR.findall(row["answer"])) <= EASY]
     for name, lines in (
-        ("sft", list(map(conversation, learned))), ("train", prompts(learned)), ("val", prompts(tested)),
+        ("sft", list(map(conversation, learned))), ("train", prompts(easy)), ("val", prompts(tested)),
     ):  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -65,15 +75,25 @@ class Stage(GRPOStage):
             super().begin()
 
 
-def accuracies(stage: GRPOStage) -> tuple[float, float]:
-    """Of the likeliest answers to the tested questions, and of answers drawn at temperature 1."""
-    greedy = stage.evaluate().metrics["eval/reward"]
-    with stage.policy.autocast():
-        params = SamplingParams(1.0, max_tokens=MAX_TOKENS, seed=7, n=DRAWS)
-        drawn = stage.llm.generate([prompt for prompt, _ in stage.val], params)
-    asked = zip(drawn, stage.val, strict=True)
-    right = [stage.rewards(output.text, answer) for request, (_, answer) in asked for output in request.outputs]
-    return greedy, sum(right) / len(right)
+def right(stage: GRPOStage, asked: Sequence[tuple[str, Any]], temperature: float, n: int) -> list[float]:
+    """The share of n answers to each question that is right.
+
+    As many are asked at once as the engine runs at once: a step in which a prompt begins is no CUDA graph, and where
+    each that ends makes room for another nearly all steps are such.
+    """
+    params, shares = SamplingParams(temperature, max_tokens=MAX_TOKENS, seed=7, n=n), list[float]()
+    size = stage.llm.engine.config.max_seqs // n
+    for some in (asked[start : start + size] for start in range(0, len(asked), size)):
+        with stage.policy.autocast():
+            requests = stage.llm.generate([prompt for prompt, _ in some], params)
+        for request, (_, answer) in zip(requests, some, strict=True):
+            shares.append(sum(stage.rewards(output.text, answer) for output in request.outputs) / n)
+    return shares
+
+
+def answered(stage: GRPOStage, tested: Sequence[tuple[str, Any]]) -> tuple[list[float], float]:
+    """Which tested questions the likeliest answer is right about, and the share of right answers that are drawn."""
+    return right(stage, tested, 0.0, 1), mean(right(stage, tested, TEMPERATURE, DRAWS)).value
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -87,7 +107,7 @@ def measure(options: argparse.Namespace) -> Row:
         "seed": options.seed,
         "checkpoint_interval": 0,
         "eval_interval": 0,
-        "micro_batch_size": 32,
+        "micro_batch_size": 128,
     }
     tuning = configs.parse(SFTConfig, shared | {
         "run_dir": str(folder / "sft"), "init_from": str(options.model), "data": {"train": str(folder / "sft.jsonl")},
@@ -100,27 +120,35 @@ def measure(options: argparse.Namespace) -> Row:
         "run_dir": str(folder / "grpo"), "init_from": str(tuned.export), "budget": options.grpo,
         "data": {side: str(folder / f"{side}.jsonl") for side in ("train", "val")}, "eval_prompts": TESTED,
         "optimizer": {"lr": options.lr, "weight_decay": 0.0}, "max_seqs": 512,
-        "schedule": {"kind": "constant", "warmup_steps": 0},
+        "schedule": {"kind": "linear", "warmup_steps": WARMUP, "min_lr_ratio": 0.1},
         "grpo": {
-            "num_generations": 16, "prompts_per_step": 32, "max_tokens": MAX_TOKENS, "loss_type": "dapo",
-            "epsilon_high": 0.28, "num_iterations": 2,
+            "num_generations": 16, "prompts_per_step": 32, "max_tokens": LEARNED_TOKENS, "temperature": TEMPERATURE,
+            "loss_type": "dapo", "epsilon_high": 0.28,
         },
     })  # fmt: skip
-    stage, mark = Stage(config), time.monotonic()
+    stage = Stage(config)
     stage.begin()
-    before = accuracies(stage)
-    print(f"after SFT: {before[0]:.4f} greedy, {before[1]:.4f} drawn", flush=True)
-    if options.within:
-        rest = options.within - (time.monotonic() - began) - MARGIN * (time.monotonic() - mark)
-        config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
     tested, stage.val = stage.val, []  # the run's own evaluations would take of its time
+    mark = time.monotonic()
+    before, before_drawn = answered(stage, tested)
+    took = time.monotonic() - mark
+    print(f"after SFT: {mean(before).value:.4f} greedy, {before_drawn:.4f} drawn", flush=True)
+    shares = right(stage, stage.order.items, TEMPERATURE, TRIED)
+    kept = [item for item, share in zip(stage.order.items, shares, strict=True) if 0 < share < 1]
+    print(f"{len(kept):,} of {len(shares):,} questions are learned from", flush=True)
+    stage.order = Order(kept or stage.order.items, options.seed)
+    if options.within:
+        rest = options.within - (time.monotonic() - began) - MARGIN * took
+        config = dataclasses.replace(config, budget=f"{max(1, int(rest))}s")
     result = StageRun(config, stage).train()
-    stage.val = tested
-    after = accuracies(stage)
+    after, after_drawn = answered(stage, tested)
     return {
-        "seed": options.seed, "sft_greedy": before[0], "sft_drawn": before[1], "grpo_greedy": after[0],
-        "grpo_drawn": after[1], "tested": len(stage.val), "sft_steps": tuned.step, "grpo_steps": result.step,
-        "sft_seconds": round(tuned.seconds), "grpo_seconds": round(result.seconds), "lr": options.lr,
+        "seed": options.seed, "sft_greedy": mean(before).value, "sft_drawn": before_drawn,
+        "grpo_greedy": mean(after).value, "grpo_drawn": after_drawn, "tested": TESTED, "learned": len(kept),
+        "gained": sum(b > a for a, b in zip(before, after, strict=True)),
+        "lost": sum(b < a for a, b in zip(before, after, strict=True)),
+        "sft_steps": tuned.step, "grpo_steps": result.step, "sft_seconds": round(tuned.seconds),
+        "grpo_seconds": round(result.seconds), "lr": options.lr, "temperature": TEMPERATURE,
     }  # fmt: skip
 
 
@@ -138,11 +166,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("data", type=pathlib.Path, help='JSON lines of "question" and "answer", .xz or not')
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft", default="160steps", help="budget of SFT (%(default)s)")
+    parser.add_argument("--sft", default="120steps", help="budget of SFT (%(default)s)")
     parser.add_argument("--grpo", default="120s", help="budget of GRPO (%(default)s)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="of the whole call, in place of --grpo")
     parser.add_argument("--sft-lr", type=float, default=3e-4)
-    parser.add_argument("--lr", type=float, default=5e-5, help="of GRPO (%(default)s)")
+    parser.add_argument("--lr", type=float, default=2.5e-5, help="of GRPO, at its start (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/bench-gsm8k"))
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="results file to put the row into")

@@ -2,8 +2,9 @@
 
 Training is the forward, loss and backward under autocast to bfloat16, each layer compiled or not; decoding is a step of
 all rows behind a prompt of T tokens, replayed as a CUDA graph: in pages, as the engine does it, where a mixer has them,
-else with the state that generate keeps. On a GPU each model is a process's: they compile side by side and take turns to
-be timed. The recurrences themselves stand beside fla's kernels (pip install fla-core) where these are installed.
+else with the state that generate keeps. The recurrences themselves stand beside fla's kernels (pip install fla-core)
+where these are installed. On a GPU each model and each recurrence is a process's: they compile side by side and take
+turns to be timed.
 
     python -m benchmarks.run mixers [NAME ...] [--size 350M] [--tokens 16384] [--compile] [--out FILE]
 """
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,9 @@ STEPS = 3  # of training, timed one by one behind one that is not
 PAGE = 64  # tokens
 ROOM = 10 << 30  # bytes of a GPU for a process that waits for its turn
 TURN: contextlib.AbstractContextManager = contextlib.nullcontext()  # a process's, to be the only one that is timed
+FOUND: Any = None  # the queue of a process's rows
+PLAIN = ("plain linear_attention", "plain delta_rule")  # that nothing fades of
+RECURRENCES = ("linear_attention", "ssd", "gated_delta_rule", *PLAIN)
 
 
 def mixers(d_model: int, T: int) -> dict[str, Any]:
@@ -71,11 +75,12 @@ def measure(name: str, size: str, T: int, tokens: int, *, compile: bool = False)
     x_BT = torch.randint(whole.vocab_size, (B, T), device=device)
     row = {"op": "mixer", "variant": name, "model": size, "shape": [B, T], "compiled": compile}
     row["parameters"] = whole.num_parameters()
-    _train(_model(replace(whole, num_layers=1), device, compile), x_BT, 0)  # compiles what all layers share
+    dtype, one = torch.bfloat16 if device.type == "cuda" else torch.float32, replace(whole, num_layers=1)
+    _train(_model(one, device, compile), x_BT, 0)  # compiles what all layers share
+    _decode(Transformer(one, device=device, dtype=dtype), B, T)
     torch.cuda.empty_cache()  # what a process keeps, the one whose turn it is lacks
     with TURN:
         row |= _train(_model(whole, device, compile), x_BT, STEPS)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         row |= _decode(Transformer(whole, device=device, dtype=dtype), B, T)
         torch.cuda.empty_cache()
     return row
@@ -146,23 +151,26 @@ def _paged_step(model: Transformer, B: int, T: int) -> tuple[PagedState, Callabl
     return state, lambda: (model.logits(model.features(token_1B, state=state)),)
 
 
-def recurrences(size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Forward, and forward with backward, of the ops alone, replayed as CUDA graphs."""
+def recurrences(op: str, size: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Forward, and forward with backward, of the op alone, replayed as CUDA graphs; the ops are RECURRENCES' names."""
     d_model = SIZES[size][2]
+    D = min(128, d_model)
+    H = d_model // D
+    G, H, K, V = (1, 2 * d_model // min(64, d_model), D, min(64, d_model)) if op == "ssd" else (H, H, D, D)
     for T in LENGTHS[size]:
-        B, D = max(1, tokens // T), min(128, d_model)
-        H = d_model // D
-        shapes = {"linear_attention": (H, H, D, D), "ssd": (1, 2 * d_model // min(64, d_model), D, min(64, d_model))}
-        for op, (G, H, K, V) in (*shapes.items(), ("gated_delta_rule", shapes["linear_attention"])):
-            drawn = _draw(B, G, H, T, K, V, device)
-            for variant, call in _contenders(op, G == H).items():
-                row = {"op": op, "variant": variant, "shape": [B, G, H, T, K, V], "dtype": "bf16"}
-                try:
-                    for pass_, backward in (("fwd", False), ("fwd+bwd", True)):
-                        timing = harness.measure([_bind(call, drawn, backward)], device)
-                        yield row | {"pass": pass_, "seconds": timing.seconds, "spread": round(timing.spread, 4)}
-                except (RuntimeError, ImportError, TypeError) as error:  # of a peer whose version is another
-                    yield row | {"failed": str(error).partition("\n")[0][:200]}
+        B = max(1, tokens // T)
+        drawn = _draw(B, G, H, T, K, V, device)
+        for variant, call in _contenders(op).items():
+            row = {"op": op, "variant": variant, "shape": [B, G, H, T, K, V], "dtype": "bf16"}
+            try:
+                for pass_, backward in (("fwd", False), ("fwd+bwd", True)):
+                    bound = _bind(call, drawn, backward)
+                    bound()  # compiles
+                    with TURN:
+                        timing = harness.measure([bound], device)
+                    yield row | {"pass": pass_, "seconds": timing.seconds, "spread": round(timing.spread, 4)}
+            except (RuntimeError, ImportError, TypeError) as error:  # of a peer whose version is another
+                yield row | {"failed": str(error).partition("\n")[0][:200]}
 
 
 def _draw(B: int, G: int, H: int, T: int, K: int, V: int, device: torch.device) -> dict[str, Tensor]:
@@ -175,24 +183,27 @@ def _draw(B: int, G: int, H: int, T: int, K: int, V: int, device: torch.device) 
     return {name: x.requires_grad_() for name, x in drawn.items()}
 
 
-def _contenders(op: str, as_many_heads: bool) -> dict[str, Callable[..., Tensor]]:
+def _contenders(op: str) -> dict[str, Callable[..., Tensor]]:
     """(q, k, v, g, beta) stored by token -> o."""
 
     def ours(q, k, v, g, beta):
         q, k, v, g, beta = (x.transpose(1, 2) for x in (q, k, v, g, beta))
-        return ops.gated_delta_rule(q, k, v, beta, g) if op == "gated_delta_rule" else ops.linear_attention(q, k, v, g)
+        g = None if op in PLAIN else g
+        return ops.gated_delta_rule(q, k, v, beta, g) if "delta" in op else ops.linear_attention(q, k, v, g)
 
     found: dict[str, Callable[..., Tensor]] = {"cs336": ours}
     try:
         fla = importlib.import_module("fla.ops")
     except ImportError:
         return found
-    if op == "gated_delta_rule":
-        found["fla"] = lambda q, k, v, g, beta: fla.chunk_gated_delta_rule(q, k, v, g, beta.to(q.dtype))[0]
-    elif as_many_heads:
-        found["fla"] = lambda q, k, v, g, beta: fla.chunk_simple_gla(q, k, v, g)[0]
-    else:  # which has no heads that share keys
-        found["fla"] = lambda q, k, v, g, beta: fla.chunk_simple_gla(*_repeated(q, k, v), v, g)[0]
+    found["fla"] = {
+        "linear_attention": lambda q, k, v, g, beta: fla.chunk_simple_gla(q, k, v, g)[0],
+        "plain linear_attention": lambda q, k, v, g, beta: fla.chunk_simple_gla(q, k, v)[0],
+        # which has no heads that share keys
+        "ssd": lambda q, k, v, g, beta: fla.chunk_simple_gla(*_repeated(q, k, v), v, g)[0],
+        "gated_delta_rule": lambda q, k, v, g, beta: fla.chunk_gated_delta_rule(q, k, v, g, beta.to(q.dtype))[0],
+        "plain delta_rule": lambda q, k, v, g, beta: fla.chunk_delta_rule(q, k, v, beta.to(q.dtype))[0],
+    }[op]
     return found
 
 
@@ -214,23 +225,27 @@ def _bind(call: Callable[..., Tensor], drawn: dict[str, Tensor], backward: bool)
 
 
 def rows(names: list[str], size: str, tokens: int, *, compile: bool) -> Iterator[dict[str, Any]]:
-    """Everything, the recurrences first, each as soon as it is there. Raises ValueError for what is no mixer's name."""
+    """Everything, each row as soon as it is there. Raises ValueError for names of neither."""
     device = harness.default_device()
-    known = mixers(SIZES[size][2], LENGTHS[size][0])
+    known = (*mixers(SIZES[size][2], LENGTHS[size][0]), *RECURRENCES)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no mixer {', '.join(unknown)}: expected some of {', '.join(known)}")
-    if not names:
-        yield from recurrences(size, tokens, device)
+        raise ValueError(f"no mixer and no recurrence {', '.join(unknown)}: expected some of {', '.join(known)}")
     cases = [(name, size, tokens, compile) for name in names or known]
-    spawn = multiprocessing.get_context("spawn")
     workers = min(len(cases), _workers(device))
     if workers == 1:
         for case in cases:
-            yield from _both_lengths(*case)
+            yield from _of_case(*case)
         return
-    with ProcessPoolExecutor(workers, spawn, _take_turns, (spawn.Lock(),), max_tasks_per_child=1) as pool:
-        for made in as_completed([pool.submit(_both_lengths, *case) for case in cases]):
-            yield from made.result()
+    spawn = multiprocessing.get_context("spawn")
+    found = spawn.SimpleQueue()  # which holds a row before its process goes on
+    with ProcessPoolExecutor(workers, spawn, _start, (spawn.Lock(), found), max_tasks_per_child=1) as pool:
+        running = {pool.submit(_send_rows, *case) for case in cases}
+        while running:
+            done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+            while not found.empty():
+                yield found.get()
+            for future in done:
+                future.result()
 
 
 def _workers(device: torch.device) -> int:
@@ -241,30 +256,37 @@ def _workers(device: torch.device) -> int:
     return max(1, min(os.cpu_count() or 1, memory // ROOM))
 
 
-def _take_turns(turn: contextlib.AbstractContextManager) -> None:
-    global TURN
-    TURN = turn
+def _start(turn: contextlib.AbstractContextManager, found: Any) -> None:
+    global TURN, FOUND
+    TURN, FOUND = turn, found
 
 
-def _both_lengths(name: str, size: str, tokens: int, compile: bool) -> list[dict[str, Any]]:
-    found = []
+def _send_rows(*case: Any) -> None:
+    for row in _of_case(*case):
+        FOUND.put(row)
+
+
+def _of_case(name: str, size: str, tokens: int, compile: bool) -> Iterator[dict[str, Any]]:
+    """A recurrence's rows, or a mixer's two."""
+    if name in RECURRENCES:
+        yield from recurrences(name, size, tokens, harness.default_device())
+        return
     for T in LENGTHS[size]:
         try:
-            found.append(measure(name, size, T, tokens, compile=compile))
+            yield measure(name, size, T, tokens, compile=compile)
         except RuntimeError as error:  # such as a text too long for the memory: the others go on
-            found.append({"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]})
-    return found
+            yield {"op": "mixer", "variant": name, "shape": [tokens // T, T], "failed": str(error)[:200]}
 
 
 def line(row: dict[str, Any]) -> str:
     shape = "x".join(map(str, row["shape"]))
     if "failed" in row:
-        return f"{row['op']:18} {row['variant']:14} {shape:24} failed: {row['failed']}"
+        return f"{row['op']:22} {row['variant']:14} {shape:24} failed: {row['failed']}"
     if row["op"] != "mixer":
-        return f"{row['op']:18} {row['variant']:14} {shape:24} {row['pass']:8} {row['seconds'] * 1e6:10.1f} us"
+        return f"{row['op']:22} {row['variant']:14} {shape:24} {row['pass']:8} {row['seconds'] * 1e6:10.1f} us"
     memory = "" if row["train_bytes"] is None else f"{row['train_bytes'] / 2**30:7.1f} GiB"
     return (
-        f"{row['op']:18} {row['variant']:14} {shape:24} {row['train_tokens_per_second']:12.0f} tokens/s {memory} "
+        f"{row['op']:22} {row['variant']:14} {shape:24} {row['train_tokens_per_second']:12.0f} tokens/s {memory} "
         f"state {row['state_bytes'] / 2**20:8.2f} MiB  decode {row['decode_tokens_per_second']:10.0f} tokens/s"
     )
 

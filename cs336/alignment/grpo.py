@@ -169,10 +169,10 @@ def _learn(
             normalize_std=config.scale_rewards and config.loss_type not in UNSCALED,
         ).to(model.device)  # fmt: skip
     size = config.micro_batch_size or len(mask_BT)
-    old_BT, entropy_BT = _log_probs(model, rollouts.token_ids_BS, size, config.temperature)
+    old_BT, entropy_BT = _log_probs(model, rollouts.token_ids_BS, rollouts.mask_BT, size, config.temperature)
     reference_BT = None
     if config.beta and reference is not None:
-        reference_BT, _ = _log_probs(reference, rollouts.token_ids_BS, size, config.temperature)
+        reference_BT, _ = _log_probs(reference, rollouts.token_ids_BS, rollouts.mask_BT, size, config.temperature)
     values = {"entropy": masked_mean(entropy_BT, rollouts.mask_BT).item()}
     if config.temperature == 1:
         difference_BT = (old_BT - rollouts.sampled_log_probs_BT).masked_fill(~rollouts.mask_BT, 0)
@@ -275,18 +275,36 @@ class _Batch(NamedTuple):
     reference_BT: Tensor | None
 
     def split(self, size: int) -> Iterator["_Batch"]:
-        for start in range(0, len(self.mask_BT), size):
-            yield _Batch(*(None if x is None else x[start : start + size] for x in self))  # type: ignore[arg-type]
+        for rows_b, T in _parts(self.mask_BT, size):
+            advantages = self.advantages[rows_b]
+            yield _Batch(
+                self.token_ids_BS[rows_b, : T + 1],
+                self.mask_BT[rows_b, :T],
+                advantages if advantages.dim() == 1 else advantages[:, :T],
+                self.old_BT[rows_b, :T],
+                None if self.reference_BT is None else self.reference_BT[rows_b, :T],
+            )
+
+
+def _parts(mask_BT: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """`size` rows at a time and how many predictions those have at most, the longest rows first: little is padding."""
+    places_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+    lengths_B, order_B = (mask_BT * places_T).amax(1).sort(descending=True, stable=True)
+    for longest, rows_b in zip(lengths_B[::size].tolist(), order_B.split(size), strict=True):
+        yield rows_b, max(1, longest)
 
 
 @torch.no_grad()
-def _log_probs(model: Transformer, token_ids_BS: Tensor, size: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies, (B, T) each, `size` rows at a time."""
-    found = [
-        sequence_log_probs(model, part_BS, temperature=temperature, return_entropy=True)
-        for part_BS in token_ids_BS.split(size)
-    ]
-    return torch.cat([log_probs for log_probs, _ in found]), torch.cat([entropies for _, entropies in found])
+def _log_probs(
+    model: Transformer, token_ids_BS: Tensor, mask_BT: Tensor, size: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, (B, T) each, `size` rows at a time; 0 behind each part's longest row."""
+    log_probs_BT, entropies_BT = torch.zeros(2, *mask_BT.shape, device=mask_BT.device)
+    for rows_b, T in _parts(mask_BT, size):
+        log_probs_BT[rows_b, :T], entropies_BT[rows_b, :T] = sequence_log_probs(
+            model, token_ids_BS[rows_b, : T + 1], temperature=temperature, return_entropy=True
+        )
+    return log_probs_BT, entropies_BT
 
 
 def _of_rollouts(rollouts: Rollouts, rewards_B: Tensor, num_generations: int) -> dict[str, float]:

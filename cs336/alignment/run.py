@@ -130,7 +130,9 @@ class StageRun:
             self._log()
         if decisions.due(self.evaluation, self.step):
             self._evaluate()
-        # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise.
+        # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise. Without
+        # checkpoints it begins anew.
+        planned &= self.config.checkpoint_interval != 0
         if planned or stop or decisions.due(decisions.save, self.step):
             self._save()
 

@@ -65,7 +65,7 @@ class StageConfig:
     eval_interval: int | None = None
     """Steps between evaluations."""
     checkpoint_interval: int | None = None
-    """Steps between checkpoints."""
+    """Steps between checkpoints. With 0 there is one where the run ends or is stopped, and none after a kill."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     loggers: tuple[LoggerName, ...] = ()

@@ -10,8 +10,9 @@ B = those sequences of which a token is drawn; V = vocabulary; N = log-probabili
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,22 +76,24 @@ class Slots:
         self.top_k = torch.zeros(num + 1, dtype=torch.int32, device=device)
         self.floats = torch.zeros(3, num + 1, dtype=torch.float32, device=device)  # temperature, top_p, min_p
 
-    def sample(self, logits_BV: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
+    def settings(self, slot_B: Tensor, offset_B: Tensor) -> tuple[Tensor, ...]:
+        """How these rows are sampled, in the order of ops.sample."""
         temperature_B, top_p_B, min_p_B = self.floats.index_select(1, slot_B)
         top_k_B, seed_B = self.top_k.index_select(0, slot_B), self.seeds.index_select(0, slot_B)
-        drawn = ops.sample(
-            logits_BV,
-            temperature_B,
-            top_k_B,
-            top_p_B,
-            min_p_B,
-            seed_B,
-            offset_B.long(),
-            num_logprobs=num_logprobs,
-            **options,
-        )
-        self.newest.index_copy_(0, slot_B.long(), drawn.token_ids)
-        return drawn
+        return temperature_B, top_k_B, top_p_B, min_p_B, seed_B, offset_B.long()
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """While a graph is captured, a branch of its own for small launches that would each wait for the one before. Yields
+    what makes all that follows wait for it."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
 
 
 def _capturable(model: Transformer) -> bool:
@@ -347,7 +350,12 @@ class Runner:
         return drawn
 
     def _draw(self, features_BM: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
-        drawn = self.slots.sample(self.model.logits(features_BM), slot_B, offset_B, num_logprobs, options)
+        with _beside(self.device) as join:
+            place_B, settings = slot_B.long(), self.slots.settings(slot_B, offset_B)
+        logits_BV = self.model.logits(features_BM)
+        join()
+        drawn = ops.sample(logits_BV, *settings, num_logprobs=num_logprobs, **options)
+        self.slots.newest.index_copy_(0, place_B, drawn.token_ids)
         return drawn._replace(logprobs=self._log_probs(features_BM, drawn.token_ids)) if self.invariant else drawn
 
     def _log_probs(self, features_BM: Tensor, ids_B: Tensor) -> Tensor:

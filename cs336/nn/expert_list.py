@@ -1,6 +1,6 @@
 """Experts one by one: what moe.Experts keeps in stacks, as a linear layer each, where those of other kinds can stand.
 
-N = tokens, E = experts, M = d_model.
+N = tokens, R = rows, E = experts, M = d_model.
 """
 
 import torch
@@ -29,9 +29,9 @@ class ExpertList(nn.Module):
             stack = getattr(experts, name)
             setattr(self, name, None if stack is None else nn.ModuleList(map(_linear, stack.detach().unbind())))
 
-    def forward(self, x_NM: Tensor, load_E: Tensor) -> Tensor:
-        """As moe.Experts: x (N, M), sorted by expert, of which load_E (E,) rows go to each -> (N, M)."""
-        parts = x_NM.split(load_E.tolist())
+    def forward(self, x_NM: Tensor, token_R: Tensor, load_E: Tensor) -> Tensor:
+        """As moe.Experts: x (N, M); the token (R,) of each row, rows by expert, load_E (E,) are each's -> (R, M)."""
+        parts = x_NM[token_R].split(load_E.tolist())
         return torch.cat([self._expert(e, part) for e, part in enumerate(parts)])
 
     def _expert(self, e: int, x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from cs336.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.dropout import dropout as dropout
 from cs336.ops.embedding import embedding as embedding
+from cs336.ops.expert_swiglu import expert_swiglu as expert_swiglu
 from cs336.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
+from cs336.ops.gram import gram as gram
 from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.linear_attention import linear_attention as linear_attention
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -18,7 +18,7 @@ from cs336.ops.ref import attention as ref
 MAX_HEAD_DIM = 256  # of the Triton kernels
 NATIVE_HEAD_DIMS = {  # (D, E) of the kernels in csrc/kernels/attention
     "forward": ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
-    "backward": ((64, 64), (128, 128)),
+    "backward": ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
 }
 HOPPER = {"native": ((9, 0), (9, 0))}  # wgmma and TMA
 PACKING = "cu_seqlens_q, Tensor{0} cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
@@ -136,8 +136,8 @@ def _native_refuses(direction: str, *tensors: Tensor, scale: float = 1.0, softca
         return (
             f"the native {direction} has head dims (of q and k, and of v) {dims}, not {q.shape[-1]} and {v.shape[-1]}"
         )
-    if direction == "backward" and q.shape[-1] == 64 and softcap > 0:
-        return "the native backward has no softcap for heads of 64 features"
+    if direction == "backward" and q.shape[-1] not in (96, 128) and softcap > 0:
+        return f"the native backward has a softcap for heads of 96 and 128 features, not of {q.shape[-1]}"
     seen = not torch.compiler.is_compiling()  # where offsets would break the graph: the op checks them again
     for x in tensors:
         steps = x.stride()

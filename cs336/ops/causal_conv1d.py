@@ -83,8 +83,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, segments):
         ctx.save_for_backward(x, weight, segments)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # The kernels are not timed yet, and a compiler makes one pass of plain torch: they wait to be asked for.
-        ctx.by_kernel = registry.forced() is not None and has_kernel("causal_conv1d_fwd", x, weight, bias, segments)
+        ctx.by_kernel = has_kernel("causal_conv1d_fwd", x, weight, bias, segments)
         if ctx.by_kernel:
             return registry.call("causal_conv1d_fwd", x, weight, bias, segments)
         return ref.fwd(x, weight, bias, segments)
@@ -110,7 +109,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segment
 
     Returns y like x. Raises ValueError for shapes, dtypes or devices that do not fit.
 
-    In plain torch, which inductor makes one pass of; by Triton's kernels where "triton" is forced.
+    By Triton's kernels on a GPU, in plain torch elsewhere.
     """
     _check(x, weight, bias, segments)
     return _Conv.apply(rows(x), weight.contiguous(), bias, None if segments is None else rows(segments))

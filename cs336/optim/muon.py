@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cs336 import ops
 from cs336.optim.adamw import AdamW, keeps_remainder, store_, widened
 from cs336.optim.optimizer import gradient
 from cs336.optim.rounding import Rounding
@@ -45,7 +46,7 @@ def orthogonalize(x: Tensor, steps: int = 5, method: Orthogonalization = "newton
 
     Args:
         x: (..., rows, columns), any float dtype; computed in it. bfloat16 is enough for Muon.
-        steps: of the iteration, each three matrix products.
+        steps: of the iteration, each three matrix products, two of them symmetric: see ops.gram.
         method: "newton_schulz" leaves singular values between 0.68 and 1.21, "polar_express" nearer to 1.
         eps: added to the norm, so that zeros stay zeros.
     """
@@ -56,8 +57,8 @@ def orthogonalize(x: Tensor, steps: int = 5, method: Orthogonalization = "newton
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = x / (norm * safety + eps).to(x.dtype)
     for a, b, c in _coefficients(method, steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        square = ops.gram(x)  # symmetric, and so is its own square
+        x = torch.baddbmm(x, ops.gram(square, square, alpha=c, beta=b), x, beta=a)
     return x.view(shape)
 
 
@@ -208,7 +209,7 @@ class Muon(AdamW):
             store_(p, target, self.state[p], group.get("rounding", "nearest"))
 
     def step_cost(self, p: Tensor, group: dict[str, Any]) -> int:
-        """Three products a step of the iteration: x x^T, its square, and that times x."""
+        """Three products a step of the iteration: x x^T, its square, and that times x. Counted whole."""
         cost = super().step_cost(p, group)
         if not _is_muons(p, group) or not p.numel():
             return cost

@@ -22,13 +22,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class ShardedExperts(Experts):
     """Experts of which each rank has E/N: up_proj, gate_proj (E/N, F, M), down_proj (E/N, M, F).
 
-    forward(x, load_E) as Experts': x (n, M) are this rank's tokens, sorted by expert, load_E (E,) how many go to each
-    of all ranks' experts. The host waits for the counts.
+    forward(x, token_r, load_E) as Experts': x (n, M) are this rank's tokens, load_E (E,) how many of its rows go to
+    each of all ranks' experts. The host waits for the counts.
     """
 
     group: Group
 
-    def forward(self, x_nM: Tensor, load_E: Tensor) -> Tensor:
+    def forward(self, x_nM: Tensor, token_r: Tensor, load_E: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x_nM.device.type):
             x_nM = x_nM.to(torch.get_autocast_dtype(x_nM.device.type))
         N, here = dist.get_world_size(self.group), self.up_proj.shape[0]
@@ -36,10 +36,10 @@ class ShardedExperts(Experts):
         came_NE = torch.empty_like(sent_NE)  # from rank i to this rank's expert j
         all_to_all(came_NE, sent_NE, self.group)
         sent, came = sent_NE.sum(1).tolist(), came_NE.sum(1).tolist()
-        rows_M = exchange(x_nM, sent, came, self.group)
+        rows_M = exchange(x_nM[token_r], sent, came, self.group)
         expert = torch.arange(here, device=x_nM.device).repeat(N).repeat_interleave(came_NE.flatten())
         order = expert.argsort(stable=True)  # by expert, then by rank: the order that one process has
-        y_M = super().forward(rows_M[order], came_NE.sum(0))
+        y_M = super().forward(rows_M, order, came_NE.sum(0))
         return exchange(y_M[order.argsort()], came, sent, self.group)
 
 

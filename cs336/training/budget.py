@@ -109,10 +109,11 @@ class Plan:
             return min(times, int(PAUSED_PART * self.budget.amount / seconds))
         return min(times, int(PAUSED_PART * (self.total_steps or 0) / steps)) if steps else times
 
-    def observe(self, step: int, seconds: float, reserve: float = 0.0) -> bool:
+    def observe(self, step: int, seconds: float, reserve: float = 0.0, deciding: float = 0.0) -> bool:
         """Take note that `step` steps are done after `seconds` of the run; whether that changed total_steps.
 
         reserve: seconds that are needed after the last step.
+        deciding: seconds that a decision takes, which is saved; the speed is then measured anew behind it.
         """
         if self.budget.kind != "seconds":
             return False
@@ -134,7 +135,8 @@ class Plan:
             on_time = abs(expected - end) <= max(DRIFT * self.budget.amount, rate)
             if on_time or not self._may_decide(step, seconds):
                 return False
-        return self._decide(step, step + int((end - seconds) / rate), seconds)
+        left = end - seconds
+        return self._decide(step, step + int((left - min(deciding, MOST_RESERVED * left)) / rate), seconds)
 
     def _is_old(self, observed: tuple[int, float], step: int, seconds: float) -> bool:
         """Of no use for the speed: long ago, or before more steps than are left."""
@@ -153,6 +155,7 @@ class Plan:
             return False
         self.total_steps = total_steps
         self.decisions.append([step, total_steps])
+        self._observed.clear()
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Pause:
         self.name, self.interval, self.times, self.steps = name, interval, times, steps
         self.seconds: float | None = None
         """Of the latest."""
+        self.total = 0.0
+        """Seconds of all that this process made."""
 
     def expected(self, plan: Plan, seconds_per_step: float) -> float:
         """Seconds of the next one."""
@@ -86,7 +88,8 @@ class Decisions:
 
     def observe(self, step: int, seconds: float) -> bool:
         """Take note of the time; whether the number of steps changed."""
-        return self.plan.observe(step, agreed(seconds), reserve=sum(p.seconds or 0.0 for p in self.pauses))
+        reserve, deciding = sum(p.seconds or 0.0 for p in self.pauses), self.save.seconds or 0.0
+        return self.plan.observe(step, agreed(seconds), reserve, deciding)
 
     def due(self, pause: Pause, step: int) -> bool:
         every = pause.every(self.plan)
@@ -94,6 +97,7 @@ class Decisions:
 
     def took(self, pause: Pause, seconds: float) -> None:
         pause.seconds = agreed(seconds)
+        pause.total += pause.seconds
 
     def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
         """Of the steps and all that is scheduled between them."""

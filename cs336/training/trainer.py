@@ -65,6 +65,8 @@ class TrainResult:
     checkpoint: pathlib.Path
     export: pathlib.Path | None
     """Of a finished run."""
+    pauses: dict[str, float]
+    """Seconds of this process between steps, by what was done: validate, sample, checkpoint."""
 
 
 class Trainer:
@@ -446,6 +448,7 @@ class Trainer:
     def _conclude(self) -> TrainResult:
         self.run.wait()
         seconds, export = self.seconds, None
+        pauses = {pause.name: pause.total for pause in self.decisions.pauses}
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
@@ -453,10 +456,14 @@ class Trainer:
                 on_first(lambda: self._export(export, model))
             if used := memory_used(self.learner):
                 self.display.say(used)
-            self.display.say(f"finished {self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}: {export}")
+            between = f"{duration(sum(pauses.values()))} of it between steps"
+            done = f"{self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}, {between}"
+            self.display.say(f"finished {done}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")
-        return TrainResult(self.decisions.finished(self.step), self.step, self.tokens, seconds, self.val, kept, export)
+        return TrainResult(
+            self.decisions.finished(self.step), self.step, self.tokens, seconds, self.val, kept, export, pauses
+        )
 
     def _export(self, path: pathlib.Path, model: Transformer) -> None:
         save_pretrained(model, path, tokenizer=self.tokenizer, step=self.step)

@@ -205,8 +205,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
   const AttentionProblem p = problem_of(q, k, v, layout, packing, options);
   check_machine(q);
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  STD_TORCH_CHECK(shape, "q must have a head dimension of 64 or 128 with the same in v, got ", p.head_dim, " and ",
-                  p.value_dim);
+  STD_TORCH_CHECK(shape,
+                  "q must have a head dimension of 64, 96, 128 or 256 with the same in v, or 192 with 128 in v; ",
+                  "got ", p.head_dim, " and ", p.value_dim);
   STD_TORCH_CHECK(p.softcap == 0 || shape->softcap, "softcap must be 0 with a head dimension of ", p.head_dim);
   check_tensor(dout, "do", layout, q);
   check_sizes(dout, "do", layout, q, p.q_heads, p.value_dim);

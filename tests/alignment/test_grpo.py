@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cs336.alignment import GRPOConfig, Verdict, grpo_step, rollout, train_grpo
+from cs336.alignment import GRPOConfig, Verdict, grpo, grpo_step, rollout, sequence_log_probs, train_grpo
 from cs336.inference import LLM, SamplingParams
 from cs336.models import Transformer, TransformerConfig
 from cs336.optim import AdamWConfig
@@ -118,6 +118,23 @@ def test_a_step_is_the_same_in_every_micro_batch_size(loss_type):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert found[0][0]["reward"] == found[1][0]["reward"]
     assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], abs=1e-5)
+
+
+def test_a_part_is_as_wide_as_its_longest_row(monkeypatch):
+    widths = []
+
+    def log_probs(model, token_ids_BS, **options):
+        widths.append(token_ids_BS.shape[1])
+        return sequence_log_probs(model, token_ids_BS, **options)
+
+    monkeypatch.setattr(grpo, "sequence_log_probs", log_probs)
+    config = GRPOConfig(8, max_tokens=8, micro_batch_size=4)
+    recorded(config, seed=5)
+    got = rollout(llm_of(0.3), PROMPTS, config, seed=5)
+    longest_first = sorted(((row.nonzero().max() + 2).item() for row in got.mask_BT), reverse=True)
+    assert longest_first[0] > longest_first[12]
+    assert widths[:4] == longest_first[::4]  # of the old log-probabilities, which all rows have
+    assert widths[4:] == sorted(widths[4:], reverse=True)
 
 
 def test_truncated_responses_teach_nothing_if_so_asked():

@@ -78,6 +78,23 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     assert row["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(("interval", "saved"), [(0, [8]), (1000, [3, 6, 8])])
+def test_decisions_of_a_plan_are_saved_unless_there_are_no_checkpoints(tmp_path, model, monkeypatch, interval, saved):
+    settings = config(
+        tmp_path, model, checkpoint_interval=interval, eval_interval=0, budget="1000s", keep_checkpoints=9
+    )
+    run, totals = StageRun(settings, GRPOStage(settings)), {3: 9, 6: 8}
+
+    def observe(step, seconds, reserve=0.0):
+        if step not in totals:
+            return False
+        return run.decisions.plan._decide(step, totals[step], seconds)
+
+    monkeypatch.setattr(run.decisions, "observe", observe)
+    assert run.train().step == 8
+    assert sorted(int(path.name.removeprefix("step_")) for path in run.run.checkpoints.iterdir()) == saved
+
+
 def llm_of():
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(44, 16, num_layers=1, d_model=32, num_heads=2, init_std=0.3))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -108,7 +109,12 @@ def test_fifty_clients():
 
 @pytest.mark.slow
 def test_a_thousand_clients():
-    soak(1000, num_pages=200, max_seqs=64, max_step_tokens=512)
+    options = {"num_pages": 200, "max_seqs": 64, "max_step_tokens": 512}
+    soak(250, **options)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    soak(1000, **options)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 48 << 10, f"four times the clients took {grown} KiB more"  # their sockets and coroutines
 
 
 def test_sigterm_drains(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cs336 import ops
 from cs336.nn import MoEConfig, moe
+from cs336.ops import registry
 
 CONFIGS = {
     "softmax": MoEConfig(5, 2, d_ff=12),
@@ -121,6 +123,22 @@ def test_the_grouped_matmul_is_the_loop(monkeypatch):
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"torch's grouped matmul does not run here: {error}")
     torch.testing.assert_close(grouped, loop, atol=0.05, rtol=0.02)
+
+
+def test_one_pass_where_nothing_asks_for_a_gradient(device, monkeypatch):
+    layer, x = built(MoEConfig(5, 2, d_ff=24), dtype=torch.bfloat16).to(device), torch.randn(9, 16, device=device)
+    x, calls, kernel = x.bfloat16(), [], ops.expert_swiglu
+    args = x, torch.zeros(18, dtype=torch.int64, device=device), *[torch.zeros(0)] * 3
+    if reason := registry.why_not("expert_swiglu", "triton", *args):
+        pytest.skip(reason)
+    monkeypatch.setattr(ops, "expert_swiglu", lambda *args: calls.append(args) or kernel(*args))
+    with registry.use("triton"):
+        want = layer(x)[0]
+        assert not calls
+        with torch.no_grad():
+            got = layer(x)[0]
+    assert len(calls) == 1
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
 
 
 def test_a_bias_evens_the_loads():

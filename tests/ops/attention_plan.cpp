@@ -40,8 +40,9 @@ void check_packed_tiles(const AttentionProblem& p, int rows) {
 }
 
 void check_heads(const AttentionProblem& p) {
+  const int keys = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)->keys;
   const int group = p.q_heads / p.kv_heads, heads = attention_bwd_heads(p, kSms);
-  const int64_t key_tiles = attention_tiles(p, p.k_tokens, 128);
+  const int64_t key_tiles = attention_tiles(p, p.k_tokens, keys);
   CHECK(heads >= 1 && group % heads == 0);
   CHECK(heads == group || key_tiles * p.q_heads / (2 * heads) < 3 * kSms);  // split no further than needed
   CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
@@ -52,8 +53,11 @@ void check_heads(const AttentionProblem& p) {
       for (bool deterministic : {false, true}) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
         CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);
+        const int rest = all % waves.section;
+        CHECK(rest == 0 || rest * key_tiles >= kSms);  // and not much less in the last section
         const int64_t count = ceil_div(key_tiles, waves.wave);
-        CHECK(count == 1 || waves.wave * waves.section <= kSms + waves.section);   // resident together
+        // Resident together, as nearly as whole tiles of all heads allow.
+        CHECK(count == 1 || 2 * waves.wave * waves.section <= 2 * kSms + 3 * waves.section);
         CHECK(waves.section == all || waves.section * key_tiles >= 3 * kSms / 2);  // enough work for all
         if (deterministic && bytes == 0) CHECK(count == 1);                        // all go down
       }
@@ -93,21 +97,25 @@ void check_turns(const AttentionProblem& p, int left, int right, int queries) {
 }
 
 void check_workspace(const AttentionProblem& p) {
-  CHECK(attention_bwd_in_turns(p, true) && attention_bwd_in_turns(p, false) == (p.max_q <= 1024));
+  const AttentionBwdShape& shape = *find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+  CHECK(attention_bwd_in_turns(p, true) == !shape.wide);
+  CHECK(attention_bwd_in_turns(p, false) == (!shape.wide && p.max_q <= 1024));
   for (bool deterministic : {false, true}) {
     const AttentionBwdWorkspace at(p, deterministic, kSms);
-    const int64_t batch = p.cu_q ? 1 : p.sequences,
-                  rows = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.head_dim)->queries;
+    const int64_t batch = p.cu_q ? 1 : p.sequences, rows = shape.queries, columns = (p.head_dim + 63) / 64 * 64;
     const int64_t tiles = at.query_tiles * batch * p.q_heads;
-    CHECK(at.query_tiles * rows >= p.q_tokens && at.key_tiles * 128 >= p.k_tokens);
-    CHECK(at.rows >= tiles * rows * p.head_dim * 4 && at.rows % 16 == 0);
+    CHECK(at.query_tiles * rows >= p.q_tokens && at.key_tiles * shape.keys >= p.k_tokens);
+    CHECK(at.rows >= (shape.wide ? 0 : tiles * rows * columns * 4) && at.rows % 16 == 0);
     CHECK(at.turns - at.rows >= tiles * rows * 8);
     CHECK(at.key_tile_list - at.turns >= (deterministic ? tiles * 8 : 0));
-    CHECK(at.dk_parts - at.key_tile_list >= (p.cu_q ? at.key_tiles * 8 : 0) && at.dk_parts % 16 == 0);
+    CHECK(at.row_tile_list - at.key_tile_list >= (p.cu_q ? at.key_tiles * 8 : 0) && at.dk_parts % 16 == 0);
+    const bool lists_rows = p.cu_q && shape.wide;
+    CHECK(at.dk_parts - at.row_tile_list >= (lists_rows ? attention_tiles(p, p.q_tokens, kAttentionBwdRows) * 8 : 0));
     const bool in_parts = at.heads * p.kv_heads != p.q_heads;
-    const int64_t part = in_parts ? batch * p.k_tokens * (p.q_heads / at.heads) * p.head_dim * 2 : 0;
-    CHECK(at.dv_parts - at.dk_parts >= part && at.counter - at.dv_parts >= part && at.dv_parts % 16 == 0);
-    CHECK(at.bytes == at.counter + 4);
+    const int64_t part = in_parts ? batch * p.k_tokens * (p.q_heads / at.heads) * 2 : 0;  // of one feature
+    CHECK(at.dv_parts - at.dk_parts >= part * p.head_dim && at.dv_parts % 16 == 0);
+    CHECK(at.counter - at.dv_parts >= part * p.value_dim && at.counter % 4 == 0);
+    CHECK(at.bytes == at.counter + (shape.wide ? 8 : 4));
   }
 }
 
@@ -133,6 +141,8 @@ int main() {
               check_workspace(p);
             }
   AttentionProblem p{};
+  for (const AttentionFwdShape& shape : kAttentionFwdWindowShapes)  // the workspace lists packed tiles of those without
+    CHECK(shape.groups >= find_attention_shape(kAttentionFwdShapes, shape.head_dim, shape.value_dim)->groups);
   for (int row_tiles : {1, 2, 7, 33})
     for (int heads : {1, 3, 8, 64})
       for (int section = 1; section <= heads; section++) check_order(p, row_tiles, heads, section);
@@ -148,5 +158,5 @@ int main() {
           for (int left : kSides) check_turns<true, true>(p, left, right, queries);
         }
       }
-  CHECK(!find_attention_shape(kAttentionFwdShapes, 80, 80) && !find_attention_shape(kAttentionBwdShapes, 256, 256));
+  CHECK(!find_attention_shape(kAttentionFwdShapes, 80, 80) && !find_attention_shape(kAttentionBwdShapes, 192, 192));
 }

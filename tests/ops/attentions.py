@@ -54,21 +54,22 @@ def varlen_definition(q, k, v, cu_q, cu_k, alibi_slopes=None, kept=None, **optio
     return torch.cat(os), torch.cat(lses, -1)
 
 
-def sizes_of_sums(q, k):
-    """How large o, dq, dk and dv are, of tensors of unit size: weights are about 1 / T.
+def sizes_of_sums(q, k, seen=None):
+    """How large o, dq, dk and dv are, of tensors of unit size: weights are about 1 / T, or 1 / seen of so many keys.
 
     In float32 all else is so exact that what shows is dp - delta, which cancel where a query sees few keys: unit size.
     """
     if q.dim() == 3 or q.dtype == F32:  # or a pack, whose shortest sequence may have one token
         return 1.0, 1.0, 1.0, 1.0
-    S, T = max(1, q.shape[2]), max(1, k.shape[2])
+    S, T = max(1, q.shape[2]), max(1, min(k.shape[2], seen or k.shape[2]))
     of_keys, of_queries = T**-0.5, min(1.0, S**0.5 / T)
     return of_keys, of_keys, of_queries, of_queries
 
 
-def check(ours, formula, leaves, scale=4.0, use_lse=True):
+def check(ours, formula, leaves, scale=4.0, use_lse=True, seen=None):
     """ours(*leaves) and formula(*leaves) give (o, lse); both, and the gradients of both outputs, must agree.
 
+    seen: keys that a query sees at most, through a window.
     scale: kernels round the partial sums of blocks and of the heads of a group, terms so much larger than their sums.
     """
     o, lse = ours(*leaves)
@@ -88,7 +89,7 @@ def check(ours, formula, leaves, scale=4.0, use_lse=True):
         return o, *gradients(o, lse, again)
 
     got = o, *gradients(o, lse, leaves)
-    outputs = zip(("o", "dq", "dk", "dv"), sizes_of_sums(*leaves[:2]), strict=True)
+    outputs = zip(("o", "dq", "dk", "dv"), sizes_of_sums(*leaves[:2], seen), strict=True)
     for (name, size), *three in zip(outputs, got, plain(F64), plain(leaves[0].dtype), strict=True):
         try:
             assert_close_to_ref(*three, scale=scale * size)

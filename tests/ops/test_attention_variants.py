@@ -24,8 +24,8 @@ OPTIONS = [
 ]
 if CUDA:
     LENGTHS = [(n, n) for n in (1, 2, 63, 64, 65, 127, 1000, 4097)] + [(1, 1000), (65, 200), (200, 65), (130, 4097)]
-    HEADS, SHAPES = (1, 4, 2), [(64, 64), (128, 128)]
-    MORE = [(96, 96), (192, 128), (256, 256), (80, 80), (33, 7)]
+    HEADS, SHAPES = (1, 4, 2), NATIVE_HEAD_DIMS["backward"]
+    MORE = [(80, 80), (33, 7)]
     DTYPES = [BF16]
 else:
     LENGTHS = [(1, 1), (33, 33), (20, 5)]
@@ -58,7 +58,10 @@ def compare(variant, tensors, **options):
     def ours(q, k, v):
         return ops.attention(q, k, v, **options, return_lse=True)
 
-    check(ours, lambda q, k, v: definition(q, k, v, **options), tensors)
+    left, right = options.get("window") or (None, None)
+    right = 0 if options.get("causal") else right
+    seen = None if left is None or right is None else left + right + 1
+    check(ours, lambda q, k, v: definition(q, k, v, **options), tensors, seen=seen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,8 +139,9 @@ if CUDA:
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "softcap": 2.0, "window": (9, 0)}], ids=str)
 @pytest.mark.parametrize("pack", PACKS, ids=str)
-def test_varlen(variant, device, pack, options):
-    tensors, cus, lists = packed(*pack, 4 if CUDA else 2, 2 if CUDA else 1, 64 if CUDA else 8, None, BF16, device)
+@pytest.mark.parametrize(("D", "E"), SHAPES if CUDA else [(8, 8)])
+def test_varlen(variant, device, D, E, pack, options):
+    tensors, cus, lists = packed(*pack, 4 if CUDA else 2, 2 if CUDA else 1, D, E, BF16, device)
     packing = *cus, max(pack[0]), max(pack[1])
     skip_without(variant, *tensors, "attention_varlen_fwd", packing, **options)
 
@@ -187,11 +191,12 @@ def test_varlen_is_attention_of_each(variant, device):
 
 
 @pytest.mark.parametrize("starts", [[3, 50, 50, 97], [0, 70, 30, 120], [0, 60, 120, 121]], ids=str)
-def test_tokens_that_no_sequence_holds(variant, device, starts):
+@pytest.mark.parametrize(("D", "E"), SHAPES)
+def test_tokens_that_no_sequence_holds(variant, device, D, E, starts):
     """Zeros, and lse -inf; where starts decrease or overrun nothing is touched outside, and no gradient is left."""
     if variant != "native" or not CUDA:
         pytest.skip("the native kernels alone take them: on a CPU starts are read, and refused")
-    q, k, v = (torch.randn(120, H, 64, dtype=BF16, device=device, requires_grad=True) for H in (4, 2, 2))
+    q, k, v = (torch.randn(120, *s, dtype=BF16, device=device, requires_grad=True) for s in ((4, D), (2, D), (2, E)))
     cu = torch.tensor(starts, dtype=torch.int32, device=device)
     skip_without(variant, q, k, v, "attention_varlen_fwd", (cu, cu, 60, 60))
     del_me = [torch.full_like(x, torch.nan) for x in (q, q, k, v) for _ in range(4)]  # what is allocated next is NaN
@@ -221,9 +226,10 @@ def test_tiles_outside_the_window_are_not_read(variant, device):
         assert torch.equal(ops.attention(q, k, v, causal=True, window=(8, None)), want)
 
 
-def test_gradients_are_deterministic(variant, device):
+@pytest.mark.parametrize(("D", "E"), SHAPES)
+def test_gradients_are_deterministic(variant, device, D, E):
     n = 700 if CUDA else 20
-    tensors = leaves(1, 2, 1, n, n, 64 if CUDA else 8, None, BF16, device)
+    tensors = leaves(1, 2, 1, n, n, D, E, BF16, device)
     skip_without(variant, *tensors)
     with registry.determinism(True):
         first, second = (

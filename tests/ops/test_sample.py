@@ -58,6 +58,8 @@ def test_greedy_takes_the_first_of_the_largest(variant, device, V, dtype):
         {"top_p": 0.6},
         {"min_p": 0.2},
         {"top_k": 20, "top_p": 0.5},
+        {"top_k": 700},
+        {"top_k": 3000, "top_p": 0.9},
         {"top_p": 0.0},
         {"temperature": 0.01},
     ],
@@ -72,6 +74,34 @@ def test_draws_are_those_of_the_reference(variant, device, V, options):
     assert (got.token_ids != want.token_ids).sum() <= (1 if V > 1000 else 0)  # scores of two tokens within an ulp
     assert torch.equal(got.top_token_ids, want.top_token_ids)
     torch.testing.assert_close(got.top_logprobs, want.top_logprobs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_k": 2500}, {"top_p": 0.3}, {"min_p": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_tokens_alike(variant, device, dtype, options):
+    """As many as there are: of equal ones none is dropped, and none is nearer."""
+    args = arguments(6, VOCABULARIES[-1], device, dtype, **options)
+    args[0] = args[0].round()
+    args[0][0], args[0][1, 7:] = 2.0, -torch.inf
+    with registry.use("ref"):
+        want = ops.sample(*args).token_ids
+    assert torch.equal(run(variant, args).token_ids, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_of_changed_logits_are_those_of_the_reference(variant, device, dtype):
+    V = VOCABULARIES[-1]
+    args = arguments(8, V, device, dtype)
+    args[1][:2], args[2][2:4], args[3][4:6] = 0.0, 20, 0.7
+    options = {name: torch.full((8,), 1.3, device=device) for name in ("repetition_penalty", "presence_penalty")}
+    options |= {"counts": torch.randint(0, 3, (8, V), dtype=torch.int32, device=device)}
+    options |= {"bias": torch.randn(8, V, device=device)}
+    with registry.use("ref"):
+        want = ops.sample(*args, **options)
+    got = run(variant, args, **options)
+    assert (got.token_ids != want.token_ids).sum() <= 1  # scores of two tokens within an ulp
+    same = got.token_ids == want.token_ids
+    torch.testing.assert_close(got.logprobs[same], want.logprobs[same], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("options", "sees"), [

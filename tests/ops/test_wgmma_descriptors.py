@@ -49,7 +49,7 @@ class Hopper:
 
 def launches() -> None:
     """Of shapes and strides that ptxas 12.8 compiled wrong where each tile was as wide as its features."""
-    from cs336.ops.triton import attention, gated_delta_rule, linear_attention, linear_quantized, paged_attention
+    from cs336.ops.triton import attention, gated_delta_rule, gram, linear_attention, linear_quantized, paged_attention
 
     def rows(*shape):  # by token, 4 elements apart
         return torch.empty(*shape[:-1], shape[-1] + 4, dtype=torch.float16)[..., : shape[-1]].transpose(1, 2)
@@ -59,11 +59,13 @@ def launches() -> None:
     tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     q = torch.empty(2, 20, 4, 60, dtype=torch.float16)
     paged_attention.paged_attention(q, k_cache, v_cache, tables, lens, 1.0, -1, 0.0, None)
+    square = torch.empty(2, 130, 130, dtype=torch.float16)
+    gram.gram(square, square, 1.0, 1.0)
     for K, V in ((70, 20), (256, 64)):
         q, k, v, g = rows(2, 130, 2, K), rows(2, 130, 2, K), rows(2, 130, 2, V), torch.empty(2, 2, 130)
         state = torch.empty(2, 2, 3, K, V, dtype=torch.float16)
         if K == 70:
-            linear_attention.outputs(q, k, v, g, None, state, 1.0, 64)
+            linear_attention.outputs(q, k, v, g, None, state, 1.0, linear_attention.tiles(K, V, 64, v.dtype))
         else:
             gated_delta_rule.corrected(k, v, g, g, None, None)
     x, q, scales = (torch.empty(40, 256).half(), torch.empty(64, 128, dtype=torch.uint8), torch.empty(64, 2).half())

@@ -111,6 +111,20 @@ def test_a_schedule_goes_on_smoothly_and_lands_when_the_speed_changes(factor, ch
     assert max(paces) / total < 3 * 0.1 * max(factor, 1) / 100 + 0.02
 
 
+@pytest.mark.parametrize("save", [0.5, 2.0, 5.0])
+def test_decisions_that_take_long_do_not_follow_each_other(save):
+    """A checkpoint is written for each: its time is that of no step, and the next plan has room for it."""
+    plan = Plan(Budget.parse("60s"), tokens_per_step=1, flops_per_step=1)
+    step, seconds, took = 0, 0.0, 0.0
+    while plan.total_steps is None or step < plan.total_steps:
+        step, seconds = step + 1, seconds + 0.05
+        if (plan.measuring or step % 10 == 0) and plan.observe(step, seconds, took, took):
+            took = save
+            seconds += save
+    assert len(plan.decisions) <= 3
+    assert 60 - 2 * save - 1.5 <= seconds <= 60 - save + 1.5  # the last save is still to come
+
+
 def test_a_countable_plan_is_its_own_schedule():
     plan = Plan(Budget.parse("777steps"), tokens_per_step=1, flops_per_step=1)
     assert [plan.place(step) for step in range(778)] == list(range(778))

@@ -82,6 +82,13 @@ def test_samples_are_drawn_in_eval_mode_without_gradients(finished):
     assert all(s["text"].endswith("False False") for s in samples)
 
 
+def test_what_is_done_between_steps_is_told(finished):
+    _, result = finished
+    assert set(result.pauses) == {"validate", "sample", "checkpoint"}
+    assert all(seconds > 0 for seconds in result.pauses.values())
+    assert sum(result.pauses.values()) < result.seconds
+
+
 def test_a_finished_run_is_left_as_it_is(finished):
     tiny, result = finished
     before = (tiny.run_dir / "metrics.jsonl").read_bytes()

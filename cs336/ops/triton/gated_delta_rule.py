@@ -19,11 +19,13 @@ from cs336.ops.triton.linear_attention import (
     load_columns,
     load_state,
     outputs,
+    outputs_plan,
     roomy,
     scaled,
     store_columns,
     store_state,
     strides,
+    tiles,
 )
 
 
@@ -173,5 +175,7 @@ def corrected(k, v, beta, g, state, segments):
 def fwd(q, k, v, beta, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     _, _, _, _, x, before, _, last = corrected(k, v, beta, g, state, segments)
-    chunk = plan(k.shape[-1], v.shape[-1], v.dtype, v.device)["solve"]["CHUNK"]
-    return outputs(q, k, x, g, segments, before, scale, chunk), last
+    K, V = k.shape[-1], v.shape[-1]
+    chunk = plan(K, V, v.dtype, v.device)["solve"]["CHUNK"]
+    cut = outputs_plan(V, tiles(K, V, chunk, v.dtype), v.dtype, v.device)
+    return outputs(q, k, x, g, segments, before, scale, cut), last

@@ -1,7 +1,8 @@
 """Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
 
-One kernel walks the chunks of a head in order and leaves the state before each; another takes all chunks side by side
-and makes their outputs. A head's sums depend on nothing but its own sequence.
+One kernel sums up each chunk's decays; one walks the chunks of a head in order and leaves the state before each; one
+takes all chunks side by side and makes their outputs. A long walk goes in parts, side by side: each first adds up its
+own chunks, then starts from what the parts before it have left. A head's sums depend on nothing but its own sequence.
 """
 
 import torch
@@ -10,6 +11,9 @@ import triton.language as tl
 
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
+
+MOST_CHUNKS = 64  # that are walked at once
+PART = 16  # chunks of a part of a longer walk
 
 
 @triton.jit
@@ -84,40 +88,74 @@ def scaled(x, weights):
 
 
 @triton.jit
-def _states_kernel(
-    k_ptr,  # (B, G, T, K)
-    v_ptr,  # (B, H, T, V)
+def _decays_kernel(
     g_ptr,  # (B, H, T) float32, or None
-    first_ptr,  # (B, H, K, V) float32, or None
     segments_ptr,  # (B, T), or None
-    states_ptr,  # (B, H, N, K, V): before each chunk
-    last_ptr,  # (B, H, K, V) float32: after the last
-    k_b, k_h, k_stride, v_b, v_h, v_stride, g_b, g_h, g_stride, segments_b,
-    H, group, T, K, V,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    weights_ptr,  # (B, H, T) float32, contiguous, as all that is written: see chunk_decays
+    through_ptr,  # (B, H, N) float32
+    g_b, g_h, g_stride, segments_b,
+    H, T, scale,
+    CHUNK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
+    n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    tiles_v = tl.cdiv(V, BLOCK_V)
-    k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
-    k_ptr = rows_of(k_ptr, b, h // group, 0, k_b, k_h, k_stride)
-    v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
     if g_ptr is not None:
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
+    _, into, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
+    index = n * CHUNK + tl.arange(0, CHUNK)
+    tl.store(weights_ptr + head * T + index, (into if BACK else out) * scale, mask=index < T)
+    tl.store(through_ptr + head * tl.cdiv(T, CHUNK) + n, through)
+
+
+@triton.jit
+def _walk_kernel(
+    x_ptr,  # (B, G, T, K)
+    y_ptr,  # (B, H, T, V)
+    weights_ptr,  # (B, H, T) float32, contiguous, as all that follows
+    through_ptr,  # (B, H, N) float32
+    first_ptr,  # (B, H, K, V) float32, or None
+    sums_ptr,  # (B, H, parts, K, V) float32: what each part's chunks add up to
+    kept_ptr,  # (B, H, parts) float32: what a part leaves of the state before it
+    states_ptr,  # (B, H, N, K, V): before each chunk on the way
+    last_ptr,  # (B, H, K, V) float32
+    x_b, x_h, x_stride, y_b, y_h, y_stride,
+    H, group, T, K, V, parts,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ADD_UP: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles_v, part = tl.cdiv(V, BLOCK_V), tl.program_id(2)
+    k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
+    x_ptr = rows_of(x_ptr, b, h // group, 0, x_b, x_h, x_stride)
+    y_ptr = rows_of(y_ptr, b, h, 0, y_b, y_h, y_stride)
     head = tl.program_id(1).to(tl.int64)
     num_chunks = tl.cdiv(T, CHUNK)
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    if first_ptr is not None:
-        state = load_state(first_ptr + head * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
-    for n in range(0, num_chunks):
-        store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
-        start = n * CHUNK
-        _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
-        k = load_columns(k_ptr, k_stride, start, T, k0, K, CHUNK, BLOCK_K)
-        v = load_columns(v_ptr, v_stride, start, T, v0, V, CHUNK, BLOCK_V)
-        state = state * through + dot(tl.trans(scaled(k, out)), v)
-    store_state(last_ptr + head * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
+    kept = 1.0
+    if not ADD_UP:
+        if first_ptr is not None:
+            state = load_state(first_ptr + head * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
+        for before in range(0, part):
+            sums = load_state(sums_ptr + (head * parts + before) * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
+            state = state * tl.load(kept_ptr + head * parts + before) + sums
+    each = tl.cdiv(num_chunks, parts)
+    for i in range(part * each, tl.minimum((part + 1) * each, num_chunks)):
+        n = num_chunks - 1 - i if BACK else i
+        if not ADD_UP:
+            store_state(states_ptr + (head * num_chunks + n) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
+        index = n * CHUNK + tl.arange(0, CHUNK)
+        through = tl.load(through_ptr + head * num_chunks + n)
+        weights = tl.load(weights_ptr + head * T + index, mask=index < T, other=0.0)
+        x = load_columns(x_ptr, x_stride, n * CHUNK, T, k0, K, CHUNK, BLOCK_K)
+        y = load_columns(y_ptr, y_stride, n * CHUNK, T, v0, V, CHUNK, BLOCK_V)
+        state = state * through + dot(tl.trans(x), scaled(y, weights))
+        kept *= through
+    if ADD_UP:
+        store_state(sums_ptr + (head * parts + part) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
+        tl.store(kept_ptr + head * parts + part, kept)
+    elif part == parts - 1:
+        store_state(last_ptr + head * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit
@@ -172,9 +210,19 @@ def tiles(K: int, V: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def chunk_of(x) -> int:
-    """Tokens of a chunk."""
-    return 64 if x.dtype.itemsize == 2 or roomy(x.device) else 32
+def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, dict]:
+    """How each kernel cuts its work."""
+    chunk = 64 if dtype.itemsize == 2 or roomy(device) else 32
+    cut, whole = tiles(K, V, chunk, dtype), width(K, chunk, dtype=dtype)
+    most = (64 if whole <= 128 else 32) if roomy(device) else (32 if whole <= 128 else 16)
+    grads = {"BLOCK_K": whole, "BLOCK_V": min(cut["BLOCK_V"], most), "num_warps": 8 if whole > 64 else 4}
+    return {"walk": cut, "out": outputs_plan(V, cut, dtype, device), "grads": cut | grads | {"num_stages": 1}}
+
+
+def outputs_plan(V: int, cut: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """A chunk's scores are made once for 128 features of values where those fit."""
+    wide = V > 64 and dtype.itemsize == 2 and roomy(device) and not INTERPRET.value
+    return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 2} if wide else cut
 
 
 def strides(x) -> tuple[int, ...]:
@@ -182,40 +230,55 @@ def strides(x) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def states(k, v, g, state, segments):
-    """The state before each chunk (B, H, N, K, V), in 16 bits where k is, and after the last (B, H, K, V)."""
-    (B, H, T, V), K = v.shape, k.shape[-1]
-    plan = tiles(K, V, chunk_of(v), v.dtype)
-    before = v.new_empty(B, H, triton.cdiv(T, plan["CHUNK"]), K, V)
-    last = v.new_empty(B, H, K, V, dtype=torch.float32)
-    state = None if state is None else state.contiguous()
-    grid = (triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)
-    with torch.cuda.device_of(k):
-        _states_kernel[grid](
-            k, v, g, state, segments, before, last,
-            *strides(k), *strides(v), *strides(g), 0 if segments is None else segments.stride(0),
-            H, H // k.shape[1], T, K, V, **plan,
+def chunk_decays(v, g, segments, chunk, scale, back):
+    """Of each chunk's tokens, (B, H, T): their shares of the state after it, or `back` what they see of that before it,
+    times scale; and what it leaves of the state before it, (B, H, N); in float32."""
+    (B, H, T, _), N = v.shape, triton.cdiv(v.shape[2], chunk)
+    weights, through = (v.new_empty(B, H, n, dtype=torch.float32) for n in (T, N))
+    with torch.cuda.device_of(v):
+        _decays_kernel[(N, B * H)](
+            g, segments, weights, through, *strides(g), 0 if segments is None else segments.stride(0), H, T, scale,
+            CHUNK=chunk, BACK=back, num_warps=1,
         )  # fmt: skip
+    return weights, through
+
+
+def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
+    """The states S' = through S + x^T (weights y) before each chunk (B, H, N, K, V), in 16 bits where x is, and after
+    the last (B, H, K, V), from the first chunk on or `back` from the last."""
+    (B, H, T, V), K = y.shape, x.shape[-1]
+    weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
+    N = through.shape[2]
+    parts = 1 if N <= MOST_CHUNKS else triton.cdiv(N, PART)
+    before, last = y.new_empty(B, H, N, K, V), y.new_empty(B, H, K, V, dtype=torch.float32)
+    sums, kept = (y.new_empty(B, H, parts, n, dtype=torch.float32) for n in (K * V, 1))
+    state = None if state is None else state.contiguous()
+    blocks = triton.cdiv(K, cut["BLOCK_K"]) * triton.cdiv(V, cut["BLOCK_V"])
+    with torch.cuda.device_of(x):
+        for add_up in (True, False) if parts > 1 else (False,):
+            _walk_kernel[(blocks, B * H, parts - add_up)](
+                x, y, weights, through, state, sums, kept, before, last, *strides(x), *strides(y),
+                H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back, **cut,
+            )  # fmt: skip
     return before, last
 
 
 def fwd(q, k, v, g, state, segments, scale):
-    segments = _rows(segments)
-    before, last = states(k, v, g, state, segments)
-    return outputs(q, k, v, g, segments, before, scale, chunk_of(v)), last
+    segments, cuts = _rows(segments), plan(k.shape[-1], v.shape[-1], v.dtype, v.device)
+    before, last = walk(k, v, g, state, segments, cuts["walk"])
+    return outputs(q, k, v, g, segments, before, scale, cuts["out"]), last
 
 
-def outputs(q, k, v, g, segments, before, scale, chunk):
+def outputs(q, k, v, g, segments, before, scale, cut):
     """o (B, H, T, V), stored by token, of the states before each chunk."""
     (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)
-    plan = tiles(K, V, chunk, q.dtype)
     with torch.cuda.device_of(q):
-        _out_kernel[(triton.cdiv(T, chunk) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
+        _out_kernel[(triton.cdiv(T, cut["CHUNK"]) * triton.cdiv(V, cut["BLOCK_V"]), B * H)](
             q, k, v, g, segments, before, o,
             *strides(q), *strides(k), *strides(v), *strides(o), *strides(g),
             0 if segments is None else segments.stride(0),
-            H, H // q.shape[1], T, K, V, scale, **plan,
+            H, H // q.shape[1], T, K, V, scale, **cut,
         )  # fmt: skip
     return o
 

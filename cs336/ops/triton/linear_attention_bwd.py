@@ -1,6 +1,6 @@
 """The backward of linear attention in chunks: gradients of the states walk back, then all chunks side by side.
 
-With S the state before a chunk and dS the gradient of that after it, which the first kernel leaves,
+With S the state before a chunk and dS the gradient of that after it, which a walk back leaves,
 
     dP_ij = exp(c_i - c_j) do_i v_j        dq = scale (dP k + exp(c) do S^T)        dv = P^T do + exp(c_C - c) k dS
                                            dk = scale dP^T q + exp(c_C - c) v dS^T
@@ -11,60 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import dot, rows_of, width
+from cs336.ops.triton.attention_tile import dot, rows_of
 from cs336.ops.triton.cast import cast
 from cs336.ops.triton.linear_attention import (
-    chunk_of,
     decays,
     inner_decay,
     load_columns,
     load_state,
-    roomy,
-    scaled,
-    states,
+    plan,
     store_columns,
-    store_state,
     strides,
-    tiles,
+    walk,
 )
-
-
-@triton.jit
-def _dstates_kernel(
-    do_ptr,  # (B, H, T, V)
-    q_ptr,  # (B, G, T, K)
-    g_ptr,  # (B, H, T) float32, or None
-    dlast_ptr,  # (B, H, K, V) float32, or None
-    segments_ptr,  # (B, T), or None
-    dstates_ptr,  # (B, H, N, K, V): of the state after each chunk
-    dfirst_ptr,  # (B, H, K, V) float32: of the state before the first
-    do_b, do_h, do_stride, q_b, q_h, q_stride, g_b, g_h, g_stride, segments_b,
-    H, group, T, K, V, scale,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    tiles_v = tl.cdiv(V, BLOCK_V)
-    k0, v0 = (tl.program_id(0) // tiles_v) * BLOCK_K, (tl.program_id(0) % tiles_v) * BLOCK_V
-    do_ptr = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
-    q_ptr = rows_of(q_ptr, b, h // group, 0, q_b, q_h, q_stride)
-    if g_ptr is not None:
-        g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
-    if segments_ptr is not None:
-        segments_ptr += tl.cast(b, tl.int64) * segments_b
-    head = tl.program_id(1).to(tl.int64)
-    num_chunks = tl.cdiv(T, CHUNK)
-    d = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    if dlast_ptr is not None:
-        d = load_state(dlast_ptr + head * K * V, k0, v0, K, V, BLOCK_K, BLOCK_V)
-    for i in range(0, num_chunks):
-        n = num_chunks - 1 - i
-        store_state(dstates_ptr + (head * num_chunks + n) * K * V, d, k0, v0, K, V, BLOCK_K, BLOCK_V)
-        start = n * CHUNK
-        _, into, _, through, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
-        q = load_columns(q_ptr, q_stride, start, T, k0, K, CHUNK, BLOCK_K)
-        do = load_columns(do_ptr, do_stride, start, T, v0, V, CHUNK, BLOCK_V)
-        d = d * through + scale * dot(tl.trans(scaled(q, into)), do)
-    store_state(dfirst_ptr + head * K * V, d, k0, v0, K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit
@@ -151,27 +109,16 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     (B, H, T, V), (_, G, _, K) = v.shape, q.shape
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
-    plan, group = tiles(K, V, chunk_of(v), v.dtype), H // G
-    before, _ = states(k, v, g, state, segments)
-    dstates = torch.empty_like(before)
-    dfirst = v.new_empty(B, H, K, V, dtype=torch.float32)
+    cuts, group = plan(K, V, v.dtype, v.device), H // G
+    before, _ = walk(k, v, g, state, segments, cuts["walk"])
+    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True)
     dq, dk = (q.new_empty(B, T, G, K).transpose(1, 2) for _ in range(2))
     dv = v.new_empty(B, T, H, V).transpose(1, 2)
     dg = v.new_empty(B, H, T, dtype=torch.float32)
-    dlast = None if dlast is None else dlast.contiguous()
     with torch.cuda.device_of(q):
-        _dstates_kernel[(triton.cdiv(K, plan["BLOCK_K"]) * triton.cdiv(V, plan["BLOCK_V"]), B * H)](
-            do, q, g, dlast, segments, dstates, dfirst,
-            *strides(do), *strides(q), *strides(g), segments_b, H, group, T, K, V, scale, **plan,
-        )  # fmt: skip
-        whole = width(K, chunk_of(v), dtype=v.dtype)
-        most = 64 if whole <= 128 else 32
-        if not roomy(v.device):
-            most = 32 if whole <= 128 else 16
-        plan |= {"BLOCK_K": whole, "BLOCK_V": min(plan["BLOCK_V"], most)}
         _grads_kernel[(before.shape[2], B * G)](
             do, q, k, v, g, segments, before, dstates, dq, dk, dv, dg,
             *strides(do), *strides(q), *strides(k), *strides(v), *strides(dq), *strides(dv), *strides(g), segments_b,
-            G, group, T, K, V, scale, num_warps=8 if whole > 64 else 4, num_stages=1, **plan,
+            G, group, T, K, V, scale, **cuts["grads"],
         )  # fmt: skip
     return dq, dk, dv, dg, dfirst

@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_kernel(const 
       barrier_init(&shared.work_full[i], 1);
       barrier_init(&shared.work_empty[i], kWarps + (Tile::kDqApart ? 4 : 0) + Tile::kGroups);
     }
-    for (int g = 0; g < Tile::kGroups; g++) barrier_init(&shared.dq_full[g], 4), barrier_init(&shared.dq_empty[g], 1);
+    for (int i = 0; i < Tile::kDqStages; i++)
+      for (int g = 0; g < Tile::kGroups; g++)
+        barrier_init(&shared.dq_full[i][g], 4), barrier_init(&shared.dq_empty[i][g], 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -129,9 +131,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of
 // its own, so that they compile side by side.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kValueDim>
 void attention_bwd_of(const AttentionBwdParams& params, cudaStream_t stream) {
-  constexpr AttentionBwdShape kShape = *find_attention_shape(kAttentionBwdShapes, kHeadDim, kHeadDim);
+  constexpr AttentionBwdShape kShape = *find_attention_shape(kAttentionBwdShapes, kHeadDim, kValueDim);
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<Mask kMask, bool kCap>() {
     launch_bwd<BwdTile<T, kHeadDim, kShape.queries, kShape.keys, kMask, kCap>>(params, stream);

@@ -10,7 +10,7 @@
 // dK. dS goes through shared memory too, where both halves of the keys meet for dQ = dS K, and two writer warps let the
 // copy engine add dQ to sums in fp32.
 //
-// With D = 128 dQ has a warpgroup of its own, for which nobody waits:
+// With D = 96 and 128 dQ has a warpgroup of its own, for which nobody waits:
 //   a warpgroup of keys   P |      | dS | store dS |                 | P of the next tile
 //   its products            | dP . dV ............ | dK . S of the next
 //   the warpgroup of dQ     ... of the tile before | dQ | stage it | dQ | stage it |
@@ -48,29 +48,30 @@ struct BwdTile {
   static constexpr int kQueries = kQueries_, kKeys = kKeys_;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
-  static constexpr bool kDqApart = kHeadDim == 128;  // dQ by a warpgroup of its own
-  static constexpr int kGroups = 2;                  // consumer warpgroups, 64 keys each
-  static constexpr int kStages = 2;                  // query tiles in flight
+  static constexpr bool kDqApart = kHeadDim > 64;  // dQ by a warpgroup of its own
+  static constexpr int kGroups = 2;                // consumer warpgroups, 64 keys each
+  static constexpr int kStages = 2;                // query tiles in flight
   static constexpr int kThreads = 128 * (kGroups + (kDqApart ? 2 : 1));
   static constexpr int kProducerRegisters = kDqApart ? 24 : 40, kDqRegisters = 72;
   static constexpr int kConsumerRegisters = kDqApart ? 208 : 232;
-  static constexpr int kPanels = num_panels(kHeadDim);
-  static constexpr int kQ = kQueries * kHeadDim, kQBytes = 2 * kQ;
-  static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;
+  static constexpr int kPanels = num_panels(kHeadDim), kColumns = kPanels * kPanel;  // those past kHeadDim are zeros
+  static constexpr int kQ = kQueries * kColumns, kQBytes = 2 * kQ;
+  static constexpr int kK = kKeys * kColumns, kKBytes = 2 * kK;
   static constexpr int kRowFloats = 2 * kQueries;  // lse and delta of a query tile
   // dQ of a tile is computed in pieces of 64 rows and 64 columns, one per warpgroup, which divide the columns of a tile
   // of 64 queries, else the rows.
   static constexpr int kPiece = 64 * 64;
+  static constexpr int kDqStages = kDqApart ? 2 : 1;  // tiles of dQ on their way out
   static constexpr bool kSplitColumns = kQueries == 64;
-  static_assert(kKeys == 64 * kGroups && kQueries * kHeadDim == kGroups * kPiece);
+  static_assert(kKeys == 64 * kGroups && kQueries * kColumns == kGroups * kPiece);
 
   struct Shared {
     alignas(1024) T k[kK];
     alignas(1024) T v[kK];
     alignas(1024) T q[kStages][kQ];
     alignas(1024) T dout[kStages][kQ];
-    alignas(1024) T ds[2][kQueries * kKeys];  // rows are queries; panel g holds the keys of warpgroup g
-    alignas(1024) float dq[kGroups][kPiece];  // in the order of the registers
+    alignas(1024) T ds[2][kQueries * kKeys];             // rows are queries; panel g holds the keys of warpgroup g
+    alignas(1024) float dq[kDqStages][kGroups][kPiece];  // in the order of the registers
     alignas(1024) float rows[kStages][kRowFloats];
     int row0[kStages];  // of a query tile
     struct {
@@ -79,7 +80,7 @@ struct BwdTile {
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[kStages], dout_full[kStages], q_empty[kStages];
     uint64_t ds_full[2], ds_empty[2];
-    uint64_t dq_full[kGroups], dq_empty[kGroups];
+    uint64_t dq_full[kDqStages][kGroups], dq_empty[kDqStages][kGroups];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
   };
@@ -93,7 +94,7 @@ struct BwdArgs {
   TileOrder order;     // of key tiles
   const float* rows;   // per query tile: -lse log2(e) of its rows (minus infinity: no weight), then delta
   float* dq;           // per query tile: two pieces; zero before, where there are no turns
-  int* turns;          // per query tile and piece: how many key tiles have added to it; null: they add in any order
+  int* turns;          // two per query tile: how many key tiles have added to it, or to a piece; null: in any order
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
   int heads;           // of them that one block walks
@@ -182,7 +183,7 @@ __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Sha
   }
 }
 
-// ---- writer: adds what a warpgroup has staged of dQ ----
+// ---- writers: add what is staged of dQ ----
 
 // For tiles of smaller keys of the same head. They were dealt before (TileOrder), and a block works on what it drew in
 // the order in which it drew: so the first tile of all that is not done waits for nobody, however few blocks there are.
@@ -197,29 +198,37 @@ __device__ __forceinline__ void pass_turn(int* turns) {
   asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
 }
 
+// One of two. Where two tiles are staged each takes every other tile, with both pieces, so that what one waits for (its
+// turn, and that the sums are written before it passes the turn on) is hidden behind the other; else each has a piece.
 template <class Tile>
-__device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Shared& shared, int group) {
-  uint32_t parity = 0;
+__device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Shared& shared, int writer) {
+  constexpr bool kByTiles = Tile::kDqStages == 2;
+  const int first_piece = kByTiles ? 0 : writer, last_piece = kByTiles ? Tile::kGroups - 1 : writer;
+  int count = 0;  // query tiles done by both
   for (int round = 0;; round++) {
     const BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
     if (w.kv_head < 0) break;
 #pragma unroll 1  // few registers
-    for (int i = 0; i < w.steps(a.heads); i++, parity ^= 1) {
-      const int tile = w.tile(i, a.heads), head = w.q_head(i, a.heads);
-      const int64_t piece = query_tile<Tile>(a, w.sequence, head, tile) * Tile::kGroups + group;
-      barrier_wait(&shared.dq_full[group], parity);
+    for (int i = 0; i < w.steps(a.heads); i++, count++) {
+      if (kByTiles && count % 2 != writer) continue;
+      const int tile = w.tile(i, a.heads), stage = count % Tile::kDqStages;
+      const int64_t piece0 = query_tile<Tile>(a, w.sequence, w.q_head(i, a.heads), tile) * Tile::kGroups;
       const int turn = a.turns ? turn_of<Tile>(a, w, tile) : -1;
-      if (turn > 0) await_turn(a.turns + piece, turn);
-      float* sums = a.dq + piece * Tile::kPiece;
-      if (turn == 0)
-        bulk_out(sums, shared.dq[group], Tile::kPiece * 4);
-      else
-        bulk_add(sums, shared.dq[group], Tile::kPiece * 4);
-      commit_out();
-      wait_out_read();
-      barrier_arrive(&shared.dq_empty[group]);
-      if (a.turns) wait_out(), pass_turn(a.turns + piece);
+      if (turn > 0) await_turn(a.turns + piece0 + first_piece, turn);
+#pragma unroll 1
+      for (int piece = first_piece; piece <= last_piece; piece++) {
+        barrier_wait(&shared.dq_full[stage][piece], count / Tile::kDqStages & 1);
+        float* sums = a.dq + (piece0 + piece) * Tile::kPiece;
+        if (turn == 0)
+          bulk_out(sums, shared.dq[stage][piece], Tile::kPiece * 4);
+        else
+          bulk_add(sums, shared.dq[stage][piece], Tile::kPiece * 4);
+        commit_out();
+        wait_out_read();
+        barrier_arrive(&shared.dq_empty[stage][piece]);
+      }
+      if (a.turns) wait_out(), pass_turn(a.turns + piece0 + first_piece);
     }
     barrier_arrive(&shared.work_empty[round % 2]);
   }
@@ -249,18 +258,19 @@ __device__ __forceinline__ void start_dq(typename Tile::Shared& shared, float (&
   wgmma_commit();
 }
 
-// To where the writer takes it from, which hand_over then tells it.
+// To where the writer takes it from, which hand_over then tells it; of query tile number `count`.
 template <class Tile>
 __device__ __forceinline__ void stage_dq(typename Tile::Shared& shared, const float (&dq)[32], int piece, int count) {
-  barrier_wait(&shared.dq_empty[piece], (count & 1) ^ 1);
-  float4* staged = reinterpret_cast<float4*>(shared.dq[piece]) + threadIdx.x % 128;
+  const int stage = count % Tile::kDqStages;
+  barrier_wait(&shared.dq_empty[stage][piece], (count / Tile::kDqStages & 1) ^ 1);
+  float4* staged = reinterpret_cast<float4*>(shared.dq[stage][piece]) + threadIdx.x % 128;
 #pragma unroll
   for (int j = 0; j < 8; j++) staged[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
 }
 template <class Tile>
-__device__ __forceinline__ void hand_over(typename Tile::Shared& shared, int piece) {
+__device__ __forceinline__ void hand_over(typename Tile::Shared& shared, int piece, int count) {
   fence_async_proxy();
-  release(&shared.dq_full[piece]);
+  release(&shared.dq_full[count % Tile::kDqStages][piece]);
 }
 
 // The warpgroup of dQ, where there is one.
@@ -283,7 +293,7 @@ __device__ __forceinline__ void bwd_multiply_queries(const BwdArgs& a, typename 
         wgmma_wait<0>(dq);
         if (piece == Tile::kGroups - 1) release(&shared.ds_empty[buffer]);
         stage_dq<Tile>(shared, dq, piece, count);
-        hand_over<Tile>(shared, piece);
+        hand_over<Tile>(shared, piece, count);
       }
     }
     release(&shared.work_empty[round % 2]);
@@ -393,20 +403,7 @@ struct BwdConsumer {
     const int first_key = w.key0 + 64 * group;
     const auto [below, above] = shared.masked[group];
     if (row0 >= below && row0 <= above) return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int key = first_key + 16 * warp() + lane() / 4 + 8 * r;
-      const int beside = key - q.offset() - row0 - lane() % 4 * 2;           // column of the query beside the key
-      int begin = Tile::kMask == Mask::kNone ? 0 : beside - a.window.right;  // columns [begin, end) see the key
-      int end = Tile::kMask == Mask::kWindow ? beside + a.window.left + 1 : kQueries;
-      if (key >= q.k_length) end = begin = kQueries;
-#pragma unroll
-      for (int e = 0; e < kQueries / 2; e++) {
-        if (e / 2 % 2 != r) continue;
-        const int column = e / 4 * 8 + e % 2;
-        if (column < begin || (Tile::kMask == Mask::kWindow && column >= end)) s[e] = -INFINITY;
-      }
-    }
+    mask_transposed_scores<Tile::kMask>(s, a.window, q, first_key + 16 * warp() + lane() / 4, row0 + lane() % 4 * 2);
   }
 
   // Which query tiles hide some of the warpgroup's keys from some of their rows.
@@ -442,8 +439,11 @@ struct BwdConsumer {
     barrier_wait(&shared.q_full[count % Tile::kStages], count / Tile::kStages & 1);
     start_scores(s, keys(shared.k), queries(shared.q));
   }
-  __device__ __forceinline__ void start_dp() {
+  __device__ __forceinline__ void await_dout() {
     barrier_wait(&shared.dout_full[count % Tile::kStages], count / Tile::kStages & 1);
+  }
+  __device__ __forceinline__ void start_dp() {
+    await_dout();
     start_scores(dp, keys(shared.v), queries(shared.dout));
   }
 
@@ -463,6 +463,7 @@ struct BwdConsumer {
     uint32_t ds[kQueries / 16][4];
     weigh(w, stage);
     if constexpr (Tile::kCap) {
+      await_dout();
       start_sum(dv, p, queries(shared.dout));
       wgmma_wait<0>(dv);
       multiply_by_slope();
@@ -503,7 +504,7 @@ struct BwdConsumer {
     release(&shared.q_empty[stage]);
     stage_dq<Tile>(shared, dq, group, count++);
     if constexpr (kNext) start_s(), start_dp();
-    hand_over<Tile>(shared, group);
+    hand_over<Tile>(shared, group, count - 1);
     if constexpr (kNext) finish_scores(w);
   }
 

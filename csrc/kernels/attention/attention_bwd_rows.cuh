@@ -10,7 +10,7 @@ struct RowsArgs {
   Sequences sequences;
   int num_sequences, q_heads, tiles;  // query tiles of a head
   float* rows;                        // per query tile: -lse log2(e), or minus infinity for no weight; then delta
-  float* sums;                        // per query tile: two pieces of dQ
+  float* sums;                        // per query tile: two pieces of dQ; null where they are not added up in memory
   int* turns;                         // per query tile and piece; null
   int* counter;
   float scale;
@@ -42,18 +42,18 @@ __device__ __forceinline__ T* vector_of(const AttentionTensor& t, const Sequence
   return static_cast<T*>(t.data) + batch * t.batch_stride + token * t.token_stride + head * t.head_stride + column;
 }
 
-// delta = rowsum(O dO) - dlse, lse for exponents of two, and turns or sums of zero. kHeadDim / 8 threads a row.
+// delta = rowsum(O dO) - dlse, lse for exponents of two, and turns or sums of zero. kHeadDim is that of v.
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsArgs a) {
-  constexpr int kLanes = kHeadDim / 8, kRows = 256 / kLanes;
+  constexpr int kColumns = num_panels(kHeadDim) * kPanel, kLanes = kColumns / 8, kRows = 256 / kLanes;
   if (!a.sequences.cu_q && blockIdx.x == 0 && threadIdx.x == 0) *a.counter = 0;  // packed: list_packed_tiles has
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
   if (a.turns) {  // whose first turn stores instead of adding
     if (threadIdx.x < 2) a.turns[2 * t.place + threadIdx.x] = 0;
-  } else {
-    auto* sums = reinterpret_cast<float4*>(a.sums + t.place * (kQueries * kHeadDim));
-    for (int i = threadIdx.x; i < kQueries * kHeadDim / 4; i += 256) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  } else if (a.sums) {
+    auto* sums = reinterpret_cast<float4*>(a.sums + t.place * (kQueries * kColumns));
+    for (int i = threadIdx.x; i < kQueries * kColumns / 4; i += 256) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   const bool packed = a.sequences.cu_q;
   const int64_t head_floats = a.sequences.row_floats(t.sequence, t.head, a.q_heads);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsAr
     const int r = i + threadIdx.x / kLanes, row = t.row0 + r, column = threadIdx.x % kLanes * 8;
     const bool inside = row < t.sequence.q_length;
     float delta = 0.f;
-    if (inside) {
+    if (inside && column < kHeadDim) {
       const uint4 x = *reinterpret_cast<const uint4*>(vector_of<T>(a.o, t.sequence, packed, row, t.head, column));
       const uint4 y = *reinterpret_cast<const uint4*>(vector_of<T>(a.dout, t.sequence, packed, row, t.head, column));
       const uint32_t u[4] = {x.x, x.y, x.z, x.w}, v[4] = {y.x, y.y, y.z, y.w};
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
   for (int piece = 0; piece < 2; piece++) {
     const int row = t.row0 + (kSplitColumns ? 0 : 64 * piece) + 16 * w + r;
     const int column = (kSplitColumns ? 64 * piece : 0) + 8 * j;
-    const auto* sums = reinterpret_cast<const float4*>(a.sums + t.place * (kQueries * kHeadDim) + piece * 4096);
+    const auto* sums = reinterpret_cast<const float4*>(a.sums + (2 * t.place + piece) * 4096);
     uint32_t top[4], bottom[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArg
       top[i] = hopper::pack<T>(x.x * a.scale, x.y * a.scale), bottom[i] = hopper::pack<T>(x.z * a.scale, x.w * a.scale);
     }
     const auto write = [&](int row, const uint32_t (&x)[4]) {
-      if (row < t.sequence.q_length)
+      if (row < t.sequence.q_length && column < kHeadDim)
         *reinterpret_cast<uint4*>(vector_of<T>(a.dq, t.sequence, packed, row, t.head, column)) = {x[0], x[1], x[2],
                                                                                                   x[3]};
     };

@@ -83,6 +83,11 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& p = params.problem;
   const auto launch = [&]<int kKeys, Mask kMask, bool kCap>() {
     constexpr const AttentionFwdShape* kShort = find_attention_shape(kAttentionFwdShortShapes, kHeadDim, kValueDim);
+    constexpr const AttentionFwdShape* kWindow = find_attention_shape(kAttentionFwdWindowShapes, kHeadDim, kValueDim);
+    if constexpr (kWindow && kMask == Mask::kWindow && !kCap)
+      if (p.window_right >= 0 && p.window_left + p.window_right <= kAttentionFwdWindow)
+        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kWindow->groups, kWindow->keys, kWindow->stages,
+                                  kWindow->q_stages, kMask, kCap, false>>(params, stream);
     if constexpr (kShort && kMask != Mask::kWindow)
       if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,

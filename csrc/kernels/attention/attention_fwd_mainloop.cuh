@@ -27,7 +27,7 @@ struct FwdWork {
 };
 
 template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
-          Mask kMask_, bool kCap_>
+          Mask kMask_, bool kCap_, bool kInTurns_ = true>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
@@ -37,6 +37,7 @@ struct FwdTile {
   static constexpr int kQStages = kQStages_;  // tiles of Q in flight
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
+  static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
@@ -223,9 +224,11 @@ struct FwdConsumer {
   __device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
     if (lane == 0) barrier_arrive(barrier);
   }
-  __device__ __forceinline__ void await_turn() { named_sync(kTurn + group, 256); }
+  __device__ __forceinline__ void await_turn() {
+    if constexpr (Tile::kInTurns) named_sync(kTurn + group, 256);
+  }
   __device__ __forceinline__ void pass_turn() {
-    named_arrive(kTurn + (group + 1 == Tile::kGroups ? 0 : group + 1), 256);
+    if constexpr (Tile::kInTurns) named_arrive(kTurn + (group + 1 == Tile::kGroups ? 0 : group + 1), 256);
   }
 
   // ---- the walk over key blocks ----

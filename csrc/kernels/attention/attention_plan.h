@@ -22,12 +22,25 @@ inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
 inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 1}};
 inline constexpr int kAttentionFwdShortTokens = 1024;
 
+// Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
+// earlier: blocks as wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be
+// at blocks of their own, and nobody waits for a turn. 1024 keys of 16k: D = 128 577 for 546 TFLOP/s, D = 64 418 for
+// 406; 4096 keys: 631 for 650, 497 for 502.
+inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
+inline constexpr int kAttentionFwdWindow = 2048;
+
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
   int head_dim, value_dim, queries, keys;
   bool softcap;  // has the registers for it
+  bool wide;     // dQ by a kernel of its own, whose tiles are kAttentionBwdRows queries
 };
-inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false}, {128, 128, 64, 128, true}};
+inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false, false},
+                                                            {96, 96, 64, 128, true, false},
+                                                            {128, 128, 64, 128, true, false},
+                                                            {192, 128, 64, 64, false, true},
+                                                            {256, 256, 64, 64, false, true}};
+inline constexpr int kAttentionBwdRows = 128;
 
 template <typename Shape, int kCount>
 constexpr const Shape* find_attention_shape(const Shape (&shapes)[kCount], int head_dim, int value_dim) {
@@ -64,18 +77,19 @@ struct AttentionBwdWaves {
 
   AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, bool deterministic) {
     constexpr int64_t kMuchOfL2 = 64 << 20;
-    if (deterministic && bytes_of_head < kMuchOfL2) {
-      // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
-      // tokens, 358 TFLOP/s with one head at a time.
-      const int enough = static_cast<int>(ceil_div(2 * num_sms, key_tiles));
-      section = std::clamp(enough, attention_section(heads, bytes_of_head), heads);
-      wave = static_cast<int>(key_tiles);
-    } else {
-      // Twice as many as two waves need: fewer blocks add to the same dQ at the same time.
-      section = static_cast<int>(std::clamp<int64_t>((4 * num_sms + key_tiles / 2) / key_tiles, 1, heads));
-      const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
-      wave = static_cast<int>(ceil_div(key_tiles, 2 * pairs));
-    }
+    const bool all_down = deterministic && bytes_of_head < kMuchOfL2;
+    // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
+    // tokens, 358 TFLOP/s with one head at a time. What is left for the last section is half as
+    // much or more: with one head left of 16, 523 for 598 without turns.
+    const int enough = static_cast<int>(ceil_div(2 * num_sms, key_tiles));
+    if (all_down)
+      section = std::max(enough, attention_section(heads, bytes_of_head));
+    else  // twice as many as two waves need: fewer blocks add to the same dQ at the same time
+      section = static_cast<int>(std::max<int64_t>((4 * num_sms + key_tiles / 2) / key_tiles, 1));
+    section = std::min(section, heads);
+    while (heads % section != 0 && 2 * (heads % section) < enough) section++;
+    const int64_t pairs = ceil_div(key_tiles * section, 2 * num_sms + section);
+    wave = static_cast<int>(all_down ? key_tiles : ceil_div(key_tiles, 2 * pairs));
   }
 };
 
@@ -120,17 +134,20 @@ inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
 }
 
 // Whether the backward adds to dQ in turns: asked for, or because it is faster, since the first turn needs no zeros
-// (H200, 16 heads: 191 us for 225 of 512 tokens, 361 TFLOP/s for 326 of 1k, 463 for 466 of 2k).
+// (H200, 16 heads: 191 us for 225 of 512 tokens, 361 TFLOP/s for 326 of 1k, 463 for 466 of 2k). Wide heads' dQ is
+// never added up in memory.
 inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic) {
   constexpr int kShort = 1024;
-  return deterministic || p.max_q <= kShort;
+  const bool wide = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)->wide;
+  return !wide && (deterministic || p.max_q <= kShort);
 }
 
 // Where things are in the backward's workspace, in bytes.
 struct AttentionBwdWorkspace {
   int64_t query_tiles, key_tiles;  // of a head: of a sequence, or of all packed ones
-  // First of all dQ in fp32, then per query tile its rows' lse and delta, then the turns of its two pieces.
-  int64_t rows, turns, key_tile_list, dk_parts, dv_parts, counter, bytes;
+  // First of all dQ in fp32 (not of wide heads), then per query tile its rows' lse and delta, then the turns of its two
+  // pieces, then the lists of packed tiles: of keys, and of queries where dQ has a kernel of its own.
+  int64_t rows, turns, key_tile_list, row_tile_list, dk_parts, dv_parts, counter, bytes;
   int heads;  // that one block walks
 
   AttentionBwdWorkspace(const AttentionProblem& p, bool deterministic, int num_sms) {
@@ -139,16 +156,18 @@ struct AttentionBwdWorkspace {
     query_tiles = attention_tiles(p, p.q_tokens, shape->queries) / rows_of;
     key_tiles = attention_tiles(p, p.k_tokens, shape->keys) / rows_of;
     const int64_t tiles = query_tiles * rows_of * p.q_heads;
-    rows = tiles * shape->queries * p.head_dim * 4;
+    rows = shape->wide ? 0 : tiles * shape->queries * ceil_div(p.head_dim, 64) * 64 * 4;  // whole panels
     turns = rows + tiles * shape->queries * 2 * 4;
     key_tile_list = turns + (deterministic ? tiles * 2 * 4 : 0);
     heads = attention_bwd_heads(p, num_sms);
     // Of dK and dV, in so many heads; none where a block walks all that share a key head.
     const int64_t parts = heads * p.kv_heads == p.q_heads ? 0 : p.q_heads / heads;
-    dk_parts = ceil_div(key_tile_list + (p.cu_q ? key_tiles * 2 * 4 : 0), 16) * 16;
+    row_tile_list = key_tile_list + (p.cu_q ? key_tiles * 2 * 4 : 0);
+    const int64_t row_tiles = p.cu_q && shape->wide ? attention_tiles(p, p.q_tokens, kAttentionBwdRows) : 0;
+    dk_parts = ceil_div(row_tile_list + row_tiles * 2 * 4, 16) * 16;
     dv_parts = dk_parts + rows_of * p.k_tokens * parts * p.head_dim * 2;
     counter = dv_parts + rows_of * p.k_tokens * parts * p.value_dim * 2;
-    bytes = counter + 4;
+    bytes = counter + (shape->wide ? 8 : 4);  // one for each kernel
   }
 };
 

@@ -60,4 +60,24 @@ __device__ __forceinline__ void mask_scores(float (&scores)[N], const Window& wi
   }
 }
 
+// The same of scores whose rows are keys, `key` and key + 8 of this thread, and whose columns are queries from `query`
+// on.
+template <Mask kMask, int N>
+__device__ __forceinline__ void mask_transposed_scores(float (&scores)[N], const Window& window, const Sequence& s,
+                                                       int key, int query) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int beside = key + 8 * r - s.offset() - query;           // column of the query beside the key
+    int begin = kMask == Mask::kNone ? 0 : beside - window.right;  // columns [begin, end) see the key
+    int end = kMask == Mask::kWindow ? beside + window.left + 1 : 2 * N;
+    if (key + 8 * r >= s.k_length) end = begin = 2 * N;
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+      if (e / 2 % 2 != r) continue;
+      const int column = e / 4 * 8 + e % 2;
+      if (column < begin || (kMask == Mask::kWindow && column >= end)) scores[e] = -INFINITY;
+    }
+  }
+}
+
 }  // namespace cs336::attention

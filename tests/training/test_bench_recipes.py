@@ -1,0 +1,91 @@
+"""Recipes in equal time: the sweep's best rates run last, and nothing is trained twice."""
+
+import dataclasses
+from concurrent.futures import Executor, Future
+
+import pytest
+import tiny_run
+
+from benchmarks import report
+from benchmarks.end_to_end import bench_recipes
+from cs336.models import TransformerConfig
+from cs336.optim import MuonConfig
+
+
+class Here(Executor):
+    """Runs what it is given in this process, at once."""
+
+    def submit(self, function, /, *args, **kwargs):
+        future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def here(processes):
+    return Here()
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    gpt2 = tiny_run.config(tmp_path, eval_interval=None, checkpoint_interval=0)
+    return {"best": dataclasses.replace(gpt2, optimizer=MuonConfig()), "gpt2": gpt2}
+
+
+def test_the_recipes_are_of_one_size(tmp_path):
+    tiny_run.write_data(tmp_path)
+    best, gpt2 = (bench_recipes.recipe(name, tmp_path) for name in bench_recipes.RATES)
+    assert gpt2.model.num_parameters() == pytest.approx(124.4e6, rel=0.001)  # GPT-2's, with its vocabulary rounded up
+    assert best.model.num_parameters() == pytest.approx(gpt2.model.num_parameters(), rel=0.01)
+    assert (best.batch_size, best.model.context_length) == (gpt2.batch_size, gpt2.model.context_length)
+    assert isinstance(best.model, TransformerConfig)
+    assert (best.optimizer.kind, gpt2.optimizer.kind) == ("muon", "adamw")
+
+
+def test_the_best_rates_of_the_sweep_run_last(tmp_path, recipes, capsys):
+    rates = {"best": [1e-9, 1e-2], "gpt2": [1e-2, 1e-9]}
+    settings = {"sweep": 0.5, "seconds": 0.7, "pool": here}
+    rows = bench_recipes.compare(recipes, rates, tmp_path / "runs", beside=True, **settings)
+    assert [(r["stage"], r["recipe"], r["lr"], r["share_of_gpu"], r["budget"]) for r in rows] == [
+        ("sweep", "best", 1e-9, "1/4", "0.5s"),
+        ("sweep", "best", 1e-2, "1/4", "0.5s"),
+        ("sweep", "gpt2", 1e-2, "1/4", "0.5s"),
+        ("sweep", "gpt2", 1e-9, "1/4", "0.5s"),
+        ("run", "best", 1e-2, "1/2", "0.7s"),
+        ("run", "gpt2", 1e-2, "1/2", "0.7s"),
+    ]
+    for row in rows:
+        assert row["tokens"] == row["steps"] * 4 * 8
+        assert row["val_loss"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    again = bench_recipes.compare(recipes, rates, tmp_path / "runs", beside=False, **settings)
+    kept = ("recipe", "lr", "steps", "val_loss", "stage")
+    assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
+    assert again[-1]["share_of_gpu"] == "1/1"
+    table = "\n".join(report.BODIES["recipes"](rows))
+    assert "| best | " in table
+    assert "0.01 of 1e-09, 0.01" in table
+
+
+def test_one_rate_needs_no_sweep_and_no_seconds_no_run(tmp_path, recipes):
+    given = {"best": [1e-2], "gpt2": [1e-2]}
+    settings = {"sweep": 0.4, "beside": True, "pool": here}
+    assert [r["stage"] for r in bench_recipes.compare(recipes, given, tmp_path / "a", seconds=0.4, **settings)] == [
+        "run",
+        "run",
+    ]
+    both = {"best": [1e-2, 1e-3], "gpt2": [1e-2]}
+    rows = bench_recipes.compare(recipes, both, tmp_path / "b", seconds=0, **settings)
+    assert [row["stage"] for row in rows] == ["sweep"] * 3
+
+
+def test_bad_arguments(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_recipes, "separate", here)
+    with pytest.raises(SystemExit, match=r"bench_recipes: .*nothing/train does not exist"):
+        bench_recipes.main(["--data", str(tmp_path / "nothing"), "--seconds", "1", "--rates", "best=1"])
+    for wrong, message in (
+        (["worst=1"], "some of best, gpt2 before ="),
+        (["best=1", "--seconds", "0"], "nothing is left"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_recipes.main(["--data", str(tmp_path), "--rates", *wrong])
+        assert message in capsys.readouterr().err
