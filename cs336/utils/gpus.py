@@ -4,7 +4,7 @@ import os
 
 
 def visible_gpu(index: int) -> str:
-    """CUDA_VISIBLE_DEVICES of a child that has this GPU alone, counted among those that this process sees, as torch does.
+    """CUDA_VISIBLE_DEVICES of a child with this GPU alone, counted among those that this process sees, as torch does.
 
     Raises ValueError if CUDA_VISIBLE_DEVICES lists fewer.
     """
