@@ -67,6 +67,8 @@ def table(name: str, results: Results) -> str:
 
 def where(header: dict[str, Any]) -> str:
     made = f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`"
+    if "beside" in header:
+        made += f"; {header['beside']}"
     if "cpu" in header:
         peers = ", ".join(f"{name} {version}" for name, version in header["peers"].items())
         return f"<sub>{header['cpu']}, {header['cores']} cores, Python {header['python']}, {peers}; {made}</sub>"

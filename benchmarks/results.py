@@ -20,6 +20,8 @@ PEERS = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "tokenspeed-fa3"
 def header(device: torch.device, command: str, commit: str | None = None, *, roofs: bool = True) -> dict[str, Any]:
     """What a reader needs to judge and repeat the rows. A GPU's names are those that NVIDIA's tools print.
 
+    Who merges rows adds "beside" where something else used the device: what did.
+
     roofs: measure what the device can do, for rows that are held against it.
     """
     on_gpu = device.type == "cuda"

@@ -14,7 +14,7 @@ def sweep(study: Positional[Path], retry: bool = False, workers: int | None = No
         study: TOML: a base configuration, what varies, seeds, search (grid, random, halving), budget, where to run.
         retry: train runs that have failed once more.
         workers: runs at once on this machine, in place of what the study's [where] says.
-        gpus: CUDA_VISIBLE_DEVICES of each worker in turn, in place of it too: more workers than GPUs share them.
+        gpus: the GPU of each worker in turn, in place of it too: more workers than GPUs share them.
     """
     import dataclasses
 
@@ -69,7 +69,7 @@ def ablate(
         budget: of all runs together: 2e15flops, 500Mtok, 2h.
         metric: the lower the better.
         workers: runs at once.
-        gpus: CUDA_VISIBLE_DEVICES of each worker in turn.
+        gpus: the GPU of each worker in turn.
         retry: train runs that have failed once more.
     """
     from cs336.experiments import run_study

@@ -22,6 +22,7 @@ from cs336.experiments.train import Train, reached, train_run
 from cs336.experiments.watch import Watch
 from cs336.training import TrainConfig
 from cs336.training.signals import stop_requests
+from cs336.utils.gpus import visible_gpu
 from cs336.utils.stages import Interrupted
 from cs336.utils.threads import thread_count
 
@@ -201,7 +202,7 @@ def worker_environment(where: Local, slot: int) -> dict[str, str]:
     threads = where.threads or max(1, thread_count(None) // where.num_workers)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if where.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(where.gpus[slot % len(where.gpus)])
+        environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(where.gpus[slot % len(where.gpus)])
     return environment
 
 

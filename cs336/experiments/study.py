@@ -178,8 +178,8 @@ class Local:
     workers: int | None = None
     """Runs at once. None: as many as there are gpus, else 1."""
     gpus: tuple[int, ...] = ()
-    """CUDA_VISIBLE_DEVICES of each worker in turn: more workers than GPUs share them, as small models do well, whose
-    steps wait for the host. None are set if it is empty."""
+    """The GPU of each worker in turn, counted among those that this process sees: more workers than GPUs share them, as
+    small models do well, whose steps wait for the host. Empty: workers see what this process sees."""
     threads: int | None = None
     """OMP_NUM_THREADS of a worker. None: the cores divided by the workers."""
 

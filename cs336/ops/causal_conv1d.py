@@ -34,7 +34,7 @@ def _check_fwd(x, weight, bias, segments) -> None:
     _check(x, weight, bias, segments)
     if not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
-    for name, given in (("x", x), ("segments", segments)):
+    for name, given in (("x", x), ("bias", bias), ("segments", segments)):
         if given is not None and given.shape[-1] > 1 and given.stride(-1) != 1:
             raise ValueError(f"{name} must have its last dim contiguous, got strides {given.stride()}")
 
@@ -112,4 +112,5 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segment
     By Triton's kernels on a GPU, in plain torch elsewhere.
     """
     _check(x, weight, bias, segments)
-    return _Conv.apply(rows(x), weight.contiguous(), bias, None if segments is None else rows(segments))
+    bias, segments = (None if t is None else rows(t) for t in (bias, segments))
+    return _Conv.apply(rows(x), weight.contiguous(), bias, segments)

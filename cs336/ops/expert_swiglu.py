@@ -50,7 +50,7 @@ def pays(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tensor) -> bo
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, up)):
         return False
     few = 0 < len(token) <= MOST_ROWS * len(load)
-    return few and has_kernel("expert_swiglu", x, token, load, gate, up)
+    return few and registry.forced() != "native" and has_kernel("expert_swiglu", x, token, load, gate, up)
 
 
 def _check(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tensor) -> None:

@@ -316,8 +316,9 @@ __device__ Stats load(const SampleParams& p, int row, int begin, int n, Kept* va
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
   const int part = (n + kSize * kThreads * kParts - 1) / (kSize * kThreads * kParts) * kSize * kThreads;
   if constexpr (std::is_same_v<T, Kept>) {
-    for (int end = part; end <= kParts * part; end += part) {
-      for (int first = end - part + kSize * threadIdx.x; first < min(n, end); first += kSize * kThreads) {
+#pragma unroll 1
+    for (int i = 0; i < kParts; i++) {  // of which blocks behind a small vocabulary's end have none
+      for (int first = i * part + kSize * threadIdx.x; first < min(n, (i + 1) * part); first += kSize * kThreads) {
         if (aligned && first + kSize <= n)
           copy_async(reinterpret_cast<uint4*>(values + first), logits + first, true);
         else

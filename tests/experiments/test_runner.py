@@ -174,12 +174,20 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
 
 def test_each_worker_has_its_gpu_and_its_part_of_the_cores(monkeypatch):
     monkeypatch.setattr("cs336.experiments.runner.thread_count", lambda wanted: 16)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = [worker_environment(Local(workers=3, gpus=(4, 6)), slot) for slot in range(3)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in found] == ["4", "6", "4"]
     assert {e["OMP_NUM_THREADS"] for e in found} == {"5"}
     assert Local(gpus=(1, 2)).num_workers == 2
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in worker_environment(Local(threads=2), 0)
+
+
+def test_gpus_are_counted_among_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5f,7")
+    found = [worker_environment(Local(gpus=(1, 2)), slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert found == ["GPU-5f", "7"]
+    with pytest.raises(ValueError, match="GPU 3 is not there, 3 are"):
+        worker_environment(Local(gpus=(3,)), 0)
 
 
 def test_time_left(tmp_path):

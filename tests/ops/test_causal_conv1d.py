@@ -79,6 +79,16 @@ def test_no_nan_leaks_into_another_document(device):
     torch.testing.assert_close(taps[:, :-1], dtaps[:, :-1])  # the last meets each token itself
 
 
+@pytest.mark.parametrize("variant", ["triton", "ref"])
+def test_a_bias_with_gaps(device, variant):
+    x, weight, bias, _ = inputs((2, 9, 6), 4, F32, True, False, device)
+    if reason := registry.why_not("causal_conv1d_fwd", variant, x, weight, bias, None):
+        pytest.skip(reason)
+    apart = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]
+    with registry.use(variant):
+        assert torch.equal(ops.causal_conv1d(x, weight, apart), ops.causal_conv1d(x, weight, bias))
+
+
 def test_its_gradient_can_be_differentiated_again(device):
     x, weight = torch.randn(1, 5, 2, device=device).double().requires_grad_(), torch.randn(2, 3, device=device).double()
     torch.autograd.gradgradcheck(lambda x, w: ops.causal_conv1d(x, w), (x, weight.requires_grad_()))
@@ -97,6 +107,7 @@ def test_what_the_raw_ops_refuse(device):
     for args, message in (
         ((x.transpose(1, 2).contiguous().transpose(1, 2), weight, bias, None), "x must have its last dim contiguous"),
         ((x, weight.T.contiguous().T, bias, None), "weight must be contiguous"),
+        ((x, weight, torch.zeros(6, 2, device=device)[:, 0], None), "bias must have"),
         ((x, weight, bias, torch.zeros(2, 9)), "segments must be integers on"),
         ((x, weight.long(), bias, None), "weight must be floating point on"),
     ):

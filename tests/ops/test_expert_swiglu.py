@@ -7,6 +7,7 @@ from close import assert_close_to_ref
 
 from cs336 import ops
 from cs336.ops import registry
+from cs336.ops.expert_swiglu import pays
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
@@ -49,6 +50,11 @@ def test_against_fp64(variant, device, N, E, K, M, width, dtype):
 
     assert got.dtype == dtype
     assert_close_to_ref(got, by_row(x.double(), gate.double(), up.double()), by_row(x, gate, up))
+
+
+def test_does_not_pay_where_kernels_are_forced_that_it_has_none_of(device):
+    with registry.use("native"):
+        assert not pays(*inputs(9, 3, 2, 16, 16, BF16, device))
 
 
 def test_experts_without_rows_and_one_with_all(variant, device):

@@ -53,7 +53,7 @@ class ServerConfig:
     workers: int | None = None
     """Runs at once. None: as many as there are GPUs, else 2."""
     gpus: tuple[int, ...] = ()
-    """CUDA_VISIBLE_DEVICES of each worker in turn."""
+    """The GPU of each worker in turn, counted among those that the server sees."""
     target: float | None = None
     """FLOPs of the run that users predict."""
     deadline: str | None = None

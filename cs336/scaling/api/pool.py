@@ -20,6 +20,7 @@ from typing import Any
 from cs336.scaling.api.process import process_mark
 from cs336.scaling.api.store import Store
 from cs336.scaling.api.worker import taken_of
+from cs336.utils.gpus import visible_gpu
 from cs336.utils.threads import thread_count
 
 POLL = 0.1  # seconds between two looks
@@ -36,7 +37,8 @@ class Pool:
     def __init__(self, store: Store, backend: Any, workers: int, gpus: tuple[int, ...] = (), grace: float = GRACE):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        self.store, self.workers, self.gpus, self.grace = store, workers, gpus, grace
+        self.store, self.workers, self.grace = store, workers, grace
+        self.gpus = [visible_gpu(index) for index in gpus]
         self._facts = json.dumps(dataclasses.asdict(backend))
         self._processes: dict[int, subprocess.Popen] = {}  # by slot
         self._not_before = [0.0] * workers
@@ -101,7 +103,7 @@ class Pool:
     def _start(self, slot: int) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, thread_count(None) // self.workers))}
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot % len(self.gpus)])
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         self._log(slot).parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "cs336.scaling.api.worker", str(self.store.directory), self._facts]
         with open(self._log(slot), "ab") as output:
