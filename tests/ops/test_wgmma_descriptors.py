@@ -108,7 +108,7 @@ def test_descriptors_are_of_shared_memory(tmp_path):
     done = subprocess.run([sys.executable, __file__, tmp_path], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     kernels = list(map(json.loads, done.stdout.splitlines()))
-    assert len(kernels) == 6
+    assert len(kernels) == 7
     for name, products, wrong in kernels:
         assert products > 0, name
         assert wrong == [], f"{name}: {wrong}"
