@@ -28,10 +28,10 @@ def _library():
         pytest.skip("_C_cuda.so is not built: nvcc was not found")
 
 
-# With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a feature,
-# that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack. Sampling and
-# int8 and int4 of few rows with zero points are held to the registers of several blocks a multiprocessor. They were timed
-# as they are, not beside a form that keeps off the stack.
+# With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a
+# feature, that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack.
+# Sampling and int8 and int4 of few rows with zero points are held to the registers of several blocks a
+# multiprocessor. They were timed as they are, not beside a form that keeps off the stack.
 SPILLS = {  # kernel: bytes of stack that it may have
     r"norm_bwd_kernelIf\w+Lb1E": 16,
     r"norm_bwd_kernelIfLi8ELi1E\w+Lb0E": 16,
