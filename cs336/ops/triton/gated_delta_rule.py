@@ -151,9 +151,9 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def corrected(k, v, beta, g, state, segments, every=1, inverses=True):
-    """The inverse of each chunk (B, H, N, C, C), if asked for, W and what keys leave (B, H, T, K), u and x (B, H, T, V),
-    the state before each chunk, or the first of `every` (B, H, N / every, K, V), all in k's dtype; what a chunk leaves
-    of a state (B, H, N) and the last state (B, H, K, V), in float32."""
+    """The inverse of each chunk (B, H, N, C, C), or None, W and what keys leave (B, H, T, K), u and x (B, H, T, V), the
+    state before each chunk, or the first of `every` (B, H, N / every, K, V), all in k's dtype; what a chunk leaves of a
+    state (B, H, N) and the last state (B, H, K, V), in float32."""
     (B, H, T, V), K = v.shape, k.shape[-1]
     cuts = plan(K, V, v.dtype, v.device)
     C = cuts["solve"]["CHUNK"]

@@ -1,8 +1,9 @@
 """Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
 
 One kernel sums up each chunk's decays; one walks the chunks of a head in order and leaves the state before each; one
-takes all rows side by side, some of a chunk at a time, and makes their outputs. A long walk goes in parts, side by side: each first adds up its
-own chunks, then starts from what the parts before it have left. A head's sums depend on nothing but its own sequence.
+takes all rows side by side, some of a chunk at a time, and makes their outputs. A long walk goes in parts, side by
+side: each first adds up its own chunks, then starts from what the parts before it have left. A head's sums depend on
+nothing but its own sequence.
 """
 
 import torch
