@@ -13,8 +13,8 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
-MOST_CHUNKS = 64  # that are walked at once
-PART = 16  # chunks of a part of a longer walk
+MOST_TOKENS = 4096  # that are walked at once
+PART = 1024  # tokens of a part of a longer walk
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
     (B, H, T, V), K = y.shape, x.shape[-1]
     weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
     N = through.shape[2]
-    parts = 1 if N <= MOST_CHUNKS else triton.cdiv(N, PART)
+    parts = 1 if T <= MOST_TOKENS else min(N, triton.cdiv(T, PART))
     before, last = y.new_empty(B, H, N, K, V), y.new_empty(B, H, K, V, dtype=torch.float32)
     sums, kept = (y.new_empty(B, H, parts, n, dtype=torch.float32) for n in (K * V, 1))
     state = None if state is None else state.contiguous()
