@@ -207,6 +207,8 @@ class _Steps:
         self._capturable = on_gpu and not ranks.is_divided(model) and not waits_for_experts(model)
         self._taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids_B1: Tensor
+        self._features_BM: Tensor
 
     def take(self, ids_B: Tensor) -> Tensor:
         """What the head reads after each row's next token: (B, M)."""

@@ -104,7 +104,7 @@ class LinearAttention(nn.Module):
         if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
         context = Context() if context is None else context
-        if is_step(x_BSM, context, state):
+        if state is not None and is_step(x_BSM, context, state):
             return self._step(x_BSM[:, 0], context, state)[:, None]
         config, H, conv = self.config, self.config.num_heads, None if state is None else state.conv
         qkv = in_a_row(x_BSM, (self.q_proj, self.k_proj, self.v_proj))
@@ -134,16 +134,20 @@ class LinearAttention(nn.Module):
         layers = self._reading()
         sizes = (H * (2 * K + V), H * V, *(H for _ in layers[4:]))
         qkv, gate, *gates = in_a_row(x_BM, layers).split(sizes, -1)
-        qkv = F.silu(qkv) if state.conv is None else self.conv1d.step(qkv, context, state.conv)
+        if self.conv1d is None or state.conv is None:
+            qkv = F.silu(qkv)
+        else:
+            qkv = self.conv1d.step(qkv, context, state.conv)
         q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split((H * K, H * K, H * V), -1))
-        options = {"beta": gates.pop()} if self.b_proj is not None else {}
+        options: dict[str, Any] = {"beta": gates.pop()} if self.b_proj is not None else {}
         if self.a_proj is not None:
             options |= {"g": gates.pop(), "A_log": self.A_log, "dt_bias": self.dt_bias}
         elif self.decay is not None:
             options["g"] = self.decay.g.expand(len(x_BM), H)
         options |= {"norm": self.o_norm.weight, "eps": self.o_norm.eps, "gate": gate.unflatten(-1, (H, V))}
-        place = context.lengths, context.rows
-        return self.o_proj(ops.recurrent_step_(state.memory.states, q, k, v, *place, **options).flatten(-2))
+        assert context.lengths is not None
+        o_BHV = ops.recurrent_step_(state.memory.states, q, k, v, context.lengths, context.rows, **options)
+        return self.o_proj(o_BHV.flatten(-2))
 
     def _reading(self) -> list[Linear]:
         """What reads x: q, k, v and the gate of the output; of each head the decay's and the delta rule's gates."""

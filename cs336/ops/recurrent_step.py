@@ -63,8 +63,8 @@ def recurrent_step_(
     the memory is skipped, and its y undefined.
     """
     scale = default_scale(q) if scale is None else scale
-    q, k, v, gate = (x if x is None or x.dim() == 0 else rows(x) for x in (q, k, v, gate))
-    args: Any = memory, q, k, v, lengths, places, g, A_log, dt_bias, beta, D, norm, gate, scale, eps
+    read = [x if x is None or x.dim() == 0 else rows(x) for x in (q, k, v, gate)]
+    args: Any = memory, *read[:3], lengths, places, g, A_log, dt_bias, beta, D, norm, read[3], scale, eps
     _check(*args)
     return run("recurrent_step_", *args)
 
