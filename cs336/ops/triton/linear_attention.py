@@ -237,7 +237,7 @@ def outputs_plan(V: int, cut: dict[str, int], dtype: torch.dtype, device: torch.
     read. Scores are made once for 128 features of values where those fit."""
     cut = cut | {"ROWS": cut["CHUNK"], "CHUNK": cut["CHUNK"] * (2 if dtype.itemsize == 2 else 1)}
     wide = V > 64 and dtype.itemsize == 2 and roomy(device) and not INTERPRET.value
-    return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 2} if wide else cut
+    return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 3} if wide else cut
 
 
 def strides(x) -> tuple[int, ...]:
