@@ -28,7 +28,9 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:
         """(B, S) float32: at each token, the worth of the text up to it. What follows a token does not change it."""
-        return self.head(self.model.features(token_ids_BS).float())[..., 0]
+        features_BSM = self.model.features(token_ids_BS)
+        with torch.autocast(features_BSM.device.type, enabled=False):  # bfloat16 would leave a score 8 bits
+            return self.head(features_BSM.float())[..., 0]
 
     def score(self, token_ids_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """(B,) float32: of rows padded on the right, at their last token. lengths_B: (B,) int64 of 1..S."""
