@@ -52,3 +52,21 @@ def test_what_is_refused_leaves_the_log(tmp_path, capsys):
     log.write_bytes(kept.encode().replace(b'"a"', b'"\xe9"'))  # Latin-1: not read as another name, which would be kept
     with pytest.raises(ValueError, match=r"log.jsonl:1 is no forecast"):
         read(log)
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.json"])
+def test_a_file_of_seeds_is_graded_by_their_mean(name, tmp_path, capsys):
+    log, runs = ["--log", str(tmp_path / "log.jsonl")], tmp_path / name
+    rows = [{"parameters": 1e9, "tokens": 2e10, "loss": loss} for loss in (2.4, 2.6)]
+
+    def write(rows):
+        lines = ["parameters,tokens,loss", *(",".join(map(str, row.values())) for row in rows)]
+        runs.write_text(json.dumps(rows) if runs.suffix == ".json" else "\n".join(lines))
+
+    assert main(["scaling", "forecast", "epoch", "--name", "a", "--parameters", "1e9", "--tokens", "2e10", *log]) == 0
+    write([*rows, {"parameters": 1e9, "tokens": 3e10, "loss": 2.3}])
+    assert main(["scaling", "grade", "a", "--study", str(runs), *log]) == 2
+    assert f"{name} has 2 runs: a forecast is of one, or of several seeds of it" in capsys.readouterr().err
+    write(rows)
+    assert main(["scaling", "grade", "a", "--study", str(runs), *log]) == 0
+    assert read(tmp_path / "log.jsonl")[0].measured == 2.5
