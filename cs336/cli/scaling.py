@@ -325,8 +325,8 @@ def grade(
     Args:
         name: as it was forecast.
         loss: that was measured, in nats a token.
-        study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts; or
-            a file of such runs, as for `fit`.
+        study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts;
+            or a file of such runs, as for `fit`.
         log: JSON lines, a forecast each.
     """
     from cs336.scaling import forecast as forecasts
