@@ -7,7 +7,7 @@ import pytest
 import torch
 from killing import kill_once_saved
 from test_dpo_stage import preferences
-from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+from tiny_policy import Recorder, rows_of, save_model, tokenizer, without_time, write_rows
 
 from cs336.alignment import PPOConfig, RewardModel, Rollouts, ppo, ppo_step, response_mask, rollout, sequence_log_probs
 from cs336.alignment.ppo import ActorCritic, KLControl, shaped_rewards, value_loss_terms, whiten
@@ -82,18 +82,6 @@ def drawn(lengths, prompt=3):
     ids_BS = torch.randint(44, (len(lengths), S)).masked_fill(torch.arange(S) >= rows_B[:, None], 0)
     mask_BT = response_mask(torch.full((len(lengths),), prompt), rows_B, S)
     return Rollouts([""] * len(lengths), ids_BS, mask_BT, torch.zeros(mask_BT.shape), torch.zeros(len(lengths)).bool())
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradients of each step, and the weights as they are."""
-
-    def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.0)
-        self.grads = []
-
-    def step(self, *, grad_scale):
-        given = [p.grad for p in self.param_groups[0]["params"]]
-        self.grads.append([grad * grad_scale for grad in given if grad is not None])
 
 
 def test_a_part_is_as_wide_as_its_longest_row_and_a_step_the_same_whatever_the_parts(monkeypatch):
