@@ -35,8 +35,8 @@ OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).pare
 
 def parse(argv: list[str]) -> argparse.Namespace:
     others = (
-        "collectives, parallel: of several processes; offline MODEL, latency MODEL, serve URL: answers of an engine. Each "
-        "has its own --help."
+        "collectives, parallel: of several processes; offline MODEL, latency MODEL, serve URL: answers of an engine. "
+        "Each has its own --help."
     )
     parser = argparse.ArgumentParser("cs336 bench", description=__doc__.splitlines()[0], epilog=others)
     kinds = parser.add_subparsers(dest="kind", required=True)
