@@ -236,6 +236,8 @@ def predict(
     constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens, *decays)
     if (flops is None) == (parameters is None) or (parameters is None) != (tokens is None):
         raise ValueError("say --flops, or --parameters and --tokens")
+    if inference_tokens and flops is None:
+        raise ValueError("--inference-tokens go with --flops: they choose a size, and --parameters says one")
     if parameters is not None and tokens is not None:
         print(f"loss {float(constrained.loss(parameters, tokens)):.4f}")
         if fitted is not None and fitted.resampled and unique_tokens is None:

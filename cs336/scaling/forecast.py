@@ -16,7 +16,7 @@ from cs336.utils.files import replacing
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one run. Losses are in nats a token."""
+    """Of one run. Losses are in nats a token. Raises ValueError for numbers that are none."""
 
     name: str
     parameters: float
@@ -31,6 +31,15 @@ class Forecast:
     graded: str | None = None
     flops: float | None = None
     """As the law counts them; None of a law of parameters and tokens."""
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be text, got {self.name!r}")
+        numbers = {name: getattr(self, name) for name in ("parameters", "tokens", "loss", "low", "high", "confidence")}
+        numbers |= {name: getattr(self, name) for name in ("measured", "flops") if getattr(self, name) is not None}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
 
     @property
     def error(self) -> float | None:
@@ -51,7 +60,7 @@ def read(log: pathlib.Path) -> list[Forecast]:
     for number, line in enumerate(log.read_bytes().splitlines(), 1):
         try:
             found.append(Forecast(**json.loads(line.decode())))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{log}:{number} is no forecast: {error}") from None
     return found
 

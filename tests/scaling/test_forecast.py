@@ -1,6 +1,7 @@
 """A forecast is written before, graded after, and neither is changed."""
 
 import json
+import math
 
 import pytest
 
@@ -52,6 +53,24 @@ def test_what_is_refused_leaves_the_log(tmp_path, capsys):
     log.write_bytes(kept.encode().replace(b'"a"', b'"\xe9"'))  # Latin-1: not read as another name, which would be kept
     with pytest.raises(ValueError, match=r"log.jsonl:1 is no forecast"):
         read(log)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"loss": "2"}, "loss must be"), ({"loss": 0}, "loss must be"), ({"low": math.nan}, "low must be"),
+     ({"high": None}, "high must be"), ({"tokens": True}, "tokens must be"), ({"name": 5}, "name must be text"),
+     ({"measured": "x"}, "measured must be"), ({"more": 1}, "more")],
+)  # fmt: skip
+def test_a_log_of_other_things_is_none(change, message, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    row = {"name": "a", "parameters": 1e9, "tokens": 1e10, "loss": 2.5, "low": 2.4, "high": 2.6, "confidence": 0.95}
+    log.write_text(json.dumps(row | {"made": "2026-11-30"} | change))
+    kept = log.read_bytes()
+    assert main(["scaling", "grade", "a", "2.5", "--log", str(log)]) == 2
+    said = capsys.readouterr().err
+    assert "log.jsonl:1 is no forecast" in said
+    assert message in said
+    assert log.read_bytes() == kept
 
 
 @pytest.mark.parametrize("name", ["runs.csv", "runs.json"])
