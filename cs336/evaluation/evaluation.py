@@ -95,7 +95,10 @@ def evaluate_text(
     """`evaluate` on documents. Raises ValueError, too, if there are none."""
     with tempfile.TemporaryDirectory() as shards:
         tokenize_documents(documents, tokenizer, shards, progress=True)
-        return evaluate(model, tokenizer, shards, train, **options)
+        try:
+            return evaluate(model, tokenizer, shards, train, **options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(shards, options.get("text") or "the text")) from None
 
 
 def last_step(run_dir: str | os.PathLike) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from cs336.scaling.compute import ComputeFit
 from cs336.scaling.fit import Fit
 from cs336.utils.files import replacing
+from cs336.utils.locks import in_turn
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def forecast(
 
     flops: of a law of compute, 6 parameters * tokens if not given.
 
-    Raises ValueError for a name that the log has.
+    Raises ValueError for a name that the log has. Processes that write one log take turns.
     """
     whole = 6 * parameters * tokens if flops is None else flops
     for what, value in (("parameters", parameters), ("tokens", tokens), ("flops", whole)):
@@ -88,9 +89,6 @@ def forecast(
             raise ValueError(f"{what} must be positive and finite, got {value}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    made = read(log)
-    if any(name == other.name for other in made):
-        raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
     if isinstance(fit, ComputeFit):
         if unique_tokens is not None:
             raise ValueError("a law of compute does not tell tokens that are read again: leave unique_tokens out")
@@ -99,7 +97,12 @@ def forecast(
         loss, (low, high) = fit.predict(parameters, tokens, confidence, unique_tokens=unique_tokens)
     counted = whole if isinstance(fit, ComputeFit) else None
     new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now(), flops=counted)
-    _write(log, [*made, new])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with in_turn(log.parent):
+        made = read(log)
+        if any(name == other.name for other in made):
+            raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
+        _write(log, [*made, new])
     return new
 
 
@@ -107,14 +110,19 @@ def grade(log: pathlib.Path, name: str, measured: float) -> Forecast:
     """Write down what a run reached. Raises ValueError without its forecast, and where it was graded before."""
     if not (measured > 0 and math.isfinite(measured)):
         raise ValueError(f"a measured loss must be positive and finite, got {measured}")
-    made = read(log)
-    places = [i for i, other in enumerate(made) if other.name == name]
-    if not places:
-        raise ValueError(f"{log} has no forecast of {name!r}: there are {', '.join(f.name for f in made) or 'none'}")
-    if made[places[0]].measured is not None:
-        raise ValueError(f"{name!r} was graded at {made[places[0]].graded}, with {made[places[0]].measured}")
-    made[places[0]] = replace(made[places[0]], measured=measured, graded=_now())
-    _write(log, made)
+    if not log.parent.is_dir():
+        raise ValueError(f"{log} has no forecast of {name!r}: there are none")
+    with in_turn(log.parent):
+        made = read(log)
+        places = [i for i, other in enumerate(made) if other.name == name]
+        if not places:
+            known = ", ".join(f.name for f in made) or "none"
+            raise ValueError(f"{log} has no forecast of {name!r}: there are {known}")
+        before = made[places[0]]
+        if before.measured is not None:
+            raise ValueError(f"{name!r} was graded at {before.graded}, with {before.measured}")
+        made[places[0]] = replace(before, measured=measured, graded=_now())
+        _write(log, made)
     return made[places[0]]
 
 
@@ -127,7 +135,6 @@ def score(forecasts: list[Forecast]) -> tuple[float, float] | None:
 
 
 def _write(log: pathlib.Path, forecasts: list[Forecast]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
     with replacing(log) as file:
         file.writelines(json.dumps(asdict(f)) + "\n" for f in forecasts)
 

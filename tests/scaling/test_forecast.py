@@ -2,12 +2,13 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cs336.cli import main
-from cs336.scaling import EPOCH
-from cs336.scaling.forecast import read, score
+from cs336.scaling import EPOCH, EPOCH_FIT
+from cs336.scaling.forecast import forecast, grade, read, score
 
 
 def test_forecast_then_grade(tmp_path, capsys):
@@ -71,6 +72,16 @@ def test_a_log_of_other_things_is_none(change, message, tmp_path, capsys):
     assert "log.jsonl:1 is no forecast" in said
     assert message in said
     assert log.read_bytes() == kept
+
+
+def test_nothing_is_lost_where_many_write_one_log(tmp_path):
+    log, names = tmp_path / "logs" / "log.jsonl", [f"run {i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: forecast(log, EPOCH_FIT, name, 1e9, 2e10), names))
+        list(pool.map(lambda name: grade(log, name, 2.5), names))
+    found = read(log)
+    assert sorted(f.name for f in found) == sorted(names)
+    assert {f.measured for f in found} == {2.5}
 
 
 @pytest.mark.parametrize("name", ["runs.csv", "runs.json"])
