@@ -9,6 +9,7 @@ mode, without dropout, so that both see the same function. Metrics have TRL's na
 B = responses of a step, S = tokens of a row, T = S - 1 predictions, P = prompts.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,8 +77,13 @@ class GRPOConfig:
             raise ValueError(f"seed must be in 0..2**20 - 1, got {self.seed}")
         if self.loss_type not in KINDS:
             raise ValueError(f"loss_type must be one of {', '.join(KINDS)}, got {self.loss_type!r}")
-        if self.beta < 0 or not self.max_grad_norm > 0:
+        if not 0 <= self.beta < math.inf or not self.max_grad_norm > 0:
             raise ValueError(f"beta must be 0 or more and max_grad_norm above 0, got {self.beta}, {self.max_grad_norm}")
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if not (0 <= self.epsilon < 1 and 0 <= high < math.inf):
+            raise ValueError(f"epsilon must be in 0..1 and epsilon_high 0 or more, got {self.epsilon} and {high}")
+        if math.isnan(self.expert_threshold):
+            raise ValueError("expert_threshold must be a number, got nan: no reward is more")
         if self.importance_cap is not None and not (self.importance_cap > 0 and self.temperature == 1):
             raise ValueError(
                 "importance_cap must be above 0, and temperature 1, for the engine's log-probabilities are before it, "

@@ -97,6 +97,8 @@ def pairs(
     from cs336.inference import LLM
     from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
+    if label != "judge" and (judge is not None or rubric is not None):
+        raise ValueError(f"--judge and --rubric go with --label judge: {label} asks no judge")
     check_output(out, prompts)
     asked = read_prompts(prompts)
     llm = LLM(model, device=device, quiet=True)

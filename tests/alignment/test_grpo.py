@@ -165,6 +165,8 @@ def test_divergence_from_a_reference():
     [
         {"num_generations": 1}, {"prompts_per_step": 0}, {"max_tokens": 0}, {"num_iterations": 0}, {"temperature": 0.0},
         {"micro_batch_size": 0}, {"loss_type": "ppo"}, {"beta": -1.0}, {"max_grad_norm": 0.0}, {"seed": -1},
+        {"beta": math.nan}, {"epsilon": math.nan}, {"epsilon_high": math.nan}, {"epsilon": -0.1},
+        {"expert_threshold": math.nan},
     ],
 )  # fmt: skip
 def test_config_refuses(options):

@@ -296,6 +296,8 @@ def test_rewards_add_up_by_their_weights():
     assert CharactersReward()("1234", "124") == 0
     with pytest.raises(ValueError, match="nothing to learn from"):
         Rewards([ExactReward(weight=0.0)])
+    with pytest.raises(ValueError, match="weight of a reward must be finite, exact has nan"):
+        Rewards([MathReward(), ExactReward(weight=math.nan)])
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
