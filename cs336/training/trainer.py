@@ -354,13 +354,13 @@ class Trainer:
             world=ranks,
         )
         flops = config.model.flops_per_token() * self.tokens_per_step
+        need = self.learner.predicted_memory()
         self.decisions = Decisions(
             config,
             tokens_per_step=self.tokens_per_step,
             flops_per_step=flops,
             pauses=[evaluator.pause for evaluator in self.evaluators],
-            saved_bytes=config.model.num_parameters() * self.learner.weight_dtype.itemsize
-            + division.optimizer.state_bytes(),
+            saved_bytes=need.weights + need.optimizer,
         )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.meter, self.guard = Meter(self.tokens_per_step), StepGuard(config.guard)
