@@ -69,7 +69,7 @@ class TrainConfig:
     """torch.compile the layers, those of one kind once for all of them. None: on a GPU."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step once and replay it, where the host would be slower than the GPU. auto: on a GPU, if the memory of
-    a step is less than a third of the device's and the optimizer can."""
+    a step is less than half of the device's and the optimizer can."""
     deterministic: bool = False
     """On a GPU, repeat a run bit for bit, stopped and continued or not: 0.2 % slower for a GPT-2 of 124M on an H200,
     more where sequences are longer, for faster gradients of attention add in any order there. A CPU is deterministic
