@@ -12,6 +12,7 @@ TOKENS/val are made by `cs336 tokenizer encode --shards`, here of GPT-2's vocabu
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 import pathlib
@@ -71,7 +72,14 @@ def learn(name: str, config: TrainConfig, share: int, gpu: int | None = None) ->
         "tokens_per_second": round(speed, 1),
         "mfu": round(100 * speed * model.flops_per_token() / peak, 2) if peak else None,
         "val_loss": round(found.val["val/loss"], 4),
+        "curve": curve(config.run_dir),
     } | ({"val_bpb": round(found.val["val/bpb"], 4)} if "val/bpb" in found.val else {})
+
+
+def curve(run_dir: pathlib.Path) -> list[tuple[float, float]]:
+    """Seconds and loss of each validation."""
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(round(row["seconds"], 1), round(row["val/loss"], 4)) for row in rows if "val/loss" in row]
 
 
 def race(entries: Sequence[tuple[str, TrainConfig]], beside: bool, gpus: int, pool: Pool) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future
 import pytest
 import tiny_run
 
-from benchmarks import report
+from benchmarks import report, training_tables
 from benchmarks.end_to_end import bench_recipes
 from cs336.models import TransformerConfig
 from cs336.optim import MuonConfig
@@ -66,6 +66,7 @@ def test_the_best_rates_of_the_sweep_run_last(tmp_path, recipes, capsys):
     assert again[-1]["share_of_gpu"] == "1/1"
     table = "\n".join(report.BODIES["recipes"](rows))
     assert "| best | " in table
+    assert rows[-2]["curve"][-1][1] == rows[-2]["val_loss"]
     assert "0.01 of 1e-09, 0.01" in table
 
 
@@ -79,6 +80,18 @@ def test_one_rate_needs_no_sweep_and_no_seconds_no_run(tmp_path, recipes):
     both = {"best": [1e-2, 1e-3], "gpt2": [1e-2]}
     rows = bench_recipes.compare(recipes, both, tmp_path / "b", seconds=0, **settings)
     assert [row["stage"] for row in rows] == ["sweep"] * 3
+
+
+def test_the_table_says_when_the_better_one_was_as_good():
+    def row(name, curve):
+        return {"recipe": name, "curve": curve}
+
+    both = [row("best", [(20.0, 5.0), (40.0, 3.5), (80.0, 3.0)]), row("gpt2", [(30.0, 6.0), (79.0, 3.6)])]
+    lines = list(training_tables.curves(both))
+    assert lines[1].startswith("| validation loss after | 10 s | 20 s | 30 s | 40 s ")
+    assert lines[3] == "| best |  | 5.000 | 5.000 | 3.500 | 3.500 | 3.500 | 3.500 | 3.000 |"
+    assert lines[-1] == "best had come to gpt2's last loss after 40 s."
+    assert not list(training_tables.curves([row("best", [(1.0, 2.0)]), {"recipe": "gpt2"}]))
 
 
 @pytest.mark.parametrize(
