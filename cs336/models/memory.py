@@ -67,8 +67,9 @@ def training_memory(
     width = weight_bytes if compute_bytes is None else compute_bytes
     tokens = batch_size * (config.context_length if context_length is None else context_length)
     parameters, V = config.num_parameters(), config.vocab_size
-    capped = width * V if config.logit_softcap is None else 8 * V  # float32 before and after the cap
-    gradient = (width if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
+    wide = width if config.logit_softcap is None else max(4, width)
+    capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
+    gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
     logits = tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
     if fused_head:  # a chunk of them, and float32 gradients of what the head reads, in parts and whole, and of the head
         chunk = min(tokens, default_chunk_size(tokens, V, width, "cuda" if compiled else "cpu"))
