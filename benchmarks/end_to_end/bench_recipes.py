@@ -34,7 +34,7 @@ Row = dict[str, Any]
 Pool = Callable[[int], Executor]  # of so many processes
 Keep = Callable[[list[Row]], None]  # called with all rows that there are, after each
 
-RATES = {"best": (1.5e-3, 3e-3, 6e-3), "gpt2": (3e-4, 6e-4, 1.2e-3)}
+RATES = {"best": (1e-3, 2e-3, 4e-3), "gpt2": (3e-4, 6e-4, 1.2e-3)}
 """Swept, by the recipe's name."""
 
 
