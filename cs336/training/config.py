@@ -160,16 +160,16 @@ FREE = {
     "eval_interval",
 }
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
-FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel"}
+FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel", "objective.fused_head"}
 
 
 def differences(saved: Any, wanted: Any, free: Collection[str] = FREE) -> list[str]:
     """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each.
 
-    free: fields of it that may.
+    free: fields of it that may, or dotted keys.
     """
     before, after = dict(flat(saved)), dict(flat(wanted))
-    names = [key for key in before | after if key.split(".")[0] not in free]
+    names = [key for key in before | after if key not in free and key.split(".")[0] not in free]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in names if before.get(k) != after.get(k)]
 
 
