@@ -86,7 +86,8 @@ class TrainConfig:
     sample_interval: int | None = None
     """Steps between samples. None: a tenth of the run."""
     checkpoint_interval: int | None = None
-    """Steps between checkpoints. None: a tenth of the run."""
+    """Steps between checkpoints. None: a tenth of the run. 0: at the end or when it is stopped; a run that is killed
+    begins anew."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     async_checkpoints: bool | None = None
