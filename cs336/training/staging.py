@@ -23,7 +23,8 @@ class Staging:
         tensors = [tensor for found in kinds.values() for tensor in found.values()]
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self._have(sum(_room(tensor) for tensor in tensors), pinned=bool(devices))
-        end, copies = 0, {}
+        end = 0
+        copies: dict[str, dict[str, Tensor]] = {}
         for kind, found in kinds.items():
             copies[kind] = {}
             for name, tensor in found.items():
