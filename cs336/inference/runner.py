@@ -96,6 +96,11 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: main.wait_stream(side)
 
 
+def waits_for_experts(model: Transformer) -> bool:
+    """Whether the host reads the loads of experts in each step."""
+    return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
+
+
 def _capturable(model: Transformer) -> bool:
     """Whether a decoding step can be captured: one in which the host waits for the device, as plain torch does for what
     tensors hold, cannot be."""
@@ -105,7 +110,7 @@ def _capturable(model: Transformer) -> bool:
     slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
     if slow:
         reason = f"{', '.join(slow)} run plain torch ({registry.missing(slow[0], 'native', device)})"
-    elif any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList)):
+    elif waits_for_experts(model):
         reason = "the host waits for the loads of these experts, which it does not of stacks in bfloat16 on Hopper"
     else:
         return True
