@@ -38,9 +38,10 @@ struct AttentionBwdShape {
 inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false, false},
                                                             {96, 96, 64, 128, true, false},
                                                             {128, 128, 64, 128, true, false},
-                                                            {192, 128, 64, 64, false, true},
-                                                            {256, 256, 64, 64, false, true}};
+                                                            {192, 128, 64, 128, false, true},
+                                                            {256, 256, 64, 128, false, true}};
 inline constexpr int kAttentionBwdRows = 128;
+inline constexpr int kAttentionBwdCluster = 2;  // blocks that share the keys of a tile of wide heads
 
 template <typename Shape, int kCount>
 constexpr const Shape* find_attention_shape(const Shape (&shapes)[kCount], int head_dim, int value_dim) {
@@ -127,7 +128,8 @@ inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
 // blocks would be too few to balance: the longest, with 64/8 heads of 2k tokens, has twice the average work.
 inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;  // with one head each
+  const int64_t tiles = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;
+  const int64_t blocks = tiles * (shape->wide ? kAttentionBwdCluster : 1);  // with one head each
   int heads = p.q_heads / p.kv_heads;
   while (heads % 2 == 0 && blocks / heads < 3 * num_sms) heads /= 2;
   return heads;
