@@ -41,9 +41,9 @@ struct BwdKeysTile {
     uint64_t kv_full, kv_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     uint64_t p_full[2], p_empty[2];
-    uint64_t work_full[2], work_empty[2], index_full[2];
+    uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
-    int index[2];  // of a tile, from the cluster's first block
+    ClusterDraws draws;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
 };
@@ -71,21 +71,16 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
     BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
     w.kv_head = -1;
-    if (block == 0) {  // draws for both
+    if (block == 0) {
       int index;
       while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
         index = atomicAdd(a.counter, 1);
         if (index >= a.order.count()) break;
         announce<Tile>(a, index, w);
       }
-      store_at(&shared.index[round % 2], index, &shared.index_full[round % 2], 1);
-    } else {
-      barrier_arrive_expect(&shared.index_full[round % 2], 4);
-      barrier_wait(&shared.index_full[round % 2], round / 2 & 1);
-      const int index = shared.index[round % 2];
-      if (index < a.order.count()) announce<Tile>(a, index, w);
-      w.key0 += Tile::kBlockKeys;
-    }
+      shared.draws.tell<Tile::kCluster>(round, index);
+    } else if (const int index = shared.draws.hear(round); index < a.order.count())
+      announce<Tile>(a, index, w), w.key0 += block * Tile::kBlockKeys;
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.kv_head < 0) break;
 

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_keys_kernel(c
     for (int i = 0; i < 2; i++) {
       barrier_init(&shared.p_full[i], 4), barrier_init(&shared.p_empty[i], 4);
       barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps);
-      barrier_init(&shared.index_full[i], 1);
     }
+    shared.draws.init();
     barrier_init_fence();
   }
   cluster_sync();

@@ -38,9 +38,8 @@ struct FwdTile {
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
-  // Blocks side by side at tiles of the same head, each of which loads a part of every block of keys for all.
-  static constexpr int kCluster = kCluster_;
-  static_assert(kCluster == 1 || (kMask == Mask::kNone && kKeys % (8 * kCluster) == 0));
+  static constexpr int kCluster = kCluster_;   // blocks with the same keys, of which each loads a part for all
+  static_assert(kKeys % (8 * kCluster) == 0);
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
@@ -65,6 +64,7 @@ struct FwdTile {
     uint64_t v_full[kStages], v_empty[kStages];
     uint64_t work_full[2], work_empty[2];
     FwdWork work[2];
+    ClusterDraws draws;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
 };
@@ -77,17 +77,20 @@ struct FwdArgs {
   float* lse;          // (batch, q heads, q tokens)
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
-  float cap_factor;    // of the scores in tanh
-  float scale;         // of the scores; with a cap: of the tanh
-  float scale_log2;    // times log2(e)
+  int cluster_heads;  // the blocks of a cluster are at so many heads that share keys; 1: at row tiles behind each other
+  float cap_factor;   // of the scores in tanh
+  float scale;        // of the scores; with a cap: of the tanh
+  float scale_log2;   // times log2(e)
 };
 
 template <class Tile>
 __device__ __forceinline__ FwdWork fwd_work(const FwdArgs& a, int index) {
-  const TileOrder::Tile tile = a.order.tile<true>(index, a.q_heads, Tile::kRows * Tile::kCluster);
+  const int heads = Tile::kCluster > 1 ? a.cluster_heads : 1, block = Tile::kCluster > 1 ? block_of_cluster() : 0;
+  const TileOrder::Tile tile =
+      a.order.tile<true>(index, a.q_heads / heads, Tile::kRows * (heads > 1 ? 1 : Tile::kCluster));
   if (tile.rows.sequence < 0) return {.head = -1};
-  FwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, tile.head / a.group, {}};
-  if constexpr (Tile::kCluster > 1) w.row0 += block_of_cluster() * Tile::kRows;
+  const int head = tile.head * heads + block % heads;
+  FwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0 + block / heads * Tile::kRows, head, head / a.group, {}};
   w.blocks = visible_blocks<Tile::kMask, Tile::kKeys>(a.window, w.sequence, w.row0, Tile::kRows);
   return w;
 }
@@ -126,16 +129,15 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   constexpr int kKPanels = num_panels(Tile::kHeadDim), kVPanels = num_panels(Tile::kValueDim);
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.o);
   int count = 0;  // blocks of K and V asked for
-  // Tiles are drawn. A cluster, whose blocks must agree and whose tiles are equally long, takes every so many instead.
   int tile = blockIdx.x / Tile::kCluster;
+  const bool draws = Tile::kCluster == 1 || block_of_cluster() == 0;
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
-    int drawn;  // the tile after this one, less all blocks; nobody waits for it before this one's copies are under way
+    int drawn = 0;  // the tile after this one; nobody waits for it before this one's copies are under way
     w.head = -1;
     while (tile < a.order.count()) {
-      drawn = Tile::kCluster == 1 ? atomicAdd(a.counter, 1)
-                                  : tile - static_cast<int>(gridDim.x - gridDim.x / Tile::kCluster);
+      if (draws) drawn = atomicAdd(a.counter, 1);
       w = fwd_work<Tile>(a, tile);
       if (w.head >= 0) break;
       tile = gridDim.x + drawn;  // packed sequences have gaps between their tiles
@@ -166,7 +168,13 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
-    tile = gridDim.x + drawn;
+    tile = gridDim.x / Tile::kCluster + drawn;
+    if constexpr (Tile::kCluster > 1) {
+      if (draws)
+        shared.draws.template tell<Tile::kCluster>(round, tile);
+      else
+        tile = shared.draws.hear(round);
+    }
   }
 }
 
@@ -237,8 +245,8 @@ struct FwdConsumer {
   __device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
     if (lane == 0) barrier_arrive(barrier);
   }
-  // A stage of keys, which all blocks of the cluster fill.
-  __device__ __forceinline__ void release_keys(uint64_t* barrier) {
+  // What all blocks of the cluster fill, or have to be done with.
+  __device__ __forceinline__ void release_to_all(uint64_t* barrier) {
     if constexpr (Tile::kCluster > 1) {
       if (lane < Tile::kCluster) barrier_arrive_at(barrier, lane);
     } else
@@ -264,7 +272,7 @@ struct FwdConsumer {
     barrier_wait(&shared.k_full[ring.stage], ring.parity);
     start_scores(ring.stage);
     wgmma_wait<0>(s);
-    release_keys(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     cap_scores();
     if (masked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     softmax.begin(s, a.scale_log2);
@@ -285,7 +293,7 @@ struct FwdConsumer {
     start_output(v_stage);
     pass_turn();
     wgmma_wait<1>(s);
-    release_keys(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     cap_scores();
     if constexpr (kMasked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     float fade[2];
@@ -293,7 +301,7 @@ struct FwdConsumer {
     // The compiler moves this wait up, to before most of the exponentials. Holding it here did not run faster: the
     // other warpgroups keep the tensor cores busy.
     wgmma_wait<0>(o);
-    release_keys(&shared.v_empty[v_stage]);
+    release_to_all(&shared.v_empty[v_stage]);
     round_weights();
     if (__any_sync(~0u, moved)) {
 #pragma unroll
@@ -304,9 +312,9 @@ struct FwdConsumer {
   // A block that none of the warpgroup's rows sees passes through its hands.
   __device__ __forceinline__ void skip_block() {
     barrier_wait(&shared.k_full[ring.stage], ring.parity);
-    release_keys(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     barrier_wait(&shared.v_full[ring.stage], ring.parity);
-    release_keys(&shared.v_empty[ring.stage]);
+    release_to_all(&shared.v_empty[ring.stage]);
     await_turn();
     pass_turn();
     ring.advance();
@@ -400,12 +408,12 @@ struct FwdConsumer {
       const int v_stage = ring.stage;
       finish_rows(w, row);
       wgmma_wait<0>(o);
-      release_keys(&shared.v_empty[v_stage]);
+      release_to_all(&shared.v_empty[v_stage]);
       store_output(w, first_row);
       ring.advance();
       skip_rest(w, first_row);
       __syncwarp();
-      release(&shared.work_empty[round % 2]);
+      release_to_all(&shared.work_empty[round % 2]);
     }
     if (thread == 0) wait_out_read();  // shared memory must outlive the copies that read it
   }

@@ -29,6 +29,8 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
 inline constexpr int kAttentionFwdWindow = 2048;
 
+inline constexpr int kAttentionFwdCluster = 2;  // blocks that share the keys that they read
+
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
   int head_dim, value_dim, queries, keys;
@@ -56,6 +58,14 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // the device alone: sequence i gets the tiles from start / rows + i on, which is enough whatever the lengths are.
 inline int64_t attention_tiles(const AttentionProblem& p, int tokens, int rows) {
   return p.cu_q ? tokens / rows + p.sequences : p.sequences * ceil_div(tokens, rows);
+}
+
+// Whether clusters have keys to share: of heads of a group, or of tiles of `rows` rows of a head that see the same.
+// Packed sequences work alone.
+inline bool attention_fwd_shares_keys(const AttentionProblem& p, int rows) {
+  const bool all_seen = p.window_left < 0 && p.window_right < 0;
+  return !p.cu_q && (p.q_heads / p.kv_heads % kAttentionFwdCluster == 0 ||
+                     (all_seen && ceil_div(p.q_tokens, rows) % kAttentionFwdCluster == 0));
 }
 
 // Heads that are worked on together: as many as keep what all their tiles read again and again within about half of L2.
