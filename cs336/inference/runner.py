@@ -158,6 +158,11 @@ class Runner:
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps that only decode are CUDA graphs."""
+        return bool(self._sizes[1])
+
     @torch.inference_mode()
     def capture(self) -> int:
         """Capture the decoding step for each size of batch, the largest first: the others share its memory; then the
