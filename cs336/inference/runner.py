@@ -361,12 +361,18 @@ class Runner:
         join()
         drawn = ops.sample(logits_BV, *settings, num_logprobs=num_logprobs, **options)
         self.slots.newest.index_copy_(0, place_B, drawn.token_ids)
-        return drawn._replace(logprobs=self._log_probs(features_BM, drawn.token_ids)) if self.invariant else drawn
+        if self.invariant:
+            drawn = drawn._replace(logprobs=self._log_probs(features_BM, logits_BV, drawn.token_ids))
+        return drawn
 
-    def _log_probs(self, features_BM: Tensor, ids_B: Tensor) -> Tensor:
-        """As training takes them: (B,) float32."""
+    def _log_probs(self, features_BM: Tensor, logits_BV: Tensor, ids_B: Tensor) -> Tensor:
+        """As training takes them: (B,) float32. From the logits where these lie in memory as training's do, whose rows
+        begin at multiples of 16 bytes, and are not capped yet: a product with the head less."""
+        softcap = self.model.config.logit_softcap
+        if softcap is None and logits_BV.shape[1] * logits_BV.itemsize % 16 == 0:
+            return -ops.cross_entropy(logits_BV, ids_B, reduction="none")
         head = self.model.embedding if self.model.head is None else self.model.head
-        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=self.model.config.logit_softcap)
+        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=softcap)
 
     def _mixed(
         self,
@@ -435,12 +441,13 @@ class Runner:
             some = places[at : at + SCORED_ROWS]
             row_S, ids_S = numbers_2S[:, at : at + SCORED_ROWS]
             features_SM = features_TM.index_select(0, row_S)
-            logprobs_SV = self.model.logits(features_SM).log_softmax(-1, dtype=torch.float32)
+            logits_SV = self.model.logits(features_SM)
+            logprobs_SV = logits_SV.log_softmax(-1, dtype=torch.float32)
             N = max(sequence.params.prompt_logprobs or 0 for sequence, _ in some)
             top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
             found_S = logprobs_SV.gather(1, ids_S[:, None])[:, 0]
             if self.invariant:
-                found_S = self._log_probs(features_SM, ids_S)
+                found_S = self._log_probs(features_SM, logits_SV, ids_S)
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
