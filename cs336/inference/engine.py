@@ -468,9 +468,11 @@ class Engine:
         updates, drawn = [], _tokens(launched.drawn)
         for sample, drafts in zip(launched.sequences, launched.drafts, strict=True):
             assert isinstance(sample, Sample)
-            tokens = list(itertools.islice(drawn, 1 + len(drafts)))
-            if drafts and not sample.finished:
-                tokens = self._verify(sample, drafts, tokens)
+            tokens = [next(drawn)]
+            if drafts:
+                tokens += itertools.islice(drawn, len(drafts))
+                if not sample.finished:
+                    tokens = self._verify(sample, drafts, tokens)
             for token in tokens:
                 if not sample.finished:
                     updates.append(self._advance(sample, token))
@@ -478,6 +480,8 @@ class Engine:
 
     def _speculating(self) -> list[Sample]:
         """Those that run and may have drafts in the next step."""
+        if not self.speculates:
+            return []
         samples = (s for s in self.scheduler.running if isinstance(s, Sample))
         found = [s for s in samples if s.decoding and s.speculates and not s.exhausted]
         if self.drafter is not None:
