@@ -2,9 +2,9 @@
 
 A layer's weight times s, rounded, reads inputs over s, which costs nothing where what makes these is linear in a weight
 of its own: a norm, the value projection before attention's output, the up projection of a gated MLP. s is the mean |x|
-to a power p from 0 to 0.95, or to one from 0 to 1 over the mean size of the weights to 1 - p: of the 41 the one with the
-least error of the layers' outputs on calibration text. Then the largest weights of each group are cut off where what the
-group adds to them has the least error: a finer grid for the others.
+to a power p from 0 to 0.95, or to one from 0 to 1 over the mean size of the weights to 1 - p: of the 41 the one with
+the least error of the layers' outputs on calibration text. Then the largest weights of each group are cut off where
+what the group adds to them has the least error: a finer grid for the others.
 
 N = out_features, K = in_features, G = groups of a row, E = weights of a group.
 """
