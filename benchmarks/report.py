@@ -67,6 +67,8 @@ def table(name: str, results: Results) -> str:
 
 def where(header: dict[str, Any]) -> str:
     made = f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`"
+    if "gpus" in header:
+        made = f"{header['gpus']} GPUs, each run on one; {made}"
     if "beside" in header:
         made += f"; {header['beside']}"
     if "cpu" in header:
