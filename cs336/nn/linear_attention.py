@@ -131,35 +131,36 @@ class LinearAttention(nn.Module):
     def _step(self, x_BM: Tensor, context: Context, state: RecurrentState) -> Tensor:
         """One token more of each row, in few launches."""
         H, K, V = self.config.num_heads, self.config.key_size(self.d_model), self.config.value_size(self.d_model)
-        layers = self._reading()
-        sizes = (H * (2 * K + V), H * V, *(H for _ in layers[4:]))
-        qkv, gate, *gates = in_a_row(x_BM, layers).split(sizes, -1)
-        if self.conv1d is None or state.conv is None:
+        reading, channels = self._reading(), H * (2 * K + V)
+        whole = in_a_row(x_BM, list(reading.values()))
+        sizes = [H * V, *(H for name in reading if name in ("g", "beta"))]
+        gates = dict(zip([*reading][3:], whole[..., channels:].split(sizes, -1), strict=True))
+        qkv = whole[..., :channels]
+        if self.conv1d is None:
             qkv = F.silu(qkv)
         else:
+            assert state.conv is not None
             qkv = self.conv1d.step(qkv, context, state.conv)
         q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split((H * K, H * K, H * V), -1))
-        options: dict[str, Any] = {"beta": gates.pop()} if self.b_proj is not None else {}
+        options: dict[str, Any] = gates | {"gate": gates["gate"].unflatten(-1, (H, V))}
         if self.a_proj is not None:
-            options |= {"g": gates.pop(), "A_log": self.A_log, "dt_bias": self.dt_bias}
+            options |= {"A_log": self.A_log, "dt_bias": self.dt_bias}
         elif self.decay is not None:
             options["g"] = self.decay.g.expand(len(x_BM), H)
-        options |= {"norm": self.o_norm.weight, "eps": self.o_norm.eps, "gate": gate.unflatten(-1, (H, V))}
+        options |= {"norm": self.o_norm.weight, "eps": self.o_norm.eps}
         assert context.lengths is not None
         o_BHV = ops.recurrent_step_(state.memory.states, q, k, v, context.lengths, context.rows, **options)
         return self.o_proj(o_BHV.flatten(-2))
 
-    def _reading(self) -> list[Linear]:
+    def _reading(self) -> dict[str, Linear]:
         """What reads x: q, k, v and the gate of the output; of each head the decay's and the delta rule's gates."""
-        return [
-            layer
-            for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
-            if layer is not None
-        ]
+        found = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "gate": self.g_proj}
+        found |= {"g": self.a_proj} if self.a_proj is not None else {}
+        return found | ({"beta": self.b_proj} if self.b_proj is not None else {})
 
     def join(self) -> None:
         """Lay all that reads x together: see nn/linear.py."""
-        join(self._reading())
+        join(list(self._reading().values()))
 
     def _decay(self, x_BSM: Tensor) -> Tensor | None:
         if self.config.decay == "none":

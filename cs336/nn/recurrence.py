@@ -32,6 +32,7 @@ class CausalConv1d(nn.Conv1d):
         if state is None:
             return ops.causal_conv1d(x_BSC, weight_CK, self.bias, context.segments)
         assert context.lengths is not None
+        assert context.rows is None, "rows are of steps in place"
         (before_BKC,) = state.last(self.kernel_size[0] - 1, context.lengths)
         state.write((x_BSC,), context)
         both = torch.cat((before_BKC.to(dtype), x_BSC), 1)
@@ -88,6 +89,7 @@ def recur(op: Callable, tokens: dict[str, Tensor], context: Context, memory: Sna
     if memory is None:
         return op(**tokens, segments=context.segments)
     assert context.lengths is not None
+    assert context.rows is None, "rows are of steps in place"
     S, lengths_B = tokens["v"].shape[2], context.lengths
     real_BS = context.real(S)
     if real_BS is not None:

@@ -157,11 +157,12 @@ def causal_conv1d_step_(
         ring: (N, R, C) floating point, contiguous, written to; R >= K - 1. A row's token t is in slot t mod R.
         x: (B, C) floating point; weight: (C, K); bias: (C,) or None.
         lengths: (B,) int32 or int64, tokens of each row before this one.
-        places: (B,) int32 or int64, which rows of the ring these are, each once; None: the first B.
+        places: (B,) int32 or int64, which rows of the ring these are; None: the first B. Of rows that share one none
+            may be read again.
         silu: return silu(y), rounded once.
 
     Returns y (B, C) like x. No gradient. Raises ValueError for arguments that do not fit. What lengths and places hold
-    is checked on a CPU; on a GPU a row whose place is outside the ring is skipped, and its y undefined.
+    is checked on a CPU; Triton's kernel skips a row whose place is outside the ring, and its y is undefined.
     """
     bias = None if bias is None else rows(bias)
     args = ring, x if x.dim() == 0 else rows(x), weight.contiguous(), bias, lengths, places, silu

@@ -51,7 +51,8 @@ def recurrent_step_(
             zeros, whatever is there.
         q, k: (B, G, K) floating point; v: (B, H, V) like q; head h reads heads h // (H / G) of q and k.
         lengths: (B,) int32 or int64, tokens of each row before this one.
-        places: (B,) int32 or int64, which rows of memory these are, each once; None: the first B.
+        places: (B,) int32 or int64, which rows of memory these are; None: the first B. Of rows that share a place none
+            may be read again.
         g: (B, H), the log of the decay, or with A_log and dt_bias, (H,) each, what it is made of. None: no decay.
         beta: (B, H), before its sigmoid: the delta rule.
         D: (H,), Mamba-2's; needs A_log.
@@ -59,8 +60,8 @@ def recurrent_step_(
         scale: of o; 1 / sqrt(K) if None.
 
     Returns y (B, H, V) like v; all is computed in float32, float64 for float64. No gradient. Raises ValueError for
-    arguments that do not fit. What lengths and places hold is checked on a CPU; on a GPU a row whose place is outside
-    the memory is skipped, and its y undefined.
+    arguments that do not fit. What lengths and places hold is checked on a CPU; Triton's kernel skips a row whose place
+    is outside the memory, and its y is undefined.
     """
     scale = default_scale(q) if scale is None else scale
     read = [x if x is None or x.dim() == 0 else rows(x) for x in (q, k, v, gate)]

@@ -177,8 +177,9 @@ def test_a_gradient_of_one_output_alone(variant, device, grad_of):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_long_walks_in_parts(device, monkeypatch):
-    x = inputs((1, 1, 5, 300, 16, 20), F32, device)
+@pytest.mark.parametrize(("dtype", "chunk"), [(F32, 64), (BF16, 128)])
+def test_long_walks_in_parts(device, dtype, chunk, monkeypatch):
+    x = inputs((1, 1, 3, 5 * chunk - 20, 16, 20), dtype, device)
     x["g"] = x["g"] / 100  # so that the state before a part counts after it
     if reason := registry.why_not("linear_attention_fwd", "triton", *(x[name] for name in NAMES), 1.0):
         pytest.skip(reason)
@@ -190,11 +191,13 @@ def test_long_walks_in_parts(device, monkeypatch):
 
     with registry.use("triton"):
         want = run()
-        monkeypatch.setattr("cs336.ops.triton.linear_attention.MOST_TOKENS", 128)
-        monkeypatch.setattr("cs336.ops.triton.linear_attention.PART", 128)
+        monkeypatch.setattr("cs336.ops.triton.linear_attention.MOST_TOKENS", 2 * chunk)
+        monkeypatch.setattr("cs336.ops.triton.linear_attention.PART", 2 * chunk)
         got = run()
-    assert not torch.equal(got[0], want[0])  # sums in another order
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(got[1], want[1])  # sums in another order
+    for ours, other in zip(got, want, strict=True):
+        error = (ours - other).abs().max().item()
+        assert error <= (1e-5 if dtype == F32 else 2e-2) * max(1.0, other.abs().max().item())
 
 
 def test_nothing(device):
