@@ -138,18 +138,16 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     narrow = dtype.itemsize == 2
     chunk = 64 if narrow else 32
     whole, values = width(K, chunk, dtype=dtype), width(V, chunk, dtype=dtype)
-    # With 32 columns of values a walk has twice as many programs, each of which reads all keys: forward 64 are faster.
-    # On Hopper (see `width`) 32 are right where chunks are copied ahead.
-    large = narrow and roomy(device)
-    thin = not large or (64 < whole <= 128 and K % 16 == V % 16 == 0)
+    # With 32 columns of values a walk has twice as many programs. On Hopper (see `width`) they are right where chunks
+    # are copied ahead.
+    thin = not narrow or not roomy(device) or (64 < whole <= 128 and K % 16 == V % 16 == 0)
     shared = {"CHUNK": chunk, "BLOCK_K": whole, "num_warps": 4}
-    solve, back = shared | {"BLOCK_V": min(values, 64)}, shared | {"BLOCK_V": min(values, 32 if thin else 64)}
-    stage = chunk * (3 * whole + 2 * back["BLOCK_V"]) * dtype.itemsize  # that a step of the way back loads
-    back["num_stages"] = 1 if INTERPRET.value else max(1, min(3, (shared_memory(device) - 8192) // stage))
-    walk = back | {"BLOCK_V": min(values, 64 if large else 32)}
+    solve, walk = shared | {"BLOCK_V": min(values, 64)}, shared | {"BLOCK_V": min(values, 32 if thin else 64)}
+    stage = chunk * (3 * whole + 2 * walk["BLOCK_V"]) * dtype.itemsize  # that a step of the way back loads
+    walk["num_stages"] = 1 if INTERPRET.value else max(1, min(3, (shared_memory(device) - 8192) // stage))
     few = 16 if not narrow else 32 if thin else 64
     grads = shared | {"BLOCK_V": min(values, few), "num_warps": 8, "num_stages": 1}
-    return {"solve": solve, "walk": walk, "local": solve, "walk back": back, "grads": grads}
+    return {"solve": solve, "walk": walk, "local": solve, "walk back": walk, "grads": grads}
 
 
 def corrected(k, v, beta, g, state, segments, every=1, inverses=True):

@@ -233,11 +233,13 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def outputs_plan(V: int, cut: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """A program makes the outputs of 64 rows; in 16 bits a state is kept for 128, so that half as many are written and
-    read. Scores are made once for 128 features of values where those fit."""
-    cut = cut | {"ROWS": cut["CHUNK"], "CHUNK": cut["CHUNK"] * (2 if dtype.itemsize == 2 else 1)}
-    wide = V > 64 and dtype.itemsize == 2 and roomy(device) and not INTERPRET.value
-    return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 3} if wide else cut
+    """A program makes the outputs of 64 rows. Where they fit scores are made once for 128 features of values, and a
+    state is kept for 128 rows, so that half as many are written and read."""
+    cut = cut | {"ROWS": cut["CHUNK"]}
+    if V <= 64 or dtype.itemsize != 2 or not roomy(device):
+        return cut
+    wide = {} if INTERPRET.value else {"BLOCK_V": 128, "num_warps": 4, "num_stages": 3}
+    return cut | {"CHUNK": 2 * cut["CHUNK"]} | wide
 
 
 def strides(x) -> tuple[int, ...]:
