@@ -162,7 +162,7 @@ def causal_conv1d_step_(
         silu: return silu(y), rounded once.
 
     Returns y (B, C) like x. No gradient. Raises ValueError for arguments that do not fit. What lengths and places hold
-    is checked on a CPU; Triton's kernel skips a row whose place is outside the ring, and its y is undefined.
+    is checked on a CPU; on a GPU a row whose place is outside the ring is skipped, and its y undefined.
     """
     bias = None if bias is None else rows(bias)
     args = ring, x if x.dim() == 0 else rows(x), weight.contiguous(), bias, lengths, places, silu

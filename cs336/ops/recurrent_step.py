@@ -60,8 +60,8 @@ def recurrent_step_(
         scale: of o; 1 / sqrt(K) if None.
 
     Returns y (B, H, V) like v; all is computed in float32, float64 for float64. No gradient. Raises ValueError for
-    arguments that do not fit. What lengths and places hold is checked on a CPU; Triton's kernel skips a row whose place
-    is outside the memory, and its y is undefined.
+    arguments that do not fit. What lengths and places hold is checked on a CPU; on a GPU a row whose place is outside
+    the memory is skipped, and its y undefined.
     """
     scale = default_scale(q) if scale is None else scale
     read = [x if x is None or x.dim() == 0 else rows(x) for x in (q, k, v, gate)]

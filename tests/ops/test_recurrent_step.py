@@ -170,13 +170,33 @@ def test_rows_that_are_not_there(variant, device):
             if device == "cpu":
                 with pytest.raises(ValueError, match=r"places must be (below 2|0 or more)"):
                     call(places)
-            elif variant != "ref":  # plain torch's indices are checked by the device
+            else:
                 call(places)
-    if device != "cpu" and variant != "ref":
+    if device != "cpu":
         assert not memory[0].any()
         assert not ring[0].any()
         assert memory[1].any()
         assert ring[1].any()
+
+
+@pytest.mark.parametrize("places", [[2, 1, -1], [-1, 3, 1], [5, -2, 3]])
+def test_raw_ops_skip_them(variant, device, places):
+    """As on a GPU, where the public ones cannot look."""
+    steps, shared = tokens((3, 1, 2, 4, 4), "token", F32, device, 1)
+    memory, ring = torch.ones(3, 1, 2, 4, 4, device=device), torch.ones(3, 3, 5, device=device)
+    lengths, places = torch.full((3,), 3, device=device), torch.tensor(places, device=device)
+    x, weight = 2 * torch.ones(3, 5, device=device), torch.ones(5, 4, device=device)
+    step = {"beta": None, "D": None} | steps[0] | shared
+    args = (step[name] for name in ("g", "A_log", "dt_bias", "beta", "D", "norm", "gate"))
+    first = step["q"], step["k"], step["v"], lengths, places
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cs336.ops.recurrent_step.readable", lambda *_: False)
+        registry.OPS["recurrent_step_"].overloads[variant](memory, *first, *args, 1.0, 1e-3)
+        registry.OPS["causal_conv1d_step_"].overloads[variant](ring, x, weight, None, lengths, places, False)
+    for row in range(3):
+        there = row in places.tolist()
+        assert bool((memory[row] != 1).any()) == there
+        assert bool((ring[row, 0] == 2).all()) == there
 
 
 def test_no_rows(variant, device):

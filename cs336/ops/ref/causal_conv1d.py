@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.recurrent_step import put_
 from cs336.ops.ref.wide import wide
 
 
@@ -39,13 +40,14 @@ def step_(
     """One token more of each row; token t is in slot t mod R."""
     place_B = torch.arange(len(x_BC), device=x_BC.device) if places_B is None else places_B.long()
     R, K, lengths_B = ring_NRC.shape[1], weight_CK.shape[1], lengths_B.long()
+    read_B = place_B.clamp(0, max(len(ring_NRC) - 1, 0))
     y_BC = wide(x_BC) * wide(weight_CK[:, K - 1])
     for k in range(1, K):
-        entry_BC = ring_NRC[place_B, (lengths_B - k) % R].masked_fill((lengths_B < k)[:, None], 0)
+        entry_BC = ring_NRC[read_B, (lengths_B - k) % R].masked_fill((lengths_B < k)[:, None], 0)
         y_BC = y_BC + wide(entry_BC) * wide(weight_CK[:, K - 1 - k])
     if bias_C is not None:
         y_BC = y_BC + wide(bias_C)
-    ring_NRC.index_put_((place_B, lengths_B % R), x_BC.to(ring_NRC.dtype))
+    put_(ring_NRC, place_B, lengths_B % R, x_BC)
     return (torch.nn.functional.silu(y_BC) if silu else y_BC).to(x_BC.dtype)
 
 

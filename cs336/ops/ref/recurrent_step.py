@@ -9,6 +9,17 @@ from cs336.ops.ref.linear_attention import heads
 from cs336.ops.ref.wide import wide
 
 
+def put_(kept_NR: Tensor, place_B: Tensor, slot_B: Tensor, values_B: Tensor) -> None:
+    """kept[place, slot] = values; not of rows whose place is outside, which write once more what another row does."""
+    if not len(place_B):
+        return
+    there_B = (place_B >= 0) & (place_B < len(kept_NR))
+    source_B = torch.where(there_B, torch.arange(len(place_B), device=place_B.device), there_B.long().argmax())
+    at = place_B[source_B].clamp(0, len(kept_NR) - 1), slot_B[source_B]
+    written_B = there_B[source_B].view(-1, *[1] * (values_B.dim() - 1))  # false where no row is there
+    kept_NR.index_put_(at, torch.where(written_B, values_B[source_B].to(kept_NR.dtype), kept_NR[at]))
+
+
 def recurrent_step_(
     memory_NRHKV: Tensor,
     q_BGK: Tensor,
@@ -28,7 +39,8 @@ def recurrent_step_(
 ) -> Tensor:
     R, H, dtype = *memory_NRHKV.shape[1:3], memory_NRHKV.dtype
     place_B = torch.arange(len(v_BHV), device=v_BHV.device) if places_B is None else places_B.long()
-    state_BHKV = memory_NRHKV[place_B, lengths_B.long() % R].masked_fill((lengths_B == 0)[:, None, None, None], 0)
+    read_B = place_B.clamp(0, max(len(memory_NRHKV) - 1, 0))
+    state_BHKV = memory_NRHKV[read_B, lengths_B.long() % R].masked_fill((lengths_B == 0)[:, None, None, None], 0)
     q, k, v = heads(wide(q_BGK), H), heads(wide(k_BGK), H), wide(v_BHV)
     written, g = v, None if g_BH is None else g_BH.to(dtype)
     if g is not None and A_log_H is not None and dt_bias_H is not None:
@@ -41,7 +53,7 @@ def recurrent_step_(
     else:
         beta, q, k = torch.sigmoid(beta_BH.to(dtype)), F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         o_BHV, state_BHKV = gated_delta_rule.step(q, k, written, beta, g, state_BHKV, scale)
-    memory_NRHKV.index_put_((place_B, (lengths_B.long() + 1) % R), state_BHKV)
+    put_(memory_NRHKV, place_B, (lengths_B.long() + 1) % R, state_BHKV)
     if D_H is not None:
         o_BHV = o_BHV + D_H.to(dtype)[:, None] * v
     if norm_V is not None:
