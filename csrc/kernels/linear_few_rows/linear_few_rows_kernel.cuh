@@ -8,12 +8,8 @@
 // A product does not care in which order it meets the features, so that a lane multiplies 16 bytes of each chunk of 64,
 // and x lies in shared memory as the lanes want it: in an order of its own within a chunk.
 // `split` warps of a block are a team that shares the steps of a tile; their sums are added up in shared memory in one
-// order, and those of a cluster's blocks with them.
-//
-// Of weights that are not like x, both are multiplied as halves, which takes the fewest instructions a weight: each
-// chunk of x is kept times the power of two that makes it as large as halves may be, which its sums are divided by.
-// What is added to all weights of a chunk, their zero and what their bits stand for, is taken from its sum at once,
-// times the sum of the chunk's x.
+// order, and those of a cluster's blocks with them. What is added to all weights of a chunk, their zero and what their
+// bits stand for, is taken from its sum at once, times the sum of the chunk's x.
 #pragma once
 #include "common/async.cuh"
 #include "common/hopper.cuh"
@@ -29,9 +25,9 @@ using cuda::LinearFewRowsParams;
 
 constexpr int kThreads = kWarps * 32;
 
-template <WeightFormat kFormat>
+template <typename T, WeightFormat kFormat>
 constexpr int bytes_of_row(int K) {
-  return static_cast<int>(static_cast<int64_t>(K) * Weights<kFormat>::kBytes / cuda::kFeatures);
+  return static_cast<int>(static_cast<int64_t>(K) * Weights<T, kFormat>::kBytes / cuda::kFeatures);
 }
 
 __device__ __forceinline__ void cluster_arrive() {
@@ -53,15 +49,10 @@ __device__ __forceinline__ float of_block(const float* mine, int block) {
 }
 
 // Of a row, in a step.
-template <WeightFormat kFormat>
+template <typename T, WeightFormat kFormat>
 constexpr int features_of_step() {
-  return kChunks * Weights<kFormat>::kPieces * cuda::kFeatures;
+  return kChunks * Weights<T, kFormat>::kPieces * cuda::kFeatures;
 }
-
-struct alignas(16) ChunkOfX {
-  float factor;     // of its sums
-  float base, sum;  // what the bits of weights add to them for it, and what a zero of 1 does
-};
 
 // A step of a warp.
 struct Step {
@@ -76,10 +67,9 @@ struct Step {
 // Up to 8 * kEights rows of x. kZeros: the weights have some.
 template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 class Warp {
-  using W = Weights<kFormat>;
+  using W = Weights<T, kFormat>;
   static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
-  static constexpr bool kShifted = kScaled && kFormat != WeightFormat::kFp8;
-  using X = std::conditional_t<kScaled, __half, T>;  // what is multiplied
+  static constexpr bool kShifted = kZeros || W::kOffset != 0;
   static constexpr bool kCluster = kEights > 2;
   static_assert(kTileRows * kChunks == 32, "a lane has the scale of a row's chunk");
 
@@ -100,16 +90,15 @@ class Warp {
         full_(reinterpret_cast<uint64_t*>(shared + kWarps * plan.stages * kVectors) + warp_ * plan.stages),
         partials_(reinterpret_cast<float*>(shared + kWarps * plan.stages * kVectors + kWarps * plan.stages / 2)),
         x_(reinterpret_cast<uint4*>(partials_ + kWarps * kHanded * p.M * kTileRows)),
-        x_chunks_(reinterpret_cast<ChunkOfX*>(x_ + rows_kept(p.M, plan.parts) * x_vectors(plan.features))),
+        x_sums_(reinterpret_cast<float*>(x_ + rows_kept(p.M, plan.parts) * x_vectors(plan.features))),
         part_(kCluster ? blockIdx.x % plan.parts : 0) {}
 
   __device__ void run() {
-    allow_successor();
     prepare_ring();
     if (!p_.constant) wait_for_predecessor();
     Step here{first_tile(), member_}, ahead = here;
 #pragma unroll 1
-    for (int stage = 0; stage < plan_.stages; stage++, ahead = ahead.next(plan_, member_)) copy(ahead, stage);
+    for (int stage = 0; stage < plan_.stages; stage++) copy(ahead, stage);
     [[maybe_unused]] Grid grid;
     if constexpr (kScaled) grid = load_grid(here);
     wait_for_predecessor();
@@ -128,7 +117,6 @@ class Warp {
       multiply(here, stage, scale, zero);
       __syncwarp();  // all lanes have read the stage
       copy(ahead, stage);
-      ahead = ahead.next(plan_, member_);
       if (++stage == plan_.stages) stage = 0, phase ^= 1;
       if (here.is_last_of_tile(plan_)) {
         if constexpr (kCluster)
@@ -183,82 +171,60 @@ class Warp {
     __syncwarp();
   }
 
-  // A step's weights to a stage of the ring: zeros behind the last row and the last feature.
-  __device__ __forceinline__ void copy(const Step& step, int stage) const {
+  // A step's weights to a stage of the ring: zeros behind the last row and the last feature. When the block has asked
+  // for its last ones, which the first team is the last to do, the next kernel may start: it fills its rings while
+  // these come and are multiplied. Earlier it would only have fetched sooner what memory is busy for anyway.
+  __device__ __forceinline__ void copy(Step& step, int stage) const {
     const int row = step.tile * kTileRows;
-    if (row >= p_.N || !hopper::elect_one()) return;
-    hopper::barrier_arrive_expect(full_ + stage, kStepBytes);
-    hopper::copy_in(&weight_, ring_ + stage * kVectors, full_ + stage, (part_ * plan_.steps + step.at) * kStepWidth,
-                    row);
+    if (row < p_.N && hopper::elect_one()) {
+      hopper::barrier_arrive_expect(full_ + stage, kStepBytes);
+      hopper::copy_in(&weight_, ring_ + stage * kVectors, full_ + stage, (part_ * plan_.steps + step.at) * kStepWidth,
+                      row);
+    }
+    step = step.next(plan_, member_);
+    if (team_ == 0 && step.tile * kTileRows >= p_.N) allow_successor();
   }
 
-  // x to shared memory, zeros behind its last feature. The loads of a vector of some rows are under way before one is
-  // waited for.
+  // x to shared memory, zeros behind its last feature, and the sum of each chunk: a warp takes 32 vectors of a row at a
+  // time, and some such loads are under way before one is waited for.
   __device__ __forceinline__ void keep_x() const {
-    constexpr int kLoads = 4, kOfChunk = 4 * W::kPieces;    // vectors of a chunk: neighbouring lanes have them
-    const int vectors = x_vectors(plan_.features) - kXPad;  // a multiple of 32: a warp has all lanes here, or none
+    constexpr int kLoads = kEights == 1 ? 2 : 4,
+                  kOfChunk = 4 * W::kPieces;  // vectors of a chunk: neighbouring lanes have them
+    const int of_row = (x_vectors(plan_.features) - kXPad) / 32, loads = p_.M * of_row;
 #pragma unroll 1
-    for (int at = threadIdx.x; at < vectors; at += kThreads) {
-      const int in_chunk = at % kOfChunk;
-      const int k = part_ * plan_.features + (at - in_chunk + in_chunk % 4 * W::kPieces + in_chunk / 4) * 8;
-#pragma unroll 1
-      for (int first = 0; first < p_.M; first += kLoads) {
-        uint4 x[kLoads];
+    for (int first = warp_; first < loads; first += kLoads * kWarps) {
+      uint4 x[kLoads];
+      int m[kLoads], at[kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; i++)
-          x[i] = first + i < p_.M && k < p_.K ? load<T>(p_.x, (first + i) * p_.x_stride + k) : uint4{0, 0, 0, 0};
+      for (int i = 0; i < kLoads; i++) {
+        const int l = first + i * kWarps;
+        if (l >= loads) break;
+        m[i] = l / of_row, at[i] = (l - m[i] * of_row) * 32 + lane_;
+        const int in_chunk = at[i] % kOfChunk;
+        const int k = part_ * plan_.features + (at[i] - in_chunk + in_chunk % 4 * W::kPieces + in_chunk / 4) * 8;
+        x[i] = k < p_.K ? load<T>(p_.x, m[i] * p_.x_stride + k) : uint4{0, 0, 0, 0};
+      }
 #pragma unroll
-        for (int i = 0; i < kLoads; i++) {
-          const int m = first + i;
-          if (m >= p_.M) break;
-          if constexpr (kScaled) {
-            ChunkOfX chunk;
-            x[i] = as_halves<kOfChunk>(x[i], chunk);
-            if (lane_ % kOfChunk == 0) x_chunks_[m * x_chunks(plan_.features) + at / kOfChunk] = chunk;
-          }
-          x_[m * x_vectors(plan_.features) + at] = x[i];
+      for (int i = 0; i < kLoads; i++) {
+        if (first + i * kWarps >= loads) break;
+        x_[m[i] * x_vectors(plan_.features) + at[i]] = W::in_order(x[i]);
+        if constexpr (kShifted) {
+          float sum = sum_of(x[i]);
+#pragma unroll
+          for (int lanes = 1; lanes < kOfChunk; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+          if (lane_ % kOfChunk == 0) x_sums_[m[i] * x_sums(plan_.features) + at[i] / kOfChunk] = sum;
         }
       }
     }
     __syncthreads();
   }
 
-  // Eight features of x as they are kept, and their chunk, whose other features the other lanes of kLanes have.
-  template <int kLanes>
-  __device__ __forceinline__ static uint4 as_halves(const uint4& vector, ChunkOfX& chunk) {
-    float x[8], largest = 0.f;
-    unpack<T>(vector, x);
+  __device__ __forceinline__ static float sum_of(uint4 vector) {
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+    float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
-#pragma unroll
-    for (int lanes = 1; lanes < kLanes; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-    const uint32_t exponent = max(__float_as_uint(largest) >> 23, 15u);       // biased by 127
-    const float factor = __uint_as_float((127 + 127 + 14 - exponent) << 23);  // largest * factor is from 2^14 on
-    chunk.factor = __uint_as_float((exponent - 14) << 23);
-    uint32_t kept[4];
-    float of_kept = 0.f, of_x = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      constexpr auto feature = [](int i, int which) { return W::pair(i, which); };
-      const float share = W::share(feature(i, 0));  // of both
-      const __half2 pair = __floats2half2_rn(x[feature(i, 0)] * (factor * share), x[feature(i, 1)] * (factor * share));
-      kept[i] = reinterpret_cast<const uint32_t&>(pair);
-      if constexpr (kShifted) {
-        const float sum = __low2float(pair) + __high2float(pair);
-        of_kept += sum;
-        of_x += sum / share;
-      }
-    }
-    if constexpr (kShifted) {
-#pragma unroll
-      for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-        of_kept += __shfl_xor_sync(~0u, of_kept, lanes);
-        of_x += __shfl_xor_sync(~0u, of_x, lanes);
-      }
-      chunk.base = W::kBase * of_kept + W::kAdd * of_x;
-      chunk.sum = of_x;
-    }
-    return {kept[0], kept[1], kept[2], kept[3]};
+    for (int i = 0; i < 4; i++) sum += sum_of_pair<T>(words[i]);
+    return sum;
   }
 
   __device__ __forceinline__ void multiply(const Step& step, int stage, [[maybe_unused]] float scale,
@@ -274,8 +240,11 @@ class Warp {
       for (int h0 = 0; h0 < kEights; h0 += kAtOnce) {  // which takes the weights apart anew: registers are short
         if (h0 > 0) hide(bits);
         [[maybe_unused]] Part part;
-        if constexpr (kScaled) clear(part);
-#pragma unroll kEights == 8 ? (kZeros ? 1 : 2) : W::kPieces
+        if constexpr (kShifted)
+          shift(part, h0, step.at * kChunks + c, zero, c);
+        else if constexpr (kScaled)
+          clear(part);
+#pragma unroll kEights == 8 ? 2 : W::kPieces
         for (int j = 0; j < W::kPieces; j++) {
           uint32_t w[2][4];
 #pragma unroll
@@ -284,30 +253,19 @@ class Warp {
           for (int h = 0; h < kAtOnce; h++) {
             const uint4 x = x_[row_of_x(h0 + h, g_) * vectors + first + (c * W::kPieces + j) * 4];
             float (&to)[4] = kScaled ? part[h] : sums_[h0 + h];
-            multiply_add<X>(to, {w[0][0], w[1][0], w[0][1], w[1][1]}, x.x, x.y);
-            multiply_add<X>(to, {w[0][2], w[1][2], w[0][3], w[1][3]}, x.z, x.w);
+            multiply_add<T>(to, {w[0][0], w[1][0], w[0][1], w[1][1]}, x.x, x.y);
+            multiply_add<T>(to, {w[0][2], w[1][2], w[0][3], w[1][3]}, x.z, x.w);
           }
         }
         if constexpr (kScaled) {
-          float of_row[2], zeros[2] = {};
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            of_row[i] = __shfl_sync(~0u, scale, lane_of(i, row_, c));
-            if constexpr (kZeros) zeros[i] = static_cast<float>(__shfl_sync(~0u, zero, lane_of(i, row_, c)));
+            const float of_row = __shfl_sync(~0u, scale, lane_of(i, row_, c));
+#pragma unroll
+            for (int h = 0; h < kAtOnce; h++)
+#pragma unroll
+              for (int e = 2 * i; e < 2 * i + 2; e++) sums_[h0 + h][e] += part[h][e] * of_row;
           }
-#pragma unroll
-          for (int h = 0; h < kAtOnce; h++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int row = row_of_x(h0 + h, 2 * t_ + e);
-              const ChunkOfX x = x_chunks_[row * x_chunks(plan_.features) + step.at * kChunks + c];
-#pragma unroll
-              for (int i = 0; i < 2; i++) {
-                float of_chunk = part[h][2 * i + e];  // less what each of its weights is too large by, times its x
-                if constexpr (kShifted) of_chunk -= kZeros ? x.base + zeros[i] * x.sum : x.base;
-                sums_[h0 + h][2 * i + e] += of_chunk * (of_row[i] * x.factor);
-              }
-            }
         }
       }
     }
@@ -323,6 +281,23 @@ class Warp {
   __device__ __forceinline__ static void hide(uint4 (&bits)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) asm volatile("" : "+r"(bits[i].x), "+r"(bits[i].y), "+r"(bits[i].z), "+r"(bits[i].w));
+  }
+
+  // What a chunk's products are added to: less what each of its weights is too large by, times the sum of its x.
+  __device__ __forceinline__ void shift(Part& part, int h0, int chunk, int zero, int c) const {
+    const float* sums = x_sums_ + chunk;
+    float too_large[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      too_large[i] = -static_cast<float>(W::kOffset + (kZeros ? __shfl_sync(~0u, zero, lane_of(i, row_, c)) : 0));
+#pragma unroll
+    for (int h = 0; h < kAtOnce; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float sum = sums[row_of_x(h0 + h, 2 * t_ + e) * x_sums(plan_.features)];
+#pragma unroll
+        for (int i = 0; i < 2; i++) part[h][2 * i + e] = too_large[i] * sum;
+      }
   }
 
   // Which has the grid of chunk c of row `row` of half i of the tile.
@@ -410,9 +385,9 @@ class Warp {
   uint4* const ring_;
   uint64_t* const full_;  // of each stage of the ring
   float* const partials_;
-  uint4* const x_;            // (M, x_vectors(features))
-  ChunkOfX* const x_chunks_;  // (M, x_chunks(features)), where weights are not like x
-  const int part_;            // of the features
+  uint4* const x_;       // (M, x_vectors(features))
+  float* const x_sums_;  // (M, x_sums(features)), where weights are shifted
+  const int part_;       // of the features
   Sums sums_;
 };
 

@@ -28,7 +28,7 @@ template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 void launch_kernel(const LinearFewRowsParams& p, int of_cluster, cudaStream_t stream) {
   constexpr auto kKernel = linear_few_rows_kernel<T, kFormat, kEights, kZeros>;
   const Device& device = current_device();
-  const int of_step = features_of_step<kFormat>(), row_bytes = bytes_of_row<kFormat>(p.K);
+  const int of_step = features_of_step<T, kFormat>(), row_bytes = bytes_of_row<T, kFormat>(p.K);
   const int features = features_of(p.K, of_step, of_cluster);
   const int of_ring = stages(p.M, features, of_cluster, device.max_shared_bytes);
   LaunchShape shape{.grid = dim3(of_cluster),
@@ -41,17 +41,8 @@ void launch_kernel(const LinearFewRowsParams& p, int of_cluster, cudaStream_t st
   shape.grid = dim3(shared_by.blocks);
   if constexpr (kFormat != WeightFormat::kLikeX) {
     shared_by.groups = ceil_div(p.K, p.group);
-    shared_by.per_group = ceil_div(1 << kDivide, ceil_div(p.group, Weights<kFormat>::kPieces * cuda::kFeatures));
+    shared_by.per_group = ceil_div(1 << kDivide, ceil_div(p.group, Weights<T, kFormat>::kPieces * cuda::kFeatures));
   }
-#ifdef FEW_ROWS_TUNE
-  if (const char* v = getenv("FEW_SPLIT")) shared_by.split = atoi(v);
-  if (const char* v = getenv("FEW_STAGES")) shared_by.stages = atoi(v);
-  while (shared_by.split > shared_by.steps) shared_by.split /= 2;
-  shared_by.teams = shared_by.blocks / of_cluster * (kWarps / shared_by.split);
-  shared_by.rounds = ceil_div(ceil_div(p.N, kTileRows), shared_by.teams);
-  while (shared_bytes(p.M, features, of_cluster, shared_by.stages) > device.max_shared_bytes) shared_by.stages--;
-  shape.shared_bytes = shared_bytes(p.M, features, of_cluster, shared_by.stages);
-#endif
   launch<kKernel>(shape, stream, p, weight_map(p, row_bytes), shared_by);
 }
 
@@ -65,7 +56,7 @@ void launch_zeros(const LinearFewRowsParams& p, int parts, cudaStream_t stream) 
 
 template <typename T, WeightFormat kFormat>
 void launch_rows(const LinearFewRowsParams& p, cudaStream_t stream) {
-  const int of_cluster = parts(p.M, p.K, features_of_step<kFormat>(), current_device().max_shared_bytes);
+  const int of_cluster = parts(p.M, p.K, features_of_step<T, kFormat>(), current_device().max_shared_bytes);
   if constexpr (kFormat == WeightFormat::kInt8 || kFormat == WeightFormat::kInt4)
     if (p.zeros) return launch_zeros<T, kFormat, true>(p, of_cluster, stream);
   launch_zeros<T, kFormat, false>(p, of_cluster, stream);
@@ -82,7 +73,7 @@ inline LinearFewRowsParams rows_of(LinearFewRowsParams p, int first, int rows) {
 template <WeightFormat kFormat>
 void launch_format(const LinearFewRowsParams& p, cudaStream_t stream) {
   const auto of_dtype = [&]<typename T>(T) {
-    const int of_step = features_of_step<kFormat>();
+    const int of_step = features_of_step<T, kFormat>();
     for (int first = 0, rows; first < p.M; first += rows) {
       rows = rows_at_once(p.M - first, p.K, of_step, current_device().max_shared_bytes);
       if (rows == 0) throw std::invalid_argument("linear_few_rows: a row of x does not fit into shared memory");

@@ -16,7 +16,7 @@ inline constexpr int kVectors = kStepBytes / 16;  // of a step
 inline constexpr int kMostOfBlock = 16;                  // rows of x that a block takes by itself
 inline constexpr int kLeastOfCluster = 8;                // fewer have the bits of one
 inline constexpr int kMostParts = 8;                     // blocks of a cluster
-inline constexpr int kLeastStages = 2, kMostStages = 8;  // steps of a warp's ring
+inline constexpr int kLeastStages = 2, kMostStages = 3;  // steps of a warp's ring
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -25,8 +25,9 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline constexpr int kXPad = 4;
 constexpr int x_vectors(int K) { return ceil_div(K, 256) * 32 + kXPad; }
 
-// Chunks of a row of x, up to the same end, of 16 bytes each: odd, so that two rows are in different banks.
-constexpr int x_chunks(int K) { return ceil_div(K, 256) * 256 / kChunkBytes | 1; }
+// Floats that the sums of a row of x take, one a chunk of weights, up to the same end: odd, so that two rows are in
+// different banks.
+constexpr int x_sums(int K) { return ceil_div(K, 256) * 256 / kChunkBytes | 1; }
 
 // Tiles whose sums there is room for at a time.
 constexpr int handed_tiles(int rows) { return rows <= 8 ? 2 : 1; }
@@ -35,12 +36,12 @@ constexpr int handed_tiles(int rows) { return rows <= 8 ? 2 : 1; }
 constexpr int rows_kept(int rows, int parts) { return parts == 1 ? rows : rows <= 32 ? 32 : 64; }
 
 // Bytes of a block's shared memory for so many rows and features of x: the rings with a barrier a stage, what warps
-// hand to their teams, x and its chunks.
+// hand to their teams, x and its sums.
 constexpr int64_t shared_bytes(int rows, int features, int parts, int stages) {
   const int64_t rings = int64_t{kWarps} * stages * (kStepBytes + 8);
   const int64_t partials = int64_t{kWarps} * handed_tiles(rows) * rows * kTileRows * 4;
   return rings + partials +
-         rows_kept(rows, parts) * (x_vectors(features) * int64_t{16} + x_chunks(features) * int64_t{16});
+         rows_kept(rows, parts) * (x_vectors(features) * int64_t{16} + x_sums(features) * int64_t{4});
 }
 
 constexpr bool fits(int rows, int features, int parts, int64_t most_bytes) {
@@ -89,10 +90,10 @@ struct Plan {
 inline constexpr int kDivide = 20;  // chunks of a row and chunks of a group, multiplied, stay below 2^20
 
 // tiles: of rows of weights; clusters: that are there at a time. A tile is split until a warp's own share is no longer
-// what takes longest, and then as it keeps most warps at work to the end.
+// what takes longest.
 inline Plan plan(int tiles, int K, int of_step, int parts, int stages, int clusters) {
-  constexpr int kWarpsAtFullSpeed = 6;  // of a multiprocessor
-  constexpr int kJoin = 4;              // steps in whose time the sums of a tile are put together
+  constexpr int kInFlight = 18;  // steps under way at which a multiprocessor is at full speed
+  constexpr int kJoin = 2;       // steps in whose time the sums of a tile are put together
   clusters = std::max(1, std::min(tiles, clusters));
   const int features = features_of(K, of_step, parts), steps = features / of_step;
   Plan best{};
@@ -101,7 +102,7 @@ inline Plan plan(int tiles, int K, int of_step, int parts, int stages, int clust
     const int teams = clusters * (kWarps / split), rounds = ceil_div(tiles, teams);
     const int64_t of_warp = static_cast<int64_t>(rounds) * (ceil_div(steps, split) + kJoin);
     const int64_t of_block = static_cast<int64_t>(ceil_div(tiles, clusters)) * steps;
-    const int64_t cost = std::max(of_warp * kWarpsAtFullSpeed, of_block) * 4 + of_warp;
+    const int64_t cost = std::max(of_warp * kInFlight / stages, of_block);
     if (cost < least) {
       least = cost;
       best = {clusters * parts, parts, features, split, teams, rounds, steps, stages};
