@@ -102,7 +102,7 @@ class RunDir:
     def verb(self) -> str | None:
         """Of the run that is there; None where run.json does not say."""
         facts = self.facts()
-        return str(facts.get("stage", "train")) if facts else None
+        return str(facts.get("stage") or "train") if facts else None
 
     def facts(self) -> dict[str, Any]:
         """run.json; empty where it is not there or torn."""
