@@ -70,8 +70,8 @@ def evaluate(arguments: list[str]) -> Run:
         else:
             _refuse_without_tasks(
                 run, shots=shots, limit=limit, samples=samples, temperature=temperature, new_tokens=new_tokens,
-                chat=chat, seed=seed, judge=judge, judge_model=judge_model, contamination=contamination, algebra=algebra,
-                weak_sandbox=weak_sandbox, output=output,
+                chat=chat, seed=seed, judge=judge, judge_model=judge_model, contamination=contamination,
+                algebra=algebra, weak_sandbox=weak_sandbox, output=output,
             )  # fmt: skip
         if text or not tasks:
             _on_text(model, text, text_field, tokenizer, device, max_tokens)
