@@ -467,7 +467,17 @@ BODIES = {
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
 BODIES |= dict.fromkeys(
-    ("expert_swiglu", "gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated
+    (
+        "expert_swiglu",
+        "gram",
+        "linear_cross_entropy",
+        "linear_few_rows",
+        "paged_attention",
+        "recurrent_step",
+        "rope",
+        "sample",
+    ),
+    rated,
 )
 HEADLINES = {
     "tokenizer": tokenizer_headline,
