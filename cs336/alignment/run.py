@@ -132,7 +132,7 @@ class StageRun:
             self._evaluate()
         # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise. Without
         # checkpoints it begins anew.
-        planned &= self.config.checkpoint_interval != 0
+        planned &= decisions.saves
         if planned or stop or decisions.due(decisions.save, self.step):
             self._save()
 
