@@ -54,7 +54,7 @@ void check_heads(const AttentionProblem& p) {
         for (bool drawn : {false, true}) {
           const int fwd = attention_fwd_section(all * group, group, bytes, row_tiles, kSms, drawn);
           CHECK(fwd >= group && fwd <= all * group && fwd % group == 0);
-          CHECK(fwd <= section * group || !drawn);                                            // its keys fit in L2
+          CHECK(fwd <= section * group || !drawn);                             // its keys fit in L2
           CHECK(!drawn || fwd == section * group || fwd * row_tiles >= kSms);  // and it keeps all busy
         }
       for (bool deterministic : {false, true}) {
