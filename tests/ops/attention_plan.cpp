@@ -50,12 +50,18 @@ void check_heads(const AttentionProblem& p) {
     for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
       const int section = attention_section(all, bytes);
       CHECK(section >= 1 && section <= all);
-      for (int row_tiles : {1, 4, 5, 86})
-        for (bool drawn : {false, true}) {
-          const int fwd = attention_fwd_section(all * group, group, bytes, row_tiles, kSms, drawn);
-          CHECK(fwd >= group && fwd <= all * group && fwd % group == 0);
-          CHECK(fwd <= section * group || !drawn);                             // its keys fit in L2
-          CHECK(!drawn || fwd == section * group || fwd * row_tiles >= kSms);  // and it keeps all busy
+      for (int keys : {512, 513})
+        for (int row_tiles : {1, 4, 86}) {
+          const int in_l2 = section * group;
+          const auto fwd = [&](bool drawn) {
+            return attention_fwd_section(all * group, group, keys, bytes, row_tiles, kSms, drawn);
+          };
+          CHECK(fwd(false) == group);
+          CHECK(fwd(true) >= group && fwd(true) <= in_l2 && fwd(true) % group == 0);
+          const bool many = int64_t{all} * group * row_tiles >= 7 * kSms;
+          if (keys > 512 || !many) CHECK(fwd(true) == in_l2);
+          if (keys <= 512 && many) CHECK(fwd(true) == in_l2 || fwd(true) * row_tiles >= kSms);
+          if (keys <= 512 && many) CHECK(fwd(true) * row_tiles < kSms + group * row_tiles);  // one wave
         }
       for (bool deterministic : {false, true}) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);

@@ -42,7 +42,8 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       static_cast<int>(p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
   const int heads = p.cu_q ? p.q_heads : p.sequences * p.q_heads, group = p.q_heads / p.kv_heads;
   const int64_t kv_bytes = int64_t(p.max_k) * (Tile::kHeadDim + Tile::kValueDim) * 2;
-  const int section = attention_fwd_section(heads, group, kv_bytes, row_tiles, current_device().num_sms, Tile::kDrawn);
+  const int section =
+      attention_fwd_section(heads, group, p.max_k, kv_bytes, row_tiles, current_device().num_sms, Tile::kDrawn);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
   int* counter = params.workspace;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;

@@ -122,6 +122,7 @@ template <class Tile>
 __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Shared& shared) {
   constexpr int kKPanels = num_panels(Tile::kHeadDim), kVPanels = num_panels(Tile::kValueDim);
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.o);
+  // For the whole block: all that it writes follows from what is loaded here.
   if constexpr (!Tile::kDrawn) wait_for_predecessor(), allow_successor();
   int count = 0;  // blocks of K and V asked for
   int tile = blockIdx.x;
