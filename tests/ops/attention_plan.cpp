@@ -58,10 +58,12 @@ void check_heads(const AttentionProblem& p) {
           };
           CHECK(fwd(false) == group);
           CHECK(fwd(true) >= group && fwd(true) <= in_l2 && fwd(true) % group == 0);
-          const bool many = int64_t{all} * group * row_tiles >= 7 * kSms;
-          if (keys > 512 || !many) CHECK(fwd(true) == in_l2);
-          if (keys <= 512 && many) CHECK(fwd(true) == in_l2 || fwd(true) * row_tiles >= kSms);
-          if (keys <= 512 && many) CHECK(fwd(true) * row_tiles < kSms + group * row_tiles);  // one wave
+          if (keys > 512 || group > 1 || row_tiles == 1 || all * row_tiles < 7 * kSms)
+            CHECK(fwd(true) == in_l2);
+          else {
+            CHECK(fwd(true) == in_l2 || fwd(true) * row_tiles >= kSms);
+            CHECK(fwd(true) * row_tiles < kSms + row_tiles);  // one wave
+          }
         }
       for (bool deterministic : {false, true}) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);

@@ -64,18 +64,19 @@ inline int attention_section(int heads, int64_t bytes_of_head) {
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, bytes_of_head), 1, heads));
 }
 
-// Query heads of a section of the forward. Where a head has few keys the first tiles of a section would read them
-// faster than memory gives them, and those after them none: there a section is about as many tiles as run at a time (of
-// 512 tokens 310 for 298 TFLOP/s), unless there are so few tiles in all that the longest must come first (64/8 heads of
-// 1k: 368 for 403); and one key head where all tiles are equally long (465 for 441).
+// Query heads of a section of the forward. Where a head has few keys, and no other shares them, the first tiles of a
+// section would read them faster than memory gives them, and those after them none: there a section is about as many
+// tiles as run at a time (16 x 16 heads of 512, D = 128: 317 for 305 TFLOP/s; 64/8 heads 335 for 351, D = 64 with its
+// two row tiles 268 for 281), unless there are so few tiles in all that the longest must come first. It is one key head
+// where all tiles are equally long (465 for 441).
 inline int attention_fwd_section(int heads, int group, int keys, int64_t bytes_of_key_head, int row_tiles, int num_sms,
                                  bool drawn) {
-  constexpr int kFewKeys = 512, kManyTiles = 7;  // of a multiprocessor
+  constexpr int kFewKeys = 512, kSomeRowTiles = 3, kManyTiles = 7;  // of a multiprocessor
   if (!drawn) return group;
   const int in_l2 = attention_section(heads, bytes_of_key_head) * group;
-  const int at_a_time = static_cast<int>(ceil_div(num_sms, int64_t{row_tiles} * group)) * group;
-  const bool smooth = keys <= kFewKeys && int64_t{row_tiles} * heads >= int64_t{kManyTiles} * num_sms;
-  return std::min({heads, in_l2, smooth ? at_a_time : heads});
+  const bool smooth = group == 1 && keys <= kFewKeys && row_tiles >= kSomeRowTiles &&
+                      int64_t{row_tiles} * heads >= int64_t{kManyTiles} * num_sms;
+  return std::min({heads, in_l2, smooth ? static_cast<int>(ceil_div(num_sms, row_tiles)) : heads});
 }
 
 // How the backward walks the key heads: `section` of them together, with `wave` key tiles of each at a time. The blocks
