@@ -33,6 +33,9 @@ from cs336.models import PagedState, Transformer
 from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
 
+# One in so many slots becomes free before those that wait are given them, where steps are CUDA graphs. 3,000 questions
+# on 512 slots take 1,011 steps of which 78 read prompts, for 988 of which 696 do.
+TOGETHER = 16
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or training diverged"
 
 
@@ -266,10 +269,11 @@ class Engine:
         self.ends = model.end_ids if tokenizer is None else tuple(ends_of(model, tokenizer))
         remembering = config.prefix_cache and is_paged  # what a recurrence has come to is in no page
         self.cache = PageCache(self.memory.num_pages, config.page_size, remembering=remembering)
-        self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens)
         self.runner = self._runner(
             model, self._state(model, rollback), step_tokens, drafts=rollback, invariant=config.invariant
         )
+        together = max(1, config.max_seqs // TOGETHER) if self.runner.captures else 1
+        self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens, together=together)
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)
@@ -464,9 +468,11 @@ class Engine:
         updates, drawn = [], _tokens(launched.drawn)
         for sample, drafts in zip(launched.sequences, launched.drafts, strict=True):
             assert isinstance(sample, Sample)
-            tokens = list(itertools.islice(drawn, 1 + len(drafts)))
-            if drafts and not sample.finished:
-                tokens = self._verify(sample, drafts, tokens)
+            tokens = [next(drawn)]
+            if drafts:
+                tokens += itertools.islice(drawn, len(drafts))
+                if not sample.finished:
+                    tokens = self._verify(sample, drafts, tokens)
             for token in tokens:
                 if not sample.finished:
                     updates.append(self._advance(sample, token))
@@ -474,6 +480,8 @@ class Engine:
 
     def _speculating(self) -> list[Sample]:
         """Those that run and may have drafts in the next step."""
+        if not self.speculates:
+            return []
         samples = (s for s in self.scheduler.running if isinstance(s, Sample))
         found = [s for s in samples if s.decoding and s.speculates and not s.exhausted]
         if self.drafter is not None:

@@ -37,6 +37,9 @@ from cs336.utils import nvtx
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
 MOST_VERIFYING = 8  # sequences of a captured step that verifies: with more, drafts cost a good part of a step each
+# Rows: of a captured step of so few there are two graphs, which take turns. What one drew is copied home while the next
+# runs, which would wait for it else: 9 us of 1 ms, one row of Llama-3.2-1B.
+TWO_GRAPHS = 8
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -96,6 +99,15 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: main.wait_stream(side)
 
 
+def waits_for_experts(model: Transformer) -> bool:
+    """Whether the host reads the loads of experts in each step."""
+    return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
+
+
+def takes_turns(size: int, width: int) -> bool:
+    return size <= TWO_GRAPHS and width == 1
+
+
 def _capturable(model: Transformer) -> bool:
     """Whether a decoding step can be captured: one in which the host waits for the device, as plain torch does for what
     tensors hold, cannot be."""
@@ -105,7 +117,7 @@ def _capturable(model: Transformer) -> bool:
     slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
     if slow:
         reason = f"{', '.join(slow)} run plain torch ({registry.missing(slow[0], 'native', device)})"
-    elif any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList)):
+    elif waits_for_experts(model):
         reason = "the host waits for the loads of these experts, which it does not of stacks in bfloat16 on Hopper"
     else:
         return True
@@ -156,7 +168,14 @@ class Runner:
         """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
         if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
-        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+        self._graphs: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+        self._turn = 0
+        self._homeward = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps that only decode are CUDA graphs."""
+        return bool(self._sizes[1])
 
     @torch.inference_mode()
     def capture(self) -> int:
@@ -164,7 +183,8 @@ class Runner:
         steps that verify drafts. Returns how many."""
         wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
         for size, width in wanted:
-            self._captured(size, width, 0)
+            for turn in range(1 + takes_turns(size, width)):
+                self._captured(size, width, 0, turn)
         return len(wanted)
 
     def warm_up(self, page_size: int) -> int:
@@ -199,8 +219,10 @@ class Runner:
         width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
         fits = not controlled and (width > 1 or not step.chunks)
         captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
+        aside = captured is not None and takes_turns(captured, width)
         if captured:
-            graph, drawn = self._captured(captured, width, num_logprobs)
+            self._turn ^= aside
+            graph, drawn = self._captured(captured, width, num_logprobs, self._turn if aside else 0)
         self._staging.begin()
         rows = self._put_rows(sequences, captured)
         kept = self._put_drafts(step, captured) if captured and width > 1 else None
@@ -221,7 +243,8 @@ class Runner:
             slots = torch.tensor([s.slot for s in drawn_from], device=self.device)
             self.controls.drawn(slots, drawn.token_ids)
         drawn = ops.Sampled(*(x[: len(drawn_from)] for x in drawn))
-        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores)
+        stream = self._homeward if aside else None
+        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores, stream)
 
     # ---- what the host tells ----
 
@@ -356,12 +379,18 @@ class Runner:
         join()
         drawn = ops.sample(logits_BV, *settings, num_logprobs=num_logprobs, **options)
         self.slots.newest.index_copy_(0, place_B, drawn.token_ids)
-        return drawn._replace(logprobs=self._log_probs(features_BM, drawn.token_ids)) if self.invariant else drawn
+        if self.invariant:
+            drawn = drawn._replace(logprobs=self._log_probs(features_BM, logits_BV, drawn.token_ids))
+        return drawn
 
-    def _log_probs(self, features_BM: Tensor, ids_B: Tensor) -> Tensor:
-        """As training takes them: (B,) float32."""
+    def _log_probs(self, features_BM: Tensor, logits_BV: Tensor, ids_B: Tensor) -> Tensor:
+        """As training takes them: (B,) float32. From the logits where these lie in memory as training's do, whose rows
+        begin at multiples of 16 bytes, and are not capped yet: a product with the head less."""
+        softcap = self.model.config.logit_softcap
+        if softcap is None and logits_BV.shape[1] * logits_BV.itemsize % 16 == 0:
+            return -ops.cross_entropy(logits_BV, ids_B, reduction="none")
         head = self.model.embedding if self.model.head is None else self.model.head
-        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=self.model.config.logit_softcap)
+        return ops.linear_log_probs(features_BM, head.weight, ids_B, softcap=softcap)
 
     def _mixed(
         self,
@@ -430,18 +459,21 @@ class Runner:
             some = places[at : at + SCORED_ROWS]
             row_S, ids_S = numbers_2S[:, at : at + SCORED_ROWS]
             features_SM = features_TM.index_select(0, row_S)
-            logprobs_SV = self.model.logits(features_SM).log_softmax(-1, dtype=torch.float32)
+            logits_SV = self.model.logits(features_SM)
+            logprobs_SV = logits_SV.log_softmax(-1, dtype=torch.float32)
             N = max(sequence.params.prompt_logprobs or 0 for sequence, _ in some)
             top = logprobs_SV.topk(min(N, logprobs_SV.shape[1]))
             found_S = logprobs_SV.gather(1, ids_S[:, None])[:, 0]
             if self.invariant:
-                found_S = self._log_probs(features_SM, ids_S)
+                found_S = self._log_probs(features_SM, logits_SV, ids_S)
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+    def _captured(
+        self, size: int, width: int, num_logprobs: int, turn: int
+    ) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
         """The graph of a step of `size` rows of `width` tokens."""
-        if found := self._graphs.get((size, width, num_logprobs)):
+        if found := self._graphs.get((size, width, num_logprobs, turn)):
             return found
         run = self._laid_out(size, width, num_logprobs)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
@@ -455,7 +487,7 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 drawn = run()
-        self._graphs[size, width, num_logprobs] = graph, drawn
+        self._graphs[size, width, num_logprobs, turn] = graph, drawn
         return graph, drawn
 
     def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
@@ -472,8 +504,14 @@ class Runner:
     # ---- what comes back ----
 
     def _bring_home(
-        self, sequences: list[Sequence], drafts: list[Rows[int]], drawn: ops.Sampled, scores: list[Scores]
+        self,
+        sequences: list[Sequence],
+        drafts: list[Rows[int]],
+        drawn: ops.Sampled,
+        scores: list[Scores],
+        stream: torch.cuda.Stream | None,
     ) -> Launched:
+        """stream: for the copies of what stays as it is until this step has been waited for."""
         if self.device.type == "cpu":
             return Launched(sequences, drafts, drawn, scores, None)
 
@@ -482,7 +520,10 @@ class Runner:
             pairs = zip(hosts, found, strict=True)
             return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
-        home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
-        done = torch.cuda.Event()
-        done.record()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # None: the current one
+            home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
+            done = torch.cuda.Event()
+            done.record()
         return Launched(sequences, drafts, home, scored, done)

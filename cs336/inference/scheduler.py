@@ -108,10 +108,15 @@ class Step:
 
 
 class Scheduler:
-    """max_seqs: that run at once. max_step_tokens: the budget of a step, at least max_seqs."""
+    """max_seqs: that run at once. max_step_tokens: the budget of a step, at least max_seqs.
 
-    def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int):
-        self.cache, self.max_step_tokens = cache, max_step_tokens
+    together: where more wait than there are slots, so many slots become free before one is given away, but none is kept
+    free for more than as many steps. A step that reads prompts is no CUDA graph and costs a few of those that are.
+    """
+
+    def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int, together: int = 1):
+        self.cache, self.max_step_tokens, self.together = cache, max_step_tokens, together
+        self._kept = 0  # steps since a slot was free that was wanted
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -131,7 +136,8 @@ class Scheduler:
         for sequence in self.running:
             if not sequence.decoding and not sequence.exhausted and budget > 0:
                 budget -= self._chunk(sequence, budget, chunks)
-        while self.waiting and self._slots and budget > 0:
+        admits = self._admits(any(not chunk.drafts for chunk in chunks))
+        while admits and self.waiting and self._slots and budget > 0:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence, copies):
                 break
@@ -139,6 +145,15 @@ class Scheduler:
             budget -= self._chunk(sequence, budget, chunks)
         chunks.sort(key=lambda chunk: chunk.start == 0)
         return Step(decodes, chunks, copies) if decodes or chunks else None
+
+    def _admits(self, reads: bool) -> bool:
+        """Whether those that wait are looked at: at once where all fit, or where the step reads prompts anyway."""
+        free = len(self._slots)
+        if reads or free >= min(self.together, len(self.waiting)) or self._kept >= self.together:
+            self._kept = 0
+            return True
+        self._kept += free > 0
+        return False
 
     def launched(self) -> None:
         """The step laid out last is on its way: what later ones write is written after it."""
@@ -189,9 +204,9 @@ class Scheduler:
             if not sequence.decoding or sequence.sampled >= sequence.limit:  # one that was preempted decodes no more
                 continue
             if sequence.computed < len(sequence.pages) * size or self._finds_room(sequence):
-                drafts = self._fitting(sequence, spare)
-                spare -= len(drafts)
+                drafts = self._fitting(sequence, spare) if sequence.drafts else ()
                 if drafts:
+                    spare -= len(drafts)
                     verified.append(Chunk(sequence, sequence.computed, 1 + len(drafts), True, drafts))
                 else:
                     decodes.append(sequence)

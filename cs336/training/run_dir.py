@@ -25,6 +25,7 @@ from cs336.parallel.parts import Parts
 from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
+from cs336.training.staging import Staging
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 
@@ -50,6 +51,7 @@ class RunDir:
         self._group = host_group()  # of its own: checkpoints are written while others are in use
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self._staging = Staging()  # of the one that is being written
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -85,19 +87,30 @@ class RunDir:
     def saved_config(self) -> TrainConfig | None:
         """Of the run that is there, if it has a checkpoint to continue from.
 
-        Raises ValueError for a run of another format.
+        Raises ValueError for a run of another format, or of another verb.
         """
         path = self.path / "config.toml"
         if (found := self.facts().get("format", FORMAT)) != FORMAT:
             raise ValueError(f"{self.path} holds a run of format {found}, expected {FORMAT}: use another run_dir")
-        return TrainConfig.from_toml(path) if path.exists() and self.newest() else None
+        if not path.exists() or not self.newest():
+            return None
+        if self.verb not in ("train", None):
+            raise ValueError(f"{self.path} holds a run of `cs336 {self.verb}`: use another run_dir")
+        return TrainConfig.from_toml(path)
+
+    @property
+    def verb(self) -> str | None:
+        """Of the run that is there; None where run.json does not say."""
+        facts = self.facts()
+        return str(facts.get("stage", "train")) if facts else None
 
     def facts(self) -> dict[str, Any]:
         """run.json; empty where it is not there or torn."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         with replacing(self.path / "run.json") as file:
@@ -166,7 +179,8 @@ class RunDir:
         """
         self.wait()
         path = checkpoint.step_path(self.checkpoints, step)
-        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background, parts=parts)
+        staging = self._staging if background else None
+        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, staging=staging, parts=parts)
         for rows in (self.metrics, self.samples, self.ranks):
             rows.sync()
         if background:
@@ -202,7 +216,10 @@ class RunDir:
             try:
                 yield
             finally:
-                self._wait()
+                try:
+                    self._wait()
+                finally:
+                    self._staging.free()
 
     def wait(self) -> None:
         """Until the checkpoint in the background is on the disk. Raises OSError if it could not be written."""

@@ -99,6 +99,15 @@ __device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64
       : "memory");
 }
 
+// The same of a map of two dimensions.
+__device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64_t* barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+
 // Shared to global: the box at coordinates (c0, ..., c4), without what lies outside the tensor.
 __device__ __forceinline__ void copy_out(const CUtensorMap* map, const void* from, int c0, int c1, int c2, int c3,
                                          int c4) {

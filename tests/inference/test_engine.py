@@ -369,6 +369,7 @@ def test_any_workload_keeps_the_books(model, alone, data):
         overlap=data.draw(st.booleans()),
         prefix_cache=data.draw(st.booleans()),
     )
+    e.scheduler.together = data.draw(st.integers(1, 5))
     live, cancelled = [], set()
     for _ in range(data.draw(st.integers(1, 12))):
         action = data.draw(st.sampled_from(["add", "step", "step", "cancel"]))

@@ -114,6 +114,24 @@ def test_training_gives_the_same_bits(model, alone):
     assert not is_invariant()
 
 
+@pytest.mark.parametrize("vocab_size", [272, 269])  # rows of logits that begin at multiples of 16 bytes, and not
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_logits_without_a_cap_are_computed_once(place, vocab_size, monkeypatch):
+    device, dtype = place
+    torch.manual_seed(2)
+    config = dataclasses.replace(CONFIG, vocab_size=vocab_size, logit_softcap=None)
+    model = Transformer(config, device=device, dtype=dtype).eval()
+    again, inner = [], ops.linear_log_probs
+    monkeypatch.setattr(ops, "linear_log_probs", lambda *args, **more: again.append(1) or inner(*args, **more))
+    prompts = [[t % vocab_size for t in PROMPTS[i]] for i in (1, 2, 6)]
+    found, _ = served(model, prompts, max_step_tokens=40)
+    assert bool(again) == (vocab_size == 269)
+    with cs336.invariant():
+        for ids, want in found:
+            (single,) = sequence_log_probs(model, torch.tensor([ids], device=device)).tolist()
+            assert single == want
+
+
 def test_gradients_are_those_of_the_fast_forward(model):
     """Here they are of the same function, but for rounding."""
     ids = torch.randint(0, 272, (2, 50), generator=torch.Generator().manual_seed(1)).to(model.device)

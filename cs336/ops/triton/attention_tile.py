@@ -74,6 +74,20 @@ def gather(
 
 
 @triton.jit
+def rows_in_page(
+    cache_ptr, table_ptr, n, T, P, page, page_stride, token_stride, feature,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`gather` of the keys from n on, which are in one page."""
+    entry = tl.load(table_ptr + n // page)
+    here = tl.where((entry >= 0) & (entry < P), T - n, 0)
+    key = tl.arange(0, BLOCK_N)
+    cache_ptr += tl.cast(entry, tl.int64) * page_stride + tl.cast(n % page, tl.int64) * token_stride
+    mask = (key < here)[:, None] & (feature < WIDTH)[None, :]
+    return tl.load(cache_ptr + key[:, None] * token_stride + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def tanh(x):
     """To an ulp or two near 0, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x

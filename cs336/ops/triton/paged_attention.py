@@ -12,19 +12,44 @@ import triton
 import triton.language as tl
 
 from cs336.ops.triton import paged_latent
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, scores, shared_memory, visible, width
+from cs336.ops.triton.attention_tile import (
+    INTERPRET,
+    LOG2E,
+    dot,
+    gather,
+    rows_in_page,
+    scores,
+    shared_memory,
+    visible,
+    width,
+)
 from cs336.ops.triton.cast import cast
+
+
+@triton.jit
+def _block(
+    cache_ptr, table_ptr, start, T, P, page, page_stride, token_stride,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, IN_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Rows of the keys from `start` on, zero from T on."""
+    feature = tl.arange(0, BLOCK)
+    if IN_PAGE:  # one entry of the table, so that loads are asked for a step earlier than behind those of many
+        rows = rows_in_page(cache_ptr, table_ptr, start, T, P, page, page_stride, token_stride, feature, WIDTH, BLOCK_N)
+    else:
+        key = start + tl.arange(0, BLOCK_N)
+        rows = gather(cache_ptr, table_ptr, key, T, P, page, page_stride, token_stride, feature, WIDTH)
+    return rows
 
 
 @triton.jit
 def _walk(
     acc, m, l, q, k_ptr, v_ptr, table_ptr, lo, hi, T, position, P, page, k_page, k_token, v_page, v_token,
     inner, outer, left, D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr, IN_PAGE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = gather(k_ptr, table_ptr, key, T, P, page, k_page, k_token, tl.arange(0, BLOCK_D), D)
+        k = _block(k_ptr, table_ptr, start, T, P, page, k_page, k_token, D, BLOCK_N, BLOCK_D, IN_PAGE)
         s, _ = scores(dot(q, tl.trans(k)), position, key[None, :], 0.0, inner, outer, CAPPED, False)
         if not WHOLE:
             s = tl.where(visible(position, key[None, :], T, left, 0, HAS_LEFT, True), s, float("-inf"))
@@ -33,7 +58,7 @@ def _walk(
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
         l = l * alpha + tl.sum(p, 1)
-        v = gather(v_ptr, table_ptr, key, T, P, page, v_page, v_token, tl.arange(0, BLOCK_E), E)
+        v = _block(v_ptr, table_ptr, start, T, P, page, v_page, v_token, E, BLOCK_N, BLOCK_E, IN_PAGE)
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
         m = m_new
     return acc, m, l
@@ -58,7 +83,7 @@ def _paged_kernel(
     q_b, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, table_b, lse_b, lse_h,
     rows, Q, H, G, P, page, M, tiles, inner, outer, left,
     D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    BLOCK_E: tl.constexpr, CAPPED: tl.constexpr, HAS_LEFT: tl.constexpr, IN_PAGE: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1), tl.program_id(2)
     start = (tiles - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
@@ -104,15 +129,17 @@ def _paged_kernel(
         acc, m, l = _walk(
             acc, m, l, q, k_ptr, v_ptr, table_ptr, lo, tl.minimum(whole_from, end), T, position, P, page,
             k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT,
-            False,
+            IN_PAGE, False,
         )  # fmt: skip
     acc, m, l = _walk(
         acc, m, l, q, k_ptr, v_ptr, table_ptr, whole_from, whole_to, T, position, P, page,
-        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT, True,
+        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT,
+        IN_PAGE, True,
     )  # fmt: skip
     acc, m, l = _walk(
         acc, m, l, q, k_ptr, v_ptr, table_ptr, whole_to, end, T, position, P, page,
-        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT, False,
+        k_page, k_token, v_page, v_token, inner, outer, left, D, E, BLOCK_N, BLOCK_D, BLOCK_E, CAPPED, HAS_LEFT,
+        IN_PAGE, False,
     )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -171,7 +198,7 @@ def _run(q, k_cache, v_cache, page_table, seq_lens, cu, max_q, o, lse, lse_strid
             q.shape[0], max_q, H, G, P, page, page_table.shape[1], tiles,
             scale / softcap if softcap > 0 else 1.0, (softcap if softcap > 0 else scale) * LOG2E, window,
             D=D, E=E, BLOCK_D=width(D, E, dtype=q.dtype), BLOCK_E=width(E, D, dtype=q.dtype),
-            CAPPED=softcap > 0, HAS_LEFT=window >= 0, **plan,
+            CAPPED=softcap > 0, HAS_LEFT=window >= 0, IN_PAGE=page % plan["BLOCK_N"] == 0, **plan,
         )  # fmt: skip
 
 

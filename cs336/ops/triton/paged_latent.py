@@ -10,22 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, shared_memory, width
+from cs336.ops.triton.attention_tile import INTERPRET, LOG2E, dot, gather, rows_in_page, shared_memory, width
 from cs336.ops.triton.cast import cast
 
 MOST = 64  # pieces of a sequence
 WIDEST = 512  # features of a value
-
-
-@triton.jit
-def _rows(cache_ptr, table_ptr, n, T, P, page, c_page, c_token, feature, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`gather` of the keys from n on, which are in one page."""
-    entry = tl.load(table_ptr + n // page)
-    here = tl.where((entry >= 0) & (entry < P), T - n, 0)
-    key = tl.arange(0, BLOCK_N)
-    cache_ptr += tl.cast(entry, tl.int64) * c_page + tl.cast(n % page, tl.int64) * c_token
-    mask = (key < here)[:, None] & (feature < WIDTH)[None, :]
-    return tl.load(cache_ptr + key[:, None] * c_token + feature[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -86,8 +75,8 @@ def _latent_kernel(
     for n in range(lo, hi, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
         if IN_PAGE:
-            latent = _rows(cache_ptr, table_ptr, n, T, P, page, c_page, c_token, of_latent, L, BLOCK_N)
-            rest = _rows(cache_ptr + L, table_ptr, n, T, P, page, c_page, c_token, of_rest, R, BLOCK_N)
+            latent = rows_in_page(cache_ptr, table_ptr, n, T, P, page, c_page, c_token, of_latent, L, BLOCK_N)
+            rest = rows_in_page(cache_ptr + L, table_ptr, n, T, P, page, c_page, c_token, of_rest, R, BLOCK_N)
         else:
             latent = gather(cache_ptr, table_ptr, key, T, P, page, c_page, c_token, of_latent, L)
             rest = gather(cache_ptr + L, table_ptr, key, T, P, page, c_page, c_token, of_rest, R)
