@@ -49,18 +49,6 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// This block's number in its cluster.
-__device__ __forceinline__ int block_of_cluster() {
-  int block;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-  return block;
-}
-
-// Waits for all threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // ---- mbarriers: barriers in shared memory that count arrivals and bytes; a phase ends when both are complete ----
 
 // Prepares a barrier whose phases take `arrivals` arrivals (and all the bytes announced to them).
@@ -76,27 +64,6 @@ __device__ __forceinline__ void barrier_init_fence() {
 // Arrives once.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Arrives once at the barrier at the same place in another block of the cluster, or in this one.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int block) {
-  asm volatile(
-      "{.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
-}
-
-// Writes `value` to the same place in another block of the cluster; its 4 bytes are counted on the barrier there.
-__device__ __forceinline__ void store_at(int* to, int value, uint64_t* barrier, int block) {
-  asm volatile(
-      "{.reg .b32 there, counted;\n"
-      "mapa.shared::cluster.u32 there, %0, %3;\n"
-      "mapa.shared::cluster.u32 counted, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [there], %1, [counted];}" ::"r"(shared_address(to)),
-      "r"(value), "r"(shared_address(barrier)), "r"(block)
-      : "memory");
 }
 
 // Arrives once and announces `bytes` that copies will bring.
@@ -129,17 +96,6 @@ __device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
-}
-
-// The same, into each block of the cluster whose bit is set in `blocks`: to the same place in its shared memory, the
-// bytes counted on its barrier at the same place.
-__device__ __forceinline__ void copy_in_to(uint16_t blocks, const CUtensorMap* map, void* to, uint64_t* barrier, int c0,
-                                           int c1, int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(blocks)
       : "memory");
 }
 

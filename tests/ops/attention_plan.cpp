@@ -40,17 +40,31 @@ void check_packed_tiles(const AttentionProblem& p, int rows) {
 }
 
 void check_heads(const AttentionProblem& p) {
-  const AttentionBwdShape& shape = *find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+  const int keys = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)->keys;
   const int group = p.q_heads / p.kv_heads, heads = attention_bwd_heads(p, kSms);
-  const int64_t key_tiles = attention_tiles(p, p.k_tokens, shape.keys);
-  const int64_t blocks = key_tiles * (shape.wide ? kAttentionBwdCluster : 1) * p.q_heads;  // with one head each
+  const int64_t key_tiles = attention_tiles(p, p.k_tokens, keys);
   CHECK(heads >= 1 && group % heads == 0);
-  CHECK(heads == group || blocks / (2 * heads) < 3 * kSms);  // split no further than needed
-  CHECK(heads % 2 == 1 || blocks / heads >= 3 * kSms);       // and as far as needed
+  CHECK(heads == group || key_tiles * p.q_heads / (2 * heads) < 3 * kSms);  // split no further than needed
+  CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
   for (int all : {1, 3, 64, 1000})
     for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
       const int section = attention_section(all, bytes);
       CHECK(section >= 1 && section <= all);
+      for (int keys : {512, 513})
+        for (int row_tiles : {1, 4, 86}) {
+          const int in_l2 = section * group;
+          const auto fwd = [&](bool drawn) {
+            return attention_fwd_section(all * group, group, keys, bytes, row_tiles, kSms, drawn);
+          };
+          CHECK(fwd(false) == group);
+          CHECK(fwd(true) >= group && fwd(true) <= in_l2 && fwd(true) % group == 0);
+          if (keys > 512 || group > 1 || row_tiles == 1 || all * row_tiles < 7 * kSms)
+            CHECK(fwd(true) == in_l2);
+          else {
+            CHECK(fwd(true) == in_l2 || fwd(true) * row_tiles >= kSms);
+            CHECK(fwd(true) * row_tiles < kSms + row_tiles);  // one wave
+          }
+        }
       for (bool deterministic : {false, true}) {
         const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
         CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);

@@ -371,6 +371,34 @@ def test_cuda_graph(variant, device, options):
             torch.testing.assert_close(c, e, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(variant, device, width):
+    """The next kernel starts while the one before still runs: it must not read too early what that one writes last."""
+    q, k, v = (x.detach() for x in leaves(16, 16, 16, 512, 512, width, None, BF16, device))
+
+    def chain(wait):
+        x = q
+        for _ in range(10):
+            y = ops.attention(x, k, v)
+            wait()
+            x = ops.attention(y[-1:], y[-1:], y[-1:]).expand_as(q)
+            wait()
+        return x
+
+    want = chain(torch.cuda.synchronize)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        assert all(torch.equal(chain(lambda: None), want) for _ in range(3))
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            got = chain(lambda: None)
+        graph.replay()
+        side.synchronize()
+    assert torch.equal(got, want)
+
+
 @pytest.mark.skipif(not CUDA, reason="streams need a GPU")
 def test_runs_on_the_current_stream(variant, device):
     q = torch.zeros(1, 4, 2048, 64, device=device, dtype=BF16)

@@ -19,15 +19,14 @@ template <typename T_, int kHeadDim_, int kValueDim_, Mask kMask_>
 struct BwdKeysTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
-  static constexpr int kQueries = 64;
-  static constexpr int kCluster = kAttentionBwdCluster, kBlockKeys = 64, kKeys = kBlockKeys * kCluster;
+  static constexpr int kQueries = 64, kKeys = 64;
   static constexpr Mask kMask = kMask_;
   static constexpr int kStages = kHeadDim > 192 ? 2 : 4;  // query tiles in flight
-  static constexpr int kThreads = 384, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kK = kBlockKeys * kHeadDim, kKBytes = 2 * kK;   // of a block's keys, and of a tile of Q
-  static constexpr int kV = kBlockKeys * kValueDim, kVBytes = 2 * kV;  // of V, and of dO
-  static constexpr int kRowBytes = kQueries * 4;                       // lse, or delta, of a query tile
-  static_assert(kQueries == kBlockKeys && kCluster == 2 && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
+  static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;   // of a tile of K, and of Q
+  static constexpr int kV = kKeys * kValueDim, kVBytes = 2 * kV;  // of V, and of dO
+  static constexpr int kRowBytes = kQueries * 4;                  // lse, or delta, of a query tile
+  static_assert(kQueries == kKeys && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
 
   struct Shared {
     alignas(1024) T k[kK];
@@ -43,26 +42,17 @@ struct BwdKeysTile {
     uint64_t p_full[2], p_empty[2];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
-    ClusterDraws draws;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
 };
 
 template <class Tile>
 __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile::Shared& shared) {
-  constexpr int kRows = 64;                      // of any tile
-  constexpr int kPart = kRows / Tile::kCluster;  // of a query tile: what one block loads for all
-  const int block = block_of_cluster();
+  constexpr int kRows = 64;  // of any tile
   const auto load = [](const CUtensorMap& map, typename Tile::T* to, int panels, uint64_t* full, int row, int head,
                        const Rows& rows) {
     for (int p = 0; p < panels; p++)
       copy_in(&map, to + p * (kRows * kPanel), full, p * kPanel, row + rows.shift, head, rows.c3, rows.c4);
-  };
-  const auto load_part = [block](const CUtensorMap& map, typename Tile::T* to, int panels, uint64_t* full, int row,
-                                 int head, const Rows& rows) {
-    for (int p = 0; p < panels; p++)
-      copy_in_to((1 << Tile::kCluster) - 1, &map, to + (p * kRows + block * kPart) * kPanel, full, p * kPanel,
-                 row + block * kPart + rows.shift, head, rows.c3, rows.c4);
   };
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
   prefetch_map(&a.dk), prefetch_map(&a.dv);
@@ -71,16 +61,11 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
     BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
     w.kv_head = -1;
-    if (block == 0) {
-      int index;
-      while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
-        index = atomicAdd(a.counter, 1);
-        if (index >= a.order.count()) break;
-        announce<Tile>(a, index, w);
-      }
-      shared.draws.tell<Tile::kCluster>(round, index);
-    } else if (const int index = shared.draws.hear(round); index < a.order.count())
-      announce<Tile>(a, index, w), w.key0 += block * Tile::kBlockKeys;
+    while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
+      const int index = atomicAdd(a.counter, 1);
+      if (index >= a.order.count()) break;
+      announce<Tile>(a, index, w);
+    }
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.kv_head < 0) break;
 
@@ -98,13 +83,13 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
       barrier_wait(&shared.q_empty[stage], parity);
       shared.row0[stage] = tile * Tile::kQueries;
       barrier_arrive_expect(&shared.q_full[stage], Tile::kKBytes + Tile::kRowBytes);
-      load_part(a.q, shared.q[stage], num_panels(Tile::kHeadDim), &shared.q_full[stage], tile * Tile::kQueries, head,
-                q_rows);
+      load(a.q, shared.q[stage], num_panels(Tile::kHeadDim), &shared.q_full[stage], tile * Tile::kQueries, head,
+           q_rows);
       bulk_in(shared.lse[stage], rows, Tile::kRowBytes, &shared.q_full[stage]);
       barrier_wait(&shared.dout_empty[stage], parity);
       barrier_arrive_expect(&shared.dout_full[stage], Tile::kVBytes + Tile::kRowBytes);
-      load_part(a.dout, shared.dout[stage], num_panels(Tile::kValueDim), &shared.dout_full[stage],
-                tile * Tile::kQueries, head, q_rows);
+      load(a.dout, shared.dout[stage], num_panels(Tile::kValueDim), &shared.dout_full[stage], tile * Tile::kQueries,
+           head, q_rows);
       bulk_in(shared.delta[stage], rows + Tile::kQueries, Tile::kRowBytes, &shared.dout_full[stage]);
     }
   }
@@ -114,13 +99,15 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
 template <class Tile, bool kOfValues>
 struct BwdKeysConsumer {
   using T = typename Tile::T;
-  static constexpr int kQueries = Tile::kQueries, kKeys = Tile::kBlockKeys;
+  static constexpr int kQueries = Tile::kQueries, kKeys = Tile::kKeys;
   static constexpr int kIn = kOfValues ? Tile::kHeadDim : Tile::kValueDim;   // features that scores sum over
   static constexpr int kOut = kOfValues ? Tile::kValueDim : Tile::kHeadDim;  // features of the gradient
   static constexpr int kMeet = 1, kStore = 2;                                // named barriers: of both; one each
   static constexpr int kPanelStep = descriptor_step(64 * 128);
   // Whether there are registers for the keys, as left operand of the scores: a third less of shared memory to read.
   static constexpr bool kOwnInRegisters = kOut / 2 + kIn / 4 <= 128;
+  // Whether the next scores start before the product for the gradient; with few tiles in flight their queries are late.
+  static constexpr bool kScoresFirst = Tile::kStages > 2;
 
   const BwdArgs& a;
   typename Tile::Shared& shared;
@@ -147,11 +134,6 @@ struct BwdKeysConsumer {
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
-
-  // What all blocks of the cluster fill or draw.
-  static __device__ __forceinline__ void release_to_all(uint64_t* barrier) {
-    if (lane() < Tile::kCluster) barrier_arrive_at(barrier, lane());
-  }
 
   // 16 features of the keys after the other, as wgmma takes 64 rows from registers.
   __device__ __forceinline__ void read_own() {
@@ -242,7 +224,7 @@ struct BwdKeysConsumer {
     else
       score_gradients(tile);
     changes_here(s);
-    release_to_all(&scored_empty[tile % Tile::kStages]);
+    release(&scored_empty[tile % Tile::kStages]);
     // The compiler moves no wait for products up across a wait for a barrier.
     if constexpr (kOfValues) barrier_wait(&shared.p_empty[tile % 2], (tile / 2 & 1) ^ 1);
   }
@@ -275,17 +257,26 @@ struct BwdKeysConsumer {
     turn_scores(w, count, below, above);
     round_scores(count);
     for (int i = uniform(w.steps(a.heads)); i > 1; i--) {
-      start_scores(count + 1);
-      start_sum(count);
-      wgmma_wait<1>(s);
-      turn_scores(w, count + 1, below, above);
-      wgmma_wait<0>(sum);
-      release_to_all(&summed_empty[count++ % Tile::kStages]);
-      round_scores(count);
+      if constexpr (kScoresFirst) {
+        start_scores(count + 1);
+        start_sum(count);
+        wgmma_wait<1>(s);
+        turn_scores(w, count + 1, below, above);
+        wgmma_wait<0>(sum);
+        release(&summed_empty[count % Tile::kStages]);
+      } else {
+        start_sum(count);
+        start_scores(count + 1);
+        wgmma_wait<1>(sum);
+        release(&summed_empty[count % Tile::kStages]);
+        wgmma_wait<0>(s);
+        turn_scores(w, count + 1, below, above);
+      }
+      round_scores(++count);
     }
     start_sum(count);
     wgmma_wait<0>(sum);
-    release_to_all(&summed_empty[count++ % Tile::kStages]);
+    release(&summed_empty[count++ % Tile::kStages]);
   }
 
   // The gradient, rounded, through the shared memory of what it is the gradient of.
@@ -326,7 +317,7 @@ struct BwdKeysConsumer {
       changes_here(sum);
       named_sync(kMeet, 256);  // the other warpgroup reads K and V no more
       store(w);
-      release_to_all(&shared.work_empty[round % 2]);
+      release(&shared.work_empty[round % 2]);
     }
   }
 };

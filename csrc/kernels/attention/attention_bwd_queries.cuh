@@ -218,13 +218,22 @@ struct BwdQueriesConsumer {
     weigh(w, row, j, masked(j));
     score_gradients();
     while (--j >= first) {
-      start_s(count + 1);
-      start_dq(count);
-      start_dp(count + 1);
-      wgmma_wait<2>(s);
-      weigh(w, row, j, masked(j));
-      wgmma_wait<1>(dq);
-      release(&shared.k_empty[count++ % Tile::kStages]);
+      if constexpr (Tile::kStages > 2) {
+        start_s(count + 1);
+        start_dq(count);
+        start_dp(count + 1);
+        wgmma_wait<2>(s);
+        weigh(w, row, j, masked(j));
+        wgmma_wait<1>(dq);
+        release(&shared.k_empty[count++ % Tile::kStages]);
+      } else {  // the next block of K is late
+        start_dq(count);
+        start_s(count + 1);
+        start_dp(count + 1);
+        wgmma_wait<1>(s);  // and dQ
+        release(&shared.k_empty[count++ % Tile::kStages]);
+        weigh(w, row, j, masked(j));
+      }
       score_gradients();
     }
     start_dq(count);

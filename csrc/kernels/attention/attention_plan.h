@@ -29,8 +29,6 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
 inline constexpr int kAttentionFwdWindow = 2048;
 
-inline constexpr int kAttentionFwdCluster = 2;  // blocks that share the keys that they read
-
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
   int head_dim, value_dim, queries, keys;
@@ -40,10 +38,9 @@ struct AttentionBwdShape {
 inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false, false},
                                                             {96, 96, 64, 128, true, false},
                                                             {128, 128, 64, 128, true, false},
-                                                            {192, 128, 64, 128, false, true},
-                                                            {256, 256, 64, 128, false, true}};
+                                                            {192, 128, 64, 64, false, true},
+                                                            {256, 256, 64, 64, false, true}};
 inline constexpr int kAttentionBwdRows = 128;
-inline constexpr int kAttentionBwdCluster = 2;  // blocks that share the keys of a tile of wide heads
 
 template <typename Shape, int kCount>
 constexpr const Shape* find_attention_shape(const Shape (&shapes)[kCount], int head_dim, int value_dim) {
@@ -60,19 +57,26 @@ inline int64_t attention_tiles(const AttentionProblem& p, int tokens, int rows) 
   return p.cu_q ? tokens / rows + p.sequences : p.sequences * ceil_div(tokens, rows);
 }
 
-// Whether clusters have keys to share: of heads of a group, or of tiles of `rows` rows of a head that see the same.
-// Packed sequences work alone.
-inline bool attention_fwd_shares_keys(const AttentionProblem& p, int rows) {
-  const bool all_seen = p.window_left < 0 && p.window_right < 0;
-  return !p.cu_q && (p.q_heads / p.kv_heads % kAttentionFwdCluster == 0 ||
-                     (all_seen && ceil_div(p.q_tokens, rows) % kAttentionFwdCluster == 0));
-}
-
 // Heads that are worked on together: as many as keep what all their tiles read again and again within about half of L2.
 // 7 % (16 heads, 16k) to 14 % (2k) over all heads at once.
 inline int attention_section(int heads, int64_t bytes_of_head) {
   constexpr int64_t kSectionBytes = 32 << 20;
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, bytes_of_head), 1, heads));
+}
+
+// Query heads of a section of the forward. Where a head has few keys, and no other shares them, the first tiles of a
+// section would read them faster than memory gives them, and those after them none: there a section is about as many
+// tiles as run at a time (16 x 16 heads of 512, D = 128: 317 for 305 TFLOP/s; 64/8 heads 335 for 351, D = 64 with its
+// two row tiles 268 for 281), unless there are so few tiles in all that the longest must come first. It is one key head
+// where all tiles are equally long (465 for 441).
+inline int attention_fwd_section(int heads, int group, int keys, int64_t bytes_of_key_head, int row_tiles, int num_sms,
+                                 bool drawn) {
+  constexpr int kFewKeys = 512, kSomeRowTiles = 3, kManyTiles = 7;  // of a multiprocessor
+  if (!drawn) return group;
+  const int in_l2 = attention_section(heads, bytes_of_key_head) * group;
+  const bool smooth = group == 1 && keys <= kFewKeys && row_tiles >= kSomeRowTiles &&
+                      int64_t{row_tiles} * heads >= int64_t{kManyTiles} * num_sms;
+  return std::min({heads, in_l2, smooth ? static_cast<int>(ceil_div(num_sms, row_tiles)) : heads});
 }
 
 // How the backward walks the key heads: `section` of them together, with `wave` key tiles of each at a time. The blocks
@@ -138,8 +142,7 @@ inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
 // blocks would be too few to balance: the longest, with 64/8 heads of 2k tokens, has twice the average work.
 inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  const int64_t tiles = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;
-  const int64_t blocks = tiles * (shape->wide ? kAttentionBwdCluster : 1);  // with one head each
+  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;  // with one head each
   int heads = p.q_heads / p.kv_heads;
   while (heads % 2 == 0 && blocks / heads < 3 * num_sms) heads /= 2;
   return heads;

@@ -8,6 +8,7 @@
 #pragma once
 #include "common/check.h"
 #include "common/hopper.cuh"
+#include "common/tensor_map.h"
 #include "kernels/attention/attention.h"
 
 namespace cs336::attention {
@@ -62,15 +63,6 @@ constexpr int num_panels(int columns) { return (columns + kPanel - 1) / kPanel; 
 // The map of a tensor for copies of kPanel columns and `box_rows` rows. Columns past `columns` read as zero.
 inline CUtensorMap tensor_map(const AttentionTensor& t, const AttentionProblem& p, int tokens, int heads, int columns,
                               int box_rows) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {  // through the runtime, so that nothing links against libcuda
-    cudaDriverEntryPointQueryResult found;
-    void* function = nullptr;
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled; it needs CUDA 12");
-    return reinterpret_cast<Encode>(function);
-  }();
   const auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? uint64_t(stride) * 2 : 16; };
   const bool packed = p.cu_q != nullptr;
   const uint64_t token = bytes(t.token_stride, tokens);
@@ -82,9 +74,9 @@ inline CUtensorMap tensor_map(const AttentionTensor& t, const AttentionProblem& 
   const uint32_t box[5] = {kPanel, uint32_t(box_rows), 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result =
-      encode(&map, p.dtype == Dtype::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-             t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode_tiled()(&map, p.dtype == Dtype::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                     5, t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("attention: no tensor map for strides of " + std::to_string(t.batch_stride) + ", " +
                              std::to_string(t.token_stride) + ", " + std::to_string(t.head_stride) + " elements");
