@@ -67,6 +67,8 @@ def table(name: str, results: Results) -> str:
 
 def where(header: dict[str, Any]) -> str:
     made = f"commit {header['commit'] or 'unknown'}, {header['date']}; `{header['command']}`"
+    if "gpus" in header:
+        made = f"{header['gpus']} GPUs, each run on one; {made}"
     if "beside" in header:
         made += f"; {header['beside']}"
     if "cpu" in header:
@@ -465,7 +467,17 @@ BODIES = {
 }
 BODIES |= dict.fromkeys(("activation", "attention", "attention_varlen", "cross_entropy"), rated)
 BODIES |= dict.fromkeys(
-    ("expert_swiglu", "gram", "linear_cross_entropy", "linear_few_rows", "paged_attention", "rope", "sample"), rated
+    (
+        "expert_swiglu",
+        "gram",
+        "linear_cross_entropy",
+        "linear_few_rows",
+        "paged_attention",
+        "recurrent_step",
+        "rope",
+        "sample",
+    ),
+    rated,
 )
 HEADLINES = {
     "tokenizer": tokenizer_headline,

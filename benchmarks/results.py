@@ -6,6 +6,7 @@ import json
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,6 +44,26 @@ def header(device: torch.device, command: str, commit: str | None = None, *, roo
         matmul = round(harness.matmul_roof(device) / 1e12, 1) if on_gpu else None
         found["roofs"] = {"copy_gbps": round(harness.copy_roof(device) / 1e9, 1), "matmul_bf16_tflops": matmul}
     return found
+
+
+def cpu_header(command: str, *, cores: int = 1, peers: Iterable[str] = ("torch",)) -> dict[str, Any]:
+    """The same for rows of a CPU. peers: packages, of which those that are installed are named with their versions."""
+    return {
+        "command": command,
+        "cpu": cpu_model(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "peers": {name: found for name in peers if (found := version(name))},
+        "commit": describe_commit(),
+        "date": today(),
+    }
+
+
+def cpu_model() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def today() -> str:

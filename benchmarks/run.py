@@ -34,7 +34,11 @@ OPS = sorted(p.stem.removeprefix("bench_") for p in (pathlib.Path(__file__).pare
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("cs336 bench", description=__doc__.splitlines()[0])
+    others = (
+        "collectives, parallel: of several processes; offline MODEL, latency MODEL, serve URL: answers of an engine. "
+        "Each has its own --help."
+    )
+    parser = argparse.ArgumentParser("cs336 bench", description=__doc__.splitlines()[0], epilog=others)
     kinds = parser.add_subparsers(dest="kind", required=True)
     ops = kinds.add_parser("ops", help="kernels beside their peers and the roof")
     ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")

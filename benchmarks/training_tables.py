@@ -74,6 +74,7 @@ def recipes(rows: list[Row]) -> Iterator[str]:
         cells = (row["recipe"], f"{row['parameters'] / 1e6:.1f}M", rate, row["share_of_gpu"], f"{row['seconds']:.0f}")
         cells += (f"{row['tokens'] / 1e6:.1f}M", f"{row['tokens_per_second'] / 1e3:.0f}k{mfu(row)}")
         yield "| " + " | ".join((*cells, f"{row['val_loss']:.3f}", f"{ahead:.3f}")) + " |"
+    yield from curves(last)
     if not swept:
         return
     yield ""
@@ -85,6 +86,27 @@ def recipes(rows: list[Row]) -> Iterator[str]:
         )
         + f" ({swept[0]['seconds']:.0f} s each, {swept[0]['share_of_gpu']} of the GPU)."
     )
+
+
+def curves(rows: list[Row]) -> Iterator[str]:
+    """Validation losses on the way, and when the others had come to where the worst one ended."""
+    ends = [row["curve"][-1][0] for row in rows if row.get("curve")]
+    if len(ends) < max(2, len(rows)):
+        return
+    marks = [max(ends) * eighth / 8 for eighth in range(1, 9)]
+    yield ""
+    yield "| validation loss after | " + " | ".join(f"{mark:.0f} s" for mark in marks) + " |"
+    yield "| --- |" + " ---: |" * len(marks)
+    for row in rows:
+        reached = [[loss for seconds, loss in row["curve"] if seconds <= mark] for mark in marks]
+        cells = (f"{losses[-1]:.3f}" if losses else "" for losses in reached)
+        yield f"| {row['recipe']} | " + " | ".join(cells) + " |"
+    worst = max(rows, key=lambda row: row["curve"][-1][1])
+    for row in rows:
+        when = next((seconds for seconds, loss in row["curve"] if loss <= worst["curve"][-1][1]), None)
+        if row is not worst and when is not None:
+            yield ""
+            yield f"{row['recipe']} had come to {worst['recipe']}'s last loss after {when:.0f} s."
 
 
 def overhead(rows: list[Row]) -> Iterator[str]:

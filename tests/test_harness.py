@@ -400,3 +400,11 @@ def test_unknown_ops_are_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["ops", "rms_nrom"])
     assert f"no benchmark of rms_nrom: expected some of {', '.join(run.OPS)}" in capsys.readouterr().err
+
+
+def test_help_names_every_kind(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    said = capsys.readouterr().out
+    for kind in ("ops", "train", "ladder", "mixers", *run.DISTRIBUTED, "offline", "latency", "serve"):
+        assert kind in said

@@ -7,14 +7,12 @@ What is done in DIR is not repeated. FILE keeps its rows of other rungs and seed
 
 import argparse
 import pathlib
-import platform
 import sys
 from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.align_ladder import RUNGS, AlignLadder, align_ladder
 
 
@@ -44,19 +42,7 @@ def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     found.sort(key=lambda row: (list(RUNGS).index(row["rung"]), row["seed"]))
     rungs, seeds = (" ".join(str(x) for x in dict.fromkeys(row[key] for row in found)) for key in ("rung", "seed"))
     command = f"python -m benchmarks.end_to_end.bench_align_ladder {rungs} --seeds {seeds}"
-    results.write(out, "align_ladder", header(command), found)
-
-
-def header(command: str) -> dict[str, object]:
-    return {
-        "command": command,
-        "cpu": cpu_model(),
-        "cores": 1,
-        "python": platform.python_version(),
-        "peers": {"torch": torch.__version__},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
+    results.write(out, "align_ladder", results.cpu_header(command), found)
 
 
 if __name__ == "__main__":

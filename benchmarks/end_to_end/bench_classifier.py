@@ -10,7 +10,6 @@ make five passes. Times are of this process alone.
 import argparse
 import json
 import pathlib
-import platform
 import random
 import re
 import tempfile
@@ -140,16 +139,8 @@ def main() -> None:
             numbers = ("accuracy", "macro_f1", "auc", "train_mb_per_s", "predict_mb_per_s", "model_mb")
             print(f"| {name} | {title} | {' | '.join(str(row[key]) for key in numbers)} |", flush=True)
     if args.out:
-        header = {
-            "command": f"python -m benchmarks.end_to_end.bench_classifier {' '.join(args.tasks)} --folds {args.folds}",
-            "cpu": platform.processor() or platform.machine(),
-            "cores": 1,
-            "python": platform.python_version(),
-            "peers": {"fasttext-wheel": results.version("fasttext-wheel")},
-            "commit": results.describe_commit(),
-            "date": results.today(),
-        }
-        results.write(args.out, "classifier", header, rows)
+        command = f"python -m benchmarks.end_to_end.bench_classifier {' '.join(args.tasks)} --folds {args.folds}"
+        results.write(args.out, "classifier", results.cpu_header(command, peers=["fasttext-wheel"]), rows)
 
 
 if __name__ == "__main__":

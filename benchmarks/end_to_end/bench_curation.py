@@ -30,18 +30,14 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.data import Build, Classifier, Recipe, read_documents, read_meta, read_texts, tokenize_documents
 from cs336.data.filter.classifier import ClassifierFilter
-from cs336.evaluation import evaluate
-from cs336.inference.load import load_model
-from cs336.models import TransformerConfig
+from cs336.data_demo import bits_learned
 from cs336.tokenizer import Tokenizer
-from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
 from cs336.utils.config import load, parse, to_table
 
 RECIPE = results.ROOT / "recipes/common_crawl_warc.toml"
-VOCAB, CONTEXT, BATCH = 2048, 128, 8
+VOCAB = 2048
 PIECE = 3000  # characters of a reference book, about a page of a crawl
 # Student's two-sided 95 % points by degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -86,30 +82,8 @@ def like_books(work: pathlib.Path, args: argparse.Namespace) -> ClassifierFilter
 
 def trained(work: pathlib.Path, args: argparse.Namespace, side: str, shards: pathlib.Path, seed: int) -> float:
     """Bits a byte of the held-out books."""
-    tokenizer, run_dir = Tokenizer.load(work / "raw/tokenizer.json"), work / "runs" / f"{side}-{seed}"
-    config = TrainConfig(
-        run_dir=run_dir,
-        data=DataConfig(shards, work / "held_out"),
-        model=TransformerConfig(
-            vocab_size=-(-tokenizer.vocab_size // 64) * 64,
-            context_length=CONTEXT,
-            num_layers=2,
-            d_model=96,
-            num_heads=3,
-            tie_embeddings=True,
-            init_std=0.06,
-        ),
-        optimizer=AdamWConfig(lr=4e-3),
-        budget=f"{args.tokens}tok",
-        batch_size=BATCH,
-        device="cpu",
-        seed=seed,
-        deterministic=True,
-        eval_tokens=16 * CONTEXT,
-    )
-    if not Trainer(config, tokenizer=tokenizer).train().finished:
-        raise KeyboardInterrupt
-    return evaluate(load_model(run_dir / "export", "cpu"), tokenizer, work / "held_out").bits_per_byte
+    run_dir, tokenizer = work / "runs" / f"{side}-{seed}", Tokenizer.load(work / "raw/tokenizer.json")
+    return bits_learned(run_dir, shards, work / "held_out", tokenizer, tokens=args.tokens, seed=seed, device="cpu")
 
 
 def row_of(side: str, bits: Sequence[float], raw: Sequence[float], shards: pathlib.Path, tokens: int) -> Row:
@@ -175,15 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def header(words: Sequence[str]) -> Row:
     named = [pathlib.Path(word).name if os.sep in word else word for word in words]  # without this machine's paths
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.end_to_end.bench_curation", *named]),
-        "cpu": cpu_model(),
-        "cores": 1,
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "peers": {"torch": torch.__version__},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
+    return results.cpu_header(shlex.join(["python", "-m", "benchmarks.end_to_end.bench_curation", *named]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import resource
 import shlex
 import statistics
@@ -119,19 +118,11 @@ def run(pages: list[pathlib.Path], rounds: int) -> list[Row]:
 
 def header(argv: list[str]) -> dict[str, Any]:
     from benchmarks import results
-    from benchmarks.end_to_end.bench_tokenizer import cpu_model
 
     words = [pathlib.Path(word).name if os.sep in word else word for word in argv]  # without this machine's paths
-    peers = {name: results.version(name) for name in ("datatrove", "trafilatura", "spacy")}
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.end_to_end.bench_data", *words]),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "peers": {name: version for name, version in peers.items() if version},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
+    command = shlex.join(["python", "-m", "benchmarks.end_to_end.bench_data", *words])
+    peers = ("datatrove", "trafilatura", "spacy")
+    return results.cpu_header(command, cores=len(os.sched_getaffinity(0)), peers=peers)
 
 
 def main(argv: list[str]) -> None:

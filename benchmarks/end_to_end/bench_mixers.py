@@ -116,6 +116,7 @@ def _train(model: Transformer, x_BT: Tensor, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _decode(model: Transformer, B: int, T: int) -> dict[str, Any]:
+    model.join_weights()  # as the engine does
     state, step = (_paged_step if model.new_pages(1, PAGE).is_paged else _step)(model, B, T)
     timing = harness.measure([step], model.device)
     return {"state_bytes": state.nbytes // B, "decode_tokens_per_second": round(B / timing.seconds, 1)}

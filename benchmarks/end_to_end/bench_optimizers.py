@@ -11,7 +11,6 @@ smallest.
 import argparse
 import dataclasses
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.data import TokenDataset, TokenLoader
 from cs336.models import TransformerConfig
 from cs336.optim import AdamWConfig, CosineConfig, MuonConfig, OptimizerConfig, SOAPConfig
@@ -114,18 +112,6 @@ def compare(data: pathlib.Path, names: list[str], seeds: list[int], steps: int) 
     return rows
 
 
-def header(command: str) -> Row:
-    return {
-        "command": command,
-        "cpu": cpu_model(),
-        "cores": 1,
-        "python": platform.python_version(),
-        "peers": {"torch": torch.__version__},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.end_to_end.bench_optimizers", description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="a directory with train and val shards")
@@ -138,7 +124,7 @@ def main(argv: list[str]) -> int:
     rows = compare(options.data, options.optimizers, options.seeds, options.steps)
     if options.out:
         command = f"python -m benchmarks.end_to_end.bench_optimizers --data TOKENS --steps {options.steps}"
-        results.write(options.out, "optimizers", header(command), rows)
+        results.write(options.out, "optimizers", results.cpu_header(command), rows)
     return 0
 
 

@@ -40,10 +40,13 @@ def by_block(method, scheme: Scheme) -> Method:
     return run
 
 
-def rounded(block, inputs, scheme: Scheme, bits: int | None = None) -> str:
-    bits = bits or BITS[scheme.method]
-    options = {"asymmetric": scheme.zeros}
-    return fill_block(block, inputs, scheme, lambda w, group, read: nearest(w, bits, group, **options))
+def rounded(scheme: Scheme, bits: int | None = None) -> Method:
+    def run(model: Transformer, batches: Batches) -> None:
+        for old, new in scheme.replace(model.layers).values():
+            grid = nearest(old.weight, bits or BITS[scheme.method], new.group, asymmetric=scheme.zeros)
+            new.fill(grid, old.bias)
+
+    return run
 
 
 def gptq_of_bits(block, inputs, scheme: Scheme, bits: int) -> str:
@@ -55,13 +58,13 @@ def gptq_of_bits(block, inputs, scheme: Scheme, bits: int) -> str:
 
 def methods(group: int) -> Iterator[tuple[str, Method]]:
     yield "unquantised", lambda model, batches: None
-    yield "int8", by_block(rounded, Scheme("int8", group))
-    yield "int4", by_block(rounded, Scheme("int4", group))
-    yield "int4 asymmetric", by_block(rounded, Scheme("int4", group, zeros=True))
+    yield "int8", rounded(Scheme("int8", group))
+    yield "int4", rounded(Scheme("int4", group))
+    yield "int4 asymmetric", rounded(Scheme("int4", group, zeros=True))
     yield "gptq int4", by_block(gptq_block, Scheme("int4", group))
     yield "gptq int4 act-order", by_block(gptq_block, Scheme("int4", group, order=True))
     yield "awq int4 asymmetric", by_block(awq_block, Scheme("int4", group, zeros=True))
-    yield "3 bits", by_block(functools.partial(rounded, bits=3), Scheme("int4", group))
+    yield "3 bits", rounded(Scheme("int4", group), bits=3)
     yield "gptq 3 bits act-order", by_block(functools.partial(gptq_of_bits, bits=3), Scheme("int4", group, order=True))
     yield from quantization_peers.methods(group)
 

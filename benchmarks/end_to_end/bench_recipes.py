@@ -3,32 +3,38 @@
     python -m benchmarks.end_to_end.bench_recipes --data TOKENS [--seconds 480] [--beside] [--out FILE]
 
 A run is `cs336 train --config recipes/books/NAME.toml` under a budget of seconds, in a process of its own. First all
-recipes at all rates, beside each other, for --sweep seconds each; then each recipe at its best rate for --seconds, one
-after the other or, with --beside, at once. Runs beside each other share the GPU, so both recipes have less of it. Time
-is all time: compilation and validations too. --seconds 0 ends after the sweep. --rates best=3e-3 gpt2=6e-4 are used
-instead of the sweep's; several of a recipe are swept. TOKENS/train and TOKENS/val are made by `cs336 tokenizer encode
---shards`, here of GPT-2's vocabulary.
+recipes at all rates, beside each other, for --sweep seconds each; then each recipe at its best rate for --seconds, as
+many at once as there are GPUs or, with --beside, all at once. Runs are dealt out to the GPUs in turn, and those of one
+share it. Time is all time: compilation and validations too. --out is written after each run. --seconds 0 ends after the
+sweep. --rates best=3e-3 gpt2=6e-4 are used instead of the sweep's; several of a recipe are swept. TOKENS/train and
+TOKENS/val are made by `cs336 tokenizer encode --shards`, here of GPT-2's vocabulary.
 """
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
+import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
+
+import torch
 
 from benchmarks import harness, results
 from cs336.training import TrainConfig, Trainer
 from cs336.training.metrics import Display
 from cs336.utils import config as configs
+from cs336.utils.gpus import visible_gpu
 
 Row = dict[str, Any]
 Pool = Callable[[int], Executor]  # of so many processes
+Keep = Callable[[list[Row]], None]  # called with all rows that there are, after each
 
-RATES = {"best": (2e-3, 4e-3, 8e-3), "gpt2": (6e-4, 1.2e-3, 2.4e-3)}
+RATES = {"best": (1e-3, 2e-3, 4e-3), "gpt2": (3e-4, 6e-4, 1.2e-3)}
 """Swept, by the recipe's name."""
 
 
@@ -44,8 +50,11 @@ def separate(processes: int) -> Executor:
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
-def learn(name: str, config: TrainConfig, share: int) -> Row:
-    """One run, which has 1 / share of the GPU."""
+def learn(name: str, config: TrainConfig, share: int, gpu: int | None = None) -> Row:
+    """One run, which has 1 / share of the GPU, the one of that number if one is given: in a process that has not looked
+    for GPUs yet."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(gpu)
     trainer = Trainer(config, display=Display(silent=True))
     found, model, peak = trainer.train(), config.model, trainer.learner.peak_flops
     speed = found.tokens / found.seconds
@@ -63,18 +72,33 @@ def learn(name: str, config: TrainConfig, share: int) -> Row:
         "tokens_per_second": round(speed, 1),
         "mfu": round(100 * speed * model.flops_per_token() / peak, 2) if peak else None,
         "val_loss": round(found.val["val/loss"], 4),
+        "curve": curve(config.run_dir),
     } | ({"val_bpb": round(found.val["val/bpb"], 4)} if "val/bpb" in found.val else {})
 
 
-def race(entries: Sequence[tuple[str, TrainConfig]], at_once: int, pool: Pool) -> list[Row]:
-    """Every entry, so many at once; a row each, said when it is there."""
-    rows = []
-    with pool(at_once) as executor:
-        runs = [executor.submit(learn, name, config, at_once) for name, config in entries]
-        for run in runs:
-            rows.append(run.result())
-            print(line(rows[-1]), flush=True)
-    return rows
+def curve(run_dir: pathlib.Path) -> list[tuple[float, float]]:
+    """Seconds and loss of each validation."""
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(round(row["seconds"], 1), round(row["val/loss"], 4)) for row in rows if "val/loss" in row]
+
+
+def race(entries: Sequence[tuple[str, TrainConfig]], beside: bool, gpus: int, pool: Pool) -> Iterator[Row]:
+    """Every entry, all beside each other or as many at once as there are GPUs; a row each when it is there.
+
+    gpus: none on a CPU, which counts as one device.
+    """
+    devices = max(gpus, 1)
+    at_once = len(entries) if beside else min(devices, len(entries))
+    for first in range(0, len(entries), at_once):
+        group = entries[first : first + at_once]
+        with pool(len(group)) as executor:
+            runs = []
+            for i, (name, config) in enumerate(group):
+                share = len(range(i % devices, len(group), devices))
+                runs.append(executor.submit(learn, name, config, share, i % devices if gpus > 1 else None))
+            for run in runs:
+                print(line(run.result()), flush=True)
+                yield run.result()
 
 
 def compare(
@@ -85,10 +109,13 @@ def compare(
     sweep: float,
     seconds: float,
     beside: bool,
+    gpus: int,
     pool: Pool,
+    keep: Keep,
 ) -> list[Row]:
     """The sweep's rows, then those of the best rates, or of the only ones there are. A run is in the directory of its
     recipe, rate and stage: one that ended is not made again."""
+    rows: list[Row] = []
 
     def entry(name: str, lr: float, stage: str, budget: float) -> tuple[str, TrainConfig]:
         config = recipes[name]
@@ -96,14 +123,17 @@ def compare(
         place = directory / f"{stage}-{name}-{lr:g}"
         return name, dataclasses.replace(config, optimizer=optimizer, budget=f"{budget:g}s", run_dir=place)
 
-    rows: list[Row] = []
+    def make(stage: str, budget: float, rates: Mapping[str, Sequence[float]], beside: bool) -> None:
+        entries = [entry(name, lr, stage, budget) for name in recipes for lr in rates[name]]
+        for row in race(entries, beside, gpus, pool):
+            rows.append(row | {"stage": stage})
+            keep(rows)
+
     if any(len(rates[name]) > 1 for name in recipes):
-        swept = [entry(name, lr, "sweep", sweep) for name in recipes for lr in rates[name]]
-        rows = [row | {"stage": "sweep"} for row in race(swept, len(swept), pool)]
+        make("sweep", sweep, rates, True)
         rates = {name: [min(of(rows, name), key=lambda row: row["val_loss"])["lr"]] for name in recipes}
     if seconds:
-        last = [entry(name, rates[name][0], "run", seconds) for name in recipes]
-        rows += [row | {"stage": "run"} for row in race(last, len(last) if beside else 1, pool)]
+        make("run", seconds, rates, beside)
     return rows
 
 
@@ -132,7 +162,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", type=pathlib.Path, required=True, help="a directory with train and val shards")
     parser.add_argument("--seconds", type=float, default=480, help="of each last run; 0: the sweep alone (%(default)s)")
     parser.add_argument("--sweep", type=float, default=120, help="seconds of each run of the sweep (%(default)s)")
-    parser.add_argument("--beside", action="store_true", help="the last runs at once, on one GPU")
+    parser.add_argument("--beside", action="store_true", help="the last runs at once, however few GPUs there are")
     parser.add_argument(
         "--rates", type=rate, nargs="+", metavar="NAME=LR", help="only these; one of each needs no sweep"
     )
@@ -147,17 +177,22 @@ def main(argv: list[str]) -> int:
         parser.error("one rate of each leaves the sweep out and --seconds 0 the last runs: nothing is left to do")
     settings = {"batch_size": options.batch} if options.batch else {}
     settings |= {"compile": False} if options.no_compile else {}
+    header = results.header(harness.default_device(), command(options), options.commit, roofs=False)
+    if (gpus := torch.cuda.device_count()) > 1:
+        header["gpus"] = gpus
+
+    def keep(rows: list[Row]) -> None:
+        if options.out:
+            results.write(options.out, "recipes", header, rows)
+
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.directory or pathlib.Path(temporary)
         try:
             recipes = {name: recipe(name, options.data, **settings) for name in rates}
-            how = {"sweep": options.sweep, "seconds": options.seconds, "beside": options.beside, "pool": separate}
-            rows = compare(recipes, rates, directory, **how)
+            how = {"sweep": options.sweep, "seconds": options.seconds, "beside": options.beside, "gpus": gpus}
+            compare(recipes, rates, directory, **how, pool=separate, keep=keep)
         except (ValueError, OSError) as error:
             raise SystemExit(f"bench_recipes: {error}") from None
-    if options.out:
-        header = results.header(harness.default_device(), command(options), options.commit, roofs=False)
-        results.write(options.out, "recipes", header, rows)
     return 0
 
 

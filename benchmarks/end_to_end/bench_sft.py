@@ -10,7 +10,6 @@ Without TRL its rows are left out by name. Needs transformers and datasets for i
 import argparse
 import json
 import pathlib
-import platform
 import random
 import statistics
 import sys
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.optim import AdamWConfig
@@ -138,12 +136,8 @@ def main(argv: list[str]) -> int:
         write_inputs(pathlib.Path(folder), options.examples)
         rows = measure(pathlib.Path(folder), options.rounds)
     if options.out:
-        peers = {name: found for name in ("torch", "trl", "transformers") if (found := results.version(name))}
         command = f"python -m benchmarks.end_to_end.bench_sft --examples {options.examples} --rounds {options.rounds}"
-        header = {
-            "command": command, "cpu": cpu_model(), "cores": 1, "python": platform.python_version(), "peers": peers,
-            "commit": results.describe_commit(), "date": results.today(),
-        }  # fmt: skip
+        header = results.cpu_header(command, peers=("torch", "trl", "transformers"))
         results.write(options.out, "sft", header, rows)
     return 0
 

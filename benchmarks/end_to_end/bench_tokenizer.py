@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import shlex
 import statistics
 import subprocess
@@ -61,22 +60,8 @@ def main(argv: list[str]) -> int:
 
 def header(argv: list[str], tools: Iterable[str]) -> dict[str, Any]:
     words = [pathlib.Path(word).name if os.sep in word else word for word in argv]  # without this machine's paths
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.end_to_end.bench_tokenizer", *words]),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "peers": {name: version(name) for name in sorted(tools) if name != "cs336"},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
-
-
-def cpu_model() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    command = shlex.join(["python", "-m", "benchmarks.end_to_end.bench_tokenizer", *words])
+    return results.cpu_header(command, cores=len(os.sched_getaffinity(0)), peers=sorted(set(tools) - {"cs336"}))
 
 
 def version(tool: str) -> str | None:

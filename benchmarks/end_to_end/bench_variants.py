@@ -10,7 +10,6 @@ Student's t.
 
 import argparse
 import pathlib
-import platform
 import statistics
 import time
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from benchmarks.end_to_end.variants import MIXERS, VARIANTS
 from cs336.models import Transformer, TransformerConfig
 from cs336.nn.moe import balance_experts
@@ -98,15 +96,7 @@ def header(options: argparse.Namespace) -> Row:
     command = f"python -m benchmarks.end_to_end.bench_variants --steps {options.steps} --seeds {options.seeds}"
     if options.device != "cpu":
         return results.header(torch.device(options.device), command)
-    return {
-        "command": command,
-        "cpu": cpu_model(),
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "peers": {"torch": torch.__version__},
-        "commit": results.describe_commit(),
-        "date": results.today(),
-    }
+    return results.cpu_header(command, cores=torch.get_num_threads())
 
 
 def found_before(path: pathlib.Path | None, about: Row) -> dict[str, Row]:

@@ -6,7 +6,6 @@ python -m benchmarks.end_to_end.scaling_forecast DIRECTORY --text "..." --out be
 import argparse
 import json
 import pathlib
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.end_to_end.bench_tokenizer import cpu_model
 from cs336.experiments import Ledger
 from cs336.scaling import ComputeFit, Fit, read_points
 from cs336.scaling.forecast import read
@@ -62,10 +60,7 @@ def main() -> None:
     if torch.cuda.is_available():
         header |= results.header(torch.device("cuda"), command, roofs=False)
     else:
-        header |= {
-            "command": command, "cpu": cpu_model(), "cores": 1, "python": platform.python_version(),
-            "peers": {"torch": torch.__version__}, "commit": results.describe_commit(), "date": results.today(),
-        }  # fmt: skip
+        header |= results.cpu_header(command)
     found = list(rows(options.directory))
     results.write(options.out, options.run, header, found)
     print("\n".join(json.dumps(row) for row in found))

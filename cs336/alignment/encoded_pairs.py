@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cs336.alignment.pairs import PreferenceExample, without_ties
+from cs336.alignment.pairs import PreferenceExample
 from cs336.alignment.sft import Example, encode_chat
 from cs336.inference.chat import ChatTemplate
 from cs336.tokenizer import Tokenizer
@@ -35,20 +35,26 @@ def encode_pairs(
 ) -> tuple[list[EncodedPair], int]:
     """Pairs of at most context_length tokens, and how many are longer; ties are left out.
 
-    Raises ValueError for a template that does not fit (see encode_chat), and where no pair is left.
+    Raises ValueError, naming the preference by its number from 1, for a template that does not fit (see encode_chat),
+    and where no pair is left.
     """
-    pairs, longer, decided = [], 0, without_ties(examples)
-    for example in decided:
+    pairs, longer = [], 0
+    for number, example in enumerate(examples, 1):
+        if example.chosen == "tie":
+            continue
         history = [turn.message for turn in example.history]
         both = [[*history, {"role": "assistant", "content": answer}] for answer in (example.better, example.worse)]
-        chosen, rejected = (encode_chat(m, tokenizer, template, end_ids, last_only=True) for m in both)
+        try:
+            chosen, rejected = (encode_chat(m, tokenizer, template, end_ids, last_only=True) for m in both)
+        except ValueError as error:
+            raise ValueError(f"preference {number}: {error}") from None
         pair = EncodedPair(chosen, rejected, example.margin)
         if pair.length > context_length:
             longer += 1
         else:
             pairs.append(pair)
     if not pairs:
-        ties = len(examples) - len(decided)
+        ties = sum(example.chosen == "tie" for example in examples)
         raise ValueError(
             f"of {len(examples)} preferences none is left: {ties} are ties, {longer} are longer than {context_length} "
             "tokens"

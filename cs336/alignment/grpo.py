@@ -9,6 +9,7 @@ mode, without dropout, so that both see the same function. Metrics have TRL's na
 B = responses of a step, S = tokens of a row, T = S - 1 predictions, P = prompts.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cs336.alignment.functions import masked_mean, sequence_log_probs
 from cs336.alignment.policy import KINDS, LossType, group_advantages, policy_gradient_terms
-from cs336.alignment.rollouts import Draw, Order, Reward, Rollouts, join, rollout, rows, scores
+from cs336.alignment.rollouts import Draw, Order, Reward, Rollouts, by_length, join, rollout, rows, scores
 from cs336.alignment.stage import step_on
 from cs336.inference import LLM
 from cs336.models import Transformer
@@ -76,8 +77,13 @@ class GRPOConfig:
             raise ValueError(f"seed must be in 0..2**20 - 1, got {self.seed}")
         if self.loss_type not in KINDS:
             raise ValueError(f"loss_type must be one of {', '.join(KINDS)}, got {self.loss_type!r}")
-        if self.beta < 0 or not self.max_grad_norm > 0:
+        if not 0 <= self.beta < math.inf or not self.max_grad_norm > 0:
             raise ValueError(f"beta must be 0 or more and max_grad_norm above 0, got {self.beta}, {self.max_grad_norm}")
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if not (0 <= self.epsilon < 1 and 0 <= high < math.inf):
+            raise ValueError(f"epsilon must be in 0..1 and epsilon_high 0 or more, got {self.epsilon} and {high}")
+        if math.isnan(self.expert_threshold):
+            raise ValueError("expert_threshold must be a number, got nan: no reward is more")
         if self.importance_cap is not None and not (self.importance_cap > 0 and self.temperature == 1):
             raise ValueError(
                 "importance_cap must be above 0, and temperature 1, for the engine's log-probabilities are before it, "
@@ -275,7 +281,7 @@ class _Batch(NamedTuple):
     reference_BT: Tensor | None
 
     def split(self, size: int) -> Iterator["_Batch"]:
-        for rows_b, T in _parts(self.mask_BT, size):
+        for rows_b, T in by_length(self.mask_BT, size):
             advantages = self.advantages[rows_b]
             yield _Batch(
                 self.token_ids_BS[rows_b, : T + 1],
@@ -286,21 +292,13 @@ class _Batch(NamedTuple):
             )
 
 
-def _parts(mask_BT: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """`size` rows at a time and how many predictions those have at most, the longest rows first: little is padding."""
-    places_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
-    lengths_B, order_B = (mask_BT * places_T).amax(1).sort(descending=True, stable=True)
-    for longest, rows_b in zip(lengths_B[::size].tolist(), order_B.split(size), strict=True):
-        yield rows_b, max(1, longest)
-
-
 @torch.no_grad()
 def _log_probs(
     model: Transformer, token_ids_BS: Tensor, mask_BT: Tensor, size: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies, (B, T) each, `size` rows at a time; 0 behind each part's longest row."""
     log_probs_BT, entropies_BT = torch.zeros(2, *mask_BT.shape, device=mask_BT.device)
-    for rows_b, T in _parts(mask_BT, size):
+    for rows_b, T in by_length(mask_BT, size):
         log_probs_BT[rows_b, :T], entropies_BT[rows_b, :T] = sequence_log_probs(
             model, token_ids_BS[rows_b, : T + 1], temperature=temperature, return_entropy=True
         )

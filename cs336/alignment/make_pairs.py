@@ -101,13 +101,16 @@ def make_pairs(
     """Draw num_generations answers to each prompt, label pairs of those that differ, and write them as JSON lines.
 
     Of an even number of answers the first is paired with the second, and so on; which of the two stands first is drawn
-    from the seed. Raises ValueError without prompts, and for an odd number of answers or a temperature of 0.
+    from the seed. Raises ValueError without prompts, for an odd number of answers, a temperature of 0 and another seed
+    than 0..2**31 - 1.
     """
     if not prompts or num_generations < 2 or num_generations % 2 or not temperature > 0:
         raise ValueError(
             f"pairs take prompts, an even num_generations and a temperature above 0, got {len(prompts)} prompts, "
             f"{num_generations} and {temperature}"
         )
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed must be in 0..2**31 - 1, got {seed}")
     params = [
         SamplingParams(temperature, max_tokens=max_tokens, n=num_generations, seed=(seed << 32) + i * num_generations)
         for i in range(len(prompts))

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,7 +143,3 @@ def write_preferences(path: str | os.PathLike, examples: Iterable[PreferenceExam
                 "margin": example.margin,
             }
             file.write(json.dumps(row) + "\n")
-
-
-def without_ties(examples: Sequence[PreferenceExample]) -> list[PreferenceExample]:
-    return [example for example in examples if example.chosen != "tie"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cs336.alignment.functions import check_shapes, kl, masked_mean, masked_normalize, sequence_log_probs
 from cs336.alignment.policy import gae, policy_gradient_terms
 from cs336.alignment.reward_model import RewardModel
-from cs336.alignment.rollouts import Rollouts
+from cs336.alignment.rollouts import Rollouts, by_length
 from cs336.alignment.stage import step_on
 from cs336.models import Transformer
 
@@ -164,13 +164,15 @@ def ppo_step(
     mask_BT, ids_BS = rollouts.mask_BT, rollouts.token_ids_BS
     size = micro_batch_size or len(ids_BS)
     scores_B = scores_B.to(ids_BS.device) - config.missing_end_penalty * rollouts.truncated_B
+    old_BT, entropy_BT, reference_BT, values_BT = torch.zeros(4, *mask_BT.shape, device=mask_BT.device)
     with torch.no_grad():
-        found = [
-            (*sequence_log_probs(policy, part, temperature=config.temperature, return_entropy=True),
-             sequence_log_probs(reference, part, temperature=config.temperature), critic(part)[:, :-1])
-            for part in ids_BS.split(size)
-        ]  # fmt: skip
-        old_BT, entropy_BT, reference_BT, values_BT = (torch.cat(parts) for parts in zip(*found, strict=True))
+        for rows_b, T in by_length(mask_BT, size):
+            part_bS = ids_BS[rows_b, : T + 1]
+            old_BT[rows_b, :T], entropy_BT[rows_b, :T] = sequence_log_probs(
+                policy, part_bS, temperature=config.temperature, return_entropy=True
+            )
+            reference_BT[rows_b, :T] = sequence_log_probs(reference, part_bS, temperature=config.temperature)
+            values_BT[rows_b, :T] = critic(part_bS)[:, :-1]
         values_BT = values_BT.masked_fill(~mask_BT, 0)
         rewards_BT = shaped_rewards(scores_B, old_BT, reference_BT, mask_BT, kl_coef)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
@@ -209,8 +211,8 @@ def _update(
 ) -> dict[str, float]:
     """One optimizer step, a part at a time: the mean over the batch's tokens."""
     totals = []
-    for start in range(0, len(batch.mask_BT), size):
-        part = _Batch(*(x[start : start + size] for x in batch))
+    for rows_b, T in by_length(batch.mask_BT, size):
+        part = _Batch(batch.token_ids_BS[rows_b, : T + 1], *(x[rows_b, :T] for x in batch[1:]))
         loss, count, metrics = policy_gradient_terms(
             sequence_log_probs(policy, part.token_ids_BS, temperature=config.temperature),
             part.old_log_probs_BT, part.advantages_BT, part.mask_BT, loss_type="dapo", epsilon=config.epsilon,

@@ -1,5 +1,6 @@
 """Losses of pairs, of which one answer was preferred. Pure functions; B = pairs, TRL's names of losses."""
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -40,6 +41,8 @@ def dpo_loss(
         raise ValueError(f"beta must be above 0, got {beta}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type in ("ipo", "simpo")):
         raise ValueError(f"label_smoothing must be in [0, 0.5), and 0 for ipo and simpo, got {label_smoothing}")
+    if not math.isfinite(margin):
+        raise ValueError(f"margin must be finite, got {margin}")
     if margin and loss_type != "simpo":
         raise ValueError(f"margin is simpo's, not {loss_type}'s")
     check_shapes(chosen_B, rejected=rejected_B)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cs336.models import Transformer, from_pretrained, save_pretrained
 from cs336.tokenizer import Tokenizer
 from cs336.utils.files import replacing
+from cs336.utils.tensor_file import save_tensors
 
 HEAD = "reward_head.safetensors"
 
@@ -28,7 +29,9 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:
         """(B, S) float32: at each token, the worth of the text up to it. What follows a token does not change it."""
-        return self.head(self.model.features(token_ids_BS).float())[..., 0]
+        features_BSM = self.model.features(token_ids_BS)
+        with torch.autocast(features_BSM.device.type, enabled=False):  # bfloat16 would leave a score 8 bits
+            return self.head(features_BSM.float())[..., 0]
 
     def score(self, token_ids_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """(B,) float32: of rows padded on the right, at their last token. lengths_B: (B,) int64 of 1..S."""
@@ -41,7 +44,7 @@ def save_reward_model(
     """The backbone in the Hugging Face layout, which every verb takes, and the head beside it."""
     save_pretrained(backbone, directory, tokenizer=tokenizer, step=step)
     with replacing(directory / HEAD, "wb") as file:
-        save_file({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, file.name)
+        save_tensors({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, file.name)
 
 
 def load_reward_model(directory: str | os.PathLike, device: torch.device | str = "cpu") -> RewardModel:

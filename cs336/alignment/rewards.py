@@ -4,6 +4,7 @@ A reward of weight 0 is measured and not learned from: one that the policy canno
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,10 +123,13 @@ RewardConfig = Annotated[
 class Rewards:
     """The weighted sum of rewards, which remembers the mean of each until it is asked.
 
-    measured_alone: something else is learned from. Raises ValueError where nothing is.
+    measured_alone: something else is learned from. Raises ValueError where nothing is, and for weights that are not
+    finite.
     """
 
     def __init__(self, rewards: Sequence[Any], *, measured_alone: bool = False):
+        if bad := [reward for reward in rewards if not math.isfinite(reward.weight)]:
+            raise ValueError(f"the weight of a reward must be finite, {bad[0].kind} has {bad[0].weight}")
         if not measured_alone and not any(reward.weight for reward in rewards):
             raise ValueError("rewards must hold one whose weight is not 0: there would be nothing to learn from")
         self.rewards = rewards

@@ -1,6 +1,6 @@
 """Responses from the engine, and what they are worth. B = responses, S = tokens of a row, T = S - 1 predictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -104,6 +104,17 @@ def rows(rollouts: Rollouts, places_B: Tensor) -> Rollouts:
         rollouts.sampled_log_probs_BT[at_B],
         rollouts.truncated_B[at_B],
     )
+
+
+def by_length(mask_BT: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """`size` rows at a time and how many predictions those have at most, the longest rows first: little is padding.
+
+    mask_BT: (B, T) bool.
+    """
+    places_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+    lengths_B, order_B = (mask_BT * places_T).amax(1).sort(descending=True, stable=True)
+    for longest, rows_b in zip(lengths_B[::size].tolist(), order_B.split(size), strict=True):
+        yield rows_b, max(1, longest)
 
 
 def scores(texts: Sequence[str], answers: Sequence[Any], reward: Reward) -> Tensor:

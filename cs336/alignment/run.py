@@ -233,11 +233,12 @@ class StageRun:
         self.run.write_facts(before | facts)
 
     def _say_what_runs(self) -> None:
+        there = {*self.stage.policy.model.parameters(), *self.stage.module.parameters()}  # heads and critics too
         learned = sum(p.numel() for p in self.stage.module.parameters() if p.requires_grad)
         total = self.decisions.plan.total_steps
         steps = "as many steps as fit" if total is None else f"{total:,} steps"
         self.display.say(
-            f"{learned:,} of {self.stage.policy.model.config.num_parameters():,} parameters learn on "
+            f"{learned:,} of {sum(p.numel() for p in there):,} parameters learn on "
             f"{self.stage.policy.device}; {self.stage.describe()}; budget {self.config.budget}: {steps}"
         )
         if self.step:

@@ -33,11 +33,12 @@ def dpo(arguments: list[str]) -> Run:
 def reward(arguments: list[str]) -> Run:
     """Train a model that says what an answer is worth, from preferences, or continue the run in --run-dir.
 
-    Settings come from --config FILE and from options, which win.
+    With --loss-type outcome, from answers that were right or wrong. Settings come from --config FILE and from options,
+    which win.
     """
-    from cs336.alignment.stages.reward import RewardConfig, RewardStage
+    from cs336.alignment.stages.reward import RewardConfig, reward_stage
 
-    return _verb("reward", arguments, RewardConfig, RewardStage, reward.__doc__)
+    return _verb("reward", arguments, RewardConfig, reward_stage, reward.__doc__)
 
 
 def ppo(arguments: list[str]) -> Run:
@@ -96,6 +97,8 @@ def pairs(
     from cs336.inference import LLM
     from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
+    if label != "judge" and (judge is not None or rubric is not None):
+        raise ValueError(f"--judge and --rubric go with --label judge: {label} asks no judge")
     check_output(out, prompts)
     asked = read_prompts(prompts)
     llm = LLM(model, device=device, quiet=True)

@@ -1,6 +1,6 @@
 """`cs336 evaluate`: a model on text, and on tasks."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import DisallowNone, Positional, arg
 
@@ -35,7 +35,7 @@ def evaluate(arguments: list[str]) -> Run:
         contamination: Paths = (),
         algebra: bool = False,
         weak_sandbox: bool = False,
-        output: Path = Path("results.json"),  # noqa: B008 (immutable)
+        output: MaybePath = None,
     ) -> None:
         """
         Args:
@@ -60,10 +60,16 @@ def evaluate(arguments: list[str]) -> Run:
                 mean.
             algebra: count answers of mathematics that are equal by algebra, which takes math-verify.
             weak_sandbox: run programs where there are no namespaces, behind Landlock alone.
-            output: where prompts, answers and scores of tasks are written.
+            output: where prompts, answers and scores of tasks are written; results.json if not given.
         """
+        place = Path("results.json") if output is None else output
         if tasks:
-            check_output(output)
+            check_output(place)
+        else:
+            _refuse_without_tasks(
+                shots=shots, limit=limit, temperature=temperature, chat=chat, judge=judge, contamination=contamination,
+                algebra=algebra, weak_sandbox=weak_sandbox, output=output,
+            )  # fmt: skip
         if text or not tasks:
             _on_text(model, text, text_field, tokenizer, device, max_tokens)
         if not tasks:
@@ -86,9 +92,15 @@ def evaluate(arguments: list[str]) -> Run:
             for name, metric in result.clean.items():
                 print(f"{result.task:<24}{name + ', clean':<20}{metric}  ({metric.count})")
         asked = {"chat": chat, "samples": samples, "temperature": temperature, "seed": seed}
-        print(save_results(output, results, model=str(model), **asked))
+        print(save_results(place, results, model=str(model), **asked))
 
     return run
+
+
+def _refuse_without_tasks(**options: Any) -> None:
+    """Raises ValueError for those that are given and would change nothing."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        raise ValueError(f"{', '.join(given)}: of tasks alone: name --tasks, or leave it out")
 
 
 def _on_text(model: Path, text: Paths, text_field: str, tokenizer: MaybePath, device: str, max_tokens: int) -> None:

@@ -236,6 +236,8 @@ def predict(
     constrained = base if unique_tokens is None else DataConstrainedLaw(base, unique_tokens, *decays)
     if (flops is None) == (parameters is None) or (parameters is None) != (tokens is None):
         raise ValueError("say --flops, or --parameters and --tokens")
+    if inference_tokens and flops is None:
+        raise ValueError("--inference-tokens go with --flops: they choose a size, and --parameters says one")
     if parameters is not None and tokens is not None:
         print(f"loss {float(constrained.loss(parameters, tokens)):.4f}")
         if fitted is not None and fitted.resampled and unique_tokens is None:
@@ -325,20 +327,16 @@ def grade(
     Args:
         name: as it was forecast.
         loss: that was measured, in nats a token.
-        study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts.
+        study: in its place, the directory of a study of one run that is done, or of several seeds, whose mean counts;
+            or a file of such runs, as for `fit`.
         log: JSON lines, a forecast each.
     """
-    from cs336.experiments import Ledger
     from cs336.scaling import forecast as forecasts
-    from cs336.scaling import read_points
 
     if (loss is None) == (study is None):
         raise ValueError("say the loss, or --study")
     if study is not None:
-        runs = read_points(study)
-        tables = [entry.config for entry in Ledger(study).entries() if entry.state == "done"]
-        _same(set(map(_but_its_seed, tables)), study)
-        loss = float(runs.loss.mean())
+        loss = _measured(study)
     assert loss is not None
     graded = forecasts.grade(log, name, loss)
     assert graded.error is not None
@@ -349,6 +347,19 @@ def grade(
     assert scored is not None
     count = sum(f.measured is not None for f in everything)
     print(f"{count} graded: mean error {100 * scored[0]:.2f} %, {100 * scored[1]:.0f} % within their intervals")
+
+
+def _measured(study: Path) -> float:
+    """The mean loss of its runs, which are seeds of one."""
+    from cs336.experiments import Ledger
+    from cs336.scaling import read_points
+
+    runs = read_points(study)
+    if study.is_dir():
+        _same({_but_its_seed(entry.config) for entry in Ledger(study).entries() if entry.state == "done"}, study)
+    else:  # a file says no more of a run than its size and length
+        _same({f"{n} {d}" for n, d in zip(runs.parameters, runs.tokens, strict=True)}, study)
+    return float(runs.loss.mean())
 
 
 def _run_of(study: Path, counting: "Counting") -> tuple[float, float, float]:

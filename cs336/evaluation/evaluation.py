@@ -71,7 +71,8 @@ def evaluate(
         loss: what validation found, so that it is not measured again.
         step: of training, of a run's model.
 
-    Raises ValueError for shards of another tokenizer, without a sidecar, or too short for one window.
+    Raises ValueError for shards of another tokenizer, without a sidecar, or too short for one window, and
+    for most_tokens below 1.
     """
     context = model.config.context_length
     data = TokenDataset(held_out, context, vocab_size=model.config.vocab_size, tokenizer=tokenizer.fingerprint)
@@ -79,6 +80,8 @@ def evaluate(
         raise ValueError(f"{held_out} has no meta.json, which counts the bytes of its text")
     how = f"{data.meta.documents:,} documents, {data.meta.text_bytes / 1e6:.2f} MB, read {context} tokens at a time"
     if loss is None:
+        if most_tokens < 1:
+            raise ValueError(f"at least 1 token has to be read, not {most_tokens}")
         windows = min(len(data), max(1, most_tokens // context))
         loss = mean_loss(model, data, most_windows=windows)
         if windows < len(data):
@@ -95,7 +98,10 @@ def evaluate_text(
     """`evaluate` on documents. Raises ValueError, too, if there are none."""
     with tempfile.TemporaryDirectory() as shards:
         tokenize_documents(documents, tokenizer, shards, progress=True)
-        return evaluate(model, tokenizer, shards, train, **options)
+        try:
+            return evaluate(model, tokenizer, shards, train, **options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(shards, options.get("text") or "the text")) from None
 
 
 def last_step(run_dir: str | os.PathLike) -> int | None:

@@ -76,7 +76,6 @@ class Entry:
     error: str | None = None
     started: float | None = None
     """On the clock of time.time."""
-    ended_at: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -311,5 +310,4 @@ def _entry(row: sqlite3.Row) -> Entry:
         result=json.loads(row["result"]),
         error=row["error"],
         started=row["started"],
-        ended_at=row["ended"],
     )

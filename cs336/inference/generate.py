@@ -1,7 +1,8 @@
 """Generation with a state of the tokens before: prompts of different lengths together, text or plain token ids.
 
 Prompts are padded on the right, then each row goes on at its own position and leaves the batch when it ends. A row does
-not depend on the others, but for floating-point rounding: matmuls of another size add in another order.
+not depend on the others, but for floating-point rounding: matmuls of another size add in another order. On a GPU rows
+that have stayed together for some steps go on as a CUDA graph.
 B = batch, S = tokens, V = vocabulary.
 """
 
@@ -12,12 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cs336.inference import ranks
 from cs336.inference.outputs import warn_if_cut
+from cs336.inference.runner import waits_for_experts
 from cs336.inference.sampling import SamplingParams, Uniforms, refuse_engine_only, sample
 from cs336.inference.vocabulary import encode_prompts, ends_of, unused_ids
 from cs336.models import DecodingState, Transformer
 from cs336.tokenizer.text_stream import TextStream
 from cs336.utils import nvtx
+
+STEPS_BEFORE_CAPTURE = 32  # of the same rows: a capture takes as long as some steps
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ def _decode(
     if num_samples > 1:
         prompt_of = [row // num_samples for row in rows]
         features_BM, state = features_BM[prompt_of], state.select(prompt_of)
+    steps = _Steps(model, state)
     for step in range(1, max(limits) + 1):
         logits_BV = model.logits(features_BM).index_fill(1, unused_ids, -torch.inf)
         uniform_B = uniforms.draw([row % num_samples for row in rows]) if params.temperature else None
@@ -187,9 +193,36 @@ def _decode(
         if not kept:
             return
         if len(kept) < len(rows):
-            rows, ids_B, state = [rows[i] for i in kept], ids_B[kept], state.select(kept)
+            rows, ids_B, steps = [rows[i] for i in kept], ids_B[kept], _Steps(model, steps.state.select(kept))
         with nvtx.annotate("decode"):
-            features_BM = model.features(ids_B[:, None], state=state)[:, -1]
+            features_BM = steps.take(ids_B)
+
+
+class _Steps:
+    """Steps of the same rows. What one returns is good until the next."""
+
+    def __init__(self, model: Transformer, state: DecodingState):
+        self.model, self.state = model, state
+        on_gpu = model.device.type == "cuda" and not torch.is_autocast_enabled("cuda")  # which keeps casts of weights
+        self._capturable = on_gpu and not ranks.is_divided(model) and not waits_for_experts(model)
+        self._taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids_B1: Tensor
+        self._features_BM: Tensor
+
+    def take(self, ids_B: Tensor) -> Tensor:
+        """What the head reads after each row's next token: (B, M)."""
+        self._taken += 1
+        if self._graph is not None:
+            self._ids_B1.copy_(ids_B[:, None])
+        elif not self._capturable or self._taken <= STEPS_BEFORE_CAPTURE:
+            return self.model.features(ids_B[:, None], state=self.state)[:, -1]
+        else:
+            self._ids_B1, self._graph = ids_B[:, None].clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._features_BM = self.model.features(self._ids_B1, state=self.state)[:, -1]
+        self._graph.replay()
+        return self._features_BM
 
 
 def _prefill(model: Transformer, prompts: list[list[int]], state: DecodingState) -> Tensor:

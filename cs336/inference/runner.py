@@ -99,6 +99,11 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: main.wait_stream(side)
 
 
+def waits_for_experts(model: Transformer) -> bool:
+    """Whether the host reads the loads of experts in each step."""
+    return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
+
+
 def takes_turns(size: int, width: int) -> bool:
     return size <= TWO_GRAPHS and width == 1
 
@@ -112,7 +117,7 @@ def _capturable(model: Transformer) -> bool:
     slow = [op for op in ("paged_attention", "append_kv_", "sample") if registry.kernels(op, device)[0] == "ref"]
     if slow:
         reason = f"{', '.join(slow)} run plain torch ({registry.missing(slow[0], 'native', device)})"
-    elif any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList)):
+    elif waits_for_experts(model):
         reason = "the host waits for the loads of these experts, which it does not of stacks in bfloat16 on Hopper"
     else:
         return True

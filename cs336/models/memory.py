@@ -11,6 +11,7 @@ from cs336.models.block import BlockConfig, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute
 from cs336.nn import AttentionConfig, Linear, MLPConfig, SwiGLUConfig
+from cs336.ops.linear_cross_entropy import default_chunk_size
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def training_memory(
     gradient_checkpointing: Recompute = False,
     compiled: bool = False,
     accumulated: bool = True,
+    fused_head: bool = False,
 ) -> Memory:
     """Of a training step at its peak: when the backward begins.
 
@@ -60,13 +62,18 @@ def training_memory(
         optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
         compiled: torch.compile makes one pass of the loss's backward, and its kernels keep less.
         accumulated: micro-batches add to gradients already there.
+        fused_head: head and loss are ops.linear_cross_entropy, which has a chunk of the logits.
     """
     width = weight_bytes if compute_bytes is None else compute_bytes
     tokens = batch_size * (config.context_length if context_length is None else context_length)
     parameters, V = config.num_parameters(), config.vocab_size
-    capped = width * V if config.logit_softcap is None or compiled else 8 * V  # float32 before and after the cap
-    gradient = (width if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
+    wide = width if config.logit_softcap is None else max(4, width)
+    capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
+    gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
     logits = tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
+    if fused_head:  # a chunk of them, and float32 gradients of what the head reads, in parts and whole, and of the head
+        chunk = min(tokens, default_chunk_size(tokens, V, width, "cuda" if compiled else "cpu"))
+        logits = chunk * width * V + 8 * tokens * config.d_model + 4 * V * config.d_model
     activations = tokens * config.activation_bytes(
         width, gradient_checkpointing=gradient_checkpointing not in KEEPS_ALL
     )

@@ -191,7 +191,7 @@ class Transformer(nn.Module):
         """Lay those weights together that read the same features, for steps of few tokens: see nn/linear.py."""
         for layer in self.layers:
             for module in (cast(TransformerBlock, layer).attention, cast(TransformerBlock, layer).mlp):
-                if isinstance(module, Attention | MLP):
+                if isinstance(module, Attention | LinearAttention | MLP):
                     module.join()
 
     def logits(self, features_BSM: Tensor) -> Tensor:

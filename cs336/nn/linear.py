@@ -83,14 +83,26 @@ def join(layers: Sequence[nn.Module]) -> None:
 def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
     wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
+    found = _one_product(x, layers)
+    return [layer(x) for layer in layers] if found is None else found[0].split(found[1], -1)
+
+
+def in_a_row(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """What the layers make of x, (..., the sum of their features), as `joined` does."""
+    found = _one_product(x, layers)
+    return torch.cat([layer(x) for layer in layers], -1) if found is None else found[0]
+
+
+def _one_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, list[int]] | None:
+    """Of all layers, and the features of each; None where they do not lie together or a gradient is wanted."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (registry.is_invariant() and not x.is_cuda):
-        return [layer(x) for layer in layers]
+        return None
     alike = _alike(layers)
     if alike is None or not all(parts[0].device == x.device and _lie_together(parts) for parts in alike):
-        return [layer(x) for layer in layers]
+        return None
     rows = [len(part) for part in alike[0]]
     wholes = [parts[0].as_strided((sum(rows), parts[0].shape[1]), parts[0].stride()) for parts in alike]
-    return layers[0].product(x, *wholes).split(rows, -1)  # type: ignore[operator]
+    return layers[0].product(x, *wholes), rows  # type: ignore[operator]
 
 
 def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:

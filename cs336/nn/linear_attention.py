@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.nn.checks import check_counts
-from cs336.nn.linear import Linear
+from cs336.nn.derived import Derived
+from cs336.nn.linear import Linear, in_a_row, join
 from cs336.nn.norms import RMSNorm
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.recent import Snapshots
-from cs336.nn.recurrence import CausalConv1d, RecurrentState, recur
+from cs336.nn.recurrence import CausalConv1d, RecurrentState, is_step, recur
 from cs336.nn.state import Context
 
 
@@ -34,6 +35,21 @@ def draw_decay(A_log: Tensor, dt_bias: Tensor) -> None:
     A_log.uniform_(1, 16).log_()
     dt = torch.exp(torch.empty_like(dt_bias).uniform_(math.log(1e-3), math.log(0.1)))
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class HeadDecay(Derived):
+    """g (num_heads,) float64: the log of RetNet's decay of each head, log(1 - 2^(-5-h))."""
+
+    g: Tensor
+
+    def __init__(self, num_heads: int, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.register_buffer("g", torch.empty(num_heads, device=device, dtype=torch.float64), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        head_H = torch.arange(len(self.g), device=self.g.device, dtype=torch.float64)
+        self.g = torch.log1p(-torch.exp2(-5 - head_H))
 
 
 class LinearAttention(nn.Module):
@@ -52,7 +68,9 @@ class LinearAttention(nn.Module):
         size = config.conv_size
         self.conv1d = None if size == 0 else CausalConv1d(H * (2 * K + V), size, bias=False, **place)
         self.b_proj = Linear(d_model, H, **place) if config.delta else None
-        self.a_proj = self.A_log = self.dt_bias = None
+        self.a_proj = self.A_log = self.dt_bias = self.decay = None
+        if config.decay == "head":
+            self.decay = HeadDecay(H, device=device)
         if config.decay == "token":
             self.a_proj = Linear(d_model, H, **place)
             self.A_log, self.dt_bias = (nn.Parameter(torch.empty(H, **place)) for _ in range(2))
@@ -86,8 +104,10 @@ class LinearAttention(nn.Module):
         if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
             raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
         context = Context() if context is None else context
+        if state is not None and is_step(x_BSM, context, state):
+            return self._step(x_BSM[:, 0], context, state)[:, None]
         config, H, conv = self.config, self.config.num_heads, None if state is None else state.conv
-        qkv = torch.cat((self.q_proj(x_BSM), self.k_proj(x_BSM), self.v_proj(x_BSM)), -1)
+        qkv = in_a_row(x_BSM, (self.q_proj, self.k_proj, self.v_proj))
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, context, conv)
         keys, values = H * config.key_size(self.d_model), H * config.value_size(self.d_model)
@@ -108,14 +128,48 @@ class LinearAttention(nn.Module):
         o_BSHV = self.o_norm(o_BHSV.transpose(1, 2))
         return self.o_proj(ops.swiglu(self.g_proj(x_BSM), o_BSHV.flatten(-2)))
 
+    def _step(self, x_BM: Tensor, context: Context, state: RecurrentState) -> Tensor:
+        """One token more of each row, in few launches."""
+        H, K, V = self.config.num_heads, self.config.key_size(self.d_model), self.config.value_size(self.d_model)
+        layers = self._reading()
+        sizes = (H * (2 * K + V), H * V, *(H for _ in layers[4:]))
+        qkv, gate, *gates = in_a_row(x_BM, layers).split(sizes, -1)
+        if self.conv1d is None or state.conv is None:
+            qkv = F.silu(qkv)
+        else:
+            qkv = self.conv1d.step(qkv, context, state.conv)
+        q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split((H * K, H * K, H * V), -1))
+        options: dict[str, Any] = {"beta": gates.pop()} if self.b_proj is not None else {}
+        if self.a_proj is not None:
+            options |= {"g": gates.pop(), "A_log": self.A_log, "dt_bias": self.dt_bias}
+        elif self.decay is not None:
+            options["g"] = self.decay.g.expand(len(x_BM), H)
+        options |= {"norm": self.o_norm.weight, "eps": self.o_norm.eps, "gate": gate.unflatten(-1, (H, V))}
+        assert context.lengths is not None
+        o_BHV = ops.recurrent_step_(state.memory.states, q, k, v, context.lengths, context.rows, **options)
+        return self.o_proj(o_BHV.flatten(-2))
+
+    def _reading(self) -> list[Linear]:
+        """What reads x: q, k, v and the gate of the output; of each head the decay's and the delta rule's gates."""
+        return [
+            layer
+            for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
+            if layer is not None
+        ]
+
+    def join(self) -> None:
+        """Lay all that reads x together: see nn/linear.py."""
+        join(self._reading())
+
     def _decay(self, x_BSM: Tensor) -> Tensor | None:
         if self.config.decay == "none":
             return None
-        if self.a_proj is None or self.A_log is None or self.dt_bias is None:
+        if self.decay is not None:
             B, S, H = *x_BSM.shape[:2], self.config.num_heads
-            head_H = torch.arange(H, device=x_BSM.device, dtype=torch.float64)
-            g_H = torch.log1p(-torch.exp2(-5 - head_H)).to(torch.promote_types(x_BSM.dtype, torch.float32))
-            return g_H[None, :, None].expand(B, H, S)
+            return self.decay.g.to(torch.promote_types(x_BSM.dtype, torch.float32))[None, :, None].expand(B, H, S)
+        assert self.a_proj is not None
+        assert self.A_log is not None
+        assert self.dt_bias is not None
         # softplus(a) = log(exp(a) + exp(0)): F.softplus's own backward is compiled for strides that it does not have.
         a_BSH = _wide(self.a_proj(x_BSM)) + _wide(self.dt_bias)
         dt_BSH = torch.logaddexp(a_BSH, torch.zeros_like(self.dt_bias, dtype=a_BSH.dtype))

@@ -56,6 +56,11 @@ class PagedTokens:
     this pass were written before a kernel that no other overlaps."""
 
     @functools.cached_property
+    def before(self) -> Tensor:
+        """(R,) int32: tokens that each row which decodes had before this pass; 0 without a sequence."""
+        return (self.lengths[: self.num_decodes] - 1).clamp(min=0)
+
+    @functools.cached_property
     def ends(self) -> Tensor:
         """(R + 1,) int32: where each row's tokens are among the T, where no chunk is fresh."""
         ends = torch.arange(self.num_decodes + 1, dtype=torch.int32, device=self.table.device)

@@ -37,6 +37,15 @@ class CausalConv1d(nn.Conv1d):
         both = torch.cat((before_BKC.to(dtype), x_BSC), 1)
         return ops.causal_conv1d(both, weight_CK, self.bias)[:, before_BKC.shape[1] :]
 
+    def step(self, x_BC: Tensor, context: Context, state: Recent) -> Tensor:
+        """silu of what forward makes of one token a row, (B, channels) -> like x: see `is_step`."""
+        assert context.lengths is not None
+        state.empty = False
+        (ring_NRC,), weight_CK = state.entries, self.weight[:, 0]
+        return ops.causal_conv1d_step_(
+            ring_NRC, x_BC, weight_CK, context.lengths, context.rows, bias=self.bias, silu=True
+        )
+
 
 class RecurrentState:
     """A recurrence's memory, and what the short convolution before it, if there is one, still sees."""
@@ -59,6 +68,18 @@ class RecurrentState:
         self.memory.put(rows, state.memory)
         if self.conv is not None and state.conv is not None:
             self.conv.put(rows, state.conv)
+
+
+def is_step(x_BSM: Tensor, context: Context, state: object) -> bool:
+    """Whether these are one token a row, which all count, and none wants a gradient: ops.recurrent_step_ then leaves
+    states where they are."""
+    return (
+        isinstance(state, RecurrentState)
+        and x_BSM.shape[1] == 1
+        and context.segments is None
+        and not torch.is_grad_enabled()
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+    )
 
 
 def recur(op: Callable, tokens: dict[str, Tensor], context: Context, memory: Snapshots | None) -> Tensor:

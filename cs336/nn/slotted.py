@@ -2,7 +2,8 @@
 
 A pass has T tokens of R sequences, one after the other. Those of the first, which decode, go through the mixer as rows
 of one token each, and the chunks behind them as rows padded on the right; each row with the state of its slot, which is
-copied out and back. R = rows, S = tokens of the longest chunk, M = d_model.
+copied out and back, but for a recurrence's step, which is taken in place. R = rows, S = tokens of the longest chunk,
+M = d_model.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336.nn.paged import PagedTokens
+from cs336.nn.recurrence import is_step
 from cs336.nn.state import Context, MixerState
 
 
@@ -35,7 +37,10 @@ class Slotted:
         assert tokens is not None
         assert context.positions is not None
         x_TM, position_T, n, outs = x_1TM[0], context.positions[0], tokens.num_decodes, []
-        if n:
+        if n and is_step(x_TM[:n, None], Context(), self.state):
+            context = Context(position_T[:n, None], lengths=tokens.before, rows=tokens.slots[:n])
+            outs.append(mixer(x_TM[:n, None], context, self.state)[:, 0])
+        elif n:
             y_R1M = self._rows(mixer, x_TM[:n, None], position_T[:n, None], tokens, slice(0, n), 1, None)
             outs.append(y_R1M[:, 0])
         if tokens.continued is not None:

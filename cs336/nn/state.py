@@ -35,6 +35,8 @@ class Context:
     cu_seqlens: Tensor | None = None
     """(N + 1,) int32: where documents start among the B * S tokens, and where the last ends. It keeps
     them apart in attention, in place of a mask."""
+    rows: Tensor | None = None
+    """(B,) integers: which rows of a recurrence's state these are, where a step leaves it in place. None: its first."""
     reach: int | None = None
     """How many of a state's slots hold all tokens, these included, where that is known: no others are read."""
     paged: "PagedTokens | None" = None

@@ -8,6 +8,7 @@ from cs336.ops.attention import attention as attention
 from cs336.ops.attention_invariant import attention_invariant as attention_invariant
 from cs336.ops.attention_varlen import attention_varlen as attention_varlen
 from cs336.ops.causal_conv1d import causal_conv1d as causal_conv1d
+from cs336.ops.causal_conv1d import causal_conv1d_step_ as causal_conv1d_step_
 from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.dropout import dropout as dropout
 from cs336.ops.embedding import embedding as embedding
@@ -30,6 +31,7 @@ from cs336.ops.paged_cache import append_kv_ as append_kv_
 from cs336.ops.paged_cache import copy_pages_ as copy_pages_
 from cs336.ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from cs336.ops.qk_norm_rope_append import qk_norm_rope_append_ as qk_norm_rope_append_
+from cs336.ops.recurrent_step import recurrent_step_ as recurrent_step_
 from cs336.ops.rms_norm import rms_norm as rms_norm
 from cs336.ops.rope import rope as rope
 from cs336.ops.rope import rope_qk as rope_qk

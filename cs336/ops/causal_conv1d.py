@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import has_kernel, rows
+from cs336.ops.dispatch import has_kernel, rows, run
+from cs336.ops.recurrent_step import check_rows
 from cs336.ops.ref import causal_conv1d as ref
 
 MOST_TAPS = 16  # of the Triton kernels, which read each tap's tile by itself
@@ -78,6 +79,30 @@ registry.define(
 )
 
 
+def _check_step(ring, x, weight, bias, lengths, places, silu) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be (B, C), floating point, got {tuple(x.shape)} {x.dtype}")
+    _check_fwd(x[:, None], weight, bias, None)
+    (C, K), least = weight.shape, max(1, weight.shape[1] - 1)
+    if ring.dim() != 3 or ring.shape[2] != C or ring.shape[1] < least:
+        raise ValueError(f"ring must be (N, {least} or more, {C}) for {K} taps, got {tuple(ring.shape)}")
+    if not ring.is_contiguous() or not ring.is_floating_point() or ring.device != x.device:
+        found = f"{ring.dtype} on {ring.device}, strides {ring.stride()}"
+        raise ValueError(f"ring must be contiguous, floating point, on {x.device}, as x is, got {found}")
+    check_rows(ring, x.shape[0], lengths, places)
+
+
+registry.define(
+    "causal_conv1d_step_(Tensor(a!) ring, Tensor x, Tensor weight, Tensor? bias, Tensor lengths, Tensor? places, "
+    "bool silu) -> Tensor",
+    fake=lambda ring, x, *_: x.new_empty(x.shape),
+    ref=ref.step_,
+    triton="causal_conv1d.step_",
+    check=_check_step,
+    supports={"triton": lambda ring, x, weight, *_: _triton_refuses(x, weight)},
+)
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, segments):
@@ -114,3 +139,31 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, segment
     _check(x, weight, bias, segments)
     bias, segments = (None if t is None else rows(t) for t in (bias, segments))
     return _Conv.apply(rows(x), weight.contiguous(), bias, segments)
+
+
+def causal_conv1d_step_(
+    ring: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lengths: Tensor,
+    places: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """causal_conv1d of one token a row, behind those that a ring holds, which then holds it too.
+
+    Args:
+        ring: (N, R, C) floating point, contiguous, written to; R >= K - 1. A row's token t is in slot t mod R.
+        x: (B, C) floating point; weight: (C, K); bias: (C,) or None.
+        lengths: (B,) int32 or int64, tokens of each row before this one.
+        places: (B,) int32 or int64, which rows of the ring these are, each once; None: the first B.
+        silu: return silu(y), rounded once.
+
+    Returns y (B, C) like x. No gradient. Raises ValueError for arguments that do not fit. What lengths and places hold
+    is checked on a CPU; on a GPU a row whose place is outside the ring is skipped, and its y undefined.
+    """
+    bias = None if bias is None else rows(bias)
+    args = ring, x if x.dim() == 0 else rows(x), weight.contiguous(), bias, lengths, places, silu
+    _check_step(*args)
+    return run("causal_conv1d_step_", *args)

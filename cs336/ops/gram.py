@@ -20,9 +20,11 @@ def gram(x: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float 
         x: (B, M, N) floating point.
         c: (B, M, M) like x and symmetric, or None. Only its lower triangle may be read.
 
-    Returns y (B, M, M) like x. Gradients are plain torch's. Raises ValueError for arguments that do not fit.
+    Returns y (B, M, M) like x. Gradients are plain torch's, and so is the product where native kernels are forced: it
+    has none, and what calls it has others. Raises ValueError for arguments that do not fit.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, c)):
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, c))
+    if learns or (registry.forced() == "native" and registry.missing("gram", "native", x.device)):
         _check(x, c, alpha, beta)
         return ref.gram(x, c, alpha, beta)
     x, c = dispatch.rows(x), None if c is None else dispatch.rows(c)

@@ -34,10 +34,10 @@ def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
     return [slice(i, min(i + chunk_size, num_tokens)) for i in range(0, num_tokens, chunk_size)]
 
 
-def _default_chunk_size(num_tokens: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Chunks of one size, as few as their limit allows."""
-    limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
-    count = -(-num_tokens * V * dtype.itemsize // limit)
+def default_chunk_size(num_tokens: int, V: int, width: int, device_type: str) -> int:
+    """Tokens of a chunk, `width` bytes a logit: chunks of one size, as few as their limit allows."""
+    limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
+    count = -(-num_tokens * V * width // limit)
     return max(1, -(-num_tokens // max(1, count * ROW_UNIT))) * ROW_UNIT
 
 
@@ -344,7 +344,7 @@ def linear_cross_entropy(
     targets_N, x_NH = targets.reshape(-1).long(), x.reshape(-1, x.shape[-1])
     check_targets(targets_N, weight.shape[0], ignore_index)
     dtype = _compute_dtype(x)
-    size = chunk_size or _default_chunk_size(x_NH.shape[0], weight.shape[0], dtype, x.device)
+    size = chunk_size or default_chunk_size(x_NH.shape[0], weight.shape[0], dtype.itemsize, x.device.type)
     options, layer = (ignore_index, softcap, float(z_loss), float(label_smoothing)), (x_NH, weight, bias)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer)
     if reduction != "none" and not any(extra) and learns:

@@ -2,10 +2,12 @@
 and of its optimizer state; a unit's parameters are whole only while they are needed.
 
     forward of unit i    wait for its all-gather, start that of unit i + 1; afterwards let go of it
-    backward of unit i   wait for its all-gather, start that of unit i - 1 and the reduce-scatter of unit i + 1
+    backward of unit i   wait for its all-gather, start that of unit i - 1 and, when that of
+                         unit i + 2 has arrived, the reduce-scatter of unit i + 1
 
-So two units are whole at a time, beside the root: what belongs to no unit. A unit is an element of an nn.ModuleList.
-Every rank runs the same units in the same order. N = ranks, C = elements of a rank's pieces of a unit.
+So two units are whole at a time, and the gradients of one on their way, beside the root: what belongs to no unit. A
+unit is an element of an nn.ModuleList. Every rank runs the same units in the same order. N = ranks, C = elements of a
+rank's pieces of a unit.
 """
 
 import contextlib
@@ -67,6 +69,7 @@ class FSDP(nn.Module):
         self.module, self.group, self.reshard = module, group, reshard
         self._syncing, self._whole = True, False
         self._in_backward = False
+        self._sent: Unit | None = None  # the last unit whose gradients were sent
         parts = [layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m]
         inner = {id(sub) for part in parts for sub in part.modules() if sub is not part}
         parts = [part for part in parts if id(part) not in inner]  # of nested lists the outer ones
@@ -157,10 +160,13 @@ class FSDP(nn.Module):
         """A unit whose backward is over."""
         if not unit.left:
             unit.left = True
-            if self._syncing:
-                unit.reduce()
-            if self.reshard:
+            if self.reshard:  # first: what is sent needs room
                 unit.release()
+            if self._syncing:
+                if self._sent is not None:
+                    self._sent.arrive()
+                unit.reduce()
+                self._sent = unit
 
     def _end_backward(self) -> None:
         for unit in [*reversed(self._units), self._root]:

@@ -89,8 +89,10 @@ class _Bundle:
             if p.grad is None:
                 message_NC[:, columns] = 0
                 continue
-            padded = nn.functional.pad(p.grad.reshape(-1), (0, self.ranks * self.widths[i] - p.numel()))
-            message_NC[:, columns].copy_(padded.view(self.ranks, -1))
+            flat = p.grad.reshape(-1)
+            if padding := self.ranks * self.widths[i] - p.numel():
+                flat = nn.functional.pad(flat, (0, padding))
+            message_NC[:, columns].copy_(flat.view(self.ranks, -1))
             message_NC[:, self.master.numel() + i] = 1
         used = [p.grad is not None for p in self.params]
         for p in self.params:
@@ -98,13 +100,19 @@ class _Bundle:
         out = self.master.new_empty(message_NC.shape[1])
         self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
 
+    def arrive(self) -> None:
+        if self.reduced is not None:
+            out, work, used = self.reduced
+            if work is not None:
+                work.wait()
+            self.reduced = out, None, used
+
     @torch.no_grad()
     def finish(self) -> None:
+        self.arrive()
         if self.reduced is None:
             return
-        (out, work, used), self.reduced = self.reduced, None
-        if work is not None:
-            work.wait()
+        (out, _, used), self.reduced = self.reduced, None
         out.div_(self.ranks)
         flags = [] if all(used) else out[self.master.numel() :].tolist()  # the only wait for the device
         for i, (shard, columns) in enumerate(zip(self.shards, self.columns, strict=True)):
@@ -159,6 +167,11 @@ class Unit:
         """Begin to average the whole gradients, and let go of them."""
         for bundle in self.bundles:
             bundle.reduce()
+
+    def arrive(self) -> None:
+        """Wait for the averages that are on their way: what was sent is held until then."""
+        for bundle in self.bundles:
+            bundle.arrive()
 
     def finish(self) -> None:
         """Add the averages to the gradients of this rank's pieces."""

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from cs336.scaling.compute import ComputeFit
 from cs336.scaling.fit import Fit
 from cs336.utils.files import replacing
+from cs336.utils.locks import in_turn
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one run. Losses are in nats a token."""
+    """Of one run. Losses are in nats a token. Raises ValueError for numbers that are none."""
 
     name: str
     parameters: float
@@ -31,6 +32,15 @@ class Forecast:
     graded: str | None = None
     flops: float | None = None
     """As the law counts them; None of a law of parameters and tokens."""
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be text, got {self.name!r}")
+        numbers = {name: getattr(self, name) for name in ("parameters", "tokens", "loss", "low", "high", "confidence")}
+        numbers |= {name: getattr(self, name) for name in ("measured", "flops") if getattr(self, name) is not None}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
 
     @property
     def error(self) -> float | None:
@@ -51,7 +61,7 @@ def read(log: pathlib.Path) -> list[Forecast]:
     for number, line in enumerate(log.read_bytes().splitlines(), 1):
         try:
             found.append(Forecast(**json.loads(line.decode())))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{log}:{number} is no forecast: {error}") from None
     return found
 
@@ -71,7 +81,7 @@ def forecast(
 
     flops: of a law of compute, 6 parameters * tokens if not given.
 
-    Raises ValueError for a name that the log has.
+    Raises ValueError for a name that the log has. Processes that write one log take turns.
     """
     whole = 6 * parameters * tokens if flops is None else flops
     for what, value in (("parameters", parameters), ("tokens", tokens), ("flops", whole)):
@@ -79,9 +89,6 @@ def forecast(
             raise ValueError(f"{what} must be positive and finite, got {value}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    made = read(log)
-    if any(name == other.name for other in made):
-        raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
     if isinstance(fit, ComputeFit):
         if unique_tokens is not None:
             raise ValueError("a law of compute does not tell tokens that are read again: leave unique_tokens out")
@@ -90,7 +97,12 @@ def forecast(
         loss, (low, high) = fit.predict(parameters, tokens, confidence, unique_tokens=unique_tokens)
     counted = whole if isinstance(fit, ComputeFit) else None
     new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now(), flops=counted)
-    _write(log, [*made, new])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with in_turn(log.parent):
+        made = read(log)
+        if any(name == other.name for other in made):
+            raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
+        _write(log, [*made, new])
     return new
 
 
@@ -98,14 +110,19 @@ def grade(log: pathlib.Path, name: str, measured: float) -> Forecast:
     """Write down what a run reached. Raises ValueError without its forecast, and where it was graded before."""
     if not (measured > 0 and math.isfinite(measured)):
         raise ValueError(f"a measured loss must be positive and finite, got {measured}")
-    made = read(log)
-    places = [i for i, other in enumerate(made) if other.name == name]
-    if not places:
-        raise ValueError(f"{log} has no forecast of {name!r}: there are {', '.join(f.name for f in made) or 'none'}")
-    if made[places[0]].measured is not None:
-        raise ValueError(f"{name!r} was graded at {made[places[0]].graded}, with {made[places[0]].measured}")
-    made[places[0]] = replace(made[places[0]], measured=measured, graded=_now())
-    _write(log, made)
+    if not log.parent.is_dir():
+        raise ValueError(f"{log} has no forecast of {name!r}: there are none")
+    with in_turn(log.parent):
+        made = read(log)
+        places = [i for i, other in enumerate(made) if other.name == name]
+        if not places:
+            known = ", ".join(f.name for f in made) or "none"
+            raise ValueError(f"{log} has no forecast of {name!r}: there are {known}")
+        before = made[places[0]]
+        if before.measured is not None:
+            raise ValueError(f"{name!r} was graded at {before.graded}, with {before.measured}")
+        made[places[0]] = replace(before, measured=measured, graded=_now())
+        _write(log, made)
     return made[places[0]]
 
 
@@ -118,7 +135,6 @@ def score(forecasts: list[Forecast]) -> tuple[float, float] | None:
 
 
 def _write(log: pathlib.Path, forecasts: list[Forecast]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
     with replacing(log) as file:
         file.writelines(json.dumps(asdict(f)) + "\n" for f in forecasts)
 

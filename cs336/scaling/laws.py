@@ -71,8 +71,10 @@ class ChinchillaLaw:
         """The fewest FLOPs over a model's life that reach a loss: 6 N D of training and 2 N of each token it serves.
 
         Sardana et al. 2023, arXiv:2401.00448. The allocation's flops are those of both. Raises ValueError for a loss
-        below E, which no budget reaches.
+        below E, which no budget reaches, and for tokens that are no number or negative.
         """
+        if not 0 <= inference_tokens < math.inf:
+            raise ValueError(f"inference_tokens must be finite and not negative, got {inference_tokens}")
         if not loss > self.E:
             raise ValueError(f"no budget reaches a loss of {loss}: the law ends at E = {self.E}")
 

@@ -164,7 +164,7 @@ def _json_rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
         rows = json.loads(text) if rows is None else rows
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f'{path} must hold a list of objects like {{"parameters": 1e6, "flops": 1e15, "loss": 4.2}}')

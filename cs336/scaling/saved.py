@@ -23,7 +23,7 @@ def load_fit(path: pathlib.Path) -> Fit:
             float(saved.get(f"{name}_decay", old)) for name, old in zip(("repeat", "excess"), fit.decays, strict=True)
         ]
         return replace(fit, decays=(decays[0], decays[1]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} holds no fitted law: expected what `cs336 scaling fit POINTS --law chinchilla --out FILE` writes "
             f"({type(error).__name__}: {error})"
@@ -39,7 +39,7 @@ def load_compute_fit(path: pathlib.Path) -> ComputeFit | None:
         laws = [ComputeLaw(*map(float, numbers)) for numbers in saved["resampled"]]
         law = ComputeLaw(*(float(saved[name]) for name in ("E", "A", "gamma")))
         return ComputeFit(law, tuple(laws), np.array(saved["residuals"], dtype=np.float64))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no fitted law ({type(error).__name__}: {error})") from None
 
 

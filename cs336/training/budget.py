@@ -88,6 +88,10 @@ class Plan:
         """The number of steps that was first decided, along which schedules go; 0 while there is none."""
         return self.decisions[0][1] if self.decisions else 0
 
+    def covers(self, step: int) -> bool:
+        """Whether the step, counted from 1, was or will be made with a number of steps decided."""
+        return bool(self.decisions) and step > self.decisions[0][0]
+
     def place(self, step: int) -> float:
         """Where a step stands in the first plan: 0 at its start, decisions[0][1] at its end; `step` while it holds."""
         (decided, total), *later = self.decisions

@@ -35,6 +35,7 @@ from cs336.parallel import FSDP, ShardedAdamW, ShardedOptimizer
 from cs336.parallel.launch import rank, world_size
 from cs336.parallel.parts import Parts
 from cs336.training.shards import DamagedError, Tensors, divided, shard_name
+from cs336.training.staging import Staging
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, sync
 
@@ -90,11 +91,12 @@ def snapshot(
     iteration: int,
     *,
     extra: dict[str, Any] | None = None,
-    copy: bool = False,
+    staging: Staging | None = None,
     parts: Parts | None = None,
 ) -> Snapshot:
-    """What save_checkpoint writes; with `copy` in memory of its own on the host, so that training may go on.
+    """What save_checkpoint writes.
 
+    staging: memory that it is copied to, so that training may go on. None: the tensors themselves.
     parts: what this rank has of a divided model; None: all of it, or what FSDP says.
     """
     named, tied = model.local_state() if isinstance(model, FSDP) else _distinct(_unwrapped(model).state_dict())
@@ -125,18 +127,14 @@ def snapshot(
         "model": to_table(config) if dataclasses.is_dataclass(config) else None,
         "extra": extra or {},
     }
-    if copy:
+    if staging is not None:
         state = json.loads(json.dumps(state))
-        tensors = {kind: _on_host(found) for kind, found in tensors.items()}
+        tensors = staging.copies(tensors)
     return Snapshot(tensors, state, pieces)
 
 
 def _is_share(optimizer: torch.optim.Optimizer | None) -> bool:
     return isinstance(optimizer, ShardedOptimizer | ShardedAdamW)
-
-
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def write_snapshot(snapshot: Snapshot, path: str | os.PathLike | IO[bytes]) -> pathlib.Path | None:

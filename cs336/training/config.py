@@ -69,7 +69,7 @@ class TrainConfig:
     """torch.compile the layers, those of one kind once for all of them. None: on a GPU."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step once and replay it, where the host would be slower than the GPU. auto: on a GPU, if the memory of
-    a step is less than a third of the device's and the optimizer can."""
+    a step is less than half of the device's and the optimizer can."""
     deterministic: bool = False
     """On a GPU, repeat a run bit for bit, stopped and continued or not: 0.2 % slower for a GPT-2 of 124M on an H200,
     more where sequences are longer, for faster gradients of attention add in any order there. A CPU is deterministic
@@ -86,7 +86,8 @@ class TrainConfig:
     sample_interval: int | None = None
     """Steps between samples. None: a tenth of the run."""
     checkpoint_interval: int | None = None
-    """Steps between checkpoints. None: a tenth of the run."""
+    """Steps between checkpoints. None: a tenth of the run. 0: at the end or when it is stopped; a run that is killed
+    begins anew."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     async_checkpoints: bool | None = None
@@ -160,16 +161,16 @@ FREE = {
     "eval_interval",
 }
 FREE |= {"eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints", "gradient_checkpointing"}
-FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel"}
+FREE |= {"memory_limit", "cuda_graph", "async_checkpoints", "loggers", "parallel", "objective.fused_head"}
 
 
 def differences(saved: Any, wanted: Any, free: Collection[str] = FREE) -> list[str]:
     """How a configuration differs from that of the run it would continue, one "key: saved -> wanted" each.
 
-    free: fields of it that may.
+    free: fields of it that may, or dotted keys.
     """
     before, after = dict(flat(saved)), dict(flat(wanted))
-    names = [key for key in before | after if key.split(".")[0] not in free]
+    names = [key for key in before | after if key not in free and key.split(".")[0] not in free]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in names if before.get(k) != after.get(k)]
 
 

@@ -95,7 +95,7 @@ class Division:
                 own=groups_of(self.trained, self.optimizer),
             )
         self._alike = self._copies(cuts)
-        self.objective = config.objective
+        self.objective = config.objective.of(config.model)
         if self.sizes["pipeline"] > 1:
             self.called = _Piped(self.called, self._group("pipeline"), config)
             self.objective = dataclasses.replace(config.objective, fused_head=True)  # it is with the last stage

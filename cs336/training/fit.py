@@ -49,6 +49,7 @@ def predicted_memory(
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
         accumulated=ranks > 1 or micro_batch_size < config.batch_size,
+        fused_head=bool(config.objective.of(config.model).fused_head),
     )
     split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
     parts = {name: -(-getattr(whole, name) // ranks) for name in split}

@@ -171,7 +171,7 @@ class Learner:
             reason = "guard reads each step's loss before the optimizer's step"
         elif self.config.optimizer.weight_decay_end != 1:
             reason = "the weight decay is captured as a number, and weight_decay_end changes it"
-        large = 3 * self.predicted_memory().total > self.room
+        large = 2 * self.predicted_memory().total > self.room  # steps of other shapes are made beside it
         if wanted == "auto" and (large or world_size() > 1 or next(experts_of(self.model), None) is not None):
             return None  # mixtures of experts may ask on the host how many tokens each has
         if reason is not None:

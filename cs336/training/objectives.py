@@ -6,6 +6,7 @@ So a step is the same however its batch is cut, even where targets are ignored, 
 a tuple of tensors, one sequence (or pair, or prompt) a row in each. B = batch, S = tokens, V = vocabulary.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
+from cs336.models import TransformerConfig
 from cs336.nn.moe import Routing, experts_of
 
 Batch = tuple[Tensor, ...]
@@ -43,8 +45,9 @@ class NextToken:
     z_loss: float = 0.0
     """How much of the square of log Z, the logits' log-sum-exp, is added: it keeps logits from drifting
     (arXiv:2204.02311, which takes 1e-4)."""
-    fused_head: bool = False
-    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole."""
+    fused_head: bool | None = None
+    """Head and loss together, a chunk of tokens at a time: the logits are never kept whole. None: in training, where
+    the model caps its logits, whose passes over float32 made a step of 124M on an H200 half again as long."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -53,6 +56,11 @@ class NextToken:
             raise ValueError(f"z_loss must be a finite number, 0 or more, got {self.z_loss!r}")
         if self.fused_head and (self.label_smoothing or self.z_loss):
             raise ValueError("fused_head gives the cross-entropy alone: leave label_smoothing and z_loss at 0 with it")
+
+    def of(self, config: TransformerConfig) -> "NextToken":
+        """Of a model like that: with fused_head said."""
+        capped = config.logit_softcap is not None and not (self.label_smoothing or self.z_loss)
+        return dataclasses.replace(self, fused_head=capped) if self.fused_head is None else self
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch

@@ -24,7 +24,7 @@ class LearningRate:
 
     def at(self, step: int) -> float:
         """Of a step counted from 1, so that the first is above zero and the last is the lowest."""
-        if not self.plan.measuring:
+        if self.plan.covers(step):
             decided, total = self.plan.decisions[0]
             place, joined = self.plan.place(step), decided + JOINING * (total - decided)
             if not decided or place >= joined:
@@ -49,7 +49,7 @@ class LearningRate:
 
     def done(self, step: int) -> float:
         """How far along the first plan a step is, 0 to 1; 0 while there is none."""
-        return 0.0 if self.plan.measuring else self.plan.place(step) / self.plan.first_total
+        return self.plan.place(step) / self.plan.first_total if self.plan.covers(step) else 0.0
 
     def highest_after(self, step: int) -> float:
         """Of the steps that are left; 0 if there are none or it is not known how many."""

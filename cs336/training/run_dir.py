@@ -25,6 +25,7 @@ from cs336.parallel.parts import Parts
 from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
+from cs336.training.staging import Staging
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 
@@ -50,6 +51,7 @@ class RunDir:
         self._group = host_group()  # of its own: checkpoints are written while others are in use
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self._staging = Staging()  # of the one that is being written
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -166,7 +168,8 @@ class RunDir:
         """
         self.wait()
         path = checkpoint.step_path(self.checkpoints, step)
-        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, copy=background, parts=parts)
+        staging = self._staging if background else None
+        kept = checkpoint.snapshot(model, optimizer, step, extra=extra, staging=staging, parts=parts)
         for rows in (self.metrics, self.samples, self.ranks):
             rows.sync()
         if background:
@@ -202,7 +205,10 @@ class RunDir:
             try:
                 yield
             finally:
-                self._wait()
+                try:
+                    self._wait()
+                finally:
+                    self._staging.free()
 
     def wait(self) -> None:
         """Until the checkpoint in the background is on the disk. Raises OSError if it could not be written."""

@@ -199,7 +199,9 @@ class Trainer:
         for evaluator in self.evaluators:
             if decisions.due(evaluator.pause, self.step):
                 self._evaluate(evaluator)
-        # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise.
+        # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise, unless
+        # it begins anew.
+        planned &= decisions.saves
         if planned or stop or decisions.due(decisions.save, self.step):
             self._save(background=not (planned or stop))
 
@@ -284,7 +286,10 @@ class Trainer:
         if bad.step in self._repeated:
             self._fail(bad, "its modules were finite one by one, and it was not when it was made again")
         self._repeated.add(bad.step)
+        plan, unplanned = self.decisions.plan.state_dict(), self.rate.unplanned
         self._restore()
+        self.decisions.plan.load_state_dict(plan)  # also where no checkpoint has it
+        self.rate.unplanned = unplanned
         self._suspect = bad
         self._started = time.perf_counter()
         self.meter.start()
@@ -349,11 +354,13 @@ class Trainer:
             world=ranks,
         )
         flops = config.model.flops_per_token() * self.tokens_per_step
+        need = self.learner.predicted_memory()
         self.decisions = Decisions(
             config,
             tokens_per_step=self.tokens_per_step,
             flops_per_step=flops,
             pauses=[evaluator.pause for evaluator in self.evaluators],
+            saved_bytes=need.weights + need.optimizer,
         )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.meter, self.guard = Meter(self.tokens_per_step), StepGuard(config.guard)

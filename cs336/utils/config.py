@@ -173,6 +173,10 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
     (word,) = words
     if word == "None":
         return None
+    if not word and hint is pathlib.Path:
+        raise ValueError(f"--{key} is empty: name a path; . is this directory")
+    if not word.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in word):
+        raise ValueError(f"--{key} must be UTF-8, which a configuration is written in, got {word!r}")
     if hint in (str, pathlib.Path) or (
         typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
     ):

@@ -36,7 +36,8 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there; or no place where anything can be removed
+            temporary.unlink()
         # What fails is named as the user named it; a full disk is met by write(), which names no file.
         if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
             error.filename = os.fspath(path if path.parent.exists() else path.parent)

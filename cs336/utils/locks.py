@@ -22,6 +22,17 @@ def locked(directory: str | os.PathLike, name: str = ".lock", *, advice: str = "
         yield
 
 
+@contextlib.contextmanager
+def in_turn(directory: str | os.PathLike) -> Iterator[None]:
+    """One process at a time, each waiting for the last: for moments, such as to read a file and write it again."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_locked(directory: str | os.PathLike, name: str = ".lock") -> bool:
     """Whether a process, this one too, holds the directory now."""
     try:

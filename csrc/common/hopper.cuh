@@ -49,6 +49,18 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// This block's number in its cluster.
+__device__ __forceinline__ int block_of_cluster() {
+  int block;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
+  return block;
+}
+
+// Waits for all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- mbarriers: barriers in shared memory that count arrivals and bytes; a phase ends when both are complete ----
 
 // Prepares a barrier whose phases take `arrivals` arrivals (and all the bytes announced to them).
@@ -64,6 +76,27 @@ __device__ __forceinline__ void barrier_init_fence() {
 // Arrives once.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives once at the barrier at the same place in another block of the cluster, or in this one.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int block) {
+  asm volatile(
+      "{.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+
+// Writes `value` to the same place in another block of the cluster; its 4 bytes are counted on the barrier there.
+__device__ __forceinline__ void store_at(int* to, int value, uint64_t* barrier, int block) {
+  asm volatile(
+      "{.reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counted, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [there], %1, [counted];}" ::"r"(shared_address(to)),
+      "r"(value), "r"(shared_address(barrier)), "r"(block)
+      : "memory");
 }
 
 // Arrives once and announces `bytes` that copies will bring.
@@ -96,6 +129,26 @@ __device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+// The same of a map of two dimensions.
+__device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64_t* barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+// The same as the first, into each block of the cluster whose bit is set in `blocks`: to the same place in its shared memory, the
+// bytes counted on its barrier at the same place.
+__device__ __forceinline__ void copy_in_to(uint16_t blocks, const CUtensorMap* map, void* to, uint64_t* barrier, int c0,
+                                           int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3,%4,%5,%6,%7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(blocks)
       : "memory");
 }
 
@@ -286,13 +339,13 @@ struct Wgmma;
                ", p, 1, 1, 0, %" #i2 ";}"                                                                  \
                : CS336_D##N(c)                                                                             \
                : "l"(a), "l"(b), "n"(kB == Along::kRows))
-#define CS336_WGMMA_RS(N, R, TYPE, i0, i1, i2, i3, i4, i5)                                                          \
-  asm volatile(                                                                                                     \
-      "{.reg .pred p; setp.ne.b32 p, 1, 0;\n"                                                                       \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 \
-      "}, %" #i4 ", p, 1, 1, %" #i5 ";}"                                                                            \
-      : CS336_D##N("+f")                                                                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kB == Along::kRows))
+#define CS336_WGMMA_RS(N, R, TYPE, ACCUMULATE, c, i0, i1, i2, i3, i4, i5)                                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ACCUMULATE                                                          \
+               ", 0;\n"                                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" R "}, {%" #i0 ",%" #i1 ",%" #i2 \
+               ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i5 ";}"                                                          \
+               : CS336_D##N(c)                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kB == Along::kRows))
 
 #define CS336_WGMMA(N, R, i0, i1, i2, i3, i4, i5)                                                          \
   template <typename T>                                                                                    \
@@ -313,11 +366,18 @@ struct Wgmma;
         CS336_WGMMA_SS(N, R, "f16", "1", "+f", i0, i1, i2);                                                \
     }                                                                                                      \
     template <Along kB>                                                                                    \
+    static __device__ __forceinline__ void rs_set(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
+      if constexpr (kBf16)                                                                                 \
+        CS336_WGMMA_RS(N, R, "bf16", "0", "=f", i0, i1, i2, i3, i4, i5);                                   \
+      else                                                                                                 \
+        CS336_WGMMA_RS(N, R, "f16", "0", "=f", i0, i1, i2, i3, i4, i5);                                    \
+    }                                                                                                      \
+    template <Along kB>                                                                                    \
     static __device__ __forceinline__ void rs_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
       if constexpr (kBf16)                                                                                 \
-        CS336_WGMMA_RS(N, R, "bf16", i0, i1, i2, i3, i4, i5);                                              \
+        CS336_WGMMA_RS(N, R, "bf16", "1", "+f", i0, i1, i2, i3, i4, i5);                                   \
       else                                                                                                 \
-        CS336_WGMMA_RS(N, R, "f16", i0, i1, i2, i3, i4, i5);                                               \
+        CS336_WGMMA_RS(N, R, "f16", "1", "+f", i0, i1, i2, i3, i4, i5);                                    \
     }                                                                                                      \
   };
 

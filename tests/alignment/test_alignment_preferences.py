@@ -49,6 +49,7 @@ def test_dpo_gradient_on_a_vocabulary_of_two():
         (PAIR, {"label_smoothing": 0.5}, "label_smoothing"),
         (PAIR, {"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
         (PAIR, {"margin": 1.0}, "margin is simpo's"),
+        (PAIR[:2], {"loss_type": "simpo", "margin": float("nan")}, "margin must be finite"),
         (PAIR, {"loss_type": "simpo"}, "no reference"),
         (PAIR[:2], {}, "takes reference_chosen"),
         ([PAIR[0], torch.zeros(2)], {"loss_type": "simpo"}, "rejected must have shape"),

@@ -153,6 +153,10 @@ def test_ties_alone_teach_nothing(tmp_path, model):
     write_preferences(tmp_path / "ties.jsonl", [PreferenceExample([Turn("user", "1")], "5", "6", "tie")])
     with pytest.raises(ValueError, match=r"ties\.jsonl: of 1 preferences none is left: 1 are ties"):
         DPOStage(config(tmp_path, model, data={"train": tmp_path / "ties.jsonl"}))
+    row = {"prompt": "1", "chosen": "1", "rejected": "2"}
+    data = {"train": write_rows(tmp_path / "rows.jsonl", [row, row | {"rejected": "\u00e9"}])}
+    with pytest.raises(ValueError, match=r"rows\.jsonl: preference 2: the byte 0xC3 of the text is not in the voc"):
+        DPOStage(config(tmp_path, model, data=data))
     with pytest.raises(ValueError, match="neither answer of a tie"):
         _ = read_preferences(tmp_path / "ties.jsonl")[0].better
 

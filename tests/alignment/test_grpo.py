@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_policy import Recorder
 
 from cs336.alignment import GRPOConfig, Verdict, grpo, grpo_step, rollout, sequence_log_probs, train_grpo
 from cs336.inference import LLM, SamplingParams
@@ -30,17 +31,6 @@ def llm_of(init_std=0.02):
     torch.manual_seed(0)
     config = TransformerConfig(12, 12, num_layers=1, d_model=32, num_heads=2, init_std=init_std)
     return LLM(Transformer(config), TOKENIZER, quiet=True, max_seqs=64, page_size=8)
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradients of each step, and the weights as they are."""
-
-    def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.0)
-        self.grads = []
-
-    def step(self, *, grad_scale):
-        self.grads.append([p.grad * grad_scale for group in self.param_groups for p in group["params"]])
 
 
 def recorded(config, llm=None, **options):
@@ -175,6 +165,8 @@ def test_divergence_from_a_reference():
     [
         {"num_generations": 1}, {"prompts_per_step": 0}, {"max_tokens": 0}, {"num_iterations": 0}, {"temperature": 0.0},
         {"micro_batch_size": 0}, {"loss_type": "ppo"}, {"beta": -1.0}, {"max_grad_norm": 0.0}, {"seed": -1},
+        {"beta": math.nan}, {"epsilon": math.nan}, {"epsilon_high": math.nan}, {"epsilon": -0.1},
+        {"expert_threshold": math.nan},
     ],
 )  # fmt: skip
 def test_config_refuses(options):

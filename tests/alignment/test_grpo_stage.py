@@ -296,6 +296,8 @@ def test_rewards_add_up_by_their_weights():
     assert CharactersReward()("1234", "124") == 0
     with pytest.raises(ValueError, match="nothing to learn from"):
         Rewards([ExactReward(weight=0.0)])
+    with pytest.raises(ValueError, match="weight of a reward must be finite, exact has nan"):
+        Rewards([MathReward(), ExactReward(weight=math.nan)])
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
@@ -353,7 +355,10 @@ def test_settings_that_cannot_work(tmp_path, model, options, message):
 def test_prompts_that_leave_no_room(tmp_path, model):
     settings = config(tmp_path, model)
     data = {"train": write_rows(tmp_path / "long.jsonl", [{"prompt": "1" * 24, "answer": 1}])}
-    with pytest.raises(ValueError, match="a prompt has 24 tokens"):
+    with pytest.raises(ValueError, match=r"long\.jsonl, prompt 1: it has 24 tokens"):
+        GRPOStage(config(tmp_path, model, data=data))
+    write_rows(tmp_path / "long.jsonl", [{"prompt": "1", "answer": 1}, {"prompt": "\u00e9", "answer": 1}])
+    with pytest.raises(ValueError, match=r"long\.jsonl, prompt 2: the byte 0xC3 of the text is not in the vocabulary"):
         GRPOStage(config(tmp_path, model, data=data))
     write_rows(tmp_path / "long.jsonl", [{"prompt": "1"}])
     with pytest.raises(ValueError, match=r'long\.jsonl:1: expected "answer"'):

@@ -93,10 +93,12 @@ def test_a_judge_reads_the_conversation():
     assert all("\nplain\n" in text for text in seen[2:])
 
 
-@pytest.mark.parametrize("options", [{"num_generations": 3}, {"temperature": 0.0}, {"prompts": []}])
+@pytest.mark.parametrize("options", [{"num_generations": 3}, {"temperature": 0.0}, {"prompts": []}, {"seed": -1}])
 def test_what_makes_no_pairs(tmp_path, options):
-    prompts = options.pop("prompts", PROMPTS)
-    with pytest.raises(ValueError, match="pairs take prompts"):
+    prompts = options.get("prompts", PROMPTS)
+    options = {name: value for name, value in options.items() if name != "prompts"}
+    message = "seed must be in 0..2**31 - 1, got -1" if "seed" in options else "pairs take prompts"
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_pairs(llm_of(), prompts, tmp_path / "p", VerifierLabels([Letters()]), **options)
 
 
@@ -110,6 +112,9 @@ def test_the_verb(tmp_path, capsys):
     assert read_preferences(out)
     assert main([*command, "--label", "judge", "--judge", "http://127.0.0.1:9/v1"]) == 2
     assert "the judge at http://127.0.0.1:9/v1 gave no answer" in capsys.readouterr().err
+    for option in ("--judge", "--rubric"):
+        assert main([*command, option, str(model)]) == 2
+        assert "--judge and --rubric go with --label judge: math asks no judge" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["align", "pairs", "--help"])
     assert "MODEL PROMPTS OUT" in capsys.readouterr().out

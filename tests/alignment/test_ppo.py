@@ -7,9 +7,9 @@ import pytest
 import torch
 from killing import kill_once_saved
 from test_dpo_stage import preferences
-from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+from tiny_policy import Recorder, rows_of, save_model, tokenizer, without_time, write_rows
 
-from cs336.alignment import PPOConfig, RewardModel, ppo_step, rollout
+from cs336.alignment import PPOConfig, RewardModel, Rollouts, ppo, ppo_step, response_mask, rollout, sequence_log_probs
 from cs336.alignment.ppo import ActorCritic, KLControl, shaped_rewards, value_loss_terms, whiten
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.ppo import PPOStage, PPOStageConfig
@@ -73,6 +73,57 @@ def test_a_price_keeps_it_near():
     kept, _, rows = bandit(15, kl_coef=1.0)
     assert kept["b"] < free["b"]
     assert rows[-1]["objective/kl"] < 1
+
+
+def drawn(lengths, prompt=3):
+    """Rows of random tokens, a prompt and a response of so many tokens each."""
+    torch.manual_seed(1)
+    rows_B, S = torch.tensor(lengths) + prompt, max(lengths) + prompt
+    ids_BS = torch.randint(44, (len(lengths), S)).masked_fill(torch.arange(S) >= rows_B[:, None], 0)
+    mask_BT = response_mask(torch.full((len(lengths),), prompt), rows_B, S)
+    return Rollouts([""] * len(lengths), ids_BS, mask_BT, torch.zeros(mask_BT.shape), torch.zeros(len(lengths)).bool())
+
+
+def test_a_part_is_as_wide_as_its_longest_row_and_a_step_the_same_whatever_the_parts(monkeypatch):
+    lengths = [2, 9, 1, 20, 3, 20, 7, 1]
+    torch.manual_seed(0)
+    policy = Transformer(TransformerConfig(44, 24, num_layers=1, d_model=16, num_heads=2, init_std=0.3))
+    reference = Transformer(TransformerConfig(44, 24, num_layers=1, d_model=16, num_heads=2, init_std=0.3))
+    critic = RewardModel(copy.deepcopy(reference))
+    torch.nn.init.normal_(critic.head.weight)
+    module, config = ActorCritic(policy, critic), PPOConfig(num_ppo_epochs=2, num_mini_batches=2, vf_coef=0.5)
+    widths, found = [], []
+
+    def log_probs(model, token_ids_BS, **options):
+        widths.append(token_ids_BS.shape[1])
+        return sequence_log_probs(model, token_ids_BS, **options)
+
+    monkeypatch.setattr(ppo, "sequence_log_probs", log_probs)
+    for size in (None, 3):
+        widths.clear()
+        optimizer, scores_B = Recorder(module), torch.arange(8.0)
+        values = ppo_step(
+            policy, critic, reference, module, optimizer, drawn(lengths), scores_B, config,
+            kl_coef=0.1, micro_batch_size=size, max_grad_norm=math.inf,
+        )  # fmt: skip
+        found.append((values, optimizer.grads))
+    assert widths[:6] == [23, 23, 10, 10, 4, 4]  # of policy and reference: 20, 20, 9; 7, 3, 2; 1, 1 and the prompt
+    assert len(widths) == 6 + 2 * 2 * 2
+    for name, value in found[0][0].items():
+        assert found[1][0][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert len(found[0][1]) == 4
+    for whole, parts in zip(found[0][1], found[1][1], strict=True):
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_critic_speaks_float32_whatever_the_model_runs_in():
+    critic = RewardModel(Transformer(TransformerConfig(44, 24, num_layers=1, d_model=16, num_heads=2)))
+    torch.nn.init.normal_(critic.head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        values_BS, features_BSM = critic(torch.arange(8)[None]), critic.model.features(torch.arange(8)[None])
+    assert (features_BSM.dtype, values_BS.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(values_BS, features_BSM.float() @ critic.head.weight[0])
 
 
 def test_rewards_of_tokens():

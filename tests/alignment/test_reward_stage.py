@@ -1,17 +1,18 @@
 """`cs336 reward`: that rewards follow preferences, and are as sure as they are right."""
 
 import json
+import re
 
 import pytest
 import torch
 from killing import kill_once_saved
 from test_dpo_stage import preferences
-from tiny_policy import rows_of, save_model, tokenizer, without_time
+from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
 
 from cs336.alignment import RewardModel, load_reward_model
 from cs336.alignment.reward_model import calibration_curve, calibration_error
 from cs336.alignment.run import StageRun
-from cs336.alignment.stages.reward import RewardConfig, RewardStage
+from cs336.alignment.stages.reward import RewardConfig, RewardStage, reward_stage
 from cs336.cli.program import main
 from cs336.inference import LLM
 from cs336.utils import config as configs
@@ -91,3 +92,50 @@ def test_calibration():
     for probabilities, outcomes in (([], []), ([0.5], []), ([1.5], [True])):
         with pytest.raises(ValueError, match="probabilities"):
             calibration_error(probabilities, outcomes)
+
+
+def outcomes(path):
+    """A digit is right after itself, the next one is wrong; as messages and as the text that they are written as."""
+    rows = []
+    for d in range(10):
+        for answer in (d, (d + 1) % 10):
+            prompt = [{"role": "user", "content": str(d)}] if d % 2 else f"{d}="
+            rows.append({"prompt": prompt, "completion": str(answer), "label": answer == d})
+    return write_rows(path, rows)
+
+
+def test_an_outcome_is_learned_by_itself(tmp_path, model, capsys):
+    data, run = outcomes(tmp_path / "outcomes.jsonl"), tmp_path / "run"
+    command = ["reward", "--init-from", str(model), "--data.train", str(data), "--data.val", str(data)]
+    command += ["--run-dir", str(run), "--loss-type", "outcome", "--budget", "80steps", "--optimizer.lr", "1e-2"]
+    assert main([*command, "--device", "cpu", "--batch-size", "7", "--seed", "3", "--micro-batch-size", "3"]) == 0
+    assert "5,569 of 5,569 parameters learn on cpu; 20 answers, 3 steps an epoch" in capsys.readouterr().out
+    first, *_, last = (row for row in rows_of(run) if "val/loss" in row)
+    assert first["val/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert last["val/accuracy"] == 1
+    judge, end = load_reward_model(run / "export"), tokenizer().special_tokens["<|endoftext|>"]
+    ids = torch.tensor([[*tokenizer().encode(f"{d}={x}"), end] for d in range(10) for x in (d, (d + 1) % 10)])
+    right = judge.score(ids, torch.full((20,), 4)).sigmoid().detach()
+    assert right[::2].min() > 0.5 > right[1::2].max()
+    said = torch.where(torch.arange(20) % 2 == 0, right, 1 - right)
+    assert last["val/loss"] == pytest.approx(-said.log().mean().item(), rel=1e-4)
+    bins = json.loads((run / "calibration.json").read_text())["bins"]
+    assert sum(b["came_true"] * b["size"] for b in bins) == pytest.approx(10)
+    assert last["val/calibration_error"] == pytest.approx((1 - said).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"prompt": "1=", "completion": "1", "label": 1}, {}, '1: "label" must be true or false, got 1'),
+        ({"prompt": "1=", "label": True}, {}, '1: "completion" must be text'),
+        ({"prompt": None, "completion": "1", "label": True}, {}, "1: expected a list of"),
+        ({"prompt": "", "completion": "1", "label": True}, {}, "1: prompt and completion must not be empty"),
+        ({"prompt": "1" * 30, "completion": "1", "label": True}, {}, "no answer is left, 1 are longer than 24 tokens"),
+        ({"prompt": "1=", "completion": "1", "label": True}, {"center": 0.1}, "are of pairs"),
+    ],
+)
+def test_outcomes_that_are_none(tmp_path, model, row, options, message):
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reward_stage(config(tmp_path, model, data={"train": data}, loss_type="outcome", **options))

@@ -52,3 +52,15 @@ def rows_of(run_dir, name="metrics.jsonl"):
 def without_time(rows):
     """What must repeat bit for bit."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "train/tok_per_sec")} for row in rows]
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of each step, and the weights as they are."""
+
+    def __init__(self, module):
+        super().__init__(module.parameters(), lr=0.0)
+        self.grads = []
+
+    def step(self, *, grad_scale):
+        given = [p.grad for group in self.param_groups for p in group["params"]]
+        self.grads.append([grad * grad_scale for grad in given if grad is not None])

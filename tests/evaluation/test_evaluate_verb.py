@@ -52,3 +52,8 @@ def test_what_is_refused(exported, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "hi", "output": "ho"}))
     assert main(["evaluate", str(exported), "--tasks", f"pairs:{tmp_path}/p.jsonl", "--new-tokens", "2"]) == 2
     assert "a win rate takes a judge" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("hi")
+    assert main(["evaluate", str(exported), "--text", str(tmp_path / "short.txt")]) == 2
+    assert "short.txt holds 3 tokens; one window" in capsys.readouterr().err
+    assert main(["evaluate", str(exported), "--text", str(tmp_path / "p.jsonl"), "--output", "r.json", "--chat"]) == 2
+    assert "cs336: --chat, --output: of tasks alone: name --tasks, or leave it out" in capsys.readouterr().err

@@ -101,6 +101,8 @@ def test_evaluation_of_shards_is_that_of_their_text(tmp_path):
     assert list(found.baselines) == baselines(train, held_out, tmp_path / "train", tmp_path / "val")
     assert found.how == "4 documents, 0.00 MB, read 16 tokens at a time"
     assert "9% of them" in evaluate(model, Bytes(), tmp_path / "val", most_tokens=32).how
+    with pytest.raises(ValueError, match="at least 1 token has to be read, not 0"):
+        evaluate(model, Bytes(), tmp_path / "val", most_tokens=0)
     path = found.save(tmp_path)
     saved = json.loads(path.read_text())
     assert path == tmp_path / "evaluation.json"

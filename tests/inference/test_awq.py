@@ -76,6 +76,27 @@ def test_layer_outputs_are_nearer_than_those_of_rounding(name, tmp_path):
     assert all(a < 0.95 * b for a, b in zip(off["awq"], off["rounded"], strict=True))
 
 
+def test_a_group_is_cut_where_that_is_cheapest():
+    """Against every share tried by hand, one group at a time; 10 features are one group and a part of one."""
+    torch.manual_seed(0)
+    w, x = torch.randn(5, 10).double(), torch.randn(50, 10).double() * torch.linspace(0.1, 2, 10)
+    w[1, 3], w[2], w[4, 9] = 9, 0, -7
+    got = awq.cut(w, x.T @ x, 3, 6, asymmetric=True)
+    kept = set()
+    for n in range(5):
+        for features in (slice(0, 6), slice(6, 10)):
+            offs, cuts = [], []
+            for share in (1 - i / 20 for i in range(10)):
+                most = w[n, features].abs().max() * share
+                cuts.append(w[n : n + 1, features].clamp(-most, most))
+                rounded = nearest(cuts[-1], 3, 6, asymmetric=True).dequantized(6)
+                offs.append(((rounded - w[n, features]) @ x[:, features].T).square().sum().item())
+            best = min(range(10), key=offs.__getitem__)
+            kept.add(best)
+            torch.testing.assert_close(got[n : n + 1, features], cuts[best], rtol=0, atol=0)
+    assert len(kept) > 2
+
+
 def test_a_directory_of_it(tmp_path):
     torch.manual_seed(0)
     config = TransformerConfig(257, 32, num_layers=2, d_model=32, num_heads=4)

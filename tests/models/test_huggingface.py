@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cs336 import ops
@@ -153,10 +154,10 @@ def test_a_failed_export_leaves_the_last_one(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*args, **kwargs):
-        raise OSError("No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cs336.models.huggingface.directory.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("cs336.utils.tensor_file.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
         save_pretrained(make(d_ff=40), tmp_path, Tokenizer())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

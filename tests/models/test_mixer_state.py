@@ -8,6 +8,7 @@ from mixers import MIXERS, NAMES, config, ids, make, tensors
 
 from cs336.inference import SamplingParams, generate_ids
 from cs336.inference.sampling import Uniforms, sample
+from cs336.nn import Context, LinearAttention, Mamba2
 
 
 @pytest.fixture(params=NAMES)
@@ -75,6 +76,53 @@ def test_going_back_equals_a_fresh_run(name):
     close(good, want[rows, at])
     state.truncate([0, 0, 0])
     close(model(wrong[:, :9], state=state), model(wrong[:, :9]))
+
+
+@pytest.mark.parametrize("rollback", [0, 2])
+def test_steps_without_gradients(name, rollback):
+    """Recurrences then step in place: rows of different lengths, going back, beginning anew."""
+    model, x, wrong = make(name), ids(3, 16), ids(3, 16)
+    with torch.no_grad():
+        model.join_weights()
+        want, rows = model(x), torch.arange(3)
+        state, lengths = poisoned(model.new_state(3, 20, rollback=rollback)), torch.tensor([6, 1, 3])
+        model(x[:, :6], segments=-(torch.arange(6) >= lengths[:, None]).long(), state=state)
+
+        def step(source):
+            at = state.lengths.clone()
+            return model(source[rows, at][:, None], state=state)[:, 0], want[rows, at]
+
+        for _ in range(4):
+            close(*step(x))
+        for _ in range(rollback):
+            step(wrong)
+        state.truncate(state.lengths - rollback)
+        for _ in range(4):
+            close(*step(x))
+        state.truncate([0, 20, 0])
+        close(*step(x))
+        close(*step(x))
+
+
+def test_a_step_of_a_recurrence_is_two_kernels(name):
+    """Between its projections; none of them makes or moves a state."""
+    mixer, calls = make(name).layers[0].attention, []
+    if not isinstance(mixer, LinearAttention | Mamba2):
+        pytest.skip("no recurrence")
+    state = mixer.new_state(2, 12)
+
+    def backend(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, context: mixer(x, context, state), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        step(torch.randn(2, 1, 32), Context(lengths=torch.full((2,), 7)))
+    assert sum("recurrent_step_" in call for call in calls) == 1
+    assert sum("causal_conv1d_step_" in call for call in calls) == (state.conv is not None)
+    moves = ("index", "where", "copy", "masked_fill", "clone", "put", "arange")
+    assert not [call for call in calls if any(move in call for move in moves)]
 
 
 def test_no_further_than_is_kept(name):

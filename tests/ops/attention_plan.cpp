@@ -40,12 +40,13 @@ void check_packed_tiles(const AttentionProblem& p, int rows) {
 }
 
 void check_heads(const AttentionProblem& p) {
-  const int keys = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)->keys;
+  const AttentionBwdShape& shape = *find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
   const int group = p.q_heads / p.kv_heads, heads = attention_bwd_heads(p, kSms);
-  const int64_t key_tiles = attention_tiles(p, p.k_tokens, keys);
+  const int64_t key_tiles = attention_tiles(p, p.k_tokens, shape.keys);
+  const int64_t blocks = key_tiles * (shape.wide ? kAttentionBwdCluster : 1) * p.q_heads;  // with one head each
   CHECK(heads >= 1 && group % heads == 0);
-  CHECK(heads == group || key_tiles * p.q_heads / (2 * heads) < 3 * kSms);  // split no further than needed
-  CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
+  CHECK(heads == group || blocks / (2 * heads) < 3 * kSms);  // split no further than needed
+  CHECK(heads % 2 == 1 || blocks / heads >= 3 * kSms);       // and as far as needed
   for (int all : {1, 3, 64, 1000})
     for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
       const int section = attention_section(all, bytes);

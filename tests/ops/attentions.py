@@ -89,10 +89,12 @@ def check(ours, formula, leaves, scale=4.0, use_lse=True, seen=None):
         return o, *gradients(o, lse, again)
 
     got = o, *gradients(o, lse, leaves)
+    # Kernels save lse as float32 and take weights from it: each is as wrong as lse and its score are rounded.
+    rounded = max(1.0, lse[sees].abs().max().item() / 4) if leaves[0].dtype == F32 and sees.any() else 1.0
     outputs = zip(("o", "dq", "dk", "dv"), sizes_of_sums(*leaves[:2], seen), strict=True)
     for (name, size), *three in zip(outputs, got, plain(F64), plain(leaves[0].dtype), strict=True):
         try:
-            assert_close_to_ref(*three, scale=scale * size)
+            assert_close_to_ref(*three, scale=scale * size * rounded)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     with torch.no_grad():

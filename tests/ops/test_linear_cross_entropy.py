@@ -12,9 +12,9 @@ from cs336.ops.linear_cross_entropy import (
     ROW_UNIT,
     _backward_op,
     _chunks,
-    _default_chunk_size,
     _forward_op,
     _gradient_op,
+    default_chunk_size,
 )
 
 CUDA = torch.cuda.is_available()
@@ -311,7 +311,7 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize(("num_tokens", "V"), [(1, 50257), (4096, 128256), (32768, 50304), (100, 300000)])
 def test_default_chunks(num_tokens, V):
-    size = _default_chunk_size(num_tokens, V, BF16, torch.device("cuda"))
+    size = default_chunk_size(num_tokens, V, 2, "cuda")
     count = len(_chunks(num_tokens, size))
     assert size % ROW_UNIT == 0
     assert size <= ROW_UNIT or (size - ROW_UNIT) * V * 2 < CHUNK_BYTES["cuda"]

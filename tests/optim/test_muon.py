@@ -8,6 +8,7 @@ from optim_models import set_gradients, tiny
 from torch import nn
 
 from cs336.models import Transformer, TransformerConfig
+from cs336.ops import registry
 from cs336.optim import AdamW, Muon, clip_scale, muon_param_groups, orthogonalize
 
 MATRICES = ("up.weight", "down.weight", "out.weight", "gate.weight")
@@ -212,6 +213,21 @@ def test_a_tensor_of_a_learning_rate_is_the_number():
         a.step()
         b.step()
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_steps_where_native_kernels_are_forced(device):
+    """Symmetric products have none: torch's serve."""
+    if reason := registry.missing("adamw_", "native", torch.device(device)):
+        pytest.skip(reason)
+    nets = [tiny().to(device) for _ in range(2)]
+    for forced, net in zip((None, "native"), nets, strict=True):
+        optimizer = Muon(muon_param_groups(net, 0.1), lr=0.02)
+        with registry.use(forced):
+            for step in range(2):
+                set_gradients([net], step)
+                optimizer.step()
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", "polar_express"])

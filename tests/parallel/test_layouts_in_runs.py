@@ -33,11 +33,13 @@ ALONE = {
     "plain": {"model": PLAIN, "gradient_checkpointing": "selective"},
     "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3)},
     "low": {"model": MODEL, "precision": "bf16_weights"},
+    "capped": {"model": replace(MODEL, logit_softcap=5.0)},  # whose head and loss are one
 }
 RUNS = {  # processes -> name -> (the same in one process, layout, what else is not as there)
     2: {
         "tensor": ("dense", {"tensor": 2}),
         "tensor bf16": ("low", {"tensor": 2}),
+        "tensor capped": ("capped", {"tensor": 2, "zero": 1}),
         "ring": ("dense", {"context": 2}),
         "all_to_all": ("plain", {"context": 2, "attention": "all_to_all"}),
         "expert": ("moe", {"expert": 2}),

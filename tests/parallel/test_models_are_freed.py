@@ -52,6 +52,33 @@ def test_weights_that_fsdp_has_split_are_freed(world):
     assert len(list(divided.parameters())) == 4
 
 
+def test_one_unit_of_gradients_is_on_its_way_without_its_weights(world, monkeypatch):
+    """Work holds what it sends until it is waited for, as NCCL's does."""
+    on_its_way, most, weights = [], [], []
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(5))})
+
+    class Work:
+        def wait(self):
+            on_its_way.remove(self)
+
+    def send(out, x, group, async_op):
+        out.copy_(x)
+        on_its_way.append(Work())
+        most.append(len(on_its_way))
+        weights.append(sum(layer.weight.untyped_storage().nbytes() > 0 for layer in model["layers"]))
+        return on_its_way[-1]
+
+    monkeypatch.setattr("cs336.parallel.unit.reduce_scatter", send)
+    model.forward = lambda x: [x := layer(x) for layer in model["layers"]][-1]
+    divided = FSDP(model)
+    for _ in range(2):
+        divided(torch.ones(2, 4)).sum().backward()
+        divided.finish_gradient_synchronization()
+        assert not on_its_way
+    assert most == [1] * 10
+    assert weights == [0] * 10
+
+
 def said(p):
     """What a backward of p says."""
     with warnings.catch_warnings(record=True) as caught:

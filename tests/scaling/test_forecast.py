@@ -1,12 +1,14 @@
 """A forecast is written before, graded after, and neither is changed."""
 
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cs336.cli import main
-from cs336.scaling import EPOCH
-from cs336.scaling.forecast import read, score
+from cs336.scaling import EPOCH, EPOCH_FIT
+from cs336.scaling.forecast import forecast, grade, read, score
 
 
 def test_forecast_then_grade(tmp_path, capsys):
@@ -52,3 +54,49 @@ def test_what_is_refused_leaves_the_log(tmp_path, capsys):
     log.write_bytes(kept.encode().replace(b'"a"', b'"\xe9"'))  # Latin-1: not read as another name, which would be kept
     with pytest.raises(ValueError, match=r"log.jsonl:1 is no forecast"):
         read(log)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"loss": "2"}, "loss must be"), ({"loss": 0}, "loss must be"), ({"low": math.nan}, "low must be"),
+     ({"high": None}, "high must be"), ({"tokens": True}, "tokens must be"), ({"name": 5}, "name must be text"),
+     ({"measured": "x"}, "measured must be"), ({"more": 1}, "more")],
+)  # fmt: skip
+def test_a_log_of_other_things_is_none(change, message, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    row = {"name": "a", "parameters": 1e9, "tokens": 1e10, "loss": 2.5, "low": 2.4, "high": 2.6, "confidence": 0.95}
+    log.write_text(json.dumps(row | {"made": "2026-11-30"} | change))
+    kept = log.read_bytes()
+    assert main(["scaling", "grade", "a", "2.5", "--log", str(log)]) == 2
+    said = capsys.readouterr().err
+    assert "log.jsonl:1 is no forecast" in said
+    assert message in said
+    assert log.read_bytes() == kept
+
+
+def test_nothing_is_lost_where_many_write_one_log(tmp_path):
+    log, names = tmp_path / "logs" / "log.jsonl", [f"run {i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: forecast(log, EPOCH_FIT, name, 1e9, 2e10), names))
+        list(pool.map(lambda name: grade(log, name, 2.5), names))
+    found = read(log)
+    assert sorted(f.name for f in found) == sorted(names)
+    assert {f.measured for f in found} == {2.5}
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.json"])
+def test_a_file_of_seeds_is_graded_by_their_mean(name, tmp_path, capsys):
+    log, runs = ["--log", str(tmp_path / "log.jsonl")], tmp_path / name
+    rows = [{"parameters": 1e9, "tokens": 2e10, "loss": loss} for loss in (2.4, 2.6)]
+
+    def write(rows):
+        lines = ["parameters,tokens,loss", *(",".join(map(str, row.values())) for row in rows)]
+        runs.write_text(json.dumps(rows) if runs.suffix == ".json" else "\n".join(lines))
+
+    assert main(["scaling", "forecast", "epoch", "--name", "a", "--parameters", "1e9", "--tokens", "2e10", *log]) == 0
+    write([*rows, {"parameters": 1e9, "tokens": 3e10, "loss": 2.3}])
+    assert main(["scaling", "grade", "a", "--study", str(runs), *log]) == 2
+    assert f"{name} has 2 runs: a forecast is of one, or of several seeds of it" in capsys.readouterr().err
+    write(rows)
+    assert main(["scaling", "grade", "a", "--study", str(runs), *log]) == 0
+    assert read(tmp_path / "log.jsonl")[0].measured == 2.5

@@ -1,5 +1,7 @@
 """The laws' own mathematics, against brute force."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,12 @@ def test_serving_moves_the_optimum_to_smaller_models():
     sizes = np.geomspace(served.parameters / 3, served.parameters * 3, 4001)
     costs = [6 * n * EPOCH.tokens_to(plain.loss, n) + 2 * n * 1e13 for n in sizes]
     assert served.flops <= min(costs) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("served", [math.nan, math.inf, -1.0])
+def test_tokens_that_are_none_are_served_nowhere(served):
+    with pytest.raises(ValueError, match="inference_tokens must be finite and not negative"):
+        EPOCH.cheapest(2.5, served)
 
 
 def test_a_loss_below_the_law_is_refused():

@@ -75,5 +75,13 @@ def test_plot(points, tmp_path):
 def test_what_does_not_fit_is_a_sentence(points, tmp_path, capsys):
     assert main(["scaling", "predict", "epoch", "--flops", "1e21", "--tokens", "1e9"]) == 2
     assert "say --flops, or --parameters and --tokens" in capsys.readouterr().err
+    served = ["--parameters", "1e9", "--tokens", "1e9", "--inference-tokens", "1e12"]
+    assert main(["scaling", "predict", "epoch", *served]) == 2
+    assert "--inference-tokens go with --flops" in capsys.readouterr().err
     assert main(["scaling", "predict", str(points), "--flops", "1e21"]) == 2
     assert "holds no fitted law" in capsys.readouterr().err
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    for command in (["fit", str(deep)], ["predict", str(deep), "--flops", "1e21"]):
+        assert main(["scaling", *command]) == 2
+        assert "deep.json" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import tiny_run
 from cs336.models import TransformerConfig
 from cs336.training import AdamWConfig, CosineConfig, DataConfig, TrainConfig, WSDConfig
 from cs336.training.config import differences
+from cs336.training.objectives import NextToken
 from cs336.utils.config import keys, override, to_table
 
 MODEL = TransformerConfig(vocab_size=32, context_length=8, num_layers=1, d_model=16, num_heads=2)
@@ -80,6 +81,10 @@ def test_missing_keys_and_bad_models_are_named(tmp_path):
 
 def test_what_may_differ_in_a_continued_run():
     assert differences(PLAIN, dataclasses.replace(PLAIN, budget="5m", log_interval=1, keep_checkpoints=9)) == []
+    fused = NextToken(fused_head=True)
+    assert differences(PLAIN, dataclasses.replace(PLAIN, objective=fused)) == []
+    smooth = dataclasses.replace(PLAIN, objective=NextToken(label_smoothing=0.1))
+    assert differences(PLAIN, smooth) == ["objective.label_smoothing: 0.0 -> 0.1"]
     changed = dataclasses.replace(PLAIN, seed=1, optimizer=AdamWConfig(lr=0.5))
     assert differences(PLAIN, changed) == ["optimizer.lr: 0.001 -> 0.5", "seed: 0 -> 1"]
 

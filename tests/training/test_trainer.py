@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -26,7 +27,8 @@ from cs336.training import (
     WSDConfig,
     checkpoint,
 )
-from cs336.training.decisions import Pause
+from cs336.training.decisions import SAVED_PER_SECOND, Decisions, Pause
+from cs336.training.guard import NonFiniteStep
 from cs336.training.learner import Learner
 
 
@@ -274,7 +276,7 @@ def test_half_of_what_torchrun_sets_is_refused(tmp_path, monkeypatch):
 def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch):
     trainer = Trainer(
         tiny_run.config(
-            tmp_path, budget="3s", checkpoint_interval=0, eval_interval=0, log_interval=5, keep_checkpoints=99
+            tmp_path, budget="3s", checkpoint_interval=10**6, eval_interval=0, log_interval=5, keep_checkpoints=99
         ),
         display=tiny_run.quiet(),
     )
@@ -288,6 +290,41 @@ def test_a_time_budget_saves_each_decision_before_it_acts(tmp_path, monkeypatch)
     newest = checkpoint.read_extra(result.checkpoint)["plan"]
     assert newest["decisions"] == decisions
     assert tiny_run.rows(tmp_path / "run", of="lr")[-1]["lr"] < 1.5e-4  # 1e-4 at the end, from 1e-3
+
+
+def test_a_run_without_checkpoints_saves_at_its_end_alone(tmp_path):
+    settings = {"checkpoint_interval": 0, "eval_interval": 0, "keep_checkpoints": 99}
+    trainer = Trainer(tiny_run.config(tmp_path, budget="2s", **settings), display=tiny_run.quiet())
+    result = trainer.train()
+    assert trainer.decisions.plan.decisions
+    assert checkpoint.list_checkpoints(tmp_path / "run/checkpoints") == [result.checkpoint]
+    assert 1.5 < result.seconds < 3
+
+
+def test_the_last_save_is_planned_for_before_one_was_measured(tmp_path):
+    """Ten steps a second, and 2 s for the bytes of a checkpoint."""
+    config = tiny_run.config(tmp_path, budget="12s", checkpoint_interval=0)
+    sizes = {"tokens_per_step": 1, "flops_per_step": 1.0, "pauses": []}
+    decisions = Decisions(config, **sizes, saved_bytes=int(2 * SAVED_PER_SECOND))
+    step = 0
+    while not decisions.finished(step):
+        step += 1
+        decisions.observe(step, 0.1 * step)
+    assert step == pytest.approx(100, abs=3)
+
+
+def test_steps_repeated_from_the_start_have_the_learning_rates_that_they_had(tmp_path):
+    """The plan of a time budget came after them, and no checkpoint has it."""
+    tiny = tiny_run.config(tmp_path, budget="2s", checkpoint_interval=0, eval_interval=0, log_interval=1)
+    trainer = Trainer(tiny, display=tiny_run.quiet())
+    result = trainer.train()
+    before = [(trainer.rate.at(step), trainer.rate.done(step)) for step in range(1, result.step + 1)]
+    assert tiny_run.rows(tmp_path / "run", of="lr")[0]["lr"] == before[0][0] < before[20][0]
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with trainer.run.open_rows(0, False):
+        trainer._go_back(NonFiniteStep(50, {"loss": math.nan, "grad_norm": math.nan}))
+    assert trainer.step == 0
+    assert [(trainer.rate.at(step), trainer.rate.done(step)) for step in range(1, result.step + 1)] == before
 
 
 def test_a_time_budget_holds_when_steps_become_slow_between_rows(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import tomllib
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -172,6 +173,20 @@ def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
         override(Model, LEAST, options.split())
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--path=", "--path is empty: name a path; . is this directory"),  # of a variable that is not set
+        ("--path=a\udcff", "--path must be UTF-8, which a configuration is written in, got 'a\\udcff'"),
+        ("--text=\ud800", "--text must be UTF-8"),
+    ],
+)
+def test_paths_that_are_none(option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        override(Model, LEAST, [option])
+    assert override(Model, LEAST, ["--text="])["text"] == ""
 
 
 def test_an_option_of_a_wrong_type_is_named_as_in_a_file():

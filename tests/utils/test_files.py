@@ -1,7 +1,10 @@
+import errno
 import os
+import pathlib
 
 import pytest
 
+from cs336.utils import files
 from cs336.utils.files import path_list, replacing
 
 
@@ -50,3 +53,14 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
         with pytest.raises(OSError, match="a device or a pipe, in whose place a file would be put"), replacing(path):
             raise AssertionError("it was opened")
     assert [(name, os.lstat(tmp_path / name).st_mode) for name in sorted(os.listdir(tmp_path))] == before
+
+
+def test_a_place_that_cannot_be_written_is_named_as_the_user_named_it(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    monkeypatch.setattr(pathlib.Path, "unlink", refuse)  # which says so even of what is not there
+    with pytest.raises(OSError, match="Read-only file system") as raised, replacing(tmp_path / "a.json"):
+        pass
+    assert raised.value.filename == str(tmp_path / "a.json")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cs336.alignment.batches import Batches
@@ -27,6 +26,7 @@ from cs336.models import Transformer
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
 from cs336.utils.files import replacing
+from cs336.utils.tensor_file import save_tensors
 
 MEANS = ("ipo", "simpo")  # losses of means over an answer's tokens, as in TRL; the others take sums
 
@@ -167,7 +167,7 @@ class DPOStage:
                 out_N2[places] = answer_log_probs(self.policy.model, *batch, mean=mean).cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            save_file({"log_probs": out_N2}, file.name, metadata={"key": key})
+            save_tensors({"log_probs": out_N2}, file.name, {"key": key})
         return out_N2
 
 

@@ -150,10 +150,17 @@ def read_pairs_of_prompts(path: pathlib.Path, policy: Policy) -> list[tuple[str,
 
     Raises ValueError for prompts that are none, or leave no room for an answer.
     """
-    pairs = [(render(p.prompt, policy.template), p.answer) for p in read_prompts(path)]
-    longest, room = longest_prompt(pairs, policy), policy.model.config.context_length
-    if longest >= room:
-        raise ValueError(f"{path}: a prompt has {longest} tokens, and the model's context_length is {room}")
+    pairs, room = list[tuple[str, Any]](), policy.model.config.context_length
+    for number, prompt in enumerate(read_prompts(path), 1):
+        try:
+            pairs.append((render(prompt.prompt, policy.template), prompt.answer))
+            length = longest_prompt(pairs[-1:], policy)
+        except ValueError as error:
+            raise ValueError(f"{path}, prompt {number}: {error}") from None
+        if length >= room:
+            raise ValueError(
+                f"{path}, prompt {number}: it has {length} tokens, and the model's context_length is {room}"
+            )
     return pairs
 
 

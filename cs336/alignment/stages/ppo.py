@@ -12,7 +12,7 @@ from cs336.alignment.examples import digest_of
 from cs336.alignment.ppo import ActorCritic, KLControl, PPOConfig, ppo_step
 from cs336.alignment.reward_model import RewardModel, load_reward_model
 from cs336.alignment.rewards import Rewards
-from cs336.alignment.rollouts import Order, Rollouts, rollout, scores
+from cs336.alignment.rollouts import Order, Rollouts, by_length, rollout, scores
 from cs336.alignment.stage import Policy
 from cs336.alignment.stages.grpo import AnsweringConfig, answer_greedily, engine_of, read_pairs_of_prompts
 from cs336.training.evaluators import Finding
@@ -100,8 +100,12 @@ class PPOStage:
     @torch.no_grad()
     def _judged(self, rollouts: Rollouts) -> Tensor:
         """(B,): the reward model's scores, 0 without one."""
+        mask_BT = rollouts.mask_BT
+        scores_B = torch.zeros(len(mask_BT), device=self.policy.device)
         if self.judge is None:
-            return torch.zeros(len(rollouts.texts), device=self.policy.device)
-        places_T = torch.arange(rollouts.mask_BT.shape[1], device=self.policy.device)
-        lengths_B = torch.where(rollouts.mask_BT, places_T, -1).amax(1) + 2  # prediction t is that of token t + 1
-        return self.judge.score(rollouts.token_ids_BS, lengths_B)
+            return scores_B
+        places_T = torch.arange(mask_BT.shape[1], device=self.policy.device)
+        lengths_B = torch.where(mask_BT, places_T, -1).amax(1) + 2  # prediction t is that of token t + 1
+        for rows_b, T in by_length(mask_BT, self.config.micro_batch_size or len(mask_BT)):
+            scores_B[rows_b] = self.judge.score(rollouts.token_ids_BS[rows_b, : T + 1], lengths_B[rows_b])
+        return scores_B

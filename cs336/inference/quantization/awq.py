@@ -2,9 +2,11 @@
 
 A layer's weight times s, rounded, reads inputs over s, which costs nothing where what makes these is linear in a weight
 of its own: a norm, the value projection before attention's output, the up projection of a gated MLP. s is the mean |x|
-to a power from 0 to 0.95, the one of 20 with the least error of the layers' outputs on calibration text.
+to a power p from 0 to 0.95, or to one from 0 to 1 over the mean size of the weights to 1 - p: of the 41 the one with
+the least error of the layers' outputs on calibration text. Then the largest weights of each group are cut off where
+what the group adds to them has the least error: a finer grid for the others.
 
-N = out_features, K = in_features.
+N = out_features, K = in_features, G = groups of a row, E = weights of a group.
 """
 
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from cs336.nn.expert_list import ExpertList
 from cs336.nn.quantized import BITS
 
 POWERS = 20
+CUTS = 10
 
 
 class _Fold(NamedTuple):
@@ -48,28 +51,62 @@ def awq_block(block: TransformerBlock, inputs: list[Inputs], scheme: Scheme) -> 
             each.divide(s_K)
 
     def quantize(weight_NK: Tensor, group: int, read: Inputs) -> QuantizedWeight:
-        return nearest(weight_NK, BITS[scheme.method], group, asymmetric=scheme.zeros)
+        bits, w_NK = BITS[scheme.method], wide(weight_NK)
+        cut_NK = cut(w_NK, read.hessian, bits, group, asymmetric=scheme.zeros).to(weight_NK.dtype)
+        return nearest(cut_NK, bits, group, asymmetric=scheme.zeros)
 
     return fill_block(block, inputs, scheme, quantize)
+
+
+def cut(w_NK: Tensor, hessian_KK: Tensor, bits: int, group: int, *, asymmetric: bool) -> Tensor:
+    """A weight whose groups have no |w| beyond a share of their largest, from 1 down to 0.55: the one of CUTS with the
+    least error of x w^T over the group's features once it is rounded. hessian_KK: x^T x."""
+    N, K = w_NK.shape
+    G = -(-K // group)
+    more = G * group - K
+    w_NGE = nn.functional.pad(w_NK, (0, more)).view(N, G, group)
+    h_GEE = nn.functional.pad(hessian_KK, (0, more, 0, more)).view(G, group, G, group).diagonal(dim1=0, dim2=2)
+    h_GEE = h_GEE.permute(2, 0, 1).contiguous()
+    largest_NG1 = w_NGE.abs().amax(-1, keepdim=True)
+    best_NGE, least_NG = w_NGE, w_NK.new_full((N, G), float("inf"))
+    for i in range(CUTS):
+        most_NG1 = largest_NG1 * (1 - i / (2 * CUTS))
+        cut_NGE = w_NGE.clamp(-most_NG1, most_NG1)
+        rounded = nearest(cut_NGE.view(N, -1), bits, group, asymmetric=asymmetric)
+        d_NGE = rounded.dequantized(group).view(N, G, group) - w_NGE
+        off_NG = (torch.einsum("nge,gef->ngf", d_NGE, h_GEE) * d_NGE).sum(-1)
+        best_NGE = torch.where((off_NG < least_NG)[..., None], cut_NGE, best_NGE)
+        least_NG = torch.minimum(least_NG, off_NG)
+    return best_NGE.view(N, -1)[:, :K]
 
 
 def _search(block: nn.Module, fold: _Fold, scheme: Scheme) -> Tensor:
     """s (K,) in float32, whose largest and least are one another's inverse."""
     magnitude_K = torch.stack([each.magnitude for each in fold.inputs]).sum(0)
     weights = [(each, wide(_linear(block, name).weight)) for each in fold.inputs for name in each.layers]
+    group = len(magnitude_K) if scheme.group is None else scheme.group
+    size_K = torch.cat([_sizes(w_NK, group) for _, w_NK in weights]).mean(0)
+    tried = [magnitude_K.pow(i / POWERS) for i in range(POWERS)]
+    tried += [magnitude_K.pow(i / POWERS) / (size_K.pow(1 - i / POWERS) + 1e-4) for i in range(POWERS + 1)]
     best, least = torch.ones_like(magnitude_K), float("inf")
-    for power in range(POWERS):
-        s_K = magnitude_K.pow(power / POWERS).clamp(min=1e-4)
+    for s_K in tried:
+        s_K = s_K.clamp(min=1e-4)
         s_K = s_K / (s_K.max() * s_K.min()).sqrt()
         off = 0.0
         for each, w_NK in weights:
-            group = w_NK.shape[1] if scheme.group is None else scheme.group
             rounded = nearest(w_NK * s_K, BITS[scheme.method], group, asymmetric=scheme.zeros)
             d_NK = rounded.dequantized(group) / s_K - w_NK
             off += float(((d_NK @ each.hessian) * d_NK).sum())
         if off < least:
             best, least = s_K, off
     return best
+
+
+def _sizes(w_NK: Tensor, group: int) -> Tensor:
+    """|w| as shares of the largest of its group."""
+    N, K = w_NK.shape
+    size_NGE = nn.functional.pad(w_NK.abs(), (0, -K % group)).view(N, -1, group)
+    return (size_NGE / (size_NGE.amax(-1, keepdim=True) + 1e-6)).view(N, -1)[:, :K]
 
 
 def _folds(block: TransformerBlock, inputs: list[Inputs]) -> Iterator[_Fold]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cs336.inference.quantization.calibration import Inputs, Watch
@@ -21,6 +21,7 @@ from cs336.models import Transformer
 from cs336.nn import Context, QuantizedLinear, QuantizedWeight, QuantMethod, replace_linears
 from cs336.nn.expert_list import unstack_experts
 from cs336.utils.files import replacing
+from cs336.utils.tensor_file import save_tensors
 
 
 class Scheme(NamedTuple):
@@ -72,7 +73,7 @@ def quantize_blocks_(
         else:
             how = quantize(block, _watched(block, xs, context))
             with replacing(path, "wb") as file:
-                save_file({n: t.contiguous() for n, t in block.state_dict().items()}, file.name)
+                save_tensors({n: t.contiguous() for n, t in block.state_dict().items()}, file.name)
         say(f"block {i + 1} of {len(model.layers)}: {how}")
         if i + 1 < len(model.layers):
             xs = [block(x.to(device), context).to(x.device) for x in xs]

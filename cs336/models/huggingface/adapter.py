@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cs336.models.huggingface.fields import read_json
 from cs336.utils.files import replacing
+from cs336.utils.tensor_file import save_tensors
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in an adapter's file
@@ -132,7 +133,7 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / ADAPTER) as file, replacing(directory / ADAPTER_WEIGHTS, "wb") as whole:
         file.write(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, whole.name, metadata={"format": "pt"})
+        save_tensors(tensors, whole.name, {"format": "pt"})
 
 
 def _check(directory: pathlib.Path, config: dict[str, Any]) -> None:

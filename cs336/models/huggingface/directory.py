@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cs336.models.config import TransformerConfig
@@ -38,6 +37,7 @@ from cs336.nn import QuantizedLinear, RopeConfig
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing
 from cs336.utils.special_tokens import END_OF_TEXT
+from cs336.utils.tensor_file import save_tensors
 
 FAMILIES = {
     family.model_type: family
@@ -108,7 +108,7 @@ def save_pretrained(
             tokenizer.save(renames.enter_context(replacing(directory / "tokenizer.json")).name)
         for name, part in shards.items():
             file = renames.enter_context(replacing(directory / name, "wb"))
-            save_file(part, file.name, metadata={"format": "pt"})
+            save_tensors(part, file.name, {"format": "pt"})
     if len(shards) > 1:  # a whole file would be read before them
         (directory / WEIGHTS).unlink(missing_ok=True)
 

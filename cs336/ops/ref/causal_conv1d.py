@@ -27,6 +27,28 @@ def bwd(dy_BSC: Tensor, x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | 
     return dx_BSC.to(x_BSC.dtype), torch.stack(dtaps[::-1], -1), dy_BSC.sum((0, 1))
 
 
+def step_(
+    ring_NRC: Tensor,
+    x_BC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    lengths_B: Tensor,
+    places_B: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """One token more of each row; token t is in slot t mod R."""
+    place_B = torch.arange(len(x_BC), device=x_BC.device) if places_B is None else places_B.long()
+    R, K, lengths_B = ring_NRC.shape[1], weight_CK.shape[1], lengths_B.long()
+    y_BC = wide(x_BC) * wide(weight_CK[:, K - 1])
+    for k in range(1, K):
+        entry_BC = ring_NRC[place_B, (lengths_B - k) % R].masked_fill((lengths_B < k)[:, None], 0)
+        y_BC = y_BC + wide(entry_BC) * wide(weight_CK[:, K - 1 - k])
+    if bias_C is not None:
+        y_BC = y_BC + wide(bias_C)
+    ring_NRC.index_put_((place_B, lengths_B % R), x_BC.to(ring_NRC.dtype))
+    return (torch.nn.functional.silu(y_BC) if silu else y_BC).to(x_BC.dtype)
+
+
 def _seen(values_BSC: Tensor, seen: Tensor | None) -> Tensor:
     """Zeros where another segment stands: a product with zero would let its NaN through."""
     return values_BSC if seen is None else torch.where(seen, values_BSC, 0)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 from cs336.ops.triton.cast import INTERPRET, cast
+from cs336.ops.triton.launches import launches_early, wait_for_predecessor
+from cs336.ops.triton.recurrent_step import load_row, place_of
 
 
 @triton.jit
@@ -81,6 +83,39 @@ def _bwd_kernel(
     tl.store(address, cast(dx, dx_ptr.dtype.element_ty), mask=(t < S)[:, None] & (c < C)[None, :])
 
 
+# Not compiled anew for what changes from call to call: numbers of rows, and parts of tensors.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["lengths_ptr", "places_ptr"])
+def _step_kernel(
+    ring_ptr,  # (N, R, C), contiguous
+    x_ptr,  # (B, C)
+    weight_ptr,  # (C, K)
+    bias_ptr,  # (C,), or None
+    lengths_ptr,  # (B,)
+    places_ptr,  # (B,), or None
+    y_ptr,  # (B, C), contiguous
+    x_b, N, R, C,
+    K: tl.constexpr, SILU: tl.constexpr, BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(EARLY)
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    length, place, there = place_of(lengths_ptr, places_ptr, b, N)
+    ring_ptr += place * R * C + c
+    x = tl.load(x_ptr + b * x_b + c, mask=c < C, other=0.0)
+    y = x.to(tl.float32) * load_row(weight_ptr + K - 1, c * K, C * K)
+    for k in tl.static_range(1, K):
+        seen = tl.where(there & (length >= k), C, 0)
+        entry = tl.load(ring_ptr + (length + R - k) % R * C, mask=c < seen, other=0.0).to(tl.float32)
+        y += entry * load_row(weight_ptr + K - 1 - k, c * K, C * K)
+    if bias_ptr is not None:
+        y += load_row(bias_ptr, c, C)
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(
+        ring_ptr + length % R * C, cast(x.to(tl.float32), ring_ptr.dtype.element_ty), mask=c < tl.where(there, C, 0)
+    )
+    tl.store(y_ptr + b * C + c, cast(y, y_ptr.dtype.element_ty), mask=c < C)
+
+
 def _cut(x) -> tuple[tuple[int, int], dict[str, int]]:
     (B, S, C), channels = x.shape, triton.next_power_of_2(x.shape[2])
     cut = {"BLOCK_S": 64, "BLOCK_C": min(16 if INTERPRET.value else 64, channels)}
@@ -110,3 +145,17 @@ def bwd(dy, x, weight, segments):
                 0 if segments is None else segments.stride(0), *x.shape[1:], K, **cut,
             )  # fmt: skip
     return dx, sums[:, :K].sum(0).T.contiguous(), sums[:, K].sum(0)
+
+
+def step_(ring, x, weight, bias, lengths, places, silu):
+    (B, C), y, early = x.shape, x.new_empty(x.shape), launches_early(x.device)
+    lengths, places = (t if t is None or t.is_contiguous() else t.contiguous() for t in (lengths, places))
+    block = min(256, triton.next_power_of_2(max(C, 1)))
+    if y.numel():
+        with torch.cuda.device_of(x):
+            _step_kernel[(B, triton.cdiv(C, block))](
+                ring, x, weight, bias, lengths, places, y, x.stride(0), *ring.shape[:2], C,
+                K=weight.shape[1], SILU=silu, BLOCK_C=block, EARLY=early, num_warps=4,
+                **({"launch_pdl": True} if early else {}),
+            )  # fmt: skip
+    return y

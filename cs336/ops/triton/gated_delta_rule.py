@@ -64,7 +64,7 @@ def _solve_kernel(
     beta_ptr,  # (B, H, T) float32
     g_ptr,  # (B, H, T) float32, or None
     segments_ptr,  # (B, T), or None
-    inverse_ptr,  # (B, H, N, CHUNK, CHUNK), contiguous, as all that follows
+    inverse_ptr,  # (B, H, N, CHUNK, CHUNK), contiguous, as all that follows; or None
     u_ptr,  # (B, H, T, V)
     w_ptr,  # (B, H, T, K)
     left_ptr,  # (B, H, T, K): what the keys leave to the state after their chunk, exp(c_C - c) k
@@ -89,7 +89,8 @@ def _solve_kernel(
     store_columns(left_ptr + head * T * K, K, scaled(k, out), start, T, 0, K, CHUNK, BLOCK_K)
     a = below_diagonal(beta[:, None] * dot(k, tl.trans(k)) * inner_decay(c, run, CHUNK), CHUNK)
     inverse = unit_inverse(a, CHUNK, PRECISION)
-    store_state(inverse_ptr + chunk * CHUNK * CHUNK, inverse, 0, 0, CHUNK, CHUNK, CHUNK, CHUNK)
+    if inverse_ptr is not None:
+        store_state(inverse_ptr + chunk * CHUNK * CHUNK, inverse, 0, 0, CHUNK, CHUNK, CHUNK, CHUNK)
     inverse = cast(inverse, k.dtype)
     w = dot(inverse, scaled(k, beta * into))
     store_columns(w_ptr + head * T * K, K, w, start, T, 0, K, CHUNK, BLOCK_K)
@@ -105,11 +106,11 @@ def _walk_kernel(
     w_ptr,  # (B, H, T, K)
     through_ptr,  # (B, H, N) float32
     first_ptr,  # (B, H, K, V) float32, or None
-    states_ptr,  # (B, H, N, K, V): before each chunk
+    states_ptr,  # (B, H, N / EVERY, K, V): before the first of EVERY chunks
     x_ptr,  # (B, H, T, V)
     last_ptr,  # (B, H, K, V) float32
     T, K, V,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     v0, head = tl.program_id(0) * BLOCK_V, tl.program_id(1).to(tl.int64)
     num_chunks = tl.cdiv(T, CHUNK)
@@ -117,7 +118,9 @@ def _walk_kernel(
     if first_ptr is not None:
         state = load_state(first_ptr + head * K * V, 0, v0, K, V, BLOCK_K, BLOCK_V)
     for n in range(0, num_chunks):
-        store_state(states_ptr + (head * num_chunks + n) * K * V, state, 0, v0, K, V, BLOCK_K, BLOCK_V)
+        if n % EVERY == 0:
+            kept = head * tl.cdiv(num_chunks, EVERY) + n // EVERY
+            store_state(states_ptr + kept * K * V, state, 0, v0, K, V, BLOCK_K, BLOCK_V)
         start = n * CHUNK
         through = tl.load(through_ptr + head * num_chunks + n)
         left = load_columns(left_ptr + head * T * K, K, start, T, 0, K, CHUNK, BLOCK_K)
@@ -147,17 +150,18 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     return {"solve": solve, "walk": walk, "local": solve, "walk back": walk, "grads": grads}
 
 
-def corrected(k, v, beta, g, state, segments):
-    """The inverse of each chunk (B, H, N, C, C), W and what keys leave (B, H, T, K), u and x (B, H, T, V), the state
-    before each chunk (B, H, N, K, V), all in k's dtype; what a chunk leaves of a state (B, H, N) and the last state
-    (B, H, K, V), in float32."""
+def corrected(k, v, beta, g, state, segments, every=1, inverses=True):
+    """The inverse of each chunk (B, H, N, C, C), or None, W and what keys leave (B, H, T, K), u and x (B, H, T, V), the
+    state before each chunk, or the first of `every` (B, H, N / every, K, V), all in k's dtype; what a chunk leaves of a
+    state (B, H, N) and the last state (B, H, K, V), in float32."""
     (B, H, T, V), K = v.shape, k.shape[-1]
     cuts = plan(K, V, v.dtype, v.device)
     C = cuts["solve"]["CHUNK"]
     N = triton.cdiv(T, C)
-    inverse, w, left = v.new_empty(B, H, N, C, C), v.new_empty(B, H, T, K), v.new_empty(B, H, T, K)
+    inverse = v.new_empty(B, H, N, C, C) if inverses else None
+    w, left = v.new_empty(B, H, T, K), v.new_empty(B, H, T, K)
     u, x = v.new_empty(B, H, T, V), v.new_empty(B, H, T, V)
-    before, last = v.new_empty(B, H, N, K, V), v.new_empty(B, H, K, V, dtype=torch.float32)
+    before, last = v.new_empty(B, H, triton.cdiv(N, every), K, V), v.new_empty(B, H, K, V, dtype=torch.float32)
     through = v.new_empty(B, H, N, dtype=torch.float32)
     state = None if state is None else state.contiguous()
     with torch.cuda.device_of(k):
@@ -167,15 +171,16 @@ def corrected(k, v, beta, g, state, segments):
             H, H // k.shape[1], T, K, V, PRECISION="ieee" if v.dtype == torch.float32 else "tf32", **cuts["solve"],
         )  # fmt: skip
         _walk_kernel[(triton.cdiv(V, cuts["walk"]["BLOCK_V"]), B * H)](
-            left, u, w, through, state, before, x, last, T, K, V, **cuts["walk"]
+            left, u, w, through, state, before, x, last, T, K, V, EVERY=every, **cuts["walk"]
         )
     return inverse, w, left, u, x, before, through, last
 
 
 def fwd(q, k, v, beta, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
-    _, _, _, _, x, before, _, last = corrected(k, v, beta, g, state, segments)
     K, V = k.shape[-1], v.shape[-1]
     chunk = plan(K, V, v.dtype, v.device)["solve"]["CHUNK"]
     cut = outputs_plan(V, tiles(K, V, chunk, v.dtype), v.dtype, v.device)
+    every = cut["CHUNK"] // chunk
+    _, _, _, _, x, before, _, last = corrected(k, v, beta, g, state, segments, every, inverses=False)
     return outputs(q, k, x, g, segments, before, scale, cut), last

@@ -1,8 +1,9 @@
 """Linear attention in chunks, for any GPU that Triton knows and, interpreted, for the CPU: ops/chunked.py's formulas.
 
 One kernel sums up each chunk's decays; one walks the chunks of a head in order and leaves the state before each; one
-takes all chunks side by side and makes their outputs. A long walk goes in parts, side by side: each first adds up its
-own chunks, then starts from what the parts before it have left. A head's sums depend on nothing but its own sequence.
+takes all rows side by side, some of a chunk at a time, and makes their outputs. A long walk goes in parts, side by
+side: each first adds up its own chunks, then starts from what the parts before it have left. A head's sums depend on
+nothing but its own sequence.
 """
 
 import torch
@@ -12,8 +13,8 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
-MOST_CHUNKS = 64  # that are walked at once
-PART = 16  # chunks of a part of a longer walk
+MOST_TOKENS = 4096  # that are walked at once
+PART = 1024  # tokens of a part of a longer walk
 
 
 @triton.jit
@@ -169,12 +170,12 @@ def _out_kernel(
     o_ptr,  # (B, H, T, V)
     q_b, q_h, q_stride, k_b, k_h, k_stride, v_b, v_h, v_stride, o_b, o_h, o_stride, g_b, g_h, g_stride, segments_b,
     H, group, T, K, V, scale,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     tiles_v = tl.cdiv(V, BLOCK_V)
-    n, v0 = tl.program_id(0) // tiles_v, (tl.program_id(0) % tiles_v) * BLOCK_V
-    start = n * CHUNK
+    start, v0 = tl.program_id(0) // tiles_v * ROWS, (tl.program_id(0) % tiles_v) * BLOCK_V
+    n = start // CHUNK
     q_ptr = rows_of(q_ptr, b, h // group, 0, q_b, q_h, q_stride)
     k_ptr = rows_of(k_ptr, b, h // group, 0, k_b, k_h, k_stride)
     v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
@@ -184,17 +185,27 @@ def _out_kernel(
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
     states_ptr += (tl.program_id(1).to(tl.int64) * tl.cdiv(T, CHUNK) + n) * K * V
-    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    o = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    o = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        q = load_columns(q_ptr, q_stride, start, T, k0, K, CHUNK, BLOCK_K)
-        k = load_columns(k_ptr, k_stride, start, T, k0, K, CHUNK, BLOCK_K)
+        q = load_columns(q_ptr, q_stride, start, T, k0, K, ROWS, BLOCK_K)
+        k = load_columns(k_ptr, k_stride, start, T, k0, K, ROWS, BLOCK_K)
         scores += dot(q, tl.trans(k))
         o += dot(q, load_state(states_ptr, k0, v0, K, V, BLOCK_K, BLOCK_V))
-    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
-    v = load_columns(v_ptr, v_stride, start, T, v0, V, CHUNK, BLOCK_V)
-    o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, CHUNK), v.dtype), v)
-    store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, CHUNK, BLOCK_V)
+    if CHUNK > ROWS:  # o becomes what the state before these rows, which is not formed, gives
+        for first in range(n * CHUNK, start, ROWS):
+            others = tl.zeros((ROWS, ROWS), tl.float32)
+            for k0 in range(0, K, BLOCK_K):
+                q = load_columns(q_ptr, q_stride, start, T, k0, K, ROWS, BLOCK_K)
+                k = load_columns(k_ptr, k_stride, first, T, k0, K, ROWS, BLOCK_K)
+                others += dot(q, tl.trans(k))
+            _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS)
+            v = load_columns(v_ptr, v_stride, first, T, v0, V, ROWS, BLOCK_V)
+            o = o * through + dot(cast(others * out[None, :], v.dtype), v)
+    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS)
+    v = load_columns(v_ptr, v_stride, start, T, v0, V, ROWS, BLOCK_V)
+    o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, ROWS), v.dtype), v)
+    store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, ROWS, BLOCK_V)
 
 
 def roomy(device: torch.device) -> bool:
@@ -216,11 +227,15 @@ def plan(K: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     cut, whole = tiles(K, V, chunk, dtype), width(K, chunk, dtype=dtype)
     most = (64 if whole <= 128 else 32) if roomy(device) else (32 if whole <= 128 else 16)
     grads = {"BLOCK_K": whole, "BLOCK_V": min(cut["BLOCK_V"], most), "num_warps": 8 if whole > 64 else 4}
-    return {"walk": cut, "out": outputs_plan(V, cut, dtype, device), "grads": cut | grads | {"num_stages": 1}}
+    out = outputs_plan(V, cut, dtype, device)
+    states = cut | {"CHUNK": out["CHUNK"]}
+    return {"states": states, "walk": cut, "out": out, "grads": cut | grads | {"num_stages": 1}}
 
 
 def outputs_plan(V: int, cut: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """A chunk's scores are made once for 128 features of values where those fit."""
+    """A program makes the outputs of 64 rows; in 16 bits a state is kept for 128, so that half as many are written and
+    read. Scores are made once for 128 features of values where those fit."""
+    cut = cut | {"ROWS": cut["CHUNK"], "CHUNK": cut["CHUNK"] * (2 if dtype.itemsize == 2 else 1)}
     wide = V > 64 and dtype.itemsize == 2 and roomy(device) and not INTERPRET.value
     return cut | {"BLOCK_V": 128, "num_warps": 4, "num_stages": 2} if wide else cut
 
@@ -249,7 +264,7 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
     (B, H, T, V), K = y.shape, x.shape[-1]
     weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
     N = through.shape[2]
-    parts = 1 if N <= MOST_CHUNKS else triton.cdiv(N, PART)
+    parts = 1 if T <= MOST_TOKENS else min(N, triton.cdiv(T, PART))
     before, last = y.new_empty(B, H, N, K, V), y.new_empty(B, H, K, V, dtype=torch.float32)
     sums, kept = (y.new_empty(B, H, parts, n, dtype=torch.float32) for n in (K * V, 1))
     state = None if state is None else state.contiguous()
@@ -265,7 +280,7 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
 
 def fwd(q, k, v, g, state, segments, scale):
     segments, cuts = _rows(segments), plan(k.shape[-1], v.shape[-1], v.dtype, v.device)
-    before, last = walk(k, v, g, state, segments, cuts["walk"])
+    before, last = walk(k, v, g, state, segments, cuts["states"])
     return outputs(q, k, v, g, segments, before, scale, cuts["out"]), last
 
 
@@ -274,7 +289,7 @@ def outputs(q, k, v, g, segments, before, scale, cut):
     (B, H, T, V), K = v.shape, q.shape[-1]
     o = v.new_empty(B, T, H, V).transpose(1, 2)
     with torch.cuda.device_of(q):
-        _out_kernel[(triton.cdiv(T, cut["CHUNK"]) * triton.cdiv(V, cut["BLOCK_V"]), B * H)](
+        _out_kernel[(triton.cdiv(T, cut["ROWS"]) * triton.cdiv(V, cut["BLOCK_V"]), B * H)](
             q, k, v, g, segments, before, o,
             *strides(q), *strides(k), *strides(v), *strides(o), *strides(g),
             0 if segments is None else segments.stride(0),

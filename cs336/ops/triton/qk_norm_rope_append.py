@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cs336.ops.triton.cast import INTERPRET
+from cs336.ops.triton.launches import launches_early, wait_for_predecessor
 from cs336.ops.triton.qk_norm_rope import _columns, _load, _store, _sum
 from cs336.ops.triton.rope import plan, table_rows
 
@@ -36,9 +36,7 @@ def _kernel(
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
     INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:  # as common/async.cuh has it: begin before the kernel before has ended, and let the next one do so
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(EARLY)
     tiles = tl.cdiv(T, BLOCK_S)
     head, t = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     live, at = t < T, t.to(tl.int64)
@@ -75,18 +73,13 @@ def _kernel(
             tl.store(v_cache_ptr + place[:, None] + column, value, mask=mask)
 
 
-def _launches_early(device: torch.device) -> bool:
-    """Whether the device knows programmatic dependent launches."""
-    return not INTERPRET.value and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def qk_norm_rope_append_(
     k_cache, v_cache, q, k, v, cos, sin, page_table, sequences, positions, q_weight, k_weight, interleaved, eps
 ):
     (T, Hq, D), (pages, page, Hk, E), (B, M), P = q.shape, v_cache.shape, page_table.shape, cos.shape[-1]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     sizes = plan(T, D, P)
-    early = _launches_early(q.device)
+    early = launches_early(q.device)
     programs = (Hq + 2 * Hk) * triton.cdiv(T, sizes["BLOCK_S"])
     if programs:
         with torch.cuda.device_of(q):

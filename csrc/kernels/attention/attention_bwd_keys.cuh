@@ -4,11 +4,12 @@
 // A block owns 64 keys of one key head and walks the query tiles that see them, in the order of the other backward
 // (attention_bwd_mainloop.cuh). Of its two consumer warpgroups one has S and dV, the other dP and dK, over all
 // features. Scores are transposed (keys down, queries across), so P^T and dS^T are register operands of the products
-// for dV and dK where they are computed; P goes from one warpgroup to the other as it lies in registers:
-//   warpgroup of dV   P | store P |                     | P of the next tile
-//     its products              | dV . S of the next .. |
-//   warpgroup of dK       read P | dS |                     | dS of the next
-//     its products                    | dK . dP of the next |
+// for dV and dK where they are computed; P goes from one warpgroup to the other as it lies in registers. The products
+// of the next tile's scores start before those for the gradients, beside which they are then worked on:
+//   warpgroup of dV   P | store P |           | P of the next tile
+//     its products              | S of the next . dV |
+//   warpgroup of dK       read P | dS |            | dS of the next
+//     its products                    | dP of the next . dK |
 #pragma once
 #include "kernels/attention/attention_bwd_mainloop.cuh"
 
@@ -18,14 +19,15 @@ template <typename T_, int kHeadDim_, int kValueDim_, Mask kMask_>
 struct BwdKeysTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
-  static constexpr int kQueries = 64, kKeys = 64;
+  static constexpr int kQueries = 64;
+  static constexpr int kCluster = kAttentionBwdCluster, kBlockKeys = 64, kKeys = kBlockKeys * kCluster;
   static constexpr Mask kMask = kMask_;
-  static constexpr int kStages = 2;  // query tiles in flight
-  static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kK = kKeys * kHeadDim, kKBytes = 2 * kK;   // of a tile of K, and of Q
-  static constexpr int kV = kKeys * kValueDim, kVBytes = 2 * kV;  // of V, and of dO
-  static constexpr int kRowBytes = kQueries * 4;                  // lse, or delta, of a query tile
-  static_assert(kQueries == kKeys && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
+  static constexpr int kStages = kHeadDim > 192 ? 2 : 4;  // query tiles in flight
+  static constexpr int kThreads = 384, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kK = kBlockKeys * kHeadDim, kKBytes = 2 * kK;   // of a block's keys, and of a tile of Q
+  static constexpr int kV = kBlockKeys * kValueDim, kVBytes = 2 * kV;  // of V, and of dO
+  static constexpr int kRowBytes = kQueries * 4;                       // lse, or delta, of a query tile
+  static_assert(kQueries == kBlockKeys && kCluster == 2 && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
 
   struct Shared {
     alignas(1024) T k[kK];
@@ -41,17 +43,26 @@ struct BwdKeysTile {
     uint64_t p_full[2], p_empty[2];
     uint64_t work_full[2], work_empty[2];
     BwdWork work[2];
+    ClusterDraws draws;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
 };
 
 template <class Tile>
 __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile::Shared& shared) {
-  constexpr int kRows = 64;  // of any tile
+  constexpr int kRows = 64;                      // of any tile
+  constexpr int kPart = kRows / Tile::kCluster;  // of a query tile: what one block loads for all
+  const int block = block_of_cluster();
   const auto load = [](const CUtensorMap& map, typename Tile::T* to, int panels, uint64_t* full, int row, int head,
                        const Rows& rows) {
     for (int p = 0; p < panels; p++)
       copy_in(&map, to + p * (kRows * kPanel), full, p * kPanel, row + rows.shift, head, rows.c3, rows.c4);
+  };
+  const auto load_part = [block](const CUtensorMap& map, typename Tile::T* to, int panels, uint64_t* full, int row,
+                                 int head, const Rows& rows) {
+    for (int p = 0; p < panels; p++)
+      copy_in_to((1 << Tile::kCluster) - 1, &map, to + (p * kRows + block * kPart) * kPanel, full, p * kPanel,
+                 row + block * kPart + rows.shift, head, rows.c3, rows.c4);
   };
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
   prefetch_map(&a.dk), prefetch_map(&a.dv);
@@ -60,11 +71,16 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
     BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
     w.kv_head = -1;
-    while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
-      const int index = atomicAdd(a.counter, 1);
-      if (index >= a.order.count()) break;
-      announce<Tile>(a, index, w);
-    }
+    if (block == 0) {
+      int index;
+      while (w.kv_head < 0) {  // packed sequences have gaps between their tiles
+        index = atomicAdd(a.counter, 1);
+        if (index >= a.order.count()) break;
+        announce<Tile>(a, index, w);
+      }
+      shared.draws.tell<Tile::kCluster>(round, index);
+    } else if (const int index = shared.draws.hear(round); index < a.order.count())
+      announce<Tile>(a, index, w), w.key0 += block * Tile::kBlockKeys;
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.kv_head < 0) break;
 
@@ -82,13 +98,13 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
       barrier_wait(&shared.q_empty[stage], parity);
       shared.row0[stage] = tile * Tile::kQueries;
       barrier_arrive_expect(&shared.q_full[stage], Tile::kKBytes + Tile::kRowBytes);
-      load(a.q, shared.q[stage], num_panels(Tile::kHeadDim), &shared.q_full[stage], tile * Tile::kQueries, head,
-           q_rows);
+      load_part(a.q, shared.q[stage], num_panels(Tile::kHeadDim), &shared.q_full[stage], tile * Tile::kQueries, head,
+                q_rows);
       bulk_in(shared.lse[stage], rows, Tile::kRowBytes, &shared.q_full[stage]);
       barrier_wait(&shared.dout_empty[stage], parity);
       barrier_arrive_expect(&shared.dout_full[stage], Tile::kVBytes + Tile::kRowBytes);
-      load(a.dout, shared.dout[stage], num_panels(Tile::kValueDim), &shared.dout_full[stage], tile * Tile::kQueries,
-           head, q_rows);
+      load_part(a.dout, shared.dout[stage], num_panels(Tile::kValueDim), &shared.dout_full[stage],
+                tile * Tile::kQueries, head, q_rows);
       bulk_in(shared.delta[stage], rows + Tile::kQueries, Tile::kRowBytes, &shared.dout_full[stage]);
     }
   }
@@ -98,11 +114,13 @@ __device__ __forceinline__ void bwd_keys_produce(const BwdArgs& a, typename Tile
 template <class Tile, bool kOfValues>
 struct BwdKeysConsumer {
   using T = typename Tile::T;
-  static constexpr int kQueries = Tile::kQueries, kKeys = Tile::kKeys;
+  static constexpr int kQueries = Tile::kQueries, kKeys = Tile::kBlockKeys;
   static constexpr int kIn = kOfValues ? Tile::kHeadDim : Tile::kValueDim;   // features that scores sum over
   static constexpr int kOut = kOfValues ? Tile::kValueDim : Tile::kHeadDim;  // features of the gradient
   static constexpr int kMeet = 1, kStore = 2;                                // named barriers: of both; one each
   static constexpr int kPanelStep = descriptor_step(64 * 128);
+  // Whether there are registers for the keys, as left operand of the scores: a third less of shared memory to read.
+  static constexpr bool kOwnInRegisters = kOut / 2 + kIn / 4 <= 128;
 
   const BwdArgs& a;
   typename Tile::Shared& shared;
@@ -113,7 +131,8 @@ struct BwdKeysConsumer {
   float sum[kOut / 2];           // dV or dK
   float s[kQueries / 2];         // S^T or (dO V^T)^T
   uint32_t x[kQueries / 16][4];  // P^T or dS^T, rounded
-  int count = 0;                 // query tiles done
+  uint32_t left[kOwnInRegisters ? kIn / 16 : 1][4];
+  int count = 0;  // query tiles done
 
   __device__ __forceinline__ BwdKeysConsumer(const BwdArgs& a, typename Tile::Shared& shared)
       : a(a),
@@ -129,25 +148,49 @@ struct BwdKeysConsumer {
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
 
-  // Of query tile number `count`.
-  __device__ __forceinline__ void start_scores() {
+  // What all blocks of the cluster fill or draw.
+  static __device__ __forceinline__ void release_to_all(uint64_t* barrier) {
+    if (lane() < Tile::kCluster) barrier_arrive_at(barrier, lane());
+  }
+
+  // 16 features of the keys after the other, as wgmma takes 64 rows from registers.
+  __device__ __forceinline__ void read_own() {
+    if constexpr (kOwnInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kIn / 16; k++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {  // 8 x 8 matrices: keys + 8 (e % 2), features + 8 (e / 2)
+          const int row = 16 * warp() + lane() / 4 + 8 * (e % 2), chunk = 2 * (k % 4) + e / 2;
+          left[k][e] = *reinterpret_cast<const uint32_t*>(own + k / 4 * (64 * kPanel) + row * kPanel +
+                                                          (chunk ^ lane() / 4) * 8 + lane() % 4 * 2);
+        }
+    }
+  }
+
+  // Of query tile number `tile`.
+  __device__ __forceinline__ void start_scores(int tile) {
     using Product = Wgmma<T, kQueries>;
-    const int stage = count % Tile::kStages;
-    barrier_wait(&scored_full[stage], count / Tile::kStages & 1);
+    const int stage = tile % Tile::kStages;
+    barrier_wait(&scored_full[stage], tile / Tile::kStages & 1);
     const uint64_t x = opaque(tile_descriptor(own, 0));
     const uint64_t y = opaque(tile_descriptor(scored, 0) + stage * descriptor_step(2 * kQueries * kIn));
     wgmma_fence();
-    Product::template ss_set<Along::kColumns>(s, x, y);
 #pragma unroll
-    for (int k = 1; k < kIn / 16; k++)
-      Product::template ss_add<Along::kColumns>(s, x + k / 4 * kPanelStep + k % 4 * descriptor_step(32),
-                                                y + k / 4 * kPanelStep + k % 4 * descriptor_step(32));
+    for (int k = 0; k < kIn / 16; k++) {
+      const int step = k / 4 * kPanelStep + k % 4 * descriptor_step(32);
+      if constexpr (kOwnInRegisters)
+        k ? Product::template rs_add<Along::kColumns>(s, left[k], y + step)
+          : Product::template rs_set<Along::kColumns>(s, left[k], y);
+      else
+        k ? Product::template ss_add<Along::kColumns>(s, x + step, y + step)
+          : Product::template ss_set<Along::kColumns>(s, x, y);
+    }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void start_sum() {
-    const int stage = count % Tile::kStages;
-    barrier_wait(&summed_full[stage], count / Tile::kStages & 1);
+  __device__ __forceinline__ void start_sum(int tile) {
+    const int stage = tile % Tile::kStages;
+    barrier_wait(&summed_full[stage], tile / Tile::kStages & 1);
     const uint64_t y = opaque(tile_descriptor(summed, kQueries * 128) + stage * descriptor_step(2 * kQueries * kOut));
     wgmma_fence();
 #pragma unroll
@@ -156,9 +199,9 @@ struct BwdKeysConsumer {
     wgmma_commit();
   }
 
-  // P from the scores, and over to the other warpgroup.
-  __device__ __forceinline__ void weigh(const BwdWork& w, int first_masked, int last_masked) {
-    const int stage = count % Tile::kStages, row0 = shared.row0[stage];
+  // P from the scores of query tile `tile`.
+  __device__ __forceinline__ void weigh(const BwdWork& w, int tile, int first_masked, int last_masked) {
+    const int stage = tile % Tile::kStages, row0 = shared.row0[stage];
     if (row0 < first_masked || row0 > last_masked)
       mask_transposed_scores<Tile::kMask>(s, a.window, w.sequence, w.key0 + 16 * warp() + lane() / 4,
                                           row0 + lane() % 4 * 2);
@@ -167,49 +210,55 @@ struct BwdKeysConsumer {
     for (int j = 0; j < kQueries / 8; j++) {
       const float2 y = lse[4 * j];
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-        x[j / 2][j % 2 * 2 + r] = pack<T>(exp2_approx(fmaf(s[4 * j + 2 * r], a.scale_log2, y.x)),
-                                          exp2_approx(fmaf(s[4 * j + 2 * r + 1], a.scale_log2, y.y)));
+      for (int r = 0; r < 2; r++) {
+        s[4 * j + 2 * r] = exp2_approx(fmaf(s[4 * j + 2 * r], a.scale_log2, y.x));
+        s[4 * j + 2 * r + 1] = exp2_approx(fmaf(s[4 * j + 2 * r + 1], a.scale_log2, y.y));
+      }
     }
-    barrier_wait(&shared.p_empty[count % 2], (count / 2 & 1) ^ 1);
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; k++)
-      shared.p[count % 2][k][threadIdx.x % 128] = {x[k][0], x[k][1], x[k][2], x[k][3]};
-    release(&shared.p_full[count % 2]);
   }
 
-  // dS^T = P^T (dP^T - delta), rounded.
-  __device__ __forceinline__ void score_gradients() {
-    const float2* delta = reinterpret_cast<const float2*>(shared.delta[count % Tile::kStages]) + lane() % 4;
-    barrier_wait(&shared.p_full[count % 2], count / 2 & 1);
+  // dS^T = P^T (dP^T - delta).
+  __device__ __forceinline__ void score_gradients(int tile) {
+    const float2* delta = reinterpret_cast<const float2*>(shared.delta[tile % Tile::kStages]) + lane() % 4;
+    barrier_wait(&shared.p_full[tile % 2], tile / 2 & 1);
 #pragma unroll
     for (int k = 0; k < kQueries / 16; k++) {
-      const uint4 p = shared.p[count % 2][k][threadIdx.x % 128];
+      const uint4 p = shared.p[tile % 2][k][threadIdx.x % 128];
       const uint32_t weights[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
       for (int e = 0; e < 4; e++) {  // 8 x 8 matrices: queries 16 k + 8 (e / 2), keys + 8 (e % 2)
         const float2 weight = unpack<T>(weights[e]), d = delta[4 * (2 * k + e / 2)];
-        x[k][e] = pack<T>(weight.x * (s[8 * k + 2 * e] - d.x), weight.y * (s[8 * k + 2 * e + 1] - d.y));
+        float* y = s + 8 * k + 2 * e;
+        y[0] = weight.x * (y[0] - d.x), y[1] = weight.y * (y[1] - d.y);
       }
     }
-    release(&shared.p_empty[count % 2]);
+    release(&shared.p_empty[tile % 2]);
   }
 
-  // A query tile whose scores are there; ends with those of the next one.
-  template <bool kNext>
-  __device__ __forceinline__ void step(const BwdWork& w, int first_masked, int last_masked) {
-    const int stage = count % Tile::kStages;
+  // The scores of query tile `tile`, which are there, become P or dS; x may still be read.
+  __device__ __forceinline__ void turn_scores(const BwdWork& w, int tile, int first_masked, int last_masked) {
     if constexpr (kOfValues)
-      weigh(w, first_masked, last_masked);
+      weigh(w, tile, first_masked, last_masked);
     else
-      score_gradients();
-    release(&scored_empty[stage]);
-    start_sum();
-    count++;
-    if constexpr (kNext) start_scores();
-    wgmma_wait<kNext>(sum);
-    release(&summed_empty[stage]);
-    if constexpr (kNext) wgmma_wait<0>(s);
+      score_gradients(tile);
+    changes_here(s);
+    release_to_all(&scored_empty[tile % Tile::kStages]);
+    // The compiler moves no wait for products up across a wait for a barrier.
+    if constexpr (kOfValues) barrier_wait(&shared.p_empty[tile % 2], (tile / 2 & 1) ^ 1);
+  }
+
+  // And are rounded; P goes over to the other warpgroup.
+  __device__ __forceinline__ void round_scores(int tile) {
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; k++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) x[k][e] = pack<T>(s[8 * k + 2 * e], s[8 * k + 2 * e + 1]);
+    if constexpr (kOfValues) {
+#pragma unroll
+      for (int k = 0; k < kQueries / 16; k++)
+        shared.p[tile % 2][k][threadIdx.x % 128] = {x[k][0], x[k][1], x[k][2], x[k][3]};
+      release(&shared.p_full[tile % 2]);
+    }
   }
 
   __device__ __forceinline__ void walk(const BwdWork& w) {
@@ -220,10 +269,23 @@ struct BwdKeysConsumer {
                       : Tile::kMask == Mask::kNone ? 0
                                                    : last_key - q.offset() - a.window.right;
     const int above = Tile::kMask == Mask::kWindow ? w.key0 - q.offset() + a.window.left - kQueries + 1 : kFar;
-    start_scores();
+    read_own();
+    start_scores(count);
     wgmma_wait<0>(s);
-    for (int i = uniform(w.steps(a.heads)); i > 1; i--) step<true>(w, below, above);
-    step<false>(w, below, above);
+    turn_scores(w, count, below, above);
+    round_scores(count);
+    for (int i = uniform(w.steps(a.heads)); i > 1; i--) {
+      start_scores(count + 1);
+      start_sum(count);
+      wgmma_wait<1>(s);
+      turn_scores(w, count + 1, below, above);
+      wgmma_wait<0>(sum);
+      release_to_all(&summed_empty[count++ % Tile::kStages]);
+      round_scores(count);
+    }
+    start_sum(count);
+    wgmma_wait<0>(sum);
+    release_to_all(&summed_empty[count++ % Tile::kStages]);
   }
 
   // The gradient, rounded, through the shared memory of what it is the gradient of.
@@ -264,7 +326,7 @@ struct BwdKeysConsumer {
       changes_here(sum);
       named_sync(kMeet, 256);  // the other warpgroup reads K and V no more
       store(w);
-      release(&shared.work_empty[round % 2]);
+      release_to_all(&shared.work_empty[round % 2]);
     }
   }
 };

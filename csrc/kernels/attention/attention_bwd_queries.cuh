@@ -2,11 +2,11 @@
 //     dQ = scale dS K,   dS = P (dO V^T - delta).
 //
 // A block owns 128 query rows of one head, 64 for each of its two consumer warpgroups, and walks the key blocks that
-// they see, as the forward does. P and dS stay in registers, where dS is the left operand of the product for dQ; the
-// products of the next block start right behind it, and while one warpgroup turns its scores into dS the tensor cores
-// run the products of the other:
-//   warpgroup 1     | P | dS |                     | P of the next block
-//     its products  | dP     | dQ . S . dP of the next ..
+// they see, as the forward does. P and dS stay in registers, where dS is the left operand of the product for dQ; that
+// starts behind the next block's S, so that P is worked on beside it and dP, and while one warpgroup turns its scores
+// into dS the tensor cores run the products of the other:
+//   warpgroup 1          | dS |               | P of the next block | dS
+//     its products  . dP |    | S of the next . dQ . dP of the next |
 #pragma once
 #include "kernels/attention/attention_bwd_mainloop.cuh"
 #include "kernels/attention/attention_fwd_mainloop.cuh"
@@ -22,7 +22,7 @@ struct BwdQueriesTile {
   static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kQ = 64 * kHeadDim, kQBytes = 2 * kQ;   // of a warpgroup's rows of Q; a block of K is as large
   static constexpr int kV = 64 * kValueDim, kVBytes = 2 * kV;  // of dO; a block of V
-  static constexpr int kStages = 2;                            // blocks of K in flight
+  static constexpr int kStages = kHeadDim > 192 ? 2 : 4;       // blocks of K in flight
   static constexpr int kVStages = kValueDim > 128 ? 1 : 2;     // and of V: its product is over before K's second
   static_assert(kKeys == 64 && kHeadDim % kPanel == 0 && kValueDim % kPanel == 0);
 
@@ -114,8 +114,8 @@ struct BwdQueriesConsumer {
   float dq[kHeadDim / 2];
   float s[kKeys / 2], dp[kKeys / 2];
   uint32_t ds[kKeys / 16][4];
-  float lse[2], delta[2];  // of this thread's rows, lse as in BwdQueriesArgs::rows
-  int count = 0;           // blocks done
+  float lse[2], delta[2];    // of this thread's rows, lse as in BwdQueriesArgs::rows
+  int round = 0, count = 0;  // tiles and blocks done
 
   __device__ __forceinline__ BwdQueriesConsumer(const BwdQueriesArgs& a, typename Tile::Shared& shared, int group)
       : a(a), shared(shared), group(group) {}
@@ -137,17 +137,19 @@ struct BwdQueriesConsumer {
     wgmma_commit();
   }
 
-  // S and dP of block number `count`.
-  __device__ __forceinline__ void start_block() {
-    const int k = count % Tile::kStages, v = count % Tile::kVStages;
-    barrier_wait(&shared.k_full[k], count / Tile::kStages & 1);
+  // Of block number `block`.
+  __device__ __forceinline__ void start_s(int block) {
+    const int k = block % Tile::kStages;
+    barrier_wait(&shared.k_full[k], block / Tile::kStages & 1);
     start_scores<kHeadDim>(s, shared.q[group], shared.k[k]);
-    barrier_wait(&shared.v_full[v], count / Tile::kVStages & 1);
+  }
+  __device__ __forceinline__ void start_dp(int block) {
+    const int v = block % Tile::kVStages;
+    barrier_wait(&shared.v_full[v], block / Tile::kVStages & 1);
     start_scores<Tile::kValueDim>(dp, shared.dout[group], shared.v[v]);
   }
-
-  __device__ __forceinline__ void start_dq() {
-    const uint64_t y = opaque(tile_descriptor(shared.k[count % Tile::kStages], kKeys * 128));
+  __device__ __forceinline__ void start_dq(int block) {
+    const uint64_t y = opaque(tile_descriptor(shared.k[block % Tile::kStages], kKeys * 128));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; k++)
@@ -165,11 +167,18 @@ struct BwdQueriesConsumer {
     count++;
   }
 
-  // Turns the scores of block j into dS.
-  __device__ __forceinline__ void score_gradients(const FwdWork& w, int row, int j, bool masked) {
+  // P from the scores of block j.
+  __device__ __forceinline__ void weigh(const FwdWork& w, int row, int j, bool masked) {
     if (masked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane() % 4 * 2);
 #pragma unroll
     for (int e = 0; e < kKeys / 2; e++) s[e] = exp2_approx(fmaf(s[e], a.scale_log2, lse[e / 2 % 2]));
+    changes_here(s);
+    // Over already, but the compiler moves no wait for products up across it.
+    barrier_wait(&shared.q_full[group], round & 1);
+  }
+
+  // dS of block number `count`.
+  __device__ __forceinline__ void score_gradients() {
     wgmma_wait<0>(dp);
     release(&shared.v_empty[count % Tile::kVStages]);
 #pragma unroll
@@ -202,19 +211,23 @@ struct BwdQueriesConsumer {
     const int last_unmasked = uniform(a.window.end<Tile::kMask>(w.sequence, first_row) / kKeys);
     for (int i = uniform(w.blocks.last); i > last; i--) skip_block();
     const auto masked = [&](int j) { return j >= last_unmasked || j < first_unmasked; };
-    start_block();
+    start_s(count);
+    start_dp(count);
     wgmma_wait<1>(s);
     int j = last - 1;
-    score_gradients(w, row, j, masked(j));
+    weigh(w, row, j, masked(j));
+    score_gradients();
     while (--j >= first) {
-      start_dq();
-      const int stage = count++ % Tile::kStages;
-      start_block();
-      wgmma_wait<1>(s);  // and dQ
-      release(&shared.k_empty[stage]);
-      score_gradients(w, row, j, masked(j));
+      start_s(count + 1);
+      start_dq(count);
+      start_dp(count + 1);
+      wgmma_wait<2>(s);
+      weigh(w, row, j, masked(j));
+      wgmma_wait<1>(dq);
+      release(&shared.k_empty[count++ % Tile::kStages]);
+      score_gradients();
     }
-    start_dq();
+    start_dq(count);
     wgmma_wait<0>(dq);
     release(&shared.k_empty[count++ % Tile::kStages]);
     for (int i = uniform(w.blocks.first); i < first; i++) skip_block();
@@ -245,7 +258,7 @@ struct BwdQueriesConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    for (int round = 0;; round++) {
+    for (;; round++) {
       barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
       const FwdWork& w = shared.work[round % 2];
       if (uniform(w.head) < 0) break;

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_keys_kernel(c
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
-    constexpr int kWarps = 8;  // of both consumers
+    constexpr int kWarps = 8 * Tile::kCluster;  // of all consumers
     barrier_init(&shared.kv_full, 1), barrier_init(&shared.kv_empty, 2);
     for (int i = 0; i < Tile::kStages; i++) {
       barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], kWarps);
@@ -25,9 +25,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_keys_kernel(c
       barrier_init(&shared.p_full[i], 4), barrier_init(&shared.p_empty[i], 4);
       barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps);
     }
+    shared.draws.init();
     barrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
   if (warp < 4) {
     decrease_registers<Tile::kProducerRegisters>();
     if (warp == 0 && elect_one()) bwd_keys_produce<Tile>(args, shared);
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_bwd_keys_kernel(c
     else
       BwdKeysConsumer<Tile, false>(args, shared).run();
   }
+  cluster_sync();  // the other block writes into this one's shared memory until it is done
 }
 
 template <class Tile>
@@ -88,7 +90,7 @@ void launch_bwd_wide(const AttentionBwdParams& params, cudaStream_t stream) {
   auto* row_tiles = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.row_tile_list) : nullptr;
   auto* counters = reinterpret_cast<int*>(workspace + at.counter);
   const auto num_row_tiles = static_cast<int>(attention_tiles(p, p.q_tokens, QueriesTile::kRows) / batch);
-  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, KeysTile::kKeys), sms,
+  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, KeysTile::kKeys), sms / KeysTile::kCluster,
                                 int64_t(p.max_q) * (kHeadDim + kValueDim) * 2 * at.heads, false);
   const int64_t kv_bytes = int64_t(p.max_k) * (kHeadDim + kValueDim) * 2;
 
@@ -109,10 +111,10 @@ void launch_bwd_wide(const AttentionBwdParams& params, cudaStream_t stream) {
       .scale = p.scale,
   };
   const BwdArgs keys{
-      .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, kHeadDim, 64),
+      .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, kHeadDim, 64 / KeysTile::kCluster),
       .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, kHeadDim, 64),
       .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, kValueDim, 64),
-      .dout = tensor_map(params.dout, p, p.q_tokens, p.q_heads, kValueDim, 64),
+      .dout = tensor_map(params.dout, p, p.q_tokens, p.q_heads, kValueDim, 64 / KeysTile::kCluster),
       .dk = tensor_map(dk, p, p.k_tokens, block_heads, kHeadDim, 64),
       .dv = tensor_map(dv, p, p.k_tokens, block_heads, kValueDim, 64),
       .sequences = sequences,
@@ -133,10 +135,10 @@ void launch_bwd_wide(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   const int all_heads = batch * p.q_heads;
   const BwdQueriesArgs queries{
-      .q = keys.q,
+      .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, kHeadDim, 64),
       .k = keys.k,
       .v = keys.v,
-      .dout = keys.dout,
+      .dout = tensor_map(params.dout, p, p.q_tokens, p.q_heads, kValueDim, 64),
       .dq = tensor_map(params.dq, p, p.q_tokens, p.q_heads, kHeadDim, 64),
       .sequences = sequences,
       .window = keys.window,
@@ -164,11 +166,16 @@ void launch_bwd_wide(const AttentionBwdParams& params, cudaStream_t stream) {
   attention_bwd_prepare_kernel<T, kValueDim, KeysTile::kQueries>
       <<<rows.tiles * batch * p.q_heads, 256, 0, stream>>>(rows);
   CUDA_CHECK(cudaGetLastError());
-  const auto blocks = [&](int64_t tiles) { return static_cast<unsigned>(std::min<int64_t>(tiles, sms)); };
-  launch<attention_bwd_keys_kernel<KeysTile>>(
-      {.grid = blocks(at.key_tiles * heads), .threads = KeysTile::kThreads, .shared_bytes = KeysTile::kSharedBytes},
-      stream, keys);
-  launch<attention_bwd_queries_kernel<QueriesTile>>({.grid = blocks(int64_t(num_row_tiles) * all_heads),
+  constexpr int kCluster = KeysTile::kCluster;
+  const auto clusters = [&](int64_t tiles, int size) {
+    return static_cast<unsigned>(std::min<int64_t>(tiles, sms / size));
+  };
+  launch<attention_bwd_keys_kernel<KeysTile>>({.grid = clusters(at.key_tiles * heads, kCluster) * kCluster,
+                                               .threads = KeysTile::kThreads,
+                                               .shared_bytes = KeysTile::kSharedBytes,
+                                               .cluster = kCluster},
+                                              stream, keys);
+  launch<attention_bwd_queries_kernel<QueriesTile>>({.grid = clusters(int64_t(num_row_tiles) * all_heads, 1),
                                                      .threads = QueriesTile::kThreads,
                                                      .shared_bytes = QueriesTile::kSharedBytes},
                                                     stream, queries);

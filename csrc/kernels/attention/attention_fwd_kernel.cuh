@@ -12,20 +12,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
-    constexpr int kWarps = 4 * Tile::kGroups;
+    constexpr int kWarps = 4 * Tile::kGroups, kReaders = kWarps * Tile::kCluster;
     for (int i = 0; i < Tile::kQStages; i++)
       for (int g = 0; g < Tile::kGroups; g++) {
         barrier_init(&shared.q_full[i][g], 1);
         barrier_init(&shared.q_empty[i][g], Tile::kOwnOutput ? 4 : 1);
       }
     for (int i = 0; i < Tile::kStages; i++) {
-      barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], kWarps);
-      barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], kWarps);
+      barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], kReaders);
+      barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], kReaders);
     }
-    for (int i = 0; i < 2; i++) barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kWarps);
+    for (int i = 0; i < 2; i++) barrier_init(&shared.work_full[i], 1), barrier_init(&shared.work_empty[i], kReaders);
+    shared.draws.init();
     barrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (Tile::kCluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   if (warp < 4) {
     decrease_registers<Tile::kProducerRegisters>();
     if (warp == 0 && elect_one()) fwd_produce<Tile>(args, shared);
@@ -33,22 +37,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
     increase_registers<Tile::kConsumerRegisters>();
     FwdConsumer<Tile>(args, shared, warp / 4 - 1).run();
   }
+  if constexpr (Tile::kCluster > 1) cluster_sync();  // others write into this block's shared memory until they are done
 }
 
 template <class Tile>
 void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& p = params.problem;
-  const int row_tiles =
-      static_cast<int>(p.cu_q ? attention_tiles(p, p.q_tokens, Tile::kRows) : ceil_div(p.q_tokens, Tile::kRows));
   const int heads = p.cu_q ? p.q_heads : p.sequences * p.q_heads, group = p.q_heads / p.kv_heads;
+  const int cluster_heads = group % Tile::kCluster == 0 ? Tile::kCluster : 1;
+  const int rows = Tile::kRows * (Tile::kCluster / cluster_heads);  // of a cluster
+  const int row_tiles = static_cast<int>(p.cu_q ? attention_tiles(p, p.q_tokens, rows) : ceil_div(p.q_tokens, rows));
   const int64_t kv_bytes = int64_t(p.max_k) * (Tile::kHeadDim + Tile::kValueDim) * 2;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(int64_t(row_tiles) * heads, current_device().num_sms));
+  const auto clusters = static_cast<unsigned>(
+      std::min<int64_t>(int64_t(row_tiles) * (heads / cluster_heads), current_device().num_sms / Tile::kCluster));
   int* counter = params.workspace;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(params.workspace + 2) : nullptr;
   const Sequences sequences{p.q_tokens, p.k_tokens, p.cu_q, p.cu_k};
   if (packed) {
-    list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, false, Tile::kRows,
-                                                                    row_tiles, packed, counter);
+    list_packed_tiles<<<ceil_div(row_tiles, 256), 256, 0, stream>>>(sequences, p.sequences, false, rows, row_tiles,
+                                                                    packed, counter);
     clear_unheld<<<current_device().num_sms, 256, 0, stream>>>(
         sequences, p.sequences, false, {params.o, {}, p.q_heads, Tile::kValueDim / 8, params.lse});
     CUDA_CHECK(cudaGetLastError());
@@ -56,22 +63,40 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
     CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
   const FwdArgs args{
       .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, Tile::kHeadDim, 64),
-      .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
-      .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, Tile::kValueDim, Tile::kKeys),
+      .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys / Tile::kCluster),
+      .v = tensor_map(params.v, p, p.k_tokens, p.kv_heads, Tile::kValueDim, Tile::kKeys / Tile::kCluster),
       .o = tensor_map(params.o, p, p.q_tokens, p.q_heads, Tile::kValueDim, 64),
       .sequences = sequences,
       .window = Window(p),
-      .order = {row_tiles, heads, std::min(heads, attention_section(heads, kv_bytes) * group), packed},
+      .order = {row_tiles, heads / cluster_heads,
+                std::min(heads, attention_section(heads, kv_bytes) * group) / cluster_heads, packed},
       .lse = params.lse,
       .counter = counter,
       .q_heads = p.q_heads,
       .group = group,
+      .cluster_heads = cluster_heads,
       .cap_factor = Tile::kCap ? p.scale / p.softcap : 0.f,
       .scale = Tile::kCap ? p.softcap : p.scale,
       .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
   };
-  launch<attention_fwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
+  launch<attention_fwd_kernel<Tile>>({.grid = clusters * Tile::kCluster,
+                                      .threads = Tile::kThreads,
+                                      .shared_bytes = Tile::kSharedBytes,
+                                      .cluster = Tile::kCluster},
                                      stream, args);
+}
+
+// In clusters where that pays and blocks have keys to share.
+template <typename T, AttentionFwdShape kShape, int kKeys, Mask kMask, bool kCap, bool kInTurns = true>
+void launch_shape(const AttentionFwdParams& params, cudaStream_t stream) {
+  const auto launch = [&]<int kCluster>() {
+    launch_fwd<FwdTile<T, kShape.head_dim, kShape.value_dim, kShape.groups, kKeys, kShape.stages, kShape.q_stages,
+                       kMask, kCap, kInTurns, kCluster>>(params, stream);
+  };
+  if constexpr (kShape.head_dim == 128 && kShape.value_dim == 128 && kMask != Mask::kWindow)
+    if (attention_fwd_shares_keys(params.problem, 64 * kShape.groups))
+      return launch.template operator()<kAttentionFwdCluster>();
+  launch.template operator()<1>();
 }
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of
@@ -86,14 +111,11 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
     constexpr const AttentionFwdShape* kWindow = find_attention_shape(kAttentionFwdWindowShapes, kHeadDim, kValueDim);
     if constexpr (kWindow && kMask == Mask::kWindow && !kCap)
       if (p.window_right >= 0 && p.window_left + p.window_right <= kAttentionFwdWindow)
-        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kWindow->groups, kWindow->keys, kWindow->stages,
-                                  kWindow->q_stages, kMask, kCap, false>>(params, stream);
+        return launch_shape<T, *kWindow, kWindow->keys, kMask, kCap, false>(params, stream);
     if constexpr (kShort && kMask != Mask::kWindow)
       if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
-        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,
-                                  kShort->q_stages, kMask, kCap>>(params, stream);
-    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kShape.q_stages, kMask, kCap>>(
-        params, stream);
+        return launch_shape<T, *kShort, kShort->keys, kMask, kCap>(params, stream);
+    launch_shape<T, kShape, kKeys, kMask, kCap>(params, stream);
   };
   if (p.softcap > 0)
     launch.template operator()<kCapKeys, Mask::kWindow, true>();

@@ -27,7 +27,7 @@ struct FwdWork {
 };
 
 template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
-          Mask kMask_, bool kCap_, bool kInTurns_ = true>
+          Mask kMask_, bool kCap_, bool kInTurns_ = true, int kCluster_ = 1>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
@@ -38,6 +38,8 @@ struct FwdTile {
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
+  static constexpr int kCluster = kCluster_;   // blocks with the same keys, of which each loads a part for all
+  static_assert(kKeys % (8 * kCluster) == 0);
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
@@ -62,6 +64,7 @@ struct FwdTile {
     uint64_t v_full[kStages], v_empty[kStages];
     uint64_t work_full[2], work_empty[2];
     FwdWork work[2];
+    ClusterDraws draws;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
 };
@@ -74,16 +77,20 @@ struct FwdArgs {
   float* lse;          // (batch, q heads, q tokens)
   int* counter;        // draws tiles; zero before the launch
   int q_heads, group;  // query heads, and how many share keys
-  float cap_factor;    // of the scores in tanh
-  float scale;         // of the scores; with a cap: of the tanh
-  float scale_log2;    // times log2(e)
+  int cluster_heads;  // the blocks of a cluster are at so many heads that share keys; 1: at row tiles behind each other
+  float cap_factor;   // of the scores in tanh
+  float scale;        // of the scores; with a cap: of the tanh
+  float scale_log2;   // times log2(e)
 };
 
 template <class Tile>
 __device__ __forceinline__ FwdWork fwd_work(const FwdArgs& a, int index) {
-  const TileOrder::Tile tile = a.order.tile<true>(index, a.q_heads, Tile::kRows);
+  const int heads = Tile::kCluster > 1 ? a.cluster_heads : 1, block = Tile::kCluster > 1 ? block_of_cluster() : 0;
+  const TileOrder::Tile tile =
+      a.order.tile<true>(index, a.q_heads / heads, Tile::kRows * (heads > 1 ? 1 : Tile::kCluster));
   if (tile.rows.sequence < 0) return {.head = -1};
-  FwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, tile.head / a.group, {}};
+  const int head = tile.head * heads + block % heads;
+  FwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0 + block / heads * Tile::kRows, head, head / a.group, {}};
   w.blocks = visible_blocks<Tile::kMask, Tile::kKeys>(a.window, w.sequence, w.row0, Tile::kRows);
   return w;
 }
@@ -97,17 +104,24 @@ struct Ring {
   __device__ __forceinline__ void advance() { count++, stage = count % kStages, parity = count / kStages & 1; }
 };
 
-// Waits for an empty stage and fills it with the rows from `row` on: one copy for each panel of columns.
+// Waits for an empty stage and fills it with the rows from `row` on, one copy for each panel of columns; of a cluster
+// each block copies a part of the rows to all.
 template <class Tile, int kStageBytes, int kPanels>
 __device__ __forceinline__ void load_block(const CUtensorMap& map, void* ring, uint64_t* full, uint64_t* empty,
                                            int count, int row, int head, const Rows& rows) {
   const int stage = count % Tile::kStages;
   barrier_wait(&empty[stage], (count / Tile::kStages & 1) ^ 1);
   barrier_arrive_expect(&full[stage], kStageBytes);
+  const int part = Tile::kCluster > 1 ? block_of_cluster() * (Tile::kKeys / Tile::kCluster) : 0;
 #pragma unroll
-  for (int p = 0; p < kPanels; p++)
-    copy_in(&map, static_cast<char*>(ring) + stage * kStageBytes + p * (Tile::kKeys * 128), &full[stage], p * kPanel,
-            row + rows.shift, head, rows.c3, rows.c4);
+  for (int p = 0; p < kPanels; p++) {
+    char* to = static_cast<char*>(ring) + stage * kStageBytes + (p * Tile::kKeys + part) * 128;
+    if constexpr (Tile::kCluster > 1)
+      copy_in_to((1 << Tile::kCluster) - 1, &map, to, &full[stage], p * kPanel, row + part + rows.shift, head, rows.c3,
+                 rows.c4);
+    else
+      copy_in(&map, to, &full[stage], p * kPanel, row + rows.shift, head, rows.c3, rows.c4);
+  }
 }
 
 template <class Tile>
@@ -115,14 +129,15 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   constexpr int kKPanels = num_panels(Tile::kHeadDim), kVPanels = num_panels(Tile::kValueDim);
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.o);
   int count = 0;  // blocks of K and V asked for
-  int tile = blockIdx.x;
+  int tile = blockIdx.x / Tile::kCluster;
+  const bool draws = Tile::kCluster == 1 || block_of_cluster() == 0;
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
-    int drawn;  // the tile after this one; nobody waits for it before this one's copies are under way
+    int drawn = 0;  // the tile after this one; nobody waits for it before this one's copies are under way
     w.head = -1;
     while (tile < a.order.count()) {
-      drawn = atomicAdd(a.counter, 1);
+      if (draws) drawn = atomicAdd(a.counter, 1);
       w = fwd_work<Tile>(a, tile);
       if (w.head >= 0) break;
       tile = gridDim.x + drawn;  // packed sequences have gaps between their tiles
@@ -138,8 +153,9 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
       load_block<Tile, Tile::kVBytes, kVPanels>(a.v, shared.v, shared.v_full, shared.v_empty, count, j * Tile::kKeys,
                                                 w.kv_head, a.sequences.k_rows(w.sequence));
     };
+    load_k(count, w.blocks.last - 1);
 #pragma unroll 1
-    for (int g = 0; g < Tile::kGroups; g++) {
+    for (int g = Tile::kGroups - 1; g >= 0; g--) {  // the last rows begin first and, through a window, are done first
       const Rows q_rows = a.sequences.q_rows(w.sequence);
       const int stage = round % Tile::kQStages;
       barrier_wait(&shared.q_empty[stage][g], (round / Tile::kQStages & 1) ^ 1);
@@ -147,13 +163,18 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
       for (int p = 0; p < kKPanels; p++)
         copy_in(&a.q, shared.q[stage][g] + p * (64 * kPanel), &shared.q_full[stage][g], p * kPanel,
                 w.row0 + 64 * g + q_rows.shift, w.head, q_rows.c3, q_rows.c4);
-      if (g == 0) load_k(count, w.blocks.last - 1);
     }
     int j = w.blocks.last - 1;
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
-    tile = gridDim.x + drawn;
+    tile = gridDim.x / Tile::kCluster + drawn;
+    if constexpr (Tile::kCluster > 1) {
+      if (draws)
+        shared.draws.template tell<Tile::kCluster>(round, tile);
+      else
+        tile = shared.draws.hear(round);
+    }
   }
 }
 
@@ -224,6 +245,13 @@ struct FwdConsumer {
   __device__ __forceinline__ void release(uint64_t* barrier) {  // one arrival per warp
     if (lane == 0) barrier_arrive(barrier);
   }
+  // What all blocks of the cluster fill, or have to be done with.
+  __device__ __forceinline__ void release_to_all(uint64_t* barrier) {
+    if constexpr (Tile::kCluster > 1) {
+      if (lane < Tile::kCluster) barrier_arrive_at(barrier, lane);
+    } else
+      release(barrier);
+  }
   __device__ __forceinline__ void await_turn() {
     if constexpr (Tile::kInTurns) named_sync(kTurn + group, 256);
   }
@@ -244,7 +272,7 @@ struct FwdConsumer {
     barrier_wait(&shared.k_full[ring.stage], ring.parity);
     start_scores(ring.stage);
     wgmma_wait<0>(s);
-    release(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     cap_scores();
     if (masked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     softmax.begin(s, a.scale_log2);
@@ -265,7 +293,7 @@ struct FwdConsumer {
     start_output(v_stage);
     pass_turn();
     wgmma_wait<1>(s);
-    release(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     cap_scores();
     if constexpr (kMasked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     float fade[2];
@@ -273,7 +301,7 @@ struct FwdConsumer {
     // The compiler moves this wait up, to before most of the exponentials. Holding it here did not run faster: the
     // other warpgroups keep the tensor cores busy.
     wgmma_wait<0>(o);
-    release(&shared.v_empty[v_stage]);
+    release_to_all(&shared.v_empty[v_stage]);
     round_weights();
     if (__any_sync(~0u, moved)) {
 #pragma unroll
@@ -284,9 +312,9 @@ struct FwdConsumer {
   // A block that none of the warpgroup's rows sees passes through its hands.
   __device__ __forceinline__ void skip_block() {
     barrier_wait(&shared.k_full[ring.stage], ring.parity);
-    release(&shared.k_empty[ring.stage]);
+    release_to_all(&shared.k_empty[ring.stage]);
     barrier_wait(&shared.v_full[ring.stage], ring.parity);
-    release(&shared.v_empty[ring.stage]);
+    release_to_all(&shared.v_empty[ring.stage]);
     await_turn();
     pass_turn();
     ring.advance();
@@ -380,12 +408,12 @@ struct FwdConsumer {
       const int v_stage = ring.stage;
       finish_rows(w, row);
       wgmma_wait<0>(o);
-      release(&shared.v_empty[v_stage]);
+      release_to_all(&shared.v_empty[v_stage]);
       store_output(w, first_row);
       ring.advance();
       skip_rest(w, first_row);
       __syncwarp();
-      release(&shared.work_empty[round % 2]);
+      release_to_all(&shared.work_empty[round % 2]);
     }
     if (thread == 0) wait_out_read();  // shared memory must outlive the copies that read it
   }

@@ -29,6 +29,8 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
 inline constexpr int kAttentionFwdWindow = 2048;
 
+inline constexpr int kAttentionFwdCluster = 2;  // blocks that share the keys that they read
+
 // Queries of a backward tile and keys of a block.
 struct AttentionBwdShape {
   int head_dim, value_dim, queries, keys;
@@ -38,9 +40,10 @@ struct AttentionBwdShape {
 inline constexpr AttentionBwdShape kAttentionBwdShapes[] = {{64, 64, 128, 128, false, false},
                                                             {96, 96, 64, 128, true, false},
                                                             {128, 128, 64, 128, true, false},
-                                                            {192, 128, 64, 64, false, true},
-                                                            {256, 256, 64, 64, false, true}};
+                                                            {192, 128, 64, 128, false, true},
+                                                            {256, 256, 64, 128, false, true}};
 inline constexpr int kAttentionBwdRows = 128;
+inline constexpr int kAttentionBwdCluster = 2;  // blocks that share the keys of a tile of wide heads
 
 template <typename Shape, int kCount>
 constexpr const Shape* find_attention_shape(const Shape (&shapes)[kCount], int head_dim, int value_dim) {
@@ -55,6 +58,14 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // the device alone: sequence i gets the tiles from start / rows + i on, which is enough whatever the lengths are.
 inline int64_t attention_tiles(const AttentionProblem& p, int tokens, int rows) {
   return p.cu_q ? tokens / rows + p.sequences : p.sequences * ceil_div(tokens, rows);
+}
+
+// Whether clusters have keys to share: of heads of a group, or of tiles of `rows` rows of a head that see the same.
+// Packed sequences work alone.
+inline bool attention_fwd_shares_keys(const AttentionProblem& p, int rows) {
+  const bool all_seen = p.window_left < 0 && p.window_right < 0;
+  return !p.cu_q && (p.q_heads / p.kv_heads % kAttentionFwdCluster == 0 ||
+                     (all_seen && ceil_div(p.q_tokens, rows) % kAttentionFwdCluster == 0));
 }
 
 // Heads that are worked on together: as many as keep what all their tiles read again and again within about half of L2.
@@ -127,7 +138,8 @@ inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
 // blocks would be too few to balance: the longest, with 64/8 heads of 2k tokens, has twice the average work.
 inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;  // with one head each
+  const int64_t tiles = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;
+  const int64_t blocks = tiles * (shape->wide ? kAttentionBwdCluster : 1);  // with one head each
   int heads = p.q_heads / p.kv_heads;
   while (heads % 2 == 0 && blocks / heads < 3 * num_sms) heads /= 2;
   return heads;

@@ -97,4 +97,26 @@ struct TileOrder {
   }
 };
 
+// Numbers of tiles that the first block of a cluster draws, and tells the others; one for each tile worked on. There
+// are four, so that none is written again before it was heard: no block is more than two tiles ahead of another.
+struct ClusterDraws {
+  static constexpr int kCount = 4;
+  uint64_t full[kCount];
+  int index[kCount];
+
+  __device__ __forceinline__ void init() {
+    for (uint64_t& barrier : full) hopper::barrier_init(&barrier, 1);
+  }
+  template <int kCluster>
+  __device__ __forceinline__ void tell(int round, int drawn) {
+    for (int block = 1; block < kCluster; block++)
+      hopper::store_at(&index[round % kCount], drawn, &full[round % kCount], block);
+  }
+  __device__ __forceinline__ int hear(int round) {
+    hopper::barrier_arrive_expect(&full[round % kCount], sizeof(int));
+    hopper::barrier_wait(&full[round % kCount], round / kCount & 1);
+    return index[round % kCount];
+  }
+};
+
 }  // namespace cs336::attention

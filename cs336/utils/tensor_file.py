@@ -1,0 +1,22 @@
+"""Tensors on disk, in safetensors' format."""
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' save_file; a disk that does not take the file is an OSError, as of any other file."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from None
