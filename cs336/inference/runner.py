@@ -37,8 +37,8 @@ from cs336.utils import nvtx
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
 MOST_VERIFYING = 8  # sequences of a captured step that verifies: with more, drafts cost a good part of a step each
-# Rows: of a captured step of so few there are two graphs, which take turns. What one drew is copied home while the next
-# runs, which would wait for it else: 9 us of 1 ms, one row of Llama-3.2-1B.
+# Rows: of a captured step of so few there are two graphs, which take turns, each in memory that no step beside it uses.
+# What one drew is copied home while the next runs, which would wait for it else: 12 us of a step of Qwen3-8B's 4.9 ms.
 TWO_GRAPHS = 8
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
@@ -104,8 +104,9 @@ def waits_for_experts(model: Transformer) -> bool:
     return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
 
 
-def takes_turns(size: int, width: int) -> bool:
-    return size <= TWO_GRAPHS and width == 1
+def turns(size: int, width: int) -> tuple[int, ...]:
+    """Of the graphs of such a step; 0 where there is one."""
+    return (1, 2) if size <= TWO_GRAPHS and width == 1 else (0,)
 
 
 def _capturable(model: Transformer) -> bool:
@@ -169,7 +170,7 @@ class Runner:
         if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
         self._graphs: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
-        self._turn = 0
+        self._turn = 1
         self._homeward = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -183,7 +184,7 @@ class Runner:
         steps that verify drafts. Returns how many."""
         wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
         for size, width in wanted:
-            for turn in range(1 + takes_turns(size, width)):
+            for turn in turns(size, width):
                 self._captured(size, width, 0, turn)
         return len(wanted)
 
@@ -219,9 +220,9 @@ class Runner:
         width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
         fits = not controlled and (width > 1 or not step.chunks)
         captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
-        aside = captured is not None and takes_turns(captured, width)
+        aside = captured is not None and len(turns(captured, width)) > 1
         if captured:
-            self._turn ^= aside
+            self._turn = 3 - self._turn if aside else self._turn
             graph, drawn = self._captured(captured, width, num_logprobs, self._turn if aside else 0)
         self._staging.begin()
         rows = self._put_rows(sequences, captured)
@@ -472,11 +473,11 @@ class Runner:
     def _captured(
         self, size: int, width: int, num_logprobs: int, turn: int
     ) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
-        """The graph of a step of `size` rows of `width` tokens."""
+        """The graph of a step of `size` rows of `width` tokens. Those of one turn share their memory."""
         if found := self._graphs.get((size, width, num_logprobs, turn)):
             return found
         run = self._laid_out(size, width, num_logprobs)
-        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
+        pool = next((graph.pool() for (*_, other), (graph, _) in self._graphs.items() if other == turn), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with registry.invariant(self.invariant):
