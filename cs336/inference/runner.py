@@ -521,10 +521,11 @@ class Runner:
             pairs = zip(hosts, found, strict=True)
             return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
+        current = torch.cuda.current_stream(self.device)
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(current)
         with torch.cuda.stream(stream):  # None: the current one
             home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
             done = torch.cuda.Event()
-            done.record()
+            done.record(stream or current)
         return Launched(sequences, drafts, home, scored, done)

@@ -1,6 +1,7 @@
 """paged_attention and paged_prefill in every variant that runs here, against the formula in fp64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,19 @@ def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, dtype, o
         assert torch.equal(torch.cat([o for o, _ in parts]), whole[0])
         assert torch.equal(torch.cat([lse for _, lse in parts], 1), whole[1])
     assert all(map(torch.equal, run(0, length, single), whole))
+
+
+@pytest.mark.parametrize(
+    ("room", "page", "stages"), [(232448, 64, 5), (232448, 16, 3), (166912, 64, 3), (101376, 64, 2)]
+)
+def test_blocks_of_keys_are_asked_for_as_far_ahead_as_there_is_room(room, page, stages, monkeypatch):
+    pytest.importorskip("triton")
+    from cs336.ops.triton import paged_attention
+
+    monkeypatch.setattr(paged_attention, "shared_memory", lambda device: room)
+    monkeypatch.setattr(paged_attention, "INTERPRET", SimpleNamespace(value=False))
+    plan = paged_attention._blocks(128, 128, 2, page, True, BF16, torch.device("cuda"))
+    assert (plan["num_stages"], plan["IN_PAGE"]) == (stages, page == 64)
 
 
 # ---- arguments ----

@@ -181,7 +181,8 @@ def _blocks(D: int, E: int, rows: int, page: int, prefill: bool, dtype: torch.dt
     if wide > 256:  # latent attention's 576 features
         keys, block = 16, min(block, 32)
     warps = 4 if block * wide <= 8192 else 8
-    stages = 5 if prefill and few and roomy and page % keys == 0 else 3 if roomy else 2
+    deep = prefill and few and roomy and page % keys == 0 and shared_memory(device) >= 200_000
+    stages = 5 if deep else 3 if roomy else 2
     plan = {"BLOCK_M": block, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
     return plan | {"IN_PAGE": page % keys == 0, "enable_fp_fusion": not prefill}
 
