@@ -37,9 +37,6 @@ from cs336.utils import nvtx
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
 MOST_VERIFYING = 8  # sequences of a captured step that verifies: with more, drafts cost a good part of a step each
-# Rows: of a captured step of so few there are two graphs, which take turns, each in memory that no step beside it uses.
-# What one drew is copied home while the next runs, which would wait for it else: 12 us of a step of Qwen3-8B's 4.9 ms.
-TWO_GRAPHS = 8
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -104,11 +101,6 @@ def waits_for_experts(model: Transformer) -> bool:
     return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
 
 
-def turns(size: int, width: int) -> tuple[int, ...]:
-    """Of the graphs of such a step; 0 where there is one."""
-    return (1, 2) if size <= TWO_GRAPHS and width == 1 else (0,)
-
-
 def _capturable(model: Transformer) -> bool:
     """Whether a decoding step can be captured: one in which the host waits for the device, as plain torch does for what
     tensors hold, cannot be."""
@@ -169,9 +161,7 @@ class Runner:
         """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
         if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
-        self._graphs: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
-        self._turn = 1
-        self._homeward = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @property
     def captures(self) -> bool:
@@ -184,8 +174,7 @@ class Runner:
         steps that verify drafts. Returns how many."""
         wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
         for size, width in wanted:
-            for turn in turns(size, width):
-                self._captured(size, width, 0, turn)
+            self._captured(size, width, 0)
         return len(wanted)
 
     def warm_up(self, page_size: int) -> int:
@@ -220,10 +209,8 @@ class Runner:
         width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
         fits = not controlled and (width > 1 or not step.chunks)
         captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
-        aside = captured is not None and len(turns(captured, width)) > 1
         if captured:
-            self._turn = 3 - self._turn if aside else self._turn
-            graph, drawn = self._captured(captured, width, num_logprobs, self._turn if aside else 0)
+            graph, drawn = self._captured(captured, width, num_logprobs)
         self._staging.begin()
         rows = self._put_rows(sequences, captured)
         kept = self._put_drafts(step, captured) if captured and width > 1 else None
@@ -244,8 +231,7 @@ class Runner:
             slots = torch.tensor([s.slot for s in drawn_from], device=self.device)
             self.controls.drawn(slots, drawn.token_ids)
         drawn = ops.Sampled(*(x[: len(drawn_from)] for x in drawn))
-        stream = self._homeward if aside else None
-        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores, stream)
+        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores)
 
     # ---- what the host tells ----
 
@@ -470,14 +456,12 @@ class Runner:
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(
-        self, size: int, width: int, num_logprobs: int, turn: int
-    ) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
-        """The graph of a step of `size` rows of `width` tokens. Those of one turn share their memory."""
-        if found := self._graphs.get((size, width, num_logprobs, turn)):
+    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+        """The graph of a step of `size` rows of `width` tokens."""
+        if found := self._graphs.get((size, width, num_logprobs)):
             return found
         run = self._laid_out(size, width, num_logprobs)
-        pool = next((graph.pool() for (*_, other), (graph, _) in self._graphs.items() if other == turn), None)
+        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with registry.invariant(self.invariant):
@@ -488,7 +472,7 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 drawn = run()
-        self._graphs[size, width, num_logprobs, turn] = graph, drawn
+        self._graphs[size, width, num_logprobs] = graph, drawn
         return graph, drawn
 
     def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
@@ -505,14 +489,8 @@ class Runner:
     # ---- what comes back ----
 
     def _bring_home(
-        self,
-        sequences: list[Sequence],
-        drafts: list[Rows[int]],
-        drawn: ops.Sampled,
-        scores: list[Scores],
-        stream: torch.cuda.Stream | None,
+        self, sequences: list[Sequence], drafts: list[Rows[int]], drawn: ops.Sampled, scores: list[Scores]
     ) -> Launched:
-        """stream: for the copies of what stays as it is until this step has been waited for."""
         if self.device.type == "cpu":
             return Launched(sequences, drafts, drawn, scores, None)
 
@@ -521,11 +499,7 @@ class Runner:
             pairs = zip(hosts, found, strict=True)
             return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
-        current = torch.cuda.current_stream(self.device)
-        if stream is not None:
-            stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # None: the current one
-            home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
-            done = torch.cuda.Event()
-            done.record(stream or current)
+        home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
         return Launched(sequences, drafts, home, scored, done)

@@ -57,27 +57,10 @@ def logprobs(model, prompt, ids):
 def test_equals_full_forward(prompts, dtype, graphs, options):
     model = make(dtype)
     e, ids, _ = run(model, prompts, cuda_graphs=graphs, **options)
-    assert {turn for size, *_, turn in e.runner._graphs if size <= 4} == ({1, 2} if graphs else set())
+    assert bool(e.runner._graphs) == graphs
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= (1e-3 if dtype == torch.float32 else 0.15)
-
-
-def test_a_step_leaves_what_the_one_before_drew(prompts):
-    """It is copied home meanwhile, where few rows were drawn."""
-    e, *_ = run(make(torch.bfloat16), prompts, max_seqs=24, speculation="ngram", draft_tokens=3)
-    graphs = e.runner._graphs.items()
-    assert {turn for *_, turn in e.runner._graphs} == {0, 1, 2}
-    with torch.inference_mode():
-        for (*_, turn), (_, drawn) in graphs:
-            for (size, width, num_logprobs, other), (graph, _) in graphs:
-                if turn and other != turn:
-                    drawn.token_ids.fill_(77)
-                    drawn.logprobs.fill_(7.5)
-                    e.runner._laid_out(size, width, num_logprobs)  # of no sequences
-                    graph.replay()
-                    assert (drawn.token_ids == 77).all()
-                    assert (drawn.logprobs == 7.5).all()
 
 
 @pytest.mark.parametrize("max_seqs", [1, 3, 8])
@@ -85,7 +68,7 @@ def test_captured_steps_verify_drafts(max_seqs):
     prompts = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5 + [5], [8], [9] * 12]
     model = make(torch.float32)
     e, ids, _ = run(model, prompts, max_seqs=max_seqs, speculation="ngram")
-    assert any(width == 8 for _, width, *_ in e.runner._graphs)
+    assert any(width == 8 for _, width, _ in e.runner._graphs)
     assert sum(e.stats.accepted) > 0
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40

@@ -50,12 +50,20 @@ def decode(variant, lengths, page, Hkv, group, D, Q, dtype, device, E=None, **op
     compare(o, lse, list(q), dense, **options)
 
 
+def expected(qs, dense, **options):
+    """Of each sequence its keys, and what the formula gives in fp64, in its dtype and in fp32."""
+    dtype = qs[0].dtype
+    plain = (formula(qs, dense, d, **options) for d in (F64, dtype, torch.promote_types(dtype, F32)))
+    return list(zip([k for k, _ in dense], *plain, strict=True))
+
+
 def compare(o, lse, qs, dense, **options):
     """o: (Q, H, E) and lse: (H, Q) of each sequence."""
-    dtype = qs[0].dtype
-    wide = torch.promote_types(dtype, F32)
-    plain = (formula(qs, dense, d, **options) for d in (F64, dtype, wide))
-    for (k, _), got, got_lse, want, torchs, again in zip(dense, o, lse, *plain, strict=True):
+    hold(o, lse, expected(qs, dense, **options))
+
+
+def hold(o, lse, all_expected):
+    for got, got_lse, (k, want, torchs, again) in zip(o, lse, all_expected, strict=True):
         assert_close_to_ref(got, want[0], torchs[0], scale=4.0 * max(1, k.shape[0]) ** -0.5)  # as in attentions.check
         seen = want[1].isfinite()
         assert torch.equal(got_lse.isfinite(), seen)
@@ -145,12 +153,12 @@ def test_sequences_cut_anywhere(variant, device, D, Q, options):
     q = torch.randn(len(LENGTHS), Q, 8, D, device=device).to(DTYPES[-1])
     if reason := registry.why_not("paged_attention", variant, q, k, v, table, lens, *scaled(options)):
         pytest.skip(reason)
-    everyone = range(len(LENGTHS))
+    everyone, wanted = range(len(LENGTHS)), expected(list(q), dense, **options, sinks=sinks)
     for rows in ([[b] for b in everyone], [everyone], [[b for b in everyone for _ in range(31 if CUDA else 2)]]):
         for chosen in map(list, rows):
             args, say = (q[chosen], k, v, table[chosen], lens[chosen]), options | {"sinks": sinks, "return_lse": True}
             o, lse = ops.paged_attention(*args, **say, invariant=False)
-            compare(o, lse, list(q[chosen]), [dense[b] for b in chosen], **options, sinks=sinks)
+            hold(o, lse, [wanted[b] for b in chosen])
             again = ops.paged_attention(*args, **say, invariant=False, settled=True)
             assert torch.equal(o, again[0])
             assert torch.equal(lse, again[1])
