@@ -30,8 +30,8 @@ def _library():
 
 # With 512 threads a block, 128 registers are all there is. The float32 backward of LayerNorm keeps two sums a
 # feature, that of rows of more than 65536 has 32 features a thread: some of their layouts put a few on the stack.
-# Sampling is held to the registers of several blocks a multiprocessor. It was timed as it is, not beside a form that
-# keeps off the stack.
+# Sampling and int8 and int4 of few rows with zero points are held to the registers of several blocks a
+# multiprocessor. They were timed as they are, not beside a form that keeps off the stack.
 SPILLS = {  # kernel: bytes of stack that it may have
     r"norm_bwd_kernelIf\w+Lb1E": 16,
     r"norm_bwd_kernelIfLi8ELi1E\w+Lb0E": 16,
@@ -41,6 +41,7 @@ SPILLS = {  # kernel: bytes of stack that it may have
     r"13sample_kernelI(13__nv_bfloat16|6__half)S\d_E": 96,
     r"13sample_kernelI(13__nv_bfloat16|6__half)fE": 16,
     r"13sample_kernelIffE": 48,
+    r"linear_few_rows_kernelI\w+WeightFormatE[12]ELi1ELb1E": 24,
 }
 
 

@@ -5,9 +5,9 @@
 A run is `cs336 train --config recipes/books/NAME.toml` under a budget of seconds, in a process of its own. First all
 recipes at all rates, beside each other, for --sweep seconds each; then each recipe at its best rate for --seconds, as
 many at once as there are GPUs or, with --beside, all at once. Runs are dealt out to the GPUs in turn, and those of one
-share it. Time is all time: compilation and validations too. --out is written after each run. --seconds 0 ends after the
-sweep. --rates best=3e-3 gpt2=6e-4 are used instead of the sweep's; several of a recipe are swept. TOKENS/train and
-TOKENS/val are made by `cs336 tokenizer encode --shards`, here of GPT-2's vocabulary.
+share it. Time is all time: compilation and validations too. OUT.partial.json is written after each run, and --out at
+the end. --seconds 0 ends after the sweep. --rates best=3e-3 gpt2=6e-4 are used instead of the sweep's; several of a
+recipe are swept. TOKENS/train and TOKENS/val are made by `cs336 tokenizer encode --shards`, here of GPT-2's vocabulary.
 """
 
 import argparse
@@ -182,18 +182,25 @@ def main(argv: list[str]) -> int:
         header["gpus"] = gpus
 
     def keep(rows: list[Row]) -> None:
-        if options.out:
-            results.write(options.out, "recipes", header, rows)
+        if options.out:  # beside a whole table that may be there, until this one is whole
+            results.write(partial(options.out), "recipes", header, rows)
 
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.directory or pathlib.Path(temporary)
         try:
             recipes = {name: recipe(name, options.data, **settings) for name in rates}
             how = {"sweep": options.sweep, "seconds": options.seconds, "beside": options.beside, "gpus": gpus}
-            compare(recipes, rates, directory, **how, pool=separate, keep=keep)
+            rows = compare(recipes, rates, directory, **how, pool=separate, keep=keep)
         except (ValueError, OSError) as error:
             raise SystemExit(f"bench_recipes: {error}") from None
+    if options.out:
+        results.write(options.out, "recipes", header, rows)
+        partial(options.out).unlink()
     return 0
+
+
+def partial(out: pathlib.Path) -> pathlib.Path:
+    return out.with_suffix(".partial.json")
 
 
 def command(options: argparse.Namespace) -> str:

@@ -69,7 +69,8 @@ def plain_update(
     The learner's own weights are freed: the plain twin trains in its place.
     """
     settings, device = ours.config.optimizer, ours.device
-    model = PlainTransformer(ours.config.model).to(device)
+    with device:  # on a CPU its first weights, which are not used, take a second for each 100M
+        model = PlainTransformer(ours.config.model)
     model.copy_weights(ours.model)
     ours.model.to("meta")
     ours.optimizer.param_groups.clear()

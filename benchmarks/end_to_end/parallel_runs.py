@@ -145,7 +145,12 @@ def plan(size: str, device: torch.device) -> Iterator[Row]:
     first: float | None = None
     for variant, table in LAYOUTS.items():
         parallel = ParallelConfig(**{key: N if value == "N" else value for key, value in table.items()})
-        learner = Learner(_config(name, rows * N, passes, device, parallel))
+        try:
+            learner = Learner(_config(name, rows * N, passes, device, parallel))
+        except ValueError as error:  # a model's heads may not divide by N
+            if dist.get_rank() == 0:
+                print(f"{variant} is left out: {error}", flush=True)
+            continue
         place, parts = learner.division.row_place
         batch = (ids.chunk(parts)[place], targets.chunk(parts)[place])
         losses = [learner.update(batch, 1e-3)["loss"].item() for _ in range(3)]

@@ -57,7 +57,7 @@ class StageRun:
         self.config, self.stage, self.display = config, stage, display or Display()
         self.run = RunDir(config.run_dir, config.keep_checkpoints)
         check_installed(config.loggers)
-        _check_same_config(self.run, config)
+        _check_same_config(self.run, config, stage.verb)
         self.evaluation = Pause("evaluate", config.eval_interval, EVALUATIONS)
         self.decisions = Decisions(config, tokens_per_step=1, flops_per_step=1, pauses=[self.evaluation])
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
@@ -132,7 +132,7 @@ class StageRun:
             self._evaluate()
         # A decision of the plan is saved before it is acted on: a run that is killed must not decide otherwise. Without
         # checkpoints it begins anew.
-        planned &= self.config.checkpoint_interval != 0
+        planned &= decisions.saves
         if planned or stop or decisions.due(decisions.save, self.step):
             self._save()
 
@@ -217,7 +217,7 @@ class StageRun:
         device = policy.device
         on_cpu = f"CPU, {torch.get_num_threads()} threads"
         facts = {
-            "stage": type(self.stage).__name__.removesuffix("Stage").lower(),
+            "stage": self.stage.verb,
             "device": on_cpu if device.type == "cpu" else torch.cuda.get_device_name(device),
             "parameters": policy.model.config.num_parameters(),
             "learned_parameters": sum(p.numel() for p in self.stage.module.parameters() if p.requires_grad),
@@ -258,11 +258,13 @@ class StageRun:
         return StageResult(finished, self.step, self.seconds, self.metrics, export)
 
 
-def _check_same_config(run: RunDir, config: StageConfig) -> None:
+def _check_same_config(run: RunDir, config: StageConfig, verb: str) -> None:
     """Raises ValueError where the run that is there cannot go on as this one."""
     path = run.path / "config.toml"
     if run.newest() is None or not path.exists():
         return
+    if (other := run.verb) not in (verb, None):
+        raise ValueError(f"{run.path} holds a run of `cs336 {other}`: use another run_dir")
     saved = configs.load(type(config), path)
     if changed := differences(saved, config, FREE):
         raise ValueError(

@@ -92,6 +92,7 @@ FREE |= {"keep_checkpoints", "gradient_checkpointing", "loggers", "init_from", "
 class Stage(Protocol):
     """What a run repeats: a class a verb. Its steps follow from its parameters, its state and their number alone."""
 
+    verb: str
     policy: "Policy"
     module: nn.Module
     """What learns and is saved."""

@@ -1,5 +1,7 @@
 """`cs336 evaluate`: a model on text, and on tasks."""
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from tyro.conf import DisallowNone, Positional, arg
@@ -67,7 +69,8 @@ def evaluate(arguments: list[str]) -> Run:
             check_output(place)
         else:
             _refuse_without_tasks(
-                shots=shots, limit=limit, temperature=temperature, chat=chat, judge=judge, contamination=contamination,
+                run, shots=shots, limit=limit, samples=samples, temperature=temperature, new_tokens=new_tokens,
+                chat=chat, seed=seed, judge=judge, judge_model=judge_model, contamination=contamination,
                 algebra=algebra, weak_sandbox=weak_sandbox, output=output,
             )  # fmt: skip
         if text or not tasks:
@@ -97,9 +100,10 @@ def evaluate(arguments: list[str]) -> Run:
     return run
 
 
-def _refuse_without_tasks(**options: Any) -> None:
+def _refuse_without_tasks(run: Callable[..., None], **options: Any) -> None:
     """Raises ValueError for those that are given and would change nothing."""
-    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(run).parameters.items()}
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value != defaults[name]]:
         raise ValueError(f"{', '.join(given)}: of tasks alone: name --tasks, or leave it out")
 
 

@@ -31,7 +31,7 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, co
             read while they still run: not the last one, whatever made it, nor those that it may overlap itself.
 
     Returns y (..., N) like x, summed in float32. Without gradients: where one is wanted torch's own function runs. The
-    native kernel gives a row the same bits whatever the others are, and up to 8 rows however many.
+    native kernel gives a row the same bits whatever the others are.
     Raises ValueError for arguments that do not fit.
     """
     if x.dim() == 0:
@@ -82,8 +82,6 @@ def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
     for name, t in (("x", x), ("weight", weight)):
         if not _is_aligned(t):
             return f"the native kernel takes rows of {name} that start at multiples of 16 bytes, not {_where(t)}"
-    if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
-        return f"the native kernel takes rows of weight that do not overlap, not {_where(weight)}"
     return None
 
 

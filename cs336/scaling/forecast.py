@@ -41,6 +41,10 @@ class Forecast:
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not self.confidence < 1:
+            raise ValueError(f"confidence must be below 1, got {self.confidence}")
+        if not self.low <= self.loss <= self.high:
+            raise ValueError(f"expected low <= loss <= high, got {self.low}, {self.loss} and {self.high}")
 
     @property
     def error(self) -> float | None:
@@ -98,7 +102,7 @@ def forecast(
     counted = whole if isinstance(fit, ComputeFit) else None
     new = Forecast(name, parameters, tokens, loss, low, high, confidence, _now(), flops=counted)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with in_turn(log.parent):
+    with in_turn(log):
         made = read(log)
         if any(name == other.name for other in made):
             raise ValueError(f"{log} has a forecast of {name!r}: a forecast is not changed; name another")
@@ -112,7 +116,7 @@ def grade(log: pathlib.Path, name: str, measured: float) -> Forecast:
         raise ValueError(f"a measured loss must be positive and finite, got {measured}")
     if not log.parent.is_dir():
         raise ValueError(f"{log} has no forecast of {name!r}: there are none")
-    with in_turn(log.parent):
+    with in_turn(log):
         made = read(log)
         places = [i for i, other in enumerate(made) if other.name == name]
         if not places:

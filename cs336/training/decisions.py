@@ -81,7 +81,7 @@ class Decisions:
         self.plan = Plan(budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
         self.save = Pause("checkpoint", config.checkpoint_interval, CHECKPOINTS)
         self.pauses = [*pauses, self.save]
-        self._saved_bytes = saved_bytes
+        self._last_save = saved_bytes / SAVED_PER_SECOND  # seconds of one in the foreground, as the last one is
 
     @property
     def saves(self) -> bool:
@@ -103,18 +103,19 @@ class Decisions:
 
     def observe(self, step: int, seconds: float) -> bool:
         """Take note of the time; whether the number of steps changed."""
-        reserve, saving = sum(p.seconds or 0.0 for p in self.pauses), self.save.seconds or 0.0
-        if self.save.seconds is None:
-            reserve += self._saved_bytes / SAVED_PER_SECOND
-        return self.plan.observe(step, agreed(seconds), reserve, saving if self.saves else 0.0)
+        reserve = self._last_save + sum(p.seconds or 0.0 for p in self.pauses if p is not self.save)
+        return self.plan.observe(step, agreed(seconds), reserve, self._last_save if self.saves else 0.0)
 
     def due(self, pause: Pause, step: int) -> bool:
         every = pause.every(self.plan)
         return self.finished(step) or (every > 0 and step % every == 0)
 
-    def took(self, pause: Pause, seconds: float) -> None:
+    def took(self, pause: Pause, seconds: float, background: bool = False) -> None:
+        """background: most of it is still being done."""
         pause.seconds = agreed(seconds)
         pause.total += pause.seconds
+        if pause is self.save and not background:
+            self._last_save = pause.seconds
 
     def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
         """Of the steps and all that is scheduled between them."""

@@ -49,7 +49,7 @@ from cs336.parallel.parts import Parts, gather_whole, groups_of
 from cs336.parallel.pieces import Cut
 from cs336.parallel.pipeline import layers_of
 from cs336.training.config import AdamWConfig, TrainConfig
-from cs336.training.objectives import Batch, NextToken
+from cs336.training.objectives import Batch, NextToken, for_model
 
 MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
 ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
@@ -95,7 +95,7 @@ class Division:
                 own=groups_of(self.trained, self.optimizer),
             )
         self._alike = self._copies(cuts)
-        self.objective = config.objective.of(config.model)
+        self.objective = for_model(config.objective, config.model)
         if self.sizes["pipeline"] > 1:
             self.called = _Piped(self.called, self._group("pipeline"), config)
             self.objective = dataclasses.replace(config.objective, fused_head=True)  # it is with the last stage

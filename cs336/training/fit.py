@@ -10,6 +10,7 @@ from cs336.models import Transformer
 from cs336.models.memory import Memory, training_memory
 from cs336.models.recompute import Recompute
 from cs336.parallel.planner import Layout, Work, rank_memory
+from cs336.training.objectives import for_model
 
 if TYPE_CHECKING:
     from cs336.training.config import TrainConfig
@@ -49,7 +50,7 @@ def predicted_memory(
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
         accumulated=ranks > 1 or micro_batch_size < config.batch_size,
-        fused_head=bool(config.objective.of(config.model).fused_head),
+        fused_head=bool(getattr(for_model(config.objective, config.model), "fused_head", False)),
     )
     split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
     parts = {name: -(-getattr(whole, name) // ranks) for name in split}

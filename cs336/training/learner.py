@@ -207,7 +207,7 @@ class Learner:
         with self.autocast(), self.division.alone(), self.division.whole(everywhere=True) as model:
             called = self.division.called if model is self.model else model
             for part in micro_batches(batch, self.micro_batch_size):
-                found = first_non_finite(model, lambda part=part: self.config.objective(called, part)[0])  # type: ignore[misc]
+                found = first_non_finite(model, lambda part=part: self.division.objective(called, part)[0])  # type: ignore[misc]
                 if found:
                     return found
         return None

@@ -29,6 +29,11 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> Terms: ...
 
 
+def for_model(objective: Objective, config: TransformerConfig) -> Objective:
+    """The objective of a run with such a model: NextToken says fused_head, others are as they are."""
+    return objective.of(config) if isinstance(objective, NextToken) else objective
+
+
 @dataclass(frozen=True)
 class NextToken:
     """Cross-entropy of each next token, in nats. The batch is (token_ids_BS, targets_BS), both int64.

@@ -87,19 +87,30 @@ class RunDir:
     def saved_config(self) -> TrainConfig | None:
         """Of the run that is there, if it has a checkpoint to continue from.
 
-        Raises ValueError for a run of another format.
+        Raises ValueError for a run of another format, or of another verb.
         """
         path = self.path / "config.toml"
         if (found := self.facts().get("format", FORMAT)) != FORMAT:
             raise ValueError(f"{self.path} holds a run of format {found}, expected {FORMAT}: use another run_dir")
-        return TrainConfig.from_toml(path) if path.exists() and self.newest() else None
+        if not path.exists() or not self.newest():
+            return None
+        if self.verb not in ("train", None):
+            raise ValueError(f"{self.path} holds a run of `cs336 {self.verb}`: use another run_dir")
+        return TrainConfig.from_toml(path)
+
+    @property
+    def verb(self) -> str | None:
+        """Of the run that is there; None where run.json does not say."""
+        facts = self.facts()
+        return str(facts.get("stage") or "train") if facts else None
 
     def facts(self) -> dict[str, Any]:
         """run.json; empty where it is not there or torn."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         with replacing(self.path / "run.json") as file:

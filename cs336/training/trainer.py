@@ -286,8 +286,9 @@ class Trainer:
         if bad.step in self._repeated:
             self._fail(bad, "its modules were finite one by one, and it was not when it was made again")
         self._repeated.add(bad.step)
-        plan, unplanned = self.decisions.plan.state_dict(), self.rate.unplanned
+        plan, unplanned, spent = self.decisions.plan.state_dict(), self.rate.unplanned, self.seconds
         self._restore()
+        self._seconds_before = spent  # of a time budget, the steps that are lost too
         self.decisions.plan.load_state_dict(plan)  # also where no checkpoint has it
         self.rate.unplanned = unplanned
         self._suspect = bad
@@ -336,7 +337,7 @@ class Trainer:
             division = self.learner.division
             state = division.trained, division.optimizer, self.step, extra
             self._newest = self.run.save(*state, background=background, parts=division.parts)
-        self.decisions.took(self.decisions.save, taken[0])
+        self.decisions.took(self.decisions.save, taken[0], background)
 
     def _restore(self) -> None:
         """Become what the seed, init_from or branch_from give, or what the newest whole checkpoint holds."""

@@ -23,14 +23,11 @@ def locked(directory: str | os.PathLike, name: str = ".lock", *, advice: str = "
 
 
 @contextlib.contextmanager
-def in_turn(directory: str | os.PathLike) -> Iterator[None]:
-    """One process at a time, each waiting for the last: for moments, such as to read a file and write it again."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def in_turn(path: pathlib.Path) -> Iterator[None]:
+    """One process at a time at a file, each waiting for the last: for moments, such as to read and rewrite it."""
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_locked(directory: str | os.PathLike, name: str = ".lock") -> bool:

@@ -132,16 +132,7 @@ __device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64
       : "memory");
 }
 
-// The same of a map of two dimensions.
-__device__ __forceinline__ void copy_in(const CUtensorMap* map, void* to, uint64_t* barrier, int c0, int c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
-      : "memory");
-}
-
-// The same as the first, into each block of the cluster whose bit is set in `blocks`: to the same place in its shared memory, the
+// The same, into each block of the cluster whose bit is set in `blocks`: to the same place in its shared memory, the
 // bytes counted on its barrier at the same place.
 __device__ __forceinline__ void copy_in_to(uint16_t blocks, const CUtensorMap* map, void* to, uint64_t* barrier, int c0,
                                            int c1, int c2, int c3, int c4) {

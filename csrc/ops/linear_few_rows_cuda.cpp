@@ -48,7 +48,6 @@ void check_product(const Tensor& x, const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(1) * per_byte == x.size(1), "weight must be (N, ",
                   x.size(1) / per_byte, ") in this op's dtype");
   STD_TORCH_CHECK(weight.size(0) < INT32_MAX / 2, "weight must have fewer than 2^30 rows");
-  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), "rows of weight must not overlap");
   check_device(weight, "weight", x);
   check_aligned(x, "x");
   check_aligned(weight, "weight");

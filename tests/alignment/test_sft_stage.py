@@ -17,6 +17,7 @@ from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.models import Transformer
+from cs336.training.run_dir import RunDir
 from cs336.utils import config as configs
 
 END = tokenizer().special_tokens["<|endoftext|>"]
@@ -142,6 +143,15 @@ def test_a_run_goes_on_as_itself_alone(tmp_path, model):
         run(config(tmp_path, model, data={"train": tmp_path / "other.jsonl"}))
     with pytest.raises(ValueError, match="another init_from"):
         run(config(tmp_path, save_model(tmp_path / "second", seed=1)))
+    facts = tmp_path / "run" / "run.json"
+    with pytest.raises(ValueError, match="holds a run of `cs336 sft`: use another run_dir"):
+        RunDir(tmp_path / "run", 1).saved_config()
+    facts.write_text(facts.read_text().replace('"stage": "sft"', '"stage": "dpo"'))
+    with pytest.raises(ValueError, match="holds a run of `cs336 dpo`: use another run_dir"):
+        run(config(tmp_path, model, budget="4steps"))
+    for torn in ("[1]", "{", ""):
+        facts.write_text(torn)
+        assert run(config(tmp_path, model, budget="3steps")).step == 3
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,5 @@ def test_what_is_refused(exported, tmp_path, capsys):
     assert "short.txt holds 3 tokens; one window" in capsys.readouterr().err
     assert main(["evaluate", str(exported), "--text", str(tmp_path / "p.jsonl"), "--output", "r.json", "--chat"]) == 2
     assert "cs336: --chat, --output: of tasks alone: name --tasks, or leave it out" in capsys.readouterr().err
+    assert main(["evaluate", str(exported), "--samples", "4", "--limit", "0"]) == 2
+    assert "cs336: --limit, --samples: of tasks alone" in capsys.readouterr().err

@@ -92,7 +92,6 @@ def test_what_the_native_kernel_does_not_take_is_said():
         ((x[:, 1:33], w[:, :32]), "rows of x .* from element 1 on"),
         ((x[:, :32].contiguous(), w[:, 4:36]), "rows of weight .* from element 4 on"),
         ((x[:, :32].as_strided((2, 32), (44, 1)), w[:, :32].contiguous()), r"strides \(44, 1\)"),
-        ((x, w[:1].expand(8, 40)), r"rows of weight that do not overlap, not \(8, 40\)"),
     ):
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(refuses(*args, None))
@@ -133,7 +132,7 @@ def test_the_same_bits_each_time_and_whatever_the_other_rows(variant, device, M)
     assert torch.equal(ops.linear_few_rows(others, w, b)[0], y[0])
     turned = torch.arange(M, device=device).roll(1)
     assert torch.equal(ops.linear_few_rows(x[turned], w, b), y[turned])
-    if variant == "native" and M <= 16:  # the blocks of a cluster share the features of more
+    if variant == "native":
         assert torch.equal(ops.linear_few_rows(x[:1], w, b, constant=True)[0], y[0])
 
 

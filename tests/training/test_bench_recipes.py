@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future
 import pytest
 import tiny_run
 
-from benchmarks import report, training_tables
+from benchmarks import report, results, training_tables
 from benchmarks.end_to_end import bench_recipes
 from cs336.models import TransformerConfig
 from cs336.optim import MuonConfig
@@ -131,6 +131,16 @@ def test_runs_in_processes_of_their_own(tmp_path, recipes):
         entries = [(n, dataclasses.replace(c, device="cpu", run_dir=tmp_path / n)) for n, c in entries]
         rows = [run.result() for run in [pool.submit(bench_recipes.learn, *e, 1, i) for i, e in enumerate(entries)]]
     assert [row["steps"] for row in rows] == [2, 2]
+
+
+def test_rows_are_put_in_place_when_all_are_there(tmp_path, recipes, monkeypatch):
+    monkeypatch.setattr(bench_recipes, "separate", here)
+    monkeypatch.setattr(bench_recipes, "recipe", lambda name, data, **settings: recipes[name])
+    out = tmp_path / "out.json"
+    arguments = ["--data", str(tmp_path), "--seconds", "0.4", "--rates", "best=1e-2", "gpt2=1e-2", "--out", str(out)]
+    assert bench_recipes.main(arguments) == 0
+    assert [row["recipe"] for row in results.read(out)["recipes"]["rows"]] == ["best", "gpt2"]
+    assert not bench_recipes.partial(out).exists()
 
 
 def test_bad_arguments(tmp_path, monkeypatch, capsys):

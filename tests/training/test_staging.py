@@ -42,6 +42,26 @@ def test_copies_are_equal_and_apart(device):
     staging.free()
 
 
+def test_memory_that_cannot_be_pinned_serves_and_leaves_no_error(monkeypatch):
+    class Cudart:
+        def cudaHostRegister(self, pointer, size, flags):
+            return 2
+
+    cleared = []
+
+    def zeros(*size, device):
+        cleared.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    staging = Staging()
+    staging._have(64, torch.device("cuda"))
+    assert cleared == [torch.device("cuda")]
+    assert staging._memory.numel() == 64
+    staging.free()  # and takes no pin back
+
+
 def test_the_memory_is_kept_until_it_is_freed_and_grows():
     staging = Staging()
     first = staging.copies({"model": {"a": torch.zeros(100)}})["model"]["a"]

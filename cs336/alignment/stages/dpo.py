@@ -71,6 +71,8 @@ class DPOConfig(StageConfig):
 class DPOStage:
     """See cs336.alignment.stage.Stage. Raises ValueError for preferences that cannot be learned: see encode_pairs."""
 
+    verb = "dpo"
+
     def __init__(self, config: DPOConfig):
         self.config, self.policy = config, Policy(config)
         self.policy.model.eval()  # as the reference: without dropout

@@ -69,6 +69,8 @@ class GRPOStageConfig(AnsweringConfig):
 class GRPOStage:
     """See cs336.alignment.stage.Stage. Raises ValueError for prompts that are none, or leave no room for an answer."""
 
+    verb = "grpo"
+
     def __init__(self, config: GRPOStageConfig):
         self.config, self.policy = config, Policy(config)
         self.policy.model.eval()

@@ -37,6 +37,8 @@ class PPOStage:
     Raises ValueError for prompts that are none, or leave no room for an answer.
     """
 
+    verb = "ppo"
+
     def __init__(self, config: PPOStageConfig):
         self.config, self.policy = config, Policy(config)
         model = self.policy.model.eval()

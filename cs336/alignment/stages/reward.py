@@ -61,7 +61,7 @@ def reward_stage(config: RewardConfig) -> "RewardStage":
 class RewardStage:
     """See cs336.alignment.stage.Stage. Raises ValueError for preferences that cannot be learned: see encode_pairs."""
 
-    items = "pairs"
+    verb, items = "reward", "pairs"
 
     def __init__(self, config: RewardConfig):
         self.config, self.policy = config, Policy(config)

@@ -58,6 +58,8 @@ class SFTConfig(StageConfig):
 class SFTStage:
     """See cs336.alignment.stage.Stage. Raises ValueError for examples that cannot be learned: see read_examples."""
 
+    verb = "sft"
+
     def __init__(self, config: SFTConfig):
         self.config, self.policy = config, Policy(config)
         self.policy.model.train()

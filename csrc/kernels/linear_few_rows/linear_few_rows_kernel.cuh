@@ -1,22 +1,16 @@
-// y = x w^T + b for up to 64 rows of x, which a block keeps in shared memory, or of more than 16 rows the blocks of a
-// cluster, each some of the features. The copy engine streams sixteen rows of
-// weights for each warp, 128 bytes of each at a time, through a ring of the warp's own, which multiplies them as they
+// y = x w^T + b for up to 16 rows of x, which a block keeps in shared memory. Each warp streams rows of weights, eight
+// or sixteen of them, some 64-byte chunks of each at a time, through a ring of its own, and multiplies them as they
 // come:
 //
 //   y^T (16 rows of weights, 8 rows of x) += w (16, 16) x^T (16, 8)                     m16n8k16, fp32 sums
 //
-// A product does not care in which order it meets the features, so that a lane multiplies 16 bytes of each chunk of 64,
-// and x lies in shared memory as the lanes want it: in an order of its own within a chunk.
+// A product does not care in which order it meets the features, so that a lane multiplies the 16 bytes of each chunk
+// that it has copied itself, and x lies in shared memory as the lanes want it: in an order of its own within a chunk.
 // `split` warps of a block are a team that shares the steps of a tile; their sums are added up in shared memory in one
-// order, and those of a cluster's blocks with them.
-//
-// Of weights that are not like x, both are multiplied as halves, which takes the fewest instructions a weight: each
-// chunk of x is kept times the power of two that makes it as large as halves may be, which its sums are divided by.
-// What is added to all weights of a chunk, their zero and what their bits stand for, is taken from its sum at once,
-// times the sum of the chunk's x.
+// order. What is added to all weights of a chunk, their zero and what their bits stand for, is taken from its sum at
+// once, times the sum of the chunk's x.
 #pragma once
 #include "common/async.cuh"
-#include "common/hopper.cuh"
 #include "common/mma.cuh"
 #include "common/vec.cuh"
 #include "kernels/linear_few_rows/linear_few_rows.h"
@@ -29,311 +23,264 @@ using cuda::LinearFewRowsParams;
 
 constexpr int kThreads = kWarps * 32;
 
-template <WeightFormat kFormat>
+// How a warp is shaped for up to 8 * kEights rows of x.
+template <WeightFormat kFormat, int kEights>
+struct Shape {
+  static constexpr int kTiles = kFormat == WeightFormat::kLikeX ? 1 : 2;  // of 8 rows of weights: one product of both
+  static constexpr int kRows = kTiles * kTileRows;                        // of weights
+  static constexpr int kChunks = kStepBytes / (kRows * kChunkBytes);      // of each row in a step
+  static constexpr int kVectors = kStepBytes / 16;                        // of a step
+  static constexpr int kPartial = kEights * 8 * kRows;                    // floats: what a warp hands to its team
+};
+
+template <typename T, WeightFormat kFormat>
 constexpr int bytes_of_row(int K) {
-  return static_cast<int>(static_cast<int64_t>(K) * Weights<kFormat>::kBytes / cuda::kFeatures);
+  return static_cast<int>(static_cast<int64_t>(K) * Weights<T, kFormat>::kBytes / cuda::kFeatures);
 }
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// What a block of the cluster has in its shared memory where this one has `mine`.
-__device__ __forceinline__ float of_block(const float* mine, int block) {
-  float x;
-  asm volatile(
-      "{.reg .b32 theirs;\n"
-      "mapa.shared::cluster.u32 theirs, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [theirs];}"
-      : "=f"(x)
-      : "r"(hopper::shared_address(mine)), "r"(block)
-      : "memory");
-  return x;
-}
-
-// Of a row, in a step.
-template <WeightFormat kFormat>
-constexpr int features_of_step() {
-  return kChunks * Weights<kFormat>::kPieces * cuda::kFeatures;
-}
-
-struct alignas(16) ChunkOfX {
-  float factor;     // of its sums
-  float base, sum;  // what the bits of weights add to them for it, and what a zero of 1 does
-};
-
-// A step of a warp.
-struct Step {
-  int tile, at;  // at: of the row's steps
-
-  __device__ __forceinline__ Step next(const Plan& plan, int member) const {
-    return is_last_of_tile(plan) ? Step{tile + plan.teams, member} : Step{tile, at + plan.split};
+// The steps of a warp, one after the other.
+struct Walk {
+  int tile, step;
+  int member, split, teams, steps;
+  __device__ __forceinline__ bool next() {  // whether that is one of the next tile
+    step += split;
+    if (step < steps) return false;
+    step = member;
+    tile += teams;
+    return true;
   }
-  __device__ __forceinline__ bool is_last_of_tile(const Plan& plan) const { return at + plan.split >= plan.steps; }
+  __device__ __forceinline__ bool is_last_of_tile() const { return step + split >= steps; }
 };
 
-// Up to 8 * kEights rows of x. kZeros: the weights have some.
+// kZeros: the weights have some.
 template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 class Warp {
-  using W = Weights<kFormat>;
+  using S = Shape<kFormat, kEights>;
+  using W = Weights<T, kFormat>;
   static constexpr bool kScaled = kFormat != WeightFormat::kLikeX;
-  static constexpr bool kShifted = kScaled && kFormat != WeightFormat::kFp8;
-  using X = std::conditional_t<kScaled, __half, T>;  // what is multiplied
-  static constexpr bool kCluster = kEights > 2;
-  static_assert(kTileRows * kChunks == 32, "a lane has the scale of a row's chunk");
+  static constexpr bool kShifted = kZeros || W::kOffset != 0;
+  static_assert(S::kRows * S::kChunks == 32, "a lane has the scale of a row's chunk");
 
  public:
-  // shared: the rings of all warps and their barriers, what they hand to their teams, x and its sums.
-  __device__ Warp(const LinearFewRowsParams& p, const CUtensorMap& weight, const Plan& plan, uint4* shared)
+  // shared: the rings of all warps, what they hand to their teams, x.
+  __device__ Warp(const LinearFewRowsParams& p, const Plan& plan, uint4* shared)
       : p_(p),
-        weight_(weight),
         plan_(plan),
-        warp_(hopper::uniform(threadIdx.x / 32)),
         lane_(threadIdx.x % 32),
         g_(lane_ / 4),
         t_(lane_ % 4),
-        row_(g_ / 2 + g_ % 2 * 4),
-        member_(warp_ % plan.split),
-        team_(warp_ / plan.split),
-        ring_(shared + warp_ * plan.stages * kVectors),
-        full_(reinterpret_cast<uint64_t*>(shared + kWarps * plan.stages * kVectors) + warp_ * plan.stages),
-        partials_(reinterpret_cast<float*>(shared + kWarps * plan.stages * kVectors + kWarps * plan.stages / 2)),
-        x_(reinterpret_cast<uint4*>(partials_ + kWarps * kHanded * p.M * kTileRows)),
-        x_chunks_(reinterpret_cast<ChunkOfX*>(x_ + rows_kept(p.M, plan.parts) * x_vectors(plan.features))),
-        part_(kCluster ? blockIdx.x % plan.parts : 0) {}
+        member_(threadIdx.x / 32 % plan.split),
+        team_(threadIdx.x / 32 / plan.split),
+        bytes_(bytes_of_row<T, kFormat>(p.K)),
+        ring_(shared + threadIdx.x / 32 * kStages * S::kVectors),
+        partials_(reinterpret_cast<float*>(shared + kRingBytes / 16) + team_ * plan.split * S::kPartial),
+        x_(shared + kRingBytes / 16 + kWarps * S::kPartial / 4),
+        x_sums_(reinterpret_cast<float*>(x_ + p.M * x_vectors(p.K))),
+        groups_((p.K + p.group - 1) / p.group),
+        per_group_(((1 << kDivide) - 1) / ((p.group + kFeaturesOfChunk - 1) / kFeaturesOfChunk) + 1) {}
 
   __device__ void run() {
+    const int tiles = (p_.N + S::kRows - 1) / S::kRows;
+    const Walk start{.tile = team_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x),
+                     .step = member_,
+                     .member = member_,
+                     .split = plan_.split,
+                     .teams = plan_.teams(),
+                     .steps = (bytes_ + S::kChunks * kChunkBytes - 1) / (S::kChunks * kChunkBytes)};
     allow_successor();
-    prepare_ring();
     if (!p_.constant) wait_for_predecessor();
-    Step here{first_tile(), member_}, ahead = here;
+    Source ahead(start, p_, g_, t_);
+    int stage = 0;
 #pragma unroll 1
-    for (int stage = 0; stage < plan_.stages; stage++, ahead = ahead.next(plan_, member_)) copy(ahead, stage);
-    [[maybe_unused]] Grid grid;
-    if constexpr (kScaled) grid = load_grid(here);
+    for (; stage < kStages - 1; stage++, ahead.next()) copy(ahead, stage);
+    [[maybe_unused]] Grid grid, next_grid;
+    if constexpr (kScaled) next_grid = load_grid(start);
     wait_for_predecessor();
     keep_x();
     clear(sums_);
-    int stage = 0, phase = 0, round = 0;
-    while (here.tile * kTileRows < p_.N) {
-      const Step next = here.next(plan_, member_);
-      [[maybe_unused]] float scale;
-      [[maybe_unused]] int zero;
-      if constexpr (kScaled) {
-        scale = grid.scale.value(p_.scale_dtype), zero = grid.zero;
-        grid = load_grid(next);
-      }
-      hopper::barrier_wait(full_ + stage, phase);
-      multiply(here, stage, scale, zero);
-      __syncwarp();  // all lanes have read the stage
+    for (Walk here = start; here.tile < tiles;) {
       copy(ahead, stage);
-      ahead = ahead.next(plan_, member_);
-      if (++stage == plan_.stages) stage = 0, phase ^= 1;
-      if (here.is_last_of_tile(plan_)) {
-        if constexpr (kCluster)
-          join_cluster(round, true);
-        else
-          join(here.tile, round % kHanded);
+      ahead.next();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      Walk next = here;
+      next.next();
+      if constexpr (kScaled) {
+        grid = next_grid;
+        next_grid = load_grid(next);
+      }
+      wait_copies<kStages - 1>();
+      multiply(here, stage, grid);
+      if (here.is_last_of_tile()) {
+        join(here.tile);
         clear(sums_);
-        round++;
       }
       here = next;
-    }
-    if constexpr (kCluster) {
-      for (; round < plan_.rounds; round++) join_cluster(round, false);
-      cluster_wait();  // others may have read this block's sums
     }
   }
 
  private:
-  static constexpr int kHanded = handed_tiles(kEights * 8);
+  static constexpr int kFeaturesOfChunk = W::kPieces * cuda::kFeatures;
+  static constexpr int kDivide = 20;  // bits: chunks of a row and chunks of a group, multiplied, stay below
 
-  // Of a cluster's teams neighbours have tiles side by side; of blocks each has its share.
-  __device__ __forceinline__ int first_tile() const {
-    const int block = blockIdx.x, blocks = gridDim.x;
-    return kCluster ? block / plan_.parts * (kWarps / plan_.split) + team_ : team_ * blocks + block;
-  }
+  using Sums = float[kEights][4];  // row g of tile i and rows 2 t, 2 t + 1 of x: at 2 i and behind it
 
-  // Row row_ of half i of the tile and rows 2 t, 2 t + 1 of x: at 2 i and behind it.
-  static constexpr int kAtOnce = kEights < 4 ? kEights : 4;
-  using Sums = float[kEights][4];
-  using Part = float[kAtOnce][4];
+  struct Source {  // of a warp's copies: where a lane's first 16 bytes of a step are
+    Walk at;
+    const char* from;
+    int64_t below, to_next_step, to_next_tile;
+
+    __device__ __forceinline__ Source(const Walk& start, const LinearFewRowsParams& p, int g, int t)
+        : at(start), below(kTileRows * p.weight_stride), to_next_step(start.split * S::kChunks * kChunkBytes) {
+      const int64_t n = static_cast<int64_t>(at.tile) * S::kRows + g;
+      from = static_cast<const char*>(p.weight) + n * p.weight_stride + at.step * S::kChunks * kChunkBytes + t * 16;
+      const int before_last = (at.steps - 1 - at.member) / at.split;
+      to_next_tile = static_cast<int64_t>(at.teams) * S::kRows * p.weight_stride - before_last * to_next_step;
+    }
+
+    __device__ __forceinline__ void next() { from += at.next() ? to_next_tile : to_next_step; }
+  };
 
   struct Grid {  // of one chunk of one row of a step: lane row * kChunks + chunk has it
     Scale scale;
     int zero;
   };
 
-  template <int N>
-  __device__ __forceinline__ static void clear(float (&sums)[N][4]) {
+  __device__ __forceinline__ static void clear(Sums& sums) {
 #pragma unroll
-    for (int h = 0; h < N; h++)
+    for (int h = 0; h < kEights; h++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sums[h][c] = 0.f;
   }
 
-  __device__ __forceinline__ void prepare_ring() const {
-    if (hopper::elect_one()) {
-      hopper::prefetch_map(&weight_);
-#pragma unroll 1
-      for (int stage = 0; stage < plan_.stages; stage++) hopper::barrier_init(full_ + stage, 1);
-      hopper::barrier_init_fence();
+  // 16 bytes of each of this lane's chunks.
+  __device__ __forceinline__ void copy(const Source& source, int stage) const {
+    const Walk& at = source.at;
+#pragma unroll
+    for (int i = 0; i < S::kTiles; i++) {
+      const int n = at.tile * S::kRows + i * kTileRows + g_, byte = at.step * S::kChunks * kChunkBytes + t_ * 16;
+      const char* from = source.from + (i ? source.below : 0);
+      uint4* to = ring_ + stage * S::kVectors + i * S::kChunks * 32 + lane_;
+#pragma unroll
+      for (int c = 0; c < S::kChunks; c++)
+        copy_async(to + c * 32, from + c * kChunkBytes, n < p_.N && byte + c * kChunkBytes < bytes_);
     }
-    __syncwarp();
+    commit_copies();
   }
 
-  // A step's weights to a stage of the ring: zeros behind the last row and the last feature.
-  __device__ __forceinline__ void copy(const Step& step, int stage) const {
-    const int row = step.tile * kTileRows;
-    if (row >= p_.N || !hopper::elect_one()) return;
-    hopper::barrier_arrive_expect(full_ + stage, kStepBytes);
-    hopper::copy_in(&weight_, ring_ + stage * kVectors, full_ + stage, (part_ * plan_.steps + step.at) * kStepWidth,
-                    row);
-  }
-
-  // x to shared memory, zeros behind its last feature. The loads of a vector of some rows are under way before one is
-  // waited for.
+  // x to shared memory, zeros behind its last feature. All of a thread's loads are under way before it waits for one.
   __device__ __forceinline__ void keep_x() const {
-    constexpr int kLoads = 4, kOfChunk = 4 * W::kPieces;    // vectors of a chunk: neighbouring lanes have them
-    const int vectors = x_vectors(plan_.features) - kXPad;  // a multiple of 32: a warp has all lanes here, or none
-#pragma unroll 1
-    for (int at = threadIdx.x; at < vectors; at += kThreads) {
-      const int in_chunk = at % kOfChunk;
-      const int k = part_ * plan_.features + (at - in_chunk + in_chunk % 4 * W::kPieces + in_chunk / 4) * 8;
-#pragma unroll 1
-      for (int first = 0; first < p_.M; first += kLoads) {
-        uint4 x[kLoads];
+    constexpr int kAtOnce = 4, kOfChunk = 4 * W::kPieces;
+    const int row = x_vectors(p_.K), vectors = p_.M * row;
+    for (int first = threadIdx.x; first < vectors; first += kAtOnce * kThreads) {
+      uint4 x[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kLoads; i++)
-          x[i] = first + i < p_.M && k < p_.K ? load<T>(p_.x, (first + i) * p_.x_stride + k) : uint4{0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < kLoads; i++) {
-          const int m = first + i;
-          if (m >= p_.M) break;
-          if constexpr (kScaled) {
-            ChunkOfX chunk;
-            x[i] = as_halves<kOfChunk>(x[i], chunk);
-            if (lane_ % kOfChunk == 0) x_chunks_[m * x_chunks(plan_.features) + at / kOfChunk] = chunk;
-          }
-          x_[m * x_vectors(plan_.features) + at] = x[i];
-        }
+      for (int i = 0; i < kAtOnce; i++) {
+        const int v = first + i * kThreads, m = v / row, at = v - m * row, in_chunk = at % kOfChunk;
+        const int k = (at - in_chunk + in_chunk % 4 * W::kPieces + in_chunk / 4) * 8;
+        x[i] = v < vectors && k < p_.K ? load<T>(p_.x, m * p_.x_stride + k) : uint4{0, 0, 0, 0};
       }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (first + i * kThreads < vectors) x_[first + i * kThreads] = W::in_order(x[i]);
+    }
+    __syncthreads();
+    if constexpr (kShifted) sum_x();
+  }
+
+  // The sum of each chunk of x, by four lanes.
+  __device__ __forceinline__ void sum_x() const {
+    const int chunks = x_vectors(p_.K) / (4 * W::kPieces), all = p_.M * chunks;  // zeros behind the last feature
+    for (int first = threadIdx.x / 32 * 8; first < all; first += kThreads / 4) {
+      const int at = min(first + g_, all - 1), m = at / chunks, c = at - m * chunks;
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < W::kPieces; j++) sum += sum_of(x_[m * x_vectors(p_.K) + (c * W::kPieces + j) * 4 + t_]);
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (t_ == 0) x_sums_[m * x_sums(p_.K) + c] = sum;
     }
     __syncthreads();
   }
 
-  // Eight features of x as they are kept, and their chunk, whose other features the other lanes of kLanes have.
-  template <int kLanes>
-  __device__ __forceinline__ static uint4 as_halves(const uint4& vector, ChunkOfX& chunk) {
-    float x[8], largest = 0.f;
-    unpack<T>(vector, x);
+  __device__ __forceinline__ static float sum_of(uint4 vector) {
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+    float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
-#pragma unroll
-    for (int lanes = 1; lanes < kLanes; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-    const uint32_t exponent = max(__float_as_uint(largest) >> 23, 15u);       // biased by 127
-    const float factor = __uint_as_float((127 + 127 + 14 - exponent) << 23);  // largest * factor is from 2^14 on
-    chunk.factor = __uint_as_float((exponent - 14) << 23);
-    uint32_t kept[4];
-    float of_kept = 0.f, of_x = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      constexpr auto feature = [](int i, int which) { return W::pair(i, which); };
-      const float share = W::share(feature(i, 0));  // of both
-      const __half2 pair = __floats2half2_rn(x[feature(i, 0)] * (factor * share), x[feature(i, 1)] * (factor * share));
-      kept[i] = reinterpret_cast<const uint32_t&>(pair);
-      if constexpr (kShifted) {
-        const float sum = __low2float(pair) + __high2float(pair);
-        of_kept += sum;
-        of_x += sum / share;
-      }
-    }
-    if constexpr (kShifted) {
-#pragma unroll
-      for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-        of_kept += __shfl_xor_sync(~0u, of_kept, lanes);
-        of_x += __shfl_xor_sync(~0u, of_x, lanes);
-      }
-      chunk.base = W::kBase * of_kept + W::kAdd * of_x;
-      chunk.sum = of_x;
-    }
-    return {kept[0], kept[1], kept[2], kept[3]};
+    for (int i = 0; i < 4; i++) sum += sum_of_pair<T>(words[i]);
+    return sum;
   }
 
-  __device__ __forceinline__ void multiply(const Step& step, int stage, [[maybe_unused]] float scale,
-                                           [[maybe_unused]] int zero) {
-    const int first = step.at * kChunks * W::kPieces * 4 + t_, vectors = x_vectors(plan_.features);
-    const uint4* here = ring_ + stage * kVectors;
-#pragma unroll kCluster ? 1 : kChunks
-    for (int c = 0; c < kChunks; c++) {
-      uint4 bits[2];  // the engine has put vector v of row r where v ^ r % 8 would be
+  __device__ __forceinline__ void multiply(const Walk& at, int stage, [[maybe_unused]] const Grid& grid) {
+    // What lanes of rows that are not there multiply is not looked at.
+    const int first = at.step * S::kChunks * W::kPieces * 4 + t_, vectors = x_vectors(p_.K);
+    const uint4* x_row[kEights];
 #pragma unroll
-      for (int i = 0; i < 2; i++) bits[i] = here[(i * 8 + row_) * 8 + ((c * 4 + t_) ^ row_)];
+    for (int h = 0; h < kEights; h++) x_row[h] = x_ + min(8 * h + g_, p_.M - 1) * vectors + first;
+    [[maybe_unused]] float scale;
+    if constexpr (kScaled) scale = grid.scale.value(p_.scale_dtype);
 #pragma unroll
-      for (int h0 = 0; h0 < kEights; h0 += kAtOnce) {  // which takes the weights apart anew: registers are short
-        if (h0 > 0) hide(bits);
-        [[maybe_unused]] Part part;
-        if constexpr (kScaled) clear(part);
-#pragma unroll kEights == 8 ? (kZeros ? 1 : 2) : W::kPieces
-        for (int j = 0; j < W::kPieces; j++) {
-          uint32_t w[2][4];
+    for (int c = 0; c < S::kChunks; c++) {
+      [[maybe_unused]] Sums part;
+      if constexpr (kShifted)
+        shift(part, at.step * S::kChunks + c, grid.zero, c);
+      else if constexpr (kScaled)
+        clear(part);
+      uint4 bits[S::kTiles];
 #pragma unroll
-          for (int i = 0; i < 2; i++) W::take(w[i], bits[i], j);
+      for (int i = 0; i < S::kTiles; i++) bits[i] = ring_[stage * S::kVectors + (i * S::kChunks + c) * 32 + lane_];
 #pragma unroll
-          for (int h = 0; h < kAtOnce; h++) {
-            const uint4 x = x_[row_of_x(h0 + h, g_) * vectors + first + (c * W::kPieces + j) * 4];
-            float (&to)[4] = kScaled ? part[h] : sums_[h0 + h];
-            multiply_add<X>(to, {w[0][0], w[1][0], w[0][1], w[1][1]}, x.x, x.y);
-            multiply_add<X>(to, {w[0][2], w[1][2], w[0][3], w[1][3]}, x.z, x.w);
-          }
+      for (int j = 0; j < W::kPieces; j++) {
+        uint32_t w[2][4] = {};  // without a second tile zeros
+#pragma unroll
+        for (int i = 0; i < S::kTiles; i++) W::take(w[i], bits[i], j);
+#pragma unroll
+        for (int h = 0; h < kEights; h++) {
+          const uint4 x = x_row[h][(c * W::kPieces + j) * 4];
+          float (&to)[4] = kScaled ? part[h] : sums_[h];
+          multiply_add<T>(to, {w[0][0], w[1][0], w[0][1], w[1][1]}, x.x, x.y);
+          multiply_add<T>(to, {w[0][2], w[1][2], w[0][3], w[1][3]}, x.z, x.w);
         }
-        if constexpr (kScaled) {
-          float of_row[2], zeros[2] = {};
+      }
+      if constexpr (kScaled) {
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            of_row[i] = __shfl_sync(~0u, scale, lane_of(i, row_, c));
-            if constexpr (kZeros) zeros[i] = static_cast<float>(__shfl_sync(~0u, zero, lane_of(i, row_, c)));
-          }
+        for (int i = 0; i < S::kTiles; i++) {
+          const float of_row = __shfl_sync(~0u, scale, lane_of(i, g_, c));
 #pragma unroll
-          for (int h = 0; h < kAtOnce; h++)
+          for (int h = 0; h < kEights; h++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int row = row_of_x(h0 + h, 2 * t_ + e);
-              const ChunkOfX x = x_chunks_[row * x_chunks(plan_.features) + step.at * kChunks + c];
-#pragma unroll
-              for (int i = 0; i < 2; i++) {
-                float of_chunk = part[h][2 * i + e];  // less what each of its weights is too large by, times its x
-                if constexpr (kShifted) of_chunk -= kZeros ? x.base + zeros[i] * x.sum : x.base;
-                sums_[h0 + h][2 * i + e] += of_chunk * (of_row[i] * x.factor);
-              }
-            }
+            for (int e = 2 * i; e < 2 * i + 2; e++) sums_[h][e] += part[h][e] * of_row;
         }
       }
     }
   }
 
-  // A row of x in shared memory. What is multiplied with those that are not there is not looked at: a cluster has room
-  // for them.
-  __device__ __forceinline__ int row_of_x(int h, int row) const {
-    return kCluster ? 8 * h + row : min(8 * h + row, p_.M - 1);
-  }
-
-  // From the compiler, which would else keep what it has made of them.
-  __device__ __forceinline__ static void hide(uint4 (&bits)[2]) {
+  // What a chunk's products are added to: less what each of its weights is too large by, times the sum of its x.
+  __device__ __forceinline__ void shift(Sums& part, int chunk, int zero, int c) const {
+    const float* sums = x_sums_ + chunk;
+    float too_large[S::kTiles];
 #pragma unroll
-    for (int i = 0; i < 2; i++) asm volatile("" : "+r"(bits[i].x), "+r"(bits[i].y), "+r"(bits[i].z), "+r"(bits[i].w));
+    for (int i = 0; i < S::kTiles; i++)
+      too_large[i] = -static_cast<float>(W::kOffset + (kZeros ? __shfl_sync(~0u, zero, lane_of(i, g_, c)) : 0));
+#pragma unroll
+    for (int h = 0; h < kEights; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float sum = sums[min(8 * h + 2 * t_ + e, p_.M - 1) * x_sums(p_.K)];
+#pragma unroll
+        for (int i = 0; i < S::kTiles; i++) part[h][2 * i + e] = too_large[i] * sum;
+      }
   }
 
-  // Which has the grid of chunk c of row `row` of half i of the tile.
-  __device__ __forceinline__ static int lane_of(int i, int row, int c) { return (i * 8 + row) * kChunks + c; }
+  // Which has the grid of chunk c of row `row` of tile i.
+  __device__ __forceinline__ static int lane_of(int i, int row, int c) {
+    return (i * kTileRows + row) * S::kChunks + c;
+  }
 
   // Of this lane's row and chunk: one load, which nothing waits for before the next step.
-  __device__ __forceinline__ Grid load_grid(const Step& step) const {
-    const int n = min(step.tile * kTileRows + lane_ / kChunks, p_.N - 1);
-    const int chunk = (part_ * plan_.steps + step.at) * kChunks + lane_ % kChunks;
-    const int of_row = chunk * plan_.per_group >> kDivide;
-    const uint32_t group = static_cast<uint32_t>(n) * plan_.groups + min(of_row, plan_.groups - 1);
+  __device__ __forceinline__ Grid load_grid(const Walk& at) const {
+    const int n = min(at.tile * S::kRows + lane_ / S::kChunks, p_.N - 1);
+    const int of_row = (at.step * S::kChunks + lane_ % S::kChunks) * per_group_ >> kDivide;
+    const uint32_t group = static_cast<uint32_t>(n) * groups_ + min(of_row, groups_ - 1);
     return {.scale = load_scale(p_.scales, group, p_.scale_dtype), .zero = kZeros ? p_.zeros[group] : 0};
   }
 
@@ -344,84 +291,45 @@ class Warp {
       asm volatile("bar.sync %0, %1;" ::"r"(team_), "r"(plan_.split * 32) : "memory");
   }
 
-  // Adds up the team's sums of a tile and writes them. `handed`: where they meet, elsewhere than those of the tile
-  // before where there is room, so that none waits for it to be read.
-  __device__ __forceinline__ void join(int tile, int handed) const {
-    const int of_warp = p_.M * kTileRows;
-    float* ours = partials_ + (handed * kWarps + team_ * plan_.split) * of_warp;
-    if constexpr (kHanded == 1) sync_team();
+  // Adds up the team's sums of a tile and writes them.
+  __device__ __forceinline__ void join(int tile) const {
+    sync_team();  // all have read the tile before
+    float* mine = partials_ + member_ * S::kPartial;
 #pragma unroll
     for (int h = 0; h < kEights; h++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int m = 8 * h + 2 * t_ + e % 2;
-        if (m < p_.M) ours[member_ * of_warp + m * kTileRows + e / 2 * 8 + row_] = sums_[h][e];
-      }
+      for (int e = 0; e < 2 * S::kTiles; e++)
+        mine[(8 * h + 2 * t_ + e % 2) * S::kRows + e / 2 * kTileRows + g_] = sums_[h][e];
     sync_team();
-    for (int e = member_ * 32 + lane_; e < of_warp; e += plan_.split * 32) {
-      const int n = tile * kTileRows + e % kTileRows;
+    for (int e = member_ * 32 + lane_; e < p_.M * S::kRows; e += plan_.split * 32) {
+      const int n = tile * S::kRows + e % S::kRows;
       if (n >= p_.N) continue;
       float sum = 0.f;
-      for (int s = 0; s < plan_.split; s++) sum += ours[s * of_warp + e];
+      for (int s = 0; s < plan_.split; s++) sum += partials_[s * S::kPartial + e];
       if (p_.bias) sum += to_float(static_cast<const T*>(p_.bias)[n]);
-      static_cast<T*>(p_.y)[static_cast<int64_t>(e / kTileRows) * p_.N + n] = from_float<T>(sum);
+      static_cast<T*>(p_.y)[static_cast<int64_t>(e / S::kRows) * p_.N + n] = from_float<T>(sum);
     }
     __syncwarp();  // products want a whole warp
   }
 
-  // The same of a cluster: its blocks add up and write some of the sums of all its tiles each. All its warps are here
-  // once a round; those without a tile have no sums.
-  __device__ void join_cluster(int round, bool has_tile) const {
-    const int of_warp = p_.M * kTileRows, teams = kWarps / plan_.split, columns = teams * kTileRows;
-    if (round > 0) cluster_wait();  // all have read the round before
-    if (has_tile) {
-#pragma unroll
-      for (int h = 0; h < kEights; h++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int m = 8 * h + 2 * t_ + e % 2;
-          if (m < p_.M) partials_[warp_ * of_warp + m * kTileRows + e / 2 * 8 + row_] = sums_[h][e];
-        }
-    }
-    cluster_arrive();
-    cluster_wait();
-    const int64_t first = static_cast<int64_t>(round * plan_.teams + blockIdx.x / plan_.parts * teams) * kTileRows;
-    for (int i = part_ * kThreads + threadIdx.x; i < p_.M * columns; i += plan_.parts * kThreads) {
-      const int m = i / columns, column = i % columns, team = column / kTileRows;
-      const int64_t n = first + column;
-      if (n >= p_.N) continue;
-      const float* of_team = partials_ + team * plan_.split * of_warp + m * kTileRows + column % kTileRows;
-      float sum = 0.f;
-      for (int part = 0; part < plan_.parts; part++)
-        for (int s = 0; s < plan_.split; s++) sum += of_block(of_team + s * of_warp, part);
-      if (p_.bias) sum += to_float(static_cast<const T*>(p_.bias)[n]);
-      static_cast<T*>(p_.y)[m * static_cast<int64_t>(p_.N) + n] = from_float<T>(sum);
-    }
-    __syncwarp();
-    cluster_arrive();
-  }
-
   const LinearFewRowsParams& p_;
-  const CUtensorMap& weight_;
   const Plan& plan_;
-  const int warp_, lane_, g_, t_;  // of a tile of 8 x 4 lanes, row and column
-  const int row_;                  // of weights that lanes of row g multiply: neighbours are in different banks
-  const int member_, team_;
+  const int lane_, g_, t_;           // of a tile of 8 x 4 lanes, row and column
+  const int member_, team_, bytes_;  // of a row of weights
   uint4* const ring_;
-  uint64_t* const full_;  // of each stage of the ring
   float* const partials_;
-  uint4* const x_;            // (M, x_vectors(features))
-  ChunkOfX* const x_chunks_;  // (M, x_chunks(features)), where weights are not like x
-  const int part_;            // of the features
+  uint4* const x_;       // (M, x_vectors(K))
+  float* const x_sums_;  // (M, x_sums(K)), where weights are shifted
+  const int groups_;     // of a row
+  const int per_group_;  // one by the chunks of a group, in 2^-kDivide, rounded up
   Sums sums_;
 };
 
 template <typename T, WeightFormat kFormat, int kEights, bool kZeros>
 __global__ void __launch_bounds__(kThreads, kEights == 1 ? 2 : 1)
-    linear_few_rows_kernel(const __grid_constant__ LinearFewRowsParams p, const __grid_constant__ CUtensorMap weight,
-                           const __grid_constant__ Plan plan) {
-  extern __shared__ __align__(1024) uint4 shared[];
-  Warp<T, kFormat, kEights, kZeros>(p, weight, plan, shared).run();
+    linear_few_rows_kernel(const LinearFewRowsParams p, const Plan plan) {
+  extern __shared__ uint4 shared[];
+  Warp<T, kFormat, kEights, kZeros>(p, plan, shared).run();
 }
 
 }  // namespace cs336::few_rows

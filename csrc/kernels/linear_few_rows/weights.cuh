@@ -1,10 +1,11 @@
 // Weights as a linear layer of few rows meets them: eight features of a row, from however few bits, as four pairs of
-// halves, whose ten bits of mantissa take a whole number as it is. All conversions are exact.
+// x's dtype, T. All conversions are exact: whole numbers up to 256 and floats of eight bits are bfloat16s and halves.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/vec.cuh"
 #include "kernels/linear_few_rows/linear_few_rows.h"
@@ -13,7 +14,10 @@ namespace cs336::few_rows {
 
 using cuda::WeightFormat;
 
-// One 16-bit pattern twice.
+template <typename T>
+inline constexpr bool kHalf = std::is_same_v<T, __half>;
+
+// One 16-bit pattern, or number, twice.
 __device__ __forceinline__ constexpr uint32_t twice(uint32_t bits) { return bits | bits << 16; }
 
 // (a & mask) | bits, in one instruction.
@@ -23,72 +27,121 @@ __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t b
   return result;
 }
 
+template <typename T>
+__device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
+  if constexpr (kHalf<T>) {
+    const __half2 d = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  } else {
+    const auto d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
+  if constexpr (kHalf<T>) {
+    const __half2 d = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  } else {
+    const auto d = __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float sum_of_pair(uint32_t pair) {
+  if constexpr (kHalf<T>) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
+    return both.x + both.y;
+  } else {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+  }
+}
+
 // kBytes: of a piece, 32 features of a row; kPieces: in a chunk of 64 bytes. `take` gives eight features, the j-th of
-// the 16 bytes that a lane has of a chunk, in the order that `pair` says: which two it gives i-th. A weight q is given
-// as q / share + kBase + kAdd / share, its feature of x is kept times share(feature), and so x_kept * given is x q +
-// kBase x_kept + kAdd x.
-template <WeightFormat kFormat>
+// the 16 bytes that a lane has of a chunk, each with kOffset added, and `in_order` those of x in the same order.
+template <typename T, WeightFormat kFormat>
 struct Weights;
 
-// Of two or four bytes in the order in which they lie.
-struct InOrder {
-  static constexpr int pair(int i, int which) { return 2 * i + which; }
-  static constexpr float share(int) { return 1.f; }
-};
+template <typename T>
+struct Weights<T, WeightFormat::kLikeX> {
+  static constexpr int kBytes = 64, kPieces = 1, kOffset = 0;
 
-template <>
-struct Weights<WeightFormat::kLikeX> : InOrder {
-  static constexpr int kBytes = 64, kPieces = 1;
+  __device__ __forceinline__ static uint4 in_order(const uint4& x) { return x; }
 
   __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int) {
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
 };
 
-template <>
-struct Weights<WeightFormat::kInt8> : InOrder {
-  static constexpr int kBytes = 32, kPieces = 2;
-  static constexpr float kBase = 1152, kAdd = 0;  // 1024 + 128
+// Two formats of a byte, which differ in what a pair of bytes becomes.
+template <typename T, typename Convert>
+struct Bytes {
+  static constexpr int kBytes = 32, kPieces = 2, kOffset = 0;
+
+  __device__ __forceinline__ static uint4 in_order(const uint4& x) { return x; }
 
   __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int j) {
-    const uint32_t words[2] = {j ? v.z : v.x, j ? v.w : v.y};
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // bytes below one that says 1024, where the last bit counts 1
-      w[i] = __byte_perm(words[i / 2] ^ 0x80808080u, 0x64646464u, i % 2 ? 0x4342 : 0x4140);
+    const uint32_t first = j ? v.z : v.x, second = j ? v.w : v.y;
+    w[0] = Convert::template pair<0>(first), w[1] = Convert::template pair<1>(first);
+    w[2] = Convert::template pair<0>(second), w[3] = Convert::template pair<1>(second);
   }
 };
 
-template <>
-struct Weights<WeightFormat::kInt4> {
-  static constexpr int kBytes = 16, kPieces = 4;
-  static constexpr float kBase = 1024, kAdd = 8;
+template <typename T>
+struct FromInt8 {
+  // A float's last bits count in ones where its exponent says 2^7 (bfloat16) or 2^10 (half).
+  template <int kPair>
+  __device__ __forceinline__ static uint32_t pair(uint32_t word) {
+    constexpr uint32_t kSelect = kPair ? 0x4342 : 0x4140;  // bytes 2 and 3, or 0 and 1, each below one of the others
+    if constexpr (kHalf<T>) {
+      const uint32_t bits = __byte_perm(word ^ 0x80808080u, 0x64646464u, kSelect);  // 1024 + 128 + q
+      return minus<T>(bits, twice(0x6480));
+    } else {
+      const uint32_t bits = __byte_perm(word, 0, kSelect);
+      const uint32_t low = masked(bits, twice(0x7f), twice(0x4300));   // 128 + the lower seven bits
+      const uint32_t sign = masked(bits, twice(0x80), twice(0x4300));  // 128, or 256 where the sign is set
+      return minus<T>(low, sign);
+    }
+  }
+};
 
-  // A word gives features 0 and 4, 1 and 5, 2 and 6, 3 and 7; odd ones four bits further up, as 1024 + 16 (q + 8).
-  static constexpr int pair(int i, int which) { return i + 4 * which; }
-  static constexpr float share(int feature) { return feature % 2 ? 0.0625f : 1.f; }
+template <typename T>
+struct FromFp8 {
+  // sign, 4 bits of exponent and 3 of mantissa, moved to where T has them: too small by a power of two.
+  template <int kPair>
+  __device__ __forceinline__ static uint32_t pair(uint32_t word) {
+    const uint32_t bits = __byte_perm(word, 0, kPair ? 0x3424 : 0x1404);  // bytes at the top of each half
+    const uint32_t magnitude = (bits & twice(0x7f00)) >> (kHalf<T> ? 1 : 4);
+    return times<T>((bits & twice(0x8000)) | magnitude, twice(kHalf<T> ? 0x5c00 : 0x7b80));  // 2^8, 2^120
+  }
+};
+
+template <typename T>
+struct Weights<T, WeightFormat::kInt8> : Bytes<T, FromInt8<T>> {};
+
+template <typename T>
+struct Weights<T, WeightFormat::kFp8> : Bytes<T, FromFp8<T>> {};
+
+template <typename T>
+struct Weights<T, WeightFormat::kInt4> {
+  static constexpr int kBytes = 16, kPieces = 4;
+  static constexpr int kOffset = kHalf<T> ? 0 : 136;  // 128 + 8: left to the sums of x, which float32 holds well enough
+
+  // Features 0 and 4, 1 and 5, 2 and 6, 3 and 7: as a word gives them.
+  __device__ __forceinline__ static uint4 in_order(const uint4& x) {
+    return {__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
+            __byte_perm(x.y, x.w, 0x7632)};
+  }
 
   __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int j) {
     const uint32_t word = j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
 #pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = masked(i < 2 ? word : word >> 8, twice(i % 2 ? 0xf0 : 0xf), twice(0x6400));
-  }
-};
-
-template <>
-struct Weights<WeightFormat::kFp8> : InOrder {
-  static constexpr int kBytes = 32, kPieces = 2;
-  static constexpr float kBase = 0, kAdd = 0;
-
-  __device__ __forceinline__ static void take(uint32_t (&w)[4], const uint4& v, int j) {
-    const uint32_t words[2] = {j ? v.z : v.x, j ? v.w : v.y};
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = halves(words[i / 2] >> i % 2 * 16);
-  }
-
-  __device__ __forceinline__ static uint32_t halves(uint32_t two) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(two)));
-    return pair;
+    for (int i = 0; i < 4; i++) {
+      w[i] = masked(word >> 4 * i, twice(0xf), twice(kHalf<T> ? 0x6400 : 0x4300));  // 1024 or 128, + 8 + q
+      if constexpr (kHalf<T>) w[i] = minus<T>(w[i], twice(0x6408));
+    }
   }
 };
 
