@@ -34,7 +34,7 @@ from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
 
 # One in so many slots becomes free before those that wait are given them, where steps are CUDA graphs. 3,000 questions
-# on 512 slots take 1,011 steps of which 78 read prompts, for 988 of which 696 do.
+# on 512 slots take 1,011 steps of which 78 read prompts, for 988 of which 696 do (counted: docs/log.md).
 TOGETHER = 16
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or training diverged"
 
@@ -272,7 +272,8 @@ class Engine:
         self.runner = self._runner(
             model, self._state(model, rollback), step_tokens, drafts=rollback, invariant=config.invariant
         )
-        together = max(1, config.max_seqs // TOGETHER) if self.runner.captures else 1
+        captures = self.runner.captures and not self.speculates  # steps that verify drafts of many are none
+        together = max(1, config.max_seqs // TOGETHER) if captures else 1
         self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens, together=together)
         self.drafter: Drafter | None = None
         if draft is not None:

@@ -37,9 +37,6 @@ from cs336.utils import nvtx
 WARM_UP = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 257, 1024)
 WARM_UP_PARAMS = SamplingParams(temperature=0)
 MOST_VERIFYING = 8  # sequences of a captured step that verifies: with more, drafts cost a good part of a step each
-# Rows: of a captured step of so few there are two graphs, which take turns. What one drew is copied home while the next
-# runs, which would wait for it else: 9 us of 1 ms, one row of Llama-3.2-1B.
-TWO_GRAPHS = 8
 SCORED_ROWS = 256  # of logits at once, for the log-probabilities of a prompt: 256 x 151,936 float32 are 156 MB
 
 
@@ -99,8 +96,9 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: main.wait_stream(side)
 
 
-def takes_turns(size: int, width: int) -> bool:
-    return size <= TWO_GRAPHS and width == 1
+def waits_for_experts(model: Transformer) -> bool:
+    """Whether the host reads the loads of experts in each step."""
+    return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
 
 
 def _capturable(model: Transformer) -> bool:
@@ -163,9 +161,7 @@ class Runner:
         """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
         if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
-        self._graphs: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
-        self._turn = 0
-        self._homeward = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @property
     def captures(self) -> bool:
@@ -178,8 +174,7 @@ class Runner:
         steps that verify drafts. Returns how many."""
         wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
         for size, width in wanted:
-            for turn in range(1 + takes_turns(size, width)):
-                self._captured(size, width, 0, turn)
+            self._captured(size, width, 0)
         return len(wanted)
 
     def warm_up(self, page_size: int) -> int:
@@ -214,10 +209,8 @@ class Runner:
         width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
         fits = not controlled and (width > 1 or not step.chunks)
         captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
-        aside = captured is not None and takes_turns(captured, width)
         if captured:
-            self._turn ^= aside
-            graph, drawn = self._captured(captured, width, num_logprobs, self._turn if aside else 0)
+            graph, drawn = self._captured(captured, width, num_logprobs)
         self._staging.begin()
         rows = self._put_rows(sequences, captured)
         kept = self._put_drafts(step, captured) if captured and width > 1 else None
@@ -238,8 +231,7 @@ class Runner:
             slots = torch.tensor([s.slot for s in drawn_from], device=self.device)
             self.controls.drawn(slots, drawn.token_ids)
         drawn = ops.Sampled(*(x[: len(drawn_from)] for x in drawn))
-        stream = self._homeward if aside else None
-        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores, stream)
+        return self._bring_home([s for s, _ in sampled], [drafts for _, drafts in sampled], drawn, scores)
 
     # ---- what the host tells ----
 
@@ -464,11 +456,9 @@ class Runner:
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(
-        self, size: int, width: int, num_logprobs: int, turn: int
-    ) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
         """The graph of a step of `size` rows of `width` tokens."""
-        if found := self._graphs.get((size, width, num_logprobs, turn)):
+        if found := self._graphs.get((size, width, num_logprobs)):
             return found
         run = self._laid_out(size, width, num_logprobs)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
@@ -482,7 +472,7 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 drawn = run()
-        self._graphs[size, width, num_logprobs, turn] = graph, drawn
+        self._graphs[size, width, num_logprobs] = graph, drawn
         return graph, drawn
 
     def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
@@ -499,14 +489,8 @@ class Runner:
     # ---- what comes back ----
 
     def _bring_home(
-        self,
-        sequences: list[Sequence],
-        drafts: list[Rows[int]],
-        drawn: ops.Sampled,
-        scores: list[Scores],
-        stream: torch.cuda.Stream | None,
+        self, sequences: list[Sequence], drafts: list[Rows[int]], drawn: ops.Sampled, scores: list[Scores]
     ) -> Launched:
-        """stream: for the copies of what stays as it is until this step has been waited for."""
         if self.device.type == "cpu":
             return Launched(sequences, drafts, drawn, scores, None)
 
@@ -515,10 +499,7 @@ class Runner:
             pairs = zip(hosts, found, strict=True)
             return ops.Sampled(*(host.copy_(x, non_blocking=True) if x.numel() else host for host, x in pairs))
 
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # None: the current one
-            home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
-            done = torch.cuda.Event()
-            done.record()
+        home, scored = copy(drawn), [Scores(s.places, copy(s.drawn)) for s in scores]
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
         return Launched(sequences, drafts, home, scored, done)

@@ -116,7 +116,7 @@ class Scheduler:
 
     def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int, together: int = 1):
         self.cache, self.max_step_tokens, self.together = cache, max_step_tokens, together
-        self._kept = 0  # steps since a slot was free that was wanted
+        self._kept = 0  # steps with a slot free that was wanted
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -142,6 +142,7 @@ class Scheduler:
             if sequence.pending or not self._admit(sequence, copies):
                 break
             self.waiting.popleft()
+            self._kept = 0
             budget -= self._chunk(sequence, budget, chunks)
         chunks.sort(key=lambda chunk: chunk.start == 0)
         return Step(decodes, chunks, copies) if decodes or chunks else None
@@ -149,8 +150,7 @@ class Scheduler:
     def _admits(self, reads: bool) -> bool:
         """Whether those that wait are looked at: at once where all fit, or where the step reads prompts anyway."""
         free = len(self._slots)
-        if reads or free >= min(self.together, len(self.waiting)) or self._kept >= self.together:
-            self._kept = 0
+        if reads or free >= min(self.together, len(self.waiting)) or not self.running or self._kept >= self.together:
             return True
         self._kept += free > 0
         return False

@@ -57,7 +57,7 @@ def logprobs(model, prompt, ids):
 def test_equals_full_forward(prompts, dtype, graphs, options):
     model = make(dtype)
     e, ids, _ = run(model, prompts, cuda_graphs=graphs, **options)
-    assert {turn for size, *_, turn in e.runner._graphs if size <= 4} == ({0, 1} if graphs else set())
+    assert bool(e.runner._graphs) == graphs
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= (1e-3 if dtype == torch.float32 else 0.15)
@@ -68,7 +68,7 @@ def test_captured_steps_verify_drafts(max_seqs):
     prompts = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5 + [5], [8], [9] * 12]
     model = make(torch.float32)
     e, ids, _ = run(model, prompts, max_seqs=max_seqs, speculation="ngram")
-    assert any(width == 8 for _, width, *_ in e.runner._graphs)
+    assert any(width == 8 for _, width, _ in e.runner._graphs)
     assert sum(e.stats.accepted) > 0
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40

@@ -9,8 +9,10 @@ from cs336.inference.scheduler import Scheduler, Sequence
 PROMPT = list(range(5))
 
 
-def scheduler(max_seqs, together):
-    return Scheduler(PageCache(1000, 4), max_seqs=max_seqs, max_step_tokens=200, together=together)
+def scheduler(max_seqs, together, num_pages=1000):
+    return Scheduler(
+        PageCache(num_pages, 4, remembering=False), max_seqs=max_seqs, max_step_tokens=200, together=together
+    )
 
 
 def add(s, limits):
@@ -94,3 +96,22 @@ def test_a_step_that_reads_anyway_takes_those_that_wait():
     assert advance(s) == (1, 7)
     add(s, [50, 50])  # for the one slot that has become free
     assert advance(s) == (2, 6)
+
+
+def test_once_a_slot_has_been_kept_each_step_looks_for_pages():
+    s = scheduler(8, 4, num_pages=30)
+    first = add(s, [2, *[50] * 7])  # of two pages each
+    advance(s)
+    s.add(Sequence(list(range(20)), 50, SamplingParams()))  # five pages, beside one for each that runs
+    add(s, [50] * 4)
+    assert [advance(s)[0] for _ in range(8)] == [0] * 8
+    s.finish(first[1])
+    s.finish(first[2])
+    assert advance(s)[0] > 0
+
+
+def test_more_together_than_there_are_slots():
+    s = scheduler(2, 9)
+    add(s, [3] * 12)
+    assert advance(s) == (2, 0)
+    assert sum(read for read, _ in run(s)) == 10

@@ -105,13 +105,12 @@ def widths(monkeypatch):
     """Steps are laid out as those that are captured on a GPU; of which tokens a row."""
     found = []
 
-    def captured(self, *key):
-        size, width, num_logprobs, _ = key
+    def captured(self, size, width, num_logprobs):
         found.append(width)
-        if key not in self._graphs:
+        if (size, width, num_logprobs) not in self._graphs:
             replayed = Replayed(self._laid_out(size, width, num_logprobs))
-            self._graphs[key] = replayed, replayed.drawn
-        return self._graphs[key]
+            self._graphs[size, width, num_logprobs] = replayed, replayed.drawn
+        return self._graphs[size, width, num_logprobs]
 
     monkeypatch.setattr(runner, "_capturable", lambda model: True)
     monkeypatch.setattr(runner.Runner, "_captured", captured)

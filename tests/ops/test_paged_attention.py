@@ -1,6 +1,7 @@
 """paged_attention and paged_prefill in every variant that runs here, against the formula in fp64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,12 +50,20 @@ def decode(variant, lengths, page, Hkv, group, D, Q, dtype, device, E=None, **op
     compare(o, lse, list(q), dense, **options)
 
 
+def expected(qs, dense, **options):
+    """Of each sequence its keys, and what the formula gives in fp64, in its dtype and in fp32."""
+    dtype = qs[0].dtype
+    plain = (formula(qs, dense, d, **options) for d in (F64, dtype, torch.promote_types(dtype, F32)))
+    return list(zip([k for k, _ in dense], *plain, strict=True))
+
+
 def compare(o, lse, qs, dense, **options):
     """o: (Q, H, E) and lse: (H, Q) of each sequence."""
-    dtype = qs[0].dtype
-    wide = torch.promote_types(dtype, F32)
-    plain = (formula(qs, dense, d, **options) for d in (F64, dtype, wide))
-    for (k, _), got, got_lse, want, torchs, again in zip(dense, o, lse, *plain, strict=True):
+    hold(o, lse, expected(qs, dense, **options))
+
+
+def hold(o, lse, all_expected):
+    for got, got_lse, (k, want, torchs, again) in zip(o, lse, all_expected, strict=True):
         assert_close_to_ref(got, want[0], torchs[0], scale=4.0 * max(1, k.shape[0]) ** -0.5)  # as in attentions.check
         seen = want[1].isfinite()
         assert torch.equal(got_lse.isfinite(), seen)
@@ -144,12 +153,12 @@ def test_sequences_cut_anywhere(variant, device, D, Q, options):
     q = torch.randn(len(LENGTHS), Q, 8, D, device=device).to(DTYPES[-1])
     if reason := registry.why_not("paged_attention", variant, q, k, v, table, lens, *scaled(options)):
         pytest.skip(reason)
-    everyone = range(len(LENGTHS))
+    everyone, wanted = range(len(LENGTHS)), expected(list(q), dense, **options, sinks=sinks)
     for rows in ([[b] for b in everyone], [everyone], [[b for b in everyone for _ in range(31 if CUDA else 2)]]):
         for chosen in map(list, rows):
             args, say = (q[chosen], k, v, table[chosen], lens[chosen]), options | {"sinks": sinks, "return_lse": True}
             o, lse = ops.paged_attention(*args, **say, invariant=False)
-            compare(o, lse, list(q[chosen]), [dense[b] for b in chosen], **options, sinks=sinks)
+            hold(o, lse, [wanted[b] for b in chosen])
             again = ops.paged_attention(*args, **say, invariant=False, settled=True)
             assert torch.equal(o, again[0])
             assert torch.equal(lse, again[1])
@@ -191,10 +200,10 @@ def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, dtype, o
     """Log-sum-exps too, whose float32 shows what rounding to 16 bits hides, and in pages of one token."""
     if variant == "ref":
         pytest.skip("plain torch does not promise it")
-    length = 300 if CUDA else 50
-    *(k, v, table, _), _ = pool([length], 16, 1, DIMS[0], None, dtype, device)
+    length, page = (300, 64) if CUDA else (50, 16)  # pages that Triton's blocks of keys lie in
+    *(k, v, table, _), _ = pool([length], page, 1, DIMS[0], None, dtype, device)
     q = torch.randn(length, 4, DIMS[0], device=device).to(dtype)
-    places = table[0].repeat_interleave(16) * 16 + torch.arange(16, device=device).repeat(table.shape[1])
+    places = table[0].repeat_interleave(page) * page + torch.arange(page, device=device).repeat(table.shape[1])
     single = k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:]), places.int()[None]
 
     def run(first, last, cache=(k, v, table)):
@@ -210,6 +219,19 @@ def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, dtype, o
         assert torch.equal(torch.cat([o for o, _ in parts]), whole[0])
         assert torch.equal(torch.cat([lse for _, lse in parts], 1), whole[1])
     assert all(map(torch.equal, run(0, length, single), whole))
+
+
+@pytest.mark.parametrize(
+    ("room", "page", "stages"), [(232448, 64, 5), (232448, 16, 3), (166912, 64, 3), (101376, 64, 2)]
+)
+def test_blocks_of_keys_are_asked_for_as_far_ahead_as_there_is_room(room, page, stages, monkeypatch):
+    pytest.importorskip("triton")
+    from cs336.ops.triton import paged_attention
+
+    monkeypatch.setattr(paged_attention, "shared_memory", lambda device: room)
+    monkeypatch.setattr(paged_attention, "INTERPRET", SimpleNamespace(value=False))
+    plan = paged_attention._blocks(128, 128, 2, page, True, BF16, torch.device("cuda"))
+    assert (plan["num_stages"], plan["IN_PAGE"]) == (stages, page == 64)
 
 
 # ---- arguments ----
