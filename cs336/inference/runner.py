@@ -96,11 +96,6 @@ def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: main.wait_stream(side)
 
 
-def waits_for_experts(model: Transformer) -> bool:
-    """Whether the host reads the loads of experts in each step."""
-    return any(module.waits for module in model.modules() if isinstance(module, Experts | ExpertList))
-
-
 def _capturable(model: Transformer) -> bool:
     """Whether a decoding step can be captured: one in which the host waits for the device, as plain torch does for what
     tensors hold, cannot be."""
