@@ -115,8 +115,12 @@ def _changed(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
     return {"heads": ["", *names], "rows": rows}
 
 
-def _flat(table: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in table.items():
-        out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return out
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    """Dotted name and value of all that is in tables, and in lists of tables, which count from 1."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        items = list(enumerate(value, 1))
+    else:
+        return [(name, value)]
+    return [pair for key, inner in items for pair in _flat(inner, f"{name}.{key}" if name else str(key))]

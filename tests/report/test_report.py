@@ -349,6 +349,12 @@ def test_runs_side_by_side(run_dir, tmp_path):
     page = Page(write_comparison([run_dir, other], path).read_text())
     assert "of different texts" in " ".join(page.text)
     assert "fewest bits" not in " ".join(page.text)
+    layers = '[[model.layers]]\nmlp = {kind = "%s"}\n[[model.layers]]\nmlp = {kind = "mlp"}\n'
+    for directory, kind in ((run_dir, "mlp"), (other, "moe")):
+        directory.joinpath("config.toml").write_text(layers % kind)
+    text = " ".join(" ".join(Page(write_comparison([run_dir, other], path).read_text()).text).split())
+    assert "model.layers.1.mlp.kind mlp moe" in text
+    assert "model.layers.2" not in text
     with pytest.raises(ValueError, match="takes 2 to 6 runs, got 7"):
         write_comparison([run_dir] * 7, path)
 
