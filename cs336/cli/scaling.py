@@ -10,9 +10,9 @@ from tyro.conf import Positional, arg
 from cs336.cli.common import MaybePath, Path, check_output
 
 if TYPE_CHECKING:
-    from cs336.scaling import ComputeFit, Counting, Fit, Points
+    from cs336.scaling import ComputeFit, Counting, Fit, Points, PowerFit
 
-Law = Literal["chinchilla", "compute", "isoflop", "isoflop-lowest", "envelope", "step", "repeats"]
+Law = Literal["chinchilla", "compute", "isoflop", "isoflop-lowest", "envelope", "step", "critical-batch", "repeats"]
 LOG = Path("forecasts.jsonl")
 
 
@@ -31,13 +31,16 @@ def fit(
 
     Args:
         points: CSV with a header or JSON: loss, and two of parameters, tokens and flops, a run a row; or the directory
-            of a study.
+            of a study. Of critical-batch: tokens and critical_batch; or the directory of a `cs336 batch-size`, or of
+            several.
         law: chinchilla (approach 3: L = E + A / N^alpha + B / D^beta), compute (L = E + A / C^gamma, of runs that spend
             each budget in one way, as a ladder of one ratio does), isoflop (2: parabolas), isoflop-lowest (2: the
             lowest run a budget), envelope (1: training curves), step (the Step Law: lr = c N^a D^b and batch = c D^b,
-            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best), repeats
-            (what tokens are worth that are read again: of runs with the column unique_tokens too, over --base).
-        bootstrap: resamples of the runs, for the intervals of approach 3, of compute, of step and of repeats.
+            of runs with the columns parameters, tokens, lr and batch_tokens, each a size's and length's best),
+            critical-batch (B_crit = B_0 D^beta, in tokens), repeats (what tokens are worth that are read again: of runs
+            with the column unique_tokens too, over --base).
+        bootstrap: resamples of the runs, for the intervals of approach 3, of compute, of step, of critical-batch and
+            of repeats.
         huber_delta: of approach 3: relative residuals beyond it count by their size, not its square. None: the paper's
             0.001, for noise of that size; runs of tiny models have more.
         least_tokens: of approaches 1 to 3 and compute: runs on fewer are left out, since the first tokens teach by
@@ -56,13 +59,16 @@ def fit(
     if huber_delta is not None and law != "chinchilla":
         raise ValueError(f"--huber-delta is of --law chinchilla, and --law {law} has none")
     counting = Counting(embeddings, flops)
-    if law in ("step", "repeats"):
+    if law in ("step", "critical-batch", "repeats"):
         if least_tokens is not None or counting != Counting():
             raise ValueError(
                 f"--law {law} takes no --least-tokens, --flops and --no-embeddings: {points} has the runs that it is "
                 "fitted to, and their numbers as they are to be counted"
             )
-        _write(_fit_step(points, bootstrap) if base is None else _fit_repeats(points, base, bootstrap), out)
+        if base is not None:
+            _write(_fit_repeats(points, base, bootstrap), out)
+        else:
+            _write((_fit_step if law == "step" else _fit_critical_batch)(points, bootstrap), out)
         return
     runs = read_points(points, counting)
     least_tokens = least_tokens or 0.0
@@ -130,12 +136,33 @@ def _fit_step(points: Path, bootstrap: int) -> dict[str, Any]:
     rate, batch = fit_step_law(**columns, bootstrap=bootstrap)
     found: dict[str, Any] = {"law": "step", "points": str(points), "runs": len(columns["lr"])}
     for name, power in (("lr", rate), ("batch_tokens", batch)):
-        numbers = {"coefficient": power.coefficient, **power.exponents}
-        found[name] = numbers | {f"{key}_interval": power.interval(key) if bootstrap else None for key in numbers}
-        for key, value in numbers.items():
-            low, high = power.interval(key) if bootstrap else (None, None)
-            print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{low:.5g}, {high:.5g}]" if bootstrap else ""))
+        found[name] = _told_power(name, power)
     return found
+
+
+def _fit_critical_batch(points: Path, bootstrap: int) -> dict[str, Any]:
+    from cs336.scaling.rates import fit_critical_batch, read_critical_batches
+
+    columns = read_critical_batches(points)
+    law, sized = fit_critical_batch(**columns, bootstrap=bootstrap)
+    found: dict[str, Any] = {"law": "critical-batch", "points": str(points), "runs": len(columns["tokens"])}
+    found["critical_batch"] = _told_power("critical_batch", law)
+    found["residuals"] = law.residuals.tolist()
+    found["resampled"] = [list(numbers.values()) for numbers in law.resampled]
+    if sized is not None:
+        print("with parameters too, whose exponent is about 0 where the law needs none:")
+        found["with_parameters"] = _told_power("with_parameters", sized)
+    return found
+
+
+def _told_power(name: str, power: "PowerFit") -> dict[str, Any]:
+    """A power law's numbers, printed with their intervals."""
+    numbers = {"coefficient": power.coefficient, **power.exponents}
+    intervals = {key: power.interval(key) if power.resampled else None for key in numbers}
+    for key, value in numbers.items():
+        interval = intervals[key]
+        print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+    return numbers | {f"{key}_interval": interval for key, interval in intervals.items()}
 
 
 def _fit_repeats(points: Path, base: Path, bootstrap: int) -> dict[str, Any]:
@@ -203,7 +230,8 @@ def predict(
     inference_tokens: float = 0.0,
     unique_tokens: float | None = None,
 ) -> None:
-    """What a budget buys: the best size and tokens for --flops, or the loss of --parameters on --tokens.
+    """What a budget buys: the best size and tokens for --flops, the loss of --parameters on --tokens, or the critical
+    batch of --tokens.
 
     Args:
         law: what `fit --out` wrote, or epoch for the published law of arXiv:2404.10102.
@@ -217,7 +245,7 @@ def predict(
     import pathlib
 
     from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
-    from cs336.scaling.saved import load_compute_fit, load_fit
+    from cs336.scaling.saved import load_compute_fit, load_critical_batch, load_fit
 
     for what, value in (("flops", flops), ("parameters", parameters), ("tokens", tokens)):
         if value is not None and not 0 < value < math.inf:
@@ -229,6 +257,14 @@ def predict(
         if compute.resampled:
             low, high = compute.predict(flops)[1]
             print(f"95 % of such runs between {low:.4f} and {high:.4f}")
+        return
+    if law != "epoch" and (batch := load_critical_batch(pathlib.Path(law))) is not None:
+        if tokens is None or flops or parameters or inference_tokens or unique_tokens is not None:
+            raise ValueError(f"{law} is a law of the critical batch: it takes --tokens alone")
+        print(f"critical batch {float(batch(tokens=tokens)):.4g} tokens")
+        if batch.resampled:
+            low, high = batch.predict(tokens=tokens)[1]
+            print(f"95 % of such runs between {low:.4g} and {high:.4g}")
         return
     fitted = None if law == "epoch" else load_fit(pathlib.Path(law))
     base = EPOCH if fitted is None else fitted.law

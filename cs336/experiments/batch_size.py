@@ -225,6 +225,7 @@ def _summary(branching: Branching, branches: Sequence[dict[str, Any]]) -> dict[s
     found = {
         "batch_size": config.batch_size,
         "context_length": T,
+        "parameters": config.model.num_parameters(),
         "tolerance": branching.tolerance,
         "branch_tokens": branching.branch_tokens,
         "measured": measured,

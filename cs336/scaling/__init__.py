@@ -6,7 +6,7 @@ from cs336.scaling.fit import EPOCH_FIT, Fit, fit_chinchilla
 from cs336.scaling.isoflop import IsoFlopFit, PowerLaw, fit_envelope, fit_isoflop
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw, step_law
 from cs336.scaling.points import Counting, Points, read_points
-from cs336.scaling.rates import PowerFit, fit_power, fit_step_law
+from cs336.scaling.rates import PowerFit, fit_critical_batch, fit_power, fit_step_law
 from cs336.scaling.repeats import Repeats, fit_repeats
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "collapse",
     "fit_chinchilla",
     "fit_compute",
+    "fit_critical_batch",
     "fit_envelope",
     "fit_isoflop",
     "fit_power",

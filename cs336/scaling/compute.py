@@ -50,14 +50,14 @@ class ComputeFit:
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of E, A or gamma: quantiles of the resampled laws'."""
-        return _quantiles([getattr(law, name) for law in self.resampled], confidence)
+        return quantiles([getattr(law, name) for law in self.resampled], confidence)
 
     def predict(self, flops: float, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
         """The loss of one run that was not made, and where it will be: the resampled laws' losses, each beside the
         residual of a run that was made."""
         at = np.array([law.loss(flops) for law in self.resampled])
         noise = np.random.default_rng(0).choice(self.residuals, (len(at), 20))
-        return float(self.law.loss(flops)), _quantiles((at[:, None] * np.exp(noise)).ravel(), confidence)
+        return float(self.law.loss(flops)), quantiles((at[:, None] * np.exp(noise)).ravel(), confidence)
 
 
 def fit_compute(points: Points, *, bootstrap: int = 400, seed: int = 0) -> ComputeFit:
@@ -106,7 +106,7 @@ def _laws(flops_n: np.ndarray, loss_Bn: np.ndarray) -> list[ComputeLaw]:
     ]
 
 
-def _quantiles(values, confidence: float) -> tuple[float, float]:
+def quantiles(values, confidence: float) -> tuple[float, float]:
     if len(values) == 0:
         raise ValueError("an interval wants bootstrap > 0")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])

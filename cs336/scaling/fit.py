@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from cs336.scaling.compute import quantiles
 from cs336.scaling.laws import EPOCH, Allocation, ChinchillaLaw, DataConstrainedLaw
 from cs336.scaling.points import Points
 
@@ -34,7 +35,7 @@ class Fit:
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of E, A, B, alpha, beta or parameter_exponent: quantiles of the resampled laws'."""
-        return _quantiles([getattr(law, name) for law in self.resampled], confidence)
+        return quantiles([getattr(law, name) for law in self.resampled], confidence)
 
     def predict(
         self, parameters: float, tokens: float, confidence: float = 0.95, *, unique_tokens: float | None = None
@@ -51,13 +52,11 @@ class Fit:
 
         at = np.array([loss(law) for law in self.resampled])
         noise = np.random.default_rng(0).choice(self.residuals, len(at) * 20)
-        return loss(self.law), _quantiles(np.repeat(at, 20) * np.exp(noise), confidence)
+        return loss(self.law), quantiles(np.repeat(at, 20) * np.exp(noise), confidence)
 
     def optimum(self, flops: float, confidence: float = 0.95) -> tuple[Allocation, tuple[float, float]]:
         """How to spend a budget, and the interval of its parameters."""
-        return self.law.optimum(flops), _quantiles(
-            [law.optimum(flops).parameters for law in self.resampled], confidence
-        )
+        return self.law.optimum(flops), quantiles([law.optimum(flops).parameters for law in self.resampled], confidence)
 
 
 E_ERROR = 0.03  # standard error of E in arXiv:2404.10102, table 1
@@ -174,10 +173,3 @@ def _law(theta_P: np.ndarray) -> ChinchillaLaw:
 def _laws(thetas_KP: np.ndarray) -> Iterable[ChinchillaLaw]:
     """Of the resamples that have one; a draw without, say, small models may bend the other way."""
     return (_law(theta) for theta in thetas_KP if np.isfinite(theta).all() and (theta[3:] > 0).all())
-
-
-def _quantiles(values, confidence: float) -> tuple[float, float]:
-    if len(values) == 0:
-        raise ValueError("an interval wants bootstrap > 0")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

@@ -65,8 +65,7 @@ class Points:
             object.__setattr__(self, name, values)
             if values.ndim != 1 or len(values) != len(self.parameters):
                 raise ValueError(f"{name} must be one number a run, {len(self.parameters)}; got shape {values.shape}")
-            if bad := np.flatnonzero(~(np.isfinite(values) & (values > 0))).tolist():
-                raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
+            check_positive(name, values)
 
     @staticmethod
     def of(parameters, tokens, loss, flops=None) -> "Points":
@@ -85,6 +84,11 @@ class Points:
         flops = self.flops[order]
         ends = np.flatnonzero(np.diff(flops) > SAME_BUDGET * flops[:-1]) + 1
         return [self.take(part) for part in np.split(order, ends)]
+
+
+def check_positive(name: str, values: np.ndarray) -> None:
+    if bad := np.flatnonzero(~(np.isfinite(values) & (values > 0))).tolist():
+        raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
 
 
 def read_points(path: str | os.PathLike, counting: Counting = COUNTING) -> Points:

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,6 +12,9 @@ from cs336.scaling.compute import ComputeFit, ComputeLaw
 from cs336.scaling.fit import Fit
 from cs336.scaling.laws import ChinchillaLaw
 from cs336.scaling.points import Counting
+from cs336.scaling.rates import PowerFit
+
+T = TypeVar("T")
 
 
 def load_fit(path: pathlib.Path) -> Fit:
@@ -32,13 +37,31 @@ def load_fit(path: pathlib.Path) -> Fit:
 
 def load_compute_fit(path: pathlib.Path) -> ComputeFit | None:
     """None for a file of another law. Raises ValueError that names the file where its numbers are none."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.get("law") != "compute":
-            return None
+
+    def made(saved: dict[str, Any]) -> ComputeFit:
         laws = [ComputeLaw(*map(float, numbers)) for numbers in saved["resampled"]]
         law = ComputeLaw(*(float(saved[name]) for name in ("E", "A", "gamma")))
         return ComputeFit(law, tuple(laws), np.array(saved["residuals"], dtype=np.float64))
+
+    return _load(path, "compute", made)
+
+
+def load_critical_batch(path: pathlib.Path) -> PowerFit | None:
+    """As load_compute_fit, of the critical batch in "tokens"."""
+
+    def made(saved: dict[str, Any]) -> PowerFit:
+        numbers = ([saved["critical_batch"][name] for name in ("coefficient", "tokens")], *saved["resampled"])
+        law, *laws = (PowerFit(float(c), {"tokens": float(power)}, (), np.zeros(0)) for c, power in numbers)
+        resampled = tuple({"coefficient": other.coefficient, **other.exponents} for other in laws)
+        return replace(law, resampled=resampled, residuals=np.array(saved["residuals"], dtype=np.float64))
+
+    return _load(path, "critical-batch", made)
+
+
+def _load(path: pathlib.Path, law: str, made: Callable[[dict[str, Any]], T]) -> T | None:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return made(saved) if isinstance(saved, dict) and saved.get("law") == law else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no fitted law ({type(error).__name__}: {error})") from None
 

@@ -75,6 +75,7 @@ def test_critical():
 def test_a_run_and_its_branches(tmp_path, capsys):
     branching = Branching(tmp_path / "b", config(tmp_path), factors=(1, 2), places=2, tokens=4 * 2 * 2 * 8)
     found = measure_batch_size(branching)
+    assert found["parameters"] == branching.config.model.num_parameters()
     assert [point["step"] for point in found["points"]] == [13, 26]
     assert set(found["points"][0]["losses"]) == {1, 2}
     rows = [row for row in read_rows(tmp_path / "b" / "trunk") if "noise/noise" in row]
