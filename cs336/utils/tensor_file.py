@@ -1,6 +1,5 @@
 """Tensors on disk, in safetensors' format."""
 
-import errno
 import os
 import re
 from collections.abc import Mapping
@@ -18,5 +17,6 @@ def save_tensors(
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number) if found else str(error)) from None
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
