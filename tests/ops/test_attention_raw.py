@@ -4,6 +4,7 @@ checkpoints, compilation, streams and graphs."""
 import pytest
 import torch
 from attentions import BF16, CUDA, F32, check, definition, leaves, packed, varlen_definition
+from launches_in_a_row import check_without_waiting
 from torch.utils.checkpoint import checkpoint
 
 from cs336 import ops
@@ -386,17 +387,7 @@ def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(varian
             wait()
         return x
 
-    want = chain(torch.cuda.synchronize)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        assert all(torch.equal(chain(lambda: None), want) for _ in range(3))
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            got = chain(lambda: None)
-        graph.replay()
-        side.synchronize()
-    assert torch.equal(got, want)
+    check_without_waiting(chain, times=3)
 
 
 @pytest.mark.skipif(not CUDA, reason="streams need a GPU")
