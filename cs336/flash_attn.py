@@ -176,9 +176,7 @@ def flash_attn_with_kvcache(
     """
     if cache_leftpad is not None or alibi_slopes is not None:
         raise NotImplementedError("cs336.flash_attn_with_kvcache supports neither cache_leftpad nor alibi_slopes")
-    left, right = window_size
-    if min(left, right) < -1:
-        raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {tuple(window_size)}")
+    left, right = _window(window_size)
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(f"q and k_cache must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}")
     B, S = q.shape[:2]
@@ -255,10 +253,14 @@ def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor, int
 
 
 def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float) -> tuple:
-    left, right = window_size
-    if min(left, right) < -1:
-        raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {tuple(window_size)}")
+    left, right = _window(window_size)
     return q.shape[-1] ** -0.5 if scale is None else scale, causal, left, right, softcap
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {window_size!r}")
+    return window_size[0], window_size[1]
 
 
 def _extras(q: Tensor, alibi_slopes: Tensor | None, dropout_p: float) -> tuple:

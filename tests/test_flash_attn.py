@@ -114,6 +114,10 @@ def test_refusals(device):
         cs336.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, 4, block_table=cu)
     with pytest.raises(ValueError, match=r"window_size must be .* got \(-2, 0\)"):
         cs336.flash_attn_func(q, q, q, window_size=(-2, 0))
+    with pytest.raises(ValueError, match=r"window_size must be two lengths .* got 3"):
+        cs336.flash_attn_func(q, q, q, window_size=3)
+    with pytest.raises(ValueError, match="softcap must be positive and finite"):
+        cs336.flash_attn_func(q, q, q, softcap=float("nan"))
     with pytest.raises(ValueError, match="qkv must have 5 dims, the third from last 3"):
         cs336.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match="kv must have 4 dims"):

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention  # torch's, also wh
 
 from cs336.ops import registry
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
-from cs336.ops.attention_raw import check_extras
+from cs336.ops.attention_raw import check_extras, check_numbers
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
 
@@ -69,6 +69,7 @@ def attention(
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
     _check(q, k, v, softcap, mask)
+    check_numbers(1.0 if scale is None else scale, softcap or 0.0)
     if sinks is not None:
         check_sinks(sinks, q.shape[-3] if q.dim() > 2 else 1, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -76,6 +77,8 @@ def attention(
     mask = None if mask is None else _four_dims(mask, lead)
     q_BHSD, k_BHTD, v_BHTE = (q, k, v) if q.dim() == 4 else (_four_dims(x, lead) for x in (q, k, v))
     extras: tuple = ()
+    if alibi_slopes is not None and alibi_slopes.dim() == 0:
+        raise ValueError("alibi_slopes must be (Hq,) or (..., Hq), got a number")
     if alibi_slopes is not None or dropout_p != 0:
         slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, alibi_slopes.shape[-1]).squeeze(0)
         extras = slopes, dropout_p, new_seed(q.device) if dropout_p else None

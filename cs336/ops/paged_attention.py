@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.attention_raw import check_numbers
 from cs336.ops.dispatch import default_scale, rows
 from cs336.ops.ref import paged_attention as ref
 
@@ -172,8 +173,7 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
         )
     if window < -1:
         raise ValueError(f"window must be at least 0, or -1 for none, got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0.0 for none, got {softcap}")
+    check_numbers(scale, softcap)
     if sinks is not None and (sinks.shape != (H,) or sinks.dtype != torch.float32 or sinks.device != q.device):
         raise ValueError(f"sinks must be {(H,)} torch.float32 on {q.device}, got {_like(sinks)}")
     if sinks is not None and not sinks.is_contiguous():

@@ -1,5 +1,6 @@
 """torch.nn.functional.scaled_dot_product_attention on our attention, for cs336.enable() and backend="cs336"."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,7 @@ def takes(
         and key.shape[:-1] == value.shape[:-1]
         and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
         and (not is_causal or query.shape[2] == key.shape[2])
+        and (scale is None or -math.inf < scale < math.inf)
     )
 
 

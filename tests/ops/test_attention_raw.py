@@ -229,7 +229,10 @@ def test_raw_ops_refuse_bad_tensors(variant, device):
     [
         ({"window_left": -2}, "window_left must be at least 0, or -1 for none, got -2"),
         ({"window_right": -5}, "window_right must be at least 0"),
-        ({"softcap": -1.0}, "softcap must be positive, or 0.0 for none, got -1.0"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, or 0.0 for none, got inf"),
+        ({"softcap": float("nan")}, "softcap must be positive and finite, or 0.0 for none, got nan"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"softcap": -1.0}, "softcap must be positive and finite, or 0.0 for none, got -1.0"),
     ],
 )
 def test_raw_numbers(change, message):
@@ -253,6 +256,8 @@ def test_raw_numbers(change, message):
         ({"max_seqlen_k": -1}, "max_seqlen_k must not be negative"),
         ({"window": (0, -3)}, "window's right"),
         ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite"),
+        ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"v": torch.zeros(6, 1, 8)}, "q, k and v must fit each other"),
         ({"k": torch.zeros(7, 3, 8)}, "q, k and v must fit each other"),
     ],

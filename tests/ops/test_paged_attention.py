@@ -254,8 +254,11 @@ def test_refusals(variant, device):
                 ops.paged_attention(**good | {name: value})
     with pytest.raises(ValueError, match="window"):
         ops.paged_attention(**good, window=-2)
-    with pytest.raises(ValueError, match="softcap"):
-        ops.paged_attention(**good, softcap=-1.0)
+    for bad in (-1.0, float("inf")):
+        with pytest.raises(ValueError, match="softcap"):
+            ops.paged_attention(**good, softcap=bad)
+    with pytest.raises(ValueError, match="scale must be finite"):
+        ops.paged_attention(**good, scale=float("nan"))
     for sinks in (torch.zeros(3, device=device), torch.zeros(4, device=device, dtype=torch.float64)):
         with pytest.raises((ValueError, NotImplementedError)):
             ops.paged_attention(**good, sinks=sinks)
