@@ -18,6 +18,7 @@
 //   a warpgroup   dS | store dS |          | stage dQ |  P of the next tile  |
 //   its products  dV .......... | dK . dQ .| S of the next . dP of the next
 #pragma once
+#include "common/async.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
 #include "kernels/attention/tiles.cuh"
@@ -148,6 +149,7 @@ template <class Tile>
 __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Shared& shared) {
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
   prefetch_map(&a.dk), prefetch_map(&a.dv);
+  wait_for_predecessor(), allow_successor();
   int count = 0;  // query tiles loaded
   for (int round = 0;; round++) {
     BwdWork& w = shared.work[round % 2];
@@ -204,6 +206,7 @@ template <class Tile>
 __device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Shared& shared, int writer) {
   constexpr bool kByTiles = Tile::kDqStages == 2;
   const int first_piece = kByTiles ? 0 : writer, last_piece = kByTiles ? Tile::kGroups - 1 : writer;
+  wait_for_predecessor();
   int count = 0;  // query tiles done by both
   for (int round = 0;; round++) {
     const BwdWork& w = shared.work[round % 2];
