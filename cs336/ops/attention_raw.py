@@ -151,7 +151,7 @@ def _native_refuses(direction: str, *tensors: Tensor, scale: float = 1.0, softca
     for x in tensors:
         steps = x.stride()
         for size, step in zip(x.shape[:-1], steps, strict=False):
-            if size > 1 and (step % 8 != 0 or step == 0):
+            if size > 1 and step % 8 != 0:
                 return f"the native kernels read rows at multiples of 16 bytes, not at strides {steps}"
         if seen and x.storage_offset() % 8 != 0:
             return "the native kernels read rows at multiples of 16 bytes: a tensor starts between two of them"

@@ -55,7 +55,7 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
         sequences, p.sequences, false, {params.o, {}, p.q_heads, Tile::kValueDim / 8, params.lse});
     CUDA_CHECK(cudaGetLastError());
   } else if constexpr (Tile::kDrawn)
-    CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), stream));
+    launch<zero_counter>({.grid = 1, .threads = 1, .dependent = true}, stream, counter);
   const FwdArgs args{
       .q = tensor_map(params.q, p, p.q_tokens, p.q_heads, Tile::kHeadDim, 64),
       .k = tensor_map(params.k, p, p.k_tokens, p.kv_heads, Tile::kHeadDim, Tile::kKeys),
@@ -73,8 +73,7 @@ void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
       .scale_log2 = (Tile::kCap ? p.softcap : p.scale) * kLog2E,
   };
   launch<attention_fwd_kernel<Tile>>(
-      {.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes, .dependent = !Tile::kDrawn},
-      stream, args);
+      {.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes, .dependent = true}, stream, args);
 }
 
 // One head dimension and type: the mask and the cap become template arguments here. Each is instantiated in a file of

@@ -3,8 +3,7 @@
 // warpgroup owns 64 rows of the tile and walks the key blocks from the last one back. For block j it starts
 //     S = Q K_j^T   and, behind it,   O += P V_{j+1}   of the block before,
 // and turns S into the next P. The warpgroups take turns at starting their products: while one works on its
-// exponentials, the tensor cores run the products of the others. Where two tiles of Q are in flight, the next tile's
-// first scores start behind this one's last product, and O is written beside them.
+// exponentials, the tensor cores run the products of the others.
 //
 //   warpgroup 1   | S3  O4 | exp 3           | S2  O3 | exp 2           |
 //   warpgroup 2            | S3  O4 | exp 3           | S2  O3 | exp 2  |
@@ -29,7 +28,7 @@ struct FwdWork {
 };
 
 template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
-          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true, bool kAhead_ = kQStages_ == 2>
+          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
@@ -40,9 +39,8 @@ struct FwdTile {
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
-  static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else, equally long, they are dealt in advance
-  static constexpr bool kPaired = !kDrawn && kMask == Mask::kRight;  // a long tile and a short one make a pair
-  static constexpr bool kAhead = kAhead_;
+  static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else they are dealt in advance:
+  static constexpr bool kPaired = !kDrawn && kMask == Mask::kRight;  // equally long ones, or pairs that are
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
@@ -127,7 +125,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   constexpr int kKPanels = num_panels(Tile::kHeadDim), kVPanels = num_panels(Tile::kValueDim);
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.o);
   // For the whole block: all that it writes follows from what is loaded here.
-  if constexpr (!Tile::kDrawn) wait_for_predecessor(), allow_successor();
+  wait_for_predecessor(), allow_successor();
   int count = 0;  // blocks of K and V asked for
   int tile = Tile::kPaired ? 2 * blockIdx.x : blockIdx.x;
   for (int round = 0;; round++) {
@@ -177,7 +175,6 @@ struct FwdConsumer {
   using T = typename Tile::T;
   using Products = Wgmma<T, Tile::kKeys>;
   static constexpr int kKeys = Tile::kKeys, kValueDim = Tile::kValueDim;
-  static constexpr int kUnderWay = -1;
   static constexpr int kTurn = 1, kStore = kTurn + Tile::kGroups;  // named barriers, one per warpgroup each
 
   const FwdArgs& a;
@@ -205,7 +202,7 @@ struct FwdConsumer {
   // ---- products ----
 
   // A step of 16 columns is 32 bytes, of 64 columns a panel; of 16 rows 16 * 128 bytes.
-  __device__ __forceinline__ void start_scores(int q_stage, int stage) {
+  __device__ __forceinline__ void start_scores(int stage) {
     const uint64_t k = k_tile + stage * descriptor_step(Tile::kKBytes);
     const uint64_t q = q_tile + q_stage * descriptor_step(Tile::kGroups * Tile::kQBytes);
     wgmma_fence();
@@ -255,8 +252,11 @@ struct FwdConsumer {
     }
   }
 
-  // The scores of the tile's first block, which are there, become weights.
-  __device__ __forceinline__ void first_weights(const FwdWork& w, int row, int j, bool masked) {
+  __device__ __forceinline__ void first_block(const FwdWork& w, int row, int j, bool masked) {
+    barrier_wait(&shared.k_full[ring.stage], ring.parity);
+    start_scores(ring.stage);
+    wgmma_wait<0>(s);
+    release(&shared.k_empty[ring.stage]);
     cap_scores();
     if (masked) mask_scores<Tile::kMask>(s, a.window, w.sequence, row, j * kKeys + lane % 4 * 2);
     softmax.begin(s, a.scale_log2);
@@ -272,7 +272,7 @@ struct FwdConsumer {
     ring.advance();
     barrier_wait(&shared.k_full[ring.stage], ring.parity);
     await_turn();
-    start_scores(q_stage, ring.stage);
+    start_scores(ring.stage);
     barrier_wait(&shared.v_full[v_stage], v_parity);
     start_output(v_stage);
     pass_turn();
@@ -311,21 +311,16 @@ struct FwdConsumer {
             a.window.end<Tile::kMask>(w.sequence, first_row) / kKeys};
   }
 
-  // The blocks that some of the warpgroup's rows see; one, masked, where it has no rows.
-  __device__ __forceinline__ Blocks own_blocks(const FwdWork& w) {
-    const int first_row = first_row_of<Tile>(w, group);
-    return first_row < w.sequence.q_length ? visible_blocks<Tile::kMask, kKeys>(a.window, w.sequence, first_row, 64)
-                                           : Blocks{w.blocks.first, w.blocks.first + 1};
-  }
-
-  // From the weights of the last block that the rows see to those of the first; the last product is still to come.
-  __device__ __forceinline__ void walk(const FwdWork& w) {
-    const int first_row = first_row_of<Tile>(w, group), row = first_row + 16 * warp + lane / 4;
-    const Blocks own = own_blocks(w), unmasked = unmasked_blocks(w, first_row);
-    const int first = uniform(own.first);
+  __device__ __forceinline__ void walk(const FwdWork& w, int first_row, int row) {
+    const Blocks own = first_row < w.sequence.q_length
+                           ? visible_blocks<Tile::kMask, kKeys>(a.window, w.sequence, first_row, 64)
+                           : Blocks{w.blocks.first, w.blocks.first + 1};
+    const Blocks unmasked = unmasked_blocks(w, first_row);
+    const int first = uniform(own.first), last = uniform(own.last);
     const int first_unmasked = uniform(max(own.first, unmasked.first)), last_unmasked = uniform(unmasked.last);
-    int j = uniform(own.last) - 1;
-    first_weights(w, row, j, j >= last_unmasked || j < first_unmasked);
+    for (int i = uniform(w.blocks.last); i > last; i--) skip_block();
+    int j = last - 1;
+    first_block(w, row, j, j >= last_unmasked || j < first_unmasked);
     j--;
     if constexpr (Tile::kMask != Mask::kNone)  // else only the last block can need a mask
       for (; j >= first && j >= last_unmasked; j--) next_block<true>(w, row, j);
@@ -333,14 +328,15 @@ struct FwdConsumer {
     if constexpr (Tile::kMask == Mask::kWindow)
       for (; j >= first; j--) next_block<true>(w, row, j);
     if (Tile::kOwnOutput) release(&shared.q_empty[q_stage][group]);
+    barrier_wait(&shared.v_full[ring.stage], ring.parity);
+    start_output(ring.stage);
   }
 
   // ---- the end of a tile ----
 
   // The log-sum-exp of the rows, and in softmax.sum what the output is to be multiplied by; O's last product still
   // runs.
-  __device__ __forceinline__ void finish_rows(const FwdWork& w) {
-    const int row = first_row_of<Tile>(w, group) + 16 * warp + lane / 4;
+  __device__ __forceinline__ void finish_rows(const FwdWork& w, int row) {
     float* lse = a.lse + a.sequences.row_floats(w.sequence, w.head, a.q_heads);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -353,8 +349,7 @@ struct FwdConsumer {
   }
 
   // Rounds O and lets the copy engine write it; rows past the end of the sequence are outside the map.
-  __device__ __forceinline__ void store_output(const FwdWork& w) {
-    const int first_row = first_row_of<Tile>(w, group);
+  __device__ __forceinline__ void store_output(const FwdWork& w, int first_row) {
     T* out = Tile::kOwnOutput ? shared.o[group] : shared.q[0][group];
     if (Tile::kOwnOutput) {
       if (thread == 0) wait_out_read();  // of the tile before
@@ -384,89 +379,37 @@ struct FwdConsumer {
     }
   }
 
-  // ---- from tile to tile ----
-
-  __device__ __forceinline__ const FwdWork& await_work(int round) {
-    barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
-    return shared.work[round % 2];
-  }
-
-  __device__ __forceinline__ void skip_blocks(int count) {
-    for (; count > 0; count--) skip_block();
-  }
-
-  __device__ __forceinline__ void await_first_keys(int round) {
-    barrier_wait(&shared.q_full[round % Tile::kQStages][group], round / Tile::kQStages & 1);
-    barrier_wait(&shared.k_full[ring.stage], ring.parity);
-  }
-
-  // A tile's first scores, waited for.
-  __device__ __forceinline__ void first_scores(const FwdWork& w, int round) {
-    skip_blocks(uniform(w.blocks.last - own_blocks(w).last));
-    await_first_keys(round);
-    start_scores(round % Tile::kQStages, ring.stage);
-    wgmma_wait<0>(s);
-    release(&shared.k_empty[ring.stage]);
-  }
-
-  // The tile's last product and, behind it, the first scores of the next tile: O is written while they are computed.
-  // Then kUnderWay; else how many of the tile's blocks are still to be passed on: where there is no next tile, or so
-  // many blocks lie between that they would wait for the room that this product's values take.
-  __device__ __forceinline__ int finish_tile(const FwdWork& w, int round) {
-    const int v_stage = ring.stage;
-    const uint32_t v_parity = ring.parity;
-    const int rest = Tile::kMask == Mask::kWindow ? uniform(own_blocks(w).first - w.blocks.first) : 0;
-    bool ahead = false;
-    if constexpr (Tile::kAhead) {
-      const FwdWork& next = await_work(round + 1);
-      const int skipped = uniform(next.head < 0 ? Tile::kStages : rest + next.blocks.last - own_blocks(next).last);
-      ahead = skipped < Tile::kStages;
-      if (ahead) {
-        ring.advance();
-        skip_blocks(skipped);
-        await_first_keys(round + 1);
-      }
-      await_turn();
-    }
-    barrier_wait(&shared.v_full[v_stage], v_parity);
-    if (ahead) {
-      start_output(v_stage);
-      start_scores((round + 1) % Tile::kQStages, ring.stage);
-      pass_turn();
-      finish_rows(w);
-      wgmma_wait<1>(o);
-      release(&shared.v_empty[v_stage]);
-      store_output(w);
-      wgmma_wait<0>(s);
-      release(&shared.k_empty[ring.stage]);
-    } else {
-      start_output(v_stage);
-      if constexpr (Tile::kAhead) pass_turn();
-      finish_rows(w);
-      wgmma_wait<0>(o);
-      release(&shared.v_empty[v_stage]);
-      store_output(w);
-      ring.advance();
-    }
-    __syncwarp();
-    release(&shared.work_empty[round % 2]);
-    return ahead ? kUnderWay : rest;
-  }
-
   __device__ __forceinline__ void run() {
     if (group == Tile::kGroups - 1) pass_turn();  // the first turn is warpgroup 0's
-    int left = 0;  // blocks of the tile before that are still to be passed on, or kUnderWay. A bool would do for the
-                   // latter, but of one the compiler does not see that it is uniform: 24 more moves a block.
     for (int round = 0;; round++) {
-      const FwdWork& w = await_work(round);
-      skip_blocks(left);
+      barrier_wait(&shared.work_full[round % 2], round / 2 & 1);
+      const FwdWork& w = shared.work[round % 2];
       if (uniform(w.head) < 0) break;
-      if (!Tile::kAhead || left >= 0) first_scores(w, round);
+      const int first_row = first_row_of<Tile>(w, group), row = first_row + 16 * warp + lane / 4;
       q_stage = round % Tile::kQStages;
-      walk(w);
-      left = finish_tile(w, round);
+      barrier_wait(&shared.q_full[q_stage][group], round / Tile::kQStages & 1);
+      walk(w, first_row, row);
+      const int v_stage = ring.stage;
+      finish_rows(w, row);
+      wgmma_wait<0>(o);
+      release(&shared.v_empty[v_stage]);
+      store_output(w, first_row);
+      ring.advance();
+      skip_rest(w, first_row);
+      __syncwarp();
+      release(&shared.work_empty[round % 2]);
     }
     if (thread == 0) wait_out_read();  // shared memory must outlive the copies that read it
+  }
+
+  // Blocks before the first one that the warpgroup's rows see.
+  __device__ __forceinline__ void skip_rest(const FwdWork& w, int first_row) {
+    if constexpr (Tile::kMask == Mask::kWindow) {
+      const int first = first_row < w.sequence.q_length
+                            ? visible_blocks<Tile::kMask, kKeys>(a.window, w.sequence, first_row, 64).first
+                            : w.blocks.first;
+      for (int i = uniform(first - w.blocks.first); i > 0; i--) skip_block();
+    }
   }
 };
 

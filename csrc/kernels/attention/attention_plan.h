@@ -19,7 +19,7 @@ inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
 
 // Of short sequences, not packed. D = 64: 280 for 236 TFLOP/s (512 tokens), 374 for 325 (1k), but 440 for 439 (2k) and
 // less from there. D = 128: 316 for 298, 469 for 425, but 582 for 610.
-inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 2}};
+inline constexpr AttentionFwdShape kAttentionFwdShortShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 2, 128, 2, 1}};
 inline constexpr int kAttentionFwdShortTokens = 1024;
 
 // Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
