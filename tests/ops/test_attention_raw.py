@@ -394,19 +394,39 @@ def test_cuda_graph(variant, device, options):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize(("S", "causal"), [(512, False), (512, True), (1100, True)])  # dealt, in pairs, drawn
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(variant, device, width):
+def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(variant, device, width, S, causal):
     """The next kernel starts while the one before still runs: it must not read too early what that one writes last."""
-    q, k, v = (x.detach() for x in leaves(16, 16, 16, 512, 512, width, None, BF16, device))
+    q, k, v = (x.detach() for x in leaves(16, 16, 16, S, S, width, None, BF16, device))
 
     def chain(wait):
         x = q
         for _ in range(10):
-            y = ops.attention(x, k, v)
+            y = ops.attention(x, k, v, causal=causal)
             wait()
-            x = ops.attention(y[-1:], y[-1:], y[-1:]).expand_as(q)
+            x = ops.attention(y[-1:], y[-1:], y[-1:], causal=causal).expand_as(q)
             wait()
         return x
+
+    check_without_waiting(chain, times=3)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("S", [300, 1100])
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_a_chain_of_backwards_reads_what_was_just_written(variant, device, width, S):
+    """Each takes the gradient of the one before, in a workspace that that one has just given back."""
+    q, k, v = (x.detach() for x in leaves(4, 8, 4, S, S, width, None, BF16, device))
+    o, lse = registry.call("attention_fwd", q, k, v, *OPTIONS)
+
+    def chain(wait):
+        do, both = o, []
+        for _ in range(6):
+            do, *keys = registry.call("attention_bwd", do, None, q, k, v, o, lse, *OPTIONS, True)
+            wait()
+            both += keys
+        return torch.stack(both)
 
     check_without_waiting(chain, times=3)
 
