@@ -112,6 +112,7 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
     const int sms = current_device().num_sms, vectors = Tile::kHeadDim / 8;
     clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, false, {params.dq, {}, p.q_heads, vectors, nullptr});
     clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, true, {dk, dv, block_heads, vectors, nullptr});
+    CUDA_CHECK(cudaGetLastError());
   }
   // Each starts while the one before it ends, and waits for all that it wrote.
   const auto of_rows = LaunchShape{.grid = static_cast<unsigned>(row_blocks), .threads = 256, .dependent = true};

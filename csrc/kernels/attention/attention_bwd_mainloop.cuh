@@ -149,8 +149,8 @@ template <class Tile>
 __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Shared& shared) {
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
   prefetch_map(&a.dk), prefetch_map(&a.dv);
-  wait_for_predecessor(), allow_successor();
-  int count = 0;  // query tiles loaded
+  wait_for_predecessor(), allow_successor();  // for the whole block, as in the forward
+  int count = 0;                              // query tiles loaded
   for (int round = 0;; round++) {
     BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
@@ -206,7 +206,6 @@ template <class Tile>
 __device__ __forceinline__ void bwd_write(const BwdArgs& a, typename Tile::Shared& shared, int writer) {
   constexpr bool kByTiles = Tile::kDqStages == 2;
   const int first_piece = kByTiles ? 0 : writer, last_piece = kByTiles ? Tile::kGroups - 1 : writer;
-  wait_for_predecessor();
   int count = 0;  // query tiles done by both
   for (int round = 0;; round++) {
     const BwdWork& w = shared.work[round % 2];

@@ -131,13 +131,16 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
-    int drawn;  // the tile after this one; nobody waits for it before this one's copies are under way
+    int drawn = 0;  // nobody waits for it before this tile's copies are under way
+    const auto tile_after_this = [&] {
+      return Tile::kPaired ? tile_after(tile, gridDim.x) : static_cast<int>(gridDim.x) + (Tile::kDrawn ? drawn : tile);
+    };
     w.head = -1;
-    while (tile < (Tile::kPaired ? a.order.paired_count() : a.order.count())) {  // in a register it would be spilled
-      drawn = Tile::kDrawn ? atomicAdd(a.counter, 1) : Tile::kPaired ? tile_after(tile, gridDim.x) : tile;
+    while (tile < a.order.count()) {
+      if constexpr (Tile::kDrawn) drawn = atomicAdd(a.counter, 1);
       w = fwd_work<Tile>(a, tile);
       if (w.head >= 0) break;
-      tile = (Tile::kPaired ? 0 : gridDim.x) + drawn;  // packed sequences have gaps between their tiles
+      tile = tile_after_this();  // packed sequences have gaps between their tiles
     }
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.head < 0) break;
@@ -165,7 +168,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
-    tile = (Tile::kPaired ? 0 : gridDim.x) + drawn;
+    tile = tile_after_this();
   }
 }
 

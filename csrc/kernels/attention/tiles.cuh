@@ -48,10 +48,10 @@ static __global__ void list_packed_tiles(const Sequences s, int sequences, bool 
         find_packed_tile(of_keys ? s.cu_k : s.cu_q, sequences, of_keys ? s.k_tokens : s.q_tokens, rows, index);
 }
 
-// Zeroes the counter that deals tiles. It and whom it deals to wait, resident, for the launch before; a memset would
-// not.
+// Zeroes the counter that deals tiles. Both it and whom it deals to are resident while the launch before ends, which a
+// memset would have them wait for.
 static __global__ void zero_counter(int* counter) {
-  wait_for_predecessor(), allow_successor();
+  allow_successor(), wait_for_predecessor();
   *counter = 0;
 }
 
@@ -105,11 +105,10 @@ struct TileOrder {
   }
 
   // The same of tiles that are dealt in pairs, of a batch.
-  __device__ __forceinline__ int paired_count() const { return 2 * pairs_of_head(row_tiles) * heads; }
   __device__ __forceinline__ Tile tile_of_pair(int index, int heads_of_batch, int rows) const {
     const auto [head, place] = paired_tile(index, row_tiles);
     const int batch = head / heads_of_batch;
-    return {{place < 0 ? -1 : batch, place * rows}, head - batch * heads_of_batch};
+    return {{batch, place * rows}, head - batch * heads_of_batch};
   }
 };
 
