@@ -258,9 +258,10 @@ def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[in
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2 or min(window_size) < -1:
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not pair or not all(isinstance(side, int) and side >= -1 for side in window_size):
         raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {window_size!r}")
-    return window_size[0], window_size[1]
+    return window_size
 
 
 def _extras(q: Tensor, alibi_slopes: Tensor | None, dropout_p: float) -> tuple:

@@ -114,8 +114,9 @@ def test_refusals(device):
         cs336.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, 4, block_table=cu)
     with pytest.raises(ValueError, match=r"window_size must be .* got \(-2, 0\)"):
         cs336.flash_attn_func(q, q, q, window_size=(-2, 0))
-    with pytest.raises(ValueError, match=r"window_size must be two lengths .* got 3"):
-        cs336.flash_attn_func(q, q, q, window_size=3)
+    for bad in (3, (None, 0), (1.5, 2)):
+        with pytest.raises(ValueError, match="window_size must be two lengths"):
+            cs336.flash_attn_func(q, q, q, window_size=bad)
     with pytest.raises(ValueError, match="softcap must be positive and finite"):
         cs336.flash_attn_func(q, q, q, softcap=float("nan"))
     with pytest.raises(ValueError, match="qkv must have 5 dims, the third from last 3"):

@@ -68,8 +68,8 @@ def attention(
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
-    _check(q, k, v, softcap, mask)
-    check_numbers(1.0 if scale is None else scale, softcap or 0.0)
+    _check(q, k, v, mask)
+    check_numbers(scale, softcap)
     if sinks is not None:
         check_sinks(sinks, q.shape[-3] if q.dim() > 2 else 1, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -144,7 +144,7 @@ def _torchs(
     return o_BHSE.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # cuDNN's backend gives such rows the mean of v
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if q.dim() < 2 or k.dim() != q.dim() or q.shape[-1] == 0:
         raise ValueError(f"q must be (..., Hq, S, D) and k (..., Hkv, T, D), got {tuple(q.shape)} and {tuple(k.shape)}")
     if not q.is_floating_point():
@@ -159,8 +159,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, mask: Tensor 
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, got {x.dtype} on {x.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
     if mask is not None:
         _check_mask(mask, q, (*q.shape[:-1], k.shape[-2]))
 

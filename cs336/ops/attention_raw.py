@@ -49,18 +49,17 @@ def check(q, k, v, packing, scale, causal, window_left, window_right, softcap, *
     for name, value in (("window_left", window_left), ("window_right", window_right)):
         if value < -1:
             raise ValueError(f"{name} must be at least 0, or -1 for none, got {value}")
-    check_numbers(scale, softcap)
+    check_numbers(scale, softcap or None)
     if packing is not None:
         for name, cu, longest, x in zip("qk", packing[:2], packing[2:], (q, k), strict=True):
             _check_cu_seqlens(name, cu, packing[0], longest, x)
 
 
-def check_numbers(scale: float, softcap: float) -> None:
-    """softcap 0.0: none."""
-    if not -math.inf < scale < math.inf:
+def check_numbers(scale: float | None, softcap: float | None) -> None:
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or 0.0 for none, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
 
 
 def _check_cu_seqlens(name: str, cu: Tensor, other: Tensor, longest: int, x: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
+from cs336.ops.attention_raw import check_numbers
 from cs336.ops.dispatch import default_scale
 
 
@@ -51,8 +52,7 @@ def attention_varlen(
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_numbers(scale, softcap)
     if sinks is not None and q.dim() == 3:
         check_sinks(sinks, q.shape[1], q.device)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k

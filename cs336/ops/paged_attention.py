@@ -117,8 +117,7 @@ def _contiguous(x: Tensor) -> Tensor:
 def _options(q: Tensor, scale, window, softcap, sinks) -> tuple:
     if window is not None and (not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be a number of keys of at least 0, or None for all, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_numbers(scale, softcap)
     scale = default_scale(q) if scale is None else scale
     return scale, -1 if window is None else window, softcap or 0.0, sinks
 
@@ -173,7 +172,7 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
         )
     if window < -1:
         raise ValueError(f"window must be at least 0, or -1 for none, got {window}")
-    check_numbers(scale, softcap)
+    check_numbers(scale, softcap or None)
     if sinks is not None and (sinks.shape != (H,) or sinks.dtype != torch.float32 or sinks.device != q.device):
         raise ValueError(f"sinks must be {(H,)} torch.float32 on {q.device}, got {_like(sinks)}")
     if sinks is not None and not sinks.is_contiguous():

@@ -215,6 +215,22 @@ def test_expanded_tensors_are_read_as_they_are(variant, device, dim):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_expanded_packs_are_read_as_they_are(variant, device, dim):
+    if variant == "ref":
+        pytest.skip("torch's matmuls")
+    tensors, cu, _ = packed([30, 0, 75], [30, 0, 75], 2, 2, D, None, DTYPE, device)
+    one = [t.detach().narrow(dim, 0, 1).expand_as(t) for t in (*tensors, torch.randn_like(tensors[0]))]
+
+    def run(q, k, v, do):
+        options = *cu, 75, 75, *OPTIONS
+        o, lse = registry.call("attention_varlen_fwd", q, k, v, *options)
+        return o, lse, *registry.call("attention_varlen_bwd", do, None, q, k, v, o, lse, *options, True)
+
+    for got, want in zip(run(*one), run(*(t.contiguous() for t in one)), strict=True):
+        assert torch.equal(got, want)
+
+
 # ---- refusals ----
 
 
@@ -245,10 +261,10 @@ def test_raw_ops_refuse_bad_tensors(variant, device):
     [
         ({"window_left": -2}, "window_left must be at least 0, or -1 for none, got -2"),
         ({"window_right": -5}, "window_right must be at least 0"),
-        ({"softcap": float("inf")}, "softcap must be positive and finite, or 0.0 for none, got inf"),
-        ({"softcap": float("nan")}, "softcap must be positive and finite, or 0.0 for none, got nan"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, got inf"),
+        ({"softcap": float("nan")}, "softcap must be positive and finite, got nan"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
-        ({"softcap": -1.0}, "softcap must be positive and finite, or 0.0 for none, got -1.0"),
+        ({"softcap": -1.0}, "softcap must be positive and finite, got -1.0"),
     ],
 )
 def test_raw_numbers(change, message):
@@ -271,7 +287,7 @@ def test_raw_numbers(change, message):
         ({"max_seqlen_q": 2}, "max_seqlen_q must be at least the longest sequence, 3, got 2"),
         ({"max_seqlen_k": -1}, "max_seqlen_k must not be negative"),
         ({"window": (0, -3)}, "window's right"),
-        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
         ({"softcap": float("inf")}, "softcap must be positive and finite"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"v": torch.zeros(6, 1, 8)}, "q, k and v must fit each other"),

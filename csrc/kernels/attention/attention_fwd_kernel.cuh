@@ -35,6 +35,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
   }
 }
 
+// Zeroes the counter that deals tiles. Both it and whom it deals to are resident while the launch before ends, which a
+// memset would have them wait for.
+static __global__ void zero_counter(int* counter) {
+  allow_successor(), wait_for_predecessor();
+  *counter = 0;
+}
+
 template <class Tile>
 void launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& p = params.problem;

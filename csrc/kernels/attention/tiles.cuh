@@ -1,6 +1,5 @@
 // Tiles of rows over all sequences, and the order in which they are worked on.
 #pragma once
-#include "common/async.cuh"
 #include "kernels/attention/attention_plan.h"
 #include "kernels/attention/sequence.cuh"
 
@@ -46,13 +45,6 @@ static __global__ void list_packed_tiles(const Sequences s, int sequences, bool 
   if (index < count)
     tiles[index] =
         find_packed_tile(of_keys ? s.cu_k : s.cu_q, sequences, of_keys ? s.k_tokens : s.q_tokens, rows, index);
-}
-
-// Zeroes the counter that deals tiles. Both it and whom it deals to are resident while the launch before ends, which a
-// memset would have them wait for.
-static __global__ void zero_counter(int* counter) {
-  allow_successor(), wait_for_predecessor();
-  *counter = 0;
 }
 
 // Of a packed tensor and a second one like it, or of lse beside it: what tokens that no sequence holds get.
