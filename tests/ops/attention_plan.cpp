@@ -89,32 +89,6 @@ void check_order(const AttentionProblem& p, int row_tiles, int heads, int sectio
   }
 }
 
-// The forward's tiles dealt in pairs: each is dealt once, the longer of a pair first, and where pairs are taken no
-// multiprocessor has much more than its share of the triangle of blocks.
-void check_pairs(const AttentionProblem& p, int row_tiles, int heads, int blocks) {
-  AttentionProblem of_rows{};
-  of_rows.q_heads = heads, of_rows.sequences = 1, of_rows.q_tokens = of_rows.k_tokens = 128 * row_tiles;
-  const bool paired = attention_fwd_pairs(of_rows, 128, blocks);
-  of_rows.window_right = 1;
-  CHECK(!attention_fwd_pairs(of_rows, 128, blocks));  // pairs would differ
-  of_rows.window_right = 0, of_rows.k_tokens--;
-  CHECK(!attention_fwd_pairs(of_rows, 128, blocks));
-  CHECK(!paired || row_tiles % 2 == 0);
-  if (row_tiles % 2 == 1) return;
-  std::vector<int> dealt(row_tiles * heads, 0), work(blocks, 0);
-  for (int block = 0; block < blocks; block++)
-    for (int index = 2 * block; index < row_tiles * heads; index = tile_after(index, blocks)) {
-      const auto [head, row_tile] = paired_tile(index, row_tiles);
-      CHECK(head >= 0 && head < heads && row_tile >= 0 && row_tile < row_tiles);
-      CHECK((2 * row_tile >= row_tiles) == (index % 2 == 0));
-      CHECK(dealt[head * row_tiles + row_tile]++ == 0);
-      work[block] += row_tile + 1;
-    }
-  for (int times : dealt) CHECK(times == 1);
-  const int all = row_tiles * (row_tiles + 1) / 2 * heads;
-  for (int blocks_of_keys : work) CHECK(!paired || blocks_of_keys * 10 * blocks <= all * 11);
-}
-
 // The key tiles that add to a query tile are neighbours, the first of them that of the first key that its first query
 // sees: so many have added when it is a tile's turn.
 template <bool kLeft, bool kRight>
@@ -187,9 +161,6 @@ int main() {
   for (int row_tiles : {1, 2, 7, 33})
     for (int heads : {1, 3, 8, 64})
       for (int section = 1; section <= heads; section++) check_order(p, row_tiles, heads, section);
-  for (int row_tiles : {1, 2, 3, 4, 7, 8})
-    for (int heads : {1, 3, 64, 65, 66, 256})
-      for (int blocks : {1, 7, 132}) check_pairs(p, row_tiles, heads, blocks);
   constexpr int kLengths[] = {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 700}, kUnbounded = 1 << 29;
   constexpr int kSides[] = {0, 1, 9, 63, 64, 65, 127, 128, 129, 300, kUnbounded};
   for (int queries : {64, 128})

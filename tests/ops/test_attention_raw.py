@@ -410,7 +410,7 @@ def test_cuda_graph(variant, device, options):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize(("S", "causal"), [(512, False), (512, True), (1100, True)])  # dealt, in pairs, drawn
+@pytest.mark.parametrize(("S", "causal"), [(512, False), (512, True), (1100, True)])
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(variant, device, width, S, causal):
     """The next kernel starts while the one before still runs: it must not read too early what that one writes last."""

@@ -112,15 +112,14 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
     const int sms = current_device().num_sms, vectors = Tile::kHeadDim / 8;
     clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, false, {params.dq, {}, p.q_heads, vectors, nullptr});
     clear_unheld<<<sms, 256, 0, stream>>>(sequences, p.sequences, true, {dk, dv, block_heads, vectors, nullptr});
-    CUDA_CHECK(cudaGetLastError());
   }
-  // Each starts while the one before it ends, and waits for all that it wrote.
-  const auto of_rows = LaunchShape{.grid = static_cast<unsigned>(row_blocks), .threads = 256, .dependent = true};
-  launch<attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries>>(of_rows, stream, rows);
+  attention_bwd_prepare_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
+  CUDA_CHECK(cudaGetLastError());
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(at.key_tiles * heads, current_device().num_sms));
-  launch<attention_bwd_kernel<Tile>>(
-      {.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes, .dependent = true}, stream, args);
-  launch<attention_bwd_finish_kernel<T, Tile::kHeadDim, Tile::kQueries>>(of_rows, stream, rows);
+  launch<attention_bwd_kernel<Tile>>({.grid = blocks, .threads = Tile::kThreads, .shared_bytes = Tile::kSharedBytes},
+                                     stream, args);
+  attention_bwd_finish_kernel<T, Tile::kHeadDim, Tile::kQueries><<<row_blocks, 256, 0, stream>>>(rows);
+  CUDA_CHECK(cudaGetLastError());
   if (in_parts) {
     const int64_t vectors = int64_t(batch) * p.k_tokens * p.kv_heads * (Tile::kHeadDim / 8);
     for (const auto& [part, sum] : {std::pair(dk, params.dk), std::pair(dv, params.dv)})

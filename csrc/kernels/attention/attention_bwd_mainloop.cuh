@@ -18,7 +18,6 @@
 //   a warpgroup   dS | store dS |          | stage dQ |  P of the next tile  |
 //   its products  dV .......... | dK . dQ .| S of the next . dP of the next
 #pragma once
-#include "common/async.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
 #include "kernels/attention/tiles.cuh"
@@ -149,8 +148,7 @@ template <class Tile>
 __device__ __forceinline__ void bwd_produce(const BwdArgs& a, typename Tile::Shared& shared) {
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.dout);
   prefetch_map(&a.dk), prefetch_map(&a.dv);
-  wait_for_predecessor(), allow_successor();  // for the whole block, as in the forward
-  int count = 0;                              // query tiles loaded
+  int count = 0;  // query tiles loaded
   for (int round = 0;; round++) {
     BwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);

@@ -1,6 +1,5 @@
 // Before and after the backward's products: what they need of each query row, and dQ out of its sums.
 #pragma once
-#include "common/async.cuh"
 #include "kernels/attention/tiles.cuh"
 
 namespace cs336::attention {
@@ -47,7 +46,6 @@ __device__ __forceinline__ T* vector_of(const AttentionTensor& t, const Sequence
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsArgs a) {
   constexpr int kColumns = num_panels(kHeadDim) * kPanel, kLanes = kColumns / 8, kRows = 256 / kLanes;
-  wait_for_predecessor(), allow_successor();
   if (!a.sequences.cu_q && blockIdx.x == 0 && threadIdx.x == 0) *a.counter = 0;  // packed: list_packed_tiles has
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
@@ -92,7 +90,6 @@ __global__ void __launch_bounds__(256) attention_bwd_prepare_kernel(const RowsAr
 template <typename T, int kHeadDim, int kQueries>
 __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const RowsArgs a) {
   constexpr bool kSplitColumns = kQueries == 64;
-  wait_for_predecessor();
   QueryTile t;
   if (!query_tile_of_block<kQueries>(a, t)) return;
   const int j = threadIdx.x % 8, r = threadIdx.x / 8 % 8, w = threadIdx.x / 64;

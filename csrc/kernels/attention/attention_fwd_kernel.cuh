@@ -98,16 +98,9 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kWindow->groups, kWindow->keys, kWindow->stages,
                                   kWindow->q_stages, kMask, kCap, false>>(params, stream);
     if constexpr (kShort && kMask != Mask::kWindow)
-      if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens) {
-        const auto launch_short = [&]<bool kDrawn>() {
-          launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages, kShort->q_stages,
-                             kMask, kCap, true, kDrawn>>(params, stream);
-        };
-        if constexpr (kMask == Mask::kRight)
-          if (!attention_fwd_pairs(p, 64 * kShort->groups, current_device().num_sms))
-            return launch_short.template operator()<true>();
-        return launch_short.template operator()<false>();
-      }
+      if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
+        return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,
+                                  kShort->q_stages, kMask, kCap, true, kMask != Mask::kNone>>(params, stream);
     launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kShape.q_stages, kMask, kCap>>(
         params, stream);
   };

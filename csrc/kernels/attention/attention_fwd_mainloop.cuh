@@ -39,8 +39,7 @@ struct FwdTile {
   static constexpr Mask kMask = kMask_;
   static constexpr bool kCap = kCap_;
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
-  static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else they are dealt in advance:
-  static constexpr bool kPaired = !kDrawn && kMask == Mask::kRight;  // equally long ones, or pairs that are
+  static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else, equally long, they are dealt in advance
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
@@ -84,8 +83,7 @@ struct FwdArgs {
 
 template <class Tile>
 __device__ __forceinline__ FwdWork fwd_work(const FwdArgs& a, int index) {
-  const TileOrder::Tile tile = Tile::kPaired ? a.order.tile_of_pair(index, a.q_heads, Tile::kRows)
-                                             : a.order.tile<true>(index, a.q_heads, Tile::kRows);
+  const TileOrder::Tile tile = a.order.tile<true>(index, a.q_heads, Tile::kRows);
   if (tile.rows.sequence < 0) return {.head = -1};
   FwdWork w{a.sequences[tile.rows.sequence], tile.rows.row0, tile.head, tile.head / a.group, {}};
   w.blocks = visible_blocks<Tile::kMask, Tile::kKeys>(a.window, w.sequence, w.row0, Tile::kRows);
@@ -127,20 +125,17 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
   // For the whole block: all that it writes follows from what is loaded here.
   wait_for_predecessor(), allow_successor();
   int count = 0;  // blocks of K and V asked for
-  int tile = Tile::kPaired ? 2 * blockIdx.x : blockIdx.x;
+  int tile = blockIdx.x;
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
-    int drawn = 0;  // nobody waits for it before this tile's copies are under way
-    const auto tile_after_this = [&] {
-      return Tile::kPaired ? tile_after(tile, gridDim.x) : static_cast<int>(gridDim.x) + (Tile::kDrawn ? drawn : tile);
-    };
+    int drawn;  // the tile after this one; nobody waits for it before this one's copies are under way
     w.head = -1;
     while (tile < a.order.count()) {
-      if constexpr (Tile::kDrawn) drawn = atomicAdd(a.counter, 1);
+      drawn = Tile::kDrawn ? atomicAdd(a.counter, 1) : tile;
       w = fwd_work<Tile>(a, tile);
       if (w.head >= 0) break;
-      tile = tile_after_this();  // packed sequences have gaps between their tiles
+      tile = gridDim.x + drawn;  // packed sequences have gaps between their tiles
     }
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.head < 0) break;
@@ -168,7 +163,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
-    tile = tile_after_this();
+    tile = gridDim.x + drawn;
   }
 }
 

@@ -119,22 +119,6 @@ constexpr DealtTile dealt_tile(int index, int row_tiles, int heads, int section)
   return {s * section + r % width, r / width};
 }
 
-// Under a causal mask the row tiles i and count - 1 - i of a head are as long together as any two such, where each
-// query sees at least itself. Dealt in advance, block b of `blocks` gets the pairs b, b + blocks, ..., of each the
-// longer tile first: tile 2 i + n is the n-th of pair i.
-constexpr DealtTile paired_tile(int index, int row_tiles) {
-  const int pair = index / 2, head = pair / (row_tiles / 2), i = pair - head * (row_tiles / 2);
-  return {head, index % 2 == 0 ? row_tiles - 1 - i : i};
-}
-constexpr int tile_after(int index, int blocks) { return index % 2 == 0 ? index + 1 : index + 2 * blocks - 1; }
-
-// Whether tiles of so many rows make such pairs, and these leave no multiprocessor with much less to do than another.
-inline bool attention_fwd_pairs(const AttentionProblem& p, int rows, int num_sms) {
-  const int64_t row_tiles = ceil_div(p.q_tokens, rows), pairs = row_tiles / 2 * p.sequences * p.q_heads;
-  return p.window_right == 0 && p.k_tokens >= p.q_tokens && row_tiles % 2 == 0 &&
-         10 * ceil_div(pairs, num_sms) * num_sms <= 11 * pairs;
-}
-
 // The tiles [first, last) of `queries` queries that see some of the keys from key0 to last_key: query i of a sequence
 // sees from i + offset - left to i + offset + right, where there are these ends.
 struct QueryTiles {

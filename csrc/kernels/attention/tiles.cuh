@@ -95,13 +95,6 @@ struct TileOrder {
     const int batch = head / heads_of_batch;
     return {{batch, place * rows}, head - batch * heads_of_batch};
   }
-
-  // The same of tiles that are dealt in pairs, of a batch.
-  __device__ __forceinline__ Tile tile_of_pair(int index, int heads_of_batch, int rows) const {
-    const auto [head, place] = paired_tile(index, row_tiles);
-    const int batch = head / heads_of_batch;
-    return {{batch, place * rows}, head - batch * heads_of_batch};
-  }
 };
 
 }  // namespace cs336::attention
