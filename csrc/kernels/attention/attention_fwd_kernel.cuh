@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
   }
 }
 
-// Zeroes the counter that deals tiles. Both it and whom it deals to are resident while the launch before ends, which a
-// memset would have them wait for.
+// Zeroes the counter that deals tiles. Both it and whom it deals to may be resident while the launch before ends;
+// behind a memset the forward would be launched when that is done.
 static __global__ void zero_counter(int* counter) {
   allow_successor(), wait_for_predecessor();
   *counter = 0;
