@@ -13,7 +13,8 @@ import textwrap
 
 import pytest
 
-from cs336.cli import DATA_VERBS, TOKENIZER_VERBS, VERBS, main
+from cs336.cli import main
+from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40

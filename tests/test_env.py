@@ -100,3 +100,30 @@ def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
     only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, False, (), {torch.device("cpu"): ("ref",)})
     monkeypatch.setattr(registry, "OPS", {"f": only_ref})
     assert list(env.variants()) == [("cpu: ref", False, "f")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "asked", "said"),
+    [
+        ("cs336._text", "tokenizer inspect nothing.json", "cs336 is not compiled for Python 3"),
+        ("cs336._text", "quickstart", "cs336 is not compiled for Python 3"),
+        ("tyro", "env", "No module named 'tyro'"),
+        ("regex", "tokenizer inspect nothing.json", "No module named 'regex'"),
+    ],
+)
+def test_an_install_that_was_cut_says_what_to_run(tmp_path, missing, asked, said):
+    code = f"""
+import importlib.machinery, sys
+from cs336.cli import main
+find = importlib.machinery.PathFinder.find_spec
+def without(name, path=None, target=None):
+    return None if name == {missing!r} else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = without
+sys.exit(main({asked.split()!r}))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"cs336: {said}")
+    assert "`pip install --no-build-isolation -e .`" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -86,6 +86,7 @@ class StageRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.run.held())
             self._restore()
+            self.run.say_lost(self.display.say)
             self.run.clear_failure()
             self._write_setup()
             stack.enter_context(self.run.open_rows(upto=self.step or -1))
@@ -260,12 +261,9 @@ class StageRun:
 
 def _check_same_config(run: RunDir, config: StageConfig, verb: str) -> None:
     """Raises ValueError where the run that is there cannot go on as this one."""
-    path = run.path / "config.toml"
-    if run.newest() is None or not path.exists():
+    if not run.goes_on(verb):
         return
-    if (other := run.verb) not in (verb, None):
-        raise ValueError(f"{run.path} holds a run of `cs336 {other}`: use another run_dir")
-    saved = configs.load(type(config), path)
+    saved = configs.load(type(config), run.path / "config.toml")
     if changed := differences(saved, config, FREE):
         raise ValueError(
             f"{run.path} holds a run with another configuration ({'; '.join(changed)}): use another run_dir, or the "

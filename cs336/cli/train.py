@@ -48,8 +48,9 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
 
     connect(settings.device)
     kept = settings.run_dir / "tokenizer.json"
-    given = tokenizer or (kept if kept.exists() else None)
-    loaded = kept_tokenizer(settings.data.train) if given is None else convert.load(given)
+    loaded = kept_tokenizer(settings.data.train) if tokenizer is None else convert.load(tokenizer)
+    if loaded is None and kept.exists():
+        loaded = convert.load(kept)
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:

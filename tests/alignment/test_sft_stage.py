@@ -1,6 +1,7 @@
 """`cs336 sft`: what it learns, what it refuses, and that a run goes on where it was killed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_a_run_goes_on_as_itself_alone(tmp_path, model):
     facts.write_text(facts.read_text().replace('"stage": "sft"', '"stage": "dpo"'))
     with pytest.raises(ValueError, match="holds a run of `cs336 dpo`: use another run_dir"):
         run(config(tmp_path, model, budget="4steps"))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="holds a run of `cs336 dpo`: use another run_dir"):
+        run(config(tmp_path, model, budget="3steps"))
+    facts.write_text(facts.read_text().replace('"stage": "dpo"', '"stage": "sft"'))
+    with pytest.raises(ValueError, match=r"holds a finished model, .*export, and no checkpoint"):
+        run(config(tmp_path, model, budget="3steps"))
+    shutil.rmtree(tmp_path / "run/export")
+    assert run(config(tmp_path, model, budget="3steps")).step == 3
     for torn in ("[1]", "{", ""):
         facts.write_text(torn)
         assert run(config(tmp_path, model, budget="3steps")).step == 3
