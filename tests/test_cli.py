@@ -432,7 +432,7 @@ def test_debug_shows_the_trace(tmp_path, monkeypatch):
 
 
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    def broken(run_dir):
+    def broken(run_dir, output):
         raise AssertionError("ours")
 
     monkeypatch.setattr("cs336.report.write_report", broken)
@@ -441,7 +441,7 @@ def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
 
 
 def test_interrupt(tmp_path, monkeypatch, capsys):
-    def interrupted(run_dir):
+    def interrupted(run_dir, output):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cs336.report.write_report", interrupted)

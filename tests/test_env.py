@@ -112,6 +112,23 @@ def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
     ],
 )
 def test_an_install_that_was_cut_says_what_to_run(tmp_path, missing, asked, said):
+    ran = without(missing, asked, tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"cs336: {said}")
+    assert "`pip install --no-build-isolation -e .`" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_of_serve_needs_no_extra(tmp_path):
+    assert "--max-requests" in without("fastapi", "serve --help", tmp_path).stdout
+    ran = without("fastapi", "serve model", tmp_path)
+    assert ran.returncode == 2
+    assert "pip install 'cs336[serve]'" in ran.stderr
+
+
+def without(missing, asked, place):
+    """What the command line says in a process that cannot import a module."""
     code = f"""
 import importlib.machinery, sys
 from cs336.cli import main
@@ -121,9 +138,4 @@ def without(name, path=None, target=None):
 importlib.machinery.PathFinder.find_spec = without
 sys.exit(main({asked.split()!r}))
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.startswith(f"cs336: {said}")
-    assert "`pip install --no-build-isolation -e .`" in ran.stderr
-    assert ran.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    return subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
