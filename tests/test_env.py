@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from cs336 import _load, env
+from cs336.cli import main
 from cs336.ops import registry
 from cs336.utils import device as devices
 from cs336.utils.device import Gpu
@@ -118,6 +119,17 @@ def test_an_install_that_was_cut_says_what_to_run(tmp_path, missing, asked, said
     assert "`pip install --no-build-isolation -e .`" in ran.stderr
     assert ran.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_the_program_loads(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cs336.cli.program", raising=False)
+    monkeypatch.delattr("cs336.cli.program", raising=False)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", interrupted)
+    assert main(["--version"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_help_of_serve_needs_no_extra(tmp_path):

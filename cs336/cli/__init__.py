@@ -12,4 +12,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # a clone that was never installed has no parser of options
         print(f"cs336: {error}: {NOT_WHOLE}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there is anything to go on with
+        return 130
     return program.main(arguments)
