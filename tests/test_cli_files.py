@@ -154,3 +154,9 @@ def test_other_data_of_a_run_that_left_no_checkpoint(place, capsys):
         assert len(json.loads((place / "run/tokenizer.json").read_text())["model"]["vocab"]) == int(vocab)
         for left in ("checkpoints", "export"):
             shutil.rmtree(place / "run" / left)
+    (place / "run/stages.json").write_text("{}")
+    before = {path: path.read_bytes() for path in (place / "run").iterdir()}
+    capsys.readouterr()
+    assert main(["train", "--config", "train.toml"]) == 2
+    assert "run is where `cs336 quickstart`, or a verb like it, works" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (place / "run").iterdir()} == before
