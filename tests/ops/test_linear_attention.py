@@ -81,7 +81,9 @@ def leaves_of(x, dtype=None):
     return again, [again[name] for name in NAMES if again[name] is not None and again[name].requires_grad]
 
 
-@pytest.mark.parametrize(("dtype", "decay", "segments"), [(F32, True, True), (F16, False, False), (BF16, True, False)])
+@pytest.mark.parametrize(
+    ("dtype", "decay", "segments"), [(F32, True, True), (F16, False, False), (BF16, True, False), (BF16, True, True)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients_against_fp64(variant, device, shape, dtype, decay, segments):
     x = inputs(shape, dtype, device, decay=decay, segments=segments)
