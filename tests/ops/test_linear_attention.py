@@ -265,6 +265,28 @@ def test_a_decay_to_nothing(variant, device, op):
 
 
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
+def test_decays_to_nothing_cost_what_follows_no_digits(device, op):
+    """Of 30 in a chunk the sum is -3120, and float32 has its digits no finer than 2e-4."""
+    x, leaves = leaves_of(inputs((1, 1, 2, 130, 8, 6), F32, device))
+    if reason := registry.why_not("linear_attention_fwd", "triton", *(x[name] for name in NAMES), 1.0):
+        pytest.skip(reason)
+    with torch.no_grad():
+        x["g"][:, :, 1:60:2] = -torch.inf
+    if op == "linear_attention":
+        del x["beta"]
+
+    def run(forced, x, leaves):
+        with registry.use(forced):
+            o, state = getattr(ops, op)(**x, return_state=True)
+            return [o, state, *torch.autograd.grad(o.sum() + state.sum(), leaves)]
+
+    wide = {name: t.detach().double().requires_grad_() if torch.is_tensor(t) else t for name, t in x.items()}
+    want = run("ref", wide, [wide[name] for name in NAMES[:5]])
+    for ours, exact in zip(run("triton", x, leaves), want, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 @pytest.mark.parametrize("forced", [None, "triton"])
 def test_compiles_whole(device, op, forced):
     if forced == "triton" and (op == "gated_delta_rule" or registry.TRITON_MISSING):

@@ -13,6 +13,7 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
+FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops.linear_attention leaves: its exponential is 0
 MOST_TOKENS = 4096  # that are walked at once
 PART = 1024  # tokens of a part of a longer walk
 
@@ -20,30 +21,31 @@ PART = 1024  # tokens of a part of a longer walk
 @triton.jit
 def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
     """Of the chunk at `start`, (CHUNK,) each: the log-decay up to a token, what it sees of the state before the chunk,
-    its share of the state after it, its segment; and what is left of the state before."""
+    its share of the state after it, its run, and whether that begins with it; and what is left of the state before, and
+    the last token's run. A run begins with a segment, and where a token forgets all that was before it: of sums that
+    went through such a decay the others' last digits would be lost. 0 is the run that sees the state before."""
     i = tl.arange(0, CHUNK)
     index = start + i
-    run = tl.zeros((CHUNK,), tl.int32)
-    before, last = 0, 0
-    if segments_ptr is not None:
-        run = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
-        before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
-        last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32)
-    c = tl.zeros((CHUNK,), tl.float32)
-    total = 0.0
+    fresh = tl.zeros((CHUNK,), tl.int1)
+    g = tl.zeros((CHUNK,), tl.float32)
     if g_ptr is not None:
         g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
-        if segments_ptr is None:
-            c = tl.cumsum(g, 0)
-        else:  # from the segment's start: what was before it does not even change how this is rounded
-            c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
-        total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
-    into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
+        fresh = g <= FORGETS
+        g = tl.where(fresh, 0.0, g)
     if segments_ptr is not None:
-        into = tl.where(run == before, into, 0.0)
-        out = tl.where(run == last, out, 0.0)
-        through = tl.where(before == last, through, 0.0)
-    return c, into, out, through, run, last
+        own = tl.load(segments_ptr + tl.minimum(index, T - 1))
+        fresh = fresh | (own != tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)))
+    run = tl.cumsum(fresh.to(tl.int32), 0)
+    last = tl.sum(tl.where(i == CHUNK - 1, run, 0), 0)
+    if segments_ptr is None:
+        c = tl.cumsum(g, 0)
+    else:  # from the run's start: what was before it does not even change how this is rounded
+        c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
+    total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
+    into = tl.where(run == 0, tl.exp(c), 0.0)
+    out = tl.where(run == last, tl.exp(total - c), 0.0)
+    through = tl.where(last == 0, tl.exp(total), 0.0)
+    return c, into, out, through, run, last, fresh
 
 
 @triton.jit
@@ -83,12 +85,6 @@ def store_columns(ptr, stride, values, start, T, column, WIDTH, ROWS: tl.constex
 
 
 @triton.jit
-def scaled(x, weights):
-    """Rows of x times their weights, in x's dtype."""
-    return cast(x.to(tl.float32) * weights[:, None], x.dtype)
-
-
-@triton.jit
 def _decays_kernel(
     g_ptr,  # (B, H, T) float32, or None
     segments_ptr,  # (B, T), or None
@@ -104,7 +100,7 @@ def _decays_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
-    _, into, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
+    _, into, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
     index = n * CHUNK + tl.arange(0, CHUNK)
     tl.store(weights_ptr + head * T + index, (into if BACK else out) * scale, mask=index < T)
     tl.store(through_ptr + head * tl.cdiv(T, CHUNK) + n, through)
@@ -124,6 +120,7 @@ def _walk_kernel(
     x_b, x_h, x_stride, y_b, y_h, y_stride,
     H, group, T, K, V, parts,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ADD_UP: tl.constexpr, BACK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     tiles_v, part = tl.cdiv(V, BLOCK_V), tl.program_id(2)
@@ -150,7 +147,11 @@ def _walk_kernel(
         weights = tl.load(weights_ptr + head * T + index, mask=index < T, other=0.0)
         x = load_columns(x_ptr, x_stride, n * CHUNK, T, k0, K, CHUNK, BLOCK_K)
         y = load_columns(y_ptr, y_stride, n * CHUNK, T, v0, V, CHUNK, BLOCK_V)
-        state = state * through + dot(tl.trans(x), scaled(y, weights))
+        weighed = y.to(tl.float32) * weights[:, None]
+        rounded = cast(weighed, x.dtype)
+        state = state * through + dot(tl.trans(x), rounded)
+        if EXACT:
+            state += dot(tl.trans(x), cast(weighed - rounded.to(tl.float32), x.dtype))
         kept *= through
     if ADD_UP:
         store_state(sums_ptr + (head * parts + part) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
@@ -199,10 +200,10 @@ def _out_kernel(
                 q = load_columns(q_ptr, q_stride, start, T, k0, K, ROWS, BLOCK_K)
                 k = load_columns(k_ptr, k_stride, first, T, k0, K, ROWS, BLOCK_K)
                 others += dot(q, tl.trans(k))
-            _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS)
+            _, _, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS)
             v = load_columns(v_ptr, v_stride, first, T, v0, V, ROWS, BLOCK_V)
             o = o * through + dot(cast(others * out[None, :], v.dtype), v)
-    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS)
+    c, into, _, _, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS)
     v = load_columns(v_ptr, v_stride, start, T, v0, V, ROWS, BLOCK_V)
     o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, ROWS), v.dtype), v)
     store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, ROWS, BLOCK_V)
@@ -260,9 +261,10 @@ def chunk_decays(v, g, segments, chunk, scale, back):
     return weights, through
 
 
-def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
+def walk(x, y, g, state, segments, cut, scale=1.0, back=False, exact=False):
     """The states S' = through S + x^T (weights y) before each chunk (B, H, N, K, V), in 16 bits where x is, and after
-    the last (B, H, K, V), from the first chunk on or `back` from the last."""
+    the last (B, H, K, V), from the first chunk on or `back` from the last. exact: the products' weights are not rounded
+    to 16 bits."""
     (B, H, T, V), K = y.shape, x.shape[-1]
     weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
     N = through.shape[2]
@@ -275,7 +277,8 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
         for add_up in (True, False) if parts > 1 else (False,):
             _walk_kernel[(blocks, B * H, parts - add_up)](
                 x, y, weights, through, state, sums, kept, before, last, *strides(x), *strides(y),
-                H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back, **cut,
+                H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back,
+                EXACT=exact and x.dtype.itemsize == 2, **cut,
             )  # fmt: skip
     return before, last
 

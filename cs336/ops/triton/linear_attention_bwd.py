@@ -63,7 +63,7 @@ def _grads_kernel(
         head_g = g_ptr
         if g_ptr is not None:
             head_g = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
-        c, into, out, through, run, last = decays(head_g, g_stride, segments_ptr, start, T, CHUNK)
+        c, into, out, through, run, last, fresh = decays(head_g, g_stride, segments_ptr, start, T, CHUNK)
         inner = inner_decay(c, run, CHUNK)
         p = cast(scores * inner, q.dtype)
         head_do = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
@@ -93,9 +93,7 @@ def _grads_kernel(
         i = tl.arange(0, CHUNK)
         later = (i[None, :] >= i[:, None]) & (run[None, :] == run[:, None])
         dg = tl.sum(tl.where(later, share[None, :], 0.0), 1) + tl.where(run == last, along, 0.0)
-        if segments_ptr is not None:
-            before = tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32)
-            dg = tl.where(run == before, dg, 0.0)  # a segment's first token has nothing to decay
+        dg = tl.where(fresh, 0.0, dg)  # there is nothing to decay
         tl.store(dg_ptr + head * T + index, dg, mask=index < T)
         dq_all += dq
         dk_all += dk
@@ -110,8 +108,9 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
     cuts, group = plan(K, V, v.dtype, v.device), H // G
-    before, _ = walk(k, v, g, state, segments, cuts["walk"])
-    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True)
+    # A decay's gradient adds up the products of two whole states: half of its error was that of rounded weights.
+    before, _ = walk(k, v, g, state, segments, cuts["walk"], exact=True)
+    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True, exact=True)
     dq, dk = (q.new_empty(B, T, G, K).transpose(1, 2) for _ in range(2))
     dv = v.new_empty(B, T, H, V).transpose(1, 2)
     dg = v.new_empty(B, H, T, dtype=torch.float32)
