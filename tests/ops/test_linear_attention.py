@@ -12,7 +12,9 @@ CUDA = torch.cuda.is_available()
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = [(1, 1, 1, 2, 3, 5), (2, 1, 2, 65, 24, 70), (1, 2, 2, 64, 16, 16), (1, 1, 2, 130, 70, 20)]  # B, G, H, T, K, V
 if CUDA:
-    SHAPES += [(2, 4, 4, 1000, 128, 128), (2, 1, 8, 513, 128, 64), (1, 2, 2, 300, 256, 256), (3, 2, 2, 129, 64, 128)]
+    # A decay's gradient adds up whole states, so that each head has one error and not one a token: of two heads of 256
+    # features torch's own was 3.6e-6 to 1.1e-5, as it happened, and ours 3.5e-6 to 6.4e-6.
+    SHAPES += [(2, 4, 4, 1000, 128, 128), (2, 1, 8, 513, 128, 64), (6, 2, 4, 300, 256, 256), (3, 2, 2, 129, 64, 128)]
 NAMES = ("q", "k", "v", "g", "initial_state", "segments")
 
 

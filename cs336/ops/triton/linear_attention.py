@@ -19,32 +19,41 @@ PART = 1024  # tokens of a part of a longer walk
 
 
 @triton.jit
-def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
+def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr, FINE: tl.constexpr):
     """Of the chunk at `start`, (CHUNK,) each: the log-decay up to a token, what it sees of the state before the chunk,
     its share of the state after it, its run, and whether that begins with it; and what is left of the state before, and
-    the last token's run. A run begins with a segment, and where a token forgets all that was before it: of sums that
-    went through such a decay the others' last digits would be lost. 0 is the run that sees the state before."""
+    the last token's run. A run begins with a segment, and if FINE where a token forgets all that was before it: of sums
+    that go through such a decay the others' last digits are lost. 0 is the run that sees the state before."""
     i = tl.arange(0, CHUNK)
     index = start + i
     fresh = tl.zeros((CHUNK,), tl.int1)
+    run = tl.zeros((CHUNK,), tl.int32)
     g = tl.zeros((CHUNK,), tl.float32)
+    last = 0
     if g_ptr is not None:
         g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
-        fresh = g <= FORGETS
-        g = tl.where(fresh, 0.0, g)
+        if FINE:
+            fresh = g <= FORGETS
+            g = tl.where(fresh, 0.0, g)
     if segments_ptr is not None:
         own = tl.load(segments_ptr + tl.minimum(index, T - 1))
         fresh = fresh | (own != tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)))
-    run = tl.cumsum(fresh.to(tl.int32), 0)
-    last = tl.sum(tl.where(i == CHUNK - 1, run, 0), 0)
-    if segments_ptr is None:
-        c = tl.cumsum(g, 0)
-    else:  # from the run's start: what was before it does not even change how this is rounded
-        c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
-    total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
-    into = tl.where(run == 0, tl.exp(c), 0.0)
-    out = tl.where(run == last, tl.exp(total - c), 0.0)
-    through = tl.where(last == 0, tl.exp(total), 0.0)
+    if FINE or segments_ptr is not None:
+        run = tl.cumsum(fresh.to(tl.int32), 0)
+        last = tl.sum(tl.where(i == CHUNK - 1, run, 0), 0)
+    c = g
+    total = 0.0
+    if g_ptr is not None:
+        if segments_ptr is None:
+            c = tl.cumsum(g, 0)
+        else:  # from the run's start: what was before it does not even change how this is rounded
+            c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
+        total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
+    into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
+    if FINE or segments_ptr is not None:
+        into = tl.where(run == 0, into, 0.0)
+        out = tl.where(run == last, out, 0.0)
+        through = tl.where(last == 0, through, 0.0)
     return c, into, out, through, run, last, fresh
 
 
@@ -85,6 +94,12 @@ def store_columns(ptr, stride, values, start, T, column, WIDTH, ROWS: tl.constex
 
 
 @triton.jit
+def scaled(x, weights):
+    """Rows of x times their weights, in x's dtype."""
+    return cast(x.to(tl.float32) * weights[:, None], x.dtype)
+
+
+@triton.jit
 def _decays_kernel(
     g_ptr,  # (B, H, T) float32, or None
     segments_ptr,  # (B, T), or None
@@ -92,7 +107,7 @@ def _decays_kernel(
     through_ptr,  # (B, H, N) float32
     g_b, g_h, g_stride, segments_b,
     H, T, scale,
-    CHUNK: tl.constexpr, BACK: tl.constexpr,
+    CHUNK: tl.constexpr, BACK: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -100,7 +115,7 @@ def _decays_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
-    _, into, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
+    _, into, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK, FINE)
     index = n * CHUNK + tl.arange(0, CHUNK)
     tl.store(weights_ptr + head * T + index, (into if BACK else out) * scale, mask=index < T)
     tl.store(through_ptr + head * tl.cdiv(T, CHUNK) + n, through)
@@ -120,7 +135,6 @@ def _walk_kernel(
     x_b, x_h, x_stride, y_b, y_h, y_stride,
     H, group, T, K, V, parts,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ADD_UP: tl.constexpr, BACK: tl.constexpr,
-    EXACT: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     tiles_v, part = tl.cdiv(V, BLOCK_V), tl.program_id(2)
@@ -147,11 +161,7 @@ def _walk_kernel(
         weights = tl.load(weights_ptr + head * T + index, mask=index < T, other=0.0)
         x = load_columns(x_ptr, x_stride, n * CHUNK, T, k0, K, CHUNK, BLOCK_K)
         y = load_columns(y_ptr, y_stride, n * CHUNK, T, v0, V, CHUNK, BLOCK_V)
-        weighed = y.to(tl.float32) * weights[:, None]
-        rounded = cast(weighed, x.dtype)
-        state = state * through + dot(tl.trans(x), rounded)
-        if EXACT:
-            state += dot(tl.trans(x), cast(weighed - rounded.to(tl.float32), x.dtype))
+        state = state * through + dot(tl.trans(x), scaled(y, weights))
         kept *= through
     if ADD_UP:
         store_state(sums_ptr + (head * parts + part) * K * V, state, k0, v0, K, V, BLOCK_K, BLOCK_V)
@@ -185,6 +195,7 @@ def _out_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     states_ptr += (tl.program_id(1).to(tl.int64) * tl.cdiv(T, CHUNK) + n) * K * V
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     o = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -200,10 +211,10 @@ def _out_kernel(
                 q = load_columns(q_ptr, q_stride, start, T, k0, K, ROWS, BLOCK_K)
                 k = load_columns(k_ptr, k_stride, first, T, k0, K, ROWS, BLOCK_K)
                 others += dot(q, tl.trans(k))
-            _, _, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS)
+            _, _, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS, FINE)
             v = load_columns(v_ptr, v_stride, first, T, v0, V, ROWS, BLOCK_V)
             o = o * through + dot(cast(others * out[None, :], v.dtype), v)
-    c, into, _, _, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS)
+    c, into, _, _, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS, FINE)
     v = load_columns(v_ptr, v_stride, start, T, v0, V, ROWS, BLOCK_V)
     o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, ROWS), v.dtype), v)
     store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, ROWS, BLOCK_V)
@@ -256,15 +267,14 @@ def chunk_decays(v, g, segments, chunk, scale, back):
     with torch.cuda.device_of(v):
         _decays_kernel[(N, B * H)](
             g, segments, weights, through, *strides(g), 0 if segments is None else segments.stride(0), H, T, scale,
-            CHUNK=chunk, BACK=back, num_warps=1,
+            CHUNK=chunk, BACK=back, FINE=v.dtype == torch.float32, num_warps=1,
         )  # fmt: skip
     return weights, through
 
 
-def walk(x, y, g, state, segments, cut, scale=1.0, back=False, exact=False):
+def walk(x, y, g, state, segments, cut, scale=1.0, back=False):
     """The states S' = through S + x^T (weights y) before each chunk (B, H, N, K, V), in 16 bits where x is, and after
-    the last (B, H, K, V), from the first chunk on or `back` from the last. exact: the products' weights are not rounded
-    to 16 bits."""
+    the last (B, H, K, V), from the first chunk on or `back` from the last."""
     (B, H, T, V), K = y.shape, x.shape[-1]
     weights, through = chunk_decays(y, g, segments, cut["CHUNK"], scale, back)
     N = through.shape[2]
@@ -277,8 +287,7 @@ def walk(x, y, g, state, segments, cut, scale=1.0, back=False, exact=False):
         for add_up in (True, False) if parts > 1 else (False,):
             _walk_kernel[(blocks, B * H, parts - add_up)](
                 x, y, weights, through, state, sums, kept, before, last, *strides(x), *strides(y),
-                H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back,
-                EXACT=exact and x.dtype.itemsize == 2, **cut,
+                H, H // x.shape[1], T, K, V, parts, ADD_UP=add_up, BACK=back, **cut,
             )  # fmt: skip
     return before, last
 

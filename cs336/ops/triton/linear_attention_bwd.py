@@ -45,6 +45,7 @@ def _grads_kernel(
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A chunk of one head of the keys, for all heads of values that read it."""
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     n = tl.program_id(0)
     start, num_chunks = n * CHUNK, tl.cdiv(T, CHUNK)
     b, first = tl.program_id(1) // G, tl.program_id(1) % G
@@ -63,7 +64,7 @@ def _grads_kernel(
         head_g = g_ptr
         if g_ptr is not None:
             head_g = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
-        c, into, out, through, run, last, fresh = decays(head_g, g_stride, segments_ptr, start, T, CHUNK)
+        c, into, out, through, run, last, fresh = decays(head_g, g_stride, segments_ptr, start, T, CHUNK, FINE)
         inner = inner_decay(c, run, CHUNK)
         p = cast(scores * inner, q.dtype)
         head_do = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
@@ -108,9 +109,8 @@ def bwd(do, dlast, q, k, v, g, state, segments, scale):
     segments = segments if segments is None or segments.stride(-1) == 1 else segments.contiguous()
     segments_b = 0 if segments is None else segments.stride(0)
     cuts, group = plan(K, V, v.dtype, v.device), H // G
-    # A decay's gradient adds up the products of two whole states: half of its error was that of rounded weights.
-    before, _ = walk(k, v, g, state, segments, cuts["walk"], exact=True)
-    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True, exact=True)
+    before, _ = walk(k, v, g, state, segments, cuts["walk"])
+    dstates, dfirst = walk(q, do, g, dlast, segments, cuts["walk"], scale, back=True)
     dq, dk = (q.new_empty(B, T, G, K).transpose(1, 2) for _ in range(2))
     dv = v.new_empty(B, T, H, V).transpose(1, 2)
     dg = v.new_empty(B, H, T, dtype=torch.float32)
