@@ -111,7 +111,10 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """logit_bias as pairs."""
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        return tuple((int(token), float(value)) for token, value in pairs)
+        try:
+            return tuple((int(token), float(value)) for token, value in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(f"logit_bias must be tokens and numbers, got {self.logit_bias!r:.80}") from None
 
     @property
     def penalised(self) -> bool:

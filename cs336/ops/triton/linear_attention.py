@@ -13,7 +13,7 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
-FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops.linear_attention leaves: its exponential is 0
+FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops.linear_attention's _Bounded leaves: its exponential is 0
 MOST_TOKENS = 4096  # that are walked at once
 PART = 1024  # tokens of a part of a longer walk
 
@@ -36,11 +36,15 @@ def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr, FINE: t
             fresh = g <= FORGETS
             g = tl.where(fresh, 0.0, g)
     if segments_ptr is not None:
-        own = tl.load(segments_ptr + tl.minimum(index, T - 1))
-        fresh = fresh | (own != tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)))
-    if FINE or segments_ptr is not None:
+        own = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
+        fresh = fresh | (own != tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32))
+    if FINE:
         run = tl.cumsum(fresh.to(tl.int32), 0)
         last = tl.sum(tl.where(i == CHUNK - 1, run, 0), 0)
+    elif segments_ptr is not None:
+        before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
+        run = own - before
+        last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32) - before
     c = g
     total = 0.0
     if g_ptr is not None:
