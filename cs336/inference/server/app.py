@@ -222,7 +222,7 @@ class Server:
         finally:
             group.close()
 
-    def _check_model(self, asked: Generation) -> None:
+    def _check_model(self, asked: Generation | TokenizeRequest | DetokenizeRequest) -> None:
         if asked.model not in (None, self.answers.name):
             raise HTTPException(404, f"there is no model {asked.model!r:.80} here, but {self.answers.name!r}")
 
@@ -244,6 +244,7 @@ class Server:
         return JSONResponse({"object": "list", "data": [about | {"max_model_len": self.llm.engine.max_len}]})
 
     async def _tokenize(self, asked: TokenizeRequest) -> Response:
+        self._check_model(asked)
         if (asked.prompt is None) == (asked.messages is None):
             raise ValueError("give either a prompt or messages")
         text = asked.prompt if asked.messages is None else self.llm.chat_template.render(asked.messages)
@@ -251,6 +252,7 @@ class Server:
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.llm.engine.max_len})
 
     async def _detokenize(self, asked: DetokenizeRequest) -> Response:
+        self._check_model(asked)
         return _json({"prompt": self.llm.decode(asked.tokens)})
 
 
