@@ -1,11 +1,12 @@
 """A unit of FSDP: parameters that are gathered, and whose gradients are scattered, together.
 
 Of each parameter a rank has a piece; the pieces of one dtype lie side by side in a buffer of C elements, the master.
-An all-gather of it gives (N, C), a row a rank, whose columns are each parameter's pieces. Gradients go the other way; n
-more columns of that message say of each of n parameters how many ranks have a gradient.
+An all-gather gives (N, bytes), a row a rank: each parameter's pieces, in the dtype that it computes in, the widest
+first. Gradients go the other way as (N, C + n), in the master's dtype; n columns of that message say of each of n
+parameters how many ranks have a gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,21 +17,21 @@ from cs336.parallel.pieces import bounds, chunk
 
 Group = dist.ProcessGroup | None
 Owners = dict[Tensor, list[tuple[nn.Module, str]]]
+DtypeOf = Callable[[Tensor], torch.dtype]
+"""The dtype that a parameter computes in."""
 
 
 class _Bundle:
     """Parameters of one dtype and device."""
 
-    def __init__(
-        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], owners: Owners, dtype_of: DtypeOf, group: Group) -> None:
         self.group, self.ranks = group, dist.get_world_size(group)
+        params = sorted(params, key=lambda p: -dtype_of(p).itemsize)
         self.widths = [chunk(p.numel(), self.ranks) for p in params]
         starts = [sum(self.widths[:i]) for i in range(len(params))]
         self.columns = [slice(s, s + w) for s, w in zip(starts, self.widths, strict=True)]
         self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
-        floating = params[0].dtype.is_floating_point
-        self.dtype = compute_dtype if compute_dtype is not None and floating else params[0].dtype
+        self.runs, self.row_bytes = self._lay_out([dtype_of(p) for p in params])
         self.shards: list[nn.Parameter] = []
         self.params: list[nn.Parameter] = []
         for p, columns in zip(params, self.columns, strict=True):
@@ -38,7 +39,7 @@ class _Bundle:
             shard = self.master[columns][: end - first]
             shard.copy_(p.detach().reshape(-1)[first:end])
             self.shards.append(nn.Parameter(shard, requires_grad=p.requires_grad))
-            whole = nn.Parameter(p.detach().to(self.dtype, copy=True).contiguous(), requires_grad=p.requires_grad)
+            whole = nn.Parameter(p.detach().to(dtype_of(p), copy=True).contiguous(), requires_grad=p.requires_grad)
             self.params.append(whole)
             for module, name in owners[p]:
                 module._parameters[name] = whole
@@ -48,12 +49,32 @@ class _Bundle:
         self.work: dist.Work | None = None
         self.reduced: tuple[Tensor, dist.Work | None, list[bool]] | None = None
 
+    def _lay_out(self, dtypes: list[torch.dtype]) -> tuple[list[tuple[torch.dtype, slice, int]], int]:
+        """The elements that travel in each dtype, and the byte of a row that they begin at; the bytes of a row."""
+        runs, start = [], 0
+        for dtype in dict.fromkeys(dtypes):
+            columns = [c for c, d in zip(self.columns, dtypes, strict=True) if d == dtype]
+            runs.append((dtype, slice(columns[0].start, columns[-1].stop), start))
+            start += dtype.itemsize * (columns[-1].stop - columns[0].start)
+        widest = max(dtype.itemsize for dtype in dtypes)
+        return runs, -(-start // widest) * widest
+
+    def _row(self) -> Tensor:
+        """This rank's pieces as they travel."""
+        if [dtype for dtype, *_ in self.runs] == [self.master.dtype]:
+            return self.master.view(torch.uint8)
+        row = self.master.new_empty(self.row_bytes, dtype=torch.uint8)
+        for dtype, columns, start in self.runs:
+            piece = self.master[columns]
+            row[start : start + dtype.itemsize * len(piece)].view(dtype).copy_(piece)
+        return row
+
     @torch.no_grad()
     def start(self) -> None:
         if self.out is None and not (self.gathered and self.version == self.master._version):
             self.version = self.master._version
-            self.out = self.master.new_empty(self.ranks * self.master.numel(), dtype=self.dtype)
-            self.work = all_gather(self.out, self.master.to(self.dtype), self.group, async_op=True)
+            self.out = self.master.new_empty(self.ranks * self.row_bytes, dtype=torch.uint8)
+            self.work = all_gather(self.out, self._row(), self.group, async_op=True)
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -61,10 +82,13 @@ class _Bundle:
             return
         if self.work is not None:
             self.work.wait()
-        rows_NC = self.out.view(self.ranks, -1)
+        starts = {dtype: start - dtype.itemsize * columns.start for dtype, columns, start in self.runs}
+        rows_NB = self.out.view(self.ranks, -1)
         for p, columns in zip(self.params, self.columns, strict=True):
             p.untyped_storage().resize_(p.numel() * p.itemsize)
-            pieces, whole = rows_NC[:, columns], p.data  # what autograd has saved of p is not outdated by a new .data
+            first, end = (starts[p.dtype] + p.itemsize * c for c in (columns.start, columns.stop))
+            pieces = rows_NB[:, first:end].view(p.dtype)
+            whole = p.data  # what autograd has saved of p is not outdated by a new .data
             if pieces.numel() == p.numel():
                 whole.view(self.ranks, -1).copy_(pieces)
             else:
@@ -124,14 +148,12 @@ class _Bundle:
 class Unit:
     """Parameters of any dtypes. `left`: their backward is over."""
 
-    def __init__(
-        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], owners: Owners, dtype_of: DtypeOf, group: Group) -> None:
         self.left = False
         self._originals: Sequence[Tensor] = params
         kinds = dict.fromkeys((p.dtype, p.device) for p in params)
         self._made = [[p for p in params if (p.dtype, p.device) == kind] for kind in kinds]
-        self._how = owners, compute_dtype, group
+        self._how = owners, dtype_of, group
         self.bundles: list[_Bundle] = []
 
     def originals(self) -> Sequence[Tensor]:
