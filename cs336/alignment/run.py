@@ -59,7 +59,13 @@ class StageRun:
         check_installed(config.loggers)
         _check_same_config(self.run, config, stage.verb)
         self.evaluation = Pause("evaluate", config.eval_interval, EVALUATIONS)
-        self.decisions = Decisions(config, tokens_per_step=1, flops_per_step=1, pauses=[self.evaluation])
+        self.decisions = Decisions(
+            config,
+            tokens_per_step=1,
+            flops_per_step=1,
+            pauses=[self.evaluation],
+            saved_bytes=sum(t.nbytes for t in stage.module.state_dict().values()) + stage.optimizer.state_bytes(),
+        )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.rate.check()
         self.step, self.tokens, self.metrics = 0, 0, dict[str, float]()

@@ -159,7 +159,7 @@ class Division:
             if not self.config.compile:  # inside compiled layers nothing can wait for their weights
                 flat.overlap(self.model)
             return flat
-        elif self.config.parallel.zero and self.averaged > 1:
+        if self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
 

@@ -17,6 +17,7 @@ from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.models import Transformer
+from cs336.training import decisions
 from cs336.training.run_dir import RunDir
 from cs336.utils import config as configs
 
@@ -37,6 +38,20 @@ def config(tmp_path, model, **options):
 
 def run(settings):
     return StageRun(settings, SFTStage(settings)).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": {"rank": 2}}])
+def test_the_last_save_is_planned_for_before_one_was_measured(tmp_path, model, monkeypatch, options):
+    """Ten steps a second, and 2 s for what a checkpoint holds."""
+    settings = config(tmp_path, model, budget="12s", checkpoint_interval=0, **options)
+    stage = SFTStage(settings)
+    saved = 4 * 3 * sum(p.numel() for p in stage.module.parameters())  # weights and AdamW's moments
+    monkeypatch.setattr(decisions, "SAVED_PER_SECOND", saved / 2)
+    planned, step = StageRun(settings, stage).decisions, 0
+    while not planned.finished(step):
+        step += 1
+        planned.observe(step, 0.1 * step)
+    assert step == pytest.approx(100, abs=3)
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
