@@ -100,6 +100,12 @@ def vocabulary_linear_cross_entropy(
     return reduced(loss_n, targets, ignore_index, reduction)
 
 
+def vocabulary_loss_bytes(tokens: int, C: int, M: int, width: int, *, capped: bool) -> int:
+    """What vocabulary_linear_cross_entropy takes on this rank at its peak, in the backward, `width` bytes an element: a
+    chunk's logits in float32, the gradient of x, and that of the weight in float32."""
+    return min(tokens, _rows(C)) * C * (20 if capped else 8 + width) + width * tokens * M + 4 * C * M
+
+
 def _checked(x: Tensor, targets: Tensor, C: int, group: Group, ignore_index: int, reduction: str) -> Tensor:
     check_reduction(reduction)
     if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
@@ -164,6 +170,11 @@ def _logits(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None) -> tu
     return softcap * t_nC, 1 - t_nC.square()
 
 
+def _rows(C: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_BYTES // (4 * C))
+
+
 def _chunks(n: int, C: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * C))
+    size = _rows(C)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]

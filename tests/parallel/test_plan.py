@@ -27,20 +27,27 @@ def work(config=GPT, batch_size=16, **more):
 def test_one_gpu_is_the_memory_predictor():
     for how in ("none", "selective", "full"):
         for config, micro_batch in ((GPT, 1), (GPT, 4), (dataclasses.replace(GPT, tie_embeddings=True), 2), (MOE, 2)):
-            memory = rank_memory(work(config), Layout(micro_batch=micro_batch, recompute=how), 0)
-            want = training_memory(config, micro_batch, compute_bytes=2, gradient_checkpointing=how, compiled=True)
-            assert dataclasses.replace(memory, casts=0) == dataclasses.replace(want, casts=0)
+            for fused in (False, True):
+                memory = rank_memory(work(config, fused_head=fused), Layout(micro_batch=micro_batch, recompute=how), 0)
+                options = {"gradient_checkpointing": how, "compiled": True, "fused_head": fused}
+                assert memory == training_memory(config, micro_batch, compute_bytes=2, **options)
 
 
 def test_zero_divides_one_thing_after_another():
     whole, *rest = (rank_memory(work(), Layout(8, zero), 0) for zero in range(4))
-    N = GPT.num_parameters()
+    N, table = GPT.num_parameters(), 256 * 64
+    norms = 9 * 64
+    layers = N - 2 * table - norms  # what autocast casts
     assert (whole.weights, whole.gradients, whole.optimizer) == (4 * N, 4 * N, 8 * N)
+    assert whole.casts == 2 * (layers + table)
     for zero, memory in enumerate(rest, 1):
         assert memory.optimizer == N
-        assert memory.gradients == (4 * N if zero < 2 else N // 8 * 4)
-        assert memory.weights == (0, 4 * N, 4 * N + N // 8 * 4, N // 8 * 4)[zero]
+        assert memory.gradients == (4 * N if zero < 2 else N // 8 * 4 + 4 * table)  # the head's come first
         assert memory.activations == whole.activations
+        assert memory.casts == 2 * (layers * (zero < 2) + table)
+    assert rest[0].weights == 4 * N
+    assert rest[1].weights == 4 * (N // 8) + 2 * layers + 4 * (2 * table + norms)  # whole as they are computed
+    assert rest[2].weights == 4 * (N // 8) + 2 * 2 * GPT.blocks[0].num_parameters(64) + 4 * 2 * table
 
 
 def test_tensor_and_pipeline_divide_parameters():
@@ -66,11 +73,17 @@ def test_stages_keep_what_is_in_flight():
 def test_bytes_sent():
     N, stream = GPT.num_parameters(), 2 * 64 * 64 * 2  # of a micro-batch of two
     assert sent_bytes(work(), Layout(8, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
-    assert sent_bytes(work(), Layout(8, 1, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
-    assert sent_bytes(work(), Layout(4, 2, micro_batch=2))["data"] == 3 * 4 * N * 3 // 4
-    assert sent_bytes(work(), Layout(8, 3, micro_batch=2))["data"] == (4 + 2 + 2) * N * 7 // 8
-    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2))["tensor"] == stream * (4 * 4 + 2)
-    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2, recompute="full"))["tensor"] == stream * (4 * 6 + 2)
+    assert sent_bytes(work(), Layout(8, 1, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8 + 4 * N
+    layers = 2 * (N - 2 * 256 * 64 - 9 * 64) + 4 * 9 * 64  # matrices as autocast has them, and norms
+    root = 4 * 2 * 256 * 64
+    assert sent_bytes(work(), Layout(4, 2, micro_batch=2))["data"] == (2 * 4 * N + layers + root) * 3 // 4
+    assert sent_bytes(work(), Layout(8, 3, micro_batch=2))["data"] == (4 * N + layers * (2 - 1 / 4) + root) * 7 // 8
+    ends = 1.5 + 2.5  # of the head, and of the embedding in float32
+    logits = 2 * 64 * 256 * 2 // 2
+    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2))["tensor"] == stream * (4 * 4 + ends) + logits
+    assert sent_bytes(work(fused_head=True), Layout(8, tensor=2))["tensor"] == stream * (4 * 4 + ends) + 2 * 64 * 12
+    full = Layout(8, tensor=2, micro_batch=2, recompute="full")
+    assert sent_bytes(work(), full)["tensor"] == stream * (4 * 5.5 + ends) + logits
     pipeline = [sent_bytes(work(), Layout(pipeline=4, micro_batch=2), rank)["pipeline"] for rank in range(4)]
     assert pipeline == [8 * stream, 16 * stream, 16 * stream, 8 * stream]
     keys = 4 * 2 * 2 * 16  # layers, keys and values, heads, features
