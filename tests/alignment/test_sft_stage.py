@@ -54,6 +54,23 @@ def test_the_last_save_is_planned_for_before_one_was_measured(tmp_path, model, m
     assert step == pytest.approx(100, abs=3)
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("2steps", "run has done 4 steps, and a budget of 2steps makes 2: give a larger budget"),
+        ("0.001s", "longer than the budget of 0.001s: give a larger budget"),
+    ],
+)
+def test_a_budget_that_is_used_up_already_is_refused(tmp_path, model, budget, message):
+    run(config(tmp_path, model, budget="4steps"))
+    exported = (tmp_path / "run/export/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(config(tmp_path, model, budget=budget))
+    assert (tmp_path / "run/export/model.safetensors").read_bytes() == exported
+    assert run(config(tmp_path, model, budget="4steps")).step == 4
+    assert run(config(tmp_path, model, budget="5steps")).step == 5
+
+
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
 def test_a_model_learns_to_answer_and_to_stop(tmp_path, model, batching):
     size = {"packed": 2, "bucketed": 10}[batching]
