@@ -7,9 +7,11 @@ import pytest
 
 from cs336.cli import program
 from cs336.models import BlockConfig, TransformerConfig, training_memory
+from cs336.models.memory import head_bytes
 from cs336.nn import AttentionConfig, LinearAttentionConfig, MoEConfig
 from cs336.parallel import Layout, hardware, plan, planner
 from cs336.parallel.planner import Work, layouts, predict, rank_memory, sent_bytes
+from cs336.parallel.vocabulary import vocabulary_loss_bytes
 from cs336.training import DataConfig, TrainConfig
 from cs336.training.division import why_not
 from cs336.utils.config import dumps, override, read_table, to_table
@@ -60,6 +62,30 @@ def test_tensor_and_pipeline_divide_parameters():
     assert divided == (blocks - norms) // 2 + norms + 64 + table // 2
     one, two = (rank_memory(w, Layout(tensor=t, micro_batch=4), 0).activations for t in (1, 2))
     assert one / 2 < two < 0.75 * one  # what enters attention and MLPs is whole
+
+
+def test_a_fused_head_has_no_whole_logits():
+    capped = dataclasses.replace(GPT, vocab_size=1 << 16, logit_softcap=5.0)
+    logits = lambda layout, **more: rank_memory(work(capped, **more), layout, layout.pipeline - 1).logits  # noqa: E731
+    tokens, V, M = 4 * 64, 1 << 16, 64
+    gathered = Layout(tensor=2, micro_batch=4)
+    assert logits(gathered) >= tokens * 3 * 4 * V
+    assert logits(gathered, fused_head=True) == vocabulary_loss_bytes(tokens, V // 2, M, 2, capped=True)
+    for fused in (False, True):  # a pipeline's last stage always has it
+        both = Layout(tensor=2, pipeline=2, micro_batch=4)
+        assert logits(both, fused_head=fused) == vocabulary_loss_bytes(tokens, V // 2, M, 2, capped=True)
+        last = Layout(pipeline=2, micro_batch=4)
+        assert logits(last, fused_head=fused) == head_bytes(capped, tokens, 2, compiled=True, fused=True)
+    best = plan(capped, 2, batch_size=16)
+    assert {p.memory.logits for p in best if p.layout == gathered} == {logits(gathered, fused_head=True)}
+
+
+def test_the_stage_of_a_run_that_is_recomputed_has_a_whole_block_for_a_while():
+    """Also where no logits make room for it."""
+    layout = Layout(pipeline=4, micro_batch=1, recompute="full")
+    large = dataclasses.replace(GPT, vocab_size=1 << 16)
+    first, other = (rank_memory(work(config), layout, 0).activations for config in (GPT, large))
+    assert first == other >= 64 * GPT.blocks[0].activation_bytes(64, 2)
 
 
 def test_stages_keep_what_is_in_flight():
