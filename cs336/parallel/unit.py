@@ -19,6 +19,7 @@ Group = dist.ProcessGroup | None
 Owners = dict[Tensor, list[tuple[nn.Module, str]]]
 DtypeOf = Callable[[Tensor], torch.dtype]
 """The dtype that a parameter computes in."""
+ALIGNMENT = 16  # bytes of a row: NCCL moves as many at once
 
 
 class _Bundle:
@@ -26,12 +27,14 @@ class _Bundle:
 
     def __init__(self, params: Sequence[Tensor], owners: Owners, dtype_of: DtypeOf, group: Group) -> None:
         self.group, self.ranks = group, dist.get_world_size(group)
-        params = sorted(params, key=lambda p: -dtype_of(p).itemsize)
+        params = sorted(params, key=lambda p: (-dtype_of(p).itemsize, str(dtype_of(p))))
         self.widths = [chunk(p.numel(), self.ranks) for p in params]
         starts = [sum(self.widths[:i]) for i in range(len(params))]
         self.columns = [slice(s, s + w) for s, w in zip(starts, self.widths, strict=True)]
         self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
-        self.runs, self.row_bytes = self._lay_out([dtype_of(p) for p in params])
+        self.runs, size = self._lay_out([dtype_of(p) for p in params])
+        self.travels = [dtype for dtype, *_ in self.runs] == [self.master.dtype]  # as it is
+        self.row_bytes = size if self.travels else -(-size // ALIGNMENT) * ALIGNMENT
         self.shards: list[nn.Parameter] = []
         self.params: list[nn.Parameter] = []
         for p, columns in zip(params, self.columns, strict=True):
@@ -50,18 +53,17 @@ class _Bundle:
         self.reduced: tuple[Tensor, dist.Work | None, list[bool]] | None = None
 
     def _lay_out(self, dtypes: list[torch.dtype]) -> tuple[list[tuple[torch.dtype, slice, int]], int]:
-        """The elements that travel in each dtype, and the byte of a row that they begin at; the bytes of a row."""
+        """The elements that travel in each dtype, and the byte of a row that they begin at; the bytes of all."""
         runs, start = [], 0
         for dtype in dict.fromkeys(dtypes):
             columns = [c for c, d in zip(self.columns, dtypes, strict=True) if d == dtype]
             runs.append((dtype, slice(columns[0].start, columns[-1].stop), start))
             start += dtype.itemsize * (columns[-1].stop - columns[0].start)
-        widest = max(dtype.itemsize for dtype in dtypes)
-        return runs, -(-start // widest) * widest
+        return runs, start
 
     def _row(self) -> Tensor:
         """This rank's pieces as they travel."""
-        if [dtype for dtype, *_ in self.runs] == [self.master.dtype]:
+        if self.travels:
             return self.master.view(torch.uint8)
         row = self.master.new_empty(self.row_bytes, dtype=torch.uint8)
         for dtype, columns, start in self.runs:

@@ -11,6 +11,7 @@ from cs336.parallel import FSDP, count_traffic
 from cs336.parallel.unit import Unit
 
 RANKS, ROWS, STEPS = 3, 12, 3
+KINDS = (torch.float16, torch.float32, torch.float64)  # as wide as a master in bfloat16, and wider
 
 
 class Block(nn.Module):
@@ -94,6 +95,14 @@ def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, **optio
     return model.full_state_dict(None), gathered
 
 
+def gathered_as(dtype):
+    """Whole parameters of which every other one computes in another dtype than the masters'."""
+    net = Net().to(torch.bfloat16)
+    model = FSDP(net, dtype, computed=list(net.parameters())[::2])
+    with count_traffic() as traffic, model.gathered() as whole:
+        return {name: p.detach().clone() for name, p in whole.named_parameters()}, traffic.bytes["all_gather"]
+
+
 def most_whole(rank):
     """How many units are whole at once, at most, beside the root; bytes that are whole afterwards; messages."""
     model = FSDP(Net(recompute=True))
@@ -141,6 +150,7 @@ def on_a_rank(rank):
         "cast": sharded(rank, halves, cast=True),
         "cast zero2": sharded(rank, halves, cast=True, reshard=False),
         "cast recomputed": sharded(rank, halves, cast=True, recompute=True),
+        "gathered": {str(dtype): gathered_as(dtype) for dtype in KINDS},
         "whole": most_whole(rank),
     }
     model = FSDP(Net())
@@ -219,6 +229,20 @@ def test_what_autocast_casts_is_gathered_in_its_dtype(ranks):
         assert low == {f"layers.{i}.{name}" for i in range(4) for name in ("inner.weight", "inner.bias", "back.weight")}
         for name, t in whole.items():
             assert torch.equal(t, masters[name].to(t.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_parameters_of_several_dtypes_are_one_message(ranks, dtype):
+    want = dict(Net().to(torch.bfloat16).named_parameters())
+    for found in ranks:
+        gathered, sent = found["gathered"][str(dtype)]
+        padded = [-(-p.numel() // RANKS) * RANKS * p.itemsize for p in gathered.values()]
+        assert sent <= (sum(padded) + 5 * RANKS * 16) * (RANKS - 1) / RANKS
+        assert list(gathered) == list(want)
+        for i, (name, p) in enumerate(want.items()):
+            as_computed = p.detach() if i % 2 else p.detach().to(dtype)
+            assert gathered[name].dtype == as_computed.dtype
+            assert torch.equal(gathered[name], as_computed), name
 
 
 def test_one_unit_is_whole_at_a_time(ranks):
