@@ -1,7 +1,7 @@
 """Every way to split a training run over N GPUs: what each takes and sends, and how long a step is, before paying.
 
     step = micro-batches (m + p - 1) * (compute + sums of tensor, context, expert)  +  what data sends behind none of it
-           + the optimizer
+           + the optimizer, and what is copied on a GPU to be sent
 
 compute = FLOPs / (GPU's FLOP/s * its efficiency). Bytes of memory are those of models/memory.py, of the part of the
 model that the fullest rank has. What a rank sends is what count_traffic counts of such a step. Gradients travel behind
@@ -427,6 +427,10 @@ class DataMessages:
     """As `backward`, of the last micro-batch alone."""
     step: float = 0
     """As `nothing`, once a step."""
+    copied: float = 0
+    """Read and written on the device, for what is sent lies together, and what came where it is used."""
+    copied_once: float = 0
+    """As `copied`, a step."""
 
     def sent(self, micro_batches: int) -> float:
         each = self.forward + self.backward + self.nothing
@@ -442,14 +446,19 @@ def data_messages(work: Work, layout: Layout, rank: int = 0) -> DataMessages:
     experts = own_experts * _ring(layout.experts_alike)
     last = width * part.embedding * alike
     gradients = width * (part.dense * alike + experts) - last
-    if zero <= 1:  # those that a rank has stepped are broadcast
-        return DataMessages(last=2 * gradients, step=2 * last + width * whole * zero)
+    if zero <= 1:  # those that a rank has stepped are broadcast; gradients are put into buckets and divided
+        moved = 2 * width * whole
+        return DataMessages(last=2 * gradients, step=2 * last + width * whole * zero, copied_once=moved * (2 + zero))
     layers = (low * part.cast + width * (part.dense - part.root - part.cast)) * alike + low * experts
     root = width * part.root * alike
+    message, gathered = 2 * width * whole, 2 * (low * (part.cast + own_experts) + width * (part.dense - part.cast))
     if zero == 2:
-        return DataMessages(backward=gradients, nothing=last, first=layers, step=root)
-    again = layers * (1 - 1 / part.layers)  # the last layer is still whole when its backward begins
-    return DataMessages(forward=layers, backward=gradients + again, nothing=root + last)
+        return DataMessages(
+            backward=gradients, nothing=last, first=layers, step=root, copied=message, copied_once=gathered
+        )
+    again = 1 - 1 / part.layers  # the last layer is still whole when its backward begins
+    copied = message + (1 + again) * gathered
+    return DataMessages(layers, gradients + again * layers, root + last, copied=copied)
 
 
 def sent_bytes(work: Work, layout: Layout, rank: int = 0) -> dict[str, int]:
@@ -500,14 +509,22 @@ def predict(work: Work, layout: Layout, gpu: Gpu, fill: float = 0.9) -> Plan:
         for axis in ("tensor", "expert", "context", "pipeline")
     }
     # Ranks that hold alike are the data axis, outside, and those of context and expert, inside.
-    took["data"] = _seen_of_data(data_messages(work, layout, rank), layout, gpu, compute / m, m)
+    messages = data_messages(work, layout, rank)
+    took["data"] = _seen_of_data(messages, layout, gpu, compute / m, m)
+    copies = (m * messages.copied + messages.copied_once) / gpu.bandwidth
     took["context"] = max(0.0, took["context"] - work.attention * compute)
     busy = compute + took["tensor"] + took["expert"] + took["context"]
     part = part_of(work, layout.tensor, p, rank)
     experts = part.experts // layout.expert
     mine = part.dense // layout.alike + experts // layout.experts_alike if layout.zero else part.dense + experts
     optimizer = mine * (3 * work.weight_bytes + 2 * work.optimizer_bytes) / gpu.bandwidth
-    seconds = {"compute": compute, "pipeline idle": busy * (p - 1) / m, "optimizer": optimizer, **took}
+    seconds = {
+        "compute": compute,
+        "pipeline idle": busy * (p - 1) / m,
+        "optimizer": optimizer,
+        "copies": copies,
+        **took,
+    }
     total = sum(seconds.values())
     tokens = work.batch_size * work.context_length
     mfu = work.flops / (total * layout.gpus * gpu.flops)
