@@ -19,7 +19,7 @@ Group = dist.ProcessGroup | None
 Owners = dict[Tensor, list[tuple[nn.Module, str]]]
 DtypeOf = Callable[[Tensor], torch.dtype]
 """The dtype that a parameter computes in."""
-ALIGNMENT = 16  # bytes of a row: NCCL moves as many at once
+ROW, START = 16, 256  # bytes of which a row of a message is a multiple, for NCCL, and the address of a parameter
 
 
 class _Bundle:
@@ -32,17 +32,27 @@ class _Bundle:
         starts = [sum(self.widths[:i]) for i in range(len(params))]
         self.columns = [slice(s, s + w) for s, w in zip(starts, self.widths, strict=True)]
         self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
-        self.runs, size = self._lay_out([dtype_of(p) for p in params])
+        dtypes = [dtype_of(p) for p in params]
+        self.runs, size = self._lay_out(dtypes)
         self.travels = [dtype for dtype, *_ in self.runs] == [self.master.dtype]  # as it is
-        self.row_bytes = size if self.travels else -(-size // ALIGNMENT) * ALIGNMENT
+        self.row_bytes = size if self.travels else _aligned(size, ROW)
+        spans = [self.ranks * w * dtype.itemsize for w, dtype in zip(self.widths, dtypes, strict=True)]
+        places = [sum(_aligned(span, START) for span in spans[:i]) for i in range(len(spans))]
+        flat = torch.zeros(places[-1] + spans[-1], dtype=torch.uint8, device=params[0].device)
+        self.storage, self.size = flat.untyped_storage(), flat.nbytes  # of all whole parameters
         self.shards: list[nn.Parameter] = []
         self.params: list[nn.Parameter] = []
-        for p, columns in zip(params, self.columns, strict=True):
+        self.targets: list[Tensor] = []  # (N, width) each, where the pieces of a parameter belong
+        for p, columns, dtype, span, place in zip(params, self.columns, dtypes, spans, places, strict=True):
             first, end = bounds(p.numel(), self.ranks, dist.get_rank(group))
             shard = self.master[columns][: end - first]
             shard.copy_(p.detach().reshape(-1)[first:end])
             self.shards.append(nn.Parameter(shard, requires_grad=p.requires_grad))
-            whole = nn.Parameter(p.detach().to(dtype_of(p), copy=True).contiguous(), requires_grad=p.requires_grad)
+            own = flat[place : place + span].view(dtype)
+            own[: p.numel()].copy_(p.detach().reshape(-1))
+            # Of .data: what autograd has saved of a parameter is not outdated by what is written to it.
+            self.targets.append(own.data.view(self.ranks, -1) if span else own.data.view(self.ranks, 0))
+            whole = nn.Parameter(own[: p.numel()].view(p.shape), requires_grad=p.requires_grad)
             self.params.append(whole)
             for module, name in owners[p]:
                 module._parameters[name] = whole
@@ -84,24 +94,20 @@ class _Bundle:
             return
         if self.work is not None:
             self.work.wait()
-        starts = {dtype: start - dtype.itemsize * columns.start for dtype, columns, start in self.runs}
-        rows_NB = self.out.view(self.ranks, -1)
-        for p, columns in zip(self.params, self.columns, strict=True):
-            p.untyped_storage().resize_(p.numel() * p.itemsize)
-            first, end = (starts[p.dtype] + p.itemsize * c for c in (columns.start, columns.stop))
-            pieces = rows_NB[:, first:end].view(p.dtype)
-            whole = p.data  # what autograd has saved of p is not outdated by a new .data
-            if pieces.numel() == p.numel():
-                whole.view(self.ranks, -1).copy_(pieces)
-            else:
-                whole.copy_(pieces.reshape(-1)[: p.numel()].view(p.shape))
+        self.storage.resize_(self.size)
+        rows_NB, widths = self.out.view(self.ranks, -1), iter(self.widths)
+        pieces: list[Tensor] = []
+        for dtype, columns, start in self.runs:
+            of_run = rows_NB[:, start : start + dtype.itemsize * (columns.stop - columns.start)].view(dtype)
+            count = sum(p.dtype == dtype for p in self.params)
+            pieces += of_run.split([next(widths) for _ in range(count)], 1)
+        torch._foreach_copy_(self.targets, pieces)
         self.out, self.work, self.gathered = None, None, True
 
     def release(self) -> None:
         if self.out is not None:  # gathered in vain
             self.wait()
-        for p in self.params:
-            p.untyped_storage().resize_(0)
+        self.storage.resize_(0)
         self.gathered = False
 
     @torch.no_grad()
@@ -109,20 +115,22 @@ class _Bundle:
         if not any(p.requires_grad for p in self.params):
             return
         self.finish()
-        message_NC = self.master.new_empty(self.ranks, self.master.numel() + len(self.params))
-        message_NC[:, self.master.numel() :] = 0
-        for i, (p, columns) in enumerate(zip(self.params, self.columns, strict=True)):
+        C, used = self.master.numel(), [p.grad is not None for p in self.params]
+        message_NC = self.master.new_empty(self.ranks, C + len(self.params))
+        message_NC[:, C:].fill_(1)
+        places, whole = message_NC[:, :C].split(self.widths, 1), list[Tensor]()
+        for i, p in enumerate(self.params):
             if p.grad is None:
-                message_NC[:, columns] = 0
+                places[i].zero_()
+                message_NC[:, C + i] = 0
                 continue
             flat = p.grad.reshape(-1)
             if padding := self.ranks * self.widths[i] - p.numel():
                 flat = nn.functional.pad(flat, (0, padding))
-            message_NC[:, columns].copy_(flat.view(self.ranks, -1))
-            message_NC[:, self.master.numel() + i] = 1
-        used = [p.grad is not None for p in self.params]
-        for p in self.params:
+            whole.append(flat.view(self.ranks, -1))
             p.grad = None
+        if whole:
+            torch._foreach_copy_([place for place, u in zip(places, used, strict=True) if u], whole)
         out = self.master.new_empty(message_NC.shape[1])
         self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
 
@@ -141,10 +149,15 @@ class _Bundle:
         (out, _, used), self.reduced = self.reduced, None
         out.div_(self.ranks)
         flags = [] if all(used) else out[self.master.numel() :].tolist()  # the only wait for the device
-        for i, (shard, columns) in enumerate(zip(self.shards, self.columns, strict=True)):
+        parts = out[: self.master.numel()].split(self.widths)
+        for i, (shard, part) in enumerate(zip(self.shards, parts, strict=True)):
             if shard.requires_grad and (used[i] or flags[i] > 0):
-                grad = out[columns][: shard.numel()]
+                grad = part if shard.numel() == len(part) else part[: shard.numel()]
                 shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 class Unit:

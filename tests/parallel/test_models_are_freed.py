@@ -104,6 +104,16 @@ def test_one_unit_of_gradients_is_on_its_way_without_its_weights(world, monkeypa
     assert weights == [0 if reshard else 5] * 2 * messages
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_units_whose_parameters_are_all_unused(world, low):
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), "idle": nn.Linear(1, 1)})
+    model.forward = lambda x: model["layers"][0](x.to(model["layers"][0].weight.dtype)) + 0 * x
+    divided = FSDP(model, low)
+    divided(torch.ones(2, 4)).sum().backward()
+    divided.finish_gradient_synchronization()
+    assert [p.grad is None for p in divided.parameters()] == [False] * 2 + [True] * 4
+
+
 def said(p):
     """What a backward of p says."""
     with warnings.catch_warnings(record=True) as caught:
