@@ -7,6 +7,7 @@ parameters how many ranks have a gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,21 @@ DtypeOf = Callable[[Tensor], torch.dtype]
 ROW, START = 16, 256  # bytes of which a row of a message is a multiple, for NCCL, and the address of a parameter
 
 
+class _Run(NamedTuple):
+    """What of a master travels in one dtype."""
+
+    dtype: torch.dtype
+    columns: slice
+    start: int
+    """The byte of a row that it begins at."""
+    widths: list[int]
+    """Of each parameter."""
+
+    @property
+    def bytes(self) -> slice:
+        return slice(self.start, self.start + self.dtype.itemsize * sum(self.widths))
+
+
 class _Bundle:
     """Parameters of one dtype and device."""
 
@@ -34,7 +50,7 @@ class _Bundle:
         self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
         dtypes = [dtype_of(p) for p in params]
         self.runs, size = self._lay_out(dtypes)
-        self.travels = [dtype for dtype, *_ in self.runs] == [self.master.dtype]  # as it is
+        self.travels = [run.dtype for run in self.runs] == [self.master.dtype]  # as it is
         self.row_bytes = size if self.travels else _aligned(size, ROW)
         spans = [self.ranks * w * dtype.itemsize for w, dtype in zip(self.widths, dtypes, strict=True)]
         places = [sum(_aligned(span, START) for span in spans[:i]) for i in range(len(spans))]
@@ -62,13 +78,14 @@ class _Bundle:
         self.work: dist.Work | None = None
         self.reduced: tuple[Tensor, dist.Work | None, list[bool]] | None = None
 
-    def _lay_out(self, dtypes: list[torch.dtype]) -> tuple[list[tuple[torch.dtype, slice, int]], int]:
-        """The elements that travel in each dtype, and the byte of a row that they begin at; the bytes of all."""
-        runs, start = [], 0
+    def _lay_out(self, dtypes: list[torch.dtype]) -> tuple[list[_Run], int]:
+        """What travels in each dtype, and the bytes of all."""
+        runs, start = list[_Run](), 0
         for dtype in dict.fromkeys(dtypes):
             columns = [c for c, d in zip(self.columns, dtypes, strict=True) if d == dtype]
-            runs.append((dtype, slice(columns[0].start, columns[-1].stop), start))
-            start += dtype.itemsize * (columns[-1].stop - columns[0].start)
+            widths = [c.stop - c.start for c in columns]
+            runs.append(_Run(dtype, slice(columns[0].start, columns[-1].stop), start, widths))
+            start = runs[-1].bytes.stop
         return runs, start
 
     def _row(self) -> Tensor:
@@ -76,9 +93,8 @@ class _Bundle:
         if self.travels:
             return self.master.view(torch.uint8)
         row = self.master.new_empty(self.row_bytes, dtype=torch.uint8)
-        for dtype, columns, start in self.runs:
-            piece = self.master[columns]
-            row[start : start + dtype.itemsize * len(piece)].view(dtype).copy_(piece)
+        for run in self.runs:
+            row[run.bytes].view(run.dtype).copy_(self.master[run.columns])
         return row
 
     @torch.no_grad()
@@ -95,12 +111,8 @@ class _Bundle:
         if self.work is not None:
             self.work.wait()
         self.storage.resize_(self.size)
-        rows_NB, widths = self.out.view(self.ranks, -1), iter(self.widths)
-        pieces: list[Tensor] = []
-        for dtype, columns, start in self.runs:
-            of_run = rows_NB[:, start : start + dtype.itemsize * (columns.stop - columns.start)].view(dtype)
-            count = sum(p.dtype == dtype for p in self.params)
-            pieces += of_run.split([next(widths) for _ in range(count)], 1)
+        rows_NB = self.out.view(self.ranks, -1)
+        pieces = [piece for run in self.runs for piece in rows_NB[:, run.bytes].view(run.dtype).split(run.widths, 1)]
         torch._foreach_copy_(self.targets, pieces)
         self.out, self.work, self.gathered = None, None, True
 
