@@ -48,7 +48,8 @@ class FSDP(nn.Module):
             parameters from one step to the next (ZeRO-2).
         group: of processes; None is the default one.
 
-    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all.
+    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, and for
+    `computed` without compute_dtype.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class FSDP(nn.Module):
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
         device = named[0][1].device if named else torch.device("cpu")
+        if computed is not None and compute_dtype is None:
+            raise ValueError("computed says of which parameters compute_dtype is: give that too")
         some = None if computed is None else set(computed)
 
         def dtype_of(p: Tensor) -> torch.dtype:
@@ -70,7 +73,8 @@ class FSDP(nn.Module):
             return compute_dtype if casts and compute_dtype is not None else p.dtype
 
         what = [("compute_dtype", str(compute_dtype)), ("reshard", str(reshard))]
-        what += [(name, f"{describe(t)}{', trained' if t.requires_grad else ''}") for name, t in named]
+        cast = {t: f", computed in {str(dtype_of(t)).removeprefix('torch.')}" for t in some or ()}
+        what += [(n, f"{describe(t)}{', trained' if t.requires_grad else ''}{cast.get(t, '')}") for n, t in named]
         check_alike(what, device, group)
         broadcast_all([t for _, t in named], 0, group)
 

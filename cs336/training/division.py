@@ -132,9 +132,11 @@ class Division:
         if self.averaged == 1 or parallel.native_step:  # whose optimizer does so
             return []
         if parallel.zero >= 2:
-            low = torch.bfloat16 if self.config.precision == "bf16" else None
-            group, reshard = self._group("data", "context"), parallel.zero == 3
-            fsdp = FSDP(self.model, low, computed=cast_weights(self.model), reshard=reshard, group=group)
+            cast: dict[str, Any] = {}
+            if self.config.precision == "bf16":
+                cast = {"compute_dtype": torch.bfloat16, "computed": cast_weights(self.model)}
+            group = self._group("data", "context")
+            fsdp = FSDP(self.model, **cast, reshard=parallel.zero == 3, group=group)
             if self.config.compile:  # by layers: what gathers their weights, and lets go of them, is outside
                 for layer in self.model.layers:
                     compile_layer(layer)

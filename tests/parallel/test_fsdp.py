@@ -164,6 +164,9 @@ def on_a_rank(rank):
     torch.manual_seed(rank)
     wide = nn.Linear(2, 2 + rank)
     results["shape"] = error_of(lambda: FSDP(wide))
+    net = Net()
+    results["computed"] = error_of(lambda: FSDP(net, torch.bfloat16, computed=list(net.layers[rank].parameters())))
+    results["no dtype"] = error_of(lambda: FSDP(net, computed=net.parameters()))
     results["state_dict"] = error_of(model.state_dict)
     results["fit"] = error_of(lambda: model.load_whole({"embed.weight": torch.zeros(13, 7)}))
     dist.barrier()
@@ -275,5 +278,7 @@ def test_gradients(ranks):
 def test_mistakes(ranks):
     for found in ranks:
         assert "rank 0 has weight: float32 [2, 2], trained; rank 1 has weight: float32 [3, 2]" in found["shape"]
+        assert "rank 0 has layers.0.unused: float32 [2], trained, computed in bfloat16; rank 1" in found["computed"]
+        assert "give that too" in found["no dtype"]
         assert "full_state_dict()" in found["state_dict"]
         assert "missing ['offset', 'layers.0.unused'" in found["fit"]
