@@ -19,9 +19,11 @@ import torch
 from cs336 import __version__
 from cs336.alignment.stage import FREE, Stage, StageConfig
 from cs336.training import checkpoint
+from cs336.training.budget import Budget
 from cs336.training.config import differences
 from cs336.training.decisions import Decisions, Pause
 from cs336.training.guard import NonFiniteError
+from cs336.training.identity import check_budget
 from cs336.training.loggers import Logger, check_installed, open_loggers
 from cs336.training.metrics import Display
 from cs336.training.rate import LearningRate
@@ -59,7 +61,13 @@ class StageRun:
         check_installed(config.loggers)
         _check_same_config(self.run, config, stage.verb)
         self.evaluation = Pause("evaluate", config.eval_interval, EVALUATIONS)
-        self.decisions = Decisions(config, tokens_per_step=1, flops_per_step=1, pauses=[self.evaluation])
+        self.decisions = Decisions(
+            config,
+            tokens_per_step=1,
+            flops_per_step=1,
+            pauses=[self.evaluation],
+            saved_bytes=sum(t.nbytes for t in stage.module.state_dict().values()) + stage.optimizer.state_bytes(),
+        )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.rate.check()
         self.step, self.tokens, self.metrics = 0, 0, dict[str, float]()
@@ -200,7 +208,10 @@ class StageRun:
                     "same to continue it"
                 )
             self.stage.load_state_dict(extra["stage"])
-            self.decisions.plan.load_state_dict(extra["plan"])
+            plan = self.decisions.plan
+            plan.load_state_dict(extra["plan"])
+            if plan.budget != Budget(**extra["plan"]["budget"]):
+                check_budget(plan.budget, plan.total_steps, self.step, extra["seconds"], self.run.path)
             self.rate.load_state_dict(extra, held=self._lr)
             self._seconds_before, self.tokens, self._pending = extra["seconds"], extra["tokens"], extra["pending"]
             self._cpu_before = extra.get("cpu_seconds", 0.0)  # runs of before had none
