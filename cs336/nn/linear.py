@@ -1,6 +1,6 @@
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@runtime_checkable
 class Joinable(Protocol):
     """A layer whose product may be one with others': see `join`."""
 
@@ -123,9 +122,14 @@ def is_bare(layer: nn.Module) -> bool:
     return layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def _joinable(layer: Any) -> TypeGuard[Joinable]:
+    """Asked of the class: isinstance of a protocol takes 9 us for three layers, all the rest of `_alike` 4."""
+    return hasattr(type(layer), "parts")
+
+
 def _alike(layers: Sequence[nn.Module]) -> list[list[Tensor]] | None:
     """The first parts of all layers, their second ones, and so on; None if no product has them all."""
-    found = [layer.parts() if isinstance(layer, Joinable) else None for layer in layers]
+    found = [layer.parts() if _joinable(layer) else None for layer in layers]
     if any(each is None or each[0] != found[0][0] for each in found):  # type: ignore[index]
         return None
     return [list(parts) for parts in zip(*(each[1] for each in found), strict=True)]  # type: ignore[index]
