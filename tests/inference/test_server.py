@@ -13,7 +13,7 @@ pytest.importorskip("prometheus_client")
 from inference.serving import TOKENIZER, ask, connect, listening, tiny_llm, until
 
 from cs336.inference import SamplingParams
-from cs336.inference.server.app import ServerConfig
+from cs336.inference.server.config import ServerConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
