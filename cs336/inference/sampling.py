@@ -6,6 +6,7 @@ A filter sets the logits of the tokens it excludes to -inf, and always leaves on
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -112,8 +113,8 @@ class SamplingParams:
         """logit_bias as pairs."""
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
         try:
-            return tuple((int(token), float(value)) for token, value in pairs)
-        except (TypeError, ValueError):
+            return tuple((index(int(t) if isinstance(t, str) else t), float(value)) for t, value in pairs)
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"logit_bias must be tokens and numbers, got {self.logit_bias!r:.80}") from None
 
     @property

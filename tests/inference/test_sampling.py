@@ -169,7 +169,7 @@ def test_logits_of_another_shape():
         {"min_p": True},
         {"stop": 5},
         {"stop_token_ids": 5},
-        *({"logit_bias": value} for value in (5, [1, 2], {"a": 1}, {1: None})),
+        *({"logit_bias": value} for value in (5, [1, 2], {"a": 1}, {1: None}, {1.7: 2}, {1: 10**400})),
     ],
     ids=str,
 )
