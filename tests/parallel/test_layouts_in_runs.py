@@ -51,6 +51,7 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "ZeRO-3 autocast": ("autocast", {"zero": 3}),
         "ZeRO-2 autocast moe": ("autocast moe", {"zero": 2}),
         "ZeRO-3 autocast hyena": ("autocast hyena", {"zero": 3}),
+        "ZeRO-3 autocast compiled": ("autocast", {"zero": 3}, {"compile": True}),
         "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
         "native step": ("dense", {"zero": 1, "native_step": True}),
         "native step compiled": ("dense", {"zero": 1, "native_step": True}, {"compile": True}),
@@ -166,7 +167,7 @@ def check_same(root, name, of):
     """Losses, clipped norms, validation, samples and weights, but for the order of sums."""
     found, wanted = (tiny_run.rows(root / run) for run in (name, of))
     assert [row.keys() for row in found] == [row.keys() for row in wanted]
-    close = 2e-2 if of == "low" else 1e-5
+    close = 2e-2 if of == "low" else 1e-4 if "autocast compiled" in name else 1e-5
     for row, want in zip(found, wanted, strict=True):
         assert row == pytest.approx(want, rel=close, abs=close), (row, want)
     drawn, want = (json.loads((root / run / "samples.jsonl").read_text()) for run in (name, of))
