@@ -70,6 +70,7 @@ class StageRun:
         )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.rate.check()
+        self._check_budget()
         self.step, self.tokens, self.metrics = 0, 0, dict[str, float]()
         self._pending: dict[str, list[float]] = {}  # values since the last row
         self._loggers: list[Logger] = []
@@ -186,6 +187,15 @@ class StageRun:
 
     # ---- state ----
 
+    def _check_budget(self) -> None:
+        """Raises ValueError, before anything is written, for one that the run has used up already."""
+        path, plan = self.run.newest(), self.decisions.plan
+        with contextlib.suppress(checkpoint.DamagedError):
+            extra = {} if path is None else checkpoint.read_extra(path)
+            if path is not None and plan.budget != Budget(**extra["plan"]["budget"]):
+                step = checkpoint.load_checkpoint(path)
+                check_budget(plan.budget, plan.total_steps, step, extra["seconds"], self.run.path)
+
     def _save(self) -> None:
         start = time.perf_counter()
         extra = {
@@ -208,10 +218,7 @@ class StageRun:
                     "same to continue it"
                 )
             self.stage.load_state_dict(extra["stage"])
-            plan = self.decisions.plan
-            plan.load_state_dict(extra["plan"])
-            if plan.budget != Budget(**extra["plan"]["budget"]):
-                check_budget(plan.budget, plan.total_steps, self.step, extra["seconds"], self.run.path)
+            self.decisions.plan.load_state_dict(extra["plan"])
             self.rate.load_state_dict(extra, held=self._lr)
             self._seconds_before, self.tokens, self._pending = extra["seconds"], extra["tokens"], extra["pending"]
             self._cpu_before = extra.get("cpu_seconds", 0.0)  # runs of before had none

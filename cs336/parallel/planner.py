@@ -374,7 +374,7 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
         gathered = low * cast + width * (whole - cast) if zero == 2 else low * 2 * part.largest + width * part.root
         weights, gradients, casts = width * shared + gathered, width * (shared + part.head), low * part.head
     apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
-    in_flight = _micro_batches(work, layout)
+    in_flight = _micro_batches(work, layout) if layout.pipeline > 1 else 1
     if layout.schedule == "1f1b":
         in_flight = min(in_flight, layout.pipeline - rank)
     logits = _logits(work, layout, part) if part.head else 0

@@ -130,19 +130,20 @@ class _Bundle:
         C, used = self.master.numel(), [p.grad is not None for p in self.params]
         message_NC = self.master.new_empty(self.ranks, C + len(self.params))
         message_NC[:, C:].fill_(1)
-        places, whole = message_NC[:, :C].split(self.widths, 1), list[Tensor]()
+        places, targets, even = message_NC[:, :C].split(self.widths, 1), list[Tensor](), list[Tensor]()
         for i, p in enumerate(self.params):
             if p.grad is None:
                 places[i].zero_()
                 message_NC[:, C + i] = 0
-                continue
-            flat = p.grad.reshape(-1)
-            if padding := self.ranks * self.widths[i] - p.numel():
-                flat = nn.functional.pad(flat, (0, padding))
-            whole.append(flat.view(self.ranks, -1))
+            elif p.numel() == places[i].numel():
+                targets.append(places[i])
+                even.append(p.grad.reshape(self.ranks, -1))
+            else:
+                _put(p.grad.reshape(-1), places[i])
             p.grad = None
-        if whole:
-            torch._foreach_copy_([place for place, u in zip(places, used, strict=True) if u], whole)
+        if even:
+            torch._foreach_copy_(targets, even)
+        del even
         out = self.master.new_empty(message_NC.shape[1])
         self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
 
@@ -166,6 +167,15 @@ class _Bundle:
             if shard.requires_grad and (used[i] or flags[i] > 0):
                 grad = part if shard.numel() == len(part) else part[: shard.numel()]
                 shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+
+
+def _put(flat: Tensor, rows_NW: Tensor) -> None:
+    """Row by row, and zeros behind it."""
+    rows, rest = divmod(len(flat), rows_NW.shape[1])
+    rows_NW[:rows].copy_(flat[: len(flat) - rest].view(rows, -1))
+    rows_NW[rows:].zero_()
+    if rest:
+        rows_NW[rows, :rest].copy_(flat[len(flat) - rest :])
 
 
 def _aligned(size: int, unit: int) -> int:

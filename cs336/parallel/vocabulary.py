@@ -102,8 +102,9 @@ def vocabulary_linear_cross_entropy(
 
 def vocabulary_loss_bytes(tokens: int, C: int, M: int, width: int, *, capped: bool) -> int:
     """What vocabulary_linear_cross_entropy takes on this rank at its peak, in the backward, `width` bytes an element: a
-    chunk's logits in float32, the gradient of x, and that of the weight in float32."""
-    return min(tokens, _rows(C)) * C * (8 + 4 * capped) + width * tokens * M + 4 * C * M
+    chunk's logits in float32, or what it adds to the gradient of the weight; that in float32, and that of x."""
+    chunk = min(tokens, _rows(C)) * C
+    return max(chunk * (8 + 4 * capped), width * (chunk + C * M)) + width * tokens * M + 4 * C * M
 
 
 def _checked(x: Tensor, targets: Tensor, C: int, group: Group, ignore_index: int, reduction: str) -> Tensor:

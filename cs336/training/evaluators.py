@@ -109,7 +109,7 @@ def mean_loss(
             total += torch.stack([loss.detach().double(), counted.double()])
     loss_sum, num_targets = (total if division is None else division.total(total)).tolist()
     if not num_targets:
-        raise ValueError(f"{data.paths} has no targets that count: objective.ignore_index leaves out all of them")
+        raise ValueError(f"{data.paths} has no targets that count: all are the ignore_index of the objective")
     return loss_sum / num_targets
 
 

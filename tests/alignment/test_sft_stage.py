@@ -68,6 +68,7 @@ def test_a_budget_that_is_used_up_already_is_refused(tmp_path, model, budget, me
     with pytest.raises(ValueError, match=message):
         run(config(tmp_path, model, budget=budget))
     assert (tmp_path / "run/export/model.safetensors").read_bytes() == exported
+    assert not (tmp_path / "run/failure.json").exists()
     assert run(config(tmp_path, model, budget="4steps")).step == 4
     assert run(config(tmp_path, model, budget="5steps")).step == 5
 

@@ -88,6 +88,11 @@ def test_the_stage_of_a_run_that_is_recomputed_has_a_whole_block_for_a_while():
     assert first == other >= 64 * GPT.blocks[0].activation_bytes(64, 2)
 
 
+def test_a_schedule_without_a_pipeline_is_none():
+    gpipe, other = (rank_memory(work(), Layout(2, schedule=schedule), 0) for schedule in ("gpipe", "1f1b"))
+    assert gpipe == other
+
+
 def test_stages_keep_what_is_in_flight():
     w = work()
     first, last = (rank_memory(w, Layout(pipeline=4, micro_batch=1), rank) for rank in (0, 3))

@@ -40,7 +40,7 @@ def storages(tree):
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("rows", [64, 256])  # of a chunk
+@pytest.mark.parametrize("rows", [16, 64, 256])  # of a chunk
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_what_is_said(world, monkeypatch, rows, softcap, dtype):
