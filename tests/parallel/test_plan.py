@@ -29,10 +29,11 @@ def work(config=GPT, batch_size=16, **more):
 def test_one_gpu_is_the_memory_predictor():
     for how in ("none", "selective", "full"):
         for config, micro_batch in ((GPT, 1), (GPT, 4), (dataclasses.replace(GPT, tie_embeddings=True), 2), (MOE, 2)):
-            for fused in (False, True):
-                memory = rank_memory(work(config, fused_head=fused), Layout(micro_batch=micro_batch, recompute=how), 0)
-                options = {"gradient_checkpointing": how, "compiled": True, "fused_head": fused}
-                assert memory == training_memory(config, micro_batch, compute_bytes=2, **options)
+            for fused, (weight, compute) in itertools.product((False, True), ((4, 2), (2, 2), (4, 4))):
+                widths = {"weight_bytes": weight, "compute_bytes": compute, "fused_head": fused}
+                memory = rank_memory(work(config, **widths), Layout(micro_batch=micro_batch, recompute=how), 0)
+                options = {"gradient_checkpointing": how, "compiled": True}
+                assert memory == training_memory(config, micro_batch, **widths, **options)
 
 
 def test_zero_divides_one_thing_after_another():
