@@ -222,10 +222,11 @@ def test_seed_decides_the_weights():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_numbers_are_those_of_the_first_release(name):
     torch.manual_seed(0)
-    model = Transformer(dataclasses.replace(SMALL, **VARIANTS[name]))
+    model = Transformer(dataclasses.replace(SMALL, **VARIANTS[name])).double()
     x = torch.randint(0, 97, (2, 17))
-    want = load_file(pathlib.Path(__file__).parents[1] / "fixtures" / "logits.safetensors")[name]
-    torch.testing.assert_close(model(x)[:, -4:], want, atol=1e-6, rtol=1e-6)  # equal bit for bit where they were made
+    want = load_file(pathlib.Path(__file__).parents[1] / "fixtures" / "logits.safetensors")[name].double()
+    # In float64, since processors add up float32 in different orders: what is left is the rounding of the fixture.
+    torch.testing.assert_close(model(x)[:, -4:], want, atol=2e-6, rtol=1e-6)
 
 
 def test_packed_documents_are_strangers(config):
