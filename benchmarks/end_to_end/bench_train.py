@@ -5,7 +5,7 @@ the median block counts, and the loss curves must agree. Both are compiled a lay
 loss too; --whole adds plain PyTorch compiled as one, for which the first, untimed block waits. On a GPU each has a
 process of its own; all others compile side by side, and are timed when none does any more.
 
-    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours bf16_weights default] [--out FILE]
+    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours default bf16_weights]
 """
 
 import contextlib
