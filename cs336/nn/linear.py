@@ -14,12 +14,21 @@ TILE = 256  # columns of what a block of cuBLAS's kernels for Hopper makes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; inside cs336.invariant() ops.linear_invariant, and ops.linear_few_rows where that is faster."""
+    """F.linear; inside cs336.invariant() ops.linear_invariant, ops.linear_few_rows where that is faster, and in a step
+    that torch.compile makes under autocast ops.linear_cast."""
     if registry.is_invariant():
         return ops.linear_invariant(x, weight, bias)
     if pays(x, weight, bias):
         return ops.linear_few_rows(x, weight, bias, constant=keeps_weights(x))
+    if torch.compiler.is_compiling() and bias is None and _is_cast(x, weight):
+        return ops.linear_cast(x, weight, torch.get_autocast_dtype(x.device.type))
     return F.linear(x, weight, bias)
+
+
+def _is_cast(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast has a float32 weight cast that learns."""
+    wide = weight.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return wide and weight.requires_grad and torch.is_grad_enabled()
 
 
 @runtime_checkable
@@ -121,7 +130,7 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear], *, always: bool = True)
     tiles = [-(-layer.out_features // TILE) for layer in layers]
     if not always and -(-sum(layer.out_features for layer in layers) // TILE) == sum(tiles):
         return None
-    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 def is_bare(layer: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from cs336.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
 from cs336.ops.gram import gram as gram
 from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.linear_attention import linear_attention as linear_attention
+from cs336.ops.linear_cast import linear_cast as linear_cast
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
 from cs336.ops.linear_few_rows import linear_few_rows as linear_few_rows
