@@ -4,8 +4,9 @@
 
 A run of so many steps, of noise, which validates and saves twice on its way. Then steps of the same learner on one
 batch that lies on the device: what they take is what the run's own steps should. What a validation and a checkpoint
-took is also told as parts of a run of 8 minutes at its defaults, which validates 20 times and saves 10 times. A trace
-of steps with their data says how long the GPU had nothing to do.
+took is also told as parts of a run of 8 minutes at its defaults, which validates 20 times and saves 10 times: the first
+one finds the host's memory, the last one is waited for until it is written, as it is here by itself. A trace of steps
+with their data says how long the GPU had nothing to do.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness, results
 from benchmarks.end_to_end.bench_train import BATCH, MODELS, zipf_tokens
-from cs336.training import DataConfig, TrainConfig, Trainer
+from cs336.training import DataConfig, TrainConfig, Trainer, save_checkpoint
 from cs336.training.decisions import CHECKPOINTS
 from cs336.training.evaluators import EVALS
 from cs336.training.metrics import Display
@@ -57,8 +58,10 @@ def measure(name: str, steps: int, folder: pathlib.Path, *, compile: bool | None
         return (time.perf_counter() - start) / UNTIMED
 
     least = statistics.median([bare() for _ in range(1 + BARE)][1:])
-    validation, checkpoint = (found.pauses[name] / 2 for name in ("validate", "checkpoint"))
-    run = 60 * MINUTES
+    validation, (first, checkpoint) = found.pauses["validate"] / 2, trainer.decisions.save.taken
+    start = time.perf_counter()
+    save_checkpoint(learner.model, learner.optimizer, found.step, folder / "alone")
+    written, run = time.perf_counter() - start, 60 * MINUTES
     return {
         "op": "overhead",
         "model": name,
@@ -68,8 +71,10 @@ def measure(name: str, steps: int, folder: pathlib.Path, *, compile: bool | None
         "data_and_logging": round(spent / least - 1, 4),
         "validation_seconds": round(validation, 4),
         "checkpoint_seconds": round(checkpoint, 4),
+        "first_checkpoint_seconds": round(first, 4),
+        "written_seconds": round(written, 4),
         "validations": round(EVALS * validation / run, 4),
-        "checkpoints": round(CHECKPOINTS * checkpoint / run, 4),
+        "checkpoints": round((first + (CHECKPOINTS - 1) * checkpoint + written) / run, 6),
         "idle": idle(trainer, folder / "trace.json"),
     }
 
@@ -99,6 +104,7 @@ def line(row: Row) -> str:
     waits = "" if row["idle"] is None else f"; the GPU waits {row['idle']:.2%}"
     steps = f"a step {1e3 * row['step_seconds']:.2f} ms, in the run {1e3 * row['run_step_seconds']:.2f}"
     pauses = f"a validation {row['validation_seconds']:.2f} s, a checkpoint {row['checkpoint_seconds']:.2f} s"
+    pauses += f", the first {row['first_checkpoint_seconds']:.2f} s, written {row['written_seconds']:.2f} s"
     parts = f"{row['validations']:.2%} and {row['checkpoints']:.2%} of {MINUTES} min"
     return f"{row['model']}: {steps} ({row['data_and_logging']:+.2%}); {pauses}: {parts}{waits}"
 
