@@ -10,8 +10,6 @@ from cs336 import ops
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import keeps_weights, pays
 
-TILE = 256  # columns of what a block of cuBLAS's kernels for Hopper makes
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; inside cs336.invariant() ops.linear_invariant, ops.linear_few_rows where that is faster, and in a step
@@ -116,19 +114,15 @@ def _one_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, list[i
     return layers[0].product(x, *wholes), rows  # type: ignore[operator]
 
 
-def side_by_side(x: Tensor, layers: Sequence[nn.Linear], *, always: bool = True) -> Tensor | None:
+def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
     """What the layers make of x, (..., the sum of their features), by one product; None where that would cost copies.
 
     In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
     product as well, where layers called one by one leave their gradients to be added up.
-    always: also where that fills as many tiles as one product of each: three of 1600 features take 21 for 19.
     """
     if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
         return None
     if _alike(layers) is None or not all(type(layer) is Linear and layer.weight.requires_grad for layer in layers):
-        return None
-    tiles = [-(-layer.out_features // TILE) for layer in layers]
-    if not always and -(-sum(layer.out_features for layer in layers) // TILE) == sum(tiles):
         return None
     return linear(x, torch.cat([layer.weight for layer in layers]))
 

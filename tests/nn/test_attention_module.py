@@ -48,35 +48,6 @@ def test_grouped_queries_qk_norm_and_rope(num_kv_heads, head_dim):
     torch.testing.assert_close(layer(x), o.transpose(1, 2).reshape(2, 7, 4 * D) @ layer.o_proj.weight.T)
 
 
-@pytest.mark.parametrize(
-    ("d_model", "num_kv_heads", "products"), [(160, None, 2), (160, 1, 2), (256, None, 4), (256, 4, 2)]
-)
-def test_a_compiled_training_step_has_one_product_for_q_k_and_v_where_that_saves_tiles(d_model, num_kv_heads, products):
-    """Of 256 columns: thrice 160 fill 3, side by side 2; thrice 256 fill 3 either way, 256 and twice 128 one less."""
-    rope = RotaryEmbedding(32, 8)
-    layer = Attention(d_model, d_model // 32, num_kv_heads, rope=rope)
-    x = torch.randn(2, 5, d_model, requires_grad=True)
-
-    def compiled(layer):
-        """What it gives, and how many products it has."""
-        torch.compiler.reset()
-        counts = []
-
-        def backend(graph, inputs):
-            counts.append(str(graph.code).count("linear("))
-            return graph
-
-        return torch.compile(layer, backend=backend, fullgraph=True)(x), sum(counts)
-
-    got, count = compiled(layer)
-    assert count == products
-    torch.testing.assert_close(got, layer(x))
-    leaves = [x, *layer.parameters()]
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, layer(x))))
-    with torch.no_grad():
-        assert compiled(layer)[1] == 4
-
-
 def test_state_continues():
     layer = Attention(16, 4, 2, rope=RotaryEmbedding(4, 16))
     x, state = torch.randn(2, 9, 16), layer.new_state(2, 16)
