@@ -23,8 +23,7 @@ class Memory:
     """Of a step that is one micro-batch they come as activations go: what they and the last block take beyond those."""
     optimizer: int = 0
     casts: int = 0
-    """Copies of the matrices in autocast's dtype, or else of those that a compiled step lays side by side: they live
-    from the forward to the end of the backward."""
+    """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward."""
     activations: int = 0
     """Kept for the backward, of all but the head; with gradient checkpointing, and while one block is recomputed."""
     logits: int = 0
@@ -94,7 +93,7 @@ def training_memory(
         weights=weight_bytes * parameters,
         gradients=gradients,
         optimizer=round(optimizer_bytes * parameters),
-        casts=width * (_matrices(config) if width != weight_bytes else _side_by_side(config) if compiled else 0),
+        casts=0 if width == weight_bytes else width * _matrices(config),
         activations=activations,
         logits=logits,
     )
@@ -103,17 +102,8 @@ def training_memory(
 def _computed_again(block: BlockConfig, d_model: int, width: int) -> int:
     """What is kept of a block by eager torch alone, a token: o in a second order of its dims, and a gate activated."""
     o = block.mixer.num_heads * block.mixer.head_size(d_model) if isinstance(block.mixer, AttentionConfig) else 0
-    return width * (o + _gate(block, d_model))
-
-
-def _gate(block: BlockConfig, d_model: int) -> int:
-    """Features of a dense MLP's gate."""
-    return block.mlp.width(d_model) if isinstance(block.mlp, MLPConfig | SwiGLUConfig) and block.mlp.gated else 0
-
-
-def _side_by_side(config: TransformerConfig) -> int:
-    """Weights of gates and what they gate."""
-    return sum(2 * config.d_model * _gate(block, config.d_model) for block in config.blocks)
+    gate = block.mlp.width(d_model) if isinstance(block.mlp, MLPConfig | SwiGLUConfig) and block.mlp.gated else 0
+    return width * (o + gate)
 
 
 def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:
