@@ -120,7 +120,7 @@ def overhead(rows: list[Row]) -> Iterator[str]:
         cells = (
             row["model"],
             f"{1e3 * row['step_seconds']:.1f} ms",
-            f"{row['data_and_logging']:.1%}",
+            f"{round(row['data_and_logging'], 3) + 0.0:.1%}",  # no -0.0
             *("{:.2f} s, {:.2f} s".format(*row[f"{name}_seconds"]) for name in ("validation", "checkpoint")),
             f"{row['written_seconds']:.2f} s",
             f"{pauses:.1%}",

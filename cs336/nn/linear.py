@@ -13,20 +13,26 @@ from cs336.ops.linear_few_rows import keeps_weights, pays
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; inside cs336.invariant() ops.linear_invariant, ops.linear_few_rows where that is faster, and in a step
-    that torch.compile makes under autocast ops.linear_cast."""
+    that torch.compile makes under autocast ops.linears."""
     if registry.is_invariant():
         return ops.linear_invariant(x, weight, bias)
     if pays(x, weight, bias):
         return ops.linear_few_rows(x, weight, bias, constant=keeps_weights(x))
-    if torch.compiler.is_compiling() and bias is None and _is_cast(x, weight):
-        return ops.linear_cast(x, weight, torch.get_autocast_dtype(x.device.type))
+    dtype = _trained_in(x, weight)
+    if bias is None and dtype is not None and dtype != weight.dtype:
+        return ops.linears(x, [weight], dtype)[0]
     return F.linear(x, weight, bias)
 
 
-def _is_cast(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast has a float32 weight cast that learns."""
-    wide = weight.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    return wide and weight.requires_grad and torch.is_grad_enabled()
+def _trained_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What a step that torch.compile makes multiplies a weight in that learns; None where that is not the weight's
+    dtype, or autocast's and the weight float32."""
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return dtype if weight.dtype in (dtype, torch.float32) and x.dtype != torch.float64 else None
+    return x.dtype if x.dtype == weight.dtype else None
 
 
 @runtime_checkable
@@ -91,9 +97,14 @@ def join(layers: Sequence[nn.Module]) -> None:
 
 def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
-    wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
+    wanted, and by ops.linears in a training step that torch.compile makes. On a GPU ops.linear_invariant gives a
+    feature the same bits whatever features stand beside it."""
     found = _one_product(x, layers)
-    return [layer(x) for layer in layers] if found is None else found[0].split(found[1], -1)
+    if found is not None:
+        return found[0].split(found[1], -1)
+    if (dtype := _trained_together(x, layers)) is not None:
+        return ops.linears(x, [layer.weight for layer in layers], dtype)  # type: ignore[misc]
+    return [layer(x) for layer in layers]
 
 
 def in_a_row(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
@@ -120,11 +131,17 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
     In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
     product as well, where layers called one by one leave their gradients to be added up.
     """
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
-        return None
-    if _alike(layers) is None or not all(type(layer) is Linear and layer.weight.requires_grad for layer in layers):
+    if _trained_together(x, layers) is None:
         return None
     return linear(x, torch.cat([layer.weight for layer in layers]))
+
+
+def _trained_together(x: Tensor, layers: Sequence[nn.Module]) -> torch.dtype | None:
+    """`_trained_in`, where it is that of all and they are products and nothing else."""
+    if registry.is_invariant() or _alike(layers) is None or not all(type(layer) is Linear for layer in layers):
+        return None
+    dtypes = {_trained_in(x, layer.weight) for layer in layers}  # type: ignore[arg-type]
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def is_bare(layer: nn.Module) -> bool:

@@ -17,7 +17,6 @@ from cs336.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
 from cs336.ops.gram import gram as gram
 from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.linear_attention import linear_attention as linear_attention
-from cs336.ops.linear_cast import linear_cast as linear_cast
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
 from cs336.ops.linear_few_rows import linear_few_rows as linear_few_rows
@@ -25,6 +24,7 @@ from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.linear_quantized import linear_fp8 as linear_fp8
 from cs336.ops.linear_quantized import linear_int4 as linear_int4
 from cs336.ops.linear_quantized import linear_int8 as linear_int8
+from cs336.ops.linears import linears as linears
 from cs336.ops.long_conv import long_conv as long_conv
 from cs336.ops.paged_attention import paged_attention as paged_attention
 from cs336.ops.paged_attention import paged_prefill as paged_prefill
