@@ -22,7 +22,10 @@ NAME = "cs336"
 
 def register() -> None:
     """Tell transformers, once a process, of the attention and the mask called "cs336"."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f"attention in transformers needs it ({error}): pip install 'cs336[hf]'") from None
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)

@@ -13,7 +13,8 @@ import textwrap
 
 import pytest
 
-from cs336.cli import DATA_VERBS, TOKENIZER_VERBS, VERBS, main
+from cs336.cli import main
+from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
@@ -431,7 +432,7 @@ def test_debug_shows_the_trace(tmp_path, monkeypatch):
 
 
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    def broken(run_dir):
+    def broken(run_dir, output):
         raise AssertionError("ours")
 
     monkeypatch.setattr("cs336.report.write_report", broken)
@@ -440,7 +441,7 @@ def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
 
 
 def test_interrupt(tmp_path, monkeypatch, capsys):
-    def interrupted(run_dir):
+    def interrupted(run_dir, output):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cs336.report.write_report", interrupted)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,15 @@ from cs336.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = "how do you train the best model?\n" * 50
+TRAIN = """
+run_dir = "run"
+budget = "2steps"
+batch_size = 2
+device = "cpu"
+compile = false
+data = {{train = "{vocab}"}}
+model = {{vocab_size = {vocab}, context_length = 8, num_layers = 1, d_model = 16, num_heads = 2}}
+"""
 POINTS = [{"parameters": 1e6 * 2**n, "flops": 1e15 * 4**k, "loss": 4 - 0.1 * k} for n in range(3) for k in range(3)]
 
 
@@ -131,3 +141,22 @@ def test_a_descriptor_is_no_output(place, capsys):
         out, err = capsys.readouterr()
     assert out == ""
     assert "out is a device or a pipe" in err
+
+
+def test_other_data_of_a_run_that_left_no_checkpoint(place, capsys):
+    """The tokenizer that it left is not asked of data that have another."""
+    for vocab in ("270", "280"):
+        assert main(["tokenizer", "train", "text.txt", "--vocab-size", vocab]) == 0
+        encode = ["tokenizer", "encode", "tokenizer.json", "text.txt", "--val-fraction", "0"]
+        assert main([*encode, "--shards", vocab]) == 0
+        (place / "train.toml").write_text(TRAIN.format(vocab=vocab))
+        assert main(["train", "--config", "train.toml"]) == 0
+        assert len(json.loads((place / "run/tokenizer.json").read_text())["model"]["vocab"]) == int(vocab)
+        for left in ("checkpoints", "export"):
+            shutil.rmtree(place / "run" / left)
+    (place / "run/stages.json").write_text("{}")
+    before = {path: path.read_bytes() for path in (place / "run").iterdir()}
+    capsys.readouterr()
+    assert main(["train", "--config", "train.toml"]) == 2
+    assert "run is where `cs336 quickstart`, or a verb like it, works" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (place / "run").iterdir()} == before

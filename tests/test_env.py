@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from cs336 import _load, env
+from cs336.cli import main
 from cs336.ops import registry
 from cs336.utils import device as devices
 from cs336.utils.device import Gpu
@@ -100,3 +101,53 @@ def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
     only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, False, (), {torch.device("cpu"): ("ref",)})
     monkeypatch.setattr(registry, "OPS", {"f": only_ref})
     assert list(env.variants()) == [("cpu: ref", False, "f")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "asked", "said"),
+    [
+        ("cs336._text", "tokenizer inspect nothing.json", "cs336 is not compiled for Python 3"),
+        ("cs336._text", "quickstart", "cs336 is not compiled for Python 3"),
+        ("tyro", "env", "No module named 'tyro'"),
+        ("regex", "tokenizer inspect nothing.json", "No module named 'regex'"),
+    ],
+)
+def test_an_install_that_was_cut_says_what_to_run(tmp_path, missing, asked, said):
+    ran = without(missing, asked, tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"cs336: {said}")
+    assert "`pip install --no-build-isolation -e .`" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_the_program_loads(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cs336.cli.program", raising=False)
+    monkeypatch.delattr("cs336.cli.program", raising=False)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", interrupted)
+    assert main(["--version"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_help_of_serve_needs_no_extra(tmp_path):
+    assert "--max-requests" in without("fastapi", "serve --help", tmp_path).stdout
+    ran = without("fastapi", "serve model", tmp_path)
+    assert ran.returncode == 2
+    assert "pip install 'cs336[serve]'" in ran.stderr
+
+
+def without(missing, asked, place):
+    """What the command line says in a process that cannot import a module."""
+    code = f"""
+import importlib.machinery, sys
+from cs336.cli import main
+find = importlib.machinery.PathFinder.find_spec
+def without(name, path=None, target=None):
+    return None if name == {missing!r} else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = without
+sys.exit(main({asked.split()!r}))
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)

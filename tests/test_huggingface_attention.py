@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from tiny_models import NAMES, SIZES, assert_like_its_own, generate, tiny, train
@@ -95,3 +97,9 @@ def test_refusals():
         value = True if name == "output_attentions" else torch.zeros(2, 3)
         with pytest.raises(NotImplementedError, match=name):
             ours.attention_forward(torch.nn.Module(), q, q, q, None, **{name: value})
+
+
+def test_without_transformers_its_command_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'cs336\[hf\]'"):
+        ours.register()

@@ -65,6 +65,14 @@ WORKS = {
         {"mini-sglang": 21799, "nano-vllm": 17485},
     ),
     "short": Work("Qwen3-0.6B, 256 requests of 100 to 400 tokens", "Qwen3-0.6B", SHORT, MANY, 2),
+    "slots": Work(
+        "Qwen3-0.6B, 160 requests on 64 slots, prompts of 100 tokens, answers of 100 to 300", "Qwen3-0.6B",
+        Load(160, (100, 100), (100, 300)), MANY | {"max_seqs": 64},
+    ),
+    "crowd": Work(
+        "Qwen3-0.6B, 1,024 requests of 100 to 400 tokens on 256 slots", "Qwen3-0.6B",
+        Load(1024, (100, 400), (100, 400)), MANY,
+    ),
     "invariant": Work(
         "the same, inside cs336.invariant()", "Qwen3-0.6B", SHORT, MANY | {"invariant": True}, 2
     ),

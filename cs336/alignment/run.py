@@ -19,9 +19,11 @@ import torch
 from cs336 import __version__
 from cs336.alignment.stage import FREE, Stage, StageConfig
 from cs336.training import checkpoint
+from cs336.training.budget import Budget
 from cs336.training.config import differences
 from cs336.training.decisions import Decisions, Pause
 from cs336.training.guard import NonFiniteError
+from cs336.training.identity import check_budget
 from cs336.training.loggers import Logger, check_installed, open_loggers
 from cs336.training.metrics import Display
 from cs336.training.rate import LearningRate
@@ -59,7 +61,13 @@ class StageRun:
         check_installed(config.loggers)
         _check_same_config(self.run, config, stage.verb)
         self.evaluation = Pause("evaluate", config.eval_interval, EVALUATIONS)
-        self.decisions = Decisions(config, tokens_per_step=1, flops_per_step=1, pauses=[self.evaluation])
+        self.decisions = Decisions(
+            config,
+            tokens_per_step=1,
+            flops_per_step=1,
+            pauses=[self.evaluation],
+            saved_bytes=sum(t.nbytes for t in stage.module.state_dict().values()) + stage.optimizer.state_bytes(),
+        )
         self.rate = LearningRate(config.schedule, config.optimizer.lr, self.decisions.plan)
         self.rate.check()
         self.step, self.tokens, self.metrics = 0, 0, dict[str, float]()
@@ -86,6 +94,7 @@ class StageRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.run.held())
             self._restore()
+            self.run.say_lost(self.display.say)
             self.run.clear_failure()
             self._write_setup()
             stack.enter_context(self.run.open_rows(upto=self.step or -1))
@@ -199,7 +208,10 @@ class StageRun:
                     "same to continue it"
                 )
             self.stage.load_state_dict(extra["stage"])
-            self.decisions.plan.load_state_dict(extra["plan"])
+            plan = self.decisions.plan
+            plan.load_state_dict(extra["plan"])
+            if plan.budget != Budget(**extra["plan"]["budget"]):
+                check_budget(plan.budget, plan.total_steps, self.step, extra["seconds"], self.run.path)
             self.rate.load_state_dict(extra, held=self._lr)
             self._seconds_before, self.tokens, self._pending = extra["seconds"], extra["tokens"], extra["pending"]
             self._cpu_before = extra.get("cpu_seconds", 0.0)  # runs of before had none
@@ -260,12 +272,9 @@ class StageRun:
 
 def _check_same_config(run: RunDir, config: StageConfig, verb: str) -> None:
     """Raises ValueError where the run that is there cannot go on as this one."""
-    path = run.path / "config.toml"
-    if run.newest() is None or not path.exists():
+    if not run.goes_on(verb):
         return
-    if (other := run.verb) not in (verb, None):
-        raise ValueError(f"{run.path} holds a run of `cs336 {other}`: use another run_dir")
-    saved = configs.load(type(config), path)
+    saved = configs.load(type(config), run.path / "config.toml")
     if changed := differences(saved, config, FREE):
         raise ValueError(
             f"{run.path} holds a run with another configuration ({'; '.join(changed)}): use another run_dir, or the "

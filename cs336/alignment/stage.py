@@ -22,6 +22,7 @@ from cs336.inference.vocabulary import ends_of
 from cs336.models import Transformer, save_pretrained
 from cs336.models.huggingface import save_adapter
 from cs336.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig, clip_scale, grad_norm
+from cs336.optim.optimizer import Optimizer
 from cs336.tokenizer import Tokenizer, convert
 from cs336.training import Budget
 from cs336.training.evaluators import Finding
@@ -96,7 +97,7 @@ class Stage(Protocol):
     policy: "Policy"
     module: nn.Module
     """What learns and is saved."""
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     fingerprints: dict[str, str]
     """What must be the same for a run to go on."""
 

@@ -14,7 +14,7 @@ from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
 MOST_DOCUMENTS, MOST_CHARS = 100, 200_000  # of text to compare on: more than a context holds
-RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]")]
+RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
 
 
 def generate(arguments: list[str]) -> Run:
@@ -155,16 +155,19 @@ def report(arguments: list[str]) -> Run:
     """Write a run directory's report.html, or one page that compares several."""
     from cs336.report import write_comparison, write_report
 
-    def run(run_dirs: Positional[RunDirs], output: Path = Path("comparison.html")) -> None:  # noqa: B008 (immutable)
+    def run(run_dirs: Positional[RunDirs], output: MaybePath = None) -> None:
         """
         Args:
             run_dirs: of training runs, finished or not.
-            output: the page, of several runs.
+            output: the page. None: report.html in the one run directory, comparison.html here of several.
         """
         if not run_dirs:
             raise ValueError("there is nothing to report: name a run directory")
-        if len(run_dirs) > 1:
+        if len(run_dirs) == 1:
             check_output(output)
-        print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs, output))
+            print(write_report(run_dirs[0], output))
+        else:
+            check_output(page := output or Path("comparison.html"))
+            print(write_comparison(run_dirs, page))
 
     return run

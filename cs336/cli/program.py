@@ -14,6 +14,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
 from cs336.cli import (
+    NOT_WHOLE,
     alignment,
     data,
     data_classifier,
@@ -127,7 +128,7 @@ TREE: Mapping[str, Any] = VERBS | STUDY_VERBS | GROUPS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb. The exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    """As cs336.cli.main, whose verbs can be imported."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
@@ -145,10 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("CS336_DEBUG") == "1":
             raise
         hint = " (CS336_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            hint = (
-                ": only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
-            )
+        if isinstance(error, ModuleNotFoundError) and error.name:  # errors that say what to install name no module
+            only = "only the tokenizer is installed. For the rest: pip install torch==2.13.0, then install cs336 again"
+            hint = f": {only if error.name == 'torch' else NOT_WHOLE}"
         try:
             sys.stdout.flush()
         except OSError as full:  # what was printed, and would be tried again at the end

@@ -23,14 +23,8 @@ def serve(arguments: list[str]) -> Run:
 
     Under torchrun its processes divide the model: `torchrun --nproc_per_node 2 -m cs336 serve runs/mine`."""
     from cs336.inference import LLM, EngineConfig
-
-    try:
-        from cs336.inference.server.app import ServerConfig
-        from cs336.inference.server.serve import serve as listen
-        from cs336.parallel.launch import rank
-        from cs336.utils.http_server import check_free
-    except ImportError as error:
-        raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
+    from cs336.inference.server.config import ServerConfig
+    from cs336.parallel.launch import rank
 
     def run(
         model: Positional[Path],
@@ -49,6 +43,11 @@ def serve(arguments: list[str]) -> Run:
             device: auto (a GPU if there is one), cpu, cuda.
             dtype: of the weights. auto: as they were saved.
         """
+        try:
+            from cs336.inference.server.serve import serve as listen
+            from cs336.utils.http_server import check_free
+        except ImportError as error:
+            raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
         if rank() == 0:
             check_free(server.host, server.port)
         read = {"draft": draft, "device": device, "dtype": _dtype(dtype), "tensor_parallel": True}

@@ -149,7 +149,7 @@ class LLM:
         is computed once.
 
         top: how many of the likeliest tokens to tell in the place of each.
-        Raises ValueError for another number of continuations, and for empty ones.
+        Raises ValueError for another number of continuations, and for prompts and continuations without tokens.
         """
         if len(prompts) != len(continuations):
             raise ValueError(
@@ -158,6 +158,8 @@ class LLM:
         if not all(len(continuation) for continuation in continuations):
             raise ValueError("there is an empty continuation, which has no tokens to score")
         pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
+        if not all(len(ids) for (_, ids), _ in pairs):
+            raise ValueError("there is an empty prompt: what stands before a continuation says how likely it is")
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
         outputs = self._run([([*a, *b], params, None, len(a)) for (_, a), (_, b) in pairs])
         found = [output.prompt_logprobs or [] for output in outputs]

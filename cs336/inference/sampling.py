@@ -3,8 +3,9 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ MAX_LOGPROBS = 20
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,16 @@ class SamplingParams:
     """Token: what is added to its logits. Kept as pairs."""
 
     def __post_init__(self):
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(value := getattr(self, name), Iterable | None):
+                raise ValueError(f"{name} must be a sequence, got {value!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", self.biases)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not (_number(value) or (value is None and name in ("top_p", "min_p"))):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         for name in ("top_k", "max_tokens"):
@@ -99,7 +111,10 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """logit_bias as pairs."""
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        return tuple((int(token), float(value)) for token, value in pairs)
+        try:
+            return tuple((int(token), float(value)) for token, value in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(f"logit_bias must be tokens and numbers, got {self.logit_bias!r:.80}") from None
 
     @property
     def penalised(self) -> bool:

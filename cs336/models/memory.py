@@ -66,37 +66,49 @@ def training_memory(
     """
     width = weight_bytes if compute_bytes is None else compute_bytes
     tokens = batch_size * (config.context_length if context_length is None else context_length)
-    parameters, V = config.num_parameters(), config.vocab_size
-    wide = width if config.logit_softcap is None else max(4, width)
-    capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
-    gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
-    logits = tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
-    if fused_head:  # a chunk of them, and float32 gradients of what the head reads, in parts and whole, and of the head
-        chunk = min(tokens, default_chunk_size(tokens, V, width, "cuda" if compiled else "cpu"))
-        logits = chunk * width * V + 8 * tokens * config.d_model + 4 * V * config.d_model
-    activations = tokens * config.activation_bytes(
-        width, gradient_checkpointing=gradient_checkpointing not in KEEPS_ALL
-    )
-    if compiled and gradient_checkpointing in KEEPS_ALL:
-        activations -= tokens * sum(_computed_again(block, config.d_model, width) for block in config.blocks)
-    block_bytes = last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
-    if gradient_checkpointing not in KEEPS_ALL:  # the logits are gone when the first block is recomputed
-        if gradient_checkpointing == "selective":
-            kept = {block: products_bytes(block, config.d_model, width) for block in set(config.blocks)}
-            activations += tokens * sum(kept[block] for block in config.blocks)
-            block_bytes -= min(kept.values())
-        activations += max(0, tokens * block_bytes - logits)
+    parameters = config.num_parameters()
+    logits = head_bytes(config, tokens, width, compiled=compiled, fused=fused_head)
+    kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled)
+    activations = tokens * kept + max(0, tokens * again - logits)  # the logits are gone when the first block is again
     gradients = weight_bytes * parameters
     if not accumulated:  # all that has come when one block is left
+        last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         gradients = max(0, gradients + tokens * last - activations - logits)
     return Memory(
         weights=weight_bytes * parameters,
         gradients=gradients,
         optimizer=round(optimizer_bytes * parameters),
-        casts=0 if width == weight_bytes else width * _matrices(config),
+        casts=0 if width == weight_bytes else width * matrices(config),
         activations=activations,
         logits=logits,
     )
+
+
+def head_bytes(config: TransformerConfig, tokens: int, width: int, *, compiled: bool, fused: bool) -> int:
+    """Of the logits of so many tokens and their gradient, an activation being `width` bytes."""
+    V, M = config.vocab_size, config.d_model
+    if fused:  # a chunk of them, and float32 gradients of what the head reads, in parts and whole, and of the head
+        chunk = min(tokens, default_chunk_size(tokens, V, width, "cuda" if compiled else "cpu"))
+        return chunk * width * V + 8 * tokens * M + 4 * V * M
+    wide = width if config.logit_softcap is None else max(4, width)
+    capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
+    gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
+    return tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
+
+
+def kept_bytes(config: TransformerConfig, width: int, recompute: Recompute, *, compiled: bool) -> tuple[int, int]:
+    """A token: what is kept for the backward, of all but the head, and what is there of a block while it is
+    recomputed."""
+    if recompute in KEEPS_ALL:
+        kept = config.activation_bytes(width)
+        return kept - compiled * sum(_computed_again(block, config.d_model, width) for block in config.blocks), 0
+    kept = config.activation_bytes(width, gradient_checkpointing=True)
+    again = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
+    if recompute == "selective":
+        products = {block: products_bytes(block, config.d_model, width) for block in set(config.blocks)}
+        kept += sum(products[block] for block in config.blocks)
+        again -= min(products.values())
+    return kept, again
 
 
 def _computed_again(block: BlockConfig, d_model: int, width: int) -> int:
@@ -112,8 +124,8 @@ def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:
     return width * (sum(m.out_features for m in built.modules() if isinstance(m, Linear)) + d_model)
 
 
-def _matrices(config: TransformerConfig) -> int:
-    """The weights that multiply some token."""
+def matrices(config: TransformerConfig) -> int:
+    """The weights that multiply some token, those of the head among them."""
     idle = sum(block.mlp.idle_parameters(config.d_model) for block in config.blocks)
     return config.flops_per_token(0) // 6 + idle
 

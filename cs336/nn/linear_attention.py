@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts
+from cs336.nn.checks import check_choice, check_counts, check_flags
 from cs336.nn.derived import Derived
 from cs336.nn.linear import Linear, in_a_row, join
 from cs336.nn.norms import RMSNorm
@@ -203,6 +203,8 @@ class LinearAttentionConfig:
     def __post_init__(self):
         check_counts(num_heads=self.num_heads)
         check_counts(optional=True, head_dim=self.head_dim, value_dim=self.value_dim)
+        check_choice("decay", self.decay, ("none", "head", "token"))
+        check_flags(delta=self.delta)
         if self.conv_size != 0:
             check_counts(conv_size=self.conv_size)
         if self.conv_size == 1:

@@ -208,7 +208,7 @@ class _Bounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, g):
-        least = -746.0 if g.dtype == torch.float64 else -104.0
+        least = -746.0 if g.dtype == torch.float64 else -104.0  # FORGETS in triton/linear_attention.py
         one = g[tuple(slice(0, 1) if step == 0 else slice(None) for step in g.stride())]  # what is expanded stays so
         return one.clamp(min=least).expand_as(g)
 

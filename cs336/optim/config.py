@@ -273,6 +273,8 @@ class WSDSConfig(_Stable):
 
     def lr(self, step: float, total: int, top: float) -> float:
         """The learning rate of a step of `total`, `top` the highest."""
+        if total < self.periods:
+            raise ValueError(f"a run of {total} steps has no {self.periods} periods: set schedule.periods lower")
         ends = [total * (i + 1) // self.periods for i in range(self.periods)]
         warmup = min(self.warmup(total), ends[0])
         low = top * self.min_lr_ratio

@@ -198,13 +198,16 @@ def receive(out: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> N
 @torch.no_grad()
 def broadcast_all(tensors: Iterable[Tensor], source: int, group: dist.ProcessGroup | None = None) -> None:
     """Replace tensors of any dtypes and layouts by those of rank `source`: as bytes, in flat buckets of 25 MB."""
+    mine = dist.get_rank(group) == source
     for bucket in buckets([t.detach() for t in tensors], BUCKET_BYTES):
-        flat = torch.cat([t.reshape(-1).view(torch.uint8) for t in bucket])
-        broadcast(flat, source, group)
-        if dist.get_rank(group) != source:
-            parts = flat.split([t.nbytes for t in bucket])
-            for t, part in zip(bucket, parts, strict=True):
-                t.copy_(part.clone().view(t.dtype).view(t.shape))  # a part may begin at an odd byte
+        sizes = [t.nbytes for t in bucket]
+        if mine:
+            broadcast(torch.cat([t.reshape(-1).view(torch.uint8) for t in bucket]), source, group)
+            continue
+        broadcast(flat := torch.empty(sum(sizes), dtype=torch.uint8, device=bucket[0].device), source, group)
+        for t, part in zip(bucket, flat.split(sizes), strict=True):
+            odd = part.storage_offset() % t.itemsize
+            t.copy_((part.clone() if odd else part).view(t.dtype).view(t.shape))
 
 
 def buckets(tensors: Iterable[Tensor], most: float) -> Iterator[list[Tensor]]:

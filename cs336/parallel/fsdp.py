@@ -12,7 +12,7 @@ rank's pieces of a unit.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,11 +43,13 @@ class FSDP(nn.Module):
         module: the same on every rank, on the device it trains on. Its parameters become rank 0's.
         compute_dtype: of the whole parameters and so of forward and backward, where it is a floating one; gradients are
             summed in the masters' dtype. None: as they are.
+        computed: the parameters that compute_dtype is of: those that autocast would cast, say. None: all.
         reshard: let go of a unit after its forward and gather it again for its backward (ZeRO-3). False keeps whole
             parameters from one step to the next (ZeRO-2).
         group: of processes; None is the default one.
 
-    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all.
+    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, and for
+    `computed` without compute_dtype.
     """
 
     def __init__(
@@ -55,14 +57,24 @@ class FSDP(nn.Module):
         module: nn.Module,
         compute_dtype: torch.dtype | None = None,
         *,
+        computed: Iterable[Tensor] | None = None,
         reshard: bool = True,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
         device = named[0][1].device if named else torch.device("cpu")
+        if computed is not None and compute_dtype is None:
+            raise ValueError("computed says of which parameters compute_dtype is: give that too")
+        some = None if computed is None else set(computed)
+
+        def dtype_of(p: Tensor) -> torch.dtype:
+            casts = p.dtype.is_floating_point and (some is None or p in some)
+            return compute_dtype if casts and compute_dtype is not None else p.dtype
+
         what = [("compute_dtype", str(compute_dtype)), ("reshard", str(reshard))]
-        what += [(name, f"{describe(t)}{', trained' if t.requires_grad else ''}") for name, t in named]
+        cast = {t: f", computed in {str(dtype_of(t)).removeprefix('torch.')}" for t in some or ()}
+        what += [(n, f"{describe(t)}{', trained' if t.requires_grad else ''}{cast.get(t, '')}") for n, t in named]
         check_alike(what, device, group)
         broadcast_all([t for _, t in named], 0, group)
 
@@ -74,10 +86,10 @@ class FSDP(nn.Module):
         inner = {id(sub) for part in parts for sub in part.modules() if sub is not part}
         parts = [part for part in parts if id(part) not in inner]  # of nested lists the outer ones
         owners = _owners(module)
-        self._units = [Unit(_alone(part, owners), owners, compute_dtype, group) for part in parts]
+        self._units = [Unit(_alone(part, owners), owners, dtype_of, group) for part in parts]
         taken = {p for unit in self._units for p in unit.originals()}
         rest = [p for p in module.parameters() if p not in taken]
-        self._root = Unit(rest, owners, compute_dtype, group)
+        self._root = Unit(rest, owners, dtype_of, group)
         for i, part in enumerate(parts):
             part.register_forward_pre_hook(functools.partial(self._before_forward, i))
             part.register_forward_hook(functools.partial(self._after_forward, i))
@@ -228,12 +240,13 @@ class FSDP(nn.Module):
         """Whole parameter -> this rank's piece."""
         return {p: shard for unit in self._all() for p, shard in unit.pairs()}
 
-    def split(self, optimizer: torch.optim.Optimizer) -> None:
+    def split(self, optimizer: torch.optim.Optimizer, module: nn.Module | None = None) -> None:
         """Give an optimizer of the module's parameters, which has no state yet, this rank's pieces instead: its groups
-        were made by the shapes of the whole."""
-        shards = self._shards()
+        were made by the shapes of the whole. module: one whose parameters have the same names, in place of it."""
+        pieces = dict(self.named_parameters())
+        names = {id(p): name for name, p in (module or self.module).named_parameters()}
         for group in optimizer.param_groups:
-            group["params"] = [shards[p] for p in group["params"]]
+            group["params"] = [pieces[names[id(p)]] for p in group["params"]]
 
     def local_state(self) -> tuple[dict[str, Tensor | Piece], dict[str, str]]:
         """This rank's part of state_dict, and name -> name of what is tied. Rank 0 has the buffers."""

@@ -1,12 +1,13 @@
 """Every way to split a training run over N GPUs: what each takes and sends, and how long a step is, before paying.
 
-    step = micro-batches (m + p - 1) * (compute + sums of tensor, context, expert)  +  what data sends beside none of it
-           + the optimizer
+    step = micro-batches (m + p - 1) * (compute + sums of tensor, context, expert)  +  what data sends behind none of it
+           + the optimizer, and what is copied on a GPU to be sent
 
 compute = FLOPs / (GPU's FLOP/s * its efficiency). Bytes of memory are those of models/memory.py, of the part of the
-model that the fullest rank has. What a rank sends is the formula of its strategy in docs/parallel.md. Gradients travel
-while the last micro-batch is computed, and with ZeRO-3 weights and gradients while any is; a ring's keys and values
-while attention is. Axes lie as (data, pipeline, context, expert, tensor), neighbours last.
+model that the fullest rank has. What a rank sends is what count_traffic counts of such a step. Gradients travel behind
+the backward of the last micro-batch, with ZeRO-2 and 3 of each, weights of ZeRO-3 behind what is computed meanwhile; a
+ring's keys and values behind attention. Behind nothing: the embedding's gradient, which is there last, and with ZeRO-1
+the weights that were stepped. Axes lie as (data, pipeline, context, expert, tensor), neighbours last.
 """
 
 import dataclasses
@@ -16,14 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cs336.models import BlockConfig, Memory, TransformerConfig, training_memory
+from cs336.models import BlockConfig, Memory, TransformerConfig
 from cs336.models.config import SHORT
+from cs336.models.memory import head_bytes, kept_bytes, matrices
 from cs336.nn import AttentionConfig, MoEConfig, NoMLPConfig
 from cs336.parallel.hardware import Gpu, find
 from cs336.parallel.layout import AXES, ParallelConfig
 from cs336.parallel.pipeline import layers_of
+from cs336.parallel.vocabulary import vocabulary_loss_bytes
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 RECOMPUTED = {"none": 3.0, "selective": 3.15, "full": 4.0}  # forwards that a step costs, of which the backward is two
 
 
@@ -62,7 +65,12 @@ class Layout:
     @property
     def alike(self) -> int:
         """Ranks that hold the same parameters, experts apart."""
-        return self.data * self.context * self.expert
+        return self.experts_alike * self.expert
+
+    @property
+    def experts_alike(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.data * self.context
 
     @property
     def config(self) -> ParallelConfig:
@@ -90,6 +98,8 @@ class Work:
     optimizer_bytes: float = 8
     compiled: bool = True
     """Or by our kernels, on a GPU, which keep as little: see cs336.models.memory."""
+    fused_head: bool = False
+    """Head and loss are one, which never has whole logits: objective.fused_head. A pipeline's always are."""
 
     @functools.cached_property
     def flops(self) -> float:
@@ -176,7 +186,9 @@ def plan(
             raise ValueError(f"{name} must be 1 or more, got {value}")
     device = find(gpu) if isinstance(gpu, str) else gpu
     device.tier(gpus)
-    work = Work(config, batch_size, context_length, weight_bytes, compute_bytes, optimizer_bytes)
+    capped = config.logit_softcap is not None  # whose head `cs336 train` fuses by itself
+    sizes = weight_bytes, compute_bytes, optimizer_bytes
+    work = Work(config, batch_size, context_length, *sizes, fused_head=capped)
     found = _of_data(work, gpus) if data_only else layouts(work, gpus)
     plans = [predict(work, layout, device, fill) for layout in found]
     if not plans:
@@ -261,47 +273,64 @@ def _experts_divide(config: TransformerConfig, e: int) -> bool:
 class Part:
     """What one rank has of the model: of a stage's layers its heads, hidden features and rows of the vocabulary."""
 
-    layers: int
+    model: TransformerConfig
+    """As it is here."""
     dense: int
     """Parameters, without those of experts."""
     experts: int
     """Parameters of all experts of these layers."""
+    cast: int
+    """Of `dense`, those of layers that autocast reads in its own dtype."""
+    embedding: int
+    """Parameters of the table that tokens are looked up in; 0 but in the first stage."""
+    head: int
+    """Parameters of the head, be they the embedding's; 0 but in the last stage."""
     largest: int
     """Parameters of the largest block."""
-    activations: dict[str, int] = field(hash=False)
-    """Bytes a token, by what is recomputed."""
+    kept: dict[str, int] = field(hash=False)
+    """Bytes a token that are kept for the backward, by what is recomputed."""
+    again: dict[str, int] = field(hash=False)
+    """Bytes a token that are there of one block while it is recomputed."""
     norms: int
-    """Bytes a token, of the activations, that norms keep."""
-    logits: int
-    """Bytes a token; 0 but in the last stage."""
+    """Bytes a token, of those kept, that norms keep."""
     keys: int
     """Features of keys and values, of all layers."""
     choices: int
     """Experts that a token goes to, of all layers."""
 
+    @property
+    def layers(self) -> int:
+        return self.model.num_layers
+
+    @property
+    def root(self) -> int:
+        """Parameters of embedding and head, which no layer has."""
+        return max(self.embedding, self.head) if self.model.tie_embeddings else self.embedding + self.head
+
 
 @functools.cache
 def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
-    """The part of stage `rank` of `pipeline`. Memory is linear in tokens: asked of the predictor for one of them."""
+    """The part of stage `rank` of `pipeline`."""
     config, layers = work.config, layers_of(rank, pipeline, work.config.num_layers)
     model = _divided(config, tensor, layers)
     mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, MoEConfig)]
     experts = sum(m.num_experts * m.expert_parameters(config.d_model) for m in mixtures)
-    tables = 2 if pipeline == 1 and not config.tie_embeddings else int(rank in (0, pipeline - 1))
-    options = {"weight_bytes": work.weight_bytes, "compute_bytes": work.compute_bytes, "compiled": work.compiled}
-    found = {
-        how: training_memory(model, 1, context_length=1, gradient_checkpointing=how, **options)  # type: ignore[arg-type]
-        for how in RECOMPUTE
-    }
+    table = model.vocab_size * config.d_model
+    embedding, head = table * (rank == 0), table * (rank == pipeline - 1)
+    tables = max(embedding, head) if config.tie_embeddings else embedding + head
+    how = {r: kept_bytes(model, work.compute_bytes, r, compiled=work.compiled) for r in RECOMPUTE}
     heads = [b.mixer for b in model.blocks if isinstance(b.mixer, AttentionConfig)]
     return Part(
-        layers=len(layers),
-        dense=model.num_parameters(embeddings=False) + tables * model.vocab_size * config.d_model - experts,
+        model=model,
+        dense=model.num_parameters(embeddings=False) + tables - experts,
         experts=experts,
+        cast=min(matrices(model), model.num_parameters(embeddings=False) + table) - table - experts,
+        embedding=embedding,
+        head=head,
         largest=max(block.num_parameters(config.d_model) for block in set(model.blocks)),
-        activations={how: memory.activations for how, memory in found.items()},
+        kept={r: kept for r, (kept, _) in how.items()},
+        again={r: again for r, (_, again) in how.items()},
         norms=sum(b.num_norms * b.norm.activation_bytes(config.d_model, work.compute_bytes) for b in model.blocks),
-        logits=tensor * found["none"].logits if rank == pipeline - 1 else 0,  # gathered, where the head is not fused
         keys=sum(2 * mixer.kv_heads * mixer.head_size(config.d_model) for mixer in heads),
         choices=sum(m.top_k for m in mixtures),
     )
@@ -335,26 +364,40 @@ def _divided(config: TransformerConfig, tensor: int, layers: range) -> Transform
 
 def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
     """Of a rank of stage `rank` at its peak."""
-    part = part_of(work, layout.tensor, layout.pipeline, rank)
-    tokens, width = _tokens(work, layout), work.weight_bytes
+    part, zero = part_of(work, layout.tensor, layout.pipeline, rank), layout.zero
+    tokens, width, low = _tokens(work, layout), work.weight_bytes, work.compute_bytes
     experts = part.experts // layout.expert
-    whole = part.dense + experts
-    shared = part.dense // layout.alike + experts // layout.data
-    casts = 0 if work.compute_bytes == width else work.compute_bytes * whole
-    if layout.zero == 3:  # two units at a time are whole
-        casts = work.compute_bytes * 2 * part.largest
+    whole, cast = part.dense + experts, part.cast + experts
+    shared = part.dense // layout.alike + experts // layout.experts_alike
+    weights, gradients, casts = width * whole, width * whole, low * (cast + part.head)
+    if zero >= 2:  # masters and their gradients, and of the root's the head's come first; layers are whole as cast
+        gathered = low * cast + width * (whole - cast) if zero == 2 else low * 2 * part.largest + width * part.root
+        weights, gradients, casts = width * shared + gathered, width * (shared + part.head), low * part.head
     apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
     in_flight = _micro_batches(work, layout)
     if layout.schedule == "1f1b":
         in_flight = min(in_flight, layout.pipeline - rank)
+    logits = _logits(work, layout, part) if part.head else 0
+    again = tokens * part.again[layout.recompute]
     return Memory(
-        weights=width * (whole * (layout.zero < 3) + shared * (layout.zero >= 2)),  # ZeRO-2 has masters beside them
-        gradients=width * (shared if layout.zero >= 2 else whole),
-        optimizer=round(work.optimizer_bytes * (shared if layout.zero >= 1 else whole)),
-        casts=casts,
-        activations=tokens * in_flight * (part.activations[layout.recompute] - apart),
-        logits=tokens * part.logits,
+        weights=weights,
+        gradients=gradients,
+        optimizer=round(work.optimizer_bytes * (shared if zero >= 1 else whole)),
+        casts=0 if low == width else casts,
+        activations=tokens * in_flight * (part.kept[layout.recompute] - apart) + max(0, again - logits),
+        logits=logits,
     )
+
+
+def _logits(work: Work, layout: Layout, part: Part) -> int:
+    """Bytes of a micro-batch's logits and their gradient in the last stage."""
+    tokens, width, model = _tokens(work, layout), work.compute_bytes, part.model
+    fused = work.fused_head or layout.pipeline > 1
+    if fused and layout.tensor > 1:
+        capped = model.logit_softcap is not None
+        return vocabulary_loss_bytes(tokens, model.vocab_size, model.d_model, width, capped=capped)
+    whole = head_bytes(model, tokens, width, compiled=work.compiled, fused=fused)
+    return layout.tensor * whole  # gathered where they are not fused
 
 
 def _micro_batches(work: Work, layout: Layout) -> int:
@@ -369,24 +412,81 @@ def _tokens(work: Work, layout: Layout) -> int:
 # ---- what it sends, and how long that takes ----
 
 
+@dataclass(frozen=True)
+class DataMessages:
+    """Bytes that a rank sends for the data axis and what lies alike along others, a micro-batch, by what they can
+    travel behind."""
+
+    forward: float = 0
+    backward: float = 0
+    nothing: float = 0
+    """The embedding's: it is needed first, and its gradient is there last; and weights behind a step that needs all."""
+    first: float = 0
+    """Of `forward` what goes once a step, before its first micro-batch."""
+    last: float = 0
+    """As `backward`, of the last micro-batch alone."""
+    step: float = 0
+    """As `nothing`, once a step."""
+    copied: float = 0
+    """Read and written on the device, for what is sent lies together, and what came where it is used."""
+    copied_once: float = 0
+    """As `copied`, a step."""
+
+    def sent(self, micro_batches: int) -> float:
+        each = self.forward + self.backward + self.nothing
+        return micro_batches * each + self.first + self.last + self.step
+
+
+def data_messages(work: Work, layout: Layout, rank: int = 0) -> DataMessages:
+    """Of a rank of stage `rank`. Sums of gradients are in the weights' dtype, as are weights that no layer has."""
+    part = part_of(work, layout.tensor, layout.pipeline, rank)
+    width, low, zero = work.weight_bytes, work.compute_bytes, layout.zero
+    alike, own_experts = _ring(layout.alike), part.experts // layout.expert
+    whole = part.dense * (layout.alike > 1) + own_experts * (layout.experts_alike > 1)
+    experts = own_experts * _ring(layout.experts_alike)
+    last = width * part.embedding * alike
+    gradients = width * (part.dense * alike + experts) - last
+    if zero <= 1:  # those that a rank has stepped are broadcast; gradients are put into buckets and divided
+        moved = 2 * width * whole
+        return DataMessages(last=2 * gradients, step=2 * last + width * whole * zero, copied_once=moved * (2 + zero))
+    layers = (low * part.cast + width * (part.dense - part.root - part.cast)) * alike + low * experts
+    root = width * part.root * alike
+    message, gathered = 2 * width * whole, 2 * (low * (part.cast + own_experts) + width * (part.dense - part.cast))
+    if zero == 2:
+        return DataMessages(
+            backward=gradients, nothing=last, first=layers, step=root, copied=message, copied_once=gathered
+        )
+    again = 1 - 1 / part.layers  # the last layer is still whole when its backward begins
+    copied = message + (1 + again) * gathered
+    return DataMessages(layers, gradients + again * layers, root + last, copied=copied)
+
+
 def sent_bytes(work: Work, layout: Layout, rank: int = 0) -> dict[str, int]:
     """Bytes that a rank of stage `rank` sends in a step, by the axis they are for."""
     part = part_of(work, layout.tensor, layout.pipeline, rank)
-    m, tokens, c, last = _micro_batches(work, layout), _tokens(work, layout), layout.context, layout.pipeline - 1
-    stream, forwards = tokens * work.config.d_model * work.compute_bytes, 2 if layout.recompute == "full" else 1
-    parameters = part.dense * _ring(layout.alike) + part.experts // layout.expert * _ring(layout.data)
-    gradients, gathered = work.weight_bytes * parameters, work.compute_bytes * parameters
-    data = {0: 2 * gradients, 1: 2 * gradients, 2: (m + 1) * gradients, 3: m * (gradients + 2 * gathered)}
-    sums = (2 * forwards + 2) * part.layers + 2 * (rank in (0, last))
+    m, tokens, c = _micro_batches(work, layout), _tokens(work, layout), layout.context
+    first, last = rank == 0, rank == layout.pipeline - 1
+    stream, forwards = tokens * work.config.d_model * work.compute_bytes, 1 if layout.recompute == "none" else 2
+    # Two sums a layer forward and two backward; forward again, half of one is not needed. The embedding's is not cast.
+    sums = (2.5 + 1.5 * forwards) * part.layers + (0.5 + work.weight_bytes / work.compute_bytes) * first + 1.5 * last
     travels = work.compute_bytes * (forwards + 1) * (c - 1) + 4 * c  # keys and values, and their float32 gradients
+    tied = work.weight_bytes * part.root if layout.pipeline > 1 and work.config.tie_embeddings else 0
     sizes = {
-        "data": data[layout.zero],
-        "tensor": 2 * _ring(layout.tensor) * stream * m * sums,
-        "pipeline": m * stream * ((rank > 0) + (rank < last)) / layout.tensor,
+        "data": data_messages(work, layout, rank).sent(m),
+        "tensor": m * _ring(layout.tensor) * (2 * stream * sums + tokens * _sent_of_logits(work, layout) * last),
+        "pipeline": m * stream * ((not first) + (not last)) / layout.tensor + tied,
         "context": m * tokens * part.keys * travels if c > 1 else 0,
         "expert": (2 * forwards + 2) * _ring(layout.expert) * stream * m * part.choices,
     }
     return {name: int(size) for name, size in sizes.items()}
+
+
+def _sent_of_logits(work: Work, layout: Layout) -> int:
+    """Bytes a token, of all ranks of a tensor group, in an all-gather: three numbers where the logits do not travel."""
+    if work.fused_head or layout.pipeline > 1:
+        return 2 * 3 * 4
+    capped = work.config.logit_softcap is not None
+    return (max(4, work.compute_bytes) if capped else work.compute_bytes) * work.config.vocab_size
 
 
 def _ring(n: int) -> float:
@@ -409,20 +509,38 @@ def predict(work: Work, layout: Layout, gpu: Gpu, fill: float = 0.9) -> Plan:
         for axis in ("tensor", "expert", "context", "pipeline")
     }
     # Ranks that hold alike are the data axis, outside, and those of context and expert, inside.
-    took["data"] = gpu.seconds(sent["data"], layout.alike, layout.gpus // layout.alike)
+    messages = data_messages(work, layout, rank)
+    took["data"] = _seen_of_data(messages, layout, gpu, compute / m, m)
+    copies = (m * messages.copied + messages.copied_once) / gpu.bandwidth
     took["context"] = max(0.0, took["context"] - work.attention * compute)
-    hidden = compute if layout.zero == 3 else compute / m
-    took["data"] = max(0.0, took["data"] - hidden)
     busy = compute + took["tensor"] + took["expert"] + took["context"]
     part = part_of(work, layout.tensor, p, rank)
     experts = part.experts // layout.expert
-    mine = part.dense // layout.alike + experts // layout.data if layout.zero else part.dense + experts
+    mine = part.dense // layout.alike + experts // layout.experts_alike if layout.zero else part.dense + experts
     optimizer = mine * (3 * work.weight_bytes + 2 * work.optimizer_bytes) / gpu.bandwidth
-    seconds = {"compute": compute, "pipeline idle": busy * (p - 1) / m, "optimizer": optimizer, **took}
+    seconds = {
+        "compute": compute,
+        "pipeline idle": busy * (p - 1) / m,
+        "optimizer": optimizer,
+        "copies": copies,
+        **took,
+    }
     total = sum(seconds.values())
     tokens = work.batch_size * work.context_length
     mfu = work.flops / (total * layout.gpus * gpu.flops)
     return Plan(layout, memory, fill * gpu.memory, sent, seconds, tokens, mfu)
+
+
+def _seen_of_data(sent: DataMessages, layout: Layout, gpu: Gpu, pass_seconds: float, passes: int) -> float:
+    """Seconds a step of what no compute hides; pass_seconds: of a micro-batch's forward and backward."""
+    forward = pass_seconds / RECOMPUTED[layout.recompute]
+    backward = pass_seconds - forward
+
+    def beyond(size: float, hidden: float = 0) -> float:
+        return max(0.0, gpu.seconds(size, layout.alike, layout.gpus // layout.alike) - hidden)
+
+    each = beyond(sent.forward, forward) + beyond(sent.backward, backward) + beyond(sent.nothing)
+    return passes * each + beyond(sent.first, forward) + beyond(sent.last, backward) + beyond(sent.step)
 
 
 def table(plans: list[Plan], top: int = 10) -> str:

@@ -1,11 +1,13 @@
 """A unit of FSDP: parameters that are gathered, and whose gradients are scattered, together.
 
 Of each parameter a rank has a piece; the pieces of one dtype lie side by side in a buffer of C elements, the master.
-An all-gather of it gives (N, C), a row a rank, whose columns are each parameter's pieces. Gradients go the other way; n
-more columns of that message say of each of n parameters how many ranks have a gradient.
+An all-gather gives (N, bytes), a row a rank: each parameter's pieces, in the dtype that it computes in, the widest
+first. Gradients go the other way as (N, C + n), in the master's dtype; n columns of that message say of each of n
+parameters how many ranks have a gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,29 +18,57 @@ from cs336.parallel.pieces import bounds, chunk
 
 Group = dist.ProcessGroup | None
 Owners = dict[Tensor, list[tuple[nn.Module, str]]]
+DtypeOf = Callable[[Tensor], torch.dtype]
+"""The dtype that a parameter computes in."""
+ROW, START = 16, 256  # bytes of which a row of a message is a multiple, for NCCL, and the address of a parameter
+
+
+class _Run(NamedTuple):
+    """What of a master travels in one dtype."""
+
+    dtype: torch.dtype
+    columns: slice
+    start: int
+    """The byte of a row that it begins at."""
+    widths: list[int]
+    """Of each parameter."""
+
+    @property
+    def bytes(self) -> slice:
+        return slice(self.start, self.start + self.dtype.itemsize * sum(self.widths))
 
 
 class _Bundle:
     """Parameters of one dtype and device."""
 
-    def __init__(
-        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], owners: Owners, dtype_of: DtypeOf, group: Group) -> None:
         self.group, self.ranks = group, dist.get_world_size(group)
+        params = sorted(params, key=lambda p: (-dtype_of(p).itemsize, str(dtype_of(p))))
         self.widths = [chunk(p.numel(), self.ranks) for p in params]
         starts = [sum(self.widths[:i]) for i in range(len(params))]
         self.columns = [slice(s, s + w) for s, w in zip(starts, self.widths, strict=True)]
         self.master = torch.zeros(sum(self.widths), dtype=params[0].dtype, device=params[0].device)
-        floating = params[0].dtype.is_floating_point
-        self.dtype = compute_dtype if compute_dtype is not None and floating else params[0].dtype
+        dtypes = [dtype_of(p) for p in params]
+        self.runs, size = self._lay_out(dtypes)
+        self.travels = [run.dtype for run in self.runs] == [self.master.dtype]  # as it is
+        self.row_bytes = size if self.travels else _aligned(size, ROW)
+        spans = [self.ranks * w * dtype.itemsize for w, dtype in zip(self.widths, dtypes, strict=True)]
+        places = [sum(_aligned(span, START) for span in spans[:i]) for i in range(len(spans))]
+        flat = torch.zeros(places[-1] + spans[-1], dtype=torch.uint8, device=params[0].device)
+        self.storage, self.size = flat.untyped_storage(), flat.nbytes  # of all whole parameters
         self.shards: list[nn.Parameter] = []
         self.params: list[nn.Parameter] = []
-        for p, columns in zip(params, self.columns, strict=True):
+        self.targets: list[Tensor] = []  # (N, width) each, where the pieces of a parameter belong
+        for p, columns, dtype, span, place in zip(params, self.columns, dtypes, spans, places, strict=True):
             first, end = bounds(p.numel(), self.ranks, dist.get_rank(group))
             shard = self.master[columns][: end - first]
             shard.copy_(p.detach().reshape(-1)[first:end])
             self.shards.append(nn.Parameter(shard, requires_grad=p.requires_grad))
-            whole = nn.Parameter(p.detach().to(self.dtype, copy=True).contiguous(), requires_grad=p.requires_grad)
+            own = flat[place : place + span].view(dtype)
+            own[: p.numel()].copy_(p.detach().reshape(-1))
+            # Of .data: what autograd has saved of a parameter is not outdated by what is written to it.
+            self.targets.append(own.data.view(self.ranks, -1) if span else own.data.view(self.ranks, 0))
+            whole = nn.Parameter(own[: p.numel()].view(p.shape), requires_grad=p.requires_grad)
             self.params.append(whole)
             for module, name in owners[p]:
                 module._parameters[name] = whole
@@ -48,12 +78,31 @@ class _Bundle:
         self.work: dist.Work | None = None
         self.reduced: tuple[Tensor, dist.Work | None, list[bool]] | None = None
 
+    def _lay_out(self, dtypes: list[torch.dtype]) -> tuple[list[_Run], int]:
+        """What travels in each dtype, and the bytes of all."""
+        runs, start = list[_Run](), 0
+        for dtype in dict.fromkeys(dtypes):
+            columns = [c for c, d in zip(self.columns, dtypes, strict=True) if d == dtype]
+            widths = [c.stop - c.start for c in columns]
+            runs.append(_Run(dtype, slice(columns[0].start, columns[-1].stop), start, widths))
+            start = runs[-1].bytes.stop
+        return runs, start
+
+    def _row(self) -> Tensor:
+        """This rank's pieces as they travel."""
+        if self.travels:
+            return self.master.view(torch.uint8)
+        row = self.master.new_empty(self.row_bytes, dtype=torch.uint8)
+        for run in self.runs:
+            row[run.bytes].view(run.dtype).copy_(self.master[run.columns])
+        return row
+
     @torch.no_grad()
     def start(self) -> None:
         if self.out is None and not (self.gathered and self.version == self.master._version):
             self.version = self.master._version
-            self.out = self.master.new_empty(self.ranks * self.master.numel(), dtype=self.dtype)
-            self.work = all_gather(self.out, self.master.to(self.dtype), self.group, async_op=True)
+            self.out = self.master.new_empty(self.ranks * self.row_bytes, dtype=torch.uint8)
+            self.work = all_gather(self.out, self._row(), self.group, async_op=True)
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -61,21 +110,16 @@ class _Bundle:
             return
         if self.work is not None:
             self.work.wait()
-        rows_NC = self.out.view(self.ranks, -1)
-        for p, columns in zip(self.params, self.columns, strict=True):
-            p.untyped_storage().resize_(p.numel() * p.itemsize)
-            pieces, whole = rows_NC[:, columns], p.data  # what autograd has saved of p is not outdated by a new .data
-            if pieces.numel() == p.numel():
-                whole.view(self.ranks, -1).copy_(pieces)
-            else:
-                whole.copy_(pieces.reshape(-1)[: p.numel()].view(p.shape))
+        self.storage.resize_(self.size)
+        rows_NB = self.out.view(self.ranks, -1)
+        pieces = [piece for run in self.runs for piece in rows_NB[:, run.bytes].view(run.dtype).split(run.widths, 1)]
+        torch._foreach_copy_(self.targets, pieces)
         self.out, self.work, self.gathered = None, None, True
 
     def release(self) -> None:
         if self.out is not None:  # gathered in vain
             self.wait()
-        for p in self.params:
-            p.untyped_storage().resize_(0)
+        self.storage.resize_(0)
         self.gathered = False
 
     @torch.no_grad()
@@ -83,20 +127,22 @@ class _Bundle:
         if not any(p.requires_grad for p in self.params):
             return
         self.finish()
-        message_NC = self.master.new_empty(self.ranks, self.master.numel() + len(self.params))
-        message_NC[:, self.master.numel() :] = 0
-        for i, (p, columns) in enumerate(zip(self.params, self.columns, strict=True)):
+        C, used = self.master.numel(), [p.grad is not None for p in self.params]
+        message_NC = self.master.new_empty(self.ranks, C + len(self.params))
+        message_NC[:, C:].fill_(1)
+        places, whole = message_NC[:, :C].split(self.widths, 1), list[Tensor]()
+        for i, p in enumerate(self.params):
             if p.grad is None:
-                message_NC[:, columns] = 0
+                places[i].zero_()
+                message_NC[:, C + i] = 0
                 continue
             flat = p.grad.reshape(-1)
             if padding := self.ranks * self.widths[i] - p.numel():
                 flat = nn.functional.pad(flat, (0, padding))
-            message_NC[:, columns].copy_(flat.view(self.ranks, -1))
-            message_NC[:, self.master.numel() + i] = 1
-        used = [p.grad is not None for p in self.params]
-        for p in self.params:
+            whole.append(flat.view(self.ranks, -1))
             p.grad = None
+        if whole:
+            torch._foreach_copy_([place for place, u in zip(places, used, strict=True) if u], whole)
         out = self.master.new_empty(message_NC.shape[1])
         self.reduced = out, reduce_scatter(out, message_NC.view(-1), self.group, async_op=True), used
 
@@ -115,23 +161,26 @@ class _Bundle:
         (out, _, used), self.reduced = self.reduced, None
         out.div_(self.ranks)
         flags = [] if all(used) else out[self.master.numel() :].tolist()  # the only wait for the device
-        for i, (shard, columns) in enumerate(zip(self.shards, self.columns, strict=True)):
+        parts = out[: self.master.numel()].split(self.widths)
+        for i, (shard, part) in enumerate(zip(self.shards, parts, strict=True)):
             if shard.requires_grad and (used[i] or flags[i] > 0):
-                grad = out[columns][: shard.numel()]
+                grad = part if shard.numel() == len(part) else part[: shard.numel()]
                 shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 class Unit:
     """Parameters of any dtypes. `left`: their backward is over."""
 
-    def __init__(
-        self, params: Sequence[Tensor], owners: Owners, compute_dtype: torch.dtype | None, group: Group
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], owners: Owners, dtype_of: DtypeOf, group: Group) -> None:
         self.left = False
         self._originals: Sequence[Tensor] = params
         kinds = dict.fromkeys((p.dtype, p.device) for p in params)
         self._made = [[p for p in params if (p.dtype, p.device) == kind] for kind in kinds]
-        self._how = owners, compute_dtype, group
+        self._how = owners, dtype_of, group
         self.bundles: list[_Bundle] = []
 
     def originals(self) -> Sequence[Tensor]:

@@ -100,6 +100,12 @@ def vocabulary_linear_cross_entropy(
     return reduced(loss_n, targets, ignore_index, reduction)
 
 
+def vocabulary_loss_bytes(tokens: int, C: int, M: int, width: int, *, capped: bool) -> int:
+    """What vocabulary_linear_cross_entropy takes on this rank at its peak, in the backward, `width` bytes an element: a
+    chunk's logits in float32, the gradient of x, and that of the weight in float32."""
+    return min(tokens, _rows(C)) * C * (8 + 4 * capped) + width * tokens * M + 4 * C * M
+
+
 def _checked(x: Tensor, targets: Tensor, C: int, group: Group, ignore_index: int, reduction: str) -> Tensor:
     check_reduction(reduction)
     if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
@@ -143,14 +149,13 @@ class _Loss(torch.autograd.Function):
         if weight_CM is not None:
             dw_CM = torch.zeros_like(weight_CM, dtype=torch.promote_types(weight_CM.dtype, torch.float32))
         for rows in _chunks(len(x_nM), C):
-            z_nC, slope_nC = _logits(x_nM[rows], weight_CM, ctx.softcap)
-            dz_nC = (z_nC - lse_n[rows, None]).exp_().mul_(dloss_n[rows, None])
             hit_n = torch.where(mine_n[rows], -dloss_n[rows], 0.0)
-            dz_nC.scatter_add_(-1, local_n[rows, None], hit_n[:, None])
-            dz_nC = (dz_nC if slope_nC is None else dz_nC * slope_nC).to(x_nM.dtype)
+            place = lse_n[rows], dloss_n[rows], hit_n, local_n[rows]
+            dz_nC = _gradient(x_nM[rows], weight_CM, ctx.softcap, *place).to(x_nM.dtype)
             dx_nM[rows] = dz_nC if weight_CM is None else dz_nC @ weight_CM
             if dw_CM is not None:
                 dw_CM += dz_nC.T @ x_nM[rows]
+            del dz_nC  # before the next chunk is there
         return dx_nM, None if dw_CM is None else dw_CM.to(weight_CM.dtype), None, None, None, None
 
 
@@ -160,10 +165,24 @@ def _logits(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None) -> tu
     z_nC = z_nC.to(torch.promote_types(z_nC.dtype, torch.float32))
     if softcap is None:
         return z_nC, None
-    t_nC = torch.tanh(z_nC / softcap)
-    return softcap * t_nC, 1 - t_nC.square()
+    z_nC = (z_nC / softcap).tanh_()
+    slope_nC = z_nC.square().neg_().add_(1)
+    return z_nC.mul_(softcap), slope_nC
+
+
+def _gradient(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None, lse_n, dloss_n, hit_n, local_n) -> Tensor:
+    """Of a chunk's logits."""
+    z_nC, slope_nC = _logits(x_nM, weight_CM, softcap)
+    dz_nC = (z_nC - lse_n[:, None]).exp_().mul_(dloss_n[:, None])
+    dz_nC.scatter_add_(-1, local_n[:, None], hit_n[:, None])
+    return dz_nC if slope_nC is None else dz_nC.mul_(slope_nC)
+
+
+def _rows(C: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_BYTES // (4 * C))
 
 
 def _chunks(n: int, C: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * C))
+    size = _rows(C)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]

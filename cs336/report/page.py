@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {0x7F: "␡"}
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write run_dir/report.html, one self-contained page without scripts, and return its path.
+def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Write run_dir/report.html, or another file: one self-contained page without scripts. Returns its path.
 
     Reads config.toml, run.json, metrics.jsonl, samples.jsonl, generated.jsonl, evaluation.json, tokenizer_stats.json,
     stages.json and failure.json, as many as are there; the page names the others.
@@ -31,7 +31,7 @@ def write_report(run_dir: str | Path) -> Path:
         if (content := s.build(run)) is not None
     ]
     return write_page(
-        run.path / "report.html",
+        run.path / "report.html" if path is None else Path(path),
         eyebrow="Training report",
         name=run.path.name,
         verdict=verdict(run),

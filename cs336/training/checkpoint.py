@@ -499,7 +499,7 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
             raise ValueError(f"format {state['format']}, expected {' or '.join(map(str, READABLE))}")
         if "checksums" in state and state["checksums"].get(STATE) != _text_digest(state):
             raise ValueError("it is not what was written (its checksum differs)")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"checkpoint {found} cannot be read: {STATE}: {error}") from None
     return found, state
 

@@ -111,6 +111,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.init_from is not None and self.branch_from is not None:
             raise ValueError("init_from and branch_from are two beginnings: give one")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise ValueError(f"memory_limit must be more than 0 GiB, got {self.memory_limit}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % micro:

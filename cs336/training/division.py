@@ -23,6 +23,8 @@ from cs336.models import Transformer
 from cs336.models.block import Stream
 from cs336.models.recompute import call_layer
 from cs336.nn import MoEConfig
+from cs336.nn.hyena import HyenaFilter
+from cs336.nn.moe import Experts
 from cs336.optim import grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.parallel import (
@@ -61,7 +63,8 @@ class Division:
 
     Args:
         model: whole, the same on every rank, on the device it trains on.
-        config: of the run, which `why_not` does not refuse, with the batch_size of this rank; `compile` says whether.
+        config: of the run, which `why_not` does not refuse, with the batch_size of this rank; `compile` and `precision`
+            say whether and which.
 
     Raises ValueError for processes that do not make up the layout.
     """
@@ -129,7 +132,11 @@ class Division:
         if self.averaged == 1 or parallel.native_step:  # whose optimizer does so
             return []
         if parallel.zero >= 2:
-            fsdp = FSDP(self.model, reshard=parallel.zero == 3, group=self._group("data", "context"))
+            cast: dict[str, Any] = {}
+            if self.config.precision == "bf16":
+                cast = {"compute_dtype": torch.bfloat16, "computed": cast_weights(self.model)}
+            group = self._group("data", "context")
+            fsdp = FSDP(self.model, **cast, reshard=parallel.zero == 3, group=group)
             if self.config.compile:  # by layers: what gathers their weights, and lets go of them, is outside
                 for layer in self.model.layers:
                     compile_layer(layer)
@@ -143,15 +150,18 @@ class Division:
         return found
 
     def _optimizer(self) -> Optimizer | ShardedOptimizer | ShardedAdamW:
+        if self.fsdp is not None:  # whose whole weights are not all of the dtype that is trained
+            model = Transformer(self.config.model, device="meta", dtype=next(self.fsdp.parameters()).dtype)
+            optimizer = self.config.optimizer.build(model)
+            self.fsdp.split(optimizer, model)
+            return optimizer
         optimizer = self.config.optimizer.build(self.model)
-        if self.fsdp is not None:
-            self.fsdp.split(optimizer)
-        elif self.config.parallel.native_step and self.averaged > 1:
+        if self.config.parallel.native_step and self.averaged > 1:
             flat = ShardedAdamW.of(optimizer, self._group("data"), native=self.model.device.type == "cuda")
             if not self.config.compile:  # inside compiled layers nothing can wait for their weights
                 flat.overlap(self.model)
             return flat
-        elif self.config.parallel.zero and self.averaged > 1:
+        if self.config.parallel.zero and self.averaged > 1:
             return ShardedOptimizer.of(optimizer, self._group("data", "context"))
         return optimizer
 
@@ -256,12 +266,13 @@ class Division:
         """
         if self.flat is not None:
             self.flat.wait()
-        if self.parts is None:
+        if self.parts is None and (self.fsdp is None or device is None):
             with contextlib.nullcontext() if self.fsdp is None else self.fsdp.gathered():
                 yield self.model
             return
         state = self.model.state_dict() if self.fsdp is None else self.fsdp.local_state()[0]
-        tensors = gather_whole(self.parts.pieces(state), device or self.model.device, everywhere=everywhere)
+        pieces = state if self.parts is None else self.parts.pieces(state)
+        tensors = gather_whole(pieces, device or self.model.device, everywhere=everywhere)
         if not tensors:
             yield self.model
             return
@@ -270,6 +281,13 @@ class Division:
         for name in DESCRIBED:
             setattr(model, name, getattr(self.model, name))
         yield model
+
+
+def cast_weights(model: Transformer) -> list[nn.Parameter]:
+    """What of its layers autocast reads in its own dtype alone: of linear layers and experts, not of Hyena's filter."""
+    wide = {p for m in model.modules() if isinstance(m, HyenaFilter) for p in m.parameters()}
+    casts = (m for m in model.layers.modules() if isinstance(m, nn.Linear | Experts))
+    return [p for m in casts for p in m.parameters(recurse=False) if p not in wide]
 
 
 @functools.lru_cache(maxsize=1)

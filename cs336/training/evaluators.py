@@ -97,6 +97,8 @@ def mean_loss(
 
     division: among ranks, each of which calls this. They make equally many calls of `terms`, in which they may wait
     for one another: one that has no windows left repeats some, which count for nothing.
+
+    Raises ValueError where no target counts.
     """
     total = torch.zeros(2, device=device, dtype=torch.float64)
     parts = list(spread(len(data), count, size))
@@ -106,6 +108,8 @@ def mean_loss(
         if i < len(parts):
             total += torch.stack([loss.detach().double(), counted.double()])
     loss_sum, num_targets = (total if division is None else division.total(total)).tolist()
+    if not num_targets:
+        raise ValueError(f"{data.paths} has no targets that count: objective.ignore_index leaves out all of them")
     return loss_sum / num_targets
 
 

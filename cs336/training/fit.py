@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.95  # of a device: the rest is the context's, and what the allocator cannot use
-SPLIT = ("optimizer", "gradients", "weights")  # by ZeRO-1, 2 and 3
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")  # the fastest first
 
 
@@ -38,10 +37,10 @@ def predicted_memory(
     dtype = torch.bfloat16 if numerics.weight_bytes == 2 else torch.float32
     optimizer = config.optimizer.build(Transformer(config.model, device="meta", dtype=dtype))
     per_parameter = optimizer.state_bytes() / config.model.num_parameters()
-    sizes = config.parallel.axes(ranks)
-    if any(size > 1 for axis, size in sizes.items() if axis != "data"):
-        return _of_fullest(config, numerics, recompute, micro_batch_size, sizes, per_parameter)
-    whole = training_memory(
+    fused_head = bool(getattr(for_model(config.objective, config.model), "fused_head", False))
+    if ranks > 1:
+        return _of_fullest(config, numerics, recompute, micro_batch_size, ranks, per_parameter, fused_head)
+    return training_memory(
         config.model,
         micro_batch_size,
         weight_bytes=numerics.weight_bytes,
@@ -49,14 +48,9 @@ def predicted_memory(
         optimizer_bytes=per_parameter,
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
-        accumulated=ranks > 1 or micro_batch_size < config.batch_size,
-        fused_head=bool(getattr(for_model(config.objective, config.model), "fused_head", False)),
+        accumulated=micro_batch_size < config.batch_size,
+        fused_head=fused_head,
     )
-    split = [name for level, name in enumerate(SPLIT, 1) if level <= config.parallel.zero]
-    parts = {name: -(-getattr(whole, name) // ranks) for name in split}
-    if config.parallel.zero == 2 and ranks > 1:  # a piece of the masters, beside whole weights
-        parts["weights"] = whole.weights + -(-whole.weights // ranks)
-    return dataclasses.replace(whole, **parts)
 
 
 def _of_fullest(
@@ -64,12 +58,14 @@ def _of_fullest(
     numerics: Numerics,
     recompute: Recompute,
     micro_batch_size: int,
-    sizes: dict[str, int],
+    ranks: int,
     optimizer_bytes: float,
+    fused_head: bool,
 ) -> Memory:
-    """Of the rank that has most, where the model is divided: see cs336.parallel.planner."""
+    """Of the rank that has most: see cs336.parallel.planner."""
     way = recompute if isinstance(recompute, str) else "full" if recompute else "none"
     parallel = config.parallel
+    sizes = parallel.axes(ranks)
     layout = Layout(
         **sizes, zero=parallel.zero, micro_batch=micro_batch_size, recompute=way, schedule=parallel.schedule
     )
@@ -81,6 +77,7 @@ def _of_fullest(
         numerics.compute_bytes,
         optimizer_bytes,
         numerics.compiled,
+        fused_head,
     )
     return max((rank_memory(work, layout, stage) for stage in range(layout.pipeline)), key=lambda m: m.total)
 

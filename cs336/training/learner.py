@@ -62,7 +62,8 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
-        self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled))
+        precision = ("bf16" if low else "fp32") if config.precision == "auto" else config.precision
+        self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled, precision=precision))
         self.optimizer = self.division.optimizer
         # A layer at a time: a deep model is compiled as fast as a shallow one, and gradients come as the backward goes.
         # What is outside is our own kernels. Of weights that come and go the division compiles the layers.

@@ -28,6 +28,7 @@ from cs336.training.metrics import DroppedLines, JsonLines, json_line
 from cs336.training.staging import Staging
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
+from cs336.utils.rows import newest_row
 
 FORMAT = 1  # of a run's files; each checkpoint has its own
 
@@ -87,16 +88,37 @@ class RunDir:
     def saved_config(self) -> TrainConfig | None:
         """Of the run that is there, if it has a checkpoint to continue from.
 
-        Raises ValueError for a run of another format, or of another verb.
+        Raises ValueError for a run of another format, and for what `goes_on` refuses.
         """
-        path = self.path / "config.toml"
         if (found := self.facts().get("format", FORMAT)) != FORMAT:
             raise ValueError(f"{self.path} holds a run of format {found}, expected {FORMAT}: use another run_dir")
-        if not path.exists() or not self.newest():
-            return None
-        if self.verb not in ("train", None):
-            raise ValueError(f"{self.path} holds a run of `cs336 {self.verb}`: use another run_dir")
-        return TrainConfig.from_toml(path)
+        return TrainConfig.from_toml(self.path / "config.toml") if self.goes_on("train") else None
+
+    def goes_on(self, verb: str) -> bool:
+        """Whether there is a run with a checkpoint to continue from. Without one a run begins anew, over what is there.
+
+        Raises ValueError for a run of another verb, and for a finished model without the checkpoint that it was made
+        of, which would be written over.
+        """
+        if not (self.path / "config.toml").exists():
+            return False
+        if (other := self.verb) not in (verb, None):
+            raise ValueError(f"{self.path} holds a run of `cs336 {other}`: use another run_dir")
+        if self.newest() is not None:
+            return True
+        if self.export.exists():
+            raise ValueError(
+                f"{self.path} holds a finished model, {self.export}, and no checkpoint to continue from: use another "
+                "run_dir, for a run that begins anew would write over it"
+            )
+        return False
+
+    def say_lost(self, say: Callable[[str], None]) -> None:
+        """Tell of a run that ended before its first checkpoint: its rows are dropped, and it begins anew."""
+        if rank() or self.newest() is not None:
+            return
+        if (row := newest_row(self.path, lambda row: row.get("step", 0) > 0)) is not None:
+            say(f"{self.path}: {row['step']:,} steps of a run that ended before its first checkpoint are made anew")
 
     @property
     def verb(self) -> str | None:

@@ -353,7 +353,8 @@ def _message(kind: type, table: Table, error: pydantic.ValidationError) -> str:
         hinted = f"; did you mean {near[0]!r}?" if near else ""
         return f"{path}.{TAG} must be {' or '.join(map(repr, tags))}, got {value[TAG]!r}{hinted}"
     if _classes(hint) and not isinstance(value, Mapping):
-        return f"{path} must be a table [{path}], got {value!r}"
+        keys = ", ".join(dict.fromkeys(key for c in _classes(hint) for key in _hints(c)))
+        return f"{path} must be a table [{path}], got {value!r}; its keys are {keys}, as options --{path}.KEY"
     return f"{path} must be {_name(hint)}, got {value!r}"
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from killing import kill_once_saved
+from safetensors.torch import load_file, save_file
 from test_dpo_stage import preferences
 from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
 
@@ -139,3 +140,16 @@ def test_outcomes_that_are_none(tmp_path, model, row, options, message):
     data = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match=re.escape(message)):
         reward_stage(config(tmp_path, model, data={"train": data}, loss_type="outcome", **options))
+
+
+@pytest.mark.parametrize("loss_type", ["bradley_terry", "outcome"])
+def test_a_model_whose_rewards_are_not_finite(tmp_path, model, loss_type):
+    """It is said at the first evaluation, before a step."""
+    weights = load_file(model / "model.safetensors")
+    next(t for name, t in weights.items() if "down_proj" in name).fill_(torch.nan)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    make = outcomes if loss_type == "outcome" else preferences
+    data = {name: make(tmp_path / f"own {name}.jsonl") for name in ("train", "val")}
+    settings = config(tmp_path, model, data=data, loss_type=loss_type)
+    with pytest.raises(ValueError, match="the model's rewards are not finite: its weights are damaged"):
+        StageRun(settings, reward_stage(settings)).train()

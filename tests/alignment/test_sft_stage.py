@@ -1,6 +1,7 @@
 """`cs336 sft`: what it learns, what it refuses, and that a run goes on where it was killed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.models import Transformer
+from cs336.training import decisions
 from cs336.training.run_dir import RunDir
 from cs336.utils import config as configs
 
@@ -37,6 +39,37 @@ def config(tmp_path, model, **options):
 
 def run(settings):
     return StageRun(settings, SFTStage(settings)).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": {"rank": 2}}])
+def test_the_last_save_is_planned_for_before_one_was_measured(tmp_path, model, monkeypatch, options):
+    """Ten steps a second, and 2 s for what a checkpoint holds."""
+    settings = config(tmp_path, model, budget="12s", checkpoint_interval=0, **options)
+    stage = SFTStage(settings)
+    saved = 4 * 3 * sum(p.numel() for p in stage.module.parameters())  # weights and AdamW's moments
+    monkeypatch.setattr(decisions, "SAVED_PER_SECOND", saved / 2)
+    planned, step = StageRun(settings, stage).decisions, 0
+    while not planned.finished(step):
+        step += 1
+        planned.observe(step, 0.1 * step)
+    assert step == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("2steps", "run has done 4 steps, and a budget of 2steps makes 2: give a larger budget"),
+        ("0.001s", "longer than the budget of 0.001s: give a larger budget"),
+    ],
+)
+def test_a_budget_that_is_used_up_already_is_refused(tmp_path, model, budget, message):
+    run(config(tmp_path, model, budget="4steps"))
+    exported = (tmp_path / "run/export/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(config(tmp_path, model, budget=budget))
+    assert (tmp_path / "run/export/model.safetensors").read_bytes() == exported
+    assert run(config(tmp_path, model, budget="4steps")).step == 4
+    assert run(config(tmp_path, model, budget="5steps")).step == 5
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
@@ -149,6 +182,14 @@ def test_a_run_goes_on_as_itself_alone(tmp_path, model):
     facts.write_text(facts.read_text().replace('"stage": "sft"', '"stage": "dpo"'))
     with pytest.raises(ValueError, match="holds a run of `cs336 dpo`: use another run_dir"):
         run(config(tmp_path, model, budget="4steps"))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="holds a run of `cs336 dpo`: use another run_dir"):
+        run(config(tmp_path, model, budget="3steps"))
+    facts.write_text(facts.read_text().replace('"stage": "dpo"', '"stage": "sft"'))
+    with pytest.raises(ValueError, match=r"holds a finished model, .*export, and no checkpoint"):
+        run(config(tmp_path, model, budget="3steps"))
+    shutil.rmtree(tmp_path / "run/export")
+    assert run(config(tmp_path, model, budget="3steps")).step == 3
     for torn in ("[1]", "{", ""):
         facts.write_text(torn)
         assert run(config(tmp_path, model, budget="3steps")).step == 3

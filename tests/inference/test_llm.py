@@ -79,6 +79,8 @@ def test_scores_are_log_likelihoods(model, llm):
     for empty in ([], ""):  # as a prompt, an empty text would begin a document
         with pytest.raises(ValueError, match="empty continuation"):
             llm.score(["a"], [empty])
+    with pytest.raises(ValueError, match="empty prompt"):
+        llm.score(["a", []], ["b", [7, 8]])
     with pytest.raises(ValueError, match="2 prompts and 1 continuations"):
         llm.score(["a", "b"], ["c"])
 

@@ -159,3 +159,21 @@ def test_logits_of_another_shape():
     for shape in ((5,), (2, 3, 5), (2, 0)):
         with pytest.raises(ValueError, match=r"logits must be \(batch, vocabulary\), got shape"):
             sample(torch.zeros(shape), SamplingParams())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({name: value} for name in ("temperature", "repetition_penalty", "presence_penalty") for value in (None, "1")),
+        {"top_p": "0.9"},
+        {"min_p": True},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        *({"logit_bias": value} for value in (5, [1, 2], {"a": 1}, {1: None})),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused_by_name(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams(**bad)

@@ -13,7 +13,7 @@ pytest.importorskip("prometheus_client")
 from inference.serving import TOKENIZER, ask, connect, listening, tiny_llm, until
 
 from cs336.inference import SamplingParams
-from cs336.inference.server.app import ServerConfig
+from cs336.inference.server.config import ServerConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -161,6 +161,9 @@ def test_tokens_and_models(served):
     assert post(served, {"tokens": answer["tokens"]}, "/detokenize") == (200, {"prompt": "hé<|endoftext|>"})
     _, answer = post(served, {"messages": [{"role": "user", "content": "a"}]}, "/tokenize")
     assert TOKENIZER.decode(answer["tokens"]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
+        assert post(served, body | {"model": "cs336"}, path)[0] == 200
+        assert post(served, body | {"model": "other"}, path)[0] == 404
 
 
 def test_what_changes_no_answer_is_passed_over(served):

@@ -18,7 +18,7 @@ pytest.importorskip("prometheus_client")
 from inference.serving import CONFIG, TOKENIZER, ask, connect, listening, read_events, tiny_llm, until
 
 from cs336.inference import SamplingParams
-from cs336.inference.server.app import ServerConfig
+from cs336.inference.server.config import ServerConfig
 from cs336.models import Transformer, save_pretrained
 
 PROMPTS = [f"{word} and then" for word in ("the cat", "the dog", "the cat sat", "rain", "the cat sat on the mat")]

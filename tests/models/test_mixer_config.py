@@ -109,6 +109,8 @@ def test_what_does_not_fit(old, new, message):
     [
         (lambda: LinearAttentionConfig(5).key_size(32), "d_model 32 is not a multiple of num_heads 5"),
         (lambda: LinearAttentionConfig(4, conv_size=1), "conv_size must be 2 or more"),
+        (lambda: LinearAttentionConfig(4, decay="gated"), "decay must be 'none' or 'head' or 'token', got 'gated'"),
+        (lambda: LinearAttentionConfig(4, delta=1), "delta must be true or false, got 1"),
         (lambda: LatentAttentionConfig(4, 0, 8, 4), "kv_rank must be a positive integer, got 0"),
         (lambda: LatentAttentionConfig(4, 8, 8, 4, q_rank=0), "q_rank must be a positive integer, got 0"),
         (lambda: HyenaConfig(0), "filter_length must be a positive integer, got 0"),

@@ -11,6 +11,7 @@ from cs336.parallel import FSDP, count_traffic
 from cs336.parallel.unit import Unit
 
 RANKS, ROWS, STEPS = 3, 12, 3
+KINDS = (torch.float16, torch.float32, torch.float64)  # as wide as a master in bfloat16, and wider
 
 
 class Block(nn.Module):
@@ -78,15 +79,28 @@ def part(rank, half=None):
     return slice(rank * size + half * size // 2, rank * size + (half + 1) * size // 2)
 
 
-def sharded(rank, parts, *, recompute=False, unsynced=False, **options):
+def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, **options):
     net = Net(recompute)
     if rank:
         nn.init.zeros_(net.embed.weight)  # rank 0's is taken
+    if cast:
+        linears = [m for m in net.layers.modules() if isinstance(m, nn.Linear)]
+        options |= {"compute_dtype": torch.bfloat16, "computed": [p for m in linears for p in m.parameters()]}
     model = FSDP(net, **options)
-    train(model, model.parameters(), parts, model.finish_gradient_synchronization, model.no_sync if unsynced else None)
+    finish, no_sync = model.finish_gradient_synchronization, model.no_sync if unsynced else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        train(model, model.parameters(), parts, finish, no_sync)
     with model.gathered() as whole:
         gathered = {name: t.detach().clone() for name, t in whole.state_dict().items()}
     return model.full_state_dict(None), gathered
+
+
+def gathered_as(dtype):
+    """Whole parameters of which every other one computes in another dtype than the masters'."""
+    net = Net().to(torch.bfloat16)
+    model = FSDP(net, dtype, computed=list(net.parameters())[::2])
+    with count_traffic() as traffic, model.gathered() as whole:
+        return {name: p.detach().clone() for name, p in whole.named_parameters()}, traffic.bytes["all_gather"]
 
 
 def most_whole(rank):
@@ -127,7 +141,16 @@ def on_a_rank(rank):
         "accumulated": sharded(rank, halves),
         "no_sync": sharded(rank, halves, unsynced=True),
         "rare": sharded(rank, [(part(rank), rank == 0)]),
+        "zero2 accumulated": sharded(rank, halves, reshard=False),
+        "zero2 no_sync": sharded(rank, halves, unsynced=True, reshard=False),
         "bf16": sharded(rank, mine, compute_dtype=torch.bfloat16),
+        "bf16 zero2": sharded(rank, mine, compute_dtype=torch.bfloat16, reshard=False),
+        "bf16 recomputed": sharded(rank, mine, compute_dtype=torch.bfloat16, recompute=True),
+        "bf16 no_sync": sharded(rank, halves, unsynced=True, compute_dtype=torch.bfloat16),
+        "cast": sharded(rank, halves, cast=True),
+        "cast zero2": sharded(rank, halves, cast=True, reshard=False),
+        "cast recomputed": sharded(rank, halves, cast=True, recompute=True),
+        "gathered": {str(dtype): gathered_as(dtype) for dtype in KINDS},
         "whole": most_whole(rank),
     }
     model = FSDP(Net())
@@ -141,6 +164,9 @@ def on_a_rank(rank):
     torch.manual_seed(rank)
     wide = nn.Linear(2, 2 + rank)
     results["shape"] = error_of(lambda: FSDP(wide))
+    net = Net()
+    results["computed"] = error_of(lambda: FSDP(net, torch.bfloat16, computed=list(net.layers[rank].parameters())))
+    results["no dtype"] = error_of(lambda: FSDP(net, computed=net.parameters()))
     results["state_dict"] = error_of(model.state_dict)
     results["fit"] = error_of(lambda: model.load_whole({"embed.weight": torch.zeros(13, 7)}))
     dist.barrier()
@@ -158,7 +184,10 @@ def alone(rare=(False,) * RANKS):
     return net.state_dict()
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "recomputed", "accumulated", "no_sync", "rare"])
+ALIKE = ["zero3", "zero2", "recomputed", "accumulated", "no_sync", "zero2 accumulated", "zero2 no_sync", "rare"]
+
+
+@pytest.mark.parametrize("name", ALIKE)
 def test_three_ranks_train_as_one_process(ranks, name):
     want = alone((True, False, False) if name == "rare" else (False,) * RANKS)
     for found in ranks:
@@ -168,21 +197,55 @@ def test_three_ranks_train_as_one_process(ranks, name):
                 torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_units_do_not_change_what_is_computed(ranks):
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("zero3", ["zero2", "recomputed"]),
+        ("accumulated", ["zero2 accumulated"]),
+        ("no_sync", ["zero2 no_sync"]),
+        ("bf16", ["bf16 zero2", "bf16 recomputed"]),
+        ("cast", ["cast zero2", "cast recomputed"]),
+    ],
+)
+def test_units_do_not_change_what_is_computed(ranks, name, others):
     for found in ranks:
-        for name in ("zero2", "recomputed"):
-            assert all(torch.equal(found[name][0][key], value) for key, value in found["zero3"][0].items())
+        for other in others:
+            assert all(torch.equal(found[other][0][key], value) for key, value in found[name][0].items()), other
 
 
-def test_masters_stay_in_float32(ranks):
+@pytest.mark.parametrize("name", ["bf16", "bf16 no_sync"])
+def test_masters_stay_in_float32(ranks, name):
     want = alone()
     for found in ranks:
-        masters, whole = found["bf16"]
+        masters, whole = found[name]
         assert {t.dtype for t in masters.values()} == {torch.float32}
         assert whole["embed.weight"].dtype == torch.bfloat16
         for key, value in want.items():
             assert (masters[key] - value).abs().max() < 0.05
         assert not torch.equal(masters["embed.weight"], masters["embed.weight"].bfloat16().float())
+
+
+def test_what_autocast_casts_is_gathered_in_its_dtype(ranks):
+    for found in ranks:
+        masters, whole = found["cast"]
+        low = {name for name, t in whole.items() if t.dtype == torch.bfloat16}
+        assert low == {f"layers.{i}.{name}" for i in range(4) for name in ("inner.weight", "inner.bias", "back.weight")}
+        for name, t in whole.items():
+            assert torch.equal(t, masters[name].to(t.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_parameters_of_several_dtypes_are_one_message(ranks, dtype):
+    want = dict(Net().to(torch.bfloat16).named_parameters())
+    for found in ranks:
+        gathered, sent = found["gathered"][str(dtype)]
+        padded = [-(-p.numel() // RANKS) * RANKS * p.itemsize for p in gathered.values()]
+        assert sent <= (sum(padded) + 5 * RANKS * 16) * (RANKS - 1) / RANKS
+        assert list(gathered) == list(want)
+        for i, (name, p) in enumerate(want.items()):
+            as_computed = p.detach() if i % 2 else p.detach().to(dtype)
+            assert gathered[name].dtype == as_computed.dtype
+            assert torch.equal(gathered[name], as_computed), name
 
 
 def test_one_unit_is_whole_at_a_time(ranks):
@@ -215,5 +278,7 @@ def test_gradients(ranks):
 def test_mistakes(ranks):
     for found in ranks:
         assert "rank 0 has weight: float32 [2, 2], trained; rank 1 has weight: float32 [3, 2]" in found["shape"]
+        assert "rank 0 has layers.0.unused: float32 [2], trained, computed in bfloat16; rank 1" in found["computed"]
+        assert "give that too" in found["no dtype"]
         assert "full_state_dict()" in found["state_dict"]
         assert "missing ['offset', 'layers.0.unused'" in found["fit"]

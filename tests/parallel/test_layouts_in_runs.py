@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from training import tiny_run
 
 from cs336.models import BlockConfig, TransformerConfig
-from cs336.nn import AttentionConfig, MoEConfig
+from cs336.nn import AttentionConfig, HyenaConfig, MoEConfig
 from cs336.parallel import ParallelConfig
 from cs336.training import AdamWConfig, GuardConfig, MuonConfig, NextToken, SOAPConfig, Trainer
 from cs336.training.division import why_not
@@ -25,6 +25,7 @@ from cs336.training.metrics import Display
 MODEL = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, 4, 2, qk_norm=True, tie_embeddings=True)
 MOE = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2)),))
 PLAIN = TransformerConfig(tiny_run.VOCAB, 8, 3, 16, 2)  # stages of one layer and of two, and a head of its own
+HYENA = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(HyenaConfig(8)),))
 NATIVE = ParallelConfig(zero=1, native_step=True)
 STEPS = 4
 ALONE = {
@@ -34,6 +35,9 @@ ALONE = {
     "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3)},
     "low": {"model": MODEL, "precision": "bf16_weights"},
     "capped": {"model": replace(MODEL, logit_softcap=5.0)},  # whose head and loss are one
+    "autocast": {"model": PLAIN, "precision": "bf16"},
+    "autocast moe": {"model": MOE, "precision": "bf16", "gradient_checkpointing": "full"},
+    "autocast hyena": {"model": HYENA, "precision": "bf16"},
 }
 RUNS = {  # processes -> name -> (the same in one process, layout, what else is not as there)
     2: {
@@ -44,6 +48,9 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "all_to_all": ("plain", {"context": 2, "attention": "all_to_all"}),
         "expert": ("moe", {"expert": 2}),
         "1f1b": ("dense", {"pipeline": 2}),
+        "ZeRO-3 autocast": ("autocast", {"zero": 3}),
+        "ZeRO-2 autocast moe": ("autocast moe", {"zero": 2}),
+        "ZeRO-3 autocast hyena": ("autocast hyena", {"zero": 3}),
         "ZeRO-3 compiled": ("dense", {"zero": 3}, {"compile": True}),
         "native step": ("dense", {"zero": 1, "native_step": True}),
         "native step compiled": ("dense", {"zero": 1, "native_step": True}, {"compile": True}),

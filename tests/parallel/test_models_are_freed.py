@@ -52,10 +52,25 @@ def test_weights_that_fsdp_has_split_are_freed(world):
     assert len(list(divided.parameters())) == 4
 
 
-def test_one_unit_of_gradients_is_on_its_way_without_its_weights(world, monkeypatch):
-    """Work holds what it sends until it is waited for, as NCCL's does."""
+class Layer(nn.Linear):
+    """mixed: with parameters of two dtypes, which travel apart."""
+
+    def __init__(self, mixed):
+        super().__init__(4, 4)
+        self.gain = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) if mixed else None
+
+    def forward(self, x):
+        y = nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias.to(self.weight.dtype))
+        return y if self.gain is None else y * self.gain
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16", "weights alone"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_one_unit_of_gradients_is_on_its_way_without_its_weights(world, monkeypatch, mixed, computed, reshard):
+    """Work holds what it sends until it is waited for, as NCCL's does. Gradients of no_sync are sent as others."""
     on_its_way, most, weights = [], [], []
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(5))})
+    model = nn.ModuleDict({"layers": nn.ModuleList(Layer(mixed) for _ in range(5))})
 
     class Work:
         def wait(self):
@@ -69,14 +84,34 @@ def test_one_unit_of_gradients_is_on_its_way_without_its_weights(world, monkeypa
         return on_its_way[-1]
 
     monkeypatch.setattr("cs336.parallel.unit.reduce_scatter", send)
+    some = [layer.weight for layer in model["layers"]] if computed == "weights alone" else None
+    low = None if computed == "float32" else torch.bfloat16
     model.forward = lambda x: [x := layer(x) for layer in model["layers"]][-1]
-    divided = FSDP(model)
-    for _ in range(2):
+    divided = FSDP(model, low, computed=some, reshard=reshard)
+    messages = 5 * (1 + mixed)
+    for step in range(2):
+        with divided.no_sync():
+            divided(torch.ones(2, 4)).sum().backward()
+        assert len(most) == step * messages
+        assert not [p for p in divided.parameters() if p.grad is not None]
         divided(torch.ones(2, 4)).sum().backward()
         divided.finish_gradient_synchronization()
         assert not on_its_way
-    assert most == [1] * 10
-    assert weights == [0] * 10
+        for p in divided.parameters():
+            p.grad = None
+    assert max(most) == 1 + mixed
+    assert len(most) == 2 * messages
+    assert weights == [0 if reshard else 5] * 2 * messages
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_units_whose_parameters_are_all_unused(world, low):
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), "idle": nn.Linear(1, 1)})
+    model.forward = lambda x: model["layers"][0](x.to(model["layers"][0].weight.dtype)) + 0 * x
+    divided = FSDP(model, low)
+    divided(torch.ones(2, 4)).sum().backward()
+    divided.finish_gradient_synchronization()
+    assert [p.grad is None for p in divided.parameters()] == [False] * 2 + [True] * 4
 
 
 def said(p):

@@ -7,9 +7,11 @@ import pytest
 
 from cs336.cli import program
 from cs336.models import BlockConfig, TransformerConfig, training_memory
+from cs336.models.memory import head_bytes
 from cs336.nn import AttentionConfig, LinearAttentionConfig, MoEConfig
 from cs336.parallel import Layout, hardware, plan, planner
 from cs336.parallel.planner import Work, layouts, predict, rank_memory, sent_bytes
+from cs336.parallel.vocabulary import vocabulary_loss_bytes
 from cs336.training import DataConfig, TrainConfig
 from cs336.training.division import why_not
 from cs336.utils.config import dumps, override, read_table, to_table
@@ -27,20 +29,27 @@ def work(config=GPT, batch_size=16, **more):
 def test_one_gpu_is_the_memory_predictor():
     for how in ("none", "selective", "full"):
         for config, micro_batch in ((GPT, 1), (GPT, 4), (dataclasses.replace(GPT, tie_embeddings=True), 2), (MOE, 2)):
-            memory = rank_memory(work(config), Layout(micro_batch=micro_batch, recompute=how), 0)
-            want = training_memory(config, micro_batch, compute_bytes=2, gradient_checkpointing=how, compiled=True)
-            assert dataclasses.replace(memory, casts=0) == dataclasses.replace(want, casts=0)
+            for fused in (False, True):
+                memory = rank_memory(work(config, fused_head=fused), Layout(micro_batch=micro_batch, recompute=how), 0)
+                options = {"gradient_checkpointing": how, "compiled": True, "fused_head": fused}
+                assert memory == training_memory(config, micro_batch, compute_bytes=2, **options)
 
 
 def test_zero_divides_one_thing_after_another():
     whole, *rest = (rank_memory(work(), Layout(8, zero), 0) for zero in range(4))
-    N = GPT.num_parameters()
+    N, table = GPT.num_parameters(), 256 * 64
+    norms = 9 * 64
+    layers = N - 2 * table - norms  # what autocast casts
     assert (whole.weights, whole.gradients, whole.optimizer) == (4 * N, 4 * N, 8 * N)
+    assert whole.casts == 2 * (layers + table)
     for zero, memory in enumerate(rest, 1):
         assert memory.optimizer == N
-        assert memory.gradients == (4 * N if zero < 2 else N // 8 * 4)
-        assert memory.weights == (0, 4 * N, 4 * N + N // 8 * 4, N // 8 * 4)[zero]
+        assert memory.gradients == (4 * N if zero < 2 else N // 8 * 4 + 4 * table)  # the head's come first
         assert memory.activations == whole.activations
+        assert memory.casts == 2 * (layers * (zero < 2) + table)
+    assert rest[0].weights == 4 * N
+    assert rest[1].weights == 4 * (N // 8) + 2 * layers + 4 * (2 * table + norms)  # whole as they are computed
+    assert rest[2].weights == 4 * (N // 8) + 2 * 2 * GPT.blocks[0].num_parameters(64) + 4 * 2 * table
 
 
 def test_tensor_and_pipeline_divide_parameters():
@@ -55,6 +64,30 @@ def test_tensor_and_pipeline_divide_parameters():
     assert one / 2 < two < 0.75 * one  # what enters attention and MLPs is whole
 
 
+def test_a_fused_head_has_no_whole_logits():
+    capped = dataclasses.replace(GPT, vocab_size=1 << 16, logit_softcap=5.0)
+    logits = lambda layout, **more: rank_memory(work(capped, **more), layout, layout.pipeline - 1).logits  # noqa: E731
+    tokens, V, M = 4 * 64, 1 << 16, 64
+    gathered = Layout(tensor=2, micro_batch=4)
+    assert logits(gathered) >= tokens * 3 * 4 * V
+    assert logits(gathered, fused_head=True) == vocabulary_loss_bytes(tokens, V // 2, M, 2, capped=True)
+    for fused in (False, True):  # a pipeline's last stage always has it
+        both = Layout(tensor=2, pipeline=2, micro_batch=4)
+        assert logits(both, fused_head=fused) == vocabulary_loss_bytes(tokens, V // 2, M, 2, capped=True)
+        last = Layout(pipeline=2, micro_batch=4)
+        assert logits(last, fused_head=fused) == head_bytes(capped, tokens, 2, compiled=True, fused=True)
+    best = plan(capped, 2, batch_size=16)
+    assert {p.memory.logits for p in best if p.layout == gathered} == {logits(gathered, fused_head=True)}
+
+
+def test_the_stage_of_a_run_that_is_recomputed_has_a_whole_block_for_a_while():
+    """Also where no logits make room for it."""
+    layout = Layout(pipeline=4, micro_batch=1, recompute="full")
+    large = dataclasses.replace(GPT, vocab_size=1 << 16)
+    first, other = (rank_memory(work(config), layout, 0).activations for config in (GPT, large))
+    assert first == other >= 64 * GPT.blocks[0].activation_bytes(64, 2)
+
+
 def test_stages_keep_what_is_in_flight():
     w = work()
     first, last = (rank_memory(w, Layout(pipeline=4, micro_batch=1), rank) for rank in (0, 3))
@@ -66,11 +99,17 @@ def test_stages_keep_what_is_in_flight():
 def test_bytes_sent():
     N, stream = GPT.num_parameters(), 2 * 64 * 64 * 2  # of a micro-batch of two
     assert sent_bytes(work(), Layout(8, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
-    assert sent_bytes(work(), Layout(8, 1, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8
-    assert sent_bytes(work(), Layout(4, 2, micro_batch=2))["data"] == 3 * 4 * N * 3 // 4
-    assert sent_bytes(work(), Layout(8, 3, micro_batch=2))["data"] == (4 + 2 + 2) * N * 7 // 8
-    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2))["tensor"] == stream * (4 * 4 + 2)
-    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2, recompute="full"))["tensor"] == stream * (4 * 6 + 2)
+    assert sent_bytes(work(), Layout(8, 1, micro_batch=2))["data"] == 2 * 4 * N * 7 // 8 + 4 * N
+    layers = 2 * (N - 2 * 256 * 64 - 9 * 64) + 4 * 9 * 64  # matrices as autocast has them, and norms
+    root = 4 * 2 * 256 * 64
+    assert sent_bytes(work(), Layout(4, 2, micro_batch=2))["data"] == (2 * 4 * N + layers + root) * 3 // 4
+    assert sent_bytes(work(), Layout(8, 3, micro_batch=2))["data"] == (4 * N + layers * (2 - 1 / 4) + root) * 7 // 8
+    ends = 1.5 + 2.5  # of the head, and of the embedding in float32
+    logits = 2 * 64 * 256 * 2 // 2
+    assert sent_bytes(work(), Layout(8, tensor=2, micro_batch=2))["tensor"] == stream * (4 * 4 + ends) + logits
+    assert sent_bytes(work(fused_head=True), Layout(8, tensor=2))["tensor"] == stream * (4 * 4 + ends) + 2 * 64 * 12
+    full = Layout(8, tensor=2, micro_batch=2, recompute="full")
+    assert sent_bytes(work(), full)["tensor"] == stream * (4 * 5.5 + ends) + logits
     pipeline = [sent_bytes(work(), Layout(pipeline=4, micro_batch=2), rank)["pipeline"] for rank in range(4)]
     assert pipeline == [8 * stream, 16 * stream, 16 * stream, 8 * stream]
     keys = 4 * 2 * 2 * 16  # layers, keys and values, heads, features

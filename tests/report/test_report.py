@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from cs336.cli import main
 from cs336.report import write_comparison, write_report
 from cs336.report.chart import (
     Series,
@@ -125,6 +126,14 @@ def test_phone_first(run_dir):
 def test_same_input_same_page(run_dir):
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first
+
+
+def test_the_page_of_one_run_goes_where_it_is_asked_to(run_dir, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["report", str(run_dir), "--output", str(page)]) == 0
+    assert not (run_dir / "report.html").exists()
+    assert page.read_bytes() == write_report(run_dir).read_bytes()
+    assert main(["report", str(run_dir), "--output", str(tmp_path / "none" / "page.html")]) == 2
 
 
 @pytest.mark.parametrize("kept", ["config.toml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "stages.json"])

@@ -215,7 +215,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     (path / OPTIMIZER).unlink()
     with pytest.raises(ValueError, match=r"is damaged: optimizer\.safetensors"):
         load_checkpoint(path, net, optimizer)
-    for text in ("{", "[]", json.dumps({"format": 9})):
+    for text in ("{", "[]", "[" * 100_000, json.dumps({"format": 9})):
         (path / STATE).write_text(text)
         with pytest.raises(ValueError, match=r"cannot be read: state\.json"):
             load_checkpoint(path)

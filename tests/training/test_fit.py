@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cs336.models import Transformer, TransformerConfig
 from cs336.models.memory import training_memory
-from cs336.training import MuonConfig, Trainer
+from cs336.parallel import ParallelConfig
+from cs336.training import MuonConfig, NextToken, Trainer
 from cs336.training.fit import Numerics, choose_recompute, predicted_memory
 from cs336.training.learner import Learner
 
@@ -134,6 +135,22 @@ def test_the_optimizers_state_counts(tmp_path):
         states = learner.optimizer.state.values()
         held = sum(t.nbytes for s in states for name, t in s.items() if name != "step")
         assert learner.predicted_memory().optimizer == held
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"zero": 3}, {"tensor": 2, "context": 2}])
+def test_a_head_that_is_fused_has_no_whole_logits_in_any_layout(tmp_path, layout):
+    """It is where the model caps its logits, where it is asked for, and with the last stage of a pipeline."""
+    wide = dataclasses.replace(MODEL, vocab_size=1 << 16, context_length=8192)
+    capped = dataclasses.replace(wide, logit_softcap=30.0)
+    parallel = ParallelConfig(**layout)
+
+    def logits(model, fused=None):
+        tiny = tiny_run.config(tmp_path, model=model, parallel=parallel, objective=NextToken(fused_head=fused))
+        return predicted_memory(tiny, Numerics(4, 2, True), "none", 4, 4 if "context" in layout else 2).logits
+
+    whole = 4 * 8192 // parallel.context * (1 << 16) * 2
+    assert logits(wide, True) <= logits(capped) < whole
+    assert (logits(wide, False) >= 2 * whole) == (parallel.pipeline == 1)
 
 
 def test_a_run_recomputes_as_it_says(tmp_path):

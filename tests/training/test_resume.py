@@ -4,13 +4,14 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 import tiny_run
 
-from cs336.training import checkpoint
+from cs336.training import Trainer, checkpoint
 
 CHANGES = {"micro_batch_size": 2, "log_interval": 3, "sample_interval": 2}
 
@@ -66,6 +67,30 @@ def test_killed_at_every_kind_of_moment(processes, unbroken, tmp_path):
     process.join()
     assert process.exitcode == 0
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_run_that_left_rows_and_no_checkpoint_says_that_it_begins_anew(processes, tmp_path, capsys):
+    process = processes(tmp_path, ("after a step", 3), log_interval=1)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    tiny = tiny_run.config(tmp_path, **CHANGES)
+    assert Trainer(tiny).train().finished
+    assert f"{tmp_path}/run: 2 steps of a run that ended before its first checkpoint" in capsys.readouterr().out
+    assert Trainer(tiny).train().finished
+    assert "before its first" not in capsys.readouterr().out
+
+
+def test_a_finished_model_whose_checkpoints_are_gone_is_not_written_over(processes, tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps")
+    export = tiny_run.train(tiny).export
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for changes in ({}, {"seed": 1}, {"budget": "5steps"}):
+        with pytest.raises(ValueError, match=r"run holds a finished model, .*export, and no checkpoint"):
+            tiny_run.train(tiny_run.changed(tiny, **changes))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    shutil.rmtree(export)
+    assert tiny_run.train(tiny).finished
 
 
 def test_killed_at_random_from_outside(processes, unbroken, tmp_path):

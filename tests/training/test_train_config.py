@@ -53,6 +53,8 @@ def test_toml_round_trip(tmp_path, config):
         ("micro_batch_size = 5", "batch_size 32 is not a multiple of micro_batch_size 5"),
         ("keep_checkpoints = 0", "keep_checkpoints must be at least 1"),
         ("eval_interval = -1", "eval_interval must not be negative"),
+        ("memory_limit = 0.0", "memory_limit must be more than 0 GiB, got 0.0"),
+        ("memory_limit = nan", "memory_limit must be more than 0 GiB, got nan"),
         ("[schedule]\nmin_lr_ratio = 2", r"\[schedule\] min_lr_ratio must be in 0..1"),
         ("[schedule]\nwarmup_steps = -2", r"\[schedule\] warmup_steps must not be negative"),
         ("batch_size 3", "c.toml"),

@@ -21,10 +21,12 @@ from cs336.training import (
     CosineConfig,
     DataConfig,
     LinearConfig,
+    NextToken,
     NonFiniteError,
     TrainConfig,
     Trainer,
     WSDConfig,
+    WSDSConfig,
     checkpoint,
 )
 from cs336.training.decisions import SAVED_PER_SECOND, Decisions, Pause
@@ -235,6 +237,23 @@ def test_a_schedule_that_cannot_land_is_refused_before_training(tmp_path, budget
     ):
         Trainer(tiny)
     assert not tiny.run_dir.exists()
+
+
+def test_more_periods_than_steps_are_refused_before_training(tmp_path):
+    tiny = tiny_run.config(tmp_path, budget="4steps", schedule=WSDSConfig(periods=5))
+    with pytest.raises(ValueError, match=r"a run of 4 steps has no 5 periods: set schedule\.periods lower"):
+        Trainer(tiny)
+    assert tiny_run.train(tiny_run.config(tmp_path, budget="5steps", schedule=WSDSConfig(periods=5))).finished
+
+
+def test_validation_in_which_no_target_counts(tmp_path):
+    data = tiny_run.write_data(tmp_path)
+    with ShardWriter(tmp_path / "ignored", vocab_size=tiny_run.VOCAB, tokenizer="t", eot_id=0) as writer:
+        writer.write(np.zeros(100, np.int64), documents=1, text_bytes=200)
+    data = dataclasses.replace(data, val=tmp_path / "ignored")
+    tiny = tiny_run.config(tmp_path, data=data, objective=NextToken(ignore_index=0))
+    with pytest.raises(ValueError, match=r"ignored has no targets that count: objective\.ignore_index leaves out all"):
+        tiny_run.train(tiny)
 
 
 def test_a_time_budget_that_becomes_slower_than_its_warm_up_goes_on(tmp_path):

@@ -111,7 +111,10 @@ def test_a_tag_may_be_left_out_where_the_default_has_one():
         ({"on": "true"}, "on must be bool, got 'true'"),
         ({"mode": "c"}, "mode must be 'a' or 'b', got 'c'"),
         ({"path": 3}, "path must be a path, got 3"),
-        ({"last": 3}, "last must be a table [last], got 3"),
+        (
+            {"last": 3},
+            "last must be a table [last], got 3; its keys are kind, width, count, each, as options --last.KEY",
+        ),
     ],
 )
 def test_errors_name_the_whole_path(table, message):

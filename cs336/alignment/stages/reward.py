@@ -99,6 +99,8 @@ class RewardStage:
                 rewards_B2 = self._rewards(self._batch(self.val[start : start + size]))
                 differences += (rewards_B2[:, 0] - rewards_B2[:, 1]).tolist()
         d_N = torch.tensor(differences, dtype=torch.float64)
+        if not d_N.isfinite().all():
+            raise ValueError("the model's rewards are not finite: its weights are damaged, or training diverged")
         said = torch.where(torch.tensor(as_said), d_N, -d_N).sigmoid().tolist()
         with replacing(self.config.run_dir / "calibration.json") as file:  # the newest, for the report
             json.dump({"bins": [b._asdict() for b in calibration_curve(said, as_said)]}, file)

@@ -7,7 +7,6 @@ import pathlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +18,7 @@ from cs336.inference.llm import LLM
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.server import answers
 from cs336.inference.server.answers import Answers, choice
+from cs336.inference.server.config import ServerConfig
 from cs336.inference.server.gate import admission
 from cs336.inference.server.protocol import (
     ChatRequest,
@@ -32,25 +32,6 @@ from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
 PAGE = pathlib.Path(__file__).with_name("page.html")
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """Whom a server listens to, and how much it takes."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    """That clients must know; anyone may ask if None."""
-    name: str | None = None
-    """Of the model, to clients; its directory's if None."""
-    max_requests: int = 256
-    """Sequences that run or wait; more are told to come back later."""
-    max_body_bytes: int = 4 << 20
-    timeout: float = 600.0
-    """Seconds, of a request."""
-    drain: float = 60.0
-    """Seconds for requests that are under way, after SIGTERM."""
 
 
 class Group:
@@ -241,7 +222,7 @@ class Server:
         finally:
             group.close()
 
-    def _check_model(self, asked: Generation) -> None:
+    def _check_model(self, asked: Generation | TokenizeRequest | DetokenizeRequest) -> None:
         if asked.model not in (None, self.answers.name):
             raise HTTPException(404, f"there is no model {asked.model!r:.80} here, but {self.answers.name!r}")
 
@@ -263,6 +244,7 @@ class Server:
         return JSONResponse({"object": "list", "data": [about | {"max_model_len": self.llm.engine.max_len}]})
 
     async def _tokenize(self, asked: TokenizeRequest) -> Response:
+        self._check_model(asked)
         if (asked.prompt is None) == (asked.messages is None):
             raise ValueError("give either a prompt or messages")
         text = asked.prompt if asked.messages is None else self.llm.chat_template.render(asked.messages)
@@ -270,6 +252,7 @@ class Server:
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.llm.engine.max_len})
 
     async def _detokenize(self, asked: DetokenizeRequest) -> Response:
+        self._check_model(asked)
         return _json({"prompt": self.llm.decode(asked.tokens)})
 
 

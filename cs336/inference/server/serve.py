@@ -4,7 +4,8 @@ import sys
 
 from cs336.inference import ranks
 from cs336.inference.llm import LLM
-from cs336.inference.server.app import Server, ServerConfig
+from cs336.inference.server.app import Server
+from cs336.inference.server.config import ServerConfig
 from cs336.parallel.launch import rank
 from cs336.utils.http_server import LOOPBACK, listen
 

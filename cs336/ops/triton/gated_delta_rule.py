@@ -82,7 +82,8 @@ def _solve_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
-    c, into, out, through, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+    FINE: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    c, into, out, through, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK, FINE)
     beta = load_beta(rows_of(beta_ptr, b, h, 0, beta_b, beta_h, beta_stride), beta_stride, start, T, CHUNK)
     k = load_columns(k_ptr, k_stride, start, T, 0, K, CHUNK, BLOCK_K)
     tl.store(through_ptr + chunk, through)

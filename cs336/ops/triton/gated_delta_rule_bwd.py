@@ -51,7 +51,8 @@ def _local_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
-    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    c, into, _, _, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK, FINE)
     q = load_columns(q_ptr, q_stride, start, T, 0, K, CHUNK, BLOCK_K)
     k = load_columns(k_ptr, k_stride, start, T, 0, K, CHUNK, BLOCK_K)
     store_columns(read_ptr + head * T * K, K, scaled(q, scale * into), start, T, 0, K, CHUNK, BLOCK_K)
@@ -134,7 +135,8 @@ def _grads_kernel(
         segments_ptr += tl.cast(b, tl.int64) * segments_b
     do_ptr = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
     v_ptr = rows_of(v_ptr, b, h, 0, v_b, v_h, v_stride)
-    c, into, out, through, run, last = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK)
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    c, into, out, through, run, last, fresh = decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK, FINE)
     inner = inner_decay(c, run, CHUNK)
     beta = load_beta(rows_of(beta_ptr, b, h, 0, beta_b, beta_h, beta_stride), beta_stride, start, T, CHUNK)
     inverse = load_state(inverse_ptr + chunk * CHUNK * CHUNK, 0, 0, CHUNK, CHUNK, CHUNK, CHUNK)
@@ -190,9 +192,7 @@ def _grads_kernel(
     index = start + i
     later = (i[None, :] >= i[:, None]) & (run[None, :] == run[:, None])
     dg = tl.sum(tl.where(later, share[None, :], 0.0), 1) + tl.where(run == last, along, 0.0)
-    if segments_ptr is not None:
-        before = tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32)
-        dg = tl.where(run == before, dg, 0.0)  # a segment's first token has nothing to decay
+    dg = tl.where(fresh, 0.0, dg)  # there is nothing to decay
     tl.store(dg_ptr + head * T + index, dg, mask=index < T)
     tl.store(dbeta_ptr + head * T + index, dbeta, mask=index < T)
     store_columns(dq_ptr + head * T * K, K, dq, start, T, 0, K, CHUNK, BLOCK_K)

@@ -13,37 +13,52 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
+FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops.linear_attention's _Bounded leaves: its exponential is 0
 MOST_TOKENS = 4096  # that are walked at once
 PART = 1024  # tokens of a part of a longer walk
 
 
 @triton.jit
-def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr):
+def decays(g_ptr, g_stride, segments_ptr, start, T, CHUNK: tl.constexpr, FINE: tl.constexpr):
     """Of the chunk at `start`, (CHUNK,) each: the log-decay up to a token, what it sees of the state before the chunk,
-    its share of the state after it, its segment; and what is left of the state before."""
+    its share of the state after it, its run, and whether that begins with it; and what is left of the state before, and
+    the last token's run. A run begins with a segment, and if FINE where a token forgets all that was before it: of sums
+    that go through such a decay the others' last digits are lost. 0 is the run that sees the state before."""
     i = tl.arange(0, CHUNK)
     index = start + i
+    fresh = tl.zeros((CHUNK,), tl.int1)
     run = tl.zeros((CHUNK,), tl.int32)
-    before, last = 0, 0
-    if segments_ptr is not None:
-        run = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
-        before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
-        last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32)
-    c = tl.zeros((CHUNK,), tl.float32)
-    total = 0.0
+    g = tl.zeros((CHUNK,), tl.float32)
+    last = 0
     if g_ptr is not None:
         g = tl.load(g_ptr + index.to(tl.int64) * g_stride, mask=index < T, other=0.0)
+        if FINE:
+            fresh = g <= FORGETS
+            g = tl.where(fresh, 0.0, g)
+    if segments_ptr is not None:
+        own = tl.load(segments_ptr + tl.minimum(index, T - 1)).to(tl.int32)
+        fresh = fresh | (own != tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32))
+    if FINE:
+        run = tl.cumsum(fresh.to(tl.int32), 0)
+        last = tl.sum(tl.where(i == CHUNK - 1, run, 0), 0)
+    elif segments_ptr is not None:
+        before = tl.load(segments_ptr + tl.maximum(start - 1, 0)).to(tl.int32)
+        run = own - before
+        last = tl.load(segments_ptr + tl.minimum(start + CHUNK, T) - 1).to(tl.int32) - before
+    c = g
+    total = 0.0
+    if g_ptr is not None:
         if segments_ptr is None:
             c = tl.cumsum(g, 0)
-        else:  # from the segment's start: what was before it does not even change how this is rounded
+        else:  # from the run's start: what was before it does not even change how this is rounded
             c = tl.sum(tl.where((i[:, None] >= i[None, :]) & (run[:, None] == run[None, :]), g[None, :], 0.0), 1)
         total = tl.sum(tl.where(i == CHUNK - 1, c, 0.0), 0)  # the same bits: nothing of the last token fades
     into, out, through = tl.exp(c), tl.exp(total - c), tl.exp(total)
-    if segments_ptr is not None:
-        into = tl.where(run == before, into, 0.0)
+    if FINE or segments_ptr is not None:
+        into = tl.where(run == 0, into, 0.0)
         out = tl.where(run == last, out, 0.0)
-        through = tl.where(before == last, through, 0.0)
-    return c, into, out, through, run, last
+        through = tl.where(last == 0, through, 0.0)
+    return c, into, out, through, run, last, fresh
 
 
 @triton.jit
@@ -96,7 +111,7 @@ def _decays_kernel(
     through_ptr,  # (B, H, N) float32
     g_b, g_h, g_stride, segments_b,
     H, T, scale,
-    CHUNK: tl.constexpr, BACK: tl.constexpr,
+    CHUNK: tl.constexpr, BACK: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -104,7 +119,7 @@ def _decays_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
-    _, into, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK)
+    _, into, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, n * CHUNK, T, CHUNK, FINE)
     index = n * CHUNK + tl.arange(0, CHUNK)
     tl.store(weights_ptr + head * T + index, (into if BACK else out) * scale, mask=index < T)
     tl.store(through_ptr + head * tl.cdiv(T, CHUNK) + n, through)
@@ -184,6 +199,7 @@ def _out_kernel(
         g_ptr = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
     if segments_ptr is not None:
         segments_ptr += tl.cast(b, tl.int64) * segments_b
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     states_ptr += (tl.program_id(1).to(tl.int64) * tl.cdiv(T, CHUNK) + n) * K * V
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     o = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -199,10 +215,10 @@ def _out_kernel(
                 q = load_columns(q_ptr, q_stride, start, T, k0, K, ROWS, BLOCK_K)
                 k = load_columns(k_ptr, k_stride, first, T, k0, K, ROWS, BLOCK_K)
                 others += dot(q, tl.trans(k))
-            _, _, out, through, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS)
+            _, _, out, through, _, _, _ = decays(g_ptr, g_stride, segments_ptr, first, T, ROWS, FINE)
             v = load_columns(v_ptr, v_stride, first, T, v0, V, ROWS, BLOCK_V)
             o = o * through + dot(cast(others * out[None, :], v.dtype), v)
-    c, into, _, _, run, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS)
+    c, into, _, _, run, _, _ = decays(g_ptr, g_stride, segments_ptr, start, T, ROWS, FINE)
     v = load_columns(v_ptr, v_stride, start, T, v0, V, ROWS, BLOCK_V)
     o = o * into[:, None] + dot(cast(scores * inner_decay(c, run, ROWS), v.dtype), v)
     store_columns(o_ptr, o_stride, o * scale, start, T, v0, V, ROWS, BLOCK_V)
@@ -255,7 +271,7 @@ def chunk_decays(v, g, segments, chunk, scale, back):
     with torch.cuda.device_of(v):
         _decays_kernel[(N, B * H)](
             g, segments, weights, through, *strides(g), 0 if segments is None else segments.stride(0), H, T, scale,
-            CHUNK=chunk, BACK=back, num_warps=1,
+            CHUNK=chunk, BACK=back, FINE=v.dtype == torch.float32, num_warps=1,
         )  # fmt: skip
     return weights, through
 

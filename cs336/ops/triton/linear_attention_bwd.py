@@ -45,6 +45,7 @@ def _grads_kernel(
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A chunk of one head of the keys, for all heads of values that read it."""
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     n = tl.program_id(0)
     start, num_chunks = n * CHUNK, tl.cdiv(T, CHUNK)
     b, first = tl.program_id(1) // G, tl.program_id(1) % G
@@ -63,7 +64,7 @@ def _grads_kernel(
         head_g = g_ptr
         if g_ptr is not None:
             head_g = rows_of(g_ptr, b, h, 0, g_b, g_h, g_stride)
-        c, into, out, through, run, last = decays(head_g, g_stride, segments_ptr, start, T, CHUNK)
+        c, into, out, through, run, last, fresh = decays(head_g, g_stride, segments_ptr, start, T, CHUNK, FINE)
         inner = inner_decay(c, run, CHUNK)
         p = cast(scores * inner, q.dtype)
         head_do = rows_of(do_ptr, b, h, 0, do_b, do_h, do_stride)
@@ -93,9 +94,7 @@ def _grads_kernel(
         i = tl.arange(0, CHUNK)
         later = (i[None, :] >= i[:, None]) & (run[None, :] == run[:, None])
         dg = tl.sum(tl.where(later, share[None, :], 0.0), 1) + tl.where(run == last, along, 0.0)
-        if segments_ptr is not None:
-            before = tl.load(segments_ptr + tl.minimum(tl.maximum(index - 1, 0), T - 1)).to(tl.int32)
-            dg = tl.where(run == before, dg, 0.0)  # a segment's first token has nothing to decay
+        dg = tl.where(fresh, 0.0, dg)  # there is nothing to decay
         tl.store(dg_ptr + head * T + index, dg, mask=index < T)
         dq_all += dq
         dk_all += dk

@@ -1,0 +1,22 @@
+"""Options of the server, which can be read without its extra."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Whom a server listens to, and how much it takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    """That clients must know; anyone may ask if None."""
+    name: str | None = None
+    """Of the model, to clients; its directory's if None."""
+    max_requests: int = 256
+    """Sequences that run or wait; more are told to come back later."""
+    max_body_bytes: int = 4 << 20
+    timeout: float = 600.0
+    """Seconds, of a request."""
+    drain: float = 60.0
+    """Seconds for requests that are under way, after SIGTERM."""
