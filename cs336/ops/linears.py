@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cs336.ops.attention_autograd import autocast
 from cs336.ops.dispatch import matrix
 
 
 def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """F.linear(x, weight) of each weight (M, K), in autocast's dtype where it is on: x (..., K) -> (..., M) each."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    return _Linears.apply(x, *weights)
+    return _Linears.apply(*autocast(x, *weights))
 
 
 class _Linears(torch.autograd.Function):
