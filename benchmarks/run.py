@@ -67,8 +67,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--steps", type=int, help="in a block; so many that it takes most of a second on an H200")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
-    kinds_of_ours = ("deterministic", "bf16_weights")
-    train.add_argument("--ours", choices=kinds_of_ours, help="ours with this option too, in rows of their own")
+    kinds_of_ours = ("default", "deterministic", "bf16_weights")
+    train.add_argument("--ours", nargs="+", default=["default"], choices=kinds_of_ours, help="with which options")
     train.add_argument("--whole", action="store_true", help="plain PyTorch compiled whole, too: for minutes, if deep")
     ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")
     ladder.add_argument("model", nargs="?", default="124M", metavar="MODEL", help="124M, 350M, 774M, 1.5B or tiny")
@@ -209,7 +209,9 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
     if options.blocks < 2:
         raise SystemExit(f"--blocks must be 2 or more, since the first is not timed; got {options.blocks}")
     batches = {name: options.batch or bench_train.BATCH[name] for name in dict.fromkeys(options.models)}
-    names = (*[f"cs336 {options.ours}"] * bool(options.ours), "cs336", *["plain whole"] * options.whole, "plain")
+    ours, plain = dict.fromkeys(options.ours), ["plain whole"] * options.whole + ["plain"]
+    names = [f"cs336 {option}".removesuffix(" default") for option in ours] + plain
+    table = "_".join(["train", *(option for option in ours if option != "default")])
     settings = {"blocks": options.blocks, "steps": options.steps, "data": options.data}
     settings |= {"compile": not options.no_compile}
     if device.type == "cuda":
@@ -227,7 +229,7 @@ def train(options: argparse.Namespace, device: torch.device, header: dict[str, A
         rows += found
         _print_training(found)
         if options.out:
-            results.write(options.out, f"train_{options.ours}" if options.ours else "train", header, rows)
+            results.write(options.out, table, header, rows)
     return 0 if len(rows) == len(names) * len(batches) else 1
 
 

@@ -111,20 +111,21 @@ def curves(rows: list[Row]) -> Iterator[str]:
 
 def overhead(rows: list[Row]) -> Iterator[str]:
     """What a run does beside its steps."""
-    heads = ("model", "a step", "data and rows", "a validation", "a checkpoint", "both, of 8 minutes", "the GPU waits")
+    heads = ("model", "a step", "data and rows", "validations: the first, the next", "checkpoints: the first, the next")
+    heads += ("until the last is written", "all of them, of 8 minutes", "together", "the GPU waits")
     yield "| " + " | ".join(heads) + " |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| --- |" + " ---: |" * (len(heads) - 1)
     for row in rows:
-        pauses = f"{row['validation_seconds']:.2f} s", f"{row['checkpoint_seconds']:.2f} s"
-        waits = "–" if row["idle"] is None else f"{row['idle']:.1%}"
-        both = f"{row['validations'] + row['checkpoints']:.1%}"
+        pauses = row["validations"] + row["checkpoints"]
         cells = (
             row["model"],
             f"{1e3 * row['step_seconds']:.1f} ms",
-            f"{row['data_and_logging']:.1%}",
-            *pauses,
-            both,
-            waits,
+            f"{round(row['data_and_logging'], 3) + 0.0:.1%}",  # no -0.0
+            *("{:.2f} s, {:.2f} s".format(*row[f"{name}_seconds"]) for name in ("validation", "checkpoint")),
+            f"{row['written_seconds']:.2f} s",
+            f"{pauses:.1%}",
+            f"{pauses + row['data_and_logging']:.1%}",
+            "–" if row["idle"] is None else f"{row['idle']:.1%}",
         )
         yield "| " + " | ".join(cells) + " |"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import run
+from benchmarks import results, run
 from benchmarks.end_to_end import bench_ladder, bench_train
 from benchmarks.end_to_end.plain import PlainTransformer
 from cs336 import ops
@@ -59,6 +59,32 @@ def test_rows_hold_speed_and_curves():
         assert r["tokens_per_second"] == pytest.approx(2 * TINY.context_length / r["seconds"], rel=0.01)
         assert len(r["curve"]) == 2
         assert r["loss"] == r["curve"][-1]
+
+
+def test_all_begin_with_the_same_weights(tmp_path):
+    """As they multiply and as they are kept: bfloat16 holds them."""
+    shard = bench_train.zipf_tokens(tmp_path / "zipf.bin", TINY.vocab_size, 1000)
+    make = lambda way: bench_train.Contender("tiny", way, shard, batch_size=2, compile=False).learner  # noqa: E731
+    wide, low = (list(make(way).model.parameters()) for way in ("cs336", "cs336 bf16_weights"))
+    assert (wide[0].dtype, low[0].dtype) == (torch.float32, torch.bfloat16)
+    assert all(torch.equal(a, b.float()) for a, b in zip(wide, low, strict=True))
+
+
+def test_the_rate_of_a_few_steps_rises_no_faster():
+    assert [bench_train.rate(step, 12) for step in range(12)] == [bench_train.rate(step, 40) for step in range(12)]
+    assert bench_train.rate(20, 42) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "table"), [([], "train"), (["--ours", "deterministic", "default"], "train_deterministic")]
+)
+def test_rows_of_our_options_have_a_table(ours, table, tmp_path):
+    out = tmp_path / "rows.json"
+    arguments = ["train", "tiny", "--batch", "2", "--blocks", "2", "--steps", "2", "--no-compile"]
+    assert run.main([*arguments, *ours, "--out", str(out)]) == 0
+    (found,) = results.read(out).items()
+    assert found[0] == table
+    assert [r["variant"] for r in found[1]["rows"]] == [*["cs336 deterministic"] * bool(ours), "cs336", "plain"]
 
 
 def test_contenders_in_processes_of_their_own_make_the_same_steps():

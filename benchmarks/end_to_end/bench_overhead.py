@@ -3,9 +3,10 @@
     python -m benchmarks.end_to_end.bench_overhead [124M] [--steps 240] [--out FILE]
 
 A run of so many steps, of noise, which validates and saves twice on its way. Then steps of the same learner on one
-batch that lies on the device: what they take is what the run's own steps should. What a validation and a checkpoint
-took is also told as parts of a run of 8 minutes at its defaults, which validates 20 times and saves 10 times. A trace
-of steps with their data says how long the GPU had nothing to do.
+batch that lies on the device: what they take is what the run's own steps should. What validations and checkpoints took,
+the first of each and the next ones, is also told as parts of a run of 8 minutes at its defaults, which validates 20
+times, saves 10 times, and waits for the last checkpoint to be written: one more that is waited for says how long. A
+trace of steps with their data says how long the GPU had nothing to do.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness, results
 from benchmarks.end_to_end.bench_train import BATCH, MODELS, zipf_tokens
-from cs336.training import DataConfig, TrainConfig, Trainer
+from cs336.training import DataConfig, TrainConfig, Trainer, checkpoint
 from cs336.training.decisions import CHECKPOINTS
 from cs336.training.evaluators import EVALS
 from cs336.training.metrics import Display
+from cs336.training.staging import Staging
 from profiling.idle import gpu_idle
 
 UNTIMED = 20  # first steps: they compile, and are captured
@@ -57,7 +59,15 @@ def measure(name: str, steps: int, folder: pathlib.Path, *, compile: bool | None
         return (time.perf_counter() - start) / UNTIMED
 
     least = statistics.median([bare() for _ in range(1 + BARE)][1:])
-    validation, checkpoint = (found.pauses[name] / 2 for name in ("validate", "checkpoint"))
+    taken = {pause.name: pause.taken for pause in trainer.decisions.pauses}
+    (first_validation, validation), (first_save, save) = taken["validate"], taken["checkpoint"]
+    staging = Staging()
+    kept = checkpoint.snapshot(learner.model, learner.optimizer, found.step, staging=staging)
+    start = time.perf_counter()
+    checkpoint.begin(folder / "last")
+    checkpoint.finish(folder / "last", kept, [checkpoint.write_files(folder / "last", kept)])
+    written = time.perf_counter() - start
+    staging.free()
     run = 60 * MINUTES
     return {
         "op": "overhead",
@@ -66,10 +76,11 @@ def measure(name: str, steps: int, folder: pathlib.Path, *, compile: bool | None
         "step_seconds": least,
         "run_step_seconds": spent,
         "data_and_logging": round(spent / least - 1, 4),
-        "validation_seconds": round(validation, 4),
-        "checkpoint_seconds": round(checkpoint, 4),
-        "validations": round(EVALS * validation / run, 4),
-        "checkpoints": round(CHECKPOINTS * checkpoint / run, 4),
+        "validation_seconds": [round(first_validation, 4), round(validation, 4)],
+        "checkpoint_seconds": [round(first_save, 4), round(save, 4)],
+        "written_seconds": round(written, 4),
+        "validations": round((first_validation + (EVALS - 1) * validation) / run, 6),
+        "checkpoints": round((first_save + (CHECKPOINTS - 1) * save + written) / run, 6),
         "idle": idle(trainer, folder / "trace.json"),
     }
 
@@ -98,7 +109,9 @@ def idle(trainer: Trainer, trace: pathlib.Path) -> float | None:
 def line(row: Row) -> str:
     waits = "" if row["idle"] is None else f"; the GPU waits {row['idle']:.2%}"
     steps = f"a step {1e3 * row['step_seconds']:.2f} ms, in the run {1e3 * row['run_step_seconds']:.2f}"
-    pauses = f"a validation {row['validation_seconds']:.2f} s, a checkpoint {row['checkpoint_seconds']:.2f} s"
+    seconds = {name: "{:.2f} s, then {:.2f}".format(*row[f"{name}_seconds"]) for name in ("validation", "checkpoint")}
+    pauses = f"the first validation {seconds['validation']}, checkpoint {seconds['checkpoint']}"
+    pauses += f", {row['written_seconds']:.2f} until the last is written"
     parts = f"{row['validations']:.2%} and {row['checkpoints']:.2%} of {MINUTES} min"
     return f"{row['model']}: {steps} ({row['data_and_logging']:+.2%}); {pauses}: {parts}{waits}"
 

@@ -5,7 +5,7 @@ the median block counts, and the loss curves must agree. Both are compiled a lay
 loss too; --whole adds plain PyTorch compiled as one, for which the first, untimed block waits. On a GPU each has a
 process of its own; all others compile side by side, and are timed when none does any more.
 
-    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours deterministic] [--out FILE]
+    python -m benchmarks.run train [124M 350M ...] [--batch 32] [--data TOKENS] [--ours default bf16_weights]
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from cs336.training import DataConfig, TrainConfig
 from cs336.training.learner import Learner
 
 DISAGREES = 0.01  # relative difference of two losses, averaged over the last block
+LEAST = 40  # steps of a schedule: one that rises to its height in 6 leads losses of 1B apart
 SHALLOW = 2  # layers that have all the graphs of a model: its first, and one that adds to what came before
 
 GPT2 = {"124M": (12, 768, 12), "350M": (24, 1024, 16), "774M": (36, 1280, 20), "1.5B": (48, 1600, 25)}
@@ -103,6 +104,16 @@ def plain_update(
     return update
 
 
+@torch.no_grad()
+def begin(config: TrainConfig) -> Learner:
+    """From weights that bfloat16 holds. Float32 ones lie between two, where the first small steps change what some are
+    cast to; bfloat16 ones begin with remainders of 0, and would be two steps behind."""
+    learner = Learner(config)
+    for p in learner.model.parameters():
+        p.copy_(p.to(torch.bfloat16))
+    return learner
+
+
 def trained(make: Callable[..., Learner], **settings: Any) -> tuple[Learner, Update]:
     """As `cs336 train` does it."""
     learner = make(**settings)
@@ -154,7 +165,7 @@ class Contender:
         self._begin(ways()[way], config)
 
     def _begin(self, way: Way, config: TrainConfig) -> None:
-        self.learner, self.update = way(lambda **settings: Learner(dataclasses.replace(config, **settings)))
+        self.learner, self.update = way(lambda **settings: begin(dataclasses.replace(config, **settings)))
 
     def block(self, first: int, steps: int, total: int) -> Block:
         """Seconds of steps first, first + 1, ... of `total`, and the loss of each."""
@@ -302,7 +313,8 @@ def shard(name: str, data: pathlib.Path | None, sequences: int) -> Iterator[path
 
 def rate(step: int, total: int) -> float:
     """Small and slowly rising: at 6e-4 from step 10 on the loss of 124M jumps, and weights moved by a thousandth of
-    themselves end 0.8 % apart in plain PyTorch alone."""
+    themselves end 0.8 % apart in plain PyTorch alone. Of a few steps it does not come to its highest."""
+    total = max(total, LEAST)
     return cosine_schedule(step + 1, max_lr=2e-4, min_lr=2e-5, warmup_steps=total // 2, total_steps=total)
 
 

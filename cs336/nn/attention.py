@@ -38,7 +38,8 @@ class Attention(nn.Module):
     Raises ValueError for head counts that do not divide.
     """
 
-    # One matmul for q, k and v was no faster on an H200, forward and backward, compiled: 21.4 ms to 21.6 for 6 layers.
+    # One matmul for q, k and v was no faster on an H200, forward and backward, compiled: 21.4 ms to 21.6 for 6 layers
+    # of 768 features, 48.1 to 47.9 for 8 of 1600.
     def __init__(
         self,
         d_model: int,

@@ -81,9 +81,14 @@ def join(layers: Sequence[nn.Module]) -> None:
 
 def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
-    wanted. On a GPU ops.linear_invariant gives a feature the same bits whatever features stand beside it."""
+    wanted, and by ops.linears in a training step that torch.compile makes. On a GPU ops.linear_invariant gives a
+    feature the same bits whatever features stand beside it."""
     found = _one_product(x, layers)
-    return [layer(x) for layer in layers] if found is None else found[0].split(found[1], -1)
+    if found is not None:
+        return found[0].split(found[1], -1)
+    if _trained_together(layers):
+        return ops.linears(x, [layer.weight for layer in layers])  # type: ignore[misc]
+    return [layer(x) for layer in layers]
 
 
 def in_a_row(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
@@ -110,11 +115,18 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
     In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
     product as well, where layers called one by one leave their gradients to be added up.
     """
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
-        return None
-    if _alike(layers) is None or not all(type(layer) is Linear and layer.weight.requires_grad for layer in layers):
+    if not _trained_together(layers):
         return None
     return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
+def _trained_together(layers: Sequence[nn.Module]) -> bool:
+    """Whether a step that torch.compile makes trains them all, and they are products and nothing else."""
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or registry.is_invariant():
+        return False
+    if _alike(layers) is None:
+        return False
+    return all(type(layer) is Linear and layer.weight.requires_grad for layer in layers)
 
 
 def is_bare(layer: nn.Module) -> bool:

@@ -24,10 +24,13 @@ class Pause:
 
     def __init__(self, name: str, interval: int | None, times: int, steps: Callable[[int], float] = lambda total: 0.0):
         self.name, self.interval, self.times, self.steps = name, interval, times, steps
-        self.seconds: float | None = None
+        self.taken: list[float] = []
+        """Seconds of each that this process made."""
+
+    @property
+    def seconds(self) -> float | None:
         """Of the latest."""
-        self.total = 0.0
-        """Seconds of all that this process made."""
+        return self.taken[-1] if self.taken else None
 
     def expected(self, plan: Plan, seconds_per_step: float) -> float:
         """Seconds of the next one."""
@@ -112,10 +115,9 @@ class Decisions:
 
     def took(self, pause: Pause, seconds: float, background: bool = False) -> None:
         """background: most of it is still being done."""
-        pause.seconds = agreed(seconds)
-        pause.total += pause.seconds
+        pause.taken.append(agreed(seconds))
         if pause is self.save and not background:
-            self._last_save = pause.seconds
+            self._last_save = pause.taken[-1]
 
     def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
         """Of the steps and all that is scheduled between them."""

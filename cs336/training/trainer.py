@@ -457,7 +457,7 @@ class Trainer:
     def _conclude(self) -> TrainResult:
         self.run.wait()
         seconds, export = self.seconds, None
-        pauses = {pause.name: pause.total for pause in self.decisions.pauses}
+        pauses = {pause.name: sum(pause.taken) for pause in self.decisions.pauses}
         kept = checkpoint.step_path(self.run.checkpoints, self.step)
         if self.decisions.finished(self.step):
             export = self.run.export
