@@ -9,6 +9,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes side by 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's "&" does it, and children would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import numpy
 import pytest
 
 
@@ -23,3 +24,20 @@ def device():
     """The device that this machine's kernels are for."""
     torch = pytest.importorskip("torch")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fixed_order(monkeypatch):
+    """Interpreted products add up each element in one order. By BLAS, on some processors, it depends on where in a tile
+    a row lies, which on a GPU it does not."""
+    if os.environ["TRITON_INTERPRET"] == "1":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        monkeypatch.setattr(interpreter, "np", _Numpy())
+
+
+class _Numpy:
+    def __getattr__(self, name):
+        return getattr(numpy, name)
+
+    def matmul(self, a, b, dtype):
+        return numpy.multiply(a[..., None], b[..., None, :, :], dtype=dtype).sum(-2)

@@ -196,7 +196,7 @@ def test_prefill_options(variant, device, options):
 
 @pytest.mark.parametrize("options", [{}, {"window": 20, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, dtype, options):
+def test_a_prompt_in_chunks_gets_the_bits_of_the_whole(variant, device, fixed_order, dtype, options):
     """Log-sum-exps too, whose float32 shows what rounding to 16 bits hides, and in pages of one token."""
     if variant == "ref":
         pytest.skip("plain torch does not promise it")
