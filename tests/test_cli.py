@@ -14,7 +14,7 @@ import textwrap
 import pytest
 
 from cs336.cli import main
-from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS
+from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS, verb_paths
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
@@ -171,9 +171,9 @@ def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
     assert "seed" in fails(["train", *arguments, "--seed", "x"], capsys)
 
 
-@pytest.mark.parametrize("verb", ["train", "encode", "decode"])
+@pytest.mark.parametrize("verb", [path for path in verb_paths() if path[0] not in ("generate", "chat")])
 def test_an_empty_default_is_not_shown(verb, capsys):
-    assert "(default: )" not in help_of(["tokenizer", verb], capsys)
+    assert "(default: )" not in help_of(verb, capsys)
 
 
 # ---- tokenizer ----
@@ -476,6 +476,15 @@ def test_the_end_of_a_long_prompt_is_read_and_that_is_said(data, tokenizer, caps
         assert out.count(TEXT) == int(many)
         assert "not read" in err
         assert err.count("\n") == 1
+
+
+def test_a_warning_has_a_line_of_its_own(data, tokenizer, capsys, monkeypatch):
+    """Also where it comes at the end of a text that is written piece by piece."""
+    assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert main(["generate", str(data / "run"), "--max-tokens", "1000", "--ignore-eos", "--seed", "1"]) == 0
+    assert "\ncs336: the text ends where the model's context of" in capsys.readouterr().out
 
 
 def test_samples_of_a_seed(data, tokenizer, capsys):

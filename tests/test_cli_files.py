@@ -157,6 +157,10 @@ def test_other_data_of_a_run_that_left_no_checkpoint(place, capsys):
     (place / "run/stages.json").write_text("{}")
     before = {path: path.read_bytes() for path in (place / "run").iterdir()}
     capsys.readouterr()
-    assert main(["train", "--config", "train.toml"]) == 2
-    assert "run is where `cs336 quickstart`, or a verb like it, works" in capsys.readouterr().err
+    assert main(["train", "--config", "train.toml", "--run-dir", "trunk"]) == 0
+    capsys.readouterr()
+    trunk = ["--branch-from", "trunk/checkpoints/step_00000002", "--budget", "3steps"]
+    for options in ([], trunk):
+        assert main(["train", "--config", "train.toml", *options]) == 2
+        assert "run is where `cs336 quickstart`, or a verb like it, works" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (place / "run").iterdir()} == before

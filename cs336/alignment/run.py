@@ -95,7 +95,7 @@ class StageRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.run.held())
             self._restore()
-            self.run.say_lost(self.display.say)
+            self.run.say_lost(self.display.say, self.step)
             self.run.clear_failure()
             self._write_setup()
             stack.enter_context(self.run.open_rows(upto=self.step or -1))

@@ -7,6 +7,7 @@ inner one's arguments are the verb's options, and its description is that of the
 import contextlib
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated
 
@@ -18,6 +19,8 @@ from cs336.utils.files import is_special
 Path = pathlib.Path
 MaybePath = DisallowNone[Path | None]
 Paths = Annotated[tuple[Path, ...], arg(metavar="[PATH ...]", help_behavior_hint="")]
+Ints = Annotated[tuple[int, ...], arg(help_behavior_hint="")]
+Floats = Annotated[tuple[float, ...], arg(help_behavior_hint="")]
 Run = Callable[..., int | None]
 Make = Callable[[list[str]], Run]
 
@@ -38,6 +41,15 @@ def check_output(path: Path | None, *inputs: Path) -> None:
         raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, or write elsewhere")
     if path.exists() and any(source.exists() and path.samefile(source) for source in inputs):
         raise ValueError(f"{path} is what is read, and would be written over: write elsewhere")
+
+
+@contextlib.contextmanager
+def warnings_after() -> Iterator[None]:
+    """What is warned of in the block is said when it ends: not in the middle of a line that is being written."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @contextlib.contextmanager

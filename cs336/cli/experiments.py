@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Stopped, check_output
+from cs336.cli.common import Ints, MaybePath, Path, Stopped, check_output
 
 
-def sweep(study: Positional[Path], retry: bool = False, workers: int | None = None, gpus: tuple[int, ...] = ()) -> None:
+def sweep(study: Positional[Path], retry: bool = False, workers: int | None = None, gpus: Ints = ()) -> None:
     """Train the runs of a study that are not trained yet, and write which configuration is best, and why.
 
     Args:
@@ -52,7 +52,7 @@ def ablate(
     budget: str | None = None,
     metric: str = "val/loss",
     workers: int = 1,
-    gpus: tuple[int, ...] = (),
+    gpus: Ints = (),
     retry: bool = False,
 ) -> None:
     """Train configurations that differ in one thing and are of one size, and say whether they differ by chance.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, check_output
+from cs336.cli.common import MaybePath, Path, Run, check_output, warnings_after
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -81,9 +81,10 @@ def generate(arguments: list[str]) -> Run:
         for number, pieces in enumerate(samples()):
             # Together: a prompt that is refused is not written.
             print(shown(prompt + next(pieces, "")), end="", flush=True)
-            for piece in pieces:
-                print(shown(piece), end="", flush=True)
-            print(end="\n\n" if number + 1 < num_samples else "\n")
+            with warnings_after():
+                for piece in pieces:
+                    print(shown(piece), end="", flush=True)
+                print(end="\n\n" if number + 1 < num_samples else "\n", flush=True)
 
     return run
 

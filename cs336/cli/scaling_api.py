@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from cs336.cli.common import MaybePath, Path
+from cs336.cli.common import Ints, MaybePath, Path
 
 URL = "http://127.0.0.1:8336"
 KEY = Path("cs336.key")
@@ -19,7 +19,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8336,
     workers: int | None = None,
-    gpus: tuple[int, ...] = (),
+    gpus: Ints = (),
     target: float | None = None,
     deadline: str | None = None,
     max_waiting: int = 1000,

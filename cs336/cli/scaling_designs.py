@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from cs336.cli.common import MaybePath, Path, check_output
+from cs336.cli.common import Floats, MaybePath, Path, check_output
 
 Kind = Literal["isoflop", "ladder", "wsd", "best"]
 
@@ -12,9 +12,9 @@ Kind = Literal["isoflop", "ladder", "wsd", "best"]
 def design(
     kind: Positional[Kind],
     data: MaybePath = None,
-    budgets: tuple[float, ...] = (),
-    sizes: tuple[float, ...] = (),
-    ratios: tuple[float, ...] = (),
+    budgets: Floats = (),
+    sizes: Floats = (),
+    ratios: Floats = (),
     law: str = "epoch",
     points: int = 5,
     span: float = 4.0,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run
+from cs336.cli.common import MaybePath, Path, Run, warnings_after
 from cs336.utils.terminal import visible
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -98,9 +98,11 @@ def chat(arguments: list[str]) -> Run:
                 continue
             pieces = talk.say(said)
             try:
-                for piece in pieces:
-                    print(shown(piece), end="", flush=True)
-                print(f"\n[{talk.speed:.1f} tokens/s]")
+                print(shown(next(pieces, "")), end="", flush=True)
+                with warnings_after():
+                    for piece in pieces:
+                        print(shown(piece), end="", flush=True)
+                    print(f"\n[{talk.speed:.1f} tokens/s]")
             except KeyboardInterrupt:
                 pieces.close()
                 print()

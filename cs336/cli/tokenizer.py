@@ -173,7 +173,9 @@ def convert(
 
 
 def compare(
-    tokenizers: Positional[Annotated[tuple[Path, ...], arg(metavar="TOKENIZER [TOKENIZER ...]")]],
+    tokenizers: Positional[
+        Annotated[tuple[Path, ...], arg(metavar="TOKENIZER [TOKENIZER ...]", help_behavior_hint="")]
+    ],
     text: Path,
     plot: MaybePath = None,
     pattern: DisallowNone[str | None] = None,

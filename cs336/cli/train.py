@@ -43,10 +43,14 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
     from cs336.report import write_report
     from cs336.tokenizer import convert
     from cs336.tokenizer.statistics import keep
-    from cs336.training import StepError, Trainer
+    from cs336.training import StepError, Trainer, checkpoint
     from cs336.training.identity import kept_tokenizer
     from cs336.utils.stages import RECORD
 
+    if (settings.run_dir / RECORD).exists() and not checkpoint.list_checkpoints(settings.run_dir / "checkpoints"):
+        raise ValueError(
+            f"{settings.run_dir} is where `cs336 quickstart`, or a verb like it, works: use another run_dir"
+        )
     connect(settings.device)
     kept = settings.run_dir / "tokenizer.json"
     loaded = kept_tokenizer(settings.data.train) if tokenizer is None else convert.load(tokenizer)
@@ -54,10 +58,6 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
         loaded = convert.load(kept)
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
-    if not trainer.step and (settings.run_dir / RECORD).exists():
-        raise ValueError(
-            f"{settings.run_dir} is where `cs336 quickstart`, or a verb like it, works: use another run_dir"
-        )
     if loaded is not None:
         on_first(lambda: keep(loaded, settings.run_dir))
     try:

@@ -100,12 +100,11 @@ class RunDir:
         Raises ValueError for a run of another verb, and for a finished model without the checkpoint that it was made
         of, which would be written over.
         """
-        if not (self.path / "config.toml").exists():
-            return False
-        if (other := self.verb) not in (verb, None):
+        known = (self.path / "config.toml").exists()
+        if known and (other := self.verb) not in (verb, None):
             raise ValueError(f"{self.path} holds a run of `cs336 {other}`: use another run_dir")
         if self.newest() is not None:
-            return True
+            return known
         if self.export.exists():
             raise ValueError(
                 f"{self.path} holds a finished model, {self.export}, and no checkpoint to continue from: use another "
@@ -113,12 +112,14 @@ class RunDir:
             )
         return False
 
-    def say_lost(self, say: Callable[[str], None]) -> None:
-        """Tell of a run that ended before its first checkpoint: its rows are dropped, and it begins anew."""
+    def say_lost(self, say: Callable[[str], None], begin: int) -> None:
+        """Tell of a run that ended before its first checkpoint: its rows are dropped, and it begins anew, after step
+        `begin`."""
         if rank() or self.newest() is not None:
             return
-        if (row := newest_row(self.path, lambda row: row.get("step", 0) > 0)) is not None:
-            say(f"{self.path}: {row['step']:,} steps of a run that ended before its first checkpoint are made anew")
+        if (row := newest_row(self.path, lambda row: row.get("step", 0) > begin)) is not None:
+            lost = row["step"] - begin
+            say(f"{self.path}: {lost:,} steps of a run that ended before its first checkpoint are made anew")
 
     @property
     def verb(self) -> str | None:

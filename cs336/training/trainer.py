@@ -148,7 +148,7 @@ class Trainer:
             went_on = self._started > 0 or self.run.newest() != self._newest  # an earlier call, or another process
             if agreed(went_on):
                 self._restore()
-            self.run.say_lost(self.display.say)
+            self.run.say_lost(self.display.say, self.step)
             on_first(self._write_setup)
             together(lambda: stack.enter_context(self.run.open_rows(self.step, self.config.parallel.log_ranks)))
             stack.enter_context(self.run.saving())

@@ -145,6 +145,10 @@ def _member(hint: Any, table: Any, name: str, above: str) -> Any:
     """The type that stands at `name` in a table of type `hint`."""
     hint = _plain(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if not _classes(hint) and origin not in (tuple, list, dict):
+        raise ValueError(f"unknown key {above}{name}: {above[:-1]} is {_name(hint)}, and no table")
+    if not isinstance(table, Mapping | list):
+        raise ValueError(_misfit(above[:-1], hint, table))
     if origin in (tuple, list):
         return args[0]
     if origin is dict:
@@ -352,10 +356,17 @@ def _message(kind: type, table: Table, error: pydantic.ValidationError) -> str:
         near = difflib.get_close_matches(str(value[TAG]), tags, 1, 0.6)
         hinted = f"; did you mean {near[0]!r}?" if near else ""
         return f"{path}.{TAG} must be {' or '.join(map(repr, tags))}, got {value[TAG]!r}{hinted}"
-    if _classes(hint) and not isinstance(value, Mapping):
-        keys = ", ".join(dict.fromkeys(key for c in _classes(hint) for key in _hints(c)))
-        return f"{path} must be a table [{path}], got {value!r}; its keys are {keys}, as options --{path}.KEY"
-    return f"{path} must be {_name(hint)}, got {value!r}"
+    return _misfit(path, hint, value)
+
+
+def _misfit(path: str, hint: Any, value: Any) -> str:
+    """That a value is of another type, and what a table there would hold."""
+    classes = _classes(hint)
+    if not classes or isinstance(value, Mapping):
+        return f"{path} must be {_name(hint)}, got {value!r}"
+    tags = " or ".join(repr(_tag_of(c)) for c in classes)
+    holds = f"its {TAG} is {tags}" if len(classes) > 1 else f"its keys are {', '.join(_hints(classes[0]))}"
+    return f"{path} must be a table [{path}], got {value!r}; {holds}"
 
 
 def _locate(kind: type, table: Any, loc: Iterable[Any]) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import json
 import socket
+import sys
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_talking(directory, capsys, monkeypatch):
     assert out.count(answer) == 2
     assert out.count("tokens/s]") == 2
     assert "leaves no room" in err
+
+
+def test_a_warning_at_the_end_of_an_answer_has_a_line_of_its_own(directory, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    assert (
+        main(["chat", directory, "--device", "cpu", "--max-tokens", "500", "--temperature", "0", "--ignore-eos"]) == 0
+    )
+    assert "tokens/s]\ncs336: the text ends where the model's context of" in capsys.readouterr().out
 
 
 def test_a_conversation_goes_on():

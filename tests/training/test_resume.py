@@ -80,6 +80,19 @@ def test_a_run_that_left_rows_and_no_checkpoint_says_that_it_begins_anew(process
     assert "before its first" not in capsys.readouterr().out
 
 
+def test_a_branch_that_left_no_checkpoint_tells_of_its_own_steps(processes, tmp_path, capsys):
+    trunk = tiny_run.train(tiny_run.config(tmp_path, "trunk", budget="4steps")).checkpoint
+    process = processes(tmp_path, ("after a step", 7), log_interval=1, checkpoint_interval=0, branch_from=trunk)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert tiny_run.rows(tmp_path / "run")[-1]["step"] == 6
+    branch = tiny_run.config(tmp_path, **CHANGES, branch_from=trunk)
+    assert Trainer(branch).train().finished
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/run: 2 steps of a run that ended before its first checkpoint" in out
+    assert "continuing after step 4" in out
+
+
 def test_a_finished_model_whose_checkpoints_are_gone_is_not_written_over(processes, tmp_path):
     tiny = tiny_run.config(tmp_path, budget="4steps")
     export = tiny_run.train(tiny).export
@@ -89,6 +102,9 @@ def test_a_finished_model_whose_checkpoints_are_gone_is_not_written_over(process
         with pytest.raises(ValueError, match=r"run holds a finished model, .*export, and no checkpoint"):
             tiny_run.train(tiny_run.changed(tiny, **changes))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    (tmp_path / "run/config.toml").unlink()
+    with pytest.raises(ValueError, match=r"run holds a finished model, .*export, and no checkpoint"):
+        tiny_run.train(tiny)
     shutil.rmtree(export)
     assert tiny_run.train(tiny).finished
 

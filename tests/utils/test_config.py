@@ -111,9 +111,10 @@ def test_a_tag_may_be_left_out_where_the_default_has_one():
         ({"on": "true"}, "on must be bool, got 'true'"),
         ({"mode": "c"}, "mode must be 'a' or 'b', got 'c'"),
         ({"path": 3}, "path must be a path, got 3"),
+        ({"last": 3}, "last must be a table [last], got 3; its kind is 'dense' or 'experts'"),
         (
-            {"last": 3},
-            "last must be a table [last], got 3; its keys are kind, width, count, each, as options --last.KEY",
+            {"mlp": {"kind": "experts", "count": 3, "each": 4}},
+            "mlp.each must be a table [mlp.each], got 4; its keys are",
         ),
     ],
 )
@@ -176,6 +177,27 @@ def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
         override(Model, LEAST, options.split())
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("table", "option", "message"),
+    [
+        ({"last": 3}, "--last.width=2", "last must be a table [last], got 3; its kind is 'dense' or 'experts'"),
+        ({"last": "a"}, "--last.each.width=2", "last must be a table [last], got 'a'; its kind is"),
+        (
+            {"mlp": {"kind": "experts", "each": 4}},
+            "--mlp.each.width=2",
+            "mlp.each must be a table [mlp.each], got 4; its",
+        ),
+        ({"layers": 3}, "--layers.0.mlp.width=2", "layers must be a list of {mlp, names}, got 3"),
+        ({"weights": "a"}, "--weights.en=2", "weights must be a table, got 'a'"),
+        ({}, "--text.x=3", "unknown key text.x: text is str, and no table"),
+        ({"mode": "a"}, "--mode.x=3", "unknown key mode.x: mode is 'a' or 'b', and no table"),
+    ],
+)
+def test_options_under_what_is_no_table(table, option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        override(Model, LEAST | table, [option])
 
 
 @pytest.mark.parametrize(
