@@ -77,7 +77,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(variant, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("L", "R"), WIDTHS[:2])
-def test_prefill_and_its_chunks(variant, device, L, R, dtype):
+def test_prefill_and_its_chunks(variant, device, fixed_order, L, R, dtype):
     lengths, queries = [37, 20, 0, 1, 300 if CUDA else 60], [20, 20, 0, 1, 50]
     cache, dense = latents(lengths, L, R, dtype, device)
     q = torch.randn(sum(queries), 3, L + R, device=device).to(dtype)
