@@ -107,7 +107,7 @@ def compiled() -> Iterator[Line]:
         importlib.import_module("cs336._text")
         text = None
     except ImportError as error:
-        text = f"{error}: run `pip install -e .` with a C++ compiler"
+        text = f"{error}: run `pip install --no-build-isolation -e .` with a C++ compiler"
     yield "_text (tokenizer)", text is None, text or "loaded"
     if not HAS_TORCH:
         yield "_C, _C_cuda (kernels)", False, "not built: they need torch"
@@ -132,7 +132,8 @@ def extras() -> Iterator[Line]:
         yield (
             "cs336",
             False,
-            "runs from a source tree that is not installed, so its extras are unknown: pip install -e .",
+            "runs from a source tree that is not installed, so its extras are unknown: "
+            "pip install --no-build-isolation -e .",
         )
         return
     packages: dict[str, list[str]] = {}

@@ -61,7 +61,7 @@ def test_no_gpu_is_said():
 
 def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(env, "HERE", tmp_path)
-    not_built = "_C_cuda.so is not built: run `pip install -e .` where nvcc is on PATH"
+    not_built = "_C_cuda.so is not built: run `pip install --no-build-isolation -e .` where nvcc is on PATH"
     monkeypatch.setattr(_load, "missing", lambda kind: not_built if kind == "cuda" else None)
     monkeypatch.setattr(env.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "cs336._text", None)
@@ -70,7 +70,7 @@ def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
     assert "nvcc is not on PATH" in sentence
     here, sentence = find(env.compiled(), "_text")
     assert not here
-    assert "pip install -e ." in sentence
+    assert "pip install --no-build-isolation -e ." in sentence
 
 
 def test_extras_come_from_the_package_metadata(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_source_tree_without_metadata(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", requires)
     here, sentence = find(env.extras(), "cs336")
     assert not here
-    assert "pip install -e ." in sentence
+    assert "pip install --no-build-isolation -e ." in sentence
 
 
 def test_an_op_that_only_ref_serves_is_marked(monkeypatch):

@@ -103,7 +103,7 @@ def make(model: str, **options: Any) -> LLM:
 def share_of_roof(work: Work, step: float) -> float | None:
     device = harness.default_device()
     roof = READ_ROOF.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if roof is None or work.load.input_len[0] != work.load.input_len[1]:
+    if roof is None or any(least != most for least, most in (work.load.input_len, work.load.output_len)):
         return None
     config, tokens = MODELS[work.model], work.load.input_len[0] + work.load.output_len[0] / 2
     weights = 2 * (config.num_parameters(embeddings=False) + config.vocab_size * config.d_model)

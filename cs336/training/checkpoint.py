@@ -23,8 +23,8 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 import torch
@@ -199,8 +199,8 @@ def _write_files(directory: pathlib.Path, snapshot: Snapshot) -> dict[str, Any]:
             if tensors if split else rank() == 0:
                 name = shard_name(kind, rank(), world_size()) if split else FILES[kind]
                 save_file(tensors, directory / name)
-                flushes.append(_beside(pool, sync, directory / name))
-                digests[name] = _beside(pool, _digest, directory / name)
+                flushes.append(pool.submit(sync, directory / name))
+                digests[name] = pool.submit(_digest, directory / name)
                 if split:
                     shards[kind] = {"file": name, "pieces": snapshot.pieces[kind]}
     for flushed in flushes:
@@ -208,16 +208,6 @@ def _write_files(directory: pathlib.Path, snapshot: Snapshot) -> dict[str, Any]:
     checksums = {name: digest.result() for name, digest in digests.items()}
     optimizer = snapshot.state["optimizer"]
     return {"shards": shards, "checksums": checksums, "numbers": optimizer["numbers"] if optimizer else {}}
-
-
-def _beside(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Future:
-    """In the pool, or at once where the interpreter is on its way out and starts no threads any more."""
-    try:
-        return pool.submit(function, *args)
-    except RuntimeError:
-        done = Future[Any]()
-        done.set_result(function(*args))
-        return done
 
 
 def finish(path: pathlib.Path, snapshot: Snapshot, written: list[dict[str, Any]]) -> None:

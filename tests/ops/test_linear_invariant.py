@@ -39,7 +39,7 @@ def test_against_fp64(variant, device, M, N, K, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("N", "K"), [(17, 70)] + ([(4096, 4096), (1000, 14336)] if CUDA else []))
-def test_a_row_has_the_same_bits_in_any_batch(variant, device, N, K, dtype):
+def test_a_row_has_the_same_bits_in_any_batch(variant, device, fixed_order, N, K, dtype):
     M = 1000 if CUDA else 24
     x, w, b = inputs(M, N, K, dtype, device)
     whole = ops.linear_invariant(x, w, b)

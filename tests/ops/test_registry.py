@@ -177,7 +177,7 @@ def test_check_runs_before_ref_and_fake():
 def test_why_not_says_what_is_missing(monkeypatch):
     x = torch.ones(2)
     assert registry.why_not("only_ref", "ref", x) is None
-    not_built = "_C.so is not built: run `pip install -e .`"
+    not_built = "_C.so is not built: run `pip install --no-build-isolation -e .`"
     monkeypatch.setattr(_load, "missing", lambda kind: not_built)
     reason = f"only_ref has no native kernel for cpu tensors ({not_built})"
     assert registry.why_not("only_ref", "native", x) == reason
@@ -346,8 +346,9 @@ def test_a_library_that_was_never_built_does_not_warn(monkeypatch, tmp_path, rec
     monkeypatch.setattr(_load, "HERE", tmp_path)
     _load.missing.cache_clear()
     try:
-        assert _load.missing("cpu") == "_C.so is not built: run `pip install -e .`"
-        assert _load.missing("cuda") == "_C_cuda.so is not built: run `pip install -e .` where nvcc is on PATH"
+        assert _load.missing("cpu") == "_C.so is not built: run `pip install --no-build-isolation -e .`"
+        install = "run `pip install --no-build-isolation -e .`"
+        assert _load.missing("cuda") == f"_C_cuda.so is not built: {install} where nvcc is on PATH"
         assert not recwarn.list
     finally:
         _load.missing.cache_clear()

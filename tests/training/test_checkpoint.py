@@ -160,17 +160,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, call)
     assert load_checkpoint(tmp_path / "c", net, optimizer) == 2
 
 
-def test_a_checkpoint_is_finished_while_the_interpreter_ends(tmp_path, monkeypatch):
-    def refuse(pool, function, *args):
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-
-    monkeypatch.setattr(checkpoint.ThreadPoolExecutor, "submit", refuse)
-    net, other = model(), model()
-    save_checkpoint(net, None, 1, tmp_path / "c")
-    assert load_checkpoint(tmp_path / "c", other) == 1
-    assert torch.equal(other[0].weight, net[0].weight)
-
-
 def test_a_write_that_the_system_refuses(tmp_path):
     """No mock: past the limit of a file's size every write fails, as on a full disk."""
     net, big = model(), nn.Linear(100, 1000)
