@@ -198,8 +198,9 @@ def reduced(loss_N: Tensor, targets: Tensor, ignore_index: int, reduction: str) 
 
 
 def check_targets(targets_N: Tensor, V: int, ignore_index: int) -> None:
-    """On a CPU: elsewhere the host does not wait, and the kernels answer with NaN."""
-    if targets_N.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """On a CPU: elsewhere the host does not wait, and the kernels answer with NaN. What is traced has no values."""
+    traced = torch.compiler.is_compiling() or type(targets_N) is not Tensor
+    if targets_N.device.type != "cpu" or traced or torch._C._are_functorch_transforms_active():
         return
     outside = ((targets_N < 0) | (targets_N >= V)) & (targets_N != ignore_index)
     if outside.any():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close_to_ref
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cs336 import ops
 from cs336.ops import dispatch, registry
@@ -374,3 +375,11 @@ def test_bad_arguments(args, options, message):
 def test_target_outside_the_vocabulary():
     with pytest.raises(IndexError, match="targets must be 0 to 6"):
         ops.linear_cross_entropy(X, W, T + 7)
+
+
+def test_what_is_traced_has_no_targets_to_look_at():
+    """As where a backend of torch.compile traces a graph that calls the op, outside of Dynamo."""
+    with FakeTensorMode():
+        x, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.randint(0, 11, (3,))
+        assert ops.linear_cross_entropy(x, weight, targets).shape == ()
+        assert ops.cross_entropy(x, targets).shape == ()
