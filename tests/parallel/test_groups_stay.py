@@ -7,13 +7,6 @@ from cs336.parallel.pipeline import _second
 from cs336.training.division import _mesh
 
 
-@pytest.fixture
-def world(tmp_path):
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("world_of", ["one", "the next"])
 def test_groups_are_made_once_for_a_world(world, world_of, monkeypatch):
     made, new_group = [], dist.new_group

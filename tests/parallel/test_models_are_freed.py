@@ -6,19 +6,10 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from gloo_ranks import on_two_ranks
 from torch import nn
 
 from cs336.parallel import DDP, FSDP, ShardedAdamW
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    dist.destroy_process_group()
 
 
 def stepped(kind):

@@ -1,18 +1,9 @@
 """What a forward reads while parameters are still gathered it has waited for."""
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cs336.parallel import ShardedAdamW
-
-
-@pytest.fixture
-def world(tmp_path):
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
-    yield
-    dist.destroy_process_group()
 
 
 class Tied(nn.Module):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -10,14 +9,6 @@ from torch.utils._pytree import tree_leaves
 from cs336.parallel import vocabulary
 
 TOKENS, FEATURES = 256, 64
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    dist.destroy_process_group()
 
 
 class Peak(TorchDispatchMode):
