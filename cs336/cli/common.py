@@ -9,9 +9,9 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import IO, Annotated
+from typing import IO, Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.utils.documents import open_bytes, unpacking
 from cs336.utils.files import is_special
@@ -21,8 +21,33 @@ MaybePath = DisallowNone[Path | None]
 Paths = Annotated[tuple[Path, ...], arg(metavar="[PATH ...]", help_behavior_hint="")]
 Ints = Annotated[tuple[int, ...], arg(help_behavior_hint="")]
 Floats = Annotated[tuple[float, ...], arg(help_behavior_hint="")]
+Model = Annotated[
+    Positional[Path],
+    arg(help="an export, a checkpoint, or a run directory, of which the newest is taken."),
+]
+ModelTokenizer = Annotated[
+    MaybePath,
+    arg(help="tokenizer.json, ours or Hugging Face's, if it is not where the model is."),
+]
+Draft = Annotated[
+    MaybePath,
+    arg(help="a smaller model of the same tokenizer, which drafts what the model then verifies."),
+]
+Device = Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda.")]
+WeightType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    arg(help="of the weights. auto: as they were saved."),
+]
+TextField = Annotated[str, arg(help="of JSON lines and parquet: the field that holds the text.")]
 Run = Callable[..., int | None]
 Make = Callable[[list[str]], Run]
+
+
+def weight_dtype(name: WeightType) -> Any:
+    """torch's, or None: as the weights were saved."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
 
 
 class Stopped(Exception):

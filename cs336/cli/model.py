@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, check_output, warnings_after
+from cs336.cli.common import (
+    Device,
+    Draft,
+    MaybePath,
+    Model,
+    ModelTokenizer,
+    Path,
+    Run,
+    TextField,
+    WeightType,
+    check_output,
+    warnings_after,
+    weight_dtype,
+)
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -28,26 +41,21 @@ def generate(arguments: list[str]) -> Run:
     from cs336.tokenizer import convert
 
     def run(
-        model: Positional[Path],
+        model: Model,
         prompt: str = "",
         num_samples: int = 1,
-        tokenizer: MaybePath = None,
-        draft: MaybePath = None,
-        device: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        tokenizer: ModelTokenizer = None,
+        draft: Draft = None,
+        device: Device = "auto",
+        dtype: WeightType = "auto",
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
     ) -> None:
         """
         Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
             prompt: text to continue; - reads it from standard input, an empty one begins a document.
             num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
-            device: auto (a GPU if there is one), cpu, cuda.
-            dtype: of the weights. auto: as they were saved.
         """
-        found, kind = find_model(model), None if dtype == "auto" else getattr(torch, dtype)
+        found, kind = find_model(model), weight_dtype(dtype)
         loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
         torch.seed()  # without --seed every run is another
@@ -99,8 +107,8 @@ def compare_hf(arguments: list[str]) -> Run:
     def run(
         model: Positional[Path],
         text: tuple[Path, ...],
-        text_field: str = TEXT_FIELD,
-        device: str = "auto",
+        text_field: TextField = TEXT_FIELD,
+        device: Device = "auto",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         new_tokens: int = 64,
     ) -> None:
@@ -108,8 +116,6 @@ def compare_hf(arguments: list[str]) -> Run:
         Args:
             model: a directory in the Hugging Face layout, or a finished run.
             text: files or directories of text, JSON lines or parquet; read until the model's context is full.
-            text_field: of JSON lines and parquet: the field that holds the text.
-            device: auto (a GPU if there is one), cpu, cuda.
             dtype: that both compute in.
             new_tokens: continued greedily from the first half of the text.
         """
