@@ -25,7 +25,7 @@ from cs336.models import TransformerConfig
 from cs336.report import write_build_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_json_lines
 from cs336.utils.shards import read_meta
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -137,8 +137,7 @@ class _Job:
             raise ValueError(f"{stdlib_name()} holds {len(pages)} pages of documentation, too few: use a whole Python")
         with replacing(self.crawl, "wb") as file:
             planted = write_crawl(file, pages)
-        with replacing(self.held_out) as file:
-            file.writelines(json.dumps({"text": page}) + "\n" for page in held_out)
+        write_json_lines(self.held_out, ({"text": page} for page in held_out))
         with replacing(self.run_dir / "planted.json") as file:
             json.dump(asdict(planted), file)
         copies = len(planted.copies) + len(planted.near_copies)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from cs336.scaling.compute import ComputeFit
 from cs336.scaling.fit import Fit
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json_lines
 from cs336.utils.locks import in_turn
 
 
@@ -139,8 +139,7 @@ def score(forecasts: list[Forecast]) -> tuple[float, float] | None:
 
 
 def _write(log: pathlib.Path, forecasts: list[Forecast]) -> None:
-    with replacing(log) as file:
-        file.writelines(json.dumps(asdict(f)) + "\n" for f in forecasts)
+    write_json_lines(log, map(asdict, forecasts))
 
 
 def _now() -> str:

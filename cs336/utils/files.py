@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -43,6 +44,12 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             error.filename = os.fspath(path if path.parent.exists() else path.parent)
         raise
     sync(path.parent)
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """A JSON value a line, in the place of what was there."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def is_special(path: pathlib.Path) -> bool:
