@@ -28,6 +28,7 @@ from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.recent import Snapshots
 from cs336.nn.recurrence import CausalConv1d, RecurrentState, is_step, recur
 from cs336.nn.state import Context
+from cs336.ops.ref.wide import wide
 
 
 def draw_decay(A_log: Tensor, dt_bias: Tensor) -> None:
@@ -120,7 +121,7 @@ class LinearAttention(nn.Module):
             op = ops.gated_delta_rule
             # A GPU's autocast takes lengths in float32, and what is divided by them becomes float32 too.
             tokens |= {"q": F.normalize(q, dim=-1).to(q.dtype), "k": F.normalize(k, dim=-1).to(k.dtype)}
-            tokens["beta"] = torch.sigmoid(_wide(self.b_proj(x_BSM))).transpose(1, 2)
+            tokens["beta"] = torch.sigmoid(wide(self.b_proj(x_BSM))).transpose(1, 2)
         g_BHS = self._decay(x_BSM)
         if g_BHS is not None:
             tokens["g"] = g_BHS
@@ -172,13 +173,9 @@ class LinearAttention(nn.Module):
         assert self.A_log is not None
         assert self.dt_bias is not None
         # softplus(a) = log(exp(a) + exp(0)): F.softplus's own backward is compiled for strides that it does not have.
-        a_BSH = _wide(self.a_proj(x_BSM)) + _wide(self.dt_bias)
+        a_BSH = wide(self.a_proj(x_BSM)) + wide(self.dt_bias)
         dt_BSH = torch.logaddexp(a_BSH, torch.zeros_like(self.dt_bias, dtype=a_BSH.dtype))
-        return (-torch.exp(_wide(self.A_log)) * dt_BSH).transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return (-torch.exp(wide(self.A_log)) * dt_BSH).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from cs336.ops import chunked, registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import default_scale, has_kernel, rows
 from cs336.ops.linear_attention import (
     bounded,
     check,
     check_gradients,
-    check_rows,
     fake_fwd,
     first_token,
-    like,
     recomputed,
 )
 from cs336.ops.ref import gated_delta_rule as ref
@@ -41,8 +40,7 @@ def _check(q, k, v, beta, g, state, segments, scale) -> None:
 
 def _check_raw(*args) -> None:
     _check(*args)
-    for name, x in zip("qkv", args[:3], strict=True):
-        check_rows(name, x)
+    check_last_dims(**dict(zip("qkv", args, strict=False)))
 
 
 def _check_bwd(do, dstate, *args) -> None:
@@ -51,8 +49,8 @@ def _check_bwd(do, dstate, *args) -> None:
 
 
 def _triton_refuses(q, *_) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+    if reason := no_float64(q):
+        return reason
     if q.shape[-1] > MOST_KEY_FEATURES:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
     least = SHARED_MEMORY[q.dtype.itemsize]

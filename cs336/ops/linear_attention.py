@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cs336.ops import chunked, registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import default_scale, has_kernel, rows
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
@@ -46,8 +47,7 @@ def check(q, k, v, g, state, segments, scale) -> None:
 
 def _check_raw(*args) -> None:
     check(*args)
-    for name, x in zip("qkv", args[:3], strict=True):
-        check_rows(name, x)
+    check_last_dims(**dict(zip("qkv", args, strict=False)))
 
 
 def _check_bwd(do, dstate, *args) -> None:
@@ -61,21 +61,12 @@ def check_gradients(do, dstate, q, v) -> None:
     for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
         if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
             raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
-    check_rows("do", do)
+    check_last_dims(do=do)
 
 
-def check_rows(name: str, x: Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
-
-
-def like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
-def _triton_refuses(q, k, v, g, state, segments, scale) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+def _triton_refuses(q, k, v, *_) -> str | None:
+    if reason := no_float64(q):
+        return reason
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"the Triton kernels take keys and values of up to 256 features, not {q.shape[-1]} and {v.shape[-1]}"
     if q.is_cuda and q.dtype == torch.float32 and q.shape[-1] > 128 and registry.shared_memory(q.device) < WIDE_KEYS:
