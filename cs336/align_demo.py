@@ -32,7 +32,7 @@ from cs336.optim import LinearConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
-from cs336.utils.files import replacing, write_json_lines
+from cs336.utils.files import write_json, write_json_lines
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -230,8 +230,8 @@ class _Job:
         names = ["sft", "dpo", "grpo"]
         accuracies = {name: sums_right(self._export(name), self.tested, self.settings.device) for name in names}
         rows = [{"model": name, "accuracy": accuracy} for name, accuracy in accuracies.items()]
-        with replacing(self.run_dir / "results.json") as file:
-            json.dump({"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}, file, default=str)
+        found = {"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}
+        write_json(self.run_dir / "results.json", found, default=str)
         table = Table("after", "tested sums that are right", box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for name, accuracy in accuracies.items():
             table.add_row(name, f"{accuracy:.1%}")

@@ -40,7 +40,7 @@ from cs336.optim import LinearConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig
-from cs336.utils.files import replacing, write_json_lines
+from cs336.utils.files import write_json, write_json_lines
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -280,8 +280,7 @@ class _Job:
         for prefix, stage in (("", self.rung.algorithm), ("sft_", "sft")):
             facts = json.loads((self.run_dir / stage / "run.json").read_text(encoding="utf-8"))
             row |= {f"{prefix}seconds": facts["seconds"], f"{prefix}cpu_seconds": facts["cpu_seconds"]}
-        with replacing(self.run_dir / "result.json") as file:
-            json.dump(row, file)
+        write_json(self.run_dir / "result.json", row)
         return Outcome(f"from {start:.3f} to {end:.3f}, the best being {self.rung.optimum:g}")
 
     def _mean_reward(self, model: pathlib.Path) -> float:

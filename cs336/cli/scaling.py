@@ -186,11 +186,10 @@ def _fit_repeats(points: Path, base: Path, bootstrap: int) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any], out: MaybePath) -> None:
-    from cs336.utils.files import replacing
+    from cs336.utils.files import write_text
 
     if out is not None:
-        with replacing(out) as file:
-            file.write(json.dumps(found, indent=1) + "\n")
+        write_text(out, json.dumps(found, indent=1) + "\n")
 
 
 def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cs336.report.headline import banner, origin, tiles, verdict
 from cs336.report.run import read_run
 from cs336.report.section import all_sections
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 
 HERE = Path(__file__).parent
 # C0 controls, which HTML forbids, as their pictures; text keeps its newlines and tabs.
@@ -44,8 +44,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
 def write_page(path: Path, **content: Any) -> Path:
     """Fill page.html, and return the path."""
     html = render("page.html", style=Markup((HERE / "style.css").read_text(encoding="utf-8")), **content)
-    with replacing(path) as file:
-        file.write(html.translate(CONTROLS).encode("utf-8", "replace").decode())
+    write_text(path, html.translate(CONTROLS).encode("utf-8", "replace").decode())
     return path
 
 

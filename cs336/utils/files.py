@@ -46,6 +46,18 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync(path.parent)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A text, in the place of what was there."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike, value: Any, **options: Any) -> None:
+    """A JSON value, in the place of what was there. options: of json.dump."""
+    with replacing(path) as file:
+        json.dump(value, file, **options)
+
+
 def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     """A JSON value a line, in the place of what was there."""
     with replacing(path) as file:

@@ -5,7 +5,6 @@ RUN/calibration.json the curve of the last evaluation.
 B = pairs or answers, S = tokens of a row; 2 is (chosen, rejected).
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.alignment.stages.dpo import PairData, read_pairs
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +91,8 @@ class RewardStage(Stage):
         if not d_N.isfinite().all():
             raise ValueError("the model's rewards are not finite: its weights are damaged, or training diverged")
         said = torch.where(torch.tensor(as_said), d_N, -d_N).sigmoid().tolist()
-        with replacing(self.config.run_dir / "calibration.json") as file:  # the newest, for the report
-            json.dump({"bins": [b._asdict() for b in calibration_curve(said, as_said)]}, file)
+        bins = [b._asdict() for b in calibration_curve(said, as_said)]
+        write_json(self.config.run_dir / "calibration.json", {"bins": bins})  # the newest, for the report
         found = {
             "val/loss": float(nn.functional.softplus(-d_N).mean()),
             "val/accuracy": float((d_N > 0).double().mean()),
