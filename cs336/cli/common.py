@@ -1,10 +1,11 @@
 """What the verbs' files share.
 
-A verb is a function that makes a function: its imports are inside, so that `cs336 --help` does not wait for torch. The
-inner one's arguments are the verb's options, and its description is that of the outer.
+A verb is a function, whose arguments are its options. Its imports are inside, so that `cs336 --help` does not wait for
+torch; where its arguments' types or defaults take such an import, a Late makes the function.
 """
 
 import contextlib
+import inspect
 import pathlib
 import sys
 import warnings
@@ -40,7 +41,30 @@ WeightType = Annotated[
 ]
 TextField = Annotated[str, arg(help="of JSON lines and parquet: the field that holds the text.")]
 Run = Callable[..., int | None]
-Make = Callable[[list[str]], Run]
+
+
+class Late:
+    """Decorates what makes a verb of the rest of the command line: it describes the verb, what it makes the options."""
+
+    def __init__(self, make: Callable[[list[str]], Run]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def verb(self, rest: list[str] | None) -> Run:
+        """The verb itself; for a list of verbs, with None, its first line alone."""
+        if rest is not None:
+            run = self.make(rest)
+            run.__doc__ = inspect.cleandoc(self.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
+            return run
+
+        def listed() -> None:
+            raise AssertionError(f"{self.make.__name__} was not made")
+
+        listed.__doc__ = (self.__doc__ or "").partition("\n")[0]
+        return listed
+
+
+class OwnOptions(Late):
+    """The same of a verb that reads the rest of the command line itself."""
 
 
 def weight_dtype(name: WeightType) -> Any:

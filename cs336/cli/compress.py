@@ -8,12 +8,13 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336.cli import quantize
-from cs336.cli.common import Device, Model, Path, Run
+from cs336.cli.common import Device, Model, OwnOptions, Path, Run
 from cs336.cli.quantize import Calibrate, OutDir
 
 Windows = Annotated[int, arg(help="windows of the text that are read.")]
 
 
+@OwnOptions
 def compress(arguments: list[str]) -> Run:
     """Write a smaller model: a directory that generate, serve, chat and evaluate take."""
 

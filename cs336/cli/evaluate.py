@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from tyro.conf import DisallowNone, arg
 
-from cs336.cli.common import Device, MaybePath, Model, ModelTokenizer, Path, Paths, Run, TextField, check_output
+from cs336.cli.common import Device, Late, MaybePath, Model, ModelTokenizer, Path, Paths, Run, TextField, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
 
 Tasks = Annotated[tuple[str, ...], arg(metavar="[TASK ...]", help_behavior_hint="")]
 
 
+@Late
 def evaluate(arguments: list[str]) -> Run:
     """Loss and bits per byte of a model on text, beside what needs no neural network; with --tasks its scores on
     questions, choices, programs, instructions and refusals. Writes evaluation.json and results.json."""

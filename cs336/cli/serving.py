@@ -9,6 +9,7 @@ from tyro.conf import DisallowNone, arg
 from cs336.cli.common import (
     Device,
     Draft,
+    Late,
     Model,
     ModelTokenizer,
     Run,
@@ -19,6 +20,7 @@ from cs336.cli.common import (
 from cs336.utils.terminal import visible
 
 
+@Late
 def serve(arguments: list[str]) -> Run:
     """A model behind OpenAI's interface, with a page to chat on: `cs336 serve runs/mine`, then open the address.
 
@@ -49,6 +51,7 @@ def serve(arguments: list[str]) -> Run:
     return run
 
 
+@Late
 def chat(arguments: list[str]) -> Run:
     """Talk to a model in the terminal. /new forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from cs336.inference import LLM, SamplingParams
