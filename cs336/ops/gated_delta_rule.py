@@ -48,10 +48,11 @@ def _fake_bwd(do, dstate, q, k, v, *_):
     return *(x.new_empty(x.shape) for x in (q, k, v)), *gates, v.new_empty(B, H, K, V, dtype=stat)
 
 
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? segments, float scale"
 recurrence.define(
-    "gated_delta_rule",
-    "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? segments",
-    "Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor dfirst",
+    f"gated_delta_rule_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
+    f"gated_delta_rule_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor dfirst)",
     ref=ref,
     fake_bwd=_fake_bwd,
     check=_check,

@@ -45,10 +45,11 @@ def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
     )
 
 
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segments, float scale"
 recurrence.define(
-    "linear_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segments",
-    "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst",
+    f"linear_attention_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
+    f"linear_attention_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst)",
     ref=ref,
     fake_bwd=_fake_bwd,
     check=recurrence.check,

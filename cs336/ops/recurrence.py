@@ -18,16 +18,16 @@ from cs336.ops.ref.wide import wide
 
 
 def define(
-    name: str,
-    tensors: str,
-    gradients: str,
+    fwd: str,
+    bwd: str,
     *,
     ref: ModuleType,
     fake_bwd: Callable,
     check: Callable[..., None],
     triton_refuses: Callable[..., str | None],
 ) -> None:
-    """Both raw ops. tensors: of the schemas, from "Tensor q, Tensor k, Tensor v" on to the segments."""
+    """Both raw ops, by their schemas."""
+    stem = fwd.partition("_fwd(")[0]
 
     def check_fwd(*args) -> None:
         check(*args)
@@ -38,18 +38,18 @@ def define(
         _check_gradients(do, dstate, args[0], args[2])
 
     registry.define(
-        f"{name}_fwd({tensors}, float scale) -> (Tensor o, Tensor last)",
+        fwd,
         fake=_fake_fwd,
         ref=ref.fwd,
-        triton=f"{name}.fwd",
+        triton=f"{stem}.fwd",
         check=check_fwd,
         supports={"triton": triton_refuses},
     )
     registry.define(
-        f"{name}_bwd(Tensor do, Tensor? dstate, {tensors}, float scale) -> ({gradients})",
+        bwd,
         fake=fake_bwd,
         ref=ref.bwd,
-        triton=f"{name}_bwd.bwd",
+        triton=f"{stem}_bwd.bwd",
         check=check_bwd,
         supports={"triton": lambda do, dstate, *rest: triton_refuses(*rest)},
     )
