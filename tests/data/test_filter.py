@@ -47,6 +47,10 @@ class TestLanguage:
     def test_no_letters_no_language(self, text):
         assert identify_language(text) == ("und", 0.0)
 
+    def test_bytes_are_refused(self):
+        with pytest.raises(TypeError, match="expected str, got bytes"):
+            identify_language(b"hello")  # type: ignore[arg-type]
+
     def test_the_end_of_a_long_text_costs_nothing(self):
         assert identify_language(PROSE * 100 + "река " * 100_000)[0] == "en"
 
@@ -111,7 +115,8 @@ def test_what_is_no_phone_number(text):
 
 
 @pytest.mark.parametrize(
-    "address", ["192.0.2.146", "255.255.255.255", "0.0.0.0", "2001:db8::ff00:42:8329", "::1", "fe80::1"]
+    "address",
+    ["192.0.2.146", "255.255.255.255", "0.0.0.0", "2001:db8::ff00:42:8329", "::1", "fe80::1", "::ffff:1.2.3.4"],
 )
 def test_ip_addresses(address):
     assert mask_ip_addresses(f"from {address}. To [{address}]") == (f"from {IP}. To [{IP}]", 2)

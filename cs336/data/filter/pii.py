@@ -87,8 +87,8 @@ def mask_phone_numbers(text: str, mask: str = PHONE_MASK) -> tuple[str, int]:
 
 def mask_ip_addresses(text: str, mask: str = IP_MASK) -> tuple[str, int]:
     """Replace addresses of both versions of IP; version numbers such as 1.2.3.4.5 are none."""
+    text, six = _mask(text, mask, IPV6, _is_ipv6)  # first: they may end in one of version 4
     text, four = _mask(text, mask, IPV4)
-    text, six = _mask(text, mask, IPV6, _is_ipv6)
     return text, four + six
 
 
