@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import random
+import time
 import unicodedata
 
 import numpy as np
@@ -221,6 +222,13 @@ def test_clusters_are_chains():
     for order in ([0, 1, 2], [2, 0, 1], [0, 2, 1]):
         shuffled = [texts[i] for i in order]
         assert near_duplicates(shuffled, num_hashes=128, num_bands=64, ngram=1, threshold=0.7) == [0, 0, 0]
+
+
+def test_many_copies_take_linear_time():
+    texts = [f"page {i % 3} " + "of the same words again and " * 20 for i in range(20_000)]
+    start = time.process_time()
+    assert near_duplicates(texts, threshold=1.0) == [i % 3 for i in range(20_000)]
+    assert time.process_time() - start < 10  # comparing all pairs would take minutes
 
 
 def test_minhash_files_keep_names_and_bytes(tmp_path):

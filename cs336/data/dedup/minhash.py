@@ -156,12 +156,26 @@ def _buckets(keys_N: np.ndarray) -> Iterator[list[int]]:
 
 
 def _join(bucket: list[int], parent: np.ndarray, similar) -> None:
-    """Unite what is similar. A text is compared with those of other clusters alone, so copies cost one comparison."""
-    for i, index in enumerate(bucket):
-        for other in bucket[:i]:
-            a, b = _root(parent, index), _root(parent, other)
-            if a != b and similar(other, index):
-                parent[max(a, b)] = min(a, b)
+    """Unite what is similar. A text is compared with those of other clusters alone, until one is similar: copies cost a
+    comparison each."""
+    clusters: list[list[int]] = []  # of the bucket's texts so far
+    for index in bucket:
+        home: list[int] | None = None
+        for texts in clusters:
+            a, b = _root(parent, index), _root(parent, texts[0])
+            if a != b and not any(similar(other, index) for other in texts):
+                continue
+            parent[max(a, b)] = min(a, b)
+            if home is None:
+                home = texts
+            else:
+                home += texts
+                texts.clear()
+        if home is None:
+            clusters.append([index])
+        else:
+            home.append(index)
+            clusters = [texts for texts in clusters if texts]
 
 
 def _root(parent: np.ndarray, index: int) -> int:
