@@ -48,7 +48,7 @@ def near_duplicates(
 
     Two texts are in one cluster when the Jaccard similarity of their sets of n-grams is `threshold` or more, or when a
     chain of such pairs joins them. texts: may read them on demand: a few are in memory at a time, signatures are
-    in a temporary file, and 24 bytes a text stay.
+    in a temporary file, and 40 bytes a text stay.
 
     Raises ValueError for arguments that make no sense, with what would.
     """
@@ -63,10 +63,18 @@ def near_duplicates(
         def shingles(index: int) -> np.ndarray:
             return _text.shingles(texts[index], ngram, unit)
 
+        def similarity(a: int, b: int) -> float:
+            return _text.jaccard(shingles(a), shingles(b))
+
+        for first, *others in _buckets(_keys(signatures_NH)):  # texts of equal sets: the first stands for them
+            for index in others:
+                if similarity(first, index) == 1:
+                    parent[index] = first
+        index_D = np.flatnonzero(parent == np.arange(len(texts)))
         rows = num_hashes // num_bands
         for band in range(num_bands):
-            for bucket in _buckets(_keys(signatures_NH[:, band * rows : (band + 1) * rows])):
-                _join(bucket, parent, lambda a, b: _text.jaccard(shingles(a), shingles(b)) >= threshold)
+            for bucket in _buckets(_keys(signatures_NH[:, band * rows : (band + 1) * rows])[index_D]):
+                _join(index_D[bucket].tolist(), parent, lambda a, b: similarity(a, b) >= threshold)
     return [_root(parent, i) for i in range(len(texts))]
 
 
