@@ -72,6 +72,7 @@ def test_markdown_keeps_structure():
         ("a<!-- no --!>b<!---!>no-->c<!--->d<!-->e<!--!>no-->f<!--", "abcdef"),
         ("x<script>'</scripted>'</script >y<title>t</titles></title\n>z", "xyz"),
         ("\ufeffa\0b<p>\0</p>", "ab"),
+        ("<html><head>\n<title>t</title>a</head><p>b<html><head><title>t</title>c</head><body>d", "a\n\nb\n\nc\n\nd"),
         ("", ""),
         ("<p>  </p>&nbsp;", ""),
     ],

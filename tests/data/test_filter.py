@@ -65,6 +65,8 @@ EMAIL, PHONE, IP = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS||
         ("почта иван@пример.рф!", f"почта {EMAIL}!", 1),
         ("a@b, @user, user@localhost, x@y.1, a@@b.com", "a@b, @user, user@localhost, x@y.1, a@@b.com", 0),
         (f"{EMAIL} and a@b.org", f"{EMAIL} and {EMAIL}", 1),
+        ("a@b.org/c@d.org .o'x@y.org", f"{EMAIL}/{EMAIL} .o'{EMAIL}", 3),
+        ("http://x/" + "a/" * 1000 + "jo@b.org", "http://x/" + "a/" * 873 + EMAIL, 1),  # 256 at the most
     ],
 )
 def test_emails(text, masked, count):
@@ -164,7 +166,8 @@ def test_the_mask_is_the_callers():
 
 @pytest.mark.parametrize("mask", [mask_emails, mask_phone_numbers, mask_ip_addresses, mask_cards, mask_secrets])
 @pytest.mark.parametrize(
-    "unit", ["a", "a.", "1", "1-", "1 ", "a@", "1.", "1:", "-----BEGIN PRIVATE KEY-----", "password="]
+    "unit",
+    ["a", "a.", "1", "1-", "1 ", "a@", "1.", "1:", "a'", "a/", "eyJé", "-----BEGIN PRIVATE KEY-----", "password="],
 )
 @pytest.mark.timeout(60)
 def test_masking_takes_linear_time(mask, unit):

@@ -3,7 +3,7 @@
     masked, count = mask_emails("write to jo@example.org")   # "write to |||EMAIL_ADDRESS|||", 1
 
 Masks that stand in a text already are left alone and not counted. Every pattern takes linear time: it can only begin
-where its kind of run begins, and never gives back what it took.
+where its kind of run begins, or looks no further than a few hundred characters, and never gives back what it took.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ SECRET_MASK = "|||SECRET|||"
 
 LOCAL = r"[\w!#$%&'*+/=?^`{}~-]"
 EMAIL = re.compile(
-    rf"""(?<![\w!#$%&*+=?^`{{}}~.-]){LOCAL}++(?:\.{LOCAL}++)*+@
+    rf"""(?<![\w!#$%&*+=?^`{{}}~.-])(?=[^\s@]{{1,256}}@){LOCAL}++(?:\.{LOCAL}++)*+@
          (?:[^\W_](?:[\w-]{{0,62}})\.)+[^\W\d_]{{2,63}}+(?![\w@-])""",
     re.VERBOSE,
 )
@@ -59,7 +59,7 @@ SECRETS = re.compile(
           | SG\.[\w-]{16,32}\.[\w-]{16,64}                   # SendGrid
           | eyJ[\w-]{10,}+\.eyJ[\w-]{10,}+\.[\w-]{10,}+      # JSON web token
         )(?![A-Za-z0-9_-])""",
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
 ASSIGNED = re.compile(
     r"""((?:api|access|auth|secret|private|encryption)[_-]?(?:key|token|secret)|password|passwd|client[_-]?secret)

@@ -179,8 +179,13 @@ class Parser {
     if (entry.kind & kIsBlock) end_block();
     if (tag == Tag::kBr) return break_line();
     if (entry.kind & kIsVoid) return;
+    if (tag == Tag::kHead && !before_content()) return;
     if ((tag == Tag::kHtml || tag == Tag::kBody) && open_[static_cast<size_t>(tag)] > 0) return;
     push(tag, entry.kind, attributes);
+  }
+
+  bool before_content() const {
+    return stack_.size() <= 1 + open_[static_cast<size_t>(Tag::kHtml)] && page_.blocks.empty() && !block_visible_;
   }
 
   void close_implied(Tag tag) {
@@ -330,7 +335,11 @@ class Parser {
   }
 
   void add_text(std::string_view raw) {
-    if (dropped_ > 0 || open_[static_cast<size_t>(Tag::kHead)] > 0) return;
+    if (dropped_ > 0) return;
+    if (open_[static_cast<size_t>(Tag::kHead)] > 0) {  // of which it is the end
+      if (std::all_of(raw.begin(), raw.end(), is_space)) return;
+      close(Tag::kHead);
+    }
     decoded_.clear();
     append_unescaped(raw, decoded_);
     append_run(decoded_, open_[static_cast<size_t>(Tag::kPre)] == 0);
