@@ -48,8 +48,7 @@ def document_of(record: Record, settings: Extract = Extract()) -> Document | Rem
             assert isinstance(content, bytes)
             text = pdf_to_text(content, settings.max_pages, math.inf)  # the same on a slow machine
         elif record.type == HTML:
-            page = decode(content, record.charset) if isinstance(content, bytes) else content
-            text = html_to_text(page, settings.mode, settings.format)
+            text = html_to_text(content, settings.mode, settings.format, record.charset)
             metadata = page_facts(content) | metadata if isinstance(content, bytes) else metadata
         else:
             text = content if isinstance(content, str) else decode(content, record.charset)
