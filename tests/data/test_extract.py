@@ -155,6 +155,8 @@ def test_labels_that_name_no_encoding_of_a_page_are_passed_over(label):
 def test_unknown_mode_and_format_are_refused():
     with pytest.raises(ValueError, match="mode is"):
         html_to_text("", mode="best")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected str or bytes, got NoneType"):
+        html_to_text(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="format is"):
         html_to_text("", format="html")  # type: ignore[arg-type]
 

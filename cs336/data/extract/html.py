@@ -24,5 +24,5 @@ def html_to_text(html: bytes | str, mode: Mode = "main", format: Format = "text"
         raise ValueError(f'mode is "main" or "full", got {mode!r}')
     if format not in ("text", "markdown"):
         raise ValueError(f'format is "text" or "markdown", got {format!r}')
-    text = decode(html, charset) if isinstance(html, bytes) else html.removeprefix("\ufeff")
+    text = decode(html, charset) if isinstance(html, bytes) else html
     return _text.html_to_text(text, mode == "main", format == "markdown")

@@ -55,6 +55,7 @@ class Parser {
     // Views of the text must not move. No reference stands for more than 6 bytes out of 5.
     page_.text.reserve(html.size() + html.size() / 4 + 16);
     push(Tag::kOther, 0, {});
+    if (html.starts_with("\xEF\xBB\xBF")) at_ = 3;  // a byte order mark
   }
 
   Page parse() {
