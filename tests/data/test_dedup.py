@@ -141,6 +141,9 @@ def test_bytes_that_are_no_utf8_part_words():
 def test_one_text_is_no_list_of_texts():
     with pytest.raises(TypeError, match=r"expected a list of texts, got one str: give \[text\]"):
         near_duplicates("one text")
+    with pytest.raises(TypeError, match=r"give \[text\]"):
+        minhash("one text")
+    assert (minhash(text for text in ("a b", "c d")) == minhash(["a b", "c d"])).all()
 
 
 @pytest.mark.parametrize(("unit", "n"), [("word", 1), ("word", 3), ("char", 4)])
@@ -273,6 +276,9 @@ class TestBloom:
         bloom.add("é")
         assert "é".encode() in bloom
         assert "e" not in bloom
+        assert bloom.add_many(("é", "a")).tolist() == [True, False]
+        with pytest.raises(TypeError, match=r"give \[key\]"):
+            bloom.add_many("é")
 
     def test_is_saved(self, tmp_path):
         bloom = BloomFilter(100)

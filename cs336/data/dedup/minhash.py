@@ -8,7 +8,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, overload
 
 import numpy as np
@@ -24,7 +24,7 @@ CACHED_SHINGLES = 256  # texts whose shingles are kept while pairs are verified
 
 
 def minhash(
-    texts: list[str | bytes], num_hashes: int = 128, ngram: int = 5, unit: Unit = "word", seed: int = 0
+    texts: Iterable[str | bytes], num_hashes: int = 128, ngram: int = 5, unit: Unit = "word", seed: int = 0
 ) -> np.ndarray:
     """(N, num_hashes) uint32: two rows agree in a share of places that is the similarity of the texts' n-grams.
 
@@ -32,7 +32,8 @@ def minhash(
     4294967295 everywhere.
     """
     check_minhash(num_hashes, 1, ngram, 1.0)
-    return _text.MinHash(num_hashes, seed).sign(texts, ngram, unit)
+    _check_several(texts)
+    return _text.MinHash(num_hashes, seed).sign(list(texts), ngram, unit)
 
 
 def near_duplicates(
@@ -53,8 +54,7 @@ def near_duplicates(
     Raises ValueError for arguments that make no sense, with what would.
     """
     check_minhash(num_hashes, num_bands, ngram, threshold)
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}: give [text]")
+    _check_several(texts)
     with tempfile.TemporaryFile() as file:
         signatures_NH = _sign(texts, num_hashes, ngram, unit, seed, file)
         parent = np.arange(len(texts))
@@ -130,6 +130,11 @@ def check_minhash(num_hashes: int, num_bands: int, ngram: int, threshold: float)
         raise ValueError(f"ngram must be 1 or more, got {ngram}")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a Jaccard similarity above 0 and at most 1, got {threshold}")
+
+
+def _check_several(texts: Iterable[str | bytes]) -> None:
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}: give [text]")
 
 
 def _sign(texts: Sequence[str | bytes], num_hashes: int, ngram: int, unit: Unit, seed: int, file) -> np.ndarray:
