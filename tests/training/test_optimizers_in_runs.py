@@ -77,6 +77,12 @@ def test_generation_reads_the_weights_that_training_writes(tmp_path):
         assert evaluated(ids).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("optimizer", [SGDConfig(), LionConfig(), SOAPConfig()])
+def test_bf16_weights_need_an_optimizer_that_keeps_their_other_bits(tmp_path, optimizer):
+    with pytest.raises(ValueError, match=f"loses what {optimizer.kind} adds below a 256th of a weight: use adamw"):
+        tiny_run.config(tmp_path, precision="bf16_weights", optimizer=optimizer)
+
+
 def test_bf16_weights_learn_as_float32_ones(tmp_path):
     """Small steps are not lost: the loss follows that of bfloat16 products on float32 weights."""
     found = {}
