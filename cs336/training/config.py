@@ -121,8 +121,8 @@ class TrainConfig:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.precision == "bf16_weights" and not hasattr(self.optimizer, "rounding"):
             raise ValueError(
-                f'precision = "bf16_weights" loses what {self.optimizer.kind} adds below a 256th of a weight: use adamw '
-                'or muon, which keep it, or precision = "bf16"'
+                f'precision = "bf16_weights" loses what {self.optimizer.kind} adds below a 256th of a weight: use '
+                'adamw or muon, which keep it, or precision = "bf16"'
             )
 
     @staticmethod
