@@ -6,6 +6,7 @@ p -= lr (u + weight_decay p)          m = beta2 m + (1 - beta2) g
 Every element moves by lr: the learning rate is 3 to 10 times smaller than AdamW's, the weight decay as much larger.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ class Lion(Optimizer):
             if grad_scale is not None:
                 g = g * grad_scale.to(p.device, wide)
             before = p.to(wide)
-            p.copy_(before - lr * (torch.lerp(m, g, 1 - beta1).sign() + decay * before))
+            u = torch.lerp(m, g, 1 - beta1)
+            sign = u.sign().masked_fill_(u.isnan(), math.nan)  # of NaN torch's is 0: a weight would rest for ever
+            p.copy_(before - lr * (sign + decay * before))
             m.lerp_(g, 1 - beta2)
 
     def state_bytes(self) -> int:

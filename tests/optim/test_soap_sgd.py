@@ -180,6 +180,9 @@ def test_lion_rests_where_nothing_pulls_and_refuses_other_states():
     lion = Lion([p], lr=0.5)
     lion.step()
     assert p.tolist() == [0.5, 1.0, 1.5]
+    p.grad = torch.tensor([float("nan"), float("inf"), 0.0])
+    lion.step()
+    assert torch.equal(p.isnan(), torch.tensor([True, False, False]))
     adamw = AdamW([p])
     adamw.step()
     with pytest.raises(ValueError, match="was not saved by Lion"):
