@@ -99,6 +99,9 @@ def test_pages_of_any_encoding():
     assert decode("<p>gęś, ą".encode("iso-8859-2"), "ISO-8859-2") == "<p>gęś, ą"  # what the header says
     assert decode("<meta charset='utf-8'>gęś, ą".encode("iso-8859-2"), "iso-8859-2").endswith("gęś, ą")
     assert html_to_text("<p>gęś, ą".encode("iso-8859-2"), "full", charset="iso-8859-2") == "gęś, ą"
+    assert decode("<p>été я".encode("utf-16-le"), "UTF-16") == "<p>été я"
+    assert decode("<p>été я".encode("utf-16-be"), "utf-16be") == "<p>été я"
+    assert decode("<p>été".encode(), "utf-16le") == "<p>été"
     assert decode("<p>été".encode(), "iso-8859-1") == "<p>été"
     assert decode("<p>été à Noël ".encode() * 9 + b"\xff").startswith("<p>été")  # one broken byte
     assert html_to_text("<p>caf\xe9".encode("latin-1"), "full") == "café"

@@ -6,6 +6,7 @@ import re
 PRESCAN = 4096  # bytes in which a <meta> may declare the encoding; the standard asks for 1024, pages do not keep to it
 META = re.compile(rb"""<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", re.IGNORECASE)
 BOMS = [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")]
+UTF_16 = {"utf-16": "utf-16-le", "utf-16le": "utf-16-le", "utf-16be": "utf-16-be"}  # which a header may say
 # The web's meaning of a label where it is wider than Python's.
 WIDER = {
     "iso8859-1": "cp1252",
@@ -54,6 +55,8 @@ def detect_encoding(page: bytes, charset: str = "") -> str:
         if page.startswith(mark):
             return name
     sample = page[:SAMPLE]
+    if (name := UTF_16.get(charset.strip().lower())) and b"\0" in sample:
+        return name
     if not sample.isascii() and _is_utf8(sample, whole=len(page) <= SAMPLE):
         return "utf-8"
     declared = _codec(charset) or _declared(page)
