@@ -55,8 +55,8 @@ def detect_encoding(page: bytes, charset: str = "") -> str:
         if page.startswith(mark):
             return name
     sample = page[:SAMPLE]
-    if (name := UTF_16.get(charset.strip().lower())) and b"\0" in sample:
-        return name
+    if (wide := UTF_16.get(charset.strip().lower())) and b"\0" in sample:
+        return wide
     if not sample.isascii() and _is_utf8(sample, whole=len(page) <= SAMPLE):
         return "utf-8"
     declared = _codec(charset) or _declared(page)
