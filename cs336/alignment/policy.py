@@ -62,13 +62,19 @@ def group_advantages(
         raise ValueError("rewards must be finite")
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"baseline must be mean or leave_one_out, got {baseline!r}")
-    rewards_PG = rewards_B.double().view(-1, group_size)
+    rewards_PG = from_first(rewards_B, group_size)
     advantages_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     if baseline == "leave_one_out":
         advantages_PG = advantages_PG * (group_size / (group_size - 1))
     if normalize_std:
         advantages_PG = advantages_PG / (rewards_PG.std(1, keepdim=True) + eps)
     return advantages_PG.flatten().float()
+
+
+def from_first(rewards_B: Tensor, group_size: int) -> Tensor:
+    """Rewards less that of their group's first, (P, G) float64: equal ones are exactly 0, and so is their deviation."""
+    rewards_PG = rewards_B.double().view(-1, group_size)
+    return rewards_PG - rewards_PG[:, :1]
 
 
 def gae(
