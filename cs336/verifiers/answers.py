@@ -38,20 +38,23 @@ class Verdict(NamedTuple):
 def extract_answer(response: str) -> str | None:
     """The answer that a response gives, None if it gives none; a last \\boxed{ that is never closed is none."""
     response = response[-LONGEST:]
-    opened = None
-    for opened in _BOXED.finditer(response):  # noqa: B007 (the last one is wanted)
-        pass
-    if opened is not None:
-        return _in_braces(response, opened.end() - 1)
+    if opened := last(_BOXED, response):
+        return in_braces(response, opened.end() - 1)
     if (start := response.rfind("####")) >= 0:
         return response[start + 4 :].strip().partition("\n")[0].strip() or None
-    found = None
-    for found in _NUMBER.finditer(response):  # noqa: B007 (the last one is wanted)
-        pass
+    found = last(_NUMBER, response)
     return None if found is None else found.group().rstrip(",")
 
 
-def _in_braces(text: str, start: int) -> str | None:
+def last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match of those that do not overlap."""
+    found = None
+    for found in pattern.finditer(text):  # noqa: B007 (the last one is wanted)
+        pass
+    return found
+
+
+def in_braces(text: str, start: int) -> str | None:
     """What lies between the brace at `start` and the one that closes it."""
     depth = 0
     for i in range(start, len(text)):

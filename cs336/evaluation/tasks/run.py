@@ -24,15 +24,15 @@ from typing import Any
 
 from cs336.data.decontaminate import overlaps
 from cs336.evaluation.tasks.generation import GSM8K, MATH, Instructions, Pairs, Program, Refusals
-from cs336.evaluation.tasks.likelihood import Choice, Continuation, Text
+from cs336.evaluation.tasks.likelihood import Choice, Continuation, Letters, Text
 from cs336.evaluation.tasks.task import Answered, Item, Kind, Metric, Model, Options, metrics
 from cs336.utils.config import parse, read_table
 from cs336.utils.documents import open_bytes, unpacking
 from cs336.utils.files import replacing
 
 _ALL: list[Kind] = [
-    Choice(), Continuation(), Text(), GSM8K, MATH, Program("mbpp"), Program("humaneval"), Instructions(), Refusals(),
-    Pairs(),
+    Choice(), Letters(), Continuation(), Text(), GSM8K, MATH, Program("mbpp"), Program("humaneval"), Instructions(),
+    Refusals(), Pairs(),
 ]  # fmt: skip
 KINDS = {kind.name: kind for kind in _ALL}
 
@@ -147,8 +147,9 @@ def _prompt(task: Task, place: int, shots: int, options: Options) -> Any:
     item, chosen = task.items[place], _shots(task, place, shots, options.seed)
     if options.chat:
         turns = [turn for e in chosen for turn in (("user", e.prompt), ("assistant", e.target.strip()))]
-        return [{"role": role, "content": text} for role, text in [*turns, ("user", item.prompt)]]
-    return "".join(f"{e.prompt}{e.target}{task.kind.separator}" for e in chosen) + item.prompt
+        (first, text), *others = [*turns, ("user", item.prompt)]
+        return [{"role": role, "content": text} for role, text in [(first, item.heading + text), *others]]
+    return item.heading + "".join(f"{e.prompt}{e.target}{task.kind.separator}" for e in chosen) + item.prompt
 
 
 def _shots(task: Task, place: int, count: int, seed: int) -> list[Item]:

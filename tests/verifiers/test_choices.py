@@ -1,0 +1,44 @@
+"""Multiple choice: the letter that a response settles on."""
+
+import time
+
+import pytest
+
+from cs336.verifiers import extract_choice, verify_choice
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B", "B"), ("B.", "B"), ("(C) because", "C"), ("**D.** It rains", "D"), (" A\n", "A"), ("[B]", "B"),
+        ("The answer is B.", "B"), ("The answer is (c).", None), ("the correct answer is (C)", "C"), ("Answer: D", "D"),
+        ("ANSWER: **A**", "A"), ("It is not B, so the answer is $C$.", "C"), ("option (D)", "D"),
+        ("The answer is A. No: the answer is B", "B"), (r"so \boxed{C}", "C"), (r"\boxed{\text{(B)}}", "B"),
+        (r"The answer is A, \boxed{x}", None), ("A dog barks.", None), ("The answer is A dog", "A"),
+        ("E", None), ("", None),
+        ("The answer is Denmark", None), ("I think it may be C", None), ("Answer: \\text{D}", "D"),
+        ("the answer is A's", None),
+    ],
+)  # fmt: skip
+def test_extract_choice(response, letter):
+    assert extract_choice(response) == letter
+
+
+def test_verify_choice():
+    assert verify_choice("The answer is B.", "B") == (1.0, "B is right")
+    assert verify_choice("The answer is B.", "C") == (0.0, "B is not C")
+    assert verify_choice("no idea", "C") == (0.0, "no choice")
+    assert verify_choice("E", "E", letters="ABCDE").score == 1
+    with pytest.raises(ValueError, match="one letter of ABCD"):
+        verify_choice("E", "E")
+    with pytest.raises(ValueError, match="one letter"):
+        verify_choice("A", "AB")
+
+
+@pytest.mark.parametrize(
+    "hostile", ["answer " * 10**5, "answer" + " " * 10**6, "*" * 10**6, "\\boxed{" * 10**5, " \n" * 10**6]
+)
+def test_hostile_responses_take_little_time(hostile):
+    start = time.process_time()
+    assert verify_choice(hostile, "A").score == 0
+    assert time.process_time() - start < 1
