@@ -16,19 +16,29 @@ from cs336.verifiers import sandbox
 from cs336.verifiers.answers import Verdict
 from cs336.verifiers.sandbox import Limits
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_OPENING = re.compile(r"([ \t]*+)[^`]*+```[ \t]*([\w+-]*)[^`]*")  # a line
+_CLOSING = re.compile(r"[ \t]*+```")
 LIMITS = Limits()
 _PYTHON = ("python", "python3", "py", "")
 
 
 def extract_code(response: str) -> str:
     """The last fenced block of Python in a response, else the last block without a language; the whole response if it
-    has no block, and the rest of it if the last block is not closed."""
-    blocks = [(language.lower(), code) for language, code in _FENCE.findall(response) if language.lower() in _PYTHON]
+    has no block, and the rest of it if the last block is not closed. Of a block in a list the indent is cut."""
+    blocks, language, indent, code = list[tuple[str, str]](), None, "", list[str]()
+    for line in response.split("\n"):
+        if language is None:
+            if opened := _OPENING.fullmatch(line):
+                indent, language, code = opened[1], opened[2].lower(), []
+        elif _CLOSING.match(line):
+            blocks.append((language, "".join(f"{inside}\n" for inside in code)))
+            language = None
+        else:
+            code.append(line.removeprefix(indent))
+    blocks = [block for block in blocks if block[0] in _PYTHON]
     if blocks:
         return next((code for language, code in reversed(blocks) if language), blocks[-1][1])
-    _, opened, rest = response.rpartition("```python\n")
-    return rest if opened else response
+    return "\n".join(code).partition("```")[0] if language in _PYTHON else response
 
 
 def verify_code(
