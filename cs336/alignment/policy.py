@@ -97,7 +97,7 @@ def gae(
     check_shapes(rewards_BT, values=values_BT, mask=mask_BT)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must be in 0..1, got {gamma} and {lam}")
-    next_value_B = torch.zeros_like(values_BT[:, 0]) if last_value_B is None else last_value_B
+    next_value_B = values_BT.new_zeros(len(values_BT)) if last_value_B is None else last_value_B
     next_advantage_B = torch.zeros_like(next_value_B)
     mask_BT = mask_BT.bool()
     advantages_BT = torch.zeros_like(values_BT)

@@ -197,3 +197,8 @@ def test_gae_of_lambda_1_is_the_return_less_the_value():
         gae(rewards, values, torch.ones(1, 3), gamma=1.1)
     with pytest.raises(ValueError, match="mask must have shape"):
         gae(rewards, values, torch.ones(1, 2))
+
+
+def test_gae_of_no_steps():
+    nothing = torch.zeros(2, 0)
+    assert [x.shape for x in gae(nothing, nothing, nothing)] == [(2, 0), (2, 0)]
