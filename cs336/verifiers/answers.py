@@ -25,8 +25,14 @@ _PLAIN = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,4}))?", re.ASCII
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)(\d*)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", re.ASCII)
 _DRESSING = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\\(|\\\)|\\\[|\\\]|\^(?:\{\\circ\}|\\circ)|°")
+_PERCENT = re.compile(r"(?<=\d) percent\b")
 _NAME = re.compile(r"^\s*[A-Za-z]\s*=(?!=)")
-_UNIT = re.compile(r"(?:\s*\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?|(?<=\S)\s[A-Za-z]{3,})\s*\.?\s*$")
+_UNIT = re.compile(r"(?: ?\\(?:text|mbox|mathrm)\{([A-Za-z/. ]*)\}(?:\^\{?\d\}?)?|(?<=\S) ([A-Za-z]{3,}))\.?$")
+_NO_UNIT = re.compile(  # words that make another number of what stands before them
+    r"\b(?:e|i|hundred|thousand|million|billion|trillion|dozen|percent|half|third|quarter|squared|cubed|factorial|infinity|inf"
+    r"|infinite|log|sin|cos|tan|sqrt|pi|mod|and|or|not|nor|over|times|plus|minus|divided|more|less|than|about)\b",
+    re.IGNORECASE,
+)
 
 
 class Verdict(NamedTuple):
@@ -106,15 +112,26 @@ def _plain(text: str) -> Fraction | None:
 def equal_answers(answer: str, expected: str) -> bool:
     """Whether two answers are the same number, or else the same text but for spaces and LaTeX's dressing.
 
-    x = 5 is 5; 5 \\text{ cm} and 5 apples are 5, and 5 \\text{ m} is neither. A percentage is its number, too.
+    x = 5 is 5; 5 \\text{ cm} and 5 apples are 5, and 5 \\text{ m} is neither; 5 million is not 5. A percentage is its
+    number, too.
     """
-    texts = [_NAME.sub("", text[-LONGEST:]) for text in (answer, expected)]
+    texts = [_NAME.sub("", _PERCENT.sub("%", text[-LONGEST:])) for text in (answer, expected)]
     a, b = map(parse_number, texts)
     if (a is None) != (b is None):
-        a, b = (parse_number(_UNIT.sub("", t)) if x is None else x for t, x in zip(texts, (a, b), strict=True))
+        a, b = (_without_unit(t) if x is None else x for t, x in zip(texts, (a, b), strict=True))
     if a is not None and b is not None:
-        return a == b or (("%" in answer) != ("%" in expected) and 100 in (a / b if b else 0, b / a if a else 0))
+        signs = ["%" in text for text in texts]
+        return a == b or (signs[0] != signs[1] and (100 * a == b if signs[0] else 100 * b == a))
     return _bare(texts[0]) == _bare(texts[1]) != ""
+
+
+def _without_unit(text: str) -> Fraction | None:
+    """The number before a unit, or another name of what is counted."""
+    text = " ".join(text.split())
+    unit = _UNIT.search(text) if len(text) <= 4 * DIGITS else None
+    if unit is None or _NO_UNIT.search(unit[1] or unit[2] or ""):
+        return None
+    return parse_number(text[: unit.start()])
 
 
 def _undressed(text: str) -> str:

@@ -1,23 +1,32 @@
-"""Multiple choice: the letter that a response settles on."""
+"""Multiple choice: the letter that a response settles on. Time is linear in the text."""
 
 import re
 
 from cs336.verifiers.answers import LONGEST, Verdict, in_braces, last
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_SAID = r"(?i:\b(?:answer|choice|option)(?:\s+is)?\s*[:=]?\s*(?:\\?[*_(\[{\"']|\$|\\(?:text|mathrm|textbf)\{)*)"
+_MARKS = r"[\s*_`\"'“”(\[<{$:=：–—-]"
+_MACRO = r"\\(?:text|textbf|mathrm|mathbf)\{"
+_BETWEEN = rf"(?:{_MARKS}|{_MACRO}|\\\(|(?i:is|was|would|should|must|be|option|choice|letter)\b)*+"
+_GOES_ON = re.compile(r" (?!(?:because|since|as|by|for|and|which|with|due)\b)[a-z]")
 
 
 def extract_choice(response: str, letters: str = "ABCD") -> str | None:
-    """The letter in the last \\boxed{}, else behind the last "answer is", "Answer:", "option", else the one that the
-    response begins with: "B", "(B)", "**B.** because"; None if there is none of `letters`."""
-    response, one = response[-LONGEST:], f"[{re.escape(letters)}]"
+    """The letter in the last \\boxed{}, else behind the last "answer is", "Answer:", "choose", else the one that the
+    response begins with: "B", "(B)", "**B.** because"; None if there is none of `letters`. "A dog" has an article."""
+    response = "\n".join(" ".join(line.split()) for line in response[-LONGEST:].split("\n") if line.strip())
+    one = f"([{re.escape(letters)}])"
     if boxed := last(_BOXED, response):
-        inside = re.fullmatch(rf"\W*(?:text|mathrm|textbf)?\W*({one})\W*", in_braces(response, boxed.end() - 1) or "")
-        return inside[1] if inside else None
-    if said := last(re.compile(rf"{_SAID}({one})(?![\w'])"), response):
-        return said[1]
-    begun = re.match(rf"[\s*_(\[\"']*({one})(?:[)\].:,*_]|\s*$|\s*\n)", response)
+        inside = in_braces(response, boxed.end() - 1) or ""
+        found = re.match(rf"\W*+(?:(?:text|textbf|mathrm|mathbf)\b\W*+)?{one}(?:[)\].:}}]|\W*+$)", inside)
+        return found[1] if found else None
+    said = None
+    for match in re.finditer(rf"(?i:\b(?:answer|choose|pick|select)\b){_BETWEEN}{one}(?![\w'’])", response):
+        if match[1] not in "AI" or not _GOES_ON.match(response, match.end()):
+            said = match[1]
+    if said:
+        return said
+    begun = re.match(rf"[#*_`(\[\"' ]*+(?:(?i:option|choice) )?[*_`(\[\"']*+{one}(?:[)\].:,*_`\]]|$|\n)", response)
     return begun[1] if begun else None
 
 

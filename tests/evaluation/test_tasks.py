@@ -354,5 +354,12 @@ def test_letters_of_mmlu_and_chats_are_scored_after_what_stands_before(tmp_path)
     winograd = {"context_options": ["a", "b"], "continuation": "c", "gold": 0}
     with pytest.raises(ValueError, match="leave chat out"):
         run_tasks(llm, [read_task(f"choice:{write(tmp_path / 'w.jsonl', winograd)}")], Options(chat=True))
-    with pytest.raises(ValueError, match="none of 0 to 3"):
+    many = {"question": "Q", "choices": [f"c{i}" for i in range(30)], "answer": "29"}
+    assert read_task(f"choice:{write(tmp_path / 'many.jsonl', many)}").items[0].target == " c29"
+    with pytest.raises(ValueError, match="30 choices, expected at most 26"):
+        read_task(f"mmlu:{tmp_path / 'many.jsonl'}")
+    (tmp_path / "own.toml").write_text('kind = "mmlu"\ndata = "m.jsonl"\nprompt = "{question} {choices[1]}"\n')
+    (own,) = run_tasks(llm, [read_task(tmp_path / "own.toml")], Options())
+    assert own.rows[0].prompt == "what is 0? two"
+    with pytest.raises(ValueError, match="choice is 'Z', which is none of 0 to 3"):
         read_task(f"mmlu:{write(tmp_path / 'z.jsonl', rows[0] | {'answer': 'Z'})}")

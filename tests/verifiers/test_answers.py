@@ -64,7 +64,12 @@ def test_parse_number(text, value):
         ("50%", "50", True), ("50%", "0.5", True), ("50%", "5", False), ("0%", "0", True), ("50%", r"50\%", True),
         ("50%", "5000%", False), ("x = 5", "5", True), ("x=5", "y = 5", True), ("x=5", "x=6", False),
         (r"5\text{ cm}", "5", True), (r"5 \text{ cm}^2", "5", True), ("18 dollars", "$18", True), ("5 x", "5", False),
-        ("xy = 5", "5", False),
+        ("xy = 5", "5", False), ("50%", "0.005", False), ("1%", "0.0001", False), ("5 percent", "0.05", True),
+        ("5 million", "5", False), ("5 dozen", "5", False), ("5 hundred", "5", False), ("5 factorial", "5", False),
+        ("5 squared", "5", False), ("5 infinity", "5", False), ("2 log", "2", False), ("5 not", "5", False),
+        (r"5\text{ million}", "5", False), (r"5\text{ or }", "5", False), (r"2\mathrm{e}", "2", False),
+        (r"3\mathrm{i}", "3", False), (r"3\text{i}", "3", False), (r"5\text{ 6}", "5", False),
+        ("5 percent", "5%", True),
         (r"5\text{ cm}", r"5\text{ m}", False), (r"5\text{ cm}", "6", False), (r"\text{ cm}", "5", False),
         (r"\frac12x", r"\frac{1}{2}x", True), (r"\sqrt2", r"\sqrt{2}", True), (r"\mathbf{A}", "A", True),
     ],
@@ -93,12 +98,14 @@ def test_verify_math_says_why():
      r"\boxed{1e" + "9" * 9 + "}", r"\boxed{" + "9" * 5000 + "}", r"\boxed{" + r"\frac{" * 9999 + "}" * 9999 + "}",
      " " * 10**6 + "x", "-+." * 10**6, r"\frac" * 10**5,
      r"\frac{1" * 10**5, "1 " * 10**6, r"\boxed" + " " * 10**6, r"\boxed{1" + " " * 60000 + "}",
-     r"\boxed{" + r"1\text{" * 9000 + "}" * 9001, r"\boxed{a" + " =" * 9000 + "}", "\x00\ud800"],
+     r"\boxed{" + r"1\text{" * 9000 + "}" * 9001, r"\boxed{a" + " =" * 9000 + "}",
+     " " * 60000 + "x", "1" + " " * 60000 + "x", "1\\text{a}" + " " * 60000 + "x", "\x00\ud800"],
 )  # fmt: skip
 def test_hostile_responses_take_little_time(hostile):
     start = time.process_time()
     assert verify_math(hostile, "8").score == 0
     assert verify_format(hostile).score == 0
+    assert equal_answers(hostile[-70000:], "1") == equal_answers("1", hostile[-70000:]) == False  # noqa: E712
     assert time.process_time() - start < 1
 
 

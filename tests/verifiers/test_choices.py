@@ -14,7 +14,12 @@ from cs336.verifiers import extract_choice, verify_choice
         ("The answer is B.", "B"), ("The answer is (c).", None), ("the correct answer is (C)", "C"), ("Answer: D", "D"),
         ("ANSWER: **A**", "A"), ("It is not B, so the answer is $C$.", "C"), ("option (D)", "D"),
         ("The answer is A. No: the answer is B", "B"), (r"so \boxed{C}", "C"), (r"\boxed{\text{(B)}}", "B"),
-        (r"The answer is A, \boxed{x}", None), ("A dog barks.", None), ("The answer is A dog", "A"),
+        (r"The answer is A, \boxed{x}", None), ("A dog barks.", None), ("The answer is A dog", None),
+        ("The answer is A because it rains", "A"), ("The answer is B by symmetry", "B"), ("**Answer:** B", "B"),
+        ("**Answer**: B", "B"), ("My answer: `B`", "B"), ("Answer: <B>", "B"), ("Answer：B", "B"), ("## B", "B"),
+        ("The answer would be B", "B"), ("The answer should be (B)", "B"), ("Answer - B", "B"), ("Answer:\n\nB\n", "B"),
+        (r"\boxed{B. Paris}", "B"), (r"\boxed{\textbf{(B) }5}", "B"), (r"\boxed{B + 1}", None), (r"\boxed{Ba}", None),
+        ("Option A is wrong; it is B", None), ("I choose option D.", "D"), ("The answer, I think, is C", None),
         ("E", None), ("", None),
         ("The answer is Denmark", None), ("I think it may be C", None), ("Answer: \\text{D}", "D"),
         ("the answer is A's", None),
@@ -36,8 +41,10 @@ def test_verify_choice():
 
 
 @pytest.mark.parametrize(
-    "hostile", ["answer " * 10**5, "answer" + " " * 10**6, "*" * 10**6, "\\boxed{" * 10**5, " \n" * 10**6]
-)
+    "hostile",
+    ["answer " * 10**5, "answer" + " " * 60000 + "x", "answer is" + "*" * 60000 + "x", "*" * 60000 + "x",
+     "\\boxed{" * 10**5, "\\boxed{" + "-" * 60000 + "x}", "\\boxed{" + "A" + "-" * 60000 + "x}", " \n" * 10**6, "answer is be is " * 4000],
+)  # fmt: skip
 def test_hostile_responses_take_little_time(hostile):
     start = time.process_time()
     assert verify_choice(hostile, "A").score == 0

@@ -115,6 +115,8 @@ class Letters:
 
     def read(self, row: Row) -> Item:
         question, choices, gold = _choices(row)
+        if len(choices) > len(LETTERS):
+            raise ValueError(f"there are {len(choices)} choices, expected at most {len(LETTERS)}, which have letters")
         subject = f" about {row['subject'].replace('_', ' ')}" if row.get("subject") else ""
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         return Item(
@@ -185,12 +187,12 @@ def _choices(row: Row) -> tuple[str, list[str], int]:
         choices, gold = choices["text"], choices["label"].index(row["answerKey"])
     else:
         gold = row["gold"] if "gold" in row else row["answer"]
-        gold = LETTERS.find(gold) if isinstance(gold, str) and len(gold) == 1 else gold
-    if len(choices) > len(LETTERS):
-        raise ValueError(f"there are {len(choices)} choices, expected at most {len(LETTERS)}")
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+    at = gold
+    if isinstance(gold, str):
+        at = int(gold) if gold.isdecimal() else LETTERS.find(gold) if len(gold) == 1 else None
+    if not isinstance(at, int) or not 0 <= at < len(choices):
         raise ValueError(f"the right choice is {gold!r}, which is none of 0 to {len(choices) - 1}")
-    return question, choices, gold
+    return question, choices, at
 
 
 def _texts(model: Model, prompts: Sequence[Any], options: Options) -> list[str]:

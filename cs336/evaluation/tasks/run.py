@@ -105,7 +105,7 @@ def _items(kind: Kind, path: pathlib.Path, prompt: str | None, limit: int | None
                 row = json.loads(line)
                 item = kind.read(row)
                 if prompt is not None:
-                    item = dataclasses.replace(item, prompt=prompt.format(**row))
+                    item = dataclasses.replace(item, prompt=prompt.format(**row), heading="")
             except KeyError as error:
                 raise ValueError(f"{path}:{number}: a row of {kind.name} has no {error}") from None
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
