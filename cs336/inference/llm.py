@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,7 +195,9 @@ class LLM:
 
     def _encode(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, Sequence[int]]]:
         """(text if it was one, ids) of each."""
-        if isinstance(prompts, Tensor):
+        if isinstance(prompts, Tensor | np.ndarray):
+            if not prompts.ndim:
+                raise ValueError("a prompt is a list of ids, got one number")
             prompts = prompts.tolist()
         one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
         listed: list[Any] = [prompts] if one else list(prompts)

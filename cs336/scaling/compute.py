@@ -88,13 +88,12 @@ def _laws(flops_n: np.ndarray, loss_Bn: np.ndarray) -> list[ComputeLaw]:
     """Of each row of losses the law with the least squares of relative errors among those with E and A not negative."""
     middle = np.exp(np.log(flops_n).mean())
     x_n = flops_n / middle
-    gamma_B = _best(GAMMAS[None], x_n, loss_Bn)[2]
-    for power in (1, 1 / 16, 1 / 256):
-        E_B, A_B, gamma_B = _best(gamma_B[:, None] * CLOSER**power, x_n, loss_Bn)
-    return [
-        ComputeLaw(float(E), float(A * middle**gamma), float(gamma))
-        for E, A, gamma in zip(E_B, A_B, gamma_B, strict=True)
-    ]
+    laws = []
+    for loss_n, gamma in zip(loss_Bn, _best(GAMMAS[None], x_n, loss_Bn)[2], strict=True):
+        for power in (1, 1 / 16, 1 / 256):
+            (E,), (A,), (gamma,) = _best(gamma * CLOSER[None] ** power, x_n, loss_n[None])
+        laws.append(ComputeLaw(float(E), float(A * middle**gamma), float(gamma)))
+    return laws
 
 
 def _best(gamma_BG: np.ndarray, x_n: np.ndarray, loss_Bn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

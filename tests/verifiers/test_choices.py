@@ -43,7 +43,8 @@ def test_verify_choice():
 @pytest.mark.parametrize(
     "hostile",
     ["answer " * 10**5, "answer" + " " * 60000 + "x", "answer is" + "*" * 60000 + "x", "*" * 60000 + "x",
-     "\\boxed{" * 10**5, "\\boxed{" + "-" * 60000 + "x}", "\\boxed{" + "A" + "-" * 60000 + "x}", " \n" * 10**6, "answer is be is " * 4000],
+     "\\boxed{" * 10**5, "\\boxed{" + "-" * 60000 + "x}", "\\boxed{" + "A" + "-" * 60000 + "x}",
+     " \n" * 10**6, "answer is be is " * 4000],
 )  # fmt: skip
 def test_hostile_responses_take_little_time(hostile):
     start = time.process_time()

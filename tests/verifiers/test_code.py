@@ -28,6 +28,13 @@ TESTS = "assert double(2) == 4\nassert double(-3) == -6\nassert abs(double(0.5) 
         ("Here it is: ```python\nx = 1\n```\nok", "x = 1\n"),
         ("1. So: ```py\nx = 1\n```\n2. Or:\n   ```Python\n   x = 2\n   ```", "x = 2\n"),
         ("a `x` and ```y``` then\n```\nz\n```", "z\n"),
+        ("I'll use ``` fences.\n```python\nx=1\n```\n", "x=1\n"),
+        ("a ``` b\n```\nx=1\n```", "x=1\n"),
+        ("````python\nx=1\n```\ny\n````", "x=1\n```\ny\n"),
+        ('```python title="a`b"\nx=1\n```', "x=1\n"),
+        ("- ```python\n  x = 1\n  ```", "x = 1\n"),
+        ("1. ```\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```\nx = 1", "```\nx = 1"),
         ("```python\nx = 1```", "x = 1"),
         ("```python\nprint('```')\n```", "print('```')\n"),
         ("", ""),
@@ -188,7 +195,17 @@ def test_tests_are_checked():
 
 
 @pytest.mark.parametrize(
-    "hostile", [" " * 10**6, "`" * 10**6, "```\n" * 10**5, "```python\n" * 10**4, "x```" * 10**5, "```js\nx" * 10**5]
+    "hostile",
+    [
+        " " * 10**6,
+        "`" * 10**6,
+        "```\n" * 10**5,
+        "```python\n" * 10**4,
+        "x```" * 10**5,
+        "```js\nx" * 10**5,
+        "`` " * 10**5,
+        "- " * 10**5,
+    ],
 )
 def test_hostile_responses_take_little_time(hostile):
     start = time.process_time()
