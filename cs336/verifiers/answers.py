@@ -27,10 +27,12 @@ _FRACTION = re.compile(r"([-+]?)(\d*)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?
 _DRESSING = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\\(|\\\)|\\\[|\\\]|\^(?:\{\\circ\}|\\circ)|°")
 _PERCENT = re.compile(r"(?<=\d) percent\b")
 _NAME = re.compile(r"^\s*[A-Za-z]\s*=(?!=)")
-_UNIT = re.compile(r"(?: ?\\(?:text|mbox|mathrm)\{([A-Za-z/. ]*)\}(?:\^\{?\d\}?)?|(?<=\S) ([A-Za-z]{3,}))\.?$")
+_UNIT = re.compile(r"(?: ?\\(?:text|mbox|mathrm)\{([A-Za-z/. ]*)\}(?:\^\{?-?\d\}?)?|(?<=\S) ([A-Za-z]{3,}))\.?$")
 _NO_UNIT = re.compile(  # words that make another number of what stands before them
-    r"\b(?:e|i|hundred|thousand|million|billion|trillion|dozen|percent|half|third|quarter|squared|cubed|factorial|infinity|inf"
-    r"|infinite|log|sin|cos|tan|sqrt|pi|mod|and|or|not|nor|over|times|plus|minus|divided|more|less|than|about)\b",
+    r"\b(?:e|i|(?:one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand|million|billion|trillion|dozen|percent)s?"
+    r"|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth|billionth)s?"
+    r"|hal(?:f|ves)|squared|cubed|factorial|infinity|inf|infinite|log|sin|cos|tan|sqrt|pi|mod|and|or|not|nor|over|times"
+    r"|plus|minus|negative|divided|more|less|than|about|below|above)\b",
     re.IGNORECASE,
 )
 
@@ -127,7 +129,7 @@ def equal_answers(answer: str, expected: str) -> bool:
 
 def _without_unit(text: str) -> Fraction | None:
     """The number before a unit, or another name of what is counted."""
-    text = " ".join(text.split())
+    text = " ".join(_undressed(text).split())
     unit = _UNIT.search(text) if len(text) <= 4 * DIGITS else None
     if unit is None or _NO_UNIT.search(unit[1] or unit[2] or ""):
         return None
@@ -135,7 +137,7 @@ def _without_unit(text: str) -> Fraction | None:
 
 
 def _undressed(text: str) -> str:
-    return _DRESSING.sub("", text.replace("\\$", "$").replace("−", "-").replace("{,}", ","))
+    return _DRESSING.sub("", text.replace("\\$", "$").replace("−", "-").replace("{,}", ",").replace("~", " "))
 
 
 def _bare(text: str) -> str:
