@@ -17,9 +17,9 @@ from cs336.verifiers.answers import Verdict
 from cs336.verifiers.sandbox import Limits
 
 _OPENING = re.compile(
-    r"([ \t]*+)((?:[-*+]|\d+[.)])[ \t]+)?(`{3,})[ \t]*([\w+-]*)(?!.*```).*"
+    r"([ \t]*+)((?:[-*+]|\d++[.)])[ \t]++)?(`{3,}+)[ \t]*+([\w+-]*+)(?!.*```).*"
 )  # a line, or an item of a list
-_BEHIND = re.compile(r"(?:[^`]++|`(?!``))*+(```)[ \t]*(python3?|py)\s*", re.IGNORECASE)  # words, then a named fence
+_BEHIND = re.compile(r"(?:[^`]++|`(?!``))*+(```)[ \t]*+(python3?|py)\s*+", re.IGNORECASE)  # words, then a named fence
 _CLOSING = re.compile(r"([ \t]*+)(`{3,})")
 LIMITS = Limits()
 _PYTHON = ("python", "python3", "py", "")

@@ -205,6 +205,8 @@ def test_tests_are_checked():
         "```js\nx" * 10**5,
         "`` " * 10**5,
         "- " * 10**5,
+        "`" * 10**5 + "x```",
+        "```" + "a" * 10**5 + "```",
     ],
 )
 def test_hostile_responses_take_little_time(hostile):
