@@ -16,10 +16,9 @@ from cs336.verifiers import sandbox
 from cs336.verifiers.answers import Verdict
 from cs336.verifiers.sandbox import Limits
 
-_OPENING = re.compile(
-    r"([ \t]*+)((?:[-*+]|\d++[.)])[ \t]++)?(`{3,}+)[ \t]*+([\w+-]*+)(?!.*```).*"
-)  # a line, or an item of a list
-_BEHIND = re.compile(r"(?:[^`]++|`(?!``))*+(```)[ \t]*+(python3?|py)\s*+", re.IGNORECASE)  # words, then a named fence
+# A line that opens a block, or an item of a list that does; words, then a fence that names Python.
+_OPENING = re.compile(r"([ \t]*+)((?:[-*+]|\d++[.)])[ \t]++)?(`{3,}+)[ \t]*+([\w+-]*+)(?!.*```).*")
+_BEHIND = re.compile(r"(?:[^`]++|`(?!``))*+(```)[ \t]*+(python3?|py)\s*+", re.IGNORECASE)
 _CLOSING = re.compile(r"([ \t]*+)(`{3,})")
 LIMITS = Limits()
 _PYTHON = ("python", "python3", "py", "")
