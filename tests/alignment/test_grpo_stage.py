@@ -127,6 +127,9 @@ def test_prompts_that_teach_nothing_are_drawn_again():
     equal = collect(llm, Order(order.items, 0).take, lambda *_: 1.0, config, seed=0)
     assert len(equal.rewards_B) == 16  # of nothing else
     assert not group_advantages(equal.rewards_B, 4).any()
+    one = GRPOConfig(7, prompts_per_step=1, max_tokens=3)  # float32's deviation of seven 0.9 is 6e-8
+    equal = collect(llm, Order(order.items, 0).take, lambda *_: 0.9, one, seed=0)
+    assert (equal.metrics["frac_reward_zero_std"], equal.metrics["reward_std"]) == (1, 0)
     with pytest.raises(ValueError, match="use train_grpo"):
         grpo_step(llm, None, ["1"], ["1"], reward, config)
 

@@ -117,6 +117,19 @@ def test_a_part_is_as_wide_as_its_longest_row_and_a_step_the_same_whatever_the_p
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_a_pass_has_as_many_steps_as_are_asked_for():
+    policy = Transformer(TransformerConfig(44, 24, num_layers=1, d_model=16, num_heads=2))
+    critic = RewardModel(copy.deepcopy(policy))
+    module = ActorCritic(policy, critic)
+    config = PPOConfig(num_ppo_epochs=1, num_mini_batches=4)
+    for responses, steps in ((6, 4), (3, 3)):  # of 2, 2, 1 and 1 responses; of one each
+        optimizer, rollouts = Recorder(module), drawn([3] * responses)
+        ppo_step(
+            policy, critic, policy, module, optimizer, rollouts, torch.arange(float(responses)), config, kl_coef=0.1
+        )
+        assert len(optimizer.grads) == steps
+
+
 def test_a_critic_speaks_float32_whatever_the_model_runs_in():
     critic = RewardModel(Transformer(TransformerConfig(44, 24, num_layers=1, d_model=16, num_heads=2)))
     torch.nn.init.normal_(critic.head.weight)

@@ -225,6 +225,7 @@ def test_a_tokenizer_of_another_model(tmp_path, model):
         ({"messages": []}, "expected a list of"),
         ({"prompt": "1", "completion": ""}, "must not be empty"),
         ({"prompt": "1"}, '"completion" must be text'),
+        ({"text": "1"}, 'expected "messages", or "prompt" and "completion"; the line has text'),
         ([1], "expected a JSON object"),
         ({"prompt": "1", "completion": "2" * 30}, r"1 of 1 examples are longer than 24 tokens"),
     ],
