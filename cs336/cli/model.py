@@ -64,7 +64,7 @@ def generate(arguments: list[str]) -> Run:
 
         def samples() -> Iterator[Iterator[str]]:
             """The pieces of each."""
-            if draft is not None:
+            if draft is not None or sampling.grammar is not None:
                 many = max(1, num_samples)
                 llm = LLM(found, loaded, draft=draft, device=device, dtype=kind, quiet=True, max_seqs=many)
                 if num_samples == 1:

@@ -1,4 +1,5 @@
-"""What changes the logits of single requests: penalties, biases, ends that may not come yet. Most steps have none.
+"""What changes the logits of single requests: penalties, biases, grammars, ends that may not come yet. Most steps have
+none.
 
 B = rows of a step, V = vocabulary.
 """
@@ -6,6 +7,7 @@ B = rows of a step, V = vocabulary.
 from collections.abc import Sequence as Rows
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Controls:
         self._shape, self._device = (num_slots, vocab_size), device
         self._counts: Tensor | None = None
         self._base: Tensor | None = None
+        self._places = torch.arange(8, dtype=torch.uint8, device=device)
         if unused:
             self._base = torch.zeros(1, vocab_size, device=device)
             self._base[0, list(unused)] = -torch.inf
@@ -41,12 +44,16 @@ class Controls:
             changes += ((row, token, value) for token, value in s.params.biases)
             if s.sampled <= s.params.min_tokens:  # the one that is drawn now is counted
                 changes += ((row, token, -torch.inf) for token in s.ends)
-        if changes:
-            rows, tokens, values = (torch.tensor(x, device=self._device) for x in zip(*changes, strict=True))
-            bias_BV = torch.zeros(len(sequences), self._shape[1], device=self._device)
+        guided = {row: s.guide.allowed for row, s in enumerate(sequences) if s.guide is not None}
+        if changes or guided:
+            bias_BV = options["bias"] = torch.zeros(len(sequences), self._shape[1], device=self._device)
             if self._base is not None:
                 bias_BV += self._base
-            options["bias"] = bias_BV.index_put_((rows, tokens), values.float(), accumulate=True)
+        if changes:
+            rows, tokens, values = (torch.tensor(x, device=self._device) for x in zip(*changes, strict=True))
+            bias_BV.index_put_((rows, tokens), values.float(), accumulate=True)
+        if guided:
+            bias_BV[list(guided)] += self._masks(list(guided.values()))
         if any(s.params.penalised for s in sequences):
             assert self._counts is not None
             options["counts"] = self._counts.index_select(0, slot_B)
@@ -55,6 +62,12 @@ class Controls:
                     [getattr(s.params, name) for s in sequences], dtype=torch.float32, device=self._device
                 )
         return options
+
+    def _masks(self, allowed: list[np.ndarray]) -> Tensor:
+        """0 for the tokens of these sets, -inf for the others: (rows, V)."""
+        bits_RN8 = torch.from_numpy(np.stack(allowed)).to(self._device)[:, :, None] >> self._places & 1
+        mask_RV = bits_RN8.flatten(1)[:, : self._shape[1]]
+        return torch.where(mask_RV > 0, 0.0, -torch.inf)
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence has a slot: count its tokens."""

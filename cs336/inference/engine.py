@@ -21,6 +21,7 @@ from torch import Tensor
 from cs336 import ops
 from cs336.inference import ranks
 from cs336.inference.drafting import Drafter, check_draft, early_exit, first_layers
+from cs336.inference.grammar import Grammars, Guide
 from cs336.inference.memory import EngineMemory, free_memory, plan_memory
 from cs336.inference.outputs import CompletionOutput, RequestOutput, Token
 from cs336.inference.pages import PageCache
@@ -282,6 +283,7 @@ class Engine:
             draft = early_exit(model, config.exit_layer)
             state = first_layers(self.runner.state, config.exit_layer)
             self.drafter = Drafter(self._runner(draft, state, step_tokens), shares=True)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self.stats = Stats()
         self._lag = int(on_gpu if config.overlap is None else config.overlap)
         self._in_flight: deque[Launched] = deque()
@@ -331,12 +333,13 @@ class Engine:
 
         score_from: the first token whose log-probability params.prompt_logprobs asks for; those before may be cached.
 
-        Raises ValueError for an empty prompt or one that leaves no room, ids that the model does not have, and stop
-        strings without a tokenizer.
+        Raises ValueError for an empty prompt or one that leaves no room, ids that the model does not have, a grammar
+        that is none, and stop strings or a grammar without a tokenizer.
         """
         ids = list(prompt_token_ids)
         self.validate(ids, params)
         request = Request(next(self._numbers), prompt, ids, params)
+        ends = params.ends(self.ends)
         for index in range(params.n):
             scored = params.prompt_logprobs is not None and index == 0
             sample = Sample(
@@ -344,7 +347,8 @@ class Engine:
                 limit=min(params.max_tokens, self.max_len - len(ids)),
                 params=params,
                 seed=self._seed(params, index),
-                ends=params.ends(self.ends),
+                ends=ends,
+                guide=self._grammars.guide(params, ends),
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,
@@ -527,13 +531,24 @@ class Engine:
             text = "" if sample.stream is None else sample.stream.push(token.id)
             if sample.stream is not None and sample.stream.stopped:
                 reason = "stop"
-            elif len(sample.logprobs) >= sample.limit:
+            elif sample.guide is not None:
+                reason = self._follow(sample.guide, sample.request, token.id)
+            if reason is None and len(sample.logprobs) >= sample.limit:
                 reason = "length"
         if reason is not None:
             text += self._finish(sample, reason)
         if text:
             sample.pieces.append(text)
         return Update(sample, text, shown)
+
+    def _follow(self, guide: Guide, request: Request, token_id: int) -> str | None:
+        """Why the text of a grammar ends behind this token, if it does."""
+        try:
+            guide.advance(token_id)
+        except ValueError as error:
+            request.error = str(error)
+            return "error"
+        return "stop" if guide.ended else None
 
     def _finish(self, sample: Sample, reason: str) -> str:
         """What its text stream held back."""
@@ -560,6 +575,7 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give stop_token_ids")
+        self._grammars.guide(params)
 
 
 def _tokens(drawn: ops.Sampled) -> Iterator[Token]:

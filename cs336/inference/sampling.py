@@ -3,16 +3,20 @@
 A filter sets the logits of the tokens it excludes to -inf, and always leaves one. B = batch, V = vocabulary.
 """
 
+import json
+import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tyro.constructors import PrimitiveConstructorSpec
 
 MAX_LOGPROBS = 20
+GRAMMARS = ("json_schema", "regex", "choice")
 
 
 def _whole(value: Any) -> bool:
@@ -21,6 +25,29 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# On the command line: a file of it.
+SCHEMA_FILE = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FILE",
+    instance_from_str=lambda words: pathlib.Path(words[0]).read_text(encoding="utf-8"),
+    is_instance=lambda value: value is None or isinstance(value, str | Mapping),
+    str_from_instance=lambda value: ["none" if value is None else str(value)],
+)
+
+
+def _schema(schema: Any) -> str | None:
+    """As JSON. Raises ValueError for what is no JSON object."""
+    if schema is None:
+        return None
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        if isinstance(found, Mapping):
+            return json.dumps(dict(found), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is not JSON: {error}") from None
+    raise ValueError(f"json_schema must be a JSON object, got {schema!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -60,14 +87,22 @@ class SamplingParams:
     """Taken off the logits of tokens in the output, for each time that they are there."""
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     """Token: what is added to its logits. Kept as pairs."""
+    json_schema: Annotated[Mapping[str, Any] | str | None, SCHEMA_FILE] = None
+    """The text is JSON of this schema, {"type": "object"} for any object. Kept as JSON."""
+    regex: str | None = None
+    """The text as a whole matches it, in the syntax of Rust's regex: without look-around and back-references."""
+    choice: tuple[str, ...] = ()
+    """The text is one of these."""
 
     def __post_init__(self):
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "choice"):
             if not isinstance(value := getattr(self, name), Iterable | None):
                 raise ValueError(f"{name} must be a sequence, got {value!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "choice", self.choice if isinstance(self.choice, str) else tuple(self.choice or ()))
         object.__setattr__(self, "logit_bias", self.biases)
+        object.__setattr__(self, "json_schema", _schema(self.json_schema))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not (_number(value) or (value is None and name in ("top_p", "min_p"))):
@@ -107,6 +142,18 @@ class SamplingParams:
         ):
             if not -100 <= value <= 100:
                 raise ValueError(f"{name} must be in -100..100, got {value}")
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise ValueError(f"regex must be a string, got {self.regex!r:.80}")
+        if isinstance(self.choice, str) or not all(isinstance(text, str) for text in self.choice):
+            raise ValueError(f"choice must be a list of strings, got {self.choice!r:.80}")
+        given = [name for name in GRAMMARS if getattr(self, name) not in (None, ())]
+        if len(given) > 1:
+            raise ValueError(f"a text follows one grammar, got {' and '.join(given)}: give one of them")
+        if given and self.min_tokens:
+            raise ValueError(f"{given[0]} says where a text may end, and min_tokens does: give one of them")
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -122,12 +169,20 @@ class SamplingParams:
         """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def grammar(self) -> tuple[str, str] | None:
+        """The field that says what the text must be, and what it says, as a text."""
+        if self.choice:
+            return "choice", json.dumps(self.choice)
+        found = {"json_schema": self.json_schema, "regex": self.regex}
+        return next(((name, text) for name, text in found.items() if isinstance(text, str)), None)
+
     def ends(self, of_model: Collection[int]) -> tuple[int, ...]:
         """The tokens that end a text, of which a model has some of its own."""
         return (*self.stop_token_ids, *(() if self.ignore_eos else of_model))
 
 
-ENGINE_ONLY = {"min_tokens", "n", "logprobs", "prompt_logprobs", "logit_bias"}
+ENGINE_ONLY = {*GRAMMARS, "min_tokens", "n", "logprobs", "prompt_logprobs", "logit_bias"}
 ENGINE_ONLY |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
 
 

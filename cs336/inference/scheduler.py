@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 
+from cs336.inference.grammar import Guide
 from cs336.inference.pages import Node, PageCache
 from cs336.inference.sampling import SamplingParams
 
@@ -55,12 +56,14 @@ class Sequence:
     """Tokens that may come next, for the next step to verify."""
     corrected: bool = False
     """The device does not know which of the drafts were right: its newest token is what the host has."""
+    guide: Guide | None = None
+    """Where it stands in its grammar, as far as the host has seen it."""
     finished: bool = False
     preemptions: int = 0
 
     def __post_init__(self):
         self.num_prompt = len(self.token_ids)
-        changed = self.params.penalised or self.params.logit_bias
+        changed = self.params.penalised or self.params.logit_bias or self.guide is not None
         self.controlled = math.inf if changed else self.params.min_tokens
 
     @property
@@ -202,6 +205,8 @@ class Scheduler:
         size, spare = self.cache.page_size, self.max_step_tokens - len(self.running)
         for sequence in list(self.running):
             if not sequence.decoding or sequence.sampled >= sequence.limit:  # one that was preempted decodes no more
+                continue
+            if sequence.guide is not None and sequence.pending:  # what may come next is not known yet
                 continue
             if sequence.computed < len(sequence.pages) * size or self._finds_room(sequence):
                 drafts = self._fitting(sequence, spare) if sequence.drafts else ()

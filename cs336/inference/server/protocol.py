@@ -1,7 +1,7 @@
 """OpenAI's requests, as far as they are understood. What else a client sends is refused by name, but for what does not
 change an answer."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -9,6 +9,7 @@ from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 
 MOST_PROMPTS = 1024  # of one request
 MOST_SAMPLES = 128
+ANY_OBJECT = {"type": "object"}
 MOST_STOPS = 256  # strings, each of which is looked for in every token's text
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -19,6 +20,49 @@ PASSED_OVER |= {"parallel_tool_calls", "prompt_cache_retention", "function_call"
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+class SchemaFormat(BaseModel):
+    """With a name and `strict`, which change nothing."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @property
+    def grammar(self) -> dict[str, Any]:
+        """What it is in SamplingParams. Raises ValueError where the schema is missing."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ValueError('response_format of type json_schema takes {"json_schema": {"schema": ...}}')
+            return {"json_schema": self.json_schema.json_schema}
+        return {"json_schema": ANY_OBJECT} if self.type == "json_object" else {}
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    @property
+    def grammar(self) -> dict[str, Any]:
+        """What it is in SamplingParams. Raises ValueError for several."""
+        found = {"json_schema": self.json_schema, "regex": self.regex, "choice": self.choice}
+        if self.json_object:
+            if self.json_schema is not None:
+                raise ValueError("structured_outputs has json and json_object: give one of them")
+            found["json_schema"] = ANY_OBJECT
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Generation(BaseModel):
@@ -36,6 +80,7 @@ class Generation(BaseModel):
     logit_bias: dict[TokenId, float] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     # not OpenAI's
     top_k: int | None = None
     min_p: float | None = None
@@ -43,6 +88,7 @@ class Generation(BaseModel):
     min_tokens: int = 0
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -72,8 +118,18 @@ class Generation(BaseModel):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias or {},
+            **self.grammar,
             **more,
         )
+
+    @property
+    def grammar(self) -> dict[str, Any]:
+        """What the text must be, in SamplingParams."""
+        given = [field.grammar for field in (self.response_format, self.structured_outputs) if field is not None]
+        found = [grammar for grammar in given if grammar]
+        if len(found) > 1:
+            raise ValueError("response_format and structured_outputs both say what the text must be: give one of them")
+        return found[0] if found else {}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -129,7 +185,7 @@ class ChatRequest(Generation):
 
     def params(self, room: int, stop: tuple[str, ...]) -> SamplingParams:
         """For a prompt after which there is room for so many tokens. stop: the template's."""
-        self.refuse(tools=[], functions=[], response_format={"type": "text"}, audio=None, modalities=["text"])
+        self.refuse(tools=[], functions=[], audio=None, modalities=["text"])
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs takes logprobs = true")
         max_tokens = _within(room, self.max_completion_tokens or self.max_tokens or max(1, room))
