@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import Late, MaybePath, OwnOptions, Path, Run, Stopped, check_output
+from cs336.cli.common import MaybePath, OwnOptions, Path, Run, Stopped, check_output
 from cs336.cli.settings import help_text, own_options
 
 
@@ -121,27 +121,45 @@ def pairs(
     print(json.dumps({name: value for name, value in dataclasses.asdict(report).items() if value is not None}))
 
 
-@Late
-def demo(arguments: list[str]) -> Run:
+def demo(
+    run_dir: Path = Path("runs/align-demo"),  # noqa: B008 (immutable)
+    model: MaybePath = None,
+    pretrain_steps: int = 100,
+    sft_steps: int = 600,
+    dpo_steps: int = 20,
+    grpo_steps: int = 200,
+    prompts_per_step: int = 32,
+    device: str = "cpu",
+    seed: int = 0,
+    minutes: float | None = None,
+) -> None:
     """All stages on a task that two cores learn in minutes: sums that the model never saw.
 
     Pretraining, SFT, preferences between its own answers, DPO, GRPO with a verifier, and a report. Stages whose output
     is current are skipped; after Ctrl-C the same command continues.
+
+    Args:
+        run_dir: where everything is written; the same command goes on with what is there.
+        model: a base model to begin with, a run of quickstart for one; without it a tiny one is pretrained.
+        sft_steps: on answers of which nine in a hundred are right.
+        prompts_per_step: of GRPO, each answered 16 times.
+        device: cpu, auto (a GPU if there is one), cuda.
+        minutes: for SFT and GRPO together, in place of their steps.
     """
     import webbrowser
 
     from cs336.align_demo import AlignDemo, align_demo
     from cs336.utils.stages import Interrupted
 
-    def run(settings: Annotated[AlignDemo, arg(name="")]) -> None:
-        try:
-            report = align_demo(settings)
-        except Interrupted:
-            raise Stopped from None
-        if sys.stdout.isatty():
-            webbrowser.open(report.resolve().as_uri())
-
-    return run
+    settings = AlignDemo(
+        run_dir, model, pretrain_steps, sft_steps, dpo_steps, grpo_steps, prompts_per_step, device, seed, minutes
+    )  # fmt: skip
+    try:
+        report = align_demo(settings)
+    except Interrupted:
+        raise Stopped from None
+    if sys.stdout.isatty():
+        webbrowser.open(report.resolve().as_uri())
 
 
 def ladder(
