@@ -99,8 +99,10 @@ def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         raise ValueError(f"window must be (left, right), None where a side is open, got {window!r}")
     left, right = window
     for side, value in (("left", left), ("right", right)):
-        if value is not None and value < 0:
-            raise ValueError(f"window's {side} must be at least 0, or None where it is open, got {value}")
+        if value is not None and not (isinstance(value, int) and value >= 0):
+            raise ValueError(
+                f"window's {side} must be an integer of at least 0, or None where it is open, got {value!r}"
+            )
     return -1 if left is None else left, -1 if right is None else right
 
 
