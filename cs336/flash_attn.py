@@ -189,7 +189,7 @@ def flash_attn_with_kvcache(
     if block_table is not None and cache_batch_idx is not None:
         raise ValueError("cache_batch_idx names rows of a cache without pages: leave it out beside a block_table")
     if block_table is None and cache_batch_idx is None and k_cache.shape[0] < B:
-        raise ValueError(f"a cache of {k_cache.shape[0]} rows is too small for q's {B} sequences: name cache_batch_idx")
+        raise ValueError(f"a cache of {k_cache.shape[0]} rows has no row for each of q's {B} sequences")
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dim() != 4 or x.shape[0] != B):
             raise ValueError(f"{name} must be new tokens of q's {B} sequences, (B, N, Hkv, D), got {tuple(x.shape)}")
@@ -275,8 +275,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: str, dims: int) -> None:
         if x.is_nested or x.dim() != dims or x.shape[-1] == 0:
             got = "a nested tensor: flash_attn_varlen_func packs" if x.is_nested else f"shape {tuple(x.shape)}"
             raise ValueError(f"{name} must be {layout}, got {got}")
-    batch = dims - 3
-    if k.shape[:-1] != v.shape[:-1] or k.shape[:batch] != q.shape[:batch] or k.shape[-1] != q.shape[-1]:
+    num_batch_dims = dims - 3
+    together = k.shape[:-1] == v.shape[:-1] and k.shape[:num_batch_dims] == q.shape[:num_batch_dims]
+    if not together or k.shape[-1] != q.shape[-1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v, {layout}, must fit each other, got {shapes}")
 
@@ -288,7 +289,7 @@ def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[in
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int]:
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or not all(isinstance(side, int) and side >= -1 for side in window_size):
+    if not pair or any(side is None or isinstance(side, float) or side < -1 for side in window_size):
         raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {window_size!r}")
     return window_size
 

@@ -99,7 +99,7 @@ def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         raise ValueError(f"window must be (left, right), None where a side is open, got {window!r}")
     left, right = window
     for side, value in (("left", left), ("right", right)):
-        if value is not None and not (isinstance(value, int) and value >= 0):
+        if value is not None and (isinstance(value, float) or value < 0):
             raise ValueError(
                 f"window's {side} must be an integer of at least 0, or None where it is open, got {value!r}"
             )

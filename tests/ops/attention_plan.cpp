@@ -115,7 +115,8 @@ void check_turns(const AttentionProblem& p, int left, int right, int queries) {
 
 void check_workspace(const AttentionProblem& p) {
   const AttentionBwdShape& shape = *find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  const int64_t blocks = attention_tiles(p, p.k_tokens, shape.keys) * p.q_heads;
+  const AttentionBwdWorkspace launch(p, false, kSms);  // so many blocks of it
+  const int64_t blocks = launch.key_tiles * (p.cu_q ? 1 : p.sequences) * p.q_heads / launch.heads;
   for (int left : {-1, 0, 1000, 2000, kUnbounded})
     for (int right : {-1, 0, 47, 48}) {
       AttentionProblem windowed = p;

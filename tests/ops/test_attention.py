@@ -1,12 +1,13 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from attentions import definition as definition_and_lse
 from close import assert_close_to_ref
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cs336 import ops
+from cs336 import flash_attn_func, ops
 from cs336.ops import registry
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -217,6 +218,25 @@ def test_compiles_whole_for_any_shape(device):
     for shape in ((2, 4, 2, 5, 9, 8), (2, 4, 4, 9, 9, 8)):
         q, k, v = (t.detach() for t in inputs(shape, F32, device))
         torch.testing.assert_close(compiled(q, k, v, causal=True), ops.attention(q, k, v, causal=True))
+
+
+def test_a_window_of_a_shape_or_of_numpy():
+    """Integers that are no int: half of a dynamic length in an exported program, and NumPy's."""
+
+    class Halves(torch.nn.Module):
+        def forward(self, q):
+            return ops.attention(q, q, q, window=(q.shape[2] // 2, 0))
+
+    q = torch.randn(1, 2, 8, 8)
+    program = torch.export.export(Halves(), (q,), dynamic_shapes=({2: torch.export.Dim("S", min=4, max=64)},))
+    q = torch.randn(1, 2, 12, 8)
+    want, six = ops.attention(q, q, q, window=(6, 0)), np.int64(6)
+    torch.testing.assert_close(program.module()(q), want)
+    torch.testing.assert_close(ops.attention(q, q, q, window=(six, 0)), want)
+    by_token = q.transpose(1, 2)
+    torch.testing.assert_close(
+        flash_attn_func(by_token, by_token, by_token, window_size=(six, 0)).transpose(1, 2), want
+    )
 
 
 Q = torch.zeros(2, 4, 3, 8)

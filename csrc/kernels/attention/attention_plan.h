@@ -86,12 +86,12 @@ inline int attention_fwd_section(int heads, int group, int keys, int64_t bytes_o
 // they share.
 //
 // In turns, a block waits at each query tile for those of smaller keys: a wave that goes up loses the lead that its
-// first blocks had. That pays only where the queries that see a key tile do not fit in L2; else all blocks go down.
+// first blocks had. That pays only where the queries that see a key do not fit in L2; else all blocks go down.
 // Through a window they never get the lead back: 1024 keys of 64k, 15.1 ms for 1.5.
 struct AttentionBwdWaves {
   int section, wave;
 
-  // Bytes of a key head's queries, dO and dQ: of all, and of as many as see a key tile.
+  // Bytes of a key head's queries, dO and dQ: of all, and of as many as see a key.
   AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, int64_t bytes_that_see,
                     bool in_turns) {
     constexpr int64_t kMuchOfL2 = 64 << 20;
@@ -164,7 +164,7 @@ inline int64_t attention_queries_that_see(const AttentionProblem& p) {
 inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic, int num_sms) {
   constexpr int kFew = 2048, kManyBlocks = 3;  // queries that see a key; blocks of a multiprocessor
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads;  // with one head each
+  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads / attention_bwd_heads(p, num_sms);
   const bool faster = attention_queries_that_see(p) <= kFew && blocks >= int64_t{kManyBlocks} * num_sms;
   return !shape->wide && (deterministic || faster);
 }
