@@ -158,14 +158,17 @@ inline int64_t attention_queries_that_see(const AttentionProblem& p) {
 }
 
 // Whether the backward adds to dQ in turns: asked for, or because it is faster, since the first turn needs no zeros
-// (H200: 0.96-0.98 of the time at 2k tokens, and through a window of 1024 keys, where the block of the next smaller
-// keys is always a few steps ahead; but 1.07 where a multiprocessor has two blocks, 1.01 through one of 4096). Wide
-// heads' dQ is never added up in memory.
+// (H200: 0.85-0.9 of the time at 512 tokens and 1k, 0.96-0.98 at 2k tokens, and through a window of 1024 keys, where
+// the block of the next smaller keys is always a few steps ahead; but 1.07 at 2k where a multiprocessor has two
+// blocks, 1.01 through a window of 4096). Wide heads' dQ is never added up in memory.
 inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic, int num_sms) {
-  constexpr int kFew = 2048, kManyBlocks = 3;  // queries that see a key; blocks of a multiprocessor
+  constexpr int kShort = 1024;    // queries
+  constexpr int kFew = 2048;      // of which so many see a key
+  constexpr int kManyBlocks = 3;  // of a multiprocessor
   const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
   const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads / attention_bwd_heads(p, num_sms);
-  const bool faster = attention_queries_that_see(p) <= kFew && blocks >= int64_t{kManyBlocks} * num_sms;
+  const bool many = blocks >= int64_t{kManyBlocks} * num_sms;
+  const bool faster = p.max_q <= kShort || (many && attention_queries_that_see(p) <= kFew);
   return !shape->wide && (deterministic || faster);
 }
 
