@@ -92,6 +92,31 @@ def test_native_forward_with_whichever_backward(device, D, E, S):
     check(ours, lambda q, k, v: definition(q, k, v, causal=True), [q, k, v])
 
 
+@pytest.mark.skipif(not CUDA, reason="native kernels need a GPU")
+@pytest.mark.parametrize(("D", "E"), SHAPES)
+def test_a_window_over_many_blocks(device, D, E):
+    """Where the native backward takes turns unasked."""
+    with registry.use("native"):
+        compare("native", leaves(1, 24, 12, 2100, 2130, D, E, BF16, device), causal=True, window=(300, None))
+
+
+@pytest.mark.skipif(not CUDA, reason="native kernels need a GPU")
+@pytest.mark.parametrize("D", [64, 128])
+def test_turns_through_a_window_of_a_long_text(device, D):
+    """Of more queries than L2 holds: as without turns but for the order of sums, and the same twice."""
+    q, k, v = (t.detach() for t in leaves(1, 8, 2, 70_000, 70_000, D, None, BF16, device))
+    options = (D**-0.5, True, 3000, -1, 0.0)
+    with registry.use("native"):
+        o, lse = registry.call("attention_fwd", q, k, v, *options)
+        any_order, *turns = (
+            registry.call("attention_bwd", o, None, q, k, v, o, lse, *options, deterministic)
+            for deterministic in (False, True, True)
+        )
+    for want, first, second in zip(any_order, *turns, strict=True):
+        assert torch.equal(first, second)
+        assert (first.double() - want.double()).norm() < 1e-3 * want.double().norm()
+
+
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
 def test_groups(variant, device, Hkv):
     S, T = (100, 140) if CUDA else (4, 9)
