@@ -146,6 +146,62 @@ def test_gradient_in_place(variant, device, V, dtype, layout, with_terms):
     assert whole.isnan().sum() == nans
 
 
+def computed(shape, dtype, device):
+    """Logits that something has computed, and what from."""
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    return x, 2 * x
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_gradient_that_takes_the_place_of_the_logits(variant, device, reduction, dtype):
+    x, logits = computed((2, 5, 41), dtype, device)
+    targets = torch.randint(0, 41, (2, 5), device=device)
+    targets[0, 3] = -100
+    options = {"reduction": reduction, "z_loss": 0.01, "label_smoothing": 0.1}
+    want = ops.cross_entropy(logits, targets, **options)
+    (of_logits,) = torch.autograd.grad(3 * want, logits, retain_graph=True)
+    (of_x,) = torch.autograd.grad(3 * want, x, retain_graph=True)
+    got = ops.cross_entropy(logits, targets, in_place=True, **options)
+    torch.testing.assert_close(got, want)
+    (gradient,) = torch.autograd.grad(3 * got, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, of_logits)
+    if registry.forced() == "ref" or (registry.forced() is None and device == "cpu"):  # there is no kernel
+        assert gradient.data_ptr() != logits.data_ptr()
+        return
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="the first backward has scaled the logits' gradient in their place"):
+        got.backward()
+    x.grad, logits = None, 2 * x
+    (3 * ops.cross_entropy(logits, targets, in_place=True, **options)).backward()
+    torch.testing.assert_close(x.grad, of_x)
+
+
+def test_logits_stay_where_they_are_asked_for(variant, device):
+    """By other results, by float16's scale, without a backward, or as nothing's result; what was kept for a backward is
+    not read after it was overwritten."""
+    targets = torch.arange(6, device=device)
+
+    def kept(logits, **options):
+        before = logits.detach().clone()
+        ops.cross_entropy(logits, targets, in_place=True, **options)
+        return torch.equal(logits.detach(), before)
+
+    x, logits = computed((6, 41), F32, device)
+    assert kept(logits, reduction="none")
+    assert kept(logits, return_lse=True)
+    assert kept(x)
+    assert kept(logits.detach())
+    with torch.no_grad():
+        assert kept(logits)
+    assert kept(computed((6, 41), F16, device)[1])
+    kept_for_tanh = torch.tanh(x)
+    loss = ops.cross_entropy(kept_for_tanh, targets, in_place=True)
+    if kept_for_tanh._version:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 3, -1])
 def test_ignored_rows(variant, device, ignore_index):
     logits = torch.randn(6, 5, 11, device=device, requires_grad=True)
