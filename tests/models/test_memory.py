@@ -1,6 +1,7 @@
 """The predictor against what torch holds: every tensor that a forward saves, and the peak of a whole step."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from cs336 import ops
 from cs336.models import BlockConfig, Transformer, TransformerConfig, decoding_memory, training_memory
+from cs336.models.recompute import call_layer
 from cs336.nn import AttentionConfig, GELUConfig, LayerNormConfig, MLPConfig
 from cs336.optim import AdamW
+from cs336.training.learner import calling_layers
 
 SMALL = TransformerConfig(512, 64, num_layers=3, d_model=32, num_heads=4)
 VARIANTS = {
@@ -120,6 +123,40 @@ def test_a_compiled_step_has_no_float32_logits_and_keeps_less():
     assert eager.activations - compiled.activations == 3 * 64 * 2 * 3 * (o + gate)
     same = {"logits": 0, "activations": 0}
     assert dataclasses.replace(eager, **same) == dataclasses.replace(compiled, **same)
+
+
+def test_compiled_layers_keep_gate_and_up_side_by_side():
+    """Of weights that are not cast, where layers are not computed again."""
+    model, kept = Transformer(SMALL, dtype=torch.bfloat16), {}
+
+    def keep(t):
+        if t.shape in ((2 * SMALL.ff_size, 32), (32, 2 * SMALL.ff_size)):
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    compiled = torch.compile(call_layer, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), calling_layers(model, compiled):
+        model(torch.randint(512, (3, 64)))
+    copies = sum(t.untyped_storage().nbytes() for t in kept.values())
+    memory = functools.partial(training_memory, SMALL, 3, weight_bytes=2, compiled=True)
+    assert memory().casts == copies == 3 * 2 * 2 * 32 * SMALL.ff_size
+    assert memory(layers_compiled=False).casts == 0
+    assert memory(gradient_checkpointing="full").casts == copies // 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequences", "measured"),
+    [
+        ((50304, 1024, 36, 1280, 20), 16, 35.25),
+        ((50304, 1024, 48, 1600, 25), 12, 49.82),
+        ((32000, 4096, 18, 2048, 16), 4, 32.73),
+    ],
+)
+def test_the_peak_of_bfloat16_weights_is_that_measured(sizes, sequences, measured):
+    """GiB, with remainders, on an H200."""
+    config = TransformerConfig(*sizes, tie_embeddings=sizes[0] == 50304)
+    memory = training_memory(config, sequences, weight_bytes=2, optimizer_bytes=10, compiled=True, accumulated=False)
+    assert memory.total / 2**30 == pytest.approx(measured, rel=0.015)
 
 
 def test_gradients_of_one_micro_batch_come_as_activations_go():
