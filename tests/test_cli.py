@@ -399,6 +399,21 @@ def test_generate_takes_the_model_of_most_steps(data, tokenizer, capsys):
     assert capsys.readouterr().out.startswith("How")
 
 
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_nothing_given_says_how_to_give_it(verb, capsys):
+    said = fails([verb], capsys)
+    assert "missing: " in said
+    assert "give a file, --config FILE, or options, which --help lists" in said
+    assert "--config mine.toml reads a file" in fails([verb, "mine.toml"], capsys)
+    assert "give a file" not in fails([verb, "--run-dir", "run"], capsys)
+
+
+def test_a_run_directory_that_is_a_file(data, capsys):
+    (data / "file").write_text("")
+    arguments = [*train_arguments(data), "--run-dir", str(data / "file")]
+    assert "is a file: name a directory" in fails(["train", *arguments], capsys)
+
+
 def test_settings_file_and_overrides(data, capsys):
     assert main(["train", *train_arguments(data), "--print-config"]) == 0
     config = data / "config.toml"
