@@ -18,8 +18,9 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kFwdThreads =
-    256;                    // 4 rows a multiprocessor: more of them load while others add (254 us for 274 with 512)
-constexpr int kUnroll = 4;  // vectors in flight a thread
+    256;                        // 4 rows a multiprocessor: more of them load while others add (254 us for 274 with 512)
+constexpr int kUnroll = 4;      // vectors in flight a thread
+constexpr int kHeldGroups = 4;  // of so many vectors a thread: at most what it has in shared memory
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -130,40 +131,63 @@ __device__ __forceinline__ void add_vectors(OnlineSums& sums, uint4 (&packed)[kC
   }
 }
 
-// The first vectors of a row, in shared memory: a thread reads there what it has written, and none waits for another.
+// The first vectors of a row, all on their way to shared memory at once. A thread reads those that it asked for: none
+// waits for another.
 struct Held {
   uint4* vectors;
-  int count;
+  int count;  // at most kHeldGroups * kUnroll a thread
 
-  __device__ __forceinline__ void keep(int v, const uint4& packed) const {
-    if (v < count) vectors[v] = packed;
+  template <typename T>
+  __device__ __forceinline__ void fetch(const T* row) const {
+    const int threads = static_cast<int>(blockDim.x);
+#pragma unroll
+    for (int i = 0; i < kHeldGroups * kUnroll; i++) {
+      const int v = static_cast<int>(threadIdx.x) + i * threads;
+      if (v < count) copy_async(vectors + v, row + v * kVec<T>, true);
+      if (i == kHeldGroups * kUnroll / 2 - 1) commit_copies();
+    }
+    commit_copies();
   }
 };
 
-// This thread's share of the row. kSplit: code of its own for rows without a cap and smoothing, which would ask about
-// them at each logit (4096 x 128256 bf16: 274 us for 305).
-template <typename T, Access kAccess, bool kEntropy, bool kSplit>
-__device__ __forceinline__ OnlineSums sums_of_thread(const T* row, int V, float softcap, bool smoothed,
-                                                     const Held& held) {
-  OnlineSums sums;
-  const int full = V / kVec<T>, threads = static_cast<int>(blockDim.x);
-  int v = threadIdx.x;
-  for (; v + (kUnroll - 1) * threads < full; v += kUnroll * threads) {
+// From vector v on, of those before `end`, every one that is this thread's. kSplit: code of its own for rows without a
+// cap and smoothing, which would ask about them at each logit (4096 x 128256 bf16: 274 us for 305).
+template <typename T, bool kEntropy, bool kSplit, typename Load>
+__device__ __forceinline__ void add_range(OnlineSums& sums, int& v, int end, const Load& load_vector, float softcap,
+                                          bool smoothed) {
+  const int threads = static_cast<int>(blockDim.x);
+  for (; v + (kUnroll - 1) * threads < end; v += kUnroll * threads) {
     uint4 packed[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) packed[u] = load<T, kAccess>(row, (v + u * threads) * kVec<T>);
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) held.keep(v + u * threads, packed[u]);
+    for (int u = 0; u < kUnroll; u++) packed[u] = load_vector(v + u * threads);
     if (kSplit && softcap == 0.f && !smoothed)
       add_vectors<T, kEntropy>(sums, packed, 0.f, false);
     else
       add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
-  for (; v < full; v += threads) {
-    uint4 packed[1] = {load<T, kAccess>(row, v * kVec<T>)};
-    held.keep(v, packed[0]);
+  for (; v < end; v += threads) {
+    uint4 packed[1] = {load_vector(v)};
     add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
+}
+
+// This thread's share of the row.
+template <typename T, Access kAccess, bool kEntropy, bool kSplit, bool kHeld>
+__device__ __forceinline__ OnlineSums sums_of_thread(const T* row, int V, float softcap, bool smoothed,
+                                                     const Held& held) {
+  OnlineSums sums;
+  const int full = V / kVec<T>, threads = static_cast<int>(blockDim.x);
+  int v = threadIdx.x;
+  if constexpr (kHeld) {
+    const auto held_vector = [&](int i) { return held.vectors[i]; };
+    const int half = min(held.count, kHeldGroups / 2 * kUnroll * threads);
+    wait_copies<1>();
+    add_range<T, kEntropy, kSplit>(sums, v, half, held_vector, softcap, smoothed);
+    wait_copies<0>();
+    add_range<T, kEntropy, kSplit>(sums, v, held.count, held_vector, softcap, smoothed);
+  }
+  const auto load_vector = [&](int i) { return load<T, kAccess>(row, i * kVec<T>); };
+  add_range<T, kEntropy, kSplit>(sums, v, full, load_vector, softcap, smoothed);
   if (const int i = full * kVec<T> + static_cast<int>(threadIdx.x); i < V) {  // fewer than a vector
     const float z = capped(to_float(row[i]), softcap).z;
     sums.raise<kEntropy>(fmaxf(sums.top, z));
@@ -320,10 +344,12 @@ __global__ void __launch_bounds__(kGradient ? kMaxThreads : kFwdThreads, kGradie
   if (target.ignored) {
     if constexpr (kGradient) store_zeros<T>(row, V);
   } else {
-    constexpr bool kSplit = kAccess == Access::kVectors;  // what has registers for it
+    constexpr bool kVectors = kAccess == Access::kVectors;  // what has registers for kSplit, and can be held
+    if constexpr (kGradient && kVectors) held.fetch(row);
     const bool smoothed = options.label_smoothing > 0.f;
-    const OnlineSums sums = sums_of_row<kEntropy>(
-        sums_of_thread<T, kAccess, kEntropy, kSplit>(row, V, options.softcap, smoothed, held), memory);
+    const OnlineSums sums =
+        sums_of_row<kEntropy>(sums_of_thread < T, kAccess, kEntropy, kVectors,
+                              kGradient && kVectors > (row, V, options.softcap, smoothed, held), memory);
     const float log_total = logf(sums.total), picked = capped(target.logit, options.softcap).z;
     lse = sums.top + log_total;
     entropy = log_total - sums.weighted / sums.total;
@@ -370,8 +396,8 @@ LaunchShape row_shape(const CrossEntropyRows& rows, unsigned max_threads) {
 }
 
 // Of a row that is read and then written: two a multiprocessor, so that one is read while the other is written, or one
-// if it is longer than 128 KB, with as much of it in shared memory as there is. Where its vectors are not those that
-// are written, none.
+// if it is longer than 128 KB. All of it is in shared memory, or as many whole groups as there is room for; none where
+// its vectors are not those that are written.
 LaunchShape held_row_shape(const CrossEntropyRows& rows, Access access) {
   constexpr int64_t kReserved = 1024;  // bytes of a multiprocessor's shared memory, for each block
   const int64_t row_bytes = rows.V * size_of(rows.dtype);
@@ -380,7 +406,10 @@ LaunchShape held_row_shape(const CrossEntropyRows& rows, Access access) {
   if (access == Access::kElements) return shape;
   const int64_t most = current_device().max_shared_bytes;
   const int64_t room = (is_long ? most : (most - kReserved) / 2) - static_cast<int64_t>(sizeof(RowMemory));
-  shape.shared_bytes = static_cast<size_t>(std::min(row_bytes, room) / 16 * 16);
+  const int64_t group_bytes = int64_t{16} * kUnroll * shape.threads.x;
+  const int64_t groups = std::min<int64_t>(room / group_bytes, kHeldGroups);
+  const bool all = row_bytes <= std::min(room, kHeldGroups * group_bytes);
+  shape.shared_bytes = static_cast<size_t>(all ? row_bytes / 16 * 16 : groups * group_bytes);
   return shape;
 }
 
