@@ -29,7 +29,7 @@ class Memory:
     activations: int = 0
     """Kept for the backward, of all but the head; with gradient checkpointing, and while one block is recomputed."""
     logits: int = 0
-    """Of all tokens at once, and what their gradient takes."""
+    """Of all tokens at once, and what their gradient takes: as much again, or their place and what comes of it."""
     state: int = 0
     """Of the sequences that are being decoded."""
 
@@ -63,7 +63,8 @@ def training_memory(
         weight_bytes: of a weight, and of its gradient.
         compute_bytes: of an activation: 2 under autocast to bfloat16. None: weight_bytes.
         optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
-        compiled: torch.compile makes one pass of the loss's backward, and its kernels keep less. Or ours on a GPU.
+        compiled: torch.compile's kernels keep less, and ours put the loss's gradient in the logits' place: as
+            `cs336 train` on a GPU.
         layers_compiled: by torch.compile, which lays gate and up side by side. None: as `compiled`.
         accumulated: micro-batches add to gradients already there.
         fused_head: head and loss are ops.linear_cross_entropy, which has a chunk of the logits.
@@ -98,6 +99,8 @@ def head_bytes(config: TransformerConfig, tokens: int, width: int, *, compiled: 
         return chunk * width * V + 8 * tokens * M + 4 * V * M
     wide = width if config.logit_softcap is None else max(4, width)
     capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
+    if compiled and config.logit_softcap is None:  # in the logits' place; of what the head reads, and of the head
+        return width * (tokens * (V + M) + V * M)
     gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
     return tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
 
