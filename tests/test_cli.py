@@ -11,12 +11,18 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
 from cs336.cli import main
-from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS, verb_paths
+from cs336.cli.program import TREE, Group, verb_paths
+from cs336.data import ShardWriter
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+VERBS, TOKENIZER_VERBS, DATA_VERBS = (
+    {name: found for name, found in verbs.items() if not isinstance(found, Group)}
+    for verbs in (TREE, TREE["tokenizer"].verbs, TREE["data"].verbs)
+)
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
 
 
@@ -406,6 +412,16 @@ def test_nothing_given_says_how_to_give_it(verb, capsys):
     assert "give a file, --config FILE, or options, which --help lists" in said
     assert "--config mine.toml reads a file" in fails([verb, "mine.toml"], capsys)
     assert "give a file" not in fails([verb, "--run-dir", "run"], capsys)
+
+
+def test_a_prompt_without_a_tokenizer(tmp_path, capsys):
+    with ShardWriter(tmp_path / "train", tokenizer="0" * 64, vocab_size=32, eot_id=0) as writer:
+        writer.write(np.arange(200) % 32, documents=1)
+    model = {"vocab-size": 32, "context-length": 8, "num-layers": 1, "d-model": 16, "num-heads": 2}
+    options = [f"--model.{name}={value}" for name, value in model.items()]
+    run = ["train", "--data.train", str(tmp_path / "train"), "--run-dir", str(tmp_path / "run"), *options]
+    assert "give --tokenizer FILE" in fails([*run, "--prompt", "Hello"], capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_is_a_file(data, capsys):

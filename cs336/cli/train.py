@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from cs336.cli.common import Path, Run, Stopped
+from cs336.cli.common import OwnOptions, Path, Run, Stopped
 from cs336.cli.settings import given, help_text, own_options
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cs336.training import TrainConfig, TrainResult
 
 
+@OwnOptions
 def train(arguments: list[str]) -> Run:
     """Train a model on token shards, or continue the run that is in --run-dir.
 
@@ -54,6 +55,8 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
     loaded = kept_tokenizer(settings.data.train) if tokenizer is None else convert.load(tokenizer)
     if loaded is None and kept.exists():
         loaded = convert.load(kept)
+    if loaded is None and any(prompts):
+        raise ValueError("--prompt needs a tokenizer, and none lies beside the shards: give --tokenizer FILE")
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:
