@@ -139,8 +139,9 @@ class _InPlace(torch.autograd.Function):
         return loss_N.sum() * scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy in place is differentiable once; create_graph=True needs in_place=False")
         if ctx.spent:
             raise RuntimeError(
                 "the first backward has scaled the logits' gradient in their place: call cross_entropy again, or "
@@ -185,9 +186,9 @@ def cross_entropy(
         reduction: "mean" over the rows that count (0 if none does), "sum" or "none".
         return_lse: return the log-sum-exp of each row too, (...).
         return_entropy: return the entropy of each row too, (...) in nats.
-        in_place: of a sum or mean alone, the gradient takes the place of logits that were computed, which nothing may
-            read then, where a kernel makes both at once: half the memory, and the logits are read once. They are
-            differentiable once.
+        in_place: of a sum or mean alone, the gradient takes the place of logits that were computed and are contiguous,
+            which nothing may read then, where a kernel makes both at once: half the memory, and the logits are read
+            once. They are differentiable once.
 
     Returns float32 (float64 for float64 logits): a scalar, or (...) with reduction "none"; a tuple (loss, lse,
     entropy) with those that were asked for. All are differentiable.
@@ -202,7 +203,7 @@ def cross_entropy(
     logits_NV = rows(logits.reshape(-1, logits.shape[-1]))
     options = ignore_index, softcap, float(z_loss), float(label_smoothing)
     alone = reduction != "none" and not (return_lse or return_entropy)
-    if in_place and alone and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf:
+    if in_place and alone and torch.is_grad_enabled() and logits.requires_grad:
         scale = torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         if reduction == "mean":
             scale = scale / (targets_N != ignore_index).sum().clamp(min=1)
@@ -220,8 +221,12 @@ def cross_entropy(
 
 
 def _becomes_its_gradient(logits_NV: Tensor, targets_N: Tensor, scale: Tensor, options: tuple) -> bool:
-    """Not where torch.compile looks; nor of float16, which is to be scaled before it is rounded."""
-    if torch.compiler.is_compiling() or logits_NV.dtype == torch.float16:
+    """Not where torch.compile looks; nor rows that something lies between; nor of float16, which is to be scaled before
+    it is rounded; nor of a leaf, or a view of one, whose values are somebody's."""
+    whole = logits_NV if logits_NV._base is None else logits_NV._base
+    if torch.compiler.is_compiling() or whole.is_leaf or logits_NV.dtype == torch.float16:
+        return False
+    if not logits_NV.is_contiguous():
         return False
     return has_kernel("cross_entropy_gradient_", logits_NV, targets_N, scale, *options)
 

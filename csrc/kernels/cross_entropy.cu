@@ -344,12 +344,13 @@ __global__ void __launch_bounds__(kGradient ? kMaxThreads : kFwdThreads, kGradie
   if (target.ignored) {
     if constexpr (kGradient) store_zeros<T>(row, V);
   } else {
-    constexpr bool kVectors = kAccess == Access::kVectors;  // what has registers for kSplit, and can be held
-    if constexpr (kGradient && kVectors) held.fetch(row);
+    constexpr bool kSplit = kAccess == Access::kVectors;  // what has registers for it
+    constexpr bool kHeld = kGradient && kAccess == Access::kVectors;
+    if constexpr (kHeld) held.fetch(row);
     const bool smoothed = options.label_smoothing > 0.f;
-    const OnlineSums sums =
-        sums_of_row<kEntropy>(sums_of_thread < T, kAccess, kEntropy, kVectors,
-                              kGradient && kVectors > (row, V, options.softcap, smoothed, held), memory);
+    const OnlineSums share =
+        sums_of_thread<T, kAccess, kEntropy, kSplit, kHeld>(row, V, options.softcap, smoothed, held);
+    const OnlineSums sums = sums_of_row<kEntropy>(share, memory);
     const float log_total = logf(sums.total), picked = capped(target.logit, options.softcap).z;
     lse = sums.top + log_total;
     entropy = log_total - sums.weighted / sums.total;

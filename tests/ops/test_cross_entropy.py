@@ -12,8 +12,8 @@ SHAPES = [(7, 257), (2, 3, 5, 11), (1, 1), (64,), (9, 1000), (2, 8193)]
 if CUDA:
     SHAPES += [(5, 50257), (3, 128256), (300, 32000), (2, 262144), (2, 262147)]
 IN_PLACE = [(96, BF16), (1001, F32), (8200, F16)]
-if CUDA:  # rows that shared memory has room for, and longer ones
-    IN_PLACE += [(50304, BF16), (60000, F16), (128256, BF16), (131072, F32)]
+if CUDA:  # rows of just what a kernel has without asking, that shared memory has room for, and longer ones
+    IN_PLACE = [(24576, BF16), (12288, F32), *IN_PLACE, (50304, BF16), (60000, F16), (128256, BF16), (131072, F32)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
 
 
@@ -178,28 +178,43 @@ def test_a_gradient_that_takes_the_place_of_the_logits(variant, device, reductio
 
 
 def test_logits_stay_where_they_are_asked_for(variant, device):
-    """By other results, by float16's scale, without a backward, or as nothing's result; what was kept for a backward is
-    not read after it was overwritten."""
+    """By other results, by float16's scale, without a backward, as nothing's result or a view of it, with gaps between
+    rows, or where rows are the same."""
     targets = torch.arange(6, device=device)
 
     def kept(logits, **options):
         before = logits.detach().clone()
-        ops.cross_entropy(logits, targets, in_place=True, **options)
+        loss = ops.cross_entropy(logits, targets, in_place=True, **options)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            torch.autograd.grad(loss.sum(), logits)
         return torch.equal(logits.detach(), before)
 
     x, logits = computed((6, 41), F32, device)
     assert kept(logits, reduction="none")
     assert kept(logits, return_lse=True)
     assert kept(x)
+    assert kept(x.view(6, 41))
+    assert kept(x[:, :])
     assert kept(logits.detach())
     with torch.no_grad():
         assert kept(logits)
     assert kept(computed((6, 41), F16, device)[1])
-    kept_for_tanh = torch.tanh(x)
-    loss = ops.cross_entropy(kept_for_tanh, targets, in_place=True)
-    if kept_for_tanh._version:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    assert kept(computed((6, 48), F32, device)[1][:, :41])
+    assert kept(computed((1, 41), F32, device)[1].expand(6, 41))
+
+
+def test_logits_that_went_are_read_no_more(variant, device):
+    """What was kept for a backward, and a second derivative, are refused."""
+    x, targets = torch.randn(6, 41, device=device, requires_grad=True), torch.arange(6, device=device)
+    for read in (lambda loss: loss.backward(), lambda loss: torch.autograd.grad(loss, x, create_graph=True)):
+        y = torch.tanh(x)
+        before = y.detach().clone()
+        loss = ops.cross_entropy(y, targets, in_place=True)
+        if torch.equal(y.detach(), before):
+            assert registry.forced() in (None, "ref")
+            pytest.skip("there is no kernel")
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation|differentiable once"):
+            read(loss)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 3, -1])
