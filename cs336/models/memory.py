@@ -63,9 +63,9 @@ def training_memory(
         weight_bytes: of a weight, and of its gradient.
         compute_bytes: of an activation: 2 under autocast to bfloat16. None: weight_bytes.
         optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
-        compiled: torch.compile's kernels keep less, and ours put the loss's gradient in the logits' place: as
-            `cs336 train` on a GPU.
-        layers_compiled: by torch.compile, which lays gate and up side by side. None: as `compiled`.
+        compiled: by our kernels on a GPU, which keep less, and put the loss's gradient in the logits' place.
+        layers_compiled: by torch.compile, whose kernels keep as little, and which lays gate and up side by side; as
+            `compiled` if None.
         accumulated: micro-batches add to gradients already there.
         fused_head: head and loss are ops.linear_cross_entropy, which has a chunk of the logits.
     """
@@ -73,13 +73,13 @@ def training_memory(
     tokens = batch_size * (config.context_length if context_length is None else context_length)
     parameters = config.num_parameters()
     logits = head_bytes(config, tokens, width, compiled=compiled, fused=fused_head)
-    kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled)
+    layers_compiled = compiled if layers_compiled is None else layers_compiled
+    kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled or layers_compiled)
     activations = tokens * kept + max(0, tokens * again - logits)  # the logits are gone when the first block is again
     gradients = weight_bytes * parameters
     if not accumulated:  # all that has come when one block is left
         last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         gradients = max(0, gradients + tokens * last - activations - logits)
-    layers_compiled = compiled if layers_compiled is None else layers_compiled
     copied = side_by_side_bytes(config, width, gradient_checkpointing) if layers_compiled else 0
     return Memory(
         weights=weight_bytes * parameters,

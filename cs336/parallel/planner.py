@@ -102,7 +102,7 @@ class Work:
     compute_bytes: int = 2
     optimizer_bytes: float = 8
     compiled: bool = True
-    """Or by our kernels, on a GPU, which keep as little: see cs336.models.memory."""
+    """By our kernels on a GPU: see cs336.models.memory."""
     layers_compiled: bool | None = None
     """None: as `cs336 train` on a GPU does by itself, where data alone are split, and ZeRO splits no weights."""
     fused_head: bool = False
@@ -327,7 +327,8 @@ def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
     table = model.vocab_size * config.d_model
     embedding, head = table * (rank == 0), table * (rank == pipeline - 1)
     tables = max(embedding, head) if config.tie_embeddings else embedding + head
-    how = {r: kept_bytes(model, work.compute_bytes, r, compiled=work.compiled) for r in RECOMPUTE}
+    compiled = work.compiled or bool(work.layers_compiled)
+    how = {r: kept_bytes(model, work.compute_bytes, r, compiled=compiled) for r in RECOMPUTE}
     heads = [b.mixer for b in model.blocks if isinstance(b.mixer, AttentionConfig)]
     return Part(
         model=model,
@@ -412,8 +413,10 @@ def _logits(work: Work, layout: Layout, part: Part) -> int:
     if fused and layout.tensor > 1:
         capped = model.logit_softcap is not None
         return vocabulary_loss_bytes(tokens, model.vocab_size, model.d_model, width, capped=capped)
-    whole = head_bytes(model, tokens, width, compiled=work.compiled, fused=fused)
-    return layout.tensor * whole  # gathered where they are not fused
+    if layout.tensor > 1 and work.compiled and model.logit_softcap is None:  # gathered, and this part of their gradient
+        return (layout.tensor + 1) * width * tokens * model.vocab_size
+    own = head_bytes(model, tokens, width, compiled=work.compiled, fused=fused)
+    return layout.tensor * own  # gathered where they are not fused
 
 
 def _micro_batches(work: Work, layout: Layout) -> int:

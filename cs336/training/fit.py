@@ -27,7 +27,7 @@ class Numerics:
     weight_bytes: int
     compute_bytes: int
     compiled: bool
-    """Or by our kernels on a GPU, which keep as little."""
+    """By our kernels on a GPU."""
     layers_compiled: bool = False
     """By torch.compile."""
 

@@ -57,7 +57,7 @@ class Learner:
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or rows
         widths = self.weight_dtype.itemsize, self.dtype.itemsize
-        self.numerics = Numerics(*widths, self.compiled or on_gpu, layers_compiled=self.compiled)
+        self.numerics = Numerics(*widths, compiled=on_gpu, layers_compiled=self.compiled)
         self.room = room(self.device, config.memory_limit)
         self.recompute = choose_recompute(config, self.numerics, self.room, world_size())
         torch.manual_seed(config.seed)

@@ -126,6 +126,12 @@ def test_a_compiled_step_has_its_gradient_in_the_logits_place_and_keeps_less():
     assert dataclasses.replace(eager, **same) == dataclasses.replace(compiled, **same)
 
 
+def test_layers_compiled_on_a_cpu_leave_the_loss_as_it_is():
+    eager, compiled = (training_memory(SMALL, 3, compute_bytes=2, layers_compiled=c) for c in (False, True))
+    assert compiled.logits == eager.logits
+    assert compiled.activations == training_memory(SMALL, 3, compute_bytes=2, compiled=True).activations
+
+
 def test_compiled_layers_keep_gate_and_up_side_by_side():
     """Of weights that are not cast, where layers are not computed again."""
     model, kept = Transformer(SMALL, dtype=torch.bfloat16), {}
