@@ -42,11 +42,10 @@ struct LaunchShape {
   unsigned cluster_size() const { return cluster.x * cluster.y * cluster.z; }
 };
 
-// Lets a kernel have as much dynamic shared memory as the device allows, once per device. Without, it has 48 KB with
-// its static one.
+// Lets a kernel have as much dynamic shared memory as the device allows, once per device.
 template <auto kKernel>
 void allow_shared_memory(const LaunchShape& shape, const Device& device) {
-  if (shape.shared_bytes == 0) return;
+  if (shape.shared_bytes <= 48 * 1024) return;
   static std::array<std::once_flag, 64> done;
   std::call_once(done[device.index], [&] {
     cudaFuncAttributes attributes;

@@ -1,6 +1,6 @@
 // Cross-entropy: a block a row. The forward reads it once, with the sums of an online softmax (Milakov & Gimelshein,
-// arXiv:1805.02867); the backward reads it and writes its gradient; both at once, in place, keep it in shared memory,
-// and read again from the L2 cache what does not fit there.
+// arXiv:1805.02867); the backward reads it and writes its gradient; both at once, in place, read it a second time from
+// the L2 cache, in which all rows at work fit.
 //
 // A row's vectors are dealt to its threads in turn. Their number depends on the row's length alone, and so do the bits.
 #include <limits>
@@ -18,9 +18,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kFwdThreads =
-    256;                        // 4 rows a multiprocessor: more of them load while others add (254 us for 274 with 512)
-constexpr int kUnroll = 4;      // vectors in flight a thread
-constexpr int kHeldGroups = 4;  // of so many vectors a thread: at most what it has in shared memory
+    256;                    // 4 rows a multiprocessor: more of them load while others add (254 us for 274 with 512)
+constexpr int kUnroll = 4;  // vectors in flight a thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -131,63 +130,26 @@ __device__ __forceinline__ void add_vectors(OnlineSums& sums, uint4 (&packed)[kC
   }
 }
 
-// The first vectors of a row, all on their way to shared memory at once. A thread reads those that it asked for: none
-// waits for another.
-struct Held {
-  uint4* vectors;
-  int count;  // at most kHeldGroups * kUnroll a thread
-
-  template <typename T>
-  __device__ __forceinline__ void fetch(const T* row) const {
-    const int threads = static_cast<int>(blockDim.x);
-#pragma unroll
-    for (int i = 0; i < kHeldGroups * kUnroll; i++) {
-      const int v = static_cast<int>(threadIdx.x) + i * threads;
-      if (v < count) copy_async(vectors + v, row + v * kVec<T>, true);
-      if (i == kHeldGroups * kUnroll / 2 - 1) commit_copies();
-    }
-    commit_copies();
-  }
-};
-
-// From vector v on, of those before `end`, every one that is this thread's. kSplit: code of its own for rows without a
-// cap and smoothing, which would ask about them at each logit (4096 x 128256 bf16: 274 us for 305).
-template <typename T, bool kEntropy, bool kSplit, typename Load>
-__device__ __forceinline__ void add_range(OnlineSums& sums, int& v, int end, const Load& load_vector, float softcap,
-                                          bool smoothed) {
-  const int threads = static_cast<int>(blockDim.x);
-  for (; v + (kUnroll - 1) * threads < end; v += kUnroll * threads) {
+// This thread's share of the row. kSplit: code of its own for rows without a cap and smoothing, which would ask about
+// them at each logit (4096 x 128256 bf16: 274 us for 305).
+template <typename T, Access kAccess, bool kEntropy, bool kSplit>
+__device__ __forceinline__ OnlineSums sums_of_thread(const T* row, int V, float softcap, bool smoothed) {
+  OnlineSums sums;
+  const int full = V / kVec<T>, threads = static_cast<int>(blockDim.x);
+  int v = threadIdx.x;
+  for (; v + (kUnroll - 1) * threads < full; v += kUnroll * threads) {
     uint4 packed[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) packed[u] = load_vector(v + u * threads);
+    for (int u = 0; u < kUnroll; u++) packed[u] = load<T, kAccess>(row, (v + u * threads) * kVec<T>);
     if (kSplit && softcap == 0.f && !smoothed)
       add_vectors<T, kEntropy>(sums, packed, 0.f, false);
     else
       add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
-  for (; v < end; v += threads) {
-    uint4 packed[1] = {load_vector(v)};
+  for (; v < full; v += threads) {
+    uint4 packed[1] = {load<T, kAccess>(row, v * kVec<T>)};
     add_vectors<T, kEntropy>(sums, packed, softcap, smoothed);
   }
-}
-
-// This thread's share of the row.
-template <typename T, Access kAccess, bool kEntropy, bool kSplit, bool kHeld>
-__device__ __forceinline__ OnlineSums sums_of_thread(const T* row, int V, float softcap, bool smoothed,
-                                                     const Held& held) {
-  OnlineSums sums;
-  const int full = V / kVec<T>, threads = static_cast<int>(blockDim.x);
-  int v = threadIdx.x;
-  if constexpr (kHeld) {
-    const auto held_vector = [&](int i) { return held.vectors[i]; };
-    const int half = min(held.count, kHeldGroups / 2 * kUnroll * threads);
-    wait_copies<1>();
-    add_range<T, kEntropy, kSplit>(sums, v, half, held_vector, softcap, smoothed);
-    wait_copies<0>();
-    add_range<T, kEntropy, kSplit>(sums, v, held.count, held_vector, softcap, smoothed);
-  }
-  const auto load_vector = [&](int i) { return load<T, kAccess>(row, i * kVec<T>); };
-  add_range<T, kEntropy, kSplit>(sums, v, full, load_vector, softcap, smoothed);
   if (const int i = full * kVec<T> + static_cast<int>(threadIdx.x); i < V) {  // fewer than a vector
     const float z = capped(to_float(row[i]), softcap).z;
     sums.raise<kEntropy>(fmaxf(sums.top, z));
@@ -275,25 +237,23 @@ __device__ __forceinline__ void store_vector_gradient(const uint4& packed, T* ou
 // out may be row itself: a thread writes what it has read. kAccess: of row where out has its aligned vectors.
 template <typename T, Access kAccess, bool kEntropy>
 __device__ __forceinline__ void store_gradient(const T* row, T* out, int V, int target, float logit_of_target,
-                                               const RowGradient& gradient, float softcap, const Held& held) {
+                                               const RowGradient& gradient, float softcap) {
   const Parts<T> parts(out, V);
   const int threads = static_cast<int>(blockDim.x);
   const float at_target = gradient.at_target<kEntropy>(logit_of_target, softcap);
-  const auto vector = [&](int v) {
-    return v < held.count ? held.vectors[v] : load_columns<T, kAccess>(row, parts.column(v));
-  };
   int v = threadIdx.x;
   for (; v + (kUnroll - 1) * threads < parts.vectors; v += kUnroll * threads) {
     uint4 packed[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) packed[u] = vector(v + u * threads);
+    for (int u = 0; u < kUnroll; u++) packed[u] = load_columns<T, kAccess>(row, parts.column(v + u * threads));
 #pragma unroll
     for (int u = 0; u < kUnroll; u++)
       store_vector_gradient<T, kEntropy>(packed[u], out, parts.column(v + u * threads), target, at_target, gradient,
                                          softcap);
   }
   for (; v < parts.vectors; v += threads)
-    store_vector_gradient<T, kEntropy>(vector(v), out, parts.column(v), target, at_target, gradient, softcap);
+    store_vector_gradient<T, kEntropy>(load_columns<T, kAccess>(row, parts.column(v)), out, parts.column(v), target,
+                                       at_target, gradient, softcap);
   if (static_cast<int>(threadIdx.x) < parts.around) {
     const int i = parts.column_around(threadIdx.x);
     out[i] = from_float<T>(i == target ? at_target : gradient.at<kEntropy>(to_float(row[i]), softcap));
@@ -327,13 +287,11 @@ struct Target {
   }
 };
 
-// kGradient: with the gradient in the place of the logits. num_held: vectors of a row that fit dynamic shared memory.
+// kGradient: with the gradient in the place of the logits.
 template <typename T, Access kAccess, bool kEntropy, bool kGradient>
 __global__ void __launch_bounds__(kGradient ? kMaxThreads : kFwdThreads, kGradient ? 1 : 4)
-    cross_entropy_fwd_kernel(const CrossEntropyFwdParams p, int num_held) {
+    cross_entropy_fwd_kernel(const CrossEntropyFwdParams p) {
   __shared__ RowMemory memory;
-  extern __shared__ uint4 row_memory[];
-  const Held held{row_memory, kGradient ? num_held : 0};
   const CrossEntropyOptions& options = p.rows.options;
   T* row = static_cast<T*>(const_cast<void*>(p.rows.logits)) + blockIdx.x * p.rows.stride;
   const int V = static_cast<int>(p.rows.V);
@@ -344,13 +302,10 @@ __global__ void __launch_bounds__(kGradient ? kMaxThreads : kFwdThreads, kGradie
   if (target.ignored) {
     if constexpr (kGradient) store_zeros<T>(row, V);
   } else {
-    constexpr bool kSplit = kAccess == Access::kVectors;  // what has registers for it
-    constexpr bool kHeld = kGradient && kAccess == Access::kVectors;
-    if constexpr (kHeld) held.fetch(row);
+    constexpr bool kSplit = !kGradient && kAccess == Access::kVectors;  // what has registers for it
     const bool smoothed = options.label_smoothing > 0.f;
-    const OnlineSums share =
-        sums_of_thread<T, kAccess, kEntropy, kSplit, kHeld>(row, V, options.softcap, smoothed, held);
-    const OnlineSums sums = sums_of_row<kEntropy>(share, memory);
+    const OnlineSums sums =
+        sums_of_row<kEntropy>(sums_of_thread<T, kAccess, kEntropy, kSplit>(row, V, options.softcap, smoothed), memory);
     const float log_total = logf(sums.total), picked = capped(target.logit, options.softcap).z;
     lse = sums.top + log_total;
     entropy = log_total - sums.weighted / sums.total;
@@ -358,8 +313,7 @@ __global__ void __launch_bounds__(kGradient ? kMaxThreads : kFwdThreads, kGradie
     if (smoothed) loss += options.label_smoothing * (picked - sums.plain / static_cast<float>(V));
     if constexpr (kGradient) {
       const RowGradient gradient = row_gradient(p.rows, target.inside, lse, *p.scale);
-      store_gradient<T, Access::kVectors, false>(row, row, V, target.index, target.logit, gradient, options.softcap,
-                                                 held);
+      store_gradient<T, Access::kVectors, false>(row, row, V, target.index, target.logit, gradient, options.softcap);
     }
   }
   if (threadIdx.x == 0) {
@@ -384,34 +338,17 @@ __global__ void __launch_bounds__(kMaxThreads / 2, 2) cross_entropy_bwd_kernel(c
     gradient.dentropy = p.dentropy[blockIdx.x];
     gradient.entropy = p.entropy[blockIdx.x];
   }
-  store_gradient<T, kAccess, kEntropy>(row, out, V, target.index, target.logit, gradient, p.rows.options.softcap, {});
+  store_gradient<T, kAccess, kEntropy>(row, out, V, target.index, target.logit, gradient, p.rows.options.softcap);
 }
 
 // ---- launchers ----
 
-// About eight vectors a thread.
+// About eight vectors a thread. max_threads: of what is read twice, two rows a multiprocessor must fit the L2 cache, or
+// one if it is longer than 128 KB.
 LaunchShape row_shape(const CrossEntropyRows& rows, unsigned max_threads) {
   const int64_t vecs = rows.V * size_of(rows.dtype) / 16;
   const unsigned threads = std::clamp<int64_t>((vecs / 8 + 31) / 32 * 32, 32, max_threads);
   return {.grid = dim3(static_cast<unsigned>(rows.N)), .threads = dim3(threads), .dependent = true};
-}
-
-// Of a row that is read and then written: two a multiprocessor, so that one is read while the other is written, or one
-// if it is longer than 128 KB. All of it is in shared memory, or as many whole groups as there is room for; none where
-// its vectors are not those that are written.
-LaunchShape held_row_shape(const CrossEntropyRows& rows, Access access) {
-  constexpr int64_t kReserved = 1024;  // bytes of a multiprocessor's shared memory, for each block
-  const int64_t row_bytes = rows.V * size_of(rows.dtype);
-  const bool is_long = row_bytes > 128 * 1024;
-  LaunchShape shape = row_shape(rows, is_long ? kMaxThreads : kMaxThreads / 2);
-  if (access == Access::kElements) return shape;
-  const int64_t most = current_device().max_shared_bytes;
-  const int64_t room = (is_long ? most : (most - kReserved) / 2) - static_cast<int64_t>(sizeof(RowMemory));
-  const int64_t group_bytes = int64_t{16} * kUnroll * shape.threads.x;
-  const int64_t groups = std::min<int64_t>(room / group_bytes, kHeldGroups);
-  const bool all = row_bytes <= std::min(room, kHeldGroups * group_bytes);
-  shape.shared_bytes = static_cast<size_t>(all ? row_bytes / 16 * 16 : groups * group_bytes);
-  return shape;
 }
 
 // f(access): of N rows, the first at an address and each `stride` elements behind the one before.
@@ -428,18 +365,16 @@ void dispatch_access(int64_t N, int64_t stride, const void* first, F&& f) {
 void cross_entropy_fwd(const CrossEntropyFwdParams& p, cudaStream_t stream) {
   NVTX_FN();
   if (p.rows.N == 0) return;
+  const bool long_rows = p.rows.V * size_of(p.rows.dtype) > 128 * 1024;
+  const LaunchShape shape = row_shape(p.rows, !p.scale ? kFwdThreads : long_rows ? kMaxThreads : kMaxThreads / 2);
   dispatch_dtype(p.rows.dtype, [&]<typename T>(T) {
     dispatch_access<T>(p.rows.N, p.rows.stride, p.rows.logits, [&](auto access) {
-      if (p.scale) {
-        const LaunchShape shape = held_row_shape(p.rows, access.value);
-        const int num_held = static_cast<int>(shape.shared_bytes / 16);
-        launch<cross_entropy_fwd_kernel<T, access.value, false, true>>(shape, stream, p, num_held);
-      } else {
+      if (p.scale)
+        launch<cross_entropy_fwd_kernel<T, access.value, false, true>>(shape, stream, p);
+      else
         dispatch_bool(p.entropy, [&](auto entropy) {
-          launch<cross_entropy_fwd_kernel<T, access.value, entropy.value, false>>(row_shape(p.rows, kFwdThreads),
-                                                                                  stream, p, 0);
+          launch<cross_entropy_fwd_kernel<T, access.value, entropy.value, false>>(shape, stream, p);
         });
-      }
     });
   });
 }
