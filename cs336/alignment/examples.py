@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix(BOM_UTF8))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: expected a JSON object ({error})") from None
             if not isinstance(row, dict):

@@ -453,12 +453,14 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
     if isinstance(path, str | os.PathLike) and not os.path.isfile(path):
         yield path
         return
+    what = path if isinstance(path, str | os.PathLike) else "the file object"
     with tempfile.TemporaryDirectory() as directory:
         try:
             with zipfile.ZipFile(path) as archive:
+                if STATE not in archive.namelist():  # what torch.save wrote, say
+                    raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote, with {STATE}")
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
-            what = path if isinstance(path, str | os.PathLike) else "the file object"
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
         yield directory
 

@@ -119,6 +119,11 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.precision == "bf16_weights" and not hasattr(self.optimizer, "rounding"):
+            raise ValueError(
+                f'precision = "bf16_weights" loses what {self.optimizer.kind} adds below a 256th of a weight: use '
+                'adamw or muon, which keep it, or precision = "bf16"'
+            )
 
     @staticmethod
     def from_table(table: Mapping[str, Any]) -> "TrainConfig":

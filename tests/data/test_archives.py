@@ -9,6 +9,7 @@ import zlib
 
 import pytest
 
+from cs336.data.extract.record import Extract, document_of
 from cs336.data.sources import Limits, Record, Unread, WarcWriter, read_archive
 
 DATE = "2025-03-01T12:00:00Z"
@@ -93,7 +94,32 @@ def test_bodies_that_are_packed(encoding):
     file = io.BytesIO()
     WarcWriter(file).record("response", "application/http", head + packed[encoding], date=DATE, url="http://x/")
     (record,) = read(file.getvalue())
-    assert record.content == (page if encoding != "raw deflate" else packed[encoding])
+    assert record.content == page
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "br", "zstd"])
+def test_bodies_that_are_not_packed_as_they_say(encoding):
+    """An archive may have unpacked a body; one that is packed, and cannot be read, is named."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: {encoding}\r\n\r\n".encode()
+    file = io.BytesIO()
+    for body in ("<p>été".encode(), b"%PDF-1.4\n%\xe2\xe3\x00", bytes(range(160, 256)) + b"\x07" + bytes(range(64))):
+        WarcWriter(file).record("response", "application/http", head + body, date=DATE, url="http://x/")
+    text, paper, packed = read(file.getvalue())
+    assert text.content == "<p>été".encode()
+    assert packed.reason == "damaged"
+    assert ("cannot be unpacked" if encoding == "deflate" else f"packed with {encoding}") in packed.detail
+    assert encoding == "deflate" or paper.content.startswith(b"%PDF")
+
+
+def test_the_header_names_the_encoding_of_a_page():
+    text = "Zażółć gęślą jaźń: zupełnie zwykłe zdanie po polsku."
+    for content_type in ("text/html; charset=iso-8859-2", 'text/plain; Charset="ISO-8859-2"'):
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n\r\n".encode()
+        file = io.BytesIO()
+        page = (f"<p>{text}</p>" if "html" in content_type else text).encode("iso-8859-2")
+        WarcWriter(file).record("response", "application/http", head + page, date=DATE, url="http://x/")
+        (record,) = read(file.getvalue())
+        assert document_of(record, Extract("full")).text == text
 
 
 def test_bodies_in_chunks_joined_or_not():

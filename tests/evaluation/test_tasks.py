@@ -309,3 +309,9 @@ def test_results_hold_every_prompt_and_answer(tmp_path):
     (row,) = saved["tasks"][0]["rows"]
     assert row == {"prompt": "Question: q\nAnswer:", "answers": ["it is 1"], "scores": {"acc": 1.0}, "reasons": ["1 equals 1"], "weight": 1.0}  # fmt: skip
     assert saved["tasks"][0]["metrics"]["acc"] == {"mean": 1.0, "stderr": None, "count": 1}
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert len(read_task(f"text:{path}").items) == 2

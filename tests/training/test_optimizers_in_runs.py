@@ -14,6 +14,7 @@ from cs336.training import (
     ConstantConfig,
     CosineConfig,
     LinearConfig,
+    LionConfig,
     MuonConfig,
     SGDConfig,
     SOAPConfig,
@@ -31,6 +32,7 @@ RUNS = {
     "muon": {"optimizer": MuonConfig(lr=0.02)},
     "newton_schulz": {"optimizer": MuonConfig(method="newton_schulz", nesterov=False, weight_decay_end=0.0)},
     "soap": {"optimizer": SOAPConfig(frequency=2)},
+    "lion": {"optimizer": LionConfig(lr=3e-3)},
     "sgd": {"optimizer": SGDConfig()},
     "bf16 moments": {"optimizer": AdamWConfig(state_dtype="bfloat16")},
     "bf16 weights": {"optimizer": AdamWConfig(lr=0.01), "precision": "bf16_weights"},
@@ -73,6 +75,12 @@ def test_generation_reads_the_weights_that_training_writes(tmp_path):
     ids = torch.zeros(1, 4, dtype=torch.int64)
     with trainer.learner.evaluating() as evaluated:
         assert evaluated(ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("optimizer", [SGDConfig(), LionConfig(), SOAPConfig()])
+def test_bf16_weights_need_an_optimizer_that_keeps_their_other_bits(tmp_path, optimizer):
+    with pytest.raises(ValueError, match=f"loses what {optimizer.kind} adds below a 256th of a weight: use adamw"):
+        tiny_run.config(tmp_path, precision="bf16_weights", optimizer=optimizer)
 
 
 def test_bf16_weights_learn_as_float32_ones(tmp_path):

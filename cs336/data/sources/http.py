@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from cs336.data.sources.record import Damaged
 
 CHUNK = re.compile(rb"\s*([0-9a-fA-F]{1,8})(?:;[^\r\n]*)?\r?\n")
+BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # what no text begins with, and nearly all that is packed does
+HEAD = 1024
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})")
 
 
@@ -53,8 +55,11 @@ def _decoded(body: bytes, encoding: str, most_bytes: int) -> bytes:
     if encoding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
         return _inflated(body, 31, most_bytes)
     if encoding == "deflate" and body:
-        packed = body[0] & 0x0F == 8 and int.from_bytes(body[:2], "big") % 31 == 0
-        return _inflated(body, 15, most_bytes) if packed else body
+        if body[0] & 0x0F == 8 and int.from_bytes(body[:2], "big") % 31 == 0:
+            return _inflated(body, 15, most_bytes)
+        return _inflated(body, -15, most_bytes) if BINARY.search(body[:HEAD]) else body
+    if encoding in ("br", "zstd") and BINARY.search(body[:HEAD]) and not body.startswith(b"%PDF-"):
+        raise Damaged(f"its body is packed with {encoding}, which is not read")
     return body
 
 

@@ -9,7 +9,7 @@ from typing import IO
 
 from cs336.data.sources.http import parse_response
 from cs336.data.sources.members import LONGEST_LINE, Members, Short
-from cs336.data.sources.record import HTML, PDF, TEXT, Damaged, Limits, Record, Unread, media_type, sniff
+from cs336.data.sources.record import HTML, PDF, TEXT, Damaged, Limits, Record, Unread, charset_of, media_type, sniff
 
 MOST_FIELDS = 200  # lines of a record's head
 SKIPPED = 16  # times record_bytes: more of a record that is too large is looked over, not unpacked
@@ -128,7 +128,8 @@ def _arc_head(line: bytes, version: int) -> Head:
 
 
 def _page(number: int, head: Head, block: bytes, name: str, members: Members, limits: Limits) -> Record | Unread:
-    declared = media_type(head["content"])
+    header = head["content"]
+    declared = media_type(header)
     if declared == "application/http" or head["type"] == "arc":
         try:
             response = parse_response(block, limits.record_bytes)
@@ -136,7 +137,8 @@ def _page(number: int, head: Head, block: bytes, name: str, members: Members, li
             return _unread(number, head, name, members, "damaged", str(error))
         if response.status != 200:
             return _unread(number, head, name, members, f"status {response.status}", damaged=False)
-        declared, block = media_type(response.headers.get("content-type", "")), response.body
+        header, block = response.headers.get("content-type", ""), response.body
+        declared = media_type(header)
     kind = TEXT if head["type"] == "conversion" else declared
     if kind in ("unknown type", "application/octet-stream"):
         kind = media_type(head.get("identified", ""))
@@ -145,4 +147,4 @@ def _page(number: int, head: Head, block: bytes, name: str, members: Members, li
         return _unread(number, head, name, members, kind, damaged=False)
     content: bytes | str = block.decode("utf-8", "replace") if head["type"] == "conversion" else block
     metadata = {key: head[key] for key in ("url", "date") if head[key]}
-    return Record(number, _id(head, name, members), name, kind, content, metadata, members.position)
+    return Record(number, _id(head, name, members), name, kind, content, metadata, members.position, charset_of(header))

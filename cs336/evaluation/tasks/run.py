@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,7 @@ def _items(kind: Kind, path: pathlib.Path, prompt: str | None, limit: int | None
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix(BOM_UTF8))
                 item = kind.read(row)
                 if prompt is not None:
                     item = dataclasses.replace(item, prompt=prompt.format(**row))
