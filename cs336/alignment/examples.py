@@ -117,6 +117,10 @@ def read_examples(
             if "messages" in row:
                 messages = [turn.message for turn in turns_of(row["messages"], where)]
                 examples.append(encode_chat(messages, tokenizer, template, end_ids, last_only=last_only))
+            elif "prompt" not in row and "completion" not in row:
+                raise ValueError(
+                    f'{where}: expected "messages", or "prompt" and "completion"; the line has {", ".join(row)}'
+                )
             else:
                 prompt, completion = text_at(row, "prompt", where), text_at(row, "completion", where)
                 examples.append(encode_completion(prompt, completion, tokenizer, end_ids))
