@@ -11,12 +11,10 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 
 from cs336.cli import main
 from cs336.cli.program import TREE, Group, verb_paths
-from cs336.data import ShardWriter
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 VERBS, TOKENIZER_VERBS, DATA_VERBS = (
@@ -403,31 +401,6 @@ def test_generate_takes_the_model_of_most_steps(data, tokenizer, capsys):
     capsys.readouterr()
     assert main(["generate", str(data / "run"), "--prompt", "How", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("How")
-
-
-@pytest.mark.parametrize("verb", ["train", "sft"])
-def test_nothing_given_says_how_to_give_it(verb, capsys):
-    said = fails([verb], capsys)
-    assert "missing: " in said
-    assert "give a file, --config FILE, or options, which --help lists" in said
-    assert "--config mine.toml reads a file" in fails([verb, "mine.toml"], capsys)
-    assert "give a file" not in fails([verb, "--run-dir", "run"], capsys)
-
-
-def test_a_prompt_without_a_tokenizer(tmp_path, capsys):
-    with ShardWriter(tmp_path / "train", tokenizer="0" * 64, vocab_size=32, eot_id=0) as writer:
-        writer.write(np.arange(200) % 32, documents=1)
-    model = {"vocab-size": 32, "context-length": 8, "num-layers": 1, "d-model": 16, "num-heads": 2}
-    options = [f"--model.{name}={value}" for name, value in model.items()]
-    run = ["train", "--data.train", str(tmp_path / "train"), "--run-dir", str(tmp_path / "run"), *options]
-    assert "give --tokenizer FILE" in fails([*run, "--prompt", "Hello"], capsys)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_directory_that_is_a_file(data, capsys):
-    (data / "file").write_text("")
-    arguments = [*train_arguments(data), "--run-dir", str(data / "file")]
-    assert "is a file: name a directory" in fails(["train", *arguments], capsys)
 
 
 def test_settings_file_and_overrides(data, capsys):
