@@ -156,7 +156,7 @@ class Runner:
         """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
         if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
             self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
-        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+        self._graphs: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @property
     def captures(self) -> bool:
@@ -318,16 +318,37 @@ class Runner:
 
     # ---- the forward pass ----
 
-    def _decode(self, rows: Rows[Tensor], num_logprobs: int, options) -> ops.Sampled:
-        """One token more of each row."""
+    def _decode(self, rows: Rows[Tensor], num_logprobs: int, options, spare: int = 0) -> ops.Sampled:
+        """One token more of each row; with `spare` multiprocessors by halves."""
         slot_R, length_R, offset_R = rows
+        if spare:
+            features_RM = self._by_halves(slot_R, length_R, spare)
+        else:
+            ids_1R, self.state.tokens = self._newest(slot_R, length_R)
+            features_RM = self.model.features(ids_1R, state=self.state)[0]
+        return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+
+    def _newest(self, slot_R: Tensor, length_R: Tensor, spare: int = 0) -> tuple[Tensor, PagedTokens]:
+        """The newest token of each row, (1, R), and where its state is."""
         R = len(slot_R)
         table = self.slots.table.index_select(0, slot_R)
         # These were written before the ids were looked up, which no kernel overlaps.
-        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R, settled=True)
-        ids_1R = self.slots.newest.index_select(0, slot_R)[None]
-        features_RM = self.model.features(ids_1R, state=self.state)[0]
-        return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+        tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R, settled=True, spare=spare)
+        return self.slots.newest.index_select(0, slot_R)[None], tokens
+
+    def _by_halves(self, slot_R: Tensor, length_R: Tensor, spare: int) -> Tensor:
+        """Two halves of the rows in two branches of a graph: while one attends, which takes memory's time and leaves
+        `spare` multiprocessors alone, these compute the other's products."""
+        half, batches = len(slot_R) // 2, []
+        for some in (slice(half), slice(half, None)):
+            state = PagedState(self.state.layers)
+            ids_1H, state.tokens = self._newest(slot_R[some], length_R[some], spare)
+            batches.append((ids_1H, state))
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        features = [features_1HM[0] for features_1HM in self.model.features_beside(batches, (main, side))]
+        main.wait_stream(side)
+        return torch.cat(features)
 
     def _verify(self, rows: Rows[Tensor], ids_RW: Tensor, num_logprobs: int, options) -> ops.Sampled:
         """The newest token of each row and its drafts, the last of the row's W tokens: what is drawn behind each. Those
@@ -451,11 +472,13 @@ class Runner:
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+    def _captured(
+        self, size: int, width: int, num_logprobs: int, spare: int = 0
+    ) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
         """The graph of a step of `size` rows of `width` tokens."""
-        if found := self._graphs.get((size, width, num_logprobs)):
+        if found := self._graphs.get((size, width, num_logprobs, spare)):
             return found
-        run = self._laid_out(size, width, num_logprobs)
+        run = self._laid_out(size, width, num_logprobs, spare)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -467,17 +490,17 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 drawn = run()
-        self._graphs[size, width, num_logprobs] = graph, drawn
+        self._graphs[size, width, num_logprobs, spare] = graph, drawn
         return graph, drawn
 
-    def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
+    def _laid_out(self, size: int, width: int, num_logprobs: int, spare: int) -> Callable[[], ops.Sampled]:
         """A step of `size` rows of `width` tokens, which reads them where steps put them first; all are empty now."""
         given = self._staging.first(size * (3 if width == 1 else 4 + width))
         given.zero_()
         given[:size] = self.slots.empty
         options = self.controls.common(size * width)
         if width == 1:
-            return partial(self._decode, given.view(3, size).unbind(), num_logprobs, options)
+            return partial(self._decode, given.view(3, size).unbind(), num_logprobs, options, spare)
         rows, ids_RW = given[: 4 * size].view(4, size).unbind(), given[4 * size :].view(size, width)
         return partial(self._verify, rows, ids_RW, num_logprobs, options)
 

@@ -1,7 +1,7 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -148,6 +148,26 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
         return self._normed(self._layers(token_ids_BS, positions, segments, state))
+
+    def features_beside(
+        self, batches: Sequence[tuple[Tensor, PagedState]], streams: Sequence[torch.cuda.Stream]
+    ) -> list[Tensor]:
+        """Each batch's `features`, computed on a stream of its own: where one waits for memory, another computes. The
+        streams are given work layer by layer. Batches of one model's pages have no sequence in common."""
+        ongoing = []
+        for (ids_1T, state), stream in zip(batches, streams, strict=True):
+            with torch.cuda.stream(stream):
+                context = self._context(ids_1T, None, None, state)
+                ongoing.append((Stream(self._embed(ids_1T, context), None), context, state))
+        for i, layer in enumerate(self.layers):
+            for part, ((stream_of, context, state), stream) in enumerate(zip(ongoing, streams, strict=True)):
+                with torch.cuda.stream(stream):
+                    ongoing[part] = layer(stream_of, context, state.layers[i]), context, state
+        features = []
+        for (stream_of, _, _), stream in zip(ongoing, streams, strict=True):
+            with torch.cuda.stream(stream):
+                features.append(self._normed(stream_of))
+        return features
 
     def _normed(self, stream: Stream) -> Tensor:
         return stream.value if self.norm is None else stream.normed(self.norm)[0]

@@ -23,11 +23,12 @@ auto dispatch(const PagedAttentionParams& p, F&& f) {
   }
 }
 
+// teams: of a block, which with two has a multiprocessor for itself and leaves none of its shared memory.
 template <int kDim>
-LaunchShape shape_of(int blocks) {
-  return {.grid = dim3(blocks),
-          .threads = dim3(paged::kThreads),
-          .shared_bytes = sizeof(paged::Shared<kDim>),
+LaunchShape shape_of(int blocks, int teams) {
+  return {.grid = dim3(paged::ceil_div(blocks, teams)),
+          .threads = dim3(teams * paged::kThreads),
+          .shared_bytes = teams * sizeof(paged::Shared<kDim>),
           .dependent = true};
 }
 
@@ -48,7 +49,8 @@ int resident_blocks(const LaunchShape& shape) {
 
 PagedPlan plan_of(const PagedAttentionParams& p) {
   return dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
-    return paged::plan(p, resident_blocks<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(1)));
+    const int resident = resident_blocks<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(1, 1));
+    return paged::plan(p, p.spare ? 2 * std::max(1, current_device().num_sms - p.spare) : resident);
   });
 }
 
@@ -73,7 +75,7 @@ void paged_attention(PagedAttentionParams p, cudaStream_t stream) {
   const PagedPlan plan = plan_of(p);
   p.tag = new_tag();
   dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
-    launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks), stream, p, plan);
+    launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks, p.spare ? 2 : 1), stream, p, plan);
   });
 }
 
