@@ -2,7 +2,8 @@
 
 What Dynamo captured is searched for these patterns, whoever wrote them, and the rest goes to inductor:
 
-    attention   F.scaled_dot_product_attention, where ops/sdpa.py takes its arguments
+    attention   F.scaled_dot_product_attention, where ops/sdpa.py takes its arguments: with is_causal, or a mask that is
+                keys <= queries  of two torch.arange, which transformers makes when it is compiled
     layer_norm  F.layer_norm over the last dim, with a weight
     rms_norm    F.rms_norm with a weight, or  w * (x * rsqrt(mean(x^2) + eps))  spelt out, as transformers does
     rope        x * cos + rotate_half(x) * sin, where cos and sin repeat their halves
@@ -67,8 +68,12 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
 def _attention(node: Node):
     if node.target is not F.scaled_dot_product_attention:
         return None
-    values = [_value(a) for a in node.args], {k: _value(v) for k, v in node.kwargs.items()}
-    return (sdpa.sdpa, node.args, dict(node.kwargs)) if sdpa.takes(*values[0], **values[1]) else None
+    names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+    query, key, value, mask, dropout, causal, *options = _arguments(node, names, (None, 0.0, False, None, False))
+    if not causal and _hides_later_keys(mask):
+        mask, causal = None, True
+    args = (query, key, value, mask, dropout, causal, *options)
+    return (sdpa.sdpa, args, {}) if sdpa.takes(*map(_value, args)) else None
 
 
 def _layer_norm(node: Node):
@@ -256,6 +261,42 @@ def _fits(node: Node, x, weight, bias, shape) -> bool:
         and weight.device == x.device
         and (bias is None or (bias.shape == weight.shape and bias.dtype == weight.dtype))
     )
+
+
+def _hides_later_keys(mask) -> bool:
+    """keys <= queries, of positions that begin at the same number: (..., 1, T) and (..., S, 1)."""
+    while _calls(mask, torch.Tensor.expand):
+        mask = mask.args[0]
+    if _calls(mask, operator.le, torch.le):
+        keys, queries = mask.args
+    elif _calls(mask, operator.ge, torch.ge):
+        queries, keys = mask.args
+    else:
+        return False
+    starts = _counted_from(keys, -1), _counted_from(queries, -2)
+    return starts[0] is not None and starts[0] == starts[1]
+
+
+def _counted_from(node, dim: int) -> int | None:
+    """The first of numbers that rise by one along a dim, of a tensor without others; None if they do not."""
+    if not isinstance(node, Node) or node.meta["example_value"].shape[dim] != node.meta["example_value"].numel():
+        return None
+    start = 0
+    while not _calls(node, torch.arange):
+        if _calls(node, torch.unsqueeze) or (_calls(node, operator.getitem) and _only_adds_dims(node.args[1])):
+            node = node.args[0]
+        elif _calls(node, operator.add, torch.add) and isinstance(node.args[1], int) and not node.kwargs:
+            start += node.args[1]
+            node = node.args[0]
+        else:
+            return None
+    first, step = node.args[:-1] or (0,), node.kwargs.keys() & {"start", "end", "step"}
+    return start + first[0] if len(first) == 1 and isinstance(first[0], int) and not step else None
+
+
+def _only_adds_dims(index) -> bool:
+    """Whether an index leaves all elements where they are."""
+    return isinstance(index, tuple) and all(part is None or part == slice(None) for part in index)
 
 
 def _is_mean_of_square(mean, of) -> bool:

@@ -79,6 +79,54 @@ def test_a_plain_model(counts, backend):
     assert counts == [{"rms_norm": 2, "rope": 1, "attention": 1, "layer_norm": 1}]
 
 
+def attend(x, mask_of):
+    """x (H, S, 8) attends to itself, with the mask that mask_of makes of its places (S,)."""
+    places = torch.arange(x.shape[1])
+    return F.scaled_dot_product_attention(x[None], x[None], x[None], mask_of(places))
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda i: i[None, :] <= i[:, None],
+        lambda i: (i[:, None] >= i[None, :]).expand(1, 2, -1, -1),
+        lambda i: ((i + 3)[None, None, None, :] <= (i + 3)[None, None, :, None]).expand(1, -1, 6, 6),
+        lambda i: i.unsqueeze(0) <= torch.arange(0, len(i)).unsqueeze(-1),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_causal_mask_is_recognised(counts, backend, mask_of, dynamic):
+    """transformers 5.17 makes one whenever it is compiled."""
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert counts == [{"attention": 1}]
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda i: i[None, :] < i[:, None] + 2,
+        lambda i: i[None, :] <= (i + 1)[:, None],
+        lambda i: i[None, :] >= i[:, None],
+        lambda i: i[:, None] <= i[None, :],
+        lambda i: i[None, :] <= (2 * i)[:, None],
+        lambda i: i[None, :] <= torch.arange(1, 7)[:, None],
+        lambda i: i[None, :] <= torch.arange(0, 12, 2)[:, None],
+        lambda i: i[None, :] <= torch.arange(7)[1:, None],
+        lambda i: i[None, :] <= i.flip(0)[:, None],
+        lambda i: (i[None, :] <= i[:, None]) | (i[None, :] < 2),
+        lambda i: i[None, :] <= 3,
+        lambda i: i[None, :] <= torch.ones_like(i)[:, None],
+    ],
+)
+def test_other_masks_stay_torchs(counts, backend, mask_of):
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend, fullgraph=True)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert counts == [{}]
+
+
 def mlp_and_loss(x, head, targets):
     gate, up = x.chunk(2, -1)
     h = F.silu(gate) * up + up * F.gelu(gate, approximate="tanh") + F.relu(gate).square() + F.relu(up) ** 2

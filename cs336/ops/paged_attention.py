@@ -266,7 +266,8 @@ def _fake(q, lse_shape, v_cache):
 
 
 registry.define(
-    f"paged_attention({CACHE}, {OPTIONS}, bool invariant=True, bool settled=False, int spare=0) -> (Tensor o, Tensor lse)",
+    f"paged_attention({CACHE}, {OPTIONS}, bool invariant=True, bool settled=False, int spare=0)"
+    " -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: _fake(q, (q.shape[0], q.shape[2], q.shape[1]), v),
     ref=ref.paged_attention,
     check=_check_decode,
