@@ -1,7 +1,7 @@
-// One launch: four warps of a block take the tiles of a piece in turn, each with a running softmax and a stream of
-// copies of its own; at the end of a piece the block adds the four up. A block that has all of a segment adds its
-// pieces up as it goes and writes the result. Otherwise blocks leave their parts in the workspace, and the last to come
-// adds them up.
+// One launch: four warps, a team (a block, or half of one), take the tiles of a piece in turn, each with a running
+// softmax and a stream of copies of its own; at the end of a piece the block adds the four up. A block that has all of
+// a segment adds its pieces up as it goes and writes the result. Otherwise blocks leave their parts in the workspace,
+// and the last to come adds them up.
 #pragma once
 #include "common/mma.cuh"
 #include "common/vec.cuh"
