@@ -27,6 +27,7 @@ from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
+from cs336.inference.shapes import graph_sizes
 from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import PagedState, Transformer
@@ -274,7 +275,13 @@ class Engine:
         )
         captures = self.runner.captures and not self.speculates  # steps that verify drafts of many are none
         together = max(1, config.max_seqs // TOGETHER) if captures else 1
-        self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens, together=together)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_seqs=config.max_seqs,
+            max_step_tokens=step_tokens,
+            together=together,
+            captured=self.runner.most_prompts if captures else None,
+        )
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)
@@ -568,9 +575,3 @@ def _tokens(drawn: ops.Sampled) -> Iterator[Token]:
         return map(Token, ids, logprobs)
     tops = zip(drawn.top_token_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
     return map(Token, ids, logprobs, (tuple(zip(*top, strict=True)) for top in tops))
-
-
-def graph_sizes(max_seqs: int) -> tuple[int, ...]:
-    """Batches to capture: all that are computed without an empty row in seven of eight where they are large."""
-    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_seqs + 32, 32)}
-    return tuple(sorted({size for size in sizes if size < max_seqs} | {max_seqs}))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -150,23 +151,27 @@ class Transformer(nn.Module):
         return self._normed(self._layers(token_ids_BS, positions, segments, state))
 
     def features_beside(
-        self, batches: Sequence[tuple[Tensor, PagedState]], streams: Sequence[torch.cuda.Stream]
+        self, batches: Sequence[tuple[Tensor, PagedState]], places: Sequence[Callable[[], AbstractContextManager]]
     ) -> list[Tensor]:
-        """Each batch's `features`, computed on a stream of its own: where one waits for memory, another computes. The
-        streams are given work layer by layer. Batches of one model's pages have no sequence in common."""
-        ongoing = []
-        for (ids_1T, state), stream in zip(batches, streams, strict=True):
-            with torch.cuda.stream(stream):
-                context = self._context(ids_1T, None, None, state)
-                ongoing.append((Stream(self._embed(ids_1T, context), None), context, state))
+        """What `features` returns of each batch: token ids (1, T), and the state that says whose they are. No sequence
+        is in two of them.
+
+        places: where a batch is computed, a stream for example. Each is given work layer by layer, so that one may
+            compute while another waits for memory.
+        """
+        ongoing: list[Stream] = []
+        contexts = [self._context(ids_1T, None, None, state) for ids_1T, state in batches]
+        for (ids_1T, _), context, place in zip(batches, contexts, places, strict=True):
+            with place():
+                ongoing.append(Stream(self._embed(ids_1T, context), None))
         for i, layer in enumerate(self.layers):
-            for part, ((stream_of, context, state), stream) in enumerate(zip(ongoing, streams, strict=True)):
-                with torch.cuda.stream(stream):
-                    ongoing[part] = layer(stream_of, context, state.layers[i]), context, state
+            for j, ((_, state), context, place) in enumerate(zip(batches, contexts, places, strict=True)):
+                with place():
+                    ongoing[j] = layer(ongoing[j], context, state.layers[i])
         features = []
-        for (stream_of, _, _), stream in zip(ongoing, streams, strict=True):
-            with torch.cuda.stream(stream):
-                features.append(self._normed(stream_of))
+        for stream, place in zip(ongoing, places, strict=True):
+            with place():
+                features.append(self._normed(stream))
         return features
 
     def _normed(self, stream: Stream) -> Tensor:

@@ -1,0 +1,104 @@
+"""Steps that read prompts, laid out as those that are captured, give the tokens of those that are not."""
+
+import pytest
+import torch
+from block_kinds import MIXERS
+from replayed import lay_out
+
+from cs336.inference import Engine, EngineConfig, SamplingParams, shapes
+from cs336.inference.shapes import Shape, prompt_shapes
+from cs336.models import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(64, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, qk_norm=True)
+PROMPTS = [[5, 6, 7], [28], list(range(30)), [9] * 11, list(range(60)), [*range(40), 1], [3] * 75]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    return Transformer(CONFIG).eval()
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    monkeypatch.setattr(shapes, "PROMPTS", {4: 1, 8: 2, 32: 3})
+    return lay_out(monkeypatch)
+
+
+def run(model, params, **options):
+    e = Engine(model, None, EngineConfig(**{"page_size": 4, "max_seqs": 5, "max_step_tokens": 64} | options))
+    requests = [e.add(prompt, params[i % len(params)]) for i, prompt in enumerate(PROMPTS * 2)]
+    while e.busy:
+        if e.stats.steps == 9:
+            e.cancel(requests[1])
+        e.step()
+        e.check()
+    assert e.cache.in_use == 0
+    return [[t.id for t in r.samples[0].tokens] for r in requests], [r.prompt_logprobs for r in requests]
+
+
+PLAIN = [
+    SamplingParams(temperature=0, max_tokens=12),
+    SamplingParams(seed=3, max_tokens=9, logprobs=2),
+    SamplingParams(seed=4, top_k=5, min_p=0.01, max_tokens=14),
+]
+ALL = [
+    *PLAIN,
+    SamplingParams(seed=5, max_tokens=10, repetition_penalty=1.2),
+    SamplingParams(temperature=0, max_tokens=6, min_tokens=4, stop_token_ids=(1, 2, 3)),
+    SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1),
+]
+OPTIONS = [{}, {"num_pages": 26}, {"overlap": True}, {"max_seqs": 1}, {"prefix_cache": False}, {"invariant": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("params", [PLAIN, ALL])
+def test_tokens_are_those_of_other_steps(model, laid_out, params, options):
+    """Among cancellations, preemptions, prefixes in common, and what keeps a step from being captured."""
+    want = run(model, params, cuda_graphs=False, **options)
+    assert not laid_out
+    assert run(model, params, **options) == want
+    read = [shape for shape in laid_out if shape.chunks]
+    assert {shape.tokens for shape in read} == {4, 8, 32}
+    assert all(shape.rows == (0 if options.get("max_seqs") == 1 else 5) for shape in read)
+
+
+def test_a_step_that_can_be_captured_reads_as_much_as_fits(model, laid_out):
+    e = Engine(model, None, EngineConfig(page_size=4, max_seqs=5, max_step_tokens=64))
+    for prompt in (PROMPTS[6], PROMPTS[0], PROMPTS[1], PROMPTS[1]):
+        e.add(prompt, PLAIN[0])
+    read = []
+    for _ in range(4):
+        e.step()
+        read.append(laid_out[-1])
+    assert [(shape.chunks, shape.tokens) for shape in read[:3]] == [(3, 32), (3, 32), (3, 32)]
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    while e.busy:
+        e.step()
+    laid_out.clear()
+    e.add(PROMPTS[6], scored)
+    e.step()
+    assert not laid_out
+    assert e.scheduler.running[0].computed == 64
+
+
+@pytest.mark.parametrize("name", ["latent", "linear", "experts"])
+def test_other_blocks(laid_out, name):
+    torch.manual_seed(5)
+    config = TransformerConfig(64, 96, num_layers=2, d_model=32, layers=(MIXERS[name],) * 2, init_std=0.3)
+    model = Transformer(config).eval()
+    want = run(model, PLAIN, cuda_graphs=False)
+    assert run(model, PLAIN) == want
+    assert any(shape.chunks for shape in laid_out) == (name != "linear")  # whose state would see what fills up
+
+
+@pytest.mark.parametrize(
+    ("max_seqs", "tokens"), [(1, 128), (1, 16384), (8, 512), (64, 16384), (256, 16384), (256, 300)]
+)
+def test_shapes(max_seqs, tokens):
+    found = prompt_shapes(max_seqs, tokens)
+    assert all(shape.rows + shape.tokens <= tokens and 1 <= shape.chunks <= max_seqs for shape in found)
+    assert [shape.tokens for shape in found] == sorted(shape.tokens for shape in found)
+    if found:
+        assert found[-1].rows == (max_seqs if max_seqs > 1 else 0)
+    assert Shape(4, chunks=2, tokens=8).numbers == 3 * 7 + 4 + 3 + 24
