@@ -52,14 +52,15 @@ OPTIONS = [{}, {"num_pages": 26}, {"overlap": True}, {"max_seqs": 1}, {"prefix_c
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("params", [PLAIN, ALL])
+@pytest.mark.parametrize("params", [PLAIN, ALL, [*PLAIN, ALL[-1]]])
 def test_tokens_are_those_of_other_steps(model, laid_out, params, options):
     """Among cancellations, preemptions, prefixes in common, and what keeps a step from being captured."""
     want = run(model, params, cuda_graphs=False, **options)
     assert not laid_out
     assert run(model, params, **options) == want
     read = [shape for shape in laid_out if shape.chunks]
-    assert {shape.tokens for shape in read} == {4, 8, 32}
+    assert read
+    assert params is not PLAIN or {shape.tokens for shape in read} == {4, 8, 32}
     assert all(shape.rows == (0 if options.get("max_seqs") == 1 else 5) for shape in read)
 
 
