@@ -20,8 +20,9 @@ from cs336.alignment.examples import Prompt, Turn
 from cs336.alignment.make_pairs import VerifierLabels, make_pairs
 from cs336.alignment.rewards import CharactersReward, ExactReward, MathReward
 from cs336.alignment.run import StageRun
+from cs336.alignment.stages.answering import PromptData
 from cs336.alignment.stages.dpo import DPOConfig, DPOStage, PairData
-from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig, PromptData
+from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.data import tokenize_documents
 from cs336.inference import LLM, SamplingParams
@@ -31,7 +32,7 @@ from cs336.optim import LinearConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json, write_json_lines
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -155,15 +156,15 @@ class _Job:
         folder.mkdir(exist_ok=True)
         rng = random.Random(self.settings.seed + 1)
         text = ["\n".join(f"{a}+{b}={a + b}" for a, b in _small(rng, 200)) for _ in range(50)]
-        _write(folder / "text.jsonl", [{"text": document} for document in text])
+        write_json_lines(folder / "text.jsonl", [{"text": document} for document in text])
         conversations = [
             {"messages": [_turn("user", f"{a}+{b}"), _turn("assistant", nearly(rng, a, b))]}
             for a, b in self.learned * COPIES
         ]
-        _write(folder / "sft.jsonl", conversations)
+        write_json_lines(folder / "sft.jsonl", conversations)
         for name, pairs in (("prompts", self.learned), ("test", self.tested)):
             rows = [{"prompt": [_turn("user", f"{a}+{b}")], "answer": f"{a + b:03}"} for a, b in pairs]
-            _write(folder / f"{name}.jsonl", rows)
+            write_json_lines(folder / f"{name}.jsonl", rows)
         (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
         return Outcome(f"{len(self.learned):,} sums to learn from, {len(self.tested):,} that are tested")
 
@@ -229,8 +230,8 @@ class _Job:
         names = ["sft", "dpo", "grpo"]
         accuracies = {name: sums_right(self._export(name), self.tested, self.settings.device) for name in names}
         rows = [{"model": name, "accuracy": accuracy} for name, accuracy in accuracies.items()]
-        with replacing(self.run_dir / "results.json") as file:
-            json.dump({"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}, file, default=str)
+        found = {"settings": asdict(self.settings), "tested": len(self.tested), "rows": rows}
+        write_json(self.run_dir / "results.json", found, default=str)
         table = Table("after", "tested sums that are right", box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for name, accuracy in accuracies.items():
             table.add_row(name, f"{accuracy:.1%}")
@@ -272,8 +273,3 @@ def _small(rng: random.Random, count: int) -> Iterator[tuple[int, int]]:
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -30,7 +30,8 @@ from cs336.alignment.ppo import PPOConfig
 from cs336.alignment.rewards import CharactersReward, CountdownReward, ExactReward, PythonReward, RewardConfig, Rewards
 from cs336.alignment.run import StageRun
 from cs336.alignment.stage import StageConfig
-from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig, PromptData
+from cs336.alignment.stages.answering import PromptData
+from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.ppo import PPOStage, PPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.inference import LLM, SamplingParams
@@ -39,7 +40,7 @@ from cs336.optim import LinearConfig
 from cs336.report import write_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json, write_json_lines
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -237,9 +238,11 @@ class _Job:
         learned, tested = questions[:cut], questions[cut:] or questions
         copies = -(-min(EXAMPLES, BATCH * self.sft_steps) // len(learned))
         imitated = [{"prompt": q, "completion": self.rung.imitated(rng, q)} for q, _ in learned * copies]
-        _write(folder / "sft.jsonl", imitated)
+        write_json_lines(folder / "sft.jsonl", imitated)
         for name, asked in (("learned", learned), ("tested", tested)):
-            _write(folder / f"{name}.jsonl", [{"prompt": question, "answer": answer} for question, answer in asked])
+            write_json_lines(
+                folder / f"{name}.jsonl", [{"prompt": question, "answer": answer} for question, answer in asked]
+            )
         tokenizer = Tokenizer({i: bytes([c]) for i, c in enumerate(CHARACTERS.encode())}, [], [END_OF_TEXT])
         torch.manual_seed(self.settings.seed)
         shape = TransformerConfig(tokenizer.vocab_size, CONTEXT, num_layers=2, d_model=WIDTH, num_heads=4)
@@ -277,8 +280,7 @@ class _Job:
         for prefix, stage in (("", self.rung.algorithm), ("sft_", "sft")):
             facts = json.loads((self.run_dir / stage / "run.json").read_text(encoding="utf-8"))
             row |= {f"{prefix}seconds": facts["seconds"], f"{prefix}cpu_seconds": facts["cpu_seconds"]}
-        with replacing(self.run_dir / "result.json") as file:
-            json.dump(row, file)
+        write_json(self.run_dir / "result.json", row)
         return Outcome(f"from {start:.3f} to {end:.3f}, the best being {self.rung.optimum:g}")
 
     def _mean_reward(self, model: pathlib.Path) -> float:
@@ -321,8 +323,3 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         took = (f"{row[name]:.0f}" for name in ("seconds", "cpu_seconds"))
         table.add_row(row["rung"], *values, *took, str(row["seed"]))
     return table
-
-
-def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

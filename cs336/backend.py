@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from cs336 import ops
 from cs336.ops import sdpa, torch_cross_entropy
+from cs336.ops.checks import FLOATS
 
 _ORIGINAL: dict[str, Callable] = {}
 _depth = 0
@@ -41,7 +42,7 @@ def _normalises(input: Tensor, normalized_shape: Sequence[int], weight: Tensor |
         and tuple(normalized_shape) == input.shape[-1:] == weight.shape
         and input.numel() > 0
         and input.device == weight.device
-        and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and input.dtype in FLOATS
         and weight.dtype in (input.dtype, torch.float32)
         and (bias is None or (bias.shape, bias.dtype, bias.device) == (weight.shape, weight.dtype, weight.device))
     )

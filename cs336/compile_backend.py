@@ -25,9 +25,9 @@ from torch.fx import GraphModule, Node
 
 from cs336 import ops
 from cs336.ops import sdpa, torch_cross_entropy
+from cs336.ops.checks import FLOATS
 
 log = logging.getLogger(__name__)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def cs336(graph_module: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None):

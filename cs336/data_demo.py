@@ -25,7 +25,7 @@ from cs336.models import TransformerConfig
 from cs336.report import write_build_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_json, write_json_lines, write_text
 from cs336.utils.shards import read_meta
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -137,10 +137,8 @@ class _Job:
             raise ValueError(f"{stdlib_name()} holds {len(pages)} pages of documentation, too few: use a whole Python")
         with replacing(self.crawl, "wb") as file:
             planted = write_crawl(file, pages)
-        with replacing(self.held_out) as file:
-            file.writelines(json.dumps({"text": page}) + "\n" for page in held_out)
-        with replacing(self.run_dir / "planted.json") as file:
-            json.dump(asdict(planted), file)
+        write_json_lines(self.held_out, ({"text": page} for page in held_out))
+        write_json(self.run_dir / "planted.json", asdict(planted))
         copies = len(planted.copies) + len(planted.near_copies)
         return Outcome(
             f"{len(pages):,} pages, {copies:,} copies, {len(planted.foreign):,} in other languages, "
@@ -176,8 +174,7 @@ class _Job:
         Build(recipe, console=self.console).run()
         found = json.loads((self.run_dir / name / "build.json").read_text(encoding="utf-8"))
         if name == "curated":
-            with replacing(self.run_dir / name / "planted.json") as file:
-                json.dump({"kinds": self.found_of_planted(found)}, file)
+            write_json(self.run_dir / name / "planted.json", {"kinds": self.found_of_planted(found)})
         tokens = read_meta(self.run_dir / name / "tokens").tokens
         return Outcome(f"{found['documents']:,} of {found['records']:,} records, {tokens:,} tokens")
 
@@ -225,15 +222,13 @@ class _Job:
         better = f"Curated text needs {gain:.3f} fewer bits a byte" if gain > 0 else f"Raw text needs {-gain:.3f} fewer"
         verdict = f"{better}, on pages of documentation that neither model has seen; mean of {self.settings.seeds}."
         what = f"The same model and tokenizer, {self.settings.tokens:,} tokens each."
-        with replacing(self.run_dir / "models.json") as out:
-            json.dump({"what": what, "rows": rows, "verdict": verdict}, out, indent=1)
+        write_json(self.run_dir / "models.json", {"what": what, "rows": rows, "verdict": verdict}, indent=1)
         return Outcome(verdict)
 
     def report(self) -> Outcome:
         curated = self.run_dir / "curated"
         if self.settings.seeds:
-            with replacing(curated / "models.json") as file:
-                file.write((self.run_dir / "models.json").read_text(encoding="utf-8"))
+            write_text(curated / "models.json", (self.run_dir / "models.json").read_text(encoding="utf-8"))
         return Outcome(f"open {write_build_report(curated)} in a browser")
 
 

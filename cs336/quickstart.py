@@ -7,11 +7,9 @@ skipped, and a trained model is never replaced by another.
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +30,7 @@ from cs336.tokenizer.statistics import keep
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.documents import TEXT_FIELD
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_json_lines
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 from cs336.utils.terminal import visible
@@ -305,7 +303,7 @@ class Job:
         if not resumed:
             torch.manual_seed(config.seed)  # the weights that the trainer begins with
             untrained = Transformer(config.model, device=self.device).eval()
-            _write_lines(self.run_dir / "samples.jsonl", [{"step": 0} | row for row in sample(untrained)])
+            write_json_lines(self.run_dir / "samples.jsonl", [{"step": 0} | row for row in sample(untrained)])
         result = Trainer(config, tokenizer=tokenizer, sample=sample).train()
         if not result.finished:
             raise Interrupted
@@ -365,7 +363,7 @@ class Job:
         model, tokenizer = self._trained()
         length = min(200, model.config.context_length // 2)
         rows = sampler(tokenizer, self._prompts(), self.settings.seed, length)(model)
-        _write_lines(self.run_dir / "generated.jsonl", rows)
+        write_json_lines(self.run_dir / "generated.jsonl", rows)
         for row in rows:
             self.console.print(Text.assemble((visible(row["prompt"]), "bold"), visible(row["text"])))
         return Outcome(f"{len(rows)} texts of up to {length} tokens")
@@ -387,11 +385,6 @@ def _stdlib_digest() -> str:
     for text in stdlib_documents():
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
-
-
-def _write_lines(path: os.PathLike, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _table(evaluation: Evaluation) -> Table:

@@ -18,7 +18,7 @@ from cs336.align_demo import AlignDemo, align_demo, split_sums, sums_right
 from cs336.evaluation import evaluate
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.inference.quantization import compress
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage
 
 ALIGN, INT8, MEASURED = "align", "int8", "full.json"
@@ -105,8 +105,8 @@ class Full:
         reports = {stage: f"{ALIGN}/{stage}/report.html" for stage in ("sft", "dpo", "grpo")}
         if self.curated is not None:
             reports = {"cleaning": self.curated} | reports
-        with replacing(self.run_dir / MEASURED) as file:
-            json.dump({"rows": rows, "tested": len(tested), "reports": reports, "rewarded": f"{ALIGN}/grpo"}, file)
+        found = {"rows": rows, "tested": len(tested), "reports": reports, "rewarded": f"{ALIGN}/grpo"}
+        write_json(self.run_dir / MEASURED, found)
         self.console.print(_table(rows))
         by_name = {row["after"]: row["sums"] for row in rows}
         return Outcome(f"sums that are right: {by_name['sft']:.1%} after SFT, {by_name['int8']:.1%} in int8")

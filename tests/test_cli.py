@@ -14,9 +14,13 @@ import textwrap
 import pytest
 
 from cs336.cli import main
-from cs336.cli.program import DATA_VERBS, TOKENIZER_VERBS, VERBS, verb_paths
+from cs336.cli.program import TREE, Group, verb_paths
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+VERBS, TOKENIZER_VERBS, DATA_VERBS = (
+    {name: found for name, found in verbs.items() if not isinstance(found, Group)}
+    for verbs in (TREE, TREE["tokenizer"].verbs, TREE["data"].verbs)
+)
 TEXT = "How do you train the best model?\r\n\tWith a fixed set of resources — naïve, 日本語.\n" * 40
 
 

@@ -84,35 +84,21 @@ PASSES = {
     "fwd": norms.Pass(
         fwd_inputs,
         harness.variants("layer_norm_fwd", keep=(0,))
-        | {
-            "eager": harness.eager(eager_fwd),
-            "compile": harness.compiled(eager_fwd),
-            "max-autotune": harness.max_autotuned(eager_fwd),
-            "liger": liger_fwd,
-            "quack": quack_fwd,
-        },
+        | norms.torchs(harness.eager(eager_fwd), eager_fwd)
+        | {"liger": liger_fwd, "quack": quack_fwd},
         moved=2,
     ),
     "residual_fwd": norms.Pass(
         residual_inputs,
         harness.variants("layer_norm_residual_fwd", keep=(0, 3))
-        | {
-            "eager": harness.eager(eager_residual),
-            "compile": harness.compiled(eager_residual),
-            "max-autotune": harness.max_autotuned(eager_residual),
-        },
+        | norms.torchs(harness.eager(eager_residual), eager_residual),
         moved=4,
     ),
     "bwd": norms.Pass(
         bwd_inputs,
         harness.variants("layer_norm_bwd", keep=(0, 1, 2))
-        | {
-            "eager": eager_bwd,
-            "compile": harness.compiled(ref.bwd),
-            "max-autotune": harness.max_autotuned(ref.bwd),
-            "liger": liger_bwd,
-            "quack": quack_bwd,
-        },
+        | norms.torchs(eager_bwd, ref.bwd)
+        | {"liger": liger_bwd, "quack": quack_bwd},
         moved=3,
     ),
 }

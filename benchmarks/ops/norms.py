@@ -30,6 +30,15 @@ class Pass:
         return Pass(self.inputs, contenders, self.moved + 2)
 
 
+def torchs(eager: harness.Bind, compiled: Callable[..., tuple]) -> dict[str, harness.Bind]:
+    """torch's contenders: its own function, and plain torch compiled."""
+    return {
+        "eager": eager,
+        "compile": harness.compiled(compiled),
+        "max-autotune": harness.max_autotuned(compiled),
+    }
+
+
 def shapes(size: str) -> Iterator[tuple[int, int]]:
     """(M, N) of a "tiny" (CPU), "quick" or "full" sweep."""
     if size == "tiny":

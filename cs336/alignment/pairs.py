@@ -5,7 +5,6 @@
 {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected"}                                           HH's
 """
 
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cs336.alignment.examples import Turn, read_rows, text_at, turns_of
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json_lines
 
 _HH = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -133,13 +132,14 @@ def _split_hh(text: str, where: str) -> tuple[list[Turn], str]:
 
 def write_preferences(path: str | os.PathLike, examples: Iterable[PreferenceExample]) -> None:
     """As JSON lines of our form, which read_preferences reads."""
-    with replacing(path) as file:
-        for example in examples:
-            row = {
-                "history": [turn.message for turn in example.history],
-                "response_a": example.response_a,
-                "response_b": example.response_b,
-                "chosen": example.chosen,
-                "margin": example.margin,
-            }
-            file.write(json.dumps(row) + "\n")
+    rows = (
+        {
+            "history": [turn.message for turn in example.history],
+            "response_a": example.response_a,
+            "response_b": example.response_b,
+            "chosen": example.chosen,
+            "margin": example.margin,
+        }
+        for example in examples
+    )
+    write_json_lines(path, rows)

@@ -33,7 +33,7 @@ from cs336.utils import config as configs
 from cs336.utils.commit import commit
 from cs336.utils.counted import counted
 from cs336.utils.duration import duration
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 
 EVALUATIONS = 10  # a run, where the configuration does not say
 
@@ -231,8 +231,7 @@ class StageRun:
 
     def _write_setup(self) -> None:
         saved = dataclasses.replace(self.config, init_from=self.config.init_from.resolve())
-        with replacing(self.run.path / "config.toml") as file:
-            file.write(configs.dumps(saved))
+        write_text(self.run.path / "config.toml", configs.dumps(saved))
         before, policy = self.run.facts() if self.step else {}, self.stage.policy
         device = policy.device
         on_cpu = f"CPU, {torch.get_num_threads()} threads"

@@ -10,11 +10,12 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cs336.alignment.examples import digest_of
 from cs336.alignment.lora import LoRAConfig, LoRALinear, apply_lora, merged
 from cs336.inference.chat import CHATML, CHATML_STOP, ChatTemplate
 from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer
@@ -88,36 +89,6 @@ class StageConfig:
 FREE = {"run_dir", "budget", "micro_batch_size", "device", "log_interval", "eval_interval", "checkpoint_interval"}
 FREE |= {"keep_checkpoints", "gradient_checkpointing", "loggers", "init_from", "tokenizer", "chat_template", "data"}
 """Fields that a run which goes on may change: files are known by their content."""
-
-
-class Stage(Protocol):
-    """What a run repeats: a class a verb. Its steps follow from its parameters, its state and their number alone."""
-
-    verb: str
-    policy: "Policy"
-    module: nn.Module
-    """What learns and is saved."""
-    optimizer: Optimizer
-    fingerprints: dict[str, str]
-    """What must be the same for a run to go on."""
-
-    def begin(self) -> None:
-        """Called once the weights are those to begin with, or those of the checkpoint that is continued."""
-
-    def update(self, step: int) -> dict[str, float]:
-        """Make step number 1, 2, ...: metrics, among them "loss", "grad_norm" and "tokens"."""
-
-    def evaluate(self) -> Finding: ...
-
-    def export(self, directory: pathlib.Path, step: int) -> None: ...
-
-    def describe(self) -> str:
-        """In a line, what is learned from."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values that its next steps depend on."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Policy:
@@ -229,6 +200,47 @@ def _digest(model: Transformer) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten()[:1024].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+class Stage:
+    """What a run repeats: a class a verb. Its steps follow from its parameters, its state and their number alone."""
+
+    verb: ClassVar[str]
+
+    def __init__(self, config: StageConfig, policy: Policy, module: nn.Module, train: pathlib.Path):
+        self.config, self.policy = config, policy
+        self.module = module  # what learns and is saved
+        self.optimizer: Optimizer = config.optimizer.build(module)
+        self.fingerprints = policy.fingerprints | {"data.train": digest_of(train)}  # the same when a run goes on
+
+    def begin(self) -> None:
+        """Called once the weights are those to begin with, or those of the checkpoint that is continued."""
+
+    def describe(self) -> str:
+        """In a line, what is learned from."""
+        raise NotImplementedError
+
+    def update(self, step: int) -> dict[str, float]:
+        """Make step number 1, 2, ...: metrics, among them "loss", "grad_norm" and "tokens"."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Finding:
+        raise NotImplementedError
+
+    def export(self, directory: pathlib.Path, step: int) -> None:
+        self.policy.export(directory, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values that its next steps depend on, besides their number."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What state_dict gave."""
+
+    def _learn(self, terms: Callable[[Batch], Terms], batch: Batch) -> dict[str, float]:
+        """One optimizer step: see optimizer_step."""
+        size, most = self.config.micro_batch_size, self.config.optimizer.max_grad_norm
+        return optimizer_step(self.optimizer, self.module, terms, batch, micro_batch_size=size, max_grad_norm=most)
 
 
 def optimizer_step(

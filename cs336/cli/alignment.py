@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, Stopped, check_output
+from cs336.cli.common import MaybePath, OwnOptions, Path, Run, Stopped, check_output
 from cs336.cli.settings import help_text, own_options
 
 
+@OwnOptions
 def sft(arguments: list[str]) -> Run:
     """Fine-tune a model on conversations, or continue the run that is in --run-dir.
 
@@ -20,6 +21,7 @@ def sft(arguments: list[str]) -> Run:
     return _verb("sft", arguments, SFTConfig, SFTStage, sft.__doc__)
 
 
+@OwnOptions
 def dpo(arguments: list[str]) -> Run:
     """Teach a model which of two answers is preferred, without a reward model, or continue the run in --run-dir.
 
@@ -30,6 +32,7 @@ def dpo(arguments: list[str]) -> Run:
     return _verb("dpo", arguments, DPOConfig, DPOStage, dpo.__doc__)
 
 
+@OwnOptions
 def reward(arguments: list[str]) -> Run:
     """Train a model that says what an answer is worth, from preferences, or continue the run in --run-dir.
 
@@ -41,6 +44,7 @@ def reward(arguments: list[str]) -> Run:
     return _verb("reward", arguments, RewardConfig, reward_stage, reward.__doc__)
 
 
+@OwnOptions
 def ppo(arguments: list[str]) -> Run:
     """Teach a model by the scores of its own answers, with a critic, or continue the run in --run-dir.
 
@@ -51,6 +55,7 @@ def ppo(arguments: list[str]) -> Run:
     return _verb("ppo", arguments, PPOStageConfig, PPOStage, ppo.__doc__)
 
 
+@OwnOptions
 def grpo(arguments: list[str]) -> Run:
     """Teach a model by the scores of its own answers, or continue the run in --run-dir.
 

@@ -1,17 +1,18 @@
 """What the verbs' files share.
 
-A verb is a function that makes a function: its imports are inside, so that `cs336 --help` does not wait for torch. The
-inner one's arguments are the verb's options, and its description is that of the outer.
+A verb is a function, whose arguments are its options. Its imports are inside, so that `cs336 --help` does not wait for
+torch; where its arguments' types or defaults take such an import, a Late makes the function.
 """
 
 import contextlib
+import inspect
 import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import IO, Annotated
+from typing import IO, Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.utils.documents import open_bytes, unpacking
 from cs336.utils.files import is_special
@@ -21,8 +22,56 @@ MaybePath = DisallowNone[Path | None]
 Paths = Annotated[tuple[Path, ...], arg(metavar="[PATH ...]", help_behavior_hint="")]
 Ints = Annotated[tuple[int, ...], arg(help_behavior_hint="")]
 Floats = Annotated[tuple[float, ...], arg(help_behavior_hint="")]
+Model = Annotated[
+    Positional[Path],
+    arg(help="an export, a checkpoint, or a run directory, of which the newest is taken."),
+]
+ModelTokenizer = Annotated[
+    MaybePath,
+    arg(help="tokenizer.json, ours or Hugging Face's, if it is not where the model is."),
+]
+Draft = Annotated[
+    MaybePath,
+    arg(help="a smaller model of the same tokenizer, which drafts what the model then verifies."),
+]
+Device = Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda.")]
+WeightType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    arg(help="of the weights. auto: as they were saved."),
+]
+TextField = Annotated[str, arg(help="of JSON lines and parquet: the field that holds the text.")]
 Run = Callable[..., int | None]
-Make = Callable[[list[str]], Run]
+
+
+class Late:
+    """Decorates what makes a verb of the rest of the command line: it describes the verb, what it makes the options."""
+
+    def __init__(self, make: Callable[[list[str]], Run]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def verb(self, rest: list[str] | None) -> Run:
+        """The verb itself; for a list of verbs, with None, its first line alone."""
+        if rest is not None:
+            run = self.make(rest)
+            run.__doc__ = inspect.cleandoc(self.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
+            return run
+
+        def listed() -> None:
+            raise AssertionError(f"{self.make.__name__} was not made")
+
+        listed.__doc__ = (self.__doc__ or "").partition("\n")[0]
+        return listed
+
+
+class OwnOptions(Late):
+    """The same of a verb that reads the rest of the command line itself."""
+
+
+def weight_dtype(name: WeightType) -> Any:
+    """torch's, or None: as the weights were saved."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
 
 
 class Stopped(Exception):

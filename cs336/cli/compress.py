@@ -2,15 +2,19 @@
 
 import difflib
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336.cli import quantize
-from cs336.cli.common import Path, Run
+from cs336.cli.common import Device, Model, OwnOptions, Path, Run
+from cs336.cli.quantize import Calibrate, OutDir
+
+Windows = Annotated[int, arg(help="windows of the text that are read.")]
 
 
+@OwnOptions
 def compress(arguments: list[str]) -> Run:
     """Write a smaller model: a directory that generate, serve, chat and evaluate take."""
 
@@ -31,64 +35,48 @@ def compress(arguments: list[str]) -> Run:
     return run
 
 
-def magnitude(model: Positional[Path], out: Path, calibrate: Path, sparsity: str = "0.5", samples: int = 128) -> None:
+def magnitude(model: Model, out: OutDir, calibrate: Calibrate, sparsity: str = "0.5", samples: Windows = 128) -> None:
     """The smallest weights become zero.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         sparsity: the share of each matrix, or 2:4, two of each four neighbours in a row.
-        samples: windows of the text that are read.
     """
     _pruned(model, out, "magnitude", calibrate, samples, sparsity=_sparsity(sparsity))
 
 
-def wanda(model: Positional[Path], out: Path, calibrate: Path, sparsity: str = "0.5", samples: int = 128) -> None:
+def wanda(model: Model, out: OutDir, calibrate: Calibrate, sparsity: str = "0.5", samples: Windows = 128) -> None:
     """Weights that matter least become zero: small ones, of features that are small on text.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         sparsity: the share of each row, or 2:4, two of each four neighbours in it.
-        samples: windows of the text that are read.
     """
     _pruned(model, out, "wanda", calibrate, samples, sparsity=_sparsity(sparsity))
 
 
 def prune_depth(
-    model: Positional[Path], out: Path, calibrate: Path, sparsity: float = 0.25, samples: int = 128
+    model: Model, out: OutDir, calibrate: Calibrate, sparsity: float = 0.25, samples: Windows = 128
 ) -> None:
     """Layers that change their tokens least are dropped.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         sparsity: the share of the layers that go.
-        samples: windows of the text that are read.
     """
     _pruned(model, out, "prune-depth", calibrate, samples, sparsity=sparsity)
 
 
 def prune_width(
-    model: Positional[Path],
-    out: Path,
-    calibrate: Path,
+    model: Model,
+    out: OutDir,
+    calibrate: Calibrate,
     sparsity: float = 0.25,
     head_sparsity: float = 0.0,
-    samples: int = 128,
+    samples: Windows = 128,
 ) -> None:
     """MLP neurons and attention heads that say least are taken out.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         sparsity: the share of the neurons of each MLP that goes.
         head_sparsity: the share of the key-value heads that goes, with their query heads.
-        samples: windows of the text that are read.
     """
     _pruned(model, out, "prune-width", calibrate, samples, sparsity=sparsity, head_sparsity=head_sparsity)
 
@@ -96,34 +84,31 @@ def prune_width(
 def distill(
     model: Positional[Path],
     student: Path,
-    out: Path,
+    out: OutDir,
     calibrate: Path,
     steps: int = 200,
     batch_size: int = 8,
     lr: float = 1e-4,
     top_k: int = 64,
-    samples: int = 1024,
+    samples: Windows = 1024,
     divergence: Literal["forward", "reverse"] = "forward",
     cross_entropy: float = 0.0,
     seed: int = 0,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """A smaller model, such as a pruned one, learns what the model expects.
 
     Args:
         model: the teacher: an export, a checkpoint, or a run directory, of which the newest is taken.
         student: a smaller model of the same tokenizer, which is not changed.
-        out: the directory to write; what was begun there goes on.
         calibrate: text, JSON lines or parquet to learn from, a tenth of which is held out to measure on.
         steps: of the optimizer.
         batch_size: windows of text a step.
         lr: the learning rate at its highest.
         top_k: tokens that the teacher names in each place, kept on disk.
-        samples: windows of the text that are read.
         divergence: forward covers all that the teacher allows; reverse keeps to what it prefers.
         cross_entropy: the share of the loss that is the text's own next token.
         seed: of the order of the windows.
-        device: auto (a GPU if there is one), cpu, cuda.
     """
     from cs336.compression import DistillConfig
     from cs336.compression import distill as learn
@@ -138,7 +123,7 @@ def pareto(
     out: Path = Path("pareto"),  # noqa: B008 (immutable)
     tasks: tuple[str, ...] = (),
     limit: DisallowNone[int | None] = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Models side by side: what each costs and what it is worth, in pareto.json and on a page.
 
@@ -148,7 +133,6 @@ def pareto(
         out: the directory to write; what is measured there already is not measured again.
         tasks: KIND:FILE or TOML files, as cs336 evaluate takes them.
         limit: ask no more questions of a task than this.
-        device: auto (a GPU if there is one), cpu, cuda.
     """
     from cs336.compression import pareto as measure
     from cs336.report.pareto import write_pareto

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Stopped
+from cs336.cli.common import Device, MaybePath, Path, Stopped
 
 if TYPE_CHECKING:
     from cs336.data.recipe import Recipe
@@ -66,7 +66,7 @@ def demo(
     pages: int = 500,
     tokens: int = 300_000,
     seeds: int = 1,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """The whole recipe on any machine, without a network: a crawl, two builds of it, a model on each, a report.
 
@@ -77,7 +77,6 @@ def demo(
         pages: of documentation.
         tokens: that each model is trained on.
         seeds: models of each kind; 0: no models.
-        device: auto (a GPU if there is one), cpu, cuda.
     """
     from cs336.data_demo import DataDemo, data_demo
     from cs336.utils.stages import Interrupted

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, check_output
+from cs336.cli.common import MaybePath, Path, Paths, TextField, check_output
 from cs336.utils.documents import TEXT_FIELD, Document, read_documents
 
 MaybePair = DisallowNone[tuple[int, int] | None]
@@ -19,7 +19,7 @@ def train(
     output: Path = Path("classifier.safetensors"),  # noqa: B008 (immutable)
     classes: DisallowNone[Annotated[dict[str, Path], arg(metavar="LABEL PATH ...")] | None] = None,
     label_field: str = "label",
-    text_field: str = TEXT_FIELD,
+    text_field: TextField = TEXT_FIELD,
     word_ngrams: int = 1,
     char_ngrams: MaybePair = None,
     bucket_bits: int = 20,
@@ -37,7 +37,6 @@ def train(
         output: where the model goes, a safetensors file.
         classes: instead of inputs: pairs of a label and the file or directory of its documents.
         label_field: of inputs: the field that holds the label.
-        text_field: of JSON lines and parquet: the field that holds the text.
         word_ngrams: 1 for words alone, 2 for pairs of neighbours too, and so on.
         char_ngrams: least and most length of n-grams of characters in words; none if not given.
         bucket_bits: n-grams are hashed into 2^bucket_bits rows of the model.
@@ -84,7 +83,7 @@ def apply(
     output: MaybePath = None,
     keep: DisallowNone[str | None] = None,
     min_score: float = 0.5,
-    text_field: str = TEXT_FIELD,
+    text_field: TextField = TEXT_FIELD,
     num_threads: DisallowNone[int | None] = None,
 ) -> None:
     """Label documents: JSON lines of id, label and score on standard output, or whole documents in a file.
@@ -95,7 +94,6 @@ def apply(
         output: a .jsonl file that gets the documents with "label" and "score" added.
         keep: only documents whose probability of this label is at least min_score; score is then that probability.
         min_score: see keep.
-        text_field: of JSON lines and parquet: the field that holds the text.
         num_threads: as many as there are, if not given.
     """
     from cs336.data.filter.classifier import Classifier

@@ -6,21 +6,19 @@ import subprocess
 import sys
 
 from cs336.cli import serving
-from cs336.cli.common import Run
+from cs336.cli.common import OwnOptions, Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def env(arguments: list[str]) -> Run:
+def env() -> None:
     """What is installed, what is compiled, and what is missing."""
     from cs336.env import print_env
 
-    def run() -> None:
-        print_env()
-
-    return run
+    print_env()
 
 
+@OwnOptions
 def bench(arguments: list[str]) -> Run:
     """Time what there is: kernels and training beside their peers, and a model's answers.
 

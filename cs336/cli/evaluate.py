@@ -4,25 +4,26 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import DisallowNone, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, Run, check_output
+from cs336.cli.common import Device, Late, MaybePath, Model, ModelTokenizer, Path, Paths, Run, TextField, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
 
 Tasks = Annotated[tuple[str, ...], arg(metavar="[TASK ...]", help_behavior_hint="")]
 
 
+@Late
 def evaluate(arguments: list[str]) -> Run:
     """Loss and bits per byte of a model on text, beside what needs no neural network; with --tasks its scores on
     questions, choices, programs, instructions and refusals. Writes evaluation.json and results.json."""
     from cs336.evaluation import MOST_TOKENS
 
     def run(
-        model: Positional[Path],
+        model: Model,
         text: Paths = (),
-        text_field: str = TEXT_FIELD,
-        tokenizer: MaybePath = None,
-        device: str = "auto",
+        text_field: TextField = TEXT_FIELD,
+        tokenizer: ModelTokenizer = None,
+        device: Device = "auto",
         max_tokens: int = MOST_TOKENS,
         tasks: Tasks = (),
         shots: int = 0,
@@ -41,11 +42,7 @@ def evaluate(arguments: list[str]) -> Run:
     ) -> None:
         """
         Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
             text: files or directories of text, JSON lines or parquet; the run's own validation data if there are none.
-            text_field: of JSON lines and parquet: the field that holds the text.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            device: auto (a GPU if there is one), cpu, cuda.
             max_tokens: of text, read about no more than this, spread evenly over it.
             tasks: KIND:FILE or TOML files; kinds are choice, continuation, text, gsm8k, math, mbpp, humaneval, ifeval,
                 refusal and pairs. Text is not measured then, unless it is named.

@@ -191,15 +191,14 @@ def leaderboard_table(submissions: Positional[Path], output: MaybePath = None) -
         output: write it here.
     """
     from cs336.experiments.leaderboard import markdown, read_submissions
-    from cs336.utils.files import replacing
+    from cs336.utils.files import write_text
 
     check_output(output)
     table = markdown(read_submissions(submissions))
     if output is None:
         print(table, end="")
         return
-    with replacing(output) as file:
-        file.write(table)
+    write_text(output, table)
     print(output)
 
 

@@ -9,7 +9,21 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Run, check_output, warnings_after
+from cs336.cli.common import (
+    Device,
+    Draft,
+    Late,
+    MaybePath,
+    Model,
+    ModelTokenizer,
+    Path,
+    Run,
+    TextField,
+    WeightType,
+    check_output,
+    warnings_after,
+    weight_dtype,
+)
 from cs336.utils.documents import TEXT_FIELD, read_texts
 from cs336.utils.terminal import visible
 
@@ -17,6 +31,7 @@ MOST_DOCUMENTS, MOST_CHARS = 100, 200_000  # of text to compare on: more than a 
 RunDirs = Annotated[tuple[Path, ...], arg(metavar="RUN_DIR [RUN_DIR ...]", help_behavior_hint="")]
 
 
+@Late
 def generate(arguments: list[str]) -> Run:
     """Continue a prompt with a trained model, as it is written."""
     import torch
@@ -28,26 +43,21 @@ def generate(arguments: list[str]) -> Run:
     from cs336.tokenizer import convert
 
     def run(
-        model: Positional[Path],
+        model: Model,
         prompt: str = "",
         num_samples: int = 1,
-        tokenizer: MaybePath = None,
-        draft: MaybePath = None,
-        device: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        tokenizer: ModelTokenizer = None,
+        draft: Draft = None,
+        device: Device = "auto",
+        dtype: WeightType = "auto",
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
     ) -> None:
         """
         Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
             prompt: text to continue; - reads it from standard input, an empty one begins a document.
             num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
-            device: auto (a GPU if there is one), cpu, cuda.
-            dtype: of the weights. auto: as they were saved.
         """
-        found, kind = find_model(model), None if dtype == "auto" else getattr(torch, dtype)
+        found, kind = find_model(model), weight_dtype(dtype)
         loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
         torch.seed()  # without --seed every run is another
@@ -89,35 +99,28 @@ def generate(arguments: list[str]) -> Run:
     return run
 
 
-def compare_hf(arguments: list[str]) -> Run:
-    """A model beside transformers' reading of the same files: likelihoods, greedy tokens, the worst difference."""
-    import torch
+def compare_hf(
+    model: Positional[Path],
+    text: tuple[Path, ...],
+    text_field: TextField = TEXT_FIELD,
+    device: Device = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    new_tokens: int = 64,
+) -> None:
+    """A model beside transformers' reading of the same files: likelihoods, greedy tokens, the worst difference.
 
+    Args:
+        model: a directory in the Hugging Face layout, or a finished run.
+        text: files or directories of text, JSON lines or parquet; read until the model's context is full.
+        dtype: that both compute in.
+        new_tokens: continued greedily from the first half of the text.
+    """
     from cs336.inference.compare import compare_huggingface
     from cs336.inference.load import find_model
 
-    def run(
-        model: Positional[Path],
-        text: tuple[Path, ...],
-        text_field: str = TEXT_FIELD,
-        device: str = "auto",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        new_tokens: int = 64,
-    ) -> None:
-        """
-        Args:
-            model: a directory in the Hugging Face layout, or a finished run.
-            text: files or directories of text, JSON lines or parquet; read until the model's context is full.
-            text_field: of JSON lines and parquet: the field that holds the text.
-            device: auto (a GPU if there is one), cpu, cuda.
-            dtype: that both compute in.
-            new_tokens: continued greedily from the first half of the text.
-        """
-        documents = itertools.islice(read_texts(text, text_field=text_field), MOST_DOCUMENTS)
-        read = "\n".join(documents)[:MOST_CHARS]
-        print(compare_huggingface(find_model(model), read, device, dtype=getattr(torch, dtype), new_tokens=new_tokens))
-
-    return run
+    documents = itertools.islice(read_texts(text, text_field=text_field), MOST_DOCUMENTS)
+    read, kind = "\n".join(documents)[:MOST_CHARS], weight_dtype(dtype)
+    print(compare_huggingface(find_model(model), read, device, dtype=kind, new_tokens=new_tokens))
 
 
 def info(
@@ -152,23 +155,20 @@ def info(
         print(f"forward of {shape}; the roofs of {where} are not known here")
 
 
-def report(arguments: list[str]) -> Run:
-    """Write a run directory's report.html, or one page that compares several."""
+def report(run_dirs: Positional[RunDirs], output: MaybePath = None) -> None:
+    """Write a run directory's report.html, or one page that compares several.
+
+    Args:
+        run_dirs: of training runs, finished or not.
+        output: the page. None: report.html in the one run directory, comparison.html here of several.
+    """
     from cs336.report import write_comparison, write_report
 
-    def run(run_dirs: Positional[RunDirs], output: MaybePath = None) -> None:
-        """
-        Args:
-            run_dirs: of training runs, finished or not.
-            output: the page. None: report.html in the one run directory, comparison.html here of several.
-        """
-        if not run_dirs:
-            raise ValueError("there is nothing to report: name a run directory")
-        if len(run_dirs) == 1:
-            check_output(output)
-            print(write_report(run_dirs[0], output))
-        else:
-            check_output(page := output or Path("comparison.html"))
-            print(write_comparison(run_dirs, page))
-
-    return run
+    if not run_dirs:
+        raise ValueError("there is nothing to report: name a run directory")
+    if len(run_dirs) == 1:
+        check_output(output)
+        print(write_report(run_dirs[0], output))
+    else:
+        check_output(page := output or Path("comparison.html"))
+        print(write_comparison(run_dirs, page))

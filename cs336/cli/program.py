@@ -2,12 +2,11 @@
 
 import difflib
 import errno
-import inspect
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -27,7 +26,7 @@ from cs336.cli import (
     tokenizer,
 )
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
-from cs336.cli.common import Make, Run, Stopped
+from cs336.cli.common import Late, OwnOptions, Stopped
 from cs336.cli.compress import compress
 from cs336.cli.env import bench, env
 from cs336.cli.evaluate import evaluate
@@ -38,8 +37,14 @@ from cs336.cli.train import train
 
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 
-Group = tuple[Mapping[str, Any], str]  # verbs, or groups of them by name; what they are for
-VERBS: dict[str, Make] = {
+
+class Group(NamedTuple):
+    verbs: Mapping[str, Any]
+    """Functions, Lates and groups, by name."""
+    description: str
+
+
+TREE: dict[str, Any] = {
     "quickstart": quickstart,
     "train": train,
     "sft": sft,
@@ -56,75 +61,77 @@ VERBS: dict[str, Make] = {
     "report": report,
     "env": env,
     "bench": bench,
-}
-OWN_OPTIONS = {
-    "train",
-    "bench",
-    "sft",
-    "reward",
-    "dpo",
-    "ppo",
-    "grpo",
-    "compress",
-}  # which read the rest of the command line themselves
-TOKENIZER_VERBS: dict[str, Run] = {
-    "train": tokenizer.train,
-    "encode": tokenizer.encode,
-    "decode": tokenizer.decode,
-    "inspect": tokenizer.inspect,
-    "convert": tokenizer.convert,
-    "compare": tokenizer.compare,
-}
-MODEL_VERBS: dict[str, Run] = {"info": info}
-DATA_VERBS: dict[str, Run] = {"build": data.build, "demo": data.demo}
-ALIGN_VERBS: dict[str, Run] = {"demo": alignment.demo, "ladder": alignment.ladder, "pairs": alignment.pairs}
-SCALING_VERBS: dict[str, Run] = {
-    "fit": scaling.fit,
-    "predict": scaling.predict,
-    "plot": scaling.plot,
-    "collapse": scaling.collapse,
-    "forecast": scaling.forecast,
-    "grade": scaling.grade,
-    "design": scaling_designs.design,
-    "coord-check": scaling_designs.coord_check,
-}
-API_VERBS: dict[str, Run] = {
-    "serve": scaling_api.serve,
-    "add-user": scaling_api.add_user,
-    "users": scaling_api.users,
-    "reveal": scaling_api.reveal,
-    "submit": scaling_api.submit,
-    "runs": scaling_api.runs,
-    "status": scaling_api.status,
-    "cancel": scaling_api.cancel,
-    "account": scaling_api.account,
-    "predict": scaling_api.predict,
-    "leaderboard": scaling_api.leaderboard,
-}
-STUDY_VERBS: dict[str, Run] = {
     "sweep": experiments.sweep,
     "ablate": experiments.ablate,
     "batch-size": experiments.batch_size,
+    "tokenizer": Group(
+        {
+            "train": tokenizer.train,
+            "encode": tokenizer.encode,
+            "decode": tokenizer.decode,
+            "inspect": tokenizer.inspect,
+            "convert": tokenizer.convert,
+            "compare": tokenizer.compare,
+        },
+        "Train and use byte-level BPE tokenizers.",
+    ),
+    "model": Group({"info": info}, "What a model is made of."),
+    "data": Group(
+        {
+            "build": data.build,
+            "demo": data.demo,
+            "classifier": Group(
+                {"train": data_classifier.train, "apply": data_classifier.apply},
+                "Train and apply linear n-gram classifiers of documents.",
+            ),
+        },
+        "Build training data from crawls, pages, papers, texts and tables.",
+    ),
+    "align": Group(
+        {"demo": alignment.demo, "ladder": alignment.ladder, "pairs": alignment.pairs},
+        "Make preferences, and see all stages of alignment at work.",
+    ),
+    "leaderboard": Group(
+        {
+            "run": experiments.leaderboard_run,
+            "rules": experiments.leaderboard_rules,
+            "table": experiments.leaderboard_table,
+        },
+        "Compete under a budget: rules over local files, and submissions to them.",
+    ),
+    "scaling": Group(
+        {
+            "fit": scaling.fit,
+            "predict": scaling.predict,
+            "plot": scaling.plot,
+            "collapse": scaling.collapse,
+            "forecast": scaling.forecast,
+            "grade": scaling.grade,
+            "design": scaling_designs.design,
+            "coord-check": scaling_designs.coord_check,
+            "api": Group(
+                {
+                    "serve": scaling_api.serve,
+                    "add-user": scaling_api.add_user,
+                    "users": scaling_api.users,
+                    "reveal": scaling_api.reveal,
+                    "submit": scaling_api.submit,
+                    "runs": scaling_api.runs,
+                    "status": scaling_api.status,
+                    "cancel": scaling_api.cancel,
+                    "account": scaling_api.account,
+                    "predict": scaling_api.predict,
+                    "leaderboard": scaling_api.leaderboard,
+                },
+                "Serve training runs under a budget, and submit them.",
+            ),
+        },
+        "Fit scaling laws to finished runs, and predict others.",
+    ),
+    "plan": Group(
+        {"run": plan_run.run, "parallel": plan_parallel.parallel}, "Predict what a run takes before paying for it."
+    ),
 }
-BOARD_VERBS: dict[str, Run] = {
-    "run": experiments.leaderboard_run,
-    "rules": experiments.leaderboard_rules,
-    "table": experiments.leaderboard_table,
-}
-PLAN_VERBS: dict[str, Run] = {"run": plan_run.run, "parallel": plan_parallel.parallel}
-CLASSIFIER_VERBS: dict[str, Run] = {"train": data_classifier.train, "apply": data_classifier.apply}
-CLASSIFIER = {"classifier": (CLASSIFIER_VERBS, "Train and apply linear n-gram classifiers of documents.")}
-API = {"api": (API_VERBS, "Serve training runs under a budget, and submit them.")}
-GROUPS: dict[str, Group] = {
-    "tokenizer": (TOKENIZER_VERBS, "Train and use byte-level BPE tokenizers."),
-    "model": (MODEL_VERBS, "What a model is made of."),
-    "data": (DATA_VERBS | CLASSIFIER, "Build training data from crawls, pages, papers, texts and tables."),
-    "align": (ALIGN_VERBS, "Make preferences, and see all stages of alignment at work."),
-    "leaderboard": (BOARD_VERBS, "Compete under a budget: rules over local files, and submissions to them."),
-    "scaling": (SCALING_VERBS | API, "Fit scaling laws to finished runs, and predict others."),
-    "plan": (PLAN_VERBS, "Predict what a run takes before paying for it."),
-}
-TREE: Mapping[str, Any] = VERBS | STUDY_VERBS | GROUPS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,35 +181,28 @@ def _run(arguments: list[str]) -> int:
         # Where another process takes a core, that makes training 10 times slower; an idle machine gains 3 % by it.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _check_place(arguments)
-    if verb in OWN_OPTIONS:
-        return VERBS[verb](rest)() or 0
-    app = tyro.extras.SubcommandApp()
-    for name, make in VERBS.items():
-        app.command(name=name)(_described(make, rest) if name == verb else _named(make))
-    for name, run in STUDY_VERBS.items():
-        app.command(name=name)(run)
-    for name, (verbs, help) in GROUPS.items():
-        app.command(_group(verbs), name=name, help=help)
-    return (
-        app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=(FlagCreatePairsOff,)) or 0
-    )
+    if isinstance(own := TREE.get(verb), OwnOptions):
+        return own.make(rest)() or 0
+    app, config = _app(TREE, arguments), (FlagCreatePairsOff,)
+    return app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=config) or 0
 
 
-def _group(verbs: Mapping[str, Any]) -> tyro.extras.SubcommandApp:
+def _app(verbs: Mapping[str, Any], arguments: list[str]) -> tyro.extras.SubcommandApp:
     app = tyro.extras.SubcommandApp()
     for name, found in verbs.items():
-        if isinstance(found, tuple):
-            app.command(_group(found[0]), name=name, help=found[1])
+        rest = arguments[1:] if arguments[:1] == [name] else None
+        if isinstance(found, Group):
+            app.command(_app(found.verbs, rest or []), name=name, help=found.description)
         else:
-            app.command(name=name)(found)
+            app.command(name=name)(found.verb(rest) if isinstance(found, Late) else found)
     return app
 
 
 def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[str, ...]]:
     """Of all verbs, with their groups."""
     for name, found in verbs.items():
-        if isinstance(found, tuple):
-            yield from verb_paths(found[0], *above, name)
+        if isinstance(found, Group):
+            yield from verb_paths(found.verbs, *above, name)
         else:
             yield (*above, name)
 
@@ -210,7 +210,8 @@ def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[s
 def _check_place(arguments: list[str]) -> None:
     """Raises ValueError for a verb that there is not, or that another group has, with the one that was meant; and for a
     group without a verb."""
-    verbs, paths = TREE, list(verb_paths())
+    verbs: Mapping[str, Any] = TREE
+    paths = list(verb_paths())
     for depth, word in enumerate(arguments):
         if word.startswith("-"):
             return
@@ -223,28 +224,11 @@ def _check_place(arguments: list[str]) -> None:
             hint = " or ".join(f"`{name}`" for name in meant)
             known = f"did you mean {hint}?" if meant else f"`{above}` has {', '.join(verbs)}"
             raise ValueError(f"there is no `{above} {word}`: {known}")
-        if not isinstance(verbs[word], tuple):
+        if not isinstance(verbs[word], Group):
             return
-        verbs = verbs[word][0]
+        verbs = verbs[word].verbs
     if arguments:
         raise ValueError(f"`cs336 {' '.join(arguments)}` has {', '.join(verbs)}: name one, or --help")
-
-
-def _named(make: Make) -> Run:
-    """In the list of verbs: the first line of its description."""
-
-    def run() -> None:
-        raise AssertionError(f"{make.__name__} was not made")
-
-    run.__doc__ = (make.__doc__ or "").partition("\n")[0]
-    return run
-
-
-def _described(make: Make, rest: list[str]) -> Run:
-    """The verb itself: its description, then that of its arguments."""
-    run = make(rest)
-    run.__doc__ = inspect.cleandoc(make.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
-    return run
 
 
 def _sentence(error: Exception) -> str:

@@ -2,66 +2,66 @@
 
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from cs336.cli.common import Path
+from cs336.cli.common import Model, Path
 
-Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
-Group = Annotated[int, arg(aliases=["--group-size"])]
+OutDir = Annotated[Path, arg(help="the directory to write; what was begun there goes on.")]
+Calibrate = Annotated[Path, arg(help="text, JSON lines or parquet, a tenth of which is held out to measure on.")]
+Group = Annotated[
+    int,
+    arg(help="neighbours in a row of a weight that share a scale; -1: the whole row.", aliases=["--group-size"]),
+]
+Asymmetric = Annotated[bool, arg(help="give each group a zero besides its scale.")]
+Format = Annotated[
+    Literal["cs336", "compressed-tensors", "gptq", "awq"],
+    arg(help="of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too."),
+]
 
 
 def int8(
-    model: Positional[Path], out: Path, group: Group = 128, asymmetric: bool = False, format: Format = "cs336"
+    model: Model,
+    out: Path,
+    group: Group = 128,
+    asymmetric: Asymmetric = False,
+    format: Literal["cs336", "compressed-tensors", "gptq", "awq"] = "cs336",
 ) -> None:
     """Weights in 8 bits, rounded to the nearest.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
         out: the directory to write, new or empty.
-        group: neighbours in a row of a weight that share a scale; -1: the whole row.
-        asymmetric: give each group a zero besides its scale.
         format: of the files: ours, or compressed-tensors' or GPTQ's, which transformers and vLLM read too.
     """
     _quantized(model, out, "int8", group, asymmetric=asymmetric, format=format)
 
 
-def int4(
-    model: Positional[Path], out: Path, group: Group = 128, asymmetric: bool = False, format: Format = "cs336"
-) -> None:
+def int4(model: Model, out: Path, group: Group = 128, asymmetric: Asymmetric = False, format: Format = "cs336") -> None:
     """Weights in 4 bits, rounded to the nearest.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
         out: the directory to write, new or empty.
-        group: neighbours in a row of a weight that share a scale; -1: the whole row.
-        asymmetric: give each group a zero besides its scale.
-        format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
     """
     _quantized(model, out, "int4", group, asymmetric=asymmetric, format=format)
 
 
-def fp8(
-    model: Positional[Path], out: Path, group: Group = -1, format: Literal["cs336", "compressed-tensors"] = "cs336"
-) -> None:
+def fp8(model: Model, out: Path, group: Group = -1, format: Literal["cs336", "compressed-tensors"] = "cs336") -> None:
     """Weights as floats of 8 bits (e4m3), rounded to the nearest.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
         out: the directory to write, new or empty.
-        group: neighbours in a row of a weight that share a scale; -1: the whole row.
         format: of the files: ours, or compressed-tensors', which transformers and vLLM read too.
     """
     _quantized(model, out, "fp8", group, format=format)
 
 
 def gptq(
-    model: Positional[Path],
-    out: Path,
-    calibrate: Path,
+    model: Model,
+    out: OutDir,
+    calibrate: Calibrate,
     bits: Literal[4, 8] = 4,
     group: Group = 128,
     act_order: bool = False,
-    asymmetric: bool = False,
+    asymmetric: Asymmetric = False,
     samples: int = 128,
     device: str = "auto",
     format: Format = "cs336",
@@ -69,28 +69,22 @@ def gptq(
     """Weights in 4 or 8 bits; those not yet rounded make good what rounding does to outputs on text.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         bits: a weight.
-        group: neighbours in a row of a weight that share a scale; -1: the whole row.
         act_order: round the features with the largest inputs first.
-        asymmetric: give each group a zero besides its scale.
         samples: windows of text that are read, of the model's context or 2048 tokens.
         device: where blocks take turns: auto (a GPU if there is one), cpu, cuda.
-        format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
     """
     options: dict[str, Any] = {"calibrate": calibrate, "bits": bits, "act_order": act_order, "samples": samples}
     _quantized(model, out, "gptq", group, asymmetric=asymmetric, device=device, format=format, **options)
 
 
 def awq(
-    model: Positional[Path],
-    out: Path,
-    calibrate: Path,
+    model: Model,
+    out: OutDir,
+    calibrate: Calibrate,
     bits: Literal[4, 8] = 4,
     group: Group = 128,
-    asymmetric: bool = False,
+    asymmetric: Asymmetric = False,
     samples: int = 128,
     device: str = "auto",
     format: Format = "cs336",
@@ -98,15 +92,9 @@ def awq(
     """Weights in 4 or 8 bits, which are scaled up while they are rounded where features are large on text.
 
     Args:
-        model: an export, a checkpoint, or a run directory, of which the newest is taken.
-        out: the directory to write; what was begun there goes on.
-        calibrate: text, JSON lines or parquet, a tenth of which is held out to measure on.
         bits: a weight.
-        group: neighbours in a row of a weight that share a scale; -1: the whole row.
-        asymmetric: give each group a zero besides its scale.
         samples: windows of text that are read, of the model's context or 2048 tokens.
         device: where blocks take turns: auto (a GPU if there is one), cpu, cuda.
-        format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
     """
     options: dict[str, Any] = {"calibrate": calibrate, "bits": bits, "samples": samples, "device": device}
     _quantized(model, out, "awq", group, asymmetric=asymmetric, format=format, **options)

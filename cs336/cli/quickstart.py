@@ -4,9 +4,10 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from cs336.cli.common import Run, Stopped
+from cs336.cli.common import Late, Run, Stopped
 
 
+@Late
 def quickstart(arguments: list[str]) -> Run:
     """Text to report in minutes: train a tokenizer and a language model, evaluate, generate.
 

@@ -1,7 +1,6 @@
 """`cs336 scaling`: fit a law to finished runs, look at how they fit together, ask it about others, draw it."""
 
 import json
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -106,12 +105,16 @@ def _told(fitted: "Fit | ComputeFit", names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         found[name] = getattr(fitted.law, name)
         found[f"{name}_interval"] = interval = fitted.interval(name) if fitted.resampled else None
-        print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+        _tell(f"{name:18}", found[name], interval)
     found["residual_rms"] = float((fitted.residuals**2).mean() ** 0.5)
     found["residuals"] = fitted.residuals.tolist()
     found["resampled"] = [list(asdict(law).values()) for law in fitted.resampled]
     print(f"{'residual':18} {100 * found['residual_rms']:.2f} % of the loss, root mean square")
     return found
+
+
+def _tell(name: str, value: float, interval: tuple[float, float] | None) -> None:
+    print(f"{name} {value:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
 
 
 def _fit_optimum(runs: "Points", law: Law) -> dict[str, Any]:
@@ -160,8 +163,7 @@ def _told_power(name: str, power: "PowerFit") -> dict[str, Any]:
     numbers = {"coefficient": power.coefficient, **power.exponents}
     intervals = {key: power.interval(key) if power.resampled else None for key in numbers}
     for key, value in numbers.items():
-        interval = intervals[key]
-        print(f"{name + ' ' + key:26} {value:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+        _tell(f"{name + ' ' + key:26}", value, intervals[key])
     return numbers | {f"{key}_interval": interval for key, interval in intervals.items()}
 
 
@@ -179,18 +181,17 @@ def _fit_repeats(points: Path, base: Path, bootstrap: int) -> dict[str, Any]:
         found[name] = getattr(repeats, name)
         told = name == "repeat_decay" or repeats.excess
         found[f"{name}_interval"] = interval = repeats.interval(name) if bootstrap and told else None
-        print(f"{name:18} {found[name]:.5g}" + (f"   [{interval[0]:.5g}, {interval[1]:.5g}]" if interval else ""))
+        _tell(f"{name:18}", found[name], interval)
     if not repeats.excess:
         print("excess_decay is the published one: no run has more parameters than its unique tokens deserve")
     return found
 
 
 def _write(found: dict[str, Any], out: MaybePath) -> None:
-    from cs336.utils.files import replacing
+    from cs336.utils.files import write_text
 
     if out is not None:
-        with replacing(out) as file:
-            file.write(json.dumps(found, indent=1) + "\n")
+        write_text(out, json.dumps(found, indent=1) + "\n")
 
 
 def collapse(study: Positional[Path], law: Path, parts: int = 20) -> None:
@@ -245,11 +246,10 @@ def predict(
     import pathlib
 
     from cs336.scaling import EPOCH, EPOCH_FIT, DataConstrainedLaw
+    from cs336.scaling.laws import check_positive
     from cs336.scaling.saved import load_compute_fit, load_critical_batch, load_fit
 
-    for what, value in (("flops", flops), ("parameters", parameters), ("tokens", tokens)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{what} must be positive and finite, got {value}")
+    check_positive(flops=flops, parameters=parameters, tokens=tokens)
     if law != "epoch" and (compute := load_compute_fit(pathlib.Path(law))) is not None:
         if flops is None or parameters or tokens or inference_tokens or unique_tokens is not None:
             raise ValueError(f"{law} is a law of compute alone: it takes --flops, and says the loss")

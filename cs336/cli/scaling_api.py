@@ -2,12 +2,14 @@
 
 import datetime
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import Ints, MaybePath, Path
 
+Url = Annotated[str, arg(help="of the server.")]
+KeyFile = Annotated[Path, arg(help="holds your key.")]
 URL = "http://127.0.0.1:8336"
 KEY = Path("cs336.key")
 
@@ -139,8 +141,8 @@ def submit(
     seed: int | None = None,
     config: MaybePath = None,
     wait: bool = False,
-    url: str = URL,
-    key_file: Path = KEY,
+    url: Url = URL,
+    key_file: KeyFile = KEY,
 ) -> None:
     """Enter a run: --parameters and --tokens, or --config. What it takes is reserved of your budget.
 
@@ -152,8 +154,6 @@ def submit(
         seed: another draw of the same run.
         config: of `cs336 train`, without data and run_dir.
         wait: until it has ended.
-        url: of the server.
-        key_file: holds your key.
     """
     client = _client(url, key_file)
     run = client.submit(
@@ -164,23 +164,16 @@ def submit(
     _tell([run])
 
 
-def runs(url: str = URL, key_file: Path = KEY) -> None:
-    """Your runs, the newest first.
-
-    Args:
-        url: of the server.
-        key_file: holds your key.
-    """
+def runs(url: Url = URL, key_file: KeyFile = KEY) -> None:
+    """Your runs, the newest first."""
     _tell(_client(url, key_file).runs())
 
 
-def status(id: Positional[str], url: str = URL, key_file: Path = KEY) -> None:
+def status(id: Positional[str], url: Url = URL, key_file: KeyFile = KEY) -> None:
     """One of your runs, with its losses so far.
 
     Args:
         id: as `submit` printed it.
-        url: of the server.
-        key_file: holds your key.
     """
     run = _client(url, key_file).run(id)
     _tell([run])
@@ -188,31 +181,24 @@ def status(id: Positional[str], url: str = URL, key_file: Path = KEY) -> None:
         print(f"{tokens:12.4g} tokens  loss {loss:.4f}")
 
 
-def cancel(id: Positional[str], url: str = URL, key_file: Path = KEY) -> None:
+def cancel(id: Positional[str], url: Url = URL, key_file: KeyFile = KEY) -> None:
     """End one of your runs; what it did not take is yours again.
 
     Args:
         id: as `submit` printed it.
-        url: of the server.
-        key_file: holds your key.
     """
     client = _client(url, key_file)
     client.cancel(id)
     _tell(client.wait([id]))
 
 
-def account(url: str = URL, key_file: Path = KEY) -> None:
-    """What is left of your budget.
-
-    Args:
-        url: of the server.
-        key_file: holds your key.
-    """
+def account(url: Url = URL, key_file: KeyFile = KEY) -> None:
+    """What is left of your budget."""
     _tell_account(_client(url, key_file).account())
 
 
 def predict(
-    loss: float, parameters: float, tokens: float, final: bool = False, url: str = URL, key_file: Path = KEY
+    loss: float, parameters: float, tokens: float, final: bool = False, url: Url = URL, key_file: KeyFile = KEY
 ) -> None:
     """Submit what the target's best run will be, in place of what you said before.
 
@@ -221,20 +207,13 @@ def predict(
         parameters: of its model.
         tokens: that it reads.
         final: it is not replaced any more.
-        url: of the server.
-        key_file: holds your key.
     """
     made = _client(url, key_file).predict(loss, parameters, tokens, final=final)
     print(f"loss {made.loss:g} at {made.parameters:.4g} parameters{', final' if made.final else ''}")
 
 
-def leaderboard(url: str = URL, key_file: Path = KEY) -> None:
-    """Everybody's predictions, scored once the true run is revealed.
-
-    Args:
-        url: of the server.
-        key_file: holds your key.
-    """
+def leaderboard(url: Url = URL, key_file: KeyFile = KEY) -> None:
+    """Everybody's predictions, scored once the true run is revealed."""
     board = _client(url, key_file).leaderboard()
     if board.true_loss is None:
         print("the true run is not revealed yet")

@@ -68,7 +68,7 @@ def design(
     from cs336.scaling import EPOCH, designs
     from cs336.scaling.saved import load_fit
     from cs336.utils import config as configs
-    from cs336.utils.files import replacing
+    from cs336.utils.files import write_text
 
     if write is not None and data is None:
         raise ValueError("a study needs --data, a directory with token shards in train/ and val/")
@@ -102,8 +102,7 @@ def design(
     shared |= {"data": {side: str((data / side).resolve()) for side in ("train", "val")}}
     shared |= {} if base is None else configs.read_table(base)
     table: dict[str, Any] = {} if directory is None else {"directory": str(directory)}
-    with replacing(write) as file:
-        file.write(configs.dumps(table | {"seeds": seeds} | designs.study(runs, shared)))
+    write_text(write, configs.dumps(table | {"seeds": seeds} | designs.study(runs, shared)))
     print(f"{write}: train them with `cs336 sweep {write}`")
 
 

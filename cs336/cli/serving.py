@@ -2,22 +2,25 @@
 
 import os
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import DisallowNone, arg
 
-from cs336.cli.common import MaybePath, Path, Run, warnings_after
+from cs336.cli.common import (
+    Device,
+    Draft,
+    Late,
+    Model,
+    ModelTokenizer,
+    Run,
+    WeightType,
+    warnings_after,
+    weight_dtype,
+)
 from cs336.utils.terminal import visible
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-
-def _dtype(name: Dtype) -> Any:
-    import torch
-
-    return None if name == "auto" else getattr(torch, name)
-
-
+@Late
 def serve(arguments: list[str]) -> Run:
     """A model behind OpenAI's interface, with a page to chat on: `cs336 serve runs/mine`, then open the address.
 
@@ -27,22 +30,14 @@ def serve(arguments: list[str]) -> Run:
     from cs336.parallel.launch import rank
 
     def run(
-        model: Positional[Path],
-        tokenizer: MaybePath = None,
-        draft: MaybePath = None,
-        device: str = "auto",
-        dtype: Dtype = "auto",
+        model: Model,
+        tokenizer: ModelTokenizer = None,
+        draft: Draft = None,
+        device: Device = "auto",
+        dtype: WeightType = "auto",
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
         engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """
-        Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
-            device: auto (a GPU if there is one), cpu, cuda.
-            dtype: of the weights. auto: as they were saved.
-        """
         try:
             from cs336.inference.server.serve import serve as listen
             from cs336.utils.http_server import check_free
@@ -50,36 +45,32 @@ def serve(arguments: list[str]) -> Run:
             raise ImportError(f"serving needs what is not installed ({error}): pip install 'cs336[serve]'") from None
         if rank() == 0:
             check_free(server.host, server.port)
-        read = {"draft": draft, "device": device, "dtype": _dtype(dtype), "tensor_parallel": True}
+        read = {"draft": draft, "device": device, "dtype": weight_dtype(dtype), "tensor_parallel": True}
         listen(LLM(model, tokenizer, **read, **vars(engine)), server)
 
     return run
 
 
+@Late
 def chat(arguments: list[str]) -> Run:
     """Talk to a model in the terminal. /new forgets what was said, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from cs336.inference import LLM, SamplingParams
     from cs336.inference.talk import Talk
 
     def run(
-        model: Positional[Path],
+        model: Model,
         system: DisallowNone[str | None] = None,
-        tokenizer: MaybePath = None,
-        draft: MaybePath = None,
-        device: str = "auto",
-        dtype: Dtype = "auto",
+        tokenizer: ModelTokenizer = None,
+        draft: Draft = None,
+        device: Device = "auto",
+        dtype: WeightType = "auto",
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(temperature=0.7, max_tokens=512),  # noqa: B008
     ) -> None:
         """
         Args:
-            model: an export, a checkpoint, or a run directory, of which the newest is taken.
             system: what the model is told first.
-            tokenizer: tokenizer.json, ours or Hugging Face's, if it is not where the model is.
-            draft: a smaller model of the same tokenizer, which drafts what the model then verifies.
-            device: auto (a GPU if there is one), cpu, cuda.
-            dtype: of the weights. auto: as they were saved.
         """
-        llm = LLM(model, tokenizer, draft=draft, device=device, dtype=_dtype(dtype), max_seqs=1)
+        llm = LLM(model, tokenizer, draft=draft, device=device, dtype=weight_dtype(dtype), max_seqs=1)
         talk = Talk(llm, sampling, system)
         shown = visible if sys.stdout.isatty() else str
         prompt = "> " if sys.stdin.isatty() else ""

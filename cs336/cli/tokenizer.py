@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
-from cs336.cli.common import MaybePath, Path, Paths, blocks, check_output, opened
+from cs336.cli.common import MaybePath, Path, Paths, TextField, blocks, check_output, opened
 from cs336.utils.documents import TEXT_FIELD, holds_documents, read_documents, read_texts, refuse_binary
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -20,7 +20,7 @@ def train(
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     pattern: str = "gpt2",
     num_threads: DisallowNone[int | None] = None,
-    text_field: str = TEXT_FIELD,
+    text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Train byte-pair encoding on text, JSON lines, parquet, compressed or not, or directories of them.
 
@@ -31,7 +31,6 @@ def train(
         special_tokens: texts that stand for one id; they come after the inputs.
         pattern: how text is split first: gpt2, cl100k, o200k or a regular expression.
         num_threads: as many as there are, if not given.
-        text_field: of JSON lines and parquet: the field that holds the text.
     """
     from cs336.tokenizer import Tokenizer
 
@@ -59,7 +58,7 @@ def encode(
     shards: MaybePath = None,
     val_fraction: DisallowNone[float | None] = None,
     special: bool = False,
-    text_field: str = TEXT_FIELD,
+    text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
@@ -70,7 +69,6 @@ def encode(
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
         val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself. 0.02 if not
             given; fewer than 200 documents are cut into pieces, of which 0.1.
-        text_field: of JSON lines and parquet: the field that holds the text.
         special: numbers alone: read special tokens in the text as their ids, not as ordinary text.
     """
     from cs336.tokenizer import convert
@@ -179,7 +177,7 @@ def compare(
     text: Path,
     plot: MaybePath = None,
     pattern: DisallowNone[str | None] = None,
-    text_field: str = TEXT_FIELD,
+    text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Bytes per token and speed of several tokenizers on the same text.
 
@@ -188,7 +186,6 @@ def compare(
         text: a file of text, JSON lines or parquet, compressed or not, or a directory of them.
         plot: .png, .svg or .pdf file for a chart.
         pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.
-        text_field: of JSON lines and parquet: the field that holds the text.
     """
     from cs336.tokenizer import compare, convert
 

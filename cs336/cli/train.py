@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from cs336.cli.common import Path, Run, Stopped
+from cs336.cli.common import OwnOptions, Path, Run, Stopped
 from cs336.cli.settings import help_text, own_options
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cs336.training import TrainConfig, TrainResult
 
 
+@OwnOptions
 def train(arguments: list[str]) -> Run:
     """Train a model on token shards, or continue the run that is in --run-dir.
 

@@ -21,7 +21,7 @@ from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import load_checkpoint, save_checkpoint
 from cs336.utils.device import pick
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
 
 SHARDS, TOPS, CHECKPOINT, RESULT = "calibration", "teacher", "checkpoint", "compression.json"
@@ -185,6 +185,5 @@ class _Job:
                 q, p = (x.log_softmax(-1, dtype=torch.float32) for x in logits)
                 sums.append(float(kl_of_top(q, p).mean()))
             found[f"kl_{name}"] = sum(sums) / len(sums)
-        with replacing(self.out / RESULT) as file:
-            json.dump({field.name: found[field.name] for field in fields(Distilled)}, file, indent=2)
+        write_json(self.out / RESULT, {field.name: found[field.name] for field in fields(Distilled)}, indent=2)
         return Outcome(str(Distilled(**found)))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.models import Transformer
 from cs336.training.objectives import Batch, Terms, with_routing
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_json
 
 Divergence = Literal["forward", "reverse"]
 INDEX = "index.json"
@@ -106,8 +106,7 @@ class TopLogits:
             with replacing(self.directory / name, "wb") as file:
                 file.write(data := save(tensors))
             checksums[name] = hashlib.sha256(data).hexdigest()
-            with replacing(self.directory / INDEX) as file:
-                json.dump(checksums, file, indent=1)
+            write_json(self.directory / INDEX, checksums, indent=1)
 
     def read(self, index_B: np.ndarray) -> tuple[Tensor, Tensor]:
         """Of these windows: ids (B, T, K) int64 and log-probabilities (B, T, K) float32.

@@ -17,7 +17,7 @@ from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.models import Transformer, save_pretrained
 from cs336.utils.device import pick
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
 
 SHARDS, RESULT = "calibration", "compression.json"
@@ -121,6 +121,5 @@ class _Job:
             found[f"bits_{when}"] = Windows(self.out / SHARDS, model.config).bits_per_byte(model)
             found[f"parameters_{when}"] = model.config.num_parameters()
         found["zeros"] = zeros(model)
-        with replacing(self.out / RESULT) as file:
-            json.dump(found, file, indent=2)
+        write_json(self.out / RESULT, found, indent=2)
         return Outcome(str(Pruned(**found)))

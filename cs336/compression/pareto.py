@@ -16,7 +16,7 @@ from cs336.inference import LLM
 from cs336.inference.bench import Load, run_engine
 from cs336.inference.load import find_model
 from cs336.utils.documents import read_texts
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
 
 ROWS, MEASURED = "pareto.json", "measured"
@@ -92,16 +92,14 @@ def pareto(
         def run(name: str = name, path: pathlib.Path = path) -> Outcome:
             row = _measured(name, path, text, tasks, limit, device, most_tokens)
             (out / MEASURED).mkdir(exist_ok=True)
-            with replacing(out / MEASURED / f"{name}.json") as file:
-                json.dump(dataclasses.asdict(row), file, indent=2)
+            write_json(out / MEASURED / f"{name}.json", dataclasses.asdict(row), indent=2)
             return Outcome(f"{row.bits_per_byte:.4f} bits per byte, {row.latency_ms:.2f} ms a token")
 
         outputs = (f"{MEASURED}/{name}.json",)
         stages.append(Stage(name, "measure", run, outputs, (path, text, *files), settings))
     run_stages(out, stages)
     rows = [Row(**json.loads((out / MEASURED / f"{name}.json").read_text(encoding="utf-8"))) for name in names]
-    with replacing(out / ROWS) as file:
-        json.dump(_told(rows, text), file, indent=2)
+    write_json(out / ROWS, _told(rows, text), indent=2)
     return rows
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from cs336.data.corpus import in_validation
 from cs336.utils.batching import batches
 from cs336.utils.documents import Document, text_of
-from cs336.utils.files import Paths, path_list, replacing
+from cs336.utils.files import Paths, path_list, write_json
 from cs336.utils.locks import locked
 from cs336.utils.shards import SHARD_TOKENS, ShardWriter, TokenMeta, read_meta
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -160,8 +160,7 @@ class Encoding:
     def _save(self) -> None:
         states = {name: writer.state_dict() for name, writer in self.writers.items()}
         state = {"settings": self.settings, "documents": self.done, "checksum": self.checksum, "writers": states}
-        with replacing(self.path) as file:
-            json.dump(state, file)
+        write_json(self.path, state)
 
     def _continue(self, documents: Iterator[str]) -> None:
         """Pass over what an earlier process has done. Raises ValueError if these are other documents."""

@@ -15,7 +15,7 @@ from cs336.evaluation.baseline import MOST_COUNTED, Baseline, baselines
 from cs336.evaluation.held_out import mean_loss
 from cs336.models import Transformer
 from cs336.training.evaluators import bits_per_byte
-from cs336.utils.files import Paths, replacing
+from cs336.utils.files import Paths, write_json
 from cs336.utils.shards import TokenMeta, open_tokens
 
 MOST_TOKENS = 150_000  # 5 s for a small model on two idle CPU cores, and more hardly changes the mean
@@ -46,8 +46,7 @@ class Evaluation:
     def save(self, directory: str | os.PathLike) -> pathlib.Path:
         """Write evaluation.json into a directory, and return its path."""
         path = pathlib.Path(directory) / "evaluation.json"
-        with replacing(path) as file:
-            json.dump(asdict(self), file, indent=2)
+        write_json(path, asdict(self), indent=2)
         return path
 
 

@@ -13,7 +13,7 @@ from cs336.experiments.significance import holm, mean, welch
 from cs336.experiments.study import Local, Outcome, Trial, Where
 from cs336.models.memory import training_memory
 from cs336.training.metrics import json_line
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 
 CACHE_BYTES = 2  # of an element of a decoding state: bfloat16
 
@@ -142,8 +142,7 @@ def save(ablation: Ablation, entries: Sequence[Entry]) -> list[Row]:
         "rows": [dataclasses.asdict(row) | {"significant": row.significant} for row in found],
         "folders": {row.name: _folders(ablation, entries, row.name) for row in found},
     }
-    with replacing(ablation.directory / "ablation.json") as file:
-        file.write(json_line(summary, indent=1))
+    write_text(ablation.directory / "ablation.json", json_line(summary, indent=1))
     return found
 
 

@@ -27,7 +27,7 @@ from cs336.training.evaluators import mean_loss
 from cs336.training.learner import Learner
 from cs336.training.metrics import Display, json_line
 from cs336.utils.counted import counted
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
 SMOOTHING = 0.5  # of the exponential mean of a branch's training losses, as in the paper
@@ -134,8 +134,7 @@ def measure_batch_size(branching: Branching, console: Console | None = None) -> 
     run_stages(directory, stages, console)
     branches = [json.loads((directory / output).read_text()) for output in results.values()]
     found = _summary(branching, branches)
-    with replacing(directory / "batch_size.json") as file:
-        file.write(json_line(found, indent=1))
+    write_text(directory / "batch_size.json", json_line(found, indent=1))
     return found
 
 
@@ -171,8 +170,7 @@ def _branch(branching: Branching, name: str, factor: int, output: pathlib.Path) 
     if trunk.data.val is not None:
         found["val"] = _validate(learner, config)
     output.parent.mkdir(exist_ok=True)
-    with replacing(output) as file:
-        file.write(json_line(found | {"losses": losses}))
+    write_text(output, json_line(found | {"losses": losses}))
     return Outcome(f"loss {found.get('val', smooth):.4f} after {counted(steps, 'step')}")
 
 

@@ -33,7 +33,7 @@ from cs336.training.budget import Budget
 from cs336.training.identity import kept_tokenizer
 from cs336.utils import config as configs
 from cs336.utils.commit import commit
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 from cs336.utils.stages import Interrupted
 
 BOARDS = pathlib.Path(__file__).with_name("boards")
@@ -154,16 +154,14 @@ def _write(
     directory: pathlib.Path, entry: dict[str, Any], config: TrainConfig, samples: Iterable[Mapping[str, Any]], name: str
 ) -> None:
     table = {key: value for key, value in configs.to_table(config).items() if key not in OWN}
-    with replacing(directory / "recipe.toml") as file:
-        file.write(configs.dumps(table))
+    write_text(directory / "recipe.toml", configs.dumps(table))
     command = ["cs336", "leaderboard", "run", name, "--recipe", "recipe.toml", "--data", "DATA", "--directory", "again"]
-    with replacing(directory / "reproduce.sh") as file:
-        file.write(f"# DATA: a directory with token shards in train/ and val/.\n{shlex.join(command)}\n")
+    said = "# DATA: a directory with token shards in train/ and val/."
+    write_text(directory / "reproduce.sh", f"{said}\n{shlex.join(command)}\n")
     shutil.copyfile(config.run_dir / "metrics.jsonl", directory / "log.jsonl")
-    with replacing(directory / "samples.txt") as file:
-        file.write("\n\n----\n\n".join(f"{row['prompt']}{row['text']}" for row in samples) + "\n")
-    with replacing(directory / "submission.json") as file:  # last: a folder with it is whole
-        file.write(json.dumps(entry, indent=1) + "\n")
+    texts = [f"{row['prompt']}{row['text']}" for row in samples]
+    write_text(directory / "samples.txt", "\n\n----\n\n".join(texts) + "\n")
+    write_text(directory / "submission.json", json.dumps(entry, indent=1) + "\n")  # last: a folder with it is whole
 
 
 # ---- the table ----

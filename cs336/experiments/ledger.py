@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import platform
 import sqlite3
 import time
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from cs336.experiments.study import Cost, Trial
 from cs336.training import Budget
 from cs336.training.metrics import json_line
-from cs336.utils.database import Database
+from cs336.utils.database import Claim, Queue
 from cs336.utils.locks import locked
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -87,23 +86,12 @@ class Entry:
         return float(value) if self.state == "done" and isinstance(value, int | float) else math.inf
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A run that this process is at."""
-
-    entry: Entry
-    _lock: contextlib.ExitStack
-
-    def release(self) -> None:
-        self._lock.close()
-
-
 def owner(pid: int | None = None) -> str:
     """How the ledger names a process, this one if None."""
     return f"{platform.node()}:{os.getpid() if pid is None else pid}"
 
 
-class Ledger(Database):
+class Ledger(Queue):
     """A study's runs. Every method is one transaction, and may be called from any process.
 
     Args:
@@ -113,11 +101,8 @@ class Ledger(Database):
     """
 
     def __init__(self, directory: str | os.PathLike, budget: str | None = None):
-        self.directory = pathlib.Path(directory)
         self.budget = None if budget is None else Budget.parse(budget)
-        self.claims = self.directory / "claims"
-        self.claims.mkdir(parents=True, exist_ok=True)
-        super().__init__(self.directory / "ledger.sqlite", "a ledger", SCHEMA, FORMAT)
+        super().__init__(directory, "ledger.sqlite", "a ledger", SCHEMA, FORMAT)
 
     # ---- what there is ----
 
@@ -162,7 +147,7 @@ class Ledger(Database):
 
     # ---- a run's life ----
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> Claim[Entry] | None:
         """Take the first run that is wanted, waits, and fits what is left of the budget; None if there is none."""
         for entry in self.entries(wanted=True):
             if entry.state != "waiting":
@@ -189,19 +174,19 @@ class Ledger(Database):
                 return None
             return _entry(db.execute("SELECT * FROM runs WHERE id = ?", (entry.id,)).fetchone())
 
-    def finish(self, claim: Claim, result: dict[str, Any], reached: Cost) -> None:
+    def finish(self, claim: Claim[Entry], result: dict[str, Any], reached: Cost) -> None:
         """A run is done. reached: FLOPs, tokens and seconds of its folder from the start."""
         self._end(claim, "done", reached, json_line(result), None)
 
-    def fail(self, claim: Claim, error: str, reached: Cost) -> None:
+    def fail(self, claim: Claim[Entry], error: str, reached: Cost) -> None:
         """A run has failed, which is kept with the error."""
         self._end(claim, "failed", reached, "{}", error)
 
-    def stop(self, claim: Claim, reached: Cost) -> None:
+    def stop(self, claim: Claim[Entry], reached: Cost) -> None:
         """A run is to be continued by whoever claims it next."""
         self._end(claim, "waiting", reached, "{}", None)
 
-    def _end(self, claim: Claim, state: State, reached: Cost, result: str, error: str | None) -> None:
+    def _end(self, claim: Claim[Entry], state: State, reached: Cost, result: str, error: str | None) -> None:
         try:
             with self.transaction() as db:
                 self._settle(db, claim.entry, state, reached, result, error)

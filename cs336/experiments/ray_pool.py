@@ -4,10 +4,11 @@ import pathlib
 import time
 from typing import Any
 
-from cs336.experiments.ledger import Claim, Ledger
+from cs336.experiments.ledger import Entry, Ledger
 from cs336.experiments.study import Cost, Ray, Runs
 from cs336.experiments.train import Result, reached, train_run
 from cs336.training import TrainConfig
+from cs336.utils.database import Claim
 
 POLL = 0.3  # seconds between two looks
 
@@ -32,7 +33,7 @@ class RayPool:
             raise ImportError('where.kind = "ray" needs Ray: pip install ray, or use kind = "local"') from None
         self.ray, self.runs, self.where, self.ledger = ray, runs, where, ledger
         self.owners: set[str] = set()  # its claims are this process's, which is alive
-        self._tasks: dict[Any, Claim] = {}
+        self._tasks: dict[Any, Claim[Entry]] = {}
 
     def __enter__(self) -> "RayPool":
         self._started = not self.ray.is_initialized()

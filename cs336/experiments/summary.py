@@ -17,7 +17,7 @@ from cs336.experiments.study import Study
 from cs336.training import TrainConfig
 from cs336.training.metrics import json_line
 from cs336.utils import config as configs
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ def save(study: Study, entries: Sequence[Entry]) -> pathlib.Path | None:
         "sensitivities": [dataclasses.asdict(s) for s in sensitivities(study.axes, everyone)],
         "best": None if best is None else best.to_toml(),
     }
-    with replacing(study.directory / "study.json") as file:
-        file.write(json_line(summary, indent=1))
+    write_text(study.directory / "study.json", json_line(summary, indent=1))
     if best is None:
         return None
     best.save(study.directory / "best.toml")

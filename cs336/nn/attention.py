@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities
+from cs336.nn.checks import check_counts, check_flags, check_positive, check_probabilities, head_size
 from cs336.nn.linear import Linear, join, joined
 from cs336.nn.norms import RMSNorm, RMSNormConfig
 from cs336.nn.paged import PagedKeyValues, PagedTokens
 from cs336.nn.positions import AlibiSlopes, RotaryEmbedding
 from cs336.nn.recent import Recent
-from cs336.nn.state import Context, KeyValues
+from cs336.nn.state import Context, KeyValues, place_of
 from cs336.ops import registry
 
 
@@ -96,12 +96,11 @@ class Attention(nn.Module):
     ) -> KeyValues | Recent:
         """Room for max_len tokens of each row, or with a shorter window for what it sees and `rollback` tokens more;
         device and dtype are those of the keys, the weights' if None."""
-        weight = self.k_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        place = place_of(self.k_proj.weight, device, dtype)
         if self.window is not None and self.window + rollback < max_len:
             shape = (self.num_kv_heads, self.head_dim)
-            return Recent.allocate(batch_size, self.window, shape, shape, rollback=rollback, device=device, dtype=dtype)
-        return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+            return Recent.allocate(batch_size, self.window, shape, shape, rollback=rollback, **place)
+        return KeyValues.allocate(batch_size, max_len, self.num_kv_heads, self.head_dim, **place)
 
     @property
     def has_pages(self) -> bool:
@@ -110,8 +109,7 @@ class Attention(nn.Module):
 
     def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedKeyValues:
         """A pool of pages for the keys and values of page_size tokens each; device and dtype as in new_state."""
-        weight = self.k_proj.weight
-        place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        place = place_of(self.k_proj.weight, device, dtype)
         return PagedKeyValues.allocate(num_pages, page_size, self.num_kv_heads, self.head_dim, **place)
 
     def forward(
@@ -330,11 +328,7 @@ class AttentionConfig:
 
     def head_size(self, d_model: int) -> int:
         """Features of a head. Raises ValueError where d_model is not a multiple of num_heads."""
-        if self.head_dim is None and d_model % self.num_heads != 0:
-            raise ValueError(
-                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"
-            )
-        return d_model // self.num_heads if self.head_dim is None else self.head_dim
+        return head_size(d_model, self.num_heads, self.head_dim)
 
     def rope_dim(self, d_model: int) -> int:
         """Features of a head that positions rotate."""

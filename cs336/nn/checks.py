@@ -1,7 +1,9 @@
-"""What the configurations of modules ask of their numbers."""
+"""What modules and their configurations ask of their numbers."""
 
 from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 
 def check_counts(*, optional: bool = False, **values: Any) -> None:
@@ -38,3 +40,16 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError for a value that is none of the choices."""
     if value not in (known := tuple(choices)):
         raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
+
+
+def check_tokens(x: Tensor, d_model: int) -> None:
+    """Raises ValueError for what is not (batch, tokens, d_model)."""
+    if x.dim() != 3 or x.shape[-1] != d_model:
+        raise ValueError(f"x must be (batch, tokens, {d_model}), got shape {tuple(x.shape)}")
+
+
+def head_size(d_model: int, num_heads: int, head_dim: int | None) -> int:
+    """Features of a head. Raises ValueError where there is no head_dim and d_model is not a multiple of num_heads."""
+    if head_dim is None and d_model % num_heads != 0:
+        raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}: change one or set head_dim")
+    return d_model // num_heads if head_dim is None else head_dim

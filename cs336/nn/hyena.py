@@ -10,18 +10,18 @@ B = batch, S = tokens, M = d_model, L = lags, F = features.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts
+from cs336.nn.checks import check_counts, check_tokens
 from cs336.nn.linear import Linear
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.recent import Recent
 from cs336.nn.recurrence import CausalConv1d
-from cs336.nn.state import Context
+from cs336.nn.state import Context, place_of
 
 BANDS = 16  # sines and cosines of a lag
 
@@ -107,12 +107,7 @@ class Hyena(nn.Module):
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> HyenaState:
         """Room for the products of max_len tokens, or of as many as the filter reaches; device and dtype are the
         weights' if None."""
-        weight = self.in_proj.weight
-        place: dict[str, Any] = {
-            "rollback": rollback,
-            "device": device or weight.device,
-            "dtype": dtype or weight.dtype,
-        }
+        place = place_of(self.in_proj.weight, device, dtype) | {"rollback": rollback}
         size = min(max_len, self.config.filter_length)
         products = Recent.allocate(batch_size, size, (self.d_model,), **place)
         with torch.no_grad():
@@ -121,8 +116,7 @@ class Hyena(nn.Module):
 
     def forward(self, x_BSM: Tensor, context: Context | None = None, state: HyenaState | None = None) -> Tensor:
         """x (B, S, d_model) -> (B, S, d_model). context: segments keep documents apart; with a state its lengths."""
-        if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        check_tokens(x_BSM, self.d_model)
         context = Context() if context is None else context
         q, k, v = self.conv1d(self.in_proj(x_BSM), context, None if state is None else state.conv).chunk(3, -1)
         u_BSM = k * v

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts, check_positive
+from cs336.nn.checks import check_counts, check_positive, check_tokens
 from cs336.nn.linear import Linear
 from cs336.nn.norms import RMSNorm
 from cs336.nn.paged import PagedLatents
 from cs336.nn.positions import RotaryEmbedding
-from cs336.nn.state import Context, Slots
+from cs336.nn.state import Context, Slots, place_of
 from cs336.ops import registry
 from cs336.ops.paged_attention import MAX_DECODE_QUERIES
 
@@ -77,24 +77,21 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> Latents:
         """Room for max_len tokens of each row; device and dtype are the weights' if None."""
-        weight = self.kv_a_proj.weight
         shape = (batch_size, max_len, self.config.kv_rank + self.config.rope_head_dim)
-        return Latents(torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype))
+        return Latents(torch.zeros(shape, **place_of(self.kv_a_proj.weight, device, dtype)))
 
     has_pages = True
 
     def new_pages(self, num_pages: int, page_size: int, *, device=None, dtype=None) -> PagedLatents:
         """A pool of pages of page_size tokens each; device and dtype as in new_state."""
-        weight, L = self.kv_a_proj.weight, self.config.kv_rank
-        shape = num_pages, page_size, L + self.config.rope_head_dim
-        return PagedLatents(torch.empty(shape, device=device or weight.device, dtype=dtype or weight.dtype), L)
+        L, place = self.config.kv_rank, place_of(self.kv_a_proj.weight, device, dtype)
+        return PagedLatents(torch.empty(num_pages, page_size, L + self.config.rope_head_dim, **place), L)
 
     def forward(
         self, x_BSM: Tensor, context: Context | None = None, state: Latents | PagedLatents | None = None
     ) -> Tensor:
         """x (B, S, d_model) -> (B, S, d_model). context and state as in Attention."""
-        if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        check_tokens(x_BSM, self.d_model)
         context = Context() if context is None else context
         config, S = self.config, x_BSM.shape[1]
         q_in = x_BSM if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x_BSM))  # type: ignore[misc]

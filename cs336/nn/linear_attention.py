@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_choice, check_counts, check_flags
+from cs336.nn.checks import check_choice, check_counts, check_flags, check_tokens, head_size
 from cs336.nn.derived import Derived
 from cs336.nn.linear import Linear, in_a_row, join
 from cs336.nn.norms import RMSNorm
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.recent import Snapshots
 from cs336.nn.recurrence import CausalConv1d, RecurrentState, is_step, recur
-from cs336.nn.state import Context
+from cs336.nn.state import Context, place_of
+from cs336.ops.ref.wide import wide
 
 
 def draw_decay(A_log: Tensor, dt_bias: Tensor) -> None:
@@ -89,20 +90,14 @@ class LinearAttention(nn.Module):
 
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
-        weight, config = self.q_proj.weight, self.config
-        place: dict[str, Any] = {
-            "rollback": rollback,
-            "device": device or weight.device,
-            "dtype": dtype or weight.dtype,
-        }
+        config, place = self.config, place_of(self.q_proj.weight, device, dtype) | {"rollback": rollback}
         sizes = config.num_heads, config.key_size(self.d_model), config.value_size(self.d_model)
         memory = Snapshots.allocate(batch_size, *sizes, **place)
         return RecurrentState(memory, None if self.conv1d is None else self.conv1d.new_state(batch_size, **place))
 
     def forward(self, x_BSM: Tensor, context: Context | None = None, state: RecurrentState | None = None) -> Tensor:
         """x (B, S, d_model) -> (B, S, d_model). context: segments keep documents apart; with a state its lengths."""
-        if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        check_tokens(x_BSM, self.d_model)
         context = Context() if context is None else context
         if state is not None and is_step(x_BSM, context, state):
             return self._step(x_BSM[:, 0], context, state)[:, None]
@@ -120,7 +115,7 @@ class LinearAttention(nn.Module):
             op = ops.gated_delta_rule
             # A GPU's autocast takes lengths in float32, and what is divided by them becomes float32 too.
             tokens |= {"q": F.normalize(q, dim=-1).to(q.dtype), "k": F.normalize(k, dim=-1).to(k.dtype)}
-            tokens["beta"] = torch.sigmoid(_wide(self.b_proj(x_BSM))).transpose(1, 2)
+            tokens["beta"] = torch.sigmoid(wide(self.b_proj(x_BSM))).transpose(1, 2)
         g_BHS = self._decay(x_BSM)
         if g_BHS is not None:
             tokens["g"] = g_BHS
@@ -172,13 +167,9 @@ class LinearAttention(nn.Module):
         assert self.A_log is not None
         assert self.dt_bias is not None
         # softplus(a) = log(exp(a) + exp(0)): F.softplus's own backward is compiled for strides that it does not have.
-        a_BSH = _wide(self.a_proj(x_BSM)) + _wide(self.dt_bias)
+        a_BSH = wide(self.a_proj(x_BSM)) + wide(self.dt_bias)
         dt_BSH = torch.logaddexp(a_BSH, torch.zeros_like(self.dt_bias, dtype=a_BSH.dtype))
-        return (-torch.exp(_wide(self.A_log)) * dt_BSH).transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return (-torch.exp(wide(self.A_log)) * dt_BSH).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -212,11 +203,7 @@ class LinearAttentionConfig:
 
     def key_size(self, d_model: int) -> int:
         """Raises ValueError where d_model is not a multiple of num_heads."""
-        if self.head_dim is None and d_model % self.num_heads != 0:
-            raise ValueError(
-                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}: change one or set head_dim"
-            )
-        return d_model // self.num_heads if self.head_dim is None else self.head_dim
+        return head_size(d_model, self.num_heads, self.head_dim)
 
     def value_size(self, d_model: int) -> int:
         return self.key_size(d_model) if self.value_dim is None else self.value_dim

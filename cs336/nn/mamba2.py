@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
-from cs336.nn.checks import check_counts
+from cs336.nn.checks import check_counts, check_tokens
 from cs336.nn.linear import Linear
 from cs336.nn.linear_attention import draw_decay
 from cs336.nn.norms import RMSNorm
 from cs336.nn.positions import RotaryEmbedding
 from cs336.nn.recent import Snapshots
 from cs336.nn.recurrence import CausalConv1d, RecurrentState, is_step, recur
-from cs336.nn.state import Context
+from cs336.nn.state import Context, place_of
 
 
 class Mamba2(nn.Module):
@@ -51,12 +51,7 @@ class Mamba2(nn.Module):
 
     def new_state(self, batch_size: int, max_len: int, *, rollback: int = 0, device=None, dtype=None) -> RecurrentState:
         """The same size whatever max_len is; device and dtype are the weights' if None."""
-        weight, config = self.in_proj.weight, self.config
-        place: dict[str, Any] = {
-            "rollback": rollback,
-            "device": device or weight.device,
-            "dtype": dtype or weight.dtype,
-        }
+        config, place = self.config, place_of(self.in_proj.weight, device, dtype) | {"rollback": rollback}
         memory = Snapshots.allocate(
             batch_size, config.num_heads(self.d_model), config.state_dim, config.head_dim, **place
         )
@@ -64,8 +59,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x_BSM: Tensor, context: Context | None = None, state: RecurrentState | None = None) -> Tensor:
         """x (B, S, d_model) -> (B, S, d_model). context: segments keep documents apart; with a state its lengths."""
-        if x_BSM.dim() != 3 or x_BSM.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (batch, tokens, {self.d_model}), got shape {tuple(x_BSM.shape)}")
+        check_tokens(x_BSM, self.d_model)
         context = Context() if context is None else context
         if state is not None and is_step(x_BSM, context, state):
             return self._step(x_BSM[:, 0], context, state)[:, None]

@@ -150,31 +150,27 @@ class RopeConfig:
         )
 
 
+class _Unrotated:
+    def check(self, head_dim: int) -> None:
+        """Any head will do."""
+
+    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
+        return None
+
+
 @dataclass(frozen=True)
-class NoPositionsConfig:
+class NoPositionsConfig(_Unrotated):
     """Order is known from causality alone (arXiv:2305.19466)."""
 
     kind: Literal["none"] = "none"
 
-    def check(self, head_dim: int) -> None:
-        """Any head will do."""
-
-    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class AlibiConfig:
+class AlibiConfig(_Unrotated):
     """Attention with linear biases, arXiv:2108.12409: each head takes its slope times the distance in tokens off the
     scores. It counts tokens, whatever positions a forward pass is told."""
 
     kind: Literal["alibi"] = "alibi"
-
-    def check(self, head_dim: int) -> None:
-        """Any head will do."""
-
-    def build(self, head_dim: int, max_seq_len: int, *, device=None) -> None:
-        return None
 
 
 class AlibiSlopes(Derived):

@@ -9,25 +9,21 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cs336.nn.state import Context
+from cs336.nn.state import Context, Entries
 
 
-class Recent:
+class Recent(Entries):
     """An entry for each of the newest tokens: tensors (B, C, ...), token t's in slot t mod C. C = size + rollback, so
     that the last `size` entries are there whichever of the last `rollback` tokens is the last."""
 
     def __init__(self, *entries_BC: Tensor, rollback: int, empty: bool = True):
-        self.entries, self.rollback = entries_BC, rollback
-        self.empty = empty  # nothing was ever written
+        super().__init__(*entries_BC, empty=empty)
+        self.rollback = rollback
 
     @classmethod
     def allocate(cls, batch_size: int, size: int, *shapes: tuple[int, ...], rollback: int, device, dtype) -> Self:
         shapes = tuple((batch_size, size + rollback, *shape) for shape in shapes)
         return cls(*(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes), rollback=rollback)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries)
 
     def held(self, lengths_B: Tensor) -> Tensor:
         """(B, C): the token whose entry each slot holds in a row of that length; negative where there is none."""
@@ -64,11 +60,6 @@ class Recent:
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(*(entry[rows] for entry in self.entries), rollback=self.rollback, empty=self.empty)
-
-    def put(self, rows: Tensor, state: Self) -> None:
-        self.empty = self.empty and state.empty
-        for entry, new in zip(self.entries, state.entries, strict=True):
-            entry.index_copy_(0, rows, new)
 
 
 class Snapshots:

@@ -7,7 +7,7 @@ B = batch, H = key-value heads, S = new tokens, T = tokens that a state has room
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class Context:
         return S if self.segments is None else (self.segments >= 0).sum(-1)
 
 
+def place_of(weight: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Where a state is, and of what: the weight's device and dtype if None."""
+    return {"device": device or weight.device, "dtype": dtype or weight.dtype}
+
+
 class MixerState(Protocol):
     """What one mixer keeps of the tokens before, for B rows. Its memory is taken once; its shapes do not change.
 
@@ -97,19 +102,28 @@ class MixerState(Protocol):
         """These rows, int64 (N,), become copies of those of `state`, in this order."""
 
 
-class Slots:
-    """An entry a token: tensors (B, T, ...). What is past a row's length is never looked at, and is written over."""
+class Entries:
+    """Tensors (B, ...), a row of each a row of the batch."""
 
-    rollback = None
-    names = "entries"
-
-    def __init__(self, *entries_BT: Tensor, empty: bool = True):
-        self.entries = entries_BT
+    def __init__(self, *entries_B: Tensor, empty: bool = True):
+        self.entries = entries_B
         self.empty = empty  # nothing was ever written: attention then needs no mask
 
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries)
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        self.empty = self.empty and state.empty
+        for entry, new in zip(self.entries, state.entries, strict=True):
+            entry.index_copy_(0, rows, new)
+
+
+class Slots(Entries):
+    """An entry a token: tensors (B, T, ...). What is past a row's length is never looked at, and is written over."""
+
+    rollback = None
+    names = "entries"
 
     def write(self, entries_BS: tuple[Tensor, ...], context: Context) -> None:
         """Put entries (B, S, ...) behind the tokens so far, without their gradients.
@@ -145,11 +159,6 @@ class Slots:
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(*(entry[rows] for entry in self.entries), empty=self.empty)
-
-    def put(self, rows: Tensor, state: Self) -> None:
-        self.empty = self.empty and state.empty
-        for entry, new in zip(self.entries, state.entries, strict=True):
-            entry.index_copy_(0, rows, new)
 
 
 class KeyValues(Slots):

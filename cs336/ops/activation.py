@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import like, no_float64
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.norm import rows
 from cs336.ops.ref import activation as ref
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Kind(IntEnum):
@@ -32,12 +31,12 @@ class Kind(IntEnum):
 
 def _check(x: Tensor, up: Tensor | None, kind: int, **others: Tensor) -> None:
     if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"x must be (M, N), floating point, its last dim contiguous, got {_like(x)} {x.stride()}")
+        raise ValueError(f"x must be (M, N), floating point, its last dim contiguous, got {like(x)} {x.stride()}")
     for name, t in {"up": up, **others}.items():
         if t is None:
             continue
         if (t.shape, t.dtype, t.device) != (x.shape, x.dtype, x.device) or (t.shape[1] > 1 and t.stride(1) != 1):
-            raise ValueError(f"{name} must be like x, {_like(x)}, its last dim contiguous, got {_like(t)} {t.stride()}")
+            raise ValueError(f"{name} must be like x, {like(x)}, its last dim contiguous, got {like(t)} {t.stride()}")
     if kind not in tuple(Kind):
         raise ValueError(f"kind must be one of {', '.join(f'{k.value} ({k.name})' for k in Kind)}, got {kind}")
 
@@ -45,17 +44,13 @@ def _check(x: Tensor, up: Tensor | None, kind: int, **others: Tensor) -> None:
 def _check_both(both: Tensor, dy: Tensor, kind: int) -> None:
     """both: x and up side by side."""
     if both.dim() != 2 or both.shape[1] % 2 or (both.shape[1] > 1 and both.stride(1) != 1):
-        raise ValueError(f"both must be (M, 2 N), its last dim contiguous, got {_like(both)} {both.stride()}")
+        raise ValueError(f"both must be (M, 2 N), its last dim contiguous, got {like(both)} {both.stride()}")
     x, up = both.chunk(2, -1)
     _check(x, up, kind, dy=dy)
 
 
-def _no_float64(x: Tensor, *_) -> str | None:
-    return None if x.dtype in FLOATS else f"{x.dtype} is computed by the reference alone"
-
-
 GELUS = {Kind.GELU: "none", Kind.GELU_TANH: "tanh"}  # by geglu's `approximate`
-KERNELS = {"native": _no_float64, "triton": _no_float64}
+KERNELS = {"native": no_float64, "triton": no_float64}
 
 registry.define(
     "activation_fwd(Tensor x, Tensor? up, int kind) -> Tensor",
@@ -152,7 +147,7 @@ def gated(both: Tensor, kind: Kind) -> Tensor:
     Raises ValueError for an odd number of features, a kind without a gate, and as swiglu does.
     """
     if both.dim() == 0 or both.shape[-1] % 2:
-        raise ValueError(f"both must be (..., 2 N), gate and then up, got {_like(both)}")
+        raise ValueError(f"both must be (..., 2 N), gate and then up, got {like(both)}")
     if kind != Kind.SILU and kind not in GELUS:
         raise ValueError(f"kind must be that of a gated activation, got {kind!r}")
     gate, up = both.chunk(2, -1)
@@ -175,8 +170,4 @@ def _check_gated(gate: Tensor, up: Tensor) -> None:
     if not gate.is_floating_point():
         raise ValueError(f"gate must be floating point, got {gate.dtype}")
     if (up.shape, up.dtype, up.device) != (gate.shape, gate.dtype, gate.device):
-        raise ValueError(f"up must be like gate, {_like(gate)}, got {_like(up)}")
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+        raise ValueError(f"up must be like gate, {like(gate)}, got {like(up)}")

@@ -8,16 +8,15 @@ remainders beside these. About 15 FLOPs a parameter: memory-bound on every devic
 list in one launch (CUDA: one for each pair of dtypes, and for each 544 tensors).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import FLOATS
 from cs336.ops.ref import adamw as ref
-
-FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay) -> None:
@@ -29,7 +28,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, b
         return
     device = params[0].device
     in_double = params[0].dtype == torch.float64
-    floats, moments = (frozenset({torch.float64}),) * 2 if in_double else (FLOATS, frozenset({torch.float32}))
+    floats, moments = ((torch.float64,),) * 2 if in_double else (FLOATS, (torch.float32,))
     for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         _check_tensor(f"params[{i}]", p, floats, device)
         if not p.is_contiguous() and not _is_dense(p):
@@ -52,8 +51,8 @@ def _check_remainders(params, remainders, *rest) -> None:
     if len(remainders) != len(params):
         raise ValueError(f"params and remainders must have one length, got {len(params)} and {len(remainders)}")
     for i, (p, remainder) in enumerate(zip(params, remainders, strict=True)):
-        _check_tensor(f"params[{i}]", p, frozenset({torch.bfloat16}), params[0].device)
-        _check_tensor(f"remainders[{i}]", remainder, frozenset({torch.int16}), p.device)
+        _check_tensor(f"params[{i}]", p, [torch.bfloat16], params[0].device)
+        _check_tensor(f"remainders[{i}]", remainder, [torch.int16], p.device)
         if remainder.shape != p.shape or not _same_order(remainder, p):
             raise ValueError(
                 f"remainders[{i}] must have the shape and strides of params[{i}], {tuple(p.shape)} {p.stride()}, "
@@ -69,7 +68,7 @@ def _check_numbers(beta1: float, beta2: float, **not_negative: float) -> None:
         raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1} and {beta2}")
 
 
-def _check_tensor(name: str, t: Tensor, dtypes: frozenset[torch.dtype], device: torch.device) -> None:
+def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     if t.dtype not in dtypes or t.device != device or t.layout != torch.strided:
         expected = " or ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(f"{name} must be dense {expected} on {device}, got {t.layout} {t.dtype} on {t.device}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import has_kernel, rows, run
 from cs336.ops.recurrent_step import check_rows
 from cs336.ops.ref import causal_conv1d as ref
@@ -35,21 +36,18 @@ def _check_fwd(x, weight, bias, segments) -> None:
     _check(x, weight, bias, segments)
     if not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
-    for name, given in (("x", x), ("bias", bias), ("segments", segments)):
-        if given is not None and given.shape[-1] > 1 and given.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got strides {given.stride()}")
+    check_last_dims(x=x, bias=bias, segments=segments)
 
 
 def _check_bwd(dy, x, weight, segments) -> None:
     _check_fwd(x, weight, None, segments)
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device or (dy.shape[2] > 1 and dy.stride(2) != 1):
-        found = f"{tuple(dy.shape)} {dy.dtype} on {dy.device}, strides {dy.stride()}"
-        raise ValueError(f"dy must be like x, {tuple(x.shape)} {x.dtype}, its last dim contiguous, got {found}")
+        raise ValueError(f"dy must be like x, {like(x)}, its last dim contiguous, got {like(dy)} {dy.stride()}")
 
 
 def _triton_refuses(x, weight, *_) -> str | None:
-    if x.dtype == torch.float64 or weight.dtype == torch.float64:
-        return "float64 is computed by the reference alone"
+    if reason := no_float64(x) or no_float64(weight):
+        return reason
     if weight.shape[1] > MOST_TAPS:
         return f"the Triton kernels take up to {MOST_TAPS} taps, not {weight.shape[1]}"
     return None

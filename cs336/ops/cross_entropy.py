@@ -14,24 +14,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import has_kernel, rows
 from cs336.ops.ref import cross_entropy as ref
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _contract(logits, targets, softcap, z_loss, label_smoothing, **per_row: Tensor | None) -> None:
     """logits (N, V), targets (N,) int64; what else a row has is (N,) in the dtype that the reference computes in."""
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (N, V), floating point, with V >= 1, got {_like(logits)}")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits must have their last dim contiguous, got stride {logits.stride()}")
+        raise ValueError(f"logits must be (N, V), floating point, with V >= 1, got {like(logits)}")
+    check_last_dims(logits=logits)
     N, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
     for name, t, expected in (("targets", targets, torch.int64), *((name, t, dtype) for name, t in per_row.items())):
         if t is None:
             continue
         if t.shape != (N,) or t.dtype != expected or t.device != logits.device or not t.is_contiguous():
-            raise ValueError(f"{name} must be ({N},) {expected} on {logits.device}, contiguous, got {_like(t)}")
+            raise ValueError(f"{name} must be ({N},) {expected} on {logits.device}, contiguous, got {like(t)}")
     check_options(softcap, z_loss, label_smoothing)
 
 
@@ -53,11 +51,7 @@ def _check_gradient(logits, targets, scale, ignore_index, softcap, z_loss, label
         raise ValueError(f"rows of logits must not overlap, got stride {logits.stride()}")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if scale.numel() != 1 or scale.dtype != dtype or scale.device != logits.device:
-        raise ValueError(f"scale must be one {dtype} on {logits.device}, got {_like(scale)}")
-
-
-def _no_float64(logits: Tensor, *_) -> str | None:
-    return None if logits.dtype in FLOATS else f"{logits.dtype} is computed by the reference alone"
+        raise ValueError(f"scale must be one {dtype} on {logits.device}, got {like(scale)}")
 
 
 def _new_stat(logits: Tensor, count: int | None = None) -> Tensor:
@@ -65,7 +59,7 @@ def _new_stat(logits: Tensor, count: int | None = None) -> Tensor:
     return logits.new_empty(logits.shape[0] if count is None else count, dtype=dtype)
 
 
-KERNELS = {"native": _no_float64, "triton": _no_float64}
+KERNELS = {"native": no_float64, "triton": no_float64}
 OPTIONS = "int ignore_index, float? softcap, float z_loss, float label_smoothing"
 
 registry.define(
@@ -234,7 +228,3 @@ def _check(logits: Tensor, targets: Tensor) -> None:
             f"targets must be {tuple(logits.shape[:-1])} on {logits.device} to fit logits {tuple(logits.shape)}, "
             f"got {tuple(targets.shape)} on {targets.device}"
         )
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

@@ -1,10 +1,12 @@
 """What ops that have kernels on a GPU alone share: on a CPU they run their reference, unless a variant is forced."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from cs336.ops import registry
 
@@ -48,3 +50,10 @@ def default_scale(q: Tensor) -> float:
 def turn(x: Tensor) -> Tensor:
     """(B, S, H, D) -> (B, H, S, D), and back; packed (T, H, D) stays."""
     return x.transpose(1, 2) if x.dim() == 4 else x
+
+
+def recomputed(function: Callable, *args: Any) -> Any:
+    """Keeps the arguments alone for the backward."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)

@@ -10,28 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import like, no_float64
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import dropout as ref
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> None:
     if not x.is_floating_point() or not x.is_contiguous():
-        raise ValueError(f"x must be floating point and contiguous, got {_like(x)} {x.stride()}")
+        raise ValueError(f"x must be floating point and contiguous, got {like(x)} {x.stride()}")
     if residual is not None and (
         (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device)
         or not residual.is_contiguous()
     ):
-        raise ValueError(f"residual must be like x, {_like(x)}, and contiguous, got {_like(residual)}")
+        raise ValueError(f"residual must be like x, {like(x)}, and contiguous, got {like(residual)}")
     if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
-        raise ValueError(f"seed must be one int64 on {x.device}, got {_like(seed)}")
+        raise ValueError(f"seed must be one int64 on {x.device}, got {like(seed)}")
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
-
-
-def _no_float64(x: Tensor, *_) -> str | None:
-    return None if x.dtype in FLOATS else f"{x.dtype} is computed by the reference alone"
 
 
 registry.define(
@@ -40,7 +35,7 @@ registry.define(
     ref=ref.fwd,
     triton="dropout.fwd",
     check=_check,
-    supports={"native": _no_float64, "triton": _no_float64},
+    supports={"native": no_float64, "triton": no_float64},
 )
 
 
@@ -96,7 +91,3 @@ def dropout(
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
     return _Dropout.apply(x, residual, seed, p)
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

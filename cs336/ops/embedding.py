@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import like, no_float64
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.norm import rows
 from cs336.ops.ref import embedding as ref
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _check(dy: Tensor, ids: Tensor, num_rows: int) -> None:
     if dy.dim() != 2 or not dy.is_floating_point() or (dy.shape[1] > 1 and dy.stride(1) != 1):
-        raise ValueError(f"dy must be (N, D), floating point, its last dim contiguous, got {_like(dy)} {dy.stride()}")
+        raise ValueError(f"dy must be (N, D), floating point, its last dim contiguous, got {like(dy)} {dy.stride()}")
     if ids.shape != dy.shape[:1] or ids.dtype != torch.int64 or ids.device != dy.device:
-        raise ValueError(f"ids must be ({dy.shape[0]},) int64 on {dy.device}, got {_like(ids)}")
+        raise ValueError(f"ids must be ({dy.shape[0]},) int64 on {dy.device}, got {like(ids)}")
     if num_rows < 1:
         raise ValueError(f"num_rows must be 1 or more, got {num_rows}")
 
@@ -31,9 +30,7 @@ registry.define(
     ref=ref.bwd,
     triton="embedding.bwd",
     check=_check,
-    supports={
-        "triton": lambda dy, *_: None if dy.dtype in FLOATS else f"{dy.dtype} is computed by the reference alone"
-    },
+    supports={"triton": no_float64},
 )
 
 
@@ -63,13 +60,9 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be int64 or int32, got {ids.dtype}")
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point() or weight.device != ids.device:
-        raise ValueError(f"weight must be (V, D), floating point, on {ids.device}, got {_like(weight)}")
+        raise ValueError(f"weight must be (V, D), floating point, on {ids.device}, got {like(weight)}")
     learns = weight.requires_grad and torch.is_grad_enabled()
     forced_ref = registry.forced() == "ref" and not torch._C._are_functorch_transforms_active()
     if learns and (forced_ref or has_kernel("embedding_bwd", weight)):
         return _Embedding.apply(ids, weight)
     return F.embedding(ids, weight)
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

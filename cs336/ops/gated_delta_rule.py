@@ -11,18 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs336.ops import chunked, registry
-from cs336.ops.dispatch import default_scale, has_kernel, rows
-from cs336.ops.linear_attention import (
-    bounded,
-    check,
-    check_gradients,
-    check_rows,
-    fake_fwd,
-    first_token,
-    like,
-    recomputed,
-)
+from cs336.ops import chunked, recurrence, registry
+from cs336.ops.checks import like, no_float64
+from cs336.ops.dispatch import default_scale, has_kernel, recomputed
 from cs336.ops.ref import gated_delta_rule as ref
 from cs336.ops.ref.wide import wide
 
@@ -31,7 +22,7 @@ SHARED_MEMORY = {2: 96 * 1024, 4: 196 * 1024}  # that a block of theirs may take
 
 
 def _check(q, k, v, beta, g, state, segments, scale) -> None:
-    check(q, k, v, g, state, segments, scale)
+    recurrence.check(q, k, v, g, state, segments, scale)
     stat = torch.promote_types(q.dtype, torch.float32)
     if beta.shape != v.shape[:-1] or beta.device != v.device:
         raise ValueError(f"beta must be {tuple(v.shape[:-1])} on {v.device} to fit v, got {like(beta)}")
@@ -39,20 +30,9 @@ def _check(q, k, v, beta, g, state, segments, scale) -> None:
         raise ValueError(f"beta must be {stat}, or narrower, to fit q, got {like(beta)}")
 
 
-def _check_raw(*args) -> None:
-    _check(*args)
-    for name, x in zip("qkv", args[:3], strict=True):
-        check_rows(name, x)
-
-
-def _check_bwd(do, dstate, *args) -> None:
-    _check_raw(*args)
-    check_gradients(do, dstate, args[0], args[2])
-
-
 def _triton_refuses(q, *_) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+    if reason := no_float64(q):
+        return reason
     if q.shape[-1] > MOST_KEY_FEATURES:
         return f"the Triton kernels take keys of up to {MOST_KEY_FEATURES} features, not {q.shape[-1]}"
     least = SHARED_MEMORY[q.dtype.itemsize]
@@ -69,41 +49,15 @@ def _fake_bwd(do, dstate, q, k, v, *_):
 
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? segments, float scale"
-registry.define(
+recurrence.define(
     f"gated_delta_rule_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
-    fake=fake_fwd,
-    ref=ref.fwd,
-    triton="gated_delta_rule.fwd",
-    check=_check_raw,
-    supports={"triton": _triton_refuses},
-)
-registry.define(
     f"gated_delta_rule_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor dfirst)",
-    fake=_fake_bwd,
-    ref=ref.bwd,
-    triton="gated_delta_rule_bwd.bwd",
-    check=_check_bwd,
-    supports={"triton": lambda do, dstate, *rest: _triton_refuses(*rest)},
+    ref=ref,
+    fake_bwd=_fake_bwd,
+    check=_check,
+    triton_refuses=_triton_refuses,
 )
-
-
-class _GatedDeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, beta, g, state, segments, scale):
-        ctx.save_for_backward(q, k, v, beta, g, state, segments)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return registry.call("gated_delta_rule_fwd", q, k, v, beta, g, state, segments, scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dlast):
-        q, k, v, beta, g, state, segments = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else do
-        args = rows(do), dlast, q, k, v, beta, g, state, segments, ctx.scale
-        dq, dk, dv, dbeta, dg, dfirst = registry.call("gated_delta_rule_bwd", *args)
-        return dq, dk, dv, dbeta, None if g is None else dg, None if state is None else dfirst, None, None
 
 
 def gated_delta_rule(
@@ -124,17 +78,17 @@ def gated_delta_rule(
     k should be of length 1: a longer one makes the state grow. The other arguments, results and errors are
     linear_attention's, and so is what runs where; Triton's kernels take keys of up to 128 features.
     """
-    g, state = bounded(g), None if initial_state is None else wide(initial_state)
+    g, state = recurrence.bounded(g), None if initial_state is None else wide(initial_state)
     beta = wide(beta)
     scale = default_scale(q) if scale is None else scale
     args = q, k, v, beta, g, state, segments, scale
     _check(*args)
     if v.shape[2] == 1 and registry.forced() != "ref":
-        q0, k0, v0, g0, before = first_token(q, k, v, g, state)
+        q0, k0, v0, g0, before = recurrence.first_token(q, k, v, g, state)
         o, last = ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif registry.forced() == "ref" or (v.numel() and has_kernel("gated_delta_rule_fwd", *args)):
-        o, last = _GatedDeltaRule.apply(*(rows(x) for x in (q, k, v)), beta, g, state, segments, scale)
+        o, last = recurrence.apply("gated_delta_rule", *args[:-1], scale=scale)
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
     return (o, last) if return_state else o

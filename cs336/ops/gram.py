@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import dispatch, registry
+from cs336.ops.checks import check_last_dims
 from cs336.ops.ref import gram as ref
 
 
@@ -42,9 +43,7 @@ def _check(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
 
 def _check_raw(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
     _check(x, c, alpha, beta)
-    for name, t in (("x", x), ("c", c)):
-        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {t.stride()}")
+    check_last_dims(x=x, c=c)
 
 
 def _triton_refuses(x: Tensor, *_) -> str | None:

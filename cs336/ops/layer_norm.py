@@ -8,7 +8,8 @@ backward 3MN (with the sum's gradient 4MN). FLOPs are about 7MN and 14MN: memory
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.norm import contract, no_float64, norm, stat_dtype
+from cs336.ops.checks import no_float64
+from cs336.ops.norm import contract, norm, stat_dtype
 from cs336.ops.ref import layer_norm as ref
 
 KERNELS = {"native": no_float64, "triton": no_float64}

@@ -11,82 +11,28 @@ In chunks of C = 64 tokens a head takes 2 C (K + V) + 4 K V FLOPs a token forwar
 B = batch, H = heads, G = heads of q and k, T = tokens, K = features of a key, V = of a value.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from cs336.ops import chunked, registry
-from cs336.ops.dispatch import default_scale, has_kernel, rows
+from cs336.ops import chunked, recurrence, registry
+from cs336.ops.checks import no_float64
+from cs336.ops.dispatch import default_scale, has_kernel, recomputed
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
 WIDE_KEYS = 107 * 1024  # bytes of shared memory that the backward takes for keys of 256 features in float32
 
 
-def check(q, k, v, g, state, segments, scale) -> None:
-    if q.dim() != 4 or k.shape != q.shape or not q.is_floating_point():
-        raise ValueError(f"q and k must be one (B, G, T, K), floating point, got {like(q)} and {like(k)}")
-    (B, G, T, K), V = q.shape, v.shape[-1] if v.dim() else 0
-    if v.dim() != 4 or (v.shape[0], v.shape[2]) != (B, T) or G == 0 or v.shape[1] % G:
-        raise ValueError(f"v must be ({B}, a multiple of {G}, {T}, V) to fit q {tuple(q.shape)}, got {like(v)}")
-    H, stat = v.shape[1], torch.promote_types(q.dtype, torch.float32)
-    if k.dtype != q.dtype or v.dtype != q.dtype or len({x.device for x in (q, k, v)}) > 1:
-        raise ValueError(f"q, k and v must have one dtype and device, got {like(q)}, {like(k)}, {like(v)}")
-    for name, x, shape in (("g", g, (B, H, T)), ("state", state, (B, H, K, V))):
-        if x is not None and (x.shape != shape or x.dtype != stat or x.device != q.device):
-            raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {like(x)}")
-    if segments is not None and (
-        segments.shape != (B, T) or segments.dtype.is_floating_point or segments.device != q.device
-    ):
-        raise ValueError(f"segments must be ({B}, {T}) integers on {q.device}, got {like(segments)}")
-
-
-def _check_raw(*args) -> None:
-    check(*args)
-    for name, x in zip("qkv", args[:3], strict=True):
-        check_rows(name, x)
-
-
-def _check_bwd(do, dstate, *args) -> None:
-    _check_raw(*args)
-    check_gradients(do, dstate, args[0], args[2])
-
-
-def check_gradients(do, dstate, q, v) -> None:
-    """Of the outputs and, if there is one, of the last state."""
-    stat, state_shape = torch.promote_types(q.dtype, torch.float32), (*v.shape[:2], q.shape[-1], v.shape[-1])
-    for name, x, shape, dtype in (("do", do, v.shape, v.dtype), ("dstate", dstate, state_shape, stat)):
-        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != q.device):
-            raise ValueError(f"{name} must be {tuple(shape)} {dtype} on {q.device}, got {like(x)}")
-    check_rows("do", do)
-
-
-def check_rows(name: str, x: Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
-
-
-def like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
-def _triton_refuses(q, k, v, g, state, segments, scale) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels take float32, float16 and bfloat16, not {q.dtype}"
+def _triton_refuses(q, k, v, *_) -> str | None:
+    if reason := no_float64(q):
+        return reason
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"the Triton kernels take keys and values of up to 256 features, not {q.shape[-1]} and {v.shape[-1]}"
     if q.is_cuda and q.dtype == torch.float32 and q.shape[-1] > 128 and registry.shared_memory(q.device) < WIDE_KEYS:
         return f"keys of {q.shape[-1]} features in float32 take {WIDE_KEYS} bytes of shared memory a block"
     return None
-
-
-def fake_fwd(q, k, v, *_):
-    (B, H, T, V), K = v.shape, q.shape[-1]
-    stat = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
 
 
 def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
@@ -100,43 +46,15 @@ def _fake_bwd(do, dstate, q, k, v, g, state, segments, scale):
 
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segments, float scale"
-registry.define(
+recurrence.define(
     f"linear_attention_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
-    fake=fake_fwd,
-    ref=ref.fwd,
-    triton="linear_attention.fwd",
-    check=_check_raw,
-    supports={"triton": _triton_refuses},
-)
-registry.define(
     f"linear_attention_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst)",
-    fake=_fake_bwd,
-    ref=ref.bwd,
-    triton="linear_attention_bwd.bwd",
-    check=_check_bwd,
-    supports={"triton": lambda do, dstate, *rest: _triton_refuses(*rest)},
+    ref=ref,
+    fake_bwd=_fake_bwd,
+    check=recurrence.check,
+    triton_refuses=_triton_refuses,
 )
-
-
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, state, segments, scale):
-        ctx.save_for_backward(q, k, v, g, state, segments)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return registry.call("linear_attention_fwd", q, k, v, g, state, segments, scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dlast):
-        q, k, v, g, state, segments = ctx.saved_tensors
-        if do is None:
-            do = torch.zeros_like(v)
-        dq, dk, dv, dg, dfirst = registry.call(
-            "linear_attention_bwd", rows(do), dlast, q, k, v, g, state, segments, ctx.scale
-        )
-        return dq, dk, dv, None if g is None else dg, None if state is None else dfirst, None, None
 
 
 def linear_attention(
@@ -167,51 +85,18 @@ def linear_attention(
     On a GPU Triton's kernels; elsewhere plain torch in chunks, which the backward computes again, and one token by
     itself; the recurrence where "ref" is forced.
     """
-    g, state = bounded(g), None if initial_state is None else wide(initial_state)
+    g, state = recurrence.bounded(g), None if initial_state is None else wide(initial_state)
     scale = default_scale(q) if scale is None else scale
     args = q, k, v, g, state, segments, scale
-    check(*args)
+    recurrence.check(*args)
     if registry.forced() == "ref":
         o, last = ref.fwd(*args)
     elif v.shape[2] == 1:
-        q0, k0, v0, g0, before = first_token(q, k, v, g, state)
+        q0, k0, v0, g0, before = recurrence.first_token(q, k, v, g, state)
         o, last = ref.step(q0, k0, v0, g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif v.numel() and has_kernel("linear_attention_fwd", *args):
-        o, last = _LinearAttention.apply(*(rows(x) for x in (q, k, v)), g, state, segments, scale)
+        o, last = recurrence.apply("linear_attention", *args[:-1], scale=scale)
     else:
         o, last = recomputed(chunked.linear_attention, *args)
     return (o, last) if return_state else o
-
-
-def bounded(g: Tensor | None) -> Tensor | None:
-    """Log-decays that can be added up and taken off again; the least one's exponential is 0 all the same."""
-    return None if g is None else _Bounded.apply(wide(g))
-
-
-def first_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
-    """What a step takes: the first token's q, k, v and g, wide and for each head of the values, and a state."""
-    q, k = (wide(ref.heads(x, v.shape[1])) for x in (q, k))
-    state = ref.start(k, v, state)
-    return q[:, :, 0], k[:, :, 0], wide(v[:, :, 0]), None if g is None else g[:, :, 0], state
-
-
-def recomputed(function: Callable, *args: Any) -> Any:
-    """Keeps the arguments alone for the backward."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    return function(*args)
-
-
-class _Bounded(torch.autograd.Function):
-    """A gradient passes as it is: where g is bounded its exponential, and what comes back, is 0. Nothing is kept."""
-
-    @staticmethod
-    def forward(ctx, g):
-        least = -746.0 if g.dtype == torch.float64 else -104.0  # FORGETS in triton/linear_attention.py
-        one = g[tuple(slice(0, 1) if step == 0 else slice(None) for step in g.stride())]  # what is expanded stays so
-        return one.clamp(min=least).expand_as(g)
-
-    @staticmethod
-    def backward(ctx, dg):
-        return dg

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336.ops import dispatch, registry
+from cs336.ops.checks import like
 from cs336.ops.cross_entropy import (
     OPTIONS,
     check_options,
@@ -390,22 +391,18 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be (..., H), floating point, got {_like(x)}")
+        raise ValueError(f"x must be (..., H), floating point, got {like(x)}")
     H = x.shape[-1]
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != H or weight.device != x.device:
-        raise ValueError(f"weight must be (V, {H}) on {x.device} with V >= 1, got {_like(weight)}")
+        raise ValueError(f"weight must be (V, {H}) on {x.device} with V >= 1, got {like(weight)}")
     mixed = weight.dtype != x.dtype and _compute_dtype(x) == x.dtype and not torch.is_autocast_enabled(x.device.type)
     if mixed or not weight.is_floating_point():
         raise ValueError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if bias is not None and (bias.shape, bias.dtype, bias.device) != (weight.shape[:1], weight.dtype, weight.device):
-        raise ValueError(f"bias must be ({weight.shape[0]},) {weight.dtype} on {weight.device}, got {_like(bias)}")
+        raise ValueError(f"bias must be ({weight.shape[0]},) {weight.dtype} on {weight.device}, got {like(bias)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets must be int64 or int32 class indices, got {targets.dtype}")
     if targets.shape != x.shape[:-1] or targets.device != x.device:
-        raise ValueError(f"targets must be {tuple(x.shape[:-1])} on {x.device} to fit x, got {_like(targets)}")
+        raise ValueError(f"targets must be {tuple(x.shape[:-1])} on {x.device} to fit x, got {like(targets)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

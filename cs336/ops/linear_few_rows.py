@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import no_float64
 from cs336.ops.dispatch import matrix, rows, run
 from cs336.ops.linear_invariant import check_linear
 from cs336.ops.ref import linear_few_rows as ref
@@ -100,18 +101,12 @@ def _where(t: Tensor) -> str:
     return f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} from element {_offset(t)} on"
 
 
-def _triton_refuses(x: Tensor, *_) -> str | None:
-    if x.dtype not in (torch.float32, *HALVES):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return None
-
-
 registry.define(
     "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool constant=False) -> Tensor",
     fake=lambda x, weight, bias, constant: x.new_empty(x.shape[0], weight.shape[0]),
     ref=ref.linear_few_rows,
     triton="linear_invariant.linear_few_rows",
     check=lambda x, weight, bias, constant: check_linear(x, weight, bias),
-    supports={"native": native_refuses, "triton": _triton_refuses},
+    supports={"native": native_refuses, "triton": no_float64},
     capabilities={"native": HOPPER},
 )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import matrix, run
+from cs336.ops.checks import check_last_dims, no_float64
+from cs336.ops.dispatch import matrix, rows, run
 from cs336.ops.ref import linear_invariant as ref
 
 
@@ -34,15 +35,10 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if kind != "meta" and torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
-    rows = _contiguous(matrix(x))
-    weight = _contiguous(weight)
-    check_linear(rows, weight, bias)
-    y = _LinearInvariant.apply(rows, weight, bias)
+    x_MK, weight = rows(matrix(x)), rows(weight)
+    check_linear(x_MK, weight, bias)
+    y = _LinearInvariant.apply(x_MK, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 and (x.shape[1] <= 1 or x.stride(1) == 1) else x.contiguous()
 
 
 class _LinearInvariant(torch.autograd.Function):
@@ -70,9 +66,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"weight must be floating point like x, {x.dtype} on {x.device}, got {weight.dtype} on {weight.device}"
         )
-    for name, t in (("x", x), ("weight", weight)):
-        if t.shape[1] > 1 and t.stride(1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {t.stride()}")
+    check_last_dims(x=x, weight=weight)
     if bias is None:
         return
     if bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous():
@@ -82,17 +76,11 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _triton_refuses(x: Tensor, *_) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return None
-
-
 registry.define(
     "linear_invariant(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     ref=ref.linear_invariant,
     triton="linear_invariant.linear_invariant",
     check=check_linear,
-    supports={"triton": _triton_refuses},
+    supports={"triton": no_float64},
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import like, no_float64
 from cs336.ops.dispatch import matrix, rows, run
 from cs336.ops.linear_few_rows import HALVES, HOPPER, MOST_ROWS, native_refuses
 from cs336.ops.ref import linear_quantized as ref
@@ -148,23 +149,23 @@ def _check(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, zeros: Tensor | None, dtype: torch.dtype
 ) -> None:
     if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"x must be (M, K) floating point with its last dim contiguous, got {_like(x)}")
+        raise ValueError(f"x must be (M, K) floating point with its last dim contiguous, got {like(x)}")
     if group < 1:
         raise ValueError(f"group must be 1 or more, got {group}")
     K, per_byte = x.shape[1], PER_BYTE[dtype]
     if weight.dim() != 2 or weight.shape[1] * per_byte != K or weight.dtype != dtype:
         many = "K" if per_byte == 1 else f"K / {per_byte}"
-        raise ValueError(f"weight must be (N, {many}) {dtype} for x {tuple(x.shape)}, got {_like(weight)}")
+        raise ValueError(f"weight must be (N, {many}) {dtype} for x {tuple(x.shape)}, got {like(weight)}")
     if scales.shape != (weight.shape[0], -(-K // group)) or not scales.is_floating_point():
         wanted = (weight.shape[0], -(-K // group))
-        raise ValueError(f"scales must be {wanted} floating point for groups of {group}, got {_like(scales)}")
+        raise ValueError(f"scales must be {wanted} floating point for groups of {group}, got {like(scales)}")
     if zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.int16):
-        raise ValueError(f"zeros must be int16 and as scales, {tuple(scales.shape)}, got {_like(zeros)}")
+        raise ValueError(f"zeros must be int16 and as scales, {tuple(scales.shape)}, got {like(zeros)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be ({weight.shape[0]},) {x.dtype}, got {_like(bias)}")
+        raise ValueError(f"bias must be ({weight.shape[0]},) {x.dtype}, got {like(bias)}")
     for name, t in (("weight", weight), ("scales", scales), ("bias", bias), ("zeros", zeros)):
         if t is not None and (t.device != x.device or not t.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous on {x.device}, got {_like(t)} with strides {t.stride()}")
+            raise ValueError(f"{name} must be contiguous on {x.device}, got {like(t)} with strides {t.stride()}")
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
@@ -172,16 +173,6 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "linear_int4": _check_int4,
     "linear_fp8": _check_fp8,
 }
-
-
-def _like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
-def _triton_refuses(x: Tensor, *_) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return None
 
 
 def _native_refuses(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, *_) -> str | None:
@@ -204,6 +195,6 @@ for _name, _check_of in _CHECKS.items():
         ref=getattr(ref, _name),
         triton=f"linear_quantized.{_name}",
         check=_check_of,
-        supports={"native": _native_refuses, "triton": _triton_refuses},
+        supports={"native": _native_refuses, "triton": no_float64},
         capabilities={"native": HOPPER},
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cs336.ops import registry
+from cs336.ops.checks import like
 from cs336.ops.ref import layer_norm, rms_norm
 
 REF = {"rms_norm": rms_norm, "layer_norm": layer_norm}
@@ -124,9 +125,9 @@ def contract(*names: str) -> Callable[..., None]:
         check(x, given["w"], given.get("b"), **{n: t for n, t in given.items() if n in ROWS[1:]})
         for name, t in given.items():
             if name in STATS and (t.shape != x.shape[:1] or t.dtype != stat_dtype(x) or t.device != x.device):
-                raise ValueError(f"{name} must be ({x.shape[0]},) {stat_dtype(x)} on {x.device}, got {_like(t)}")
+                raise ValueError(f"{name} must be ({x.shape[0]},) {stat_dtype(x)} on {x.device}, got {like(t)}")
             if name in ROWS and (t.dim() != 2 or (t.shape[1] > 1 and t.stride(1) != 1)):
-                raise ValueError(f"{name} must be (M, N) with its last dim contiguous, got {_like(t)} {t.stride()}")
+                raise ValueError(f"{name} must be (M, N) with its last dim contiguous, got {like(t)} {t.stride()}")
             if name not in ROWS and not t.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got stride {t.stride()}")
 
@@ -142,17 +143,12 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, **like_x: Tenso
     if weight.dtype != x.dtype and weight.dtype != torch.float32:
         raise ValueError(f"weight must be float32 or x's {x.dtype}, got {weight.dtype}")
     if weight.shape != x.shape[-1:] or weight.device != x.device:
-        raise ValueError(f"weight must be ({x.shape[-1]},) on {x.device} to fit x, got {_like(weight)}")
+        raise ValueError(f"weight must be ({x.shape[-1]},) on {x.device} to fit x, got {like(weight)}")
     if bias is not None:
         _check_like("bias", bias, "weight", weight)
     for name, t in like_x.items():
         if t is not None:
             _check_like(name, t, "x", x)
-
-
-def no_float64(first: Tensor, *_) -> str | None:
-    """The reason of the kernels: they compute in float32. The first argument has the dtype of x."""
-    return "float64 is computed by the reference alone" if first.dtype == torch.float64 else None
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
@@ -162,8 +158,4 @@ def stat_dtype(x: Tensor) -> torch.dtype:
 
 def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     if t.shape != other.shape or t.dtype != other.dtype or t.device != other.device:
-        raise ValueError(f"{name} must be like {other_name}, {_like(other)}, got {_like(t)}")
-
-
-def _like(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+        raise ValueError(f"{name} must be like {other_name}, {like(other)}, got {like(t)}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.attention_raw import check_numbers
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import default_scale, rows
 from cs336.ops.ref import paged_attention as ref
 
@@ -73,7 +74,7 @@ def paged_attention(
             f"q must have 1 to {MAX_DECODE_QUERIES} tokens a sequence, got shape {tuple(q.shape)}: "
             "ops.paged_prefill takes more"
         )
-    args = _contiguous(q), _contiguous(k_cache), _contiguous(v_cache), page_table, seq_lens
+    args = rows(q), rows(k_cache), rows(v_cache), page_table, seq_lens
     options = _options(q, scale, window, softcap, sinks)
     _check_decode(*args, *options)
     out, lse = registry.call("paged_attention", *args, *options, invariant, settled, spare)
@@ -106,15 +107,11 @@ def paged_prefill(
 
     Returns out (T, H, E) like q, or (out, lse). Raises ValueError as `paged_attention` does.
     """
-    args = _contiguous(q), _contiguous(k_cache), _contiguous(v_cache), page_table, seq_lens, cu_seqlens_q, max_seqlen_q
+    args = rows(q), rows(k_cache), rows(v_cache), page_table, seq_lens, cu_seqlens_q, max_seqlen_q
     options = _options(q, scale, window, softcap, sinks)
     _check_prefill(*args, *options)
     out, lse = registry.call("paged_prefill", *args, *options)
     return (out, lse) if return_lse else out
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.dim() == 0 else rows(x)
 
 
 def _options(q: Tensor, scale, window, softcap, sinks) -> tuple:
@@ -159,9 +156,8 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
     (_, _, Hkv, D), H = k_cache.shape, q.shape[-2]
     for name, x in (("q", q), ("k_cache", k_cache)):
         if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point like q, {q.dtype} on {q.device}, got {_like(x)}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
+            raise ValueError(f"{name} must be floating point like q, {q.dtype} on {q.device}, got {like(x)}")
+        check_last_dims(**{name: x})
     if q.shape[-1] != D:
         raise ValueError(f"q must have the {D} features of k_cache, got shape {tuple(q.shape)}")
     if H % Hkv != 0:
@@ -177,7 +173,7 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
         raise ValueError(f"window must be at least 0, or -1 for none, got {window}")
     check_numbers(scale, softcap or None)
     if sinks is not None and (sinks.shape != (H,) or sinks.dtype != torch.float32 or sinks.device != q.device):
-        raise ValueError(f"sinks must be {(H,)} torch.float32 on {q.device}, got {_like(sinks)}")
+        raise ValueError(f"sinks must be {(H,)} torch.float32 on {q.device}, got {like(sinks)}")
     if sinks is not None and not sinks.is_contiguous():
         raise ValueError(f"sinks must be contiguous, got stride {sinks.stride()}")
     if readable(seq_lens, page_table):
@@ -197,21 +193,19 @@ def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4 or min(x.shape[1:]) == 0:
             raise ValueError(f"{name} must be (P, page, Hkv, D) with page, Hkv, D >= 1, got shape {tuple(x.shape)}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
+        check_last_dims(**{name: x})
     if v_cache.shape[:3] != k_cache.shape[:3] or v_cache.dtype != k_cache.dtype or v_cache.device != k_cache.device:
-        raise ValueError(f"v_cache must fit k_cache, {_like(k_cache)}, got {_like(v_cache)}")
+        raise ValueError(f"v_cache must fit k_cache, {like(k_cache)}, got {like(v_cache)}")
 
 
 def check_table(page_table: Tensor, k_cache: Tensor) -> None:
     _check_ints("page_table", page_table, "(B, M)", 2, k_cache.device)
-    if page_table.shape[1] > 1 and page_table.stride(1) != 1:
-        raise ValueError(f"page_table must have its last dim contiguous, got stride {page_table.stride()}")
+    check_last_dims(page_table=page_table)
 
 
 def _check_ints(name: str, x: Tensor, shape: str, dims: int, device: torch.device) -> None:
     if x.dim() != dims or x.dtype != torch.int32 or x.device != device:
-        raise ValueError(f"{name} must be {shape} torch.int32 on {device}, got {_like(x)}")
+        raise ValueError(f"{name} must be {shape} torch.int32 on {device}, got {like(x)}")
     if dims == 1 and not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got stride {x.stride()}")
 
@@ -221,16 +215,12 @@ def readable(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(x.device.type == "cpu" and type(x) is Tensor for x in tensors)
 
 
-def _like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
 # ---- what a variant refuses: sentences ----
 
 
 def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
     if q.device.type == "cpu":
-        return _float64_refused(q)
+        return no_float64(q)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the native kernel takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] not in NATIVE_HEAD_DIMS or v_cache.shape[-1] != q.shape[-1]:
@@ -245,12 +235,6 @@ def _native_refuses(q, k_cache, v_cache, *_) -> str | None:
             return "the native kernel reads rows at multiples of 16 bytes: a tensor starts between two of them"
     if q.is_cuda and registry.shared_memory(q.device) < NATIVE_SHARED_MEMORY:
         return f"the native kernel needs {NATIVE_SHARED_MEMORY} bytes of shared memory a block"
-    return None
-
-
-def _float64_refused(q, *_) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
     return None
 
 
@@ -272,7 +256,7 @@ registry.define(
     ref=ref.paged_attention,
     check=_check_decode,
     capabilities={"native": ((8, 0), registry.ANY[1])},
-    supports={"native": _native_refuses, "triton": _float64_refused},
+    supports={"native": _native_refuses, "triton": no_float64},
     triton="paged_attention.paged_attention",
 )
 registry.define(
@@ -280,6 +264,6 @@ registry.define(
     fake=lambda q, k, v, *_: _fake(q, (q.shape[1], q.shape[0]), v),
     ref=ref.paged_prefill,
     check=_check_prefill,
-    supports={"native": _float64_refused, "triton": _float64_refused},
+    supports={"native": no_float64, "triton": no_float64},
     triton="paged_attention.paged_prefill",
 )

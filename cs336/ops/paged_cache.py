@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims
 from cs336.ops.dispatch import rows
 from cs336.ops.paged_attention import check_caches, check_table, readable
 from cs336.ops.ref import paged_cache as ref
@@ -33,7 +34,7 @@ def append_kv_(
     Raises ValueError for arguments that do not fit. What the int32 tensors hold is checked on a CPU; on a GPU a token
     whose place is outside the table or the cache is skipped.
     """
-    args = k_cache, v_cache, _contiguous(k), _contiguous(v), page_table, sequences, positions
+    args = k_cache, v_cache, rows(k), rows(v), page_table, sequences, positions
     _check_append(*args)
     registry.call("append_kv_", *args)
 
@@ -53,10 +54,6 @@ def copy_pages_(cache: Tensor, sources: Tensor, targets: Tensor) -> None:
     registry.call("copy_pages_", cache, sources, targets)
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.dim() == 0 else rows(x)
-
-
 def _check_append(k_cache, v_cache, k, v, page_table, sequences, positions) -> None:
     check_caches(k_cache, v_cache)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
@@ -65,8 +62,7 @@ def _check_append(k_cache, v_cache, k, v, page_table, sequences, positions) -> N
                 f"{name} must be (T, {cache.shape[2]}, {cache.shape[3]}) {cache.dtype} on {cache.device} like its "
                 f"cache, got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
+        check_last_dims(**{name: x})
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
     check_table(page_table, k_cache)

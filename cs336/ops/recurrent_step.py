@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import default_scale, rows, run
-from cs336.ops.linear_attention import like
 from cs336.ops.paged_attention import readable
 from cs336.ops.ref import recurrent_step as ref
 
@@ -113,18 +113,7 @@ def _check(memory, q, k, v, lengths, places, g, A_log, dt_bias, beta, D, norm, g
         raise ValueError("a decay of the token needs g, A_log and dt_bias: give all three, or g alone")
     if D is not None and A_log is None:
         raise ValueError("D is of a state whose steps are made of the token: it needs g, A_log and dt_bias")
-    for name, x in (
-        ("q", q),
-        ("k", k),
-        ("v", v),
-        ("gate", gate),
-        ("norm", norm),
-        ("A_log", A_log),
-        ("dt_bias", dt_bias),
-        ("D", D),
-    ):
-        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got strides {x.stride()}")
+    check_last_dims(q=q, k=k, v=v, gate=gate, norm=norm, A_log=A_log, dt_bias=dt_bias, D=D)
 
 
 def _power(n: int) -> int:
@@ -133,8 +122,8 @@ def _power(n: int) -> int:
 
 
 def _triton_refuses(memory, q, k, v, *rest) -> str | None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}"
+    if reason := no_float64(q):
+        return reason
     if _power(q.shape[2]) * _power(v.shape[2]) > MOST_STATE:
         return f"the Triton kernel takes states of up to {MOST_STATE} numbers a head, not {q.shape[2]} x {v.shape[2]}"
     return None

@@ -8,7 +8,8 @@ sum's gradient 4MN). FLOPs are about 4MN and 10MN: memory-bound on every device.
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.norm import contract, no_float64, norm, stat_dtype
+from cs336.ops.checks import no_float64
+from cs336.ops.norm import contract, norm, stat_dtype
 from cs336.ops.ref import rms_norm as ref
 
 KERNELS = {"native": no_float64, "triton": no_float64}

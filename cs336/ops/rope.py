@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import has_kernel, rows, turn
 from cs336.ops.ref import rope as ref
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
@@ -23,26 +22,25 @@ def check_tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) 
     shape = "(L, P)" if positions is not None else f"(1 or {B}, {S}, P)"
     fits = cos.dim() == 2 if positions is not None else cos.dim() == 3 and cos.shape[:2] in ((1, S), (B, S))
     if not fits or 2 * cos.shape[-1] > D or cos.dtype != torch.float32 or cos.device != x.device:
-        raise ValueError(f"cos must be {shape} float32 with 2 P <= {D} on {x.device}, got {_like(cos)}")
+        raise ValueError(f"cos must be {shape} float32 with 2 P <= {D} on {x.device}, got {like(cos)}")
     if sin.shape != cos.shape or sin.dtype != cos.dtype or sin.device != cos.device or sin.stride() != cos.stride():
-        raise ValueError(f"sin must be like cos, {_like(cos)} {cos.stride()}, got {_like(sin)} {sin.stride()}")
-    if cos.shape[-1] > 1 and cos.stride(-1) != 1:
-        raise ValueError(f"cos must have its last dim contiguous, got stride {cos.stride()}")
+        raise ValueError(f"sin must be like cos, {like(cos)} {cos.stride()}, got {like(sin)} {sin.stride()}")
+    check_last_dims(cos=cos)
     if positions is not None and (
         positions.shape not in ((1, S), (B, S))
         or positions.dtype not in (torch.int64, torch.int32)
         or positions.device != x.device
         or positions.stride(-1) not in (1, 0)
     ):
-        raise ValueError(f"positions must be (1 or {B}, {S}) int64 or int32 on {x.device}, got {_like(positions)}")
+        raise ValueError(f"positions must be (1 or {B}, {S}) int64 or int32 on {x.device}, got {like(positions)}")
 
 
 def check_heads(name: str, x: Tensor, other: Tensor) -> None:
     same = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (other.shape[0], *other.shape[2:])
     if not same or x.dtype != other.dtype or x.device != other.device or not x.is_floating_point():
-        raise ValueError(f"{name} must be (B, H, S, D), floating point, like q but for its heads, got {_like(x)}")
+        raise ValueError(f"{name} must be (B, H, S, D), floating point, like q but for its heads, got {like(x)}")
     if x.shape[-1] == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        raise ValueError(f"{name} must have D >= 1 and its last dim contiguous, got {_like(x)}, stride {x.stride()}")
+        raise ValueError(f"{name} must have D >= 1 and its last dim contiguous, got {like(x)}, stride {x.stride()}")
 
 
 def _check(xs, cos, sin, positions, interleaved, inverse) -> None:
@@ -53,13 +51,9 @@ def _check(xs, cos, sin, positions, interleaved, inverse) -> None:
     check_tables(xs[0], cos, sin, positions)
 
 
-def _like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
 def kernels_refuse(x: Tensor) -> str | None:
-    if x.dtype not in FLOATS:
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if reason := no_float64(x):
+        return reason
     return None if x.shape[-1] <= 1024 else f"the kernels take heads of up to 1024 features, not {x.shape[-1]}"
 
 
@@ -199,5 +193,5 @@ def _check_public(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None)
     if positions.shape != (*lead, x.shape[-2]) or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"positions must be ({x.shape[-2]},) or {(*x.shape[:-3], x.shape[-2])} int64 or int32 to fit x "
-            f"{tuple(x.shape)}, got {_like(positions)}"
+            f"{tuple(x.shape)}, got {like(positions)}"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
+from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import rows
 from cs336.ops.ref import sample as ref
 
@@ -86,9 +87,8 @@ def _check(
     num_logprobs,
 ) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (B, V) floating point with V >= 1, got {_like(logits)}")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits must have its last dim contiguous, got stride {logits.stride()}")
+        raise ValueError(f"logits must be (B, V) floating point with V >= 1, got {like(logits)}")
+    check_last_dims(logits=logits)
     B, V = logits.shape
     of_rows = {
         "temperature": (temperature, torch.float32),
@@ -103,27 +103,22 @@ def _check(
     }
     for name, (x, dtype) in of_rows.items():
         if x is not None and (x.shape != (B,) or x.dtype != dtype or x.device != logits.device):
-            raise ValueError(f"{name} must be {(B,)} {dtype} on {logits.device}, got {_like(x)}")
+            raise ValueError(f"{name} must be {(B,)} {dtype} on {logits.device}, got {like(x)}")
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {x.stride()}")
     for name, x, dtype in (("counts", counts, torch.int32), ("bias", bias, torch.float32)):
         if x is not None and (x.shape != (B, V) or x.dtype != dtype or x.device != logits.device):
-            raise ValueError(f"{name} must be {(B, V)} {dtype} on {logits.device}, got {_like(x)}")
-        if x is not None and V > 1 and x.stride(1) != 1:
-            raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
+            raise ValueError(f"{name} must be {(B, V)} {dtype} on {logits.device}, got {like(x)}")
+        check_last_dims(**{name: x})
     if counts is None and any(x is not None for x in (repetition, presence, frequency)):
         raise ValueError("penalties need counts, (B, V) torch.int32: how often each token is in the output")
     if not 0 <= num_logprobs <= V:
         raise ValueError(f"num_logprobs must be from 0 to the {V} tokens of the vocabulary, got {num_logprobs}")
 
 
-def _like(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
 def _native_refuses(logits, *_) -> str | None:
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the native kernel takes float32, float16 and bfloat16, not {logits.dtype}"
+    if reason := no_float64(logits):
+        return reason
     if logits.device.type != "cpu" and logits.shape[1] > NATIVE_VOCABULARY:
         return f"the native kernel takes at most {NATIVE_VOCABULARY} tokens, not {logits.shape[1]}"
     return None

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cs336.ops.cross_entropy import FLOATS, cross_entropy
+from cs336.ops.checks import FLOATS
+from cs336.ops.cross_entropy import cross_entropy
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.linear_cross_entropy import linear_cross_entropy
 

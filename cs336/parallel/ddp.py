@@ -70,7 +70,22 @@ class _Bucket:
         self.reset()
 
 
-class DDP(nn.Module):
+class Synchronizing:
+    """What averages gradients over the ranks while the backward runs."""
+
+    _syncing = True
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside add to each rank's own gradients; the next one outside averages the sums."""
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+
+class DDP(Synchronizing, nn.Module):
     """A module whose gradients are averaged over the ranks.
 
         model = DDP(model)
@@ -106,7 +121,6 @@ class DDP(nn.Module):
             raise ValueError(f"bucket_mb must be 0 or more, or None for one bucket, got {bucket_mb}")
         self.module = module
         self.group = group
-        self._syncing = True
         self._known = set(ignored)
         named = [(n, t) for n, t in (*module.named_parameters(), *module.named_buffers()) if t not in self._known]
         device = named[0][1].device if named else torch.device("cpu")
@@ -156,15 +170,6 @@ class DDP(nn.Module):
                 bucket.launch(self.group)
         for bucket in self._buckets:
             bucket.finish()
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Backwards inside add to each rank's own gradients; the next one outside averages the sums."""
-        before, self._syncing = self._syncing, False
-        try:
-            yield
-        finally:
-            self._syncing = before
 
 
 Hook = tuple[weakref.WeakMethod, RemovableHandle]

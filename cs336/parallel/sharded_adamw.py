@@ -4,7 +4,6 @@ Parameters become views of the buckets. A bucket's gradients are summed over the
 them all; each rank updates its part of every bucket and sends it to the others, on a stream of its own where `native`.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,16 +17,16 @@ from cs336.optim.adamw import MOMENTS, TORCH_ONLY, check_state
 from cs336.optim.rounding import Rounding
 from cs336.parallel import nccl
 from cs336.parallel.collectives import broadcast_all, check_alike, describe
-from cs336.parallel.ddp import divide, when_complete
+from cs336.parallel.ddp import Synchronizing, divide, when_complete
 from cs336.parallel.flat_bucket import FlatBucket
 from cs336.parallel.pieces import Piece
-from cs336.parallel.sharded_optimizer import OWN
+from cs336.parallel.sharded_optimizer import OWN, Divided
 
 KEPT = {"params", "param_names", "rounding", *TORCH_ONLY}  # keys of a group that a saved one does not change
 NOT_NEGATIVE = ("lr", "eps", "weight_decay")
 
 
-class ShardedAdamW(torch.optim.Optimizer):
+class ShardedAdamW(Synchronizing, Divided):
     """AdamW and the averaging of gradients over the ranks in one; there is no DDP around the model.
 
         optimizer = ShardedAdamW(model.parameters(), lr=3e-4)
@@ -50,6 +49,8 @@ class ShardedAdamW(torch.optim.Optimizer):
     Raises ValueError, on every rank, naming the first parameter that is not alike on all.
     """
 
+    _saved = "these are the pieces"
+
     def __init__(
         self,
         params: Any,
@@ -71,7 +72,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         self._order: list[FlatBucket] = []  # in which they are stepped: as the next forward needs them
         self._steps = torch.zeros(0)  # of every parameter of every bucket
         self._places: dict[int, tuple[Tensor, slice]] = {}  # by index: what is in a bucket, its elements in our shards
-        self._syncing, self._reduced = True, False
+        self._reduced = False
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if rounding != "nearest":
             defaults["rounding"] = rounding
@@ -140,10 +141,6 @@ class ShardedAdamW(torch.optim.Optimizer):
             for t in (self._totals, self._squares):
                 t.record_stream(self._comm.stream())
 
-    def _all(self) -> list[Tensor]:
-        """Every parameter; its index is its name in a state_dict."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     # ---- gradients ----
 
     def _arrived(self, number: int, i: int) -> None:
@@ -169,15 +166,6 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     def _squares_of(self, bucket: FlatBucket) -> Tensor:
         return self._squares[bucket.number * SQUARES :][:SQUARES]
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Backwards inside add to each rank's own gradients; the next one outside averages the sums."""
-        before, self._syncing = self._syncing, False
-        try:
-            yield
-        finally:
-            self._syncing = before
 
     @torch.no_grad()
     def _finish_reduction(self) -> None:
@@ -314,13 +302,6 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     # ---- state ----
 
-    def _packed_groups(self) -> list[dict[str, Any]]:
-        index = {p: i for i, p in enumerate(self._all())}
-        return [{**group, "params": [index[p] for p in group["params"]]} for group in self.param_groups]
-
-    def _shard(self) -> dict[str, int]:
-        return {"rank": dist.get_rank(self._group), "world_size": dist.get_world_size(self._group)}
-
     def _stepped(self) -> Iterator[tuple[FlatBucket, dict[int, tuple[int, Tensor]]]]:
         """Each bucket, and of its parameters that have made a step (index, step)."""
         index = {p: i for i, p in enumerate(self._all())}
@@ -363,10 +344,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         Args:
             to: the rank that receives it, the others receive None; None: all receive it.
         """
-        here = self._shard()
-        if to is not None and not 0 <= to < here["world_size"]:
-            raise ValueError(f"to must be a rank, 0 to {here['world_size'] - 1}, or None for all, got {to}")
-        mine = to in (None, here["rank"])
+        mine = self._receives(to)
         whole: dict[int, Any] = {}
         for bucket, stepped in self._stepped():
             names = bucket.state if stepped else ()
@@ -381,22 +359,14 @@ class ShardedAdamW(torch.optim.Optimizer):
 
         Raises ValueError, before anything is changed, for another rank's pieces and for what does not fit.
         """
-        here = self._shard()
-        if (shard := state_dict.get("shard")) not in (None, here):
-            raise ValueError(
-                f"these are the pieces of rank {shard['rank']} of {shard['world_size']}, loaded on rank {here['rank']} "
-                f"of {here['world_size']}: save what consolidate() returns to load it elsewhere"
-            )
+        self._check_saved(state_dict)
         groups = state_dict["param_groups"]
-        saved, want = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
-        if saved != want:
-            raise ValueError(f"the saved groups have {saved} parameters, this optimizer's {want}")
         for group in groups:
             if group.get("amsgrad") or group.get("maximize"):
                 raise ValueError("a saved group has amsgrad or maximize, which this AdamW does not do")
         indices = [i for group in groups for i in group["params"]]
         states = {p: state_dict["state"].get(i) or {} for p, i in zip(self._all(), indices, strict=True)}
-        whole = shard is None
+        whole = state_dict.get("shard") is None
         for bucket in self._buckets:
             for p, (piece, _) in zip(bucket.params, bucket.own_pieces(), strict=True):
                 if state := states[p]:

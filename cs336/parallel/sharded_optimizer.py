@@ -29,7 +29,45 @@ def deal(costs: Sequence[int], loads: list[int]) -> list[int]:
     return owners
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class Divided(torch.optim.Optimizer):
+    """An optimizer whose state is divided among the ranks of `_group`."""
+
+    _group: dist.ProcessGroup | None
+    _saved = "this is the share"
+    """What state_dict gives, in an error."""
+
+    def _all(self) -> list[Tensor]:
+        """Every parameter; its index is its name in a state_dict."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        index = {p: i for i, p in enumerate(self._all())}
+        return [{**group, "params": [index[p] for p in group["params"]]} for group in self.param_groups]
+
+    def _shard(self) -> dict[str, int]:
+        return {"rank": dist.get_rank(self._group), "world_size": dist.get_world_size(self._group)}
+
+    def _receives(self, to: int | None) -> bool:
+        """Whether this rank is `to`, or that is None. Raises ValueError for what is no rank."""
+        here = self._shard()
+        if to is not None and not 0 <= to < here["world_size"]:
+            raise ValueError(f"to must be a rank, 0 to {here['world_size'] - 1}, or None for all, got {to}")
+        return to in (None, here["rank"])
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for another rank's share, and for groups of other sizes."""
+        here = self._shard()
+        if (shard := state_dict.get("shard") or here) != here:
+            raise ValueError(
+                f"{self._saved} of rank {shard['rank']} of {shard['world_size']}, loaded on rank {here['rank']} of "
+                f"{here['world_size']}: save what consolidate() returns to load it elsewhere"
+            )
+        saved, want = ([len(g["params"]) for g in gs] for gs in (state_dict["param_groups"], self.param_groups))
+        if saved != want:
+            raise ValueError(f"the saved groups have {saved} parameters, this optimizer's {want}")
+
+
+class ShardedOptimizer(Divided):
     """An optimizer whose state is divided among the ranks.
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
@@ -121,10 +159,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update(_options(inner))
 
-    def _all(self) -> list[Tensor]:
-        """Every parameter; its index is its name in a state_dict."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     def share(self) -> list[int]:
         """The index, among all parameters, of each that this rank steps."""
         index = {p: i for i, p in enumerate(self._all())}
@@ -132,16 +166,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank's share, to be loaded by the same rank of as many; `consolidate` gives that of all."""
-        shard = {"rank": self._rank, "world_size": len(self._shares)}
-        return {"state": self._share_state(), "param_groups": self._packed_groups(), "shard": shard}
+        return {"state": self._share_state(), "param_groups": self._packed_groups(), "shard": self._shard()}
 
     def _share_state(self) -> dict[int, Any]:
         share = self.share()
         return {share[i]: state for i, state in self._inner.state_dict()["state"].items()}
-
-    def _packed_groups(self) -> list[dict[str, Any]]:
-        index = {p: i for i, p in enumerate(self._all())}
-        return [{**group, "params": [index[p] for p in group["params"]]} for group in self.param_groups]
 
     @torch.no_grad()
     def consolidate(self, to: int | None = 0) -> dict[str, Any] | None:
@@ -154,8 +183,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises TypeError for a state that holds other things than tensors, numbers, strings and None.
         """
-        if to is not None and not 0 <= to < len(self._shares):
-            raise ValueError(f"to must be a rank, 0 to {len(self._shares) - 1}, or None for all, got {to}")
+        receives = self._receives(to)
         params, mine = self._all(), self._share_state()
         device = params[0].device if params else torch.device("cpu")
         entries = [[i, key, *_described(value)] for i, state in mine.items() for key, value in state.items()]
@@ -170,25 +198,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         value = torch.empty(shape, dtype=dtype, device=place)
                     if value.numel():
                         broadcast(value.view(-1).view(torch.uint8), owner, self._group)
-                if to in (None, self._rank):
+                if receives:
                     whole.setdefault(i, {})[key] = value.cpu() if isinstance(value, Tensor) else value
-        return {"state": whole, "param_groups": self._packed_groups()} if to in (None, self._rank) else None
+        return {"state": whole, "param_groups": self._packed_groups()} if receives else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's own state_dict, or one of all: `consolidate`'s, or that of optimizer_cls without ranks.
 
         Raises ValueError for another rank's share, and for groups of other sizes.
         """
-        here = {"rank": self._rank, "world_size": len(self._shares)}
-        if (shard := state_dict.get("shard", here)) != here:
-            raise ValueError(
-                f"this is the share of rank {shard['rank']} of {shard['world_size']}, loaded on rank {here['rank']} of "
-                f"{here['world_size']}: save what consolidate() returns to load it elsewhere"
-            )
+        self._check_saved(state_dict)
         groups = state_dict["param_groups"]
-        saved, want = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
-        if saved != want:
-            raise ValueError(f"the saved groups have {saved} parameters, this optimizer's {want}")
         names = [i for group in groups for i in group["params"]]
         states = [state_dict["state"].get(names[i]) for i in self.share()]
         packed = self._inner.state_dict()["param_groups"]

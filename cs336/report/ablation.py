@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cs336.report.chart import compact, linear_ticks
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, filled, write_page
 from cs336.report.run import listing, mapping, number
 from cs336.report.study import CURVES, curves, read_summary
 
@@ -24,24 +24,18 @@ def write_ablation_report(directory: str | Path) -> Path:
     found = read_summary(path, "ablation.json", "cs336 ablate")
     rows = [mapping(row) for row in listing(found.get("rows"))]
     metric = str(found.get("metric"))
-    parts: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("intervals", "Side by side", "picture", {"note": _note(found), "svg": interval_chart(rows, metric)}),
-        ("table", "Loss and significance", "table", _losses(rows, found)),
-        ("costs", "Size, speed, memory", "table", _costs(rows, found)),
-        ("curves", "As they learned", "training", {"charts": _curves(path, found, metric)}),
+    parts = [
+        Part("intervals", "Side by side", {"note": _note(found), "svg": interval_chart(rows, metric)}, "picture"),
+        Part("table", "Loss and significance", _losses(rows, found)),
+        Part("costs", "Size, speed, memory", _costs(rows, found), "table"),
+        Part("curves", "As they learned", {"charts": _curves(path, found, metric)}, "training"),
     ]
     return write_page(
         path / "report.html",
         eyebrow="Ablation",
         name=str(found.get("key")),
         verdict=verdict(rows, metric),
-        banners=[],
-        tiles=[],
-        sections=[
-            {"id": id, "title": title, "body": render(f"sections/{template}.html", **content)}
-            for id, title, template, content in parts
-            if any(value for key, value in content.items() if key != "note")
-        ],
+        parts=filled(parts),
     )
 
 

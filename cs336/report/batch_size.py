@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336.report.chart import Series, compact, line_chart
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, write_page
 from cs336.report.run import listing, mapping, number
 from cs336.report.study import CURVES, finite, read_summary
 
@@ -20,26 +20,22 @@ def write_batch_size_report(directory: str | Path) -> Path:
     points = [mapping(point) for point in listing(found.get("points"))]
     context = int(number(found.get("context_length")) or 0)
     recommended = int(number(found.get("recommended")) or 0)
-    parts: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("charts", "Over the run", "training", {"charts": _charts(found, points)}),
-        ("branches", "Branches", "table", _table(found, points)),
+    parts = [
+        Part("charts", "Over the run", {"charts": _charts(found, points)}, "training"),
+        Part("branches", "Branches", _table(found, points), "table"),
     ]
     return write_page(
         path / "report.html",
         eyebrow="Batch size",
         name=path.resolve().name,
         verdict=str(found.get("reason")),
-        banners=[],
         tiles=[
             ("Recommended batch", f"{recommended:,}", f"sequences, {recommended * context:,} tokens"),
             ("With a learning rate of", f"{number(found.get('lr')) or 0:.3g}", "scaled with the batch"),
             ("Measured from", f"{found.get('batch_size'):,}", "sequences a step"),
             ("Tolerance", f"{found.get('tolerance'):g}", "nats"),
         ],
-        sections=[
-            {"id": id, "title": title, "body": render(f"sections/{template}.html", **content)}
-            for id, title, template, content in parts
-        ],
+        parts=parts,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cs336.report.chart import bar_chart, compact
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, filled, write_page
 from cs336.report.run import listing, mapping, number
 from cs336.utils.duration import duration
 
@@ -28,28 +28,23 @@ def write_build_report(directory: str | pathlib.Path) -> pathlib.Path:
         raise ValueError(f"{path} holds no finished build: run `cs336 data build` on its recipe first")
     found = _read(path / "build.json")
     stages = _read(path / "stages.json")
-    parts: list[tuple[str, str, dict[str, Any]]] = [
-        ("build_waterfall", "What became of the records", {"rows": _waterfall(found)}),
-        ("build_removed", "Removed, by rule", {"rows": _rules(found)}),
-        ("build_samples", "Kept and removed, side by side", {"pairs": _pairs(path, found)}),
-        ("build_histograms", "Languages and lengths", {"charts": _charts(found)}),
-        ("build_planted", "Planted, and found", {"rows": _planted(path)}),
-        ("build_models", "A model on raw text, and one on curated text", {"models": _models(path)}),
-        ("build_unread", "Not read", _unread(path, found)),
-        ("stages", "Where the time went", {"stages": _times(stages)}),
+    parts = [
+        Part("build-waterfall", "What became of the records", {"rows": _waterfall(found)}),
+        Part("build-removed", "Removed, by rule", {"rows": _rules(found)}),
+        Part("build-samples", "Kept and removed, side by side", {"pairs": _pairs(path, found)}),
+        Part("build-histograms", "Languages and lengths", {"charts": _charts(found)}),
+        Part("build-planted", "Planted, and found", {"rows": _planted(path)}),
+        Part("build-models", "A model on raw text, and one on curated text", {"models": _models(path)}),
+        Part("build-unread", "Not read", _unread(path, found)),
+        Part("stages", "Where the time went", {"stages": _times(stages)}),
     ]
     return write_page(
         path / "report.html",
         eyebrow="Data report",
         name=path.resolve().name,
         verdict=_verdict(found),
-        banners=[],
         tiles=_tiles(path, found, stages),
-        sections=[
-            {"id": name.replace("_", "-"), "title": title, "body": render(f"sections/{name}.html", **content)}
-            for name, title, content in parts
-            if any(content.values())
-        ],
+        parts=filled(parts),
     )
 
 

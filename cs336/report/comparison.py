@@ -6,7 +6,7 @@ from typing import Any
 
 from cs336.report.chart import Series, line_chart, smooth
 from cs336.report.headline import banner, tiles
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, write_page
 from cs336.report.run import Run, mapping, read_run
 from cs336.utils.duration import duration
 
@@ -22,21 +22,16 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         raise ValueError(f"a comparison takes 2 to {MOST} runs, got {len(run_dirs)}")
     runs = sorted(map(read_run, run_dirs), key=_bits)
     names = _names(runs)
-    parts: list[tuple[str, str, dict[str, Any]]] = [
-        ("runs", "Side by side", {"columns": _table(runs, names), "changed": _changed(runs, names)}),
-        ("training", "Curves", {"charts": _charts(runs, names)}),
+    parts = [
+        Part("runs", "Side by side", {"columns": _table(runs, names), "changed": _changed(runs, names)}),
+        Part("training", "Curves", {"charts": _charts(runs, names)}),
     ]
     return write_page(
         Path(path),
         eyebrow="Comparison",
         name=f"{len(runs)} runs",
         verdict=_verdict(runs, names),
-        banners=[],
-        tiles=[],
-        sections=[
-            {"id": name, "title": title, "body": render(f"sections/{name}.html", **content)}
-            for name, title, content in parts
-        ],
+        parts=parts,
     )
 
 

@@ -1,8 +1,9 @@
 """write_report: one page of a run directory; how it looks is page.html and style.css beside this file."""
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -10,7 +11,7 @@ from markupsafe import Markup
 from cs336.report.headline import banner, origin, tiles, verdict
 from cs336.report.run import read_run
 from cs336.report.section import all_sections
-from cs336.utils.files import replacing
+from cs336.utils.files import write_text
 
 HERE = Path(__file__).parent
 # C0 controls, which HTML forbids, as their pictures; text keeps its newlines and tabs.
@@ -25,11 +26,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     Raises FileNotFoundError or ValueError if run_dir is not a run directory.
     """
     run = read_run(run_dir)
-    sections = [
-        {"id": s.id, "title": s.title, "body": render(f"sections/{s.id}.html", **content)}
-        for s in all_sections()
-        if (content := s.build(run)) is not None
-    ]
+    parts = [Part(s.id, s.title, content) for s in all_sections() if (content := s.build(run)) is not None]
     return write_page(
         run.path / "report.html" if path is None else Path(path),
         eyebrow="Training report",
@@ -37,15 +34,41 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         verdict=verdict(run),
         banners=[b for b in (banner(run), origin(run)) if b],
         tiles=tiles(run),
-        sections=sections,
+        parts=parts,
     )
 
 
-def write_page(path: Path, **content: Any) -> Path:
-    """Fill page.html, and return the path."""
-    html = render("page.html", style=Markup((HERE / "style.css").read_text(encoding="utf-8")), **content)
-    with replacing(path) as file:
-        file.write(html.translate(CONTROLS).encode("utf-8", "replace").decode())
+class Part(NamedTuple):
+    """A section of a page."""
+
+    id: str
+    title: str
+    content: Mapping[str, Any]
+    """What its template is filled with."""
+    template: str = ""
+    """Of sections/. Empty: the id's."""
+
+
+def filled(parts: Iterable[Part]) -> list[Part]:
+    """Those that hold more than a note."""
+    return [part for part in parts if any(value for key, value in part.content.items() if key != "note")]
+
+
+def write_page(
+    path: Path, *, parts: Iterable[Part], banners: Sequence[Any] = (), tiles: Sequence[Any] = (), **content: Any
+) -> Path:
+    """Fill page.html, and return the path. content: its eyebrow, name and verdict."""
+    content["sections"] = [
+        {
+            "id": p.id,
+            "title": p.title,
+            "body": render(f"sections/{p.template or p.id.replace('-', '_')}.html", **p.content),
+        }
+        for p in parts
+    ]
+    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
+    html = render("page.html", style=style, banners=banners, tiles=tiles, **content)
+    write_text(path, html.translate(CONTROLS).encode("utf-8", "replace").decode())
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336.report.chart import Series, line_chart
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, write_page
 
 COLOURS = 6  # that can be told apart
 COSTS = {"disk_bytes": ("Bytes on disk", "MiB", 2**20), "latency_ms": ("Time of a token", "ms", 1)}
@@ -25,21 +25,16 @@ def write_pareto(path: str | Path) -> Path:
         best = min(rows, key=lambda row: row["bits_per_byte"])["name"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no pareto.json: {error!r}") from None
-    parts: list[tuple[str, str, dict[str, Any]]] = [
-        ("runs", "Side by side", {"columns": table, "changed": {"rows": []}}),
-        ("training", "Cost and worth", {"charts": charts}),
+    parts = [
+        Part("runs", "Side by side", {"columns": table, "changed": {"rows": []}}),
+        Part("training", "Cost and worth", {"charts": charts}),
     ]
     return write_page(
         path.with_suffix(".html"),
         eyebrow="Pareto front",
         name=f"{len(rows)} models",
         verdict=f"On {text}, {best} needs the fewest bits for each byte; a ● is on the front of its column.",
-        banners=[],
-        tiles=[],
-        sections=[
-            {"id": name, "title": title, "body": render(f"sections/{name}.html", **content)}
-            for name, title, content in parts
-        ],
+        parts=parts,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cs336.report.chart import Series, compact, line_chart
 from cs336.report.coordinates import Coordinate, parallel_chart
-from cs336.report.page import render, write_page
+from cs336.report.page import Part, filled, write_page
 from cs336.report.run import listing, mapping, number, read_run
 from cs336.utils.duration import duration
 
@@ -28,25 +28,20 @@ def write_study_report(directory: str | Path) -> Path:
     groups = [mapping(group) for group in listing(found.get("groups"))]
     done = [group for group in groups if finite(group.get("mean"))]
     metric = str(found.get("metric"))
-    parts: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("parallel", "Every configuration", "picture", _parallel(found, done, metric)),
-        ("sensitivity", "What matters", "stages", {"stages": _sensitivities(found)}),
-        ("curves", "The best, as they learned", "training", {"charts": _curves(path, done, metric)}),
-        ("table", "Configurations", "table", _table(groups, metric)),
-        ("best", "The best, as cs336 train takes it", "text", _best(path, found)),
+    parts = [
+        Part("parallel", "Every configuration", _parallel(found, done, metric), "picture"),
+        Part("sensitivity", "What matters", {"stages": _sensitivities(found)}, "stages"),
+        Part("curves", "The best, as they learned", {"charts": _curves(path, done, metric)}, "training"),
+        Part("table", "Configurations", _table(groups, metric)),
+        Part("best", "The best, as cs336 train takes it", _best(path, found), "text"),
     ]
     return write_page(
         path / "report.html",
         eyebrow="Sweep",
         name=path.resolve().name,
         verdict=_verdict(done, metric),
-        banners=[],
         tiles=_tiles(groups, found),
-        sections=[
-            {"id": id, "title": title, "body": render(f"sections/{template}.html", **content)}
-            for id, title, template, content in parts
-            if any(value for key, value in content.items() if key != "note")
-        ],
+        parts=filled(parts),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cs336.models import TransformerConfig
 from cs336.optim.config import WSDConfig
-from cs336.scaling.laws import ChinchillaLaw, step_law
+from cs336.scaling.laws import ChinchillaLaw, check_positive, step_law
 from cs336.utils import config as configs
 
 RATIO = 20  # tokens a parameter that are about optimal: arXiv:2203.15556
@@ -51,9 +51,7 @@ class Family:
         for name in ("vocab_size", "context_length", "head_dim", "aspect", "num_layers", "d_ff_multiple"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("lr_factor", "highest_lr", "batch_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        check_positive(lr_factor=self.lr_factor, highest_lr=self.highest_lr, batch_factor=self.batch_factor)
 
     def shape(self, heads: int) -> TransformerConfig:
         """The model of so many heads."""
@@ -70,7 +68,7 @@ class Family:
 
     def heads(self, parameters: float) -> int:
         """Of the nearest model."""
-        _positive(parameters=parameters)
+        check_positive(parameters=parameters)
         above = 1
         while self.shape(above).num_parameters() < parameters:
             above *= 2
@@ -147,7 +145,7 @@ def isoflop(
     Raises ValueError for a budget that is not one step of a model.
     """
     _several(budgets=budgets)
-    _positive(ratio=ratio)
+    check_positive(ratio=ratio)
     if sizes < LEAST_SIZES or not 1 < span < math.inf:
         raise ValueError(f"a valley takes at least {LEAST_SIZES} sizes and a span above 1, got {sizes} and {span}")
     runs = []
@@ -273,10 +271,4 @@ def _several(**values: Sequence[float]) -> None:
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{name} must differ, got {list(numbers)}")
         for number in numbers:
-            _positive(**{name: number})
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+            check_positive(**{name: number})

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 from cs336.scaling.compute import ComputeFit
 from cs336.scaling.fit import Fit
-from cs336.utils.files import replacing
+from cs336.scaling.laws import check_positive
+from cs336.utils.files import write_json_lines
 from cs336.utils.locks import in_turn
 
 
@@ -88,9 +89,7 @@ def forecast(
     Raises ValueError for a name that the log has. Processes that write one log take turns.
     """
     whole = 6 * parameters * tokens if flops is None else flops
-    for what, value in (("parameters", parameters), ("tokens", tokens), ("flops", whole)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{what} must be positive and finite, got {value}")
+    check_positive(parameters=parameters, tokens=tokens, flops=whole)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if isinstance(fit, ComputeFit):
@@ -112,8 +111,7 @@ def forecast(
 
 def grade(log: pathlib.Path, name: str, measured: float) -> Forecast:
     """Write down what a run reached. Raises ValueError without its forecast, and where it was graded before."""
-    if not (measured > 0 and math.isfinite(measured)):
-        raise ValueError(f"a measured loss must be positive and finite, got {measured}")
+    check_positive(**{"a measured loss": measured})
     if not log.parent.is_dir():
         raise ValueError(f"{log} has no forecast of {name!r}: there are none")
     with in_turn(log):
@@ -139,8 +137,7 @@ def score(forecasts: list[Forecast]) -> tuple[float, float] | None:
 
 
 def _write(log: pathlib.Path, forecasts: list[Forecast]) -> None:
-    with replacing(log) as file:
-        file.writelines(json.dumps(asdict(f)) + "\n" for f in forecasts)
+    write_json_lines(log, map(asdict, forecasts))
 
 
 def _now() -> str:

@@ -52,7 +52,7 @@ class ChinchillaLaw:
 
     def optimum(self, flops: float) -> Allocation:
         """The least loss for 6 N D = flops, in closed form (arXiv:2203.15556, equation 4)."""
-        _positive(flops=flops)
+        check_positive(flops=flops)
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         a, budget = self.parameter_exponent, flops / FLOPS_A_TOKEN
         N, D = G * budget**a, budget ** (1 - a) / G
@@ -106,7 +106,7 @@ class DataConstrainedLaw:
     """R of parameters."""
 
     def __post_init__(self):
-        _positive(unique_tokens=self.unique_tokens, repeat_decay=self.repeat_decay, excess_decay=self.excess_decay)
+        check_positive(unique_tokens=self.unique_tokens, repeat_decay=self.repeat_decay, excess_decay=self.excess_decay)
 
     def loss(self, parameters, tokens):
         deserved = self.base.matched_parameters(self.unique_tokens)
@@ -116,7 +116,7 @@ class DataConstrainedLaw:
 
     def optimum(self, flops: float) -> Allocation:
         """The least loss for 6 N D = flops."""
-        _positive(flops=flops)
+        check_positive(flops=flops)
 
         def loss(N: float) -> float:
             return float(self.loss(N, flops / (FLOPS_A_TOKEN * N)))
@@ -130,7 +130,7 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
 
     lr = 1.79 N^-0.713 D^0.307, batch = 0.58 D^0.571          Li et al. 2025, arXiv:2503.04715
     """
-    _positive(parameters=parameters, tokens=tokens)
+    check_positive(parameters=parameters, tokens=tokens)
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
@@ -158,7 +158,8 @@ def _minimum(f: Callable[[float], float], low: float, high: float) -> float:
     return math.exp((a + b) / 2)
 
 
-def _positive(**values: float) -> None:
+def check_positive(**values: float | None) -> None:
+    """Raises ValueError for a number that is not positive and finite; None may be any."""
     for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -65,7 +65,7 @@ class Points:
             object.__setattr__(self, name, values)
             if values.ndim != 1 or len(values) != len(self.parameters):
                 raise ValueError(f"{name} must be one number a run, {len(self.parameters)}; got shape {values.shape}")
-            check_positive(name, values)
+            check_all_positive(name, values)
 
     @staticmethod
     def of(parameters, tokens, loss, flops=None) -> "Points":
@@ -86,7 +86,7 @@ class Points:
         return [self.take(part) for part in np.split(order, ends)]
 
 
-def check_positive(name: str, values: np.ndarray) -> None:
+def check_all_positive(name: str, values: np.ndarray) -> None:
     if bad := np.flatnonzero(~(np.isfinite(values) & (values > 0))).tolist():
         raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cs336.scaling.compute import quantiles
-from cs336.scaling.points import check_positive, read_columns
+from cs336.scaling.points import check_all_positive, read_columns
 
 NAMES = {
     "parameters": ("parameters", "params", "n", "num_parameters", "model size"),
@@ -78,7 +78,7 @@ def fit_power(y, columns: Mapping[str, np.ndarray], *, bootstrap: int = 400, see
     """
     named = {name: np.asarray(values, dtype=np.float64) for name, values in {"y": y, **columns}.items()}
     for name, values in named.items():
-        check_positive(name, values)
+        check_all_positive(name, values)
     log_y_n = np.log(named.pop("y"))
     design_nK = np.stack([np.ones_like(log_y_n), *map(np.log, named.values())], 1)
     centre_K = design_nK.mean(0)
@@ -123,7 +123,7 @@ def fit_critical_batch(
     law = fit_power(critical_batch, {"tokens": tokens}, bootstrap=bootstrap)
     if parameters is None:
         return law, None
-    check_positive("parameters", np.asarray(parameters, dtype=np.float64))
+    check_all_positive("parameters", np.asarray(parameters, dtype=np.float64))
     try:
         return law, fit_power(critical_batch, {"tokens": tokens, "parameters": parameters}, bootstrap=bootstrap)
     except ValueError:  # all numbers are positive: it is that these exponents cannot be told apart
@@ -174,5 +174,5 @@ def _read(
     if missing := [name for name in needed if name not in columns]:
         raise ValueError(f"{path} must have {', '.join(needed)} as columns; {', '.join(missing)} is not among {have}")
     for name, values in columns.items():
-        check_positive(f"{path}: {name}", values)
+        check_all_positive(f"{path}: {name}", values)
     return columns

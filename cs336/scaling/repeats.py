@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cs336.scaling.compute import quantiles
 from cs336.scaling.fit import huber
 from cs336.scaling.laws import ChinchillaLaw, DataConstrainedLaw, worth
 from cs336.scaling.points import Points
@@ -31,8 +32,7 @@ class Repeats:
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of repeat_decay or excess_decay: quantiles over the resampled runs."""
         values = self.resampled_B2[:, ("repeat_decay", "excess_decay").index(name)]
-        low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
+        return quantiles(values, confidence)
 
 
 def fit_repeats(points: Points, unique_tokens, base: ChinchillaLaw, *, bootstrap: int = 100, seed: int = 0) -> Repeats:

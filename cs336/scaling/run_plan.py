@@ -17,7 +17,7 @@ from cs336.optim.config import AdamWConfig
 from cs336.parallel import ParallelConfig, Plan, plan
 from cs336.parallel.hardware import Gpu, find
 from cs336.scaling.fit import EPOCH_FIT, Fit
-from cs336.scaling.laws import step_law
+from cs336.scaling.laws import check_positive, step_law
 from cs336.training.config import DataConfig, TrainConfig
 from cs336.utils.duration import duration
 
@@ -97,9 +97,7 @@ def plan_run(
 
     Raises ValueError for numbers that are not positive, and where no model fits memory and time.
     """
-    for name, value in (("data_tokens", data_tokens), ("seconds", seconds)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive(data_tokens=data_tokens, seconds=seconds)
     if not (inference_tokens >= 0 and math.isfinite(inference_tokens)):
         raise ValueError(f"inference_tokens must be finite and not negative, got {inference_tokens}")
     if gpus < 1:

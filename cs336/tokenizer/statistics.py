@@ -1,13 +1,12 @@
 """What a vocabulary looks like."""
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from cs336.tokenizer.tokenizer import Tokenizer
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 
 def statistics(tokenizer: Tokenizer, longest: int = 24) -> dict[str, Any]:
@@ -37,5 +36,4 @@ def keep(tokenizer: Tokenizer, directory: str | os.PathLike, **facts: float) -> 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory / "tokenizer.json")
-    with replacing(directory / "tokenizer_stats.json") as file:
-        json.dump(facts | statistics(tokenizer), file, indent=2)
+    write_json(directory / "tokenizer_stats.json", facts | statistics(tokenizer), indent=2)

@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from cs336.utils.documents import files_below
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 
 class Contents:
@@ -31,8 +31,7 @@ class Contents:
 
     def __exit__(self, *_: object) -> None:
         if self._changed:
-            with replacing(self._path) as file:
-                json.dump(self._known, file)
+            write_json(self._path, self._known)
 
     def digest(self, path: str | os.PathLike, without: pathlib.Path | None = None) -> str:
         """Of a file: its bytes and name; of a directory: those of its files, with their places in it, but not those

@@ -1,10 +1,14 @@
 """A file of SQLite's, in WAL mode, that any number of processes of one machine read and write."""
 
 import contextlib
+import os
 import pathlib
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+Entry = TypeVar("Entry")
 PATIENCE = 60  # seconds that a transaction waits for another process's
 
 
@@ -52,3 +56,24 @@ class Database:
             raise OSError(f"{self.path} cannot be read or written: {error}") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is not {self._what} ({error}): use another directory") from error
+
+
+@dataclass(frozen=True)
+class Claim(Generic[Entry]):
+    """A run that this process is at."""
+
+    entry: Entry
+    _lock: contextlib.ExitStack
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+class Queue(Database):
+    """Of runs that processes claim: whoever is at one holds a file in `claims`. Made where there is none."""
+
+    def __init__(self, directory: str | os.PathLike, file: str, what: str, schema: str, version: int):
+        self.directory = pathlib.Path(directory)
+        self.claims = self.directory / "claims"
+        self.claims.mkdir(parents=True, exist_ok=True)
+        super().__init__(self.directory / file, what, schema, version)

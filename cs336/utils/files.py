@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -43,6 +44,24 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             error.filename = os.fspath(path if path.parent.exists() else path.parent)
         raise
     sync(path.parent)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A text, in the place of what was there."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike, value: Any, **options: Any) -> None:
+    """A JSON value, in the place of what was there. options: of json.dump."""
+    with replacing(path) as file:
+        json.dump(value, file, **options)
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """A JSON value a line, in the place of what was there."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def is_special(path: pathlib.Path) -> bool:

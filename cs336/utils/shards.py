@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from cs336.utils.files import Paths, path_list, replacing
+from cs336.utils.files import Paths, path_list, replacing, write_json
 
 HEADER = 256  # int32
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
@@ -180,8 +180,7 @@ class ShardWriter:
         if self._save_tokenizer is not None:
             self._save_tokenizer(self.directory / TOKENIZER)
             self.meta = dataclasses.replace(self.meta, tokenizer_file=TOKENIZER)
-        with replacing(self.directory / META) as file:
-            json.dump(dataclasses.asdict(self.meta), file, indent=2)
+        write_json(self.directory / META, dataclasses.asdict(self.meta), indent=2)
         return self.meta
 
     def __enter__(self) -> "ShardWriter":

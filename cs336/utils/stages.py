@@ -29,7 +29,7 @@ from rich.text import Text
 
 from cs336.utils.contents import Contents
 from cs336.utils.duration import duration
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 from cs336.utils.locks import locked
 
 RECORD, ASIDE, LOCK, CONTENTS = "stages.json", "earlier", ".stages.lock", ".contents.json"
@@ -141,8 +141,7 @@ class _Job:
         ordered = {
             name: record[name] for name in dict.fromkeys([*(s.name for s in self.stages), *record]) if name in record
         }
-        with replacing(self.directory / RECORD) as file:
-            json.dump(ordered, file, indent=2)
+        write_json(self.directory / RECORD, ordered, indent=2)
 
     def _say(self, *facts: str) -> None:
         self.console.print(Text("    " + "  ·  ".join(facts), style="dim"))

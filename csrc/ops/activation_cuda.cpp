@@ -45,7 +45,7 @@ Tensor activation_fwd(const Tensor& x, const std::optional<Tensor>& up, int64_t 
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = new_like(x);
   p.y = y.mutable_data_ptr();
-  cuda::activation_fwd(p, static_cast<cudaStream_t>(current_stream(x)));
+  cuda::activation_fwd(p, current_stream(x));
   return y;
 }
 
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> activation_bwd(const Tensor& x, const std::optional<T
   Tensor dx = new_like(x), dup = up ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
   p.y = dx.mutable_data_ptr();
   p.dup = up ? dup.mutable_data_ptr() : nullptr;
-  cuda::activation_bwd(p, static_cast<cudaStream_t>(current_stream(x)));
+  cuda::activation_bwd(p, current_stream(x));
   return {dx, dup};
 }
 
@@ -76,7 +76,7 @@ Tensor gated_bwd(const Tensor& both, const Tensor& dy, int64_t kind) {
   p.dup = static_cast<char*>(p.y) + half;
   p.x_stride = p.up_stride = both.stride(0);
   p.out_stride = out.size(1);
-  cuda::activation_bwd(p, static_cast<cudaStream_t>(current_stream(dy)));
+  cuda::activation_bwd(p, current_stream(dy));
   return out;
 }
 

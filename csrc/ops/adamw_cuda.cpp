@@ -13,7 +13,7 @@ void adamw_cuda(const TensorList& params, const TensorList& grads, const TensorL
       check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, beta2, eps, weight_decay);
   if (tensors.empty()) return;
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  cuda::adamw(tensors, hyper, static_cast<cudaStream_t>(current_stream(params[0])));
+  cuda::adamw(tensors, hyper, current_stream(params[0]));
 }
 
 void adamw_remainder_cuda(const TensorList& params, const TensorList& remainders, const TensorList& grads,
@@ -31,7 +31,7 @@ void adamw_remainder_cuda(const TensorList& params, const TensorList& remainders
   }
   if (tensors.empty()) return;
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  cuda::adamw(tensors, hyper, static_cast<cudaStream_t>(current_stream(params[0])));
+  cuda::adamw(tensors, hyper, current_stream(params[0]));
 }
 
 }  // namespace

@@ -15,8 +15,6 @@ struct Options {
   double z_loss, label_smoothing;
 };
 
-cudaStream_t stream_of(const Tensor& t) { return static_cast<cudaStream_t>(current_stream(t)); }
-
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 const float* row_stat(const Tensor& s, const char* name, const Tensor& logits) {
@@ -66,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const
                            .lse = floats(lse),
                            .entropy = with_entropy ? floats(entropy) : nullptr,
                            .scale = nullptr},
-                          stream_of(logits));
+                          current_stream(logits));
   return {loss, lse, entropy};
 }
 
@@ -84,7 +82,7 @@ Tensor cross_entropy_bwd(const Tensor& logits, const Tensor& targets, const Tens
   torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Tensor dlogits = new_tensor(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   p.dlogits = dlogits.mutable_data_ptr();
-  cuda::cross_entropy_bwd(p, stream_of(logits));
+  cuda::cross_entropy_bwd(p, current_stream(logits));
   return dlogits;
 }
 
@@ -102,7 +100,7 @@ std::tuple<Tensor, Tensor> cross_entropy_gradient_(const Tensor& logits, const T
                            .lse = floats(lse),
                            .entropy = nullptr,
                            .scale = static_cast<const float*>(scale.const_data_ptr())},
-                          stream_of(logits));
+                          current_stream(logits));
   return {loss, lse};
 }
 

@@ -33,7 +33,7 @@ Tensor dropout_fwd(const Tensor& x, const std::optional<Tensor>& residual, const
                      .below = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0)),
                      .scale = static_cast<float>(1 / (1 - p)),
                      .dtype = dtype},
-                    static_cast<cudaStream_t>(current_stream(x)));
+                    current_stream(x));
   return y;
 }
 

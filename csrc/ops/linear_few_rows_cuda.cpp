@@ -96,7 +96,7 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor* scales, cons
                          .scale_dtype = scales ? dtype_of(*scales, "scales") : Dtype::F32,
                          .format = format,
                          .constant = constant},
-                        static_cast<cudaStream_t>(current_stream(x)));
+                        current_stream(x));
   return y;
 }
 

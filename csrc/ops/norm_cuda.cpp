@@ -4,12 +4,6 @@
 #include "ops/norm.h"
 
 namespace cs336 {
-namespace {
-
-cudaStream_t stream_of(const Tensor& t) { return static_cast<cudaStream_t>(current_stream(t)); }
-
-}  // namespace
-
 NormOutputs norm_forward(const Tensor& x, const Tensor* residual, const Tensor& w, const Tensor* b, double eps,
                          bool centred) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -30,7 +24,7 @@ NormOutputs norm_forward(const Tensor& x, const Tensor* residual, const Tensor& 
                   .centred = centred,
                   .dtype = float_dtype_of(x, "x"),
                   .w_dtype = float_dtype_of(w, "w")},
-                 stream_of(x));
+                 current_stream(x));
   return out;
 }
 
@@ -58,7 +52,7 @@ NormGradients norm_backward(const Tensor& dy, const Tensor* dsum, const Tensor& 
                         .w_dtype = float_dtype_of(w, "w")};
   const Tensor partials = new_tensor(x, {cuda::norm_bwd_workspace(p)}, ScalarType::Float);
   p.partials = floats(partials);
-  cuda::norm_bwd(p, stream_of(x));
+  cuda::norm_bwd(p, current_stream(x));
   return out;
 }
 

@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                          .softcap = static_cast<float>(softcap)};
   const Tensor workspace = new_tensor(q, {paged_attention_workspace(p)}, ScalarType::Byte);
   p.workspace = data_of(workspace);
-  paged_attention(p, static_cast<cudaStream_t>(current_stream(q)));
+  paged_attention(p, current_stream(q));
   return {o, lse};
 }
 

@@ -32,7 +32,7 @@ void append_kv_op(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
              .page_size = static_cast<int>(k_cache.size(1)),
              .table_rows = static_cast<int>(page_table.size(0)),
              .table_width = static_cast<int>(page_table.size(1))},
-            static_cast<cudaStream_t>(current_stream(k_cache)));
+            current_stream(k_cache));
 }
 
 void copy_pages_op(const Tensor& cache, const Tensor& sources, const Tensor& targets) {
@@ -48,7 +48,7 @@ void copy_pages_op(const Tensor& cache, const Tensor& sources, const Tensor& tar
               .heads = static_cast<int>(cache.size(2)),
               .num_pages = static_cast<int>(cache.size(0)),
               .page_size = static_cast<int>(cache.size(1))},
-             static_cast<cudaStream_t>(current_stream(cache)));
+             current_stream(cache));
 }
 
 }  // namespace

@@ -91,7 +91,7 @@ TensorList rope_fwd(const TensorList& xs, const Tensor& cos, const Tensor& sin, 
                   .y_s = y.stride(2),
                   .H = static_cast<int>(x.size(1))};
   }
-  cuda::rope(p, static_cast<cudaStream_t>(current_stream(first)));
+  cuda::rope(p, current_stream(first));
   return ys;
 }
 

@@ -10,7 +10,7 @@ void run(const SampleParams& p, const Tensor& logits) {
   STD_TORCH_CHECK(p.vocabulary <= kMaxVocabulary, "logits must have at most ", kMaxVocabulary, " tokens, got ",
                   p.vocabulary);
   torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  sample(p, static_cast<cudaStream_t>(current_stream(logits)));
+  sample(p, current_stream(logits));
 }
 
 }  // namespace

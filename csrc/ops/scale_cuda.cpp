@@ -26,7 +26,7 @@ void scale_(const Tensor& out, const std::optional<Tensor>& x, const Tensor& sca
                .numel = out.numel(),
                .x_dtype = x ? float_dtype_of(*x, "x") : out_dtype,
                .out_dtype = out_dtype},
-              static_cast<cudaStream_t>(current_stream(out)));
+              current_stream(out));
 }
 
 }  // namespace

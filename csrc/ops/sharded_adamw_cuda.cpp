@@ -90,8 +90,7 @@ void reduce(const Tensor& grad, const Tensor& squares, int64_t comm) {
   const int64_t shard = check_bucket(grad, "grad", *stream);
   double* sums = check_doubles(squares, "squares", cuda::kSquares, grad);
   torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  stream->reduce(grad.mutable_data_ptr(), shard, dtype_of(grad, "grad"), sums,
-                 static_cast<cudaStream_t>(current_stream(grad)));
+  stream->reduce(grad.mutable_data_ptr(), shard, dtype_of(grad, "grad"), sums, current_stream(grad));
 }
 
 void total(const Tensor& totals, const Tensor& squares, int64_t comm) {
@@ -101,7 +100,7 @@ void total(const Tensor& totals, const Tensor& squares, int64_t comm) {
   float* sums = check_floats(totals, "totals", totals.numel(), totals);
   const double* parts = check_doubles(squares, "squares", squares.numel(), totals);
   torch::stable::accelerator::DeviceGuard guard(totals.get_device_index());
-  stream->total(sums, totals.numel(), parts, squares.numel(), static_cast<cudaStream_t>(current_stream(totals)));
+  stream->total(sums, totals.numel(), parts, squares.numel(), current_stream(totals));
 }
 
 void step(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& remainder, const Tensor& exp_avg,
@@ -139,14 +138,14 @@ void step(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& 
                                        grad_scale ? check_floats(*grad_scale, "grad_scale", 1, param) : nullptr, beta1,
                                        beta2, eps, weight_decay);
   torch::stable::accelerator::DeviceGuard guard(param.get_device_index());
-  stream->step(param.mutable_data_ptr(), shard, p, hyper, static_cast<cudaStream_t>(current_stream(param)));
+  stream->step(param.mutable_data_ptr(), shard, p, hyper, current_stream(param));
 }
 
 void wait(const Tensor& param, int64_t comm) {
   const auto stream = streams().get(comm);
   check_bucket(param, "param", *stream);
   torch::stable::accelerator::DeviceGuard guard(param.get_device_index());
-  stream->wait(param.const_data_ptr(), static_cast<cudaStream_t>(current_stream(param)));
+  stream->wait(param.const_data_ptr(), current_stream(param));
 }
 
 // null, or what f threw, until this thread's next call.

@@ -14,6 +14,8 @@
 
 #include "common/dtype.h"
 
+struct CUstream_st;
+
 namespace cs336 {
 
 using torch::headeronly::ScalarType;
@@ -112,10 +114,10 @@ inline Tensor new_tensor(const Tensor& x, std::initializer_list<int64_t> sizes, 
 }
 
 #ifdef USE_CUDA
-inline void* current_stream(const Tensor& t) {  // a cudaStream_t
+inline CUstream_st* current_stream(const Tensor& t) {  // a cudaStream_t
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
+  return static_cast<CUstream_st*>(stream);
 }
 #endif
 

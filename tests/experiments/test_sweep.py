@@ -8,7 +8,7 @@ import pytest
 from experiments.tiny_study import base, pretend, study
 
 from cs336.cli import main
-from cs336.cli.program import STUDY_VERBS
+from cs336.cli.program import TREE
 from cs336.experiments import run_study
 from cs336.experiments.space import Range
 from cs336.experiments.study import Here, Local
@@ -132,12 +132,12 @@ def test_the_verb_leaves_the_rest_of_where_as_it_is(tmp_path, monkeypatch, capsy
     assert "workers and threads must be at least 1, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", STUDY_VERBS)
+@pytest.mark.parametrize("verb", ["sweep", "ablate", "batch-size"])
 def test_help_of_each_study_verb(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
-    assert STUDY_VERBS[verb].__doc__.split("\n")[0] in " ".join(capsys.readouterr().out.split())
+    assert TREE[verb].__doc__.split("\n")[0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_coordinates():

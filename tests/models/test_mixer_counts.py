@@ -1,7 +1,6 @@
 """What configurations count against what models do: parameters, FLOPs and bytes kept for the backward."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from mixers import MIXERS, NAMES, config, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from cs336.models import Transformer
-from cs336.ops import registry
+from cs336.ops import dispatch, registry
 from cs336.ops.chunked import CHUNK
 
 
@@ -55,8 +54,7 @@ def kept_bytes(model, T, monkeypatch):
         saved[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
         return t
 
-    recurrences = importlib.import_module("cs336.ops.linear_attention")  # the package has a function of that name
-    checkpoint = recurrences.checkpoint
+    checkpoint = dispatch.checkpoint
 
     def kept_by_checkpoint(function, *args, **options):
         for t in args:
@@ -64,7 +62,7 @@ def kept_bytes(model, T, monkeypatch):
                 keep(t)
         return checkpoint(function, *args, **options)
 
-    monkeypatch.setattr(recurrences, "checkpoint", kept_by_checkpoint)
+    monkeypatch.setattr(dispatch, "checkpoint", kept_by_checkpoint)
     x = torch.randn(2, T, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         for layer in model.layers:

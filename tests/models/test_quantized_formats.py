@@ -79,6 +79,25 @@ def test_what_is_written_is_read_as_the_same(form, method, group, asymmetric, or
     assert all(torch.equal(t.float(), second[name].float()) for name, t in first.items())
 
 
+def layer_in(directory):
+    """The tensors of the layer NAME."""
+    tensors = load_file(directory / "model.safetensors")
+    return {n.removeprefix(f"{NAME}."): t for n, t in tensors.items() if n.startswith(f"{NAME}.")}
+
+
+def check_both_ways(compressor, state, scheme, directory):
+    """What compressed-tensors writes is read as it reads it, and what we then write, by both."""
+    packed = compressor.compress(state, scheme)
+    edited(directory, {f"{NAME}.{n}": t.contiguous() for n, t in packed.items()})
+    for source in ("theirs", "ours"):
+        if source == "ours":
+            save_pretrained(from_pretrained(directory), directory, quantized_as="compressed-tensors")
+            packed = layer_in(directory)
+        want = compressor.decompress(packed, scheme)["weight"]
+        found = from_pretrained(directory).layers[1].mlp.up_proj.weight
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+
+
 def numbers(word, bits):
     """The numbers in an int32, from its lowest bits up."""
     return [(int(word) & 0xFFFFFFFF) >> i & (2**bits - 1) for i in range(0, 32, bits)]
@@ -88,7 +107,7 @@ def numbers(word, bits):
 def test_gptq_bit_by_bit(method, bits, tmp_path):
     model = make(method, order=True)
     save_pretrained(model, tmp_path, quantized_as="gptq")
-    t = {n.removeprefix(f"{NAME}."): v for n, v in load_file(tmp_path / "model.safetensors").items() if NAME in n}
+    t = layer_in(tmp_path)
     assert t.keys() == {"qweight", "qzeros", "scales", "g_idx"}
     many, want = 32 // bits, model.layers[1].mlp.up_proj.weight
     N, K = want.shape
@@ -105,7 +124,7 @@ def test_gptq_bit_by_bit(method, bits, tmp_path):
 def test_awq_bit_by_bit(tmp_path):
     model = make(asymmetric=True)
     save_pretrained(model, tmp_path, quantized_as="awq")
-    t = {n.removeprefix(f"{NAME}."): v for n, v in load_file(tmp_path / "model.safetensors").items() if NAME in n}
+    t = layer_in(tmp_path)
     assert t.keys() == {"qweight", "qzeros", "scales"}
     want = model.layers[1].mlp.up_proj.weight
     N, K = want.shape
@@ -301,17 +320,7 @@ def test_compressed_tensors_reads_what_is_written_and_the_other_way_round(bits, 
     scale = (w.view(192, -1, size or 64).abs().amax(-1) / (2 ** (bits - 1))).contiguous()
     zero = None if symmetric else torch.randint(-3, 4, scale.shape, dtype=torch.int8)
     state = {"weight": w, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
-    for source in ("theirs", "ours"):
-        if source == "theirs":
-            packed = PackedQuantizationCompressor.compress(state, scheme)
-            edited(tmp_path, {f"{NAME}.{n}": t.contiguous() for n, t in packed.items()})
-        else:
-            save_pretrained(from_pretrained(tmp_path), tmp_path, quantized_as="compressed-tensors")
-            weights = load_file(tmp_path / "model.safetensors")
-            packed = {n.removeprefix(f"{NAME}."): t for n, t in weights.items() if n.startswith(NAME)}
-        want = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
-        found = from_pretrained(tmp_path).layers[1].mlp.up_proj.weight
-        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    check_both_ways(PackedQuantizationCompressor, state, scheme, tmp_path)
 
 
 def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(tmp_path):
@@ -325,14 +334,4 @@ def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(t
     torch.manual_seed(1)
     w = torch.randn(192, 64)
     state = {"weight": w, "weight_scale": w.abs().amax(1, keepdim=True) / 448}
-    for source in ("theirs", "ours"):
-        if source == "theirs":
-            packed = FloatQuantizationCompressor.compress(state, scheme)
-            edited(tmp_path, {f"{NAME}.{n}": t.contiguous() for n, t in packed.items()})
-        else:
-            save_pretrained(from_pretrained(tmp_path), tmp_path, quantized_as="compressed-tensors")
-            weights = load_file(tmp_path / "model.safetensors")
-            packed = {n.removeprefix(f"{NAME}."): t for n, t in weights.items() if n.startswith(NAME)}
-        want = FloatQuantizationCompressor.decompress(packed, scheme)["weight"]
-        found = from_pretrained(tmp_path).layers[1].mlp.up_proj.weight
-        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    check_both_ways(FloatQuantizationCompressor, state, scheme, tmp_path)

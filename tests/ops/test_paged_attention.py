@@ -24,12 +24,6 @@ else:
     GROUPS = [1, 3, 4, 8]
 
 
-@pytest.fixture(params=registry.NAMESPACE)
-def variant(request):
-    with registry.use(request.param):
-        yield request.param
-
-
 def scaled(options):
     """What a raw op takes after the cache, for why_not."""
     window = options.get("window")

@@ -7,12 +7,6 @@ from cs336.ops import registry
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(params=registry.NAMESPACE)
-def variant(request):
-    with registry.use(request.param):
-        yield request.param
-
-
 def inputs(device, dtype=F32, T=40, P=12, page=16, Hkv=2, D=16, E=16, B=3):
     k_cache, v_cache = (torch.randn(P, page, Hkv, d, device=device).to(dtype) for d in (D, E))
     k, v = (torch.randn(T, Hkv, d, device=device).to(dtype) for d in (D, E))

@@ -22,12 +22,6 @@ else:
     WIDTHS, DTYPES, HEADS = [(32, 16), (24, 6)], [F32, BF16], [(1, 1), (3, 2), (20, 1), (5, 8)]
 
 
-@pytest.fixture(params=registry.NAMESPACE)
-def variant(request):
-    with registry.use(request.param):
-        yield request.param
-
-
 def latents(lengths, L, R, dtype, device, page=16):
     """k_cache and its beginning, table, lengths; and the dense keys and values."""
     k, _, table, lens, dense = pool(lengths, page, 1, L + R, 1, dtype, device)

@@ -12,12 +12,6 @@ from cs336.ops import registry
 VOCABULARIES = [1, 5, 1000, 32001, 131072] if CUDA else [1, 5, 1000, 32001]
 
 
-@pytest.fixture(params=registry.NAMESPACE)
-def variant(request):
-    with registry.use(request.param):
-        yield request.param
-
-
 def arguments(B, V, device, dtype=torch.float32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
     """Everything before the keywords."""
     logits = (2 * torch.randn(B, V, device=device)).to(dtype)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from cs336.alignment.batches import Batches
 from cs336.alignment.encoded_pairs import EncodedPair, collate, encode_pairs
-from cs336.alignment.examples import digest_of
 from cs336.alignment.functions import masked_mean, masked_normalize, sequence_log_probs
 from cs336.alignment.pairs import read_preferences
 from cs336.alignment.preferences import DPOLoss, dpo_loss
-from cs336.alignment.stage import Policy, StageConfig, optimizer_step
+from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.models import Transformer
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
@@ -69,23 +68,20 @@ class DPOConfig(StageConfig):
         return {name: getattr(self, name) for name in names}
 
 
-class DPOStage:
-    """See cs336.alignment.stage.Stage. Raises ValueError for preferences that cannot be learned: see encode_pairs."""
+class DPOStage(Stage):
+    """Raises ValueError for preferences that cannot be learned: see encode_pairs."""
 
     verb = "dpo"
+    config: DPOConfig
 
     def __init__(self, config: DPOConfig):
-        self.config, self.policy = config, Policy(config)
-        self.policy.model.eval()  # as the reference: without dropout
-        self.module, self.optimizer = self.policy.module, config.optimizer.build(self.policy.module)
-        self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
+        policy = Policy(config)
+        policy.model.eval()  # as the reference: without dropout
+        super().__init__(config, policy, policy.module, config.data.train)
         self.pairs, self.longer = read_pairs(config.data.train, self.policy)
         self.batches = Batches([p.length for p in self.pairs], config.batch_size, seed=config.seed, bucketed=True)
         self.val = [] if config.data.val is None else read_pairs(config.data.val, self.policy)[0]
         self.reference_N2 = None if config.loss_type == "simpo" else self._reference([*self.pairs, *self.val])
-
-    def begin(self) -> None:
-        pass
 
     def describe(self) -> str:
         longer = f" ({self.longer} longer ones are dropped)" if self.longer else ""
@@ -94,11 +90,7 @@ class DPOStage:
 
     def update(self, step: int) -> dict[str, float]:
         batch = self._batch(self.batches.batch(step - 1))
-        values = optimizer_step(
-            self.optimizer, self.module, self._terms, batch,
-            micro_batch_size=self.config.micro_batch_size, max_grad_norm=self.config.optimizer.max_grad_norm,
-        )  # fmt: skip
-        return values | {"tokens": batch[0].numel()}
+        return self._learn(self._terms, batch) | {"tokens": batch[0].numel()}
 
     def evaluate(self) -> Finding:
         if not self.val:
@@ -113,15 +105,6 @@ class DPOStage:
         found = {f"val/{name}": value / N for name, value in totals.items()}
         text = f"validation loss {found['val/loss']:.4f}, accuracy {found['val/rewards/accuracies']:.1%}"
         return Finding(found, text=text)
-
-    def export(self, directory: pathlib.Path, step: int) -> None:
-        self.policy.export(directory, step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
     def _terms(self, batch: Batch) -> Terms:
         token_ids_B2S, mask_B2T, *references = batch

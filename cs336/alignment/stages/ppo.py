@@ -6,16 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cs336.alignment.examples import digest_of
 from cs336.alignment.ppo import ActorCritic, KLControl, PPOConfig, ppo_step
 from cs336.alignment.reward_model import RewardModel, load_reward_model
 from cs336.alignment.rewards import Rewards
-from cs336.alignment.rollouts import Order, Rollouts, by_length, rollout, scores
+from cs336.alignment.rollouts import Rollouts, by_length, rollout, scores
 from cs336.alignment.stage import Policy
-from cs336.alignment.stages.grpo import AnsweringConfig, answer_greedily, engine_of, read_pairs_of_prompts
-from cs336.training.evaluators import Finding
+from cs336.alignment.stages.answering import AnsweringConfig, AnsweringStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,35 +29,25 @@ class PPOStageConfig(AnsweringConfig):
         Rewards(self.rewards, measured_alone=self.reward_model is not None)
 
 
-class PPOStage:
-    """See cs336.alignment.stage.Stage. The critic begins as the model, with a head of zeros.
-
-    Raises ValueError for prompts that are none, or leave no room for an answer.
-    """
+class PPOStage(AnsweringStage):
+    """The critic begins as the model, with a head of zeros."""
 
     verb = "ppo"
+    config: PPOStageConfig
 
     def __init__(self, config: PPOStageConfig):
-        self.config, self.policy = config, Policy(config)
-        model = self.policy.model.eval()
+        policy = Policy(config)
+        model = policy.model.eval()
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self.critic = RewardModel(copy.deepcopy(self.reference).requires_grad_(True)).eval()
-        self.module: nn.Module = ActorCritic(self.policy.module, self.critic)
-        self.optimizer = config.optimizer.build(self.module)
-        self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
-        self.order = Order(read_pairs_of_prompts(config.data.train, self.policy), config.seed)
-        val = config.data.val
-        self.val = [] if val is None else read_pairs_of_prompts(val, self.policy)[: config.eval_prompts]
-        self.rewards = Rewards(config.rewards, measured_alone=config.reward_model is not None)
+        rewards = Rewards(config.rewards, measured_alone=config.reward_model is not None)
+        super().__init__(config, policy, ActorCritic(policy.module, self.critic), rewards, config.ppo)
         self.judge: RewardModel | None = None
         if config.reward_model is not None:
-            self.judge = load_reward_model(config.reward_model, self.policy.device).requires_grad_(False)
+            self.judge = load_reward_model(config.reward_model, policy.device).requires_grad_(False)
             if (theirs := self.judge.model.config.vocab_size) != model.config.vocab_size:
                 raise ValueError(f"the reward model reads a vocabulary of {theirs}, the policy's is another")
         self.kl = KLControl(config.ppo.kl_coef, config.ppo.target_kl)
-
-    def begin(self) -> None:
-        self.llm = engine_of(self.config, self.policy, [*self.order.items, *self.val], self.config.ppo)
 
     def describe(self) -> str:
         p = self.config.ppo
@@ -68,7 +56,7 @@ class PPOStage:
 
     def update(self, step: int) -> dict[str, float]:
         config, ppo = self.config, self.config.ppo
-        seed = (config.seed << 40) + self.order.position * ppo.num_generations
+        seed = self._seed()
         pairs = self.order.take(ppo.prompts_per_step)
         answers = [answer for _, answer in pairs for _ in range(ppo.num_generations)]
         with self.policy.autocast():
@@ -86,18 +74,12 @@ class PPOStage:
         values["completions/clipped_ratio"] = rollouts.truncated_B.float().mean().item()
         return values | self.rewards.means() | {"tokens": rollouts.mask_BT.sum().item()}
 
-    def evaluate(self) -> Finding:
-        with self.policy.autocast():
-            return answer_greedily(self.llm, self.val, self.rewards, self.config.ppo.max_tokens)
-
-    def export(self, directory: pathlib.Path, step: int) -> None:
-        self.policy.export(directory, step)
-
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.order.position, "kl_coef": self.kl.coef}
+        return super().state_dict() | {"kl_coef": self.kl.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.position, self.kl.coef = state["position"], state["kl_coef"]
+        super().load_state_dict(state)
+        self.kl.coef = state["kl_coef"]
 
     @torch.no_grad()
     def _judged(self, rollouts: Rollouts) -> Tensor:

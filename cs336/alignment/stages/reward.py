@@ -5,7 +5,6 @@ RUN/calibration.json the curve of the last evaluation.
 B = pairs or answers, S = tokens of a row; 2 is (chosen, rejected).
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from torch import Tensor, nn
 
 from cs336.alignment.batches import Batches, pad_examples
 from cs336.alignment.encoded_pairs import collate
-from cs336.alignment.examples import digest_of
 from cs336.alignment.lora import merged
 from cs336.alignment.outcomes import read_outcomes
 from cs336.alignment.preferences import reward_model_loss
 from cs336.alignment.reward_model import RewardModel, calibration_curve, calibration_error, save_reward_model
-from cs336.alignment.stage import Policy, StageConfig, optimizer_step
+from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.alignment.stages.dpo import PairData, read_pairs
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
 from cs336.utils.counted import counted
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +57,19 @@ def reward_stage(config: RewardConfig) -> "RewardStage":
     return OutcomeStage(config) if config.loss_type == "outcome" else RewardStage(config)
 
 
-class RewardStage:
-    """See cs336.alignment.stage.Stage. Raises ValueError for preferences that cannot be learned: see encode_pairs."""
+class RewardStage(Stage):
+    """Raises ValueError for preferences that cannot be learned: see encode_pairs."""
 
     verb, items = "reward", "pairs"
+    config: RewardConfig
 
     def __init__(self, config: RewardConfig):
-        self.config, self.policy = config, Policy(config)
-        self.policy.model.eval()  # without dropout
-        self.reward_model = RewardModel(self.policy.model)
-        self.module = learned(self.policy, self.reward_model.head, self.reward_model)
-        self.optimizer = config.optimizer.build(self.module)
-        self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
+        policy = Policy(config)
+        self.reward_model = RewardModel(policy.model.eval())  # without dropout
+        super().__init__(config, policy, learned(policy, self.reward_model), config.data.train)
         self.pairs, self.longer = self._read(config.data.train)
         self.batches = Batches([p.length for p in self.pairs], config.batch_size, seed=config.seed, bucketed=True)
         self.val = [] if config.data.val is None else self._read(config.data.val)[0]
-
-    def begin(self) -> None:
-        pass
 
     def describe(self) -> str:
         longer = f" ({self.longer} longer ones are dropped)" if self.longer else ""
@@ -84,11 +77,7 @@ class RewardStage:
 
     def update(self, step: int) -> dict[str, float]:
         batch = self._batch([self.pairs[i] for i in self.batches.batch(step - 1)])
-        values = optimizer_step(
-            self.optimizer, self.module, self._terms, batch,
-            micro_batch_size=self.config.micro_batch_size, max_grad_norm=self.config.optimizer.max_grad_norm,
-        )  # fmt: skip
-        return values | {"tokens": batch[0].numel()}
+        return self._learn(self._terms, batch) | {"tokens": batch[0].numel()}
 
     def evaluate(self) -> Finding:
         """Accuracy, and how far the probability that rewards give to the choice is from how often it was made."""
@@ -103,8 +92,8 @@ class RewardStage:
         if not d_N.isfinite().all():
             raise ValueError("the model's rewards are not finite: its weights are damaged, or training diverged")
         said = torch.where(torch.tensor(as_said), d_N, -d_N).sigmoid().tolist()
-        with replacing(self.config.run_dir / "calibration.json") as file:  # the newest, for the report
-            json.dump({"bins": [b._asdict() for b in calibration_curve(said, as_said)]}, file)
+        bins = [b._asdict() for b in calibration_curve(said, as_said)]
+        write_json(self.config.run_dir / "calibration.json", {"bins": bins})  # the newest, for the report
         found = {
             "val/loss": float(nn.functional.softplus(-d_N).mean()),
             "val/accuracy": float((d_N > 0).double().mean()),
@@ -116,12 +105,6 @@ class RewardStage:
 
     def export(self, directory: pathlib.Path, step: int) -> None:
         save_reward_model(self.reward_model, merged(self.policy.model), directory, self.policy.tokenizer, step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
     def _terms(self, batch: Batch) -> Terms:
         rewards_B2 = self._rewards(batch)
@@ -184,6 +167,6 @@ class OutcomeStage(RewardStage):
         return token_ids_BS.to(device), lengths_B.to(device), right_B.to(device)
 
 
-def learned(policy: Policy, head: nn.Module, whole: nn.Module) -> nn.Module:
+def learned(policy: Policy, whole: RewardModel) -> nn.Module:
     """What a checkpoint holds: all of a model with its head, or its adapters and the head."""
-    return whole if policy.adapters is None else nn.ModuleDict({"adapters": policy.adapters, "head": head})
+    return whole if policy.adapters is None else nn.ModuleDict({"adapters": policy.adapters, "head": whole.head})

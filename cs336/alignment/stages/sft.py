@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cs336.alignment.batches import Batches, pad_examples
-from cs336.alignment.examples import digest_of, read_examples, read_rows, render, turns_of
+from cs336.alignment.examples import read_examples, read_rows, render, turns_of
 from cs336.alignment.sft import SFT, Example, fill_rows, pack
-from cs336.alignment.stage import Policy, StageConfig, optimizer_step
+from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.inference.generate import generate
 from cs336.inference.sampling import SamplingParams
 from cs336.training.evaluators import Finding
@@ -56,20 +56,20 @@ class SFTConfig(StageConfig):
             raise ValueError(f"context_length must be at least 2, got {self.context_length}")
 
 
-class SFTStage:
-    """See cs336.alignment.stage.Stage. Raises ValueError for examples that cannot be learned: see read_examples."""
+class SFTStage(Stage):
+    """Raises ValueError for examples that cannot be learned: see read_examples."""
 
     verb = "sft"
+    config: SFTConfig
 
     def __init__(self, config: SFTConfig):
-        self.config, self.policy = config, Policy(config)
-        self.policy.model.train()
-        self.module, self.optimizer = self.policy.module, config.optimizer.build(self.policy.module)
-        limit = self.policy.model.config.context_length
+        policy = Policy(config)
+        policy.model.train()
+        super().__init__(config, policy, policy.module, config.data.train)
+        limit = policy.model.config.context_length
         self.length = config.context_length or limit
         if self.length > limit:
             raise ValueError(f"context_length {self.length} is more than the model's, {limit}")
-        self.fingerprints = self.policy.fingerprints | {"data.train": digest_of(config.data.train)}
         examples, self.dropped = self._read(config.data.train)
         self.num_examples = len(examples)
         packed = config.batching == "packed"
@@ -79,9 +79,6 @@ class SFTStage:
         self.batches = Batches(lengths, config.batch_size, seed=config.seed, bucketed=not packed)
         self.val = None if config.data.val is None else self._read(config.data.val)[0]
         self.prompts = [] if config.data.val is None else self._prompts(config.data.val)
-
-    def begin(self) -> None:
-        pass
 
     def describe(self) -> str:
         epochs = f"{counted(self.batches.per_epoch, 'step')} an epoch"
@@ -93,12 +90,8 @@ class SFTStage:
 
     def update(self, step: int) -> dict[str, float]:
         rows = [self.rows[i] for i in self.batches.batch(step - 1)]
-        batch = self._batch(rows)
-        values = optimizer_step(
-            self.optimizer, self.module, self._terms, batch,
-            micro_batch_size=self.config.micro_batch_size, max_grad_norm=self.config.optimizer.max_grad_norm,
-        )  # fmt: skip
-        return values | {"tokens": sum(len(example.token_ids) for row in rows for example in row)}
+        tokens = sum(len(example.token_ids) for row in rows for example in row)
+        return self._learn(self._terms, self._batch(rows)) | {"tokens": tokens}
 
     def evaluate(self) -> Finding:
         if self.val is None:
@@ -112,15 +105,6 @@ class SFTStage:
             answers = self._answers()
         mean = total / count
         return Finding({"val/loss": mean}, answers, f"validation loss {mean:.4f}")
-
-    def export(self, directory: pathlib.Path, step: int) -> None:
-        self.policy.export(directory, step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
     def _terms(self, batch: Batch) -> Terms:
         with self.policy.autocast():

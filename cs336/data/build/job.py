@@ -38,7 +38,7 @@ from cs336.tokenizer import Tokenizer
 from cs336.utils.config import dumps, to_table
 from cs336.utils.contents import Contents
 from cs336.utils.documents import Document
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Outcome, Stage, run_stages
 
@@ -331,10 +331,8 @@ class Build:
             if "lines" in index:
                 facts["lines"], facts["lines_dropped"] = index["lines"], index["lines_dropped"]
         table = counts.to_json() | {"stages": stages, "documents": documents, "bytes": size} | facts
-        with replacing(self.output / "recipe.toml") as file:
-            file.write(dumps(self.recipe))
-        with replacing(self.output / "build.json") as file:
-            json.dump(table, file, indent=1)
+        write_text(self.output / "recipe.toml", dumps(self.recipe))
+        write_json(self.output / "build.json", table, indent=1)
         share = documents / counts.records if counts.records else 0.0
         return Outcome(f"{documents:,} documents, {size / 1e6:,.1f} MB: {share:.0%} of the records")
 

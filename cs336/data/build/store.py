@@ -11,7 +11,7 @@ import numpy as np
 
 from cs336.data.build.counts import Counts
 from cs336.utils.documents import Document
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 INDEX = "index.json"
 BLOCK = 1 << 22
@@ -23,8 +23,7 @@ def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, 
     for name in names:
         with (directory / "documents" / name).open("rb") as file:
             files.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
-    with replacing(directory / INDEX) as out:
-        json.dump({"files": files, **facts}, out, indent=1)
+    write_json(directory / INDEX, {"files": files, **facts}, indent=1)
 
 
 def read_index(directory: pathlib.Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cs336.data.build.unit import Work
 from cs336.data.build.worker import described, request_of
 from cs336.data.recipe import Recipe
 from cs336.utils.duration import duration
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 POLL_SECONDS = 0.1
 MOST_LOST = 100  # records of one unit; then the rest of it is lost
@@ -192,5 +192,4 @@ class Supervisor:
     def _remember(self, work: Work) -> None:
         path = work.path("lost")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            json.dump({"key": work.key, "lost": request_of(work)["lost"], "end": work.end}, file)
+        write_json(path, {"key": work.key, "lost": request_of(work)["lost"], "end": work.end})

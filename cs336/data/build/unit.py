@@ -22,7 +22,7 @@ from cs336.data.sources.record import Record, Unread
 from cs336.data.sources.unit import Unit
 from cs336.data.step import Apply, Removed
 from cs336.utils.documents import Document
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_json
 
 FOLDERS = ("documents", "removed", "unread", "counts")
 SAMPLES, SAMPLE_CHARS = 3, 2000  # of each reason in a unit, where removed documents are not kept
@@ -88,8 +88,7 @@ class Line:
             replacing(work.path("unread"), "wb") as unread,
         ):
             counts = _Pass(self, documents, removed, unread).run(work, beat)
-        with replacing(work.path("counts")) as file:
-            json.dump({"key": work.key, "unit": work.unit.name, **counts.to_json()}, file)
+        write_json(work.path("counts"), {"key": work.key, "unit": work.unit.name, **counts.to_json()})
         return counts
 
     def records(self, work: Work) -> Iterator[Record | Unread]:

@@ -28,7 +28,7 @@ from cs336.evaluation.tasks.likelihood import Choice, Continuation, Text
 from cs336.evaluation.tasks.task import Answered, Item, Kind, Metric, Model, Options, metrics
 from cs336.utils.config import parse, read_table
 from cs336.utils.documents import open_bytes, unpacking
-from cs336.utils.files import replacing
+from cs336.utils.files import write_json
 
 _ALL: list[Kind] = [
     Choice(), Continuation(), Text(), GSM8K, MATH, Program("mbpp"), Program("humaneval"), Instructions(), Refusals(),
@@ -177,8 +177,7 @@ def _contamination(tasks: Sequence[Task], training_text: Iterable[str] | None) -
 def save_results(path: str | os.PathLike, results: Sequence[Results], **about: Any) -> pathlib.Path:
     """Write results with every prompt and answer as JSON, and return the path. about: facts to write before them."""
     path = pathlib.Path(path)
-    with replacing(path) as file:
-        json.dump(_finite({**about, "tasks": [dataclasses.asdict(r) for r in results]}), file, indent=1, default=str)
+    write_json(path, _finite({**about, "tasks": [dataclasses.asdict(r) for r in results]}), indent=1, default=str)
     return path
 
 

@@ -35,7 +35,7 @@ from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.transformer import Transformer
 from cs336.nn import QuantizedLinear, RopeConfig
 from cs336.utils.config import parse, to_table
-from cs336.utils.files import replacing
+from cs336.utils.files import replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.tensor_file import save_tensors
 
@@ -142,11 +142,9 @@ def save_adapter(
         named[full.removesuffix(".weight")] = a, rows
     write_adapter(named, directory, base=base, alpha=alpha)
     if model.generation_config:
-        with replacing(pathlib.Path(directory) / GENERATION) as file:
-            file.write(json.dumps(model.generation_config, indent=2) + "\n")
+        write_text(pathlib.Path(directory) / GENERATION, json.dumps(model.generation_config, indent=2) + "\n")
     if model.chat_template is not None:
-        with replacing(pathlib.Path(directory) / TEMPLATE) as file:
-            file.write(model.chat_template)
+        write_text(pathlib.Path(directory) / TEMPLATE, model.chat_template)
 
 
 def from_pretrained(

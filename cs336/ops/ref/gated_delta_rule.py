@@ -9,7 +9,7 @@ segments as in ref/linear_attention.py.
 import torch
 from torch import Tensor
 
-from cs336.ops.ref.linear_attention import continues, heads, start
+from cs336.ops.ref.linear_attention import continues, heads, run, start
 from cs336.ops.ref.wide import wide
 
 
@@ -33,17 +33,8 @@ def fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, V) like v, stored by token, and the state after the last token, in float32."""
-    H = v_BHTV.shape[1]
-    q, k, v = heads(wide(q_BGTK), H), heads(wide(k_BGTK), H), wide(v_BHTV)
-    state, os = start(k, v, state_BHKV), []
-    for t in range(v.shape[2]):
-        if segments_BT is not None:
-            state = torch.where(continues(segments_BT, t), state, 0)
-        g_BH = None if g_BHT is None else g_BHT[:, :, t]
-        o_BHV, state = step(q[:, :, t], k[:, :, t], v[:, :, t], beta_BHT[:, :, t], g_BH, state, scale)
-        os.append(o_BHV)
-    o_BTHV = torch.stack(os, 1) if os else v.transpose(1, 2)
-    return o_BTHV.to(v_BHTV.dtype).contiguous().transpose(1, 2), state.clone()
+    gates = beta_BHT, g_BHT
+    return run(step, q_BGTK, k_BGTK, v_BHTV, *gates, state_BHKV=state_BHKV, segments_BT=segments_BT, scale=scale)
 
 
 def bwd(

@@ -47,13 +47,19 @@ def fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, V) like v, stored by token, and the state after the last token, in float32."""
+    return run(step, q_BGTK, k_BGTK, v_BHTV, g_BHT, state_BHKV=state_BHKV, segments_BT=segments_BT, scale=scale)
+
+
+def run(step, q_BGTK, k_BGTK, v_BHTV, *gates_BHT, state_BHKV, segments_BT, scale) -> tuple[Tensor, Tensor]:
+    """What fwd returns, by any step(q, k, v, *gates, state, scale)."""
     H = v_BHTV.shape[1]
     q, k, v = heads(wide(q_BGTK), H), heads(wide(k_BGTK), H), wide(v_BHTV)
     state, os = start(k, v, state_BHKV), []
     for t in range(v.shape[2]):
         if segments_BT is not None:
             state = torch.where(continues(segments_BT, t), state, 0)
-        o_BHV, state = step(q[:, :, t], k[:, :, t], v[:, :, t], None if g_BHT is None else g_BHT[:, :, t], state, scale)
+        token = (None if x is None else x[:, :, t] for x in (q, k, v, *gates_BHT))
+        o_BHV, state = step(*token, state, scale)
         os.append(o_BHV)
     o_BTHV = torch.stack(os, 1) if os else v.transpose(1, 2)
     return o_BTHV.to(v_BHTV.dtype).contiguous().transpose(1, 2), state.clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.ref import attention
+from cs336.ops.ref.wide import wide
 
 
 def paged_attention(
@@ -27,7 +28,7 @@ def paged_attention(
     """o (B, Q, H, E), lse (B, H, Q)."""
     B, Q, H, _ = q_BQHD.shape
     o_BQHE = q_BQHD.new_zeros(B, Q, H, v_cache_PSHE.shape[-1])
-    lse_BHQ = _wide(q_BQHD).new_zeros(B, H, Q)
+    lse_BHQ = wide(q_BQHD).new_zeros(B, H, Q)
     for b, length in enumerate(seq_lens_B.tolist()):
         k, v = (gathered(cache, page_table_BM[b], length) for cache in (k_cache_PSHD, v_cache_PSHE))
         o_BQHE[b], lse_BHQ[b] = _sequence(q_BQHD[b], k, v, scale, window, softcap, sinks_H)
@@ -50,7 +51,7 @@ def paged_prefill(
     """o (T, H, E), lse (H, T); rows of no sequence are 0 and -inf."""
     T, H, _ = q_THD.shape
     o_THE = q_THD.new_zeros(T, H, v_cache_PSHE.shape[-1])
-    lse_HT = _wide(q_THD).new_full((H, T), -torch.inf)
+    lse_HT = wide(q_THD).new_full((H, T), -torch.inf)
     rows = [slice(*pair) for pair in itertools.pairwise(cu_seqlens_q.tolist())]
     for b, (of_b, length) in enumerate(zip(rows, seq_lens_B.tolist(), strict=True)):
         k, v = (gathered(cache, page_table_BM[b], length) for cache in (k_cache_PSHD, v_cache_PSHE))
@@ -66,7 +67,7 @@ def gathered(cache_PSHD: Tensor, page_table_M: Tensor, length: int) -> Tensor:
 
 def _sequence(q_QHD, k_THD, v_THE, scale, window, softcap, sinks_H) -> tuple[Tensor, Tensor]:
     """o (Q, H, E) in fp32 or fp64, lse (H, Q)."""
-    q, k, v = (_wide(x).transpose(0, 1)[None] for x in (q_QHD, k_THD, v_THE))
+    q, k, v = (wide(x).transpose(0, 1)[None] for x in (q_QHD, k_THD, v_THE))
     o_1HQE, lse_1HQ = attention.fwd(q, k, v, scale, True, window, 0, softcap)
     if sinks_H is not None:
         with_sink_1HQ = torch.logaddexp(lse_1HQ, sinks_H[:, None].to(lse_1HQ.dtype))
@@ -74,7 +75,3 @@ def _sequence(q_QHD, k_THD, v_THE, scale, window, softcap, sinks_H) -> tuple[Ten
         o_1HQE = o_1HQE * share_1HQ[..., None]
         lse_1HQ = with_sink_1HQ
     return o_1HQE[0].transpose(0, 1), lse_1HQ[0]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.ref import rope
+from cs336.ops.ref.wide import wide
 
 
 def fwd(
@@ -20,9 +21,9 @@ def fwd(
     cos, sin = rope.at(cos, positions), rope.at(sin, positions)
     ys, rstds = [], []
     for x_BHSD, w_D in ((q_BHSD, q_weight_D), (k_BHSD, k_weight_D)):
-        x = _wide(x_BHSD)
+        x = wide(x_BHSD)
         rstd_BHS = (x.square().mean(-1) + eps).rsqrt()
-        y = rope.fwd(x * rstd_BHS[..., None] * _wide(w_D), cos, sin, interleaved)
+        y = rope.fwd(x * rstd_BHS[..., None] * wide(w_D), cos, sin, interleaved)
         ys.append(torch.empty_like(x_BHSD).copy_(y))
         rstds.append(rstd_BHS.contiguous())
     return ys[0], ys[1], rstds[0], rstds[1]
@@ -48,13 +49,9 @@ def bwd(
         (dq_BHSD, q_BHSD, q_weight_D, q_rstd_BHS),
         (dk_BHSD, k_BHSD, k_weight_D, k_rstd_BHS),
     ):
-        dy = rope.fwd(_wide(dy_BHSD), cos, -sin, interleaved)
-        xhat, wdy = _wide(x_BHSD) * rstd_BHS[..., None], dy * _wide(w_D)
+        dy = rope.fwd(wide(dy_BHSD), cos, -sin, interleaved)
+        xhat, wdy = wide(x_BHSD) * rstd_BHS[..., None], dy * wide(w_D)
         dx = (wdy - xhat * (wdy * xhat).mean(-1, keepdim=True)) * rstd_BHS[..., None]
         dxs.append(torch.empty_like(x_BHSD).copy_(dx))
         dws.append((dy * xhat).sum((0, 1, 2)).to(w_D.dtype))
     return dxs[0], dxs[1], dws[0], dws[1]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ import triton.language as tl
 from cs336.ops.triton.attention_tile import dot, rows_of, shared_memory, tile, width
 from cs336.ops.triton.cast import INTERPRET, cast
 
-FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops.linear_attention's _Bounded leaves: its exponential is 0
+FORGETS = tl.constexpr(-104.0)  # the least log-decay that ops/recurrence.py leaves: its exponential is 0
 MOST_TOKENS = 4096  # that are walked at once
 PART = 1024  # tokens of a part of a longer walk
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cs336.scaling.api.protocol import Leaderboard, Prediction, Score, Submission
 from cs336.scaling.api.store import Store, User
+from cs336.scaling.laws import check_positive
 
 
 class ClosedError(ValueError):
@@ -25,8 +26,7 @@ class Contest:
     """ISO 8601; UTC without an offset."""
 
     def __post_init__(self):
-        if self.target_flops is not None and not 0 < self.target_flops < math.inf:
-            raise ValueError(f"target must be positive and finite, got {self.target_flops}")
+        check_positive(target=self.target_flops)
         self._ends()
 
     def _ends(self) -> float:
@@ -79,9 +79,7 @@ def _scored(made: Submission, loss: float, best: float | None) -> Score:
 
 def reveal(store: Store, loss: float, parameters: float | None = None) -> int:
     """Say what the target's run reached, once; how many submissions there are. Raises ValueError."""
-    for name, value in (("loss", loss), ("parameters", parameters)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive(loss=loss, parameters=parameters)
     with store.transaction() as db:
         if db.execute("SELECT 1 FROM facts WHERE name = 'truth'").fetchone():
             raise ValueError("the true run is revealed already: it is not changed")

@@ -21,7 +21,7 @@ import numpy as np
 
 from cs336.scaling.api.jobs import Interrupted, Job
 from cs336.scaling.api.protocol import RunRequest
-from cs336.scaling.laws import EPOCH, FLOPS_A_TOKEN, Allocation, step_law
+from cs336.scaling.laws import EPOCH, FLOPS_A_TOKEN, Allocation, check_positive, step_law
 from cs336.utils.rows import read_rows
 
 POINTS = 40  # rows of a run
@@ -44,8 +44,7 @@ class Simulator:
     """Of the loss, relative: standard deviation between seeds."""
 
     def __post_init__(self):
-        if not (0 < self.speed < math.inf):
-            raise ValueError(f"speed must be positive and finite, got {self.speed}")
+        check_positive(speed=self.speed)
         for name in ("time_scale", "noise"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

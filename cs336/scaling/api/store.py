@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from cs336.scaling.api.jobs import Job, Kind, Taken
 from cs336.scaling.api.process import process_mark
 from cs336.scaling.api.protocol import Account, State
-from cs336.utils.database import Database
+from cs336.utils.database import Claim, Queue
 from cs336.utils.locks import locked
 
 FORMAT = 2
@@ -135,28 +135,14 @@ class Entry:
     ended: float | None
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A run that this process is at."""
-
-    entry: Entry
-    _lock: contextlib.ExitStack
-
-    def release(self) -> None:
-        self._lock.close()
-
-
-class Store(Database):
+class Store(Queue):
     """Every method is one transaction, and may be called from any process and thread.
 
     Raises ValueError for a file that is of another kind, OSError where it cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = pathlib.Path(directory)
-        self.claims = self.directory / "claims"
-        self.claims.mkdir(parents=True, exist_ok=True)
-        super().__init__(self.directory / "api.sqlite", "a training API's file", SCHEMA, FORMAT)
+        super().__init__(directory, "api.sqlite", "a training API's file", SCHEMA, FORMAT)
 
     def folder(self, run: str) -> pathlib.Path:
         """Where a run is made."""
@@ -261,7 +247,7 @@ class Store(Database):
 
     # ---- the queue ----
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> Claim[Entry] | None:
         """Take the next run: of the users with the fewest that go on, the one that has waited longest."""
         with contextlib.ExitStack() as held:  # let go of where the transaction fails
             with self.transaction() as db:
@@ -293,7 +279,7 @@ class Store(Database):
             return bool(db.execute("SELECT 1 FROM runs WHERE id = ? AND cancel", (id,)).fetchone())
 
     def settle(
-        self, claim: Claim, state: State, taken: Taken, *, loss: float | None = None, error: str | None = None
+        self, claim: Claim[Entry], state: State, taken: Taken, *, loss: float | None = None, error: str | None = None
     ) -> None:
         """End a run, charge what it took, and give the rest back; or let it wait again, all of it still reserved."""
         try:
