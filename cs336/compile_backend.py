@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from cs336 import ops
 from cs336.ops import sdpa, torch_cross_entropy
@@ -57,7 +57,8 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
             graph_module.graph.erase_node(node)
             counts[name] += 1
             break
-    graph_module.graph.eliminate_dead_code()
+    # What only writes into a tensor has no users, and is no less alive.
+    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or bool(_written(node)))
     graph_module.recompile()
     return counts
 
@@ -70,7 +71,7 @@ def _attention(node: Node):
         return None
     names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
     query, key, value, mask, dropout, causal, *options = _arguments(node, names, (None, 0.0, False, None, False))
-    if not causal and _hides_later_keys(mask):
+    if not causal and mask is not None and _hides_later_keys(mask, _value(query).shape[-2], _value(key).shape[-2]):
         mask, causal = None, True
     args = (query, key, value, mask, dropout, causal, *options)
     return (sdpa.sdpa, args, {}) if sdpa.takes(*map(_value, args)) else None
@@ -263,7 +264,7 @@ def _fits(node: Node, x, weight, bias, shape) -> bool:
     )
 
 
-def _hides_later_keys(mask) -> bool:
+def _hides_later_keys(mask, num_queries: int, num_keys: int) -> bool:
     """keys <= queries, of positions that begin at the same number: (..., 1, T) and (..., S, 1)."""
     while _calls(mask, torch.Tensor.expand):
         mask = mask.args[0]
@@ -274,12 +275,34 @@ def _hides_later_keys(mask) -> bool:
     else:
         return False
     starts = _counted_from(keys, -1), _counted_from(queries, -2)
-    return starts[0] is not None and starts[0] == starts[1]
+    whole = _value(mask).shape[-2:] == (num_queries, num_keys)
+    return whole and starts[0] is not None and starts[0] == starts[1] and not _writes_whole_numbers(mask.graph)
+
+
+_IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
+_WRITING = {operator.setitem, *(getattr(operator, name) for name in _IN_PLACE.split())}
+
+
+def _written(node: Node) -> list:
+    """What it writes into."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = node.target in _WRITING or (name.endswith("_") and not name.endswith("__"))
+    return [
+        *node.args[: int(in_place and node.op != "placeholder")],
+        *([out] if (out := node.kwargs.get("out")) else []),
+    ]
+
+
+def _writes_whole_numbers(graph: Graph) -> bool:
+    """Whether anything is written into a tensor of integers or truth values: places, or a mask, may be others then."""
+    written = (_value(x) for node in graph.nodes for x in _written(node))
+    return any(isinstance(x, Tensor) and not x.is_floating_point() for x in written)
 
 
 def _counted_from(node, dim: int) -> int | None:
     """The first of numbers that rise by one along a dim, of a tensor without others; None if they do not."""
-    if not isinstance(node, Node) or node.meta["example_value"].shape[dim] != node.meta["example_value"].numel():
+    places = _value(node)
+    if not isinstance(places, Tensor) or places.is_floating_point() or places.shape[dim] != places.numel():
         return None
     start = 0
     while not _calls(node, torch.arange):

@@ -118,6 +118,9 @@ def test_a_causal_mask_is_recognised(counts, backend, mask_of, dynamic):
         lambda i: (i[None, :] <= i[:, None]) | (i[None, :] < 2),
         lambda i: i[None, :] <= 3,
         lambda i: i[None, :] <= torch.ones_like(i)[:, None],
+        lambda i: torch.arange(1)[None, :] <= i[:, None],
+        lambda i: (torch.arange(1)[None, :] <= i[:, None]).expand(6, 6),
+        lambda i: i[None, :] <= torch.arange(1)[:, None],
     ],
 )
 def test_other_masks_stay_torchs(counts, backend, mask_of):
@@ -125,6 +128,65 @@ def test_other_masks_stay_torchs(counts, backend, mask_of):
     got = torch.compile(attend, backend=backend, fullgraph=True)(x, mask_of)
     torch.testing.assert_close(got, attend(x, mask_of))
     assert counts == [{}]
+
+
+def prefix(i):
+    mask = i[None, :] <= i[:, None]
+    mask[:, :2] = True
+    return mask
+
+
+def prefix_of_a_view(i):
+    mask = i[None, :] <= i[:, None]
+    mask[:, :2].fill_(True)
+    return mask
+
+
+def or_in_place(i):
+    mask = i[None, :] <= i[:, None]
+    mask |= i[None, :] < 3
+    return mask
+
+
+def out(i):
+    mask = i[None, :] <= i[:, None]
+    torch.logical_or(mask, mask.flip(0), out=mask)
+    return mask
+
+
+def keys(i):
+    places = torch.arange(6)
+    places[:2] = 0
+    return places[None, :] <= i[:, None]
+
+
+def keys_of_a_view(i):
+    places = torch.arange(6)
+    places[None].mul_(2)
+    return places[None, :] <= i[:, None]
+
+
+def queries(i):
+    places = torch.arange(6.0)
+    places *= 0.5
+    return i[None, :] <= places[:, None]
+
+
+def written_by_a_function(i):
+    places = torch.arange(6)
+    torch.fill_(places, 3)
+    return places[None, :] <= i[:, None]
+
+
+WRITTEN = [prefix, prefix_of_a_view, or_in_place, out, keys, keys_of_a_view, queries, written_by_a_function]
+
+
+@pytest.mark.parametrize("mask_of", WRITTEN)
+def test_a_mask_that_is_written_into_stays_torchs(counts, backend, mask_of):
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert sum(map(Counter, counts), Counter()) == {}
 
 
 def mlp_and_loss(x, head, targets):

@@ -159,11 +159,12 @@ class Transformer(nn.Module):
         places: where a batch is computed, a stream for example. Each is given work layer by layer, so that one may
             compute while another waits for memory.
         """
+        contexts: list[Context] = []
         ongoing: list[Stream] = []
-        contexts = [self._context(ids_1T, None, None, state) for ids_1T, state in batches]
-        for (ids_1T, _), context, place in zip(batches, contexts, places, strict=True):
+        for (ids_1T, state), place in zip(batches, places, strict=True):
             with place():
-                ongoing.append(Stream(self._embed(ids_1T, context), None))
+                contexts.append(self._context(ids_1T, None, None, state))
+                ongoing.append(Stream(self._embed(ids_1T, contexts[-1]), None))
         for i, layer in enumerate(self.layers):
             for j, ((_, state), context, place) in enumerate(zip(batches, contexts, places, strict=True)):
                 with place():

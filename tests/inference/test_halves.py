@@ -63,7 +63,7 @@ def test_tokens_are_those_of_whole_steps(model, monkeypatch, options):
     assert (1, 7) in seen
 
 
-def test_an_odd_batch_and_an_empty_row(model):
+def test_an_odd_batch_and_an_empty_row(model, monkeypatch):
     """Halves of three rows, one of which is no sequence, against the features of each alone."""
     state = model.new_pages(8, 4)
     draw = torch.Generator().manual_seed(1)
@@ -78,16 +78,25 @@ def test_an_odd_batch_and_an_empty_row(model):
         own.tokens = PagedTokens(table[rows], length, torch.arange(n, dtype=torch.int32), length - 1, n, length)
         return torch.tensor([[7 + r for r in rows]]), own
 
-    turns = []
+    turns, inside = [], []
+    context = PagedState.context
 
     @contextmanager
     def place(name):
         turns.append(name)
+        inside.append(name)
         yield
+        inside.pop()
+
+    def spy(self, *args):
+        assert inside, "positions are made outside of the place that reads them"
+        return context(self, *args)
 
     with torch.inference_mode():
         places = [partial(place, "a"), partial(place, "b")]
+        monkeypatch.setattr(PagedState, "context", spy)
         found = model.features_beside([batch([0]), batch([1, 2])], places)
+        monkeypatch.undo()
         want = [model.features(ids, state=own)[0] for ids, own in (batch([0]), batch([1]), batch([2]))]
     torch.testing.assert_close(torch.cat([x[0] for x in found]), torch.cat(want), rtol=1e-5, atol=1e-5)
     assert turns == ["a", "b"] * (CONFIG.num_layers + 2)  # a layer of each at a time
