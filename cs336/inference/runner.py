@@ -1,9 +1,10 @@
 """The device's side of a step: what the host says of it in one copy, the forward pass, and a token for each sequence.
 
 A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
-step reads there, so that the host may lay that step out before it has seen the token. A step that only decodes is one
-CUDA graph, captured for batches of a few sizes; smaller batches are filled up with a slot that stays empty. So is one
-that verifies drafts of few sequences: each is a row of as many tokens, its own the last of them.
+step reads there, so that the host may lay that step out before it has seen the token. A step is one CUDA graph where it
+fits a shape that was captured (shapes.py), filled up with a slot that stays empty: one that only decodes, one that reads
+chunks of prompts too, and one that verifies drafts of few sequences, each a row of as many tokens, its own the last of
+them. Where prompts are scored, or logits changed, the host launches a step kernel by kernel.
 
 R = sequences of a step, those that decode first; T = its tokens; W = tokens of a row of a step that verifies;
 B = those sequences of which a token is drawn; V = vocabulary; N = log-probabilities beside that of the token.
@@ -66,6 +67,20 @@ class Launched:
     def wait(self) -> None:
         if self.done is not None:
             self.done.synchronize()
+
+
+def _tokens_of(chunks: Rows[Chunk], first_row: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, positions and rows of all tokens of these chunks, and where each chunk ends, from 0 on."""
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    ends = [0]
+    for row, chunk in enumerate(chunks, first_row):
+        ids += chunk.token_ids
+        positions += range(chunk.start, chunk.start + chunk.count)
+        rows += [row] * chunk.count
+        ends.append(len(ids))
+    return ids, positions, rows, ends
 
 
 def _capturable(model: Transformer) -> bool:
@@ -247,15 +262,7 @@ class Runner:
         """Behind the rows of a captured step: where each chunk ends, its last token, and ids, positions and rows of all
         tokens. Those that fill up are of one more row, which is empty. Returns which of what is drawn is wanted."""
         put, (N, C, T) = self._staging.put, (shape.rows, shape.chunks, shape.tokens)
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        ends = [0]
-        for row, chunk in enumerate(step.chunks, N):
-            ids += chunk.token_ids
-            positions += range(chunk.start, chunk.start + chunk.count)
-            rows += [row] * chunk.count
-            ends.append(len(ids))
+        ids, positions, rows, ends = _tokens_of(step.chunks, N)
         put(ends, C + 1, len(ids))
         put([T])
         put([N + end - 1 for end in ends[1:]], C + 1, N)
@@ -266,15 +273,7 @@ class Runner:
 
     def _put_chunks(self, step: Step) -> dict[str, Tensor]:
         put, n = self._staging.put, len(step.decodes)
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        ends = [0]
-        for row, chunk in enumerate(step.chunks, n):
-            ids += chunk.token_ids
-            positions += range(chunk.start, chunk.start + chunk.count)
-            rows += [row] * chunk.count
-            ends.append(len(ids))
+        ids, positions, rows, ends = _tokens_of(step.chunks, n)
         old = self._continued(step)
         sampling = [(row, chunk) for row, chunk in enumerate(step.chunks, n) if chunk.samples]
         samples = [(row, back) for row, chunk in sampling for back in range(len(chunk.drafts), -1, -1)]

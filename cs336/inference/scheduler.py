@@ -113,8 +113,9 @@ class Scheduler:
 
     together: where more wait than there are slots, so many slots become free before one is given away, but none is kept
     free for more than as many steps. A step that reads prompts costs a few of those that do not.
-    captured: chunks and tokens of prompts that a step reads at most where it can be a CUDA graph. One that is none
-    takes the host's time, as much for a few tokens as for thousands.
+    captured: chunks and tokens of prompts that a step reads at most where it can be a CUDA graph. One that is none, as
+    long as prompts are scored or logits changed, takes the host's time, as much for a few tokens as for thousands: it
+    reads as many as the budget has.
     """
 
     def __init__(

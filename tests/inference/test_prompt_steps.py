@@ -73,14 +73,24 @@ def test_a_step_that_can_be_captured_reads_as_much_as_fits(model, laid_out):
         e.step()
         read.append(laid_out[-1])
     assert [(shape.chunks, shape.tokens) for shape in read[:3]] == [(3, 32), (3, 32), (3, 32)]
-    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    while e.busy:
-        e.step()
+
+
+HOST = [{"prompt_logprobs": 0}, {"min_tokens": 3}, {"frequency_penalty": 0.5}]
+
+
+@pytest.mark.parametrize("host", HOST)
+def test_a_step_that_cannot_be_captured_reads_all_of_its_budget(model, laid_out, host):
+    e = Engine(model, None, EngineConfig(page_size=4, max_seqs=5, max_step_tokens=64))
     laid_out.clear()
-    e.add(PROMPTS[6], scored)
+    e.add(PROMPTS[6], SamplingParams(temperature=0, max_tokens=5, **host))
     e.step()
     assert not laid_out
     assert e.scheduler.running[0].computed == 64
+    while e.busy:
+        e.step()
+    e.add(PROMPTS[6], PLAIN[0])
+    e.step()
+    assert laid_out[-1].tokens == e.scheduler.running[0].computed == 32
 
 
 @pytest.mark.parametrize("name", ["latent", "linear", "experts"])
