@@ -88,7 +88,7 @@ def test_a_step_that_cannot_be_captured_reads_all_of_its_budget(model, laid_out,
     assert e.scheduler.running[0].computed == 64
     while e.busy:
         e.step()
-    e.add(PROMPTS[6], PLAIN[0])
+    e.add(PROMPTS[4], PLAIN[0])
     e.step()
     assert laid_out[-1].tokens == e.scheduler.running[0].computed == 32
 
