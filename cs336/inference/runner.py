@@ -3,8 +3,8 @@
 A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
 step reads there, so that the host may lay that step out before it has seen the token. A step is one CUDA graph where it
 fits a shape that was captured (shapes.py), filled up with a slot that stays empty: one that only decodes, one that also
-reads chunks of prompts, and one that verifies drafts of few sequences, each a row of as many tokens, its own the last of
-them. Where prompts are scored, or logits changed, the host launches a step kernel by kernel.
+reads chunks of prompts, and one that verifies drafts of few sequences: each is a row of as many tokens, its own the last
+of them. Where prompts are scored, or logits changed, the host launches a step kernel by kernel.
 
 R = sequences of a step, those that decode first; T = its tokens; W = tokens of a row of a step that verifies;
 B = those sequences of which a token is drawn; V = vocabulary; N = log-probabilities beside that of the token.
