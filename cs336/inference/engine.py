@@ -27,7 +27,7 @@ from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
-from cs336.inference.shapes import graph_sizes
+from cs336.inference.shapes import graph_sizes, most_captured
 from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import PagedState, Transformer
@@ -249,6 +249,7 @@ class Engine:
             check_draft(model, draft, max_len, tokenizer)
             self.vocab_size = min(self.vocab_size, draft.config.vocab_size)
         rollback = config.draft_tokens if self.speculates else 0
+        captured = most_captured(step_tokens) if on_gpu and config.cuda_graphs else 0  # which keep memory of their own
         samples = [
             m.new_pages(1, config.page_size, 1, max_len, rollback=rollback) for m in (model, draft) if m is not None
         ]
@@ -260,7 +261,7 @@ class Engine:
             slot_bytes=sum(s.nbytes for s in samples) - page_bytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
-            max_step_tokens=step_tokens,
+            max_step_tokens=step_tokens + captured,
             max_len=max_len,
             shorten=config.max_len is None and is_paged,
             free=ranks.least(free_memory(model.device, config.memory_share), model),
@@ -275,13 +276,7 @@ class Engine:
         )
         captures = self.runner.captures and not self.speculates  # steps that verify drafts of many are none
         together = max(1, config.max_seqs // TOGETHER) if captures else 1
-        self.scheduler = Scheduler(
-            self.cache,
-            max_seqs=config.max_seqs,
-            max_step_tokens=step_tokens,
-            together=together,
-            captured=self.runner.most_prompts if captures else None,
-        )
+        self.scheduler = Scheduler(self.cache, max_seqs=config.max_seqs, max_step_tokens=step_tokens, together=together)
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = Drafter(self._runner(draft, self._state(draft, rollback), step_tokens), shares=False)

@@ -11,8 +11,11 @@ from cs336.nn import Attention
 from cs336.ops import registry
 from cs336.ops.paged_attention import NATIVE_HEAD_DIMS
 
-SPARE = 20
-LEAST_ROWS = 64
+# On an H200 256 requests of a Qwen3-0.6B come to 23.4k tokens/s by halves and to 22.1k without. A step of 256 rows with
+# 154,000 tokens takes 6.02 ms for 6.10, and 6.27 with 29 spare; of 96 rows with 105,000 tokens 4.6 for 4.3, and of 256
+# with 66,000 tokens 4.2 for 3.9.
+SPARE = 48
+LEAST_ROWS = 144
 READ = 8  # bytes of keys and values for one of layers' weights
 
 
@@ -33,6 +36,8 @@ def halves_of(model: Transformer) -> Halves | None:
     """None where attention has no kernel that leaves multiprocessors alone, or does not see all tokens."""
     mixers = [cast(TransformerBlock, layer).attention for layer in model.layers]
     if ranks.is_divided(model) or registry.kernels("paged_attention", model.device)[0] != "native":
+        return None
+    if registry.capability(model.device) != (9, 0):
         return None
     if not all(isinstance(m, Attention) and m.window is None and m.head_dim in NATIVE_HEAD_DIMS for m in mixers):
         return None

@@ -2,9 +2,9 @@
 
 A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
 step reads there, so that the host may lay that step out before it has seen the token. A step is one CUDA graph where it
-fits a shape that was captured (shapes.py), filled up with a slot that stays empty: one that only decodes, one that also
-reads chunks of prompts, and one that verifies drafts of few sequences: each is a row of as many tokens, its own the last
-of them. Where prompts are scored, or logits changed, the host launches a step kernel by kernel.
+fits a shape that was captured (shapes.py), filled up with a slot that stays empty: it decodes, and may read chunks of
+prompts, or it verifies drafts of few sequences: each is a row of as many tokens, its own the last. Where prompts are
+scored, or logits changed, the host launches a step kernel by kernel.
 
 R = sequences of a step, those that decode first; T = its tokens; W = tokens of a row of a step that verifies;
 B = those sequences of which a token is drawn; V = vocabulary; N = log-probabilities beside that of the token.
@@ -154,11 +154,6 @@ class Runner:
     def captures(self) -> bool:
         """Whether steps that only decode are CUDA graphs."""
         return bool(self._sizes[1])
-
-    @property
-    def most_prompts(self) -> tuple[int, int] | None:
-        """Chunks and tokens of prompts that the largest captured step reads."""
-        return (self._prompts[-1].chunks, self._prompts[-1].tokens) if self._prompts else None
 
     @torch.inference_mode()
     def capture(self) -> int:

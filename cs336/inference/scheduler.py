@@ -8,7 +8,6 @@ none, the sequence admitted last gives up its pages and waits again, to compute 
 The scheduler knows how many tokens a sequence has, not which: a step may be laid out while the one before still runs.
 """
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence as Rows
@@ -113,21 +112,10 @@ class Scheduler:
 
     together: where more wait than there are slots, so many slots become free before one is given away, but none is kept
     free for more than as many steps. A step that reads prompts costs a few of those that do not.
-    captured: chunks and tokens of prompts that a step reads at most where it can be a CUDA graph. One that is none, as
-    long as prompts are scored or logits changed, takes the host's time, as much for a few tokens as for thousands: it
-    reads as many as the budget has.
     """
 
-    def __init__(
-        self,
-        cache: PageCache,
-        *,
-        max_seqs: int,
-        max_step_tokens: int,
-        together: int = 1,
-        captured: tuple[int, int] | None = None,
-    ):
-        self.cache, self.max_step_tokens, self.together, self.captured = cache, max_step_tokens, together, captured
+    def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int, together: int = 1):
+        self.cache, self.max_step_tokens, self.together = cache, max_step_tokens, together
         self._kept = 0  # steps with a slot free that was wanted
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -145,14 +133,11 @@ class Scheduler:
         decodes, chunks = self._decodes()
         budget = self.max_step_tokens - len(decodes) - sum(chunk.count for chunk in chunks)
         copies: list[tuple[int, int]] = []
-        most = len(self.running) + len(self.waiting)  # chunks
-        if self.captured is not None and not self._needs_host():
-            most, budget = self.captured[0], min(budget, self.captured[1])
         for sequence in self.running:
-            if not sequence.decoding and not sequence.exhausted and budget > 0 and len(chunks) < most:
+            if not sequence.decoding and not sequence.exhausted and budget > 0:
                 budget -= self._chunk(sequence, budget, chunks)
         admits = self._admits(any(not chunk.drafts for chunk in chunks))
-        while admits and self.waiting and self._slots and budget > 0 and len(chunks) < most:
+        while admits and self.waiting and self._slots and budget > 0:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence, copies):
                 break
@@ -169,11 +154,6 @@ class Scheduler:
             return True
         self._kept += free > 0
         return False
-
-    def _needs_host(self) -> bool:
-        """Whether the next step can be no CUDA graph: prompts are scored, or logits changed."""
-        sequences = [*self.running, *itertools.islice(self.waiting, 1)]
-        return any(s.score_from is not None or s.sampled < s.controlled for s in sequences)
 
     def launched(self) -> None:
         """The step laid out last is on its way: what later ones write is written after it."""

@@ -74,6 +74,8 @@ def paged_attention(
             f"q must have 1 to {MAX_DECODE_QUERIES} tokens a sequence, got shape {tuple(q.shape)}: "
             "ops.paged_prefill takes more"
         )
+    if spare < 0:
+        raise ValueError(f"spare must be a number of multiprocessors, 0 for none, got {spare}")
     args = rows(q), rows(k_cache), rows(v_cache), page_table, seq_lens
     options = _options(q, scale, window, softcap, sinks)
     _check_decode(*args, *options)

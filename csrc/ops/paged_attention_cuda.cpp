@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_ints(page_table, "page_table", 2, q);
   check_ints(seq_lens, "seq_lens", 1, q);
   STD_TORCH_CHECK(window >= -1, "window must not be below -1, got ", window);
-  STD_TORCH_CHECK(spare >= 0 && spare < kMost, "spare must not be negative, got ", spare);
+  STD_TORCH_CHECK(spare >= 0 && spare < kMost, "spare must be a number of multiprocessors, got ", spare);
   STD_TORCH_CHECK(softcap >= 0, "softcap must not be negative, got ", softcap);
   if (sinks) {
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == heads && sinks->scalar_type() == ScalarType::Float &&

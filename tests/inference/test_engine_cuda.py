@@ -9,6 +9,7 @@ from block_kinds import MIXERS
 
 from cs336.inference import Engine, EngineConfig, SamplingParams, runner
 from cs336.inference.halves import Halves
+from cs336.inference.speculation import Speculator
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AlibiConfig, AttentionConfig
 
@@ -97,12 +98,22 @@ def test_captured_steps_by_halves(prompts, monkeypatch, max_seqs, spare):
 
 
 @pytest.mark.parametrize("max_seqs", [1, 3, 8])
-def test_captured_steps_verify_drafts(max_seqs):
+def test_captured_steps_verify_drafts(monkeypatch, max_seqs):
+    """Drafts are the tokens that come without them, but each third, which is another."""
     prompts = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5 + [5], [8], [9] * 12]
     model = make(torch.float32)
+    _, plain, _ = run(model, prompts, max_seqs=max_seqs)
+    texts = [prompt + ids for prompt, ids in zip(prompts, plain, strict=True)]
+
+    def draft(self, token_ids):
+        at, text = len(token_ids), next(text for text in texts if text[: len(token_ids)] == list(token_ids))
+        return [token if i % 3 else (token + 1) % 512 for i, token in enumerate(text[at : at + 7], at)]
+
+    monkeypatch.setattr(Speculator, "draft", draft)
     e, ids, _ = run(model, prompts, max_seqs=max_seqs, speculation="ngram")
     assert any(shape.width == 8 for shape, _ in e.runner._graphs)
-    assert sum(e.stats.accepted) > 0
+    assert ids == plain
+    assert 0 < sum(e.stats.accepted) < sum(e.stats.drafted)
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= 1e-3

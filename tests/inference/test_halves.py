@@ -108,7 +108,9 @@ def made(*layers, num_heads=4):
 
 
 @pytest.mark.skipif(registry.missing("paged_attention", "native", torch.device("cpu")) is not None, reason="not built")
-def test_models_that_are_halved():
+def test_models_that_are_halved(monkeypatch):
+    assert halves_of(made()) is None
+    monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
     halves = halves_of(made())
     weights, kept = 2 * made().config.num_parameters(embeddings=False), made().config.state_bytes(1, 2)
     assert halves == Halves(LEAST_ROWS, int(READ * weights / kept), SPARE)

@@ -6,7 +6,7 @@ from block_kinds import MIXERS
 from replayed import lay_out
 
 from cs336.inference import Engine, EngineConfig, SamplingParams, shapes
-from cs336.inference.shapes import Shape, prompt_shapes
+from cs336.inference.shapes import Shape, most_captured, prompt_shapes
 from cs336.models import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(64, 96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, qk_norm=True)
@@ -64,33 +64,18 @@ def test_tokens_are_those_of_other_steps(model, laid_out, params, options):
     assert all(shape.rows == (0 if options.get("max_seqs") == 1 else 5) for shape in read)
 
 
-def test_a_step_that_can_be_captured_reads_as_much_as_fits(model, laid_out):
-    e = Engine(model, None, EngineConfig(page_size=4, max_seqs=5, max_step_tokens=64))
-    for prompt in (PROMPTS[6], PROMPTS[0], PROMPTS[1], PROMPTS[1]):
-        e.add(prompt, PLAIN[0])
-    read = []
-    for _ in range(4):
+def test_what_fits_no_shape_is_not_captured(model, laid_out):
+    """More tokens, more chunks; and so what needs the host."""
+    cases = [([PROMPTS[6]], {}), ([PROMPTS[0]] * 4, {}), ([PROMPTS[0]], {"prompt_logprobs": 0})]
+    cases += [([PROMPTS[0]], {"min_tokens": 3}), ([PROMPTS[0]], {"frequency_penalty": 0.5}), ([PROMPTS[0]] * 3, {})]
+    for prompts, options in cases:
+        e = Engine(model, None, EngineConfig(page_size=4, max_seqs=5, max_step_tokens=96, prefix_cache=False))
+        laid_out.clear()
+        for prompt in prompts:
+            e.add(prompt, SamplingParams(temperature=0, max_tokens=5, **options))
         e.step()
-        read.append(laid_out[-1])
-    assert [(shape.chunks, shape.tokens) for shape in read[:3]] == [(3, 32), (3, 32), (3, 32)]
-
-
-HOST = [{"prompt_logprobs": 0}, {"min_tokens": 3}, {"frequency_penalty": 0.5}]
-
-
-@pytest.mark.parametrize("host", HOST)
-def test_a_step_that_cannot_be_captured_reads_all_of_its_budget(model, laid_out, host):
-    e = Engine(model, None, EngineConfig(page_size=4, max_seqs=5, max_step_tokens=64))
-    laid_out.clear()
-    e.add(PROMPTS[6], SamplingParams(temperature=0, max_tokens=5, **host))
-    e.step()
-    assert not laid_out
-    assert e.scheduler.running[0].computed == 64
-    while e.busy:
-        e.step()
-    e.add(PROMPTS[4], PLAIN[0])
-    e.step()
-    assert laid_out[-1].tokens == e.scheduler.running[0].computed == 32
+        assert all(s.computed == s.num_prompt for s in e.scheduler.running)
+        assert [shape.tokens for shape in laid_out] == ([] if (prompts, options) != cases[-1] else [32])
 
 
 @pytest.mark.parametrize("name", ["latent", "linear", "experts"])
@@ -110,6 +95,7 @@ def test_shapes(max_seqs, tokens):
     found = prompt_shapes(max_seqs, tokens)
     assert all(shape.rows + shape.tokens <= tokens and 1 <= shape.chunks <= max_seqs for shape in found)
     assert [shape.tokens for shape in found] == sorted(shape.tokens for shape in found)
+    assert max((shape.tokens for shape in found), default=0) <= most_captured(tokens) <= tokens
     if found:
         assert found[-1].rows == (max_seqs if max_seqs > 1 else 0)
     assert Shape(4, chunks=2, tokens=8).numbers == 3 * 7 + 4 + 3 + 24
