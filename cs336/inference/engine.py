@@ -249,7 +249,9 @@ class Engine:
             check_draft(model, draft, max_len, tokenizer)
             self.vocab_size = min(self.vocab_size, draft.config.vocab_size)
         rollback = config.draft_tokens if self.speculates else 0
-        captured = most_captured(step_tokens) if on_gpu and config.cuda_graphs else 0  # which keep memory of their own
+        captured = (
+            most_captured(model.config, step_tokens) if on_gpu and config.cuda_graphs else 0
+        )  # which keep memory of their own
         samples = [
             m.new_pages(1, config.page_size, 1, max_len, rollback=rollback) for m in (model, draft) if m is not None
         ]

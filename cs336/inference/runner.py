@@ -26,7 +26,7 @@ from cs336.inference.controls import Controls
 from cs336.inference.halves import halves_of
 from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 from cs336.inference.scheduler import Chunk, Sequence, Step
-from cs336.inference.shapes import Shape, prompt_shapes
+from cs336.inference.shapes import Shape, most_captured, prompt_shapes
 from cs336.inference.slots import Slots
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
@@ -145,7 +145,7 @@ class Runner:
         self._prompts: tuple[Shape, ...] = ()
         """Of the steps that are captured with prompts, the cheapest first."""
         if sizes and state.is_paged:  # a recurrence would see the tokens that fill up a row
-            self._prompts = prompt_shapes(max_seqs, max_step_tokens)
+            self._prompts = prompt_shapes(max_seqs, max_step_tokens, most_captured(model.config, max_step_tokens))
             if drafts:
                 self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
         self._graphs: dict[tuple[Shape, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}

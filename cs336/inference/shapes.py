@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
-# Tokens of prompts in a captured step, and the chunks that they may be of. A step that the host launches takes 45 ms of
-# 28 layers, in which an H200 computes 16,384 tokens of a Qwen3-0.6B: with so many there is nothing to gain.
+from cs336.models import TransformerConfig
+
+# Tokens of prompts in a captured step, and the chunks that they may be of.
 PROMPTS = {128: 4, 512: 8, 2048: 16, 4096: 32, 8192: 32}
+HOST = 1e-3  # seconds a layer in which the host launches a step's kernels: 0.9 to 1.6 were measured beside an H200
+RATE = 6e14  # FLOPs a second of an H200's products
 
 
 class Shape(NamedTuple):
@@ -40,18 +43,21 @@ def graph_sizes(max_seqs: int) -> tuple[int, ...]:
     return tuple(sorted({size for size in sizes if size < max_seqs} | {max_seqs}))
 
 
-def most_captured(max_step_tokens: int) -> int:
-    """Tokens of prompts in the largest step that is captured."""
-    return max((tokens for tokens in PROMPTS if tokens <= max_step_tokens), default=0)
+def most_captured(config: TransformerConfig, max_step_tokens: int) -> int:
+    """Tokens of prompts in the largest step that is captured. What fills it up is computed too: so it takes the device
+    no longer than the host would take to launch it."""
+    flops = sum(block.flops(config.d_model, 0) for block in config.blocks)  # of a token
+    most = min(max_step_tokens, HOST * config.num_layers * RATE / flops)
+    return max((tokens for tokens in PROMPTS if tokens <= most), default=0)
 
 
-def prompt_shapes(max_seqs: int, max_step_tokens: int) -> tuple[Shape, ...]:
-    """Of steps with prompts, the cheapest first: beside a quarter of the sequences, or all of them."""
-    most = max_seqs if max_seqs > 1 else 0  # beside the one that begins
-    rows = sorted({max_seqs // 4, most} if max_seqs >= 64 else {most})
+def prompt_shapes(max_seqs: int, max_step_tokens: int, most: int) -> tuple[Shape, ...]:
+    """Of steps with up to `most` tokens of prompts, the cheapest first: beside a quarter of the sequences, or all."""
+    beside = max_seqs if max_seqs > 1 else 0  # the one that begins
+    rows = sorted({max_seqs // 4, beside} if max_seqs >= 64 else {beside})
     return tuple(
         Shape(n, chunks=min(chunks, max_seqs), tokens=tokens)
         for tokens, chunks in PROMPTS.items()
         for n in rows
-        if most + tokens <= max_step_tokens
+        if tokens <= most and beside + tokens <= max_step_tokens
     )

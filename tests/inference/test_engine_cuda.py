@@ -78,11 +78,15 @@ def test_captured_steps_read_prompts(prompts, monkeypatch, max_seqs, options):
         return shape
 
     monkeypatch.setattr(runner.Runner, "_shape", spy)
-    _, ids, _ = run(model, prompts * 2, max_seqs=max_seqs, max_step_tokens=600, **options)
+    _, ids, requests = run(model, prompts * 2, max_seqs=max_seqs, max_step_tokens=600, **options)
     assert {shape.tokens for shape in asked if shape is not None} >= {0, 128, 512}
     for prompt, found in zip(prompts * 2, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= 0.15
+    if options.get("invariant"):
+        _, _, others = run(model, prompts * 2, max_seqs=max_seqs, cuda_graphs=False, **options)
+        for request, other in zip(requests, others, strict=True):
+            assert request.samples[0].tokens == other.samples[0].tokens  # log-probabilities, too, to the bit
 
 
 @pytest.mark.parametrize("spare", [1, 28, 1000])

@@ -92,10 +92,19 @@ def test_other_blocks(laid_out, name):
     ("max_seqs", "tokens"), [(1, 128), (1, 16384), (8, 512), (64, 16384), (256, 16384), (256, 300)]
 )
 def test_shapes(max_seqs, tokens):
-    found = prompt_shapes(max_seqs, tokens)
-    assert all(shape.rows + shape.tokens <= tokens and 1 <= shape.chunks <= max_seqs for shape in found)
-    assert [shape.tokens for shape in found] == sorted(shape.tokens for shape in found)
-    assert max((shape.tokens for shape in found), default=0) <= most_captured(tokens) <= tokens
-    if found:
-        assert found[-1].rows == (max_seqs if max_seqs > 1 else 0)
+    for most in (0, 128, 512, 8192):
+        found = prompt_shapes(max_seqs, tokens, most)
+        assert all(shape.rows + shape.tokens <= tokens and 1 <= shape.chunks <= max_seqs for shape in found)
+        assert [shape.tokens for shape in found] == sorted(shape.tokens for shape in found)
+        assert max((shape.tokens for shape in found), default=0) <= most
+        if found:
+            assert found[-1].rows == (max_seqs if max_seqs > 1 else 0)
     assert Shape(4, chunks=2, tokens=8).numbers == 3 * 7 + 4 + 3 + 24
+
+
+def test_large_models_fill_up_little():
+    qwen = {"num_kv_heads": 8, "head_dim": 128}
+    small = TransformerConfig(151936, 4096, num_layers=28, d_model=1024, num_heads=16, d_ff=3072, **qwen)
+    large = TransformerConfig(151936, 4096, num_layers=36, d_model=4096, num_heads=32, d_ff=12288, **qwen)
+    assert [most_captured(c, 16384) for c in (small, large)] == [8192, 512]
+    assert [most_captured(small, most) for most in (8191, 512, 100)] == [4096, 512, 0]
