@@ -44,10 +44,11 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
     """Put our ops in place of the patterns, in place: of `only` these, all if None. Returns how many of each there
     were."""
     counts: Counter = Counter()
+    written = {base for node in graph_module.graph.nodes for x in _written(node) for base in _bases(x)}
     for node in list(graph_module.graph.nodes):
         for name, match in PATTERNS.items():
             found = match(node) if only is None or name in only else None
-            if found is None:
+            if found is None or not written.isdisjoint(_read_between(node, found[1])):
                 continue
             function, args, kwargs = found
             with graph_module.graph.inserting_before(node):
@@ -280,6 +281,7 @@ def _hides_later_keys(mask, num_queries: int, num_keys: int) -> bool:
 
 
 _IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
+_VIEWS = torch.Tensor.view, torch.Tensor.reshape, torch.unsqueeze, torch.transpose, torch.Tensor.expand
 _WRITING = {operator.setitem, *(getattr(operator, name) for name in _IN_PLACE.split())}
 
 
@@ -291,6 +293,26 @@ def _written(node: Node) -> list:
         *node.args[: int(in_place and node.op != "placeholder")],
         *([out] if (out := node.kwargs.get("out")) else []),
     ]
+
+
+def _bases(x) -> Iterator[Node]:
+    """What is written into with x: it, and what it is a view of."""
+    while isinstance(x, Node):
+        yield x
+        x = x.args[0] if _calls(x, operator.getitem, *_VIEWS) else None
+
+
+def _read_between(node: Node, args: tuple) -> set[Node]:
+    """Of a pattern of several nodes, which ends with `node` and becomes a call with `args`: these, and the nodes
+    between. The call would read them later than the pattern does."""
+    between: set[Node] = set()
+    arguments, todo = {x for x in args if isinstance(x, Node)}, [node]
+    while todo:
+        for x in todo.pop().all_input_nodes:
+            if x not in arguments | between:
+                between.add(x)
+                todo.append(x)
+    return between | arguments if between else set()
 
 
 def _writes_whole_numbers(graph: Graph) -> bool:

@@ -189,6 +189,40 @@ def test_a_mask_that_is_written_into_stays_torchs(counts, backend, mask_of):
     assert sum(map(Counter, counts), Counter()) == {}
 
 
+def norm_cut(x):
+    y = x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.clamp_(0)
+    return x.new_ones(8) * y
+
+
+def norm_zeroed(x):
+    y = x + 1
+    z = y * (y.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.zero_()
+    return x.new_ones(8) * z
+
+
+def gate_written(x):
+    gate = x + 1
+    activated = F.silu(gate)
+    gate[..., :4] = 0
+    return activated * gate
+
+
+def gate_written_by_a_view(x):
+    gate, up = x + 1, x - 1
+    activated = F.silu(gate)
+    gate[..., :4].mul_(3)
+    return activated * up
+
+
+@pytest.mark.parametrize("function", [norm_cut, norm_zeroed, gate_written, gate_written_by_a_view])
+def test_what_is_written_within_a_pattern_stays_torchs(counts, backend, function):
+    x = torch.randn(2, 6, 8)
+    torch.testing.assert_close(torch.compile(function, backend=backend)(x), function(x))
+    assert sum(map(Counter, counts), Counter()) == {}
+
+
 def mlp_and_loss(x, head, targets):
     gate, up = x.chunk(2, -1)
     h = F.silu(gate) * up + up * F.gelu(gate, approximate="tanh") + F.relu(gate).square() + F.relu(up) ** 2
