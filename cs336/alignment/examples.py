@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix(BOM_UTF8))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: expected a JSON object ({error})") from None
             if not isinstance(row, dict):
@@ -116,6 +117,10 @@ def read_examples(
             if "messages" in row:
                 messages = [turn.message for turn in turns_of(row["messages"], where)]
                 examples.append(encode_chat(messages, tokenizer, template, end_ids, last_only=last_only))
+            elif "prompt" not in row and "completion" not in row:
+                raise ValueError(
+                    f'{where}: expected "messages", or "prompt" and "completion"; the line has {", ".join(row)}'
+                )
             else:
                 prompt, completion = text_at(row, "prompt", where), text_at(row, "completion", where)
                 examples.append(encode_completion(prompt, completion, tokenizer, end_ids))

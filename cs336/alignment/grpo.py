@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cs336.alignment.functions import masked_mean, sequence_log_probs
-from cs336.alignment.policy import KINDS, LossType, group_advantages, policy_gradient_terms
+from cs336.alignment.policy import KINDS, LossType, from_first, group_advantages, policy_gradient_terms
 from cs336.alignment.rollouts import Draw, Order, Reward, Rollouts, by_length, join, rollout, rows, scores
 from cs336.alignment.stage import step_on
 from cs336.inference import LLM
@@ -117,7 +117,7 @@ def collect(llm: LLM, draw: Draw, reward: Reward, config: GRPOConfig, seed: int)
         if not config.dynamic_sampling:
             kept = drawn
             break
-        differ_P = rewards_B.view(-1, n).std(1) > 0
+        differ_P = from_first(rewards_B, n).std(1) > 0
         places_B = differ_P.repeat_interleave(n).nonzero().flatten()
         if len(places_B):
             kept.append((rows(rollouts, places_B), rewards_B[places_B]))
@@ -306,7 +306,7 @@ def _log_probs(
 
 
 def _of_rollouts(rollouts: Rollouts, rewards_B: Tensor, num_generations: int) -> dict[str, float]:
-    std_P = rewards_B.view(-1, num_generations).std(1)
+    std_P = from_first(rewards_B, num_generations).std(1)
     values = {
         "reward": rewards_B.mean(),
         "reward_std": std_P.mean(),

@@ -62,13 +62,19 @@ def group_advantages(
         raise ValueError("rewards must be finite")
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"baseline must be mean or leave_one_out, got {baseline!r}")
-    rewards_PG = rewards_B.double().view(-1, group_size)
+    rewards_PG = from_first(rewards_B, group_size)
     advantages_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     if baseline == "leave_one_out":
         advantages_PG = advantages_PG * (group_size / (group_size - 1))
     if normalize_std:
         advantages_PG = advantages_PG / (rewards_PG.std(1, keepdim=True) + eps)
     return advantages_PG.flatten().float()
+
+
+def from_first(rewards_B: Tensor, group_size: int) -> Tensor:
+    """Rewards less that of their group's first, (P, G) float64: equal ones are exactly 0, and so is their deviation."""
+    rewards_PG = rewards_B.double().view(-1, group_size)
+    return rewards_PG - rewards_PG[:, :1]
 
 
 def gae(
@@ -91,7 +97,7 @@ def gae(
     check_shapes(rewards_BT, values=values_BT, mask=mask_BT)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must be in 0..1, got {gamma} and {lam}")
-    next_value_B = torch.zeros_like(values_BT[:, 0]) if last_value_B is None else last_value_B
+    next_value_B = values_BT.new_zeros(len(values_BT)) if last_value_B is None else last_value_B
     next_advantage_B = torch.zeros_like(next_value_B)
     mask_BT = mask_BT.bool()
     advantages_BT = torch.zeros_like(values_BT)

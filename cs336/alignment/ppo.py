@@ -193,7 +193,7 @@ def ppo_step(
     steps = list[dict[str, float]]()
     for _ in range(config.num_ppo_epochs):
         order = torch.randperm(len(ids_BS), generator=generator).to(ids_BS.device)
-        for places in order.chunk(config.num_mini_batches):
+        for places in order.tensor_split(min(config.num_mini_batches, len(order))):
             part = _Batch(*(x[places] for x in batch))
             steps.append(_update(policy, critic, module, optimizer, part, config, size, max_grad_norm))
     return values | {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}

@@ -77,6 +77,8 @@ def calibration_curve(probabilities: Sequence[float], outcomes: Sequence[bool], 
     """
     if len(probabilities) != len(outcomes) or not len(probabilities):
         raise ValueError(f"there are {len(probabilities)} probabilities and {len(outcomes)} outcomes: give one of each")
+    if bins < 1:
+        raise ValueError(f"bins must be 1 or more, got {bins}")
     p, came = torch.tensor(list(probabilities), dtype=torch.float64), torch.tensor(list(outcomes)).double()
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("probabilities must be in 0..1")

@@ -44,8 +44,8 @@ def evaluate(arguments: list[str]) -> Run:
         Args:
             text: files or directories of text, JSON lines or parquet; the run's own validation data if there are none.
             max_tokens: of text, read about no more than this, spread evenly over it.
-            tasks: KIND:FILE or TOML files; kinds are choice, continuation, text, gsm8k, math, mbpp, humaneval, ifeval,
-                refusal and pairs. Text is not measured then, unless it is named.
+            tasks: KIND:FILE or TOML files; kinds are choice, mmlu, continuation, text, gsm8k, math, mbpp, humaneval,
+                ifeval, refusal and pairs. Text is not measured then, unless it is named.
             shots: examples before each question.
             limit: ask no more questions of a task than this.
             samples: answers to each question; pass@k is told for k up to it.

@@ -89,7 +89,7 @@ def encode(
         for place, meta in written.items():
             print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
         return
-    if separate := [path for path in inputs if path.exists() and holds_documents(path)]:
+    if separate := [path for path in inputs if path.exists() and holds_documents(path, text_field)]:
         raise ValueError(f"{separate[0]} holds separate documents: give --shards DIRECTORY to encode them")
     for i, token_id in enumerate(loaded.encode_iterable(blocks(inputs), "all" if special else (), ())):
         sys.stdout.write(f"{token_id}\n" if i % 16 == 15 else f"{token_id} ")
@@ -197,7 +197,7 @@ def compare(
     if plot is not None:
         compare.plot_format(plot)  # before the work, not after it
     documents: Iterable[str | bytes]
-    if holds_documents(text):
+    if holds_documents(text, text_field):
         documents = read_texts(text, text_field=text_field)
     else:
         documents = [b"".join(blocks((text,)))]

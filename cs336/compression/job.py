@@ -66,6 +66,10 @@ def prune(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
+    masks = method in ("magnitude", "wanda")
+    for name, share in options.items():
+        if not (share == "2:4" and masks) and (isinstance(share, str) or not 0 <= share < 1):
+            raise ValueError(f"{name} must be {'2:4 or ' * masks}a share from 0 to below 1, got {share!r}")
     if not pathlib.Path(calibrate).exists():
         raise FileNotFoundError(f"{calibrate} does not exist: expected a text to calibrate with")
     return _Job(find_model(model), pathlib.Path(out), method, pathlib.Path(calibrate), samples, device, options).run()

@@ -137,6 +137,8 @@ def get_batch(
     Returns x and y, (batch_size, context_length) int64 on device; y is x one token later.
     Raises ValueError if there are fewer than context_length + 1 tokens, or if they are no integers.
     """
+    if not isinstance(tokens, np.ndarray | Tensor):
+        raise TypeError(f"tokens must be an array or a tensor, got {type(tokens).__name__}: give np.asarray(tokens)")
     if tokens.ndim != 1 or context_length < 1 or batch_size < 0:
         raise ValueError(
             f"expected tokens (N,), batch_size >= 0 and context_length >= 1, got {tuple(tokens.shape)}, {batch_size} "

@@ -6,7 +6,6 @@
 Words are compared in lower case, without accents and punctuation (csrc/cpu/text/shingles.h).
 """
 
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from cs336 import _text
 from cs336.data.step import Apply, Removed
-from cs336.utils.documents import Document, files_below, open_bytes, unpacking
+from cs336.utils.documents import Document, files_below, is_blank, open_bytes, parse_line, unpacking
 from cs336.utils.files import Paths, path_list
 
 SUFFIXES = (".jsonl", ".ndjson")
@@ -107,13 +106,13 @@ def _items(paths: Paths, fields: Sequence[str] | None) -> Iterator[tuple[str, st
         for file in files:
             with unpacking(file), open_bytes(file) as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
+                    if not is_blank(line):
                         yield f"{file}:{number}", _text_of(line, f"{file}:{number}", fields)
 
 
 def _text_of(line: bytes, where: str, fields: Sequence[str] | None) -> str:
     try:
-        row = json.loads(line.decode("utf-8", "replace"))
+        row = parse_line(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: an evaluation item is a JSON object ({error})") from None
     if not isinstance(row, dict):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +100,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt, a text or a list of ids: an output a prompt, in their order.
 
+        prompts: or a tensor of ids, (S,) or (B, S).
         params: for all of them, or of each. Special tokens written in a prompt are taken as such.
         Raises ValueError for prompts that are empty or leave no room, and where a model's logits are not finite.
         """
@@ -106,6 +108,8 @@ class LLM:
         each = [params or SamplingParams()] * len(encoded) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(encoded):
             raise ValueError(f"there are {len(encoded)} prompts and {len(each)} params: give one, or one a prompt")
+        if wrong := [p for p in each if not isinstance(p, SamplingParams)]:
+            raise ValueError(f"params must be SamplingParams, got {wrong[0]!r:.80}: write SamplingParams(...)")
         return self._run([(ids, p, text, 1) for (text, ids), p in zip(encoded, each, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
@@ -191,6 +195,10 @@ class LLM:
 
     def _encode(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, Sequence[int]]]:
         """(text if it was one, ids) of each."""
+        if isinstance(prompts, Tensor | np.ndarray):
+            if not prompts.ndim:
+                raise ValueError("a prompt is a list of ids, got one number")
+            prompts = prompts.tolist()
         one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
         listed: list[Any] = [prompts] if one else list(prompts)
         texts = [prompt for prompt in listed if isinstance(prompt, str)]

@@ -161,18 +161,19 @@ def min_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Apply temperature, then top-k, top-p and min-p, each to what the one before left. Temperature must not be 0.
+    """Apply temperature, then min-p, top-k and top-p, each to what the one before left: the order of ops.sample, and of
+    vLLM. Temperature must not be 0.
 
     The largest logit of a row becomes 0 first, so that no temperature makes NaN of it.
     """
     logits_BV = logits_BV.float()
     logits_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)).double() / params.temperature).float()
+    if params.min_p is not None:
+        logits_BV = min_p(logits_BV, params.min_p)
     if params.top_k is not None:
         logits_BV = top_k(logits_BV, params.top_k)
     if params.top_p is not None and params.top_p < 1:
         logits_BV = top_p(logits_BV, params.top_p)
-    if params.min_p is not None:
-        logits_BV = min_p(logits_BV, params.min_p)
     return logits_BV
 
 

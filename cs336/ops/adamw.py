@@ -41,9 +41,9 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, grad_scale, beta1, b
                     f"got {tuple(t.shape)} {t.stride()}"
                 )
         _check_element(f"steps[{i}]", step, device)
-    _check_element("lr", lr, device)
+    _check_element("lr", lr, device, in_double)
     if grad_scale is not None:
-        _check_element("grad_scale", grad_scale, device)
+        _check_element("grad_scale", grad_scale, device, in_double)
 
 
 def _check_remainders(params, remainders, *rest) -> None:
@@ -74,10 +74,12 @@ def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: t
         raise ValueError(f"{name} must be dense {expected} on {device}, got {t.layout} {t.dtype} on {t.device}")
 
 
-def _check_element(name: str, t: Tensor, device: torch.device) -> None:
-    if t.dtype != torch.float32 or t.device != device or t.numel() != 1:
+def _check_element(name: str, t: Tensor, device: torch.device, in_double: bool = False) -> None:
+    dtypes = [torch.float32, torch.float64] if in_double else [torch.float32]
+    names = " or ".join(map(str, dtypes))
+    if t.dtype not in dtypes or t.device != device or t.numel() != 1:
         raise ValueError(
-            f"{name} must be one torch.float32 element on {device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
+            f"{name} must be one {names} element on {device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
         )
 
 
@@ -157,12 +159,13 @@ def adamw_(
         remainders: int16, like params, all bfloat16: the other halves of float32 weights, of which the step is. See
             cs336.optim.rounding.
 
-    If params[0] is float64, all tensors of the four lists must be, and plain torch does the step.
+    If params[0] is float64, all tensors of the four lists must be, lr and grad_scale may be, and plain torch does the
+    step.
     Raises ValueError, before anything is changed, for lists, tensors or numbers that do not fit.
     """
     if not isinstance(lr, Tensor):
         _check_numbers(beta1, beta2, lr=lr)
-        lr = _element(lr, params)
+        lr = _element(lr, params, torch.float64 if params and params[0].dtype == torch.float64 else torch.float32)
     if not isinstance(step, (Tensor, list)):
         if step < 1:
             raise ValueError(f"step counts from 1, got {step}")
@@ -182,5 +185,5 @@ def adamw_(
         raise
 
 
-def _element(value: float, params: list[Tensor]) -> Tensor:
-    return torch.full((), value, dtype=torch.float32, device=params[0].device if params else None)
+def _element(value: float, params: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=params[0].device if params else None)

@@ -9,6 +9,7 @@ from cs336.optim.config import AdamWConfig as AdamWConfig
 from cs336.optim.config import ConstantConfig as ConstantConfig
 from cs336.optim.config import CosineConfig as CosineConfig
 from cs336.optim.config import LinearConfig as LinearConfig
+from cs336.optim.config import LionConfig as LionConfig
 from cs336.optim.config import MuonConfig as MuonConfig
 from cs336.optim.config import OptimizerConfig as OptimizerConfig
 from cs336.optim.config import ScheduleConfig as ScheduleConfig
@@ -16,6 +17,7 @@ from cs336.optim.config import SGDConfig as SGDConfig
 from cs336.optim.config import SOAPConfig as SOAPConfig
 from cs336.optim.config import WSDConfig as WSDConfig
 from cs336.optim.config import WSDSConfig as WSDSConfig
+from cs336.optim.lion import Lion as Lion
 from cs336.optim.muon import Muon as Muon
 from cs336.optim.muon import muon_param_groups as muon_param_groups
 from cs336.optim.muon import orthogonalize as orthogonalize

@@ -90,16 +90,17 @@ class AdamW(Optimizer):
 
     def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
         lr = group["lr"]
-        for (device, _), whole in self._by_device(group).items():
+        for (device, in_double), whole in self._by_device(group).items():
             counts = list(dict.fromkeys(step for *_, step in whole))  # tensors are hashed by identity
             torch._foreach_add_(counts, 1)
+            wide = torch.float64 if in_double else torch.float32
             numbers = {
-                "lr": lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr,
+                "lr": lr.to(device, wide) if isinstance(lr, Tensor) else lr,
                 "beta1": group["betas"][0],
                 "beta2": group["betas"][1],
                 "eps": group["eps"],
                 "weight_decay": group["weight_decay"],
-                "grad_scale": None if grad_scale is None else grad_scale.to(device),
+                "grad_scale": None if grad_scale is None else grad_scale.to(device, wide),
             }
             rounded = "state_dtype" in group or "rounding" in group
             parts = list(_parts(whole)) if rounded else [whole]

@@ -9,6 +9,7 @@ import torch
 
 from cs336.optim import schedules
 from cs336.optim.adamw import AdamW, param_groups, scaled_groups
+from cs336.optim.lion import Lion
 from cs336.optim.muon import Muon, Orthogonalization, muon_param_groups
 from cs336.optim.rounding import Rounding
 from cs336.optim.schedules import Decay
@@ -133,6 +134,27 @@ class SOAPConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class LionConfig(_Checked):
+    """Lion; norms and biases do not decay."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = 3e-4
+    """Highest learning rate: how far each element moves in a step."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.3
+    """Of matrices; norms have none."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it; inf: never."""
+    weight_decay_end: float = 1.0
+    """Weight decay at the end of the run, over that at its start; in between it goes in a straight line."""
+
+    def build(self, model: torch.nn.Module) -> Lion:
+        """The optimizer of the model's parameters. Its step takes grad_scale, which multiplies the gradients."""
+        _check_unscaled(self.kind, model)
+        return Lion(param_groups(model, weight_decay=self.weight_decay), lr=self.lr, betas=self.betas)
+
+
+@dataclass(frozen=True)
 class SGDConfig(_Checked):
     """Gradient descent; weight decay is added to the gradient of matrices."""
 
@@ -172,7 +194,9 @@ def _storage(config: AdamWConfig | MuonConfig, model: torch.nn.Module) -> dict[s
     return {"state_dtype": getattr(torch, config.state_dtype), "rounding": rounding}
 
 
-OptimizerConfig = Annotated[AdamWConfig | MuonConfig | SOAPConfig | SGDConfig, pydantic.Field(discriminator="kind")]
+OptimizerConfig = Annotated[
+    AdamWConfig | MuonConfig | SOAPConfig | LionConfig | SGDConfig, pydantic.Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the gradients and returns the loss, which step returns.
-            grad_scale: one float32 element that multiplies the gradients on their way, e.g. clip_scale(norm, 1.0).
+            grad_scale: one element, float32 or the float64 that such gradients give, which multiplies the gradients on
+                their way, e.g. clip_scale(norm, 1.0).
 
         Raises ValueError for sparse gradients, before any parameter of their group is changed.
         """

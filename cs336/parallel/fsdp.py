@@ -279,11 +279,9 @@ class FSDP(nn.Module):
         shards, whole = self._shards(), {}
         mine = to in (None, dist.get_rank(self.group))
         for name, t in self.module.state_dict(keep_vars=True).items():
-            if t in shards:
-                value = _whole(shards[t].detach(), t.shape, self.group)
-                whole[name] = value.cpu() if mine else value[:0]
-            else:
-                whole[name] = t.detach().cpu()
+            value = _whole(shards[t].detach(), t.shape, self.group) if t in shards else t.detach()
+            if mine:
+                whole[name] = value.cpu()
         return whole if mine else None
 
     @torch.no_grad()

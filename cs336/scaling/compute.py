@@ -17,7 +17,8 @@ from cs336.scaling.points import Points
 
 NUMBERS = 3  # of the law
 LEAST_BUDGETS = 4
-GAMMAS = np.geomspace(1e-3, 3, 400)  # neighbours differ by 2 %, and the laws through the same runs by far less
+GAMMAS = np.geomspace(1e-3, 3, 400)  # neighbours differ by 2 %
+CLOSER = 1.02 ** np.linspace(-1, 1, 33)  # around the best of these, then 1 / 16 of that twice: to 1e-5
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,23 @@ def fit_compute(points: Points, *, bootstrap: int = 400, seed: int = 0) -> Compu
 def _laws(flops_n: np.ndarray, loss_Bn: np.ndarray) -> list[ComputeLaw]:
     """Of each row of losses the law with the least squares of relative errors among those with E and A not negative."""
     middle = np.exp(np.log(flops_n).mean())
-    x_Gn = (flops_n / middle) ** -GAMMAS[:, None]
+    x_n = flops_n / middle
+    laws = []
+    for loss_n, gamma in zip(loss_Bn, _best(GAMMAS[None], x_n, loss_Bn)[2], strict=True):
+        for power in (1, 1 / 16, 1 / 256):
+            (E,), (A,), (gamma,) = _best(gamma * CLOSER[None] ** power, x_n, loss_n[None])
+        laws.append(ComputeLaw(float(E), float(A * middle**gamma), float(gamma)))
+    return laws
+
+
+def _best(gamma_BG: np.ndarray, x_n: np.ndarray, loss_Bn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E, A and gamma (B,) of each row's best gamma, loss = E + A x^-gamma; (1, G): the same gammas for all rows."""
+    x_BGn = x_n ** -gamma_BG[..., None]
     w_Bn = loss_Bn**-2.0
-    s0_B, s1_B = w_Bn.sum(1), loss_Bn**-1.0 @ np.ones_like(flops_n)
-    x1_BG, x2_BG, y1_BG = w_Bn @ x_Gn.T, w_Bn @ (x_Gn**2).T, loss_Bn**-1.0 @ x_Gn.T
+    s0_B, s1_B = w_Bn.sum(1), (1 / loss_Bn).sum(1)
+    x1_BG, x2_BG, y1_BG = (
+        (a @ b[..., None])[..., 0] for a, b in ((x_BGn, w_Bn), (x_BGn**2, w_Bn), (x_BGn, 1 / loss_Bn))
+    )
     det_BG = s0_B[:, None] * x2_BG - x1_BG**2
     E_BG = (x2_BG * s1_B[:, None] - x1_BG * y1_BG) / det_BG
     E_BG = np.maximum(E_BG, 0)
@@ -100,14 +114,13 @@ def _laws(flops_n: np.ndarray, loss_Bn: np.ndarray) -> list[ComputeLaw]:
     )  # fmt: skip
     best_B = error_BG.argmin(1)
     rows = np.arange(len(best_B))
-    return [
-        ComputeLaw(float(E), float(A * middle**gamma), float(gamma))
-        for E, A, gamma in zip(E_BG[rows, best_B], A_BG[rows, best_B], GAMMAS[best_B], strict=True)
-    ]
+    return E_BG[rows, best_B], A_BG[rows, best_B], np.broadcast_to(gamma_BG, error_BG.shape)[rows, best_B]
 
 
 def quantiles(values, confidence: float) -> tuple[float, float]:
     if len(values) == 0:
         raise ValueError("an interval wants bootstrap > 0")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, as 0.95, got {confidence}")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from cs336.scaling.points import Points
+from cs336.scaling.points import Points, check_all_positive
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class PowerLaw:
 
     @staticmethod
     def through(x, y) -> "PowerLaw":
-        """By least squares of log y. Raises ValueError for fewer than two x."""
+        """By least squares of log y. Raises ValueError for fewer than two x, and for numbers that are not positive."""
+        check_all_positive("x", np.asarray(x, dtype=np.float64))
+        check_all_positive("y", np.asarray(y, dtype=np.float64))
         if len(set(np.asarray(x).tolist())) < 2:
             raise ValueError("a power law wants at least two budgets")
         exponent, constant = np.polyfit(np.log(x), np.log(y), 1)

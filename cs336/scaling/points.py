@@ -51,7 +51,8 @@ COUNTING = Counting()
 
 @dataclass(frozen=True)
 class Points:
-    """Runs: (n,) float64 arrays. Raises ValueError for lengths that differ and values that are not positive."""
+    """Runs, one or more: (n,) float64 arrays. Raises ValueError for none, for lengths that differ and values that are
+    not positive."""
 
     parameters: np.ndarray
     tokens: np.ndarray
@@ -66,6 +67,8 @@ class Points:
             if values.ndim != 1 or len(values) != len(self.parameters):
                 raise ValueError(f"{name} must be one number a run, {len(self.parameters)}; got shape {values.shape}")
             check_all_positive(name, values)
+        if not len(self.parameters):
+            raise ValueError("there are no runs: expected one or more")
 
     @staticmethod
     def of(parameters, tokens, loss, flops=None) -> "Points":

@@ -4,6 +4,7 @@ from cs336.optim.config import AdamWConfig as AdamWConfig
 from cs336.optim.config import ConstantConfig as ConstantConfig
 from cs336.optim.config import CosineConfig as CosineConfig
 from cs336.optim.config import LinearConfig as LinearConfig
+from cs336.optim.config import LionConfig as LionConfig
 from cs336.optim.config import MuonConfig as MuonConfig
 from cs336.optim.config import OptimizerConfig as OptimizerConfig
 from cs336.optim.config import ScheduleConfig as ScheduleConfig

@@ -453,12 +453,14 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
     if isinstance(path, str | os.PathLike) and not os.path.isfile(path):
         yield path
         return
+    what = path if isinstance(path, str | os.PathLike) else "the file object"
     with tempfile.TemporaryDirectory() as directory:
         try:
             with zipfile.ZipFile(path) as archive:
+                if STATE not in archive.namelist():  # what torch.save wrote, say
+                    raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote, with {STATE}")
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
-            what = path if isinstance(path, str | os.PathLike) else "the file object"
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
         yield directory
 
@@ -482,7 +484,9 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
     path = pathlib.Path(os.path.abspath(path))
     found = next((p for p in (path, _previous(path)) if (p / STATE).exists()), None)
     if found is None:
-        raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}")
+        inside = [*list_checkpoints(path), *list_checkpoints(path / "checkpoints")]  # of a run, or its checkpoints
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}{hint}")
     try:
         state = json.loads((found / STATE).read_text(encoding="utf-8"))
         if state["format"] not in READABLE:

@@ -54,7 +54,7 @@ from cs336.training.config import AdamWConfig, TrainConfig
 from cs336.training.objectives import Batch, NextToken, for_model
 
 MOST_LAYERS = 128  # graphs of layers in a process: two a kind, for the first one adds nothing before its norm
-ELEMENTWISE = ("adamw", "sgd")  # optimizers that update each element by itself
+ELEMENTWISE = ("adamw", "lion", "sgd")  # optimizers that update each element by itself
 DESCRIBED = ("special_ids", "generation_config", "chat_template")  # of a model, beside its weights
 
 
@@ -337,7 +337,8 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
     model, parallel, optimizer = config.model, config.parallel, config.optimizer.kind
     zero = parallel.zero if math.prod(sizes.values()) > 1 else 0
     if zero >= 2 and optimizer not in ELEMENTWISE:
-        return f"zero = {zero} splits every matrix, and {optimizer} needs whole ones: use zero = 1, or adamw or sgd"
+        others = ", ".join(ELEMENTWISE)
+        return f"zero = {zero} splits every matrix, and {optimizer} needs whole ones: use zero = 1, or {others}"
     divided = [axis for axis in AXES if axis != "data" and sizes[axis] > 1]
     if parallel.native_step and math.prod(sizes.values()) > 1 and (reason := _why_not_native(config, divided)):
         return f"native_step = true {reason}"
@@ -350,7 +351,8 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
         if reason := tensor.why_not(empty, N):
             return f"tensor = {N}: {reason}"
         if optimizer not in ELEMENTWISE:
-            return f"tensor = {N} splits every matrix, and {optimizer} needs whole ones: use adamw or sgd"
+            others = ", ".join(ELEMENTWISE)
+            return f"tensor = {N} splits every matrix, and {optimizer} needs whole ones: use {others}"
         tokens = model.context_length // sizes["context"]
         if tokens % N:
             return f"tensor = {N}: {tokens} tokens / {N} = {tokens / N:g}, and between matrices each has its part"
@@ -368,7 +370,7 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
         if parallel.zero:
             return f"expert = {N} goes with zero = 0: its ranks have other experts, and ZeRO splits what is alike"
         if optimizer == "soap":
-            return f"expert = {N}: soap keeps a basis for a whole stack of experts; use adamw, sgd or muon"
+            return f"expert = {N}: soap keeps a basis for a whole stack of experts; use adamw, lion, sgd or muon"
     if (N := sizes["pipeline"]) > 1:
         return _why_no_pipeline(config, sizes, N)
     return None

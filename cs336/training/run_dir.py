@@ -43,6 +43,8 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike, keep_checkpoints: int):
         self.path = pathlib.Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir is where a run's files lie, and {self.path} is a file: name a directory")
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.keep_checkpoints = keep_checkpoints

@@ -440,6 +440,12 @@ class Trainer:
         self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
         if self.config.parallel.native_step and world_size() == 1:
             self.display.say("parallel.native_step changes nothing here: one process makes its steps by itself")
+        keeps = hasattr(self.config.optimizer, "rounding")  # which says what becomes of the other 16 bits
+        if self.config.precision == "bf16_weights" and not keeps:
+            self.display.say(
+                f'precision = "bf16_weights" loses what {self.config.optimizer.kind} adds below a 256th of a weight; '
+                'adamw and muon keep it, as does precision = "bf16"'
+            )
         if self.tokenizer is None:
             self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:

@@ -5,6 +5,7 @@ tokenizer alone reads with this too.
 """
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -25,6 +26,7 @@ PIECE_CHARS = 8192  # at least, of a document that is a part of a text
 BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 JSON_LINES = {".jsonl", ".ndjson"}
+LONGEST_FIRST_LINE = 1 << 24  # bytes, of a `.json` file that may be JSON lines
 TEXT_FIELD = "text"
 
 
@@ -45,10 +47,10 @@ def text_of(document: Document | str) -> str:
     return document if isinstance(document, str) else document.text
 
 
-def holds_documents(path: str | os.PathLike) -> bool:
+def holds_documents(path: str | os.PathLike, text_field: str = TEXT_FIELD) -> bool:
     """Whether a path is JSON lines, parquet or a directory, not one text."""
     path = pathlib.Path(path)
-    return path.is_dir() or _suffix(path) in JSON_LINES | {".parquet"}
+    return path.is_dir() or _suffix(path) == ".parquet" or _is_json_lines(path, text_field)
 
 
 def open_bytes(path: str | os.PathLike) -> IO[bytes]:
@@ -66,7 +68,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of a file, of every file below a directory, or of a list of either.
 
-    - `.jsonl`, `.ndjson`: the field `text_field` of each line.
+    - `.jsonl`, `.ndjson`, and `.json` whose first line is an object with a string in `text_field`: that of each line.
     - `.parquet`: the column `text_field`. Needs pyarrow: pip install 'cs336[data]'.
     - any other file is text: its parts between separators, or the whole file. A text file without a separator that is
       named on its own, or longer than a million characters, is cut at line ends into pieces of about 8192 characters,
@@ -120,6 +122,27 @@ def _suffix(path: pathlib.Path) -> str:
     return next((s.lower() for s in reversed(path.suffixes) if s.lower() not in COMPRESSED), "")
 
 
+def _is_json_lines(path: pathlib.Path, text_field: str) -> bool:
+    """By the name; a `.json` file, which may also be a table of settings, by its first line."""
+    if (suffix := _suffix(path)) != ".json":
+        return suffix in JSON_LINES
+    with unpacking(path), open_bytes(path) as file:
+        try:
+            row = parse_line(file.readline(LONGEST_FIRST_LINE))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(row, dict) and isinstance(row.get(text_field), str)
+
+
+def is_blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value of a line, which may begin with a byte order mark. Raises ValueError or RecursionError."""
+    return json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
 @contextlib.contextmanager
 def unpacking(path: str | os.PathLike) -> Iterator[None]:
     """Turns what a damaged compressed file makes its reader raise into a ValueError that names the file."""
@@ -164,7 +187,7 @@ class _Reader:
         with unpacking(path):
             if suffix == ".parquet":
                 yield from self._parquet(path)
-            elif suffix in JSON_LINES:
+            elif _is_json_lines(path, self.text_field):
                 yield from self._json_lines(path)
             else:
                 if alone:
@@ -188,11 +211,11 @@ class _Reader:
         name = self.text_field
         with open_bytes(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                if is_blank(line):
                     continue
                 where = f"{path}:{number}"
                 try:
-                    row = json.loads(line.decode("utf-8", "replace"))
+                    row = parse_line(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f'{where}: expected an object like {{"{name}": "..."}} ({error})') from None
                 if not isinstance(row, dict) or name not in row:
@@ -236,7 +259,7 @@ def _names(row: dict[str, Any]) -> str:
 
 
 def _open_text(path: pathlib.Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="")
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace", newline="")
 
 
 def _split(file: IO[str], separator: str) -> Iterator[str]:

@@ -6,6 +6,8 @@ from cs336.verifiers.answers import extract_answer as extract_answer
 from cs336.verifiers.answers import parse_number as parse_number
 from cs336.verifiers.answers import verify_format as verify_format
 from cs336.verifiers.answers import verify_math as verify_math
+from cs336.verifiers.choices import extract_choice as extract_choice
+from cs336.verifiers.choices import verify_choice as verify_choice
 from cs336.verifiers.code import extract_code as extract_code
 from cs336.verifiers.code import verify_code as verify_code
 from cs336.verifiers.constraints import check as check

@@ -16,19 +16,38 @@ from cs336.verifiers import sandbox
 from cs336.verifiers.answers import Verdict
 from cs336.verifiers.sandbox import Limits
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+# A line that opens a block, or an item of a list that does; words, then a fence that names Python.
+_OPENING = re.compile(r"([ \t]*+)((?:[-*+]|\d++[.)])[ \t]++)?(`{3,}+)[ \t]*+([\w+-]*+)(?!.*```).*")
+_BEHIND = re.compile(r"(?:[^`]++|`(?!``))*+(```)[ \t]*+(python3?|py)\s*+", re.IGNORECASE)
+_CLOSING = re.compile(r"([ \t]*+)(`{3,})")
 LIMITS = Limits()
 _PYTHON = ("python", "python3", "py", "")
 
 
 def extract_code(response: str) -> str:
     """The last fenced block of Python in a response, else the last block without a language; the whole response if it
-    has no block, and the rest of it if the last block is not closed."""
-    blocks = [(language.lower(), code) for language, code in _FENCE.findall(response) if language.lower() in _PYTHON]
+    has no block, and the rest of it if the last block is Python's and not closed. A fence begins its line or an item of
+    a list, or names Python behind words; of a block in a list the indent is cut."""
+    blocks = list[tuple[str, str]]()
+    language, indent, marks, code = "", "", "", list[str]()
+    for line in response.split("\n"):
+        if not marks:
+            if opened := _OPENING.fullmatch(line):
+                indent, marks, language = "" if opened[2] else opened[1], opened[3], opened[4].lower()
+                code = []
+            elif behind := _BEHIND.fullmatch(line):
+                indent, marks, language, code = "", behind[1], behind[2].lower(), []
+        elif (closing := _CLOSING.match(line)) and len(closing[2]) >= len(marks):
+            blocks.append((language, "".join(f"{inside.removeprefix(indent or closing[1])}\n" for inside in code)))
+            marks = ""
+        else:
+            code.append(line)
+    blocks = [block for block in blocks if block[0] in _PYTHON]
     if blocks:
         return next((code for language, code in reversed(blocks) if language), blocks[-1][1])
-    _, opened, rest = response.rpartition("```python\n")
-    return rest if opened else response
+    if marks and language and language in _PYTHON:
+        return "\n".join(line.removeprefix(indent) for line in code).partition("```")[0]
+    return response
 
 
 def verify_code(

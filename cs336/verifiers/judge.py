@@ -92,7 +92,11 @@ class Judge:
         return self.compare(prompt, a, b).score
 
     def grade(self, prompt: str, answer: str, best: int = 10) -> Verdict:
-        """0 to 1 for a grade of 1 to `best`. Score 0 with that reason where the judge gives none in that range."""
+        """0 to 1 for a grade of 1 to `best`. Score 0 with that reason where the judge gives none in that range.
+
+        Raises ValueError for a best that is not above 1."""
+        if best < 2:
+            raise ValueError(f"best must be 2 or more, for grades are from 1 to it, got {best}")
         said = self._ask(_GRADE, prompt=prompt, answer=answer, best=str(best))
         found = _GRADE_OF.findall(said)
         if not found or not 1 <= int(found[-1]) <= best:

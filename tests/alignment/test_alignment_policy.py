@@ -152,6 +152,9 @@ def test_group_advantages():
     left_out = group_advantages(rewards, 4, baseline="leave_one_out", normalize_std=False)
     assert left_out.tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0])
     assert not group_advantages(rewards, 4)[4:].any()  # exactly
+    for reward in (0.1, 0.7, 123.456):  # their sum over 3, 6, 11 is another number
+        for size in (3, 5, 6, 7, 11):
+            assert not group_advantages(torch.full((size,), reward, dtype=torch.float64), size).any()
 
 
 def test_group_advantages_refuses():
@@ -194,3 +197,8 @@ def test_gae_of_lambda_1_is_the_return_less_the_value():
         gae(rewards, values, torch.ones(1, 3), gamma=1.1)
     with pytest.raises(ValueError, match="mask must have shape"):
         gae(rewards, values, torch.ones(1, 2))
+
+
+def test_gae_of_no_steps():
+    nothing = torch.zeros(2, 0)
+    assert [x.shape for x in gae(nothing, nothing, nothing)] == [(2, 0), (2, 0)]

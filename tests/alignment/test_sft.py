@@ -5,6 +5,7 @@ import torch
 from training import tiny_run
 
 from cs336.alignment import SFT, Example, encode_chat, pack_examples, sequence_log_probs
+from cs336.alignment.examples import read_rows
 from cs336.inference.chat import ChatTemplate
 from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
@@ -113,3 +114,9 @@ def test_a_learner_learns_an_answer(tmp_path):
     losses = [learner.update(batch, lr=1e-2)["loss"].item() for _ in range(30)]
     assert losses[0] > 4
     assert losses[-1] < 0.3
+
+
+def test_rows_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert [row["prompt"] for _, row in read_rows(path)] == ["a", "b"]

@@ -244,3 +244,10 @@ def test_the_job_refuses_what_is_not_its_own(saved, tmp_path, capsys):
     command = ["compress", str(model), "--method", "wanda", "--calibrate", str(text), "--out", str(tmp_path / "out")]
     assert main([*command, "--sparsity", "half"]) == 2
     assert "--sparsity is 2:4 or a share from 0 to below 1, got 'half'" in capsys.readouterr().err
+    assert main([*command, "--sparsity", "1.5"]) == 2
+    assert "sparsity must be 2:4 or a share from 0 to below 1, got 1.5" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"head_sparsity must be a share from 0 to below 1, got -0\.5"):
+        prune(model, tmp_path / "out", "prune-width", calibrate=text, head_sparsity=-0.5)
+    with pytest.raises(ValueError, match="sparsity must be a share from 0 to below 1, got '2:4'"):
+        prune(model, tmp_path / "out", "prune-depth", calibrate=text, sparsity="2:4")
+    assert not (tmp_path / "out").exists()  # nothing was calibrated first

@@ -167,6 +167,8 @@ class TestScores:
     def test_one_str_is_no_list(self, model):
         with pytest.raises(TypeError, match=r"give \[text\]"):
             model.predict("ship")
+        with pytest.raises(TypeError, match=r"give \[text\]"):
+            model.probabilities("ship")
 
     def test_evaluation_counts_by_hand(self, model):
         found = model.evaluate([("ship tide", "sea"), ("ship sail", "city"), ("tram crowd", "city")])

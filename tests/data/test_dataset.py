@@ -88,6 +88,8 @@ def test_get_batch_follows_its_generator():
 
 
 def test_get_batch_refuses_what_is_no_batch_of_tokens():
+    with pytest.raises(TypeError, match=r"tokens must be an array or a tensor, got list"):
+        get_batch(list(range(99)), 2, 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"tokens must be integers, got float32"):
         get_batch(np.zeros(99, np.float32), 2, 5)
     with pytest.raises(ValueError, match=r"batch_size >= 0 .* got \(99,\), -1 and 5"):

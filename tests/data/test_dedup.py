@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import random
+import time
 import unicodedata
 
 import numpy as np
@@ -140,6 +141,9 @@ def test_bytes_that_are_no_utf8_part_words():
 def test_one_text_is_no_list_of_texts():
     with pytest.raises(TypeError, match=r"expected a list of texts, got one str: give \[text\]"):
         near_duplicates("one text")
+    with pytest.raises(TypeError, match=r"give \[text\]"):
+        minhash("one text")
+    assert (minhash(text for text in ("a b", "c d")) == minhash(["a b", "c d"])).all()
 
 
 @pytest.mark.parametrize(("unit", "n"), [("word", 1), ("word", 3), ("char", 4)])
@@ -223,6 +227,13 @@ def test_clusters_are_chains():
         assert near_duplicates(shuffled, num_hashes=128, num_bands=64, ngram=1, threshold=0.7) == [0, 0, 0]
 
 
+def test_many_copies_take_linear_time():
+    texts = [f"page {i % 3} " + "of the same words again and " * 20 for i in range(20_000)]
+    start = time.process_time()
+    assert near_duplicates(texts, threshold=1.0) == [i % 3 for i in range(20_000)]
+    assert time.process_time() - start < 10  # comparing all pairs would take minutes
+
+
 def test_minhash_files_keep_names_and_bytes(tmp_path):
     texts, origin = planted(count=10)
     files = write(tmp_path / "in", **{f"{i:02}.txt": t.encode() for i, t in enumerate(texts)})
@@ -265,6 +276,9 @@ class TestBloom:
         bloom.add("é")
         assert "é".encode() in bloom
         assert "e" not in bloom
+        assert bloom.add_many(("é", "a")).tolist() == [True, False]
+        with pytest.raises(TypeError, match=r"give \[key\]"):
+            bloom.add_many("é")
 
     def test_is_saved(self, tmp_path):
         bloom = BloomFilter(100)

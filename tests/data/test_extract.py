@@ -69,6 +69,10 @@ def test_markdown_keeps_structure():
         ("<table><tr><td>a<td>b<tr><td>c<td>d</table>", "a\tb\nc\td"),
         ("<b><p>bold</b> rest</p>end", "bold rest\n\nend"),
         ("3 < 4 & 5 > 2 </", "3 < 4 & 5 > 2"),
+        ("a<!-- no --!>b<!---!>no-->c<!--->d<!-->e<!--!>no-->f<!--", "abcdef"),
+        ("x<script>'</scripted>'</script >y<title>t</titles></title\n>z", "xyz"),
+        ("\ufeffa\0b<p>\0</p>", "ab"),
+        ("<html><head>\n<title>t</title>a</head><p>b<html><head><title>t</title>c</head><body>d", "a\n\nb\n\nc\n\nd"),
         ("", ""),
         ("<p>  </p>&nbsp;", ""),
     ],
@@ -92,6 +96,17 @@ def test_pages_of_any_encoding():
     assert decode("<meta charset='utf-8'>café".encode("windows-1252")).endswith("café")
     assert decode("\ufeff<p>é".encode("utf-16-le")) == "<p>é"
     assert detect_encoding(b"<?xml version='1.0' encoding='Shift_JIS'?>") == "cp932"
+    assert decode("<p>gęś, ą".encode("iso-8859-2"), "ISO-8859-2") == "<p>gęś, ą"  # what the header says
+    assert decode("<meta charset='utf-8'>gęś, ą".encode("iso-8859-2"), "iso-8859-2").endswith("gęś, ą")
+    for name in ("<meta charset='iso-8859-2'>", "<?xml encoding='utf-8'?><meta charset='iso-8859-2'>"):
+        page = f"{name}<p>Zażółć gęślą jaźń"
+        assert decode(page.encode("iso-8859-2"), "utf-8") == page  # what is so, of what is said
+    assert html_to_text("<p>gęś, ą".encode("iso-8859-2"), "full", charset="iso-8859-2") == "gęś, ą"
+    assert decode("<p>été я".encode("utf-16-le"), "UTF-16") == "<p>été я"
+    assert decode("<p>été я".encode("utf-16-be"), "utf-16be") == "<p>été я"
+    assert decode("<p>été".encode(), "utf-16le") == "<p>été"
+    assert decode("<p>été".encode(), "iso-8859-1") == "<p>été"
+    assert decode("<p>été à Noël ".encode() * 9 + b"\xff").startswith("<p>été")  # one broken byte
     assert html_to_text("<p>caf\xe9".encode("latin-1"), "full") == "café"
     assert html_to_text(b"\xff\xfe\x00<p>\x80ok\xc3", "full")  # whatever it is, text comes out
     assert html_to_text("a\udc80b", "full") == "a�b"
@@ -119,9 +134,42 @@ def test_hostile_pages_take_linear_time(html, mode):
     assert time.process_time() - start < 5  # quadratic work would take minutes
 
 
+@pytest.mark.parametrize(
+    ("label", "codec"),
+    [
+        ("tis-620", "cp874"),
+        ("windows-874", "cp874"),
+        ("iso-8859-11", "cp874"),
+        ("x-sjis", "cp932"),
+        ("x-gbk", "gb18030"),
+        ("iso-8859-8-i", "iso8859-8"),
+        ("windows-949", "cp949"),
+        ("big5", "cp950"),
+        ("X-CP1251", "cp1251"),
+        ("windows-31j", "cp932"),
+        ("ks_c_5601-1989", "cp949"),
+        ("iso88592", "iso8859-2"),
+        ("csISO88598I", "iso8859-8"),
+        ("logical", "iso8859-8"),
+        ("mac", "mac-roman"),
+        ("x-mac-ukrainian", "mac-cyrillic"),
+    ],
+)
+def test_labels_of_the_web(label, codec):
+    assert detect_encoding(f"<meta charset='{label}'>".encode()) == codec
+
+
+@pytest.mark.parametrize("label", ["undefined", "idna", "punycode", "utf-32", "cp037", "hex", "none", "a\0b"])
+def test_labels_that_name_no_encoding_of_a_page_are_passed_over(label):
+    assert html_to_text(f"<meta charset={label}><p>été".encode("cp1252"), "full") == "été"
+    assert decode("<p>été".encode("cp1252"), label) == "<p>été"
+
+
 def test_unknown_mode_and_format_are_refused():
     with pytest.raises(ValueError, match="mode is"):
         html_to_text("", mode="best")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected str or bytes, got NoneType"):
+        html_to_text(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="format is"):
         html_to_text("", format="html")  # type: ignore[arg-type]
 

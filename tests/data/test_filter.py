@@ -47,6 +47,10 @@ class TestLanguage:
     def test_no_letters_no_language(self, text):
         assert identify_language(text) == ("und", 0.0)
 
+    def test_bytes_are_refused(self):
+        with pytest.raises(TypeError, match="expected str, got bytes"):
+            identify_language(b"hello")  # type: ignore[arg-type]
+
     def test_the_end_of_a_long_text_costs_nothing(self):
         assert identify_language(PROSE * 100 + "река " * 100_000)[0] == "en"
 
@@ -61,6 +65,8 @@ EMAIL, PHONE, IP = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS||
         ("почта иван@пример.рф!", f"почта {EMAIL}!", 1),
         ("a@b, @user, user@localhost, x@y.1, a@@b.com", "a@b, @user, user@localhost, x@y.1, a@@b.com", 0),
         (f"{EMAIL} and a@b.org", f"{EMAIL} and {EMAIL}", 1),
+        ("a@b.org/c@d.org .o'x@y.org", f"{EMAIL}/{EMAIL} .o'{EMAIL}", 3),
+        ("http://x/" + "a/" * 1000 + "jo@b.org", "http://x/" + "a/" * 873 + EMAIL, 1),  # 256 at the most
     ],
 )
 def test_emails(text, masked, count):
@@ -84,6 +90,11 @@ def test_emails(text, masked, count):
         "+49 (0)30 901820",
         "555-2671",
         "345-899-3560x4587",
+        "(+44) 7700 900123",
+        "+1\u2011283\u2011182\u20113829",
+        "283\u2010182\u20103829",
+        "283–182–3829",
+        "(283) 182–3829",
     ],
 )
 def test_phone_numbers(number):
@@ -103,6 +114,9 @@ def test_phone_numbers(number):
         "1990 2000 2010",
         "a283-182-3829",
         "12 34",
+        "01\u201002\u20102020",
+        "2019–2020",
+        "pages 500–600 2020",
         PHONE,
     ],
 )
@@ -111,7 +125,8 @@ def test_what_is_no_phone_number(text):
 
 
 @pytest.mark.parametrize(
-    "address", ["192.0.2.146", "255.255.255.255", "0.0.0.0", "2001:db8::ff00:42:8329", "::1", "fe80::1"]
+    "address",
+    ["192.0.2.146", "255.255.255.255", "0.0.0.0", "2001:db8::ff00:42:8329", "::1", "fe80::1", "::ffff:1.2.3.4"],
 )
 def test_ip_addresses(address):
     assert mask_ip_addresses(f"from {address}. To [{address}]") == (f"from {IP}. To [{IP}]", 2)
@@ -159,7 +174,8 @@ def test_the_mask_is_the_callers():
 
 @pytest.mark.parametrize("mask", [mask_emails, mask_phone_numbers, mask_ip_addresses, mask_cards, mask_secrets])
 @pytest.mark.parametrize(
-    "unit", ["a", "a.", "1", "1-", "1 ", "a@", "1.", "1:", "-----BEGIN PRIVATE KEY-----", "password="]
+    "unit",
+    ["a", "a.", "1", "1-", "1 ", "a@", "1.", "1:", "a'", "a/", "eyJé", "-----BEGIN PRIVATE KEY-----", "password="],
 )
 @pytest.mark.timeout(60)
 def test_masking_takes_linear_time(mask, unit):

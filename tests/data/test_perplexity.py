@@ -127,6 +127,8 @@ def test_refuses_what_cannot_be_meant(make, message):
         make()
     with pytest.raises(TypeError, match=r"give \[text\]"):
         NgramModel.train(["a"]).perplexity("a")
+    with pytest.raises(TypeError, match=r"give \[text\]"):
+        NgramModel.train("a")
 
 
 def test_the_step_keeps_what_is_within_bounds(tmp_path):

@@ -1,6 +1,7 @@
 """Tasks of each kind: what is read, what is asked, and the scores of what comes back."""
 # ruff: noqa: E501 (a row a line)
 
+import dataclasses
 import json
 import math
 from statistics import stdev
@@ -309,3 +310,62 @@ def test_results_hold_every_prompt_and_answer(tmp_path):
     (row,) = saved["tasks"][0]["rows"]
     assert row == {"prompt": "Question: q\nAnswer:", "answers": ["it is 1"], "scores": {"acc": 1.0}, "reasons": ["1 equals 1"], "weight": 1.0}  # fmt: skip
     assert saved["tasks"][0]["metrics"]["acc"] == {"mean": 1.0, "stderr": None, "count": 1}
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert len(read_task(f"text:{path}").items) == 2
+
+
+def test_letters_of_mmlu_and_chats_are_scored_after_what_stands_before(tmp_path):
+    torch.manual_seed(5)
+    llm = LLM(Transformer(dataclasses.replace(CONFIG, context_length=512)), TOKENIZER, quiet=True, max_seqs=8)
+    rows = [
+        {
+            "question": f"what is {i}?",
+            "choices": ["one", "two", "three", "four"],
+            "answer": "ABCD"[i] if i % 2 else i,
+            "subject": "high_school",
+        }
+        for i in range(4)
+    ]
+    file = write(tmp_path / "m.jsonl", *rows)
+    task = read_task(f"mmlu:{file}")
+    heading = "The following are multiple choice questions (with answers) about high school.\n\n"
+    asked = "what is 0?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    (found,) = run_tasks(llm, [task], Options())
+    expected = {x: logprobs(llm, heading + asked, f" {x}")[0] for x in "ABCD"}
+    assert found.rows[0].answers == [pytest.approx(expected, abs=1e-4)]
+    for place, row in enumerate(found.rows):
+        (said,) = row.answers
+        assert row.prompt == heading + asked.replace("what is 0", f"what is {place}")
+        assert row.scores["acc"] == float(max(said, key=said.get) == "ABCD"[place])
+    (few,) = run_tasks(llm, [task], Options(), shots=2)
+    assert few.rows[0].prompt.startswith(heading + "what is ")
+    assert few.rows[0].prompt.count("The following") == 1
+    (_, before, _) = few.rows[0].prompt.split("\n\n", 2)
+    assert before.split("Answer: ")[1] in "ABCD"
+    (chat,) = run_tasks(llm, [task], Options(chat=True))
+    assert chat.rows[0].prompt == llm.chat_template.render([{"role": "user", "content": heading + asked}])
+    choice = read_task(
+        f"choice:{write(tmp_path / 'c.jsonl', {'question': 'Q', 'choices': ['x', 'yy'], 'answer': 'B'})}"
+    )
+    (chat,) = run_tasks(llm, [choice], Options(chat=True))
+    text = llm.chat_template.render([{"role": "user", "content": "Q"}])
+    assert [one["choice"] for one in chat.rows[0].answers] == ["x", "yy"]
+    assert chat.rows[0].answers[1]["logprob"] == pytest.approx(
+        logprobs(llm, text, "yy")[0] + logprobs(llm, text.rstrip(), "\n")[0], abs=1e-3
+    )
+    winograd = {"context_options": ["a", "b"], "continuation": "c", "gold": 0}
+    with pytest.raises(ValueError, match="leave chat out"):
+        run_tasks(llm, [read_task(f"choice:{write(tmp_path / 'w.jsonl', winograd)}")], Options(chat=True))
+    many = {"question": "Q", "choices": [f"c{i}" for i in range(30)], "answer": "29"}
+    assert read_task(f"choice:{write(tmp_path / 'many.jsonl', many)}").items[0].target == " c29"
+    with pytest.raises(ValueError, match="30 choices, expected at most 26"):
+        read_task(f"mmlu:{tmp_path / 'many.jsonl'}")
+    (tmp_path / "own.toml").write_text('kind = "mmlu"\ndata = "m.jsonl"\nprompt = "{question} {choices[1]}"\n')
+    (own,) = run_tasks(llm, [read_task(tmp_path / "own.toml")], Options())
+    assert own.rows[0].prompt == "what is 0? two"
+    with pytest.raises(ValueError, match="choice is 'Z', which is none of 0 to 3"):
+        read_task(f"mmlu:{write(tmp_path / 'z.jsonl', rows[0] | {'answer': 'Z'})}")

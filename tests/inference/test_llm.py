@@ -48,6 +48,13 @@ def test_params_of_each_prompt_and_ids(llm):
     assert [o.index for o in d.outputs] == [0, 1, 2]
     assert len({o.text for o in d.outputs}) == 3
     assert llm.generate([]) == []
+    for ids in (torch.tensor([*b"hello"]), torch.tensor([[*b"hello"]]), torch.tensor([[*b"hello"]]).numpy()):
+        (e,) = llm.generate(ids, long)
+        assert e.token_ids == b.token_ids
+    with pytest.raises(ValueError, match="got one number"):
+        llm.generate(torch.tensor(5))
+    with pytest.raises(ValueError, match="params must be SamplingParams, got"):
+        llm.generate(["a"], {"temperature": 0})
     with pytest.raises(ValueError, match="2 prompts and 1 params"):
         llm.generate(["a", "b"], [short])
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from cs336.inference import SamplingParams, sample
 from cs336.inference.sampling import Uniforms, draw, filter_logits, min_p, top_k, top_p
+from cs336.ops.ref import sample as ref
 
 PROBS = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]])
 
@@ -42,6 +43,17 @@ def test_filters_keep_the_logits_of_what_stays():
     assert stays.gather(1, logits.argmax(-1, keepdim=True)).all()
     # Each filter sees what the one before left: top-p of a top-k of one token is that token.
     assert kept(filter_logits(PROBS.log(), SamplingParams(top_k=1, top_p=0.99, min_p=0.01)))[0] == {1}
+
+
+def test_filters_leave_what_the_engine_draws_from():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50, generator=generator) * 2
+    for temperature, k, p, m in ((1.0, 8, 0.9, 0.05), (0.7, 50, 0.5, 0.2), (1.5, 30, 0.95, 0.3)):
+        params = SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=m)
+        limits = torch.full((64,), k, dtype=torch.int32), torch.full((64,), p), torch.full((64,), m)
+        theirs = ref.kept((logits - logits.amax(-1, keepdim=True)) / temperature, *limits)
+        assert kept(filter_logits(logits, params)) == kept(theirs)
+        assert kept(filter_logits(logits, params)) != kept(top_p(filter_logits(logits, SamplingParams(top_k=k)), p))
 
 
 @settings(max_examples=50, deadline=None)

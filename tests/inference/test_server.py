@@ -103,6 +103,10 @@ def test_echo_alone(served):
     (choice,) = answer["choices"]
     assert choice["text"] == "abc"
     assert choice["logprobs"]["tokens"] == ["a", "b", "c"]
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 0)
+    usage = {"stream_options": {"include_usage": True}}
+    *_, last = events(served, {"prompt": "abc", "echo": True, "max_tokens": 0} | usage)
+    assert (last["usage"]["completion_tokens"], last["usage"]["total_tokens"]) == (0, 3)
     found = events(served, {"prompt": "abc", "echo": True, "max_tokens": 4, "temperature": 0, "logprobs": 1})
     _, answer = post(served, {"prompt": "abc", "echo": True, "max_tokens": 4, "temperature": 0, "logprobs": 1})
     assert "".join(e["choices"][0]["text"] for e in found) == answer["choices"][0]["text"]
@@ -349,6 +353,9 @@ def test_the_openai_client(served, llm):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{served[1]}/v1", api_key="none", max_retries=0)
     assert [m.id for m in client.models.list()] == ["cs336"]
+    assert client.models.retrieve("cs336").id == "cs336"
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        client.models.retrieve("of/others")
     done = client.completions.create(model="cs336", prompt="hello", temperature=0, max_tokens=12, logprobs=1)
     want = llm.generate("hello", GREEDY)[0].text
     assert done.choices[0].text == want
@@ -373,6 +380,8 @@ def test_the_openai_client(served, llm):
     parts = list(parts)
     assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == answer
     assert parts[-1].usage.completion_tokens == 12
+    with pytest.raises(openai.BadRequestError, match="top_logprobs takes logprobs"):
+        client.chat.completions.create(model="cs336", messages=messages, top_logprobs=2)
     with pytest.raises(openai.BadRequestError, match="leaves no room"):
         client.completions.create(model="cs336", prompt="a" * 200)
     with pytest.raises(openai.NotFoundError, match="there is no model"):

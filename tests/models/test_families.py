@@ -51,6 +51,7 @@ GEMMA3 = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20, "num
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
+OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
 CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 THEIRS = {
     "gpt2": ("GPT2", GPT2),
@@ -71,6 +72,8 @@ THEIRS = {
     "qwen3 with biases": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
     "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 4}),
     "olmo2 grouped": ("Olmo2", SIZES | {"rms_norm_eps": 1e-3}),
+    "olmo3": ("Olmo3", SIZES | OLMO3 | {"rope_parameters": TWO_ROPES}),
+    "olmo3, yarn": ("Olmo3", SIZES | OLMO3 | {"rope_parameters": {"full_attention": YARN}, "attention_bias": True}),
     "mistral with a window": ("Mistral", SIZES | {"sliding_window": 5}),
     "mixtral": ("Mixtral", SIZES | {"num_local_experts": 3, "sliding_window": None}),
     "mixtral with a window": ("Mixtral", SIZES | {"num_local_experts": 4, "sliding_window": 5}),
@@ -254,7 +257,7 @@ def test_no_field_is_ignored(family):
     """Their own configuration is read whole; every field that is not known is refused by its name."""
     config = transformers.AutoConfig.for_model(family).to_dict()
     config |= {"sliding_window": None} | ({"num_experts_per_tok": 2} if family == "deepseek_v2" else {})
-    FAMILIES[family].config(config)
+    FAMILIES[family].config(config | {"loss_type": "ForCausalLM"})  # which a trained model was saved with
     for name in ("attention_multiplier", "num_experts", "rope_local_theta", "quantization_config"):
         with pytest.raises(ValueError, match=f"config.json has {name} = 7, which cs336"):
             FAMILIES[family].config(config | {name: 7})

@@ -368,11 +368,12 @@ def test_float64_runs_the_reference(device):
     ours = copied(lists)
     adamw_(*ours, **HYPER, step=3)
     for p, g, m, v, *results in zip(*lists, ours[0], *ours[2:], strict=True):
-        lr = torch.tensor(HYPER["lr"]).double().item()  # in float32, as all numbers are
-        for out, want in zip(results, formula(p, g, m, v, torch.float64, **HYPER | {"lr": lr}, step=3), strict=True):
+        for out, want in zip(results, formula(p, g, m, v, torch.float64, **HYPER, step=3), strict=True):
             torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     with registry.use("native"), pytest.raises(NotImplementedError, match="float64 in the reference alone"):
         adamw_(*ours, **HYPER, step=3)
+    with pytest.raises(ValueError, match=r"lr must be one torch.float32 or torch.float64 element on"):
+        adamw_(*ours, **HYPER | {"step": 3, "lr": torch.ones(2)})
     ours[1][1] = ours[1][1].float()
     with pytest.raises(ValueError, match=r"grads\[1\] must be dense torch.float64"):
         adamw_(*ours, **HYPER, step=3)

@@ -9,7 +9,7 @@ import torch
 from close import assert_close_to_ref
 from torch import nn
 
-from cs336.optim import AdamW, param_groups
+from cs336.optim import AdamW, clip_grad_norm_, clip_scale, grad_norm, param_groups
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -283,7 +283,22 @@ def test_float64_beside_float32_in_a_group():
 def test_float64_follows_torch():
     ours, torchs = model(torch.float64), model(torch.float64)
     losses = train(ours, AdamW(ours.parameters(), **HYPER), 5)
-    assert losses == pytest.approx(train(torchs, torch.optim.AdamW(torchs.parameters(), **HYPER), 5), rel=1e-6)
+    assert losses == pytest.approx(train(torchs, torch.optim.AdamW(torchs.parameters(), **HYPER), 5), rel=1e-12)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_clipping_in_the_step_of_float64_beside_float32():
+    params, whole = ([torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.float64)] for _ in range(2))
+    for p, q in zip(params, whole, strict=True):
+        p.grad, q.grad = (torch.arange(1, 4, dtype=p.dtype) for _ in range(2))
+    norm = grad_norm(params)
+    assert norm.dtype == torch.float64
+    clip_grad_norm_(whole, 0.1)
+    # eps as large as the gradients, or a step of AdamW would not depend on their size
+    AdamW(params, eps=0.1).step(grad_scale=clip_scale(norm, 0.1))
+    AdamW(whole, eps=0.1).step()
+    torch.testing.assert_close(params, whole)
 
 
 # ---- state ----

@@ -5,7 +5,7 @@ from close import assert_close_to_ref
 from optim_models import set_gradients, tiny
 from torch import nn
 
-from cs336.optim import SGD, SOAP, AdamW, muon_param_groups
+from cs336.optim import SGD, SOAP, AdamW, Lion, LionConfig, muon_param_groups
 
 MATRICES = ("up.weight", "down.weight", "out.weight", "gate.weight")
 
@@ -158,12 +158,47 @@ def test_sgd_and_torchs_take_each_others_state():
         ours.load_state_dict(adamw.state_dict())
 
 
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_lion_equals_the_definition(device, scale):
+    ours, plain = tiny(torch.float64, device), tiny(torch.float64, device)
+    optimizer = Lion(ours.parameters(), lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
+    moments = [torch.zeros_like(p) for p in plain.parameters()]
+    for step in range(6):
+        set_gradients([ours], step)
+        set_gradients([plain], step, size=scale or 1.0)
+        optimizer.step(grad_scale=None if scale is None else torch.tensor(scale))
+        for p, m in zip(plain.parameters(), moments, strict=True):
+            update = torch.sign(0.8 * m + 0.2 * p.grad)
+            p.data -= 0.01 * (update + 0.1 * p.data)
+            m.copy_(0.95 * m + 0.05 * p.grad)
+    torch.testing.assert_close(list(ours.parameters()), list(plain.parameters()), rtol=1e-12, atol=1e-14)
+
+
+def test_lion_rests_where_nothing_pulls_and_refuses_other_states():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.tensor([1.0, 0.0, -1e-30])
+    lion = Lion([p], lr=0.5)
+    lion.step()
+    assert p.tolist() == [0.5, 1.0, 1.5]
+    p.grad = torch.tensor([float("nan"), float("inf"), 0.0])
+    lion.step()
+    assert torch.equal(p.isnan(), torch.tensor([True, False, False]))
+    adamw = AdamW([p])
+    adamw.step()
+    with pytest.raises(ValueError, match="was not saved by Lion"):
+        lion.load_state_dict(adamw.state_dict())
+    net = tiny()
+    groups = LionConfig().build(net).param_groups
+    assert {p.dim(): g["weight_decay"] for g in groups for p in g["params"]} == {2: 0.3, 1: 0.0}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "make",
     [
         lambda m, lr: SOAP(muon_param_groups(m, 0.1), lr=lr, frequency=2, max_dim=10),
         lambda m, lr: SGD(m.parameters(), lr=lr, momentum=0.9, nesterov=True),
+        lambda m, lr: Lion(m.parameters(), lr=lr, weight_decay=0.1),
     ],
 )
 def test_goes_on_bit_for_bit(make, dtype):
@@ -189,6 +224,8 @@ def test_goes_on_bit_for_bit(make, dtype):
         (lambda p: SGD([p], momentum=1.0), "momentum must be in"),
         (lambda p: SGD([p], nesterov=True), "nesterov looks ahead along the momentum, and momentum is 0"),
         (lambda p: SGD([p], lr=-1), "lr must not be negative"),
+        (lambda p: Lion([p], betas=(0.9, 1.0)), "betas must be two numbers"),
+        (lambda p: Lion([p], weight_decay=-1), "weight_decay must not be negative"),
         (lambda p: SOAP([p], frequency=0), "frequency must be at least 1"),
         (lambda p: SOAP([p], betas=(1.0, 0.9)), "betas must be two numbers"),
     ],
@@ -201,6 +238,6 @@ def test_bad_numbers_are_refused(call, message):
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    for optimizer in (SGD(table.parameters()), SOAP(table.parameters())):
+    for optimizer in (SGD(table.parameters()), Lion(table.parameters()), SOAP(table.parameters())):
         with pytest.raises(ValueError, match=r"of shape \(5, 2\) is sparse"):
             optimizer.step()

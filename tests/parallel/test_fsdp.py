@@ -92,7 +92,10 @@ def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, **optio
         train(model, model.parameters(), parts, finish, no_sync)
     with model.gathered() as whole:
         gathered = {name: t.detach().clone() for name, t in whole.state_dict().items()}
-    return model.full_state_dict(None), gathered
+    everywhere, of_zero = model.full_state_dict(None), model.full_state_dict()
+    assert (of_zero is None) == (rank > 0)
+    assert all(torch.equal(value, everywhere[name]) for name, value in (of_zero or {}).items())
+    return everywhere, gathered
 
 
 def gathered_as(dtype):

@@ -19,7 +19,7 @@ from training import tiny_run
 from cs336.data import ShardWriter
 from cs336.models import TransformerConfig
 from cs336.parallel import ParallelConfig, launch
-from cs336.training import AdamWConfig, GuardConfig, MuonConfig, SOAPConfig, Trainer
+from cs336.training import AdamWConfig, GuardConfig, LionConfig, MuonConfig, SOAPConfig, Trainer
 
 TIED = TransformerConfig(
     vocab_size=tiny_run.VOCAB, context_length=8, num_layers=1, d_model=16, num_heads=2, tie_embeddings=True
@@ -37,6 +37,7 @@ RUNS = {  # name -> (what both have, what two ranks have)
     "zero2": (UNCLIPPED, ZERO2),
     "zero3": (UNCLIPPED, ZERO3),
     "deep": (UNCLIPPED | DEEP, ZERO3),
+    "lion zero3": ({"optimizer": LionConfig(max_grad_norm=float("inf"))}, ZERO3),
     "bf16 zero3": (UNCLIPPED | DEEP | {"precision": "bf16_weights"}, ZERO3),
 }
 LAYOUTS = [(3, None), (5, ZERO3), (7, ZERO1), (9, ZERO2), (10, {}), (12, None)]  # until which step; None: one process

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cs336.cli import main
-from cs336.scaling import ComputeLaw, Counting, Points, fit_compute, read_points
+from cs336.scaling import ComputeLaw, Counting, Points, PowerLaw, fit_compute, read_points
 from cs336.scaling.forecast import read
 from cs336.scaling.saved import load_compute_fit, load_counting
 
@@ -26,8 +26,9 @@ def ladder(noise=0.0, seeds=3, law=TRUTH, rng=None):
 @pytest.mark.parametrize("truth", [TRUTH, ComputeLaw(E=0.0, A=30.0, gamma=0.05), ComputeLaw(E=3.0, A=4e3, gamma=0.3)])
 def test_points_without_noise_give_the_law_back(truth):
     law = fit_compute(ladder(law=truth), bootstrap=0).law
-    assert law.gamma == pytest.approx(truth.gamma, rel=0.03)  # the search is over steps of 2 %
-    assert law.loss(3e15) == pytest.approx(truth.loss(3e15), rel=2e-3)
+    assert law.gamma == pytest.approx(truth.gamma, rel=2e-5)
+    assert pytest.approx(truth.E, abs=1e-4) == law.E
+    assert law.loss(3e15) == pytest.approx(truth.loss(3e15), rel=1e-6)
 
 
 def test_forecasts_of_ten_times_the_compute_are_within_their_intervals():
@@ -57,6 +58,12 @@ def test_what_cannot_be_fitted_is_refused():
         fit_compute(Points.of(points.parameters, points.tokens, points.loss[::-1]))
     with pytest.raises(ValueError, match="wants bootstrap > 0"):
         fit_compute(points, bootstrap=0).interval("E")
+    with pytest.raises(ValueError, match="confidence must be between 0 and 1"):
+        fit_compute(points, bootstrap=5).predict(1e15, confidence=95)
+    with pytest.raises(ValueError, match="there are no runs"):
+        Points.of([], [], [])
+    with pytest.raises(ValueError, match="y must be positive"):
+        PowerLaw.through([1, 2], [3, -1])
 
 
 def test_from_a_file_to_a_graded_forecast(tmp_path, capsys):

@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -23,12 +24,40 @@ TESTS = "assert double(2) == 4\nassert double(-3) == -6\nassert abs(double(0.5) 
         ),
         ("```\nx = 1\n```", "x = 1\n"),
         ("well\n```python\nx = 1\ny =", "x = 1\ny ="),
-        ("  ```python\n  x\n  ```", "  x\n"),
+        ("  ```python\n  if x:\n      y\n\n  z\n  ```", "if x:\n    y\n\nz\n"),
+        ("Here it is: ```python\nx = 1\n```\nok", "x = 1\n"),
+        ("1. So: ```py\nx = 1\n```\n2. Or:\n   ```Python\n   x = 2\n   ```", "x = 2\n"),
+        ("a `x` and ```y``` then\n```\nz\n```", "z\n"),
+        ("I'll use ``` fences.\n```python\nx=1\n```\n", "x=1\n"),
+        ("a ``` b\n```\nx=1\n```", "x=1\n"),
+        ("````python\nx=1\n```\ny\n````", "x=1\n```\ny\n"),
+        ('```python title="a`b"\nx=1\n```', "x=1\n"),
+        ("- ```python\n  x = 1\n  ```", "x = 1\n"),
+        ("1. ```\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```\nx = 1", "```\nx = 1"),
+        ("```python\nx = 1```", "x = 1"),
+        ("```python\nprint('```')\n```", "print('```')\n"),
         ("", ""),
     ],
 )
 def test_extract_code(response, code):
     assert extract_code(response) == code
+
+
+@kept_in
+def test_what_a_program_raises_keeps_its_arguments():
+    program = "def f(x):\n    raise x('no', 3) if x is KeyError else x('no')"
+    tests = "for kind in (ValueError, TypeError, KeyError):\n    try:\n        f(kind)\n    except kind as error:\n        said = error"
+    assert verify_code(
+        program, f"{tests}\n        assert said.args == (('no', 3) if kind is KeyError else ('no',))"
+    ).score
+    assert verify_code(
+        "def f(): raise ValueError('no')", "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'"
+    ).score
+    assert verify_code("def f(): raise ValueError(object())", "f()").reason.startswith(
+        "ValueError (ValueError in the program: <obj"
+    )
+    assert verify_code("class E(ValueError):\n    args = 1\ndef f(): raise E()", "f()").score == 0
 
 
 @kept_in
@@ -63,8 +92,8 @@ def test_what_it_prints():
         ("class Node:\n  left = None\n  kinds = {1: 'a'}\nroot = Node()\ndef depth(n): return 0 if n is None else 1 + depth(n.left)",
          "assert depth(root) == 1\nroot.left = Node()\nroot.left.left = Node()\nassert depth(root) == 3 and depth(root.left) == 2\nassert Node.kinds == {1: 'a'}"),
         ("def f(x): raise ValueError('no')", "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    assert False"),
-        ("class Odd(ValueError): pass\ndef f(x): raise x(5)\ndef g(): raise Odd\ndef h(): raise UnicodeDecodeError('a', b'', 0, 1, 'b')",
-         "def raises(kind, f, *a):\n  try: f(*a)\n  except kind: return True\nassert raises(TypeError, f, TypeError) and raises(KeyError, f, KeyError)\nassert raises(ValueError, g) and raises(RuntimeError, h)"),
+        ("class Odd(ValueError): pass\ndef f(x): raise x(5)\ndef g(): raise Odd\ndef h(e=UnicodeDecodeError('a', b'', 0, 1, 'b')): raise e\ndef i():\n  try: h()\n  except ValueError as e: e.args = (i,); raise",
+         "def raises(kind, f, *a):\n  try: f(*a)\n  except kind: return True\nassert raises(TypeError, f, TypeError) and raises(KeyError, f, KeyError)\nassert raises(ValueError, g) and raises(UnicodeDecodeError, h) and raises(RuntimeError, i)"),
         ("def f(x):\n  print('noise', x)\n  return input", "f('\\n{')"),
         ("from collections import Counter, namedtuple\nimport enum\nclass E(enum.IntEnum): A = 2\ndef f(): return Counter('aab'), E.A, namedtuple('P', 'x')(1)",
          "assert f() == ({'a': 2, 'b': 1}, 2, (1,))"),
@@ -163,3 +192,24 @@ def test_tests_are_checked():
         verify_code("x = 1", "assert (")
     with pytest.raises(ValueError, match="nothing to verify"):
         verify_code("x = 1", " \n")
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        " " * 10**6,
+        "`" * 10**6,
+        "```\n" * 10**5,
+        "```python\n" * 10**4,
+        "x```" * 10**5,
+        "```js\nx" * 10**5,
+        "`` " * 10**5,
+        "- " * 10**5,
+        "`" * 10**5 + "x```",
+        "```" + "a" * 10**5 + "```",
+    ],
+)
+def test_hostile_responses_take_little_time(hostile):
+    start = time.process_time()
+    extract_code(hostile)
+    assert time.process_time() - start < 2

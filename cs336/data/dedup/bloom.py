@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 from cs336 import _text
 from cs336.utils.files import replacing
@@ -25,9 +26,11 @@ class BloomFilter:
         """Whether the key was known, by mistake or not. It is now."""
         return self._native.add(key)
 
-    def add_many(self, keys: list[str | bytes]):
+    def add_many(self, keys: Iterable[str | bytes]):
         """(N,) bool: what `add` says of each, in order."""
-        return self._native.add_many(keys)
+        if isinstance(keys, str | bytes):
+            raise TypeError(f"expected a list of keys, got one {type(keys).__name__}: give [key]")
+        return self._native.add_many(list(keys))
 
     def __contains__(self, key: str | bytes) -> bool:
         return self._native.contains(key)

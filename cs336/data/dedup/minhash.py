@@ -8,7 +8,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, overload
 
 import numpy as np
@@ -24,7 +24,7 @@ CACHED_SHINGLES = 256  # texts whose shingles are kept while pairs are verified
 
 
 def minhash(
-    texts: list[str | bytes], num_hashes: int = 128, ngram: int = 5, unit: Unit = "word", seed: int = 0
+    texts: Iterable[str | bytes], num_hashes: int = 128, ngram: int = 5, unit: Unit = "word", seed: int = 0
 ) -> np.ndarray:
     """(N, num_hashes) uint32: two rows agree in a share of places that is the similarity of the texts' n-grams.
 
@@ -32,7 +32,8 @@ def minhash(
     4294967295 everywhere.
     """
     check_minhash(num_hashes, 1, ngram, 1.0)
-    return _text.MinHash(num_hashes, seed).sign(texts, ngram, unit)
+    _check_several(texts)
+    return _text.MinHash(num_hashes, seed).sign(list(texts), ngram, unit)
 
 
 def near_duplicates(
@@ -48,13 +49,12 @@ def near_duplicates(
 
     Two texts are in one cluster when the Jaccard similarity of their sets of n-grams is `threshold` or more, or when a
     chain of such pairs joins them. texts: may read them on demand: a few are in memory at a time, signatures are
-    in a temporary file, and 24 bytes a text stay.
+    in a temporary file, and 40 bytes a text stay.
 
     Raises ValueError for arguments that make no sense, with what would.
     """
     check_minhash(num_hashes, num_bands, ngram, threshold)
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}: give [text]")
+    _check_several(texts)
     with tempfile.TemporaryFile() as file:
         signatures_NH = _sign(texts, num_hashes, ngram, unit, seed, file)
         parent = np.arange(len(texts))
@@ -63,10 +63,18 @@ def near_duplicates(
         def shingles(index: int) -> np.ndarray:
             return _text.shingles(texts[index], ngram, unit)
 
+        def similarity(a: int, b: int) -> float:
+            return _text.jaccard(shingles(a), shingles(b))
+
+        for first, *others in _buckets(_keys(signatures_NH)):  # texts of equal sets: the first stands for them
+            for index in others:
+                if similarity(first, index) == 1:
+                    parent[index] = first
+        index_D = np.flatnonzero(parent == np.arange(len(texts)))
         rows = num_hashes // num_bands
         for band in range(num_bands):
-            for bucket in _buckets(_keys(signatures_NH[:, band * rows : (band + 1) * rows])):
-                _join(bucket, parent, lambda a, b: _text.jaccard(shingles(a), shingles(b)) >= threshold)
+            for bucket in _buckets(_keys(signatures_NH[:, band * rows : (band + 1) * rows])[index_D]):
+                _join(index_D[bucket].tolist(), parent, lambda a, b: similarity(a, b) >= threshold)
     return [_root(parent, i) for i in range(len(texts))]
 
 
@@ -124,6 +132,11 @@ def check_minhash(num_hashes: int, num_bands: int, ngram: int, threshold: float)
         raise ValueError(f"threshold is a Jaccard similarity above 0 and at most 1, got {threshold}")
 
 
+def _check_several(texts: Iterable[str | bytes]) -> None:
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}: give [text]")
+
+
 def _sign(texts: Sequence[str | bytes], num_hashes: int, ngram: int, unit: Unit, seed: int, file) -> np.ndarray:
     """(N, num_hashes) uint32 in the file."""
     native = _text.MinHash(num_hashes, seed)
@@ -156,12 +169,26 @@ def _buckets(keys_N: np.ndarray) -> Iterator[list[int]]:
 
 
 def _join(bucket: list[int], parent: np.ndarray, similar) -> None:
-    """Unite what is similar. A text is compared with those of other clusters alone, so copies cost one comparison."""
-    for i, index in enumerate(bucket):
-        for other in bucket[:i]:
-            a, b = _root(parent, index), _root(parent, other)
-            if a != b and similar(other, index):
-                parent[max(a, b)] = min(a, b)
+    """Unite what is similar. A text is compared with those of other clusters alone, until one is similar: copies cost a
+    comparison each."""
+    clusters: list[list[int]] = []  # of the bucket's texts so far
+    for index in bucket:
+        home: list[int] | None = None
+        for texts in clusters:
+            a, b = _root(parent, index), _root(parent, texts[0])
+            if a != b and not any(similar(other, index) for other in texts):
+                continue
+            parent[max(a, b)] = min(a, b)
+            if home is None:
+                home = texts
+            else:
+                home += texts
+                texts.clear()
+        if home is None:
+            clusters.append([index])
+        else:
+            home.append(index)
+            clusters = [texts for texts in clusters if texts]
 
 
 def _root(parent: np.ndarray, index: int) -> int:

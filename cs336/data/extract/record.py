@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cs336.data.extract.encoding import decode
 from cs336.data.extract.html import Format, Mode, html_to_text
 from cs336.data.extract.pdf import MOST_PAGES, pdf_to_text
 from cs336.data.sources.record import HTML, PDF, Record
@@ -47,10 +48,10 @@ def document_of(record: Record, settings: Extract = Extract()) -> Document | Rem
             assert isinstance(content, bytes)
             text = pdf_to_text(content, settings.max_pages, math.inf)  # the same on a slow machine
         elif record.type == HTML:
-            text = html_to_text(content, settings.mode, settings.format)
+            text = html_to_text(content, settings.mode, settings.format, record.charset)
             metadata = page_facts(content) | metadata if isinstance(content, bytes) else metadata
         else:
-            text = content if isinstance(content, str) else content.decode("utf-8", "replace")
+            text = content if isinstance(content, str) else decode(content, record.charset)
     except ValueError as error:
         return Removed("unreadable", str(error))
     if not text or text.isspace():

@@ -139,12 +139,12 @@ class Classifier:
 
     def probabilities(self, texts: Sequence[str], num_threads: int | None = 1) -> np.ndarray:
         """(N, K) float32, in the order of `labels`; the same for any number of threads."""
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, got one str: give [text]")
         return self._native.predict(list(texts), thread_count(num_threads))
 
     def predict(self, texts: Sequence[str], num_threads: int | None = 1) -> tuple[list[str], np.ndarray]:
         """The most probable label of each text, and its probability, (N,) float32."""
-        if isinstance(texts, str):
-            raise TypeError("expected a list of texts, got one str: give [text]")
         scores_NK = self.probabilities(texts, num_threads)
         best_N = scores_NK.argmax(1)
         return [self.labels[k] for k in best_N], scores_NK[np.arange(len(best_N)), best_N]

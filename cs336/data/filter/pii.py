@@ -3,7 +3,7 @@
     masked, count = mask_emails("write to jo@example.org")   # "write to |||EMAIL_ADDRESS|||", 1
 
 Masks that stand in a text already are left alone and not counted. Every pattern takes linear time: it can only begin
-where its kind of run begins, and never gives back what it took.
+where its kind of run begins, or looks no further than a few hundred characters, and never gives back what it took.
 """
 
 import ipaddress
@@ -20,25 +20,30 @@ SECRET_MASK = "|||SECRET|||"
 
 LOCAL = r"[\w!#$%&'*+/=?^`{}~-]"
 EMAIL = re.compile(
-    rf"""(?<![\w!#$%&*+=?^`{{}}~.-]){LOCAL}++(?:\.{LOCAL}++)*+@
+    rf"""(?<![\w!#$%&*+=?^`{{}}~.-])(?=[^\s@]{{1,256}}@){LOCAL}++(?:\.{LOCAL}++)*+@
          (?:[^\W_](?:[\w-]{{0,62}})\.)+[^\W\d_]{{2,63}}+(?![\w@-])""",
     re.VERBOSE,
 )
 
+BETWEEN = "[ .\u2010\u2011-]"  # groups of digits: what is written [ .-] below, and two more hyphens
 # Digits in groups, as people write them. The lookarounds keep out parts of longer numbers, decimals, versions, sums.
 PHONE = re.compile(
     r"""(?<![\w.,/#$€£=+-])(?:
-        (?:\+|00)[1-9]\d{0,2}[ .-]?(?:\(0?\d{0,4}\)[ .-]?)?\d{1,5}(?:[ .-]?\d{2,5}){1,4}   # +44 (0)20 7946 0958
+        (?:\(\+[1-9]\d{0,2}\)|(?:\+|00)[1-9]\d{0,2})[ .-]?                                  # +44, (+44), 0044, and then
+            (?:\(0?\d{0,4}\)[ .-]?)?\d{1,5}(?:[ .-]?\d{2,5}){1,4}                           # (0)20 7946 0958
       | (?:1[ .-]?)?(?:\(\d{3}\)[ .-]{0,2}|\d{3}[ .-]?)\d{3}[ .-]?\d{4}                     # (415) 555-2671, 4155552671
       | \(\d{2,5}\)[ .-]?\d{2,4}(?:[ .-]?\d{2,4}){1,2}                                      # (020) 7946 0958
       | 0\d{1,4}[ .-]\d{2,8}(?:[ .-]\d{2,4}){0,4} | 0[1-9]\d{8,9}                           # 020 7946 0958
       | \d{2,3}([ -])\d{2,3}\1\d{2,4}(?:\1\d{2,4})?                                         # 699 956 915
       | [2-9]\d{2}-\d{4}                                                                    # 555-2671
-    )(?:[ ]?(?:x|ext\.?)[ ]?\d{1,5})?(?![\w/:=%$€£]|[.,-]\d)""",
+      | (?:\(\d{3}\)[ ]?|\d{3}–)\d{3}–\d{4}                                                # with dashes
+    )(?:[ ]?(?:x|ext\.?)[ ]?\d{1,5})?(?![\w/:=%$€£]|[.,-]\d)""".replace("[ .-]", BETWEEN),
     re.VERBOSE,
 )
 DATE = re.compile(
-    r"(?:19|20)?\d\d([ .-])(?:0?[1-9]|1[0-2])\1\d{2,4}|\d{1,2}([ .-])\d{1,2}\2(?:19|20)\d\d|\d{3}-\d\d-\d{4}"
+    r"(?:19|20)?\d\d([ .-])(?:0?[1-9]|1[0-2])\1\d{2,4}|\d{1,2}([ .-])\d{1,2}\2(?:19|20)\d\d|\d{3}-\d\d-\d{4}".replace(
+        "[ .-]", BETWEEN
+    )
 )
 
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
@@ -59,7 +64,7 @@ SECRETS = re.compile(
           | SG\.[\w-]{16,32}\.[\w-]{16,64}                   # SendGrid
           | eyJ[\w-]{10,}+\.eyJ[\w-]{10,}+\.[\w-]{10,}+      # JSON web token
         )(?![A-Za-z0-9_-])""",
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
 ASSIGNED = re.compile(
     r"""((?:api|access|auth|secret|private|encryption)[_-]?(?:key|token|secret)|password|passwd|client[_-]?secret)
@@ -87,8 +92,8 @@ def mask_phone_numbers(text: str, mask: str = PHONE_MASK) -> tuple[str, int]:
 
 def mask_ip_addresses(text: str, mask: str = IP_MASK) -> tuple[str, int]:
     """Replace addresses of both versions of IP; version numbers such as 1.2.3.4.5 are none."""
+    text, six = _mask(text, mask, IPV6, _is_ipv6)  # first: they may end in one of version 4
     text, four = _mask(text, mask, IPV4)
-    text, six = _mask(text, mask, IPV6, _is_ipv6)
     return text, four + six
 
 

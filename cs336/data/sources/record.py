@@ -29,6 +29,8 @@ class Record:
     """url, date, licence where they are known, and the fields of a JSON line or columns of a parquet file."""
     position: int = 0
     """Bytes of the unit's files that are read, this record included."""
+    charset: str = ""
+    """Of content that is bytes, as the header that came with it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,12 @@ def media_type(header: str) -> str:
     if name in ("text/plain", "text/markdown", "text/x-markdown"):
         return TEXT
     return name or "unknown type"
+
+
+def charset_of(header: str) -> str:
+    """`text/html; charset="utf-8"` -> utf-8; "" where it names none."""
+    found = re.search(r"""(?i);\s*charset\s*=\s*["']?([^\s"';]+)""", header)
+    return found[1] if found else ""
 
 
 def sniff(content: bytes) -> str:

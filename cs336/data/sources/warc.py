@@ -9,7 +9,7 @@ from typing import IO
 
 from cs336.data.sources.http import parse_response
 from cs336.data.sources.members import LONGEST_LINE, Members, Short
-from cs336.data.sources.record import HTML, PDF, TEXT, Damaged, Limits, Record, Unread, media_type, sniff
+from cs336.data.sources.record import HTML, PDF, TEXT, Damaged, Limits, Record, Unread, charset_of, media_type, sniff
 
 MOST_FIELDS = 200  # lines of a record's head
 SKIPPED = 16  # times record_bytes: more of a record that is too large is looked over, not unpacked
@@ -128,21 +128,24 @@ def _arc_head(line: bytes, version: int) -> Head:
 
 
 def _page(number: int, head: Head, block: bytes, name: str, members: Members, limits: Limits) -> Record | Unread:
-    declared = media_type(head["content"])
-    if declared == "application/http" or head["type"] == "arc":
-        try:
-            response = parse_response(block, limits.record_bytes)
-        except Damaged as error:
-            return _unread(number, head, name, members, "damaged", str(error))
-        if response.status != 200:
-            return _unread(number, head, name, members, f"status {response.status}", damaged=False)
-        declared, block = media_type(response.headers.get("content-type", "")), response.body
-    kind = TEXT if head["type"] == "conversion" else declared
-    if kind in ("unknown type", "application/octet-stream"):
-        kind = media_type(head.get("identified", ""))
-        kind = sniff(block) if kind == "unknown type" else kind
+    header = head["content"]
+    response = None
+    try:
+        if media_type(header) == "application/http" or head["type"] == "arc":
+            response = parse_response(block)
+            if response.status != 200:
+                return _unread(number, head, name, members, f"status {response.status}", damaged=False)
+            header = response.headers.get("content-type", "")
+        kind = TEXT if head["type"] == "conversion" else media_type(header)
+        if kind in ("unknown type", "application/octet-stream"):
+            kind = media_type(head.get("identified", ""))
+        if response is not None and kind in (HTML, PDF, TEXT, "unknown type"):  # others may be as broken as they like
+            block = response.body(limits.record_bytes)
+    except Damaged as error:
+        return _unread(number, head, name, members, "damaged", str(error))
+    kind = sniff(block) if kind == "unknown type" else kind
     if kind not in (HTML, PDF, TEXT):
         return _unread(number, head, name, members, kind, damaged=False)
     content: bytes | str = block.decode("utf-8", "replace") if head["type"] == "conversion" else block
     metadata = {key: head[key] for key in ("url", "date") if head[key]}
-    return Record(number, _id(head, name, members), name, kind, content, metadata, members.position)
+    return Record(number, _id(head, name, members), name, kind, content, metadata, members.position, charset_of(header))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from cs336.evaluation.tasks.task import Answered, Item, Model, Options, Row
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 
 class Scored(NamedTuple):
     logprob: float
@@ -61,10 +63,10 @@ def rolling(model: Model, texts: Sequence[str]) -> list[float]:
 
 
 class Choice:
-    """Rows: query or question, choices, gold (a number), as in llm-foundry; or ARC's choices = {text, label} and
-    answerKey; or context_options and a continuation that all share (Winograd). Each choice follows the question after a
-    space; the likeliest is the model's, for acc_norm by its log-probability a character
-    of the choice, as in lm-evaluation-harness."""
+    """Rows: query or question, choices, gold or answer (a number or a letter), as in llm-foundry; or ARC's choices =
+    {text, label} and answerKey; or context_options and a continuation that all share (Winograd). Each choice follows
+    the question after a space; the likeliest is the model's, for acc_norm by its log-probability a character of the
+    choice, as in lm-evaluation-harness."""
 
     name, separator = "choice", "\n\n"
 
@@ -78,9 +80,12 @@ class Choice:
 
     def answer(self, model: Model, items: Sequence[Item], prompts: Sequence[str], options: Options) -> list[Answered]:
         pairs, sizes, golds = [], [], []
+        prompts = _texts(model, prompts, options)
         for item, prompt in zip(items, prompts, strict=True):
             row = item.row
             if "context_options" in row:
+                if options.chat:
+                    raise ValueError("rows of context_options ask nothing that a chat could answer: leave chat out")
                 listed = [
                     (f"{prompt}{context}", f" {row['continuation'].strip()}") for context in row["context_options"]
                 ]
@@ -102,6 +107,37 @@ class Choice:
         return answered
 
 
+class Letters:
+    """Rows of MMLU: question, choices, answer (a number or a letter), subject. The choices are written under the
+    question with their letters, and the likeliest letter is the model's answer (arXiv:2009.03300)."""
+
+    name, separator = "mmlu", "\n\n"
+
+    def read(self, row: Row) -> Item:
+        question, choices, gold = _choices(row)
+        if len(choices) > len(LETTERS):
+            raise ValueError(f"there are {len(choices)} choices, expected at most {len(LETTERS)}, which have letters")
+        subject = f" about {row['subject'].replace('_', ' ')}" if row.get("subject") else ""
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        return Item(
+            "\n".join([question.strip(), *lines, "Answer:"]), f" {LETTERS[gold]}", row,
+            f"The following are multiple choice questions (with answers){subject}.\n\n",
+        )  # fmt: skip
+
+    def answer(self, model: Model, items: Sequence[Item], prompts: Sequence[Any], options: Options) -> list[Answered]:
+        texts = _texts(model, prompts, options)
+        listed = [LETTERS[: len(_choices(item.row)[1])] for item in items]
+        pairs = [
+            (text, _after(text, letter)) for text, letters in zip(texts, listed, strict=True) for letter in letters
+        ]
+        scored, answered = iter(loglikelihoods(model, pairs)), []
+        for text, letters, item in zip(texts, listed, items, strict=True):
+            found = {letter: next(scored).logprob for letter in letters}
+            right = max(found, key=found.__getitem__) == item.target.strip()
+            answered.append(Answered(text, [found], {"acc": float(right)}, [f"the right one is{item.target}"]))
+        return answered
+
+
 class Continuation:
     """Rows: context and continuation, or answer. acc: whether the continuation is the likeliest, token by token (as in
     LAMBADA); logprob: its nats."""
@@ -113,7 +149,12 @@ class Continuation:
         return Item(row["context"], _after(row["context"], wanted), row)
 
     def answer(self, model: Model, items: Sequence[Item], prompts: Sequence[str], options: Options) -> list[Answered]:
-        scored = loglikelihoods(model, [(p, item.target) for p, item in zip(prompts, items, strict=True)])
+        prompts = _texts(model, prompts, options)
+        pairs = [
+            (p, _after(p, item.target.strip()) if options.chat else item.target)
+            for p, item in zip(prompts, items, strict=True)
+        ]
+        scored = loglikelihoods(model, pairs)
         return [
             Answered(p, [item.target], {"acc": float(s.greedy), "logprob": s.logprob})
             for p, item, s in zip(prompts, items, scored, strict=True)
@@ -146,9 +187,17 @@ def _choices(row: Row) -> tuple[str, list[str], int]:
         choices, gold = choices["text"], choices["label"].index(row["answerKey"])
     else:
         gold = row["gold"] if "gold" in row else row["answer"]
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+    at = gold
+    if isinstance(gold, str):
+        at = int(gold) if gold.isdecimal() else LETTERS.find(gold) if len(gold) == 1 else None
+    if not isinstance(at, int) or not 0 <= at < len(choices):
         raise ValueError(f"the right choice is {gold!r}, which is none of 0 to {len(choices) - 1}")
-    return question, choices, gold
+    return question, choices, at
+
+
+def _texts(model: Model, prompts: Sequence[Any], options: Options) -> list[str]:
+    """What stands before a continuation: a text as it is, a chat as its template writes it."""
+    return [model.chat_template.render(prompt) if options.chat else prompt for prompt in prompts]
 
 
 def _after(prompt: str, text: str) -> str:

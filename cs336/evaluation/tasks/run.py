@@ -18,21 +18,22 @@ import math
 import os
 import pathlib
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cs336.data.decontaminate import overlaps
 from cs336.evaluation.tasks.generation import GSM8K, MATH, Instructions, Pairs, Program, Refusals
-from cs336.evaluation.tasks.likelihood import Choice, Continuation, Text
+from cs336.evaluation.tasks.likelihood import Choice, Continuation, Letters, Text
 from cs336.evaluation.tasks.task import Answered, Item, Kind, Metric, Model, Options, metrics
 from cs336.utils.config import parse, read_table
 from cs336.utils.documents import open_bytes, unpacking
 from cs336.utils.files import write_json
 
 _ALL: list[Kind] = [
-    Choice(), Continuation(), Text(), GSM8K, MATH, Program("mbpp"), Program("humaneval"), Instructions(), Refusals(),
-    Pairs(),
+    Choice(), Letters(), Continuation(), Text(), GSM8K, MATH, Program("mbpp"), Program("humaneval"), Instructions(),
+    Refusals(), Pairs(),
 ]  # fmt: skip
 KINDS = {kind.name: kind for kind in _ALL}
 
@@ -102,10 +103,10 @@ def _items(kind: Kind, path: pathlib.Path, prompt: str | None, limit: int | None
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix(BOM_UTF8))
                 item = kind.read(row)
                 if prompt is not None:
-                    item = dataclasses.replace(item, prompt=prompt.format(**row))
+                    item = dataclasses.replace(item, prompt=prompt.format(**row), heading="")
             except KeyError as error:
                 raise ValueError(f"{path}:{number}: a row of {kind.name} has no {error}") from None
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -147,8 +148,9 @@ def _prompt(task: Task, place: int, shots: int, options: Options) -> Any:
     item, chosen = task.items[place], _shots(task, place, shots, options.seed)
     if options.chat:
         turns = [turn for e in chosen for turn in (("user", e.prompt), ("assistant", e.target.strip()))]
-        return [{"role": role, "content": text} for role, text in [*turns, ("user", item.prompt)]]
-    return "".join(f"{e.prompt}{e.target}{task.kind.separator}" for e in chosen) + item.prompt
+        (first, text), *others = [*turns, ("user", item.prompt)]
+        return [{"role": role, "content": text} for role, text in [(first, item.heading + text), *others]]
+    return item.heading + "".join(f"{e.prompt}{e.target}{task.kind.separator}" for e in chosen) + item.prompt
 
 
 def _shots(task: Task, place: int, count: int, seed: int) -> list[Item]:

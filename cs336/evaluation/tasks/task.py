@@ -19,6 +19,8 @@ class Model(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
     @property
     def engine(self) -> Any: ...  # of which max_len, the longest sequence
+    @property
+    def chat_template(self) -> Any: ...  # of which render(messages), the text that a chat is
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Item:
     """The right answer as it follows the prompt, for examples; "" where there is none to show."""
     row: Row
     """Of the data file."""
+    heading: str = ""
+    """What stands before the examples."""
 
 
 @dataclass

@@ -113,10 +113,11 @@ def choice(index: int, finish_reason: str | None, **more: Any) -> Json:
     return {"index": index, "finish_reason": finish_reason} | more
 
 
-def usage(requests: Sequence[Request]) -> Json:
+def usage(requests: Sequence[Request], *, echo_alone: bool = False) -> Json:
+    """echo_alone: no token was asked for, and the one that was drawn is not counted."""
     prompt = sum(len(request.prompt_token_ids) for request in requests)
     samples: list[Sample] = [sample for request in requests for sample in request.samples]
-    completion = sum(len(s.tokens) + (s.end is not None) for s in samples)
+    completion = 0 if echo_alone else sum(len(s.tokens) + (s.end is not None) for s in samples)
     cached = sum(request.samples[0].cached for request in requests)
     return {
         "prompt_tokens": prompt,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import pathlib
 import time
@@ -121,7 +122,7 @@ class Server:
         ):
             self.app.add_exception_handler(kind, handler)
         gets: dict[str, Call] = {"/": self._page, "/health": self._health, "/metrics": self._metrics}
-        gets |= {"/v1/models": self._models}
+        gets |= {"/v1/models": self._models, "/v1/models/{model:path}": self._model}
         posts: dict[str, Call] = {"/v1/completions": self._completions, "/v1/chat/completions": self._chat}
         posts |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         for method, calls in (("GET", gets), ("POST", posts)):
@@ -149,8 +150,10 @@ class Server:
 
         def whole() -> dict[str, Any]:
             choices = self.answers.completion(asked, group.requests, shown)
-            used = answers.usage(group.requests)
-            return self.answers.envelope(id, "text_completion", choices, usage=used)
+            return self.answers.envelope(id, "text_completion", choices, usage=used())
+
+        def used() -> dict[str, Any]:
+            return answers.usage(group.requests, echo_alone=asked.max_tokens == 0)
 
         def piece(ticket: Ticket, update, begun: set[int]) -> list[dict[str, Any]]:
             sample, token = update.sample, update.token
@@ -170,7 +173,8 @@ class Server:
                 found.append(choice(index, reason, text=text, logprobs=logprobs))
             return [self.answers.envelope(id, "text_completion", [c]) for c in found]
 
-        return await self._answer(asked, http, group, whole, piece, lambda: self._empty(id, "text_completion", group))
+        last = functools.partial(self._last, id, "text_completion", used)
+        return await self._answer(asked, http, group, whole, piece, last)
 
     async def _chat(self, asked: ChatRequest, http: Request) -> Response:
         self._check_model(asked)
@@ -182,8 +186,10 @@ class Server:
 
         def whole() -> dict[str, Any]:
             (request,) = group.requests
-            choices = self.answers.chat(asked, request)
-            return self.answers.envelope(id, object, choices, usage=answers.usage([request]))
+            return self.answers.envelope(id, object, self.answers.chat(asked, request), usage=used())
+
+        def used() -> dict[str, Any]:
+            return answers.usage(group.requests)
 
         def piece(ticket: Ticket, update, begun: set[int]) -> list[dict[str, Any]]:
             sample, token = update.sample, update.token
@@ -198,11 +204,12 @@ class Server:
                 found.append(choice(sample.index, sample.finish_reason, delta={}))
             return [self.answers.envelope(id, f"{object}.chunk", [c]) for c in found]
 
-        return await self._answer(asked, http, group, whole, piece, lambda: self._empty(id, f"{object}.chunk", group))
+        last = functools.partial(self._last, id, f"{object}.chunk", used)
+        return await self._answer(asked, http, group, whole, piece, last)
 
-    def _empty(self, id: str, object: str, group: Group) -> dict[str, Any]:
+    def _last(self, id: str, object: str, used: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The last event, which tells what was used."""
-        return self.answers.envelope(id, object, [], usage=answers.usage(group.requests))
+        return self.answers.envelope(id, object, [], usage=used())
 
     async def _answer(
         self,
@@ -211,11 +218,11 @@ class Server:
         group: Group,
         whole: Callable[[], dict[str, Any]],
         piece: Callable[[Ticket, Any, set[int]], list[dict[str, Any]]],
-        used: Callable[[], dict[str, Any]],
+        last: Callable[[], dict[str, Any]],
     ) -> Response:
         group.begin()
         if asked.stream:
-            return EventStream(_events(group, piece, used if asked.wants_usage else None), group)
+            return EventStream(_events(group, piece, last if asked.wants_usage else None), group)
         try:
             await _until_gone(http, _drained(group))
             return _json(whole())
@@ -223,8 +230,12 @@ class Server:
             group.close()
 
     def _check_model(self, asked: Generation | TokenizeRequest | DetokenizeRequest) -> None:
-        if asked.model not in (None, self.answers.name):
-            raise HTTPException(404, f"there is no model {asked.model!r:.80} here, but {self.answers.name!r}")
+        if asked.model is not None:
+            self._check_name(asked.model)
+
+    def _check_name(self, model: str) -> None:
+        if model != self.answers.name:
+            raise HTTPException(404, f"there is no model {model!r:.80} here, but {self.answers.name!r}")
 
     # ---- the rest ----
 
@@ -240,8 +251,16 @@ class Server:
         return Response(self.worker.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def _models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about]})
+
+    async def _model(self, model: str) -> Response:
+        self._check_name(model)
+        return JSONResponse(self._about)
+
+    @property
+    def _about(self) -> dict[str, Any]:
         about = {"id": self.answers.name, "object": "model", "created": 0, "owned_by": "cs336"}
-        return JSONResponse({"object": "list", "data": [about | {"max_model_len": self.llm.engine.max_len}]})
+        return about | {"max_model_len": self.llm.engine.max_len}
 
     async def _tokenize(self, asked: TokenizeRequest) -> Response:
         self._check_model(asked)
@@ -256,14 +275,14 @@ class Server:
         return _json({"prompt": self.llm.decode(asked.tokens)})
 
 
-async def _events(group: Group, piece, used) -> AsyncIterator[str]:
+async def _events(group: Group, piece, last) -> AsyncIterator[str]:
     begun: set[int] = set()
     try:
         async for ticket, update in group.updates():
             for content in piece(ticket, update, begun):
                 yield f"data: {json.dumps(content)}\n\n"
-        if used is not None:
-            yield f"data: {json.dumps(used())}\n\n"
+        if last is not None:
+            yield f"data: {json.dumps(last())}\n\n"
         yield "data: [DONE]\n\n"
     except TimeoutError:
         yield f"data: {json.dumps(answers.error('the request took too long', 'timeout'))}\n\n"

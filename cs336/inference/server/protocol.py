@@ -130,6 +130,8 @@ class ChatRequest(Generation):
     def params(self, room: int, stop: tuple[str, ...]) -> SamplingParams:
         """For a prompt after which there is room for so many tokens. stop: the template's."""
         self.refuse(tools=[], functions=[], response_format={"type": "text"}, audio=None, modalities=["text"])
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs takes logprobs = true")
         max_tokens = _within(room, self.max_completion_tokens or self.max_tokens or max(1, room))
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(max_tokens, stop=(*self.stops, *stop), logprobs=logprobs)

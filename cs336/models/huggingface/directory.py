@@ -28,6 +28,7 @@ from cs336.models.huggingface.mamba2 import MAMBA2
 from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
+from cs336.models.huggingface.olmo3 import OLMO3
 from cs336.models.huggingface.quantized import read_quantized, write_quantized
 from cs336.models.huggingface.qwen2 import QWEN2
 from cs336.models.huggingface.qwen3 import QWEN3
@@ -42,7 +43,7 @@ from cs336.utils.tensor_file import save_tensors
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
         *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2),
     )
 }

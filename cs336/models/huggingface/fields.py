@@ -13,7 +13,7 @@ IRRELEVANT |= {"output_attentions", "output_hidden_states", "output_router_logit
 IRRELEVANT |= {"finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"}
 IRRELEVANT |= {"_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "cache_implementation"}
 IRRELEVANT |= {"chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "torchscript", "use_bfloat16"}
-IRRELEVANT |= {"use_cache", "unsloth_fixed", "unsloth_version"}
+IRRELEVANT |= {"use_cache", "unsloth_fixed", "unsloth_version", "loss_type"}
 # Of old files, which sampled as their config.json said: generation_config.json says that now.
 IRRELEVANT |= {"do_sample", "early_stopping", "length_penalty", "max_length", "max_new_tokens", "min_length"}
 IRRELEVANT |= {"num_beams", "num_return_sequences", "repetition_penalty", "temperature", "top_k", "top_p"}

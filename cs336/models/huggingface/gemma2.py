@@ -11,7 +11,7 @@ from cs336.models.config import MOST_LAYERS, TransformerConfig
 from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, renamed
 from cs336.models.huggingface.fields import Fields
-from cs336.models.huggingface.rotary import read_rope
+from cs336.models.huggingface.rotary import FULL, WINDOW, read_rope
 from cs336.nn import AttentionConfig, MLPConfig, RMSNormConfig, RopeConfig
 
 NAMES = {
@@ -19,13 +19,12 @@ NAMES = {
     ".mlp_norm.": "model.layers.{layer}.pre_feedforward_layernorm.",
     ".mlp_post_norm.": "model.layers.{layer}.post_feedforward_layernorm.",
 }
-WINDOW, FULL = "sliding_attention", "full_attention"
 
 
 def read(fields: Fields) -> TransformerConfig:
-    rope, softcap = read_rope(fields), cap(fields, "attn_logit_softcapping", 50.0)
+    rope, softcap = read_rope(fields), given_or(fields, "attn_logit_softcapping", 50.0)
     sliding, full = blocks(fields, {"softcap": softcap}, rope, rope)
-    return model(fields, sliding, full, 2, cap(fields, "final_logit_softcapping", 30.0))
+    return model(fields, sliding, full, 2, given_or(fields, "final_logit_softcapping", 30.0))
 
 
 def blocks(
@@ -55,17 +54,23 @@ def model(
 ) -> TransformerConfig:
     """every: how often a layer is full, where layer_types does not say it."""
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
-    depth = sizes["num_layers"]
+    layers = in_turns(fields, sizes["num_layers"], sliding, full, every)
+    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=softcap, layers=layers)
+
+
+def in_turns(
+    fields: Fields, depth: int, sliding: BlockConfig, full: BlockConfig, every: int
+) -> tuple[BlockConfig, ...]:
+    """So many layers, of which layer_types says which are full; where it is left out, each `every`-th is."""
     if depth > MOST_LAYERS:
         fields.refuse("num_hidden_layers")
     kinds = fields.take("layer_types", [WINDOW if i % every else FULL for i in range(1, depth + 1)])
     if not isinstance(kinds, list) or len(kinds) < depth or any(kind not in (WINDOW, FULL) for kind in kinds):
         fields.refuse("layer_types")
-    layers = tuple(sliding if kind == WINDOW else full for kind in kinds[:depth])
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=softcap, layers=layers)
+    return tuple(sliding if kind == WINDOW else full for kind in kinds[:depth])
 
 
-def cap(fields: Fields, name: str, default: float) -> float | None:
+def given_or(fields: Fields, name: str, default: float) -> Any:
     """null is none, and not the default."""
     return fields.number(name, None if name in fields.given else default)
 

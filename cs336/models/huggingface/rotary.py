@@ -4,9 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.fields import Fields
-from cs336.nn import LinearScaling, Llama3Scaling, NtkScaling, RopeConfig, YarnScaling
+from cs336.nn import AttentionConfig, LinearScaling, Llama3Scaling, NtkScaling, RopeConfig, YarnScaling
 from cs336.nn.rope_scaling import RopeScaling
+
+WINDOW, FULL = "sliding_attention", "full_attention"  # layer_types
 
 
 def read_rope(fields: Fields, default_theta: float = 10000.0) -> RopeConfig:
@@ -20,6 +23,43 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> RopeConfig:
             raise ValueError(f"config.json has {name} = {value!r}: expected a table")
         table |= value
     return rope_of(table, fields, theta)
+
+
+def read_ropes(fields: Fields, local: float, theta: float) -> tuple[RopeConfig, RopeConfig]:
+    """Of layers with a window, and of those without: a table each in rope_parameters; rope_scaling is of the latter.
+
+    local, theta: their bases where the tables have none.
+    """
+    both = [fields.take(name, {}) for name in ("rope_parameters", "rope_scaling")]
+    tables, scaling = both
+    if not all(isinstance(table, dict) for table in both) or not tables.keys() <= {WINDOW, FULL}:
+        fields.refuse("rope_parameters" if "rope_parameters" in fields.table else "rope_scaling")
+    sliding, full = (tables.get(kind) or {} for kind in (WINDOW, FULL))
+    if not isinstance(sliding, dict) or not isinstance(full, dict):
+        fields.refuse("rope_parameters")
+    return rope_of(sliding, fields, local), rope_of(full | scaling, fields, theta)
+
+
+def ropes_of(config: TransformerConfig, local: float, theta: float) -> tuple[RopeConfig, RopeConfig]:
+    """Of a model's layers with a window, and of those without; of the bases given where there is none."""
+    kinds = {True: RopeConfig(local), False: RopeConfig(theta)}
+    for block in config.blocks:
+        if isinstance(block.mixer, AttentionConfig) and isinstance(block.positions, RopeConfig):
+            kinds[block.mixer.window is not None] = block.positions
+    return kinds[True], kinds[False]
+
+
+def write_ropes(local: RopeConfig, full: RopeConfig) -> dict[str, Any] | None:
+    """As `read_ropes` reads them, and beside it as transformers 4 does; None for what transformers has not."""
+    written = [write_rope(rope) for rope in (local, full)]
+    if written[0] is None or written[1] is None:
+        return None
+    tables = [
+        {"rope_type": "default", "rope_theta": rope["rope_theta"]} | rope.get("rope_scaling", {})
+        for rope in written
+        if rope is not None
+    ]
+    return written[1] | {"rope_parameters": dict(zip((WINDOW, FULL), tables, strict=True))}
 
 
 def rope_of(table: dict[str, Any], fields: Fields, theta: float, **options: Any) -> RopeConfig:

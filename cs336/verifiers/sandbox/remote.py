@@ -98,7 +98,11 @@ class Line:
 def raised(error):
     """What the program raised, named by the nearest of its classes that is Python's own: `except` goes by those."""
     known = (kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
-    return {"raised": next(known), "text": f"{error}"}
+    try:
+        arguments = encode(error.args)
+    except (TypeError, ValueError):  # of no plain data, or nested too deep
+        arguments = encode((f"{error}",))
+    return {"raised": next(known), "text": f"{error}", "arguments": arguments}
 
 
 def serve(source):
@@ -206,9 +210,10 @@ def judge(tests, names=()):
             if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, NOT_TO_BE_RAISED):
                 raise RuntimeError(said)
             try:
-                error = kind(said)
-            except TypeError:  # it takes other arguments
+                error = kind(*decode(reply["arguments"]))
+            except (LookupError, TypeError, ValueError):  # it takes other arguments
                 error = RuntimeError(said)
+            error.add_note(said)
             raise error
         return reply
 
@@ -243,6 +248,6 @@ def judge(tests, names=()):
             where = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "tests" else where
             trace = trace.tb_next
         failed = f": {tests.splitlines()[where - 1].strip():.200}" if where else ""
-        text = " ".join(f"{error}".split())
+        text = " ".join((getattr(error, "__notes__", None) or [f"{error}"])[0].split())
         print(f"\n{type(error).__name__}{f' ({text:.300})' if text else ''}{failed}", file=sys.stderr)
         sys.exit(1)

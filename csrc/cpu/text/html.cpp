@@ -55,6 +55,7 @@ class Parser {
     // Views of the text must not move. No reference stands for more than 6 bytes out of 5.
     page_.text.reserve(html.size() + html.size() / 4 + 16);
     push(Tag::kOther, 0, {});
+    if (html.starts_with("\xEF\xBB\xBF")) at_ = 3;  // a byte order mark
   }
 
   Page parse() {
@@ -76,10 +77,7 @@ class Parser {
     const char next = lower(peek(1));
     if (next >= 'a' && next <= 'z') return read_start_tag();
     if (next == '/' && lower(peek(2)) >= 'a' && lower(peek(2)) <= 'z') return read_end_tag();
-    if (next == '!' && html_.substr(at_, 4) == "<!--") {
-      const bool empty = html_.substr(at_, 5) == "<!-->" || html_.substr(at_, 6) == "<!--->";
-      return skip_past(empty ? ">" : "-->", at_ + 4);
-    }
+    if (next == '!' && html_.substr(at_, 4) == "<!--") return skip_comment();
     if (next == '!' || next == '?' || next == '/') return skip_past(">", at_ + 1);
     add_text("<");
     ++at_;
@@ -88,6 +86,17 @@ class Parser {
   void skip_past(std::string_view mark, size_t from) {
     const size_t found = html_.find(mark, from);
     at_ = found == html_.npos ? html_.size() : found + mark.size();
+  }
+
+  // <!-- ... -->, <!-- ... --!>, <!-->, <!--->
+  void skip_comment() {
+    for (size_t end = html_.find("--", at_ + 2); end != html_.npos; end = html_.find("--", end + 1)) {
+      const std::string_view rest = html_.substr(end + 2, 2);
+      if (!rest.starts_with('>') && (rest != "!>" || end < at_ + 4)) continue;
+      at_ = end + (rest[0] == '>' ? 3 : 4);
+      return;
+    }
+    at_ = html_.size();
   }
 
   std::string_view read_name() {
@@ -171,8 +180,13 @@ class Parser {
     if (entry.kind & kIsBlock) end_block();
     if (tag == Tag::kBr) return break_line();
     if (entry.kind & kIsVoid) return;
+    if (tag == Tag::kHead && !before_content()) return;
     if ((tag == Tag::kHtml || tag == Tag::kBody) && open_[static_cast<size_t>(tag)] > 0) return;
     push(tag, entry.kind, attributes);
+  }
+
+  bool before_content() const {
+    return stack_.size() <= 1 + open_[static_cast<size_t>(Tag::kHtml)] && page_.blocks.empty() && !block_visible_;
   }
 
   void close_implied(Tag tag) {
@@ -230,7 +244,11 @@ class Parser {
     size_t end = at_;
     for (;; end += 2) {
       end = std::min(html_.find("</", end), html_.size());
-      if (end == html_.size() || equal_lower(html_.substr(end + 2, entry.name.size()), entry.name)) break;
+      if (end == html_.size()) break;
+      const size_t name_end = end + 2 + entry.name.size();
+      const bool whole =
+          name_end >= html_.size() || is_space(html_[name_end]) || html_[name_end] == '>' || html_[name_end] == '/';
+      if (whole && equal_lower(html_.substr(end + 2, entry.name.size()), entry.name)) break;
     }
     if (entry.tag == Tag::kTitle && page_.title.empty() && dropped_ == 0) {
       append_unescaped(html_.substr(at_, end - at_), page_.title);
@@ -318,13 +336,17 @@ class Parser {
   }
 
   void add_text(std::string_view raw) {
-    if (dropped_ > 0 || open_[static_cast<size_t>(Tag::kHead)] > 0) return;
+    if (dropped_ > 0) return;
+    if (open_[static_cast<size_t>(Tag::kHead)] > 0) {  // of which it is the end
+      if (std::all_of(raw.begin(), raw.end(), is_space)) return;
+      close(Tag::kHead);
+    }
     decoded_.clear();
     append_unescaped(raw, decoded_);
     append_run(decoded_, open_[static_cast<size_t>(Tag::kPre)] == 0);
   }
 
-  // White space becomes one space if `collapse`, and U+00A0 a space.
+  // White space becomes one space if `collapse`, and U+00A0 a space; a NUL is nothing.
   void append_run(std::string_view text, bool collapse) {
     const size_t before = page_.text.size();
     bool visible = false;
@@ -332,6 +354,7 @@ class Parser {
       const char c = text[i];
       const bool hard = c == '\xC2' && i + 1 < text.size() && text[i + 1] == '\xA0';
       i += hard;
+      if (c == '\0') continue;
       if (!hard && !is_space(c)) {
         visible = true;
         page_.text += c;
