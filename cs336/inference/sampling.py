@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tyro.conf import arg
 
 MAX_LOGPROBS = 20
+NONE = arg(help_behavior_hint="(default: none)")
 
 
 def _whole(value: Any) -> bool:
@@ -38,9 +40,9 @@ class SamplingParams:
     max_tokens: int = 128
     seed: int | None = None
     """Same seed, same continuation, whatever else is in the batch. None: torch's global generator."""
-    stop: tuple[str, ...] | str = ()
+    stop: Annotated[tuple[str, ...] | str, NONE] = ()
     """Strings that end the text; they are not part of it."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], NONE] = ()
     """Tokens that end the text, besides the model's own; they are not part of it."""
     ignore_eos: bool = False
     """Go on past the model's own ends."""
@@ -58,7 +60,7 @@ class SamplingParams:
     """Taken off the logits of tokens in the output."""
     frequency_penalty: float = 0.0
     """Taken off the logits of tokens in the output, for each time that they are there."""
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logit_bias: Annotated[Mapping[int, float] | tuple[tuple[int, float], ...], NONE] = ()
     """Token: what is added to its logits. Kept as pairs."""
 
     def __post_init__(self):

@@ -26,6 +26,7 @@ from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
 from cs336.training.staging import Staging
+from cs336.utils.counted import counted
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 from cs336.utils.rows import newest_row
@@ -121,7 +122,7 @@ class RunDir:
             return
         if (row := newest_row(self.path, lambda row: row.get("step", 0) > begin)) is not None:
             lost = row["step"] - begin
-            say(f"{self.path}: {lost:,} steps of a run that ended before its first checkpoint are made anew")
+            say(f"{self.path}: {counted(lost, 'step')} of a run that ended before its first checkpoint to be made anew")
 
     @property
     def verb(self) -> str | None:

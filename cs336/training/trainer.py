@@ -46,6 +46,7 @@ from cs336.training.rate import LearningRate
 from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
 from cs336.utils.config import to_table
+from cs336.utils.counted import counted
 from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
 
@@ -472,7 +473,7 @@ class Trainer:
             if used := memory_used(self.learner):
                 self.display.say(used)
             between = f"{duration(sum(pauses.values()))} of it between steps"
-            done = f"{self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}, {between}"
+            done = f"{counted(self.step, 'step')}, {self.tokens:,} tokens in {duration(seconds)}, {between}"
             self.display.say(f"finished {done}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")

@@ -145,7 +145,7 @@ def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, mod
     (tmp_path / "run").mkdir()
     write_rows(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "val/loss": 9.0}, {"step": 1, "train/loss": 9.0}])
     run(settings)
-    assert f"{tmp_path}/run: 1 steps of a run that ended before its first" in " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/run: 1 step of a run that ended before its first" in " ".join(capsys.readouterr().out.split())
     assert [row["step"] for row in rows_of(tmp_path / "run") if "val/loss" in row] == [0, 1, 2]
     assert all(row.get("val/loss") != 9.0 != row.get("train/loss") for row in rows_of(tmp_path / "run"))
 
