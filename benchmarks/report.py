@@ -182,14 +182,16 @@ def both(values: Iterable[float | None], form: str = ".1f") -> str:
 def losses(cases: list[dict[str, Row]], sized: bool = True) -> str:
     """Where a peer is faster by more than the noise of both, in the whole sweep; sized: a shape is that of x, in MB."""
     found, close = [], 0
+    several = len({c["native"]["op"] for c in cases}) > 1
     for c in cases:
         native = c["native"]
+        name = f"{native['op']} {native['pass']}" if several else native["pass"]
         for peer in PEERS:
             faster = ratio(c, peer)
             if faster is not None and faster * (1 + native["spread"] + c[peer]["spread"]) < 1:
                 shape = "x".join(map(str, native["shape"]))
                 size = f" ({megabytes(native):g} MB)" if sized else ""
-                found.append((faster, f"{PEERS[peer]} in {native['pass']} {shape}{size}: {faster:.2f}"))
+                found.append((faster, f"{PEERS[peer]} in {name} {shape}{size}: {faster:.2f}"))
             elif faster is not None and faster < 0.95:
                 close += 1
     if not cases:

@@ -2,7 +2,8 @@
 
 What Dynamo captured is searched for these patterns, whoever wrote them, and the rest goes to inductor:
 
-    attention   F.scaled_dot_product_attention, where ops/sdpa.py takes its arguments
+    attention   F.scaled_dot_product_attention, where ops/sdpa.py takes its arguments: with is_causal, or a mask that is
+                keys <= queries  of two torch.arange, which transformers makes when it is compiled
     layer_norm  F.layer_norm over the last dim, with a weight
     rms_norm    F.rms_norm with a weight, or  w * (x * rsqrt(mean(x^2) + eps))  spelt out, as transformers does
     rope        x * cos + rotate_half(x) * sin, where cos and sin repeat their halves
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from cs336 import ops
 from cs336.ops import sdpa, torch_cross_entropy
@@ -43,10 +44,11 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
     """Put our ops in place of the patterns, in place: of `only` these, all if None. Returns how many of each there
     were."""
     counts: Counter = Counter()
+    written = {base for node in graph_module.graph.nodes for x in _written(node) for base in _bases(x)}
     for node in list(graph_module.graph.nodes):
         for name, match in PATTERNS.items():
             found = match(node) if only is None or name in only else None
-            if found is None:
+            if found is None or not written.isdisjoint(_read_between(node, found[1])):
                 continue
             function, args, kwargs = found
             with graph_module.graph.inserting_before(node):
@@ -56,7 +58,8 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
             graph_module.graph.erase_node(node)
             counts[name] += 1
             break
-    graph_module.graph.eliminate_dead_code()
+    # What only writes into a tensor has no users, and is no less alive.
+    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or bool(_written(node)))
     graph_module.recompile()
     return counts
 
@@ -67,8 +70,12 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
 def _attention(node: Node):
     if node.target is not F.scaled_dot_product_attention:
         return None
-    values = [_value(a) for a in node.args], {k: _value(v) for k, v in node.kwargs.items()}
-    return (sdpa.sdpa, node.args, dict(node.kwargs)) if sdpa.takes(*values[0], **values[1]) else None
+    names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+    query, key, value, mask, dropout, causal, *options = _arguments(node, names, (None, 0.0, False, None, False))
+    if not causal and mask is not None and _hides_later_keys(mask, _value(query).shape[-2], _value(key).shape[-2]):
+        mask, causal = None, True
+    args = (query, key, value, mask, dropout, causal, *options)
+    return (sdpa.sdpa, args, {}) if sdpa.takes(*map(_value, args)) else None
 
 
 def _layer_norm(node: Node):
@@ -256,6 +263,85 @@ def _fits(node: Node, x, weight, bias, shape) -> bool:
         and weight.device == x.device
         and (bias is None or (bias.shape == weight.shape and bias.dtype == weight.dtype))
     )
+
+
+def _hides_later_keys(mask, num_queries: int, num_keys: int) -> bool:
+    """keys <= queries, of positions that begin at the same number: (..., 1, T) and (..., S, 1)."""
+    while _calls(mask, torch.Tensor.expand):
+        mask = mask.args[0]
+    if _calls(mask, operator.le, torch.le):
+        keys, queries = mask.args
+    elif _calls(mask, operator.ge, torch.ge):
+        queries, keys = mask.args
+    else:
+        return False
+    starts = _counted_from(keys, -1), _counted_from(queries, -2)
+    whole = _value(mask).shape[-2:] == (num_queries, num_keys)
+    return whole and starts[0] is not None and starts[0] == starts[1] and not _writes_whole_numbers(mask.graph)
+
+
+_IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
+_VIEWS = torch.Tensor.view, torch.Tensor.reshape, torch.unsqueeze, torch.transpose, torch.Tensor.expand
+_WRITING = {operator.setitem, *(getattr(operator, name) for name in _IN_PLACE.split())}
+
+
+def _written(node: Node) -> list:
+    """What it writes into."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = node.target in _WRITING or (name.endswith("_") and not name.endswith("__"))
+    return [
+        *node.args[: int(in_place and node.op != "placeholder")],
+        *([out] if (out := node.kwargs.get("out")) else []),
+    ]
+
+
+def _bases(x) -> Iterator[Node]:
+    """What is written into with x: it, and what it is a view of."""
+    while isinstance(x, Node):
+        yield x
+        x = x.args[0] if _calls(x, operator.getitem, *_VIEWS) else None
+
+
+def _read_between(node: Node, args: tuple) -> set[Node]:
+    """Of a pattern of several nodes, which ends with `node` and becomes a call with `args`: these, and the nodes
+    between. The call would read them later than the pattern does."""
+    between: set[Node] = set()
+    arguments, todo = {x for x in args if isinstance(x, Node)}, [node]
+    while todo:
+        for x in todo.pop().all_input_nodes:
+            if x not in arguments | between:
+                between.add(x)
+                todo.append(x)
+    return between | arguments if between else set()
+
+
+def _writes_whole_numbers(graph: Graph) -> bool:
+    """Whether anything is written into a tensor of integers or truth values: places, or a mask, may be others then."""
+    written = (_value(x) for node in graph.nodes for x in _written(node))
+    return any(isinstance(x, Tensor) and not x.is_floating_point() for x in written)
+
+
+def _counted_from(node, dim: int) -> int | None:
+    """The first of numbers that rise by one along a dim, of a tensor without others; None if they do not."""
+    places = _value(node)
+    if not isinstance(places, Tensor) or places.is_floating_point() or places.shape[dim] != places.numel():
+        return None
+    start = 0
+    while not _calls(node, torch.arange):
+        if _calls(node, torch.unsqueeze) or (_calls(node, operator.getitem) and _only_adds_dims(node.args[1])):
+            node = node.args[0]
+        elif _calls(node, operator.add, torch.add) and isinstance(node.args[1], int) and not node.kwargs:
+            start += node.args[1]
+            node = node.args[0]
+        else:
+            return None
+    first, step = node.args[:-1] or (0,), node.kwargs.keys() & {"start", "end", "step"}
+    return start + first[0] if len(first) == 1 and isinstance(first[0], int) and not step else None
+
+
+def _only_adds_dims(index) -> bool:
+    """Whether an index leaves all elements where they are."""
+    return isinstance(index, tuple) and all(part is None or part == slice(None) for part in index)
 
 
 def _is_mean_of_square(mean, of) -> bool:

@@ -45,6 +45,7 @@ def flash_attn_func(
 
     Returns out (B, S, Hq, E). Raises ValueError for arguments that do not fit.
     """
+    _check(q, k, v, "(batch, tokens, heads, features)", 4)
     q, k, v = (x.transpose(1, 2) for x in autocast(q, k, v))
     options = _options(q, softmax_scale, causal, window_size, softcap)
     if alibi_slopes is None and dropout_p == 0.0:
@@ -100,6 +101,10 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError("cs336.flash_attn_varlen_func does not support block_table, of a paged cache")
+    _check(q, k, v, "(tokens, heads, features)", 3)
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor):
+            raise ValueError(f"{name} must be a tensor (N + 1,) int32, where sequences start, got {cu!r}")
     q, k, v = autocast(q, k, v)
     packing = cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k)
     options = _options(q, softmax_scale, causal, window_size, softcap)
@@ -133,6 +138,7 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(q, k, v, *packing, *args, **kwargs)
 
 
+@torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -180,6 +186,13 @@ def flash_attn_with_kvcache(
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(f"q and k_cache must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}")
     B, S = q.shape[:2]
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx names rows of a cache without pages: leave it out beside a block_table")
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] < B:
+        raise ValueError(f"a cache of {k_cache.shape[0]} rows has no row for each of q's {B} sequences")
+    for name, x in (("k", k), ("v", v)):
+        if x is not None and (x.dim() != 4 or x.shape[0] != B):
+            raise ValueError(f"{name} must be new tokens of q's {B} sequences, (B, N, Hkv, D), got {tuple(x.shape)}")
     if not causal and (left, right) != (-1, -1) and (S > 1 or right > 0):
         raise NotImplementedError("cs336.flash_attn_with_kvcache supports a window where causal=True or S = 1")
     table = _pages(B, cache_batch_idx, q.device) if block_table is None else block_table
@@ -194,6 +207,10 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 f"rotary_cos and rotary_sin must have one shape (at least {capacity}, R / 2), a row for each token "
                 f"that the cache holds, got {tuple(rotary_cos.shape)} and {tuple(rotary_sin.shape)}"
+            )
+        if 2 * rotary_cos.shape[1] > q.shape[-1]:
+            raise ValueError(
+                f"rotary_cos of {rotary_cos.shape[1]} columns rotates twice as many features, and q has {q.shape[-1]}"
             )
         steps = torch.arange(S if causal or left >= 0 else 1, device=q.device)
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
@@ -252,6 +269,19 @@ def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor, int
     return torch.cat((turned.to(x_BSHD.dtype), rest), -1)
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: str, dims: int) -> None:
+    """In the caller's own shapes: the op below has heads before tokens."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.is_nested or x.dim() != dims or x.shape[-1] == 0:
+            got = "a nested tensor: flash_attn_varlen_func packs" if x.is_nested else f"shape {tuple(x.shape)}"
+            raise ValueError(f"{name} must be {layout}, got {got}")
+    num_batch_dims = dims - 3
+    together = k.shape[:-1] == v.shape[:-1] and k.shape[:num_batch_dims] == q.shape[:num_batch_dims]
+    if not together or k.shape[-1] != q.shape[-1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v, {layout}, must fit each other, got {shapes}")
+
+
 def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float) -> tuple:
     left, right = _window(window_size)
     return q.shape[-1] ** -0.5 if scale is None else scale, causal, left, right, softcap
@@ -259,7 +289,7 @@ def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[in
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int]:
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or not all(isinstance(side, int) and side >= -1 for side in window_size):
+    if not pair or any(side is None or isinstance(side, float) or side < -1 for side in window_size):
         raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {window_size!r}")
     return window_size
 

@@ -42,14 +42,16 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """query (B, Hq, S, D), key and value (B, Hkv, T, D) -> (B, S, Hq, D).
 
     attention_mask: what `attention_mask` below made, or a (B, 1 or Hq, S, T) mask of the caller's own.
-    Raises NotImplementedError for what changes the result and is not known here: attention sinks, position biases.
+    s_aux: (Hq,) attention sinks, as gpt-oss has them.
+    Raises NotImplementedError for what changes the result and is not known here: position biases.
     """
-    for name in ("s_aux", "position_bias", "output_attentions"):
+    for name in ("position_bias", "output_attentions"):
         refused = kwargs.get(name)
         if refused is not None and refused is not False:
             raise NotImplementedError(f'attn_implementation="cs336" does not support {name}: use "eager"')
@@ -60,7 +62,7 @@ def attention_forward(
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         o = attention_varlen(
             q, k, v, attention_mask, None, S, S,
-            causal=True, window=window, softcap=softcap, scale=scaling, dropout_p=dropout,
+            causal=True, window=window, softcap=softcap, scale=scaling, dropout_p=dropout, sinks=s_aux,
         )  # fmt: skip
         return o.unflatten(0, (B, S)), None
     if attention_mask is not None:  # holds causality and the window too
@@ -68,7 +70,7 @@ def attention_forward(
         attention_mask = attention_mask[..., : key.shape[2]]
     o = attention(
         query, key, value, attention_mask,
-        causal=causal, window=window, softcap=softcap, scale=scaling, dropout_p=dropout,
+        causal=causal, window=window, softcap=softcap, scale=scaling, dropout_p=dropout, sinks=s_aux,
     )  # fmt: skip
     return o.transpose(1, 2).contiguous(), None
 

@@ -83,6 +83,7 @@ def test_help_of_each_verb(verb, capsys):
     shown = help_of([verb], capsys)
     assert " ".join(VERBS[verb].__doc__.split()[:8]) in " ".join(shown.split())
     assert "Args:" not in shown
+    assert "(default: )" not in shown
 
 
 @pytest.mark.parametrize("verb", TOKENIZER_VERBS)

@@ -82,3 +82,16 @@ def test_scale_is_the_size_of_the_terms():
     assert_close_to_ref(out, exact, exact.to(F32), scale=100.0)
     with pytest.raises(AssertionError, match="max error"):
         assert_close_to_ref(out, exact, exact.to(F32))
+
+
+def test_what_a_kernel_is_handed_is_added_and_no_more():
+    """Weights of rows whose logarithm was rounded, all up, by half an ulp of 32 to 64."""
+    exact, half_an_ulp = torch.rand(64, 64).double() + 0.5, 2.0**-19
+    out = (exact * (1 + half_an_ulp)).float()
+    assert_close_to_ref(out, exact, exact.float(), handed=half_an_ulp * 3**0.5)  # all up, where it may be evenly spread
+    with pytest.raises(AssertionError, match="max error"):
+        assert_close_to_ref(out, exact, exact.float())
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_close_to_ref(out, exact, exact.float(), handed=half_an_ulp)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_close_to_ref((exact * (1 + 3 * half_an_ulp)).float(), exact, exact.float(), handed=half_an_ulp)

@@ -79,6 +79,150 @@ def test_a_plain_model(counts, backend):
     assert counts == [{"rms_norm": 2, "rope": 1, "attention": 1, "layer_norm": 1}]
 
 
+def attend(x, mask_of):
+    """x (H, S, 8) attends to itself, with the mask that mask_of makes of its places (S,)."""
+    places = torch.arange(x.shape[1])
+    return F.scaled_dot_product_attention(x[None], x[None], x[None], mask_of(places))
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda i: i[None, :] <= i[:, None],
+        lambda i: (i[:, None] >= i[None, :]).expand(1, 2, -1, -1),
+        lambda i: ((i + 3)[None, None, None, :] <= (i + 3)[None, None, :, None]).expand(1, -1, 6, 6),
+        lambda i: i.unsqueeze(0) <= torch.arange(0, len(i)).unsqueeze(-1),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_causal_mask_is_recognised(counts, backend, mask_of, dynamic):
+    """transformers 5.17 makes one whenever it is compiled."""
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert counts == [{"attention": 1}]
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda i: i[None, :] < i[:, None] + 2,
+        lambda i: i[None, :] <= (i + 1)[:, None],
+        lambda i: i[None, :] >= i[:, None],
+        lambda i: i[:, None] <= i[None, :],
+        lambda i: i[None, :] <= (2 * i)[:, None],
+        lambda i: i[None, :] <= torch.arange(1, 7)[:, None],
+        lambda i: i[None, :] <= torch.arange(0, 12, 2)[:, None],
+        lambda i: i[None, :] <= torch.arange(7)[1:, None],
+        lambda i: i[None, :] <= i.flip(0)[:, None],
+        lambda i: (i[None, :] <= i[:, None]) | (i[None, :] < 2),
+        lambda i: i[None, :] <= 3,
+        lambda i: i[None, :] <= torch.ones_like(i)[:, None],
+        lambda i: torch.arange(1)[None, :] <= i[:, None],
+        lambda i: (torch.arange(1)[None, :] <= i[:, None]).expand(6, 6),
+        lambda i: i[None, :] <= torch.arange(1)[:, None],
+    ],
+)
+def test_other_masks_stay_torchs(counts, backend, mask_of):
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend, fullgraph=True)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert counts == [{}]
+
+
+def prefix(i):
+    mask = i[None, :] <= i[:, None]
+    mask[:, :2] = True
+    return mask
+
+
+def prefix_of_a_view(i):
+    mask = i[None, :] <= i[:, None]
+    mask[:, :2].fill_(True)
+    return mask
+
+
+def or_in_place(i):
+    mask = i[None, :] <= i[:, None]
+    mask |= i[None, :] < 3
+    return mask
+
+
+def out(i):
+    mask = i[None, :] <= i[:, None]
+    torch.logical_or(mask, mask.flip(0), out=mask)
+    return mask
+
+
+def keys(i):
+    places = torch.arange(6)
+    places[:2] = 0
+    return places[None, :] <= i[:, None]
+
+
+def keys_of_a_view(i):
+    places = torch.arange(6)
+    places[None].mul_(2)
+    return places[None, :] <= i[:, None]
+
+
+def queries(i):
+    places = torch.arange(6.0)
+    places *= 0.5
+    return i[None, :] <= places[:, None]
+
+
+def written_by_a_function(i):
+    places = torch.arange(6)
+    torch.fill_(places, 3)
+    return places[None, :] <= i[:, None]
+
+
+WRITTEN = [prefix, prefix_of_a_view, or_in_place, out, keys, keys_of_a_view, queries, written_by_a_function]
+
+
+@pytest.mark.parametrize("mask_of", WRITTEN)
+def test_a_mask_that_is_written_into_stays_torchs(counts, backend, mask_of):
+    x = torch.randn(2, 6, 8)
+    got = torch.compile(attend, backend=backend)(x, mask_of)
+    torch.testing.assert_close(got, attend(x, mask_of))
+    assert sum(map(Counter, counts), Counter()) == {}
+
+
+def norm_cut(x):
+    y = x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.clamp_(0)
+    return x.new_ones(8) * y
+
+
+def norm_zeroed(x):
+    y = x + 1
+    z = y * (y.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.zero_()
+    return x.new_ones(8) * z
+
+
+def gate_written(x):
+    gate = x + 1
+    activated = F.silu(gate)
+    gate[..., :4] = 0
+    return activated * gate
+
+
+def gate_written_by_a_view(x):
+    gate, up = x + 1, x - 1
+    activated = F.silu(gate)
+    gate[..., :4].mul_(3)
+    return activated * up
+
+
+@pytest.mark.parametrize("function", [norm_cut, norm_zeroed, gate_written, gate_written_by_a_view])
+def test_what_is_written_within_a_pattern_stays_torchs(counts, backend, function):
+    x = torch.randn(2, 6, 8)
+    torch.testing.assert_close(torch.compile(function, backend=backend)(x), function(x))
+    assert sum(map(Counter, counts), Counter()) == {}
+
+
 def mlp_and_loss(x, head, targets):
     gate, up = x.chunk(2, -1)
     h = F.silu(gate) * up + up * F.gelu(gate, approximate="tanh") + F.relu(gate).square() + F.relu(up) ** 2

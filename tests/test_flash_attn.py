@@ -125,5 +125,29 @@ def test_refusals(device):
         cs336.flash_attn_varlen_kvpacked_func(q[0], q, cu, cu, 4, 4)
     with pytest.raises(ValueError, match="dropout_p must be"):
         cs336.flash_attn_func(q, q, q, 1.5)
-    with pytest.raises(ValueError, match="v must be floating point like q"):
+    with pytest.raises(ValueError, match=r"v must be torch.float32 on .* like q, got .* torch.float64"):
         cs336.flash_attn_func(q, q, q.double())
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be a tensor .* got None"):
+        cs336.flash_attn_varlen_func(q[0], q[0], q[0], cu, None, 4, 4)
+
+
+def test_refusals_name_the_callers_shapes(device):
+    """Tokens before heads, as they were given."""
+    q = torch.zeros(2, 4, 3, 8, device=device)
+    nested = torch.nested.nested_tensor([q[0], q[1]])
+    for args, match in (
+        ((q[0], q[0], q[0]), r"q must be \(batch, tokens, heads, features\), got shape \(4, 3, 8\)"),
+        ((q[0, 0], q, q), r"q must be \(batch, .* got shape \(3, 8\)"),
+        ((q, q, q[..., :0]), r"v must be \(batch, .* got shape \(2, 4, 3, 0\)"),
+        ((nested, nested, nested), "q must be .* got a nested tensor: flash_attn_varlen_func"),
+        ((q, q[:1], q[:1]), r"must fit each other, got \(2, 4, 3, 8\), \(1, 4, 3, 8\), \(1, 4, 3, 8\)"),
+        ((q, q[..., :4], q), r"must fit each other, got .*, \(2, 4, 3, 4\)"),
+        ((q, q, q[:, :3]), r"must fit each other, got .*, \(2, 3, 3, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cs336.flash_attn_func(*args)
+    cu = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"q must be \(tokens, heads, features\), got shape \(2, 4, 3, 8\)"):
+        cs336.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4)
+    with pytest.raises(ValueError, match=r"must fit each other, got .*, \(4, 3, 8\), \(3, 3, 8\)"):
+        cs336.flash_attn_varlen_func(q[0], q[0], q[0, :3], cu, cu, 4, 4)

@@ -136,6 +136,8 @@ def test_refusals(device):
     _, (k, v), _ = cache(device, False, [48])
     q = torch.randn(1, 2, 4, D, device=device).to(DTYPE)
     new = {"k": q[:, :, :2], "v": q[:, :, :2], "cache_seqlens": 20}
+    wide = v[0, :, 0]
+    one = torch.zeros(1, 1, dtype=torch.int32, device=device)
     for error, match, options in (
         (NotImplementedError, "cache_leftpad", {"alibi_slopes": torch.ones(4, device=device)}),
         (NotImplementedError, "causal=True", {"window_size": (3, 3)}),
@@ -144,8 +146,24 @@ def test_refusals(device):
         (ValueError, "rotary_cos", {"rotary_cos": q[0, :, 0], "rotary_sin": q[0, :, 0]}),
         (ValueError, "together", {"rotary_cos": v[0, :, 0], **new}),
         (ValueError, r"\(at least 48, R / 2\)", {"rotary_cos": v[0, :9, 0], "rotary_sin": v[0, :9, 0], **new}),
+        (ValueError, f"{D} columns rotates twice .* q has {D}", {"rotary_cos": wide, "rotary_sin": wide, **new}),
+        (ValueError, "k must be new tokens of q's 1 sequences", {**new, "k": q.repeat(2, 1, 1, 1)[:, :, :2]}),
+        (ValueError, "v must be new tokens of q's 1 sequences", {**new, "v": q[0, :, :2]}),
+        (ValueError, "leave it out beside a block_table", {"block_table": one, "cache_batch_idx": one[0]}),
     ):
         with pytest.raises(error, match=match):
             cs336.flash_attn_with_kvcache(q, k, v, **options)
     with pytest.raises(ValueError, match="4 dims"):
         cs336.flash_attn_with_kvcache(q[0], k, v)
+    with pytest.raises(
+        ValueError, match="a cache of 1 rows has no row for each of q's 3 sequences"
+    ):  # not read past its end
+        cs336.flash_attn_with_kvcache(q.repeat(3, 1, 1, 1), k, v)
+
+
+def test_no_gradient(device):
+    """On a CPU as on a GPU, also where q and what is appended have one."""
+    _, (k, v), _ = cache(device, False, [48])
+    q = torch.randn(1, 2, 4, D, device=device).to(DTYPE).requires_grad_()
+    out = cs336.flash_attn_with_kvcache(q, k, v, q[:, :, :2], q[:, :, :2], cache_seqlens=20)
+    assert not any(x.requires_grad for x in (out, k, v))

@@ -78,6 +78,38 @@ def test_sliding_window(masks):
     assert masks == [None] * 13
 
 
+def test_sinks(masks):
+    """gpt-oss, whose layers have a window in turns; its sinks learn. With padding too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = transformers.GptOssConfig(**sizes, **SIZES, num_key_value_heads=2, sliding_window=5)
+    ids, padded = torch.randint(0, 64, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    padded[1, 9:] = 0
+    results = []
+    for implementation in ("cs336", "eager"):
+        config._attn_implementation = implementation
+        torch.manual_seed(0)
+        model = transformers.GptOssForCausalLM(config)
+        sinks = [layer.self_attn.sinks for layer in model.model.layers]
+        model(input_ids=ids, labels=ids).loss.backward()
+        logits = model(input_ids=ids, attention_mask=padded).logits[padded.bool()]
+        results.append([logits, *(sink.grad for sink in sinks)])
+    for got, want in zip(*results, strict=True):
+        assert want.abs().max() > 1e-4
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert [None if mask is None else mask.dim() for mask in masks] == [None, None, 4, 4]
+
+
+def test_sinks_of_a_packed_batch():
+    q, k, v, sinks = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(4)
+    cu, module = torch.tensor([0, 4, 9], dtype=torch.int32), torch.nn.Module()
+    whole, _ = ours.attention_forward(module, q, k, v, cu, s_aux=sinks)
+    for rows in (slice(0, 4), slice(4, 9)):
+        alone, _ = ours.attention_forward(module, *(x[:, :, rows] for x in (q, k, v)), None, s_aux=sinks)
+        torch.testing.assert_close(whole[:, rows], alone)
+    assert not torch.allclose(whole, ours.attention_forward(module, q, k, v, cu)[0], atol=1e-2)
+
+
 def test_what_is_not_recognised_becomes_a_mask():
     padding = torch.zeros(1, dtype=torch.long)
     sizes = {"batch_size": 1, "q_length": 4, "kv_length": 6, "q_offset": 2}
@@ -93,7 +125,7 @@ def test_what_is_not_recognised_becomes_a_mask():
 
 def test_refusals():
     q = torch.zeros(1, 2, 3, 8)
-    for name in ("s_aux", "position_bias", "output_attentions"):
+    for name in ("position_bias", "output_attentions"):
         value = True if name == "output_attentions" else torch.zeros(2, 3)
         with pytest.raises(NotImplementedError, match=name):
             ours.attention_forward(torch.nn.Module(), q, q, q, None, **{name: value})

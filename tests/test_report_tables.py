@@ -97,7 +97,7 @@ def test_a_run_of_several_ops_names_them_and_no_megabytes():
     ]
     text = report.table("activation", {"h200": {"activation": {"header": HEADER, "rows": rows}}})
     assert "| relu2 fwd | 8192x4096 | 20.0 | 4000 GB/s | 93.0 | 0.50 |" in text
-    assert "the sweep's 2 cases, native loses to Liger in fwd 8192x4096: 0.50" in text
+    assert "the sweep's 2 cases, native loses to Liger in relu2 fwd 8192x4096: 0.50; Liger in swiglu fwd" in text
     one = report.table("paged_attention", {"h200": {"paged_attention": {"header": HEADER, "rows": rows[:2]}}})
     assert "| fwd | 8192x4096 |" in one
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from cs336.alignment.verifiers import Verdict, verify_countdown, verify_format, verify_math
+from cs336.verifiers import Verdict, verify_countdown, verify_format, verify_math
 
 
 @dataclass(frozen=True)

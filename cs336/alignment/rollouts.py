@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cs336.alignment.functions import response_mask
-from cs336.alignment.verifiers import Verdict
 from cs336.data.loader import permute
 from cs336.inference import LLM, SamplingParams
+from cs336.verifiers import Verdict
 
 Reward = Callable[[str, Any], Verdict | float]
 """(response, expected answer) -> a score: a verifier, for one."""

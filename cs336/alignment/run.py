@@ -31,6 +31,7 @@ from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
 from cs336.utils import config as configs
 from cs336.utils.commit import commit
+from cs336.utils.counted import counted
 from cs336.utils.duration import duration
 from cs336.utils.files import write_text
 
@@ -254,7 +255,7 @@ class StageRun:
         there = {*self.stage.policy.model.parameters(), *self.stage.module.parameters()}  # heads and critics too
         learned = sum(p.numel() for p in self.stage.module.parameters() if p.requires_grad)
         total = self.decisions.plan.total_steps
-        steps = "as many steps as fit" if total is None else f"{total:,} steps"
+        steps = "as many steps as fit" if total is None else counted(total, "step")
         self.display.say(
             f"{learned:,} of {sum(p.numel() for p in there):,} parameters learn on "
             f"{self.stage.policy.device}; {self.stage.describe()}; budget {self.config.budget}: {steps}"
@@ -270,7 +271,7 @@ class StageRun:
             self.stage.export(export, self.step)
             took = {"seconds": round(self.seconds, 2), "cpu_seconds": round(self.cpu_seconds, 2)}
             self.run.write_facts(self.run.facts() | took)
-            self.display.say(f"finished {self.step:,} steps in {duration(self.seconds)}: {export}")
+            self.display.say(f"finished {counted(self.step, 'step')} in {duration(self.seconds)}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}; to continue, run the same command again")
         return StageResult(finished, self.step, self.seconds, self.metrics, export)

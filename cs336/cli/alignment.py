@@ -1,5 +1,6 @@
 """`cs336 sft`, `dpo`, `grpo` and their kin: the keys of a stage's configuration as options."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.cli.common import MaybePath, OwnOptions, Path, Run, Stopped, check_output
-from cs336.cli.settings import help_text, own_options
+from cs336.cli.settings import given, help_text, own_options
 
 
 @OwnOptions
@@ -210,8 +211,7 @@ def _verb(
         if own.help:
             print(help_text(parser, kind, description))
             return
-        table = {} if own.config is None else configs.read_table(own.config)
-        settings = configs.parse(kind, configs.override(kind, table, options))
+        settings = given(own, options, kind, functools.partial(configs.parse, kind))
         if own.print_config:
             print(configs.dumps(settings), end="")
             return

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from cs336.cli.common import Floats, MaybePath, Path, check_output
+from cs336.utils.counted import counted
 
 Kind = Literal["isoflop", "ladder", "wsd", "best"]
 
@@ -129,7 +130,7 @@ def coord_check(
         name: measure(widths, mup=mup, lr=lr, steps=steps, seeds=seeds, progress=True) for name, mup in kinds.items()
     }
     for name, check in checks.items():
-        print(f"{name}: RMS of the change after {steps} steps at widths {', '.join(map(str, check.widths))}")
+        print(f"{name}: RMS of the change after {counted(steps, 'step')} at widths {', '.join(map(str, check.widths))}")
         for activation, slope in check.slopes().items():
             sizes = "  ".join(f"{size:9.4f}" for size in check.moved[activation][:, -1])
             print(f"  {activation:12} {sizes}   width^{slope:+.2f}")

@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cs336.cli.common import Path
 
@@ -16,6 +18,19 @@ def own_options(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="TOML file of settings, as --print-config writes it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as TOML, and do nothing else")
     return parser
+
+
+def given(own: argparse.Namespace, options: Sequence[str], kind: type, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """`parse` of --config's table and the options that win over it. Raises ValueError, naming the key, and where
+    nothing was given at all, how to."""
+    from cs336.utils import config as configs
+
+    try:
+        return parse(configs.override(kind, {} if own.config is None else configs.read_table(own.config), options))
+    except ValueError as error:
+        if own.config is not None or options:
+            raise
+        raise ValueError(f"{error}: give a file, --config FILE, or options, which --help lists") from None
 
 
 def help_text(parser: argparse.ArgumentParser, kind: type, description: str | None) -> str:

@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cs336.cli.common import OwnOptions, Path, Run, Stopped
-from cs336.cli.settings import help_text, own_options
+from cs336.cli.settings import given, help_text, own_options
 
 if TYPE_CHECKING:
     from cs336.tokenizer import Tokenizer
@@ -20,7 +20,6 @@ def train(arguments: list[str]) -> Run:
     On several GPUs: torchrun --standalone --nproc_per_node=8 -m cs336 train ..., with the same steps as on one.
     """
     from cs336.training import TrainConfig
-    from cs336.utils import config as configs
 
     own, options = _own_options().parse_known_args(arguments)
 
@@ -28,8 +27,7 @@ def train(arguments: list[str]) -> Run:
         if own.help:
             print(help_text(_own_options(), TrainConfig, train.__doc__))
             return
-        table = {} if own.config is None else configs.read_table(own.config)
-        settings = TrainConfig.from_table(configs.override(TrainConfig, table, options))
+        settings = given(own, options, TrainConfig, TrainConfig.from_table)
         if own.print_config:
             print(settings.to_toml(), end="")
             return
@@ -57,6 +55,8 @@ def _train(settings: "TrainConfig", tokenizer: Path | None, prompts: list[str]) 
     loaded = kept_tokenizer(settings.data.train) if tokenizer is None else convert.load(tokenizer)
     if loaded is None and kept.exists():
         loaded = convert.load(kept)
+    if loaded is None and any(prompts):
+        raise ValueError("--prompt needs a tokenizer, and none lies beside the shards: give --tokenizer FILE")
     sample = None if loaded is None else sampler(loaded, prompts, settings.seed)
     trainer = Trainer(settings, tokenizer=loaded, sample=sample)
     if loaded is not None:

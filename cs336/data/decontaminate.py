@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from cs336 import _text
 from cs336.data.step import Apply, Removed
-from cs336.utils.documents import Document, files_below, open_bytes, parse_line, unpacking
+from cs336.utils.documents import Document, files_below, is_blank, open_bytes, parse_line, unpacking
 from cs336.utils.files import Paths, path_list
 
 SUFFIXES = (".jsonl", ".ndjson")
@@ -106,7 +106,7 @@ def _items(paths: Paths, fields: Sequence[str] | None) -> Iterator[tuple[str, st
         for file in files:
             with unpacking(file), open_bytes(file) as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
+                    if not is_blank(line):
                         yield f"{file}:{number}", _text_of(line, f"{file}:{number}", fields)
 
 

@@ -26,6 +26,7 @@ from cs336.training.checkpoint import load_checkpoint, step_path
 from cs336.training.evaluators import mean_loss
 from cs336.training.learner import Learner
 from cs336.training.metrics import Display, json_line
+from cs336.utils.counted import counted
 from cs336.utils.files import write_text
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
@@ -144,7 +145,7 @@ def _train_trunk(config: TrainConfig) -> Outcome:
         done = trainer.train()
     if not done.finished:
         raise Interrupted
-    return Outcome(f"{done.step:,} steps, {done.tokens:,} tokens", done.seconds)
+    return Outcome(f"{counted(done.step, 'step')}, {done.tokens:,} tokens", done.seconds)
 
 
 def _branch(branching: Branching, name: str, factor: int, output: pathlib.Path) -> Outcome:
@@ -170,7 +171,7 @@ def _branch(branching: Branching, name: str, factor: int, output: pathlib.Path) 
         found["val"] = _validate(learner, config)
     output.parent.mkdir(exist_ok=True)
     write_text(output, json_line(found | {"losses": losses}))
-    return Outcome(f"loss {found.get('val', smooth):.4f} after {steps} steps")
+    return Outcome(f"loss {found.get('val', smooth):.4f} after {counted(steps, 'step')}")
 
 
 def _validate(learner: Learner, config: TrainConfig) -> float:

@@ -39,7 +39,8 @@ def run_study(
         retry: runs that have failed once more, from their newest checkpoints.
         train: of runs in this process; others are trained by `train_run`.
 
-    Raises Interrupted where a signal stopped it (the same call continues), RuntimeError if a worker cannot start.
+    Raises Interrupted where a signal stopped it (the same call continues), RuntimeError if a worker cannot start,
+    ValueError once the first run has ended without study.metric.
     """
     ledger = Ledger(study.directory, study.budget)
     trials = study.trials(ledger.entries())
@@ -56,6 +57,7 @@ def run_study(
             waiting = sum(entry.state == "waiting" and ledger.affords(entry) for entry in entries)
             if stopped():
                 raise Interrupted
+            _check_metric(study.metric, entries)
             if waiting or any(entry.state == "running" for entry in entries):
                 pool.step(waiting)
             elif len(more := study.trials(entries)) > len(trials):
@@ -63,6 +65,14 @@ def run_study(
                 ledger.want(trials)
             else:
                 return entries
+
+
+def _check_metric(metric: str, entries: list[Entry]) -> None:
+    """A run that diverged has it all the same, as a number that is not finite."""
+    results = [entry.result for entry in entries if entry.state == "done"]
+    if results and not any(metric in result for result in results):
+        known = ", ".join(sorted(set().union(*results)))
+        raise ValueError(f"metric {metric}: no run that has ended has it; name one of {known}")
 
 
 def work(ledger: Ledger, runs: pathlib.Path, train: Train, stopped: Callable[[], bool] = lambda: False) -> State | None:

@@ -28,6 +28,7 @@ from cs336.inference.pages import PageCache
 from cs336.inference.runner import Launched, Runner
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
+from cs336.inference.shapes import graph_sizes, most_captured
 from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
 from cs336.inference.vocabulary import ends_of, unused_ids
 from cs336.models import PagedState, Transformer
@@ -249,6 +250,9 @@ class Engine:
             check_draft(model, draft, max_len, tokenizer)
             self.vocab_size = min(self.vocab_size, draft.config.vocab_size)
         rollback = config.draft_tokens if self.speculates else 0
+        captured = (
+            most_captured(model.config, step_tokens) if on_gpu and config.cuda_graphs else 0
+        )  # which keep memory of their own
         samples = [
             m.new_pages(1, config.page_size, 1, max_len, rollback=rollback) for m in (model, draft) if m is not None
         ]
@@ -260,7 +264,7 @@ class Engine:
             slot_bytes=sum(s.nbytes for s in samples) - page_bytes,
             page_size=config.page_size,
             max_seqs=config.max_seqs,
-            max_step_tokens=step_tokens,
+            max_step_tokens=step_tokens + captured,
             max_len=max_len,
             shorten=config.max_len is None and is_paged,
             free=ranks.least(free_memory(model.device, config.memory_share), model),
@@ -584,9 +588,3 @@ def _tokens(drawn: ops.Sampled) -> Iterator[Token]:
         return map(Token, ids, logprobs)
     tops = zip(drawn.top_token_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
     return map(Token, ids, logprobs, (tuple(zip(*top, strict=True)) for top in tops))
-
-
-def graph_sizes(max_seqs: int) -> tuple[int, ...]:
-    """Batches to capture: all that are computed without an empty row in seven of eight where they are large."""
-    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_seqs + 32, 32)}
-    return tuple(sorted({size for size in sizes if size < max_seqs} | {max_seqs}))

@@ -17,7 +17,7 @@ class EngineMemory:
 
     weights: int
     activations: int
-    """Of the largest step, while it runs."""
+    """Of the largest step, while it runs, and of the largest that is captured."""
     pages: int
     num_pages: int
     page_size: int

@@ -1,18 +1,18 @@
 """The device's side of a step: what the host says of it in one copy, the forward pass, and a token for each sequence.
 
 A running sequence has a slot: a row of the page table, of how it is sampled, and of its newest token, which the next
-step reads there, so that the host may lay that step out before it has seen the token. A step that only decodes is one
-CUDA graph, captured for batches of a few sizes; smaller batches are filled up with a slot that stays empty. So is one
-that verifies drafts of few sequences: each is a row of as many tokens, its own the last of them.
+step reads there, so that the host may lay that step out before it has seen the token. A step is one CUDA graph where it
+fits a shape that was captured (shapes.py), filled up with a slot that stays empty: it decodes, and may read chunks of
+prompts, or it verifies drafts of few sequences: each is a row of as many tokens, its own the last. Where prompts are
+scored, or logits changed, the host launches a step kernel by kernel.
 
 R = sequences of a step, those that decode first; T = its tokens; W = tokens of a row of a step that verifies;
 B = those sequences of which a token is drawn; V = vocabulary; N = log-probabilities beside that of the token.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 
 from cs336 import ops
+from cs336.inference.branches import beside, branches
 from cs336.inference.controls import Controls
+from cs336.inference.halves import halves_of
 from cs336.inference.sampling import MAX_LOGPROBS, SamplingParams
 from cs336.inference.scheduler import Chunk, Sequence, Step
+from cs336.inference.shapes import Shape, most_captured, prompt_shapes
+from cs336.inference.slots import Slots
 from cs336.inference.staging import Staging
 from cs336.models import PagedState, Transformer
 from cs336.nn import Chunks, PagedTokens
@@ -65,35 +69,18 @@ class Launched:
             self.done.synchronize()
 
 
-class Slots:
-    """What the device knows of the sequences that run: a row each, and an empty one at the end."""
-
-    def __init__(self, num: int, most_pages: int, device: torch.device):
-        self.empty = num
-        self.table = torch.zeros(num + 1, most_pages, dtype=torch.int32, device=device)
-        self.newest = torch.zeros(num + 1, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(num + 1, dtype=torch.int64, device=device)
-        self.top_k = torch.zeros(num + 1, dtype=torch.int32, device=device)
-        self.floats = torch.zeros(3, num + 1, dtype=torch.float32, device=device)  # temperature, top_p, min_p
-
-    def settings(self, slot_B: Tensor, offset_B: Tensor) -> tuple[Tensor, ...]:
-        """How these rows are sampled, in the order of ops.sample."""
-        temperature_B, top_p_B, min_p_B = self.floats.index_select(1, slot_B)
-        top_k_B, seed_B = self.top_k.index_select(0, slot_B), self.seeds.index_select(0, slot_B)
-        return temperature_B, top_k_B, top_p_B, min_p_B, seed_B, offset_B.long()
-
-
-@contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """While a graph is captured, a branch of its own for small launches that would each wait for the one before. Yields
-    what makes all that follows wait for it."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield lambda: None
-        return
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+def _tokens_of(chunks: Rows[Chunk], first_row: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, positions and rows of all tokens of these chunks, and where each chunk ends, from 0 on."""
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    ends = [0]
+    for row, chunk in enumerate(chunks, first_row):
+        ids += chunk.token_ids
+        positions += range(chunk.start, chunk.start + chunk.count)
+        rows += [row] * chunk.count
+        ends.append(len(ids))
+    return ids, positions, rows, ends
 
 
 def _capturable(model: Transformer) -> bool:
@@ -154,9 +141,14 @@ class Runner:
         self._width = 1 + drafts
         self._sizes = {1: sizes}
         """Of the batches that are captured, by the tokens of a row: one, or the newest and its drafts."""
-        if drafts and state.is_paged:  # a recurrence would see the tokens that fill up a row
-            self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
-        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
+        self._halves = halves_of(model) if sizes and not invariant else None
+        self._prompts: tuple[Shape, ...] = ()
+        """Of the steps that are captured with prompts, the cheapest first."""
+        if sizes and state.is_paged:  # a recurrence would see the tokens that fill up a row
+            self._prompts = prompt_shapes(max_seqs, max_step_tokens, most_captured(model.config, max_step_tokens))
+            if drafts:
+                self._sizes[self._width] = tuple(size for size in sizes if size <= MOST_VERIFYING)
+        self._graphs: dict[tuple[Shape, int], tuple[torch.cuda.CUDAGraph, ops.Sampled]] = {}
 
     @property
     def captures(self) -> bool:
@@ -165,11 +157,14 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self) -> int:
-        """Capture the decoding step for each size of batch, the largest first: the others share its memory; then the
-        steps that verify drafts. Returns how many."""
-        wanted = [(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
-        for size, width in wanted:
-            self._captured(size, width, 0)
+        """Capture steps that read prompts, and the decoding step for each size of batch, the largest first: the others
+        share its memory; then steps that verify drafts, and those by halves. Returns how many."""
+        wanted = [*reversed(self._prompts)]
+        wanted += [Shape(size, width) for width, sizes in self._sizes.items() for size in reversed(sizes)]
+        if (halves := self._halves) is not None:
+            wanted += [Shape(n, spare=halves.spare) for n in reversed(self._sizes[1]) if n >= halves.least_rows]
+        for shape in wanted:
+            self._captured(shape, 0)
         return len(wanted)
 
     def warm_up(self, page_size: int) -> int:
@@ -201,19 +196,16 @@ class Runner:
         controlled = self.controls.wanted(drawn_from)
         num_logprobs = MAX_LOGPROBS if any(s.params.logprobs for s in drawn_from) else 0
         num_logprobs = min(num_logprobs, self.model.config.vocab_size)
-        width = self._width if step.chunks and all(chunk.drafts for chunk in step.chunks) else 1
-        fits = not controlled and (width > 1 or not step.chunks)
-        captured = next((size for size in self._sizes.get(width, ()) if size >= len(sequences)), None) if fits else None
-        if captured:
-            graph, drawn = self._captured(captured, width, num_logprobs)
+        shape = None if controlled else self._shape(step)
+        if shape is not None:
+            graph, drawn = self._captured(shape, num_logprobs)
         self._staging.begin()
-        rows = self._put_rows(sequences, captured)
-        kept = self._put_drafts(step, captured) if captured and width > 1 else None
-        chunks = self._put_chunks(step) if step.chunks and not captured else None
+        rows, kept = self._put_captured(step, shape) if shape is not None else (self._put_rows(sequences), None)
+        chunks = self._put_chunks(step) if step.chunks and shape is None else None
         self._put_news(sequences, step.copies)
         scores: list[Scores] = []
         with nvtx.annotate("prefill" if step.chunks else "decode"), registry.invariant(self.invariant):
-            if captured:
+            if shape is not None:
                 graph.replay()
                 if kept is not None:
                     drawn = ops.Sampled(*(x.index_select(0, kept) for x in drawn))
@@ -230,25 +222,53 @@ class Runner:
 
     # ---- what the host tells ----
 
-    def _put_rows(self, sequences: Rows[Sequence], size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Slot, length with the tokens of this step, and how many tokens were drawn before: int32 (R,), first of all,
-        for a graph reads them there."""
+    def _shape(self, step: Step) -> Shape | None:
+        """Of the captured step that runs this one, if there is one."""
+        n, chunks = len(step.decodes), step.chunks
+        if not chunks or all(chunk.drafts for chunk in chunks):
+            width, rows = self._width if chunks else 1, n + len(chunks)
+            spare = self._halves.spare_of(step.decodes) if self._halves is not None and not chunks else 0
+            sizes = self._sizes.get(width, ())
+            return next((Shape(size, width, spare) for size in sizes if size >= rows), None)
+        if any(chunk.drafts or chunk.sequence.score_from is not None for chunk in chunks):
+            return None
+        count = sum(chunk.count for chunk in chunks)
+        fits = (s for s in self._prompts if n <= s.rows and len(chunks) <= s.chunks and count <= s.tokens)
+        return next(fits, None)
+
+    def _put_captured(self, step: Step, shape: Shape) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """What a captured step reads, first of all, and which of the tokens that it draws are wanted: None is the
+        first."""
+        if shape.chunks:
+            empty = [None] * (shape.rows - len(step.decodes))
+            rows = self._put_rows([*step.decodes, *empty, *(c.sequence for c in step.chunks)], shape.num_rows)
+            return rows, self._put_prompts(step, shape)
+        rows = self._put_rows(step.sequences, shape.rows)
+        return rows, self._put_drafts(step, shape.rows) if shape.width > 1 else None
+
+    def _put_rows(self, sequences: Rows[Sequence | None], size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, length with the tokens of this step, and how many tokens were drawn before: int32 (R,). None: empty."""
         put, empty = self._staging.put, self.slots.empty
-        slots = put([s.slot for s in sequences], size, empty)  # type: ignore[misc]  # those of a step have one
-        lengths = put([s.computed for s in sequences], size)
-        return slots, lengths, put([s.sampled - 1 for s in sequences], size)
+        slots = put([empty if s is None else s.slot for s in sequences], size, empty)  # type: ignore[misc]
+        lengths = put([0 if s is None else s.computed for s in sequences], size)
+        return slots, lengths, put([0 if s is None else s.sampled - 1 for s in sequences], size)
+
+    def _put_prompts(self, step: Step, shape: Shape) -> Tensor:
+        """Behind the rows of a captured step: where each chunk ends, its last token, and ids, positions and rows of all
+        tokens. Those that fill up are of one more row, which is empty. Returns which of what is drawn is wanted."""
+        put, (N, C, T) = self._staging.put, (shape.rows, shape.chunks, shape.tokens)
+        ids, positions, rows, ends = _tokens_of(step.chunks, N)
+        put(ends, C + 1, len(ids))
+        put([T])
+        put([N + end - 1 for end in ends[1:]], C + 1, N)
+        put(ids, T)
+        put(positions, T, -1)
+        put(rows, T, N + C)
+        return put([*range(len(step.decodes)), *(N + i for i, chunk in enumerate(step.chunks) if chunk.samples)])
 
     def _put_chunks(self, step: Step) -> dict[str, Tensor]:
         put, n = self._staging.put, len(step.decodes)
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        ends = [0]
-        for row, chunk in enumerate(step.chunks, n):
-            ids += chunk.token_ids
-            positions += range(chunk.start, chunk.start + chunk.count)
-            rows += [row] * chunk.count
-            ends.append(len(ids))
+        ids, positions, rows, ends = _tokens_of(step.chunks, n)
         old = self._continued(step)
         sampling = [(row, chunk) for row, chunk in enumerate(step.chunks, n) if chunk.samples]
         samples = [(row, back) for row, chunk in sampling for back in range(len(chunk.drafts), -1, -1)]
@@ -318,15 +338,54 @@ class Runner:
 
     # ---- the forward pass ----
 
-    def _decode(self, rows: Rows[Tensor], num_logprobs: int, options) -> ops.Sampled:
-        """One token more of each row."""
+    def _decode(self, rows: Rows[Tensor], num_logprobs: int, options, spare: int = 0) -> ops.Sampled:
+        """One token more of each row; with `spare` multiprocessors by halves."""
         slot_R, length_R, offset_R = rows
+        if spare:
+            features_RM = self._by_halves(slot_R, length_R, spare)
+        else:
+            ids_1R, self.state.tokens = self._newest(slot_R, length_R)
+            features_RM = self.model.features(ids_1R, state=self.state)[0]
+        return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
+
+    def _newest(self, slot_R: Tensor, length_R: Tensor, spare: int = 0) -> tuple[Tensor, PagedTokens]:
+        """The newest token of each row, (1, R), and where its state is."""
         R = len(slot_R)
         table = self.slots.table.index_select(0, slot_R)
         # These were written before the ids were looked up, which no kernel overlaps.
-        self.state.tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R, settled=True)
-        ids_1R = self.slots.newest.index_select(0, slot_R)[None]
-        features_RM = self.model.features(ids_1R, state=self.state)[0]
+        tokens = PagedTokens(table, length_R, self._arange[:R], length_R - 1, R, slot_R, settled=True, spare=spare)
+        return self.slots.newest.index_select(0, slot_R)[None], tokens
+
+    def _by_halves(self, slot_R: Tensor, length_R: Tensor, spare: int) -> Tensor:
+        """What the head reads of these rows, (R, M). While one half attends, which takes memory's time, the `spare`
+        multiprocessors that it leaves alone compute the other's products."""
+        half, batches = len(slot_R) // 2, []
+        for some in (slice(half), slice(half, None)):
+            state = PagedState(self.state.layers)
+            ids_1H, state.tokens = self._newest(slot_R[some], length_R[some], spare)
+            batches.append((ids_1H, state))
+        with branches(self.device) as places:
+            features = self.model.features_beside(batches, places)
+        return torch.cat([features_1HM[0] for features_1HM in features])
+
+    def _read(self, given: Tensor, shape: Shape, num_logprobs: int, options) -> ops.Sampled:
+        """One token more of the first rows, and chunks of prompts: what is drawn behind each, whole or not."""
+        N, R, C, T = shape.rows, shape.num_rows, shape.chunks, shape.tokens
+        slot_R, length_R, offset_R, ends, last, ids_T, position_T, row_T = given.split([R, R, R, C + 2, C + 1, T, T, T])
+        table = self.slots.table.index_select(0, slot_R)
+        newest_N = self.slots.newest.index_select(0, slot_R[:N])
+        self.state.tokens = PagedTokens(
+            table,
+            length_R,
+            torch.cat((self._arange[:N], row_T)),
+            torch.cat((length_R[:N] - 1, position_T)),
+            N,
+            slot_R,
+            Chunks(slice(N, R), slice(N, N + T), ends, T),
+            settled=True,
+        )
+        features_TM = self.model.features(torch.cat((newest_N, ids_T.long()))[None], state=self.state)[0]
+        features_RM = torch.cat((features_TM[:N], features_TM.index_select(0, last)))
         return self._draw(features_RM, slot_R, offset_R, num_logprobs, options)
 
     def _verify(self, rows: Rows[Tensor], ids_RW: Tensor, num_logprobs: int, options) -> ops.Sampled:
@@ -355,7 +414,7 @@ class Runner:
         return drawn
 
     def _draw(self, features_BM: Tensor, slot_B: Tensor, offset_B: Tensor, num_logprobs: int, options) -> ops.Sampled:
-        with _beside(self.device) as join:
+        with beside(self.device) as join:
             place_B, settings = slot_B.long(), self.slots.settings(slot_B, offset_B)
         logits_BV = self.model.logits(features_BM)
         join()
@@ -451,11 +510,11 @@ class Runner:
             scores.append(Scores(some, ops.Sampled(ids_S, found_S, top.indices, top.values)))
         return scores
 
-    def _captured(self, size: int, width: int, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
-        """The graph of a step of `size` rows of `width` tokens."""
-        if found := self._graphs.get((size, width, num_logprobs)):
+    def _captured(self, shape: Shape, num_logprobs: int) -> tuple[torch.cuda.CUDAGraph, ops.Sampled]:
+        """The graph of a step of that shape."""
+        if found := self._graphs.get((shape, num_logprobs)):
             return found
-        run = self._laid_out(size, width, num_logprobs)
+        run = self._laid_out(shape, num_logprobs)
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -467,18 +526,22 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 drawn = run()
-        self._graphs[size, width, num_logprobs] = graph, drawn
+        self._graphs[shape, num_logprobs] = graph, drawn
         return graph, drawn
 
-    def _laid_out(self, size: int, width: int, num_logprobs: int) -> Callable[[], ops.Sampled]:
-        """A step of `size` rows of `width` tokens, which reads them where steps put them first; all are empty now."""
-        given = self._staging.first(size * (3 if width == 1 else 4 + width))
+    def _laid_out(self, shape: Shape, num_logprobs: int) -> Callable[[], ops.Sampled]:
+        """A step of that shape, which reads its numbers where steps put them first; all are empty now."""
+        given, R, W = self._staging.first(shape.numbers), shape.num_rows, shape.width
         given.zero_()
-        given[:size] = self.slots.empty
-        options = self.controls.common(size * width)
-        if width == 1:
-            return partial(self._decode, given.view(3, size).unbind(), num_logprobs, options)
-        rows, ids_RW = given[: 4 * size].view(4, size).unbind(), given[4 * size :].view(size, width)
+        given[:R] = self.slots.empty
+        options = self.controls.common(R * W)
+        if shape.chunks:
+            given[3 * R + shape.chunks + 1] = shape.tokens  # all of the row that is empty
+            given[-2 * shape.tokens : -shape.tokens] = -1
+            return partial(self._read, given, shape, num_logprobs, options)
+        if W == 1:
+            return partial(self._decode, given.view(3, R).unbind(), num_logprobs, options, shape.spare)
+        rows, ids_RW = given[: 4 * R].view(4, R).unbind(), given[4 * R :].view(R, W)
         return partial(self._verify, rows, ids_RW, num_logprobs, options)
 
     # ---- what comes back ----

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 MAX_LOGPROBS = 20
+NONE = arg(help_behavior_hint="(default: none)")
 GRAMMARS = ("json_schema", "regex", "choice")
 
 
@@ -65,9 +67,9 @@ class SamplingParams:
     max_tokens: int = 128
     seed: int | None = None
     """Same seed, same continuation, whatever else is in the batch. None: torch's global generator."""
-    stop: tuple[str, ...] | str = ()
+    stop: Annotated[tuple[str, ...] | str, NONE] = ()
     """Strings that end the text; they are not part of it."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], NONE] = ()
     """Tokens that end the text, besides the model's own; they are not part of it."""
     ignore_eos: bool = False
     """Go on past the model's own ends."""
@@ -85,13 +87,13 @@ class SamplingParams:
     """Taken off the logits of tokens in the output."""
     frequency_penalty: float = 0.0
     """Taken off the logits of tokens in the output, for each time that they are there."""
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logit_bias: Annotated[Mapping[int, float] | tuple[tuple[int, float], ...], NONE] = ()
     """Token: what is added to its logits. Kept as pairs."""
     json_schema: Annotated[Mapping[str, Any] | str | None, SCHEMA_FILE] = None
     """The text is JSON of this schema, {"type": "object"} for any object. Kept as JSON."""
     regex: str | None = None
     """The text as a whole matches it, in the syntax of Rust's regex: without look-around and back-references."""
-    choice: tuple[str, ...] = ()
+    choice: Annotated[tuple[str, ...], NONE] = ()
     """The text is one of these."""
 
     def __post_init__(self):

@@ -114,7 +114,7 @@ class Scheduler:
     """max_seqs: that run at once. max_step_tokens: the budget of a step, at least max_seqs.
 
     together: where more wait than there are slots, so many slots become free before one is given away, but none is kept
-    free for more than as many steps. A step that reads prompts is no CUDA graph and costs a few of those that are.
+    free for more than as many steps. A step that reads prompts costs a few of those that do not.
     """
 
     def __init__(self, cache: PageCache, *, max_seqs: int, max_step_tokens: int, together: int = 1):

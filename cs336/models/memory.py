@@ -11,6 +11,7 @@ from cs336.models.block import BlockConfig, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute
 from cs336.nn import AttentionConfig, Linear, MLPConfig, SwiGLUConfig
+from cs336.nn.mlp import KINDS
 from cs336.ops.linear_cross_entropy import default_chunk_size
 
 
@@ -23,11 +24,12 @@ class Memory:
     """Of a step that is one micro-batch they come as activations go: what they and the last block take beyond those."""
     optimizer: int = 0
     casts: int = 0
-    """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward."""
+    """Copies of the matrices in autocast's dtype, which live from the forward to the end of the backward; without one
+    those that compiled layers make of gate and up, side by side."""
     activations: int = 0
     """Kept for the backward, of all but the head; with gradient checkpointing, and while one block is recomputed."""
     logits: int = 0
-    """Of all tokens at once, and what their gradient takes."""
+    """Of all tokens at once, and what their gradient takes: as much again, or their place and what comes of it."""
     state: int = 0
     """Of the sequences that are being decoded."""
 
@@ -50,6 +52,7 @@ def training_memory(
     optimizer_bytes: float = 8,
     gradient_checkpointing: Recompute = False,
     compiled: bool = False,
+    layers_compiled: bool | None = None,
     accumulated: bool = True,
     fused_head: bool = False,
 ) -> Memory:
@@ -60,7 +63,9 @@ def training_memory(
         weight_bytes: of a weight, and of its gradient.
         compute_bytes: of an activation: 2 under autocast to bfloat16. None: weight_bytes.
         optimizer_bytes: a weight; 8 for AdamW's two float32 moments.
-        compiled: torch.compile makes one pass of the loss's backward, and its kernels keep less.
+        compiled: by our kernels on a GPU, which keep less, and put the loss's gradient in the logits' place.
+        layers_compiled: by torch.compile, whose kernels keep as little, and which lays gate and up side by side; as
+            `compiled` if None.
         accumulated: micro-batches add to gradients already there.
         fused_head: head and loss are ops.linear_cross_entropy, which has a chunk of the logits.
     """
@@ -68,17 +73,19 @@ def training_memory(
     tokens = batch_size * (config.context_length if context_length is None else context_length)
     parameters = config.num_parameters()
     logits = head_bytes(config, tokens, width, compiled=compiled, fused=fused_head)
-    kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled)
+    layers_compiled = compiled if layers_compiled is None else layers_compiled
+    kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled or layers_compiled)
     activations = tokens * kept + max(0, tokens * again - logits)  # the logits are gone when the first block is again
     gradients = weight_bytes * parameters
     if not accumulated:  # all that has come when one block is left
         last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         gradients = max(0, gradients + tokens * last - activations - logits)
+    copied = side_by_side_bytes(config, width, gradient_checkpointing) if layers_compiled else 0
     return Memory(
         weights=weight_bytes * parameters,
         gradients=gradients,
         optimizer=round(optimizer_bytes * parameters),
-        casts=0 if width == weight_bytes else width * matrices(config),
+        casts=copied if width == weight_bytes else width * matrices(config),  # which are cast to where they are copied
         activations=activations,
         logits=logits,
     )
@@ -92,6 +99,8 @@ def head_bytes(config: TransformerConfig, tokens: int, width: int, *, compiled: 
         return chunk * width * V + 8 * tokens * M + 4 * V * M
     wide = width if config.logit_softcap is None else max(4, width)
     capped = width * V if config.logit_softcap is None else 2 * wide * V  # before and after the cap
+    if compiled and config.logit_softcap is None:  # in the logits' place; of what the head reads, and of the head
+        return width * (tokens * (V + M) + V * M)
     gradient = (wide if compiled or width >= 4 else width + 8) * V  # of 16 bits: by float32 logits and probabilities
     return tokens * (capped + gradient + 4)  # and their float32 log-sum-exp
 
@@ -116,6 +125,18 @@ def _computed_again(block: BlockConfig, d_model: int, width: int) -> int:
     o = block.mixer.num_heads * block.mixer.head_size(d_model) if isinstance(block.mixer, AttentionConfig) else 0
     gate = block.mlp.width(d_model) if isinstance(block.mlp, MLPConfig | SwiGLUConfig) and block.mlp.gated else 0
     return width * (o + gate)
+
+
+def side_by_side_bytes(config: TransformerConfig, width: int, recompute: Recompute) -> int:
+    """Of the copies of gate and up that compiled layers multiply with: all are kept for the backward, or, where layers
+    are computed again, one at a time."""
+    copies = [
+        2 * width * config.d_model * block.mlp.width(config.d_model)
+        for block in config.blocks
+        if isinstance(block.mlp, MLPConfig | SwiGLUConfig)
+        and (block.mlp.gated and not block.mlp.bias and block.mlp.activation in KINDS)
+    ]
+    return sum(copies) if recompute in KEEPS_ALL else max(copies, default=0)
 
 
 def products_bytes(block: BlockConfig, d_model: int, width: int) -> int:

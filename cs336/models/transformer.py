@@ -1,7 +1,8 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -148,6 +149,31 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
         return self._normed(self._layers(token_ids_BS, positions, segments, state))
+
+    def features_beside(
+        self, batches: Sequence[tuple[Tensor, PagedState]], places: Sequence[Callable[[], AbstractContextManager]]
+    ) -> list[Tensor]:
+        """What `features` returns of each batch: token ids (1, T), and the state that says whose they are. No sequence
+        is in two of them.
+
+        places: where a batch is computed, a stream for example. Each is given work layer by layer, so that one may
+            compute while another waits for memory.
+        """
+        contexts: list[Context] = []
+        ongoing: list[Stream] = []
+        for (ids_1T, state), place in zip(batches, places, strict=True):
+            with place():
+                contexts.append(self._context(ids_1T, None, None, state))
+                ongoing.append(Stream(self._embed(ids_1T, contexts[-1]), None))
+        for i, layer in enumerate(self.layers):
+            for j, ((_, state), context, place) in enumerate(zip(batches, contexts, places, strict=True)):
+                with place():
+                    ongoing[j] = layer(ongoing[j], context, state.layers[i])
+        features = []
+        for stream, place in zip(ongoing, places, strict=True):
+            with place():
+                features.append(self._normed(stream))
+        return features
 
     def _normed(self, stream: Stream) -> Tensor:
         return stream.value if self.norm is None else stream.normed(self.norm)[0]

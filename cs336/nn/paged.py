@@ -54,6 +54,8 @@ class PagedTokens:
     settled: bool = field(default=False, kw_only=True)
     """As ops.paged_attention has it, of the rows that decode: the table, the lengths, and all tokens before those of
     this pass were written before a kernel that no other overlaps."""
+    spare: int = field(default=0, kw_only=True)
+    """As ops.paged_attention has it, of the rows that decode."""
 
     @functools.cached_property
     def before(self) -> Tensor:
@@ -116,7 +118,7 @@ class PagedKeyValues:
         n, caches, outs = tokens.num_decodes, (self.keys, self.values), []
         if n:
             decodes = tokens.table[:n], tokens.lengths[:n]
-            fast = options | {"invariant": False, "settled": tokens.settled}  # what must be invariant goes elsewhere
+            fast = options | {"invariant": False, "settled": tokens.settled, "spare": tokens.spare}  # else see attend
             outs.append(ops.paged_attention(q_THD[:n, None], *caches, *decodes, **fast)[:, 0])
         if (some := tokens.continued) is not None:
             table, lengths, q = tokens.table[some.rows], tokens.lengths[some.rows], q_THD[some.tokens]

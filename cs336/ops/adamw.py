@@ -75,10 +75,11 @@ def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: t
 
 
 def _check_element(name: str, t: Tensor, device: torch.device, in_double: bool = False) -> None:
-    dtypes = (torch.float32, torch.float64) if in_double else (torch.float32,)
+    dtypes = [torch.float32, torch.float64] if in_double else [torch.float32]
+    names = " or ".join(map(str, dtypes))
     if t.dtype not in dtypes or t.device != device or t.numel() != 1:
         raise ValueError(
-            f"{name} must be one torch.float32 element on {device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
+            f"{name} must be one {names} element on {device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention  # torch's, also wh
 
 from cs336.ops import registry
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
-from cs336.ops.attention_raw import check_extras, check_numbers
+from cs336.ops.attention_raw import check_dtype, check_extras, check_numbers
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
 
@@ -147,8 +147,7 @@ def _torchs(
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if q.dim() < 2 or k.dim() != q.dim() or q.shape[-1] == 0:
         raise ValueError(f"q must be (..., Hq, S, D) and k (..., Hkv, T, D), got {tuple(q.shape)} and {tuple(k.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    check_dtype(q)
     if k.shape[:-3] != q.shape[:-3] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's batch and head dim: q is {tuple(q.shape)}, k {tuple(k.shape)}")
     Hq, Hkv = (q.shape[-3], k.shape[-3]) if q.dim() > 2 else (1, 1)

@@ -99,8 +99,10 @@ def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         raise ValueError(f"window must be (left, right), None where a side is open, got {window!r}")
     left, right = window
     for side, value in (("left", left), ("right", right)):
-        if value is not None and value < 0:
-            raise ValueError(f"window's {side} must be at least 0, or None where it is open, got {value}")
+        if value is not None and (isinstance(value, float) or value < 0):
+            raise ValueError(
+                f"window's {side} must be an integer of at least 0, or None where it is open, got {value!r}"
+            )
     return -1 if left is None else left, -1 if right is None else right
 
 
@@ -110,4 +112,4 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -17,6 +17,7 @@ from torch import Tensor
 from cs336.ops import registry
 from cs336.ops.ref import attention as ref
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256  # of the Triton kernels
 NATIVE_HEAD_DIMS = {  # (D, E) of the kernels in csrc/kernels/attention
     "forward": ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
@@ -34,11 +35,12 @@ EXTRAS = "Tensor? alibi_slopes, float dropout_p, Tensor? seed"
 def check(q, k, v, packing, scale, causal, window_left, window_right, softcap, *_) -> None:
     """packing: (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) or None for a batch."""
     dims, names = (4, "(B, H, S, D)") if packing is None else (3, "(T, H, D)")
+    check_dtype(q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims or x.shape[-1] == 0:
             raise ValueError(f"{name} must be {names} with D >= 1, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point like q, {q.dtype} on {q.device}, got {_like(x)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {_like(x)}")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name} must have its last dim contiguous, got stride {x.stride()}")
     if k.shape[-1] != q.shape[-1] or k.shape[:-1] != v.shape[:-1] or (packing is None and k.shape[0] != q.shape[0]):
@@ -53,6 +55,11 @@ def check(q, k, v, packing, scale, causal, window_left, window_right, softcap, *
     if packing is not None:
         for name, cu, longest, x in zip("qk", packing[:2], packing[2:], (q, k), strict=True):
             _check_cu_seqlens(name, cu, packing[0], longest, x)
+
+
+def check_dtype(q: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be floating point of 16, 32 or 64 bits, got {q.dtype}")
 
 
 def check_numbers(scale: float | None, softcap: float | None) -> None:

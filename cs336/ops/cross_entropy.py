@@ -17,6 +17,7 @@ from cs336.ops import registry
 from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import has_kernel, rows
 from cs336.ops.ref import cross_entropy as ref
+from cs336.ops.scale import scale_to
 
 
 def _contract(logits, targets, softcap, z_loss, label_smoothing, **per_row: Tensor | None) -> None:
@@ -126,6 +127,31 @@ class _CrossEntropy(torch.autograd.Function):
         return run_bwd(logits_NV, targets_N, lse_N, entropy_N, *gradients, *ctx.options), None, None, None
 
 
+class _InPlace(torch.autograd.Function):
+    """The sum of scale * loss; the forward puts the gradient in the logits' place, the backward scales it there."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, targets_N, scale, options):
+        gradient_NV = logits_NV.detach()
+        loss_N, _ = registry.call("cross_entropy_gradient_", gradient_NV, targets_N, scale, *options)
+        ctx.save_for_backward(gradient_NV)
+        ctx.spent = False
+        return loss_N.sum() * scale
+
+    @staticmethod
+    def backward(ctx, dloss):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy in place is differentiable once; create_graph=True needs in_place=False")
+        if ctx.spent:
+            raise RuntimeError(
+                "the first backward has scaled the logits' gradient in their place: call cross_entropy again, or "
+                "without in_place, for a second one"
+            )
+        ctx.spent = True
+        (gradient_NV,) = ctx.saved_tensors
+        return scale_to(gradient_NV, dloss, gradient_NV.dtype, in_place=True), None, None, None
+
+
 def _differentiable_gradient(outs: tuple[Tensor, ...], logits_NV: Tensor, douts: tuple) -> Tensor:
     """With create_graph: in plain torch, differentiable again."""
     given = [(out, d) for out, d in zip(outs, douts, strict=True) if d is not None and d.shape == out.shape]
@@ -143,6 +169,7 @@ def cross_entropy(
     reduction: str = "mean",
     return_lse: bool = False,
     return_entropy: bool = False,
+    in_place: bool = False,
 ) -> Any:
     """Negative log-likelihood of targets under softmax(logits), with fp32 accumulation.
 
@@ -159,6 +186,9 @@ def cross_entropy(
         reduction: "mean" over the rows that count (0 if none does), "sum" or "none".
         return_lse: return the log-sum-exp of each row too, (...).
         return_entropy: return the entropy of each row too, (...) in nats.
+        in_place: of a sum or mean alone, the gradient takes the place of logits that were computed and are contiguous,
+            which nothing may read then, where a kernel makes both at once: half the memory, and the logits are read
+            once. They are differentiable once.
 
     Returns float32 (float64 for float64 logits): a scalar, or (...) with reduction "none"; a tuple (loss, lse,
     entropy) with those that were asked for. All are differentiable.
@@ -172,6 +202,13 @@ def cross_entropy(
     check_targets(targets_N, logits.shape[-1], ignore_index)
     logits_NV = rows(logits.reshape(-1, logits.shape[-1]))
     options = ignore_index, softcap, float(z_loss), float(label_smoothing)
+    alone = reduction != "none" and not (return_lse or return_entropy)
+    if in_place and alone and torch.is_grad_enabled() and logits.requires_grad:
+        scale = torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        if reduction == "mean":
+            scale = scale / (targets_N != ignore_index).sum().clamp(min=1)
+        if _becomes_its_gradient(logits_NV, targets_N, scale, options):
+            return _InPlace.apply(logits_NV, targets_N, scale, options)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         loss_N, lse_N, entropy_N = ref.fwd(logits_NV, targets_N, *options, return_entropy)
     else:
@@ -181,6 +218,17 @@ def cross_entropy(
         return loss
     extra = ((return_lse, lse_N), (return_entropy, entropy_N))
     return loss, *(t.view(targets.shape) for wanted, t in extra if wanted)
+
+
+def _becomes_its_gradient(logits_NV: Tensor, targets_N: Tensor, scale: Tensor, options: tuple) -> bool:
+    """Not where torch.compile looks; nor rows that something lies between; nor of float16, which is to be scaled before
+    it is rounded; nor of a leaf, or a view of one, whose values are somebody's."""
+    whole = logits_NV if logits_NV._base is None else logits_NV._base
+    if torch.compiler.is_compiling() or whole.is_leaf or logits_NV.dtype == torch.float16:
+        return False
+    if not logits_NV.is_contiguous():
+        return False
+    return has_kernel("cross_entropy_gradient_", logits_NV, targets_N, scale, *options)
 
 
 def reduced(loss_N: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:

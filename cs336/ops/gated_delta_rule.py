@@ -53,11 +53,14 @@ recurrence.define(
     f"gated_delta_rule_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
     f"gated_delta_rule_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor dfirst)",
-    ref=ref,
+    reference=ref,
     fake_bwd=_fake_bwd,
     check=_check,
     triton_refuses=_triton_refuses,
 )
+
+
+class _GatedDeltaRule(recurrence.Recurrence): ...
 
 
 def gated_delta_rule(
@@ -88,7 +91,7 @@ def gated_delta_rule(
         o, last = ref.step(q0, k0, v0, beta[:, :, 0], g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif registry.forced() == "ref" or (v.numel() and has_kernel("gated_delta_rule_fwd", *args)):
-        o, last = recurrence.apply("gated_delta_rule", *args[:-1], scale=scale)
+        o, last = recurrence.apply(_GatedDeltaRule, "gated_delta_rule", *args[:-1], scale=scale)
     else:
         o, last = recomputed(chunked.linear_attention, q, k, v, g, state, segments, scale, beta)
     return (o, last) if return_state else o

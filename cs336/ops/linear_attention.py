@@ -50,11 +50,14 @@ recurrence.define(
     f"linear_attention_fwd({ARGUMENTS}) -> (Tensor o, Tensor last)",
     f"linear_attention_bwd(Tensor do, Tensor? dstate, {ARGUMENTS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst)",
-    ref=ref,
+    reference=ref,
     fake_bwd=_fake_bwd,
     check=recurrence.check,
     triton_refuses=_triton_refuses,
 )
+
+
+class _LinearAttention(recurrence.Recurrence): ...
 
 
 def linear_attention(
@@ -96,7 +99,7 @@ def linear_attention(
         o, last = ref.step(q0, k0, v0, g0, before, scale)
         o = o[:, :, None].to(v.dtype)
     elif v.numel() and has_kernel("linear_attention_fwd", *args):
-        o, last = recurrence.apply("linear_attention", *args[:-1], scale=scale)
+        o, last = recurrence.apply(_LinearAttention, "linear_attention", *args[:-1], scale=scale)
     else:
         o, last = recomputed(chunked.linear_attention, *args)
     return (o, last) if return_state else o

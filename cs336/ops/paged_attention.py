@@ -38,6 +38,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     invariant: bool = True,
     settled: bool = False,
+    spare: int = 0,
     return_lse: bool = False,
 ) -> Any:
     """Attention of the last Q tokens of each sequence to its cache, causal. No gradient.
@@ -59,6 +60,8 @@ def paged_attention(
         settled: a promise that page_table, seq_lens and all tokens but the last Q of each sequence are written by none
             of the kernels just before this one on the stream, and may be read while those still run: not by the last
             kernel, whatever made it, nor by those that it may overlap itself.
+        spare: multiprocessors that the native kernel leaves to kernels of other streams: it then has each of the others
+            for itself.
         return_lse: return the scores' log-sum-exp too: (B, H, Q) float32, sinks included.
 
     Returns out (B, Q, H, E) like q, or (out, lse). A query without keys gives zeros: all of an empty slot, and the
@@ -71,10 +74,12 @@ def paged_attention(
             f"q must have 1 to {MAX_DECODE_QUERIES} tokens a sequence, got shape {tuple(q.shape)}: "
             "ops.paged_prefill takes more"
         )
+    if spare < 0:
+        raise ValueError(f"spare must be a number of multiprocessors, 0 for none, got {spare}")
     args = rows(q), rows(k_cache), rows(v_cache), page_table, seq_lens
     options = _options(q, scale, window, softcap, sinks)
     _check_decode(*args, *options)
-    out, lse = registry.call("paged_attention", *args, *options, invariant, settled)
+    out, lse = registry.call("paged_attention", *args, *options, invariant, settled, spare)
     return (out, lse) if return_lse else out
 
 
@@ -247,7 +252,8 @@ def _fake(q, lse_shape, v_cache):
 
 
 registry.define(
-    f"paged_attention({CACHE}, {OPTIONS}, bool invariant=True, bool settled=False) -> (Tensor o, Tensor lse)",
+    f"paged_attention({CACHE}, {OPTIONS}, bool invariant=True, bool settled=False, int spare=0)"
+    " -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: _fake(q, (q.shape[0], q.shape[2], q.shape[1]), v),
     ref=ref.paged_attention,
     check=_check_decode,

@@ -21,7 +21,7 @@ def define(
     fwd: str,
     bwd: str,
     *,
-    ref: ModuleType,
+    reference: ModuleType,
     fake_bwd: Callable,
     check: Callable[..., None],
     triton_refuses: Callable[..., str | None],
@@ -40,7 +40,7 @@ def define(
     registry.define(
         fwd,
         fake=_fake_fwd,
-        ref=ref.fwd,
+        ref=reference.fwd,
         triton=f"{stem}.fwd",
         check=check_fwd,
         supports={"triton": triton_refuses},
@@ -48,7 +48,7 @@ def define(
     registry.define(
         bwd,
         fake=fake_bwd,
-        ref=ref.bwd,
+        ref=reference.bwd,
         triton=f"{stem}_bwd.bwd",
         check=check_bwd,
         supports={"triton": lambda do, dstate, *rest: triton_refuses(*rest)},
@@ -88,26 +88,30 @@ def _fake_fwd(q, k, v, *_):
     return v.new_empty(B, T, H, V).transpose(1, 2), v.new_empty(B, H, K, V, dtype=stat)
 
 
-class _Recurrence(torch.autograd.Function):
+class Recurrence(torch.autograd.Function):
+    """A subclass an op, so that graphs and profiles name it."""
+
     @staticmethod
-    def forward(ctx, name, scale, *tensors):
+    def forward(ctx, op, scale, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.name, ctx.scale = name, scale
+        ctx.op, ctx.scale = op, scale
         ctx.set_materialize_grads(False)
-        return registry.call(f"{name}_fwd", *tensors, scale)
+        return registry.call(f"{op}_fwd", *tensors, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
         tensors = ctx.saved_tensors
         do = torch.zeros_like(tensors[2]) if do is None else do
-        grads = registry.call(f"{ctx.name}_bwd", rows(do), dlast, *tensors, ctx.scale)
+        grads = registry.call(f"{ctx.op}_bwd", rows(do), dlast, *tensors, ctx.scale)
         return None, None, *(None if x is None else d for x, d in zip(tensors, grads, strict=False)), None
 
 
-def apply(name: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """NAME_fwd with its gradients, of tensors whose last dims may have gaps."""
-    return _Recurrence.apply(name, scale, *(rows(x) for x in (q, k, v)), *others)
+def apply(
+    function: type[Recurrence], op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """OP_fwd with its gradients, of tensors whose last dims may have gaps."""
+    return function.apply(op, scale, *(rows(x) for x in (q, k, v)), *others)
 
 
 def bounded(g: Tensor | None) -> Tensor | None:

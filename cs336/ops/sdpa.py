@@ -33,6 +33,7 @@ def takes(
         and query.is_floating_point()
         and query.numel() > 0
         and key.numel() > 0
+        and value.numel() > 0
         and query.shape[0] == key.shape[0]
         and query.shape[-1] == key.shape[-1]
         and key.shape[:-1] == value.shape[:-1]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from cs336.models import BlockConfig, Memory, TransformerConfig
 from cs336.models.config import SHORT
-from cs336.models.memory import head_bytes, kept_bytes, matrices
+from cs336.models.memory import head_bytes, kept_bytes, matrices, side_by_side_bytes
 from cs336.nn import AttentionConfig, MoEConfig, NoMLPConfig
 from cs336.parallel.hardware import Gpu, find
 from cs336.parallel.layout import AXES, ParallelConfig
@@ -73,6 +73,11 @@ class Layout:
         return self.data * self.context
 
     @property
+    def whole_weights(self) -> bool:
+        """Whether every rank has all weights all the time."""
+        return self.gpus == self.data and self.zero <= 1
+
+    @property
     def config(self) -> ParallelConfig:
         """The [parallel] table of such a run."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
@@ -97,7 +102,9 @@ class Work:
     compute_bytes: int = 2
     optimizer_bytes: float = 8
     compiled: bool = True
-    """Or by our kernels, on a GPU, which keep as little: see cs336.models.memory."""
+    """By our kernels on a GPU: see cs336.models.memory."""
+    layers_compiled: bool | None = None
+    """None: as `cs336 train` on a GPU does by itself, where data alone are split, and ZeRO splits no weights."""
     fused_head: bool = False
     """Head and loss are one, which never has whole logits: objective.fused_head. A pipeline's always are."""
 
@@ -291,6 +298,8 @@ class Part:
     """Bytes a token that are kept for the backward, by what is recomputed."""
     again: dict[str, int] = field(hash=False)
     """Bytes a token that are there of one block while it is recomputed."""
+    copied: dict[str, int] = field(hash=False)
+    """Bytes of the matrices that compiled layers lay side by side, by what is recomputed."""
     norms: int
     """Bytes a token, of those kept, that norms keep."""
     keys: int
@@ -318,7 +327,8 @@ def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
     table = model.vocab_size * config.d_model
     embedding, head = table * (rank == 0), table * (rank == pipeline - 1)
     tables = max(embedding, head) if config.tie_embeddings else embedding + head
-    how = {r: kept_bytes(model, work.compute_bytes, r, compiled=work.compiled) for r in RECOMPUTE}
+    compiled = work.compiled or bool(work.layers_compiled)
+    how = {r: kept_bytes(model, work.compute_bytes, r, compiled=compiled) for r in RECOMPUTE}
     heads = [b.mixer for b in model.blocks if isinstance(b.mixer, AttentionConfig)]
     return Part(
         model=model,
@@ -330,6 +340,7 @@ def part_of(work: Work, tensor: int, pipeline: int, rank: int) -> Part:
         largest=max(block.num_parameters(config.d_model) for block in set(model.blocks)),
         kept={r: kept for r, (kept, _) in how.items()},
         again={r: again for r, (_, again) in how.items()},
+        copied={r: side_by_side_bytes(model, work.compute_bytes, r) for r in RECOMPUTE},
         norms=sum(b.num_norms * b.norm.activation_bytes(config.d_model, work.compute_bytes) for b in model.blocks),
         keys=sum(2 * mixer.kv_heads * mixer.head_size(config.d_model) for mixer in heads),
         choices=sum(m.top_k for m in mixtures),
@@ -373,6 +384,12 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
     if zero >= 2:  # masters and their gradients, and of the root's the head's come first; layers are whole as cast
         gathered = low * cast + width * (whole - cast) if zero == 2 else low * 2 * part.largest + width * part.root
         weights, gradients, casts = width * shared + gathered, width * (shared + part.head), low * part.head
+    compiled = work.compiled and layout.whole_weights if work.layers_compiled is None else work.layers_compiled
+    copied = part.copied[layout.recompute] if compiled else 0
+    if low == width:
+        casts = copied
+    elif zero >= 2:  # what is cast when it is gathered is copied apart
+        casts += copied
     apart = 0 if layout.recompute == "full" else part.norms * (layout.tensor - 1) // layout.tensor
     in_flight = _micro_batches(work, layout) if layout.pipeline > 1 else 1
     if layout.schedule == "1f1b":
@@ -383,7 +400,7 @@ def rank_memory(work: Work, layout: Layout, rank: int) -> Memory:
         weights=weights,
         gradients=gradients,
         optimizer=round(work.optimizer_bytes * (shared if zero >= 1 else whole)),
-        casts=0 if low == width else casts,
+        casts=casts,
         activations=tokens * in_flight * (part.kept[layout.recompute] - apart) + max(0, again - logits),
         logits=logits,
     )
@@ -396,8 +413,10 @@ def _logits(work: Work, layout: Layout, part: Part) -> int:
     if fused and layout.tensor > 1:
         capped = model.logit_softcap is not None
         return vocabulary_loss_bytes(tokens, model.vocab_size, model.d_model, width, capped=capped)
-    whole = head_bytes(model, tokens, width, compiled=work.compiled, fused=fused)
-    return layout.tensor * whole  # gathered where they are not fused
+    if layout.tensor > 1 and work.compiled and model.logit_softcap is None:  # gathered, and this part of their gradient
+        return (layout.tensor + 1) * width * tokens * model.vocab_size
+    own = head_bytes(model, tokens, width, compiled=work.compiled, fused=fused)
+    return layout.tensor * own  # gathered where they are not fused
 
 
 def _micro_batches(work: Work, layout: Layout) -> int:

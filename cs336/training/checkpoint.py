@@ -484,7 +484,9 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
     path = pathlib.Path(os.path.abspath(path))
     found = next((p for p in (path, _previous(path)) if (p / STATE).exists()), None)
     if found is None:
-        raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}")
+        inside = [*list_checkpoints(path), *list_checkpoints(path / "checkpoints")]  # of a run, or its checkpoints
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no {STATE}{hint}")
     try:
         state = json.loads((found / STATE).read_text(encoding="utf-8"))
         if state["format"] not in READABLE:

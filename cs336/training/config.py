@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cs336.models import TransformerConfig
-from cs336.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from cs336.optim import AdamWConfig, CosineConfig, LionConfig, OptimizerConfig, ScheduleConfig
 from cs336.parallel import ParallelConfig
 from cs336.training.budget import Budget
 from cs336.training.guard import GuardConfig
@@ -119,10 +119,10 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.precision == "bf16_weights" and not hasattr(self.optimizer, "rounding"):
+        if self.precision == "bf16_weights" and isinstance(self.optimizer, LionConfig):
             raise ValueError(
-                f'precision = "bf16_weights" loses what {self.optimizer.kind} adds below a 256th of a weight: use '
-                'adamw or muon, which keep it, or precision = "bf16"'
+                'precision = "bf16_weights" loses the steps of lion, each of lr, on weights above 256 lr: use adamw or '
+                'muon, which keep them, or precision = "bf16"'
             )
 
     @staticmethod

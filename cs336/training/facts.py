@@ -16,6 +16,7 @@ from cs336.training.budget import Plan
 from cs336.training.config import TrainConfig
 from cs336.training.learner import Learner
 from cs336.utils.commit import commit
+from cs336.utils.counted import counted
 
 
 def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dict[str, str | None]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def describe(config: TrainConfig, learner: Learner, train_tokens: int, data: dic
 def announcement(config: TrainConfig, learner: Learner, plan: Plan, train_tokens: int) -> str:
     """The run in a line."""
     total, tokens = plan.total_steps, config.batch_size * config.model.context_length
-    steps = "as many steps as fit" if total is None else f"{total:,} steps, {total * tokens:,} tokens"
+    steps = "as many steps as fit" if total is None else f"{counted(total, 'step')}, {total * tokens:,} tokens"
     return (
         f"{config.model.num_parameters():,} parameters on {_places(learner)} "
         f"({_precision(learner)}{', compiled' if learner.compiled else ''}), {train_tokens:,} tokens of data, "

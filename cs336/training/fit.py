@@ -27,7 +27,9 @@ class Numerics:
     weight_bytes: int
     compute_bytes: int
     compiled: bool
-    """Or by our kernels on a GPU, which keep as little."""
+    """By our kernels on a GPU."""
+    layers_compiled: bool = False
+    """By torch.compile."""
 
 
 def predicted_memory(
@@ -48,6 +50,7 @@ def predicted_memory(
         optimizer_bytes=per_parameter,
         gradient_checkpointing=recompute,
         compiled=numerics.compiled,
+        layers_compiled=numerics.layers_compiled,
         accumulated=micro_batch_size < config.batch_size,
         fused_head=fused_head,
     )
@@ -77,6 +80,7 @@ def _of_fullest(
         numerics.compute_bytes,
         optimizer_bytes,
         numerics.compiled,
+        numerics.layers_compiled,
         fused_head,
     )
     return max((rank_memory(work, layout, stage) for stage in range(layout.pipeline)), key=lambda m: m.total)

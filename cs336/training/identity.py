@@ -13,6 +13,7 @@ from cs336.parallel.launch import control_device, world_size
 from cs336.training.budget import Budget
 from cs336.training.config import TrainConfig, differences, flat
 from cs336.utils.commit import source_digest
+from cs336.utils.counted import counted
 from cs336.utils.duration import duration
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def check_budget(budget: Budget, total_steps: int | None, step: int, seconds: fl
     advice = "give a larger budget to go on, or use another run_dir"
     if total_steps is not None and total_steps < step:
         raise ValueError(
-            f"{run_dir} has done {step:,} steps, and a budget of {budget.text} makes {total_steps:,}: {advice}"
+            f"{run_dir} has done {counted(step, 'step')}, and a budget of {budget.text} makes {total_steps:,}: {advice}"
         )
     if budget.kind == "seconds" and budget.amount < seconds:
         raise ValueError(

@@ -56,7 +56,8 @@ class Learner:
         self.deterministic = on_gpu and config.deterministic
         self.peak_flops = peak_flops(self.device, self.dtype)  # may draw random numbers: before the seed
         self.micro_batch_size = config.micro_batch_size or rows
-        self.numerics = Numerics(self.weight_dtype.itemsize, self.dtype.itemsize, self.compiled or on_gpu)
+        widths = self.weight_dtype.itemsize, self.dtype.itemsize
+        self.numerics = Numerics(*widths, compiled=on_gpu, layers_compiled=self.compiled)
         self.room = room(self.device, config.memory_limit)
         self.recompute = choose_recompute(config, self.numerics, self.room, world_size())
         torch.manual_seed(config.seed)

@@ -75,9 +75,11 @@ class NextToken:
             loss, routing = with_routing(model, token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
         else:
             logits_BSV, routing = with_routing(model, token_ids_BS)
-            loss = self._sum(logits_BSV, targets_BS, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
-        if self.label_smoothing or self.z_loss:
-            metrics["cross_entropy"] = self._sum(logits_BSV.detach(), targets_BS)
+            if self.label_smoothing or self.z_loss:
+                metrics["cross_entropy"] = self._sum(logits_BSV.detach(), targets_BS)
+            # Last: on a GPU the logits become their gradient.
+            options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+            loss = self._sum(logits_BSV, targets_BS, in_place=True, **options)
         if routing is not None:
             metrics = {"cross_entropy": loss} | metrics
             metrics |= {name: count * value for name, value in routing.metrics().items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from cs336.optim import ScheduleConfig, constant_schedule
 from cs336.training.budget import Plan
+from cs336.utils.counted import counted
 
 UNPLANNED_WARMUP = 100  # steps, while a time budget still measures how many there will be
 JOINING = 0.05  # of what is left then: the learning rate goes in a straight line to that of the plan
@@ -42,7 +43,8 @@ class LearningRate:
         if total is not None and self.schedule.warmup(total) >= total:
             raise ValueError(
                 f"the schedule cannot land: {self.schedule.warmup(total)} warm-up steps, and the budget of "
-                f"{self.plan.budget.text} makes {total} steps; set schedule.warmup_steps lower or give more budget"
+                f"{self.plan.budget.text} makes {counted(total, 'step')}; set schedule.warmup_steps "
+                "lower or give more budget"
             )
         if total is not None:
             self.schedule.lr(total, total, self.top)

@@ -26,6 +26,7 @@ from cs336.training import checkpoint
 from cs336.training.config import TrainConfig
 from cs336.training.metrics import DroppedLines, JsonLines, json_line
 from cs336.training.staging import Staging
+from cs336.utils.counted import counted
 from cs336.utils.files import replacing
 from cs336.utils.locks import locked
 from cs336.utils.rows import newest_row
@@ -42,6 +43,8 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike, keep_checkpoints: int):
         self.path = pathlib.Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir is where a run's files lie, and {self.path} is a file: name a directory")
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.keep_checkpoints = keep_checkpoints
@@ -119,7 +122,7 @@ class RunDir:
             return
         if (row := newest_row(self.path, lambda row: row.get("step", 0) > begin)) is not None:
             lost = row["step"] - begin
-            say(f"{self.path}: {lost:,} steps of a run that ended before its first checkpoint are made anew")
+            say(f"{self.path}: {counted(lost, 'step')} of a run that ended before its first checkpoint to be made anew")
 
     @property
     def verb(self) -> str | None:

@@ -46,6 +46,7 @@ from cs336.training.rate import LearningRate
 from cs336.training.run_dir import RunDir
 from cs336.training.signals import stop_requests
 from cs336.utils.config import to_table
+from cs336.utils.counted import counted
 from cs336.utils.duration import duration
 from cs336.utils.nvtx import annotate
 
@@ -439,6 +440,12 @@ class Trainer:
         self.display.say(announcement(self.config, self.learner, plan, self.train_data.num_tokens))
         if self.config.parallel.native_step and world_size() == 1:
             self.display.say("parallel.native_step changes nothing here: one process makes its steps by itself")
+        keeps = hasattr(self.config.optimizer, "rounding")  # which says what becomes of the other 16 bits
+        if self.config.precision == "bf16_weights" and not keeps:
+            self.display.say(
+                f'precision = "bf16_weights" loses what {self.config.optimizer.kind} adds below a 256th of a weight; '
+                'adamw and muon keep it, as does precision = "bf16"'
+            )
         if self.tokenizer is None:
             self.display.say("no tokenizer lies beside the shards, and none was given: the export will have none")
         if self.step:
@@ -466,7 +473,7 @@ class Trainer:
             if used := memory_used(self.learner):
                 self.display.say(used)
             between = f"{duration(sum(pauses.values()))} of it between steps"
-            done = f"{self.step:,} steps, {self.tokens:,} tokens in {duration(seconds)}, {between}"
+            done = f"{counted(self.step, 'step')}, {self.tokens:,} tokens in {duration(seconds)}, {between}"
             self.display.say(f"finished {done}: {export}")
         else:
             self.display.say(f"stopped after step {self.step}, saved {kept}; to continue, run the same command again")

@@ -105,7 +105,8 @@ def _pairs(options: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or len(word) < 3:
-            raise ValueError(f"expected an option like --optimizer.lr 3e-4, got {word!r}")
+            file = f": --config {word} reads a file" if word.endswith(".toml") else ""
+            raise ValueError(f"expected an option like --optimizer.lr 3e-4, got {word!r}{file}")
         key, equals, value = word[2:].partition("=")
         values = [value] if equals else []
         while words and not words[0].startswith("--"):

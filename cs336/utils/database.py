@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cs336.utils.locks import in_turn
+
 Entry = TypeVar("Entry")
 PATIENCE = 60  # seconds that a transaction waits for another process's
 
@@ -26,7 +28,7 @@ class Database:
 
     def __init__(self, path: pathlib.Path, what: str, schema: str, version: int):
         self.path, self._what = path, what
-        with self.transaction() as db:
+        with in_turn(path), self.transaction() as db:  # SQLite does not wait where two turn a new file to WAL
             (found,) = db.execute("PRAGMA user_version").fetchone()
             if found not in (0, version):
                 raise ValueError(f"{path} is {what} of format {found}, expected {version}: use another directory")

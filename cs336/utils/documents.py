@@ -5,6 +5,7 @@ tokenizer alone reads with this too.
 """
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -67,7 +68,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of a file, of every file below a directory, or of a list of either.
 
-    - `.jsonl`, `.ndjson`, and `.json` whose first line is an object with the field `text_field`: that of each line.
+    - `.jsonl`, `.ndjson`, and `.json` whose first line is an object with a string in `text_field`: that of each line.
     - `.parquet`: the column `text_field`. Needs pyarrow: pip install 'cs336[data]'.
     - any other file is text: its parts between separators, or the whole file. A text file without a separator that is
       named on its own, or longer than a million characters, is cut at line ends into pieces of about 8192 characters,
@@ -130,7 +131,11 @@ def _is_json_lines(path: pathlib.Path, text_field: str) -> bool:
             row = parse_line(file.readline(LONGEST_FIRST_LINE))
         except (ValueError, RecursionError):
             return False
-    return isinstance(row, dict) and text_field in row
+    return isinstance(row, dict) and isinstance(row.get(text_field), str)
+
+
+def is_blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def parse_line(line: bytes) -> Any:
@@ -206,7 +211,7 @@ class _Reader:
         name = self.text_field
         with open_bytes(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                if is_blank(line):
                     continue
                 where = f"{path}:{number}"
                 try:

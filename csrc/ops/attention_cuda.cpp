@@ -224,9 +224,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
       if (t->numel()) torch::stable::zero_(*t);
     return {dq, dk, dv};
   }
-  const bool in_turns = attention_bwd_in_turns(p, deterministic);
-  const Tensor workspace = new_tensor(
-      q, {ceil_div(AttentionBwdWorkspace(p, in_turns, current_device().num_sms).bytes, 4)}, ScalarType::Float);
+  const int num_sms = current_device().num_sms;
+  const bool in_turns = attention_bwd_in_turns(p, deterministic, num_sms);
+  const Tensor workspace =
+      new_tensor(q, {ceil_div(AttentionBwdWorkspace(p, in_turns, num_sms).bytes, 4)}, ScalarType::Float);
   attention_bwd({.problem = p,
                  .q = layout.strided(q),
                  .k = layout.strided(k),

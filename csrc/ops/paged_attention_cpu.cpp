@@ -119,7 +119,8 @@ Outputs attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, co
 // Any order of sums here is that of one sequence alone, and nothing starts early.
 Outputs paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
                            const Tensor& seq_lens, double scale, int64_t window, double softcap,
-                           const std::optional<Tensor>& sinks, bool /*invariant*/, bool /*settled*/) {
+                           const std::optional<Tensor>& sinks, bool /*invariant*/, bool /*settled*/,
+                           int64_t /*spare*/) {
   return attend(q, k_cache, v_cache, page_table, seq_lens, nullptr, scale, window, softcap, sinks);
 }
 

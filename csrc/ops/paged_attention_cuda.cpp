@@ -45,7 +45,7 @@ PagedCache cache_of(const Tensor& t) {
 std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& page_table, const Tensor& seq_lens, double scale,
                                               int64_t window, double softcap, const std::optional<Tensor>& sinks,
-                                              bool invariant, bool settled) {
+                                              bool invariant, bool settled, int64_t spare) {
   check_rows_of(q, "q", q);
   check_rows_of(k_cache, "k_cache", q);
   check_rows_of(v_cache, "v_cache", q);
@@ -59,6 +59,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_ints(page_table, "page_table", 2, q);
   check_ints(seq_lens, "seq_lens", 1, q);
   STD_TORCH_CHECK(window >= -1, "window must not be below -1, got ", window);
+  STD_TORCH_CHECK(spare >= 0 && spare < kMost, "spare must be a number of multiprocessors, got ", spare);
   STD_TORCH_CHECK(softcap >= 0, "softcap must not be negative, got ", softcap);
   if (sinks) {
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == heads && sinks->scalar_type() == ScalarType::Float &&
@@ -100,6 +101,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                          .dtype = dtype_of(q, "q"),
                          .window = static_cast<int>(std::min(window, kMost)),
                          .invariant = invariant,
+                         .spare = static_cast<int>(spare),
                          .settled = settled,
                          .scale = static_cast<float>(scale),
                          .softcap = static_cast<float>(softcap)};

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from killing import kill_once_saved
-from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+from killing import check_a_killed_run_repeats_itself
+from tiny_policy import rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment.examples import Turn
 from cs336.alignment.pairs import PreferenceExample, read_preferences, write_preferences
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages import dpo
 from cs336.alignment.stages.dpo import DPOConfig, DPOStage
-from cs336.cli.program import main
 from cs336.inference import LLM
 from cs336.utils import config as configs
 
@@ -91,13 +90,7 @@ def test_the_reference_is_that_of_plain_log_probs(tmp_path, model):
 
 def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     options = {"checkpoint_interval": 3, "eval_interval": 7, "micro_batch_size": 2}
-    settings = config(tmp_path, model, **options)
-    StageRun(settings, DPOStage(settings)).train()
-    path = tmp_path / "config.toml"
-    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    kill_once_saved("dpo", path, tmp_path / "killed")
-    assert main(["dpo", "--config", str(path)]) == 0
-    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    check_a_killed_run_repeats_itself(DPOStage, config(tmp_path, model, **options))
 
 
 @pytest.mark.parametrize(

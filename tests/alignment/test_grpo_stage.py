@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from killing import kill_once_saved
-from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+from killing import check_a_killed_run_repeats_itself
+from tiny_policy import rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment import GRPOConfig, LoRAConfig, group_advantages, grpo_step, train_grpo
 from cs336.alignment.grpo import collect, importance_weights, learn
@@ -65,13 +65,7 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
                  "num_iterations": 2, "beta": 0.1, "importance_cap": 2.0},
         "rewards": [{"kind": "characters"}],
     }  # fmt: skip
-    settings = config(tmp_path, model, **options)
-    StageRun(settings, GRPOStage(settings)).train()
-    path = tmp_path / "config.toml"
-    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    kill_once_saved("grpo", path, tmp_path / "killed")
-    assert main(["grpo", "--config", str(path)]) == 0
-    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    check_a_killed_run_repeats_itself(GRPOStage, config(tmp_path, model, **options))
     assert rows_of(tmp_path / "run", "samples.jsonl") == rows_of(tmp_path / "killed", "samples.jsonl")
     row = rows_of(tmp_path / "run")[5]
     assert row["kl"] >= 0

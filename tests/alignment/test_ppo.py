@@ -5,16 +5,15 @@ import math
 
 import pytest
 import torch
-from killing import kill_once_saved
+from killing import check_a_killed_run_repeats_itself
 from test_dpo_stage import preferences
-from tiny_policy import Recorder, rows_of, save_model, tokenizer, without_time, write_rows
+from tiny_policy import Recorder, rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment import PPOConfig, RewardModel, Rollouts, ppo, ppo_step, response_mask, rollout, sequence_log_probs
 from cs336.alignment.ppo import ActorCritic, KLControl, shaped_rewards, value_loss_terms, whiten
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.ppo import PPOStage, PPOStageConfig
 from cs336.alignment.stages.reward import RewardConfig, RewardStage
-from cs336.cli.program import main
 from cs336.inference import LLM
 from cs336.models import Transformer, TransformerConfig
 from cs336.optim import AdamWConfig
@@ -214,13 +213,7 @@ def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path):
         "ppo": {"prompts_per_step": 6, "num_generations": 2, "max_tokens": 3, "target_kl": 0.5, "num_mini_batches": 2,
                 "missing_end_penalty": 0.5},
     }  # fmt: skip
-    settings = config(tmp_path, model, **options)
-    StageRun(settings, PPOStage(settings)).train()
-    path = tmp_path / "config.toml"
-    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    kill_once_saved("ppo", path, tmp_path / "killed")
-    assert main(["ppo", "--config", str(path)]) == 0
-    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    check_a_killed_run_repeats_itself(PPOStage, config(tmp_path, model, **options))
 
 
 def test_a_reward_model_is_learned_from(tmp_path):

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from killing import kill_once_saved
+from killing import check_a_killed_run_repeats_itself
 from safetensors.torch import load_file, save_file
 from test_dpo_stage import preferences
-from tiny_policy import rows_of, save_model, tokenizer, without_time, write_rows
+from tiny_policy import rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment import RewardModel, load_reward_model
 from cs336.alignment.reward_model import calibration_curve, calibration_error
@@ -67,13 +67,7 @@ def test_a_margin_asks_for_more(tmp_path, model):
 
 def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     options = {"checkpoint_interval": 3, "eval_interval": 7, "budget": "20steps"}
-    settings = config(tmp_path, model, **options)
-    StageRun(settings, RewardStage(settings)).train()
-    path = tmp_path / "config.toml"
-    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    kill_once_saved("reward", path, tmp_path / "killed")
-    assert main(["reward", "--config", str(path)]) == 0
-    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    check_a_killed_run_repeats_itself(RewardStage, config(tmp_path, model, **options))
 
 
 def test_a_head_of_zeros_says_nothing_yet(tmp_path, model):

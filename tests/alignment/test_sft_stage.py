@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from killing import kill_once_saved
-from tiny_policy import TEMPLATE, digits, rows_of, save_model, tokenizer, without_time, write_rows
+from killing import check_a_killed_run_repeats_itself
+from tiny_policy import TEMPLATE, digits, rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment.batches import Batches, pad_examples
 from cs336.alignment.examples import encode_completion, read_examples
@@ -135,13 +135,7 @@ def test_adapters_learn_and_the_rest_stays(tmp_path, model):
 
 def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):
     options = {"log_interval": 3, "checkpoint_interval": 4, "eval_interval": 10, "lora": {"rank": 2}}
-    whole = config(tmp_path, model, **options)
-    run(whole)
-    path = tmp_path / "config.toml"
-    path.write_text(configs.dumps(config(tmp_path, model, run_dir=tmp_path / "killed", **options)))
-    kill_once_saved("sft", path, tmp_path / "killed")
-    assert main(["sft", "--config", str(path)]) == 0
-    assert without_time(rows_of(tmp_path / "killed")) == without_time(rows_of(tmp_path / "run"))
+    check_a_killed_run_repeats_itself(SFTStage, config(tmp_path, model, **options))
     a, b = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "killed"))
     assert a == b
 
@@ -151,7 +145,7 @@ def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, mod
     (tmp_path / "run").mkdir()
     write_rows(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "val/loss": 9.0}, {"step": 1, "train/loss": 9.0}])
     run(settings)
-    assert f"{tmp_path}/run: 1 steps of a run that ended before its first" in " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/run: 1 step of a run that ended before its first" in " ".join(capsys.readouterr().out.split())
     assert [row["step"] for row in rows_of(tmp_path / "run") if "val/loss" in row] == [0, 1, 2]
     assert all(row.get("val/loss") != 9.0 != row.get("train/loss") for row in rows_of(tmp_path / "run"))
 

@@ -111,6 +111,47 @@ def test_bodies_that_are_not_packed_as_they_say(encoding):
     assert encoding == "deflate" or paper.content.startswith(b"%PDF")
 
 
+def answer(body, coding, status="200 OK", type="text/html"):
+    """What is read of one response."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {type}\r\nContent-Encoding: {coding}\r\n\r\n".encode()
+    file = io.BytesIO()
+    WarcWriter(file).record("response", "application/http", head + body, date=DATE, url="http://x/")
+    (found,) = read(file.getvalue())
+    return found
+
+
+@pytest.mark.parametrize("coding", ["deflate", "br", "zstd", "br, deflate"])
+def test_pages_with_control_characters_are_not_packed(coding):
+    bodies = [b"<p>ok\0 page</p>", b"\0<!-- \1 --><p>page", b"a text " * 20 + b"\1"]
+    bodies += ["\ufeff<p>hello".encode("utf-16-le"), "\ufeffд".encode("utf-16-be"), "<p>hello".encode("utf-16-le")]
+    assert [answer(body, coding).content for body in bodies] == bodies
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
+def test_what_is_no_page_is_not_unpacked(coding):
+    packed = bytes(range(160, 256)) + b"\x07" + bytes(range(64))
+    body = gzip.compress(packed)[:-9] + b"broken" if coding == "gzip" else packed
+    assert answer(body, coding).reason == "damaged"
+    assert answer(body, coding, type="").reason == "damaged"
+    for found, reason in [
+        (answer(body, coding, status="404 Not Found"), "status 404"),
+        (answer(body, coding, type="image/jpeg"), "image/jpeg"),
+    ]:
+        assert (found.reason, found.damaged) == (reason, False)
+
+
+def test_bodies_that_are_packed_several_times():
+    page = b"<p>hello</p>" * 50
+    twice = gzip.compress(zlib.compress(page))
+    assert answer(twice, "deflate, GZIP").content == page
+    assert answer(page, "deflate, gzip").content == page
+    assert answer(zlib.compress(page), "deflate, identity").content == page
+    random.seed(0)
+    brotli = random.randbytes(300)
+    for body, coding in ((gzip.compress(brotli), "br, gzip"), (brotli, "gzip, br")):
+        assert "packed with br" in answer(body, coding).detail
+
+
 def test_the_header_names_the_encoding_of_a_page():
     text = "Zażółć gęślą jaźń: zupełnie zwykłe zdanie po polsku."
     for content_type in ("text/html; charset=iso-8859-2", 'text/plain; Charset="ISO-8859-2"'):

@@ -88,7 +88,7 @@ def test_errors_name_the_line(tmp_path, line, options, message):
 
 
 def test_a_set_without_items_is_refused(tmp_path):
-    (tmp_path / "set.jsonl").write_text("\n")
+    (tmp_path / "set.jsonl").write_text("\ufeff\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no evaluation item"):
         Decontaminator(tmp_path / "set.jsonl")
 

@@ -98,6 +98,9 @@ def test_pages_of_any_encoding():
     assert detect_encoding(b"<?xml version='1.0' encoding='Shift_JIS'?>") == "cp932"
     assert decode("<p>gęś, ą".encode("iso-8859-2"), "ISO-8859-2") == "<p>gęś, ą"  # what the header says
     assert decode("<meta charset='utf-8'>gęś, ą".encode("iso-8859-2"), "iso-8859-2").endswith("gęś, ą")
+    for name in ("<meta charset='iso-8859-2'>", "<?xml encoding='utf-8'?><meta charset='iso-8859-2'>"):
+        page = f"{name}<p>Zażółć gęślą jaźń"
+        assert decode(page.encode("iso-8859-2"), "utf-8") == page  # what is so, of what is said
     assert html_to_text("<p>gęś, ą".encode("iso-8859-2"), "full", charset="iso-8859-2") == "gęś, ą"
     assert decode("<p>été я".encode("utf-16-le"), "UTF-16") == "<p>été я"
     assert decode("<p>été я".encode("utf-16-be"), "utf-16be") == "<p>été я"
@@ -143,6 +146,13 @@ def test_hostile_pages_take_linear_time(html, mode):
         ("windows-949", "cp949"),
         ("big5", "cp950"),
         ("X-CP1251", "cp1251"),
+        ("windows-31j", "cp932"),
+        ("ks_c_5601-1989", "cp949"),
+        ("iso88592", "iso8859-2"),
+        ("csISO88598I", "iso8859-8"),
+        ("logical", "iso8859-8"),
+        ("mac", "mac-roman"),
+        ("x-mac-ukrainian", "mac-cyrillic"),
     ],
 )
 def test_labels_of_the_web(label, codec):

@@ -87,7 +87,7 @@ ROWS = ({"text": "one", "id": "x", "link": "http://a"}, {"text": "two", "license
 class TestRows:
     @pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz", ".zst"])
     def test_json_lines(self, tmp_path, packing):
-        plain = b"\n" + b"\n\n".join(json.dumps(row).encode() for row in ROWS)
+        plain = b"\xef\xbb\xbf\n" + b"\n\n".join(json.dumps(row).encode() for row in ROWS)
         pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
         if packing == ".zst":
             pack[".zst"] = pytest.importorskip("zstandard").compress

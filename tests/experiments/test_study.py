@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from experiments.tiny_study import base, study, write_data
+from experiments.tiny_study import base, pretend, study, write_data
 
-from cs336.experiments import Cost, Study, space
+from cs336.experiments import Cost, Study, run_study, space
 from cs336.experiments.space import Range
 from cs336.experiments.study import identity, scaled
 from cs336.training import TrainConfig
@@ -175,6 +175,21 @@ BAD = [
 def test_what_cannot_be_trained_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(ValueError, match=message):
         study(tmp_path, **keys)
+
+
+def test_a_metric_that_no_run_has_is_named_after_the_first(tmp_path):
+    """What was trained is kept, for a metric that there is; a number that is not finite is one."""
+    trained = []
+
+    def loss(config):
+        trained.append(config.optimizer.lr)
+        return math.nan
+
+    with pytest.raises(ValueError, match=r"metric val/los: no run that has ended has it; name one of val/loss$"):
+        run_study(study(tmp_path, vary=LR, metric="val/los"), train=pretend(loss))
+    assert trained == [1e-3]
+    assert len(run_study(study(tmp_path, vary=LR), train=pretend(loss))) == 2
+    assert trained == [1e-3, 1e-2]
 
 
 def test_a_metric_of_validation_needs_its_data(tmp_path):

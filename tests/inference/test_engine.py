@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cs336 import ops
 from cs336.inference import Engine, EngineConfig, SamplingParams
-from cs336.inference.engine import graph_sizes
+from cs336.inference.shapes import graph_sizes
 from cs336.models import BlockConfig, Transformer, TransformerConfig, huggingface
 from cs336.nn import (
     AlibiConfig,

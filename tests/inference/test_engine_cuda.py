@@ -7,7 +7,9 @@ import pytest
 import torch
 from block_kinds import MIXERS
 
-from cs336.inference import Engine, EngineConfig, SamplingParams
+from cs336.inference import Engine, EngineConfig, SamplingParams, runner
+from cs336.inference.halves import Halves
+from cs336.inference.speculation import Speculator
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AlibiConfig, AttentionConfig
 
@@ -53,7 +55,9 @@ def logprobs(model, prompt, ids):
 
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("options", [{}, {"num_pages": 12}, {"page_size": 16, "overlap": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_step_tokens": 600}, {"num_pages": 12}, {"page_size": 16, "overlap": False}]
+)
 def test_equals_full_forward(prompts, dtype, graphs, options):
     model = make(dtype)
     e, ids, _ = run(model, prompts, cuda_graphs=graphs, **options)
@@ -64,12 +68,56 @@ def test_equals_full_forward(prompts, dtype, graphs, options):
 
 
 @pytest.mark.parametrize("max_seqs", [1, 3, 8])
-def test_captured_steps_verify_drafts(max_seqs):
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"invariant": True}])
+def test_captured_steps_read_prompts(prompts, monkeypatch, max_seqs, options):
+    model, asked = make(torch.bfloat16), []
+    shape_of = runner.Runner._shape
+
+    def spy(self, step):
+        asked.append(shape := shape_of(self, step))
+        return shape
+
+    monkeypatch.setattr(runner.Runner, "_shape", spy)
+    _, ids, requests = run(model, prompts * 2, max_seqs=max_seqs, max_step_tokens=600, **options)
+    assert {shape.tokens for shape in asked if shape is not None} >= {0, 128, 512}
+    for prompt, found in zip(prompts * 2, ids, strict=True):
+        assert len(found) == 40
+        assert regret(model, prompt, found) <= 0.15
+    if options.get("invariant"):
+        _, _, others = run(model, prompts * 2, max_seqs=max_seqs, cuda_graphs=False, **options)
+        for request, other in zip(requests, others, strict=True):
+            assert request.samples[0].tokens == other.samples[0].tokens  # log-probabilities, too, to the bit
+
+
+@pytest.mark.parametrize("spare", [1, 28, 1000])
+@pytest.mark.parametrize("max_seqs", [2, 5, 8])
+def test_captured_steps_by_halves(prompts, monkeypatch, max_seqs, spare):
+    monkeypatch.setattr(runner, "halves_of", lambda model: Halves(2, 0, spare))
+    model = make(torch.bfloat16)
+    e, ids, _ = run(model, prompts * 2, max_seqs=max_seqs)
+    assert any(shape.spare for shape, _ in e.runner._graphs)
+    for prompt, found in zip(prompts * 2, ids, strict=True):
+        assert len(found) == 40
+        assert regret(model, prompt, found) <= 0.15
+
+
+@pytest.mark.parametrize("max_seqs", [1, 3, 8])
+def test_captured_steps_verify_drafts(monkeypatch, max_seqs):
+    """Drafts are the tokens that come without them, but each third, which is another."""
     prompts = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5 + [5], [8], [9] * 12]
     model = make(torch.float32)
+    _, plain, _ = run(model, prompts, max_seqs=max_seqs)
+    texts = [prompt + ids for prompt, ids in zip(prompts, plain, strict=True)]
+
+    def draft(self, token_ids):
+        at, text = len(token_ids), next(text for text in texts if text[: len(token_ids)] == list(token_ids))
+        return [token if i % 3 else (token + 1) % 512 for i, token in enumerate(text[at : at + 7], at)]
+
+    monkeypatch.setattr(Speculator, "draft", draft)
     e, ids, _ = run(model, prompts, max_seqs=max_seqs, speculation="ngram")
-    assert any(width == 8 for _, width, _ in e.runner._graphs)
-    assert sum(e.stats.accepted) > 0
+    assert any(shape.width == 8 for shape, _ in e.runner._graphs)
+    assert ids == plain
+    assert 0 < sum(e.stats.accepted) < sum(e.stats.drafted)
     for prompt, found in zip(prompts, ids, strict=True):
         assert len(found) == 40
         assert regret(model, prompt, found) <= 1e-3

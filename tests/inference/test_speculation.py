@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from replayed import lay_out
 
-from cs336.inference import LLM, Engine, EngineConfig, SamplingParams, runner
+from cs336.inference import LLM, Engine, EngineConfig, SamplingParams
 from cs336.inference.sampling import filter_logits
 from cs336.inference.speculation import COST, CREDIT, PromptLookup, Speculator, StepTimes
 from cs336.models import BlockConfig, Transformer, TransformerConfig
@@ -89,32 +90,9 @@ def test_greedy_is_token_identical_however_it_is_scheduled(options):
     assert engine.cache.in_use == 0
 
 
-class Replayed:
-    """Stands in for the graph of a step: it runs the step anew, and what is drawn lies where it lay."""
-
-    def __init__(self, run):
-        self.run, self.drawn = run, run()
-
-    def replay(self):
-        for old, new in zip(self.drawn, self.run(), strict=True):
-            old.copy_(new)
-
-
 @pytest.fixture
-def widths(monkeypatch):
-    """Steps are laid out as those that are captured on a GPU; of which tokens a row."""
-    found = []
-
-    def captured(self, size, width, num_logprobs):
-        found.append(width)
-        if (size, width, num_logprobs) not in self._graphs:
-            replayed = Replayed(self._laid_out(size, width, num_logprobs))
-            self._graphs[size, width, num_logprobs] = replayed, replayed.drawn
-        return self._graphs[size, width, num_logprobs]
-
-    monkeypatch.setattr(runner, "_capturable", lambda model: True)
-    monkeypatch.setattr(runner.Runner, "_captured", captured)
-    return found
+def laid_out(monkeypatch):
+    return lay_out(monkeypatch)
 
 
 CASES = [(kind, {}) for kind in BLOCKS]
@@ -123,17 +101,17 @@ CASES += [("attention", {"invariant": True})]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
-def test_captured_steps_verify_drafts_of_states_in_pages(widths, kind, options):
+def test_captured_steps_verify_drafts_of_states_in_pages(laid_out, kind, options):
     model = model_of(BLOCKS[kind], seed=5)
     requests = greedy(PROMPTS) + greedy(PROMPTS[:2], stop_token_ids=(1, 2), logprobs=2)
     requests += [(ids, SamplingParams(top_k=9, seed=4, max_tokens=40)) for ids in PROMPTS]
     plain, _ = run(model, requests, cuda_graphs=False, **options)
-    widths.clear()
+    laid_out.clear()
     found, engine = run(model, requests, speculation="ngram", **options)
     assert found == plain
     assert 0 < sum(engine.stats.accepted) < sum(engine.stats.drafted)
     wide = 1 + options.get("draft_tokens", 7)
-    assert set(widths) == ({1, wide} if engine.runner.state.is_paged else {1})
+    assert {shape.width for shape in laid_out} == ({1, wide} if engine.runner.state.is_paged else {1})
 
 
 @pytest.mark.parametrize(

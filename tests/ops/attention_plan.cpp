@@ -6,13 +6,14 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <random>
+#include <utility>
 #include <vector>
 
 using namespace cs336;
 
 namespace {
 
-constexpr int kSms = 132;
+constexpr int kSms = 132, kUnbounded = 1 << 29;
 
 #define CHECK(condition)                                                                                            \
   do {                                                                                                              \
@@ -47,7 +48,7 @@ void check_heads(const AttentionProblem& p) {
   CHECK(heads == group || key_tiles * p.q_heads / (2 * heads) < 3 * kSms);  // split no further than needed
   CHECK(heads % 2 == 1 || key_tiles * p.q_heads / heads >= 3 * kSms);       // and as far as needed
   for (int all : {1, 3, 64, 1000})
-    for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 40}) {
+    for (int64_t bytes : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 27, int64_t{1} << 40}) {
       const int section = attention_section(all, bytes);
       CHECK(section >= 1 && section <= all);
       for (int keys : {512, 513})
@@ -65,8 +66,9 @@ void check_heads(const AttentionProblem& p) {
             CHECK(fwd(true) * row_tiles < kSms + row_tiles);  // one wave
           }
         }
-      for (bool deterministic : {false, true}) {
-        const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, deterministic);
+      for (const auto& [in_turns, window] : {std::pair(false, 1), {true, 1}, {true, 64}}) {
+        const int64_t that_see = bytes / window;
+        const AttentionBwdWaves waves(all, key_tiles, kSms, bytes, that_see, in_turns);
         CHECK(waves.section >= 1 && waves.section <= all && waves.wave >= 1 && waves.wave <= key_tiles);
         const int rest = all % waves.section;
         CHECK(rest == 0 || rest * key_tiles >= kSms);  // and not much less in the last section
@@ -74,7 +76,7 @@ void check_heads(const AttentionProblem& p) {
         // Resident together, as nearly as whole tiles of all heads allow.
         CHECK(count == 1 || 2 * waves.wave * waves.section <= 2 * kSms + 3 * waves.section);
         CHECK(waves.section == all || waves.section * key_tiles >= 3 * kSms / 2);  // enough work for all
-        if (deterministic && bytes == 0) CHECK(count == 1);                        // all go down
+        if (in_turns && that_see < int64_t{1} << 26) CHECK(count == 1);            // all go down
       }
     }
 }
@@ -113,8 +115,18 @@ void check_turns(const AttentionProblem& p, int left, int right, int queries) {
 
 void check_workspace(const AttentionProblem& p) {
   const AttentionBwdShape& shape = *find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
-  CHECK(attention_bwd_in_turns(p, true) == !shape.wide);
-  CHECK(attention_bwd_in_turns(p, false) == (!shape.wide && p.max_q <= 1024));
+  const AttentionBwdWorkspace launch(p, false, kSms);  // so many blocks of it
+  const int64_t blocks = launch.key_tiles * (p.cu_q ? 1 : p.sequences) * p.q_heads / launch.heads;
+  for (int left : {-1, 0, 1000, 2000, kUnbounded})
+    for (int right : {-1, 0, 47, 48}) {
+      AttentionProblem windowed = p;
+      windowed.window_left = left, windowed.window_right = right;
+      const bool few = p.max_q <= 2048 || (left >= 0 && right >= 0 && left + right < 2048);
+      CHECK(attention_bwd_in_turns(windowed, true, kSms) == !shape.wide);
+      CHECK(attention_bwd_in_turns(windowed, false, kSms) ==
+            (!shape.wide && (p.max_q <= 1024 || (few && blocks >= 3 * kSms))));
+      CHECK(attention_queries_that_see(windowed) <= p.max_q);
+    }
   for (bool deterministic : {false, true}) {
     const AttentionBwdWorkspace at(p, deterministic, kSms);
     const int64_t batch = p.cu_q ? 1 : p.sequences, rows = shape.queries, columns = (p.head_dim + 63) / 64 * 64;
@@ -142,7 +154,7 @@ int main() {
     for (int kv_heads : {1, 3, 8})
       for (int group : {1, 2, 6, 8})
         for (int sequences : {1, 2, 17})
-          for (int tokens : {1, 63, 64, 65, 191, 193, 1000, 4097, 100000})
+          for (int tokens : {1, 63, 64, 65, 191, 193, 1000, 2048, 2049, 4097, 100000})
             for (bool packed : {false, true}) {
               AttentionProblem p{};
               p.head_dim = shape.head_dim, p.value_dim = shape.value_dim;
@@ -161,7 +173,7 @@ int main() {
   for (int row_tiles : {1, 2, 7, 33})
     for (int heads : {1, 3, 8, 64})
       for (int section = 1; section <= heads; section++) check_order(p, row_tiles, heads, section);
-  constexpr int kLengths[] = {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 700}, kUnbounded = 1 << 29;
+  constexpr int kLengths[] = {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 700};
   constexpr int kSides[] = {0, 1, 9, 63, 64, 65, 127, 128, 129, 300, kUnbounded};
   for (int queries : {64, 128})
     for (int q_tokens : kLengths)

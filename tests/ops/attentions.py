@@ -1,5 +1,7 @@
 """Attention as its formula has it, in any dtype, and the comparison of ours with it: forward and all gradients."""
 
+import math
+
 import torch
 from close import assert_close_to_ref
 
@@ -54,19 +56,24 @@ def varlen_definition(q, k, v, cu_q, cu_k, alibi_slopes=None, kept=None, **optio
     return torch.cat(os), torch.cat(lses, -1)
 
 
-def sizes_of_sums(q, k, seen=None):
+def sizes_of_sums(q, k, v, seen=None, softmax_scale=None):
     """How large o, dq, dk and dv are, of tensors of unit size: weights are about 1 / T, or 1 / seen of so many keys.
 
-    In float32 all else is so exact that what shows is dp - delta, which cancel where a query sees few keys: unit size.
+    In float32 all else is so exact that what shows is scale p (dp - delta) k, which cancel where a query sees few keys:
+    dp is a sum of E products of unit size, and scale mostly 1 / sqrt(D).
     """
-    if q.dim() == 3 or q.dtype == F32:  # or a pack, whose shortest sequence may have one token
+    if q.dtype == F32:
+        D, E = q.shape[-1], v.shape[-1]
+        of_difference = max(1.0, E**0.5 * abs(D**-0.5 if softmax_scale is None else softmax_scale))
+        return 1.0, of_difference, of_difference, 1.0
+    if q.dim() == 3:  # a pack, whose shortest sequence may have one token
         return 1.0, 1.0, 1.0, 1.0
     S, T = max(1, q.shape[2]), max(1, min(k.shape[2], seen or k.shape[2]))
     of_keys, of_queries = T**-0.5, min(1.0, S**0.5 / T)
     return of_keys, of_keys, of_queries, of_queries
 
 
-def check(ours, formula, leaves, scale=4.0, use_lse=True, seen=None):
+def check(ours, formula, leaves, scale=4.0, use_lse=True, seen=None, softmax_scale=None):
     """ours(*leaves) and formula(*leaves) give (o, lse); both, and the gradients of both outputs, must agree.
 
     seen: keys that a query sees at most, through a window.
@@ -89,12 +96,13 @@ def check(ours, formula, leaves, scale=4.0, use_lse=True, seen=None):
         return o, *gradients(o, lse, again)
 
     got = o, *gradients(o, lse, leaves)
-    # Backwards take weights from lse as the forward saved it, in float32: as wrong as an lse of that size is rounded.
-    rounded = max(1.0, lse[sees].abs().max().item() / 32) if leaves[0].dtype == F32 and sees.any() else 1.0
-    outputs = zip(("o", "dq", "dk", "dv"), sizes_of_sums(*leaves[:2], seen), strict=True)
+    # Backwards take weights from lse as the forward saved it: in float32 half an ulp of it is what a weight is off by.
+    largest = lse[sees].abs().max().item() if leaves[0].dtype == F32 and sees.any() else 0.0
+    half_an_ulp = 2.0 ** (math.frexp(largest)[1] - 25)
+    outputs = zip(("o", "dq", "dk", "dv"), sizes_of_sums(*leaves, seen, softmax_scale), strict=True)
     for (name, size), *three in zip(outputs, got, plain(F64), plain(leaves[0].dtype), strict=True):
         try:
-            assert_close_to_ref(*three, scale=scale * size * (1.0 if name == "o" else rounded))
+            assert_close_to_ref(*three, scale=scale * size, handed=0.0 if name == "o" else half_an_ulp)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     with torch.no_grad():

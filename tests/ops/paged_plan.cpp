@@ -17,14 +17,14 @@ using namespace cs336::paged;
 
 namespace {
 
-#define CHECK(condition)                                                                                        \
-  do {                                                                                                          \
-    if (!(condition)) {                                                                                         \
-      std::printf("%s: %d sequences, first length %d, %d queries, heads %d x %d, window %d, %d resident, %d\n", \
-                  #condition, p.sequences, p.seq_lens[0], p.queries, p.kv_heads, p.group, p.window, resident,   \
-                  p.invariant);                                                                                 \
-      std::exit(1);                                                                                             \
-    }                                                                                                           \
+#define CHECK(condition)                                                                                            \
+  do {                                                                                                              \
+    if (!(condition)) {                                                                                             \
+      std::printf("%s: %d sequences, first length %d, %d queries, heads %d x %d, window %d, %d resident, %d, %d\n", \
+                  #condition, p.sequences, p.seq_lens[0], p.queries, p.kv_heads, p.group, p.window, resident, held, \
+                  p.invariant);                                                                                     \
+      std::exit(1);                                                                                                 \
+    }                                                                                                               \
   } while (0)
 
 Share share_of(const PagedAttentionParams& p, const PagedPlan& plan, int block) {
@@ -42,9 +42,10 @@ Share share_of(const PagedAttentionParams& p, const PagedPlan& plan, int block) 
   return share;
 }
 
-void check(const PagedAttentionParams& p, int resident) {
-  const PagedPlan plan = paged::plan(p, resident);
-  CHECK(plan.blocks >= 1 && plan.blocks <= resident && plan.rows >= 1 && plan.rows <= kRows);
+void check(const PagedAttentionParams& p, int resident, int held) {
+  const PagedPlan plan = paged::plan(p, resident, held);
+  CHECK(plan.max_pieces == paged::plan(p, resident, resident).max_pieces);
+  CHECK(plan.blocks >= 1 && plan.blocks <= held && plan.rows >= 1 && plan.rows <= kRows);
   std::map<std::pair<int, int>, int> tiles_done, parts_done, runs_done, parts_told;
   std::set<int64_t> slots;
   int64_t most = 0, total = 0;
@@ -90,8 +91,8 @@ void check(const PagedAttentionParams& p, int resident) {
   }
   CHECK(parts_done == parts_told);
   if (!plan.invariant) {
-    const int most = static_cast<int>(std::clamp<int64_t>(total / plan.least_share, 1, resident));
-    CHECK(busy == (most == resident || most < plan.all_segments ? most : most - most % plan.all_segments));
+    const int most = static_cast<int>(std::clamp<int64_t>(total / plan.least_share, 1, held));
+    CHECK(busy == (most == held || most < plan.all_segments ? most : most - most % plan.all_segments));
   }
   int64_t longest = kCut;
   for (int b = 0; b < p.sequences; b++) {
@@ -106,7 +107,7 @@ void check(const PagedAttentionParams& p, int resident) {
     }
   }
   CHECK(most <= total / busy + 1 + longest + kSegmentCost);  // dealt evenly, to a cut, however short segments are
-  if (plan.invariant && p.sequences == 1 && plan.row_tiles == 1 && resident >= (plan.max_pieces + 1) * plan.segments)
+  if (plan.invariant && p.sequences == 1 && plan.row_tiles == 1 && held >= (plan.max_pieces + 1) * plan.segments)
     CHECK(most <= longest + kSegmentCost);  // alone on the device: a piece a block
 }
 
@@ -133,7 +134,8 @@ int main() {
       p.seq_lens = lengths.data();
       for (bool invariant : {true, false}) {
         p.invariant = invariant;
-        check(p, resident);
+        check(p, resident, resident);
+        check(p, resident, any(1, resident));
       }
     }
 }

@@ -372,6 +372,8 @@ def test_float64_runs_the_reference(device):
             torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     with registry.use("native"), pytest.raises(NotImplementedError, match="float64 in the reference alone"):
         adamw_(*ours, **HYPER, step=3)
+    with pytest.raises(ValueError, match=r"lr must be one torch.float32 or torch.float64 element on"):
+        adamw_(*ours, **HYPER | {"step": 3, "lr": torch.ones(2)})
     ours[1][1] = ours[1][1].float()
     with pytest.raises(ValueError, match=r"grads\[1\] must be dense torch.float64"):
         adamw_(*ours, **HYPER, step=3)

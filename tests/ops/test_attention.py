@@ -1,12 +1,13 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from attentions import definition as definition_and_lse
 from close import assert_close_to_ref
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cs336 import ops
+from cs336 import flash_attn_func, ops
 from cs336.ops import registry
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -219,6 +220,25 @@ def test_compiles_whole_for_any_shape(device):
         torch.testing.assert_close(compiled(q, k, v, causal=True), ops.attention(q, k, v, causal=True))
 
 
+def test_a_window_of_a_shape_or_of_numpy():
+    """Integers that are no int: half of a dynamic length in an exported program, and NumPy's."""
+
+    class Halves(torch.nn.Module):
+        def forward(self, q):
+            return ops.attention(q, q, q, window=(q.shape[2] // 2, 0))
+
+    q = torch.randn(1, 2, 8, 8)
+    program = torch.export.export(Halves(), (q,), dynamic_shapes=({2: torch.export.Dim("S", min=4, max=64)},))
+    q = torch.randn(1, 2, 12, 8)
+    want, six = ops.attention(q, q, q, window=(6, 0)), np.int64(6)
+    torch.testing.assert_close(program.module()(q), want)
+    torch.testing.assert_close(ops.attention(q, q, q, window=(six, 0)), want)
+    by_token = q.transpose(1, 2)
+    torch.testing.assert_close(
+        flash_attn_func(by_token, by_token, by_token, window_size=(six, 0)).transpose(1, 2), want
+    )
+
+
 Q = torch.zeros(2, 4, 3, 8)
 KV = torch.zeros(2, 2, 5, 8)
 
@@ -228,7 +248,8 @@ KV = torch.zeros(2, 2, 5, 8)
     [
         ({"q": Q[0]}, r"q must be \(\.\.\., Hq, S, D\)"),
         ({"q": Q[0, 0, 0], "k": KV[0, 0, 0], "v": KV[0, 0, 0]}, r"q must be \(\.\.\., Hq, S, D\)"),
-        ({"q": Q.int()}, "floating point"),
+        ({"q": Q.int()}, "q must be floating point of 16, 32 or 64 bits, got torch.int32"),
+        ({name: x.to(torch.float8_e4m3fn) for name, x in (("q", Q), ("k", KV), ("v", KV))}, "q must be floating point"),
         ({"q": Q[:1]}, "k must have q's batch"),
         ({"q": Q[..., :4]}, "head dim"),
         ({"q": Q[:, :3]}, "multiple of key-value heads, got 3 and 2"),
@@ -243,8 +264,9 @@ KV = torch.zeros(2, 2, 5, 8)
         ({"scale": -float("inf")}, "scale must be finite, got -inf"),
         ({"alibi_slopes": torch.tensor(0.5)}, "alibi_slopes must be .* got a number"),
         ({"window": 5}, "window must be .left, right., .* got 5"),
-        ({"window": (-2, 3)}, "window's left must be at least 0, or None .* got -2"),
-        ({"window": (3, -1)}, "window's right must be at least 0"),
+        ({"window": (-2, 3)}, "window's left must be an integer of at least 0, or None .* got -2"),
+        ({"window": (3, -1)}, "window's right must be an integer of at least 0"),
+        ({"window": (1.5, 2)}, "window's left must be an integer .* got 1.5"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \(4,\) or \(2, 4\) torch.float32"),
         ({"alibi_slopes": torch.ones(4).double()}, "alibi_slopes must be"),

@@ -118,6 +118,8 @@ def test_autocast(variant, device):
         o = ops.attention(q, k, v.bfloat16(), causal=True)
     assert torch.equal(o, ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True))
     assert [g.dtype for g in torch.autograd.grad(o.sum(), (q, k))] == [F32, F32]
+    with torch.autocast(device, dtype=BF16), pytest.raises(ValueError, match="q must be floating point"):
+        ops.attention(q.int(), k.int(), v.int())
 
 
 def test_one_output_alone(variant, device):

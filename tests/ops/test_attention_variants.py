@@ -61,7 +61,8 @@ def compare(variant, tensors, **options):
     left, right = options.get("window") or (None, None)
     right = 0 if options.get("causal") else right
     seen = None if left is None or right is None else left + right + 1
-    check(ours, lambda q, k, v: definition(q, k, v, **options), tensors, seen=seen)
+    exact = lambda q, k, v: definition(q, k, v, **options)  # noqa: E731
+    check(ours, exact, tensors, seen=seen, softmax_scale=options.get("scale"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,6 +90,31 @@ def test_native_forward_with_whichever_backward(device, D, E, S):
         pytest.skip(reason)
     ours = lambda q, k, v: ops.attention(q, k, v, causal=True, return_lse=True)  # noqa: E731
     check(ours, lambda q, k, v: definition(q, k, v, causal=True), [q, k, v])
+
+
+@pytest.mark.skipif(not CUDA, reason="native kernels need a GPU")
+@pytest.mark.parametrize(("D", "E"), SHAPES)
+def test_a_window_over_many_blocks(device, D, E):
+    """Where the native backward takes turns unasked."""
+    with registry.use("native"):
+        compare("native", leaves(1, 24, 12, 2100, 2130, D, E, BF16, device), causal=True, window=(300, None))
+
+
+@pytest.mark.skipif(not CUDA, reason="native kernels need a GPU")
+@pytest.mark.parametrize("D", [64, 128])
+def test_turns_through_a_window_of_a_long_text(device, D):
+    """Of more queries than L2 holds: as without turns but for the order of sums, and the same twice."""
+    q, k, v = (t.detach() for t in leaves(1, 8, 2, 70_000, 70_000, D, None, BF16, device))
+    options = (D**-0.5, True, 3000, -1, 0.0)
+    with registry.use("native"):
+        o, lse = registry.call("attention_fwd", q, k, v, *options)
+        any_order, *turns = (
+            registry.call("attention_bwd", o, None, q, k, v, o, lse, *options, deterministic)
+            for deterministic in (False, True, True)
+        )
+    for want, first, second in zip(any_order, *turns, strict=True):
+        assert torch.equal(first, second)
+        assert (first.double() - want.double()).norm() < 1e-3 * want.double().norm()
 
 
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
@@ -262,6 +288,41 @@ def random_case(rng, variant, device):
 def test_random_cases(variant, device, number):
     tensors, options = random_case(random.Random(number), variant, device)
     compare(variant, tensors, **options)
+
+
+# ---- the comparison itself ----
+
+
+class Float32(torch.autograd.Function):
+    """One head of attention in float32; the backward's dS goes through `round_ds`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, round_ds):
+        o, lse = definition(q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.round_ds = round_ds
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        p = torch.exp(scale * q @ k.mT - lse[..., None])
+        delta = (do * o).sum(-1, keepdim=True) - dlse[..., None]
+        ds = ctx.round_ds(scale * p * (do @ v.mT - delta))
+        return ds @ k, ds.mT @ q, p.mT @ do, None
+
+
+def to_tf32(x):
+    return ((x.view(torch.int32) + 4096) & ~8191).view(F32)
+
+
+@pytest.mark.parametrize(("S", "T", "D", "E"), [(40, 2000, 256, 256), (40, 90, 16, 45)])
+def test_a_tf32_gradient_of_the_scores_is_wrong(S, T, D, E):
+    tensors = leaves(1, 1, 1, S, T, D, E, F32)
+    check(lambda *x: Float32.apply(*x, lambda ds: ds), definition, tensors)
+    with pytest.raises(AssertionError, match=r"d[qk]: "):
+        check(lambda *x: Float32.apply(*x, to_tf32), definition, tensors)
 
 
 # ---- the reference's own two passes ----

@@ -11,6 +11,9 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 SHAPES = [(7, 257), (2, 3, 5, 11), (1, 1), (64,), (9, 1000), (2, 8193)]
 if CUDA:
     SHAPES += [(5, 50257), (3, 128256), (300, 32000), (2, 262144), (2, 262147)]
+IN_PLACE = [(96, BF16), (1001, F32), (8200, F16)]
+if CUDA:  # rows of two blocks a multiprocessor, and longer ones
+    IN_PLACE += [(50304, BF16), (60000, F16), (128256, BF16), (131072, F32)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
 
 
@@ -122,7 +125,7 @@ def test_layouts(variant, device, shape, dtype, layout):
 
 @pytest.mark.parametrize("with_terms", [False, True])
 @pytest.mark.parametrize("layout", [None, "strided rows", "unaligned"])
-@pytest.mark.parametrize(("V", "dtype"), [(96, BF16), (1001, F32), (8200, F16)])
+@pytest.mark.parametrize(("V", "dtype"), IN_PLACE)
 def test_gradient_in_place(variant, device, V, dtype, layout, with_terms):
     """Losses and gradient are what forward and backward give; NaN beside the logits stay."""
     logits, targets = torch.randn(6, V, device=device).to(dtype), torch.randint(0, V, (6,), device=device)
@@ -141,6 +144,77 @@ def test_gradient_in_place(variant, device, V, dtype, layout, with_terms):
     torch.testing.assert_close(logits, dlogits)
     assert logits._version > version
     assert whole.isnan().sum() == nans
+
+
+def computed(shape, dtype, device):
+    """Logits that something has computed, and what from."""
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    return x, 2 * x
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_gradient_that_takes_the_place_of_the_logits(variant, device, reduction, dtype):
+    x, logits = computed((2, 5, 41), dtype, device)
+    targets = torch.randint(0, 41, (2, 5), device=device)
+    targets[0, 3] = -100
+    options = {"reduction": reduction, "z_loss": 0.01, "label_smoothing": 0.1}
+    want = ops.cross_entropy(logits, targets, **options)
+    (of_logits,) = torch.autograd.grad(3 * want, logits, retain_graph=True)
+    (of_x,) = torch.autograd.grad(3 * want, x, retain_graph=True)
+    got = ops.cross_entropy(logits, targets, in_place=True, **options)
+    torch.testing.assert_close(got, want)
+    (gradient,) = torch.autograd.grad(3 * got, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, of_logits)
+    if registry.forced() == "ref" or (registry.forced() is None and device == "cpu"):  # there is no kernel
+        assert gradient.data_ptr() != logits.data_ptr()
+        return
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="the first backward has scaled the logits' gradient in their place"):
+        got.backward()
+    x.grad, logits = None, 2 * x
+    (3 * ops.cross_entropy(logits, targets, in_place=True, **options)).backward()
+    torch.testing.assert_close(x.grad, of_x)
+
+
+def test_logits_stay_where_they_are_asked_for(variant, device):
+    """By other results, by float16's scale, without a backward, as nothing's result or a view of it, with gaps between
+    rows, or where rows are the same."""
+    targets = torch.arange(6, device=device)
+
+    def kept(logits, **options):
+        before = logits.detach().clone()
+        loss = ops.cross_entropy(logits, targets, in_place=True, **options)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            torch.autograd.grad(loss.sum(), logits)
+        return torch.equal(logits.detach(), before)
+
+    x, logits = computed((6, 41), F32, device)
+    assert kept(logits, reduction="none")
+    assert kept(logits, return_lse=True)
+    assert kept(x)
+    assert kept(x.view(6, 41))
+    assert kept(x[:, :])
+    assert kept(logits.detach())
+    with torch.no_grad():
+        assert kept(logits)
+    assert kept(computed((6, 41), F16, device)[1])
+    assert kept(computed((6, 48), F32, device)[1][:, :41])
+    assert kept(computed((1, 41), F32, device)[1].expand(6, 41))
+
+
+def test_logits_that_went_are_read_no_more(variant, device):
+    """What was kept for a backward, and a second derivative, are refused."""
+    x, targets = torch.randn(6, 41, device=device, requires_grad=True), torch.arange(6, device=device)
+    for read in (lambda loss: loss.backward(), lambda loss: torch.autograd.grad(loss, x, create_graph=True)):
+        y = torch.tanh(x)
+        before = y.detach().clone()
+        loss = ops.cross_entropy(y, targets, in_place=True)
+        if torch.equal(y.detach(), before):
+            assert registry.forced() in (None, "ref")
+            pytest.skip("there is no kernel")
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation|differentiable once"):
+            read(loss)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 3, -1])

@@ -168,6 +168,14 @@ def test_what_is_later_or_another_document_is_not_seen(variant, device):
     assert not torch.isclose(got[:, :, :70], want[:, :, :70]).all(-1).any()
 
 
+def test_graphs_name_the_op(device):
+    x, _ = leaves_of(inputs((1, 1, 2, 70, 8, 6), F32, device))
+    with registry.use("triton"):
+        assert ops.gated_delta_rule(**x).grad_fn.name() == "_GatedDeltaRuleBackward"
+        del x["beta"]
+        assert ops.linear_attention(**x).grad_fn.name() == "_LinearAttentionBackward"
+
+
 @pytest.mark.parametrize("grad_of", [0, 1])
 def test_a_gradient_of_one_output_alone(variant, device, grad_of):
     x, leaves = leaves_of(inputs((1, 1, 2, 70, 8, 6), F32, device))

@@ -156,6 +156,12 @@ def test_sequences_cut_anywhere(variant, device, D, Q, options):
             again = ops.paged_attention(*args, **say, invariant=False, settled=True)
             assert torch.equal(o, again[0])
             assert torch.equal(lse, again[1])
+            whole = ops.paged_attention(*args, **say)
+            for spare in (1, 30, 1000):  # as many blocks as multiprocessors are left, or one
+                hold(*ops.paged_attention(*args, **say, invariant=False, spare=spare), [wanted[b] for b in chosen])
+                some = ops.paged_attention(*args, **say, spare=spare)
+                assert torch.equal(some[0], whole[0])
+                assert torch.equal(some[1], whole[1])
 
 
 # ---- prefill ----
@@ -251,6 +257,8 @@ def test_refusals(variant, device):
     for bad in (-1.0, float("inf")):
         with pytest.raises(ValueError, match="softcap"):
             ops.paged_attention(**good, softcap=bad)
+    with pytest.raises(ValueError, match="spare must be a number of multiprocessors"):
+        ops.paged_attention(**good, spare=-1)
     with pytest.raises(ValueError, match="scale must be finite"):
         ops.paged_attention(**good, scale=float("nan"))
     for sinks in (torch.zeros(3, device=device), torch.zeros(4, device=device, dtype=torch.float64)):

@@ -59,6 +59,7 @@ def test_the_rest_goes_to_torch(device, calls):
         ((q[0], q[0], q[0]), {}),
         ((q, q, q), {"dropout_p": 1e-9}),
         ((q[:0], q[:0], q[:0]), {}),
+        ((q, q, q[..., :0]), {}),
         ((q, q, q), {"scale": float("inf")}),
     ):
         want = F.scaled_dot_product_attention(*args, **options)

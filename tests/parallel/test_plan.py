@@ -36,6 +36,16 @@ def test_one_gpu_is_the_memory_predictor():
                 assert memory == training_memory(config, micro_batch, **widths, **options)
 
 
+def test_logits_that_tensor_parallel_gathers_become_their_gradient():
+    tokens = 64
+    one, two = (rank_memory(work(), Layout(tensor=t), 0).logits for t in (1, 2))
+    assert one == 2 * (tokens * (256 + 64) + 256 * 64)  # and gradients of features and of the head
+    assert two == 2 * tokens * (256 + 128)  # and of the gradient this rank's part
+    capped = work(dataclasses.replace(GPT, logit_softcap=3.0))
+    whole, gathered = (rank_memory(capped, Layout(tensor=t), 0).logits for t in (1, 2))
+    assert whole == gathered - 4 * tokens  # but for the log-sum-exps of both parts
+
+
 def test_zero_divides_one_thing_after_another():
     whole, *rest = (rank_memory(work(), Layout(8, zero), 0) for zero in range(4))
     N, table = GPT.num_parameters(), 256 * 64

@@ -196,6 +196,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_checkpoint(tmp_path / "torchs.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a checkpoint: it has no state\.json"):
         load_checkpoint(tmp_path / "nowhere", net)
+    newest = save_checkpoint(net, optimizer, 1, tmp_path / "run/checkpoints/step_00000001")
+    for above in (newest.parent, newest.parent.parent):
+        with pytest.raises(FileNotFoundError, match=rf"is not a checkpoint: .*; did you mean {newest}\?"):
+            load_checkpoint(above, net)
     with pytest.raises(ValueError, match=r"does not fit the model: (?s:.*)size mismatch"):
         load_checkpoint(path, model(width=9))
     with pytest.raises(ValueError, match="does not fit the optimizer"):

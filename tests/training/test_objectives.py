@@ -1,6 +1,7 @@
 """A step is the same however its batch is cut: into micro-batches, over ranks, under DDP and FSDP."""
 
 import dataclasses
+import importlib
 
 import pytest
 import tiny_run
@@ -73,6 +74,20 @@ def test_a_fused_head_trains_the_same(tmp_path):
         found.append([values["loss"], values["grad_norm"], *(p.detach() for p in learner.model.parameters())])
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}])
+def test_a_loss_in_place_of_the_logits_trains_the_same(tmp_path, monkeypatch, options):
+    """As on a GPU; what is reported beside the loss is read before."""
+    op, found = importlib.import_module("cs336.ops.cross_entropy"), []  # the package has a function of that name
+    for in_place in (False, True):
+        monkeypatch.setattr(op, "_becomes_its_gradient", lambda *args, is_so=in_place: is_so)
+        settings = {"model": MODEL, "batch_size": 4, "micro_batch_size": 2, "objective": NextToken(**options)}
+        learner = Learner(tiny_run.config(tmp_path, **settings))
+        values = [*learner.update(batch(), lr=1e-2).values(), *learner.update(batch(), lr=1e-2).values()]
+        found.append([*values, *(p.detach() for p in learner.model.parameters())])
+    for plain, in_place in zip(*found, strict=True):
+        torch.testing.assert_close(in_place, plain)
 
 
 def test_a_soft_cap_fuses_the_head(tmp_path, monkeypatch):

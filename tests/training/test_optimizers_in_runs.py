@@ -1,10 +1,12 @@
 """Every optimizer, precision and schedule as a run has them: from a table, resumed, and landing."""
 
+import io
 import json
 
 import pytest
 import tiny_run
 import torch
+from rich.console import Console
 
 from cs336.inference.load import load_model
 from cs336.optim import join
@@ -25,6 +27,7 @@ from cs336.training import (
     checkpoint,
 )
 from cs336.training.budget import Plan
+from cs336.training.metrics import Display
 from cs336.training.rate import LearningRate
 from cs336.utils.config import override, to_table
 
@@ -77,10 +80,20 @@ def test_generation_reads_the_weights_that_training_writes(tmp_path):
         assert evaluated(ids).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("optimizer", [SGDConfig(), LionConfig(), SOAPConfig()])
-def test_bf16_weights_need_an_optimizer_that_keeps_their_other_bits(tmp_path, optimizer):
-    with pytest.raises(ValueError, match=f"loses what {optimizer.kind} adds below a 256th of a weight: use adamw"):
-        tiny_run.config(tmp_path, precision="bf16_weights", optimizer=optimizer)
+@pytest.mark.parametrize("optimizer", [SGDConfig(), SOAPConfig(), AdamWConfig()])
+def test_a_run_says_that_its_optimizer_loses_bits_of_bf16_weights(tmp_path, optimizer):
+    tiny = tiny_run.config(tmp_path, precision="bf16_weights", optimizer=optimizer, budget="2steps")
+    for budget in ("2steps", "4steps"):  # a run that goes on may
+        told = io.StringIO()
+        display = Display(Console(file=told, soft_wrap=True))
+        Trainer(tiny_run.changed(tiny, budget=budget), display=display).train()
+        warnings = told.getvalue().count(f"loses what {optimizer.kind} adds below a 256th of a weight")
+        assert warnings == (optimizer.kind != "adamw")
+
+
+def test_lion_needs_weights_of_float32(tmp_path):
+    with pytest.raises(ValueError, match=r"loses the steps of lion, each of lr, .* use adamw"):
+        tiny_run.config(tmp_path, precision="bf16_weights", optimizer=LionConfig())
 
 
 def test_bf16_weights_learn_as_float32_ones(tmp_path):

@@ -111,18 +111,24 @@ def test_json_files_that_are_json_lines(tmp_path):
     (tmp_path / "c4.json.gz").write_bytes(gzip.compress(line + b'{"text": "two"}\n'))
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "pretty.json").write_text('{\n  "text": "no"\n}\n')
+    (tmp_path / "settings.json").write_text('{"text": {"size": 12}, "version": 2}')
+    (tmp_path / "translation.json").write_text('{"text": null}')
     (tmp_path / "list.json").write_bytes(b"[" + line + b"]")
     assert holds_documents(tmp_path / "c4.json.gz")
     assert list(read_texts(tmp_path / "c4.json.gz")) == ["one", "two"]
-    assert not any(holds_documents(tmp_path / f"{name}.json") for name in ("package", "pretty", "list"))
+    assert not any(
+        holds_documents(tmp_path / f"{name}.json") for name in ("package", "pretty", "list", "settings", "translation")
+    )
     assert holds_documents(tmp_path / "package.json", "name")
-    assert [d.text[:7] for d in read_documents(tmp_path)] == ["one", "two", '[{"text', '{"name"', '{\n  "te']
+    texts = ['[{"text', '{"name"', '{\n  "te', '{"text"', '{"text"']
+    assert [d.text[:7] for d in read_documents(tmp_path)] == ["one", "two", *texts]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree\xff")
-    assert list(read_texts(tmp_path)) == ["one", "two", "three\ufffd"]
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "four"}\n')
+    assert list(read_texts(tmp_path)) == ["one", "two", "three\ufffd", "four"]
 
 
 def test_bad_utf8_is_replaced(tmp_path):

@@ -24,6 +24,7 @@ from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.models import Transformer
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
+from cs336.utils.counted import counted
 from cs336.utils.files import replacing
 from cs336.utils.tensor_file import save_tensors
 
@@ -84,9 +85,8 @@ class DPOStage(Stage):
 
     def describe(self) -> str:
         longer = f" ({self.longer} longer ones are dropped)" if self.longer else ""
-        return (
-            f"{len(self.pairs):,} pairs{longer}, {self.batches.per_epoch} steps an epoch, loss {self.config.loss_type}"
-        )
+        epoch = counted(self.batches.per_epoch, "step")
+        return f"{len(self.pairs):,} pairs{longer}, {epoch} an epoch, loss {self.config.loss_type}"
 
     def update(self, step: int) -> dict[str, float]:
         batch = self._batch(self.batches.batch(step - 1))

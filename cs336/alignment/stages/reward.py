@@ -23,6 +23,7 @@ from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.alignment.stages.dpo import PairData, read_pairs
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
+from cs336.utils.counted import counted
 from cs336.utils.files import write_json
 
 
@@ -72,7 +73,7 @@ class RewardStage(Stage):
 
     def describe(self) -> str:
         longer = f" ({self.longer} longer ones are dropped)" if self.longer else ""
-        return f"{len(self.pairs):,} {self.items}{longer}, {self.batches.per_epoch} steps an epoch"
+        return f"{len(self.pairs):,} {self.items}{longer}, {counted(self.batches.per_epoch, 'step')} an epoch"
 
     def update(self, step: int) -> dict[str, float]:
         batch = self._batch([self.pairs[i] for i in self.batches.batch(step - 1)])

@@ -15,6 +15,7 @@ from cs336.inference.generate import generate
 from cs336.inference.sampling import SamplingParams
 from cs336.training.evaluators import Finding
 from cs336.training.objectives import Batch, Terms
+from cs336.utils.counted import counted
 
 SAMPLES = 4
 
@@ -80,7 +81,7 @@ class SFTStage(Stage):
         self.prompts = [] if config.data.val is None else self._prompts(config.data.val)
 
     def describe(self) -> str:
-        epochs = f"{self.batches.per_epoch} steps an epoch"
+        epochs = f"{counted(self.batches.per_epoch, 'step')} an epoch"
         dropped = f" ({self.dropped} longer ones are dropped)" if self.dropped else ""
         return (
             f"{self.num_examples:,} examples{dropped} of {self.num_tokens:,} tokens in {len(self.rows):,} "

@@ -23,6 +23,27 @@ WIDER = {
     "utf-16-le": "utf-8",
     "utf-16-be": "utf-8",
 }
+# Labels of the web that Python does not know.
+LABELS = {
+    label: codec
+    for codec, labels in {
+        "utf-8": "unicode-1-1-utf-8 unicode11utf8 unicode20utf8",
+        "utf-16": "ucs-2 unicode csunicode iso-10646-ucs-2 unicodefeff unicodefffe",
+        "iso8859-7": "sun_eu_greek",
+        "iso8859-8": "logical visual",
+        "iso8859-15": "csisolatin9",
+        "koi8-r": "koi koi8",
+        "koi8-u": "koi8-ru",
+        "mac-roman": "mac csmacintosh",
+        "mac-cyrillic": "mac-ukrainian",
+        "gb18030": "csgb2312 gb_2312 gb_2312-80",
+        "big5": "cn-big5",
+        "euc_jp": "cseucpkdfmtjapanese",
+        "cp932": "windows-31j",
+        "cp949": "cseuckr csksc56011987 iso-ir-149 ks_c_5601-1989 ksc_5601",
+    }.items()
+    for label in labels.split()
+}
 # Codecs of encodings that pages are in; Python has others, of which some fail on any page ("undefined" is one).
 WEB = {
     *("utf-8", "cp866", "cp874", "koi8-r", "koi8-u", "mac-roman", "mac-cyrillic"),
@@ -49,7 +70,8 @@ def detect_encoding(page: bytes, charset: str = "") -> str:
     look like.
 
     charset: what the header that came with the page says, "" for nothing.
-    A page that is valid UTF-8 with other than ASCII in it is UTF-8, whatever it says. Without a sign: windows-1252.
+    A page that is valid UTF-8 with other than ASCII in it is UTF-8, whatever it says. One that is not, and says that it
+    is, is what its next sign says. Without a sign: windows-1252.
     """
     for mark, name in BOMS:
         if page.startswith(mark):
@@ -59,10 +81,12 @@ def detect_encoding(page: bytes, charset: str = "") -> str:
         return wide
     if not sample.isascii() and _is_utf8(sample, whole=len(page) <= SAMPLE):
         return "utf-8"
-    declared = _codec(charset) or _declared(page)
-    if declared is not None and not (declared == "utf-8" and not _is_nearly(sample, "utf-8")):
-        return declared
-    return "utf-8" if _is_nearly(sample, "utf-8") else _guess(sample)
+    nearly = _is_nearly(sample, "utf-8")
+    for label in (charset, *(found.decode() for found in META.findall(page[:PRESCAN]))):
+        declared = _codec(label)
+        if declared is not None and (declared != "utf-8" or nearly):
+            return declared
+    return "utf-8" if nearly else _guess(sample)
 
 
 def decode(page: bytes, charset: str = "") -> str:
@@ -70,16 +94,12 @@ def decode(page: bytes, charset: str = "") -> str:
     return page.decode(detect_encoding(page, charset), "replace").removeprefix("\ufeff")
 
 
-def _declared(page: bytes) -> str | None:
-    found = META.search(page[:PRESCAN])
-    return None if found is None else _codec(found[1].decode())
-
-
 def _codec(label: str) -> str | None:
     """The codec that the web means by a label, as by windows-874, x-sjis, iso-8859-8-i; None where it means none."""
     label = re.sub(r"^(?:x-)+|(?<=iso-8859-[68])-[ie]$", "", label.strip().lower())
+    label = re.sub(r"^(?:cs)?iso8859(\d+)[ei]?$", r"iso-8859-\1", label)
     try:
-        name = codecs.lookup(re.sub(r"^(?:windows|dos)-(?=\d)", "cp", label)).name
+        name = codecs.lookup(LABELS.get(label) or re.sub(r"^(?:windows|dos)-(?=\d)", "cp", label)).name
     except (LookupError, ValueError):  # of a label with a NUL
         return None
     name = WIDER.get(name, name)

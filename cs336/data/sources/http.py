@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from cs336.data.sources.record import Damaged
 
 CHUNK = re.compile(rb"\s*([0-9a-fA-F]{1,8})(?:;[^\r\n]*)?\r?\n")
-BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # what no text begins with, and nearly all that is packed does
+CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")  # a tenth of what is packed, nothing of most texts
+OPENING = re.compile(
+    rb"\xef\xbb\xbf|\xff\xfe|\xfe\xff|%PDF-|\s*<(?:!doctype|!--|\?xml|[a-z][a-z0-9]*[\s>/])", re.IGNORECASE
+)
 HEAD = 1024
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})")
 
@@ -16,11 +19,19 @@ STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})")
 class Response:
     status: int
     headers: dict[str, str]
-    body: bytes
+    packed: bytes
+    """Its body, as it was sent."""
+
+    def body(self, most_bytes: int) -> bytes:
+        """Raises Damaged for one that cannot be unpacked, or is more than most_bytes."""
+        body = self.packed
+        for coding in reversed(self.headers.get("content-encoding", "").lower().split(",")):  # the last was put on last
+            body = _decoded(body, coding.strip(), most_bytes)
+        return body
 
 
-def parse_response(block: bytes, most_bytes: int) -> Response:
-    """Raises Damaged for what is no response, or a body of more than most_bytes."""
+def parse_response(block: bytes) -> Response:
+    """Raises Damaged for what is no response."""
     found = STATUS.match(block)
     if found is None:
         raise Damaged("its block is no HTTP response")
@@ -33,7 +44,7 @@ def parse_response(block: bytes, most_bytes: int) -> Response:
         headers[name.strip().lower()] = value.strip()
     if "chunked" in headers.get("transfer-encoding", "").lower() and CHUNK.match(body):
         body = _joined(body)
-    return Response(int(found[1]), headers, _decoded(body, headers.get("content-encoding", ""), most_bytes))
+    return Response(int(found[1]), headers, body)
 
 
 def _joined(body: bytes) -> bytes:
@@ -49,18 +60,23 @@ def _joined(body: bytes) -> bytes:
     return b"".join(parts) if at >= len(body) else body
 
 
-def _decoded(body: bytes, encoding: str, most_bytes: int) -> bytes:
+def _decoded(body: bytes, coding: str, most_bytes: int) -> bytes:
     """As it is where it is not packed, whatever the header says: archives often unpack it and keep the header."""
-    encoding = encoding.strip().lower()
-    if encoding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
+    if coding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
         return _inflated(body, 31, most_bytes)
-    if encoding == "deflate" and body:
+    if coding == "deflate" and body:
         if body[0] & 0x0F == 8 and int.from_bytes(body[:2], "big") % 31 == 0:
             return _inflated(body, 15, most_bytes)
-        return _inflated(body, -15, most_bytes) if BINARY.search(body[:HEAD]) else body
-    if encoding in ("br", "zstd") and BINARY.search(body[:HEAD]) and not body.startswith(b"%PDF-"):
-        raise Damaged(f"its body is packed with {encoding}, which is not read")
+        return _inflated(body, -15, most_bytes) if _seems_packed(body) else body
+    if coding in ("br", "zstd") and _seems_packed(body):
+        raise Damaged(f"its body is packed with {coding}, which is not read")
     return body
+
+
+def _seems_packed(body: bytes) -> bool:
+    """By its control characters, of which a page or a text may hold a stray one; NULs, as UTF-16 has them, are none."""
+    head = body[:HEAD].replace(b"\0", b"")
+    return OPENING.match(head) is None and len(CONTROL.findall(head)) * 100 > len(head)
 
 
 def _inflated(body: bytes, window: int, most_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from cs336.data.sources.record import TEXT, Limits, Record, Unread
 from cs336.utils import zstd
-from cs336.utils.documents import parse_line
+from cs336.utils.documents import is_blank, parse_line
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 ROWS = 256  # of a parquet file, in memory at once
@@ -65,7 +65,7 @@ class Rows:
                 if size - line.endswith(b"\n") > most:
                     detail = f"a line of {size:,} bytes; {most:,} are read"
                     yield Unread(number, where, str(path), "too large", detail, position=raw.tell())
-                elif line.strip():
+                elif not is_blank(line):
                     yield self._line(line, where, number, raw.tell())
                 else:
                     continue

@@ -129,20 +129,21 @@ def _arc_head(line: bytes, version: int) -> Head:
 
 def _page(number: int, head: Head, block: bytes, name: str, members: Members, limits: Limits) -> Record | Unread:
     header = head["content"]
-    declared = media_type(header)
-    if declared == "application/http" or head["type"] == "arc":
-        try:
-            response = parse_response(block, limits.record_bytes)
-        except Damaged as error:
-            return _unread(number, head, name, members, "damaged", str(error))
-        if response.status != 200:
-            return _unread(number, head, name, members, f"status {response.status}", damaged=False)
-        header, block = response.headers.get("content-type", ""), response.body
-        declared = media_type(header)
-    kind = TEXT if head["type"] == "conversion" else declared
-    if kind in ("unknown type", "application/octet-stream"):
-        kind = media_type(head.get("identified", ""))
-        kind = sniff(block) if kind == "unknown type" else kind
+    response = None
+    try:
+        if media_type(header) == "application/http" or head["type"] == "arc":
+            response = parse_response(block)
+            if response.status != 200:
+                return _unread(number, head, name, members, f"status {response.status}", damaged=False)
+            header = response.headers.get("content-type", "")
+        kind = TEXT if head["type"] == "conversion" else media_type(header)
+        if kind in ("unknown type", "application/octet-stream"):
+            kind = media_type(head.get("identified", ""))
+        if response is not None and kind in (HTML, PDF, TEXT, "unknown type"):  # others may be as broken as they like
+            block = response.body(limits.record_bytes)
+    except Damaged as error:
+        return _unread(number, head, name, members, "damaged", str(error))
+    kind = sniff(block) if kind == "unknown type" else kind
     if kind not in (HTML, PDF, TEXT):
         return _unread(number, head, name, members, kind, damaged=False)
     content: bytes | str = block.decode("utf-8", "replace") if head["type"] == "conversion" else block

@@ -61,8 +61,9 @@ void launch_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
   };
   const AttentionTensor dk = in_parts ? parts(at.dk_parts) : params.dk, dv = in_parts ? parts(at.dv_parts) : params.dv;
   auto* packed = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.key_tile_list) : nullptr;
+  const int64_t bytes_of_query = int64_t{Tile::kHeadDim} * 8 * at.heads;  // Q, dO and the sums for dQ
   const AttentionBwdWaves waves(heads, ceil_div(p.max_k, Tile::kKeys), current_device().num_sms,
-                                int64_t(p.max_q) * Tile::kHeadDim * 8 * at.heads,  // Q, dO and the sums for dQ
+                                p.max_q * bytes_of_query, attention_queries_that_see(p) * bytes_of_query,
                                 params.deterministic);
 
   const RowsArgs rows{

@@ -88,8 +88,8 @@ void launch_bwd_wide(const AttentionBwdParams& params, cudaStream_t stream) {
   auto* row_tiles = p.cu_q ? reinterpret_cast<SequenceTile*>(workspace + at.row_tile_list) : nullptr;
   auto* counters = reinterpret_cast<int*>(workspace + at.counter);
   const auto num_row_tiles = static_cast<int>(attention_tiles(p, p.q_tokens, QueriesTile::kRows) / batch);
-  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, KeysTile::kKeys), sms,
-                                int64_t(p.max_q) * (kHeadDim + kValueDim) * 2 * at.heads, false);
+  const int64_t bytes_of_head = int64_t(p.max_q) * (kHeadDim + kValueDim) * 2 * at.heads;
+  const AttentionBwdWaves waves(heads, ceil_div(p.max_k, KeysTile::kKeys), sms, bytes_of_head, bytes_of_head, false);
   const int64_t kv_bytes = int64_t(p.max_k) * (kHeadDim + kValueDim) * 2;
 
   const RowsArgs rows{

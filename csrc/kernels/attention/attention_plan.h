@@ -85,14 +85,17 @@ inline int attention_fwd_section(int heads, int group, int keys, int64_t bytes_o
 // tile. So the waves of a section are an even number, each about as many blocks as run at a time, and L2 holds what
 // they share.
 //
-// Deterministic, a block waits at each query tile for those of smaller keys: a wave that goes up loses the lead that
-// its first blocks had. That pays only where the queries of a key head do not fit in L2; else all blocks go down.
+// In turns, a block waits at each query tile for those of smaller keys: a wave that goes up loses the lead that its
+// first blocks had. That pays only where the queries that see a key do not fit in L2; else all blocks go down.
+// Through a window they never get the lead back: 1024 keys of 64k, 15.1 ms for 1.5.
 struct AttentionBwdWaves {
   int section, wave;
 
-  AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, bool deterministic) {
+  // Bytes of a key head's queries, dO and dQ: of all, and of as many as see a key.
+  AttentionBwdWaves(int heads, int64_t key_tiles, int num_sms, int64_t bytes_of_head, int64_t bytes_that_see,
+                    bool in_turns) {
     constexpr int64_t kMuchOfL2 = 64 << 20;
-    const bool all_down = deterministic && bytes_of_head < kMuchOfL2;
+    const bool all_down = in_turns && bytes_that_see < kMuchOfL2;
     // A section must outlast its longest block on all multiprocessors, or the last one ends late: 64/8 heads of 4k
     // tokens, 358 TFLOP/s with one head at a time. What is left for the last section is half as
     // much or more: with one head left of 16, 523 for 598 without turns.
@@ -148,13 +151,25 @@ inline int attention_bwd_heads(const AttentionProblem& p, int num_sms) {
   return heads;
 }
 
+// Queries that see a key, at most.
+inline int64_t attention_queries_that_see(const AttentionProblem& p) {
+  const bool open = p.window_left < 0 || p.window_right < 0;
+  return open ? p.max_q : std::min<int64_t>(p.max_q, int64_t{1} + p.window_left + p.window_right);
+}
+
 // Whether the backward adds to dQ in turns: asked for, or because it is faster, since the first turn needs no zeros
-// (H200, 16 heads: 191 us for 225 of 512 tokens, 361 TFLOP/s for 326 of 1k, 463 for 466 of 2k). Wide heads' dQ is
-// never added up in memory.
-inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic) {
-  constexpr int kShort = 1024;
-  const bool wide = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim)->wide;
-  return !wide && (deterministic || p.max_q <= kShort);
+// (H200: 0.85-0.9 of the time at 512 tokens and 1k, 0.96-0.98 at 2k tokens, and through a window of 1024 keys, where
+// the block of the next smaller keys is always a few steps ahead; but 1.07 at 2k where a multiprocessor has two
+// blocks, 1.01 through a window of 4096). Wide heads' dQ is never added up in memory.
+inline bool attention_bwd_in_turns(const AttentionProblem& p, bool deterministic, int num_sms) {
+  constexpr int kShort = 1024;    // queries
+  constexpr int kFew = 2048;      // of which so many see a key
+  constexpr int kManyBlocks = 3;  // of a multiprocessor
+  const AttentionBwdShape* shape = find_attention_shape(kAttentionBwdShapes, p.head_dim, p.value_dim);
+  const int64_t blocks = attention_tiles(p, p.k_tokens, shape->keys) * p.q_heads / attention_bwd_heads(p, num_sms);
+  const bool many = blocks >= int64_t{kManyBlocks} * num_sms;
+  const bool faster = p.max_q <= kShort || (many && attention_queries_that_see(p) <= kFew);
+  return !shape->wide && (deterministic || faster);
 }
 
 // Where things are in the backward's workspace, in bytes.

@@ -23,12 +23,19 @@ auto dispatch(const PagedAttentionParams& p, F&& f) {
   }
 }
 
+// teams: of a block; with two it has a multiprocessor for itself, and takes most of its shared memory.
 template <int kDim>
-LaunchShape shape_of(int blocks) {
-  return {.grid = dim3(blocks),
-          .threads = dim3(paged::kThreads),
-          .shared_bytes = sizeof(paged::Shared<kDim>),
+LaunchShape shape_of(int teams_in_all, int teams) {
+  return {.grid = dim3(paged::ceil_div(teams_in_all, teams)),
+          .threads = dim3(teams * paged::kThreads),
+          .shared_bytes = teams * sizeof(paged::Shared<kDim>),
           .dependent = true};
+}
+
+// Whether multiprocessors are spared by blocks of two teams. Where these do not fit nothing is.
+template <int kDim>
+bool spares(const PagedAttentionParams& p) {
+  return p.spare && 2 * sizeof(paged::Shared<kDim>) <= static_cast<size_t>(current_device().max_shared_bytes);
 }
 
 // Blocks that the device holds at once; the driver is asked once.
@@ -48,7 +55,8 @@ int resident_blocks(const LaunchShape& shape) {
 
 PagedPlan plan_of(const PagedAttentionParams& p) {
   return dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
-    return paged::plan(p, resident_blocks<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(1)));
+    const int resident = resident_blocks<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(1, 1));
+    return paged::plan(p, resident, spares<kDim>(p) ? 2 * std::max(1, current_device().num_sms - p.spare) : resident);
   });
 }
 
@@ -73,7 +81,8 @@ void paged_attention(PagedAttentionParams p, cudaStream_t stream) {
   const PagedPlan plan = plan_of(p);
   p.tag = new_tag();
   dispatch(p, [&]<typename T, int kDim>(T, std::integral_constant<int, kDim>) {
-    launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks), stream, p, plan);
+    launch<paged::paged_attention_kernel<T, kDim>>(shape_of<kDim>(plan.blocks, spares<kDim>(p) ? 2 : 1), stream, p,
+                                                   plan);
   });
 }
 

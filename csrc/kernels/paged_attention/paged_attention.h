@@ -32,6 +32,7 @@ struct PagedAttentionParams {
   Dtype dtype;     // F16 or BF16
   int window;      // keys before its own that a query sees; -1: all
   bool invariant;  // sums in an order that the sequence's length alone says, not its batch
+  int spare;       // multiprocessors that are left to kernels of other streams
   bool settled;    // neither the kernel ahead nor those that it overlaps write more than the last `queries` tokens
   float scale, softcap;
 };

@@ -1,7 +1,7 @@
-// One launch: four warps of a block take the tiles of a piece in turn, each with a running softmax and a stream of
-// copies of its own; at the end of a piece the block adds the four up. A block that has all of a segment adds its
-// pieces up as it goes and writes the result. Otherwise blocks leave their parts in the workspace, and the last to come
-// adds them up.
+// One launch: four warps, a team (a block, or half of one), take the tiles of a piece in turn, each with a running
+// softmax and a stream of copies of its own; at the end of a piece the block adds the four up. A block that has all of
+// a segment adds its pieces up as it goes and writes the result. Otherwise blocks leave their parts in the workspace,
+// and the last to come adds them up.
 #pragma once
 #include "common/mma.cuh"
 #include "common/vec.cuh"
@@ -44,7 +44,7 @@ struct WarpRows {
   int position[2];       // of those rows' queries
 
   __device__ __forceinline__ void load(const PagedAttentionParams& p, const PagedPlan& plan, const Segment& s) {
-    const int lane = threadIdx.x % 32, head = s.index / plan.row_tiles * p.group;
+    const int lane = thread_of_team() % 32, head = s.index / plan.row_tiles * p.group;
     const T* rows[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -73,7 +73,7 @@ struct WarpRows {
 
   __device__ __forceinline__ void add(const PagedAttentionParams& p, const Tile<kDim>& tile, int first_key,
                                       int length) {
-    const int lane = threadIdx.x % 32;
+    const int lane = thread_of_team() % 32;
     float s[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kDim / 16; k++) {
@@ -167,9 +167,9 @@ struct BlockRows {
   int rows;  // of the tile that exist
 
   static __device__ __forceinline__ int row(int i) {
-    return i / kPerHalf * kHalf + (threadIdx.x + i % kPerHalf * kThreads) / (kDim / 4);
+    return i / kPerHalf * kHalf + (thread_of_team() + i % kPerHalf * kThreads) / (kDim / 4);
   }
-  static __device__ __forceinline__ int column() { return threadIdx.x % (kDim / 4) * 4; }
+  static __device__ __forceinline__ int column() { return thread_of_team() % (kDim / 4) * 4; }
 
   __device__ __forceinline__ void begin(const PagedAttentionParams& p, const PagedPlan& plan, const Segment& s) {
     rows = min(kRows, p.group * p.queries - s.index % plan.row_tiles * kRows);
@@ -179,7 +179,7 @@ struct BlockRows {
 
   // Adds the warps' parts of a piece up, and the sum to the totals, or writes it to o and stats if there are such.
   __device__ __forceinline__ void gather(Shared<kDim>& shared, const WarpRows<T, kDim>& mine, float* o, float2* stats) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = thread_of_team() % 32, warp = thread_of_team() / 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const float sum = sum_of_quad(mine.sum[i]);
@@ -194,7 +194,7 @@ struct BlockRows {
           *reinterpret_cast<float2*>(&shared.o[warp][at(lane / 4, n * 8 + lane % 4 * 2)]) =
               make_float2(mine.o[n][2 * half], mine.o[n][2 * half + 1]);
       }
-      __syncthreads();
+      sync_team();
 #pragma unroll
       for (int i = half * kPerHalf; i < (half + 1) * kPerHalf; i++) {
         const int r = row(i);
@@ -213,7 +213,7 @@ struct BlockRows {
           totals[i].add(piece.top, piece.sum, values);
         }
       }
-      __syncthreads();
+      sync_team();
     }
   }
 
@@ -273,8 +273,8 @@ struct BlockRows {
 
 // This block's share: the block adds up the tiles of all sequences. `shared` has kWarps + 2 ints.
 __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const PagedPlan& plan, int* shared) {
-  const int each = ceil_div(p.sequences, kThreads), first = threadIdx.x * each;
-  const int last = min(p.sequences, first + each), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int each = ceil_div(p.sequences, kThreads), first = thread_of_team() * each;
+  const int last = min(p.sequences, first + each), lane = thread_of_team() % 32, warp = thread_of_team() / 32;
   int mine = 0;
   for (int b = first; b < last; b++) mine += sequence_of(p, b).cost();
   int before = mine;
@@ -285,14 +285,14 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
   }
   if (lane == 31) shared[warp] = before;
   before -= mine;
-  __syncthreads();
+  sync_team();
   int all = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; w++) {
     if (w < warp) before += shared[w];
     all += shared[w];
   }
-  Share share(plan, int64_t{all} * plan.segments, blockIdx.x);
+  Share share(plan, int64_t{all} * plan.segments, team());
   int start = before * plan.segments;
   if (start <= share.begin && share.begin < start + mine * plan.segments) {
     int b = first;
@@ -304,7 +304,7 @@ __device__ __forceinline__ Share find_share(const PagedAttentionParams& p, const
     shared[kWarps] = b;
     shared[kWarps + 1] = start;
   }
-  __syncthreads();
+  sync_team();
   share.b = shared[kWarps];
   share.start = shared[kWarps + 1];
   return share;
@@ -325,12 +325,12 @@ __device__ __forceinline__ void await(uint64_t* flag, uint64_t tag) {
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(2 * kThreads, 1)
     paged_attention_kernel(const __grid_constant__ PagedAttentionParams p, const __grid_constant__ PagedPlan plan) {
   extern __shared__ __align__(128) unsigned char dynamic[];
-  Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(dynamic);
+  Shared<kDim>& shared = reinterpret_cast<Shared<kDim>*>(dynamic)[threadIdx.x / kThreads];
   constexpr int kDepth = kStages<kDim>;
-  const int warp = threadIdx.x / 32;
+  const int warp = thread_of_team() / 32;
   uint64_t* flags = static_cast<uint64_t*>(p.workspace);
   float* part_o = reinterpret_cast<float*>(flags + flag_words(plan));
   float2* part_stats = reinterpret_cast<float2*>(part_o + plan.slots * plan.rows * kDim);
@@ -377,20 +377,20 @@ __global__ void __launch_bounds__(kThreads, 2)
       all.write(p, plan, s);
       continue;
     }
-    if (threadIdx.x == 0) raise(flags + parts.slot(parts.at(s.begin)), p.tag);
+    if (thread_of_team() == 0) raise(flags + parts.slot(parts.at(s.begin)), p.tag);
     if (s.end == s.sequence.tiles) {
-      if (threadIdx.x == 0) shared.ended = s;
+      if (thread_of_team() == 0) shared.ended = s;
       ends_one = true;
     }
   }
   if (!ends_one) return;
   // All blocks have their shares behind them by now, or soon: waiting earlier would put them in a queue.
-  __syncthreads();
+  sync_team();
   const Segment s = shared.ended;
   const Parts parts(plan, share, s);
-  for (int part = threadIdx.x; part < parts.count(); part += kThreads)
+  for (int part = thread_of_team(); part < parts.count(); part += kThreads)
     if (parts.begins(part)) await(flags + parts.slot(part), p.tag);
-  __syncthreads();
+  sync_team();
   all.begin(p, plan, s);
   all.collect(plan, parts, part_o, part_stats);
   all.write(p, plan, s);

@@ -27,7 +27,7 @@ struct PagedPlan {
   int all_segments;
   int max_pieces;  // of a segment
   int max_tiles;   // of a segment: what the page table can hold
-  int blocks;
+  int blocks;      // or teams, of which two may be a block
   bool invariant;
   int least_share;  // tiles of a block if not: of little work it is better that fewer blocks have to meet
   bool by_segment;  // every segment has slots of its own for the pieces that blocks hand over; else every block has
@@ -59,7 +59,8 @@ HOST_DEVICE int piece_tiles(int tiles, int max_pieces) {
 HOST_DEVICE int64_t flag_words(const PagedPlan& plan) { return (plan.slots + 1) / 2 * 2; }
 
 // resident: blocks that the device holds at once. One long sequence alone is cut so that it fills them, about.
-inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
+// most: of these, that the launch may have; pieces do not depend on it.
+inline PagedPlan plan(const PagedAttentionParams& p, int resident, int most) {
   PagedPlan plan{};
   const int rows = p.group * p.queries;
   plan.invariant = p.invariant;
@@ -76,7 +77,7 @@ inline PagedPlan plan(const PagedAttentionParams& p, int resident) {
   // A block more than pieces: a segment's cost makes shares of as many longer than a piece, and some would have two.
   const int of_segment = plan.invariant ? std::min(plan.max_pieces, ceil_div(plan.max_tiles, 2 * kWarps)) + 1
                                         : ceil_div(plan.max_tiles + kSegmentCost, plan.least_share);
-  plan.blocks = static_cast<int>(std::min<int64_t>(resident, segments * of_segment));
+  plan.blocks = static_cast<int>(std::min<int64_t>(most, segments * of_segment));
   plan.by_segment = plan.invariant && segments <= 2 * plan.blocks;
   plan.slots = (plan.by_segment ? segments : int64_t{2} * plan.blocks) * (plan.invariant ? plan.max_pieces : 1);
   return plan;

@@ -5,6 +5,17 @@
 
 namespace cs336::paged {
 
+// ---- teams of four warps: one is a block, or two are, which then has a multiprocessor for itself ----
+
+__device__ __forceinline__ int thread_of_team() { return threadIdx.x % kThreads; }
+__device__ __forceinline__ int team() { return (blockIdx.x * blockDim.x + threadIdx.x) / kThreads; }
+__device__ __forceinline__ void sync_team() {
+  if (threadIdx.x < kThreads)  // by constants: a block whose barriers are numbered at run time takes all sixteen
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  else
+    asm volatile("bar.sync 2, %0;" ::"n"(kThreads) : "memory");
+}
+
 template <int kDim>
 struct Tile {  // 16 keys, then their 16 values; the 16-byte chunks of a row are swapped so that columns meet no bank
                // twice
@@ -29,7 +40,7 @@ class Stream {
   }
 
   __device__ __forceinline__ void issue(const PagedAttentionParams& p, const PagedPlan& plan, Shared& shared) {
-    const int lane = threadIdx.x % 32;
+    const int lane = thread_of_team() % 32;
     advance(p, plan);
     if (live_) {
       if (known_ == 0) look_up(p, lane);

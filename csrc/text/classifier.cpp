@@ -4,8 +4,8 @@
 
 #include "cpu/text/classifier.h"
 #include "cpu/text/parallel.h"
-#include "text_data_bindings.h"
-#include "text_strings.h"
+#include "text/bindings.h"
+#include "text/strings.h"
 
 namespace cs336::text {
 namespace {

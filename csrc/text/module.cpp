@@ -21,8 +21,8 @@
 #include "cpu/text/pretokenize.h"
 #include "cpu/text/special.h"
 #include "cpu/text/word_count.h"
-#include "text_data_bindings.h"
-#include "text_strings.h"
+#include "text/bindings.h"
+#include "text/strings.h"
 
 namespace py = pybind11;
 using namespace cs336::text;

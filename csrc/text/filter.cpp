@@ -8,8 +8,8 @@
 #include "cpu/text/phrases.h"
 #include "cpu/text/rules.h"
 #include "cpu/text/words.h"
-#include "text_data_bindings.h"
-#include "text_strings.h"
+#include "text/bindings.h"
+#include "text/strings.h"
 
 namespace cs336::text {
 namespace {

@@ -12,8 +12,8 @@
 #include "cpu/text/minhash.h"
 #include "cpu/text/packing.h"
 #include "cpu/text/shingles.h"
-#include "text_data_bindings.h"
-#include "text_strings.h"
+#include "text/bindings.h"
+#include "text/strings.h"
 
 namespace cs336::text {
 namespace {
