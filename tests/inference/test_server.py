@@ -227,7 +227,7 @@ def test_bad_requests(served, body, status, message):
         ({"messages": [{"content": "a"}]}, 'message 0 must be {"role"'),
         ({"messages": "hi"}, "messages: "),
         ({"tools": [{}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type: "),
         ({"chat_template_kwargs": {"messages": 1}, "messages": []}, "there are no messages"),
     ],
 )
