@@ -15,9 +15,10 @@ pytest.importorskip("jsonschema")
 
 import jsonschema
 
+from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.grammar import Grammars
-from cs336.models import Transformer, TransformerConfig
+from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
 
 # Padded, and with special tokens between the others: 300 is the end.
@@ -26,7 +27,7 @@ TOKENIZER = Tokenizer(
     {i: bytes([i]) for i in range(256)} | {i: text.encode() for text, i in SPECIAL.items()}, [], [*SPECIAL]
 )
 END = SPECIAL["<|endoftext|>"]
-CONFIG = TransformerConfig(320, 1024, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+CONFIG = TransformerConfig(317, 1024, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
 REGEXES = [
     r"[0-9]{3}-[0-9]{4}",
     r"(é|ü|日本)+x",
@@ -210,10 +211,10 @@ def test_invariant_neighbours_stay_to_the_bit():
 
 
 def test_special_tokens_and_padding_are_no_text():
-    guide = Grammars(TOKENIZER, 320).guide(SamplingParams(regex=r"(<\|endoftext\|>|[\s\S])*"), [END])
+    guide = Grammars(TOKENIZER, 317).guide(SamplingParams(regex=r"(<\|endoftext\|>|[\s\S])*"), [END])
 
     def allowed():
-        return [i for i in range(320) if guide.allowed[i >> 3] >> (i & 7) & 1]
+        return [i for i in range(317) if guide.allowed[i >> 3] >> (i & 7) & 1]
 
     assert {*range(128)} < {*allowed()}
     assert max(allowed()) == END  # and 256 is none of them
@@ -281,3 +282,23 @@ def test_without_a_tokenizer_or_llguidance(plain, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llguidance" else found(name))
     with pytest.raises(ValueError, match=r"need llguidance: pip install 'cs336\[structured\]'"):
         one(llm(), regex="a")
+
+
+def test_on_the_command_line(plain, tmp_path, capsys):
+    save_pretrained(plain.model, tmp_path / "model", TOKENIZER)
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["né", 12]}', encoding="utf-8")
+    verb = ["generate", str(tmp_path / "model"), "--prompt", "a:", "--max-tokens", "40"]
+    assert main([*verb, "--json-schema", str(file)]) == 0
+    assert capsys.readouterr().out in ('a:"né"\n', "a:12\n")
+    assert main([*verb, "--regex", "[xy]{3}", "--num-samples", "2"]) == 0
+    assert re.fullmatch(r"a:[xy]{3}\n\na:[xy]{3}\n", capsys.readouterr().out)
+    assert main([*verb, "--choice", "no", "yes"]) == 0
+    assert capsys.readouterr().out in ("a:no\n", "a:yes\n")
+    assert main([*verb, "--regex", "("]) == 2
+    assert "regex cannot be followed: " in capsys.readouterr().err
+    assert main([*verb, "--json-schema", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    file.write_text("[1]")
+    assert main([*verb, "--json-schema", str(file)]) == 2
+    assert "json_schema must be a JSON object, got '[1]'" in capsys.readouterr().err

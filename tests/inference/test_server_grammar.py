@@ -31,7 +31,7 @@ def served():
 
 
 def post(served, body, path=CHAT):
-    body = ({"messages": MESSAGES} if path == CHAT else {"prompt": "a"}) | {"seed": 3, "max_tokens": 90} | body
+    body = ({"messages": MESSAGES} if path == CHAT else {"prompt": "a"}) | {"seed": 3, "max_tokens": 70} | body
     status, (answer,) = asyncio.run(ask(served[1], body, path=path))
     return status, json.loads(answer)
 
