@@ -95,7 +95,9 @@ def requests():
     ]
     found = [SamplingParams(json_schema=s, max_tokens=900, seed=i) for i, s in enumerate(schemas)]
     found += [SamplingParams(regex=r, max_tokens=900, seed=i) for i, r in enumerate(REGEXES * 2)]
-    found += [SamplingParams(choice=("ab", "abc", 'n"o\n', "\0é/"), max_tokens=900, seed=i) for i in range(6)]
+    found += [
+        SamplingParams(choice=("ab", "abc", 'n"o\n', "\0é/", "(.|[^a]*)+x"), max_tokens=900, seed=i) for i in range(6)
+    ]
     random.Random(4).shuffle(found)
     return found
 
@@ -137,6 +139,21 @@ def test_texts_follow_their_grammars_beside_others(alone, options):
     model.engine.check()
     if "num_pages" in options:
         assert model.engine.scheduler.num_preemptions > 0
+
+
+def test_tokens_of_several_bytes():
+    spoken = (
+        json.dumps({"a": ["né", 'q"\\', 12], "b b": {"ç": None, 'd"': True}}, ensure_ascii=False)
+        + "yes no yes 日本日本ab\n"
+    )
+    tokenizer = Tokenizer.train([spoken * 20], 310, ["<|endoftext|>"])
+    assert sum(len(token) > 2 for token in tokenizer.vocab.values()) > 5
+    torch.manual_seed(5)
+    model = LLM(Transformer(CONFIG).eval(), tokenizer, quiet=True, page_size=8, overlap=True)
+    asked = requests()
+    for params, output in zip(asked, model.generate(["a"] * len(asked), asked), strict=True):
+        assert output.finish_reason == "stop"
+        follows(params, output.text)
 
 
 def one(model, params=None, prompt="a", **given):
