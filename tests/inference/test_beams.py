@@ -139,7 +139,7 @@ def test_the_verb(tmp_path, capsys):
 def test_every_mixer_follows_its_beams(kind):
     """A text's score is what the model says of the whole of it, though its state came from other rows."""
     torch.manual_seed(3)
-    model = Transformer(TransformerConfig(23, 32, d_model=32, init_std=0.25, layers=(MIXERS[kind],) * 2)).eval()
+    model = Transformer(TransformerConfig(23, 32, 2, 32, init_std=0.25, layers=(MIXERS[kind],) * 2)).eval()
     for prompt, beams in zip(
         PROMPTS, beam_search_ids(model, PROMPTS, BeamParams(beams=3, max_tokens=6), ()), strict=True
     ):
@@ -147,5 +147,5 @@ def test_every_mixer_follows_its_beams(kind):
             ids = torch.tensor([prompt + beam.token_ids])
             with torch.no_grad():
                 log_probs = model(ids).log_softmax(-1)[0, len(prompt) - 1 : -1]
-            found = log_probs.gather(-1, ids[0, len(prompt) :, None]).mean()
-            assert beam.score == pytest.approx(found.item(), rel=1e-3, abs=1e-4)
+            mean = log_probs.gather(-1, ids[0, len(prompt) :, None]).mean()
+            assert beam.score == pytest.approx(mean.item(), rel=1e-3, abs=1e-4)
