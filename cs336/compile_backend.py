@@ -15,13 +15,14 @@ What Dynamo captured is searched for these patterns, whoever wrote them, and the
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cs336 import ops
 from cs336.ops import sdpa, torch_cross_entropy
@@ -44,11 +45,11 @@ def replace(graph_module: GraphModule, only: Collection[str] | None = None) -> C
     """Put our ops in place of the patterns, in place: of `only` these, all if None. Returns how many of each there
     were."""
     counts: Counter = Counter()
-    written = {base for node in graph_module.graph.nodes for x in _written(node) for base in _bases(x)}
+    written = _memory(x for node in graph_module.graph.nodes for x in _written(node))
     for node in list(graph_module.graph.nodes):
         for name, match in PATTERNS.items():
             found = match(node) if only is None or name in only else None
-            if found is None or not written.isdisjoint(_read_between(node, found[1])):
+            if found is None or not written.isdisjoint(_memory(_read_between(node, found[1]))):
                 continue
             function, args, kwargs = found
             with graph_module.graph.inserting_before(node):
@@ -281,7 +282,6 @@ def _hides_later_keys(mask, num_queries: int, num_keys: int) -> bool:
 
 
 _IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
-_VIEWS = torch.Tensor.view, torch.Tensor.reshape, torch.unsqueeze, torch.transpose, torch.Tensor.expand
 _WRITING = {operator.setitem, *(getattr(operator, name) for name in _IN_PLACE.split())}
 
 
@@ -295,11 +295,10 @@ def _written(node: Node) -> list:
     ]
 
 
-def _bases(x) -> Iterator[Node]:
-    """What is written into with x: it, and what it is a view of."""
-    while isinstance(x, Node):
-        yield x
-        x = x.args[0] if _calls(x, operator.getitem, *_VIEWS) else None
+def _memory(nodes: Iterable) -> set[StorageWeakRef]:
+    """What views of one tensor share."""
+    values = (_value(x) for x in nodes)
+    return {StorageWeakRef(x.untyped_storage()) for x in values if isinstance(x, Tensor)}
 
 
 def _read_between(node: Node, args: tuple) -> set[Node]:

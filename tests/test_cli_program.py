@@ -1,5 +1,7 @@
 """How the program ends: by a user's error, a bug of ours, or Ctrl-C."""
 
+import signal
+
 import pytest
 
 from cs336.cli import main
@@ -27,3 +29,25 @@ def test_interrupt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cs336.report.write_report", interrupted)
     assert main(["report", str(tmp_path)]) == 130
     assert "go on with the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError, SystemError])
+def test_an_interrupt_that_an_import_dropped(tmp_path, monkeypatch, capsys, error):
+    """It shows as the error of what was half imported; without an interrupt that is a bug, and not hidden."""
+    interrupts = [True]
+
+    def half_imported(run_dir, output):
+        if interrupts.pop():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        raise error("half made")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("cs336.report.write_report", half_imported)
+    assert main(["report", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    interrupts.append(False)
+    monkeypatch.setenv("CS336_DEBUG", "1")
+    with pytest.raises(error, match="half made"):
+        main(["report", str(tmp_path)])
+    assert signal.getsignal(signal.SIGINT) is before

@@ -216,7 +216,26 @@ def gate_written_by_a_view(x):
     return activated * up
 
 
-@pytest.mark.parametrize("function", [norm_cut, norm_zeroed, gate_written, gate_written_by_a_view])
+def whole_written_of_a_view(x):
+    both = torch.cat((x, x + 1), -1)
+    gate, up = both.chunk(2, -1)
+    activated = F.silu(gate)
+    both.mul_(2)
+    return activated * up
+
+
+def norm_of_a_view_written(x):
+    y = x + 1
+    z = y[:1]
+    normed = z * (z.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.flatten()[:3].zero_()
+    return y[0, 0] * normed
+
+
+WITHIN = [norm_cut, norm_zeroed, gate_written, gate_written_by_a_view, whole_written_of_a_view, norm_of_a_view_written]
+
+
+@pytest.mark.parametrize("function", WITHIN)
 def test_what_is_written_within_a_pattern_stays_torchs(counts, backend, function):
     x = torch.randn(2, 6, 8)
     torch.testing.assert_close(torch.compile(function, backend=backend)(x), function(x))

@@ -22,6 +22,8 @@ from cs336.alignment.policy import policy_gradient_terms as policy_gradient_term
 from cs336.alignment.ppo import PPOConfig as PPOConfig
 from cs336.alignment.ppo import ppo_step as ppo_step
 from cs336.alignment.preferences import dpo_loss as dpo_loss
+from cs336.alignment.preferences import kto_loss as kto_loss
+from cs336.alignment.preferences import kto_reference_point as kto_reference_point
 from cs336.alignment.preferences import reward_model_loss as reward_model_loss
 from cs336.alignment.reward_model import RewardModel as RewardModel
 from cs336.alignment.reward_model import load_reward_model as load_reward_model

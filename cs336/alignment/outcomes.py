@@ -1,12 +1,13 @@
-"""Answers that were right or wrong, each by itself: what an outcome reward model learns from (arXiv:2110.14168).
+"""Answers that were right or wrong, each by itself: what an outcome reward model (arXiv:2110.14168) and KTO learn from.
 
 {"prompt": a text or messages, "completion": a text, "label": true or false}            TRL's unpaired preferences
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from cs336.alignment.encoded_pairs import EncodedPair
 from cs336.alignment.examples import Turn, encode_completion, read_rows, text_at, turns_of
 from cs336.alignment.sft import Example, encode_chat
 from cs336.inference.chat import ChatTemplate
@@ -57,3 +58,40 @@ def read_outcomes(
     if not outcomes:
         raise ValueError(f"{path}: no answer is left, {longer} are longer than {context_length} tokens")
     return outcomes, longer
+
+
+@dataclass(frozen=True)
+class UnpairedAnswer(EncodedPair):
+    """An answer as `chosen`, and beside it, as `rejected`, an answer that was given to another prompt."""
+
+    right: bool
+
+
+def with_unrelated(outcomes: Sequence[Outcome], context_length: int) -> list[UnpairedAnswer]:
+    """Each answer with one to the next prompt, cut where the row ends: the n-th of a prompt with the n-th of the next.
+
+    Raises ValueError where all answers are to one prompt.
+    """
+    by_prompt = dict[tuple[int, ...], list[int]]()
+    for i, outcome in enumerate(outcomes):
+        by_prompt.setdefault(tuple(_split(outcome.example)[0]), []).append(i)
+    if len(by_prompt) < 2:
+        raise ValueError(
+            f"all {len(outcomes)} answers are to one prompt: kto measures how far the model went by answers to other "
+            "prompts, and needs two prompts or more"
+        )
+    prompts = list(by_prompt)
+    found = dict[int, UnpairedAnswer]()
+    for prompt, following in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
+        others = by_prompt[following]
+        for n, i in enumerate(by_prompt[prompt]):
+            answer = _split(outcomes[others[n % len(others)]].example)[1][: context_length - len(prompt)]
+            unrelated = Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+            found[i] = UnpairedAnswer(outcomes[i].example, unrelated, 0.0, outcomes[i].right)
+    return [found[i] for i in range(len(outcomes))]
+
+
+def _split(example: Example) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt, and those that are learned."""
+    start = example.mask.index(True)
+    return example.token_ids[:start], [t for t, learned in zip(example.token_ids, example.mask, strict=True) if learned]

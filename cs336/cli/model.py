@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import DisallowNone, Positional, arg
 
 from cs336.cli.common import (
     Device,
@@ -36,7 +36,7 @@ def generate(arguments: list[str]) -> Run:
     """Continue a prompt with a trained model, as it is written."""
     import torch
 
-    from cs336.inference import LLM, SamplingParams, stream
+    from cs336.inference import LLM, BeamParams, SamplingParams, beam_search, stream
     from cs336.inference import generate as continue_all
     from cs336.inference.load import find_model, load_model, load_tokenizer
     from cs336.inference.outputs import warn_if_cut
@@ -50,13 +50,28 @@ def generate(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
+        beams: DisallowNone[int | None] = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)
     ) -> None:
         """
         Args:
             prompt: text to continue; - reads it from standard input, an empty one begins a document.
             num_samples: continue it so many times, with a line between; with --seed, by that seed and those after it.
+            beams: draw nothing, and write the likeliest text that keeping the best so many at each token finds; with
+                --num-samples the best so many.
+            length_penalty: of beams: they are compared by log-probability over length to this power.
+            early_stopping: of beams: end once so many texts have ended, whether or not others could be better.
         """
+        if beams is None and (length_penalty != 1 or early_stopping):
+            raise ValueError("--length-penalty and --early-stopping are of beam search: give --beams N as well")
+        search = None if beams is None else BeamParams(beams, sampling.max_tokens, length_penalty, early_stopping)
+        drawing = [f.name for f in dataclasses.fields(sampling) if getattr(sampling, f.name) != f.default]
+        drawing = [name for name in drawing if name != "max_tokens"] + (["draft"] if draft is not None else [])
+        if search is not None and drawing:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+            raise ValueError(f"--beams keeps the likeliest texts and draws none: leave out {named}")
         found, kind = find_model(model), weight_dtype(dtype)
         loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
@@ -74,10 +89,13 @@ def generate(arguments: list[str]) -> Run:
                 yield from texts(output.outputs, llm.engine.max_len)
                 return
             network = load_model(found, device, kind)
-            if num_samples == 1:
+            if search is None and num_samples == 1:
                 yield stream(network, loaded, prompt, sampling)
                 return
-            completions = continue_all(network, loaded, prompt, sampling, num_samples=num_samples)
+            if search is None:
+                completions = continue_all(network, loaded, prompt, sampling, num_samples=num_samples)
+            else:
+                completions = beam_search(network, loaded, prompt, search, num_samples=num_samples)
             if dropped := completions[0].dropped:
                 warnings.warn(f"the first {dropped} tokens of the prompt are not read", stacklevel=1)
             yield from texts(completions, network.config.context_length)

@@ -1,9 +1,12 @@
 """The program: finds the verb, runs it, and turns what went wrong into a sentence and an exit status."""
 
+import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -137,7 +140,7 @@ TREE: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> int:
     """As cs336.cli.main, whose verbs can be imported."""
     try:
-        with warnings.catch_warnings():
+        with _interrupts_kept(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
             status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -164,6 +167,31 @@ def main(arguments: list[str] | None = None) -> int:
                 full.filename, error = "standard output", full
         print(f"cs336: {_sentence(error)}{hint}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Where Ctrl-C falls into the initialisation of a compiled module, the import drops KeyboardInterrupt, and what it
+    left half made fails as another error. Raises KeyboardInterrupt for it."""
+    own = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not own:
+        yield
+        return
+    seen = list[int]()
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        own(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except (AttributeError, ImportError, SystemError) as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 def _drop_output() -> None:

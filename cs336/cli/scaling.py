@@ -71,9 +71,10 @@ def fit(
         return
     runs = read_points(points, counting)
     least_tokens = least_tokens or 0.0
-    runs = runs.take(runs.tokens >= least_tokens)
-    if not len(runs):
+    enough = runs.tokens >= least_tokens
+    if not enough.any():
         raise ValueError(f"{points} has no run on {least_tokens:,.0f} tokens or more: lower --least-tokens")
+    runs = runs.take(enough)
     found: dict[str, Any] = {"law": law, "points": str(points), "least_tokens": least_tokens, "runs": len(runs)}
     found["counting"] = asdict(counting)
     match law:

@@ -1,5 +1,7 @@
 """Text out of a trained model: sampling rules, generation row by row, and an engine for many requests at once."""
 
+from cs336.inference.beams import BeamParams as BeamParams
+from cs336.inference.beams import beam_search as beam_search
 from cs336.inference.engine import Engine as Engine
 from cs336.inference.engine import EngineConfig as EngineConfig
 from cs336.inference.generate import Completion as Completion

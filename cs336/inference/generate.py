@@ -55,7 +55,7 @@ def generate(
     if num_samples < 1:
         raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
     ends, encoded = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, prompts)
-    read = [_end_of(ids, model, params) for ids in encoded]
+    read = [end_of(ids, model, params.max_tokens) for ids in encoded]
     count = len(prompts) * num_samples
     texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
     pieces: list[list[str]] = [[] for _ in range(count)]
@@ -88,7 +88,7 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
     """
     params = params or SamplingParams()
     ends, (ids,) = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, [prompt])
-    read = _end_of(ids, model, params)
+    read = end_of(ids, model, params.max_tokens)
     if dropped := len(ids) - len(read):
         warnings.warn(
             f"the prompt has {len(ids)} tokens, the model's context {model.config.context_length}: "
@@ -142,12 +142,12 @@ def generate_ids(
     return ids
 
 
-def _end_of(ids: list[int], model: Transformer, params: SamplingParams) -> list[int]:
+def end_of(ids: list[int], model: Transformer, max_tokens: int) -> list[int]:
     """A prompt, or of one that leaves no room in the context its end."""
     context_length = model.config.context_length
     if len(ids) < context_length:
         return ids
-    return ids[-max(1, context_length - min(params.max_tokens, context_length // 2)) :]
+    return ids[-max(1, context_length - min(max_tokens, context_length // 2)) :]
 
 
 @torch.inference_mode()
@@ -164,7 +164,7 @@ def _decode(
     Row i * num_samples + n is sample n of prompt i. The caller adds the rows that shall end to `finished`.
     """
     refuse_engine_only(params)
-    _check(model, prompts)
+    check_prompts(model, prompts)
     if not prompts:
         return
     lengths = [len(prompt) for prompt in prompts]
@@ -174,7 +174,7 @@ def _decode(
     uniforms = Uniforms(params.seed, num_samples)
     rows = list(range(len(prompts) * num_samples))
     with nvtx.annotate("prefill"):
-        features_BM = _prefill(model, prompts, state)
+        features_BM = prefill(model, prompts, state)
     if num_samples > 1:
         prompt_of = [row // num_samples for row in rows]
         features_BM, state = features_BM[prompt_of], state.select(prompt_of)
@@ -192,7 +192,7 @@ def _decode(
             features_BM = model.features(ids_B[:, None], state=state)[:, -1]
 
 
-def _prefill(model: Transformer, prompts: list[list[int]], state: DecodingState) -> Tensor:
+def prefill(model: Transformer, prompts: list[list[int]], state: DecodingState) -> Tensor:
     """What the head reads after each prompt: (B, M)."""
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(map(len, prompts))
@@ -202,7 +202,8 @@ def _prefill(model: Transformer, prompts: list[list[int]], state: DecodingState)
     return features_BSM[torch.arange(len(prompts), device=model.device), lengths_B - 1]
 
 
-def _check(model: Transformer, prompts: list[list[int]]) -> None:
+def check_prompts(model: Transformer, prompts: list[list[int]]) -> None:
+    """Raises ValueError for one that is empty, leaves no room in the context, or has ids that are none."""
     vocab_size, context_length = model.config.vocab_size, model.config.context_length
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -11,9 +11,9 @@ from cs336.nn import Attention
 from cs336.ops import registry
 from cs336.ops.paged_attention import NATIVE_HEAD_DIMS
 
-# On an H200 256 requests of a Qwen3-0.6B come to 23.4k tokens/s by halves and to 22.1k without. A step of 256 rows with
-# 154,000 tokens takes 6.02 ms for 6.10, and 6.27 with 29 spare; of 96 rows with 105,000 tokens 4.6 for 4.3, and of 256
-# with 66,000 tokens 4.2 for 3.9.
+# On an H200 256 requests of a Qwen3-0.6B come to 23.1k and 23.5k tokens/s by halves, 22.3k and 22.5k without. A step
+# of 256 rows with 154,000 tokens takes 6.02 ms for 6.10, and 6.27 with 29 spare; of 96 rows with 105,000 tokens 4.6 for
+# 4.3, and of 256 with 66,000 tokens 4.2 for 3.9.
 SPARE = 48
 LEAST_ROWS = 144
 READ = 8  # bytes of keys and values for one of layers' weights

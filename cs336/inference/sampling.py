@@ -257,6 +257,12 @@ class Uniforms:
         return torch.cat([torch.rand(1, generator=g) for g in self._generators])[list(samples)]
 
 
+def check_finite(logits_BV: Tensor) -> None:
+    """Raises ValueError where a row is not finite: NaN, +inf, or -inf throughout."""
+    if not logits_BV.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
+
+
 def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor | None = None) -> Tensor:
     """Draw a token for each row of logits (B, V): ids (B,) int64.
 
@@ -266,8 +272,7 @@ def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor | None =
     """
     if logits_BV.dim() != 2 or logits_BV.shape[1] == 0:
         raise ValueError(f"logits must be (batch, vocabulary), got shape {tuple(logits_BV.shape)}")
-    if not logits_BV.amax(-1).isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
+    check_finite(logits_BV)
     if params.temperature == 0:
         return logits_BV.argmax(-1)
     if uniform_B is None:

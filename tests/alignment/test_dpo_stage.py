@@ -3,13 +3,13 @@
 import pytest
 import torch
 from killing import check_a_killed_run_repeats_itself
-from tiny_policy import rows_of, save_model, tokenizer, write_rows
+from tiny_policy import outcomes, rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment.examples import Turn
 from cs336.alignment.pairs import PreferenceExample, read_preferences, write_preferences
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages import dpo
-from cs336.alignment.stages.dpo import DPOConfig, DPOStage
+from cs336.alignment.stages.dpo import DPOConfig, DPOStage, KTOStage, dpo_stage
 from cs336.inference import LLM
 from cs336.utils import config as configs
 
@@ -49,7 +49,7 @@ def score(llm):
     return [a[0].logprob - b[0].logprob for a, b in zip(good, bad, strict=True)]
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "simpo"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo"])
 def test_what_was_preferred_becomes_likelier(tmp_path, model, loss_type):
     options = {"label_smoothing": 0.1} if loss_type == "robust" else {}
     result = StageRun(config(tmp_path, model, loss_type=loss_type, **options), DPOStage(
@@ -58,9 +58,9 @@ def test_what_was_preferred_becomes_likelier(tmp_path, model, loss_type):
     assert min(score(LLM(result.export, device="cpu", quiet=True))) > 0
     assert min(score(LLM(model, device="cpu", quiet=True))) < 0
     first = rows_of(tmp_path / "run")[0]
-    if loss_type != "simpo":  # the policy is the reference
+    if loss_type not in ("simpo", "orpo"):  # the policy is the reference
         assert first["val/rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert (tmp_path / "run" / "reference.safetensors").exists() == (loss_type != "simpo")
+    assert (tmp_path / "run" / "reference.safetensors").exists() == (loss_type not in ("simpo", "orpo"))
 
 
 def test_references_are_computed_once(tmp_path, model, monkeypatch):
@@ -159,3 +159,66 @@ def test_options_are_those_of_the_loss(tmp_path, model):
         config(tmp_path, model, margin=1.0)
     with pytest.raises(ValueError, match="label_smoothing"):
         config(tmp_path, model, loss_type="ipo", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="are kto's, not sigmoid's"):
+        config(tmp_path, model, desirable_weight=2.0)
+    with pytest.raises(ValueError, match="leave them out of loss_type kto"):
+        config(tmp_path, model, loss_type="kto", margin=1.0)
+    with pytest.raises(ValueError, match="must be above 0, got beta 0"):
+        config(tmp_path, model, loss_type="kto", beta=0.0)
+
+
+def kto_config(tmp_path, model, **options):
+    data = {name: outcomes(tmp_path / f"{name}-outcomes.jsonl") for name in ("train", "val")}
+    return config(tmp_path, model, data=data, loss_type="kto", batch_size=7, **options)
+
+
+def test_what_was_judged_by_itself_becomes_likelier(tmp_path, model):
+    settings = kto_config(tmp_path, model, desirable_weight=1.1)
+    result = StageRun(settings, dpo_stage(settings)).train()
+    assert min(score(LLM(result.export, device="cpu", quiet=True))) > 0
+    first, second, *_, last = rows_of(tmp_path / "run")
+    assert first["val/loss"] == pytest.approx((1.1 + 1) / 4, abs=1e-5)  # the policy is the reference: 1 - sigmoid(0)
+    assert [first["val/kl"], second["kl"]] == pytest.approx([0, 0], abs=1e-5)
+    assert last["val/rewards/chosen"] > last["val/kl"] / 10 > last["val/rewards/rejected"]
+    assert last["val/rewards/margins"] == pytest.approx(last["val/rewards/chosen"] - last["val/rewards/rejected"])
+    assert last["val/rewards/accuracies"] == 1
+
+
+def test_the_reference_point_is_of_answers_to_other_prompts(tmp_path, model):
+    """It and the step are the same whatever the micro-batches; a half of the batch would have another."""
+    stage = dpo_stage(kto_config(tmp_path, model, run_dir=tmp_path / "whole"))
+    parts = dpo_stage(kto_config(tmp_path, model, run_dir=tmp_path / "parts", micro_batch_size=2))
+    written = [tokenizer().decode(item.rejected.token_ids) for item in stage.pairs[:4]]
+    assert written == [f"{d}={x}<|endoftext|>" for d, x in ((0, 1), (0, 2), (1, 2), (1, 3))]
+    with torch.no_grad():
+        for policy in (stage.policy, parts.policy):
+            for parameter in policy.model.parameters():
+                parameter.mul_(0.5)  # nearer to a guess: what was unlikely is less so
+    places = [0, 3, 5, 8, 13]
+    unrelated = [torch.tensor([stage.pairs[i].rejected.token_ids]) for i in places]
+    sums = [stage.policy.model(ids)[0].log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[1:].sum() for ids in unrelated]
+    want = max(0, sum(s.item() - stage.reference_N2[i, 1].item() for s, i in zip(sums, places, strict=True)) / 5)
+    assert want > 0.01
+    for one in (stage, parts):
+        assert one._batch(places)[3].tolist() == pytest.approx([want] * 5, rel=1e-4)
+    found = [one.update(1) for one in (stage, parts)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_killed_run_of_kto_repeats_itself_bit_for_bit(tmp_path, model):
+    check_a_killed_run_repeats_itself(KTOStage, kto_config(tmp_path, model, checkpoint_interval=3, eval_interval=7))
+
+
+def test_answers_of_kto(tmp_path, model):
+    """Those to another prompt end where the row does; labels that a batch lacks have no mean; one prompt is refused."""
+    long = {"prompt": "1" * 10 + "=", "completion": "2", "label": True}
+    rows = [long, {"prompt": "3=", "completion": "4" * 20, "label": True}]
+    data = {"train": write_rows(tmp_path / "rows.jsonl", rows)}
+    stage = dpo_stage(config(tmp_path, model, data=data, loss_type="kto"))
+    assert [len(item.rejected.token_ids) for item in stage.pairs] == [24, 4]
+    found = stage.update(1)
+    assert "rewards/chosen" in found
+    assert not {"rewards/rejected", "rewards/margins", "share/chosen"} & set(found)
+    data = {"train": write_rows(tmp_path / "rows.jsonl", [long, long | {"label": False}])}
+    with pytest.raises(ValueError, match=r"rows\.jsonl: all 2 answers are to one prompt: .* needs two prompts or more"):
+        dpo_stage(config(tmp_path, model, data=data, loss_type="kto"))

@@ -8,7 +8,7 @@ import torch
 from killing import check_a_killed_run_repeats_itself
 from safetensors.torch import load_file, save_file
 from test_dpo_stage import preferences
-from tiny_policy import rows_of, save_model, tokenizer, write_rows
+from tiny_policy import outcomes, rows_of, save_model, tokenizer, write_rows
 
 from cs336.alignment import RewardModel, load_reward_model
 from cs336.alignment.reward_model import calibration_curve, calibration_error
@@ -84,19 +84,9 @@ def test_calibration():
     assert calibration_error([1.0, 0.0], [True, False]) == 0
     curve = calibration_curve([0.32, 0.38, 0.9, 1.0], [True, False, True, True])
     assert curve == [(pytest.approx(0.35), 0.5, 2), (pytest.approx(0.95), 1.0, 2)]
-    for probabilities, outcomes in (([], []), ([0.5], []), ([1.5], [True])):
+    for probabilities, came_true in (([], []), ([0.5], []), ([1.5], [True])):
         with pytest.raises(ValueError, match="probabilities"):
-            calibration_error(probabilities, outcomes)
-
-
-def outcomes(path):
-    """A digit is right after itself, the next one is wrong; as messages and as the text that they are written as."""
-    rows = []
-    for d in range(10):
-        for answer in (d, (d + 1) % 10):
-            prompt = [{"role": "user", "content": str(d)}] if d % 2 else f"{d}="
-            rows.append({"prompt": prompt, "completion": str(answer), "label": answer == d})
-    return write_rows(path, rows)
+            calibration_error(probabilities, came_true)
 
 
 def test_an_outcome_is_learned_by_itself(tmp_path, model, capsys):

@@ -45,6 +45,16 @@ def digits(path, count=10):
     )
 
 
+def outcomes(path):
+    """A digit is right after itself, the next one is wrong; as messages and as the text that they are written as."""
+    rows = []
+    for d in range(10):
+        for answer in (d, (d + 1) % 10):
+            prompt = [{"role": "user", "content": str(d)}] if d % 2 else f"{d}="
+            rows.append({"prompt": prompt, "completion": str(answer), "label": answer == d})
+    return write_rows(path, rows)
+
+
 def rows_of(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 

@@ -132,12 +132,13 @@ RING = BlockConfig(AttentionConfig(4, window=20), positions=AlibiConfig())
 
 @pytest.mark.parametrize("block", [*(MIXERS[k] for k in ("latent", "linear", "delta", "mamba2", "hyena")), RING])
 def test_states_in_slots(prompts, block):
-    """Beside attention in pages; and once more, where captured steps would read memory of the state before."""
+    """Beside attention in pages, as latents are too; and once more, where captured steps would read memory of the state
+    before."""
     config = layered(block, MIXERS["attention"])
     torch.manual_seed(3)
     model, other = (Transformer(config, device="cuda", dtype=torch.float32).eval() for _ in range(2))
     e, _, _ = run(model, prompts)
-    assert not e.runner.state.is_paged
+    assert e.runner.state.is_paged == (block is MIXERS["latent"])
     assert e.runner._graphs
     e.update_weights(other.state_dict())
     requests = [e.add(prompt, GREEDY) for prompt in prompts]

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import threading
 
 import pytest
 
@@ -74,6 +75,11 @@ def test_forms(served):
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "got regex and choice"),
         ({"structured_outputs": {"json": {}, "json_object": True}}, "json and json_object: give one"),
         ({"structured_outputs": {"json": "{"}}, "json_schema is not JSON"),
+        ({"structured_outputs": {"choice": []}}, "choice is an empty list"),
+        ({"structured_outputs": {"regex": "a", "choice": []}}, "choice is an empty list"),
+        ({"structured_outputs": {}}, "takes one of json, json_object, regex and choice, got none"),
+        ({"structured_outputs": {"json_object": False}}, "takes one of json"),
+        ({"structured_outputs": {"regex": "((a{1000}){1000}){1000}"}}, "grammar: "),  # which llguidance gives up
         ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar: "),
         ({"structured_outputs": {"choice": [""]}}, "allows no text but the empty one"),
         ({"structured_outputs": {"regex": "a"}, "response_format": NAMED}, "both say what the text must be"),
@@ -119,3 +125,24 @@ def test_streams_beside_free_texts_by_the_openai_client(served):
     assert beside.choices[0].message.content == alone
     until(lambda: not served[0].llm.engine.busy)
     served[0].llm.engine.check()
+
+
+def test_a_grammar_is_read_beside_the_event_loop(served, monkeypatch):
+    """Others are answered meanwhile."""
+    engine, reads = served[0].llm.engine, threading.Event()
+    validate = engine.validate
+
+    def slow(ids, params):
+        if params.grammar is not None and threading.current_thread() is not served[0].worker:
+            assert reads.wait(20)
+        validate(ids, params)
+
+    monkeypatch.setattr(engine, "validate", slow)
+
+    async def both():
+        bound = asyncio.create_task(ask(served[1], {"prompt": "a", "structured_outputs": {"regex": "a"}}))
+        free = await ask(served[1], {"prompt": "a", "max_tokens": 3})
+        reads.set()
+        return free[0], (await bound)[0]
+
+    assert asyncio.run(both()) == (200, 200)

@@ -1,4 +1,5 @@
-"""`cs336 dpo`: direct preference optimization and its family. B = pairs, S = tokens of a row, T = S - 1 predictions.
+"""`cs336 dpo`: direct preference optimization and its family. B = pairs, S = tokens of a row, T = S - 1 predictions;
+2 is (chosen, rejected), of kto (the answer, an answer to another prompt).
 
 The reference is the model as it was; its log-probabilities of each answer are taken once, and kept in
 RUN/reference.safetensors. Metrics have TRL's names.
@@ -9,7 +10,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,9 @@ from torch import Tensor
 from cs336.alignment.batches import Batches
 from cs336.alignment.encoded_pairs import EncodedPair, collate, encode_pairs
 from cs336.alignment.functions import masked_mean, masked_normalize, sequence_log_probs
+from cs336.alignment.outcomes import read_outcomes, with_unrelated
 from cs336.alignment.pairs import read_preferences
-from cs336.alignment.preferences import DPOLoss, dpo_loss
+from cs336.alignment.preferences import NO_REFERENCE, DPOLoss, dpo_loss, kto_loss, kto_reference_point
 from cs336.alignment.stage import Policy, Stage, StageConfig
 from cs336.models import Transformer
 from cs336.training.evaluators import Finding
@@ -28,13 +30,13 @@ from cs336.utils.counted import counted
 from cs336.utils.files import replacing
 from cs336.utils.tensor_file import save_tensors
 
-MEANS = ("ipo", "simpo")  # losses of means over an answer's tokens, as in TRL; the others take sums
+MEANS = ("ipo", "simpo", "orpo")  # losses of means over an answer's tokens, as in TRL; the others take sums
 
 
 @dataclass(frozen=True)
 class PairData:
     train: pathlib.Path
-    """JSON lines of preferences: see cs336.alignment.pairs."""
+    """JSON lines of preferences: see cs336.alignment.pairs; of kto and outcome, of prompt, completion and label."""
     val: pathlib.Path | None = None
     """The same, for validation."""
 
@@ -45,52 +47,71 @@ class DPOConfig(StageConfig):
 
     data: PairData
     batch_size: int = 8
-    """Pairs an optimizer step."""
-    loss_type: DPOLoss = "sigmoid"
+    """Pairs, or answers, an optimizer step."""
+    loss_type: Literal[DPOLoss, "kto"] = "sigmoid"
+    """kto learns from answers that were good or not, each by itself (arXiv:2402.01306), the others from pairs."""
     beta: float = 0.1
-    """How far the model may go from the reference: the larger, the less."""
+    """How far the model may go from the reference: the larger, the less. Of orpo the weight of the odds ratio."""
     label_smoothing: float = 0.0
     """Share of the preferences that are taken to be wrong, of sigmoid and robust."""
     margin: float = 0.0
     """Of simpo."""
+    desirable_weight: float = 1.0
+    """Of kto's answers with the label true."""
+    undesirable_weight: float = 1.0
+    """Of kto's answers with the label false. Where labels are uneven, weights may even out weight times count."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        zero_B = torch.zeros(1)
-        reference = () if self.loss_type == "simpo" else (zero_B, zero_B)
-        dpo_loss(zero_B, zero_B, *reference, **self.options())  # raises what these options are refused for
+        zero_B, weights = torch.zeros(1), (self.desirable_weight, self.undesirable_weight)
+        # Raised is what these options are refused for.
+        if self.loss_type == "kto":
+            if self.label_smoothing or self.margin:
+                raise ValueError("label_smoothing and margin are of pairs: leave them out of loss_type kto")
+            kto_loss(zero_B, zero_B, zero_B, zero_B.bool(), **self.options())
+            return
+        if weights != (1, 1):
+            raise ValueError(f"desirable_weight and undesirable_weight are kto's, not {self.loss_type}'s")
+        reference = () if self.loss_type in NO_REFERENCE else (zero_B, zero_B)
+        dpo_loss(zero_B, zero_B, *reference, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """Of dpo_loss."""
-        names = ("loss_type", "beta", "label_smoothing", "margin")
+        """Of kto_loss or dpo_loss."""
+        of_pairs = ("loss_type", "beta", "label_smoothing", "margin")
+        names = ("beta", "desirable_weight", "undesirable_weight") if self.loss_type == "kto" else of_pairs
         return {name: getattr(self, name) for name in names}
+
+
+def dpo_stage(config: DPOConfig) -> "DPOStage":
+    """The stage of its loss."""
+    return KTOStage(config) if config.loss_type == "kto" else DPOStage(config)
 
 
 class DPOStage(Stage):
     """Raises ValueError for preferences that cannot be learned: see encode_pairs."""
 
-    verb = "dpo"
+    verb, items = "dpo", "pairs"
     config: DPOConfig
 
     def __init__(self, config: DPOConfig):
         policy = Policy(config)
         policy.model.eval()  # as the reference: without dropout
         super().__init__(config, policy, policy.module, config.data.train)
-        self.pairs, self.longer = read_pairs(config.data.train, self.policy)
+        self.pairs, self.longer = self._read(config.data.train)
         self.batches = Batches([p.length for p in self.pairs], config.batch_size, seed=config.seed, bucketed=True)
-        self.val = [] if config.data.val is None else read_pairs(config.data.val, self.policy)[0]
-        self.reference_N2 = None if config.loss_type == "simpo" else self._reference([*self.pairs, *self.val])
+        self.val = [] if config.data.val is None else self._read(config.data.val)[0]
+        self.reference_N2 = None if config.loss_type in NO_REFERENCE else self._reference([*self.pairs, *self.val])
 
     def describe(self) -> str:
         longer = f" ({self.longer} longer ones are dropped)" if self.longer else ""
         epoch = counted(self.batches.per_epoch, "step")
-        return f"{len(self.pairs):,} pairs{longer}, {epoch} an epoch, loss {self.config.loss_type}"
+        return f"{len(self.pairs):,} {self.items}{longer}, {epoch} an epoch, loss {self.config.loss_type}"
 
     def update(self, step: int) -> dict[str, float]:
         batch = self._batch(self.batches.batch(step - 1))
-        return self._learn(self._terms, batch) | {"tokens": batch[0].numel()}
+        return self._means(self._learn(self._terms, batch)) | {"tokens": batch[0].numel()}
 
     def evaluate(self) -> Finding:
         if not self.val:
@@ -102,9 +123,16 @@ class DPOStage(Stage):
                 loss, _, metrics = self._terms(self._batch(places))
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[name] = totals.get(name, 0.0) + value.item()
-        found = {f"val/{name}": value / N for name, value in totals.items()}
+        found = {f"val/{name}": value for name, value in self._means({k: v / N for k, v in totals.items()}).items()}
         text = f"validation loss {found['val/loss']:.4f}, accuracy {found['val/rewards/accuracies']:.1%}"
         return Finding(found, text=text)
+
+    def _read(self, path: pathlib.Path) -> tuple[list[Any], int]:
+        return read_pairs(path, self.policy)
+
+    def _means(self, values: dict[str, float]) -> dict[str, float]:
+        """What is told of means over all that a batch, or the validation, holds."""
+        return values
 
     def _terms(self, batch: Batch) -> Terms:
         token_ids_B2S, mask_B2T, *references = batch
@@ -127,10 +155,12 @@ class DPOStage(Stage):
 
     def _batch(self, places: Sequence[int]) -> tuple[Tensor, ...]:
         """Of pairs by their number, the validation's after those of training."""
-        train = len(self.pairs)
-        pairs = [self.pairs[i] if i < train else self.val[i - train] for i in places]
         reference = () if self.reference_N2 is None else (self.reference_N2[places],)
-        return tuple(x.to(self.policy.device) for x in (*collate(pairs), *reference))
+        return tuple(x.to(self.policy.device) for x in (*collate(self._items(places)), *reference))
+
+    def _items(self, places: Sequence[int]) -> list[Any]:
+        train = len(self.pairs)
+        return [self.pairs[i] if i < train else self.val[i - train] for i in places]
 
     def _reference(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """(N, 2) float32, read from the run's directory if they are there and were made of the same."""
@@ -156,6 +186,65 @@ class DPOStage(Stage):
         return out_N2
 
 
+class KTOStage(DPOStage):
+    """The same of answers that were good or not, each by itself. How far the model went from the reference is measured,
+    a step, by the answers to other prompts that stand beside those of the batch.
+
+    Raises ValueError for answers that cannot be learned: see read_outcomes and with_unrelated.
+    """
+
+    items = "answers"
+
+    def _read(self, path: pathlib.Path) -> tuple[list[Any], int]:
+        policy = self.policy
+        length = policy.model.config.context_length
+        outcomes, longer = read_outcomes(path, policy.tokenizer, policy.template, policy.end_ids, length)
+        try:
+            return with_unrelated(outcomes, length), longer
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _batch(self, places: Sequence[int]) -> tuple[Tensor, ...]:
+        """Of answers by their number: token_ids and mask of the answers alone, (B, 1, ...), their reference (B,), the
+        reference point of all of them (B,), and which are desirable (B,)."""
+        token_ids_B2S, mask_B2T, reference_B2 = super()._batch(places)
+        size, unrelated = self.config.micro_batch_size or len(places), list[Tensor]()
+        with self.policy.judging():
+            for start in range(0, len(places), size):
+                part = token_ids_B2S[start : start + size, 1:], mask_B2T[start : start + size, 1:]
+                unrelated.append(answer_log_probs(self.policy.model, *part, mean=False)[:, 0])
+        kl = kto_reference_point(torch.cat(unrelated), reference_B2[:, 1])
+        right_B = torch.tensor([item.right for item in self._items(places)], device=kl.device)
+        return token_ids_B2S[:, :1], mask_B2T[:, :1], reference_B2[:, 0], kl.expand(len(places)), right_B
+
+    def _terms(self, batch: Batch) -> Terms:
+        token_ids_B1S, mask_B1T, reference_B, kl_B, right_B = batch
+        with self.policy.autocast():
+            logps_B = answer_log_probs(self.policy.model, token_ids_B1S, mask_B1T, mean=False)[:, 0]
+        losses_B = kto_loss(logps_B, reference_B, kl_B, right_B, **self.config.options())
+        rewards_B = self.config.beta * (logps_B.detach() - reference_B)
+        metrics = {
+            "share/chosen": right_B.float().sum(),
+            "rewards/accuracies": ((rewards_B > self.config.beta * kl_B) == right_B).float().sum(),
+            "kl": kl_B.sum(),
+        }
+        for kind, values_B in (("rewards", rewards_B), ("logps", logps_B.detach())):
+            metrics[f"{kind}/chosen"] = torch.where(right_B, values_B, 0).sum()
+            metrics[f"{kind}/rejected"] = torch.where(right_B, 0, values_B).sum()
+        return losses_B.sum(), torch.tensor(len(losses_B), device=losses_B.device), metrics
+
+    def _means(self, values: dict[str, float]) -> dict[str, float]:
+        """Over the answers of each label, where there are any."""
+        share = values.pop("share/chosen")
+        for side, size in (("chosen", share), ("rejected", 1 - share)):
+            for kind in ("rewards", "logps"):
+                value = values.pop(f"{kind}/{side}")
+                values |= {f"{kind}/{side}": value / size} if size > 0 else {}
+        if 0 < share < 1:
+            values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+        return values
+
+
 def read_pairs(path: pathlib.Path, policy: Policy) -> tuple[list[EncodedPair], int]:
     """Those of a file that fit the model, and how many do not. Raises what read_preferences and encode_pairs do."""
     try:
@@ -171,10 +260,10 @@ def read_pairs(path: pathlib.Path, policy: Policy) -> tuple[list[EncodedPair], i
 
 
 def answer_log_probs(model: Transformer, token_ids_B2S: Tensor, mask_B2T: Tensor, *, mean: bool) -> Tensor:
-    """(B, 2) float32: the sum, or the mean, of the log-probabilities of each answer's tokens."""
+    """(B, 2) float32: the sum, or the mean, of the log-probabilities of each answer's tokens; 2 may be 1."""
     log_probs_RT = sequence_log_probs(model, token_ids_B2S.flatten(0, 1))
     reduce = masked_mean if mean else masked_normalize
-    return reduce(log_probs_RT, mask_B2T.flatten(0, 1), dim=1).view(-1, 2)
+    return reduce(log_probs_RT, mask_B2T.flatten(0, 1), dim=1).view(token_ids_B2S.shape[:2])
 
 
 def _read_kept(path: pathlib.Path, key: str) -> Tensor | None:

@@ -45,11 +45,18 @@ class Group:
         self.size = sum(ticket.params.n for ticket in self.tickets)
         self._open = False
 
-    def begin(self) -> None:
-        """Raises ValueError for what the engine refuses, HTTPException where there is no place."""
-        server, most = self._server, self._server.config.max_requests
+    async def check(self) -> None:
+        """Raises ValueError for what the engine refuses. A grammar may take seconds to read, beside the event loop."""
+        validate = self._server.llm.engine.validate
         for ticket in self.tickets:
-            server.llm.engine.validate(ticket.ids, ticket.params)
+            if ticket.params.grammar is None:
+                validate(ticket.ids, ticket.params)
+            else:
+                await asyncio.to_thread(validate, ticket.ids, ticket.params)
+
+    def begin(self) -> None:
+        """Raises ValueError for too many, HTTPException where there is no place."""
+        server, most = self._server, self._server.config.max_requests
         if self.size > most:
             raise ValueError(f"{self.size} continuations were asked for at once, {most} is the most: ask for fewer")
         if server.under_way + self.size > most:
@@ -220,6 +227,7 @@ class Server:
         piece: Callable[[Ticket, Any, set[int]], list[dict[str, Any]]],
         last: Callable[[], dict[str, Any]],
     ) -> Response:
+        await group.check()
         group.begin()
         if asked.stream:
             return EventStream(_events(group, piece, last if asked.wants_usage else None), group)

@@ -56,13 +56,18 @@ class StructuredOutputs(BaseModel):
 
     @property
     def grammar(self) -> dict[str, Any]:
-        """What it is in SamplingParams. Raises ValueError for several."""
+        """What it is in SamplingParams. Raises ValueError for several, and for none."""
         found = {"json_schema": self.json_schema, "regex": self.regex, "choice": self.choice}
         if self.json_object:
             if self.json_schema is not None:
                 raise ValueError("structured_outputs has json and json_object: give one of them")
             found["json_schema"] = ANY_OBJECT
-        return {name: value for name, value in found.items() if value is not None}
+        if self.choice == []:
+            raise ValueError("structured_outputs.choice is an empty list: give it texts")
+        given = {name: value for name, value in found.items() if value is not None}
+        if not given:
+            raise ValueError("structured_outputs takes one of json, json_object, regex and choice, got none")
+        return given
 
 
 class Generation(BaseModel):

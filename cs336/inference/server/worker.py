@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cs336.inference import ranks
-from cs336.inference.engine import Engine, Request, Update
+from cs336.inference.engine import NOT_FINITE, Engine, Request, Update
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.server.metrics import Metrics
 
@@ -121,7 +121,7 @@ class Worker(threading.Thread):
                 del self._tickets[request]
                 self.metrics.request_latency.observe(now - request.arrived)
                 self.metrics.requests.labels("error" if request.error else "finished").inc()
-                messages.append((ticket, EngineFailed(request.error) if request.error else None))
+                messages.append((ticket, _error(request.error) if request.error else None))
         self._send(messages)
 
     def _send(self, messages: list[Message]) -> None:
@@ -134,3 +134,8 @@ class Worker(threading.Thread):
         assert self._loop is not None
         if messages and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(put)
+
+
+def _error(reason: str) -> Exception:
+    """Of a request that ended so: the model's, or else the request's own."""
+    return EngineFailed(reason) if reason == NOT_FINITE else ValueError(reason)

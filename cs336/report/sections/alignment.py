@@ -57,7 +57,8 @@ def _specs(run: Run) -> list[Spec]:
         ("Prompts that teach nothing", "Share whose answers are worth the same.", both("frac_reward_zero_std"), zero),
         ("Engine against training", "Largest difference of a token's log-probability between the two.",
          [line("sampling/sampling_logp_difference/max")], zero),
-        ("Accuracy", "Share of pairs whose chosen answer has the higher reward.",
+        ("Accuracy", "Share of pairs whose chosen answer has the higher reward; of kto, of answers whose reward is on "
+         "their label's side of the reference point.",
          [line("rewards/accuracies", "training", "faint"), line("accuracy", "training", "faint"),
           line("val/rewards/accuracies", "validation", "second", dots=True),
           line("val/accuracy", "validation", "second", dots=True)], zero),
