@@ -61,7 +61,11 @@ class Grammars:
         """
         if params.grammar is None:
             return None
-        guide = Guide(self._begin(*params.grammar).deep_copy(), ends, self._vocab_size)
+        try:
+            guide = Guide(self._begin(*params.grammar).deep_copy(), ends, self._vocab_size)
+        except ValueError:  # copies share a lexer, which another text may have driven to its limit: once more, anew
+            self._begin.cache_clear()
+            guide = Guide(self._begin(*params.grammar).deep_copy(), ends, self._vocab_size)
         if guide.ended:
             raise ValueError(f"{params.grammar[0]} allows no text but the empty one: let it have others")
         return guide

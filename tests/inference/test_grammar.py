@@ -319,3 +319,11 @@ def test_on_the_command_line(plain, tmp_path, capsys):
     file.write_text("[1]")
     assert main([*verb, "--json-schema", str(file)]) == 2
     assert "json_schema must be a JSON object, got '[1]'" in capsys.readouterr().err
+
+
+def test_a_text_that_is_given_up_spoils_no_other():
+    grammars, params = Grammars(TOKENIZER, 317), SamplingParams(regex="(((a?){50}){50}){50}")
+    guide = grammars.guide(params)
+    with pytest.raises(ValueError, match="the text cannot go on by its grammar: "):
+        list(map(guide.advance, [97] * 100))
+    assert not grammars.guide(params).ended

@@ -146,3 +146,14 @@ def test_a_grammar_is_read_beside_the_event_loop(served, monkeypatch):
         return free[0], (await bound)[0]
 
     assert asyncio.run(both()) == (200, 200)
+
+
+def test_what_the_engine_refuses_late_ends_that_request_alone(served, monkeypatch):
+    def refuse(*_):
+        raise ValueError("not this one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served[0].llm.engine, "add", refuse)
+        status, answer = post(served, {"max_tokens": 3})
+    assert (status, answer["error"]["message"]) == (400, "not this one")
+    assert post(served, {"max_tokens": 3})[0] == 200

@@ -94,8 +94,13 @@ class Worker(threading.Thread):
             block = False
 
     def _add(self, ticket: Ticket) -> None:
-        if not ticket.cancelled:
+        if ticket.cancelled:
+            return
+        try:
             ticket.request = self._engine.add(ticket.ids, ticket.params)
+        except ValueError as error:
+            self._send([(ticket, error)])
+        else:
             self._tickets[ticket.request] = ticket
 
     def _cancel(self, ticket: Ticket) -> None:
