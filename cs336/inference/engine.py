@@ -342,9 +342,10 @@ class Engine:
         """
         ids = list(prompt_token_ids)
         self.validate(ids, params)
-        request = Request(next(self._numbers), prompt, ids, params)
         ends = params.ends(self.ends)
-        for index in range(params.n):
+        guides = [self._grammars.guide(params, ends) for _ in range(params.n)]
+        request = Request(next(self._numbers), prompt, ids, params)
+        for index, guide in enumerate(guides):
             scored = params.prompt_logprobs is not None and index == 0
             sample = Sample(
                 token_ids=list(ids),
@@ -352,7 +353,7 @@ class Engine:
                 params=params,
                 seed=self._seed(params, index),
                 ends=ends,
-                guide=self._grammars.guide(params, ends),
+                guide=guide,
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,

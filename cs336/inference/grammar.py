@@ -61,11 +61,11 @@ class Grammars:
         """
         if params.grammar is None:
             return None
+        begin = self._begin(*params.grammar)
         try:
-            guide = Guide(self._begin(*params.grammar).deep_copy(), ends, self._vocab_size)
-        except ValueError:  # copies share a lexer, which another text may have driven to its limit: once more, anew
-            self._begin.cache_clear()
-            guide = Guide(self._begin(*params.grammar).deep_copy(), ends, self._vocab_size)
+            guide = Guide(begin.deep_copy(), ends, self._vocab_size)
+        except ValueError:  # copies share a lexer, which another text may have driven to its limit: one of its own
+            guide = Guide(self._compile(*params.grammar), ends, self._vocab_size)
         if guide.ended:
             raise ValueError(f"{params.grammar[0]} allows no text but the empty one: let it have others")
         return guide
