@@ -1,5 +1,6 @@
 """How the program ends: by a user's error, a bug of ours, or Ctrl-C."""
 
+import re
 import signal
 
 import pytest
@@ -51,3 +52,12 @@ def test_an_interrupt_that_an_import_dropped(tmp_path, monkeypatch, capsys, erro
     with pytest.raises(error, match="half made"):
         main(["report", str(tmp_path)])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_list_of_verbs_says_of_each_its_first_paragraph_whole(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(re.sub(r"[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    assert "evaluate Loss and bits per byte of a model on text, beside what needs no neural network" in said
+    assert "and refusals. Writes evaluation.json and results.json. • compress" in said
+    assert "whether they differ by chance. • batch-size" in said

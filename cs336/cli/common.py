@@ -49,18 +49,11 @@ class Late:
     def __init__(self, make: Callable[[list[str]], Run]):
         self.make, self.__doc__ = make, make.__doc__
 
-    def verb(self, rest: list[str] | None) -> Run:
-        """The verb itself; for a list of verbs, with None, its first line alone."""
-        if rest is not None:
-            run = self.make(rest)
-            run.__doc__ = inspect.cleandoc(self.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
-            return run
-
-        def listed() -> None:
-            raise AssertionError(f"{self.make.__name__} was not made")
-
-        listed.__doc__ = (self.__doc__ or "").partition("\n")[0]
-        return listed
+    def verb(self, rest: list[str]) -> Run:
+        """The verb itself."""
+        run = self.make(rest)
+        run.__doc__ = inspect.cleandoc(self.__doc__ or "") + "\n\n" + inspect.cleandoc(run.__doc__ or "")
+        return run
 
 
 class OwnOptions(Late):

@@ -3,12 +3,13 @@
 import contextlib
 import difflib
 import errno
+import inspect
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tyro
@@ -222,8 +223,20 @@ def _app(verbs: Mapping[str, Any], arguments: list[str]) -> tyro.extras.Subcomma
         if isinstance(found, Group):
             app.command(_app(found.verbs, rest or []), name=name, help=found.description)
         else:
-            app.command(name=name)(found.verb(rest) if isinstance(found, Late) else found)
+            app.command(name=name)(
+                _listed(found) if rest is None else found.verb(rest) if isinstance(found, Late) else found
+            )
     return app
+
+
+def _listed(verb: Any) -> Callable[[], None]:
+    """A verb that is not called, for the list of verbs: what the first paragraph says of it."""
+
+    def listed() -> None:
+        raise AssertionError("a verb that is listed was called")
+
+    listed.__doc__ = inspect.cleandoc(verb.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    return listed
 
 
 def verb_paths(verbs: Mapping[str, Any] = TREE, *above: str) -> Iterator[tuple[str, ...]]:

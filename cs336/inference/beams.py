@@ -34,8 +34,8 @@ class BeamParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer, 1 or more, got {value!r}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        if not abs(self.length_penalty) <= 10:
+            raise ValueError(f"length_penalty must be from -10 to 10, got {self.length_penalty}")
 
 
 @dataclass(frozen=True)

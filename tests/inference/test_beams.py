@@ -96,7 +96,8 @@ def test_one_beam_is_greedy_and_texts_are_completions():
         ({"beams": 0}, "beams must be an integer, 1 or more, got 0"),
         ({"beams": 2.0}, "beams must be an integer"),
         ({"max_tokens": True}, "max_tokens must be an integer"),
-        ({"length_penalty": float("nan")}, "length_penalty must be finite"),
+        ({"length_penalty": float("nan")}, "length_penalty must be from -10 to 10"),
+        ({"length_penalty": 1000.0}, "length_penalty must be from -10 to 10"),
     ],
 )
 def test_options_out_of_range(options, message):
