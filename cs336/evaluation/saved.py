@@ -10,6 +10,7 @@ from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.models.huggingface import read_step
 from cs336.tokenizer import convert
 from cs336.training import TrainConfig, load_checkpoint
+from cs336.training.run_dir import RunDir
 
 
 def evaluate_saved(
@@ -33,8 +34,10 @@ def evaluate_saved(
     found = find_model(path).resolve()
     checkpoint = not (found / "config.json").exists()
     run = found.parent.parent if checkpoint else found.parent
-    data = TrainConfig.from_toml(run / "config.toml").data if (run / "config.toml").exists() else None
-    place = run if data is not None and find_model(run) == found else found if found.is_dir() else found.parent
+    of_run = (run / "config.toml").exists()
+    trained = of_run and RunDir(run, keep_checkpoints=1).verb in ("train", None)  # alignment's settings are others
+    data = TrainConfig.from_toml(run / "config.toml").data if trained else None
+    place = run if of_run and find_model(run) == found else found if found.is_dir() else found.parent
     if documents is None and (data is None or data.val is None):
         raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
     encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)

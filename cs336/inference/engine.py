@@ -172,6 +172,8 @@ class Update(NamedTuple):
     """That is certain now."""
     token: Token | None
     """None where the end itself was drawn."""
+    finish_reason: str | None
+    """Where it ended. The sample's own is that of the newest step, which may be ahead of this."""
 
 
 @dataclass
@@ -544,7 +546,7 @@ class Engine:
             text += self._finish(sample, reason)
         if text:
             sample.pieces.append(text)
-        return Update(sample, text, shown)
+        return Update(sample, text, shown, reason)
 
     def _follow(self, guide: Guide, request: Request, token_id: int) -> str | None:
         """Why the text of a grammar ends behind this token, if it does."""

@@ -90,6 +90,17 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path, model, batching):
     assert samples[-1]["text"] == "3"
 
 
+def test_its_run_directory_is_evaluated_on_text(tmp_path, model, capsys):
+    run(config(tmp_path, model, budget="2steps"))
+    (tmp_path / "text.txt").write_text("0123456789 " * 40)
+    for place in ("run", "run/export"):
+        assert main(["evaluate", str(tmp_path / place), "--text", str(tmp_path / "text.txt")]) == 0
+        assert "this model" in capsys.readouterr().out
+    assert (tmp_path / "run/evaluation.json").exists()
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "has no validation data of its own: give text" in capsys.readouterr().err
+
+
 def test_plain_completions_are_learned_too(tmp_path, model):
     rows = [{"prompt": f"{d}?", "completion": str(9 - d)} for d in range(10)]
     data = {"train": write_rows(tmp_path / "plain.jsonl", rows)}

@@ -14,6 +14,7 @@ from inference.serving import TOKENIZER, ask, connect, listening, tiny_llm, unti
 
 from cs336.inference import SamplingParams
 from cs336.inference.server.config import ServerConfig
+from cs336.inference.server.worker import Worker
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -134,6 +135,24 @@ def test_chat(served, llm):
     assert [e["logprob"] for e in streamed] == pytest.approx([e["logprob"] for e in content], abs=1e-4)
     _, free = post(served, {"messages": messages, "temperature": 0}, path)  # until there is no more room
     assert free["usage"]["total_tokens"] == 128
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_ends_once_though_the_engine_has_finished_before_it_is_written(served, monkeypatch, path):
+    held, send = [], Worker._send
+
+    def at_the_end(self, messages):
+        held.extend(messages)
+        if any(message is None for _, message in messages):
+            send(self, held[:])
+            held.clear()
+
+    monkeypatch.setattr(Worker, "_send", at_the_end)
+    asked = {"prompt": "hello"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hello"}]}
+    found = events(served, asked | {"temperature": 0, "max_tokens": 8}, path=path)
+    reasons = [event["choices"][0]["finish_reason"] for event in found]
+    assert len(reasons) > 4
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
 
 def test_stop_strings(served, llm):

@@ -175,9 +175,8 @@ class Server:
             if asked.max_tokens == 0:
                 text, tokens = "", []
             logprobs = None if asked.logprobs is None else self.answers.completion_logprobs(tokens)
-            reason = sample.finish_reason
-            if text or reason or logprobs:
-                found.append(choice(index, reason, text=text, logprobs=logprobs))
+            if text or update.finish_reason or logprobs:
+                found.append(choice(index, update.finish_reason, text=text, logprobs=logprobs))
             return [self.answers.envelope(id, "text_completion", [c]) for c in found]
 
         last = functools.partial(self._last, id, "text_completion", used)
@@ -207,8 +206,8 @@ class Server:
             logprobs = self.answers.chat_logprobs([token]) if asked.logprobs and token else None
             if update.text or logprobs:
                 found.append(choice(sample.index, None, delta={"content": update.text}, logprobs=logprobs))
-            if sample.finish_reason:
-                found.append(choice(sample.index, sample.finish_reason, delta={}))
+            if update.finish_reason:
+                found.append(choice(sample.index, update.finish_reason, delta={}))
             return [self.answers.envelope(id, f"{object}.chunk", [c]) for c in found]
 
         last = functools.partial(self._last, id, f"{object}.chunk", used)
