@@ -1,5 +1,6 @@
 """kill -9 of server and workers while fifty clients are at it: no run is lost, made twice or charged twice."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -56,16 +57,18 @@ def keep_busy(store, url, key, over, errors):
         raise
 
 
-def kill_a_worker(store):
-    """The id of the run that it was at, which nobody cancels; None if there is none.
+def kill_at_work(store, server=None):
+    """The run whose worker was killed, which nobody cancels, and its server with it; None if there is none.
 
-    What is written is held up meanwhile, so that the run does not end between the look and the kill.
+    Nobody writes meanwhile, so that the run does not end between look and kill, and is not found before both are dead.
     """
     with store.transaction():
         for entry in store.running():
             if entry.job.seed != 0 and process_mark(entry.pid) == entry.mark:
                 os.kill(entry.pid, signal.SIGKILL)
-                return entry.id
+                if server:
+                    server.kill()
+                return entry
     return None
 
 
@@ -101,13 +104,16 @@ def test_fifty_clients_and_nine_lives(tmp_path):
                 until(owners)
                 balances(store)  # the books are right at any moment
                 if kill_worker:
-                    victims.append(until(lambda: kill_a_worker(store)))
+                    victim = until(functools.partial(kill_at_work, store, server if kill_server else None))
+                    victims.append(victim.id)
                 if kill_server:
                     server.kill()
                     assert server.wait() == -signal.SIGKILL
                     server.stdout.close()
                     server, again = program(directory, *OPTIONS, port=port)
                     assert again == url
+                if kill_worker:
+                    until(lambda found=victim: store.run(found.user, found.id).deaths)
             over.set()
             for thread in threads:
                 thread.join(240)
