@@ -164,7 +164,7 @@ def test_what_a_dead_server_left_is_ended(tmp_path):
     until(store.running)
     with listening(store.directory, workers=1, grace=0.3):
         until(lambda: store.run("ada", id).state == "done")
-    process.join(10)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert store.run("ada", id).attempts == 2
     assert balances(store) == {"ada": (0, PRICE, 1e18 - PRICE)}
