@@ -261,6 +261,8 @@ class Scheduler:
         assert taken is not None
         sequence.pages = match.pages + taken
         if match.copy is not None:
+            # An earlier one's target may be free again: its prompt was another's.
+            copies[:] = [copy for copy in copies if copy[1] != taken[0]]
             copies.append((match.copy, taken[0]))
             self._borrowed.append(match.copy)
         sequence.told, sequence.node, sequence.known = 0, match.node, len(match.pages)

@@ -40,6 +40,22 @@ def run(s):
     return steps
 
 
+def test_a_page_is_copied_to_once_in_a_step():
+    """Copies are made at once, in any order. The page that a prompt begins in is another's when the prompt turns out to
+    be one that is known, and then free for the next."""
+    s = Scheduler(PageCache(1000, 4), max_seqs=4, max_step_tokens=200)
+    known = [*range(8)]
+    for tokens in ([known], [known, known, [*range(7), 9]]):
+        for ids in tokens:
+            s.add(Sequence(list(ids), 1, SamplingParams()))
+        step = s.schedule()
+        s.launched()
+        for sequence in step.sequences:
+            s.append(sequence, 0)
+            s.finish(sequence)
+    assert len(step.copies) == len({target for _, target in step.copies}) > 0
+
+
 @pytest.mark.parametrize("together", [1, 4])
 def test_more_requests_than_slots(together):
     """One of 32 ends in each step: 32 slots, and answers of 1 to 32 tokens, then of 32."""
