@@ -1,5 +1,6 @@
 """Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
 
+import dataclasses
 import hashlib
 import operator
 import os
@@ -11,11 +12,12 @@ from typing import Literal
 import numpy as np
 
 from cs336 import _text
-from cs336.tokenizer import formats
+from cs336.tokenizer import formats, sentencepiece_json
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
-from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_specials
+from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_characters, place_specials
 from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.sentencepiece import NAME, SentencePiece
 from cs336.tokenizer.text_stream import TextStream
 from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
@@ -26,10 +28,11 @@ from cs336.utils.threads import thread_count
 Specials = Literal["all"] | Iterable[str]
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 FILE_STEP = 8 << 20  # and encode_to_file
+NO_RANK = (1 << 32) - 1  # below which all merges are
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
+    """A BPE tokenizer of bytes or, of SentencePiece's kind, of characters. Immutable, picklable, and safe to use from several threads at once, and after a fork.
 
     Each thread of a call uses a cache of at most 22 MB, or of a few times the size of the vocabulary if that is more,
     which is kept for later calls.
@@ -47,6 +50,8 @@ class Tokenizer:
             (cs336/tokenizer/dialect.py).
         allowed_special: the special tokens that text is searched for, "all" or a set of them, where a call does not
             say; not saved.
+        sentencepiece: what makes it one of SentencePiece's kind (cs336/tokenizer/sentencepiece.py): tokens are then
+            characters as UTF-8, with spaces, merges are listed, and there is no pattern.
 
     Text is str, or bytes, which need not be UTF-8. A lone surrogate in a str becomes U+FFFD.
     Raises ValueError if the parts do not fit together.
@@ -59,18 +64,28 @@ class Tokenizer:
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
         allowed_special: Specials = (),
+        sentencepiece: SentencePiece | None = None,
     ):
         self._vocab = checked_vocab(vocab)
         self._listed_merges = None if merges is None else checked_merges(merges)
-        self._pattern = canonical(pattern)
-        self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
-        self._ordinary_ids = sorted(self._vocab.keys() - (set(self._specials.values()) - shared))
+        self._kind = sentencepiece
+        if sentencepiece is None:
+            self._pattern = canonical(pattern)
+            self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
+        elif self._listed_merges is None:
+            raise ValueError("a tokenizer of SentencePiece's kind needs its merges listed")
+        else:
+            self._pattern = NAME
+            self._specials, shared = place_characters(sentencepiece, self._vocab, special_tokens, self._listed_merges)
+        apart = (set(self._specials.values()) - shared) | set(sentencepiece.byte_ids if sentencepiece else ())
+        self._ordinary_ids = sorted(self._vocab.keys() - apart)
+        left, right = (sentencepiece.left, sentencepiece.right) if sentencepiece else ((), ())
         self._core = _text.Encoder(
             tokens=list(self._vocab.items()),
             ordinary=self._ordinary_ids,
             merges=self._listed_merges,
-            specials=[(text.encode(), i) for text, i in self._specials.items()],
-            pattern=for_core(self._pattern),
+            specials=[(text.encode(), i, text in left, text in right) for text, i in self._specials.items()],
+            pattern=sentencepiece.for_core() if sentencepiece else for_core(self._pattern),
         )
         self._policy = lru_cache(maxsize=64)(self._make_policy)
         self._ordinary = self._get_policy((), ())
@@ -133,11 +148,13 @@ class Tokenizer:
 
         cs336.tokenizer.convert.load reads the files of others too.
         """
-        parts, fingerprint = formats.read_json(path)
+        document, section = formats.read_own(path)
         with formats.reading(path):
-            tokenizer = cls(*parts, allowed_special)
+            is_of_bytes = section["format"] == formats.FORMAT
+            parts = (formats.parts_of if is_of_bytes else sentencepiece_json.parts_of_characters)(document)
+            tokenizer = cls._of(parts, allowed_special)
             found = tokenizer.fingerprint
-        if found != fingerprint:
+        if found != section.get("fingerprint"):
             raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
         return tokenizer
 
@@ -173,28 +190,42 @@ class Tokenizer:
     def from_huggingface(
         cls, path: str | os.PathLike, without_normalizer: bool = False, allowed_special: Specials = ()
     ) -> "Tokenizer":
-        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens; Hugging
-        Face's own encode looks for all of them, as ours does with allowed_special="all".
+        """Read a tokenizer.json of BPE that others wrote, of bytes or of SentencePiece's kind. Its added tokens become
+        special tokens; Hugging Face's own encode looks for all of them, as ours does with allowed_special="all". In
+        SentencePiece's kind those that the file does not call special are looked for in any text.
 
         Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
         a normalizer unless `without_normalizer`. With ignore_merges ids are taken as ranks, if the merges listed are
-        those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text,
-        truncation and padding are left out.
+        those of ranks: one for each token, or every split of it; in SentencePiece's kind, merges must come to each
+        token. A post-processor, which adds tokens around a text, truncation and padding are left out; `begin_ids` has
+        the tokens that it puts before one.
         """
         parts, whole_pieces = read_huggingface(path, without_normalizer)
         with formats.reading(path):
-            tokenizer = cls(*parts, allowed_special)
+            tokenizer = cls._of(parts, allowed_special)
             if not whole_pieces:
                 return tokenizer
-            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern, allowed_special)
+            if parts.sentencepiece is not None:
+                for i, token in tokenizer._ordinary_tokens().items():
+                    if tokenizer._core.merge_piece(token, NO_RANK) != [i]:
+                        raise ValueError(f"it has ignore_merges, and merges do not come to its token {token.decode()!r}")
+                return tokenizer
+            ranked = cls._of(parts._replace(merges=None), allowed_special)
             made_once = tokenizer._unmade_token() is None and ranked.merges == tokenizer.merges
             if not made_once and not tokenizer._lists_every_split():
                 raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
             return ranked
 
+    @classmethod
+    def _of(cls, parts: Parts, allowed_special: Specials) -> "Tokenizer":
+        return cls(*parts[:4], allowed_special, parts.sentencepiece)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
-        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
+        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
+        if self._kind is not None:
+            sentencepiece_json.write_json(path, parts, self.fingerprint)
+            return
         by_rank = self._listed_merges is None and self._unmade_token()
         formats.write_json(path, parts, self._every_split() if by_rank else self.merges, self.fingerprint)
 
@@ -203,6 +234,7 @@ class Tokenizer:
 
         Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
         """
+        self._refuse_characters("vocab.json and merges.txt")
         merges = self.merges
         if self._listed_merges is None and (token := self._unmade_token()):
             raise ValueError(f"no merge of two others makes the token {token!r}: vocab.json and merges.txt cannot tell")
@@ -213,12 +245,17 @@ class Tokenizer:
 
         Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
         """
+        self._refuse_characters("a file of ranks")
         if self._listed_merges is not None:
             if token := self._unmade_token():
                 raise ValueError(f"no merge makes the token {token!r}, which would be found as a rank")
             if Tokenizer(self._vocab, None, self._specials, self._pattern).merges != self._listed_merges:
                 raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
         formats.write_tiktoken(path, self._ordinary_tokens())
+
+    def _refuse_characters(self, what: str) -> None:
+        if self._kind is not None:
+            raise ValueError(f"{what} cannot tell how a tokenizer of SentencePiece's kind reads text: save it as json")
 
     # ---- encoding ----
 
@@ -343,21 +380,26 @@ class Tokenizer:
 
     # ---- decoding ----
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids. Raises ValueError for an id that is not in the vocabulary."""
-        return self._core.decode(ids)
+    def decode_bytes(self, ids: Iterable[int], at_start: bool = True) -> bytes:
+        """The bytes of ids. Raises ValueError for an id that is not in the vocabulary.
+
+        at_start: a text begins here; one of SentencePiece's kind is without the space that encoding put before it.
+        """
+        data = self._core.decode(ids)
+        return data.removeprefix(b" ") if at_start and self.strips_space else data
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
-        return self._core.decode_text(ids)
+        text = self._core.decode_text(ids)
+        return text.removeprefix(" ") if self.strips_space else text
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
         """`decode` for many rows of ids."""
-        return [self._core.decode_text(ids) for ids in batch]
+        return [self.decode(ids) for ids in batch]
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
-        stream = TextStream(self)
+        stream = TextStream(self, at_start=True)
         for i in ids:
             if text := stream.push(i):
                 yield text
@@ -375,6 +417,8 @@ class Tokenizer:
         for token in tokens:
             offsets.append(begun - (token[:1] >= b"\x80" and token[:1] < b"\xc0"))
             begun += sum(byte & 0xC0 != 0x80 for byte in token)
+        if self.strips_space and text.startswith(" "):
+            return text[1:], [max(0, offset - 1) for offset in offsets]
         return text, offsets
 
     def token_bytes(self, id: int) -> bytes:
@@ -392,7 +436,8 @@ class Tokenizer:
 
     @cached_property
     def _id_of(self) -> dict[bytes, int]:
-        return {token: i for i, token in self._ordinary_tokens().items()}
+        of_bytes = {bytes([byte]): i for byte, i in enumerate(self._kind.byte_ids)} if self._kind else {}
+        return of_bytes | {token: i for i, token in self._ordinary_tokens().items()}
 
     # ---- what it is made of ----
 
@@ -453,8 +498,18 @@ class Tokenizer:
 
     @property
     def pattern(self) -> str:
-        """The name of the pattern, or its regular expression."""
+        """The name of the pattern, or its regular expression; "sentencepiece" where there is none."""
         return self._pattern
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether a text is decoded without a space that it would begin with."""
+        return self._kind is not None and self._kind.strips
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The ids that its models expect before a text, as a file of SentencePiece's kind says; encoding adds none."""
+        return self._kind.begin if self._kind is not None else ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -474,6 +529,9 @@ class Tokenizer:
         add(b"special")
         for text, i in sorted(self._specials.items()):
             add(text.encode(), str(i).encode())
+        if self._kind is not None:
+            for name, value in sorted(dataclasses.asdict(self._kind).items()):
+                add(name.encode(), repr(sorted(value) if isinstance(value, frozenset) else value).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -492,7 +550,8 @@ class Tokenizer:
         )
 
     def __reduce__(self):
-        return Tokenizer, (self._vocab, self._listed_merges, self._specials, self._pattern, self._allowed_special)
+        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
+        return Tokenizer._of, (parts, self._allowed_special)
 
     def _get_policy(self, allowed: Specials | None, disallowed: Specials) -> _text.Policy:
         return self._policy(self._allowed_special if allowed is None else _frozen(allowed), _frozen(disallowed))
@@ -501,7 +560,8 @@ class Tokenizer:
         named = {name for specials in (allowed, disallowed) if specials != "all" for name in specials}
         if unknown := named - self._specials.keys():
             raise ValueError(f"{unknown} are not special tokens of this tokenizer, which has {list(self._specials)}")
-        is_allowed = [allowed == "all" or text in allowed for text in self._specials]
+        always = self._kind.found if self._kind else ()
+        is_allowed = [allowed == "all" or text in allowed or text in always for text in self._specials]
         is_disallowed = [
             not ok if disallowed == "all" else text in disallowed
             for text, ok in zip(self._specials, is_allowed, strict=True)

@@ -50,7 +50,8 @@ struct Policy {
 };
 
 // The name of a pattern, or a function from bytes to the list of the ends of its pieces.
-Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
+using PatternOfPython = std::variant<std::string, py::function>;
+Splitter make_splitter(const PatternOfPython& pattern) {
   if (const auto* name = std::get_if<std::string>(&pattern)) {
     if (const auto named = pattern_named(*name)) return Splitter(*named);
     throw std::invalid_argument("there is no scanner for the pattern " + *name);
@@ -83,6 +84,16 @@ py::array_t<Id> to_array(Buffer<Id> ids) {
   return py::array_t<Id>(static_cast<py::ssize_t>(all.size()), all.data(), owner);
 }
 
+// What makes a tokenizer one of SentencePiece's kind: merges begin with characters, and spaces go where it says.
+struct Characters {
+  std::vector<uint32_t> byte_ids;   // what stands for each byte of a character that is no token, or
+  std::optional<uint32_t> unknown;  // for such a character whole, and
+  bool fuses_unknown;               // for several of them in a row
+  FrontSpace front;
+  bool before_spaces;  // a piece ends before each space
+  bool tied;           // merges to the same token are of one rank
+};
+
 class PyEncoder {
  public:
   // ordinary: the ids of the tokens that text may merge to, ascending. specials: text and id; they are among the tokens
@@ -90,14 +101,17 @@ class PyEncoder {
   // are the same ordinary token, and for a merge of what are none.
   PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens, const std::vector<uint32_t>& ordinary,
             const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>& merges,
-            const std::vector<std::pair<py::bytes, uint32_t>>& specials,
-            const std::variant<std::string, py::function>& pattern) {
+            const std::vector<std::tuple<py::bytes, uint32_t, bool, bool>>& specials,
+            const std::variant<PatternOfPython, Characters>& pattern) {
     std::vector<std::string> special_texts;
     std::vector<uint32_t> special_ids;
-    for (const auto& [bytes, id] : specials) {
+    std::vector<Strips> strips;
+    for (const auto& [bytes, id, left, right] : specials) {
       special_texts.emplace_back(bytes);
       special_ids.push_back(id);
+      strips.push_back({left, right});
     }
+    const auto* const characters = std::get_if<Characters>(&pattern);
     Tokens token_bytes;
     std::unordered_map<std::string_view, uint32_t> id_of;  // of ordinary tokens
     for (const auto& [id, bytes] : tokens) {
@@ -112,29 +126,35 @@ class PyEncoder {
       const auto found = id_of.find(bytes);
       return found == id_of.end() ? kNoId : found->second;
     };
-    std::array<uint32_t, 256> byte_ids;
-    for (size_t byte = 0; byte < byte_ids.size(); ++byte) {
+    Alphabet alphabet;
+    for (size_t byte = 0; byte < alphabet.byte_ids.size(); ++byte) {
       const auto one = static_cast<char>(byte);
-      byte_ids[byte] = find({&one, 1});
+      alphabet.byte_ids[byte] = find({&one, 1});
     }
+    if (characters != nullptr) add_characters(*characters, id_of, alphabet);
     std::vector<Merge> merge_list;
     std::string made;
     for (const auto& [left, right] : merges.value_or(std::vector<std::pair<py::bytes, py::bytes>>())) {
       const auto rank = static_cast<uint32_t>(merge_list.size());
       made.assign(std::string_view(left)).append(std::string_view(right));
       merge_list.push_back({find(std::string_view(left)), find(std::string_view(right)), find(made), rank});
-      const Merge& merge = merge_list.back();
+      Merge& merge = merge_list.back();
+      if (rank > 0 && characters != nullptr && characters->tied && merge.result == merge_list[rank - 1].result)
+        merge.rank = merge_list[rank - 1].rank;
       if (merge.left != kNoId && merge.right != kNoId && merge.result != kNoId) continue;
       const py::bytes missing = merge.left == kNoId ? left : merge.right == kNoId ? right : py::bytes(made);
       throw py::value_error("merge " + std::to_string(rank) + ", of " + std::string(py::repr(left)) + " and " +
                             std::string(py::repr(right)) + ", needs the token " + std::string(py::repr(missing)) +
                             ", which is not an ordinary token of the vocabulary");
     }
-    const Splitter splitter = make_splitter(pattern);
+    const Splitter splitter = characters != nullptr
+                                  ? Splitter(joints_of(*characters, token_bytes, ordinary, alphabet))
+                                  : make_splitter(std::get<PatternOfPython>(pattern));
     {
       const Unlocked unlocked;
-      core_ = std::make_unique<Encoder>(token_bytes, ordinary, byte_ids, merge_list, !merges, std::move(special_texts),
-                                        std::move(special_ids), splitter);
+      core_ = std::make_unique<Encoder>(token_bytes, ordinary, alphabet, merge_list, !merges,
+                                        SpecialTokens(std::move(special_texts), std::move(strips)),
+                                        std::move(special_ids), splitter, characters ? characters->front : FrontSpace{});
     }
     ints_.resize(core_->tokens().size());
     for (const auto& [id, bytes] : tokens) ints_[id] = py::int_(id);
@@ -218,6 +238,38 @@ class PyEncoder {
   }
 
  private:
+  // Of tokens that are one character, and of what stands for the others.
+  static void add_characters(const Characters& characters, const std::unordered_map<std::string_view, uint32_t>& id_of,
+                             Alphabet& alphabet) {
+    alphabet.unknown = characters.unknown.value_or(kNoId);
+    alphabet.fuses_unknown = characters.fuses_unknown;
+    for (size_t byte = 0; byte < alphabet.byte_ids.size(); ++byte) {
+      uint32_t& id = alphabet.byte_ids[byte];
+      if (byte >= 0x80 || id == kNoId) id = characters.byte_ids.empty() ? alphabet.unknown : characters.byte_ids[byte];
+    }
+    alphabet.char_ids.resize(1, kNoId);
+    for (const auto& [bytes, id] : id_of) {
+      const auto* const first = reinterpret_cast<const uint8_t*>(bytes.data());
+      const CodePoint c = *first < 0x80 ? CodePoint{*first, 1} : decode_multibyte(first, first + bytes.size());
+      if (c.size != bytes.size()) continue;
+      alphabet.char_ids.resize(std::max<size_t>(alphabet.char_ids.size(), c.code + 1), kNoId);
+      alphabet.char_ids[c.code] = id;
+    }
+  }
+
+  static std::shared_ptr<const Joints> joints_of(const Characters& characters, const Tokens& tokens,
+                                                 const std::vector<uint32_t>& ordinary, const Alphabet& alphabet) {
+    std::vector<std::string_view> made;
+    for (const auto& [id, bytes] : tokens) {
+      if (std::binary_search(ordinary.begin(), ordinary.end(), id)) made.emplace_back(bytes);
+    }
+    std::vector<bool> known;
+    if (characters.fuses_unknown && characters.byte_ids.empty()) {
+      for (const uint32_t id : alphabet.char_ids) known.push_back(id != kNoId);
+    }
+    return std::make_shared<const Joints>(made, std::move(known), characters.before_spaces);
+  }
+
   // Writes a new reference to the one Python int of each id, and returns where the next belongs: most of the time of a
   // list would go into making ints. All are made at the start (200,000 in 5 ms), so that threads only read them.
   template <class Id>
@@ -432,6 +484,10 @@ class StreamEncoder {
     policy_.check(core.specials(), before_ + pending_);
     std::vector<Segment> segments;
     const size_t done = cut(pending_, last, kNotFound, core.splitter(), core.specials(), policy_.allowed, segments);
+    if (!segments.empty()) {
+      if (segments[0].begin == 0) segments[0].after = after_;
+      after_ = segments.back().special == kNotFound ? After::kText : After::kSpecial;
+    }
     core.encode_segments(Encoder::Lease(core), pending_, segments.data(), segments.size(), ids);
     before_.append(pending_, 0, done);
     before_.erase(0, before_.size() - std::min(before_.size(), core.specials().longest()));
@@ -444,6 +500,7 @@ class StreamEncoder {
   Policy policy_;
   std::mutex mutex_;
   std::string pending_;
+  After after_ = After::kNothing;  // what is before it
   std::string before_;  // the last of what is encoded: a token that must not occur may begin in it
   size_t least_, wanted_;
 };
@@ -475,11 +532,24 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
   py::class_<Policy>(m, "Policy")
       .def(py::init<std::vector<bool>, std::vector<bool>>(), py::arg("allowed"), py::arg("forbidden"));
 
+  py::enum_<Prefix>(m, "Prefix")
+      .value("never", Prefix::kNone)
+      .value("first", Prefix::kFirst)
+      .value("always", Prefix::kEach);
+  py::class_<Characters>(m, "Characters")
+      .def(py::init([](std::vector<uint32_t> byte_ids, std::optional<uint32_t> unknown, bool fuses_unknown,
+                       Prefix prefix, bool doubled, bool before_spaces, bool tied) {
+             return Characters{std::move(byte_ids), unknown,       fuses_unknown,
+                               {prefix, doubled},   before_spaces, tied};
+           }),
+           py::arg("byte_ids"), py::arg("unknown"), py::arg("fuses_unknown"), py::arg("prefix"), py::arg("doubled"),
+           py::arg("before_spaces"), py::arg("tied"));
+
   py::class_<PyEncoder, std::shared_ptr<PyEncoder>>(m, "Encoder")
       .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&, const std::vector<uint32_t>&,
                     const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>&,
-                    const std::vector<std::pair<py::bytes, uint32_t>>&,
-                    const std::variant<std::string, py::function>&>(),
+                    const std::vector<std::tuple<py::bytes, uint32_t, bool, bool>>&,
+                    const std::variant<PatternOfPython, Characters>&>(),
            py::arg("tokens"), py::arg("ordinary"), py::arg("merges"), py::arg("specials"), py::arg("pattern"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),

@@ -1,7 +1,9 @@
 #include "cpu/text/bpe_encode.h"
 
 #include <algorithm>
+#include <cstring>
 #include <span>
+#include <string>
 #include <stdexcept>
 
 namespace cs336::text {
@@ -24,14 +26,15 @@ Encoder::Lease::~Lease() {
   }
 }
 
-Encoder::Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const std::array<uint32_t, 256>& byte_ids,
-                 const std::vector<Merge>& merges, bool any_split, std::vector<std::string> specials,
-                 std::vector<uint32_t> special_ids, Splitter splitter)
+Encoder::Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const Alphabet& alphabet,
+                 const std::vector<Merge>& merges, bool any_split, SpecialTokens specials,
+                 std::vector<uint32_t> special_ids, Splitter splitter, FrontSpace front)
     : tokens_(tokens),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)),
-      merger_(any_split ? Merger(tokens_, byte_ids, ordinary) : Merger(tokens_, byte_ids, merges)),
+      front_(front),
+      merger_(any_split ? Merger(tokens_, alphabet, ordinary) : Merger(tokens_, alphabet, merges)),
       rows_(tokens_.size()) {
   std::vector<uint32_t> ids;
   for (const uint32_t id : ordinary) {
@@ -127,13 +130,41 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id
   });
 }
 
+// Text whose spaces may be written as marks, and where one may go before it. That takes a copy of the first piece alone.
+template <class Id>
+void Encoder::encode_by_chars(WordCache& cache, std::string_view text, After after, Buffer<Id>& out) const {
+  std::string copy;
+  if (memmem(text.data(), text.size(), kSpaceMarkUtf8.data(), kSpaceMarkUtf8.size()) != nullptr) {
+    for (size_t at = 0; at < text.size();) {
+      const size_t mark = std::min(text.find(kSpaceMarkUtf8, at), text.size());
+      copy.append(text, at, mark - at);
+      if (mark < text.size()) copy += ' ';
+      at = mark + kSpaceMarkUtf8.size();
+    }
+    text = copy;
+  }
+  const bool begins = after == After::kNothing || (after == After::kSpecial && front_.prefix == Prefix::kEach);
+  if (begins && front_.prefix != Prefix::kNone && (front_.doubled || text[0] != ' ')) {
+    size_t end;
+    splitter_.joints()->split(text, 0, &end, 1);
+    encode_ordinary(cache, std::string(" ").append(text, 0, end), out);
+    text.remove_prefix(end);
+  }
+  encode_ordinary(cache, text, out);
+}
+
 template <class Id>
 void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const {
   if (segment.special != kNotFound) {
     *out.room(1) = static_cast<Id>(special_ids_[segment.special]);
     out.advance(1);
+    return;
+  }
+  const std::string_view part = text.substr(segment.begin, segment.end - segment.begin);
+  if (splitter_.joints() != nullptr) {
+    encode_by_chars(cache, part, segment.after, out);
   } else {
-    encode_ordinary(cache, text.substr(segment.begin, segment.end - segment.begin), out);
+    encode_ordinary(cache, part, out);
   }
 }
 

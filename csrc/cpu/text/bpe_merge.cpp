@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "cpu/text/interrupt.h"
+#include "cpu/text/utf8.h"
 
 namespace cs336::text {
 namespace {
@@ -86,17 +87,16 @@ void MergeTable::put(uint64_t mixed, uint32_t rank) {
   put(mixed, rank);
 }
 
-Merger::Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges)
-    : byte_ids_(byte_ids), byte_ranks_(1 << 16, kNoRank), ranks_(merges.size()) {
+Merger::Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<Merge>& merges)
+    : alphabet_(alphabet), byte_ranks_(1 << 16, kNoRank), ranks_(merges.size()) {
   for (const Merge& merge : merges) add(tokens, merge);
 }
 
 // What a stretch of text merges to depends on its bytes alone, as long as no merge goes across its ends. So a token is
 // only ever made of the two that its own bytes come to last: of all its splits the table needs that one. It is found by
 // the merges of lower ranks.
-Merger::Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids,
-               const std::vector<uint32_t>& ordinary)
-    : byte_ids_(byte_ids), byte_ranks_(1 << 16, kNoRank), ranks_(ordinary.size()) {
+Merger::Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<uint32_t>& ordinary)
+    : alphabet_(alphabet), byte_ranks_(1 << 16, kNoRank), ranks_(ordinary.size()) {
   std::vector<uint32_t> ids, unmade;
   const auto comes_to_two = [&](uint32_t id, uint32_t below) {
     ids.resize(tokens[id].size());
@@ -126,17 +126,42 @@ void Merger::add(const TokenBytes& tokens, const Merge& m) {
 }
 
 bool Merger::has_bytes(std::string_view piece) const {
-  return std::all_of(piece.begin(), piece.end(), [&](char c) { return byte_ids_[static_cast<uint8_t>(c)] != kNoId; });
+  const auto has = [&](char c) { return alphabet_.byte_ids[static_cast<uint8_t>(c)] != kNoId; };
+  return std::all_of(piece.begin(), piece.end(), has);
 }
 
 uint32_t Merger::byte_id(uint8_t byte) const {
-  const uint32_t id = byte_ids_[byte];
+  const uint32_t id = alphabet_.byte_ids[byte];
   if (id == kNoId) {
     char message[96];
     std::snprintf(message, sizeof(message), "the byte 0x%02X of the text is not in the vocabulary", byte);
     throw std::invalid_argument(message);
   }
   return id;
+}
+
+template <class Begun>
+void Merger::begin(const uint8_t* piece, size_t size, Begun&& begun) const {
+  if (!alphabet_.by_chars()) {
+    for (size_t i = 0; i < size; ++i) begun(i, byte_id(piece[i]));
+    return;
+  }
+  const uint8_t* const end = piece + size;
+  bool was_unknown = false;
+  for (const uint8_t* p = piece; p < end;) {
+    uint32_t id = alphabet_.byte_ids[*p];
+    size_t bytes = 1;
+    if (*p >= 0x80) {
+      const CodePoint c = decode_multibyte(p, end);
+      const bool is_token = c.size > 0 && c.code < alphabet_.char_ids.size() && alphabet_.char_ids[c.code] != kNoId;
+      if (is_token) id = alphabet_.char_ids[c.code];
+      if (is_token || (c.size > 0 && id == alphabet_.unknown)) bytes = c.size;
+    }
+    const bool is_unknown = id == alphabet_.unknown;
+    if (!(is_unknown && was_unknown && alphabet_.fuses_unknown)) begun(static_cast<size_t>(p - piece), id);
+    was_unknown = is_unknown;
+    p += bytes;
+  }
 }
 
 size_t Merger::merge(std::string_view piece, uint32_t below, uint32_t* out) const {
@@ -154,9 +179,22 @@ size_t Merger::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint
   const auto set = [&](size_t i, uint32_t rank) {
     keys[i] = rank < below ? uint64_t{rank} << kPlaceBits | i : UINT64_MAX;
   };
-  for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
-  for (size_t i = 0; i + 1 < size; ++i) set(i, byte_ranks_[piece[i] << 8 | piece[i + 1]]);
-  for (uint64_t alive = ~uint64_t{0} >> (kFew - size);;) {
+  uint64_t alive = 0;
+  begin(piece, size, [&](size_t i, uint32_t id) {
+    out[i] = id;
+    alive |= uint64_t{1} << i;
+  });
+  if (alive == ~uint64_t{0} >> (kFew - size)) {  // each is a byte
+    for (size_t i = 0; i + 1 < size; ++i) set(i, byte_ranks_[piece[i] << 8 | piece[i + 1]]);
+  } else {
+    std::fill_n(keys.begin(), size, UINT64_MAX);
+    for (uint64_t left = alive; (left & (left - 1)) != 0;) {
+      const int i = std::countr_zero(left);
+      left &= left - 1;
+      set(i, ranks_.find(out[i], out[std::countr_zero(left)]));
+    }
+  }
+  for (;;) {
     uint64_t best = UINT64_MAX;
     for (size_t i = 0; i + 1 < size; ++i) best = std::min(best, keys[i]);
     if (best == UINT64_MAX) {
@@ -196,16 +234,20 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
   const auto last = static_cast<uint32_t>(size - 1);
   PollEvery<1 << 12> poll;
-  for (uint32_t i = 0; i <= last; ++i, poll()) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoRank};
-  for (uint32_t i = 0; i < last; ++i, poll()) {
-    nodes[i].rank = byte_ranks_[piece[i] << 8 | piece[i + 1]];
-    if (nodes[i].rank < below) queue.push({nodes[i].rank, i});
-  }
+  uint32_t previous = 0;
+  begin(piece, size, [&](size_t place, uint32_t id) {
+    const auto i = static_cast<uint32_t>(place);
+    nodes[i] = {id, previous, last + 1, kNoRank};
+    if (i > 0) nodes[previous].next = i;
+    previous = i;
+    poll();
+  });
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
     node.rank = node.next <= last ? ranks_.find(node.id, nodes[node.next].id) : kNoRank;
     if (node.rank < below) queue.push({node.rank, i});
   };
+  for (uint32_t i = 0; i < last; i = nodes[i].next, poll()) update(i);
   for (; !queue.empty(); poll()) {
     const Candidate top = queue.top();
     queue.pop();
