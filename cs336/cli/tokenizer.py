@@ -63,7 +63,7 @@ def encode(
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         inputs: files of text, .gz, .xz, .bz2 and .zst unpacked, one after the other; standard input if there are none.
             For --shards also JSON lines, parquet, and directories.
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
@@ -100,21 +100,22 @@ def decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()) -> None:
     """Token ids to the bytes they stand for, on standard output.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         inputs: files of numbers, or .bin token shards; standard input if there are none.
     """
     from cs336.tokenizer import convert
 
     loaded = convert.load(tokenizer)
+    written = 0
     for ids in _ids(inputs):
-        sys.stdout.buffer.write(loaded.decode_bytes(ids))
+        written += sys.stdout.buffer.write(loaded.decode_bytes(ids, at_start=not written))
 
 
 def inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
     """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         text: show the tokens of this text instead.
     """
     from rich.console import Console
@@ -153,8 +154,8 @@ def convert(
     """A tokenizer in another format, with the same ids for every text, or why that cannot be.
 
     Args:
-        tokenizer: tokenizer.json of ours or of Hugging Face, tiktoken's ranks, or a directory with GPT-2's vocab.json
-            and merges.txt.
+        tokenizer: tokenizer.json of ours or of Hugging Face, SentencePiece's tokenizer.model, tiktoken's ranks, or a
+            directory with GPT-2's vocab.json and merges.txt.
         output: the file, or for gpt2 the directory, to write.
         to: tiktoken for an output that ends in .tiktoken, else json, which Hugging Face reads too, if not given.
         pattern: how text is split first, which ranks and GPT-2's files do not say: gpt2, cl100k, o200k or a regular
@@ -182,7 +183,7 @@ def compare(
     """Bytes per token and speed of several tokenizers on the same text.
 
     Args:
-        tokenizers: tokenizer.json files, tiktoken's ranks, or directories with GPT-2's files.
+        tokenizers: tokenizer.json or tokenizer.model files, tiktoken's ranks, or directories with GPT-2's files.
         text: a file of text, JSON lines or parquet, compressed or not, or a directory of them.
         plot: .png, .svg or .pdf file for a chart.
         pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.

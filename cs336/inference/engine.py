@@ -30,7 +30,7 @@ from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
 from cs336.inference.shapes import graph_sizes, most_captured
 from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
-from cs336.inference.vocabulary import ends_of, unused_ids
+from cs336.inference.vocabulary import ends_of, text_stream, unused_ids
 from cs336.models import PagedState, Transformer
 from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
@@ -360,7 +360,7 @@ class Engine:
                 request=request,
                 index=index,
                 speculator=Speculator(self.config.draft_tokens) if self.speculates else None,
-                stream=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
+                stream=None if self.tokenizer is None else text_stream(self.tokenizer, params.stop, ids),
             )
             request.samples.append(sample)
             self.scheduler.add(sample)

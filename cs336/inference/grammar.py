@@ -113,7 +113,8 @@ class _Vocabulary:
         self.eos_token_id = vocab_size
         self.tokens = [vocab.get(i, b"") for i in range(vocab_size)] + [b"<end>"]
         self.special_token_ids = [i for i in range(vocab_size + 1) if i in special or i not in vocab]
-        self._encode = tokenizer.encode_ordinary
+        ordinary = next((i for i in vocab if i not in special), 0)  # what it may be behind
+        self._encode = functools.partial(tokenizer.encode, allowed_special=(), disallowed_special=(), behind=[ordinary])
 
     def __call__(self, text: str | bytes) -> list[int]:
         """As the tokenizer has it, so that what can only come so does; none of what it has no tokens for."""

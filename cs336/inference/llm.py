@@ -161,7 +161,8 @@ class LLM:
             )
         if not all(len(continuation) for continuation in continuations):
             raise ValueError("there is an empty continuation, which has no tokens to score")
-        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
+        heads = self._encode(prompts)
+        pairs = list(zip(heads, self._encode(continuations, behind=[ids for _, ids in heads]), strict=True))
         if not all(len(ids) for (_, ids), _ in pairs):
             raise ValueError("there is an empty prompt: what stands before a continuation says how likely it is")
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
@@ -193,8 +194,10 @@ class LLM:
             for request in added:
                 self.engine.cancel(request)
 
-    def _encode(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, Sequence[int]]]:
-        """(text if it was one, ids) of each."""
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], behind: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[str | None, Sequence[int]]]:
+        """(text if it was one, ids) of each. behind: the ids that each goes on, if it does."""
         if isinstance(prompts, Tensor | np.ndarray):
             if not prompts.ndim:
                 raise ValueError("a prompt is a list of ids, got one number")
@@ -204,6 +207,12 @@ class LLM:
         texts = [prompt for prompt in listed if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
+        if behind is not None:
+            tails = zip(listed, behind, strict=True)
+            return [
+                (p, self.tokenizer.encode(p, "all", behind=ids)) if isinstance(p, str) else (None, list(p))
+                for p, ids in tails
+            ]
         ids = iter(self.encode(texts))
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
 

@@ -60,7 +60,7 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
-    """The tokenizer.json that belongs to the model at `path`: beside it, in its run directory or that one's export, or
+    """The tokenizer.json, or else tokenizer.model, that belongs to the model at `path`: beside it, in its run directory or that one's export, or
     with the base model of an adapter.
 
     Raises FileNotFoundError where there is none.
@@ -68,8 +68,9 @@ def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path).resolve()
     run = path.parent.parent if (path / STATE).exists() else path.parent
     for place in (path, run, run / "export", base_of(path)):
-        if (place / "tokenizer.json").exists():
-            return place / "tokenizer.json"
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (place / name).exists():
+                return place / name
     raise FileNotFoundError(f"no tokenizer.json beside {path} or in its run directory: name one with --tokenizer")
 
 

@@ -12,6 +12,8 @@ Token bytes are spelled in GPT-2's alphabet, one printable character a byte, so 
 import base64
 import binascii
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -36,6 +38,28 @@ class Parts(NamedTuple):
     special_tokens: dict[str, int]
     pattern: str
     sentencepiece: SentencePiece | None = None
+
+
+def fingerprint_of(parts: Parts) -> str:
+    """sha256 of everything that decides how text encodes, in hex."""
+    digest = hashlib.sha256()
+
+    def add(*fields: bytes) -> None:
+        for field in fields:
+            digest.update(len(field).to_bytes(8, "little") + field)
+
+    add(b"cs336.tokenizer", parts.pattern.encode(), b"ranks" if parts.merges is None else b"listed")
+    for i, token in sorted(parts.vocab.items()):
+        add(str(i).encode(), token)
+    add(b"merges")
+    for left, right in parts.merges or []:
+        add(left, right)
+    add(b"special")
+    for text, i in sorted(parts.special_tokens.items()):
+        add(text.encode(), str(i).encode())
+    for name, value in sorted(dataclasses.asdict(parts.sentencepiece).items()) if parts.sentencepiece else ():
+        add(name.encode(), repr(sorted(value) if isinstance(value, frozenset) else value).encode())
+    return digest.hexdigest()
 
 
 def _alphabet() -> list[str]:

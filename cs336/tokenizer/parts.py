@@ -117,3 +117,11 @@ def place_characters(
     if unknown := (kind.found | kind.left | kind.right) - placed.keys():
         raise ValueError(f"{sorted(unknown)} are not among the special tokens, {list(placed)}")
     return placed, {i for i in placed.values() if vocab[i] in made or len(vocab[i].decode()) == 1}
+
+
+def every_split(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """All pairs of tokens that together are one, in the order of that one."""
+    known, sizes = set(tokens), {len(token) for token in tokens}
+    cuts = {size: sorted(cut for cut in sizes if size - cut in sizes) for size in sizes}
+    splits = ((token[:cut], token[cut:]) for token in tokens for cut in cuts[len(token)])
+    return [(left, right) for left, right in splits if left in known and right in known]

@@ -32,8 +32,8 @@ class SentencePiece:
     """No token goes on with a space: not even one of several."""
     strips: bool = False
     """Decoding leaves out a space that the text would begin with."""
-    tied: bool = False
-    """Merges to the same token, which are listed in a row, are of one rank."""
+    tied: tuple[int, ...] = ()
+    """How many merges in a row are of one rank, of which the leftmost in a text comes first; or none are."""
     found: frozenset[str] = frozenset()
     """The special tokens that any text is searched for, allowed or not."""
     left: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ class SentencePiece:
             prefix=getattr(_text.Prefix, self.prefix),
             doubled=self.doubled,
             before_spaces=self.before_spaces,
-            tied=self.tied,
+            tied=list(self.tied),
         )
 
     def spelled(self, vocab: dict[int, bytes]) -> dict[int, str]:

@@ -67,14 +67,19 @@ def parts_of_characters(document: dict[str, Any], without_normalizer: bool = Fal
         left=frozenset(token["content"] for token in added if token.get("lstrip")),
         right=frozenset(token["content"] for token in added if token.get("rstrip")),
         begin=_begin(document),
-        tied=_is_tied(model),
+        tied=_tied(model),
     )
     return Parts(vocab, merges, specials, "", kind)
 
 
-def _is_tied(model: dict[str, Any]) -> bool:
+def _tied(model: dict[str, Any]) -> tuple[int, ...]:
     section = model.get("cs336")
-    return isinstance(section, dict) and section.get("merges") == "tied"
+    if not isinstance(section, dict):
+        return ()
+    sizes = field(section, "tied", list, "model.cs336")
+    if not all(type(size) is int and 0 < size < 1 << 32 for size in sizes):
+        raise ValueError(f"model.cs336.tied is {shortened(sizes)}, expected how many merges in a row are of one rank")
+    return tuple(sizes)
 
 
 def _steps(document: dict[str, Any], name: str, plural: str) -> list[dict[str, Any]]:
@@ -235,7 +240,7 @@ def write_json(path: str | os.PathLike, parts: Parts, fingerprint: str) -> None:
             "ignore_merges": False,
             "cs336": {
                 "format": OF_CHARACTERS,
-                "merges": "tied" if kind.tied else "listed",
+                "tied": list(kind.tied),
                 "fingerprint": fingerprint,
             },
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),

@@ -1,7 +1,5 @@
 """Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
 
-import dataclasses
-import hashlib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,10 +10,17 @@ from typing import Literal
 import numpy as np
 
 from cs336 import _text
-from cs336.tokenizer import formats, sentencepiece_json
+from cs336.tokenizer import formats, sentencepiece_json, sentencepiece_model
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
-from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_characters, place_specials
+from cs336.tokenizer.parts import (
+    checked_merges,
+    checked_specials,
+    checked_vocab,
+    every_split,
+    place_characters,
+    place_specials,
+)
 from cs336.tokenizer.patterns import canonical, for_core
 from cs336.tokenizer.sentencepiece import NAME, SentencePiece
 from cs336.tokenizer.text_stream import TextStream
@@ -169,7 +174,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
         specials = None if special_tokens is None else checked_specials(special_tokens)
-        vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
+        vocab, merges, given, *_ = formats.read_gpt2(vocab_json, merges_txt, specials)
         with formats.naming(vocab_json):
             return cls(vocab, merges, given if specials is None else specials, pattern, allowed_special)
 
@@ -206,9 +211,9 @@ class Tokenizer:
             if not whole_pieces:
                 return tokenizer
             if parts.sentencepiece is not None:
-                for i, token in tokenizer._ordinary_tokens().items():
-                    if tokenizer._core.merge_piece(token, NO_RANK) != [i]:
-                        raise ValueError(f"it has ignore_merges, and merges do not come to its token {token.decode()!r}")
+                tokens = tokenizer._ordinary_tokens().items()
+                if lost := [token for i, token in tokens if tokenizer._core.merge_piece(token, NO_RANK) != [i]]:
+                    raise ValueError(f"it has ignore_merges, and its merges do not come to its token {lost[0]!r}")
                 return tokenizer
             ranked = cls._of(parts._replace(merges=None), allowed_special)
             made_once = tokenizer._unmade_token() is None and ranked.merges == tokenizer.merges
@@ -217,12 +222,22 @@ class Tokenizer:
             return ranked
 
     @classmethod
+    def from_sentencepiece(cls, path: str | os.PathLike, allowed_special: Specials = ()) -> "Tokenizer":
+        """Read a tokenizer.model of SentencePiece, if it is BPE and does not change text first."""
+        parts = sentencepiece_model.read_model(path)
+        with formats.reading(path):
+            return cls._of(parts, allowed_special)
+
+    @classmethod
     def _of(cls, parts: Parts, allowed_special: Specials) -> "Tokenizer":
         return cls(*parts[:4], allowed_special, parts.sentencepiece)
 
+    def _parts(self) -> Parts:
+        return Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
-        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
+        parts = self._parts()
         if self._kind is not None:
             sentencepiece_json.write_json(path, parts, self.fingerprint)
             return
@@ -265,15 +280,28 @@ class Tokenizer:
         allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
         num_threads: int = 1,
+        behind: Sequence[int] = (),
     ) -> list[int]:
         """The ids of text.
+
+        behind: ids of what this text goes on, if it is not the beginning: SentencePiece's kind puts a space before that
+        alone, or after special tokens too.
 
         A special token in the text becomes its id if allowed ("all", or a set of them; None for what the tokenizer was
         made with), raises ValueError if disallowed ("all" means all that are not allowed), and is ordinary text
         otherwise.
         """
         policy = self._get_policy(allowed_special, disallowed_special)
+        if len(behind):
+            after = _text.After.special if behind[-1] in self.special_ids else _text.After.text
+            return _text.StreamEncoder(self._core, policy, STREAM_STEP, after).feed(text, True)
         return self._core.encode_batch([text], policy, thread_count(num_threads))[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a model reads of a text: special tokens written in it are such, and `begin_ids` come first, if
+        they are not written there."""
+        ids, begin = self.encode(text, "all"), list(self.begin_ids)
+        return ids if ids[: len(begin)] == begin else begin + ids
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
@@ -325,7 +353,8 @@ class Tokenizer:
         few times its longest piece if that is more: for o200k its longest run of letters and marks, and with a pattern
         that is a regular expression all text between two special tokens.
         """
-        stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special), STREAM_STEP)
+        policy = self._get_policy(allowed_special, disallowed_special)
+        stream = _text.StreamEncoder(self._core, policy, STREAM_STEP, _text.After.nothing)
         held = ""  # the first half of a surrogate pair
         for chunk in chunks:
             if not isinstance(chunk, str):
@@ -471,12 +500,7 @@ class Tokenizer:
         return next((token for token in tokens if len(token) > 1 and token not in made), None)
 
     def _every_split(self) -> list[tuple[bytes, bytes]]:
-        """All pairs of ordinary tokens that together are one, in the order of its ids."""
-        ordered = [token for _, token in sorted(self._ordinary_tokens().items())]
-        known, sizes = set(ordered), {len(token) for token in ordered}
-        cuts = {size: sorted(cut for cut in sizes if size - cut in sizes) for size in sizes}
-        splits = ((token[:cut], token[cut:]) for token in ordered for cut in cuts[len(token)])
-        return [(left, right) for left, right in splits if left in known and right in known]
+        return every_split([token for _, token in sorted(self._ordinary_tokens().items())])
 
     def _lists_every_split(self) -> bool:
         """Whether merges are all those of ranks, in the order of ids; those of one token in any order."""
@@ -496,6 +520,10 @@ class Tokenizer:
         """Text -> id; a copy."""
         return dict(self._specials)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._specials.values())
+
     @property
     def pattern(self) -> str:
         """The name of the pattern, or its regular expression; "sentencepiece" where there is none."""
@@ -514,25 +542,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides how text encodes, in hex."""
-        digest = hashlib.sha256()
-
-        def add(*fields: bytes) -> None:
-            for field in fields:
-                digest.update(len(field).to_bytes(8, "little") + field)
-
-        add(b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed")
-        for i, token in sorted(self._vocab.items()):
-            add(str(i).encode(), token)
-        add(b"merges")
-        for left, right in self._listed_merges or []:
-            add(left, right)
-        add(b"special")
-        for text, i in sorted(self._specials.items()):
-            add(text.encode(), str(i).encode())
-        if self._kind is not None:
-            for name, value in sorted(dataclasses.asdict(self._kind).items()):
-                add(name.encode(), repr(sorted(value) if isinstance(value, frozenset) else value).encode())
-        return digest.hexdigest()
+        return formats.fingerprint_of(self._parts())
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -550,8 +560,7 @@ class Tokenizer:
         )
 
     def __reduce__(self):
-        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
-        return Tokenizer._of, (parts, self._allowed_special)
+        return Tokenizer._of, (self._parts(), self._allowed_special)
 
     def _get_policy(self, allowed: Specials | None, disallowed: Specials) -> _text.Policy:
         return self._policy(self._allowed_special if allowed is None else _frozen(allowed), _frozen(disallowed))

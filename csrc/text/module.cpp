@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <unordered_map>
@@ -90,8 +91,8 @@ struct Characters {
   std::optional<uint32_t> unknown;  // for such a character whole, and
   bool fuses_unknown;               // for several of them in a row
   FrontSpace front;
-  bool before_spaces;  // a piece ends before each space
-  bool tied;           // merges to the same token are of one rank
+  bool before_spaces;          // a piece ends before each space
+  std::vector<uint32_t> tied;  // how many merges in a row are of one rank; or each is of its own
 };
 
 class PyEncoder {
@@ -138,23 +139,22 @@ class PyEncoder {
       const auto rank = static_cast<uint32_t>(merge_list.size());
       made.assign(std::string_view(left)).append(std::string_view(right));
       merge_list.push_back({find(std::string_view(left)), find(std::string_view(right)), find(made), rank});
-      Merge& merge = merge_list.back();
-      if (rank > 0 && characters != nullptr && characters->tied && merge.result == merge_list[rank - 1].result)
-        merge.rank = merge_list[rank - 1].rank;
+      const Merge& merge = merge_list.back();
       if (merge.left != kNoId && merge.right != kNoId && merge.result != kNoId) continue;
       const py::bytes missing = merge.left == kNoId ? left : merge.right == kNoId ? right : py::bytes(made);
       throw py::value_error("merge " + std::to_string(rank) + ", of " + std::string(py::repr(left)) + " and " +
                             std::string(py::repr(right)) + ", needs the token " + std::string(py::repr(missing)) +
                             ", which is not an ordinary token of the vocabulary");
     }
-    const Splitter splitter = characters != nullptr
-                                  ? Splitter(joints_of(*characters, token_bytes, ordinary, alphabet))
-                                  : make_splitter(std::get<PatternOfPython>(pattern));
+    if (characters != nullptr) tie(characters->tied, merge_list);
+    const Splitter splitter = characters != nullptr ? Splitter(joints_of(*characters, token_bytes, ordinary, alphabet))
+                                                    : make_splitter(std::get<PatternOfPython>(pattern));
     {
       const Unlocked unlocked;
-      core_ = std::make_unique<Encoder>(token_bytes, ordinary, alphabet, merge_list, !merges,
-                                        SpecialTokens(std::move(special_texts), std::move(strips)),
-                                        std::move(special_ids), splitter, characters ? characters->front : FrontSpace{});
+      core_ =
+          std::make_unique<Encoder>(token_bytes, ordinary, alphabet, merge_list, !merges,
+                                    SpecialTokens(std::move(special_texts), std::move(strips)), std::move(special_ids),
+                                    splitter, characters ? characters->front : FrontSpace{});
     }
     ints_.resize(core_->tokens().size());
     for (const auto& [id, bytes] : tokens) ints_[id] = py::int_(id);
@@ -254,6 +254,22 @@ class PyEncoder {
       if (c.size != bytes.size()) continue;
       alphabet.char_ids.resize(std::max<size_t>(alphabet.char_ids.size(), c.code + 1), kNoId);
       alphabet.char_ids[c.code] = id;
+    }
+  }
+
+  // Gives merges the order of their group, and those of one group and result one rank.
+  static void tie(const std::vector<uint32_t>& groups, std::vector<Merge>& merges) {
+    if (std::accumulate(groups.begin(), groups.end(), size_t{0}) != (groups.empty() ? 0 : merges.size()))
+      throw py::value_error("the sizes of tied merges must add up to " + std::to_string(merges.size()));
+    auto merge = merges.begin();
+    uint32_t rank = 0;
+    for (uint32_t order = 0; order < groups.size(); ++order) {
+      for (const auto first = merge; merge < first + groups[order]; ++merge) {
+        if (merge != first && merge->result != (merge - 1)->result) ++rank;
+        merge->rank = rank;
+        merge->order = order;
+      }
+      ++rank;
     }
   }
 
@@ -460,9 +476,9 @@ class PyEncoder {
 // Text that comes in chunks, from one thread at a time.
 class StreamEncoder {
  public:
-  // `least`: bytes of text that are worth a call to the encoder.
-  StreamEncoder(std::shared_ptr<PyEncoder> encoder, Policy policy, size_t least)
-      : encoder_(std::move(encoder)), policy_(std::move(policy)), least_(least), wanted_(least) {}
+  // `least`: bytes of text that are worth a call to the encoder. `after`: what the text comes behind.
+  StreamEncoder(std::shared_ptr<PyEncoder> encoder, Policy policy, size_t least, After after)
+      : encoder_(std::move(encoder)), policy_(std::move(policy)), after_(after), least_(least), wanted_(least) {}
 
   // The ids that are certain by now; with `last` all that are left.
   py::list feed(py::handle chunk, bool last) {
@@ -500,7 +516,7 @@ class StreamEncoder {
   Policy policy_;
   std::mutex mutex_;
   std::string pending_;
-  After after_ = After::kNothing;  // what is before it
+  After after_;         // what is before it
   std::string before_;  // the last of what is encoded: a token that must not occur may begin in it
   size_t least_, wanted_;
 };
@@ -538,9 +554,9 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .value("always", Prefix::kEach);
   py::class_<Characters>(m, "Characters")
       .def(py::init([](std::vector<uint32_t> byte_ids, std::optional<uint32_t> unknown, bool fuses_unknown,
-                       Prefix prefix, bool doubled, bool before_spaces, bool tied) {
+                       Prefix prefix, bool doubled, bool before_spaces, std::vector<uint32_t> tied) {
              return Characters{std::move(byte_ids), unknown,       fuses_unknown,
-                               {prefix, doubled},   before_spaces, tied};
+                               {prefix, doubled},   before_spaces, std::move(tied)};
            }),
            py::arg("byte_ids"), py::arg("unknown"), py::arg("fuses_unknown"), py::arg("prefix"), py::arg("doubled"),
            py::arg("before_spaces"), py::arg("tied"));
@@ -560,9 +576,13 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .def("decode_text", &PyEncoder::decode_text, py::arg("ids"))
       .def("merge_piece", &PyEncoder::merge_piece, py::arg("piece"), py::arg("below"));
 
+  py::enum_<After>(m, "After")
+      .value("nothing", After::kNothing)
+      .value("special", After::kSpecial)
+      .value("text", After::kText);
   py::class_<StreamEncoder>(m, "StreamEncoder")
-      .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t>(), py::arg("encoder"), py::arg("policy"),
-           py::arg("least"))
+      .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t, After>(), py::arg("encoder"), py::arg("policy"),
+           py::arg("least"), py::arg("after"))
       .def("feed", &StreamEncoder::feed, py::arg("chunk"), py::arg("last"));
 
   py::class_<WordCounter>(m, "WordCounter")

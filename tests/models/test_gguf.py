@@ -212,9 +212,9 @@ def test_other_models_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama': only 'gpt2'"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert': known are 'gpt2', byte-level BPE, and 'llama'"),
         ({"pre": "other"}, "tokenizer.ggml.pre 'other': known are gpt-2, smollm"),
-        ({"token_type": [1]}, "264 tokenizer.ggml.tokens and 1 types of them"),
+        ({"token_type": [1]}, "264 tokenizer.ggml.tokens and 1 numbers in token_type"),
         ({"merges": ["a b c"]}, "the merge 'a b c': expected two tokens"),
         ({"merges": None}, "lacks tokenizer.ggml.merges, a list of strings"),
         ({"tokens": ["a"] * 264}, "has a token of tokenizer.ggml.tokens twice"),

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <span>
-#include <string>
 #include <stdexcept>
+#include <string>
 
 namespace cs336::text {
 Encoder::Lease::Lease(const Encoder& encoder) : encoder_(encoder) {
@@ -130,7 +130,8 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id
   });
 }
 
-// Text whose spaces may be written as marks, and where one may go before it. That takes a copy of the first piece alone.
+// Text whose spaces may be written as marks, and where one may go before it. That takes a copy of the first piece
+// alone.
 template <class Id>
 void Encoder::encode_by_chars(WordCache& cache, std::string_view text, After after, Buffer<Id>& out) const {
   std::string copy;

@@ -120,6 +120,10 @@ void Merger::add(const TokenBytes& tokens, const Merge& m) {
   ranks_.add(m.left, m.right, m.rank);
   if (m.rank >= results_.size()) results_.resize(m.rank + 1, kNoId);
   results_[m.rank] = m.result;
+  if (m.order != kNoRank) {
+    orders_.resize(results_.size());
+    orders_[m.rank] = m.order;
+  }
   const std::string_view left = tokens[m.left], right = tokens[m.right];
   if (left.size() != 1 || right.size() != 1) return;
   byte_ranks_[static_cast<uint8_t>(left[0]) << 8 | static_cast<uint8_t>(right[0])] = ranks_.find(m.left, m.right);
@@ -170,14 +174,14 @@ size_t Merger::merge(std::string_view piece, uint32_t below, uint32_t* out) cons
                               : merge_many(bytes, piece.size(), below, out);
 }
 
-// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token
-// and the next, then its place: the smallest is the merge to do, the leftmost of equals. Keys of 64 bits, since the
-// compiler would find the smallest of shorter ones in vectors, which wait for the keys just written.
+// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the order of the merge of a token
+// and the next, its place, and its rank: the smallest is the merge to do, the leftmost of equals. Keys of 64 bits,
+// since the compiler would find the smallest of shorter ones in vectors, which wait for the keys just written.
 size_t Merger::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
-  constexpr int kPlaceBits = 8;
+  constexpr int kPlaceBits = 8, kRankBits = 24;
   std::array<uint64_t, kFew> keys;
   const auto set = [&](size_t i, uint32_t rank) {
-    keys[i] = rank < below ? uint64_t{rank} << kPlaceBits | i : UINT64_MAX;
+    keys[i] = rank < below ? (uint64_t{order_of(rank)} << kPlaceBits | i) << kRankBits | rank : UINT64_MAX;
   };
   uint64_t alive = 0;
   begin(piece, size, [&](size_t i, uint32_t id) {
@@ -202,8 +206,8 @@ size_t Merger::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint
       for (; alive != 0; alive &= alive - 1) out[count++] = out[std::countr_zero(alive)];
       return count;
     }
-    const size_t i = best & (kFew - 1);
-    out[i] = results_[best >> kPlaceBits];
+    const size_t i = best >> kRankBits & (kFew - 1);
+    out[i] = results_[best & kMaxId];
     uint64_t later = alive & ~uint64_t{1} << i;
     const int gone = std::countr_zero(later);
     later &= later - 1;
@@ -225,8 +229,8 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
     uint32_t rank;  // of the merge with the next
   };
   struct Candidate {
-    uint32_t rank, position;
-    bool operator>(const Candidate& o) const { return rank != o.rank ? rank > o.rank : position > o.position; }
+    uint32_t order, position;
+    bool operator>(const Candidate& o) const { return order != o.order ? order > o.order : position > o.position; }
   };
   std::vector<Node> nodes(size);
   std::vector<Candidate> candidates;
@@ -245,17 +249,17 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
     node.rank = node.next <= last ? ranks_.find(node.id, nodes[node.next].id) : kNoRank;
-    if (node.rank < below) queue.push({node.rank, i});
+    if (node.rank < below) queue.push({order_of(node.rank), i});
   };
   for (uint32_t i = 0; i < last; i = nodes[i].next, poll()) update(i);
   for (; !queue.empty(); poll()) {
     const Candidate top = queue.top();
     queue.pop();
     Node& node = nodes[top.position];
-    if (node.rank != top.rank) continue;  // one of the two has been merged since
+    if (node.rank == kNoRank || order_of(node.rank) != top.order) continue;  // one of the two has been merged since
     Node& gone = nodes[node.next];
     gone.rank = kNoRank;
-    node.id = results_[top.rank];
+    node.id = results_[node.rank];
     node.next = gone.next;
     if (node.next <= last) nodes[node.next].previous = top.position;
     update(top.position);

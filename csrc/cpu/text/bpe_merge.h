@@ -46,7 +46,9 @@ struct Alphabet {
 };
 
 struct Merge {
-  uint32_t left, right, result, rank;
+  uint32_t left, right, result;
+  uint32_t rank;             // one result has each
+  uint32_t order = kNoRank;  // of merges that go by place where several ranks share it; else the rank
 };
 
 // (left, right) -> rank, in eight bytes a merge: what is not in a processor's cache costs more than all else.
@@ -111,7 +113,10 @@ class Merger {
   Alphabet alphabet_;
   std::vector<uint32_t> byte_ranks_;  // of the merge of each two bytes, left * 256 + right
   MergeTable ranks_;
+  uint32_t order_of(uint32_t rank) const { return orders_.empty() ? rank : orders_[rank]; }
+
   std::vector<uint32_t> results_;  // by rank
+  std::vector<uint32_t> orders_;   // by rank, or none
 };
 
 }  // namespace cs336::text

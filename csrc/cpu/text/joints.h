@@ -18,7 +18,8 @@ constexpr std::string_view kSpaceMarkUtf8 = "\xE2\x96\x81";
 class Joints {
  public:
   // tokens: those that merges make, with spaces for marks. known: characters that are tokens, where a run of others is
-  // one token; empty where each of them is encoded for itself. before_spaces: cut before each space, whatever the tokens.
+  // one token; empty where each of them is encoded for itself. before_spaces: cut before each space, whatever the
+  // tokens.
   Joints(const std::vector<std::string_view>& tokens, std::vector<bool> known, bool before_spaces);
 
   // As the two functions of this name in pretokenize.h; split takes any capacity from 1 on.

@@ -100,7 +100,9 @@ size_t cut(std::string_view text, bool last, size_t part_size, const Splitter& s
   const size_t held = last || specials.longest() == 0 ? 0 : specials.longest() - 1;
   size_t decided = text.size() - std::min(text.size(), held);
   if (!last && specials.strips_left()) {  // white space that such a token may take; all but ASCII could be some
-    const auto may_be_white = [](char c) { return static_cast<int8_t>(c) < 0 || kClassOf[static_cast<uint8_t>(c)] & kSpace; };
+    const auto may_be_white = [](char c) {
+      return static_cast<int8_t>(c) < 0 || kClassOf[static_cast<uint8_t>(c)] & kSpace;
+    };
     while (decided > 0 && may_be_white(text[decided - 1])) --decided;
   }
   size_t done = 0;
