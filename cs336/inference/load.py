@@ -60,8 +60,8 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
-    """The tokenizer.json, or else tokenizer.model, that belongs to the model at `path`: beside it, in its run directory or that one's export, or
-    with the base model of an adapter.
+    """The tokenizer.json, or else the tokenizer.model, that belongs to the model at `path`: beside it, in its run
+    directory or that one's export, or with the base model of an adapter.
 
     Raises FileNotFoundError where there is none.
     """

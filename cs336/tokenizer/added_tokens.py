@@ -38,5 +38,7 @@ def read_added_tokens(document: dict[str, Any], vocab: dict[str, int], may_strip
                     "do: this tokenizer takes the first of a text"
                 )
     if strips and (white := next((text for text in ids if text != text.strip()), None)):
-        raise ValueError(f"an added token takes the white space beside it, with which another, {white!r}, begins or ends")
+        raise ValueError(
+            f"an added token takes the white space beside it, with which another, {white!r}, begins or ends"
+        )
     return ids

@@ -96,7 +96,7 @@ def place_characters(
     special_tokens: Iterable[str] | dict[str, int] | None,
     merges: list[tuple[bytes, bytes]],
 ) -> tuple[dict[str, int], set[int]]:
-    """`place_specials` for SentencePiece's kind. A special token that text can come to is ordinary too, under its id."""
+    """`place_specials` for SentencePiece's kind. A special token that merges come to is ordinary too, under its id."""
     for byte, i in enumerate(kind.byte_ids):
         if vocab.get(i) != bytes([byte]):
             raise ValueError(f"the id {i} of the byte {byte} is {vocab.get(i)!r} in the vocabulary")

@@ -119,7 +119,9 @@ def _spaces_of(document: dict[str, Any], without_normalizer: bool) -> tuple[Any,
         raise ValueError(f"its Metaspace has {shortened(step['replacement'])} for a space, expected {MARK!r}")
     scheme = step.get("prepend_scheme", "always") if step.get("add_prefix_space", True) else "never"
     if scheme not in ("first", "always", "never"):
-        raise ValueError(f'its Metaspace has the prepend_scheme {shortened(scheme)}, expected "first", "always", "never"')
+        raise ValueError(
+            f'its Metaspace has the prepend_scheme {shortened(scheme)}, expected "first", "always", "never"'
+        )
     return scheme, False, bool(step.get("split", True)), False
 
 
@@ -128,7 +130,9 @@ def _byte_ids(model: dict[str, Any], ids: dict[str, int]) -> tuple[int, ...]:
         return ()
     names = [byte_token(byte) for byte in range(256)]
     if lacking := [name for name in names if name not in ids]:
-        raise ValueError(f"its model has byte_fallback, and its vocabulary lacks {lacking[0]} and {len(lacking) - 1} more")
+        raise ValueError(
+            f"its model has byte_fallback, and its vocabulary lacks {lacking[0]} and {len(lacking) - 1} more"
+        )
     return tuple(ids[name] for name in names)
 
 
@@ -136,8 +140,8 @@ def _unknown(model: dict[str, Any], ids: dict[str, int]) -> int:
     text = model.get("unk_token")
     if text not in ids:
         raise ValueError(
-            f"its model has no byte_fallback, and the unk_token {shortened(text)}: expected one of its vocabulary, since "
-            "without it a character that is no token would be left out"
+            f"its model has no byte_fallback, and the unk_token {shortened(text)}: expected one of its vocabulary, "
+            "since without it a character that is no token would be left out"
         )
     return ids[text]
 
@@ -197,7 +201,8 @@ def _begin(document: dict[str, Any]) -> tuple[int, ...]:
 def write_json(path: str | os.PathLike, parts: Parts, fingerprint: str) -> None:
     """Write a tokenizer.json of format 2 (see cs336/tokenizer/formats.py), whole or not at all."""
     kind, specials, merges = parts.sentencepiece, parts.special_tokens, parts.merges
-    assert kind is not None and merges is not None
+    assert kind is not None
+    assert merges is not None
     hidden = {i for text, i in specials.items() if parts.vocab[i] == text.encode()}
     vocab = {text: i for i, text in kind.spelled(parts.vocab).items() if i not in hidden}
     for text, i in specials.items():

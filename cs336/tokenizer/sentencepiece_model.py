@@ -67,8 +67,8 @@ def read_model(path: str | os.PathLike) -> Parts:
 def parts_of_pieces(pieces: Sequence[Piece], has_prefix: bool, begin: int | None) -> Parts:
     """A tokenizer whose ids are the places of its tokens.
 
-    has_prefix: a space comes before a text, and a text begins after each special token and each of a user's. begin: what comes before each text, if a model
-    expects it.
+    has_prefix: a space comes before a text, and a text begins after each special token and each of a user's.
+    begin: what comes before each text, if a model expects it.
     Raises ValueError for tokens that are none, and for what SentencePiece does and a Tokenizer does not.
     """
     place = {piece.text: i for i, piece in enumerate(pieces)}

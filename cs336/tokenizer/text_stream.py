@@ -7,8 +7,8 @@ from collections.abc import Sequence
 class TextStream:
     """Text of tokens as they come: whole characters, cut before the first stop string.
 
-    What may yet become a stop string is held back until it does or cannot. at_start: a text begins here, so that a space
-    at its front is left out where the tokenizer's encoding puts one there.
+    What may yet become a stop string is held back until it does or cannot. at_start: a text begins here, so that a
+    space at its front is left out where the tokenizer's encoding puts one there.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), at_start: bool = False):

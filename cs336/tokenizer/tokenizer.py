@@ -37,7 +37,8 @@ NO_RANK = (1 << 32) - 1  # below which all merges are
 
 
 class Tokenizer:
-    """A BPE tokenizer of bytes or, of SentencePiece's kind, of characters. Immutable, picklable, and safe to use from several threads at once, and after a fork.
+    """A BPE tokenizer of bytes or, of SentencePiece's kind, of characters. Immutable, picklable, and safe to use from
+    several threads at once, and after a fork.
 
     Each thread of a call uses a cache of at most 22 MB, or of a few times the size of the vocabulary if that is more,
     which is kept for later calls.

@@ -19,6 +19,7 @@ from cs336.models.gguf.reader import GGUF
 from cs336.models.huggingface.family import renamed
 from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.formats import spell
+from tests.tokenizer.sentencepieces import by_scores, pieces
 
 CONFIG = TransformerConfig(264, 24, 2, 32, 4, 2, d_ff=64, rope_interleaved=True, rope_theta=500.0, tie_embeddings=True)
 TYPES = {int: (4, "I"), float: (6, "f"), bool: (7, "?")}
@@ -177,6 +178,29 @@ def test_the_tokenizer(tmp_path):
     sample = "the heart of 123, naïve<|im_end|>"
     assert found.encode(sample, allowed_special="all") == want.encode(sample, allowed_special="all")
     assert found.special_tokens == specials
+
+
+def test_a_tokenizer_of_sentencepiece(tmp_path):
+    given = pieces()
+    changed = {"model": "llama", "tokens": [p[0] for p in given], "scores": [p[1] for p in given]}
+    changed |= {"token_type": [p[2] for p in given], "bos_token_id": 1, "eos_token_id": 2}
+    pairs = {k: v for k, v in metadata().items() if not k.startswith("tokenizer.ggml")}
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    found = load_tokenizer(path)
+    assert found.begin_ids == (1,)
+    assert found.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for sample in ("the other   one\n\u4e2d\u6587 \U0001f601", ""):
+        assert found.encode(sample) == by_scores(given, sample)
+        assert found.decode(found.encode(sample)) == sample
+    changed |= {"add_bos_token": False, "add_space_prefix": False}
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    bare = load_tokenizer(path)
+    assert bare.begin_ids == ()
+    assert bare.encode(" the") == found.encode("the")
+    changed["scores"] = [0.0]
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    with pytest.raises(ValueError, match=rf"{len(given)} tokenizer\.ggml\.tokens and 1 numbers in scores"):
+        load_tokenizer(path)
 
 
 def test_conversations_are_written_by_the_template_of_the_file(tmp_path):

@@ -1,5 +1,6 @@
 """Small tokenizers of SentencePiece's kind, as files of others have them, and texts that are hard for them."""
 
+import itertools
 import random
 import struct
 
@@ -112,7 +113,11 @@ def pieces():
     """(text, score, kind) of each token: as in Llama's, runs of spaces have one score, the lowest."""
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
     return [
-        (text, -1e9 if set(text) == {MARK} and len(text) > 1 else 0.0 if text in kinds else -float(i), kinds.get(text, 1))
+        (
+            text,
+            -1e9 if set(text) == {MARK} and len(text) > 1 else 0.0 if text in kinds else -float(i),
+            kinds.get(text, 1),
+        )
         for text, i in vocabulary().items()
     ]
 
@@ -128,7 +133,7 @@ def by_scores(given, text):
     ids = {piece: i for i, (piece, _, _) in enumerate(given)}
     parts = list((MARK + text.replace(" ", MARK)) if text else "")
     while True:
-        found = [(-scores[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in scores]
+        found = [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
         if not found:
             break
         _, i = min(found)

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from cs336.cli import main
 from cs336.tokenizer import Tokenizer, convert
 from cs336.tokenizer import tokenizer as tokenizer_module
 from cs336.tokenizer.sentencepiece import SentencePiece
@@ -63,7 +64,8 @@ def test_saved_it_is_the_same(layout, read, tmp_path):
     ours = read(document(layout))
     ours.save(tmp_path / "saved.json")
     for again in (Tokenizer.load(tmp_path / "saved.json"), convert.load(tmp_path / "saved.json"), copy.copy(ours)):
-        assert again == ours and again.special_tokens == ours.special_tokens
+        assert again == ours
+        assert again.special_tokens == ours.special_tokens
         assert again.encode(SAID) == ours.encode(SAID)
     assert pickle.loads(pickle.dumps(ours)) == ours
     assert ours != read(document(layout, fallback=False))
@@ -91,7 +93,8 @@ def test_one_text_on_several_threads(layout, read):
     assert len(text) > 1 << 20  # which several threads share
     assert ours.encode(text, num_threads=3) == ours.encode(text)
     ids, offsets = ours.encode_batch_numpy([text, SAID, ""], num_threads=3)
-    assert ids.tolist() == ours.encode(text) + ours.encode(SAID) and offsets[-1] == offsets[-2]
+    assert ids.tolist() == ours.encode(text) + ours.encode(SAID)
+    assert offsets[-1] == offsets[-2]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -111,8 +114,10 @@ def test_tokens_and_offsets(read):
     assert ours.decode_bytes(ids) == ours.decode(ids).encode()
     assert ours.decode_bytes(ids, at_start=False) == b" " + ours.decode(ids).encode()
     assert ours.decode_batch([ids, ids[1:]]) == ["the other \u4e2d\n", "other \u4e2d\n"]
-    assert ours.token_to_id(" the") == ids[0] and ours.token_to_id(b"\n") == ids[-1] == 3 + 10
-    assert ours.pattern == "sentencepiece" and ours.strips_space
+    assert ours.token_to_id(" the") == ids[0]
+    assert ours.token_to_id(b"\n") == ids[-1] == 3 + 10
+    assert ours.pattern == "sentencepiece"
+    assert ours.strips_space
     assert not read(document("gemma")).strips_space
 
 
@@ -129,7 +134,8 @@ def test_a_text_that_goes_on(read):
 def test_tokens_that_are_not_special_are_in_any_text(read):
     ours = read(document())
     tool = ours.special_tokens["<tool>"]
-    assert tool in ours.encode("a <tool> b") and tool in ours.encode_ordinary("a<tool>b")
+    assert tool in ours.encode("a <tool> b")
+    assert tool in ours.encode_ordinary("a<tool>b")
     with pytest.raises(ValueError, match="special token </s>, which is not allowed here"):
         ours.encode("a</s>")
     assert 2 not in ours.encode_ordinary("a</s>")
@@ -163,27 +169,33 @@ def with_token(layout="llama", **flags):
     return content
 
 
+FIRST, NFKC = document("first"), {"type": "Sequence", "normalizers": [{"type": "NFKC"}, LAYOUTS["llama"][0]]}
+MORE = vocabulary() | {"qqq": len(vocabulary())}
+FEW = {"<unk>": 0, "<s>": 1, "</s>": 2, MARK: 3, "a": 4}
 REFUSED = {
-    "other normalizer": (changed(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, *LAYOUTS["llama"][0]["normalizers"]]}), 'the normalizer {"type": "NFKC"}'),
+    "other normalizer": (changed(normalizer=NFKC), 'the normalizer {"type": "NFKC"}'),
     "two prefixes": (changed(pre_tokenizer=metaspace("first", False)), "pre_tokenizer has .* behind a normalizer"),
-    "another mark": (document("first") | {"pre_tokenizer": metaspace("first", False) | {"replacement": "_"}}, 'has "_" for a space'),
-    "scheme": (document("first") | {"pre_tokenizer": metaspace("last", False)}, 'prepend_scheme "last"'),
+    "another mark": (
+        FIRST | {"pre_tokenizer": metaspace("first", False) | {"replacement": "_"}},
+        'has "_" for a space',
+    ),
+    "scheme": (FIRST | {"pre_tokenizer": metaspace("last", False)}, 'prepend_scheme "last"'),
     "no decoder": (changed(decoder=None), "its decoder is null, expected Replace"),
     "decoder": (changed(decoder={"type": "ByteLevel"}), "its decoder is .*ByteLevel"),
     "dropout": (document(dropout=0.1), "its model has dropout = 0.1"),
     "suffix": (document(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    "no bytes": (document(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, MARK: 3, "a": 4}, extra=False), "lacks <0x00> and 255 more"),
+    "no bytes": (document(vocab=FEW, extra=False), "lacks <0x00> and 255 more"),
     "nothing unknown": (document(fallback=False, unk_token=None), "no byte_fallback, and the unk_token null"),
     "a merge of none": (document(merges=[["q", "zz"]]), "merge 0, of 'q' and 'zz', has 'zz', which is no token"),
     "a merge to none": (document(merges=[["q", "z"]]), "needs the token b'qz'"),
     "half a merge": (document(merges=["the"]), 'merge 0 is "the", expected two tokens'),
     "an id twice": (document(vocab=vocabulary() | {"qq": 300}, extra=False), "gives an id to two tokens"),
     "an id": (document(vocab=vocabulary() | {"qq": "x"}), "ids must be integers: that of 'qq'"),
-    "whole pieces": (document(ignore_merges=True, vocab=vocabulary() | {"qqq": len(vocabulary())}, extra=False), "merges do not come to its token b'qqq'"),
+    "whole pieces": (document(ignore_merges=True, vocab=MORE, extra=False), "merges do not come to its token b'qqq'"),
     "normalized": (with_token(normalized=True), "'[X]' is looked for after spaces became"),
     "word": (with_token(single_word=True), "takes white space or word ends into account"),
     "its id": (changed(added_tokens=[added("<x>", 9)]), "has the id 9, and Hugging Face's tokenizers would make it"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -201,7 +213,9 @@ def test_what_comes_to_the_same_is_read(read):
     assert read(document(merges=joined)).encode(SAID) == expected
     old = document("first") | {"pre_tokenizer": {"type": "Metaspace", "replacement": MARK, "add_prefix_space": True}}
     assert read(old).encode(" the") == read(document("words")).encode(" the")
-    assert read(with_token("gemma", normalized=True), allowed_special="all").encode("a [X]")[-1] == len(vocabulary()) + 4
+    assert (
+        read(with_token("gemma", normalized=True), allowed_special="all").encode("a [X]")[-1] == len(vocabulary()) + 4
+    )
 
 
 def test_other_formats_cannot_hold_it(read, tmp_path):
@@ -225,7 +239,9 @@ def test_ids_are_those_of_the_scores(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_file())
     ours = convert.load(path)
-    assert ours.begin_ids == (1,) and ours.strips_space and list(ours.special_tokens) == ["<unk>", "<s>", "</s>"]
+    assert ours.begin_ids == (1,)
+    assert ours.strips_space
+    assert list(ours.special_tokens) == ["<unk>", "<s>", "</s>"]
     ours.save(tmp_path / "tokenizer.json")
     assert Tokenizer.load(tmp_path / "tokenizer.json") == ours
     given = pieces()
@@ -271,8 +287,41 @@ def test_tokens_of_a_user_are_in_any_text(tmp_path):
     ours.save(tmp_path / "t.json")
     assert Tokenizer.load(tmp_path / "t.json") == ours
     ids = ours.encode("the\n\nx   y")
-    assert [ours.token_bytes(i) for i in ids] == [*(ours.token_bytes(i) for i in ours.encode("the")), b"\n\n", b"x", b"   ", b"y"]
+    assert [ours.token_bytes(i) for i in ids] == [
+        *(ours.token_bytes(i) for i in ours.encode("the")),
+        b"\n\n",
+        b"x",
+        b"   ",
+        b"y",
+    ]
     assert np.array_equal(ours.encode_batch_numpy(["the\n\nx   y"])[0], ids)
+
+
+def test_the_command_line(tmp_path, capfdbinary):
+    model, saved, text = tmp_path / "tokenizer.model", tmp_path / "tokenizer.json", tmp_path / "text"
+    model.write_bytes(model_file())
+    data = (SAID + " \u4e2d\n").encode() * 3
+    text.write_bytes(data)
+    assert main(["tokenizer", "convert", str(model), str(saved)]) == 0
+    printed = []
+    for path in (model, saved):
+        capfdbinary.readouterr()
+        assert main(["tokenizer", "encode", str(path), str(text)]) == 0
+        printed.append(capfdbinary.readouterr().out)
+    assert printed[0] == printed[1]
+    assert [int(i) for i in printed[0].split()] == convert.load(model).encode(data)
+    (tmp_path / "ids").write_bytes(printed[0])
+    assert main(["tokenizer", "decode", str(saved), str(tmp_path / "ids")]) == 0
+    assert capfdbinary.readouterr().out == data
+    assert main(["tokenizer", "inspect", str(model)]) == 0
+    assert b"sentencepiece" in capfdbinary.readouterr().out
+    assert main(["tokenizer", "inspect", str(saved), "--text", "the\u4e2d"]) == 0
+    assert "' the'" in capfdbinary.readouterr().out.decode()
+    assert main(["tokenizer", "compare", str(model), str(saved), "--text", str(text)]) == 0
+    rows = capfdbinary.readouterr().out.decode().splitlines()[1:]
+    assert len(rows) == 2
+    assert rows[0].split()[:3] == rows[1].split()[:3]
+    assert main(["tokenizer", "convert", str(model), str(tmp_path / "ranks.tiktoken")]) == 2
 
 
 def test_messages_name_the_file(tmp_path):
