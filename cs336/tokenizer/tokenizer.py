@@ -355,7 +355,7 @@ class Tokenizer:
         that is a regular expression all text between two special tokens.
         """
         policy = self._get_policy(allowed_special, disallowed_special)
-        stream = _text.StreamEncoder(self._core, policy, STREAM_STEP, _text.After.nothing)
+        stream = _text.StreamEncoder(self._core, policy, STREAM_STEP)
         held = ""  # the first half of a surrogate pair
         for chunk in chunks:
             if not isinstance(chunk, str):

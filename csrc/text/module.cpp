@@ -582,7 +582,7 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .value("text", After::kText);
   py::class_<StreamEncoder>(m, "StreamEncoder")
       .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t, After>(), py::arg("encoder"), py::arg("policy"),
-           py::arg("least"), py::arg("after"))
+           py::arg("least"), py::arg("after") = After::kNothing)
       .def("feed", &StreamEncoder::feed, py::arg("chunk"), py::arg("last"));
 
   py::class_<WordCounter>(m, "WordCounter")

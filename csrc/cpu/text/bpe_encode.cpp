@@ -130,11 +130,8 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id
   });
 }
 
-// Text whose spaces may be written as marks, and where one may go before it. That takes a copy of the first piece
-// alone.
-template <class Id>
-void Encoder::encode_by_chars(WordCache& cache, std::string_view text, After after, Buffer<Id>& out) const {
-  std::string copy;
+// Spaces may be written as marks: then `text` becomes that of `copy`, which has spaces for them.
+std::string Encoder::take_first(std::string_view& text, After after, std::string& copy) const {
   if (memmem(text.data(), text.size(), kSpaceMarkUtf8.data(), kSpaceMarkUtf8.size()) != nullptr) {
     for (size_t at = 0; at < text.size();) {
       const size_t mark = std::min(text.find(kSpaceMarkUtf8, at), text.size());
@@ -145,13 +142,13 @@ void Encoder::encode_by_chars(WordCache& cache, std::string_view text, After aft
     text = copy;
   }
   const bool begins = after == After::kNothing || (after == After::kSpecial && front_.prefix == Prefix::kEach);
-  if (begins && front_.prefix != Prefix::kNone && (front_.doubled || text[0] != ' ')) {
-    size_t end;
-    splitter_.joints()->split(text, 0, &end, 1);
-    encode_ordinary(cache, std::string(" ").append(text, 0, end), out);
-    text.remove_prefix(end);
-  }
-  encode_ordinary(cache, text, out);
+  if (!begins || front_.prefix == Prefix::kNone || (text[0] == ' ' && !front_.doubled)) return {};
+  size_t end;
+  splitter_.joints()->split(text, 0, &end, 1);
+  std::string first = " ";
+  first.append(text, 0, end);
+  text.remove_prefix(end);
+  return first;
 }
 
 template <class Id>
@@ -161,12 +158,11 @@ void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segm
     out.advance(1);
     return;
   }
-  const std::string_view part = text.substr(segment.begin, segment.end - segment.begin);
-  if (splitter_.joints() != nullptr) {
-    encode_by_chars(cache, part, segment.after, out);
-  } else {
-    encode_ordinary(cache, part, out);
-  }
+  std::string_view rest = text.substr(segment.begin, segment.end - segment.begin);
+  std::string first, copy;
+  if (splitter_.joints() != nullptr) first = take_first(rest, segment.after, copy);
+  const std::array<std::string_view, 2> parts = {first, rest};
+  for (size_t i = first.empty() ? 1 : 0; i < parts.size(); ++i) encode_ordinary(cache, parts[i], out);
 }
 
 template <class Id>

@@ -83,8 +83,8 @@ class Encoder {
   };
   template <class Id>
   void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
-  template <class Id>
-  void encode_by_chars(WordCache& cache, std::string_view text, After after, Buffer<Id>& out) const;
+  // By characters: takes the first piece off a text that a space goes before, and returns both together.
+  std::string take_first(std::string_view& text, After after, std::string& copy) const;
   template <class Id>
   void encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const;
   template <class Id>

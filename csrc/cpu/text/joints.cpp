@@ -51,7 +51,7 @@ bool Joints::apart_anywhere(uint32_t left, uint32_t right) const {
   return !together_[place_of(left, right)];
 }
 
-size_t Joints::split(std::string_view text, size_t begin, size_t* ends, size_t capacity) const {
+[[gnu::noinline]] size_t Joints::split(std::string_view text, size_t begin, size_t* ends, size_t capacity) const {
   size_t count = 0;
   CodePoint c = char_at(text, begin);
   uint32_t left = c.code;

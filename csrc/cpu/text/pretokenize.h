@@ -55,8 +55,12 @@ class Splitter {
     std::array<size_t, kBatch> ends;
     for (size_t begin = 0; begin < text.size();) {
       poll();
-      const size_t count = joints_ ? joints_->split(text, begin, ends.data(), ends.size())
-                                   : split(pattern_, text, begin, ends.data(), ends.size());
+      size_t count;
+      if (joints_ == nullptr) [[likely]] {
+        count = split(pattern_, text, begin, ends.data(), ends.size());
+      } else {
+        count = joints_->split(text, begin, ends.data(), ends.size());
+      }
       batch(begin, static_cast<const size_t*>(ends.data()), count);
       begin = ends[count - 1];
     }
