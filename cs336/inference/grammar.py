@@ -109,7 +109,7 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer, vocab_size: int):
-        vocab, special = tokenizer.vocab, set(tokenizer.special_tokens.values())
+        vocab, special = tokenizer.vocab, tokenizer.special_ids
         self.eos_token_id = vocab_size
         self.tokens = [vocab.get(i, b"") for i in range(vocab_size)] + [b"<end>"]
         self.special_token_ids = [i for i in range(vocab_size + 1) if i in special or i not in vocab]

@@ -38,8 +38,13 @@ def encode_prompts(model: Transformer, tokenizer, prompts: Sequence[str]) -> lis
 
 
 def text_stream(tokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> TextStream:
-    """Of what comes behind a prompt: a text begins there if the prompt has none."""
-    return TextStream(tokenizer, stop, at_start=all(i in tokenizer.special_ids for i in prompt_ids))
+    """Of what comes behind a prompt."""
+    return TextStream(tokenizer, stop, at_start=begins_text(tokenizer, prompt_ids))
+
+
+def begins_text(tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether a text begins behind a prompt, which has none."""
+    return all(i in tokenizer.special_ids for i in prompt_ids)
 
 
 def unused_ids(model: Transformer, tokenizer) -> list[int]:

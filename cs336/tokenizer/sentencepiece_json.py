@@ -66,7 +66,7 @@ def parts_of_characters(document: dict[str, Any], without_normalizer: bool = Fal
         found=frozenset(token["content"] for token in added if not token.get("special")),
         left=frozenset(token["content"] for token in added if token.get("lstrip")),
         right=frozenset(token["content"] for token in added if token.get("rstrip")),
-        begin=_begin(document),
+        begin=_begin(document, specials),
         tied=_tied(model),
     )
     return Parts(vocab, merges, specials, "", kind)
@@ -138,7 +138,7 @@ def _byte_ids(model: dict[str, Any], ids: dict[str, int]) -> tuple[int, ...]:
 
 def _unknown(model: dict[str, Any], ids: dict[str, int]) -> int:
     text = model.get("unk_token")
-    if text not in ids:
+    if not isinstance(text, str) or text not in ids:
         raise ValueError(
             f"its model has no byte_fallback, and the unk_token {shortened(text)}: expected one of its vocabulary, "
             "since without it a character that is no token would be left out"
@@ -183,7 +183,7 @@ def _decoder_strips(document: dict[str, Any], vocab: dict[int, bytes], has_bytes
     )
 
 
-def _begin(document: dict[str, Any]) -> tuple[int, ...]:
+def _begin(document: dict[str, Any], specials: dict[str, int]) -> tuple[int, ...]:
     """The ids that its post-processor puts before a text."""
     ids: list[int] = []
     for step in _steps(document, "post_processor", "processors"):
@@ -191,10 +191,12 @@ def _begin(document: dict[str, Any]) -> tuple[int, ...]:
             continue
         tokens = field(step, "special_tokens", dict, "post_processor")
         for part in field(step, "single", list, "post_processor"):
-            if "SpecialToken" not in part:
+            if not isinstance(part, dict) or "SpecialToken" not in part:
                 break
             name = field(part["SpecialToken"], "id", str, "post_processor")
             ids += field(field(tokens, name, dict, "special_tokens"), "ids", list, name)
+    if bad := [i for i in ids if i not in specials.values()]:
+        raise ValueError(f"its post_processor puts {bad[0]!r} before a text, which is no id of an added token")
     return tuple(ids)
 
 

@@ -294,7 +294,7 @@ class Tokenizer:
         """
         policy = self._get_policy(allowed_special, disallowed_special)
         if len(behind):
-            after = _text.After.special if behind[-1] in self.special_ids else _text.After.text
+            after = _text.After.special if behind[-1] in self._specials.values() else _text.After.text
             return _text.StreamEncoder(self._core, policy, STREAM_STEP, after).feed(text, True)
         return self._core.encode_batch([text], policy, thread_count(num_threads))[0]
 
@@ -418,10 +418,10 @@ class Tokenizer:
         data = self._core.decode(ids)
         return data.removeprefix(b" ") if at_start and self.strips_space else data
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], at_start: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
         text = self._core.decode_text(ids)
-        return text.removeprefix(" ") if self.strips_space else text
+        return text.removeprefix(" ") if at_start and self.strips_space else text
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
         """`decode` for many rows of ids."""
@@ -523,7 +523,9 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        return frozenset(self._specials.values())
+        """Of the special tokens but those that any text is searched for, which are text."""
+        found = self._kind.found if self._kind else ()
+        return frozenset(i for text, i in self._specials.items() if text not in found)
 
     @property
     def pattern(self) -> str:

@@ -1,14 +1,16 @@
 """A Llama-shaped export with a tokenizer of SentencePiece's kind: prompts, chats, streams, stops and grammars."""
 
 import json
+import urllib.request
 
 import pytest
 import torch
+from inference.serving import listening
 
 from cs336.alignment.examples import encode_completion
 from cs336.alignment.sft import encode_chat
 from cs336.evaluation.tasks.likelihood import loglikelihoods, rolling
-from cs336.inference import LLM, SamplingParams, generate
+from cs336.inference import LLM, BeamParams, SamplingParams, beam_search, generate
 from cs336.inference.generate import stream
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
@@ -68,6 +70,12 @@ def test_text_goes_on_where_the_prompt_ends(llm):
     assert llm.generate([""], only_the(llm))[0].text == "the the the"
 
 
+def test_beams_go_on_too(llm):
+    (best,) = beam_search(llm.model, llm.tokenizer, ["the other"], BeamParams(beams=2, max_tokens=8))
+    data = b"".join(llm.tokenizer.token_bytes(i) for i in best.token_ids)
+    assert best.text == data.decode(errors="replace")
+
+
 def only_the(llm, **options):
     return SamplingParams(temperature=0, max_tokens=3, logit_bias={llm.tokenizer.token_to_id(" the"): 100.0}, **options)
 
@@ -123,3 +131,20 @@ def test_bytes_of_a_vocabulary_are_those_of_text(llm):
     vocab = llm.tokenizer.vocab
     assert vocab[llm.tokenizer.encode("the")[0]] == b" the"
     assert vocab[3 + 0xE4] == b"\xe4"
+
+
+def test_the_server_shows_a_prompt_as_it_was_written(llm):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("prometheus_client")
+    with listening(llm) as (_, port):
+
+        def post(route, **body):
+            data = json.dumps({"prompt": "the other"} | body).encode()
+            url, head = f"http://127.0.0.1:{port}{route}", {"Content-Type": "application/json"}
+            with urllib.request.urlopen(urllib.request.Request(url, data, head)) as answer:
+                return json.load(answer)
+
+        (choice,) = post("/v1/completions", echo=True, max_tokens=0)["choices"]
+        assert choice["text"] == "the other"
+        assert post("/tokenize")["tokens"] == llm.encode(["the other"])[0]

@@ -152,7 +152,10 @@ class Server:
         ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
         room = llm.engine.max_len
         group = Group(self, [(i, asked.params(room - len(i))) for i in ids])
-        shown = [llm.decode(i) for i in ids] if asked.echo else [""] * len(ids)
+        shown = [""] * len(ids)
+        if asked.echo:
+            begin = len(llm.tokenizer.begin_ids)  # of a prompt of text, and not in it
+            shown = [llm.decode(i[begin:] if isinstance(p, str) else i) for p, i in zip(prompts, ids, strict=True)]
         id = f"cmpl-{uuid.uuid4().hex}"
 
         def whole() -> dict[str, Any]:
@@ -274,7 +277,7 @@ class Server:
         if (asked.prompt is None) == (asked.messages is None):
             raise ValueError("give either a prompt or messages")
         text = asked.prompt if asked.messages is None else self.llm.chat_template.render(asked.messages)
-        ids = self.llm.tokenizer.encode(text, allowed_special="all")
+        ids = self.llm.tokenizer.encode_prompt(text)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.llm.engine.max_len})
 
     async def _detokenize(self, asked: DetokenizeRequest) -> Response:
