@@ -84,6 +84,7 @@ TREE: dict[str, Any] = {
         {
             "build": data.build,
             "demo": data.demo,
+            "stdlib": data.stdlib,
             "classifier": Group(
                 {"train": data_classifier.train, "apply": data_classifier.apply},
                 "Train and apply linear n-gram classifiers of documents.",
