@@ -26,8 +26,8 @@ def sft(arguments: list[str]) -> Run:
 def dpo(arguments: list[str]) -> Run:
     """Teach a model which of two answers is preferred, without a reward model, or continue the run in --run-dir.
 
-    DPO and its relatives; with --loss-type kto, from answers that were good or not, each by itself. Settings come from
-    --config FILE and from options, which win.
+    DPO and its relatives; with --loss-type kto, from answers that were good or not, each by itself, or from pairs as
+    two such. Settings come from --config FILE and from options, which win.
     """
     from cs336.alignment.stages.dpo import DPOConfig, dpo_stage
 
