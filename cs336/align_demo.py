@@ -21,7 +21,7 @@ from cs336.alignment.make_pairs import VerifierLabels, make_pairs
 from cs336.alignment.rewards import CharactersReward, ExactReward, MathReward
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.answering import PromptData
-from cs336.alignment.stages.dpo import DPOConfig, DPOStage, PairData
+from cs336.alignment.stages.dpo import DPOConfig, PairData, dpo_stage
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.data import tokenize_documents
@@ -213,7 +213,7 @@ class _Job:
             data=PairData(self.run_dir / "data" / "pairs.jsonl"),
             batch_size=32,
         )
-        return self._run(config, DPOStage(config))
+        return self._run(config, dpo_stage(config))
 
     def grpo(self) -> Outcome:
         config = GRPOStageConfig(

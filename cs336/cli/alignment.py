@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, OwnOptions, Path, Run, Stopped, check_output
 from cs336.cli.settings import given, help_text, own_options
@@ -73,7 +73,7 @@ def pairs(
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     label: Literal["math", "exact", "characters", "format", "judge"] = "math",
-    judge: DisallowNone[str | None] = None,
+    judge: str | None = None,
     judge_model: str = "default",
     rubric: MaybePath = None,
     num_generations: int = 2,

@@ -17,7 +17,7 @@ import jsonschema
 
 from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
-from cs336.inference.grammar import Grammars
+from cs336.inference.grammar import Grammars, Guide
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
 
@@ -327,3 +327,19 @@ def test_a_text_that_is_given_up_spoils_no_other():
     with pytest.raises(ValueError, match="the text cannot go on by its grammar: "):
         list(map(guide.advance, [97] * 100))
     assert not grammars.guide(params).ended
+
+
+def test_samples_of_a_prompt_begin_with_one_mask(monkeypatch):
+    """And go on each by itself."""
+    model, calls, allowed = llm(), [], Guide._allowed
+    monkeypatch.setattr(Guide, "_allowed", lambda guide: calls.append(guide) or allowed(guide))
+    guides = {}
+    for n in (1, 5):
+        calls.clear()
+        request = model.engine.add([97], SamplingParams(regex="[ab]{3}", max_tokens=9, n=n, seed=1))
+        guides[n] = [sample.guide for sample in request.samples], len(calls)
+        while not request.finished:
+            model.engine.step()
+        assert all(re.fullmatch("[ab]{3}", output.text) for output in request.output().outputs)
+    assert guides[1][1] == guides[5][1]
+    assert len({id(guide) for guide in guides[5][0]}) == 5
