@@ -26,7 +26,7 @@ from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.data import tokenize_documents
 from cs336.inference import LLM, SamplingParams
-from cs336.inference.load import read_config
+from cs336.inference.load import find_model, read_config
 from cs336.models import TransformerConfig
 from cs336.optim import LinearConfig
 from cs336.report import write_report
@@ -80,8 +80,11 @@ class AlignDemo:
 def align_demo(settings: AlignDemo, console: Console | None = None) -> pathlib.Path:
     """Run the demo, or what is left of it, and return the report of its last stage.
 
-    Raises Interrupted where a signal stopped a stage.
+    Raises Interrupted where a signal stopped a stage, and, before anything is written, FileNotFoundError where there is
+    no base model.
     """
+    if settings.model is not None:
+        find_model(settings.model)
     job = _Job(settings, console or Console(highlight=False, soft_wrap=True))
     run_stages(settings.run_dir, job.stages(), job.console)
     return settings.run_dir / "grpo" / "report.html"

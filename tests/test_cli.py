@@ -182,6 +182,7 @@ def test_empty_defaults_and_none_are_not_shown(verb, capsys):
     shown = help_of(verb, capsys)
     assert "(default: )" not in shown
     assert "{None}" not in shown
+    assert "│ STR " not in shown  # what stands at a place has a name
 
 
 # ---- tokenizer ----

@@ -33,6 +33,9 @@ def test_interrupt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cs336.report.write_report", interrupted)
     assert main(["report", str(tmp_path)]) == 130
     assert "go on with the same command" in capsys.readouterr().err
+    monkeypatch.setattr("cs336.inference.load.find_model", lambda path: interrupted(path, None))
+    assert main(["generate", str(tmp_path)]) == 130  # of which nothing is left to go on with
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize("error", [AttributeError, ImportError, SystemError])

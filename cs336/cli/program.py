@@ -40,6 +40,7 @@ from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
 
 IMPORTING = "<frozen importlib._bootstrap>"  # the file of the frames below a module that is being imported
+ANSWERING = (["generate"], ["chat"], ["serve"])  # which leave nothing to go on with
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 
 
@@ -142,15 +143,17 @@ TREE: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """As cs336.cli.main, whose verbs can be imported."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _interrupts_kept(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
-            status = _run(list(sys.argv[1:] if arguments is None else arguments))
+            status = _run(words)
         sys.stdout.flush()
         return status
     except (Stopped, KeyboardInterrupt) as stop:
         if isinstance(stop, KeyboardInterrupt):
-            print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
+            hint = "" if words[:1] in ANSWERING else "; training and quickstart go on with the same command"
+            print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cs336 ... | head`
         _drop_output()

@@ -220,7 +220,7 @@ def _warm_up(llm: LLM) -> None:
 
 
 def serve(
-    url: Positional[str] = "http://127.0.0.1:8000",
+    url: Annotated[Positional[str], arg(metavar="URL")] = "http://127.0.0.1:8000",
     concurrency: int = 32,
     api_key: str | None = None,
     vocab_size: int = 256,
