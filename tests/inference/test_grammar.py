@@ -312,6 +312,8 @@ def test_on_the_command_line(plain, tmp_path, capsys):
     assert re.fullmatch(r"a:[xy]{3}\n\na:[xy]{3}\n", capsys.readouterr().out)
     assert main([*verb, "--choice", "no", "yes"]) == 0
     assert capsys.readouterr().out in ("a:no\n", "a:yes\n")
+    assert main([*verb, "--regex", "None"]) == 0  # a text, not the absence of one
+    assert capsys.readouterr().out == "a:None\n"
     assert main([*verb, "--regex", "("]) == 2
     assert "regex cannot be followed: " in capsys.readouterr().err
     assert main([*verb, "--json-schema", str(tmp_path / "none.json")]) == 2
