@@ -78,7 +78,7 @@ _Answer = tuple[str | tuple[Turn, ...], str, bool]  # the prompt, the answer, wh
 
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
-    return "rejected" in row or "response_a" in row
+    return "completion" not in row and ("rejected" in row or "response_a" in row)
 
 
 def _of_pair(row: Mapping[str, Any], where: str) -> list[_Answer]:

@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
     """Where Ctrl-C falls into the initialisation of a compiled module, the import drops KeyboardInterrupt, and what it
-    left half made fails as another error. Raises KeyboardInterrupt for it. A Ctrl-C elsewhere is never dropped, and
+    left half made fails as another error. Raises KeyboardInterrupt for it. A Ctrl-C outside of imports is not noted:
     what fails after a verb has dealt with it, as chat does, is another matter."""
     own = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not own:

@@ -211,7 +211,10 @@ def test_pairs_are_two_answers_each_to_kto(tmp_path, model):
     rows = []
     for d in range(10):
         prompt = [{"role": "user", "content": str(d)}]
-        rows += [{"prompt": prompt, "completion": str((d + n) % 10), "label": n == 0} for n in range(2)]
+        rows += [
+            {"prompt": prompt, "completion": str((d + n) % 10), "label": n == 0, "rejected": "by a column"}
+            for n in range(2)
+        ]
     found = []
     for data in (pairs, write_rows(lines, rows)):
         stage = dpo_stage(config(tmp_path, model, data={"train": data}, loss_type="kto"))
