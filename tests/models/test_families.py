@@ -49,6 +49,12 @@ MAMBA2 = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_si
 MAMBA2 |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GEMMA3 = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20, "num_hidden_layers": 3}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA = {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": False, "hidden_act": "relu"}
+PHI3 = {"num_key_value_heads": 1, "sliding_window": 5, "resid_pdrop": 0.1, "tie_word_embeddings": True}
+PHI3 |= {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75},
+    "rms_norm_eps": 1e-3,
+}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
@@ -95,6 +101,10 @@ THEIRS = {
     "mamba2": ("Mamba2", MAMBA2 | {"n_groups": 2}),
     "mamba2, one group, tied": ("Mamba2", MAMBA2 | {"n_groups": 1, "conv_kernel": 3, "tie_word_embeddings": True}),
     "gemma2 without caps": ("Gemma2", SIZES | {"head_dim": 8, "sliding_window": 7} | CAPLESS),
+    "gemma": ("Gemma", SIZES | {"head_dim": 12}),
+    "gemma, untied, with biases": ("Gemma", SIZES | GEMMA),
+    "phi3": ("Phi3", SIZES | {"sliding_window": None}),
+    "phi3, partial": ("Phi3", SIZES | PHI3),
 }
 
 
@@ -148,12 +158,13 @@ def test_there_and_back(tmp_path, name):
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     assert_same_greedy(ours, again)
-    expected = "llama" if name == "mistral" else theirs.config.model_type  # which without a window it is
+    expected = "llama" if name in ("mistral", "phi3") else theirs.config.model_type  # which these are, being plain
     assert again.config.model_type == expected
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
-ROPE = RopeConfig(50.0)
+NEWER = ("gemma", "phi3")
+ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
     "linear, interleaved": ("llama", {"positions": RopeConfig(scaling=LinearScaling(2.0), interleaved=True)}),
@@ -172,6 +183,12 @@ OURS = {
             "positions": RopeConfig(interleaved=True),
         },
     ),
+    "gemma": (
+        "gemma",
+        {"mixer": AttentionConfig(4, 1, 12), "mlp": MLPConfig("gelu_tanh", gated=True), "embedding_scale": 32**0.5},
+    ),
+    "phi3, interleaved": ("phi3", {"positions": RopeConfig(50.0, interleaved=True, fraction=0.5)}),
+    "phi3, dropped out": ("phi3", {"positions": RopeConfig(fraction=0.75), "dropout": 0.1}),
     "gpt2": (
         "gpt2",
         {
@@ -185,6 +202,9 @@ OURS = {
 
 
 def our_config(parts, **options):
+    """parts: of the block; scales, which are of the model, beside them."""
+    options |= {name: value for name, value in parts.items() if name in SCALES}
+    parts = {name: value for name, value in parts.items() if name not in SCALES}
     block = BlockConfig(**{"mixer": AttentionConfig(4), "positions": ROPE} | parts)
     position = {"position_embedding": "learned"} if block.positions.kind == "none" else {}
     return TransformerConfig(97, 96, 2, 32, layers=(block,), **position, **options)
@@ -272,7 +292,7 @@ def test_a_field_of_any_value_is_read_or_refused(family):
                 FAMILIES[family].config(config | {name: value})
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "deepseek_v2", "deepseek_v3", "mamba2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "deepseek_v2", "deepseek_v3", "mamba2", *NEWER])
 def test_a_field_that_is_left_out_is_what_it_is_to_transformers(family):
     config = transformers.AutoConfig.for_model(family).to_dict()
     config |= {"num_experts_per_tok": 2} if "deepseek" in family else {}
@@ -317,6 +337,10 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("deepseek_v3", {"topk_group": 9}, "groups_per_token 9 of num_groups 8"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("gemma", {"hidden_activation": "relu"}, "hidden_activation = 'relu'"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, r"rope_scaling\.type = 'su'"),
+        ("phi3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling\.rope_type = 'yarn'"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"num_heads": 64}, "num_heads = 64"),

@@ -81,9 +81,8 @@ def decoder(
 ) -> TransformerConfig:
     """eps, theta: where they are left out."""
     norm = RMSNormConfig(fields.number("rms_norm_eps", eps))
-    return TransformerConfig(
-        **sizes(fields), layers=(BlockConfig(mixer, mlp, norm, read_rope(fields, theta), **block),)
-    )
+    positions = block.pop("positions", None) or read_rope(fields, theta)
+    return TransformerConfig(**sizes(fields), layers=(BlockConfig(mixer, mlp, norm, positions, **block),))
 
 
 def no_window(fields: Fields) -> None:
