@@ -30,7 +30,8 @@ from cs336.nn import (
 from cs336.ops import registry, rope_tables
 from cs336.utils.config import dumps, parse, to_table
 
-OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS
+SCALED = dataclasses.replace(BOUNDS["soft-caps"], logit_scale=0.3)
+OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS | {"scaled logits, bounded": SCALED}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -160,7 +161,7 @@ class Definition:
         if config.blocks[-1].placement != "post":
             x = self.norm(x, "norm", config.blocks[-1].norm)
         logits = x @ self.w["embedding.weight" if config.tie_embeddings else "head.weight"].T
-        cap = config.logit_softcap
+        logits, cap = logits * (config.logit_scale or 1), config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -55,6 +55,9 @@ PHI3 |= {
     "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75},
     "rms_norm_eps": 1e-3,
 }
+SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 0, 1], "attention_bias": True, "mlp_bias": True}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}
+GRANITE = MULTIPLIERS | {"logits_scaling": 1.3, "attention_bias": True, "tie_word_embeddings": True}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
@@ -105,6 +108,10 @@ THEIRS = {
     "gemma, untied, with biases": ("Gemma", SIZES | GEMMA),
     "phi3": ("Phi3", SIZES | {"sliding_window": None}),
     "phi3, partial": ("Phi3", SIZES | PHI3),
+    "smollm3": ("SmolLM3", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}),
+    "smollm3, said": ("SmolLM3", SIZES | SMOLLM3 | {"tie_word_embeddings": False}),
+    "granite": ("Granite", SIZES | GRANITE),
+    "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
 
@@ -163,7 +170,7 @@ def test_there_and_back(tmp_path, name):
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
-NEWER = ("gemma", "phi3")
+NEWER = ("gemma", "phi3", "smollm3", "granite")
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -189,6 +196,8 @@ OURS = {
     ),
     "phi3, interleaved": ("phi3", {"positions": RopeConfig(50.0, interleaved=True, fraction=0.5)}),
     "phi3, dropped out": ("phi3", {"positions": RopeConfig(fraction=0.75), "dropout": 0.1}),
+    "granite": ("granite", {"residual_scale": 0.7, "embedding_scale": 2.0, "logit_scale": 0.3}),
+    "granite, scaled scores": ("granite", {"mixer": AttentionConfig(4, 1, scale=0.2)}),
     "gpt2": (
         "gpt2",
         {
@@ -236,6 +245,16 @@ def test_every_variant_is_saved_whole(tmp_path, name):
         assert again.config == VARIANTS[name]
 
 
+def test_rows_are_reordered_in_those_layers_that_turn_them(tmp_path):
+    turned = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(50.0, interleaved=True))
+    straight = BlockConfig(AttentionConfig(4, 2), positions=NoPositionsConfig())
+    ours = randomised(Transformer(TransformerConfig(97, 96, 4, 32, layers=(straight, turned))))
+    save_pretrained(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.no_rope_layers == [0, 1, 0, 1]
+    assert_same(ours, theirs)
+
+
 def test_shards_take_the_place_of_a_whole_file(tmp_path):
     first, second = (make(our_config({})) for _ in range(2))
     save_pretrained(first, tmp_path)
@@ -278,7 +297,7 @@ def test_no_field_is_ignored(family):
     config = transformers.AutoConfig.for_model(family).to_dict()
     config |= {"sliding_window": None} | ({"num_experts_per_tok": 2} if family == "deepseek_v2" else {})
     FAMILIES[family].config(config | {"loss_type": "ForCausalLM"})  # which a trained model was saved with
-    for name in ("attention_multiplier", "num_experts", "rope_local_theta", "quantization_config"):
+    for name in {"attention_multiplier", "num_experts", "rope_local_theta", "quantization_config"} - config.keys():
         with pytest.raises(ValueError, match=f"config.json has {name} = 7, which cs336"):
             FAMILIES[family].config(config | {name: 7})
 
@@ -341,6 +360,11 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, r"rope_scaling\.type = 'su'"),
         ("phi3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling\.rope_type = 'yarn'"),
+        ("smollm3", {"no_rope_layers": [1, 2] * 18}, "no_rope_layers = "),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = "),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
+        ("granite", {"residual_multiplier": -1.0}, "residual_scale must be"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"num_heads": 64}, "num_heads = 64"),

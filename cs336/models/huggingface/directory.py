@@ -24,6 +24,7 @@ from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
 from cs336.models.huggingface.gpt2 import GPT2
+from cs336.models.huggingface.granite import GRANITE
 from cs336.models.huggingface.llama import LLAMA
 from cs336.models.huggingface.mamba2 import MAMBA2
 from cs336.models.huggingface.mistral import MISTRAL
@@ -35,6 +36,7 @@ from cs336.models.huggingface.quantized import read_quantized, write_quantized
 from cs336.models.huggingface.qwen2 import QWEN2
 from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
+from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
 from cs336.nn import QuantizedLinear, RopeConfig
 from cs336.utils.config import parse, to_table
@@ -46,7 +48,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
-        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig

@@ -52,7 +52,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
     if len(set(config.blocks)) > 1 or not isinstance(block.positions, RopeConfig):
         return None
     whole = dataclasses.replace(block, positions=dataclasses.replace(block.positions, fraction=1.0))
-    fields = decoder.written(dataclasses.replace(config, layers=(whole,), pattern=None))
+    fields = decoder.written(config.with_blocks((whole,) * config.num_layers))
     if fields is None or fields.pop("attention_bias"):
         return None
     return fields | {
