@@ -4,6 +4,7 @@
     T = the k experts with the largest s + b      b: the bias of balancing, which chooses and does not weigh
         of the experts in its best groups, if they are in groups: arXiv:2405.04434, arXiv:2412.19437
     y = sum_{e in T} g_e expert_e(x) + shared(x)      g = scale * s_T, divided by its sum if normalised
+                                                      shared_gate: sigmoid(w x) shared(x)
 
 Nothing is dropped: each expert takes as many tokens as are sent to it. Tokens are sorted by expert, and each projection
 is one grouped matmul on a GPU, a loop over experts elsewhere; where there is no gradient and it is faster, one kernel
@@ -132,6 +133,7 @@ class MoE(nn.Module):
         self.experts = Experts(E, d_model, config.width(d_model), config.activation, config.gated, device, dtype)
         shared = config.shared(d_model)
         self.shared = None if shared is None else shared.build(d_model, device=device, dtype=dtype)
+        self.shared_gate = Linear(d_model, 1, device=device, dtype=dtype) if config.shared_gate else None
         self.balance_bias: Tensor | None
         bias = torch.zeros(E, device=device) if config.balance == "bias" else None
         self.register_buffer("balance_bias", bias)
@@ -150,7 +152,15 @@ class MoE(nn.Module):
         y_NKM = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
         y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1)
         y = y_NM.view(x.shape)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        if self.shared is None:
+            return y, routing
+        always = self.shared(x)
+        return y + (always if self.shared_gate is None else self.shared_gate(x).sigmoid() * always), routing
+
+    @property
+    def routers(self) -> tuple[Linear, ...]:
+        """What reads x and decides: not worth fewer bits."""
+        return (self.router,) if self.shared_gate is None else (self.router, self.shared_gate)
 
     def route(self, x_NM: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """Of each token (N, K) the weights of its experts, float32 or wider, and which they are."""
@@ -250,6 +260,8 @@ class MoEConfig:
     """How far a bias goes in a step, of balance "bias"."""
     z_loss: float = 0.0
     """Of the mean square of the router's log-sum-exp (arXiv:2202.08906)."""
+    shared_gate: bool = False
+    """A learned sigmoid of the token multiplies what the shared experts give, as in Qwen2-MoE (arXiv:2407.10671)."""
     kind: Literal["moe"] = "moe"
 
     def __post_init__(self):
@@ -258,13 +270,15 @@ class MoEConfig:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("router", self.router, ("softmax", "sigmoid"))
         check_choice("balance", self.balance, ("loss", "bias", "none"))
-        check_flags(gated=self.gated, normalize=self.normalize)
+        check_flags(gated=self.gated, normalize=self.normalize, shared_gate=self.shared_gate)
         check_positive(scale=self.scale, bias_rate=self.bias_rate)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than the num_experts {self.num_experts} there are")
         self._check_groups()
         if not isinstance(self.num_shared, int) or self.num_shared < 0:
             raise ValueError(f"num_shared must be an integer, 0 or more, got {self.num_shared!r}")
+        if self.shared_gate and not self.num_shared:
+            raise ValueError("shared_gate gates the shared experts: it needs a num_shared of 1 or more, got 0")
         for name in ("balance_loss", "z_loss"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
@@ -295,7 +309,7 @@ class MoEConfig:
     def num_parameters(self, d_model: int) -> int:
         shared = self.shared(d_model)
         routed = self.num_experts * (d_model + self.expert_parameters(d_model))
-        return routed + (shared.num_parameters(d_model) if shared else 0)
+        return routed + (shared.num_parameters(d_model) if shared else 0) + self.shared_gate * d_model
 
     def idle_parameters(self, d_model: int) -> int:
         """Weights of matrices that do not multiply a given token: of the experts it is not sent to."""
@@ -315,6 +329,7 @@ class MoEConfig:
         choice = width * (2 * d_model + hidden) + 8 + 8 + width
         shared = self.shared(d_model)
         apart = 0 if shared is None else shared.activation_bytes(d_model, width) - width * d_model
+        apart += self.shared_gate * width * (d_model + 1)  # both factors of what it gives
         return width * d_model + routing + K * choice + apart
 
     def expert_parameters(self, d_model: int) -> int:

@@ -34,9 +34,13 @@ SCALED = dataclasses.replace(BOUNDS["soft-caps"], logit_scale=0.3)
 OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS | {"scaled logits, bounded": SCALED}
 
 
-@pytest.fixture(params=VARIANTS)
+GATED = {"MoE, shared behind a gate": block(mlp=MoEConfig(4, 2, 24, num_shared=2, shared_gate=True))}
+EVERY = VARIANTS | GATED
+
+
+@pytest.fixture(params=EVERY)
 def config(request):
-    return VARIANTS[request.param]
+    return EVERY[request.param]
 
 
 def uses_experts(config):
@@ -228,9 +232,9 @@ SCORES_KEPT = {"soft-caps", "sinks", "ALiBi", "dropout"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - SCORES_KEPT))
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - SCORES_KEPT))
 def test_what_a_forward_keeps(name, autocast):
-    config = VARIANTS[name]
+    config = EVERY[name]
     token_ids, targets = torch.randint(64, (2, 3, 32))
     memory = training_memory(config, 3, compute_bytes=2 if autocast else None)
     kept = memory.casts + memory.activations + memory.logits - 3 * 32 * 64 * (10 if autocast else 4)

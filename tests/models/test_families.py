@@ -58,6 +58,9 @@ PHI3 |= {
 SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 0, 1], "attention_bias": True, "mlp_bias": True}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}
 GRANITE = MULTIPLIERS | {"logits_scaling": 1.3, "attention_bias": True, "tie_word_embeddings": True}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True, "attention_bias": True}
+SHARED = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+SHARED |= {"shared_expert_intermediate_size": 36}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
@@ -111,6 +114,10 @@ THEIRS = {
     "smollm3": ("SmolLM3", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}),
     "smollm3, said": ("SmolLM3", SIZES | SMOLLM3 | {"tie_word_embeddings": False}),
     "granite": ("Granite", SIZES | GRANITE),
+    "olmoe": ("Olmoe", SIZES | {"num_experts": 5, "num_experts_per_tok": 2}),
+    "olmoe, normalised": ("Olmoe", SIZES | OLMOE),
+    "qwen2_moe": ("Qwen2Moe", SIZES | SHARED),
+    "qwen2_moe, normalised": ("Qwen2Moe", SIZES | SHARED | {"norm_topk_prob": True, "qkv_bias": False}),
     "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
@@ -170,7 +177,7 @@ def test_there_and_back(tmp_path, name):
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
-NEWER = ("gemma", "phi3", "smollm3", "granite")
+NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe")
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -363,6 +370,9 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("smollm3", {"no_rope_layers": [1, 2] * 18}, "no_rope_layers = "),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = "),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 5000}, "shared_expert_intermediate_size = 5000"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
         ("granite", {"residual_multiplier": -1.0}, "residual_scale must be"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),

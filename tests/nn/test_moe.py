@@ -17,6 +17,7 @@ CONFIGS = {
     "bias": MoEConfig(4, 1, d_ff=8, balance="bias", router="sigmoid"),
     "groups": MoEConfig(6, 2, d_ff=8, num_groups=3, groups_per_token=2),
     "groups by their two best": MoEConfig(8, 3, 8, router="sigmoid", balance="bias", num_groups=2, groups_per_token=1),
+    "shared behind a gate": MoEConfig(4, 2, d_ff=8, num_shared=3, shared_gate=True),
     "all of them": MoEConfig(3, 3, d_ff=8, balance="none"),
 }
 
@@ -55,7 +56,8 @@ def definition(layer, x):
         )
         if config.num_shared:
             up, down, gate = (w[f"shared.{name}_proj.weight"] for name in ("up", "down", "gate"))
-            y = y + mlp(token, up, down, gate)
+            shared = mlp(token, up, down, gate)
+            y = y + (shared * (w["shared_gate.weight"] @ token).sigmoid() if config.shared_gate else shared)
         out.append(y)
     return torch.stack(out)
 
@@ -70,7 +72,7 @@ def test_is_the_formula(name):
     torch.testing.assert_close(alone.flatten(0, 1), y.flatten(0, 1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid, shared"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid, shared", "shared behind a gate"])
 def test_gradients_in_float64(name):
     layer, x = built(CONFIGS[name], 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     names, values = zip(*layer.named_parameters(), strict=True)
@@ -161,6 +163,7 @@ def test_a_bias_evens_the_loads():
         ({"router": "tanh"}, "router must be 'softmax' or 'sigmoid', got 'tanh'"),
         ({"balance": "both"}, "balance must be 'loss' or 'bias' or 'none', got 'both'"),
         ({"num_shared": -1}, "num_shared must be an integer, 0 or more, got -1"),
+        ({"shared_gate": True}, "shared_gate gates the shared experts: it needs a num_shared of 1 or more"),
         ({"z_loss": -1.0}, "z_loss must be a finite number, 0 or more"),
         ({"scale": 0.0}, "scale must be a positive, finite number"),
         ({"activation": "tanh"}, "activation must be 'relu'"),

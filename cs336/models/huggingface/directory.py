@@ -31,9 +31,11 @@ from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
 from cs336.models.huggingface.olmo3 import OLMO3
+from cs336.models.huggingface.olmoe import OLMOE
 from cs336.models.huggingface.phi3 import PHI3
 from cs336.models.huggingface.quantized import read_quantized, write_quantized
 from cs336.models.huggingface.qwen2 import QWEN2
+from cs336.models.huggingface.qwen2_moe import QWEN2_MOE
 from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
@@ -48,7 +50,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
-        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
