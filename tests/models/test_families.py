@@ -61,6 +61,12 @@ GRANITE = MULTIPLIERS | {"logits_scaling": 1.3, "attention_bias": True, "tie_wor
 OLMOE = {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True, "attention_bias": True}
 SHARED = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 SHARED |= {"shared_expert_intermediate_size": 36}
+COHERE2 = {
+    "logit_scale": 2.0,
+    "sliding_window": 5,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "tie_word_embeddings": False,
+}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
@@ -118,6 +124,10 @@ THEIRS = {
     "olmoe, normalised": ("Olmoe", SIZES | OLMOE),
     "qwen2_moe": ("Qwen2Moe", SIZES | SHARED),
     "qwen2_moe, normalised": ("Qwen2Moe", SIZES | SHARED | {"norm_topk_prob": True, "qkv_bias": False}),
+    "cohere": ("Cohere", SIZES | {"logit_scale": 1.5}),
+    "cohere, with biases": ("Cohere", SIZES | {"attention_bias": True, "logit_scale": 0.7, "layer_norm_eps": 1e-3}),
+    "cohere2": ("Cohere2", SIZES | {"sliding_window": 7, "logit_scale": 1.5, "num_hidden_layers": 4}),
+    "cohere2, untied": ("Cohere2", SIZES | COHERE2),
     "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
@@ -177,7 +187,7 @@ def test_there_and_back(tmp_path, name):
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
-NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe")
+NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2")
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -373,6 +383,9 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 5000}, "shared_expert_intermediate_size = 5000"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm = True"),
+        ("cohere", {"head_dim": 64}, "head_dim = 64"),
+        ("cohere2", {"layer_types": ["chunked_attention"] * 40}, "layer_types = "),
         ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
         ("granite", {"residual_multiplier": -1.0}, "residual_scale must be"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.adapter import add_adapter, base_of, is_adapter, write_adapter
+from cs336.models.huggingface.cohere import COHERE, COHERE2
 from cs336.models.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cs336.models.huggingface.family import Family, Rule
 from cs336.models.huggingface.fields import read_json
@@ -50,7 +51,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
-        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
