@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import pathlib
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.end_to_end.variants import VARIANTS
 from cs336.inference import SamplingParams
 from cs336.inference.generate import generate_ids
 from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
+from cs336.models.gguf.architectures import ARCHITECTURES
 from cs336.models.huggingface.directory import FAMILIES
 from cs336.models.huggingface.family import resolved
 from cs336.nn import (
@@ -306,6 +308,14 @@ def test_of_several_chat_templates_the_default_is_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(ValueError, match="chat_template = 3: expected a text"):
         from_pretrained(tmp_path)
+
+
+def test_every_family_is_on_the_page():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    named = [row for row in rows if len(row) == 4 and row[1].startswith("`") and row[1].strip("`") in FAMILIES]
+    assert {row[1].strip("`") for row in named} == set(FAMILIES)
+    assert {row[3].strip("`") for row in named if row[3]} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

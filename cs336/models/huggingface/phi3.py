@@ -65,20 +65,25 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
 
 
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
-    found, fused = [], {part for parts in FUSED.values() for part in parts}
-    for layer, names in layer_names(shapes).items():
-        own = [name for name in names if name.removeprefix(f"layers.{layer}.").removesuffix(".weight") not in fused]
-        found += renamed(own, decoder.NAMES)
-        for theirs, parts in FUSED.items() if layer else ():
-            ours = tuple(f"layers.{layer}.{part}.weight" for part in parts)
-            if all(name in shapes for name in ours):
-                found.append(_one_above_the_other(ours, f"model.layers.{layer}.{theirs}.weight", shapes))
+    return one_above_the_other(shapes, FUSED, "model.layers.{layer}.{name}.weight", decoder.NAMES)
+
+
+def one_above_the_other(
+    shapes: Mapping[str, torch.Size], fused: Mapping[str, tuple[str, ...]], place: str, names: Mapping[str, str]
+) -> list[Rule]:
+    """fused: their name of a matrix, and ours of those whose rows it holds; place: how it is named; names: of the rest,
+    as in `renamed`."""
+    found, parts = [], {part for several in fused.values() for part in several}
+    for layer, of_layer in layer_names(shapes).items():
+        own = [name for name in of_layer if name.removeprefix(f"layers.{layer}.").removesuffix(".weight") not in parts]
+        found += renamed(own, names)
+        for name, several in fused.items() if layer else ():
+            ours = tuple(f"layers.{layer}.{part}.weight" for part in several)
+            found.append(_joined(ours, place.format(layer=layer, name=name), [shapes[each][0] for each in ours]))
     return found
 
 
-def _one_above_the_other(ours: tuple[str, ...], theirs: str, shapes: Mapping[str, torch.Size]) -> Rule:
-    rows = [shapes[name][0] for name in ours]
-
+def _joined(ours: tuple[str, ...], theirs: str, rows: list[int]) -> Rule:
     def read(tensors: list[Tensor]) -> list[Tensor]:
         return list(tensors[0].split(rows))
 
