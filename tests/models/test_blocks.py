@@ -35,6 +35,8 @@ OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS | {"scaled logits, bounded": SCAL
 
 
 GATED = {"MoE, shared behind a gate": block(mlp=MoEConfig(4, 2, 24, num_shared=2, shared_gate=True))}
+GATED |= {"MoE, biases": block(mlp=MoEConfig(4, 2, 24, bias=True, activation="clamped_gelu"))}
+GATED |= {"clamped": block(mlp=MLPConfig("clamped_gelu", gated=True, d_ff=24))}
 EVERY = VARIANTS | GATED
 
 

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_transformer import make
 
 from benchmarks.end_to_end.variants import VARIANTS
@@ -69,6 +70,13 @@ COHERE2 = {
     "layer_types": ["full_attention", "sliding_attention"],
     "tie_word_embeddings": False,
 }
+GPT_OSS = {"head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7}
+PLAIN = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    "attention_bias": False,
+    "num_hidden_layers": 3,
+}
+PLAIN |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
@@ -130,6 +138,8 @@ THEIRS = {
     "cohere, with biases": ("Cohere", SIZES | {"attention_bias": True, "logit_scale": 0.7, "layer_norm_eps": 1e-3}),
     "cohere2": ("Cohere2", SIZES | {"sliding_window": 7, "logit_scale": 1.5, "num_hidden_layers": 4}),
     "cohere2, untied": ("Cohere2", SIZES | COHERE2),
+    "gpt_oss": ("GptOss", SIZES | GPT_OSS),
+    "gpt_oss, plain rope": ("GptOss", SIZES | GPT_OSS | PLAIN),
     "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
@@ -189,7 +199,7 @@ def test_there_and_back(tmp_path, name):
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
-NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2")
+NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2", "gpt_oss")
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -396,6 +406,8 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("cohere", {"use_qk_norm": True}, "use_qk_norm = True"),
         ("cohere", {"head_dim": 64}, "head_dim = 64"),
         ("cohere2", {"layer_types": ["chunked_attention"] * 40}, "layer_types = "),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("granite", {"logits_scaling": 0}, "logits_scaling = 0"),
         ("granite", {"residual_multiplier": -1.0}, "residual_scale must be"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \[0.0, 0.1\]"),
@@ -430,4 +442,33 @@ def test_a_fused_matrix_of_another_shape(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": 16}))
     with pytest.raises(ValueError, match=r"has shape \(97, 32\), config\.json means \(97, 16\)"):
+        from_pretrained(tmp_path)
+
+
+def test_mxfp4_is_read_as_transformers_unpacks_it(tmp_path):
+    """A file of blocks and scales, and the model that transformers' own numbers make of it."""
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    config = transformers.GptOssConfig(**SIZES | GPT_OSS | {"intermediate_size": 64})
+    theirs, packed = randomised(transformers.GptOssForCausalLM(config)), {}
+    for name, t in theirs.state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # (E, in, out): rows of 32 inputs
+            E, into, out = t.shape
+            blocks, scales = torch.randint(256, (E, out, into // 32, 16)), torch.randint(122, 126, (E, out, into // 32))
+            packed |= {f"{name}_blocks": blocks.byte(), f"{name}_scales": scales.byte()}
+            with torch.no_grad():
+                t.copy_(convert(blocks.byte(), scales.byte(), dtype=torch.float32))
+        else:
+            packed[name] = t
+    theirs.save_pretrained(tmp_path)
+    save_file(packed, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    assert_same(from_pretrained(tmp_path), theirs)
+    del packed["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(packed, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.down_proj_blocks has no _scales beside it"):
+        from_pretrained(tmp_path)
+    packed["model.layers.1.mlp.experts.down_proj_scales"] = torch.zeros(5, 32, 1, dtype=torch.uint8)
+    save_file(packed, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"blocks and scales of \(5, 32, 2, 16\) torch.uint8 and \(5, 32, 1\)"):
         from_pretrained(tmp_path)

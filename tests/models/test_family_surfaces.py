@@ -57,6 +57,8 @@ def test_ranks_divide_it_or_it_says_why_not(name):
 
 
 EXPERTS = "layer 0 is a mixture of experts: give ranks whole experts with expert_parallel"
-REASONS = dict.fromkeys(("olmoe", "olmoe, normalised", "qwen2_moe", "qwen2_moe, normalised"), EXPERTS) | {
+REASONS = dict.fromkeys(
+    ("olmoe", "olmoe, normalised", "qwen2_moe", "qwen2_moe, normalised", "gpt_oss", "gpt_oss, plain rope"), EXPERTS
+) | {
     "phi3, partial": "layer 0: num_kv_heads 1 / 2 = 0.5, and a head is on one rank",
 }

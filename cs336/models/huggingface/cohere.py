@@ -14,11 +14,14 @@ from cs336.models.huggingface.fields import Fields
 from cs336.models.huggingface.rotary import FULL, WINDOW, read_rope
 from cs336.nn import AttentionConfig, LayerNormConfig, NoPositionsConfig, RopeConfig
 
+# What releases say of themselves and transformers does not read.
+PLAIN = {"use_qk_norm": False, "rotary_pct": 1.0, "position_embedding_type": "rope_gptj"}
+PLAIN |= dict.fromkeys(("use_embedding_sharing", "use_gated_activation", "use_parallel_block"), True)
+PLAIN |= {"order_of_interleaved_layers": "local_attn_first"}
 THETA, THETA_2, EVERY, SCALE = 500000.0, 10000.0, 4, 0.0625
 
 
 def read(fields: Fields) -> TransformerConfig:
-    fields.only("use_qk_norm", False)
     return _model(fields, (_block(fields, THETA),))
 
 
@@ -28,12 +31,16 @@ def read_2(fields: Fields) -> TransformerConfig:
     windowed = dataclasses.replace(turned.mixer, window=fields.count("sliding_window", 4096))
     sliding = dataclasses.replace(turned, mixer=windowed)
     full = dataclasses.replace(turned, positions=NoPositionsConfig())
-    every = fields.count("sliding_window_pattern", EVERY)
+    every = fields.count("sliding_window_pattern", fields.count("layer_switch", EVERY))
     return _model(fields, gemma2.in_turns(fields, fields.count("num_hidden_layers"), sliding, full, every))
 
 
 def _block(fields: Fields, theta: float) -> BlockConfig:
     fields.require("hidden_size", "num_attention_heads")
+    for name, value in PLAIN.items():
+        fields.only(name, value)
+    for name in ("model_max_length", "use_parallel_embedding"):  # of the tokenizer, of how it was trained
+        fields.take(name)
     bias, heads = fields.flag("attention_bias"), fields.count("num_attention_heads")
     size = fields.count("hidden_size") // heads
     fields.only("head_dim", size)

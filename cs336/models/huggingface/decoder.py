@@ -120,5 +120,5 @@ def written(config: TransformerConfig) -> dict[str, Any] | None:
     } | rope
     if isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig):
         fields["intermediate_size"] = block.mlp.width(config.d_model)
-        fields["hidden_act"] = THEIR_ACTIVATIONS[block.mlp.activation]
+        fields["hidden_act"] = THEIR_ACTIVATIONS.get(block.mlp.activation)  # None: theirs have none like it
     return fields

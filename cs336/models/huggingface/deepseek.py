@@ -161,7 +161,7 @@ def _written(config: TransformerConfig, router: Literal["softmax", "sigmoid"]) -
         "rms_norm_eps": last.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "hidden_act": decoder.THEIR_ACTIVATIONS[mlp.activation],
+        "hidden_act": decoder.THEIR_ACTIVATIONS.get(mlp.activation),
         "intermediate_size": first.mlp.width(config.d_model),
         "first_k_dense_replace": len(dense),
         "n_routed_experts": mlp.num_experts,

@@ -25,6 +25,7 @@ from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
 from cs336.models.huggingface.gpt2 import GPT2
+from cs336.models.huggingface.gpt_oss import GPT_OSS, without_mxfp4
 from cs336.models.huggingface.granite import GRANITE
 from cs336.models.huggingface.llama import LLAMA
 from cs336.models.huggingface.mamba2 import MAMBA2
@@ -51,7 +52,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
-        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2, GPT_OSS),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
@@ -182,6 +183,8 @@ def from_pretrained(
     if is_adapter(given):
         add_adapter(given, found, transposed=family is GPT2)
     said = theirs.get(QUANTIZATION)
+    if family is GPT_OSS and isinstance(said, dict) and said.get("quant_method") == "mxfp4":
+        found, said = without_mxfp4(found), None
     quantized = set() if said is None else read_quantized(model, said, found, family)
     state = model.state_dict()
     shapes = {name: t.shape for name, t in state.items() if name not in quantized}

@@ -51,7 +51,7 @@ def written(config: TransformerConfig, d_ff: str) -> dict[str, Any] | None:
         return None
     return fields | {
         d_ff: mlp.width(config.d_model),
-        "hidden_act": decoder.THEIR_ACTIVATIONS[mlp.activation],
+        "hidden_act": decoder.THEIR_ACTIVATIONS.get(mlp.activation),
         "num_experts": mlp.num_experts,
         "num_experts_per_tok": mlp.top_k,
         "norm_topk_prob": mlp.normalize,

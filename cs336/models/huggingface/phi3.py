@@ -17,6 +17,8 @@ from cs336.models.huggingface.fields import Fields
 from cs336.models.huggingface.rotary import read_rope
 from cs336.nn import AttentionConfig, RopeConfig
 
+# What releases say of themselves and transformers does not read.
+PLAIN = {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
 FUSED = {
     "self_attn.qkv_proj": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -25,6 +27,8 @@ FUSED = {
 
 def read(fields: Fields) -> TransformerConfig:
     fields.take("original_max_position_embeddings")  # of longrope
+    for name, value in PLAIN.items():
+        fields.only(name, value)
     heads = decoder.heads(fields, num_kv_heads=fields.count("num_attention_heads"))
     mixer = AttentionConfig(**heads, window=fields.take("sliding_window"))
     _check_scaling(fields)
