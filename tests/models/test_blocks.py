@@ -328,7 +328,7 @@ ODD = BlockConfig(AttentionConfig(3), positions=NoPositionsConfig())
 REFUSED = [
     (
         lambda: MLPConfig("tanh"),
-        "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu' or 'sigmoid', got",
+        "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu' or 'sigmoid' or 'clamped_gelu', got",
     ),
     (lambda: MLPConfig(gated=1), "gated must be true or false, got 1"),
     (lambda: MLPConfig(d_ff=0), "d_ff must be a positive integer"),

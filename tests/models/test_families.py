@@ -200,6 +200,7 @@ def test_there_and_back(tmp_path, name):
 
 
 NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2", "gpt_oss")
+COHERE = {"norm": LayerNormConfig(bias=False), "positions": RopeConfig(interleaved=True), "parallel": True}
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -226,6 +227,8 @@ OURS = {
     "phi3, interleaved": ("phi3", {"positions": RopeConfig(50.0, interleaved=True, fraction=0.5)}),
     "phi3, dropped out": ("phi3", {"positions": RopeConfig(fraction=0.75), "dropout": 0.1}),
     "granite": ("granite", {"residual_scale": 0.7, "embedding_scale": 2.0, "logit_scale": 0.3}),
+    "cohere": ("cohere", COHERE | {"logit_scale": 0.3}),
+    "cohere, logits as they are": ("cohere", COHERE),
     "granite, scaled scores": ("granite", {"mixer": AttentionConfig(4, 1, scale=0.2)}),
     "gpt2": (
         "gpt2",
@@ -281,6 +284,15 @@ def test_rows_are_reordered_in_those_layers_that_turn_them(tmp_path):
     save_pretrained(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.config.no_rope_layers == [0, 1, 0, 1]
+    assert_same(ours, theirs)
+
+
+def test_a_smollm3_may_have_no_positions_at_all(tmp_path):
+    block = BlockConfig(AttentionConfig(4, 2), positions=NoPositionsConfig())
+    ours = randomised(Transformer(TransformerConfig(97, 96, 2, 32, layers=(block,))))
+    save_pretrained(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.no_rope_layers == [0, 0]
     assert_same(ours, theirs)
 
 

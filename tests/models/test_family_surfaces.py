@@ -27,17 +27,20 @@ def made(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_engine_says_what_the_model_does(name):
-    """In pages, in chunks, several at once: each token is the likeliest, but for rounding."""
+    """In pages, in chunks, several at once: each token is the likeliest, and as likely, but for rounding."""
     model = made(name)
     engine = Engine(model, None, EngineConfig(page_size=4, max_seqs=3, max_step_tokens=9))
     requests = [engine.add(prompt, SamplingParams(temperature=0, max_tokens=12)) for prompt in PROMPTS]
     while engine.busy:
         engine.step()
     for prompt, request in zip(PROMPTS, requests, strict=True):
-        ids = torch.tensor([token.id for token in request.samples[0].tokens])
+        tokens = request.samples[0].tokens
+        ids = [token.id for token in tokens]
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + ids.tolist()]))[0, len(prompt) - 1 : -1]
-        assert (logits.max(-1).values - logits[range(12), ids]).max() < 1e-3
+            log_p = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert (log_p.max(-1).values - log_p[range(12), ids]).max() < 1e-3
+        want = log_p[range(12), ids]
+        torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), want, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,9 @@
 """Models of transformers, written as llama.cpp's converter writes them: read from GGUF they give the same logits."""
 
+import math
+
 import pytest
+import torch
 from test_families import CAPLESS, SIZES, assert_same_greedy, randomised
 from test_gguf import F32, metadata, pack, write
 
@@ -97,6 +100,8 @@ def converted(path, theirs, changes=None, more=None):
     for name, t in theirs.state_dict().items():
         if name == "lm_head.weight" and theirs.config.tie_word_embeddings:
             continue
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # neighbouring pairs
+            t = t.unflatten(0, (-1, 2, theirs.config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         t = t + 1 if gemma and name.endswith("norm.weight") else t
         tensors[name_of(name, arch in ("gemma2", "gemma3_text"))] = (tuple(t.shape), F32, pack(t, F32)[0])
     tokens = {key: value for key, value in metadata().items() if key.startswith("tokenizer.")}
@@ -128,6 +133,37 @@ def test_gemma_3_has_two_ropes_and_one_layer_in_six_without_a_window(tmp_path):
     assert config.blocks[5].positions == RopeConfig(500.0, scaling=LinearScaling(8.0))
 
 
+def llama3_factors(theta, D, factor=8.0, low=1.0, high=4.0, original=8192):
+    """As llama.cpp's converter makes them: of long wavelengths the factor, of short ones 1, between them in between."""
+    factors = []
+    for i in range(0, D, 2):
+        wavelength = 2 * math.pi * theta ** (i / D)
+        share = (original / wavelength - low) / (high - low)
+        factors.append(1 if share > 1 else factor if share < 0 else 1 / ((1 - share) / factor + share))
+    return factors
+
+
+def test_the_factors_of_llama_3_are_its_scaling(tmp_path):
+    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    options = SIZES | {"rope_parameters": scaling, "head_dim": 32}
+    theirs = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)))
+    factors = torch.tensor(llama3_factors(500000.0, 32))
+    assert 1 < factors[8] < 8  # one is between
+    more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
+    assert_same_greedy(from_gguf(converted(tmp_path, theirs, more=more)), theirs)
+    factors[8] = 2.0
+    more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight that are not Llama 3\.1's"):
+        from_gguf(converted(tmp_path, theirs, more=more))
+
+
+@pytest.mark.parametrize(("said", "windows"), [(3, [7, 7, None] * 2), ([False, True] * 3, [None, 7] * 3)])
+def test_a_file_may_say_which_layers_have_a_window(tmp_path, said, windows):
+    path = converted(tmp_path, made("gemma3"), {"gemma3.attention.sliding_window_pattern": said})
+    assert [block.mixer.window for block in from_gguf(path).config.blocks] == windows
+
+
 def test_the_largest_gemmas_scale_their_scores_otherwise(tmp_path):
     """Which their files do not say: 46 layers of Gemma 2 are the 27B."""
     options = (
@@ -154,6 +190,8 @@ def test_the_largest_gemmas_scale_their_scores_otherwise(tmp_path):
         ("phi3", {"phi3.feed_forward_length": 20}, r"ffn_down\.weight has .* the metadata mean \(32, 20\)"),
         ("gemma", {"gemma.attention.sliding_window": 7}, "gemma.attention.sliding_window = 7"),
         ("gemma3", {"gemma3.rope.scaling.factor": None}, "lacks gemma3.rope.scaling.factor"),
+        ("gemma3", {"gemma3.attention.sliding_window_pattern": [True]}, r"sliding_window_pattern = \[True\]"),
+        ("gemma3", {"gemma3.rope.local.freq_base": 1e4}, "gemma3.rope.local.freq_base = 10000.0"),
         ("gemma3", {"gemma3.attn_logit_softcapping": 3.0}, "gemma3.attn_logit_softcapping = 3.0"),
     ],
 )  # fmt: skip

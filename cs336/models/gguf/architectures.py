@@ -137,7 +137,7 @@ def read_gemma3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
     everywhere = rope(fields, _head_dim(fields, sizes), 1e6, scales=True)
     local, cap = RopeConfig(fields.number("rope.freq_base_swa", 10000.0)), fields.number("final_logit_softcapping")
     window = fields.count("attention.sliding_window")
-    turns = None if window is None else (window, local, 6)
+    turns = None if window is None else (window, local, _pattern(fields, sizes["num_layers"]))
     return _gemma(fields, sizes, mixer, everywhere, turns, placement="sandwich", cap=cap)
 
 
@@ -146,20 +146,33 @@ def _gemma(
     sizes: dict[str, Any],
     mixer: AttentionConfig,
     everywhere: RopeConfig,
-    turns: tuple[int, RopeConfig, int] | None = None,
+    turns: tuple[int, RopeConfig, int | list[bool]] | None = None,
     *,
     placement: Placement = "pre",
     cap: float | None = None,
 ) -> TransformerConfig:
-    """turns: the window and the positions of all layers but each so-many-th."""
+    """turns: the window and the positions of all layers but each so-many-th, or of those that a list says."""
     mlp = MLPConfig("gelu_tanh", gated=True, d_ff=fields.take("feed_forward_length"))
     full = BlockConfig(mixer, mlp, norm(fields), everywhere, placement)
     layers: tuple[BlockConfig, ...] = (full,)
     if turns is not None:
         window, local, every = turns
         sliding = dataclasses.replace(full, mixer=dataclasses.replace(mixer, window=window), positions=local)
-        layers = tuple(sliding if i % every else full for i in range(1, sizes["num_layers"] + 1))
+        if isinstance(every, int):
+            every = [i % every != 0 for i in range(1, sizes["num_layers"] + 1)]
+        layers = tuple(sliding if windowed else full for windowed in every)
     return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=cap, layers=layers)
+
+
+def _pattern(fields: Fields, depth: int) -> int | list[bool]:
+    """Of Gemma 3's windows: every how many layers there is none, or of each layer whether there is one."""
+    name = "attention.sliding_window_pattern"
+    said = fields.take(name)
+    if not isinstance(said, list):
+        return fields.count(name, 6)
+    if len(said) != depth or not all(isinstance(windowed, bool) for windowed in said):
+        fields.refuse(name)
+    return said
 
 
 def _head_dim(fields: Fields, sizes: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """A model in a GGUF file as a Transformer."""
 
+import dataclasses
 import os
 
 import torch
@@ -10,6 +11,10 @@ from cs336.models.gguf.architectures import ARCHITECTURES, Architecture, sizes
 from cs336.models.gguf.reader import GGUF
 from cs336.models.huggingface.fields import Fields
 from cs336.models.transformer import Transformer
+from cs336.nn import Llama3Scaling, RopeConfig
+from cs336.ops.rope_tables import inverse_frequencies
+
+FACTORS, LLAMA3_LENGTH = "rope_freqs.weight", 8192  # what the frequencies are divided by; Llama 3's context
 
 
 def from_gguf(
@@ -46,9 +51,10 @@ def _weights(
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     rules = architecture.rules(shapes)
     expected = {name for rule in rules for name in rule.theirs}
+    derived = {FACTORS} if any(getattr(block.positions, "scaling", None) for block in model.config.blocks) else set()
     if missing := expected - file.tensors.keys():
         raise ValueError(f"{file.path} lacks weights: {', '.join(sorted(missing))}")
-    if unknown := file.tensors.keys() - expected:
+    if unknown := file.tensors.keys() - expected - derived:
         raise ValueError(f"{file.path} has unknown weights: {', '.join(sorted(unknown))}")
     for rule in rules:
         found = [file.tensors[name].shape for name in rule.theirs]
@@ -63,6 +69,20 @@ def _weights(
     return weights
 
 
+def _stretched(file: GGUF, config: TransformerConfig) -> TransformerConfig:
+    """With the positions of Llama 3.1, whose files divide each pair's frequency by a factor instead of saying how."""
+    (block,) = set(config.blocks)
+    assert isinstance(block.positions, RopeConfig)
+    said = file.tensor(FACTORS).double()
+    D, theta = block.mixer.rope_dim(config.d_model), block.positions.theta
+    scaling = Llama3Scaling(max(1.0, round(said.max().item(), 4)), LLAMA3_LENGTH)
+    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta)[0]
+    if said.shape != factors.shape or not torch.allclose(said, factors, rtol=1e-4):
+        raise ValueError(f"{file.path} has {FACTORS} that are not Llama 3.1's: other stretched positions are not read")
+    positions = dataclasses.replace(block.positions, scaling=scaling)
+    return config.with_blocks((dataclasses.replace(block, positions=positions),) * config.num_layers)
+
+
 def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -75,4 +95,6 @@ def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     rows = file.tensors["token_embd.weight"].shape[0]
     config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
     fields.finish()
+    if name == "llama" and FACTORS in file.tensors:
+        config = _stretched(file, config)
     return config.short_form() or config, ARCHITECTURES[name]

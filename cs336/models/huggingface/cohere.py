@@ -56,7 +56,8 @@ def _block(fields: Fields, theta: float) -> BlockConfig:
 
 def _model(fields: Fields, layers: tuple[BlockConfig, ...]) -> TransformerConfig:
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
-    return TransformerConfig(**sizes, logit_scale=fields.number("logit_scale", SCALE), layers=layers)
+    scale = fields.number("logit_scale", SCALE)
+    return TransformerConfig(**sizes, logit_scale=None if scale == 1 else scale, layers=layers)
 
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:
@@ -82,7 +83,7 @@ def _written(config: TransformerConfig) -> dict[str, Any] | None:
     fields = decoder.written(config.with_blocks((turned,) * config.num_layers))
     if fields is None:
         return None
-    return fields | {"layer_norm_eps": fields.pop("rms_norm_eps"), "logit_scale": config.logit_scale}
+    return fields | {"layer_norm_eps": fields.pop("rms_norm_eps"), "logit_scale": config.logit_scale or 1.0}
 
 
 COHERE = Family("cohere", "CohereForCausalLM", read, write, decoder.rules, keeps_pairs=True)

@@ -33,8 +33,9 @@ def _rotated(fields: Fields, depth: int) -> list[bool]:
 
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:
-    turned = next((block for block in config.blocks if isinstance(block.positions, RopeConfig)), None)
-    if turned is None:
+    straight = dataclasses.replace(config.blocks[0], positions=RopeConfig(THETA))  # if no layer is turned
+    turned = next((block for block in config.blocks if isinstance(block.positions, RopeConfig)), straight)
+    if config.position_embedding is not None:
         return None
     fields = decoder.written(config.with_blocks((turned,) * config.num_layers))
     if fields is None:
