@@ -484,3 +484,7 @@ def test_mxfp4_is_read_as_transformers_unpacks_it(tmp_path):
     save_file(packed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"blocks and scales of \(5, 32, 2, 16\) torch.uint8 and \(5, 32, 1\)"):
         from_pretrained(tmp_path)
+    packed["model.layers.1.mlp.experts.down_proj_scales"] = torch.full((5, 32, 2), 255, dtype=torch.uint8)
+    save_file(packed, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"down_proj has a scale of 255: above 252 no number is finite"):
+        from_pretrained(tmp_path)

