@@ -15,7 +15,8 @@ from cs336.models import BlockConfig, PagedState, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, LatentAttentionConfig, PagedTokens
 from cs336.ops import registry
 
-CONFIG = TransformerConfig(64, 96, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, qk_norm=True)
+BOTH = {"qk_norm": True, "logit_scale": 1.5}  # the last of which what draws tokens must see
+CONFIG = TransformerConfig(64, 96, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, **BOTH)
 PROMPTS = [[5, 6, 7], [28], list(range(30)), [9] * 11, list(range(60)), [*range(40), 1]]
 
 
