@@ -58,6 +58,7 @@ def encode(
     shards: MaybePath = None,
     val_fraction: float | None = None,
     special: bool = False,
+    eot_token: str = END_OF_TEXT,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Text to token ids: as numbers on standard output, or as token shards to train on.
@@ -70,6 +71,7 @@ def encode(
         val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself. 0.02 if not
             given; fewer than 200 documents are cut into pieces, of which 0.1.
         special: numbers alone: read special tokens in the text as their ids, not as ordinary text.
+        eot_token: the special token behind each document of shards, </s> for a Llama 2's.
     """
     from cs336.tokenizer import convert
 
@@ -82,10 +84,12 @@ def encode(
         documents = read_documents(inputs, text_field=text_field, metadata=False)
         if val_fraction != 0:
             fraction, documents = for_split(documents, val_fraction)
-            train, val = tokenize_corpus(documents, loaded, shards, val_fraction=fraction, progress=True)
+            train, val = tokenize_corpus(
+                documents, loaded, shards, eot_token=eot_token, val_fraction=fraction, progress=True
+            )
             written = {shards / "train": train, shards / "val": val}
         else:
-            written = {shards: tokenize_documents(documents, loaded, shards, progress=True)}
+            written = {shards: tokenize_documents(documents, loaded, shards, eot_token=eot_token, progress=True)}
         for place, meta in written.items():
             print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
         return

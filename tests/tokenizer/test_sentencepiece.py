@@ -192,7 +192,7 @@ REFUSED = {
     "an id twice": (document(vocab=vocabulary() | {"qq": 300}, extra=False), "gives an id to two tokens"),
     "an id": (document(vocab=vocabulary() | {"qq": "x"}), "ids must be integers: that of 'qq'"),
     "whole pieces": (document(ignore_merges=True, vocab=MORE, extra=False), "merges do not come to its token b'qqq'"),
-    "normalized": (with_token(normalized=True), "'[X]' is looked for after spaces became"),
+    "normalized": (with_token(normalized=True, special=False), "'[X]' is looked for after spaces became"),
     "word": (with_token(single_word=True), "takes white space or word ends into account"),
     "its id": (changed(added_tokens=[added("<x>", 9)]), "has the id 9, and Hugging Face's tokenizers would make it"),
 }
@@ -216,6 +216,14 @@ def test_what_comes_to_the_same_is_read(read):
     assert (
         read(with_token("gemma", normalized=True), allowed_special="all").encode("a [X]")[-1] == len(vocabulary()) + 4
     )
+
+
+def test_special_tokens_of_old_files_are_found_anywhere(read):
+    content = document(extra=False)
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    assert read(content) == read(document(extra=False))
+    assert read(content, allowed_special="all").encode("the</s>other").count(2) == 1
 
 
 def test_other_formats_cannot_hold_it(read, tmp_path):
@@ -322,6 +330,12 @@ def test_the_command_line(tmp_path, capfdbinary):
     assert len(rows) == 2
     assert rows[0].split()[:3] == rows[1].split()[:3]
     assert main(["tokenizer", "convert", str(model), str(tmp_path / "ranks.tiktoken")]) == 2
+    shards = ["tokenizer", "encode", str(saved), str(text), "--shards", str(tmp_path / "shards"), "--val-fraction", "0"]
+    assert main(shards) == 2
+    assert b"the token that ends a document: --eot-token" in capfdbinary.readouterr().err
+    assert main([*shards, "--eot-token", "</s>"]) == 0
+    assert main(["tokenizer", "decode", str(saved), str(tmp_path / "shards" / "00000.bin")]) == 0
+    assert capfdbinary.readouterr().out.endswith(data + b"</s>")
 
 
 def test_messages_name_the_file(tmp_path):
