@@ -42,7 +42,9 @@ def read_model(path: str | os.PathLike) -> Parts:
     """The parts of a tokenizer.model. Raises ValueError for one that is no BPE, changes text, or is damaged.
 
     Behind a special token, or one of a user's, a text begins anew, as to those who encode what is between them apart:
-    SentencePiece, which knows no special tokens in text, puts a space before the whole alone.
+    SentencePiece, which knows no special tokens in text, puts a space before the whole alone, so that text which holds
+    a user's token has other ids there, if the model has such a space. A user's token of spaces is looked for before
+    marks become spaces, and SentencePiece's after.
     """
     with reading(path):
         fields = _fields(Path(path).read_bytes())

@@ -224,7 +224,11 @@ class Tokenizer:
 
     @classmethod
     def from_sentencepiece(cls, path: str | os.PathLike, allowed_special: Specials = ()) -> "Tokenizer":
-        """Read a tokenizer.model of SentencePiece, if it is BPE and does not change text first."""
+        """Read a tokenizer.model of SentencePiece, if it is BPE and does not change text first.
+
+        Ids are SentencePiece's, but for text that holds tokens of a user's: behind one a text begins anew, as with
+        Hugging Face and llama.cpp, and one of spaces is looked for among spaces alone, not marks.
+        """
         parts = sentencepiece_model.read_model(path)
         with formats.reading(path):
             return cls._of(parts, allowed_special)
