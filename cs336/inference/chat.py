@@ -127,7 +127,11 @@ class ChatTemplate:
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
         if tools:
             own["tools"] = [dict(tool) for tool in tools]
-        known = self._special_tokens | dict(extra or {}) | own
+        nothing = {
+            "tools": None,
+            "documents": None,
+        }  # as in transformers: many templates ask no more than "is not none"
+        known = self._special_tokens | nothing | dict(extra or {}) | own
         pieces, length = [], 0
         try:
             for piece in (self._with_tools if tools or with_calls else self._template).generate(known):

@@ -130,7 +130,11 @@ def check_schema(schema: Mapping[str, Any], name: str) -> None:
     _check_installed(f"calls by {name}")
     from llguidance import LLMatcher
 
-    if reason := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))):
+    try:
+        reason = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    except ValueError as error:  # as in _compile
+        reason = str(error)
+    if reason:
         raise ValueError(f"{name} cannot be followed: {_line(reason)}")
 
 

@@ -194,8 +194,8 @@ class ToolParser:
         """Tell what is new of the call. Raises ValueError where it is none."""
         found = self._object
         if not self._announced:
-            name, keys = found.value("name"), [key for key in ARGUMENTS if key in found.spans]
-            if name is not None and (not isinstance(name, str) or name not in self._names):
+            name, keys = found.string("name"), [key for key in ARGUMENTS if key in found.spans]
+            if name is not None and name not in self._names:
                 raise ValueError("there is no such tool")
             if len(keys) > 1 or any(found.chars[found.spans[key][0]] != "{" for key in keys):
                 raise ValueError("the arguments are no object")
@@ -260,9 +260,13 @@ class _Object:
         self._state, self._string_state = "value", "string"
         self._key, self._from, self._hex = "", 0, 0
 
-    def value(self, key: str) -> Any:
-        """None where it has not ended."""
-        begin, end = self.spans.get(key, (0, None))
+    def string(self, key: str) -> str | None:
+        """A member's value; None where it has not ended. Raises ValueError where it is no string."""
+        if key not in self.spans:
+            return None
+        begin, end = self.spans[key]
+        if self.chars[begin] != '"':
+            raise ValueError("no string")
         return None if end is None else json.loads("".join(self.chars[begin:end]))
 
     def push(self, char: str) -> None:

@@ -90,6 +90,7 @@ BAD = [
     '<tool_call>{"name": "h", "arguments": {}}</tool_call>',
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
     '<tool_call>{"name": null, "arguments": {}}</tool_call>',
+    '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
     '<tool_call>{"name": "f", "arguments": []}</tool_call>',
     '<tool_call>{"name": "f", "name": "f", "arguments": {}}</tool_call>',
@@ -225,3 +226,13 @@ def test_formats_are_known_by_their_templates():
     assert format_of("<tool_call>\n<function=") is None
     assert format_of("[TOOL_CALLS]name[ARGS]") is None
     assert format_of("{{ tools }}") is None
+
+
+def test_deep_and_long_arguments():
+    deep, long = "[" * 20_000 + "]" * 20_000, '"' + "x" * 50_000 + '"'
+    for value in (deep, long):
+        arguments = f'{{"a": {value}}}'
+        text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+        assert read("hermes", [text]) == ("", [("f", arguments)], 1)
+        unnamed = f'<tool_call>{{"name": {value}, "arguments": {{}}}}</tool_call>'
+        assert read("hermes", [unnamed]) == (unnamed, [], 0)
