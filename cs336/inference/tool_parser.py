@@ -81,7 +81,6 @@ class ToolParser:
         self._object = _Object()
         self._opened = self._announced = False
         self._sent = self._number = 0
-        self._key = ""  # of the arguments
         self._fresh, self._after_call = True, False
         self.complete = 0
         """Calls that have ended."""
@@ -193,22 +192,23 @@ class ToolParser:
     def _announce(self) -> None:
         """Tell what is new of the call. Raises ValueError where it is none."""
         found = self._object
+        spans = [found.spans[key] for key in ARGUMENTS if key in found.spans]
+        if len(spans) > 1:
+            raise ValueError("there are arguments twice")
         if not self._announced:
-            name, keys = found.string("name"), [key for key in ARGUMENTS if key in found.spans]
+            name = found.string("name")
             if name is not None and name not in self._names:
                 raise ValueError("there is no such tool")
-            if len(keys) > 1 or any(found.chars[found.spans[key][0]] != "{" for key in keys):
+            if spans and found.chars[spans[0][0]] != "{":
                 raise ValueError("the arguments are no object")
-            if found.done and not (name and keys):
+            if found.done and not (name and spans):
                 raise ValueError("an object that is no call")
-            if not (name and keys):
+            if not (name and spans):
                 return
-            self._announced, self._key, self._sent = True, keys[0], found.spans[keys[0]][0]
+            self._announced, self._sent = True, spans[0][0]
             if self._told:
                 self._events.append(Event("call", name, self._number, self._new_id()))
-        elif any(key in found.spans for key in ARGUMENTS if key != self._key):
-            raise ValueError("there are arguments twice")
-        end = found.spans[self._key][1] or len(found.chars)
+        end = spans[0][1] or len(found.chars)
         if self._told and end > self._sent:
             self._events.append(Event("arguments", "".join(found.chars[self._sent : end]), self._number))
         self._sent = end
