@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cs336.inference import ranks
+from cs336.inference.beams import Beam, BeamParams, beam_search_ids
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
@@ -25,7 +26,7 @@ from cs336.inference.outputs import CompletionOutput, RequestOutput, Token, warn
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.tool_parser import FORMATS, ToolFormat, ToolParser, read_answer
 from cs336.inference.tools import Tools
-from cs336.inference.vocabulary import check_same_tokens, encode_prompts
+from cs336.inference.vocabulary import check_same_tokens, encode_prompts, unused_ids
 from cs336.models import Transformer
 from cs336.parallel.launch import connect, rank
 from cs336.tokenizer import convert
@@ -205,6 +206,36 @@ class LLM:
     def _read(self, output: CompletionOutput, tools: Tools) -> CompletionOutput:
         message, reason = read_answer(output.text, output.finish_reason, self.tool_parser(tools))
         return dataclasses.replace(output, message=message, finish_reason=reason)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int = 4,
+        max_tokens: int = 128,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> list[RequestOutput]:
+        """The beam_width best continuations of each prompt that a search finds, the best first: by the loop of
+        beams.py, with a state of its own beside the engine's pages.
+
+        Raises what generate does, ValueError for values out of range, and for a model that is divided among ranks.
+        """
+        if ranks.is_divided(self.model):
+            raise ValueError("beam search is a loop in one process: give a model that is not divided among ranks")
+        encoded = self._encode(prompts)
+        params = BeamParams(beam_width, max_tokens, length_penalty, early_stopping)
+        unused = () if self.tokenizer is None else unused_ids(self.model, self.tokenizer)
+        found = beam_search_ids(self.model, [ids for _, ids in encoded], params, self.engine.ends, unused)
+        return [
+            RequestOutput(text, list(ids), [self._beam_output(i, beam) for i, beam in enumerate(beams)])
+            for (text, ids), beams in zip(encoded, found, strict=True)
+        ]
+
+    def _beam_output(self, index: int, beam: Beam) -> CompletionOutput:
+        text = "" if self.tokenizer is None else self.tokenizer.decode(beam.token_ids)
+        reason = "stop" if beam.ended else "length"
+        return CompletionOutput(index, text, beam.token_ids, reason, None, score=beam.score)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], top: int = 0) -> list[list[Token]]:
         """How likely each continuation is after its prompt: a Token for each of its tokens. What prompts have in common

@@ -34,6 +34,8 @@ class CompletionOutput:
     message: Mapping[str, Any] | None = None
     """Of LLM.chat, to go on with: {"role": "assistant", "content": ..., "tool_calls": ...}, the last where there are
     some; finish_reason is "tool_calls" then."""
+    score: float | None = None
+    """Of LLM.beam_search: the sum of log-probabilities, over the length ** length_penalty."""
 
 
 @dataclass(frozen=True)

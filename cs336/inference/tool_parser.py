@@ -49,7 +49,7 @@ FORMATS = {
 
 def format_of(template: str) -> ToolFormat | None:
     """The one that a chat template writes calls in, if it is one of FORMATS."""
-    if "<function=" in template or "[ARGS]" in template:  # arguments that are no JSON, names outside of it
+    if any(mark in template for mark in ("<function=", "<arg_key>", "[ARGS]")):  # names or arguments outside of JSON
         return None
     if '"parameters": dictionary' in template:  # what Llama's asks for
         return FORMATS["llama3_json"]

@@ -227,6 +227,7 @@ def test_formats_are_known_by_their_templates():
     assert format_of('Respond {"name": function name, "parameters": dictionary of it}') is FORMATS["llama3_json"]
     assert format_of("<tool_call>\n<function=") is None
     assert format_of("[TOOL_CALLS]name[ARGS]") is None
+    assert format_of("<tool_call>name\n<arg_key>") is None
     assert format_of("{{ tools }}") is None
 
 
