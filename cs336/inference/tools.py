@@ -9,6 +9,10 @@ from cs336.inference.grammar import SPACE, check_schema
 from cs336.inference.tool_parser import ToolFormat
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+LISTS = ("enum", "anyOf", "oneOf", "allOf")  # in JSON schemas; all but the first of schemas
+OBJECTS = ("properties", "$defs", "definitions")
+DEEPEST = 100
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}'
 CHOICE = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
@@ -79,17 +83,37 @@ def _checked(at: str, tool: Any) -> tuple[str, Mapping[str, Any]]:
             raise ValueError(f"{at}.function.{field} must be a {kind.__name__}, got {value!r:.80}")
     if schema is None:
         return name, NO_ARGUMENTS
-    if not isinstance(schema, Mapping):
-        raise ValueError(f"{at}.function.parameters must be a JSON schema, got {schema!r:.80}")
-    if schema.get("type", "object") != "object":
-        raise ValueError(
-            f'{at}.function.parameters must be a JSON schema of {{"type": "object"}}, got type {schema["type"]!r:.80}'
-        )
+    at = f"{at}.function.parameters"
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise ValueError(f'{at} must be a JSON schema of {{"type": "object"}}, got {schema!r:.80}')
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{at}.function.parameters is not JSON: {error}") from None
+        raise ValueError(f"{at} is not JSON: {error}") from None
+    _check(at, schema, depth=0)
     return name, {"type": "object"} | dict(schema)
+
+
+def _check(at: str, schema: Any, depth: int) -> None:
+    """Raises ValueError, with the place, where what is said most often in JSON schemas is said wrongly."""
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, Mapping) or depth > DEEPEST:
+        raise ValueError(f"{at} must be a JSON schema, at most {DEEPEST} deep, got {schema!r:.80}")
+    types = schema.get("type", [])
+    if not all(kind in TYPES for kind in (types if isinstance(types, list) else [types])):
+        raise ValueError(f"{at}.type must be one of {', '.join(TYPES)}, or a list of them, got {types!r:.80}")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise ValueError(f"{at}.required must be a list of names, got {required!r:.80}")
+    for kind, name, keys in ((list, "a list", LISTS), (Mapping, "an object", OBJECTS)):
+        if wrong := [key for key in keys if key in schema and not isinstance(schema[key], kind)]:
+            raise ValueError(f"{at}.{wrong[0]} must be {name}, got {schema[wrong[0]]!r:.80}")
+    inner = [(f"{key}.{name}", value) for key in OBJECTS for name, value in schema.get(key, {}).items()]
+    inner += [(f"{key}.{i}", value) for key in LISTS[1:] for i, value in enumerate(schema.get(key, ()))]
+    inner += [(key, schema[key]) for key in ("items", "additionalProperties") if key in schema]
+    for where, value in inner:
+        _check(f"{at}.{where}", value, depth + 1)
 
 
 def _names(choice: Any, names: list[str]) -> list[str] | None:

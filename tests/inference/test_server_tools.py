@@ -158,9 +158,10 @@ def test_tool_choice_none(served):
         ({"tools": [{"type": "function"}]}, "tools.0 must be "),
         ({"tools": [tool("a b")]}, "tools.0.function.name must be 1 to 64"),
         ({"tools": [*TOOLS, TOOLS[1]]}, "tools.3.function.name is 'square', as is another tool's"),
+        ({"tools": [tool("f", {"items": {"type": "x"}})]}, "tools.0.function.parameters.items.type must be one of"),
         ({"tools": [tool("f", {"type": "array"})]}, "tools.0.function.parameters must be a JSON schema"),
         (
-            {"tools": [tool("f", {"properties": {"a": {"type": "x"}}})], "tool_choice": "required"},
+            {"tools": [tool("f", {"properties": {"a": {"not": {}}}})], "tool_choice": "required"},
             "tools.0.function.parameters cannot be followed: ",
         ),
         ({"tool_choice": "sometimes"}, "tool_choice must be "),

@@ -161,9 +161,22 @@ def changed(**function):
         ([*TOOLS, TOOLS[0]], None, "tools.3.function.name is 'weather', as is another"),
         (changed(description=1), None, "tools.0.function.description must be a str"),
         (changed(strict="yes"), None, "tools.0.function.strict must be a bool"),
-        (changed(parameters=[]), None, "tools.0.function.parameters must be a JSON schema, got []"),
+        (changed(parameters=[]), None, "tools.0.function.parameters must be a JSON schema of"),
         (changed(parameters={"type": "string"}), None, "tools.0.function.parameters must be a JSON schema of"),
         (changed(parameters={"default": float("nan")}), None, "tools.0.function.parameters is not JSON"),
+        *(
+            (changed(parameters={"properties": {"a": schema}}), None, f"function.parameters.properties.a{reason}")
+            for schema, reason in (
+                ("string", " must be a JSON schema"),
+                ({"type": "text"}, ".type must be one of array, boolean, integer, null"),
+                ({"type": ["string", {}]}, ".type must be one of"),
+                ({"required": "b"}, ".required must be a list of names"),
+                ({"enum": "b"}, ".enum must be a list"),
+                ({"properties": []}, ".properties must be an object"),
+                ({"anyOf": [{}, {"oneOf": [True, {"type": 1}]}]}, ".anyOf.1.oneOf.1.type must be one of"),
+                ({"items": {"additionalProperties": {"$defs": {"c": 3}}}}, ".items.additionalProperties.$defs.c must"),
+            )
+        ),
         (TOOLS, "any", 'tool_choice must be "none", "auto", "required", or '),
         (TOOLS, {"type": "function", "name": "now"}, "tool_choice must be"),
         (TOOLS, {"type": "function", "function": {"name": "then"}}, "tool_choice.function.name is 'then', and"),
@@ -276,9 +289,9 @@ def test_what_leaves_no_room_for_calls(monkeypatch):
     assert llm.chat(ASK, SamplingParams(regex="a"), tools=TOOLS, tool_choice="none")[0].text == "a"
     with pytest.raises(ValueError, match="tool_choice says where a text may end, and min_tokens does"):
         llm.chat(ASK, SamplingParams(min_tokens=2), tools=TOOLS, tool_choice="required")
-    bad = [TOOLS[0], tool("bad", {"type": "object", "properties": {"a": {"type": "wrong"}}})]
+    bad = [TOOLS[0], tool("bad", {"type": "object", "properties": {"a": {"not": {"type": "null"}}}})]
     llm.chat(ASK, SamplingParams(max_tokens=2), tools=bad)  # the model may have been told so
-    with pytest.raises(ValueError, match=r"tools.1.function.parameters cannot be followed: .*wrong"):
+    with pytest.raises(ValueError, match=r"tools.1.function.parameters cannot be followed: .*not"):
         llm.chat(ASK, tools=bad, tool_choice="required")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llguidance" else found(name))
