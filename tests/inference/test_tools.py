@@ -13,6 +13,7 @@ pytest.importorskip("jsonschema")
 import jsonschema
 from inference.scripted import ASK, SCHEMAS, SPECIAL, TEMPLATES, TOKENIZER, TOOLS, saying, tool, tool_llm, written
 
+from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.grammar import Grammars
@@ -307,3 +308,9 @@ def test_lark():
     for lark, reason in (("start: (", "lark cannot be followed"), (3, "lark must be a string, got 3")):
         with pytest.raises(ValueError, match=reason):
             llm.generate("a", SamplingParams(lark=lark))
+
+
+def test_the_verb_knows_every_format(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out
