@@ -194,6 +194,27 @@ def test_calls_behind_the_first_are_left_out():
     assert read("hermes", bad, parallel=False)[1] == WITHIN[1:]
 
 
+def test_any_text_is_read_alike_in_any_pieces():
+    """And where nothing is called, all of it is content."""
+    rng = random.Random(1)
+    marks = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", *'[],;{}"<\\ \nx']
+    atoms = [A, LLAMA[1], B[:-1], f"{B}}}", '{"name": "f"', '"arguments": {', *marks]
+    called = 0
+    for _ in range(1000):
+        kind, cut, text = rng.choice([*FORMATS]), rng.random() < 0.3, "".join(rng.choices(atoms, k=rng.randint(1, 9)))
+        want = read(kind, [text], cut=cut)
+        at = rng.randint(0, len(text))
+        assert read(kind, text, cut=cut) == read(kind, [text[:at], text[at:]], cut=cut) == want, text
+        content, calls, complete = want
+        called += complete
+        if cut:
+            continue
+        assert calls or content == text
+        assert len(calls) == complete
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls), text
+    assert called > 50
+
+
 def test_strictly_as_json_reads():
     """Texts with a character changed are calls where Python's JSON has one with arguments, and not elsewhere."""
     rng, good = random.Random(7), 0
