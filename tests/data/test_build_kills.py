@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 
 def finish(process):
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said.decode()
 
 
