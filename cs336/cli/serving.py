@@ -36,7 +36,7 @@ def serve(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
-        tool_parser: DisallowNone[Literal["hermes", "llama3_json", "mistral"] | None] = None,
+        tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None,
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
         engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
