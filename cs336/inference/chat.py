@@ -174,7 +174,7 @@ def _plain_calls(at: str, calls: Any) -> list[dict[str, Any]]:
                 f"got {call!r:.80}"
             )
         arguments = function.get("arguments")
-        arguments = {} if arguments in (None, "") else arguments
+        arguments = {} if arguments in (None, "", "null") else arguments
         try:
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         except (ValueError, RecursionError) as error:

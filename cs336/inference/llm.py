@@ -191,7 +191,9 @@ class LLM:
 
     def tool_parser(self, tools: Tools) -> ToolParser | None:
         """For one answer; None where nothing may be called."""
-        return ToolParser(self._tool_format, tools.names, parallel=tools.parallel) if tools.offered else None
+        if not tools.offered:
+            return None
+        return ToolParser(self._tool_format, tools.names, parallel=tools.parallel, forced=bool(tools.must))
 
     @property
     def _tool_format(self) -> ToolFormat:

@@ -69,10 +69,10 @@ class Event(NamedTuple):
 
 class ToolParser:
     """Of one answer. names: the tools that can be called; a call of another is text. parallel: False leaves out calls
-    behind the first."""
+    behind the first. forced: the answer is nothing but calls, so that the beginning of one is no text."""
 
-    def __init__(self, format: ToolFormat, names: Collection[str], *, parallel: bool = True):
-        self._format, self._names, self._parallel = format, names, parallel
+    def __init__(self, format: ToolFormat, names: Collection[str], *, parallel: bool = True, forced: bool = False):
+        self._format, self._names, self._parallel, self._forced = format, names, parallel, forced
         self._events: list[Event] = []
         self._step = self._text
         self._space: list[str] = []  # in text: white space that may stand before a call, and belongs to it then
@@ -95,6 +95,8 @@ class ToolParser:
         """What is left where the text ends. cut: by max_tokens: a call that was announced stays, as far as it came."""
         if self._step == self._between:
             self._completed()
+        elif cut and self._forced:
+            return self._taken()
         elif self.complete and "".join(self._raw).strip(SPACE) == self._format.separator:
             pass  # nothing follows it
         elif self._step != self._text and not (cut and self._announced):

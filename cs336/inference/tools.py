@@ -54,6 +54,9 @@ class Tools:
         Raises ValueError for schemas that llguidance does not know, and where it is not installed.
         """
         before, between, behind = (_symbols(text, special_tokens) for text in format.written)
+        if format.opening:  # behind a space or not, as the tokenizers of a family differ
+            mark = _symbols(format.written[0].removesuffix(format.opening), special_tokens)
+            before = f'{mark} " "? {json.dumps(format.opening)}'
         calls = [f"call{i}" for i in range(len(self.must))]
         lines = [f"start: {before} call {f'({between} call)*' if self.parallel else ''} {behind}"]
         lines.append(f"call: {' | '.join(calls)}")

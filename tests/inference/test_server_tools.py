@@ -130,6 +130,10 @@ def test_what_must_be_called_is_called(served, client):
             ((name, arguments),) = told(choice["message"])
             assert how["tool_choice"] == "required" or (name, json.loads(arguments)) == ("now", {})
             assert isinstance(json.loads(arguments), dict)
+    (cut,) = post(served, {"tool_choice": "required", "max_tokens": 12})[1]["choices"]
+    assert (cut["message"], cut["finish_reason"]) == ({"role": "assistant", "content": ""}, "length")
+    chunks = streamed(served, {"tool_choice": "required", "max_tokens": 12})
+    assert [c["delta"] for c in chunks] == [{"role": "assistant", "content": ""}, {}]
     with client.chat.completions.stream(
         model="cs336", messages=ASK, tools=TOOLS, tool_choice=NOW, seed=1, max_tokens=100
     ) as stream:

@@ -150,6 +150,9 @@ def test_a_call_that_is_cut(kind):
             assert whole.startswith(arguments)
         assert [name for name, _ in calls] == [*NAMES[: len(calls)]]
         assert text[:at].endswith(content)
+        forced, _ = read_answer(text[:at], "length", ToolParser(FORMATS[kind], NAMES, forced=True))
+        assert not forced["content"]
+        assert [c["function"]["arguments"] for c in forced.get("tool_calls", ())] == [found[1] for found in calls]
         parser = ToolParser(FORMATS[kind], NAMES)
         message, reason = read_answer(text[:at], "length", parser)
         assert reason == "length"

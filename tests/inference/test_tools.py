@@ -135,7 +135,7 @@ def test_bad_calls_in_messages(messages, reason):
 
 def test_calls_without_what_may_be_left_out():
     template = ChatTemplate(TEMPLATES["hermes"])
-    for arguments in ({}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": None}):
+    for arguments in ({}, {"arguments": ""}, {"arguments": "null"}, {"arguments": "{}"}, {"arguments": None}):
         messages = [*message([{"function": {"name": "now"} | arguments}]), {"role": "tool", "content": "12:00"}]
         assert '{"name": "now", "arguments": {}}' in template.render(messages)
     for nothing in (None, []):
@@ -218,6 +218,8 @@ def test_the_grammar_of_calls(kind):
     several = Tools(TOOLS, "required").grammar(FORMATS[kind], SPECIAL)
     for calls in ([weather], [square], [now], [now, weather, square], [weather, weather]):
         assert accepts(grammars, several, written(kind, *calls))
+    if kind == "mistral":
+        assert accepts(grammars, several, written(kind, now, square).replace("[TOOL_CALLS][", "[TOOL_CALLS] ["))
     for call in (
         ("then", {}),
         ("now", {"n": 3}),
