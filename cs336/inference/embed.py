@@ -1,7 +1,6 @@
 """Embeddings of texts by a language model: the mean of its last hidden states, for texts that mean the same.
 
-rows_ND = embed(load_model("runs/small/export"), tokenizer, texts)
-semantic_duplicates(rows_ND)
+semantic_duplicates(embed("runs/small/export", texts))
 
 [[dedup]]
 kind = "semantic"
@@ -10,6 +9,7 @@ model = "runs/small/export"
 
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from cs336.data.dedup.semantic import check_semantic
-from cs336.inference.load import checked_context, find_model, load_model, load_tokenizer
+from cs336.inference.load import checked_context, find_model, load_model, load_tokenizer, read_config
 from cs336.models import Transformer
-from cs336.tokenizer import Tokenizer
 from cs336.utils.documents import Document
 
 BATCH_TEXTS = 32  # that run together, padded to the longest
@@ -61,21 +60,27 @@ class Semantic:
         if self.model is None:
             assert self.field is not None
             return (_noted(document, self.field) for document in documents)
-        path = find_model(self.model)
         texts = (document.text for document in documents)
-        return embedded(load_model(path, self.device), load_tokenizer(path), texts, self.max_tokens)
+        return _embedded(self.model, texts, self.max_tokens, self.device)
 
 
-def embed(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int = 512) -> np.ndarray:
-    """(N, D) float32: of each text the mean of what the model's head reads over its first `max_tokens` tokens."""
-    rows = list(embedded(model, tokenizer, texts, max_tokens))
-    return np.stack(rows) if rows else np.zeros((0, model.config.d_model), np.float32)
+def embed(model: str | os.PathLike, texts: Iterable[str], max_tokens: int = 512, device: str = "auto") -> np.ndarray:
+    """(N, D) float32: of each text the mean of what the model's head reads over its first `max_tokens` tokens.
+
+    model: an export, a checkpoint or a run directory, with its tokenizer. A text without a token is a row of zeros.
+    device: "auto" is a GPU if there is one. Raises FileNotFoundError where there is no model or tokenizer.
+    """
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, got one str: give [text]")
+    rows = list(_embedded(model, texts, max_tokens, device))
+    return np.stack(rows) if rows else np.zeros((0, read_config(find_model(model)).d_model), np.float32)
 
 
-def embedded(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> Iterator[np.ndarray]:
-    """The rows of `embed`, one after the other. A text without a token is a row of zeros, like no other."""
-    most, batch = min(max_tokens, model.config.context_length), iter(texts)
-    while chunk := list(itertools.islice(batch, BATCH_TEXTS)):
+def _embedded(path: str | os.PathLike, texts: Iterable[str], max_tokens: int, device: str) -> Iterator[np.ndarray]:
+    found = find_model(path)
+    model, tokenizer = load_model(found, device), load_tokenizer(found)
+    most, left = min(max_tokens, model.config.context_length), iter(texts)
+    while chunk := list(itertools.islice(left, BATCH_TEXTS)):
         yield from _means(model, [tokenizer.encode_ordinary(text)[:most] for text in chunk])
 
 
