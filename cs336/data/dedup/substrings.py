@@ -67,7 +67,7 @@ class Repeats:
     def of(self, index: int, text: bytes, at: At = "char") -> list[Span]:
         """What of a text, the one that was given as number `index`, is repeated: from byte to byte, in order.
 
-        Ends move inward, to whole characters, words with the white space behind them, or lines with their ends.
+        Ends move inward, to whole characters, words or lines.
         """
         begin, end = self._begins_D[index : index + 2]
         low, high = np.searchsorted(self._first_S, [begin, end])
@@ -195,14 +195,14 @@ def _inward(text: bytes, begin: int, end: int, at: At) -> Span:
     """The ends moved toward each other, to where a cut may be."""
     separators = _SEPARATORS.get(at)
 
-    def parts(place: int) -> bool:
+    def begins(place: int) -> bool:
         if place in (0, len(text)):
             return True
         return text[place] & 0xC0 != 0x80 if separators is None else text[place - 1] in separators
 
-    while begin < end and not parts(begin):
+    while begin < end and not begins(begin):
         begin += 1
-    while end > begin and not parts(end):
+    while end > begin and not begins(end) and not (separators and text[end] in separators):
         end -= 1
     return begin, end
 
