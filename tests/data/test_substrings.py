@@ -1,4 +1,4 @@
-"""Repeated passages: exact against their definition, whatever the memory, threads and text; cut from files and builds."""
+"""Repeated passages: exact against their definition, for any memory, threads and text; cut from files and builds."""
 
 import json
 import random
@@ -245,7 +245,7 @@ class TestStep:
         assert json.loads((out / "2-substrings/index.json").read_text())["documents"] == 3
 
     def test_takes_a_tokenizer_and_asks_for_it_first(self, tmp_path, monkeypatch):
-        with pytest.raises(FileNotFoundError, match="no.json does not exist: the substrings' tokenizer"):
+        with pytest.raises(FileNotFoundError, match=r"no\.json does not exist: the substrings' tokenizer"):
             built(tmp_path, monkeypatch, length=60, tokenizer="no.json")
         assert not (tmp_path / "out").exists()
         Tokenizer.train([NOTICE * 9], 300, []).save(tmp_path / "t.json")

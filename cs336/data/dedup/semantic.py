@@ -106,14 +106,15 @@ class _Directions:
 def _centres(rows: _Directions, num_clusters: int, seed: int) -> Tensor:
     """(K, D): k-means of batches, each centre the mean direction of the rows that it was nearest to so far."""
     generator = np.random.default_rng(seed)
-    centres_KD = rows[np.sort(generator.choice(len(rows), num_clusters, replace=False))]
-    counts_K = torch.zeros(num_clusters, device=rows.device)
+    centres_KD = rows[np.sort(generator.choice(len(rows), num_clusters, replace=False))].unique(dim=0)
+    clusters_K = torch.arange(len(centres_KD), device=rows.device)  # fewer, where rows are equal
+    counts_K = torch.zeros(len(centres_KD), device=rows.device)
     batch = min(BATCH, len(rows))
     for _ in range(max(LEAST_STEPS, PASSES * len(rows) // batch)):
         batch_BD = rows[np.sort(generator.integers(len(rows), size=batch))]
         nearest_B = (batch_BD @ centres_KD.T).argmax(1)
         # A product, not a scattered sum, whose order differs from call to call on a GPU.
-        member_BK = (nearest_B[:, None] == torch.arange(num_clusters, device=rows.device)).to(batch_BD.dtype)
+        member_BK = (nearest_B[:, None] == clusters_K).to(batch_BD.dtype)
         new_K = member_BK.sum(0)
         counts_K += new_K
         step_KD = member_BK.T @ batch_BD - new_K[:, None] * centres_KD
@@ -122,12 +123,13 @@ def _centres(rows: _Directions, num_clusters: int, seed: int) -> Tensor:
 
 
 def _nearest(rows: _Directions, centres_KD: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """((N,) the nearest centre, (N,) the cosine to it, in steps of ROUNDING: equal rows are as far)."""
+    """((N,) the nearest centre, (N,) the cosine to it)."""
     clusters, cosines = [], []
     for block_BD in rows.blocks():
-        cosine_B, cluster_B = (block_BD @ centres_KD.T).max(1)
+        cluster_B = (block_BD @ centres_KD.T).argmax(1)
         clusters.append(cluster_B.cpu().numpy())
-        cosines.append((cosine_B / ROUNDING).round().cpu().numpy())
+        # Row by row, and not from the product, in which equal rows need not have equal bits.
+        cosines.append((block_BD * centres_KD[cluster_B]).sum(1).cpu().numpy())
     return np.concatenate(clusters), np.concatenate(cosines)
 
 
