@@ -99,6 +99,23 @@ def test_fibonacci_words_with_parts_and_threads():
         assert found(documents, 20, max_memory, num_threads) == expected
 
 
+@pytest.mark.parametrize("max_memory", [LOTS, 1000])
+def test_windows_of_one_hash_are_told_apart(max_memory):
+    """A Thue-Morse word of 2^12 letters and the one with its letters exchanged: whatever numbers the letters stand for,
+    and whatever the base, their polynomials differ by a product of (1 - base^(2^k)), k < 12, which is 0 mod 2^64."""
+    word = bytes(b"ab"[i.bit_count() % 2] for i in range(1 << 12))
+    other = word.translate(bytes.maketrans(b"ab", b"ba"))
+    documents = [word, other, b"x" + other, word]
+    assert found(documents, len(word), max_memory) == [[], [], [(1, 4097)], [(0, 4096)]]
+
+
+def test_parts_that_chance_makes_large_have_room():
+    """Of 1,250 parts of about 16 windows some have twice as many: their tables grow, or would be full."""
+    corpus = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8)
+    corpus[15_000:15_100] = corpus[100:200]
+    assert _text.repeats(corpus, np.array([20_000]), 30, 1, 1).tolist() == [[15_000, 15_100]]
+
+
 def test_large_corpora_are_parted_and_threaded_alike():
     """More windows than one thread is given alone, with passages planted at known places."""
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ namespace {
 constexpr size_t kBatch = 1 << 12;               // windows that are hashed before the table is asked
 constexpr size_t kAhead = 16;                    // of them whose places are fetched ahead
 constexpr size_t kFewWindows = 1 << 16;          // that are not worth a second thread
-constexpr size_t kFewestOfPart = 64;             // windows
+constexpr size_t kFewestOfPart = 16;             // windows
 constexpr uint64_t kBase = 0xD1342543DE82EF95u;  // odd: a power of it loses no bit of a symbol
 
 uint64_t scaled(uint64_t hash, uint64_t count) {  // to 0 .. count - 1
@@ -56,7 +56,7 @@ class FirstPlaces {
   FirstPlaces(std::span<const Symbol> corpus, size_t length, size_t expected)
       : corpus_(corpus), length_(length), table_(places_for(expected)) {}
 
-  static size_t places_for(size_t windows) { return windows + windows / 4 + 64; }
+  static size_t places_for(size_t windows) { return windows + windows / 4 + 8; }
 
   void prefetch(uint64_t hash) const { __builtin_prefetch(&table_[scaled(hash, table_.size())]); }
 
