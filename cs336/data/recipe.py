@@ -33,6 +33,7 @@ from cs336.data.mix import Buckets
 from cs336.data.pack import MAX_CONTEXT
 from cs336.data.sources.configs import Source
 from cs336.data.sources.record import Limits
+from cs336.tokenizer import Tokenizer
 from cs336.utils.shards import MAX_SHARD_TOKENS, SHARD_TOKENS
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -116,8 +117,11 @@ class Substrings:
         substrings.check_substrings(self.length, self.max_memory, self.at, self.max_cut)
 
     def check(self) -> None:
-        if self.tokenizer is not None and not self.tokenizer.is_file():
+        if self.tokenizer is None:
+            return
+        if not self.tokenizer.is_file():
             raise FileNotFoundError(f"{self.tokenizer} does not exist: the substrings' tokenizer is a tokenizer.json")
+        Tokenizer.load(self.tokenizer)
 
 
 @dataclass(frozen=True)

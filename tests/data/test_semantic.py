@@ -79,6 +79,31 @@ def test_equal_rows_leave_the_first_and_zeros_are_like_nothing():
         assert found == [*range(5), *range(5), 10, 11, *range(5)]
 
 
+def test_copies_of_rows_are_in_one_cluster_with_them():
+    """Centres are drawn among rows, and so among copies too: of equal ones one is enough."""
+    for seed in range(50):
+        some = rows(80 + seed, 3, seed)
+        x_ND = np.concatenate([some, some[::2], some[::3]])
+        found = semantic_duplicates(x_ND, 1.0, 17, seed, device="cpu")
+        stays = [found[i] for i in range(len(some))]  # rows that are alike by chance are one, too
+        assert found[len(some) :] == [*stays[::2], *stays[::3]]
+
+
+def test_rows_of_any_length_are_directions():
+    for scale in (1e25, 1e-14, 1e-30):
+        some = rows(4) * np.float32(scale)
+        assert semantic_duplicates(np.concatenate([some, some]), device="cpu") == [*range(4), *range(4)]
+
+
+def test_what_all_rows_share_is_taken_off():
+    """Rows that all point one way, but for a little that is each one's own, and a copy."""
+    x_ND = 10 + rows(200)
+    x_ND[150] = 3 * x_ND[20]
+    assert sum(first != i for i, first in enumerate(semantic_duplicates(x_ND, 0.95, 1, device="cpu"))) > 150
+    found = semantic_duplicates(x_ND, 0.95, 1, centre=True, device="cpu")
+    assert {tuple(sorted((i, first))) for i, first in enumerate(found) if first != i} == {(20, 150)}
+
+
 def test_edges():
     assert semantic_duplicates(np.zeros((0, 4)), device="cpu") == []
     assert semantic_duplicates(rows(1), device="cpu") == [0]
@@ -103,8 +128,12 @@ def test_refuses_what_makes_no_sense():
     ):
         with pytest.raises(ValueError, match=message):
             semantic_duplicates(rows(3), **options)
-    with pytest.raises(ValueError, match=r"shape \(rows, features\), got \(3,\)"):
-        semantic_duplicates(np.zeros(3))
+    for shape in ((3,), (3, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"shape \(rows, features\), got "):
+            semantic_duplicates(np.zeros(shape))
+    for wrong, name in (([[1.0, 2.0]], "list"), (torch.ones(2, 2), "Tensor")):
+        with pytest.raises(TypeError, match=f"expected a numpy array of embeddings, got a {name}"):
+            semantic_duplicates(wrong)
     broken = rows(9)
     broken[6, 1] = np.nan
     with pytest.raises(ValueError, match="row 6 of the embeddings is not finite"):

@@ -109,6 +109,12 @@ def test_windows_of_one_hash_are_told_apart(max_memory):
     assert found(documents, len(word), max_memory) == [[], [], [(1, 4097)], [(0, 4096)]]
 
 
+def test_a_length_above_every_document_costs_nothing():
+    """The power of the base that a window of this length has would never be done."""
+    for length in (2**40, 2**63 - 1):
+        assert repeated_spans(["short", "short"], length) == [[], []]
+
+
 def test_parts_that_chance_makes_large_have_room():
     """Of 1,250 parts of about 16 windows some have twice as many: their tables grow, or would be full."""
     corpus = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8)
@@ -180,6 +186,9 @@ class TestSpans:
     def test_refuses_what_makes_no_sense(self):
         for options, message in (
             ({"length": 0}, "length must be 1"),
+            ({"length": 1.5}, "length must be 1"),
+            ({"length": 2**63}, "length must be 1"),
+            ({"max_memory": 10**30}, "max_memory is bytes"),
             ({"at": "sentence"}, 'at is "char", "word" or "line"'),
             ({"max_memory": 0}, "max_memory is bytes"),
         ):
@@ -228,17 +237,17 @@ def test_examples_are_few_and_short(tmp_path, monkeypatch):
 
 
 NOTICE = "This notice about cookies stands at the end of every page, of one as of another."
-TEXTS = [f"Café one has a text. {NOTICE}", f"Two has another. {NOTICE} It goes on.", NOTICE, "Nothing of the kind"]
+TEXTS = [f"Café one has a text. {NOTICE}", f"Two has another. {NOTICE} It goes on.", NOTICE, "Nothing, as another has"]
 
 
-def built(tmp_path, monkeypatch, texts=TEXTS, **config):
+def built(tmp_path, monkeypatch, texts=TEXTS, more=(), **config):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     table = {
         "output": "out",
         "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}],
-        "dedup": [{"kind": "substrings"} | config],
+        "dedup": [{"kind": "substrings"} | config, *more],
     }
     Build(parse(Recipe, table)).run()
     return tmp_path / "out"
@@ -264,6 +273,9 @@ class TestStep:
     def test_takes_a_tokenizer_and_asks_for_it_first(self, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=r"no\.json does not exist: the substrings' tokenizer"):
             built(tmp_path, monkeypatch, length=60, tokenizer="no.json")
+        (tmp_path / "t.json").write_text("{")
+        with pytest.raises(ValueError, match=r"t\.json"):
+            built(tmp_path, monkeypatch, length=60, tokenizer="t.json")
         assert not (tmp_path / "out").exists()
         Tokenizer.train([NOTICE * 9], 300, []).save(tmp_path / "t.json")
         out = built(tmp_path, monkeypatch, length=5, tokenizer="t.json")
@@ -272,6 +284,17 @@ class TestStep:
         Tokenizer({i: bytes([i]) for i in range(256)}, []).save(tmp_path / "t.json")  # another one is another stage
         out = built(tmp_path, monkeypatch, length=5, tokenizer="t.json")
         assert (out / "2-substrings/index.json").read_bytes() != before
+
+    def test_several_stages_add_up(self, tmp_path, monkeypatch):
+        more = [{"kind": "substrings", "length": 11}, {"kind": "lines", "min_chars": 1}, {"kind": "lines"}]
+        out = built(tmp_path, monkeypatch, more=more, length=60)
+        counted = json.loads((out / "build.json").read_text())
+        stages = [json.loads((out / f"{n}-substrings/index.json").read_text())["repeats"] for n in (2, 3)]
+        assert [stage["passages"] for stage in stages] == [2, 1]  # " as another" is left for the second
+        assert counted["repeats"]["passages"] == 3
+        assert counted["repeats"]["cut_bytes"] == sum(stage["cut_bytes"] for stage in stages)
+        assert len(counted["repeats"]["examples"]) == 3
+        assert counted["lines"] == 2 * 3
 
     def test_nothing_left_is_an_empty_stage(self, tmp_path, monkeypatch):
         out = built(tmp_path, monkeypatch, texts=["short"], length=10**6)

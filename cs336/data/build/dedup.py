@@ -124,10 +124,9 @@ def _same_meaning(config: Semantic, store: Store, target: pathlib.Path, seed: in
             file.write(np.asarray(row_D, np.float32).tobytes())
         file.flush()
         shape = (len(store), features)
-        rows_ND = np.memmap(file, np.float32, "r", shape=shape) if len(store) else np.zeros(shape, np.float32)
-        first = semantic_duplicates(
-            rows_ND, config.threshold, config.num_clusters, seed, keep=config.keep, device=config.device
-        )
+        rows_ND = np.memmap(file, np.float32, "r", shape=shape) if len(store) else np.zeros((0, 1), np.float32)
+        options: dict[str, Any] = {"keep": config.keep, "centre": config.centre, "device": config.device}
+        first = semantic_duplicates(rows_ND, config.threshold, config.num_clusters, seed, **options)
 
     def decide(index: int, document: Document) -> Document | Removed:
         if first[index] == index:

@@ -338,9 +338,10 @@ class Build:
             facts["folders"].append(folder)
             stages.append(index["passed"])
             documents, size = index["documents"], index["bytes"]
-            facts |= {name: index[name] for part in PARTS for name in (part, f"{part}_dropped") if name in index}
+            counted = [name for part in PARTS for name in (part, f"{part}_dropped") if name in index]
+            facts = _added(facts, {name: index[name] for name in counted})
             if "repeats" in index:
-                facts["repeats"] = index["repeats"]
+                facts["repeats"] = _added(facts.get("repeats", {}), index["repeats"])
         table = counts.to_json() | {"stages": stages, "documents": documents, "bytes": size} | facts
         write_text(self.output / "recipe.toml", dumps(self.recipe))
         write_json(self.output / "build.json", table, indent=1)
@@ -361,6 +362,11 @@ def _values(step: Any) -> dict[str, Any]:
     """Its settings but for paths: what is there decides, and not how it is called."""
     values = to_table(step)
     return {name: values[name] for name in values if not isinstance(getattr(step, name), pathlib.Path)}
+
+
+def _added(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Numbers add up and lists join, over stages of one kind."""
+    return facts | {name: facts[name] + value if name in facts else value for name, value in more.items()}
 
 
 def _digest(value: Any) -> str:

@@ -18,6 +18,7 @@ CLUSTER_ROWS = 1000  # of a cluster, on average, where their number is not given
 BATCH, PASSES, LEAST_STEPS = 1024, 5, 20  # of k-means
 BLOCK = 4096  # rows that are compared at once
 ROUNDING = 1e-5  # of a cosine in float32: equal rows reach a threshold of 1
+ONE_CENTRE = 0.9999  # cosine from which on two rows begin one cluster: rows that are nearly equal would be torn apart
 
 
 class Rows(Protocol):
@@ -36,6 +37,7 @@ def semantic_duplicates(
     seed: int = 0,
     *,
     keep: Keep = "farthest",
+    centre: bool = False,
     device: str = "auto",
 ) -> list[int]:
     """Of each row the row that stays for it: those with `semantic_duplicates(...)[i] == i` stay.
@@ -46,17 +48,26 @@ def semantic_duplicates(
 
     embeddings_ND: an array of numbers, or a numpy.memmap of which blocks are read. Lengths do not matter.
     num_clusters: of k-means, at most the rows; None: one for a thousand rows. keep: whether what is farthest from the
-        centre comes first, the rare examples, as in the paper, or what is nearest. device: "auto" is a GPU if there is
-        one. The same arguments give the same rows on the same kind of device.
+        centre comes first, the rare examples, as in the paper, or what is nearest.
+    centre: take the mean of all directions off first. Those of a causal language model point one way, so that texts
+        that have nothing in common are alike without it.
+    device: "auto" is a GPU if there is one. The same arguments give the same rows on the same kind of device.
 
     Raises ValueError for arguments that make no sense and for rows that are not finite.
     """
     check_semantic(threshold, num_clusters, keep)
-    if len(embeddings_ND.shape) != 2:
-        raise ValueError(f"expected embeddings of shape (rows, features), got {tuple(embeddings_ND.shape)}")
+    shape = getattr(embeddings_ND, "shape", None)
+    if isinstance(embeddings_ND, Tensor) or shape is None:
+        raise TypeError(
+            f"expected a numpy array of embeddings, got a {type(embeddings_ND).__name__}: convert it to one"
+        )
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"expected embeddings of shape (rows, features), got {tuple(shape)}")
     rows = _Directions(embeddings_ND, pick(device))
     if not len(rows):
         return []
+    if centre:
+        rows.centre()
     centres_KD = _centres(rows, min(num_clusters or max(1, len(rows) // CLUSTER_ROWS), len(rows)), seed)
     cluster_N, cosine_N = _nearest(rows, centres_KD)
     towards_N = cosine_N if keep == "farthest" else -cosine_N
@@ -86,6 +97,12 @@ class _Directions:
 
     def __init__(self, rows_ND: Rows, device: torch.device):
         self._rows_ND, self.device = rows_ND, device
+        self._mean_D: Tensor | None = None
+
+    def centre(self) -> None:
+        """From now on less the mean of all."""
+        sums_BD = torch.stack([block_BD.double().sum(0) for block_BD in self.blocks()])
+        self._mean_D = (sums_BD.sum(0) / len(self)).float()
 
     def __len__(self) -> int:
         return self._rows_ND.shape[0]
@@ -96,7 +113,9 @@ class _Directions:
         if not finite_B.all():
             row = int(index_B[int(finite_B.int().argmin())])
             raise ValueError(f"row {row} of the embeddings is not finite: leave that text out, or embed it again")
-        return torch.nn.functional.normalize(rows_BD, dim=1)
+        largest_B = rows_BD.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # its square may be none
+        rows_BD = torch.nn.functional.normalize(rows_BD / largest_B[:, None], dim=1)
+        return rows_BD if self._mean_D is None else torch.nn.functional.normalize(rows_BD - self._mean_D, dim=1)
 
     def blocks(self) -> Iterator[Tensor]:
         for begin in range(0, len(self), BLOCK):
@@ -106,8 +125,10 @@ class _Directions:
 def _centres(rows: _Directions, num_clusters: int, seed: int) -> Tensor:
     """(K, D): k-means of batches, each centre the mean direction of the rows that it was nearest to so far."""
     generator = np.random.default_rng(seed)
-    centres_KD = rows[np.sort(generator.choice(len(rows), num_clusters, replace=False))].unique(dim=0)
-    clusters_K = torch.arange(len(centres_KD), device=rows.device)  # fewer, where rows are equal
+    centres_KD = rows[np.sort(generator.choice(len(rows), num_clusters, replace=False))]
+    first_K = _first_alike(centres_KD, ONE_CENTRE)
+    centres_KD = centres_KD[np.flatnonzero(first_K == np.arange(num_clusters))]
+    clusters_K = torch.arange(len(centres_KD), device=rows.device)
     counts_K = torch.zeros(len(centres_KD), device=rows.device)
     batch = min(BATCH, len(rows))
     for _ in range(max(LEAST_STEPS, PASSES * len(rows) // batch)):

@@ -30,6 +30,7 @@ LENGTH = 200  # bytes, of 50 tokens of English
 MAX_MEMORY = 1 << 32
 EXAMPLES, EXAMPLE_CHARS = 10, 500
 _SEPARATORS = {"word": b" \t\n\r\f\v", "line": b"\n"}
+_MOST = (1 << 63) - 1
 
 
 class Repeats:
@@ -73,7 +74,7 @@ class Repeats:
         low, high = np.searchsorted(self._first_S, [begin, end])
         spans_S2 = self._spans_S2[low:high] - begin
         if len(spans_S2) and self._sizes_V is not None:
-            spans_S2 = np.cumsum([0, *self._sizes_V[self._ids(text)]])[spans_S2]
+            spans_S2 = _sums(self._sizes_V[self._ids(text)])[spans_S2]
         moved = (_inward(text, first, last, at) for first, last in spans_S2.tolist())
         return [span for span in moved if span[0] < span[1]]
 
@@ -181,10 +182,10 @@ def dedup_substrings(
 
 def check_substrings(length: int, max_memory: int, at: At = "char", max_cut: float = 1.0) -> None:
     """Raises ValueError for what makes no sense."""
-    if length < 1:
-        raise ValueError(f"length must be 1 byte or token or more, got {length}")
-    if max_memory < 1:
-        raise ValueError(f"max_memory is bytes, 1 or more, got {max_memory}")
+    if not isinstance(length, int) or not 1 <= length <= _MOST:
+        raise ValueError(f"length must be 1 byte or token or more, a whole number below 2^63, got {length}")
+    if not isinstance(max_memory, int) or not 1 <= max_memory <= _MOST:
+        raise ValueError(f"max_memory is bytes, 1 or more, a whole number below 2^63, got {max_memory}")
     if at != "char" and at not in _SEPARATORS:
         raise ValueError(f'at is "char", "word" or "line", got {at!r}')
     if not 0 <= max_cut <= 1:
@@ -193,18 +194,24 @@ def check_substrings(length: int, max_memory: int, at: At = "char", max_cut: flo
 
 def _inward(text: bytes, begin: int, end: int, at: At) -> Span:
     """The ends moved toward each other, to where a cut may be."""
-    separators = _SEPARATORS.get(at)
-
-    def begins(place: int) -> bool:
-        if place in (0, len(text)):
-            return True
-        return text[place] & 0xC0 != 0x80 if separators is None else text[place - 1] in separators
-
-    while begin < end and not begins(begin):
-        begin += 1
-    while end > begin and not begins(end) and not (separators and text[end] in separators):
-        end -= 1
+    if at == "char":
+        while begin < end and _inside(text, begin):
+            begin += 1
+        while end > begin and _inside(text, end):
+            end -= 1
+        return begin, end
+    separators = _SEPARATORS[at]
+    if begin > 0 and text[begin - 1] not in separators:
+        found = [place for part in separators if (place := text.find(part, begin, end)) >= 0]
+        begin = min(found) + 1 if found else end
+    if end < len(text) and text[end - 1] not in separators and text[end] not in separators:
+        end = max(begin, max(text.rfind(part, begin, end) for part in separators) + 1)
     return begin, end
+
+
+def _inside(text: bytes, place: int) -> bool:
+    """Whether a place is inside a character."""
+    return place < len(text) and text[place] & 0xC0 == 0x80
 
 
 def _without(text: bytes, spans: Sequence[Span]) -> bytes:
@@ -222,8 +229,15 @@ def _spans_of(text: str | bytes, spans: list[Span]) -> list[Span]:
     if isinstance(text, bytes) or text.isascii():
         return spans
     raw = np.frombuffer(_encoded(text), np.uint8)
-    chars_B = np.cumsum([0, *(raw & 0xC0 != 0x80)])
+    chars_B = _sums(raw & 0xC0 != 0x80)
     return [(int(chars_B[begin]), int(chars_B[end])) for begin, end in spans]
+
+
+def _sums(sizes_N: np.ndarray) -> np.ndarray:
+    """(N + 1,) int64: of what comes before each, and of all."""
+    sums = np.zeros(len(sizes_N) + 1, np.int64)
+    np.cumsum(sizes_N, out=sums[1:])
+    return sums
 
 
 def _token_sizes(tokenizer: Tokenizer) -> np.ndarray:

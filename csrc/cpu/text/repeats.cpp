@@ -126,6 +126,7 @@ class Search {
   Search(std::span<const Symbol> corpus, std::span<const int64_t> ends, const RepeatSearch& how)
       : corpus_(corpus), ends_(ends), length_(how.length), marks_(corpus.size()) {
     for_each_document([&](size_t begin, size_t end) { windows_ += end - begin - length_ + 1; });
+    if (windows_ == 0) return;  // and no document is as long as one, which may be longer than memory
     const size_t threads = windows_ < kFewWindows ? 1 : how.num_threads;
     const size_t bytes = FirstPlaces<Symbol>::places_for(with_slack(windows_)) * sizeof(uint64_t);
     const size_t rounds = (bytes - 1) / std::max<size_t>(how.max_memory, 1) + 1;

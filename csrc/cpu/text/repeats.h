@@ -6,7 +6,9 @@
 // No suffix array: all windows have one length, so that a table from the hash of a window to where it first was does.
 // It costs 8 bytes a window and one probe, whatever the text; a suffix array costs a sort, which periodic text makes
 // slow, and cannot be parted where memory is short. Here parts take the hashes that fall to them, one after the other
-// or on several threads. Hashes only propose: symbols are compared, and what differs is told apart.
+// or on several threads. Hashes only propose: symbols are compared, and what differs is told apart. Two things cost
+// more: a repeated window is compared whole, `length` symbols; and text that is made for it, of windows of 1,024
+// symbols or more that differ and hash alike (Thue-Morse words), is compared with each of them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
