@@ -9,13 +9,15 @@ import torch
 from cs336.cli import main
 from cs336.data import Document, semantic_duplicates
 from cs336.data.build.dedup import run_dedup
+from cs336.data.build.job import Build
 from cs336.data.build.store import Store, write_index
 from cs336.data.build.unit import line_of
 from cs336.inference import embed
 from cs336.inference.embed import BATCH_TEXTS, Semantic
+from cs336.inference.stages import ModelRecipe
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
-from cs336.utils.config import parse
+from cs336.utils.config import load, parse
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
 CONFIG = TransformerConfig(257, 64, num_layers=1, d_model=32, num_heads=2, init_std=0.5)
@@ -63,11 +65,6 @@ def test_equal_texts_mean_the_same(export):
     assert semantic_duplicates(embed(export, TEXTS, device="cpu"), 0.9999, 1, device="cpu")[3] == 1
 
 
-def write(directory, rows):
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 RECIPE = """
 output = "out"
 [[sources]]
@@ -81,19 +78,31 @@ num_clusters = 1
 """
 
 
-def test_as_a_stage_by_the_verb(export, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path, [{"id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)])
+def staged(directory, documents, config):
+    """(ids of what a stage leaves, what it removed) of documents."""
+    (directory / "1-extract/documents").mkdir(parents=True)
+    (directory / "1-extract/documents/00000.jsonl").write_bytes(b"".join(map(line_of, documents)))
+    write_index(directory / "1-extract", ["00000.jsonl"], {})
+    run_dedup(config, directory / "1-extract", directory / "2-semantic", keep_removed=False, seed=0)
+    removed = [json.loads(line) for line in (directory / "2-semantic/removed/00000.jsonl").open()]
+    return [document.id for document in Store(directory / "2-semantic")], removed
+
+
+def test_as_a_stage(export, tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.format(model=export))
-    assert main(["data", "build", "recipe.toml", "--workers", "1"]) == 0
-    assert [document.id for document in Store(tmp_path / "out/2-semantic")] == ["d0", "d1", "d2"]
-    (removed,) = map(json.loads, (tmp_path / "out/2-semantic/removed/00000.jsonl").open())
+    recipe = load(ModelRecipe, tmp_path / "recipe.toml")
+    documents = [Document(text, f"d{i}", "a.jsonl", {}) for i, text in enumerate(TEXTS)]
+    left, (removed,) = staged(tmp_path, documents, recipe.dedup[0])
+    assert left == ["d0", "d1", "d2"]
     assert (removed["reason"], removed["detail"]) == ("semantic duplicate", "means the same as d1")
+    stage = Build(recipe).stages([])[1]
+    assert stage.inputs == (recipe.output / "1-extract/index.json", export)  # another model there is another stage
+    assert "model" not in stage.settings
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, [{"text": "a"}])
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     (tmp_path / "recipe.toml").write_text(RECIPE.format(model="nothing"))
     assert main(["data", "build", "recipe.toml"]) != 0
     assert "nothing" in capsys.readouterr().err
@@ -101,14 +110,9 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_read(tmp_path, 
 
 
 def by_field(directory, vectors):
-    """What a stage leaves of documents that hold these embeddings."""
     documents = [Document(f"text {i}", f"d{i}", "a.jsonl", {"vector": v}) for i, v in enumerate(vectors)]
-    (directory / "1-extract/documents").mkdir(parents=True)
-    (directory / "1-extract/documents/00000.jsonl").write_bytes(b"".join(map(line_of, documents)))
-    write_index(directory / "1-extract", ["00000.jsonl"], {})
     config = parse(Semantic, {"kind": "semantic", "field": "vector", "num_clusters": 1, "keep": "nearest"})
-    run_dedup(config, directory / "1-extract", directory / "2-semantic", keep_removed=False, seed=0)
-    return [document.id for document in Store(directory / "2-semantic")]
+    return staged(directory, documents, config)[0]
 
 
 def test_embeddings_may_come_with_the_documents(tmp_path):
