@@ -168,6 +168,20 @@ class TestSpans:
         assert repeated_spans(["a whole text", "a whole text"], 8, "line") == [[], [(0, 12)]]
         assert repeated_spans(["a whole text", "xa whole textx"], 8, "line") == [[], []]
 
+    @pytest.mark.parametrize(("at", "parts"), [("word", b" \n\t"), ("line", b"\n")])
+    def test_ends_move_to_the_nearest_place_inward(self, at, parts):
+        rng = random.Random(0)
+        for _ in range(500):
+            text = bytes(rng.choices(b"ab \n\t", k=rng.randint(1, 12)))
+            begin, end = sorted(rng.sample(range(len(text) + 1), 2))
+            begins = [p for p in range(begin, end) if p == 0 or text[p - 1] in parts]
+            ends = [p for p in range(end, begin, -1) if p == len(text) or text[p - 1] in parts or text[p] in parts]
+            first, last = substrings._inward(text, begin, end, at)
+            if begins and ends and begins[0] < ends[0]:
+                assert (first, last) == (begins[0], ends[0])
+            else:
+                assert first >= last
+
     def test_tokens_count_in_place_of_bytes(self):
         merged = Tokenizer.train(["the cat sat on the mat. " * 50], 268, [])
         texts = ["the cat sat on the mat, é", "a dog: the cat sat on the mat"]
