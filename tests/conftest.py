@@ -9,14 +9,30 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes side by 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's "&" does it, and children would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import numpy
 import pytest
+
+# The same examples each time, however slowly they are drawn; --hypothesis-profile=default looks for others.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=slow)
+hypothesis.settings.load_profile("repeatable")
+
+
+def seed():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(int(os.environ.get("SEED", "0")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seed_fixtures():
+    """Else what a module's fixtures draw depends on which modules the process has run before."""
+    seed()
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(int(os.environ.get("SEED", "0")))
+    seed()
 
 
 @pytest.fixture(scope="session")

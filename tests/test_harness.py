@@ -216,11 +216,13 @@ def test_the_file_of_a_device(tmp_path):
     assert results.of_device(CPU, tmp_path).name == "here.json"
 
 
-def test_a_batch_is_whole_rounds_and_long_enough():
-    batch = harness.prepare([lambda: (torch.randn(100),)] * 3, CPU)
-    assert batch.calls % 3 == 0
-    assert batch.calls > 3  # a call takes microseconds, a sample lasts a millisecond
-    assert batch.calls <= harness.MAX_CALLS
+@pytest.mark.parametrize(("seconds", "rounds"), [(harness.SAMPLE / 3.5, 4), (2 * harness.SAMPLE, 1), (1e-9, 682)])
+def test_a_batch_is_whole_rounds_and_long_enough(monkeypatch, seconds, rounds):
+    """Of three calls that take so long together."""
+    clock = itertools.count()
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: seconds * next(clock))
+    batch = harness.prepare([lambda: ()] * 3, CPU)
+    assert batch.calls == 3 * rounds <= harness.MAX_CALLS
     assert batch.method == "perf_counter"
 
 

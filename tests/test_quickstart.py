@@ -1,6 +1,5 @@
 """The main job on a corpus of a few files: whole, repeated, changed, interrupted, killed."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -11,13 +10,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 
 import pytest
 from rich.console import Console
 
 import cs336.quickstart as q
+from cs336.cli import main
 from cs336.data.stdlib import stdlib_documents
 from cs336.inference import LLM
 from cs336.quickstart import SHAPES, Job, Quickstart, quickstart
@@ -172,58 +171,49 @@ def test_a_finished_model_survives_every_rerun(corpus, tiny, tmp_path, monkeypat
 
 
 def test_killed_and_interrupted_runs_go_on(corpus, tmp_path):
-    """Ctrl-C, then SIGKILL, in training; the third time, from another directory, by other spellings of the paths, it
-    ends, without repeating a stage or a step."""
+    """Ctrl-C in step 50, then SIGKILL in step 95; the third time, from another directory, by other spellings of the
+    paths, it ends, without repeating a stage or a step."""
     run_dir = tmp_path / "run"
     job = f"""
-        import dataclasses, sys
+        import dataclasses, os, signal, sys
         import cs336.cli, cs336.quickstart as q
+        from cs336.training import Trainer
         q.SHAPES = (q.Shape(**{dataclasses.asdict(TINY)}),)
         config = q.Job._train_config
         q.Job._train_config = lambda self: dataclasses.replace(config(self), budget="200steps")
+        update, (step, number) = Trainer._update, map(int, os.environ["SIGNAL_IN_STEP"].split())
+        def signalled(self):
+            update(self)
+            if self.step == step:
+                signal.raise_signal(number)
+        Trainer._update = signalled
         sys.exit(cs336.cli.main(["quickstart", "--vocab-size=400", *sys.argv[1:]]))
     """
     python = [sys.executable, "-c", textwrap.dedent(job)]
     command = [*python, "--corpus", str(corpus), "--run-dir", str(run_dir)]
     spelled = [*python, "--corpus", os.path.relpath(corpus, tmp_path / "elsewhere"), "--run-dir", "../elsewhere/../run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def until(process, condition):
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    def start(command, step, number, place=None):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "SIGNAL_IN_STEP": f"{step} {number:d}"}
+        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
 
-    def start():
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    with start() as process:
-        until(process, lambda: list(run_dir.glob("checkpoints/step_*")))
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate()
-    assert process.returncode == 130, out
-    assert "to continue, run the same command again" in out
-    (stopped,) = [int(path.name[5:]) for path in run_dir.glob("checkpoints/step_*")][-1:]
+    stopped = start(command, 50, signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert "to continue, run the same command again" in stopped.stdout
+    assert max(path.name for path in run_dir.glob("checkpoints/step_*")) == "step_00000050"
     record = json.loads((run_dir / "stages.json").read_text())
     assert list(record) == ["collect", "tokenizer", "tokenize", "pretrain"]
     assert "seconds" not in record["pretrain"]
 
-    def steps():
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return [row["step"] for row in rows(run_dir / "metrics.jsonl")]
-        return []
-
-    with start() as process:
-        until(process, lambda: steps() and steps()[-1] > stopped)
-        process.kill()
+    assert start(command, 95, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert rows(run_dir / "metrics.jsonl")[-1]["step"] == 90
     assert not (run_dir / "export").exists()
 
     place = tmp_path / "elsewhere"
     place.mkdir()
     for path in corpus.iterdir():
         path.touch()
-    done = subprocess.run(spelled, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    done = start(spelled, 0, 0, place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("(done before)") == 3
     assert "continuing after step" in done.stdout
@@ -349,3 +339,24 @@ def test_a_zipped_or_absent_standard_library(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(archive)])
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert list(stdlib_documents()) == ["import abc\n"]
+
+
+def test_the_standard_library_as_json_lines(tmp_path, monkeypatch, capsys):
+    library, out = tmp_path / "library", tmp_path / "corpus.jsonl"
+    library.mkdir()
+    monkeypatch.setattr("cs336.data.stdlib._root", lambda: library)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    asked = ["data", "stdlib", str(out)]
+    assert main(asked) == 2
+    assert "holds no sources" in capsys.readouterr().err
+    for name in ("a", "b", "c"):
+        (library / f"{name}.py").write_text(f"{name} = 'é'\n".ljust(399, "#"))  # 400 bytes
+    for megabytes, names in (("0", "abc"), ("0.0008", "ab"), ("0.00079", "a"), ("1e-9", "a")):
+        assert main([*asked, "--megabytes", megabytes]) == 0
+        assert f"wrote {len(names)} document" in capsys.readouterr().out
+        texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+        assert texts == [(library / f"{name}.py").read_text() for name in names]
+    for bad in ("-1", "nan", "inf"):
+        assert main([*asked, "--megabytes", bad]) == 2
+        assert f"megabytes must be finite and at least 0, got {bad}" in capsys.readouterr().err

@@ -4,9 +4,10 @@ import os
 import sys
 from typing import Annotated
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import arg
 
 from cs336.cli.common import (
+    OPTIONS,
     Device,
     Draft,
     Late,
@@ -59,7 +60,7 @@ def chat(arguments: list[str]) -> Run:
 
     def run(
         model: Model,
-        system: DisallowNone[str | None] = None,
+        system: str | None = None,
         tokenizer: ModelTokenizer = None,
         draft: Draft = None,
         device: Device = "auto",
@@ -113,7 +114,7 @@ def bench(arguments: list[str]) -> Run:
         app = tyro.extras.SubcommandApp()
         for name, call in (("offline", measured.offline), ("latency", measured.latency), ("serve", measured.serve)):
             app.command(name=name)(call)
-        app.cli(prog="cs336 bench", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        app.cli(prog="cs336 bench", args=arguments, config=OPTIONS)
         return os.EX_OK
 
     return run

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Paths, TextField, blocks, check_output, opened
 from cs336.utils.documents import TEXT_FIELD, holds_documents, read_documents, read_texts, refuse_binary
@@ -19,7 +19,7 @@ def train(
     vocab_size: int = 4096,
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     pattern: str = "gpt2",
-    num_threads: DisallowNone[int | None] = None,
+    num_threads: int | None = None,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Train byte-pair encoding on text, JSON lines, parquet, compressed or not, or directories of them.
@@ -56,7 +56,7 @@ def encode(
     tokenizer: Positional[Path],
     inputs: Positional[Paths] = (),
     shards: MaybePath = None,
-    val_fraction: DisallowNone[float | None] = None,
+    val_fraction: float | None = None,
     special: bool = False,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
@@ -110,7 +110,7 @@ def decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()) -> None:
         sys.stdout.buffer.write(loaded.decode_bytes(ids))
 
 
-def inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
+def inspect(tokenizer: Positional[Path], text: str | None = None) -> None:
     """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
@@ -146,9 +146,9 @@ def inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) 
 def convert(
     tokenizer: Positional[Path],
     output: Positional[Path],
-    to: DisallowNone[Literal["json", "tiktoken", "gpt2"] | None] = None,
-    pattern: DisallowNone[str | None] = None,
-    special_tokens: DisallowNone[dict[str, int] | None] = None,
+    to: Literal["json", "tiktoken", "gpt2"] | None = None,
+    pattern: str | None = None,
+    special_tokens: dict[str, int] | None = None,
 ) -> None:
     """A tokenizer in another format, with the same ids for every text, or why that cannot be.
 
@@ -176,7 +176,7 @@ def compare(
     ],
     text: Path,
     plot: MaybePath = None,
-    pattern: DisallowNone[str | None] = None,
+    pattern: str | None = None,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Bytes per token and speed of several tokenizers on the same text.

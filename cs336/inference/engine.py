@@ -345,9 +345,9 @@ class Engine:
         ids = list(prompt_token_ids)
         self.validate(ids, params)
         ends = params.ends(self.ends)
-        guides = [self._grammars.guide(params, ends) for _ in range(params.n)]
+        guide = self._grammars.guide(params, ends)
         request = Request(next(self._numbers), prompt, ids, params)
-        for index, guide in enumerate(guides):
+        for index in range(params.n):
             scored = params.prompt_logprobs is not None and index == 0
             sample = Sample(
                 token_ids=list(ids),
@@ -355,7 +355,7 @@ class Engine:
                 params=params,
                 seed=self._seed(params, index),
                 ends=ends,
-                guide=guide,
+                guide=guide if guide is None or index == 0 else guide.copy(),
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,

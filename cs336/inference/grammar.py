@@ -5,6 +5,7 @@ Special tokens are no text. Those that end a text may come where it is one of th
 ends by itself. V = vocabulary.
 """
 
+import copy
 import functools
 import importlib.util
 import json
@@ -34,6 +35,12 @@ class Guide:
         """Raises ValueError where the text is none of the grammar's and no token can make it one."""
         self._matcher.consume_token(token_id)
         self.allowed = self._allowed()
+
+    def copy(self) -> "Guide":
+        """Of another text, which stands where this one does."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def _allowed(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: -(-self._vocab_size // 8)].copy()

@@ -113,15 +113,23 @@ class _Watch:
 
     def lost(self) -> str:
         """Who failed or died, after a collective failed here; "" if all others are well."""
-        until = time.monotonic() + (MISSED + 1) * self.beat
-        while time.monotonic() < until:
+        until, first = time.monotonic() + (MISSED + 1) * self.beat, None
+        while time.monotonic() < until or self._unsure(first):
             with contextlib.suppress(RuntimeError):
                 self._look()
+            first = first or list(self.signs)
             time.sleep(self.beat / 4)
         values = [json.loads(sign) for sign in self.signs]
         failed = [f"rank {r}: {v[2]}" for r, v in enumerate(values) if r != rank() and v[2] and not _follows(v[2])]
         silent = [r for r, v in enumerate(values) if not v[3] and time.monotonic() - self.seen[r] > MISSED * self.beat]
         return "; ".join([*failed, *([f"{_named(silent)}: died"] if silent else [])])
+
+    def _unsure(self, first: list[str] | None) -> bool:
+        """Whether a rank that is not over has given no sign since the first look, and may yet: a look can take long."""
+        if first is None:
+            return True
+        same = [r for r, sign in enumerate(self.signs) if sign == first[r] and not json.loads(sign)[3]]
+        return any(time.monotonic() - self.seen[r] <= MISSED * self.beat for r in same)
 
 
 def held_up_by(begun: list[Counts]) -> list[int]:

@@ -62,9 +62,9 @@ class TestPhrases:
     def test_time_is_that_of_the_text(self):
         """Patterns that make a backtracking search slow."""
         matcher = PhraseMatcher(["a" * n + "b" for n in range(1, 200)], whole_words=False)
-        start = time.perf_counter()
+        start = time.process_time()
         assert matcher.find("a" * 2_000_000) == (0, None)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 class TestBadWords:

@@ -214,7 +214,7 @@ def test_a_page_is_copied_where_prompts_part_within_it(model, alone):
         assert ids_of(request) == [alone(request.prompt_token_ids, 15)]
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_a_page_to_copy_does_not_keep_a_request_out_of_a_full_pool(model, alone):
     """All pages are this prompt's: the one that it shares a beginning with cannot be held beside them."""
     e = engine(model, page_size=4, max_len=8, num_pages=2)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -174,21 +173,31 @@ def test_a_chat_template_writes_the_prompt_and_does_not_know_the_day(export, tmp
     assert found.text == want.text
 
 
+KILLED = """
+import os, signal
+from cs336.cli import main
+from cs336.data.build.supervisor import Supervisor
+send, sent = Supervisor._send, []
+def send_or_die(self, process, request):
+    sent.append(send(self, process, request))
+    if len(sent) == 3:  # the recipe, the first unit, and the second, which the worker is at now
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sent[-1]
+Supervisor._send = send_or_die
+main(["data", "build", "recipe.toml", "--workers", "1"])
+"""
+
+
 def test_killed_and_begun_anew_with_more_workers_the_bytes_are_the_same(built, tmp_path, monkeypatch):
     directory, _ = built
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CS336_VARIANT", "ref")
     (tmp_path / "documents").symlink_to(directory / "documents")
     shutil.copy(directory / "recipe.toml", tmp_path)
-    code = "import sys; from cs336.cli import main; sys.exit(main(['data', 'build', 'recipe.toml', '--workers', '1']))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    while process.poll() is None and not list((tmp_path / "out").glob("1-extract/counts/*.json")):
-        time.sleep(0.002)
-    killed = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert killed
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").glob("1-extract/counts/*.json")] == ["00000.json"]
     assert not (tmp_path / "out/build.json").exists()
     assert main(["data", "build", "recipe.toml", "--workers", "2"]) == 0
     assert outputs(tmp_path / "out") == outputs(directory / "out")

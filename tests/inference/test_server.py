@@ -26,7 +26,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def served():
-    with listening(tiny_llm(), ServerConfig(max_requests=16, max_body_bytes=20_000, timeout=30)) as found:
+    with listening(tiny_llm(), ServerConfig(max_requests=16, max_body_bytes=20_000, timeout=120)) as found:
         yield found
 
 

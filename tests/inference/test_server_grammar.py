@@ -134,7 +134,7 @@ def test_a_grammar_is_read_beside_the_event_loop(served, monkeypatch):
 
     def slow(ids, params):
         if params.grammar is not None and threading.current_thread() is not served[0].worker:
-            assert reads.wait(20)
+            assert reads.wait(60)
         validate(ids, params)
 
     monkeypatch.setattr(engine, "validate", slow)

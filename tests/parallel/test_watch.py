@@ -1,15 +1,18 @@
 """What the others say when a rank dies, fails or hangs in its sixth collective."""
 
+import contextlib
+import json
 import os
 import signal
 import time
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cs336.parallel import ParallelConfig, RankError
+from cs336.parallel import ParallelConfig, RankError, watch
 from cs336.parallel.collectives import all_reduce
 from cs336.parallel.watch import held_up_by, watching
 
@@ -21,7 +24,7 @@ def fail():
 FAULTS = {
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), (-signal.SIGKILL,), "rank 1: died", 0),
     "fails": (fail, (1, -signal.SIGABRT), "rank 1: ValueError: the shard is torn", 0),  # gloo aborts at exit
-    "hangs": (lambda: time.sleep(1000), (1,), "rank 1: nothing went on for 3 s (parallel.timeout)", 1),
+    "hangs": (lambda: time.sleep(1000), (1,), "rank 1: nothing went on for 6 s (parallel.timeout)", 1),
 }
 
 
@@ -33,7 +36,7 @@ def on_a_rank(rank, folder, name):
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
     try:
-        with watching(3.0, tell):
+        with watching(6.0, tell):
             for i in range(100):
                 if rank == 1 and i == 5:
                     FAULTS[name][0]()
@@ -66,6 +69,29 @@ def test_the_others_end_and_name_the_rank(ended, name):
     assert said == f"RankError: {message}"
     assert statuses[0] == of_rank_0
     assert statuses[1] in of_rank_1
+
+
+@pytest.mark.parametrize("takes", [0.0, 1.5, 4.5])
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_look_that_takes_long_does_not_hide_a_death(monkeypatch, takes, alive):
+    """The first look, at a machine that is busy, finds a sign that was given long before."""
+    now, looks = [0.0], [0]
+
+    def multi_get(keys):
+        looks[0] += 1
+        now[0] += takes if looks[0] == 1 else 0.0
+        signs = [9, {}, None, True], [looks[0] if alive else 1, {}, None, False]
+        return [json.dumps(sign).encode() for sign in signs]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    found = object.__new__(watch._Watch)
+    found.beat, found.lock, found.keys = 1.0, contextlib.nullcontext(), ["0", "1"]
+    found.signs, found.seen = [json.dumps([0, {}, None, False])] * 2, [0.0, 0.0]
+    found.store = types.SimpleNamespace(multi_get=multi_get)
+    assert found.lost() == ("" if alive else "rank 1: died")
 
 
 def test_who_is_waited_for_in_a_grid():

@@ -191,16 +191,16 @@ def test_losses_while_it_runs_then_cancelled(tmp_path):
 def test_a_run_goes_on_where_a_restart_stopped_it(tmp_path):
     directory = tmp_path / "api"
     with listening(directory, SLOW, workers=1) as (store, url):
-        key = store.add_user("ada", "seconds", 10_000)
-        run = Client(url, key).submit(1e7, 2e10)  # 3,000 s simulated, 3 s
-        until(lambda: len(Client(url, key).run(run.id).curve) > 3)
+        key = store.add_user("ada", "seconds", 100_000)
+        run = Client(url, key).submit(1e7, 2e11)  # 30,000 s simulated, 30 s
+        until(lambda: Client(url, key).run(run.id).curve)
     assert [entry.state for entry in store.runs("ada")] == ["waiting"]
-    assert balances(store) == {"ada": (3000, 0, 7000)}
+    assert balances(store) == {"ada": (30_000, 0, 70_000)}
     before = (store.folder(run.id) / "metrics.jsonl").read_bytes()
     (store.folder(run.id) / "metrics.jsonl").write_bytes(before + b'{"step": 99, "tok')  # torn, by a kill
-    with listening(directory, Simulator(), workers=1) as (store, url):
+    with listening(directory, Simulator(time_scale=0), workers=1) as (store, url):
         (done,) = Client(url, key).wait([run.id])
-        assert (done.state, done.attempts, done.charged) == ("done", 2, 3000)
+        assert (done.state, done.attempts, done.charged) == ("done", 2, 30_000)
     after = (store.folder(run.id) / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
     assert [json.loads(line)["step"] for line in after.splitlines()] == list(range(1, 41))
@@ -297,7 +297,7 @@ def test_a_client_outlasts_a_server(tmp_path, capsys):
     assert "another process is at work" in capsys.readouterr().err
     run = Client(url, key).submit(1e7, 1e9)
     process.terminate()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     with pytest.raises(OSError, match="refused"):
         Client(url, key).account()
     port = urllib.parse.urlsplit(url).port
@@ -306,7 +306,7 @@ def test_a_client_outlasts_a_server(tmp_path, capsys):
         assert Client(url, key, patience=30).wait([run.id])[0].state == "done"
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_verbs(tmp_path, capsys):

@@ -270,7 +270,7 @@ def test_ctrl_c_stops_reading(source, tmp_path):
                 pipe.write(b"some text ")
             time.sleep(0.2)
             child.send_signal(signal.SIGINT)
-            assert b"KeyboardInterrupt" in child.communicate(timeout=30)[1]
+            assert b"KeyboardInterrupt" in child.communicate(timeout=60)[1]
 
 
 def test_progress_and_interrupt(capsys):

@@ -43,14 +43,14 @@ def test_what_is_written_is_the_step_that_was_saved(tmp_path, monkeypatch):
     def slow(tensors, path):
         if path.parent.name == ".step_00000004.tmp" and path.name == "model.safetensors":
             at_work.set()
-            assert going_on.wait(30)
+            assert going_on.wait(60)
         save(tensors, path)
 
     update = Trainer._update
 
     def watched(self):
         if self.step == 4:
-            assert at_work.wait(30)
+            assert at_work.wait(60)
         update(self)
         steps.append(self.step)
         if self.step == 7:

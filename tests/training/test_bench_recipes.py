@@ -42,7 +42,8 @@ def test_the_recipes_are_of_one_size(tmp_path):
     assert (best.optimizer.kind, gpt2.optimizer.kind) == ("muon", "adamw")
 
 
-def test_the_best_rates_of_the_sweep_run_last(tmp_path, recipes, capsys):
+def test_the_best_rates_of_the_sweep_run_last(tmp_path, recipes, capsys, monkeypatch):
+    tiny_run.on_a_clock(monkeypatch, lambda trainer: 0.02)
     rates = {"best": [1e-9, 1e-2], "gpt2": [1e-2, 1e-9]}
     kept = []
     settings = {"sweep": 0.5, "seconds": 0.7, "pool": here, "gpus": 0, "keep": lambda rows: kept.append(len(rows))}
@@ -70,7 +71,8 @@ def test_the_best_rates_of_the_sweep_run_last(tmp_path, recipes, capsys):
     assert "0.01 of 1e-09, 0.01" in table
 
 
-def test_one_rate_needs_no_sweep_and_no_seconds_no_run(tmp_path, recipes):
+def test_one_rate_needs_no_sweep_and_no_seconds_no_run(tmp_path, recipes, monkeypatch):
+    tiny_run.on_a_clock(monkeypatch, lambda trainer: 0.02)
     given = {"best": [1e-2], "gpt2": [1e-2]}
     settings = {"sweep": 0.4, "beside": True, "pool": here, "gpus": 0, "keep": len}
     assert [r["stage"] for r in bench_recipes.compare(recipes, given, tmp_path / "a", seconds=0.4, **settings)] == [

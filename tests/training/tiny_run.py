@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import types
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from cs336.data import ShardWriter
 from cs336.models import TransformerConfig
-from cs336.training import DataConfig, TrainConfig, Trainer, checkpoint, metrics
+from cs336.training import DataConfig, TrainConfig, Trainer, checkpoint, metrics, trainer
 from cs336.training.metrics import Display
 
 VOCAB = 32
@@ -52,6 +53,19 @@ def rows(run_dir, *, of=None):
     timed = {"seconds", "train/tok_per_sec", "train/mfu"}
     found = [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in timed} for r in found if of is None or of in r]
+
+
+def on_a_clock(monkeypatch, seconds):
+    """From here on a trainer's time passes in its steps alone: seconds(trainer) each."""
+    now, update = [1.0], Trainer._update
+
+    def timed(self):
+        update(self)
+        now[0] += seconds(self)
+
+    monkeypatch.setattr(Trainer, "_update", timed)
+    for module in (trainer, metrics):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
 
 def train_and_be_killed(root, changes, moment):

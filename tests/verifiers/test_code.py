@@ -10,6 +10,7 @@ import pytest
 from cs336.verifiers import Limits, extract_code, sandbox, verify_code
 
 kept_in = pytest.mark.skipif(sandbox.isolation().level != "namespaces", reason=f"not kept in: {sandbox.isolation()}")
+PATIENT = Limits(seconds=60)  # for what ends by itself, on a machine that is busy
 TESTS = "assert double(2) == 4\nassert double(-3) == -6\nassert abs(double(0.5) - 1) < 1e-9"
 
 
@@ -49,29 +50,42 @@ def test_what_a_program_raises_keeps_its_arguments():
     program = "def f(x):\n    raise x('no', 3) if x is KeyError else x('no')"
     tests = "for kind in (ValueError, TypeError, KeyError):\n    try:\n        f(kind)\n    except kind as error:\n        said = error"
     assert verify_code(
-        program, f"{tests}\n        assert said.args == (('no', 3) if kind is KeyError else ('no',))"
+        program,
+        f"{tests}\n        assert said.args == (('no', 3) if kind is KeyError else ('no',))",
+        limits=PATIENT,
     ).score
     assert verify_code(
-        "def f(): raise ValueError('no')", "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'"
+        "def f(): raise ValueError('no')",
+        "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'",
+        limits=PATIENT,
     ).score
-    assert verify_code("def f(): raise ValueError(object())", "f()").reason.startswith(
+    assert verify_code("def f(): raise ValueError(object())", "f()", limits=PATIENT).reason.startswith(
         "ValueError (ValueError in the program: <obj"
     )
-    assert verify_code("class E(ValueError):\n    args = 1\ndef f(): raise E()", "f()").score == 0
+    assert verify_code("class E(ValueError):\n    args = 1\ndef f(): raise E()", "f()", limits=PATIENT).score == 0
 
 
 @kept_in
 def test_what_it_prints():
-    assert verify_code("print(int(input()) * 2)", [("2", "4"), ("5", "10\n\n")]) == (1.0, "2 outputs are right")
-    assert verify_code("print('4 ')\nprint()", [("", "4")]).score == 1
-    assert verify_code("print(4)", [("2", "4"), ("5", "10")]) == (0.0, "case 2: printed '4\\n', not '10'")
-    assert verify_code("print(4); exit(3)", [("2", "4")]) == (0.0, "case 1: exit code 3")
+    assert verify_code("print(int(input()) * 2)", [("2", "4"), ("5", "10\n\n")], limits=PATIENT) == (
+        1.0,
+        "2 outputs are right",
+    )
+    assert verify_code("print('4 ')\nprint()", [("", "4")], limits=PATIENT).score == 1
+    assert verify_code("print(4)", [("2", "4"), ("5", "10")], limits=PATIENT) == (
+        0.0,
+        "case 2: printed '4\\n', not '10'",
+    )
+    assert verify_code("print(4); exit(3)", [("2", "4")], limits=PATIENT) == (0.0, "case 1: exit code 3")
     assert (
-        verify_code("print(4); 1 / 0", [("2", "4")]).reason
+        verify_code("print(4); 1 / 0", [("2", "4")], limits=PATIENT).reason
         == "case 1: exit code 1: ZeroDivisionError: division by zero"
     )
     assert verify_code("while 1: pass", [("2", "4")], limits=Limits(seconds=0.5)).reason.endswith("its limit of time")
-    assert verify_code("import ctypes; ctypes.string_at(0)", [("", "")]).reason == "case 1: signal 11 ended the program"
+    assert (
+        verify_code("import ctypes; ctypes.string_at(0)", [("", "")], limits=PATIENT).reason
+        == "case 1: signal 11 ended the program"
+    )
     with pytest.raises(ValueError, match="nothing to verify"):
         verify_code("print(4)", [])
 
@@ -101,13 +115,13 @@ def test_what_it_prints():
     ],
 )  # fmt: skip
 def test_right_programs_pass_their_tests(program, tests):
-    assert verify_code(program, tests, limits=Limits(seconds=30)) == (1.0, "the tests pass")
+    assert verify_code(program, tests, limits=PATIENT) == (1.0, "the tests pass")
 
 
 @kept_in
 def test_names_that_python_has():
-    assert verify_code("def sum(a, b): return 6", "assert sum(10, 15) == 6", names=["sum"]).score == 1
-    assert verify_code("def sum(a, b): return 6", "assert sum(10, 15) == 6").score == 0
+    assert verify_code("def sum(a, b): return 6", "assert sum(10, 15) == 6", names=["sum"], limits=PATIENT).score == 1
+    assert verify_code("def sum(a, b): return 6", "assert sum(10, 15) == 6", limits=PATIENT).score == 0
 
 
 @kept_in
@@ -124,7 +138,7 @@ def test_names_that_python_has():
     ],
 )
 def test_wrong_programs_fail_with_a_reason(program, reason):
-    verdict = verify_code(program, TESTS, limits=Limits(seconds=2 if "while" in program else 30))
+    verdict = verify_code(program, TESTS, limits=Limits(seconds=2) if "while" in program else PATIENT)
     assert verdict.score == 0
     assert verdict.reason.startswith(reason), verdict
 
@@ -165,9 +179,9 @@ def test_a_verdict_cannot_be_forged(name):
 @kept_in
 def test_a_loop_over_tests_cannot_be_ended():
     tests = "def right(x): return double(x) == 2 * x\nassert all(map(right, [1, 2]))"
-    assert verify_code("def double(x): return 2 * x", tests).score == 1
+    assert verify_code("def double(x): return 2 * x", tests, limits=PATIENT).score == 1
     for program in ("def double(x): raise StopIteration", "class A(StopIteration): pass\ndef double(x): raise A"):
-        verdict = verify_code(program, tests)
+        verdict = verify_code(program, tests, limits=PATIENT)
         assert verdict.score == 0
         assert verdict.reason.startswith("RuntimeError (StopIteration in the program"), verdict
 
@@ -175,7 +189,7 @@ def test_a_loop_over_tests_cannot_be_ended():
 @kept_in
 def test_an_object_is_neither_true_nor_false():
     for test in ("assert f(2)", "assert not f(2)", "assert f(2) != 3", "assert f(2) in [3]", "assert len(f(2)) == 0"):
-        assert verify_code("class A: pass\ndef f(x): return A()", test).score == 0, test
+        assert verify_code("class A: pass\ndef f(x): return A()", test, limits=PATIENT).score == 0, test
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no `unshare` to compare with")

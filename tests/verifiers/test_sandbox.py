@@ -124,14 +124,14 @@ def test_what_is_refused(name, host):
 def test_what_is_stopped(name, host):
     program, ending = STOPPED[name]
     start = time.monotonic()
-    limits = dataclasses.replace(BRIEF, seconds=BRIEF.seconds if ending == "time" else 10)
+    limits = dataclasses.replace(BRIEF, seconds=BRIEF.seconds if ending == "time" else 60)
     outcome = sandbox.run(host[0] + program, "", limits)
     assert outcome.ending == ending
     assert outcome.exit_code == -9
     assert len(outcome.stdout) <= limits.output
     assert len(outcome.stderr) <= limits.output
     assert outcome.memory < 2 * limits.memory
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("name", KILLED_WITH_IT)
@@ -179,25 +179,29 @@ def test_how_it_ended(program, exit_code):
 
 
 def test_ordinary_programs_run():
-    outcome = sandbox.run("import sys\nprint(sys.stdin.read()[::-1])\nprint('é', file=sys.stderr)", "añb\x00" * 50_000)
+    def run(program, stdin=""):
+        return sandbox.run(program, stdin, Limits(seconds=60))
+
+    outcome = run("import sys\nprint(sys.stdin.read()[::-1])\nprint('é', file=sys.stderr)", "añb\x00" * 50_000)
     assert outcome.stdout == "\x00bña" * 50_000 + "\n"
     assert outcome.stderr == "é\n"
     assert outcome.ok
-    assert sandbox.run("import sys; sys.stdout.buffer.write(b'\\xff')").stdout == "\ufffd"
-    assert sandbox.run("pass", "x" * (1 << 20)).ok  # input that nobody reads
+    assert run("import sys; sys.stdout.buffer.write(b'\\xff')").stdout == "\ufffd"
+    assert run("pass", "x" * (1 << 20)).ok  # input that nobody reads
     program = (
         "import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True).stdout)"
     )
-    assert sandbox.run(program).stdout == "b'1\\n'\n"
+    assert run(program).stdout == "b'1\\n'\n"
     files = "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x' * 1000)\nimport numpy; print(numpy.arange(3).sum())"
-    assert sandbox.run(files, limits=Limits(seconds=20)).stdout == "3\n"
+    assert run(files).stdout == "3\n"
 
 
 def test_threads_may_run_programs_at_the_same_time():
     found = {}
 
     def one(i):
-        found[i] = sandbox.run(f"import os, time\nos.fork()\ntime.sleep(0.2)\nprint({i})").stdout
+        program = f"import os, time\nos.fork()\ntime.sleep(0.2)\nprint({i})"
+        found[i] = sandbox.run(program, limits=Limits(seconds=60)).stdout
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(6)]
     [thread.start() for thread in threads]
