@@ -41,7 +41,7 @@ class Semantic:
     keep: Literal["farthest", "nearest"] = "farthest"
     """Which of them stays, by its distance from the cluster's centre."""
     centre: bool = True
-    """Take the mean of all embeddings off first: those of a causal model point one way."""
+    """Take the mean of all embeddings off first, of a hundred or more: those of a causal model point one way."""
     max_tokens: int = 512
     """Of a document's beginning that are read, or the model's context where that is shorter."""
     device: str = "cpu"

@@ -104,6 +104,15 @@ def test_what_all_rows_share_is_taken_off():
     assert {tuple(sorted((i, first))) for i, first in enumerate(found) if first != i} == {(20, 150)}
 
 
+def test_copies_stay_alike_when_the_mean_is_theirs():
+    for count in (2, 50, 100, 500):
+        for features in (3, 64):
+            x_ND = np.repeat(rows(1, features), count, axis=0)
+            assert semantic_duplicates(x_ND, 1.0, centre=True, device="cpu") == [0] * count
+    close = np.array([[1.0, 0.0], [1.0, 0.03]])
+    assert len(set(semantic_duplicates(close, 0.99, centre=True, device="cpu"))) == 1
+
+
 def test_edges():
     assert semantic_duplicates(np.zeros((0, 4)), device="cpu") == []
     assert semantic_duplicates(rows(1), device="cpu") == [0]

@@ -18,6 +18,8 @@ CLUSTER_ROWS = 1000  # of a cluster, on average, where their number is not given
 BATCH, PASSES, LEAST_STEPS = 1024, 5, 20  # of k-means
 BLOCK = 4096  # rows that are compared at once
 ROUNDING = 1e-5  # of a cosine in float32: equal rows reach a threshold of 1
+LEAST_CENTRED = 100  # rows that have a mean which is not mostly they themselves
+AT_THE_MEAN = 1e-3  # of a direction: nearer ones have none of their own, copies of one text for example
 ONE_CENTRE = 0.9999  # cosine from which on two rows begin one cluster: rows that are nearly equal would be torn apart
 
 
@@ -49,8 +51,8 @@ def semantic_duplicates(
     embeddings_ND: an array of numbers, or a numpy.memmap of which blocks are read. Lengths do not matter.
     num_clusters: of k-means, at most the rows; None: one for a thousand rows. keep: whether what is farthest from the
         centre comes first, the rare examples, as in the paper, or what is nearest.
-    centre: take the mean of all directions off first. Those of a causal language model point one way, so that texts
-        that have nothing in common are alike without it.
+    centre: of a hundred rows or more, take the mean of all directions off first. Those of a causal language model point
+        one way, so that texts that have nothing in common are alike without it. Rows that are the mean stay as they are.
     device: "auto" is a GPU if there is one. The same arguments give the same rows on the same kind of device.
 
     Raises ValueError for arguments that make no sense and for rows that are not finite.
@@ -66,7 +68,7 @@ def semantic_duplicates(
     rows = _Directions(embeddings_ND, pick(device))
     if not len(rows):
         return []
-    if centre:
+    if centre and len(rows) >= LEAST_CENTRED:
         rows.centre()
     centres_KD = _centres(rows, min(num_clusters or max(1, len(rows) // CLUSTER_ROWS), len(rows)), seed)
     cluster_N, cosine_N = _nearest(rows, centres_KD)
@@ -115,7 +117,11 @@ class _Directions:
             raise ValueError(f"row {row} of the embeddings is not finite: leave that text out, or embed it again")
         largest_B = rows_BD.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # its square may be none
         rows_BD = torch.nn.functional.normalize(rows_BD / largest_B[:, None], dim=1)
-        return rows_BD if self._mean_D is None else torch.nn.functional.normalize(rows_BD - self._mean_D, dim=1)
+        if self._mean_D is None:
+            return rows_BD
+        off_BD = rows_BD - self._mean_D
+        far_B = off_BD.norm(dim=1, keepdim=True) >= AT_THE_MEAN
+        return torch.where(far_B, torch.nn.functional.normalize(off_BD, dim=1), rows_BD)
 
     def blocks(self) -> Iterator[Tensor]:
         for begin in range(0, len(self), BLOCK):
