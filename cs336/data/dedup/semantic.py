@@ -52,7 +52,7 @@ def semantic_duplicates(
     num_clusters: of k-means, at most the rows; None: one for a thousand rows. keep: whether what is farthest from the
         centre comes first, the rare examples, as in the paper, or what is nearest.
     centre: of a hundred rows or more, take the mean of all directions off first. Those of a causal language model point
-        one way, so that texts that have nothing in common are alike without it. Rows that are the mean stay as they are.
+        one way, so that texts that have nothing in common are alike without it. What is the mean stays as it is.
     device: "auto" is a GPU if there is one. The same arguments give the same rows on the same kind of device.
 
     Raises ValueError for arguments that make no sense and for rows that are not finite.
