@@ -19,6 +19,7 @@ from cs336.inference.chat import ChatTemplate
 
 CHAT = "/v1/chat/completions"
 DOCS = pathlib.Path(__file__).parents[2] / "docs/inference.md"
+FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "messages")
 NOW = {"type": "function", "function": {"name": "now"}}
 TWO = f"Let me look.\n{written('hermes', ('weather', {'city': 'Łódź', 'x': ['{', {}]}), ('now', {}))}\nWait."
 WANT = [("weather", '{"city": "Łódź", "x": ["{", {}]}'), ("now", "{}")]
@@ -186,6 +187,8 @@ def test_what_is_refused(served, body, reason):
     status, answer = post(served, body)
     assert (status, reason in answer["error"]["message"]) == (400, True), answer
     assert served[0].under_way == 0
+    named = reason.partition(" ")[0].rstrip(".:")
+    assert (answer["error"]["param"] or "").startswith(named if named.partition(".")[0] in FIELDS else "")
 
 
 def test_a_template_without_tools(served, monkeypatch):

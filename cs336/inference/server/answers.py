@@ -149,5 +149,5 @@ def usage(requests: Sequence[Request], *, echo_alone: bool = False) -> Json:
     }
 
 
-def error(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Json:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def error(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -33,6 +34,7 @@ from cs336.inference.tools import Tools
 from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
+FIELD = re.compile(r"(tools|tool_choice|messages)\b[\w.$-]*")  # that an error begins with
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -342,7 +344,7 @@ async def _invalid(http: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    return JSONResponse(answers.error(message), 400)
+    return JSONResponse(answers.error(message, param=where or None), 400)
 
 
 def _problem(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
@@ -356,7 +358,8 @@ async def _http_error(http: Request, error: Any) -> Response:
 
 
 async def _value_error(http: Request, error: Exception) -> Response:
-    return _json(answers.error(str(error)), 400)
+    field = FIELD.match(str(error))
+    return _json(answers.error(str(error), param=field and field[0]), 400)
 
 
 async def _failed(http: Request, error: Exception) -> Response:
