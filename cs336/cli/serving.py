@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -36,9 +36,14 @@ def serve(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
+        tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None,
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
         engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
+        """
+        Args:
+            tool_parser: how the model writes calls of tools; as its chat template shows if none.
+        """
         try:
             from cs336.inference.server.serve import serve as listen
             from cs336.utils.http_server import check_free
@@ -47,7 +52,7 @@ def serve(arguments: list[str]) -> Run:
         if rank() == 0:
             check_free(server.host, server.port)
         read = {"draft": draft, "device": device, "dtype": weight_dtype(dtype), "tensor_parallel": True}
-        listen(LLM(model, tokenizer, **read, **vars(engine)), server)
+        listen(LLM(model, tokenizer, tool_parser=tool_parser, **read, **vars(engine)), server)
 
     return run
 

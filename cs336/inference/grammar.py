@@ -1,14 +1,15 @@
-"""Texts that follow a grammar, a JSON schema, a regular expression or a list of texts: which tokens may come next.
+"""Texts that follow a grammar (a JSON schema, a regular expression, a list of texts, Lark): which tokens may come next.
 
 A token may come where what is there, and then its bytes, begins a text of the grammar; llguidance finds these tokens.
-Special tokens are no text. Those that end a text may come where it is one of the grammar's; where nothing can follow it
-ends by itself. V = vocabulary.
+Special tokens are no text, but where Lark names them. Those that end a text may come where it is one of the grammar's;
+where nothing can follow it ends by itself. V = vocabulary.
 """
 
 import copy
 import functools
 import importlib.util
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -87,6 +88,8 @@ class Grammars:
         try:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": SPACE})
+            elif kind == "lark":
+                grammar = LLMatcher.grammar_from_lark(text)
             else:
                 regex = text if kind == "regex" else "|".join(map(_literal, json.loads(text)))
                 grammar = LLMatcher.grammar_from_regex(regex)
@@ -102,9 +105,8 @@ class Grammars:
     def _vocabulary(self) -> Any:
         """The tokenizer as llguidance has it."""
         if self._tokenizer is None:
-            raise ValueError("json_schema, regex and choice are of texts: give the engine a tokenizer")
-        if importlib.util.find_spec("llguidance") is None:
-            raise ValueError("json_schema, regex and choice need llguidance: pip install 'cs336[structured]'")
+            raise ValueError("json_schema, regex, choice and lark are of texts: give the engine a tokenizer")
+        _check_installed("json_schema, regex, choice and lark")
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size)))
@@ -131,6 +133,24 @@ class _Vocabulary:
             return []
 
 
+def check_schema(schema: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError where llguidance cannot follow the schema called so, and where it is not installed."""
+    _check_installed(f"calls by {name}")
+    from llguidance import LLMatcher
+
+    try:
+        reason = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    except ValueError as error:  # as in _compile
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{name} cannot be followed: {_line(reason)}")
+
+
+def _check_installed(what: str) -> None:
+    if importlib.util.find_spec("llguidance") is None:
+        raise ValueError(f"{what} need llguidance: pip install 'cs336[structured]'")
+
+
 def _literal(text: str) -> str:
     """A regular expression of this text."""
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
@@ -145,5 +165,9 @@ def _set(bits: np.ndarray, token_ids: Rows[int], to: bool) -> None:
 
 def _said(matcher: Any) -> str:
     """llguidance's reason, on one line, without the state that it prints behind."""
-    reason = " ".join(matcher.get_error().partition("\n<state>")[0].split())
-    return "no token may come next" if reason == "NoExtensionBias" else reason[:500]
+    reason = _line(matcher.get_error())
+    return "no token may come next" if reason == "NoExtensionBias" else reason
+
+
+def _line(reason: str) -> str:
+    return " ".join(reason.partition("\n<state>")[0].split())[:500]

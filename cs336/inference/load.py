@@ -82,3 +82,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if pathlib.Path(path).suffix == ".gguf":
         return tokenizer_from_gguf(path)
     return convert.load(find_tokenizer(path))
+
+
+def checked_context(path: str | os.PathLike, device: str) -> int:
+    """The context length of the model at `path`, without its weights, for work that begins later.
+
+    Raises FileNotFoundError where there is no model or no tokenizer, ValueError for a device that is not here.
+    """
+    pick(device)
+    found = find_model(path)
+    if found.suffix != ".gguf":  # which holds its own
+        find_tokenizer(found)
+    return read_config(found).context_length

@@ -11,6 +11,7 @@ from cs336.alignment.examples import encode_completion
 from cs336.alignment.sft import encode_chat
 from cs336.evaluation.tasks.likelihood import loglikelihoods, rolling
 from cs336.inference import LLM, BeamParams, SamplingParams, beam_search, generate
+from cs336.inference.beams import Beam
 from cs336.inference.generate import stream
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
@@ -71,9 +72,13 @@ def test_text_goes_on_where_the_prompt_ends(llm):
 
 
 def test_beams_go_on_too(llm):
-    (best,) = beam_search(llm.model, llm.tokenizer, ["the other"], BeamParams(beams=2, max_tokens=8))
+    params = BeamParams(beams=2, max_tokens=8)
+    (best,) = beam_search(llm.model, llm.tokenizer, ["the other"], params)
     data = b"".join(llm.tokenizer.token_bytes(i) for i in best.token_ids)
     assert best.text == data.decode(errors="replace")
+    spaced = Beam([llm.tokenizer.token_to_id(" the")], 0.0, True)
+    assert llm._beam_output(0, spaced, llm.encode(["the"])[0]).text == " the"
+    assert llm._beam_output(0, spaced, llm.encode([""])[0]).text == "the"
 
 
 def only_the(llm, **options):

@@ -32,11 +32,11 @@ def split_at_specials(text, specials):
 
 
 def naive_merges(documents, num_merges, specials=(), pattern="gpt2"):
-    words = collections.Counter()
-    for document in documents:
+    words, expression = collections.Counter(), translate(PATTERNS[pattern])
+    for document, times in collections.Counter(documents).items():
         for part in split_at_specials(document, specials):
-            for piece in regex.findall(translate(PATTERNS[pattern]), part):
-                words[tuple(bytes([byte]) for byte in piece.encode())] += 1
+            for piece in regex.findall(expression, part):
+                words[tuple(bytes([byte]) for byte in piece.encode())] += times
     merges = []
     while len(merges) < num_merges:
         pairs = collections.Counter()
