@@ -285,6 +285,17 @@ def data(rows: list[Row]) -> Iterator[str]:
         yield f"Not installed here: {absent}."
 
 
+def passages(rows: list[Row]) -> Iterator[str]:
+    """MB a CPU second of each text, by each tool."""
+    texts = list(dict.fromkeys((row["text"], row["megabytes"]) for row in rows))
+    yield "| MB/s of one core | " + " | ".join(f"{text}, {size:g} MB" for text, size in texts) + " |"
+    yield "| --- |" + " ---: |" * len(texts)
+    for tool in dict.fromkeys(row["tool"] for row in rows):
+        ran = [row for row in rows if row["tool"] == tool]
+        cells = (f"{row['megabytes'] / row['seconds']:.1f}" if "seconds" in row else "–" for row in ran)
+        yield f"| {tool} | " + " | ".join(cells) + " |"
+
+
 def curation(rows: list[Row]) -> Iterator[str]:
     """Bits a byte of held-out books after equally many tokens of each side, and the gain over raw with its interval."""
     yield "| text | documents | MB | times read | bits a byte, a seed each | mean | gain over raw, 95 % |"
@@ -450,6 +461,7 @@ BODIES = {
     "adamw": optimizer,
     "data": data,
     "curation": curation,
+    "passages": passages,
     "scaling_forecast": scaling_forecast,
     "scaling_forecast_ladder_4": scaling_forecast,
     "scaling_forecast_ladder_5": scaling_forecast,

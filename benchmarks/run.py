@@ -38,8 +38,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "collectives, parallel: of several processes; offline MODEL, latency MODEL, serve URL: answers of an engine. "
         "Each has its own --help."
     )
-    parser = argparse.ArgumentParser("cs336 bench", description=__doc__.splitlines()[0], epilog=others)
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    usage = "cs336 bench [-h] {ops,train,ladder,mixers,collectives,parallel,offline,latency,serve} ..."
+    parser = argparse.ArgumentParser("cs336 bench", usage, description=__doc__.splitlines()[0], epilog=others)
+    kinds = parser.add_subparsers(dest="kind", required=True, prog="cs336 bench")
     ops = kinds.add_parser("ops", help="kernels beside their peers and the roof")
     ops.add_argument("names", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is named")
     ops.add_argument("--quick", action="store_true", help="a few shapes of one size")

@@ -21,12 +21,12 @@ from cs336.alignment.make_pairs import VerifierLabels, make_pairs
 from cs336.alignment.rewards import CharactersReward, ExactReward, MathReward
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.answering import PromptData
-from cs336.alignment.stages.dpo import DPOConfig, DPOStage, PairData
+from cs336.alignment.stages.dpo import DPOConfig, PairData, dpo_stage
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.alignment.stages.sft import SFTConfig, SFTData, SFTStage
 from cs336.data import tokenize_documents
 from cs336.inference import LLM, SamplingParams
-from cs336.inference.load import read_config
+from cs336.inference.load import find_model, read_config
 from cs336.models import TransformerConfig
 from cs336.optim import LinearConfig
 from cs336.report import write_report
@@ -80,8 +80,11 @@ class AlignDemo:
 def align_demo(settings: AlignDemo, console: Console | None = None) -> pathlib.Path:
     """Run the demo, or what is left of it, and return the report of its last stage.
 
-    Raises Interrupted where a signal stopped a stage.
+    Raises Interrupted where a signal stopped a stage, and, before anything is written, FileNotFoundError where there is
+    no base model.
     """
+    if settings.model is not None:
+        find_model(settings.model)
     job = _Job(settings, console or Console(highlight=False, soft_wrap=True))
     run_stages(settings.run_dir, job.stages(), job.console)
     return settings.run_dir / "grpo" / "report.html"
@@ -213,7 +216,7 @@ class _Job:
             data=PairData(self.run_dir / "data" / "pairs.jsonl"),
             batch_size=32,
         )
-        return self._run(config, DPOStage(config))
+        return self._run(config, dpo_stage(config))
 
     def grpo(self) -> Outcome:
         config = GRPOStageConfig(

@@ -28,6 +28,7 @@ else:
     HAS_TORCH = True
 
 HERE = pathlib.Path(__file__).parent
+PLAIN = "ref (plain torch)"
 Line = tuple[str, bool, str]  # what, is it here, a sentence
 
 
@@ -162,7 +163,7 @@ def _installed(package: str) -> bool:
 
 
 def variants() -> Iterator[Line]:
-    """Ops that have kernels in the same places, a line; "no" where ref alone serves a device that is here."""
+    """Ops that have kernels in the same places, a line; "no" where a GPU is left to plain torch."""
     devices_here = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices_here.append(torch.device("cuda", torch.cuda.current_device()))
@@ -171,9 +172,6 @@ def variants() -> Iterator[Line]:
         where = tuple("+".join(registry.kernels(name, d)) for d in devices_here)
         groups.setdefault(where, []).append(name)
     for where, names in groups.items():
-        fast = all(kernels != "ref" for kernels in where)
-        yield (
-            ", ".join(f"{d.type}: {kernels}" for d, kernels in zip(devices_here, where, strict=True)),
-            fast,
-            " ".join(names),
-        )
+        served = {d.type: kernels for d, kernels in zip(devices_here, where, strict=True)}
+        what = ", ".join(f"{d}: {PLAIN if kernels == 'ref' else kernels}" for d, kernels in served.items())
+        yield what, served.get("cuda") != "ref", " ".join(names)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs336.ops.attention_autograd import attend, autocast, new_seed
+from cs336.ops.attention_autograd import attend, autocast, is_integer, new_seed
 from cs336.ops.paged_attention import MAX_DECODE_QUERIES, paged_attention, paged_prefill
 from cs336.ops.paged_cache import append_kv_
 
@@ -289,7 +289,7 @@ def _options(q: Tensor, scale: float | None, causal: bool, window_size: tuple[in
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int]:
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or any(side is None or isinstance(side, float) or side < -1 for side in window_size):
+    if not pair or not all(is_integer(side) and side >= -1 for side in window_size):
         raise ValueError(f"window_size must be two lengths of at least 0, or -1 for all, got {window_size!r}")
     return window_size
 

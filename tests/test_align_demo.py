@@ -32,6 +32,15 @@ def test_all_stages_and_nothing_twice(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
+def test_a_base_that_is_not_there_is_said_first(tmp_path, capsys):
+    command = ["align", "demo", "--run-dir", str(tmp_path / "run"), "--model", str(tmp_path / "none")]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "none holds no model: expected an export" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_tested_is_in_nothing_that_is_learned():
     learned, tested = split_sums(3)
     assert len(set(learned)) + len(set(tested)) == len(set(learned + tested)) == 8100

@@ -162,7 +162,7 @@ def test_a_verb_that_there_is_not(asked, meant, capsys):
 
 
 def test_a_group_without_a_verb(capsys):
-    assert fails(["data"], capsys) == "cs336: `cs336 data` has build, demo, classifier: name one, or --help\n"
+    assert fails(["data"], capsys) == "cs336: `cs336 data` has build, demo, stdlib, classifier: name one, or --help\n"
     assert "`cs336 data classifier` has train, apply" in fails(["data", "classifier"], capsys)
     assert "build" in help_of(["data"], capsys)
 
@@ -176,9 +176,13 @@ def test_nobody_sees_what_the_option_parser_calls_things(data, capsys):
     assert "seed" in fails(["train", *arguments, "--seed", "x"], capsys)
 
 
-@pytest.mark.parametrize("verb", [path for path in verb_paths() if path[0] not in ("generate", "chat")])
-def test_an_empty_default_is_not_shown(verb, capsys):
-    assert "(default: )" not in help_of(verb, capsys)
+@pytest.mark.parametrize("verb", list(verb_paths()))
+def test_empty_defaults_and_none_are_not_shown(verb, capsys):
+    """None is no value that an option takes: left out it is what is meant."""
+    shown = help_of(verb, capsys)
+    assert "(default: )" not in shown
+    assert "{None}" not in shown
+    assert "│ STR " not in shown  # what stands at a place has a name
 
 
 # ---- tokenizer ----

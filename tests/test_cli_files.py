@@ -82,6 +82,7 @@ def test_what_is_read(asked, message, place, capsys):
         "scaling fit points.json --law isoflop-lowest --out",
         "evaluate none --tasks gsm8k:none --output",
         "align pairs none text.txt",
+        "data stdlib",
         "report none none --output",
         "scaling coord-check --out",
         "leaderboard table folder --output",

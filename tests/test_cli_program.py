@@ -1,7 +1,10 @@
 """How the program ends: by a user's error, a bug of ours, or Ctrl-C."""
 
+import importlib
 import re
 import signal
+import sys
+import textwrap
 
 import pytest
 
@@ -30,27 +33,49 @@ def test_interrupt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cs336.report.write_report", interrupted)
     assert main(["report", str(tmp_path)]) == 130
     assert "go on with the same command" in capsys.readouterr().err
+    monkeypatch.setattr("cs336.inference.load.find_model", lambda path: interrupted(path, None))
+    assert main(["generate", str(tmp_path)]) == 130  # of which nothing is left to go on with
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize("error", [AttributeError, ImportError, SystemError])
 def test_an_interrupt_that_an_import_dropped(tmp_path, monkeypatch, capsys, error):
-    """It shows as the error of what was half imported; without an interrupt that is a bug, and not hidden."""
-    interrupts = [True]
+    """It shows as the error of what was half imported. Without an interrupt, or after one that was dealt with, that is
+    a bug, and not hidden."""
+    (tmp_path / "half_made.py").write_text(
+        textwrap.dedent("""
+        import signal
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            DROPPED = True
+    """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "half_made", raising=False)
 
-    def half_imported(run_dir, output):
-        if interrupts.pop():
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        raise error("half made")
+    def dropped():
+        assert importlib.import_module("half_made").DROPPED
+
+    def dealt_with():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def report(before):
+        def write_report(run_dir, output):
+            before()
+            raise error("half made")
+
+        monkeypatch.setattr("cs336.report.write_report", write_report)
+        return main(["report", str(tmp_path)])
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("cs336.report.write_report", half_imported)
-    assert main(["report", str(tmp_path)]) == 130
+    assert report(dropped) == 130
     assert "interrupted" in capsys.readouterr().err
-    interrupts.append(False)
     monkeypatch.setenv("CS336_DEBUG", "1")
-    with pytest.raises(error, match="half made"):
-        main(["report", str(tmp_path)])
+    for harmless in (dealt_with, lambda: None):
+        with pytest.raises(error, match="half made"):
+            report(harmless)
     assert signal.getsignal(signal.SIGINT) is before
 
 

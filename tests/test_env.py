@@ -96,11 +96,16 @@ def test_a_source_tree_without_metadata(monkeypatch):
     assert "pip install --no-build-isolation -e ." in sentence
 
 
-def test_an_op_that_only_ref_serves_is_marked(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, False, (), {torch.device("cpu"): ("ref",)})
+def test_an_op_that_only_ref_serves_is_marked_on_a_gpu(monkeypatch):
+    """On a CPU plain torch is no failure."""
+    on = {torch.device("cpu"): ("ref",), torch.device("cuda", 0): ("ref",)}
+    only_ref = registry.Op("f(Tensor x) -> Tensor", {}, {}, {}, None, False, (), on)
     monkeypatch.setattr(registry, "OPS", {"f": only_ref})
-    assert list(env.variants()) == [("cpu: ref", False, "f")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert list(env.variants()) == [("cpu: ref (plain torch), cuda: ref (plain torch)", False, "f")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(env.variants()) == [("cpu: ref (plain torch)", True, "f")]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_refusals(device):
         cs336.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, 4, block_table=cu)
     with pytest.raises(ValueError, match=r"window_size must be .* got \(-2, 0\)"):
         cs336.flash_attn_func(q, q, q, window_size=(-2, 0))
-    for bad in (3, (None, 0), (1.5, 2)):
+    for bad in (3, (None, 0), (1.5, 2), ("1", 2), "12", ([1], 2)):
         with pytest.raises(ValueError, match="window_size must be two lengths"):
             cs336.flash_attn_func(q, q, q, window_size=bad)
     with pytest.raises(ValueError, match="softcap must be positive and finite"):

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import cs336.quickstart as q
+from cs336.cli import main
 from cs336.data.stdlib import stdlib_documents
 from cs336.inference import LLM
 from cs336.quickstart import SHAPES, Job, Quickstart, quickstart
@@ -338,3 +339,24 @@ def test_a_zipped_or_absent_standard_library(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(archive)])
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert list(stdlib_documents()) == ["import abc\n"]
+
+
+def test_the_standard_library_as_json_lines(tmp_path, monkeypatch, capsys):
+    library, out = tmp_path / "library", tmp_path / "corpus.jsonl"
+    library.mkdir()
+    monkeypatch.setattr("cs336.data.stdlib._root", lambda: library)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    asked = ["data", "stdlib", str(out)]
+    assert main(asked) == 2
+    assert "holds no sources" in capsys.readouterr().err
+    for name in ("a", "b", "c"):
+        (library / f"{name}.py").write_text(f"{name} = 'é'\n".ljust(399, "#"))  # 400 bytes
+    for megabytes, names in (("0", "abc"), ("0.0008", "ab"), ("0.00079", "a"), ("1e-9", "a")):
+        assert main([*asked, "--megabytes", megabytes]) == 0
+        assert f"wrote {len(names)} document" in capsys.readouterr().out
+        texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+        assert texts == [(library / f"{name}.py").read_text() for name in names]
+    for bad in ("-1", "nan", "inf"):
+        assert main([*asked, "--megabytes", bad]) == 2
+        assert f"megabytes must be finite and at least 0, got {bad}" in capsys.readouterr().err

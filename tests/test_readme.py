@@ -22,12 +22,8 @@ SNIPPETS = re.findall(r"<!-- snippet: (\w+) ?(\S*) -->\n```\w+\n(.*?)\n```", REA
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A directory with a corpus, where the README's commands are typed in order."""
+    """An empty directory but for the README's files, where its commands are typed in order."""
     directory = tmp_path_factory.mktemp("readme")
-    library = pathlib.Path(os.__file__).parent
-    words = [(library / name).read_text() for name in ("argparse.py", "typing.py", "os.py")]
-    documents = [text[i : i + 400] for text in words for i in range(0, len(text), 400)]
-    (directory / "corpus.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     for kind, name, text in SNIPPETS:
         if kind == "toml":
             (directory / name).write_text(text)
@@ -36,7 +32,7 @@ def workplace(tmp_path_factory):
 
 def commands():
     (text,) = (text for kind, _, text in SNIPPETS if kind == "sh")
-    return text.replace("200steps", "20steps").splitlines()
+    return text.replace("--megabytes 1 ", "--megabytes 0.3 ").splitlines()
 
 
 def test_the_configuration_is_one(workplace):
@@ -55,6 +51,7 @@ def test_every_command_and_program_runs(workplace):
         done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (workplace / "comparison.html").exists()
+    assert (workplace / "corpus.jsonl").stat().st_size < 400_000
     programs = [text for kind, _, text in SNIPPETS if kind == "python"]
     assert len(programs) == README.count("```python")  # every program is tried
     for text in programs:
@@ -84,6 +81,18 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
         text = (ROOT / page).read_text() if page else README
         headings = [re.sub(r"[^\w\s-]", "", line.lstrip("# ")) for line in text.splitlines() if line.startswith("#")]
         assert not part or part in [heading.lower().replace(" ", "-") for heading in headings], (page, part)
+
+
+def test_the_index_has_every_page_once():
+    text = (ROOT / "docs/README.md").read_text()
+    listed = re.findall(r"^- \[[^]]+\]\(([^)]+)\): .", text, re.MULTILINE)
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs).as_posix() for kind in ("*.md", "*.html") for path in docs.rglob(kind)]
+    assert sorted(listed) == sorted(set(pages) - {"README.md"})
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") < 300
 
 
 def command(name):

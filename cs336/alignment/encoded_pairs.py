@@ -25,6 +25,11 @@ class EncodedPair:
     def length(self) -> int:
         return max(len(self.chosen.token_ids), len(self.rejected.token_ids))
 
+    @property
+    def num_tokens(self) -> int:
+        """Of both, with those of the prompt."""
+        return len(self.chosen.token_ids) + len(self.rejected.token_ids)
+
 
 def encode_pairs(
     examples: Sequence[PreferenceExample],

@@ -141,8 +141,8 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer, end_id
         raise ValueError(f"prompt and completion must not be empty, got {prompt!r:.40} and {completion!r:.40}")
     if not end_ids:
         raise ValueError("no token ends a completion: a model that learns this never stops. Name one in end_tokens")
-    before = tokenizer.encode(prompt, allowed_special="all")
-    answer = tokenizer.encode(completion, allowed_special="all")
+    before = tokenizer.encode_prompt(prompt)
+    answer = tokenizer.encode(completion, "all", behind=before)
     if answer[-1] not in end_ids:
         answer.append(min(end_ids) if isinstance(end_ids, set | frozenset) else next(iter(end_ids)))
     return Example(before + answer, [False] * len(before) + [True] * len(answer))

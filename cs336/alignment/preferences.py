@@ -92,12 +92,14 @@ def kto_loss(
 
     kl_B is the reference point, an estimate of KL(policy | reference), 0 or more: see kto_reference_point. It gets no
     gradient. desirable_B: bool.
-    Raises ValueError for shapes that differ, and options that are not above 0.
+    Raises ValueError for shapes that differ, a desirable_B that is not bool, and options that are not above 0.
     """
     options = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     if bad := [f"{name} {value}" for name, value in options.items() if not 0 < value < math.inf]:
         raise ValueError(f"beta, desirable_weight and undesirable_weight must be above 0, got {', '.join(bad)}")
     check_shapes(answer_B, reference=reference_B, kl=kl_B, desirable=desirable_B)
+    if desirable_B.dtype != torch.bool:
+        raise ValueError(f"desirable must be bool, got {desirable_B.dtype}: labels of 1 and 0 are desirable.bool()")
     better_B = beta * (answer_B - reference_B - kl_B.detach())
     return torch.where(desirable_B, desirable_weight * (-better_B).sigmoid(), undesirable_weight * better_B.sigmoid())
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cs336 import __version__
-from cs336.alignment.stage import FREE, Stage, StageConfig
+from cs336.alignment.stage import FREE, Stage, StageConfig, slow_rate
 from cs336.training import checkpoint
 from cs336.training.budget import Budget
 from cs336.training.config import differences
@@ -262,6 +262,8 @@ class StageRun:
         )
         if self.step:
             self.display.say(f"continuing after step {self.step}")
+        elif hint := slow_rate(self.config, self.stage.policy.model.config.num_parameters()):
+            self.display.say(hint)
 
     def _conclude(self) -> StageResult:
         self.run.wait()

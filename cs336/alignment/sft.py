@@ -71,8 +71,9 @@ def encode_chat(
                 f"the chat template writes the turns before message {i} otherwise than when they were the last: "
                 "learn the last one alone, with last_only"
             )
-        before = tokenizer.encode(prompt[len(written) :], allowed_special="all")
-        answer = tokenizer.encode(whole[len(prompt) :], allowed_special="all")
+        said = prompt[len(written) :]
+        before = tokenizer.encode(said, "all", behind=token_ids) if token_ids else tokenizer.encode_prompt(said)
+        answer = tokenizer.encode(whole[len(prompt) :], "all", behind=before or token_ids)
         ends = [place for place, token in enumerate(answer) if token in end_ids]
         if not ends:
             raise ValueError(

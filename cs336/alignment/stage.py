@@ -31,6 +31,9 @@ from cs336.training.loggers import LoggerName
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches
 from cs336.utils.device import pick
 
+DEFAULT_LR = 1e-5
+SMALL = 50_000_000  # parameters
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -49,7 +52,7 @@ class StageConfig:
     """Special tokens that end an answer, besides those that the model says end a text."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters and leave the weights as they are; the export is merged. None: all weights."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(lr=1e-5))
+    optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(lr=DEFAULT_LR))
     schedule: ScheduleConfig = field(default_factory=ConstantConfig)
     budget: str = "100steps"
     """When to stop: 500steps, 90m, 1.5h."""
@@ -84,6 +87,21 @@ class StageConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 20:
             raise ValueError(f"seed must be in 0..2**20 - 1, got {self.seed}")
+
+
+def slow_rate(config: StageConfig, num_parameters: int) -> str | None:
+    """What to say of the default learning rate, which is one of billions of parameters, to those who train fewer.
+
+    The loss after 100 steps of SFT on 400 short answers: from 5.96 with 0.24M parameters, 4.92 at 1e-5, 0.61 at 1e-3;
+    from 6.77 with 15M, 3.48 at 1e-5, 0.67 at 1e-4.
+    """
+    if config.optimizer.lr != DEFAULT_LR or num_parameters >= SMALL:
+        return None
+    other = 1e-3 if num_parameters < SMALL / 10 else 1e-4
+    return (
+        f"the default learning rate, {DEFAULT_LR:g}, is one for billions of parameters, at which {num_parameters:,} "
+        f"learn slowly: try --optimizer.lr {other:g}"
+    )
 
 
 FREE = {"run_dir", "budget", "micro_batch_size", "device", "log_interval", "eval_interval", "checkpoint_interval"}

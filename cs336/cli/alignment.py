@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, OwnOptions, Path, Run, Stopped, check_output
 from cs336.cli.settings import given, help_text, own_options
@@ -26,8 +26,8 @@ def sft(arguments: list[str]) -> Run:
 def dpo(arguments: list[str]) -> Run:
     """Teach a model which of two answers is preferred, without a reward model, or continue the run in --run-dir.
 
-    DPO and its relatives; with --loss-type kto, from answers that were good or not, each by itself. Settings come from
-    --config FILE and from options, which win.
+    DPO and its relatives; with --loss-type kto, from answers that were good or not, each by itself, or from pairs as
+    two such. Settings come from --config FILE and from options, which win.
     """
     from cs336.alignment.stages.dpo import DPOConfig, dpo_stage
 
@@ -73,7 +73,7 @@ def pairs(
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     label: Literal["math", "exact", "characters", "format", "judge"] = "math",
-    judge: DisallowNone[str | None] = None,
+    judge: str | None = None,
     judge_model: str = "default",
     rubric: MaybePath = None,
     num_generations: int = 2,

@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import IO, Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from cs336.utils.documents import open_bytes, unpacking
 from cs336.utils.files import is_special
 
 Path = pathlib.Path
-MaybePath = DisallowNone[Path | None]
+MaybePath = Path | None
 Paths = Annotated[tuple[Path, ...], arg(metavar="[PATH ...]", help_behavior_hint="")]
 Ints = Annotated[tuple[int, ...], arg(help_behavior_hint="")]
 Floats = Annotated[tuple[float, ...], arg(help_behavior_hint="")]
@@ -41,6 +41,8 @@ WeightType = Annotated[
 ]
 TextField = Annotated[str, arg(help="of JSON lines and parquet: the field that holds the text.")]
 Run = Callable[..., int | None]
+OPTIONS = (FlagCreatePairsOff, DisallowNone)
+"""How verbs read options: there is no --no-FLAG, and the word None is a text, not the absence of one."""
 
 
 class Late:

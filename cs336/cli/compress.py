@@ -5,10 +5,10 @@ import os
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli import quantize
-from cs336.cli.common import Device, Model, OwnOptions, Path, Run
+from cs336.cli.common import OPTIONS, Device, Model, OwnOptions, Path, Run
 from cs336.cli.quantize import Calibrate, OutDir
 
 Windows = Annotated[int, arg(help="windows of the text that are read.")]
@@ -21,7 +21,7 @@ def compress(arguments: list[str]) -> Run:
     def run() -> int:
         rest = list(arguments)
         if rest[:1] == ["pareto"]:
-            tyro.cli(pareto, prog="cs336 compress pareto", args=rest[1:], config=(FlagCreatePairsOff,))
+            tyro.cli(pareto, prog="cs336 compress pareto", args=rest[1:], config=OPTIONS)
             return os.EX_OK
         method = _taken(rest)
         if method is None and {"-h", "--help"} & set(rest):
@@ -29,7 +29,7 @@ def compress(arguments: list[str]) -> Run:
             return os.EX_OK
         call = METHODS[method or DEFAULT]
         named = "" if method is None else f" --method {method}"
-        tyro.cli(call, prog=f"cs336 compress{named}", args=rest, config=(FlagCreatePairsOff,))
+        tyro.cli(call, prog=f"cs336 compress{named}", args=rest, config=OPTIONS)
         return os.EX_OK
 
     return run
@@ -122,7 +122,7 @@ def pareto(
     text: Path,
     out: Path = Path("pareto"),  # noqa: B008 (immutable)
     tasks: tuple[str, ...] = (),
-    limit: DisallowNone[int | None] = None,
+    limit: int | None = None,
     device: Device = "auto",
 ) -> None:
     """Models side by side: what each costs and what it is worth, in pareto.json and on a page.

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cs336.cli.common import Device, MaybePath, Path, Stopped
+from cs336.cli.common import Device, MaybePath, Path, Stopped, check_output
 
 if TYPE_CHECKING:
     from cs336.data.recipe import Recipe
@@ -85,3 +85,31 @@ def demo(
         data_demo(DataDemo(run_dir, pages=pages, tokens=tokens, seeds=seeds, device=device))
     except Interrupted:
         raise Stopped from None
+
+
+def stdlib(output: Annotated[Positional[Path], arg(metavar="OUTPUT")], megabytes: float = 0.0) -> None:
+    """Write the running Python's standard library as JSON lines, a corpus that every machine has.
+
+    A line a module, {"text": its source}, then the topics of help(): 10 to 30 MB.
+
+    Args:
+        output: the file, for `cs336 tokenizer` and `--text`.
+        megabytes: the first documents, up to so much text; 0: all.
+    """
+    from cs336.data.stdlib import stdlib_documents, stdlib_name
+    from cs336.utils.counted import counted
+    from cs336.utils.files import write_json_lines
+
+    if not 0 <= megabytes < float("inf"):
+        raise ValueError(f"megabytes must be finite and at least 0, got {megabytes}: 0 is all")
+    check_output(output)
+    documents, size = list[str](), 0
+    for text in stdlib_documents():
+        size += len(text.encode())
+        if megabytes and size > megabytes * 1e6 and documents:
+            break
+        documents.append(text)
+    if not documents:
+        raise ValueError(f"{stdlib_name()} holds no sources, as an embedded one does: use a whole Python")
+    write_json_lines(output, ({"text": text} for text in documents))
+    print(f"wrote {counted(len(documents), 'document')} of {stdlib_name()} to {output}")

@@ -6,18 +6,18 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Paths, TextField, check_output
 from cs336.utils.documents import TEXT_FIELD, Document, read_documents
 
-MaybePair = DisallowNone[tuple[int, int] | None]
+MaybePair = tuple[int, int] | None
 
 
 def train(
     inputs: Positional[Paths] = (),
     output: Path = Path("classifier.safetensors"),  # noqa: B008 (immutable)
-    classes: DisallowNone[Annotated[dict[str, Path], arg(metavar="LABEL PATH ...")] | None] = None,
+    classes: Annotated[dict[str, Path], arg(metavar="LABEL PATH ...")] | None = None,
     label_field: str = "label",
     text_field: TextField = TEXT_FIELD,
     word_ngrams: int = 1,
@@ -28,7 +28,7 @@ def train(
     held_out: float = 0.1,
     quantize: bool = False,
     seed: int = 0,
-    num_threads: DisallowNone[int | None] = 1,
+    num_threads: int | None = 1,
 ) -> None:
     """Train a linear n-gram classifier, and print how well it tells texts that it has not seen.
 
@@ -81,10 +81,10 @@ def apply(
     model: Positional[Path],
     inputs: Positional[Paths],
     output: MaybePath = None,
-    keep: DisallowNone[str | None] = None,
+    keep: str | None = None,
     min_score: float = 0.5,
     text_field: TextField = TEXT_FIELD,
-    num_threads: DisallowNone[int | None] = None,
+    num_threads: int | None = None,
 ) -> None:
     """Label documents: JSON lines of id, label and score on standard output, or whole documents in a file.
 

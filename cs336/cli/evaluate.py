@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import arg
 
 from cs336.cli.common import Device, Late, MaybePath, Model, ModelTokenizer, Path, Paths, Run, TextField, check_output
 from cs336.utils.documents import TEXT_FIELD, read_texts
@@ -27,13 +27,13 @@ def evaluate(arguments: list[str]) -> Run:
         max_tokens: int = MOST_TOKENS,
         tasks: Tasks = (),
         shots: int = 0,
-        limit: DisallowNone[int | None] = None,
+        limit: int | None = None,
         samples: int = 1,
-        temperature: DisallowNone[float | None] = None,
-        new_tokens: DisallowNone[int | None] = None,
+        temperature: float | None = None,
+        new_tokens: int | None = None,
         chat: bool = False,
         seed: int = 0,
-        judge: DisallowNone[str | None] = None,
+        judge: str | None = None,
         judge_model: str = "default",
         contamination: Paths = (),
         algebra: bool = False,

@@ -145,7 +145,7 @@ def batch_size(
 
 
 def leaderboard_run(
-    rule: Positional[str],
+    rule: Annotated[Positional[str], arg(metavar="RULE")],
     data: Path,
     directory: Path,
     recipe: MaybePath = None,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import (
     Device,
@@ -50,7 +50,7 @@ def generate(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
-        beams: DisallowNone[int | None] = None,
+        beams: int | None = None,
         length_penalty: float = 1.0,
         early_stopping: bool = False,
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(),  # noqa: B008 (frozen)

@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tyro
-from tyro.conf import FlagCreatePairsOff
 
 from cs336 import __version__
 from cs336.cli import (
@@ -30,7 +30,7 @@ from cs336.cli import (
     tokenizer,
 )
 from cs336.cli.alignment import dpo, grpo, ppo, reward, sft
-from cs336.cli.common import Late, OwnOptions, Stopped
+from cs336.cli.common import OPTIONS, Late, OwnOptions, Stopped
 from cs336.cli.compress import compress
 from cs336.cli.env import bench, env
 from cs336.cli.evaluate import evaluate
@@ -39,6 +39,8 @@ from cs336.cli.quickstart import quickstart
 from cs336.cli.serving import chat, serve
 from cs336.cli.train import train
 
+IMPORTING = "<frozen importlib._bootstrap>"  # the file of the frames below a module that is being imported
+ANSWERING = (["generate"], ["chat"], ["serve"])  # which leave nothing to go on with
 DESCRIPTION = "One language-model stack, from raw bytes to trained models. Begin with: cs336 quickstart"
 
 
@@ -84,6 +86,7 @@ TREE: dict[str, Any] = {
         {
             "build": data.build,
             "demo": data.demo,
+            "stdlib": data.stdlib,
             "classifier": Group(
                 {"train": data_classifier.train, "apply": data_classifier.apply},
                 "Train and apply linear n-gram classifiers of documents.",
@@ -140,15 +143,17 @@ TREE: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """As cs336.cli.main, whose verbs can be imported."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _interrupts_kept(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"cs336: {message}", file=sys.stderr)
-            status = _run(list(sys.argv[1:] if arguments is None else arguments))
+            status = _run(words)
         sys.stdout.flush()
         return status
     except (Stopped, KeyboardInterrupt) as stop:
         if isinstance(stop, KeyboardInterrupt):
-            print("\ninterrupted; training and quickstart go on with the same command", file=sys.stderr)
+            hint = "" if words[:1] in ANSWERING else "; training and quickstart go on with the same command"
+            print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cs336 ... | head`
         _drop_output()
@@ -173,7 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
     """Where Ctrl-C falls into the initialisation of a compiled module, the import drops KeyboardInterrupt, and what it
-    left half made fails as another error. Raises KeyboardInterrupt for it."""
+    left half made fails as another error. Raises KeyboardInterrupt for it. A Ctrl-C outside of imports is not noted:
+    what fails after a verb has dealt with it, as chat does, is another matter."""
     own = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not own:
         yield
@@ -181,7 +187,8 @@ def _interrupts_kept() -> Iterator[None]:
     seen = list[int]()
 
     def note(number: int, frame: Any) -> None:
-        seen.append(number)
+        if any(f.f_code.co_filename == IMPORTING for f, _ in traceback.walk_stack(frame)):
+            seen.append(number)
         own(number, frame)
 
     signal.signal(signal.SIGINT, note)
@@ -212,8 +219,8 @@ def _run(arguments: list[str]) -> int:
     _check_place(arguments)
     if isinstance(own := TREE.get(verb), OwnOptions):
         return own.make(rest)() or 0
-    app, config = _app(TREE, arguments), (FlagCreatePairsOff,)
-    return app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=config) or 0
+    app = _app(TREE, arguments)
+    return app.cli(prog="cs336", description=DESCRIPTION, args=arguments or ["--help"], config=OPTIONS) or 0
 
 
 def _app(verbs: Mapping[str, Any], arguments: list[str]) -> tyro.extras.SubcommandApp:

@@ -13,8 +13,9 @@ Group = Annotated[
     arg(help="neighbours in a row of a weight that share a scale; -1: the whole row.", aliases=["--group-size"]),
 ]
 Asymmetric = Annotated[bool, arg(help="give each group a zero besides its scale.")]
+FormatName = Literal["cs336", "compressed-tensors", "gptq", "awq"]
 Format = Annotated[
-    Literal["cs336", "compressed-tensors", "gptq", "awq"],
+    FormatName,
     arg(help="of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too."),
 ]
 
@@ -24,7 +25,7 @@ def int8(
     out: Path,
     group: Group = 128,
     asymmetric: Asymmetric = False,
-    format: Literal["cs336", "compressed-tensors", "gptq", "awq"] = "cs336",
+    format: FormatName = "cs336",
 ) -> None:
     """Weights in 8 bits, rounded to the nearest.
 

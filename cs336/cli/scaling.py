@@ -357,7 +357,10 @@ def forecast(
 
 
 def grade(
-    name: Positional[str], loss: Annotated[float | None, Positional] = None, study: MaybePath = None, log: Path = LOG
+    name: Annotated[Positional[str], arg(metavar="NAME")],
+    loss: Annotated[float | None, Positional, arg(metavar="LOSS")] = None,
+    study: MaybePath = None,
+    log: Path = LOG,
 ) -> None:
     """Write down what a run reached beside its forecast, once, and score all that are graded.
 

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from cs336.cli.common import Ints, MaybePath, Path
 
+RunId = Annotated[Positional[str], arg(metavar="ID")]
 Url = Annotated[str, arg(help="of the server.")]
 KeyFile = Annotated[Path, arg(help="holds your key.")]
 URL = "http://127.0.0.1:8336"
@@ -73,7 +74,12 @@ def serve(
     )
 
 
-def add_user(directory: Positional[Path], name: Positional[str], budget: str, key_file: MaybePath = None) -> None:
+def add_user(
+    directory: Positional[Path],
+    name: Annotated[Positional[str], arg(metavar="NAME")],
+    budget: str,
+    key_file: MaybePath = None,
+) -> None:
     """Open an account, and print its key, once: only its hash is kept.
 
     Args:
@@ -169,7 +175,7 @@ def runs(url: Url = URL, key_file: KeyFile = KEY) -> None:
     _tell(_client(url, key_file).runs())
 
 
-def status(id: Positional[str], url: Url = URL, key_file: KeyFile = KEY) -> None:
+def status(id: RunId, url: Url = URL, key_file: KeyFile = KEY) -> None:
     """One of your runs, with its losses so far.
 
     Args:
@@ -181,7 +187,7 @@ def status(id: Positional[str], url: Url = URL, key_file: KeyFile = KEY) -> None
         print(f"{tokens:12.4g} tokens  loss {loss:.4f}")
 
 
-def cancel(id: Positional[str], url: Url = URL, key_file: KeyFile = KEY) -> None:
+def cancel(id: RunId, url: Url = URL, key_file: KeyFile = KEY) -> None:
     """End one of your runs; what it did not take is yours again.
 
     Args:

@@ -2,11 +2,12 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import arg
 
 from cs336.cli.common import (
+    OPTIONS,
     Device,
     Draft,
     Late,
@@ -35,9 +36,14 @@ def serve(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
+        tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None,
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
         engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
+        """
+        Args:
+            tool_parser: how the model writes calls of tools; as its chat template shows if none.
+        """
         try:
             from cs336.inference.server.serve import serve as listen
             from cs336.utils.http_server import check_free
@@ -46,7 +52,7 @@ def serve(arguments: list[str]) -> Run:
         if rank() == 0:
             check_free(server.host, server.port)
         read = {"draft": draft, "device": device, "dtype": weight_dtype(dtype), "tensor_parallel": True}
-        listen(LLM(model, tokenizer, **read, **vars(engine)), server)
+        listen(LLM(model, tokenizer, tool_parser=tool_parser, **read, **vars(engine)), server)
 
     return run
 
@@ -59,7 +65,7 @@ def chat(arguments: list[str]) -> Run:
 
     def run(
         model: Model,
-        system: DisallowNone[str | None] = None,
+        system: str | None = None,
         tokenizer: ModelTokenizer = None,
         draft: Draft = None,
         device: Device = "auto",
@@ -113,7 +119,7 @@ def bench(arguments: list[str]) -> Run:
         app = tyro.extras.SubcommandApp()
         for name, call in (("offline", measured.offline), ("latency", measured.latency), ("serve", measured.serve)):
             app.command(name=name)(call)
-        app.cli(prog="cs336 bench", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        app.cli(prog="cs336 bench", args=arguments, config=OPTIONS)
         return os.EX_OK
 
     return run

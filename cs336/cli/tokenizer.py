@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.cli.common import MaybePath, Path, Paths, TextField, blocks, check_output, opened
 from cs336.utils.documents import TEXT_FIELD, holds_documents, read_documents, read_texts, refuse_binary
@@ -19,7 +19,7 @@ def train(
     vocab_size: int = 4096,
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     pattern: str = "gpt2",
-    num_threads: DisallowNone[int | None] = None,
+    num_threads: int | None = None,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Train byte-pair encoding on text, JSON lines, parquet, compressed or not, or directories of them.
@@ -56,20 +56,22 @@ def encode(
     tokenizer: Positional[Path],
     inputs: Positional[Paths] = (),
     shards: MaybePath = None,
-    val_fraction: DisallowNone[float | None] = None,
+    val_fraction: float | None = None,
     special: bool = False,
+    eot_token: str = END_OF_TEXT,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Text to token ids: as numbers on standard output, or as token shards to train on.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         inputs: files of text, .gz, .xz, .bz2 and .zst unpacked, one after the other; standard input if there are none.
             For --shards also JSON lines, parquet, and directories.
         shards: directory that gets token shards: train/ and val/, documents held out by a hash of their text.
         val_fraction: of the documents, held out in val/; 0 writes the shards into the directory itself. 0.02 if not
             given; fewer than 200 documents are cut into pieces, of which 0.1.
         special: numbers alone: read special tokens in the text as their ids, not as ordinary text.
+        eot_token: the special token behind each document of shards, </s> for a Llama 2's.
     """
     from cs336.tokenizer import convert
 
@@ -82,10 +84,12 @@ def encode(
         documents = read_documents(inputs, text_field=text_field, metadata=False)
         if val_fraction != 0:
             fraction, documents = for_split(documents, val_fraction)
-            train, val = tokenize_corpus(documents, loaded, shards, val_fraction=fraction, progress=True)
+            train, val = tokenize_corpus(
+                documents, loaded, shards, eot_token=eot_token, val_fraction=fraction, progress=True
+            )
             written = {shards / "train": train, shards / "val": val}
         else:
-            written = {shards: tokenize_documents(documents, loaded, shards, progress=True)}
+            written = {shards: tokenize_documents(documents, loaded, shards, eot_token=eot_token, progress=True)}
         for place, meta in written.items():
             print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
         return
@@ -100,21 +104,22 @@ def decode(tokenizer: Positional[Path], inputs: Positional[Paths] = ()) -> None:
     """Token ids to the bytes they stand for, on standard output.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         inputs: files of numbers, or .bin token shards; standard input if there are none.
     """
     from cs336.tokenizer import convert
 
     loaded = convert.load(tokenizer)
+    written = 0
     for ids in _ids(inputs):
-        sys.stdout.buffer.write(loaded.decode_bytes(ids))
+        written += sys.stdout.buffer.write(loaded.decode_bytes(ids, at_start=not written))
 
 
-def inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) -> None:
+def inspect(tokenizer: Positional[Path], text: str | None = None) -> None:
     """What a tokenizer is made of, or how it splits a text: in colours on a terminal, else one token a line.
 
     Args:
-        tokenizer: tokenizer.json, ours or Hugging Face's.
+        tokenizer: tokenizer.json, ours or Hugging Face's, or SentencePiece's tokenizer.model.
         text: show the tokens of this text instead.
     """
     from rich.console import Console
@@ -146,15 +151,15 @@ def inspect(tokenizer: Positional[Path], text: DisallowNone[str | None] = None) 
 def convert(
     tokenizer: Positional[Path],
     output: Positional[Path],
-    to: DisallowNone[Literal["json", "tiktoken", "gpt2"] | None] = None,
-    pattern: DisallowNone[str | None] = None,
-    special_tokens: DisallowNone[dict[str, int] | None] = None,
+    to: Literal["json", "tiktoken", "gpt2"] | None = None,
+    pattern: str | None = None,
+    special_tokens: dict[str, int] | None = None,
 ) -> None:
     """A tokenizer in another format, with the same ids for every text, or why that cannot be.
 
     Args:
-        tokenizer: tokenizer.json of ours or of Hugging Face, tiktoken's ranks, or a directory with GPT-2's vocab.json
-            and merges.txt.
+        tokenizer: tokenizer.json of ours or of Hugging Face, SentencePiece's tokenizer.model, tiktoken's ranks, or a
+            directory with GPT-2's vocab.json and merges.txt.
         output: the file, or for gpt2 the directory, to write.
         to: tiktoken for an output that ends in .tiktoken, else json, which Hugging Face reads too, if not given.
         pattern: how text is split first, which ranks and GPT-2's files do not say: gpt2, cl100k, o200k or a regular
@@ -176,13 +181,13 @@ def compare(
     ],
     text: Path,
     plot: MaybePath = None,
-    pattern: DisallowNone[str | None] = None,
+    pattern: str | None = None,
     text_field: TextField = TEXT_FIELD,
 ) -> None:
     """Bytes per token and speed of several tokenizers on the same text.
 
     Args:
-        tokenizers: tokenizer.json files, tiktoken's ranks, or directories with GPT-2's files.
+        tokenizers: tokenizer.json or tokenizer.model files, tiktoken's ranks, or directories with GPT-2's files.
         text: a file of text, JSON lines or parquet, compressed or not, or a directory of them.
         plot: .png, .svg or .pdf file for a chart.
         pattern: how text is split first, where a tokenizer does not say: gpt2, cl100k, o200k or a regular expression.

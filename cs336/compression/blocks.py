@@ -13,7 +13,8 @@ from cs336.models import Transformer
 from cs336.nn import Context, Linear
 from cs336.nn.quantized import QuantizedLinear
 
-KEPT = ("router", "kv_b_proj")  # a router's choice hangs on few weights; latent attention takes this one apart
+KEPT = ("router", "shared_gate", "kv_b_proj")
+# A router's choice hangs on few weights; latent attention takes the last one apart.
 
 
 class _Reached(Exception):

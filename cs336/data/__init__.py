@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from cs336.data.dedup.minhash import dedup_minhash as dedup_minhash
     from cs336.data.dedup.minhash import minhash as minhash
     from cs336.data.dedup.minhash import near_duplicates as near_duplicates
+    from cs336.data.dedup.paragraphs import dedup_paragraphs as dedup_paragraphs
+    from cs336.data.dedup.semantic import semantic_duplicates as semantic_duplicates
+    from cs336.data.dedup.substrings import dedup_substrings as dedup_substrings
+    from cs336.data.dedup.substrings import repeated_spans as repeated_spans
     from cs336.data.extract.html import html_to_text as html_to_text
     from cs336.data.extract.pdf import pdf_to_text as pdf_to_text
     from cs336.data.filter.classifier import Classifier as Classifier
@@ -72,6 +76,9 @@ _NAMES = {
     "dedup.bloom": ["BloomFilter"],
     "dedup.lines": ["dedup_documents", "dedup_lines"],
     "dedup.minhash": ["dedup_minhash", "minhash", "near_duplicates"],
+    "dedup.paragraphs": ["dedup_paragraphs"],
+    "dedup.semantic": ["semantic_duplicates"],
+    "dedup.substrings": ["dedup_substrings", "repeated_spans"],
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names}
 

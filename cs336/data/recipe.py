@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from cs336.data.decontaminate import Decontaminate
+from cs336.data.dedup import paragraphs, substrings
 from cs336.data.dedup.minhash import check_minhash
 from cs336.data.extract.record import Extract
 from cs336.data.filter import steps as filters
@@ -32,6 +33,7 @@ from cs336.data.mix import Buckets
 from cs336.data.pack import MAX_CONTEXT
 from cs336.data.sources.configs import Source
 from cs336.data.sources.record import Limits
+from cs336.tokenizer import Tokenizer
 from cs336.utils.shards import MAX_SHARD_TOKENS, SHARD_TOKENS
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -77,6 +79,52 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Paragraphs:
+    """Drops paragraphs that several documents have, whatever their case, accents, punctuation and white space."""
+
+    keep: Literal["first", "none"] = "first"
+    """first: of equal paragraphs the first stays; none: no copy stays."""
+    min_chars: int = paragraphs.MIN_CHARS
+    """Shorter paragraphs stay, headings for example. So do those without a letter or digit."""
+    ignore_digits: bool = False
+    """Paragraphs are equal where only their digits differ: dates and counts of a page."""
+    max_memory: int = 1 << 32
+    """Bytes for the table of paragraphs; with fewer the documents are read several times."""
+    kind: Literal["paragraphs"] = "paragraphs"
+
+    def __post_init__(self):
+        if self.max_memory < 1:
+            raise ValueError(f"max_memory is bytes, 1 or more, got {self.max_memory}")
+
+
+@dataclass(frozen=True)
+class Substrings:
+    """Cuts out passages that were there before, exactly, wherever they begin and end."""
+
+    length: int = substrings.LENGTH
+    """Bytes, or tokens of `tokenizer`, that have to be equal at least."""
+    at: Literal["char", "word", "line"] = "char"
+    """Where a passage may begin and end."""
+    max_cut: float = 1.0
+    """A document of which a larger share goes is dropped whole; 0: every one with a repeated passage."""
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json; None: length is in bytes of UTF-8."""
+    max_memory: int = substrings.MAX_MEMORY
+    """Bytes for the tables; with fewer the text is read several times."""
+    kind: Literal["substrings"] = "substrings"
+
+    def __post_init__(self):
+        substrings.check_substrings(self.length, self.max_memory, self.at, self.max_cut)
+
+    def check(self) -> None:
+        if self.tokenizer is None:
+            return
+        if not self.tokenizer.is_file():
+            raise FileNotFoundError(f"{self.tokenizer} does not exist: the substrings' tokenizer is a tokenizer.json")
+        Tokenizer.load(self.tokenizer)
+
+
+@dataclass(frozen=True)
 class MinHash:
     """Drops near duplicates: of documents whose n-grams are alike the first stays."""
 
@@ -92,7 +140,8 @@ class MinHash:
         check_minhash(self.num_hashes, self.num_bands, self.ngram, self.threshold)
 
 
-Dedup = Annotated[Documents | Lines | MinHash, pydantic.Field(discriminator="kind")]
+AnyDedup = Documents | Lines | Paragraphs | Substrings | MinHash
+Dedup = Annotated[AnyDedup, pydantic.Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -146,7 +195,7 @@ class Tokenize:
 class Recipe:
     """What to build. The same recipe over the same files gives the same bytes, by whichever engine.
 
-    A subclass with another union in `steps` has steps of more kinds: cs336.inference.stages.ModelRecipe.
+    A subclass with other unions in `steps` and `dedup` has more kinds of them: cs336.inference.stages.ModelRecipe.
     """
 
     output: pathlib.Path

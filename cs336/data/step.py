@@ -12,8 +12,10 @@ A config is data, so that it can stand in a recipe and travel to another process
 runs, and loads what it needs there.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from cs336.utils.documents import Document
 
@@ -37,6 +39,27 @@ class Step(Protocol):
     def kind(self) -> str: ...
 
     def build(self) -> Apply: ...
+
+
+class Semantic(Protocol):
+    """Deduplication by what documents mean: a frozen dataclass with what semantic_duplicates takes, and embeddings."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def num_clusters(self) -> int | None: ...
+    @property
+    def keep(self) -> Literal["farthest", "nearest"]: ...
+    @property
+    def centre(self) -> bool: ...
+    @property
+    def device(self) -> str: ...
+
+    def embed(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        """(D,) numbers of each document, in order."""
+        ...
 
 
 @runtime_checkable

@@ -199,8 +199,12 @@ def tokenizer_of(shards: Paths) -> pathlib.Path | None:
 
 def _writer(directory: str | os.PathLike, tokenizer: Encoder, eot_token: str, shard_tokens: int) -> ShardWriter:
     if eot_token not in tokenizer.special_tokens:
-        known = ", ".join(tokenizer.special_tokens) or "none"
-        raise ValueError(f"the tokenizer has no special token {eot_token!r} (it has: {known}); train it with one")
+        specials = list(tokenizer.special_tokens)
+        known = ", ".join(specials[:8]) + (f" and {len(specials) - 8} more" if len(specials) > 8 else "") or "none"
+        raise ValueError(
+            f"the tokenizer has no special token {eot_token!r} (it has: {known}); train it with one, or give the token "
+            "that ends a document: --eot-token, eot_token=..."
+        )
     return ShardWriter(
         directory,
         vocab_size=tokenizer.vocab_size,

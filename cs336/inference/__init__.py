@@ -2,6 +2,7 @@
 
 from cs336.inference.beams import BeamParams as BeamParams
 from cs336.inference.beams import beam_search as beam_search
+from cs336.inference.embed import embed as embed
 from cs336.inference.engine import Engine as Engine
 from cs336.inference.engine import EngineConfig as EngineConfig
 from cs336.inference.generate import Completion as Completion

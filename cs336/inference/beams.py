@@ -12,7 +12,7 @@ import torch
 
 from cs336.inference.generate import Completion, check_prompts, end_of, prefill
 from cs336.inference.sampling import check_finite
-from cs336.inference.vocabulary import encode_prompts, ends_of, unused_ids
+from cs336.inference.vocabulary import begins_text, encode_prompts, ends_of, unused_ids
 from cs336.models import Transformer
 from cs336.utils import nvtx
 
@@ -69,7 +69,7 @@ def beam_search(
     return [
         Completion(
             prompts[i],
-            tokenizer.decode(beam.token_ids),
+            tokenizer.decode(beam.token_ids, at_start=begins_text(tokenizer, encoded[i])),
             beam.token_ids,
             "stop" if beam.ended else "length",
             len(encoded[i]) - len(read[i]),

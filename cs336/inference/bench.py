@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from cs336.inference import ranks
 from cs336.inference.engine import EngineConfig
@@ -153,7 +153,7 @@ Model = Annotated[str, arg(metavar="MODEL")]
 
 def offline(
     model: Positional[Model],
-    draft: DisallowNone[str | None] = None,
+    draft: str | None = None,
     device: str = "auto",
     load: Annotated[Load, arg(name="")] = Load(),
     engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(max_seqs=256),  # noqa: B008
@@ -178,8 +178,8 @@ def latency(
     output_len: int = 128,
     repeats: int = 3,
     speculation: Literal["none", "ngram"] = "none",
-    draft: DisallowNone[str | None] = None,
-    exit_layer: DisallowNone[int | None] = None,
+    draft: str | None = None,
+    exit_layer: int | None = None,
 ) -> None:
     """A few requests of one size, closely: the median of some repeats.
 
@@ -220,7 +220,7 @@ def _warm_up(llm: LLM) -> None:
 
 
 def serve(
-    url: Positional[str] = "http://127.0.0.1:8000",
+    url: Annotated[Positional[str], arg(metavar="URL")] = "http://127.0.0.1:8000",
     concurrency: int = 32,
     api_key: str | None = None,
     vocab_size: int = 256,

@@ -6,6 +6,7 @@ is written as ChatML is.
 """
 
 import datetime
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from cs336.inference.tool_parser import ToolFormat, format_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -35,12 +38,18 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """template: Jinja. special_tokens: texts by their names, bos_token and the like.
+    """template: Jinja. special_tokens: texts by their names, bos_token and the like. with_tools: the template of
+    conversations with tools, where that is another.
 
     Raises ValueError for a template that is none.
     """
 
-    def __init__(self, template: str | None = None, special_tokens: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        with_tools: str | None = None,
+    ):
         self.is_default = template is None
         self._special_tokens = dict(special_tokens or {})
         environment = ImmutableSandboxedEnvironment(
@@ -49,15 +58,25 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
+        self._source = CHATML if template is None else template
+        self._source_with_tools = with_tools or self._source
         try:
-            self._template = environment.from_string(CHATML if template is None else template)
+            self._template = environment.from_string(self._source)
+            self._with_tools = environment.from_string(self._source_with_tools)
+            names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not Jinja: {error}") from None
+        self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
 
     @property
     def stop(self) -> tuple[str, ...]:
         """What ends an answer where the model does not know it as an end."""
         return CHATML_STOP if self.is_default else ()
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools, where the template shows it."""
+        return format_of(self._source_with_tools)
 
     @classmethod
     def find(cls, directory: pathlib.Path) -> "ChatTemplate":
@@ -68,36 +87,54 @@ class ChatTemplate:
                 config = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{file} is not JSON: {error}") from None
-        template = config.get("chat_template")
+        template, with_tools = config.get("chat_template"), None
         if isinstance(template, list):  # several, by their names
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            template, with_tools = named.get("default"), named.get("tool_use")
         if (file := directory / "chat_template.jinja").exists():
-            template = file.read_text(encoding="utf-8")
+            template = with_tools = file.read_text(encoding="utf-8")
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)})
+        return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)}, with_tools)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, up to where the assistant answers.
 
-        messages: {"role": ..., "content": a text, or a list of {"type": "text", "text": ...}}.
-        extra: what else the template may know, tools for one.
-        Raises ValueError for messages of another form, and with what the template says of them.
+        messages: {"role": ..., "content": a text, or a list of {"type": "text", "text": ...}}. An assistant's may have
+            tool_calls as OpenAI writes them; those of the role tool have what a call returned, and its tool_call_id.
+        tools: that may be called, as OpenAI writes them.
+        extra: what else the template may know.
+        Raises ValueError for messages of another form, with what the template says of them, and for tools where it has
+        no place for them.
         """
         plain = [_plain(i, message) for i, message in enumerate(messages)]
         if not plain:
             raise ValueError("there are no messages: give at least one")
+        _check_answers(plain)
+        if tools and not self.takes_tools:
+            raise ValueError(
+                "this model's chat template has no place for tools: leave them out, or take a model whose template has"
+            )
+        with_calls = any("tool_calls" in message for message in plain)
+        if with_calls and "tool_calls" not in self._source_with_tools:
+            raise ValueError("this model's chat template has no place for tool_calls: take a model whose template has")
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
-        known = self._special_tokens | dict(extra or {}) | own
+        if tools:
+            own["tools"] = [dict(tool) for tool in tools]
+        nothing = {
+            "tools": None,
+            "documents": None,
+        }  # as in transformers: many templates ask no more than "is not none"
+        known = self._special_tokens | nothing | dict(extra or {}) | own
         pieces, length = [], 0
         try:
-            for piece in self._template.generate(known):
+            for piece in (self._with_tools if tools or with_calls else self._template).generate(known):
                 pieces.append(piece)
                 if (length := length + len(piece)) > LONGEST:
                     raise ValueError(f"the chat template writes more than {LONGEST} characters")
@@ -117,7 +154,47 @@ def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
         content = "".join(str(part.get("text", "")) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"message {i} has content of type {type(content).__name__}: expected text")
-    return {**message, "content": content or ""}
+    plain = {**message, "content": content or ""}
+    if calls := plain.pop("tool_calls", None):
+        plain["tool_calls"] = _plain_calls(f"messages.{i}.tool_calls", calls)
+    return plain
+
+
+def _plain_calls(at: str, calls: Any) -> list[dict[str, Any]]:
+    """With their arguments as objects, as templates take them; OpenAI's are texts."""
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{at} must be a list, got {calls!r:.80}")
+    plain = []
+    for i, call in enumerate(calls):
+        whole = isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)
+        function: Mapping[str, Any] = call["function"] if whole else {}
+        if not (isinstance(function.get("name"), str) and isinstance(call.get("id"), str | None)):
+            raise ValueError(
+                f'{at}.{i} must be {{"id": ..., "type": "function", "function": {{"name": ..., "arguments": ...}}}}, '
+                f"got {call!r:.80}"
+            )
+        arguments = function.get("arguments")
+        arguments = {} if arguments in (None, "", "null") else arguments
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{at}.{i}.function.arguments is not JSON: {error}") from None
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{at}.{i}.function.arguments must be an object, as JSON, got {arguments!r:.80}")
+        plain.append({**call, "function": {**function, "arguments": arguments}})
+    return plain
+
+
+def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a message of the role tool is of no call that was there."""
+    ids: list[str] = []
+    for i, message in enumerate(messages):
+        ids += [call["id"] for call in message.get("tool_calls", ()) if call.get("id")]
+        answered = message.get("tool_call_id")
+        if message["role"] == "tool" and answered not in ids and (ids or answered is not None):
+            raise ValueError(
+                f"messages.{i}.tool_call_id is {answered!r:.80}, and the calls before it are {', '.join(ids) or 'none'}"
+            )
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

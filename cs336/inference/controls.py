@@ -50,24 +50,29 @@ class Controls:
             if self._base is not None:
                 bias_BV += self._base
         if changes:
-            rows, tokens, values = (torch.tensor(x, device=self._device) for x in zip(*changes, strict=True))
+            rows, tokens, values = (self._sent(torch.tensor(x)) for x in zip(*changes, strict=True))
             bias_BV.index_put_((rows, tokens), values.float(), accumulate=True)
         if guided:
-            bias_BV[list(guided)] += self._masks(list(guided.values()))
+            bias_BV[self._sent(torch.tensor(list(guided)))] += self._masks(list(guided.values()))
         if any(s.params.penalised for s in sequences):
             assert self._counts is not None
             options["counts"] = self._counts.index_select(0, slot_B)
             for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-                options[name] = torch.tensor(
-                    [getattr(s.params, name) for s in sequences], dtype=torch.float32, device=self._device
-                )
+                values_B = torch.tensor([getattr(s.params, name) for s in sequences], dtype=torch.float32)
+                options[name] = self._sent(values_B)
         return options
 
     def _masks(self, allowed: list[np.ndarray]) -> Tensor:
         """0 for the tokens of these sets, -inf for the others: (rows, V)."""
-        bits_RN8 = torch.from_numpy(np.stack(allowed)).to(self._device)[:, :, None] >> self._places & 1
+        bits_RN8 = self._sent(torch.from_numpy(np.stack(allowed)))[:, :, None] >> self._places & 1
         mask_RV = bits_RN8.flatten(1)[:, : self._shape[1]]
         return torch.where(mask_RV > 0, 0.0, -torch.inf)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device. From pageable memory the host would wait for all that is queued there."""
+        if self._device.type != "cuda":
+            return values
+        return values.pin_memory().to(self._device, non_blocking=True)
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence has a slot: count its tokens."""

@@ -30,7 +30,7 @@ from cs336.inference.sampling import SamplingParams
 from cs336.inference.scheduler import Scheduler, Sequence
 from cs336.inference.shapes import graph_sizes, most_captured
 from cs336.inference.speculation import COST, MAX_DRAFT, Speculator, StepTimes
-from cs336.inference.vocabulary import ends_of, unused_ids
+from cs336.inference.vocabulary import ends_of, text_stream, unused_ids
 from cs336.models import PagedState, Transformer
 from cs336.models.invariance import check_invariant
 from cs336.tokenizer.text_stream import TextStream
@@ -345,9 +345,9 @@ class Engine:
         ids = list(prompt_token_ids)
         self.validate(ids, params)
         ends = params.ends(self.ends)
-        guides = [self._grammars.guide(params, ends) for _ in range(params.n)]
+        guide = self._grammars.guide(params, ends)
         request = Request(next(self._numbers), prompt, ids, params)
-        for index, guide in enumerate(guides):
+        for index in range(params.n):
             scored = params.prompt_logprobs is not None and index == 0
             sample = Sample(
                 token_ids=list(ids),
@@ -355,12 +355,12 @@ class Engine:
                 params=params,
                 seed=self._seed(params, index),
                 ends=ends,
-                guide=guide,
+                guide=guide if guide is None or index == 0 else guide.copy(),
                 score_from=max(1, score_from) if scored else None,
                 request=request,
                 index=index,
                 speculator=Speculator(self.config.draft_tokens) if self.speculates else None,
-                stream=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
+                stream=None if self.tokenizer is None else text_stream(self.tokenizer, params.stop, ids),
             )
             request.samples.append(sample)
             self.scheduler.add(sample)

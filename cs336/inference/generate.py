@@ -14,9 +14,8 @@ from torch import Tensor
 
 from cs336.inference.outputs import warn_if_cut
 from cs336.inference.sampling import SamplingParams, Uniforms, refuse_engine_only, sample
-from cs336.inference.vocabulary import encode_prompts, ends_of, unused_ids
+from cs336.inference.vocabulary import encode_prompts, ends_of, text_stream, unused_ids
 from cs336.models import DecodingState, Transformer
-from cs336.tokenizer.text_stream import TextStream
 from cs336.utils import nvtx
 
 
@@ -57,7 +56,7 @@ def generate(
     ends, encoded = params.ends(ends_of(model, tokenizer)), encode_prompts(model, tokenizer, prompts)
     read = [end_of(ids, model, params.max_tokens) for ids in encoded]
     count = len(prompts) * num_samples
-    texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
+    texts = [text_stream(tokenizer, params.stop, encoded[i // num_samples]) for i in range(count)]
     pieces: list[list[str]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
     finished: set[int] = set()
@@ -95,7 +94,7 @@ def stream(model: Transformer, tokenizer, prompt: str, params: SamplingParams | 
             f"its first {dropped} are not read",
             stacklevel=2,
         )
-    text = TextStream(tokenizer, params.stop)
+    text = text_stream(tokenizer, params.stop, ids)
     tokens = _decode(model, [read], params, set(), unused_ids(model, tokenizer))
     for sampled, (_, token_id) in enumerate(tokens, 1):  # noqa: B007 (read in its else)
         if token_id in ends:

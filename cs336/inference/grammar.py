@@ -1,13 +1,15 @@
-"""Texts that follow a grammar, a JSON schema, a regular expression or a list of texts: which tokens may come next.
+"""Texts that follow a grammar (a JSON schema, a regular expression, a list of texts, Lark): which tokens may come next.
 
 A token may come where what is there, and then its bytes, begins a text of the grammar; llguidance finds these tokens.
-Special tokens are no text. Those that end a text may come where it is one of the grammar's; where nothing can follow it
-ends by itself. V = vocabulary.
+Special tokens are no text, but where Lark names them. Those that end a text may come where it is one of the grammar's;
+where nothing can follow it ends by itself. V = vocabulary.
 """
 
+import copy
 import functools
 import importlib.util
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -34,6 +36,12 @@ class Guide:
         """Raises ValueError where the text is none of the grammar's and no token can make it one."""
         self._matcher.consume_token(token_id)
         self.allowed = self._allowed()
+
+    def copy(self) -> "Guide":
+        """Of another text, which stands where this one does."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def _allowed(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: -(-self._vocab_size // 8)].copy()
@@ -80,6 +88,8 @@ class Grammars:
         try:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": SPACE})
+            elif kind == "lark":
+                grammar = LLMatcher.grammar_from_lark(text)
             else:
                 regex = text if kind == "regex" else "|".join(map(_literal, json.loads(text)))
                 grammar = LLMatcher.grammar_from_regex(regex)
@@ -95,9 +105,8 @@ class Grammars:
     def _vocabulary(self) -> Any:
         """The tokenizer as llguidance has it."""
         if self._tokenizer is None:
-            raise ValueError("json_schema, regex and choice are of texts: give the engine a tokenizer")
-        if importlib.util.find_spec("llguidance") is None:
-            raise ValueError("json_schema, regex and choice need llguidance: pip install 'cs336[structured]'")
+            raise ValueError("json_schema, regex, choice and lark are of texts: give the engine a tokenizer")
+        _check_installed("json_schema, regex, choice and lark")
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size)))
@@ -109,11 +118,12 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer, vocab_size: int):
-        vocab, special = tokenizer.vocab, set(tokenizer.special_tokens.values())
+        vocab, special = tokenizer.vocab, tokenizer.special_ids
         self.eos_token_id = vocab_size
         self.tokens = [vocab.get(i, b"") for i in range(vocab_size)] + [b"<end>"]
         self.special_token_ids = [i for i in range(vocab_size + 1) if i in special or i not in vocab]
-        self._encode = tokenizer.encode_ordinary
+        ordinary = next((i for i in vocab if i not in special), 0)  # what it may be behind
+        self._encode = functools.partial(tokenizer.encode, allowed_special=(), disallowed_special=(), behind=[ordinary])
 
     def __call__(self, text: str | bytes) -> list[int]:
         """As the tokenizer has it, so that what can only come so does; none of what it has no tokens for."""
@@ -121,6 +131,24 @@ class _Vocabulary:
             return self._encode(text)
         except ValueError:
             return []
+
+
+def check_schema(schema: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError where llguidance cannot follow the schema called so, and where it is not installed."""
+    _check_installed(f"calls by {name}")
+    from llguidance import LLMatcher
+
+    try:
+        reason = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    except ValueError as error:  # as in _compile
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{name} cannot be followed: {_line(reason)}")
+
+
+def _check_installed(what: str) -> None:
+    if importlib.util.find_spec("llguidance") is None:
+        raise ValueError(f"{what} need llguidance: pip install 'cs336[structured]'")
 
 
 def _literal(text: str) -> str:
@@ -137,5 +165,9 @@ def _set(bits: np.ndarray, token_ids: Rows[int], to: bool) -> None:
 
 def _said(matcher: Any) -> str:
     """llguidance's reason, on one line, without the state that it prints behind."""
-    reason = " ".join(matcher.get_error().partition("\n<state>")[0].split())
-    return "no token may come next" if reason == "NoExtensionBias" else reason[:500]
+    reason = _line(matcher.get_error())
+    return "no token may come next" if reason == "NoExtensionBias" else reason
+
+
+def _line(reason: str) -> str:
+    return " ".join(reason.partition("\n<state>")[0].split())[:500]

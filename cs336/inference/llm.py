@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from cs336.inference import ranks
+from cs336.inference.beams import Beam, BeamParams, beam_search_ids
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer
-from cs336.inference.outputs import RequestOutput, Token, warn_if_cut
+from cs336.inference.outputs import CompletionOutput, RequestOutput, Token, warn_if_cut
 from cs336.inference.sampling import SamplingParams
-from cs336.inference.vocabulary import check_same_tokens, encode_prompts
+from cs336.inference.tool_parser import FORMATS, ToolFormat, ToolParser, read_answer
+from cs336.inference.tools import Tools
+from cs336.inference.vocabulary import begins_text, check_same_tokens, encode_prompts, unused_ids
 from cs336.models import Transformer
 from cs336.parallel.launch import connect, rank
 from cs336.tokenizer import convert
@@ -42,6 +45,8 @@ class LLM:
         device, dtype: of a model that is read: "auto" is a GPU if there is one; the dtype is that of the files if None.
         tensor_parallel: divide a model that is read among the processes that torchrun started, if it did; each makes an
             LLM, and all are asked the same, in the same order.
+        tool_parser: how the model writes calls of tools, hermes, llama3_json or mistral; as its chat template shows if
+            None.
         quiet: do not print on stderr what the memory is for.
         options: of EngineConfig, max_seqs, max_len, num_pages and more.
 
@@ -58,10 +63,14 @@ class LLM:
         dtype: torch.dtype | None = None,
         draft: str | os.PathLike | Transformer | None = None,
         tensor_parallel: bool = False,
+        tool_parser: str | None = None,
         quiet: bool = False,
         **options: Any,
     ):
         self.chat_template, self.name = ChatTemplate(), "cs336"
+        if tool_parser not in (None, *FORMATS):
+            raise ValueError(f"tool_parser must be one of {', '.join(FORMATS)}, got {tool_parser!r:.80}")
+        self._tool_parser = tool_parser
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = convert.load(tokenizer)
         if not isinstance(model, Transformer):
@@ -141,12 +150,96 @@ class LLM:
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several: lists of {"role": ..., "content": ...}, written by the chat template."""
+        """Answer a conversation, or several: lists of {"role": ..., "content": ...}, written by the chat template.
+
+        tools, tool_choice, parallel_tool_calls: OpenAI's. `text` is what the model wrote, `message` has its calls.
+        Raises ValueError where the chat template has no place for tools, or does not show how calls are written.
+        """
+        asked = Tools(tools, tool_choice, parallel_tool_calls)
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
         given = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
         ending = [dataclasses.replace(p, stop=(*p.stop, *self.chat_template.stop)) for p in given]
-        return self.generate([self.chat_template.render(m) for m in several], ending)  # type: ignore[arg-type]
+        prompts = [self.chat_template.render(m, tools=asked.offered) for m in several]  # type: ignore[arg-type]
+        outputs = self.generate(prompts, [self.calling(p, asked) for p in ending])
+        return [dataclasses.replace(o, outputs=[self._read(c, asked) for c in o.outputs]) for o in outputs]
+
+    def calling(self, params: SamplingParams, tools: Tools) -> SamplingParams:
+        """For an answer that may call tools: where it must, it can be nothing but calls.
+
+        Raises ValueError where it must be something else, for schemas that cannot be followed, and where it is not
+        known how the model writes calls.
+        """
+        if not tools.offered:
+            return params
+        if params.grammar is not None:
+            raise ValueError(
+                f"{params.grammar[0]} says what the text must be, which leaves no room for calls of tools: leave out "
+                'one of them, or give tool_choice "none"'
+            )
+        if not tools.must:
+            self._tool_format  # noqa: B018 (it must be known)
+            return params
+        if params.min_tokens:
+            raise ValueError("tool_choice says where a text may end, and min_tokens does: give one of them")
+        specials = {} if self.tokenizer is None else self.tokenizer.special_tokens
+        return dataclasses.replace(params, lark=tools.grammar(self._tool_format, specials))
+
+    def tool_parser(self, tools: Tools) -> ToolParser | None:
+        """For one answer; None where nothing may be called."""
+        if not tools.offered:
+            return None
+        return ToolParser(self._tool_format, tools.names, parallel=tools.parallel, forced=bool(tools.must))
+
+    @property
+    def _tool_format(self) -> ToolFormat:
+        found = FORMATS[self._tool_parser] if self._tool_parser else self.chat_template.tool_format
+        if found is None:
+            raise ValueError(
+                "this model's chat template does not show how calls of tools are written: give tool_parser "
+                f"(--tool-parser), one of {', '.join(FORMATS)}"
+            )
+        return found
+
+    def _read(self, output: CompletionOutput, tools: Tools) -> CompletionOutput:
+        message, reason = read_answer(output.text, output.finish_reason, self.tool_parser(tools))
+        return dataclasses.replace(output, message=message, finish_reason=reason)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int = 4,
+        max_tokens: int = 128,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> list[RequestOutput]:
+        """The beam_width best continuations of each prompt that a search finds, the best first: by the loop of
+        beams.py, with a state of its own beside the engine's pages.
+
+        Raises what generate does, ValueError for values out of range, and for a model that is divided among ranks.
+        """
+        if ranks.is_divided(self.model):
+            raise ValueError("beam search is a loop in one process: give a model that is not divided among ranks")
+        encoded = self._encode(prompts)
+        params = BeamParams(beam_width, max_tokens, length_penalty, early_stopping)
+        unused = () if self.tokenizer is None else unused_ids(self.model, self.tokenizer)
+        found = beam_search_ids(self.model, [ids for _, ids in encoded], params, self.engine.ends, unused)
+        return [
+            RequestOutput(text, list(ids), [self._beam_output(i, beam, ids) for i, beam in enumerate(beams)])
+            for (text, ids), beams in zip(encoded, found, strict=True)
+        ]
+
+    def _beam_output(self, index: int, beam: Beam, prompt_ids: Sequence[int]) -> CompletionOutput:
+        text = ""
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(beam.token_ids, at_start=begins_text(self.tokenizer, prompt_ids))
+        reason = "stop" if beam.ended else "length"
+        return CompletionOutput(index, text, beam.token_ids, reason, None, score=beam.score)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], top: int = 0) -> list[list[Token]]:
         """How likely each continuation is after its prompt: a Token for each of its tokens. What prompts have in common
@@ -161,7 +254,8 @@ class LLM:
             )
         if not all(len(continuation) for continuation in continuations):
             raise ValueError("there is an empty continuation, which has no tokens to score")
-        pairs = list(zip(self._encode(prompts), self._encode(continuations), strict=True))
+        heads = self._encode(prompts)
+        pairs = list(zip(heads, self._encode(continuations, behind=[ids for _, ids in heads]), strict=True))
         if not all(len(ids) for (_, ids), _ in pairs):
             raise ValueError("there is an empty prompt: what stands before a continuation says how likely it is")
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
@@ -193,8 +287,10 @@ class LLM:
             for request in added:
                 self.engine.cancel(request)
 
-    def _encode(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, Sequence[int]]]:
-        """(text if it was one, ids) of each."""
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], behind: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[str | None, Sequence[int]]]:
+        """(text if it was one, ids) of each. behind: the ids that each goes on, if it does."""
         if isinstance(prompts, Tensor | np.ndarray):
             if not prompts.ndim:
                 raise ValueError("a prompt is a list of ids, got one number")
@@ -204,6 +300,12 @@ class LLM:
         texts = [prompt for prompt in listed if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
+        if behind is not None:
+            tails = zip(listed, behind, strict=True)
+            return [
+                (p, self.tokenizer.encode(p, "all", behind=ids)) if isinstance(p, str) else (None, list(p))
+                for p, ids in tails
+            ]
         ids = iter(self.encode(texts))
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
 

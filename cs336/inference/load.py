@@ -60,16 +60,17 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 def find_tokenizer(path: str | os.PathLike) -> pathlib.Path:
-    """The tokenizer.json that belongs to the model at `path`: beside it, in its run directory or that one's export, or
-    with the base model of an adapter.
+    """The tokenizer.json, or else the tokenizer.model, that belongs to the model at `path`: beside it, in its run
+    directory or that one's export, or with the base model of an adapter.
 
     Raises FileNotFoundError where there is none.
     """
     path = pathlib.Path(path).resolve()
     run = path.parent.parent if (path / STATE).exists() else path.parent
     for place in (path, run, run / "export", base_of(path)):
-        if (place / "tokenizer.json").exists():
-            return place / "tokenizer.json"
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (place / name).exists():
+                return place / name
     raise FileNotFoundError(f"no tokenizer.json beside {path} or in its run directory: name one with --tokenizer")
 
 
@@ -81,3 +82,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if pathlib.Path(path).suffix == ".gguf":
         return tokenizer_from_gguf(path)
     return convert.load(find_tokenizer(path))
+
+
+def checked_context(path: str | os.PathLike, device: str) -> int:
+    """The context length of the model at `path`, without its weights, for work that begins later.
+
+    Raises FileNotFoundError where there is no model or no tokenizer, ValueError for a device that is not here.
+    """
+    pick(device)
+    found = find_model(path)
+    if found.suffix != ".gguf":  # which holds its own
+        find_tokenizer(found)
+    return read_config(found).context_length

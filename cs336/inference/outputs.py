@@ -1,8 +1,9 @@
 """What an engine says of requests: as they go on, and when they end."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Token(NamedTuple):
@@ -30,11 +31,16 @@ class CompletionOutput:
     """Of token_ids, if they were asked for."""
     end: Token | None = None
     """The token that ended the text."""
+    message: Mapping[str, Any] | None = None
+    """Of LLM.chat, to go on with: {"role": "assistant", "content": ..., "tool_calls": ...}, the last where there are
+    some; finish_reason is "tool_calls" then."""
+    score: float | None = None
+    """Of LLM.beam_search: the sum of log-probabilities, over the length ** length_penalty."""
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its continuations; text, token_ids and finish_reason are those of the first."""
+    """A prompt and its continuations; text, token_ids, finish_reason and message are those of the first."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -55,6 +61,10 @@ class RequestOutput:
     @property
     def finish_reason(self) -> str:
         return self.outputs[0].finish_reason
+
+    @property
+    def message(self) -> Mapping[str, Any] | None:
+        return self.outputs[0].message
 
 
 def warn_if_cut(sampled: int, max_tokens: int, max_len: int) -> None:

@@ -18,7 +18,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 MAX_LOGPROBS = 20
 NONE = arg(help_behavior_hint="(default: none)")
-GRAMMARS = ("json_schema", "regex", "choice")
+GRAMMARS = ("json_schema", "regex", "choice", "lark")
 
 
 def _whole(value: Any) -> bool:
@@ -95,6 +95,8 @@ class SamplingParams:
     """The text as a whole matches it, in the syntax of Rust's regex: without look-around and back-references."""
     choice: Annotated[tuple[str, ...], NONE] = ()
     """The text is one of these."""
+    lark: str | None = None
+    """The text is of this grammar, in llguidance's Lark, where <[256]> is the special token 256."""
 
     def __post_init__(self):
         for name in ("stop", "stop_token_ids", "choice"):
@@ -147,8 +149,9 @@ class SamplingParams:
         self._check_grammar()
 
     def _check_grammar(self) -> None:
-        if self.regex is not None and not isinstance(self.regex, str):
-            raise ValueError(f"regex must be a string, got {self.regex!r:.80}")
+        for name in ("regex", "lark"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a string, got {value!r:.80}")
         if isinstance(self.choice, str) or not all(isinstance(text, str) for text in self.choice):
             raise ValueError(f"choice must be a list of strings, got {self.choice!r:.80}")
         given = [name for name in GRAMMARS if getattr(self, name) not in (None, ())]
@@ -176,7 +179,7 @@ class SamplingParams:
         """The field that says what the text must be, and what it says, as a text."""
         if self.choice:
             return "choice", json.dumps(self.choice)
-        found = {"json_schema": self.json_schema, "regex": self.regex}
+        found = {"json_schema": self.json_schema, "regex": self.regex, "lark": self.lark}
         return next(((name, text) for name, text in found.items() if isinstance(text, str)), None)
 
     def ends(self, of_model: Collection[int]) -> tuple[int, ...]:

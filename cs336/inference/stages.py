@@ -25,13 +25,13 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 
-from cs336.data.recipe import AnyStep, Recipe
+from cs336.data.recipe import AnyDedup, AnyStep, Recipe
 from cs336.data.step import Apply, Removed
+from cs336.inference.embed import Semantic
 from cs336.inference.llm import LLM
-from cs336.inference.load import find_model, find_tokenizer, load_model, load_tokenizer, read_config
+from cs336.inference.load import checked_context, find_model, load_model, load_tokenizer
 from cs336.inference.sampling import SamplingParams
 from cs336.models import Transformer
-from cs336.utils.device import pick
 from cs336.utils.documents import Document
 from cs336.utils.special_tokens import END_OF_TEXT
 
@@ -63,7 +63,7 @@ class ModelPerplexity:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
 
     def check(self) -> None:
-        _context_length(self.model, self.device)
+        checked_context(self.model, self.device)
 
     def build(self) -> Apply:
         path = find_model(self.model)
@@ -119,7 +119,7 @@ class Rewrite:
         self._params("")
 
     def check(self) -> None:
-        context = _context_length(self.model, self.device)
+        context = checked_context(self.model, self.device)
         if self.max_tokens >= context:
             raise ValueError(
                 f"max_tokens = {self.max_tokens} leaves no room for a document in the context of {context} tokens of "
@@ -127,7 +127,7 @@ class Rewrite:
             )
 
     def build(self) -> Apply:
-        context = _context_length(self.model, self.device)
+        context = checked_context(self.model, self.device)
         longest = min(self.max_prompt_tokens, context - self.max_tokens)
         # One at a time, nothing remembered and no length that free memory decides: the same bytes again.
         options: dict[str, Any] = {"max_seqs": 1, "max_len": longest + self.max_tokens, "prefix_cache": False}
@@ -163,26 +163,17 @@ class Rewrite:
 
 
 ModelStep = Annotated[AnyStep | ModelPerplexity | Rewrite, pydantic.Field(discriminator="kind")]
+ModelDedup = Annotated[AnyDedup | Semantic, pydantic.Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
 class ModelRecipe(Recipe):
-    """A recipe whose steps may run language models."""
+    """A recipe whose steps and deduplication may run language models."""
 
     steps: tuple[ModelStep, ...] = ()  # type: ignore[assignment]  # more kinds than Recipe has, of the same protocol
     """Over each document, in order."""
-
-
-def _context_length(path: pathlib.Path, device: str) -> int:
-    """Of the model at `path`, without its weights.
-
-    Raises FileNotFoundError where there is no model or no tokenizer, ValueError for a device that is not here.
-    """
-    pick(device)
-    found = find_model(path)
-    if found.suffix != ".gguf":  # which holds its own
-        find_tokenizer(found)
-    return read_config(found).context_length
+    dedup: tuple[ModelDedup, ...] = ()  # type: ignore[assignment]
+    """Over all documents, in order."""
 
 
 @torch.inference_mode()

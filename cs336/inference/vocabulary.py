@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from cs336.models import Transformer
+from cs336.tokenizer.text_stream import TextStream
 from cs336.utils.special_tokens import END_OF_TEXT
 
 
@@ -19,13 +20,13 @@ def ends_of(model: Transformer, tokenizer) -> Collection[int]:
 
 
 def encode_prompts(model: Transformer, tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of each; special tokens written in one are taken as such, and an empty one begins a document."""
+    """The ids of each (Tokenizer.encode_prompt); an empty one begins a document."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
             "use the tokenizer that the model was trained with"
         )
-    encoded = [tokenizer.encode(prompt, allowed_special="all") for prompt in prompts]
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     if all(encoded):
         return encoded
     begin = tokenizer.special_tokens.get(END_OF_TEXT, model.special_ids.get("bos_token_id"))
@@ -34,6 +35,16 @@ def encode_prompts(model: Transformer, tokenizer, prompts: Sequence[str]) -> lis
             f"an empty prompt begins a document after {END_OF_TEXT}, which this tokenizer lacks: give a text"
         )
     return [ids or [begin] for ids in encoded]
+
+
+def text_stream(tokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> TextStream:
+    """Of what comes behind a prompt."""
+    return TextStream(tokenizer, stop, at_start=begins_text(tokenizer, prompt_ids))
+
+
+def begins_text(tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether a text begins behind a prompt, which has none."""
+    return all(i in tokenizer.special_ids for i in prompt_ids)
 
 
 def unused_ids(model: Transformer, tokenizer) -> list[int]:

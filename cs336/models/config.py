@@ -67,6 +67,8 @@ class TransformerConfig:
     """Absolute positions, added to the embedding: of GPT-2, or of arXiv:1706.03762. Of layers without positions."""
     embedding_scale: float | None = None
     """What the embedding is multiplied by: sqrt(d_model) in arXiv:1706.03762 and in Gemma."""
+    logit_scale: float | None = None
+    """What the logits are multiplied by, before they are bounded: as in Cohere's models, and in Granite."""
     embedding_dropout: float = 0.0
     """Share of the embedding's features that is dropped in training."""
     layers: tuple[BlockConfig, ...] | None = None
@@ -83,7 +85,8 @@ class TransformerConfig:
         check_counts(optional=True, mup_base_width=self.mup_base_width)
         check_counts(optional=True, num_kv_heads=self.num_kv_heads, d_ff=self.d_ff, head_dim=self.head_dim)
         check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps, init_std=self.init_std)
-        check_positive(optional=True, logit_softcap=self.logit_softcap, embedding_scale=self.embedding_scale)
+        check_positive(optional=True, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
+        check_positive(optional=True, embedding_scale=self.embedding_scale)
         check_probabilities(embedding_dropout=self.embedding_dropout)
         if self.position_embedding is not None:
             check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))

@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         state: DecodingState | PagedState | None = None,
     ) -> Tensor:
-        """What the head reads: (B, S, M), normalised. Arguments and errors as forward's."""
+        """What the head reads: (B, S, M), normalised, times logit_scale. Arguments and errors as forward's."""
         return self._normed(self._layers(token_ids_BS, positions, segments, state))
 
     def features_beside(
@@ -176,7 +176,8 @@ class Transformer(nn.Module):
         return features
 
     def _normed(self, stream: Stream) -> Tensor:
-        return stream.value if self.norm is None else stream.normed(self.norm)[0]
+        x_BSM, scale = stream.value if self.norm is None else stream.normed(self.norm)[0], self.config.logit_scale
+        return x_BSM if scale is None else scale * x_BSM  # here, so that whatever is fused with the head knows none
 
     def _layers(
         self,

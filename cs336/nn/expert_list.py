@@ -48,8 +48,10 @@ def _linear(weight: Tensor) -> Linear:
 
 
 def unstack_experts(layers: nn.Module) -> None:
-    """Put an ExpertList in the place of each stack of experts below a module."""
+    """Put an ExpertList in the place of each stack of experts below a module. Raises ValueError for biases."""
     for module in list(layers.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Experts:
+                if child.down_bias is not None:
+                    raise ValueError("experts with biases cannot be taken apart, and so not be quantised one by one")
                 setattr(module, name, ExpertList(child))

@@ -7,6 +7,7 @@
     gelu_tanh    GELU's tanh approximation        GEGLU as Gemma has it
     silu         SiLU                             SwiGLU
     sigmoid      sigmoid                          GLU, arXiv:1612.08083
+    clamped_gelu c sigmoid(1.702 c), c = min(h, 7)   times up within +-7, plus 1: gpt-oss's, arXiv:2508.10925
 
 Gates are from Shazeer 2020, arXiv:2002.05202. M = d_model, F = d_ff.
 """
@@ -24,7 +25,8 @@ from cs336.nn.checks import check_choice, check_counts, check_flags
 from cs336.nn.linear import Linear, join, joined, side_by_side
 from cs336.ops.activation import Kind, gated
 
-Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "clamped_gelu"]
+LIMIT = 7.0  # of clamped_gelu
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": ops.relu2,
@@ -32,10 +34,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": ops.silu,
     "sigmoid": torch.sigmoid,
+    "clamped_gelu": lambda x: (c := x.clamp(max=LIMIT)) * torch.sigmoid(1.702 * c),
 }
 KINDS = {"silu": Kind.SILU, "gelu": Kind.GELU, "gelu_tanh": Kind.GELU_TANH}  # what ops.activation.gated knows
 # Tensors of d_ff features that the backward of an activation and of the product behind it reads.
-KEPT = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2, "sigmoid": 1}
+KEPT = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2, "sigmoid": 1, "clamped_gelu": 4}
+
+
+def kept(activation: str, gated: bool) -> int:
+    """The same, and of the product with up: both factors, and up itself where it is clamped."""
+    return KEPT[activation] + (2 + (activation == "clamped_gelu")) * gated
 
 
 def default_d_ff(d_model: int) -> int:
@@ -49,6 +57,8 @@ def gate(activation: str, gate_F: Tensor, up_F: Tensor) -> Tensor:
         return ops.swiglu(gate_F, up_F)
     if activation in ("gelu", "gelu_tanh"):
         return ops.geglu(gate_F, up_F, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "clamped_gelu":
+        up_F = up_F.clamp(-LIMIT, LIMIT) + 1
     return ACTIVATIONS[activation](gate_F) * up_F
 
 
@@ -137,7 +147,7 @@ class _Counts:
 
     def activation_bytes(self, d_model: int, width: int) -> int:
         """Kept for the backward, a token: x, the hidden features that the activation keeps, and gated ones' product."""
-        return width * (d_model + (KEPT[self.activation] + 2 * self.gated) * self.width(d_model))
+        return width * (d_model + kept(self.activation, self.gated) * self.width(d_model))
 
     def _matrices(self, d_model: int) -> int:
         return (3 if self.gated else 2) * d_model * self.width(d_model)

@@ -4,6 +4,7 @@
     T = the k experts with the largest s + b      b: the bias of balancing, which chooses and does not weigh
         of the experts in its best groups, if they are in groups: arXiv:2405.04434, arXiv:2412.19437
     y = sum_{e in T} g_e expert_e(x) + shared(x)      g = scale * s_T, divided by its sum if normalised
+                                                      shared_gate: sigmoid(w x) shared(x)
 
 Nothing is dropped: each expert takes as many tokens as are sent to it. Tokens are sorted by expert, and each projection
 is one grouped matmul on a GPU, a loop over experts elsewhere; where there is no gradient and it is faster, one kernel
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from cs336 import ops
 from cs336.nn.checks import check_choice, check_counts, check_flags, check_positive
 from cs336.nn.linear import Linear
-from cs336.nn.mlp import ACTIVATIONS, KEPT, Activation, MLPConfig, gate
+from cs336.nn.mlp import ACTIVATIONS, Activation, MLPConfig, gate, kept
 from cs336.ops.expert_swiglu import pays as expert_swiglu_pays
 
 
@@ -54,44 +55,79 @@ class Routing(NamedTuple):
 
 
 class Experts(nn.Module):
-    """num_experts MLPs in stacks: up_proj, and gate_proj if gated, (E, F, M), down_proj (E, M, F)."""
+    """num_experts MLPs in stacks: up_proj, and gate_proj if gated, (E, F, M), down_proj (E, M, F).
 
-    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: Activation, gated: bool, device, dtype):
+    Biases are vectors, an expert's behind another's, (E F,) and (E M,): what is done to matrices is not done to them.
+    """
+
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Activation,
+        gated: bool,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.activation, self.gated = activation, gated
         shape, place = (num_experts, d_ff, d_model), {"device": device, "dtype": dtype}
         self.gate_proj = nn.Parameter(torch.empty(shape, **place)) if gated else None
         self.up_proj = nn.Parameter(torch.empty(shape, **place))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_ff, **place))
+        for name, features in {"gate_bias": d_ff * gated, "up_bias": d_ff, "down_bias": d_model}.items():
+            size = num_experts * features
+            setattr(self, name, nn.Parameter(torch.empty(size, **place)) if bias and size else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for p in self.parameters():
+            if p.dim() == 1:
+                nn.init.zeros_(p)
+                continue
             std = (2 / (p.shape[-1] + p.shape[-2])) ** 0.5
             nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
 
     @property
     def waits(self) -> bool:
         """Whether the host waits for load_E: see grouped_matmul."""
-        return not all(_has_grouped_mm(w_EOK.flatten(0, 1), w_EOK) for w_EOK in self.parameters())
+        return not all(_has_grouped_mm(w_EOK.flatten(0, 1), w_EOK) for w_EOK in self.parameters() if w_EOK.dim() == 3)
 
     def forward(self, x_NM: Tensor, token_R: Tensor, load_E: Tensor) -> Tensor:
         """x (N, M); the token (R,) of each row, rows by expert, of which load_E (E,) are each's -> (R, M)."""
         if torch.is_autocast_enabled(x_NM.device.type):
             x_NM = x_NM.to(torch.get_autocast_dtype(x_NM.device.type))
-        return grouped_matmul(self._hidden(x_NM, token_R, load_E), self.down_proj, load_E)
+        expert_R = None
+        if self.down_bias is not None:
+            expert_R = torch.repeat_interleave(load_E, output_size=len(token_R))
+        hidden_RF = self._hidden(x_NM, token_R, load_E, expert_R)
+        return _biased(grouped_matmul(hidden_RF, self.down_proj, load_E), self.down_bias, expert_R)
 
-    def _hidden(self, x_NM: Tensor, token_R: Tensor, load_E: Tensor) -> Tensor:
-        """(R, F): in one pass where it is SwiGLU, has no gradient, and that is faster."""
-        if self.gate_proj is not None and self.activation == "silu":
+    def _hidden(self, x_NM: Tensor, token_R: Tensor, load_E: Tensor, expert_R: Tensor | None) -> Tensor:
+        """(R, F): in one pass where it is SwiGLU without biases, has no gradient, and that is faster."""
+        if self.gate_proj is not None and self.activation == "silu" and expert_R is None:
             args = x_NM, token_R, load_E, self.gate_proj, self.up_proj
             if expert_swiglu_pays(*args):
                 return ops.expert_swiglu(*args)
         x_RM = x_NM[token_R]
-        up_RF = grouped_matmul(x_RM, self.up_proj, load_E)
+        up_RF = _biased(grouped_matmul(x_RM, self.up_proj, load_E), self.up_bias, expert_R)
         if self.gate_proj is None:
             return ACTIVATIONS[self.activation](up_RF)
-        return gate(self.activation, grouped_matmul(x_RM, self.gate_proj, load_E), up_RF)
+        gate_RF = _biased(grouped_matmul(x_RM, self.gate_proj, load_E), self.gate_bias, expert_R)
+        return gate(self.activation, gate_RF, up_RF)
+
+
+def _biased(x_RO: Tensor, bias: Tensor | None, expert_R: Tensor | None) -> Tensor:
+    """x plus the part of a bias (E O,) that is of each row's expert."""
+    if bias is None or expert_R is None:
+        return x_RO
+    return x_RO + bias.view(-1, x_RO.shape[-1]).to(x_RO.dtype).index_select(0, expert_R)
 
 
 def grouped_matmul(x_NK: Tensor, w_EOK: Tensor, load_E: Tensor) -> Tensor:
@@ -128,10 +164,12 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         E = config.num_experts
-        self.router = Linear(d_model, E, device=device, dtype=dtype)
-        self.experts = Experts(E, d_model, config.width(d_model), config.activation, config.gated, device, dtype)
+        self.router = Linear(d_model, E, bias=config.bias, device=device, dtype=dtype)
+        kind = config.activation, config.gated, config.bias
+        self.experts = Experts(E, d_model, config.width(d_model), *kind, device, dtype)
         shared = config.shared(d_model)
         self.shared = None if shared is None else shared.build(d_model, device=device, dtype=dtype)
+        self.shared_gate = Linear(d_model, 1, device=device, dtype=dtype) if config.shared_gate else None
         self.balance_bias: Tensor | None
         bias = torch.zeros(E, device=device) if config.balance == "bias" else None
         self.register_buffer("balance_bias", bias)
@@ -150,7 +188,15 @@ class MoE(nn.Module):
         y_NKM = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
         y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1)
         y = y_NM.view(x.shape)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        if self.shared is None:
+            return y, routing
+        always = self.shared(x)
+        return y + (always if self.shared_gate is None else self.shared_gate(x).sigmoid() * always), routing
+
+    @property
+    def routers(self) -> tuple[Linear, ...]:
+        """What reads x and decides: not worth fewer bits."""
+        return (self.router,) if self.shared_gate is None else (self.router, self.shared_gate)
 
     def route(self, x_NM: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """Of each token (N, K) the weights of its experts, float32 or wider, and which they are."""
@@ -250,6 +296,10 @@ class MoEConfig:
     """How far a bias goes in a step, of balance "bias"."""
     z_loss: float = 0.0
     """Of the mean square of the router's log-sum-exp (arXiv:2202.08906)."""
+    bias: bool = False
+    """Biases of the router and of every projection of the experts, as in gpt-oss (arXiv:2508.10925)."""
+    shared_gate: bool = False
+    """A learned sigmoid of the token multiplies what the shared experts give, as in Qwen2-MoE (arXiv:2407.10671)."""
     kind: Literal["moe"] = "moe"
 
     def __post_init__(self):
@@ -258,13 +308,15 @@ class MoEConfig:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("router", self.router, ("softmax", "sigmoid"))
         check_choice("balance", self.balance, ("loss", "bias", "none"))
-        check_flags(gated=self.gated, normalize=self.normalize)
+        check_flags(gated=self.gated, normalize=self.normalize, shared_gate=self.shared_gate, bias=self.bias)
         check_positive(scale=self.scale, bias_rate=self.bias_rate)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than the num_experts {self.num_experts} there are")
         self._check_groups()
         if not isinstance(self.num_shared, int) or self.num_shared < 0:
             raise ValueError(f"num_shared must be an integer, 0 or more, got {self.num_shared!r}")
+        if self.shared_gate and not self.num_shared:
+            raise ValueError("shared_gate gates the shared experts: it needs a num_shared of 1 or more, got 0")
         for name in ("balance_loss", "z_loss"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
@@ -287,15 +339,16 @@ class MoEConfig:
 
     def shared(self, d_model: int) -> MLPConfig | None:
         width = self.num_shared * self.width(d_model)
-        return MLPConfig(self.activation, self.gated, width) if self.num_shared else None
+        return MLPConfig(self.activation, self.gated, width, self.bias) if self.num_shared else None
 
     def build(self, d_model: int, *, device=None, dtype=None) -> MoE:
         return MoE(self, d_model, device=device, dtype=dtype)
 
     def num_parameters(self, d_model: int) -> int:
         shared = self.shared(d_model)
-        routed = self.num_experts * (d_model + self.expert_parameters(d_model))
-        return routed + (shared.num_parameters(d_model) if shared else 0)
+        apart = shared.num_parameters(d_model) - shared.flops(d_model) // 2 if shared else 0  # its biases
+        of_one = 1 + (2 if self.gated else 1) * self.width(d_model) + d_model
+        return self._matrices(d_model) + apart + (self.num_experts * of_one if self.bias else 0)
 
     def idle_parameters(self, d_model: int) -> int:
         """Weights of matrices that do not multiply a given token: of the experts it is not sent to."""
@@ -303,20 +356,27 @@ class MoEConfig:
 
     def flops(self, d_model: int) -> int:
         """Of the forward pass, a token: the matmuls of the router, its top_k experts and the shared ones."""
-        return 2 * (self.num_parameters(d_model) - self.idle_parameters(d_model))
+        return 2 * (self._matrices(d_model) - self.idle_parameters(d_model))
 
     def activation_bytes(self, d_model: int, width: int) -> int:
         """Kept for the backward, a token: x, scores, choices, weights, and of each choice its row of x, what its expert
         keeps, its result and its place in the order. What is kept once for all tokens is left out."""
         F, K, E = self.width(d_model), self.top_k, self.num_experts
-        hidden = (KEPT[self.activation] + 2 * self.gated) * F
+        hidden = kept(self.activation, self.gated) * F
         routing = 4 * E + 8 * K + (4 * K + 4) * self.normalize + (4 * E + 4) * bool(self.z_loss)
         routing += 4 * (self.router == "sigmoid" and self.balance == "loss")
-        choice = width * (2 * d_model + hidden) + 8 + 8 + width
+        choice = width * (2 * d_model + hidden) + 8 + 8 + width + 8 * self.bias
         shared = self.shared(d_model)
         apart = 0 if shared is None else shared.activation_bytes(d_model, width) - width * d_model
+        apart += self.shared_gate * width * (d_model + 1)  # both factors of what it gives
         return width * d_model + routing + K * choice + apart
 
+    def _matrices(self, d_model: int) -> int:
+        """Weights of the router, the experts, and the shared ones with their gate."""
+        shared = self.shared(d_model)
+        routed = self.num_experts * (d_model + self.expert_parameters(d_model))
+        return routed + (shared.flops(d_model) // 2 if shared else 0) + self.shared_gate * d_model
+
     def expert_parameters(self, d_model: int) -> int:
-        """Of one expert."""
+        """Of one expert's matrices."""
         return (3 if self.gated else 2) * d_model * self.width(d_model)

@@ -22,7 +22,8 @@ QuantMethod = Literal["int8", "int4", "fp8"]
 METHODS = ("int8", "int4", "fp8")
 BITS = {"int8": 8, "int4": 4}  # of whole numbers
 FP8 = torch.float8_e4m3fn
-KEPT = ("router", "kv_b_proj")  # a wrong expert costs more than bytes; latent attention takes this weight apart
+KEPT = ("router", "shared_gate", "kv_b_proj")
+# A wrong expert costs more than bytes; latent attention takes this weight apart.
 
 
 class QuantizedWeight(NamedTuple):

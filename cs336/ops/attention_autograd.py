@@ -1,5 +1,6 @@
 """One autograd.Function over the raw ops of attention_raw.py. Saved: q, k, v, o, lse, and what is small."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -99,11 +100,16 @@ def limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         raise ValueError(f"window must be (left, right), None where a side is open, got {window!r}")
     left, right = window
     for side, value in (("left", left), ("right", right)):
-        if value is not None and (isinstance(value, float) or value < 0):
+        if value is not None and not (is_integer(value) and value >= 0):
             raise ValueError(
                 f"window's {side} must be an integer of at least 0, or None where it is open, got {value!r}"
             )
     return -1 if left is None else left, -1 if right is None else right
+
+
+def is_integer(value: object) -> bool:
+    """Also of numpy, or a size that torch.compile does not know yet."""
+    return isinstance(value, int | np.integer | torch.SymInt)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ def write_build_report(directory: str | pathlib.Path) -> pathlib.Path:
         Part("build-waterfall", "What became of the records", {"rows": _waterfall(found)}),
         Part("build-removed", "Removed, by rule", {"rows": _rules(found)}),
         Part("build-samples", "Kept and removed, side by side", {"pairs": _pairs(path, found)}),
+        Part("build-repeats", "Cut out, for it was there before", _repeats(found)),
         Part("build-histograms", "Languages and lengths", {"charts": _charts(found)}),
         Part("build-planted", "Planted, and found", {"rows": _planted(path)}),
         Part("build-models", "A model on raw text, and one on curated text", {"models": _models(path)}),
@@ -63,6 +64,11 @@ def _tiles(path: pathlib.Path, found: Mapping[str, Any], stages: Mapping[str, An
         ("Text", _size(_count(found, "bytes")), f"of {_size(_count(found, 'record_bytes'))} of pages and files"),
         ("Tokens", compact(sum(tokens)), "training and held-out"),
         ("Lines dropped", compact(_count(found, "lines_dropped")), f"of {compact(_count(found, 'lines'))}"),
+        (
+            "Paragraphs dropped",
+            compact(_count(found, "paragraphs_dropped")),
+            f"of {compact(_count(found, 'paragraphs'))}",
+        ),
         ("Masked", compact(_count(found, "masked")), "pieces of personal data"),
         ("Time", duration(seconds), ""),
     ]
@@ -137,6 +143,17 @@ def _pairs(path: pathlib.Path, found: Mapping[str, Any]) -> list[dict[str, Any]]
         }
         for i, rule in enumerate(shown)
     ]
+
+
+def _repeats(found: Mapping[str, Any]) -> dict[str, Any]:
+    repeats = mapping(found.get("repeats"))
+    if not _count(repeats, "passages"):
+        return {}
+    said = (
+        f"{_count(repeats, 'passages'):,} passages, with the documents that were dropped for them "
+        f"{_size(_count(repeats, 'cut_bytes'))} of {_size(_count(repeats, 'text_bytes'))}"
+    )
+    return {"said": said, "examples": [_sample(mapping(row)) for row in listing(repeats.get("examples"))]}
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from cs336.tokenizer.formats import NotOurs
 from cs336.tokenizer.patterns import PATTERNS
+from cs336.tokenizer.sentencepiece_model import is_model
 from cs336.tokenizer.tokenizer import Specials, Tokenizer
 
 Format = Literal["json", "tiktoken", "gpt2"]
@@ -24,11 +25,11 @@ def load(
     without_normalizer: bool = False,
     allowed_special: Specials = (),
 ) -> Tokenizer:
-    """Read a tokenizer.json (ours or Hugging Face's), a file of tiktoken's ranks, or a directory with GPT-2's
-    vocab.json and merges.txt.
+    """Read a tokenizer.json (ours or Hugging Face's), SentencePiece's tokenizer.model, a file of tiktoken's ranks, or a
+    directory with GPT-2's vocab.json and merges.txt.
 
     Args:
-        pattern, special_tokens: for the last two, which do not hold them; a tokenizer.json has its own. GPT-2's files
+        pattern, special_tokens: for the last two, which do not hold them; the others have their own. GPT-2's files
             have the ids of special tokens: None is <|endoftext|> if it is there.
         without_normalizer: read a tokenizer.json that changes text first, which is then the caller's to do.
         allowed_special: the tokenizer's default, as in its constructor.
@@ -54,6 +55,8 @@ def load(
         return tokenizer
     if pattern is not None or special_tokens is not None:
         raise ValueError(f"{path} has a pattern and special tokens of its own: give none")
+    if is_model(path):
+        return Tokenizer.from_sentencepiece(path, allowed_special)
     with contextlib.suppress(NotOurs):
         return Tokenizer.load(path, allowed_special)
     return Tokenizer.from_huggingface(path, without_normalizer, allowed_special)
@@ -78,8 +81,10 @@ def save(tokenizer: Tokenizer, path: str | os.PathLike, to: Format) -> list[str]
 
 
 def tells_pattern(path: str | os.PathLike) -> bool:
-    """Whether a tokenizer says how text is split first: a tokenizer.json does."""
+    """Whether a tokenizer says how text is split first: a tokenizer.json does, and a tokenizer.model."""
     if os.path.isdir(path):
         return False
+    if is_model(path):
+        return True
     with open(path, "rb") as file:
         return file.read(64).lstrip().startswith(b"{")

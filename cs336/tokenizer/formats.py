@@ -1,7 +1,7 @@
 """Files of tokenizers: tokenizer.json, GPT-2's vocab.json and merges.txt, tiktoken's ranks.
 
 A tokenizer.json is what Hugging Face's tokenizers reads, with one section more, model.cs336:
-    format          1
+    format          1; 2 for SentencePiece's kind (cs336/tokenizer/sentencepiece_json.py)
     pattern         a name or an expression
     merges          "listed", or "ranks" if ids are ranks; the merges are then there for other readers alone
     special_tokens  those of added_tokens, in our order
@@ -12,6 +12,8 @@ Token bytes are spelled in GPT-2's alphabet, one printable character a byte, so 
 import base64
 import binascii
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -22,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cs336.tokenizer.patterns import PATTERNS
+from cs336.tokenizer.sentencepiece import SentencePiece
 from cs336.utils.files import replacing
 
-FORMAT = 1
+FORMAT, OF_CHARACTERS = 1, 2
 
 
 class Parts(NamedTuple):
@@ -34,6 +37,29 @@ class Parts(NamedTuple):
     merges: list[tuple[bytes, bytes]] | None
     special_tokens: dict[str, int]
     pattern: str
+    sentencepiece: SentencePiece | None = None
+
+
+def fingerprint_of(parts: Parts) -> str:
+    """sha256 of everything that decides how text encodes, in hex."""
+    digest = hashlib.sha256()
+
+    def add(*fields: bytes) -> None:
+        for field in fields:
+            digest.update(len(field).to_bytes(8, "little") + field)
+
+    add(b"cs336.tokenizer", parts.pattern.encode(), b"ranks" if parts.merges is None else b"listed")
+    for i, token in sorted(parts.vocab.items()):
+        add(str(i).encode(), token)
+    add(b"merges")
+    for left, right in parts.merges or []:
+        add(left, right)
+    add(b"special")
+    for text, i in sorted(parts.special_tokens.items()):
+        add(text.encode(), str(i).encode())
+    for name, value in sorted(dataclasses.asdict(parts.sentencepiece).items()) if parts.sentencepiece else ():
+        add(name.encode(), repr(sorted(value) if isinstance(value, frozenset) else value).encode())
+    return digest.hexdigest()
 
 
 def _alphabet() -> list[str]:
@@ -135,8 +161,8 @@ class NotOurs(ValueError):
     """A JSON file that another program wrote."""
 
 
-def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
-    """The parts of a tokenizer.json that `write_json` wrote, and its fingerprint. Raises ValueError for any other."""
+def read_own(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tokenizer.json that Tokenizer.save wrote, and its section. Raises ValueError for any other."""
     document = load_json(path)
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict) or "cs336" not in model:
@@ -146,23 +172,31 @@ def read_json(path: str | os.PathLike) -> tuple[Parts, str]:
         )
     with reading(path):
         section = field(model, "cs336", dict, "model")
-        if section.get("format") != FORMAT:
+        if section.get("format") not in (FORMAT, OF_CHARACTERS):
             raise ValueError(
-                f"its format is {shortened(section.get('format'))}, and this version of cs336 reads format {FORMAT}"
+                f"its format is {shortened(section.get('format'))}, and this version of cs336 reads formats {FORMAT} "
+                f"and {OF_CHARACTERS}"
             )
-        added = {
-            field(token, "content", str, "added_tokens[]"): field(token, "id", int, "added_tokens[]")
-            for token in field(document, "added_tokens", list)
-        }
-        names = field(section, "special_tokens", list, "model.cs336")
-        specials = {text: field(added, text, int, "added_tokens") for text in names if _is_text(text)}
-        vocab = vocab_of(field(model, "vocab", dict, "model"), specials)
-        kind = section.get("merges")
-        if kind not in ("listed", "ranks"):
-            raise ValueError(f'model.cs336.merges is {shortened(kind)}, expected "listed" or "ranks"')
-        merges = listed_merges(model) if kind == "listed" else None
-        pattern = field(section, "pattern", str, "model.cs336")
-        return Parts(vocab, merges, specials, pattern), field(section, "fingerprint", str, "model.cs336")
+        return document, section
+
+
+def parts_of(document: dict[str, Any]) -> Parts:
+    """What a tokenizer.json of format 1 says. Raises ValueError if it is damaged."""
+    model = document["model"]
+    section = model["cs336"]
+    field(section, "fingerprint", str, "model.cs336")
+    added = {
+        field(token, "content", str, "added_tokens[]"): field(token, "id", int, "added_tokens[]")
+        for token in field(document, "added_tokens", list)
+    }
+    names = field(section, "special_tokens", list, "model.cs336")
+    specials = {text: field(added, text, int, "added_tokens") for text in names if _is_text(text)}
+    vocab = vocab_of(field(model, "vocab", dict, "model"), specials)
+    kind = section.get("merges")
+    if kind not in ("listed", "ranks"):
+        raise ValueError(f'model.cs336.merges is {shortened(kind)}, expected "listed" or "ranks"')
+    merges = listed_merges(model) if kind == "listed" else None
+    return Parts(vocab, merges, specials, field(section, "pattern", str, "model.cs336"))
 
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}

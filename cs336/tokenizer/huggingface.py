@@ -1,7 +1,8 @@
 """A tokenizer.json that Hugging Face's tokenizers wrote: what it says in our terms, or why its ids would not be ours.
 
 Its text goes through added tokens, normalizer, pre-tokenizer and model. Ours goes through special tokens, one pattern
-and byte-level BPE; so a pre-tokenizer must come to one pattern, then ByteLevel, and a normalizer to nothing.
+and byte-level BPE; so a pre-tokenizer must come to one pattern, then ByteLevel, and a normalizer to nothing. Those of
+SentencePiece's kind are read by sentencepiece_json.py.
 """
 
 import json
@@ -11,17 +12,21 @@ from typing import Any
 import regex
 
 from cs336.tokenizer import dialect
+from cs336.tokenizer.added_tokens import read_added_tokens
 from cs336.tokenizer.formats import Parts, field, listed_merges, load_json, reading, shortened, vocab_of
 from cs336.tokenizer.patterns import PATTERNS, canonical, of_sequence
+from cs336.tokenizer.sentencepiece_json import is_of_characters, parts_of_characters
 
 
 def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple[Parts, bool]:
-    """The parts of any tokenizer.json of byte-level BPE, and whether a piece that is a token is that token.
+    """The parts of any tokenizer.json of BPE, and whether a piece that is a token is that token.
 
     Raises ValueError for all that would make ids differ.
     """
     document = load_json(path)
     with reading(path):
+        if is_of_characters(document):
+            return parts_of_characters(document, without_normalizer), bool(document["model"].get("ignore_merges"))
         model = field(document, "model", dict)
         if model.get("type", "BPE") != "BPE":
             raise ValueError(f"its model is {shortened(model['type'])}, expected 'BPE'")
@@ -35,7 +40,7 @@ def read_huggingface(path: str | os.PathLike, without_normalizer: bool) -> tuple
                 "never does: do that yourself and pass without_normalizer=True"
             )
         ids = field(model, "vocab", dict, "model")
-        specials = _added_tokens(document, ids)
+        specials = read_added_tokens(document, ids)
         pattern = _pattern_of(document.get("pre_tokenizer"))
         vocab = vocab_of(ids, specials)
         return Parts(vocab, listed_merges(model), specials, pattern), bool(model.get("ignore_merges"))
@@ -46,36 +51,6 @@ def _does_nothing(normalizer: Any) -> bool:
         return True
     is_sequence = isinstance(normalizer, dict) and normalizer.get("type") == "Sequence"
     return is_sequence and all(map(_does_nothing, field(normalizer, "normalizers", list, "normalizer")))
-
-
-def _added_tokens(document: dict[str, Any], vocab: dict[str, int]) -> dict[str, int]:
-    if document.get("added_tokens") is None:
-        return {}
-    ids: dict[str, int] = {}
-    texts: dict[bool, list[str]] = {False: [], True: []}  # those found before the text is normalized, and after
-    for token in field(document, "added_tokens", list):
-        text = field(token, "content", str, "added_tokens[]")
-        if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-            raise ValueError(f"the added token {text!r} takes white space or word ends into account")
-        i = field(token, "id", int, "added_tokens[]")
-        theirs = ids.get(text, vocab.get(text, max([len(vocab) - 1, *ids.values()]) + 1))
-        if i != theirs:
-            raise ValueError(
-                f"the added token {text!r} has the id {i}, and Hugging Face's tokenizers would make it {theirs}: the "
-                "next after the others, since the vocabulary does not have it"
-                if text not in vocab
-                else f"the added token {text!r} has the id {i}, and {theirs} in the vocabulary"
-            )
-        ids[text] = i
-        texts[bool(token.get("normalized"))].append(text)
-    for late in texts[True]:  # all are found at once by us, the leftmost first
-        for early in texts[False]:
-            if early in late or any(early.startswith(late[i:]) for i in range(1, len(late))):
-                raise ValueError(
-                    f"of the added tokens {late!r} and {early!r}, which may overlap, it takes the second wherever they "
-                    "do: this tokenizer takes the first of a text"
-                )
-    return ids
 
 
 def _pattern_of(pre_tokenizer: Any) -> str:

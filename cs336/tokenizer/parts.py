@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from cs336.tokenizer.formats import spell
+from cs336.tokenizer.sentencepiece import MARK, SentencePiece
 
 MAX_ID = (1 << 24) - 1
 MAX_SPECIAL = 1024
@@ -87,3 +88,40 @@ def place_specials(
         vocab.update(checked_vocab({i: token}))
         placed[text] = i
     return placed, shared
+
+
+def place_characters(
+    kind: SentencePiece,
+    vocab: dict[int, bytes],
+    special_tokens: Iterable[str] | dict[str, int] | None,
+    merges: list[tuple[bytes, bytes]],
+) -> tuple[dict[str, int], set[int]]:
+    """`place_specials` for SentencePiece's kind. A special token that merges come to is ordinary too, under its id."""
+    for byte, i in enumerate(kind.byte_ids):
+        if vocab.get(i) != bytes([byte]):
+            raise ValueError(f"the id {i} of the byte {byte} is {vocab.get(i)!r} in the vocabulary")
+    of_bytes = set(kind.byte_ids)
+    known = {token: i for i, token in vocab.items() if i not in of_bytes}
+    if b" " not in known:
+        raise ValueError(f"the vocabulary lacks {MARK!r}, the space")
+    made = {left + right for left, right in merges}
+    placed: dict[str, int] = {}
+    for text in checked_specials(special_tokens or ()):
+        token = text.replace(MARK, " ").encode()
+        new = max([*vocab, *placed.values()], default=-1) + 1
+        i = special_tokens[text] if isinstance(special_tokens, dict) else known.get(token, new)
+        if vocab.setdefault(i, token) != token:
+            raise ValueError(f"the special token {text!r} cannot have id {i}, which is {vocab[i]!r}")
+        checked_vocab({i: token})
+        placed[text] = i
+    if unknown := (kind.found | kind.left | kind.right) - placed.keys():
+        raise ValueError(f"{sorted(unknown)} are not among the special tokens, {list(placed)}")
+    return placed, {i for i in placed.values() if vocab[i] in made or len(vocab[i].decode()) == 1}
+
+
+def every_split(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """All pairs of tokens that together are one, in the order of that one."""
+    known, sizes = set(tokens), {len(token) for token in tokens}
+    cuts = {size: sorted(cut for cut in sizes if size - cut in sizes) for size in sizes}
+    splits = ((token[:cut], token[cut:]) for token in tokens for cut in cuts[len(token)])
+    return [(left, right) for left, right in splits if left in known and right in known]

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 class TextStream:
     """Text of tokens as they come: whole characters, cut before the first stop string.
 
-    What may yet become a stop string is held back until it does or cannot.
+    What may yet become a stop string is held back until it does or cannot. at_start: a text begins here, so that a
+    space at its front is left out where the tokenizer's encoding puts one there.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop: Sequence[str] = (), at_start: bool = False):
         self._tokenizer, self._stop = tokenizer, stop
+        self._strips = at_start and tokenizer.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that is now certain. Sets `stopped` once a stop string is complete; then push no more."""
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        data = self._tokenizer.token_bytes(token_id)
+        if self._strips:
+            data, self._strips = data.removeprefix(b" "), False
+        text = self._decoder.decode(data)
         return self._release(text) if self._stop else text
 
     def close(self) -> str:

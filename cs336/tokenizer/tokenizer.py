@@ -1,6 +1,5 @@
 """Tokenizer: what a vocabulary and its merges do to text. The work is done in C++ (csrc/cpu/text)."""
 
-import hashlib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +10,19 @@ from typing import Literal
 import numpy as np
 
 from cs336 import _text
-from cs336.tokenizer import formats
+from cs336.tokenizer import formats, sentencepiece_json, sentencepiece_model
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
-from cs336.tokenizer.parts import checked_merges, checked_specials, checked_vocab, place_specials
+from cs336.tokenizer.parts import (
+    checked_merges,
+    checked_specials,
+    checked_vocab,
+    every_split,
+    place_characters,
+    place_specials,
+)
 from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.sentencepiece import NAME, SentencePiece
 from cs336.tokenizer.text_stream import TextStream
 from cs336.tokenizer.training import Source, train
 from cs336.utils.batching import batches
@@ -26,10 +33,12 @@ from cs336.utils.threads import thread_count
 Specials = Literal["all"] | Iterable[str]
 STREAM_STEP = 64 << 10  # bytes of text that encode_iterable encodes at a time
 FILE_STEP = 8 << 20  # and encode_to_file
+NO_RANK = (1 << 32) - 1  # below which all merges are
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. Immutable, picklable, and safe to use from several threads at once, and after a fork.
+    """A BPE tokenizer of bytes or, of SentencePiece's kind, of characters. Immutable, picklable, and safe to use from
+    several threads at once, and after a fork.
 
     Each thread of a call uses a cache of at most 22 MB, or of a few times the size of the vocabulary if that is more,
     which is kept for later calls.
@@ -47,6 +56,8 @@ class Tokenizer:
             (cs336/tokenizer/dialect.py).
         allowed_special: the special tokens that text is searched for, "all" or a set of them, where a call does not
             say; not saved.
+        sentencepiece: what makes it one of SentencePiece's kind (cs336/tokenizer/sentencepiece.py): tokens are then
+            characters as UTF-8, with spaces, merges are listed, and there is no pattern.
 
     Text is str, or bytes, which need not be UTF-8. A lone surrogate in a str becomes U+FFFD.
     Raises ValueError if the parts do not fit together.
@@ -59,18 +70,28 @@ class Tokenizer:
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
         allowed_special: Specials = (),
+        sentencepiece: SentencePiece | None = None,
     ):
         self._vocab = checked_vocab(vocab)
         self._listed_merges = None if merges is None else checked_merges(merges)
-        self._pattern = canonical(pattern)
-        self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
-        self._ordinary_ids = sorted(self._vocab.keys() - (set(self._specials.values()) - shared))
+        self._kind = sentencepiece
+        if sentencepiece is None:
+            self._pattern = canonical(pattern)
+            self._specials, shared = place_specials(self._vocab, special_tokens, self._listed_merges)
+        elif self._listed_merges is None:
+            raise ValueError("a tokenizer of SentencePiece's kind needs its merges listed")
+        else:
+            self._pattern = NAME
+            self._specials, shared = place_characters(sentencepiece, self._vocab, special_tokens, self._listed_merges)
+        apart = (set(self._specials.values()) - shared) | set(sentencepiece.byte_ids if sentencepiece else ())
+        self._ordinary_ids = sorted(self._vocab.keys() - apart)
+        left, right = (sentencepiece.left, sentencepiece.right) if sentencepiece else ((), ())
         self._core = _text.Encoder(
             tokens=list(self._vocab.items()),
             ordinary=self._ordinary_ids,
             merges=self._listed_merges,
-            specials=[(text.encode(), i) for text, i in self._specials.items()],
-            pattern=for_core(self._pattern),
+            specials=[(text.encode(), i, text in left, text in right) for text, i in self._specials.items()],
+            pattern=sentencepiece.for_core() if sentencepiece else for_core(self._pattern),
         )
         self._policy = lru_cache(maxsize=64)(self._make_policy)
         self._ordinary = self._get_policy((), ())
@@ -133,11 +154,13 @@ class Tokenizer:
 
         cs336.tokenizer.convert.load reads the files of others too.
         """
-        parts, fingerprint = formats.read_json(path)
+        document, section = formats.read_own(path)
         with formats.reading(path):
-            tokenizer = cls(*parts, allowed_special)
+            is_of_bytes = section["format"] == formats.FORMAT
+            parts = (formats.parts_of if is_of_bytes else sentencepiece_json.parts_of_characters)(document)
+            tokenizer = cls._of(parts, allowed_special)
             found = tokenizer.fingerprint
-        if found != fingerprint:
+        if found != section.get("fingerprint"):
             raise ValueError(f"{path} was changed after it was saved: its fingerprint does not match its contents")
         return tokenizer
 
@@ -152,7 +175,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Read GPT-2's two files. special_tokens: None for <|endoftext|> if the vocabulary has it."""
         specials = None if special_tokens is None else checked_specials(special_tokens)
-        vocab, merges, given, _ = formats.read_gpt2(vocab_json, merges_txt, specials)
+        vocab, merges, given, *_ = formats.read_gpt2(vocab_json, merges_txt, specials)
         with formats.naming(vocab_json):
             return cls(vocab, merges, given if specials is None else specials, pattern, allowed_special)
 
@@ -173,28 +196,56 @@ class Tokenizer:
     def from_huggingface(
         cls, path: str | os.PathLike, without_normalizer: bool = False, allowed_special: Specials = ()
     ) -> "Tokenizer":
-        """Read a tokenizer.json of byte-level BPE that others wrote. Its added tokens become special tokens; Hugging
-        Face's own encode looks for all of them, as ours does with allowed_special="all".
+        """Read a tokenizer.json of BPE that others wrote, of bytes or of SentencePiece's kind. Its added tokens become
+        special tokens; Hugging Face's own encode looks for all of them, as ours does with allowed_special="all". In
+        SentencePiece's kind those that the file does not call special are looked for in any text.
 
         Raises ValueError if its ids would not be ours: for another model, pre-tokenizer or kind of added token, and for
         a normalizer unless `without_normalizer`. With ignore_merges ids are taken as ranks, if the merges listed are
-        those of ranks: one for each token, or every split of it. A post-processor, which adds tokens around a text,
-        truncation and padding are left out.
+        those of ranks: one for each token, or every split of it; in SentencePiece's kind, merges must come to each
+        token. A post-processor, which adds tokens around a text, truncation and padding are left out; `begin_ids` has
+        the tokens that it puts before one.
         """
         parts, whole_pieces = read_huggingface(path, without_normalizer)
         with formats.reading(path):
-            tokenizer = cls(*parts, allowed_special)
+            tokenizer = cls._of(parts, allowed_special)
             if not whole_pieces:
                 return tokenizer
-            ranked = cls(parts.vocab, None, parts.special_tokens, parts.pattern, allowed_special)
+            if parts.sentencepiece is not None:
+                tokens = tokenizer._ordinary_tokens().items()
+                if lost := [token for i, token in tokens if tokenizer._core.merge_piece(token, NO_RANK) != [i]]:
+                    raise ValueError(f"it has ignore_merges, and its merges do not come to its token {lost[0]!r}")
+                return tokenizer
+            ranked = cls._of(parts._replace(merges=None), allowed_special)
             made_once = tokenizer._unmade_token() is None and ranked.merges == tokenizer.merges
             if not made_once and not tokenizer._lists_every_split():
                 raise ValueError("it has ignore_merges, and its merges are not those of its ids as ranks")
             return ranked
 
+    @classmethod
+    def from_sentencepiece(cls, path: str | os.PathLike, allowed_special: Specials = ()) -> "Tokenizer":
+        """Read a tokenizer.model of SentencePiece, if it is BPE and does not change text first.
+
+        Ids are SentencePiece's, but for text that holds tokens of a user's: behind one a text begins anew, as with
+        Hugging Face and llama.cpp, and one of spaces is looked for among spaces alone, not marks.
+        """
+        parts = sentencepiece_model.read_model(path)
+        with formats.reading(path):
+            return cls._of(parts, allowed_special)
+
+    @classmethod
+    def _of(cls, parts: Parts, allowed_special: Specials) -> "Tokenizer":
+        return cls(*parts[:4], allowed_special, parts.sentencepiece)
+
+    def _parts(self) -> Parts:
+        return Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
-        parts = Parts(self._vocab, self._listed_merges, self._specials, self._pattern)
+        parts = self._parts()
+        if self._kind is not None:
+            sentencepiece_json.write_json(path, parts, self.fingerprint)
+            return
         by_rank = self._listed_merges is None and self._unmade_token()
         formats.write_json(path, parts, self._every_split() if by_rank else self.merges, self.fingerprint)
 
@@ -203,6 +254,7 @@ class Tokenizer:
 
         Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
         """
+        self._refuse_characters("vocab.json and merges.txt")
         merges = self.merges
         if self._listed_merges is None and (token := self._unmade_token()):
             raise ValueError(f"no merge of two others makes the token {token!r}: vocab.json and merges.txt cannot tell")
@@ -213,12 +265,17 @@ class Tokenizer:
 
         Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
         """
+        self._refuse_characters("a file of ranks")
         if self._listed_merges is not None:
             if token := self._unmade_token():
                 raise ValueError(f"no merge makes the token {token!r}, which would be found as a rank")
             if Tokenizer(self._vocab, None, self._specials, self._pattern).merges != self._listed_merges:
                 raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
         formats.write_tiktoken(path, self._ordinary_tokens())
+
+    def _refuse_characters(self, what: str) -> None:
+        if self._kind is not None:
+            raise ValueError(f"{what} cannot tell how a tokenizer of SentencePiece's kind reads text: save it as json")
 
     # ---- encoding ----
 
@@ -228,15 +285,28 @@ class Tokenizer:
         allowed_special: Specials | None = None,
         disallowed_special: Specials = "all",
         num_threads: int = 1,
+        behind: Sequence[int] = (),
     ) -> list[int]:
         """The ids of text.
+
+        behind: ids of what this text goes on, if it is not the beginning: SentencePiece's kind puts a space before that
+        alone, or after special tokens too.
 
         A special token in the text becomes its id if allowed ("all", or a set of them; None for what the tokenizer was
         made with), raises ValueError if disallowed ("all" means all that are not allowed), and is ordinary text
         otherwise.
         """
         policy = self._get_policy(allowed_special, disallowed_special)
+        if len(behind):
+            after = _text.After.special if behind[-1] in self._specials.values() else _text.After.text
+            return _text.StreamEncoder(self._core, policy, STREAM_STEP, after).feed(text, True)
         return self._core.encode_batch([text], policy, thread_count(num_threads))[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a model reads of a text: special tokens written in it are such, and `begin_ids` come first, if
+        they are not written there."""
+        ids, begin = self.encode(text, "all"), list(self.begin_ids)
+        return ids if ids[: len(begin)] == begin else begin + ids
 
     def encode_ordinary(self, text: str | bytes, num_threads: int = 1) -> list[int]:
         """The ids of text in which special tokens are text like any other."""
@@ -288,7 +358,8 @@ class Tokenizer:
         few times its longest piece if that is more: for o200k its longest run of letters and marks, and with a pattern
         that is a regular expression all text between two special tokens.
         """
-        stream = _text.StreamEncoder(self._core, self._get_policy(allowed_special, disallowed_special), STREAM_STEP)
+        policy = self._get_policy(allowed_special, disallowed_special)
+        stream = _text.StreamEncoder(self._core, policy, STREAM_STEP)
         held = ""  # the first half of a surrogate pair
         for chunk in chunks:
             if not isinstance(chunk, str):
@@ -343,21 +414,26 @@ class Tokenizer:
 
     # ---- decoding ----
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids. Raises ValueError for an id that is not in the vocabulary."""
-        return self._core.decode(ids)
+    def decode_bytes(self, ids: Iterable[int], at_start: bool = True) -> bytes:
+        """The bytes of ids. Raises ValueError for an id that is not in the vocabulary.
 
-    def decode(self, ids: Iterable[int]) -> str:
+        at_start: a text begins here; one of SentencePiece's kind is without the space that encoding put before it.
+        """
+        data = self._core.decode(ids)
+        return data.removeprefix(b" ") if at_start and self.strips_space else data
+
+    def decode(self, ids: Iterable[int], at_start: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
-        return self._core.decode_text(ids)
+        text = self._core.decode_text(ids)
+        return text.removeprefix(" ") if at_start and self.strips_space else text
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
         """`decode` for many rows of ids."""
-        return [self._core.decode_text(ids) for ids in batch]
+        return [self.decode(ids) for ids in batch]
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, a character never before all of its bytes; together what `decode` gives."""
-        stream = TextStream(self)
+        stream = TextStream(self, at_start=True)
         for i in ids:
             if text := stream.push(i):
                 yield text
@@ -375,6 +451,8 @@ class Tokenizer:
         for token in tokens:
             offsets.append(begun - (token[:1] >= b"\x80" and token[:1] < b"\xc0"))
             begun += sum(byte & 0xC0 != 0x80 for byte in token)
+        if self.strips_space and text.startswith(" "):
+            return text[1:], [max(0, offset - 1) for offset in offsets]
         return text, offsets
 
     def token_bytes(self, id: int) -> bytes:
@@ -392,7 +470,8 @@ class Tokenizer:
 
     @cached_property
     def _id_of(self) -> dict[bytes, int]:
-        return {token: i for i, token in self._ordinary_tokens().items()}
+        of_bytes = {bytes([byte]): i for byte, i in enumerate(self._kind.byte_ids)} if self._kind else {}
+        return of_bytes | {token: i for i, token in self._ordinary_tokens().items()}
 
     # ---- what it is made of ----
 
@@ -426,12 +505,7 @@ class Tokenizer:
         return next((token for token in tokens if len(token) > 1 and token not in made), None)
 
     def _every_split(self) -> list[tuple[bytes, bytes]]:
-        """All pairs of ordinary tokens that together are one, in the order of its ids."""
-        ordered = [token for _, token in sorted(self._ordinary_tokens().items())]
-        known, sizes = set(ordered), {len(token) for token in ordered}
-        cuts = {size: sorted(cut for cut in sizes if size - cut in sizes) for size in sizes}
-        splits = ((token[:cut], token[cut:]) for token in ordered for cut in cuts[len(token)])
-        return [(left, right) for left, right in splits if left in known and right in known]
+        return every_split([token for _, token in sorted(self._ordinary_tokens().items())])
 
     def _lists_every_split(self) -> bool:
         """Whether merges are all those of ranks, in the order of ids; those of one token in any order."""
@@ -451,30 +525,31 @@ class Tokenizer:
         """Text -> id; a copy."""
         return dict(self._specials)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Of the special tokens but those that any text is searched for, which are text."""
+        found = self._kind.found if self._kind else ()
+        return frozenset(i for text, i in self._specials.items() if text not in found)
+
     @property
     def pattern(self) -> str:
-        """The name of the pattern, or its regular expression."""
+        """The name of the pattern, or its regular expression; "sentencepiece" where there is none."""
         return self._pattern
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether a text is decoded without a space that it would begin with."""
+        return self._kind is not None and self._kind.strips
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The ids that its models expect before a text, as a file of SentencePiece's kind says; encoding adds none."""
+        return self._kind.begin if self._kind is not None else ()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides how text encodes, in hex."""
-        digest = hashlib.sha256()
-
-        def add(*fields: bytes) -> None:
-            for field in fields:
-                digest.update(len(field).to_bytes(8, "little") + field)
-
-        add(b"cs336.tokenizer", self._pattern.encode(), b"ranks" if self._listed_merges is None else b"listed")
-        for i, token in sorted(self._vocab.items()):
-            add(str(i).encode(), token)
-        add(b"merges")
-        for left, right in self._listed_merges or []:
-            add(left, right)
-        add(b"special")
-        for text, i in sorted(self._specials.items()):
-            add(text.encode(), str(i).encode())
-        return digest.hexdigest()
+        return formats.fingerprint_of(self._parts())
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -492,7 +567,7 @@ class Tokenizer:
         )
 
     def __reduce__(self):
-        return Tokenizer, (self._vocab, self._listed_merges, self._specials, self._pattern, self._allowed_special)
+        return Tokenizer._of, (self._parts(), self._allowed_special)
 
     def _get_policy(self, allowed: Specials | None, disallowed: Specials) -> _text.Policy:
         return self._policy(self._allowed_special if allowed is None else _frozen(allowed), _frozen(disallowed))
@@ -501,7 +576,8 @@ class Tokenizer:
         named = {name for specials in (allowed, disallowed) if specials != "all" for name in specials}
         if unknown := named - self._specials.keys():
             raise ValueError(f"{unknown} are not special tokens of this tokenizer, which has {list(self._specials)}")
-        is_allowed = [allowed == "all" or text in allowed for text in self._specials]
+        always = self._kind.found if self._kind else ()
+        is_allowed = [allowed == "all" or text in allowed or text in always for text in self._specials]
         is_disallowed = [
             not ok if disallowed == "all" else text in disallowed
             for text, ok in zip(self._specials, is_allowed, strict=True)

@@ -5,8 +5,8 @@
     dumps(config)                                                             a dataclass -> TOML
 
 A choice between classes is a tagged union, Annotated[A | B, pydantic.Field(discriminator="kind")], where each member
-declares kind: Literal["a"] = "a". A table may leave the tag out where the field's default has one. Types are checked as
-they are in JSON: 3 is a float too, "3" and true are no int.
+declares kind: Literal["a"] = "a". A table may leave the tag out where the field's default has one, and begins from that
+default where it has its tag. Types are checked as they are in JSON: 3 is a float too, "3" and true are no int.
 """
 
 import ast
@@ -217,10 +217,11 @@ class Key:
 
 def keys(kind: type) -> list[Key]:
     """Every key of a configuration in order, for a list of options; those in lists and dicts excepted."""
-    return list(_keys(kind, "", ""))
+    return list(_keys(kind, "", "", {}))
 
 
-def _keys(kind: type, prefix: str, of: str) -> Iterator[Key]:
+def _keys(kind: type, prefix: str, of: str, begins: Table) -> Iterator[Key]:
+    """begins: values that stand in place of the class's own defaults."""
     docs = _docs(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name, hint = prefix + field.name, _hints(kind)[field.name]
@@ -228,23 +229,24 @@ def _keys(kind: type, prefix: str, of: str) -> Iterator[Key]:
         if field.name == TAG and of:
             continue
         if not classes:
-            yield Key(name, _name(hint), _default_text(field), docs.get(field.name, ""), of)
+            default = _toml_value(begins[field.name]) if field.name in begins else _default_text(field)
+            yield Key(name, _name(hint), default, docs.get(field.name, ""), of)
         elif len(classes) == 1:
-            yield from _keys(classes[0], f"{name}.", of)
+            yield from _keys(classes[0], f"{name}.", of, {})
         else:
             tags = " | ".join(repr(_tag_of(c)) for c in classes)
-            tag = _default_tag(field)
+            begins_with = _default_table(field)
+            tag = begins_with.get(TAG)
             default = "" if field.default is None else None if tag is None else repr(tag)
             yield Key(f"{name}.{TAG}", tags, default, docs.get(field.name, ""), of)
             for member in classes:
-                yield from _keys(member, f"{name}.", f"{name}.{TAG} = {_tag_of(member)!r}")
+                own = begins_with if _tag_of(member) == tag else {}
+                yield from _keys(member, f"{name}.", f"{name}.{TAG} = {_tag_of(member)!r}", own)
 
 
 def _default_text(field: dataclasses.Field) -> str | None:
-    if field.default is field.default_factory is MISSING:
-        return None
-    value = field.default_factory() if field.default_factory is not MISSING else field.default
-    return "" if value is None else _toml_value(to_table(value))
+    value = _default(field)
+    return None if value is MISSING else "" if value is None else _toml_value(to_table(value))
 
 
 @functools.cache
@@ -304,14 +306,21 @@ def _tag(hint: Any, table: Any) -> Any:
     return table.get(TAG, default) if isinstance(table, Mapping) else None
 
 
-def _default_tag(field: dataclasses.Field) -> Any:
-    if field.default_factory is not MISSING:
-        return getattr(field.default_factory(), TAG, None)
-    return getattr(field.default, TAG, None)
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _default_table(field: dataclasses.Field) -> Table:
+    """Of a field whose default has a tag: that, and what is not its class's own default."""
+    default = _default(field)
+    if getattr(default, TAG, None) is None:
+        return {}
+    values = ((f, getattr(default, f.name)) for f in dataclasses.fields(default))
+    return {f.name: to_table(value) for f, value in values if f.name == TAG or value != _default(f)}
 
 
 def _with_tags(hint: Any, table: Any) -> Any:
-    """The table with each tag that it leaves out and a field's default has."""
+    """The table with each tag that it leaves out and a field's default has, and with what else that default has."""
     hint = _plain(hint)
     if isinstance(table, list) and typing.get_origin(hint) in (tuple, list):
         return [_with_tags(typing.get_args(hint)[0], value) for value in table]
@@ -328,9 +337,10 @@ def _with_tags(hint: Any, table: Any) -> Any:
     for name, value in table.items():
         if name in fields:
             member = _hints(kind)[name]
-            tag = _default_tag(fields[name])
-            if isinstance(value, Mapping) and tag is not None and len(_classes(member)) > 1:
-                value = {TAG: tag} | dict(value)
+            default = _default_table(fields[name])
+            union = len(_classes(member)) > 1
+            if union and default and isinstance(value, Mapping) and value.get(TAG, default[TAG]) == default[TAG]:
+                value = default | dict(value)
             value = _with_tags(member, value)
         tagged[name] = value
     return tagged

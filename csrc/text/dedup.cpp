@@ -1,4 +1,4 @@
-// Lines, Bloom filters and MinHash for cs336.data.dedup.
+// Lines, repeated passages, Bloom filters and MinHash for cs336.data.dedup.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -11,6 +11,7 @@
 #include "cpu/text/lines.h"
 #include "cpu/text/minhash.h"
 #include "cpu/text/packing.h"
+#include "cpu/text/repeats.h"
 #include "cpu/text/shingles.h"
 #include "text/bindings.h"
 #include "text/strings.h"
@@ -119,6 +120,27 @@ py::tuple drop_repeated(LineDedup& dedup, const py::buffer& buffer, bool first, 
   return py::make_tuple(report.lines, report.dropped);
 }
 
+// (K, 2) int64: where stretches begin and end. corpus: bytes, or 4-byte tokens.
+py::array_t<int64_t> repeats(const py::buffer& buffer, const py::array_t<int64_t, py::array::c_style>& ends,
+                             const RepeatSearch& search) {
+  const py::buffer_info info = buffer.request();
+  const auto size = static_cast<size_t>(info.size);
+  const std::span all(ends.data(), static_cast<size_t>(ends.size()));
+  std::vector<Stretch> found;
+  {
+    const Unlocked unlocked;
+    found = info.itemsize == 1 ? find_repeats(std::span(static_cast<const uint8_t*>(info.ptr), size), all, search)
+                               : find_repeats(std::span(static_cast<const uint32_t*>(info.ptr), size), all, search);
+  }
+  py::array_t<int64_t> stretches({static_cast<py::ssize_t>(found.size()), py::ssize_t{2}});
+  int64_t* out = stretches.mutable_data();
+  for (const Stretch& stretch : found) {
+    *out++ = stretch.begin;
+    *out++ = stretch.end;
+  }
+  return stretches;
+}
+
 }  // namespace
 
 void bind_dedup(py::module_& m) {
@@ -142,6 +164,11 @@ void bind_dedup(py::module_& m) {
       .def("drop_repeated", &drop_repeated, py::arg("text"), py::arg("first"), py::arg("drop").noconvert(),
            py::arg("file"));
   m.def("count_lines", [](const py::buffer& buffer) { return with_bytes(buffer, count_lines); }, py::arg("text"));
+  m.def(
+      "repeats",
+      [](const py::buffer& corpus, const py::array_t<int64_t, py::array::c_style>& ends, size_t length,
+         size_t max_memory, size_t num_threads) { return repeats(corpus, ends, {length, max_memory, num_threads}); },
+      py::arg("corpus"), py::arg("ends"), py::arg("length"), py::arg("max_memory"), py::arg("num_threads"));
   m.def("best_fit", &packed, py::arg("lengths"), py::arg("capacity"),
         "(items in the order of the bins, where each bin ends).");
 

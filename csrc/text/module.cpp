@@ -22,6 +22,7 @@
 #include "cpu/text/special.h"
 #include "cpu/text/word_count.h"
 #include "text/bindings.h"
+#include "text/characters.h"
 #include "text/strings.h"
 
 namespace py = pybind11;
@@ -50,7 +51,8 @@ struct Policy {
 };
 
 // The name of a pattern, or a function from bytes to the list of the ends of its pieces.
-Splitter make_splitter(const std::variant<std::string, py::function>& pattern) {
+using PatternOfPython = std::variant<std::string, py::function>;
+Splitter make_splitter(const PatternOfPython& pattern) {
   if (const auto* name = std::get_if<std::string>(&pattern)) {
     if (const auto named = pattern_named(*name)) return Splitter(*named);
     throw std::invalid_argument("there is no scanner for the pattern " + *name);
@@ -90,14 +92,17 @@ class PyEncoder {
   // are the same ordinary token, and for a merge of what are none.
   PyEncoder(const std::vector<std::pair<uint32_t, py::bytes>>& tokens, const std::vector<uint32_t>& ordinary,
             const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>& merges,
-            const std::vector<std::pair<py::bytes, uint32_t>>& specials,
-            const std::variant<std::string, py::function>& pattern) {
+            const std::vector<std::tuple<py::bytes, uint32_t, bool, bool>>& specials,
+            const std::variant<PatternOfPython, Characters>& pattern) {
     std::vector<std::string> special_texts;
     std::vector<uint32_t> special_ids;
-    for (const auto& [bytes, id] : specials) {
+    std::vector<Strips> strips;
+    for (const auto& [bytes, id, left, right] : specials) {
       special_texts.emplace_back(bytes);
       special_ids.push_back(id);
+      strips.push_back({left, right});
     }
+    const auto* const characters = std::get_if<Characters>(&pattern);
     Tokens token_bytes;
     std::unordered_map<std::string_view, uint32_t> id_of;  // of ordinary tokens
     for (const auto& [id, bytes] : tokens) {
@@ -112,11 +117,12 @@ class PyEncoder {
       const auto found = id_of.find(bytes);
       return found == id_of.end() ? kNoId : found->second;
     };
-    std::array<uint32_t, 256> byte_ids;
-    for (size_t byte = 0; byte < byte_ids.size(); ++byte) {
+    Alphabet alphabet;
+    for (size_t byte = 0; byte < alphabet.byte_ids.size(); ++byte) {
       const auto one = static_cast<char>(byte);
-      byte_ids[byte] = find({&one, 1});
+      alphabet.byte_ids[byte] = find({&one, 1});
     }
+    if (characters != nullptr) add_characters(*characters, id_of, alphabet);
     std::vector<Merge> merge_list;
     std::string made;
     for (const auto& [left, right] : merges.value_or(std::vector<std::pair<py::bytes, py::bytes>>())) {
@@ -130,11 +136,15 @@ class PyEncoder {
                             std::string(py::repr(right)) + ", needs the token " + std::string(py::repr(missing)) +
                             ", which is not an ordinary token of the vocabulary");
     }
-    const Splitter splitter = make_splitter(pattern);
+    if (characters != nullptr) tie(characters->tied, merge_list);
+    const Splitter splitter = characters != nullptr ? Splitter(joints_of(*characters, token_bytes, ordinary, alphabet))
+                                                    : make_splitter(std::get<PatternOfPython>(pattern));
     {
       const Unlocked unlocked;
-      core_ = std::make_unique<Encoder>(token_bytes, ordinary, byte_ids, merge_list, !merges, std::move(special_texts),
-                                        std::move(special_ids), splitter);
+      core_ =
+          std::make_unique<Encoder>(token_bytes, ordinary, alphabet, merge_list, !merges,
+                                    SpecialTokens(std::move(special_texts), std::move(strips)), std::move(special_ids),
+                                    splitter, characters ? characters->front : FrontSpace{});
     }
     ints_.resize(core_->tokens().size());
     for (const auto& [id, bytes] : tokens) ints_[id] = py::int_(id);
@@ -408,9 +418,9 @@ class PyEncoder {
 // Text that comes in chunks, from one thread at a time.
 class StreamEncoder {
  public:
-  // `least`: bytes of text that are worth a call to the encoder.
-  StreamEncoder(std::shared_ptr<PyEncoder> encoder, Policy policy, size_t least)
-      : encoder_(std::move(encoder)), policy_(std::move(policy)), least_(least), wanted_(least) {}
+  // `least`: bytes of text that are worth a call to the encoder. `after`: what the text comes behind.
+  StreamEncoder(std::shared_ptr<PyEncoder> encoder, Policy policy, size_t least, After after)
+      : encoder_(std::move(encoder)), policy_(std::move(policy)), after_(after), least_(least), wanted_(least) {}
 
   // The ids that are certain by now; with `last` all that are left.
   py::list feed(py::handle chunk, bool last) {
@@ -432,6 +442,10 @@ class StreamEncoder {
     policy_.check(core.specials(), before_ + pending_);
     std::vector<Segment> segments;
     const size_t done = cut(pending_, last, kNotFound, core.splitter(), core.specials(), policy_.allowed, segments);
+    if (!segments.empty()) {
+      if (segments[0].begin == 0) segments[0].after = after_;
+      after_ = segments.back().special == kNotFound ? After::kText : After::kSpecial;
+    }
     core.encode_segments(Encoder::Lease(core), pending_, segments.data(), segments.size(), ids);
     before_.append(pending_, 0, done);
     before_.erase(0, before_.size() - std::min(before_.size(), core.specials().longest()));
@@ -444,6 +458,7 @@ class StreamEncoder {
   Policy policy_;
   std::mutex mutex_;
   std::string pending_;
+  After after_;         // what is before it
   std::string before_;  // the last of what is encoded: a token that must not occur may begin in it
   size_t least_, wanted_;
 };
@@ -475,11 +490,12 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
   py::class_<Policy>(m, "Policy")
       .def(py::init<std::vector<bool>, std::vector<bool>>(), py::arg("allowed"), py::arg("forbidden"));
 
+  bind_characters(m);
   py::class_<PyEncoder, std::shared_ptr<PyEncoder>>(m, "Encoder")
       .def(py::init<const std::vector<std::pair<uint32_t, py::bytes>>&, const std::vector<uint32_t>&,
                     const std::optional<std::vector<std::pair<py::bytes, py::bytes>>>&,
-                    const std::vector<std::pair<py::bytes, uint32_t>>&,
-                    const std::variant<std::string, py::function>&>(),
+                    const std::vector<std::tuple<py::bytes, uint32_t, bool, bool>>&,
+                    const std::variant<PatternOfPython, Characters>&>(),
            py::arg("tokens"), py::arg("ordinary"), py::arg("merges"), py::arg("specials"), py::arg("pattern"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("policy"), py::arg("num_threads"))
       .def("encode_batch_numpy", &PyEncoder::encode_batch_numpy, py::arg("texts"), py::arg("policy"),
@@ -490,9 +506,13 @@ PYBIND11_MODULE(_text, m, py::mod_gil_not_used()) {
       .def("decode_text", &PyEncoder::decode_text, py::arg("ids"))
       .def("merge_piece", &PyEncoder::merge_piece, py::arg("piece"), py::arg("below"));
 
+  py::enum_<After>(m, "After")
+      .value("nothing", After::kNothing)
+      .value("special", After::kSpecial)
+      .value("text", After::kText);
   py::class_<StreamEncoder>(m, "StreamEncoder")
-      .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t>(), py::arg("encoder"), py::arg("policy"),
-           py::arg("least"))
+      .def(py::init<std::shared_ptr<PyEncoder>, Policy, size_t, After>(), py::arg("encoder"), py::arg("policy"),
+           py::arg("least"), py::arg("after") = After::kNothing)
       .def("feed", &StreamEncoder::feed, py::arg("chunk"), py::arg("last"));
 
   py::class_<WordCounter>(m, "WordCounter")

@@ -63,6 +63,8 @@ def test_kto():
         kto_loss(answer, reference, kl.expand(2), torch.tensor(desirable), undesirable_weight=0.0)
     with pytest.raises(ValueError, match="kl must have shape"):
         kto_loss(answer, reference, kl, torch.tensor(desirable))
+    with pytest.raises(ValueError, match=r"desirable must be bool, got torch.int64: .* desirable.bool\(\)"):
+        kto_loss(answer, reference, kl.expand(2), torch.tensor([1, 0]))
 
 
 def test_dpo_gradient_on_a_vocabulary_of_two():

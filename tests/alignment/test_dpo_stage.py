@@ -205,6 +205,39 @@ def test_the_reference_point_is_of_answers_to_other_prompts(tmp_path, model):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_pairs_are_two_answers_each_to_kto(tmp_path, model):
+    """The same tokens and labels as lines of their own, beside which they may stand; a tie is none."""
+    pairs, lines = preferences(tmp_path / "pairs.jsonl"), tmp_path / "lines.jsonl"
+    rows = []
+    for d in range(10):
+        prompt = [{"role": "user", "content": str(d)}]
+        rows += [
+            {"prompt": prompt, "completion": str((d + n) % 10), "label": n == 0, "rejected": "by a column"}
+            for n in range(2)
+        ]
+    found = []
+    for data in (pairs, write_rows(lines, rows)):
+        stage = dpo_stage(config(tmp_path, model, data={"train": data}, loss_type="kto"))
+        found.append((stage.pairs, stage.update(1)))
+        assert found[-1][1]["tokens"] == 5 * 4  # D=D and the end
+    assert found[0] == found[1]
+    pairs.write_text(lines.read_text() + pairs.read_text())
+    both = dpo_stage(config(tmp_path, model, data={"train": pairs}, loss_type="kto")).pairs
+    assert [(item.chosen, item.right) for item in both] == [(item.chosen, item.right) for item in found[0][0] * 2]
+    write_preferences(pairs, [PreferenceExample([Turn("user", "1")], "5", "6", "tie")])
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: no answer is left, 0 are longer than 24 tokens, 1 line a tie"):
+        dpo_stage(config(tmp_path, model, data={"train": pairs}, loss_type="kto"))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: chosen must be a, b or tie, got 'c'"):
+        dpo_stage(config(tmp_path, model, data={"train": write_rows(pairs, [OURS | {"chosen": "c"}])}, loss_type="kto"))
+
+
+def test_tokens_are_counted_without_padding(tmp_path, model):
+    rows = [{"prompt": "1", "chosen": "1", "rejected": "234"}, {"prompt": "12", "chosen": "1", "rejected": "2"}]
+    data = {"train": write_rows(tmp_path / "rows.jsonl", rows)}
+    stage = dpo_stage(config(tmp_path, model, data=data, batch_size=2))
+    assert stage.update(1)["tokens"] == (4 + 6) + (5 + 5)
+
+
 def test_a_killed_run_of_kto_repeats_itself_bit_for_bit(tmp_path, model):
     check_a_killed_run_repeats_itself(KTOStage, kto_config(tmp_path, model, checkpoint_interval=3, eval_interval=7))
 

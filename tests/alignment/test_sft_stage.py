@@ -12,7 +12,7 @@ from cs336.alignment.batches import Batches, pad_examples
 from cs336.alignment.examples import encode_completion, read_examples
 from cs336.alignment.run import StageRun
 from cs336.alignment.sft import Example
-from cs336.alignment.stage import Policy
+from cs336.alignment.stage import SMALL, Policy, slow_rate
 from cs336.alignment.stages.sft import SFTConfig, SFTStage
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
@@ -108,6 +108,17 @@ def test_plain_completions_are_learned_too(tmp_path, model):
     llm = LLM(result.export, device="cpu", quiet=True)
     outputs = llm.generate([f"{d}?" for d in range(10)], SamplingParams(0, max_tokens=8))
     assert [o.text for o in outputs] == [str(9 - d) for d in range(10)]
+
+
+def test_a_small_model_at_the_default_rate_begins_with_a_hint(tmp_path, model, capsys):
+    """And goes on without one, as it begins at another rate."""
+    for budget, lr, hinted in (("1steps", {}, True), ("2steps", {}, False), ("1steps", {"lr": 2e-5}, False)):
+        run(config(tmp_path, model, budget=budget, optimizer=lr, run_dir=tmp_path / str(lr)))
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert ("at which 5,552 learn slowly: try --optimizer.lr 0.001" in said) == hinted
+    settings = config(tmp_path, model, optimizer={})
+    assert slow_rate(settings, SMALL) is None
+    assert str(slow_rate(settings, SMALL - 1)).endswith("--optimizer.lr 0.0001")
 
 
 def test_without_a_template_turns_end_as_the_models_texts_do(tmp_path, model):

@@ -40,7 +40,7 @@ BLOCKS = {
     "linear": BlockConfig(LinearAttentionConfig(2, 8)),
     "mamba2": BlockConfig(Mamba2Config(head_dim=8, state_dim=8)),
     "hyena": BlockConfig(HyenaConfig(16)),
-    "moe": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, d_ff=16)),
+    "moe": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, d_ff=16, num_shared=2, shared_gate=True)),
 }
 
 
@@ -110,6 +110,9 @@ def test_any_mixer_is_pruned(kind):
         model = prune_weights_(of(BLOCKS[kind]), score, 0.5, batches())
         assert zeros(model) > 0.4
         assert model(batches()[0]).isfinite().all()
+        kept = [p for name, p in model.named_parameters() if name.endswith(("router.weight", "shared_gate.weight"))]
+        assert len(kept) == (4 if kind == "moe" else 0)
+        assert all((p != 0).all() for p in kept)
     assert len(prune_depth(of(BLOCKS[kind]), 0.5, batches()).layers) == 1
 
 

@@ -383,13 +383,19 @@ def test_models_and_lists_are_steps(tmp_path, monkeypatch):
 class TestPlan:
     def test_dry_run_prints_the_plan_and_builds_nothing(self, crawl, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        recipe = write_recipe(tmp_path / "recipe.toml", crawl[0])
+        kinds = ("paragraphs", "substrings")
+        more = "".join(f'[[dedup]]\nkind = "{kind}"\nmax_memory = 1000\n' for kind in kinds)
+        recipe = write_recipe(tmp_path / "recipe.toml", crawl[0], end=more)
         assert main(["data", "build", str(recipe), "--dry-run"]) == 0
         out = capsys.readouterr().out
         assert "source   warc         3 files" in out
         assert "step     gopher_quality" in out
         assert "From a sample of 45 records" in out
         assert "dedup    minhash" in out
+        memory = {
+            kind: [line for line in out.splitlines() if f"dedup    {kind}" in line][1].split()[2] for kind in kinds
+        }
+        assert memory == {"paragraphs": "0.0", "substrings": "0.0"}  # MB: as many as were allowed
         assert not (tmp_path / "out").exists()
 
     def test_an_estimate_from_a_part_is_near_the_whole(self, crawl, tmp_path, monkeypatch):

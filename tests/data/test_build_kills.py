@@ -15,6 +15,13 @@ from tiny_crawl import tree, write_crawl, write_recipe
 from cs336.data import Recipe
 from cs336.utils.config import parse
 
+MORE = """
+[[dedup]]
+kind = "paragraphs"
+[[dedup]]
+kind = "substrings"
+length = 16
+"""
 KILLS = 10  # at random times, beside one at each of these moments: when the build has made
 MOMENTS = (
     ".sources.json",
@@ -24,6 +31,8 @@ MOMENTS = (
     "2-documents/documents",
     "3-minhash/documents",
     "4-lines/documents",
+    "5-paragraphs/documents",
+    "6-substrings/documents",
     "build.json",
     "tokenizer.json",
     "tokens/train",
@@ -55,10 +64,11 @@ def whole(tmp_path_factory):
     """(recipe's text, what an undisturbed build makes, seconds that it takes)."""
     directory = tmp_path_factory.mktemp("whole")
     write_crawl(directory / "crawl")
-    path = write_recipe(directory / "recipe.toml", directory / "crawl")
+    path = write_recipe(directory / "recipe.toml", directory / "crawl", end=MORE)
     began = time.monotonic()
     process = start(directory)
     finish(process)
+    assert json.loads((directory / "out/build.json").read_text())["repeats"]["documents_cut"] > 5
     return path.read_text(), tree(directory / "out"), time.monotonic() - began
 
 

@@ -183,7 +183,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     special_ids.push_back(static_cast<uint32_t>(tokens.size()));
     tokens.emplace_back(special_ids.back(), special);
   }
-  const Encoder encoder(tokens, ordinary, v.byte_ids, merges, merges.empty(), specials, special_ids, Splitter(pattern));
+  const Encoder encoder(tokens, ordinary, {v.byte_ids, {}}, merges, merges.empty(), SpecialTokens(specials),
+                        special_ids, Splitter(pattern));
   const TokenSet none{std::vector<bool>(specials.size(), false), true};
   const TokenSet all{std::vector<bool>(specials.size(), true), specials.empty()};
 

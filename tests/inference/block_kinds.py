@@ -17,6 +17,6 @@ MIXERS = {
     "delta": BlockConfig(LinearAttentionConfig(2, delta=True)),
     "mamba2": BlockConfig(Mamba2Config(head_dim=16, state_dim=8)),
     "hyena": BlockConfig(HyenaConfig(32)),
-    "experts": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, num_shared=1)),
+    "experts": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, num_shared=1, shared_gate=True)),
     "parallel": BlockConfig(AttentionConfig(4), parallel=True),
 }

@@ -1,6 +1,7 @@
 """Steps on a CPU, laid out as those that are captured on a GPU."""
 
-from cs336.inference import runner
+from cs336.inference import Engine, EngineConfig, SamplingParams, runner
+from cs336.inference.engine import Request
 from cs336.inference.shapes import Shape
 
 
@@ -33,3 +34,21 @@ def lay_out(monkeypatch) -> list[Shape]:
     monkeypatch.setattr(runner, "_capturable", lambda model: True)
     monkeypatch.setattr(runner.Runner, "_captured", captured)
     return found
+
+
+def drawn(model, asked: list[tuple[list[int], SamplingParams]], **options) -> list[Request]:
+    """What becomes of these prompts in an engine of small pages and few slots; the second is cancelled at step 9."""
+    e = Engine(model, None, EngineConfig(**{"page_size": 4, "max_seqs": 5} | options))
+    requests = [e.add(prompt, params) for prompt, params in asked]
+    while e.busy:
+        if e.stats.steps == 9:
+            e.cancel(requests[1])
+        e.step()
+        e.check()
+    assert e.cache.in_use == 0
+    return requests
+
+
+def tokens(request: Request) -> list[int]:
+    """Of its first sample."""
+    return [token.id for token in request.samples[0].tokens]

@@ -20,7 +20,9 @@ BLOCKS = MIXERS | {
     "biases": BlockConfig(
         AttentionConfig(4, qkv_bias=True, out_bias=True), MLPConfig(gated=True, bias=True), LayerNormConfig()
     ),
-    "parallel experts": BlockConfig(AttentionConfig(4, 2), MoEConfig(4, 2, num_shared=1), parallel=True),
+    "parallel experts": BlockConfig(
+        AttentionConfig(4, 2), MoEConfig(4, 2, num_shared=1, shared_gate=True), parallel=True
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from block_kinds import MIXERS
 from test_generate import TOKENIZER
 
 from cs336.cli.program import main
-from cs336.inference import BeamParams, SamplingParams, beam_search, generate_ids
+from cs336.inference import LLM, BeamParams, SamplingParams, beam_search, generate_ids
 from cs336.inference.beams import beam_search_ids
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 
@@ -88,6 +88,35 @@ def test_one_beam_is_greedy_and_texts_are_completions():
     assert found[0].text == TOKENIZER.decode(found[0].token_ids)
     with pytest.raises(ValueError, match=r"num_samples must be in 1..beams, 4, got 5"):
         beam_search(model, TOKENIZER, "ab", num_samples=5)
+
+
+def test_of_an_engine():
+    torch.manual_seed(2)
+    model = Transformer(TransformerConfig(272, 48, num_layers=2, d_model=32, num_heads=4, init_std=0.3)).eval()
+    llm = LLM(model, TOKENIZER, quiet=True, page_size=16)
+    options = {"length_penalty": 0.5, "early_stopping": True}
+    outputs = llm.beam_search(["ab", [99, 100]], 3, 9, **options)
+    found = beam_search_ids(model, [[97, 98], [99, 100]], BeamParams(3, 9, **options), (256,), range(257, 272))
+    assert [(o.prompt, o.prompt_token_ids) for o in outputs] == [("ab", [97, 98]), (None, [99, 100])]
+    for output, beams in zip(outputs, found, strict=True):
+        assert [o.index for o in output.outputs] == [0, 1, 2]
+        for one, beam in zip(output.outputs, beams, strict=True):
+            assert (one.token_ids, one.score) == (beam.token_ids, beam.score)
+            assert one.text == TOKENIZER.decode(beam.token_ids)
+            assert one.finish_reason == ("stop" if beam.ended else "length")
+    scores = [one.score for one in outputs[0].outputs]
+    assert scores == sorted(scores, reverse=True)
+    (bare,) = LLM(model, quiet=True, page_size=16).beam_search([97, 98], 2, 5)
+    assert (bare.text, len(bare.outputs)) == ("", 2)
+    assert llm.beam_search([]) == []
+    for wrong, message in (
+        (("ab", 0), "beams must be an integer, 1 or more, got 0"),
+        (("x" * 48,), "48 tokens, which leaves no room"),
+        ((["ab", []],), "prompt 1 is empty"),
+        (("ab", 500), "beams must be at most the 256 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.beam_search(*wrong)
 
 
 @pytest.mark.parametrize(

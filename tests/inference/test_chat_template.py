@@ -19,6 +19,7 @@ TEMPLATES = {
     "{{ m.content }}\n{% if loop.index == 2 %}{% break %}{% endif %}\n{% endfor %}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m | tojson }}{% endif %}{% endfor %}",
+    "none": "{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ documents is none }}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
     "{{ tools | tojson(indent=2) if tools else 'none' }}",
 }

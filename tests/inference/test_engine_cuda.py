@@ -2,13 +2,17 @@
 
 import dataclasses
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from block_kinds import MIXERS
 
 from cs336.inference import Engine, EngineConfig, SamplingParams, runner
+from cs336.inference.controls import Controls
 from cs336.inference.halves import Halves
+from cs336.inference.scheduler import Sequence
 from cs336.inference.speculation import Speculator
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AlibiConfig, AttentionConfig
@@ -200,3 +204,24 @@ def test_other_weights(prompts):
         assert regret(e.model, prompts[4], ids) <= 1e-3
     a, b = ([t.id for t in second.samples[0].tokens] for _, second in found)
     assert a != b
+
+
+def test_what_changes_logits_is_sent_without_waiting():
+    """The host never waits for the device, whose steps are queued."""
+    controls = Controls(4, 100, (99,), torch.device("cuda"))
+    params = [SamplingParams(), SamplingParams(presence_penalty=0.5), SamplingParams(logit_bias={3: 2.0})]
+    sequences = [Sequence([0], 1, p, slot=i) for i, p in enumerate(params)]
+    sequences[0].guide = SimpleNamespace(allowed=np.array([0b101] + [0] * 12, dtype=np.uint8))
+    slots = torch.arange(3, device="cuda")
+    for s in sequences:
+        controls.begin(s)
+    controls.options(sequences, slots)  # what is allocated stays
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        options = controls.options(sequences, slots)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    bias = options["bias"].cpu()
+    assert bias[0].isfinite().nonzero().flatten().tolist() == [0, 2]
+    assert (bias[1, 3], bias[2, 3], bias[1, 99]) == (0, 2, -torch.inf)
+    assert options["presence_penalty"].tolist() == [0, 0.5, 0]

@@ -17,7 +17,7 @@ import jsonschema
 
 from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
-from cs336.inference.grammar import Grammars
+from cs336.inference.grammar import Grammars, Guide
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
 
@@ -312,6 +312,8 @@ def test_on_the_command_line(plain, tmp_path, capsys):
     assert re.fullmatch(r"a:[xy]{3}\n\na:[xy]{3}\n", capsys.readouterr().out)
     assert main([*verb, "--choice", "no", "yes"]) == 0
     assert capsys.readouterr().out in ("a:no\n", "a:yes\n")
+    assert main([*verb, "--regex", "None"]) == 0  # a text, not the absence of one
+    assert capsys.readouterr().out == "a:None\n"
     assert main([*verb, "--regex", "("]) == 2
     assert "regex cannot be followed: " in capsys.readouterr().err
     assert main([*verb, "--json-schema", str(tmp_path / "none.json")]) == 2
@@ -327,3 +329,19 @@ def test_a_text_that_is_given_up_spoils_no_other():
     with pytest.raises(ValueError, match="the text cannot go on by its grammar: "):
         list(map(guide.advance, [97] * 100))
     assert not grammars.guide(params).ended
+
+
+def test_samples_of_a_prompt_begin_with_one_mask(monkeypatch):
+    """And go on each by itself."""
+    model, calls, allowed = llm(), [], Guide._allowed
+    monkeypatch.setattr(Guide, "_allowed", lambda guide: calls.append(guide) or allowed(guide))
+    guides = {}
+    for n in (1, 5):
+        calls.clear()
+        request = model.engine.add([97], SamplingParams(regex="[ab]{3}", max_tokens=9, n=n, seed=1))
+        guides[n] = [sample.guide for sample in request.samples], len(calls)
+        while not request.finished:
+            model.engine.step()
+        assert all(re.fullmatch("[ab]{3}", output.text) for output in request.output().outputs)
+    assert guides[1][1] == guides[5][1]
+    assert len({id(guide) for guide in guides[5][0]}) == 5

@@ -5,17 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from replayed import lay_out
+from replayed import drawn, lay_out, tokens
 
 from cs336 import ops
-from cs336.inference import Engine, EngineConfig, SamplingParams, runner
+from cs336.inference import SamplingParams, runner
 from cs336.inference.halves import LEAST_ROWS, READ, SPARE, Halves, halves_of
 from cs336.inference.scheduler import Sequence
 from cs336.models import BlockConfig, PagedState, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, LatentAttentionConfig, PagedTokens
 from cs336.ops import registry
 
-CONFIG = TransformerConfig(64, 96, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, qk_norm=True)
+BOTH = {"qk_norm": True, "logit_scale": 1.5}  # the last of which what draws tokens must see
+CONFIG = TransformerConfig(64, 96, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3, **BOTH)
 PROMPTS = [[5, 6, 7], [28], list(range(30)), [9] * 11, list(range(60)), [*range(40), 1]]
 
 
@@ -26,18 +27,9 @@ def model():
 
 
 def tokens_of(model, **options):
-    e = Engine(model, None, EngineConfig(**{"page_size": 4, "max_seqs": 5, "max_step_tokens": 40} | options))
     params = [{"temperature": 0}, {"seed": 3, "logprobs": 2}, {"seed": 4, "top_k": 5, "repetition_penalty": 1.2}]
-    requests = [
-        e.add(prompt, SamplingParams(max_tokens=12 + i, **params[i % 3])) for i, prompt in enumerate(PROMPTS * 2)
-    ]
-    while e.busy:
-        if e.stats.steps == 9:
-            e.cancel(requests[1])
-        e.step()
-        e.check()
-    assert e.cache.in_use == 0
-    return [[token.id for token in request.samples[0].tokens] for request in requests]
+    asked = [(prompt, SamplingParams(max_tokens=12 + i, **params[i % 3])) for i, prompt in enumerate(PROMPTS * 2)]
+    return [tokens(request) for request in drawn(model, asked, max_step_tokens=40, **options)]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from block_kinds import MIXERS
-from replayed import lay_out
+from replayed import drawn, lay_out, tokens
 
 from cs336.inference import Engine, EngineConfig, SamplingParams, shapes
 from cs336.inference.shapes import Shape, most_captured, prompt_shapes
@@ -26,15 +26,9 @@ def laid_out(monkeypatch):
 
 
 def run(model, params, **options):
-    e = Engine(model, None, EngineConfig(**{"page_size": 4, "max_seqs": 5, "max_step_tokens": 64} | options))
-    requests = [e.add(prompt, params[i % len(params)]) for i, prompt in enumerate(PROMPTS * 2)]
-    while e.busy:
-        if e.stats.steps == 9:
-            e.cancel(requests[1])
-        e.step()
-        e.check()
-    assert e.cache.in_use == 0
-    return [[t.id for t in r.samples[0].tokens] for r in requests], [r.prompt_logprobs for r in requests]
+    asked = [(prompt, params[i % len(params)]) for i, prompt in enumerate(PROMPTS * 2)]
+    requests = drawn(model, asked, max_step_tokens=64, **options)
+    return [tokens(request) for request in requests], [request.prompt_logprobs for request in requests]
 
 
 PLAIN = [

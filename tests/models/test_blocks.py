@@ -30,12 +30,19 @@ from cs336.nn import (
 from cs336.ops import registry, rope_tables
 from cs336.utils.config import dumps, parse, to_table
 
-OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS
+SCALED = dataclasses.replace(BOUNDS["soft-caps"], logit_scale=0.3)
+OF_FORMULA = MLPS | NORMS | POSITIONS | BOUNDS | {"scaled logits, bounded": SCALED}
 
 
-@pytest.fixture(params=VARIANTS)
+GATED = {"MoE, shared behind a gate": block(mlp=MoEConfig(4, 2, 24, num_shared=2, shared_gate=True))}
+GATED |= {"MoE, biases": block(mlp=MoEConfig(4, 2, 24, bias=True, activation="clamped_gelu"))}
+GATED |= {"clamped": block(mlp=MLPConfig("clamped_gelu", gated=True, d_ff=24))}
+EVERY = VARIANTS | GATED
+
+
+@pytest.fixture(params=EVERY)
 def config(request):
-    return VARIANTS[request.param]
+    return EVERY[request.param]
 
 
 def uses_experts(config):
@@ -160,7 +167,7 @@ class Definition:
         if config.blocks[-1].placement != "post":
             x = self.norm(x, "norm", config.blocks[-1].norm)
         logits = x @ self.w["embedding.weight" if config.tie_embeddings else "head.weight"].T
-        cap = config.logit_softcap
+        logits, cap = logits * (config.logit_scale or 1), config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -227,9 +234,9 @@ SCORES_KEPT = {"soft-caps", "sinks", "ALiBi", "dropout"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - SCORES_KEPT))
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - SCORES_KEPT))
 def test_what_a_forward_keeps(name, autocast):
-    config = VARIANTS[name]
+    config = EVERY[name]
     token_ids, targets = torch.randint(64, (2, 3, 32))
     memory = training_memory(config, 3, compute_bytes=2 if autocast else None)
     kept = memory.casts + memory.activations + memory.logits - 3 * 32 * 64 * (10 if autocast else 4)
@@ -321,7 +328,7 @@ ODD = BlockConfig(AttentionConfig(3), positions=NoPositionsConfig())
 REFUSED = [
     (
         lambda: MLPConfig("tanh"),
-        "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu' or 'sigmoid', got",
+        "activation must be 'relu' or 'relu2' or 'gelu' or 'gelu_tanh' or 'silu' or 'sigmoid' or 'clamped_gelu', got",
     ),
     (lambda: MLPConfig(gated=1), "gated must be true or false, got 1"),
     (lambda: MLPConfig(d_ff=0), "d_ff must be a positive integer"),

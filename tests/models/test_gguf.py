@@ -13,12 +13,13 @@ from cs336.inference import LLM, SamplingParams
 from cs336.inference.generate import generate_ids
 from cs336.inference.load import load_model, load_tokenizer
 from cs336.models import TransformerConfig, from_gguf, tokenizer_from_gguf
-from cs336.models.gguf.model import NAMES
+from cs336.models.gguf.architectures import NAMES
 from cs336.models.gguf.quants import BF16, F16, F32, Q4_0, Q4_1, Q8_0
 from cs336.models.gguf.reader import GGUF
 from cs336.models.huggingface.family import renamed
 from cs336.tokenizer import Tokenizer
 from cs336.tokenizer.formats import spell
+from tests.tokenizer.sentencepieces import by_scores, pieces
 
 CONFIG = TransformerConfig(264, 24, 2, 32, 4, 2, d_ff=64, rope_interleaved=True, rope_theta=500.0, tie_embeddings=True)
 TYPES = {int: (4, "I"), float: (6, "f"), bool: (7, "?")}
@@ -179,6 +180,29 @@ def test_the_tokenizer(tmp_path):
     assert found.special_tokens == specials
 
 
+def test_a_tokenizer_of_sentencepiece(tmp_path):
+    given = pieces()
+    changed = {"model": "llama", "tokens": [p[0] for p in given], "scores": [p[1] for p in given]}
+    changed |= {"token_type": [p[2] for p in given], "bos_token_id": 1, "eos_token_id": 2}
+    pairs = {k: v for k, v in metadata().items() if not k.startswith("tokenizer.ggml")}
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    found = load_tokenizer(path)
+    assert found.begin_ids == (1,)
+    assert found.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for sample in ("the other   one\n\u4e2d\u6587 \U0001f601", ""):
+        assert found.encode(sample) == by_scores(given, sample)
+        assert found.decode(found.encode(sample)) == sample
+    changed |= {"add_bos_token": False, "add_space_prefix": False}
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    bare = load_tokenizer(path)
+    assert bare.begin_ids == ()
+    assert bare.encode(" the") == found.encode("the")
+    changed["scores"] = [0.0]
+    path = write(tmp_path / "m.gguf", pairs | {f"tokenizer.ggml.{name}": v for name, v in changed.items()}, {})
+    with pytest.raises(ValueError, match=rf"{len(given)} tokenizer\.ggml\.tokens and 1 numbers in scores"):
+        load_tokenizer(path)
+
+
 def test_conversations_are_written_by_the_template_of_the_file(tmp_path):
     template = "{{ messages[0]['content'] }}{{ eos_token }}"
     path, _ = written(tmp_path, pairs=metadata() | {"tokenizer.chat_template": template})
@@ -190,7 +214,7 @@ def test_conversations_are_written_by_the_template_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "general.architecture 'mamba': only 'llama' is read"),
+        ({"general.architecture": "mamba"}, "general.architecture 'mamba': read are llama, qwen2, .*gemma3"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8, which cs336"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4"),
@@ -212,9 +236,9 @@ def test_other_models_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama': only 'gpt2'"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert': known are 'gpt2', byte-level BPE, and 'llama'"),
         ({"pre": "other"}, "tokenizer.ggml.pre 'other': known are gpt-2, smollm"),
-        ({"token_type": [1]}, "264 tokenizer.ggml.tokens and 1 types of them"),
+        ({"token_type": [1]}, "264 tokenizer.ggml.tokens and 1 numbers in token_type"),
         ({"merges": ["a b c"]}, "the merge 'a b c': expected two tokens"),
         ({"merges": None}, "lacks tokenizer.ggml.merges, a list of strings"),
         ({"tokens": ["a"] * 264}, "has a token of tokenizer.ggml.tokens twice"),

@@ -335,3 +335,19 @@ def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(t
     w = torch.randn(192, 64)
     state = {"weight": w, "weight_scale": w.abs().amax(1, keepdim=True) / 448}
     check_both_ways(FloatQuantizationCompressor, state, scheme, tmp_path)
+
+
+def test_a_quantised_matrix_that_is_several_layers_here_is_refused_by_its_name(tmp_path):
+    """As files of Phi-3 have it."""
+    save_pretrained(make(), tmp_path / "llama", quantized_as="gptq")
+    said = json.loads((tmp_path / "llama" / "config.json").read_text())["quantization_config"]
+    halves = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(fraction=0.5))
+    save_pretrained(Transformer(TransformerConfig(64, 32, 2, 64, layers=(halves,))), tmp_path / "phi3")
+    weights = load_file(tmp_path / "phi3" / "model.safetensors")
+    weights["model.layers.0.self_attn.qkv_proj.qweight"] = torch.zeros(8, 128, dtype=torch.int32)
+    save_file(weights, tmp_path / "phi3" / "model.safetensors")
+    config = json.loads((tmp_path / "phi3" / "config.json").read_text()) | {"quantization_config": said}
+    (tmp_path / "phi3" / "config.json").write_text(json.dumps(config))
+    message = r"layers\.0\.self_attn\.qkv_proj is quantised, and it is 3 layers here, layers\.0\.attention\.q_proj, "
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(tmp_path / "phi3")

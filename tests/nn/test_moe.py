@@ -17,12 +17,18 @@ CONFIGS = {
     "bias": MoEConfig(4, 1, d_ff=8, balance="bias", router="sigmoid"),
     "groups": MoEConfig(6, 2, d_ff=8, num_groups=3, groups_per_token=2),
     "groups by their two best": MoEConfig(8, 3, 8, router="sigmoid", balance="bias", num_groups=2, groups_per_token=1),
+    "shared behind a gate": MoEConfig(4, 2, d_ff=8, num_shared=3, shared_gate=True),
+    "biases, clamped": MoEConfig(4, 2, d_ff=8, bias=True, activation="clamped_gelu", num_shared=1),
     "all of them": MoEConfig(3, 3, d_ff=8, balance="none"),
 }
 
 
 def built(config, d_model=16, **place):
     layer = config.build(d_model, **place)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=3.0)  # past the clamps
     if layer.balance_bias is not None:
         layer.balance_bias.normal_(std=0.3)
     return layer
@@ -31,14 +37,26 @@ def built(config, d_model=16, **place):
 def definition(layer, x):
     """Token by token, in float64."""
     config, w = layer.config, {name: t.detach().double() for name, t in layer.state_dict().items()}
-    act = {"silu": F.silu, "gelu": F.gelu}[config.activation]
+    act = {"silu": F.silu, "gelu": F.gelu}.get(config.activation)
 
-    def mlp(token, up, down, gate):
-        return down @ (act(up @ token) if gate is None else act(gate @ token) * (up @ token))
+    def mlp(token, up, down, gate, biases):
+        b_up, b_down, b_gate = biases
+        up = up @ token + b_up
+        if config.activation == "clamped_gelu":
+            gated = (gate @ token + b_gate).minimum(torch.tensor(7.0))
+            hidden = gated / (1 + (-1.702 * gated).exp()) * (up.clamp(-7, 7) + 1)
+        else:
+            hidden = act(up) if gate is None else act(gate @ token + b_gate) * up
+        return down @ hidden + b_down
+
+    def biases(name, e=None):
+        """Of up, down and gate; 0 without."""
+        found = [w.get(name.format(kind), torch.zeros(1)) for kind in ("up", "down", "gate")]
+        return found if e is None else [b.view(config.num_experts, -1)[e] if len(b) > 1 else b for b in found]
 
     out = []
     for token in x.double():
-        logits = w["router.weight"] @ token
+        logits = w["router.weight"] @ token + w.get("router.bias", 0)
         score = logits.softmax(0) if config.router == "softmax" else logits.sigmoid()
         wanted = score + w.get("balance_bias", 0)
         if config.num_groups > 1:
@@ -50,12 +68,19 @@ def definition(layer, x):
         weight = score[chosen] / (score[chosen].sum() if config.normalize else 1) * config.scale
         gates = w.get("experts.gate_proj")
         y = sum(
-            g * mlp(token, w["experts.up_proj"][e], w["experts.down_proj"][e], None if gates is None else gates[e])
+            g
+            * mlp(
+                token,
+                *(w[f"experts.{name}"][e] for name in ("up_proj", "down_proj")),
+                None if gates is None else gates[e],
+                biases("experts.{}_bias", e),
+            )
             for g, e in zip(weight, chosen.tolist(), strict=True)
         )
         if config.num_shared:
             up, down, gate = (w[f"shared.{name}_proj.weight"] for name in ("up", "down", "gate"))
-            y = y + mlp(token, up, down, gate)
+            shared = mlp(token, up, down, gate, biases("shared.{}_proj.bias"))
+            y = y + (shared * (w["shared_gate.weight"] @ token).sigmoid() if config.shared_gate else shared)
         out.append(y)
     return torch.stack(out)
 
@@ -70,7 +95,7 @@ def test_is_the_formula(name):
     torch.testing.assert_close(alone.flatten(0, 1), y.flatten(0, 1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid, shared"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid, shared", "shared behind a gate", "biases, clamped"])
 def test_gradients_in_float64(name):
     layer, x = built(CONFIGS[name], 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     names, values = zip(*layer.named_parameters(), strict=True)
@@ -161,6 +186,7 @@ def test_a_bias_evens_the_loads():
         ({"router": "tanh"}, "router must be 'softmax' or 'sigmoid', got 'tanh'"),
         ({"balance": "both"}, "balance must be 'loss' or 'bias' or 'none', got 'both'"),
         ({"num_shared": -1}, "num_shared must be an integer, 0 or more, got -1"),
+        ({"shared_gate": True}, "shared_gate gates the shared experts: it needs a num_shared of 1 or more"),
         ({"z_loss": -1.0}, "z_loss must be a finite number, 0 or more"),
         ({"scale": 0.0}, "scale must be a positive, finite number"),
         ({"activation": "tanh"}, "activation must be 'relu'"),

@@ -265,6 +265,7 @@ KV = torch.zeros(2, 2, 5, 8)
         ({"alibi_slopes": torch.tensor(0.5)}, "alibi_slopes must be .* got a number"),
         ({"window": 5}, "window must be .left, right., .* got 5"),
         ({"window": (-2, 3)}, "window's left must be an integer of at least 0, or None .* got -2"),
+        ({"window": ("3", 1)}, "window's left must be an integer of at least 0, or None .* got '3'"),
         ({"window": (3, -1)}, "window's right must be an integer of at least 0"),
         ({"window": (1.5, 2)}, "window's left must be an integer .* got 1.5"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),

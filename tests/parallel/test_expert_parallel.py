@@ -11,6 +11,7 @@ V, S, M = 17, 6, 16
 MIXTURES = {
     "softmax": MoEConfig(4, 2, d_ff=8, num_shared=1, balance="none"),
     "sigmoid": MoEConfig(6, 3, d_ff=8, gated=False, activation="gelu", router="sigmoid", balance="bias", bias_rate=0.5),
+    "biases": MoEConfig(4, 2, 8, 1, "clamped_gelu", bias=True, shared_gate=True, balance="none"),
     "one sided": MoEConfig(4, 1, d_ff=8, balance="none"),
 }
 

@@ -23,9 +23,10 @@ SANDWICH = BlockConfig(
 PARALLEL = BlockConfig(AttentionConfig(2), parallel=True)
 REORDERED = BlockConfig(AttentionConfig(2), placement="reordered")
 LEARNED = BlockConfig(AttentionConfig(2), positions=NoPositionsConfig())
+SCALES = {"embedding_scale": 2.0, "logit_scale": 1.5}
 CONFIGS = {
     "short": TransformerConfig(V, S, 2, M, 4, 2, qk_norm=True, qkv_bias=True),
-    "tied": TransformerConfig(V, S, 1, M, 4, tie_embeddings=True, logit_softcap=2.0, embedding_scale=2.0),
+    "tied": TransformerConfig(V, S, 1, M, 4, tie_embeddings=True, logit_softcap=2.0, **SCALES),
     "alibi": TransformerConfig(V, S, 1, M, layers=(ALIBI,)),
     "learned": TransformerConfig(V, S, 1, M, layers=(LEARNED,), position_embedding="learned"),
     "placements": TransformerConfig(V, S, 3, M, layers=(SANDWICH, PARALLEL, REORDERED)),

@@ -279,7 +279,7 @@ def put(document, where, value):
     ("where", "value", "message"),
     [
         (["model", "cs336"], None, "damaged"),
-        (["model", "cs336", "format"], 2, "its format is 2"),
+        (["model", "cs336", "format"], 3, "its format is 3"),
         (["model", "cs336", "pattern"], 7, "expected a text"),
         (["model", "cs336", "pattern"], "(", "neither one of"),
         (["model", "cs336", "pattern"], "cl100k", "its fingerprint does not match"),

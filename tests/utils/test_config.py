@@ -86,6 +86,27 @@ def test_a_tag_may_be_left_out_where_the_default_has_one():
     assert found.layers == (Block(Dense(width=8)), Block(Experts(1)))
 
 
+@dataclass(frozen=True)
+class Wide:
+    mlp: Mlp = field(default_factory=lambda: Experts(3, width=7))
+
+
+@pytest.mark.parametrize(
+    ("options", "mlp"),
+    [
+        ([], Experts(3, width=7)),
+        (["--mlp.width=2"], Experts(3, width=2)),
+        (["--mlp.kind=experts", "--mlp.each.width=1"], Experts(3, width=7, each=Dense(width=1))),
+        (["--mlp.kind=dense"], Dense()),
+    ],
+)
+def test_a_table_begins_from_the_default_of_its_field(options, mlp):
+    """Where its tag is that default's, which a list of keys shows."""
+    assert parse(Wide, override(Wide, {}, options)).mlp == mlp
+    found = {key.name: key.default for key in keys(Wide) if key.of == "mlp.kind = 'experts'"}
+    assert found == {"mlp.count": "3", "mlp.width": "7", "mlp.each.width": "4"}
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

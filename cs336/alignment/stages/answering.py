@@ -121,4 +121,4 @@ def read_pairs_of_prompts(path: pathlib.Path, policy: Policy) -> list[tuple[str,
 
 def longest_prompt(pairs: Sequence[tuple[str, Any]], policy: Policy) -> int:
     """In tokens."""
-    return max(len(policy.tokenizer.encode(prompt, allowed_special="all")) for prompt, _ in pairs)
+    return max(len(policy.tokenizer.encode_prompt(prompt)) for prompt, _ in pairs)

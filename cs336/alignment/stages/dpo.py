@@ -36,7 +36,8 @@ MEANS = ("ipo", "simpo", "orpo")  # losses of means over an answer's tokens, as 
 @dataclass(frozen=True)
 class PairData:
     train: pathlib.Path
-    """JSON lines of preferences: see cs336.alignment.pairs; of kto and outcome, of prompt, completion and label."""
+    """JSON lines of preferences: see cs336.alignment.pairs; of outcome, of prompt, completion and label; of kto,
+    either."""
     val: pathlib.Path | None = None
     """The same, for validation."""
 
@@ -49,7 +50,8 @@ class DPOConfig(StageConfig):
     batch_size: int = 8
     """Pairs, or answers, an optimizer step."""
     loss_type: Literal[DPOLoss, "kto"] = "sigmoid"
-    """kto learns from answers that were good or not, each by itself (arXiv:2402.01306), the others from pairs."""
+    """kto learns from answers that were good or not, each by itself (arXiv:2402.01306), of pairs too; the others from
+    pairs."""
     beta: float = 0.1
     """How far the model may go from the reference: the larger, the less. Of orpo the weight of the odds ratio."""
     label_smoothing: float = 0.0
@@ -110,8 +112,9 @@ class DPOStage(Stage):
         return f"{len(self.pairs):,} {self.items}{longer}, {epoch} an epoch, loss {self.config.loss_type}"
 
     def update(self, step: int) -> dict[str, float]:
-        batch = self._batch(self.batches.batch(step - 1))
-        return self._means(self._learn(self._terms, batch)) | {"tokens": batch[0].numel()}
+        places = self.batches.batch(step - 1)
+        tokens = sum(item.num_tokens for item in self._items(places))
+        return self._means(self._learn(self._terms, self._batch(places))) | {"tokens": tokens}
 
     def evaluate(self) -> Finding:
         if not self.val:
@@ -198,7 +201,7 @@ class KTOStage(DPOStage):
     def _read(self, path: pathlib.Path) -> tuple[list[Any], int]:
         policy = self.policy
         length = policy.model.config.context_length
-        outcomes, longer = read_outcomes(path, policy.tokenizer, policy.template, policy.end_ids, length)
+        outcomes, longer = read_outcomes(path, policy.tokenizer, policy.template, policy.end_ids, length, pairs=True)
         try:
             return with_unrelated(outcomes, length), longer
         except ValueError as error:

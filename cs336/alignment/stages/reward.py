@@ -76,8 +76,8 @@ class RewardStage(Stage):
         return f"{len(self.pairs):,} {self.items}{longer}, {counted(self.batches.per_epoch, 'step')} an epoch"
 
     def update(self, step: int) -> dict[str, float]:
-        batch = self._batch([self.pairs[i] for i in self.batches.batch(step - 1)])
-        return self._learn(self._terms, batch) | {"tokens": batch[0].numel()}
+        items = [self.pairs[i] for i in self.batches.batch(step - 1)]
+        return self._learn(self._terms, self._batch(items)) | {"tokens": sum(item.num_tokens for item in items)}
 
     def evaluate(self) -> Finding:
         """Accuracy, and how far the probability that rewards give to the choice is from how often it was made."""

@@ -153,7 +153,7 @@ class SFTStage(Stage):
         """Greedy ones to the first validation prompts that leave room."""
         policy, most = self.policy, self.config.sample_tokens
         room = policy.model.config.context_length
-        fitting = [p for p in self.prompts if len(policy.tokenizer.encode(p, allowed_special="all")) < room]
+        fitting = [p for p in self.prompts if len(policy.tokenizer.encode_prompt(p)) < room]
         if not fitting:
             return []
         params = SamplingParams(temperature=0, max_tokens=most)

@@ -7,13 +7,21 @@ from cs336.data.build.job import Build
 from cs336.data.build.sample import Sample, take_sample, warning
 from cs336.data.build.unit import Work
 from cs336.data.dedup.lines import TABLE_BYTES
-from cs336.data.recipe import Documents, Lines, MinHash, Recipe
+from cs336.data.recipe import AnyDedup, Documents, Lines, MinHash, Paragraphs, Recipe, Substrings
+from cs336.data.step import Semantic
 from cs336.utils.config import to_table
 from cs336.utils.duration import duration
 
 DOCUMENT_BYTES = 70  # of memory: digests or keys, their order, where each document is
 BYTES_PER_TOKEN = 4.2  # of English text, by a tokenizer of 32,000
 LINE_BYTES = 60  # of web text, the mean
+PARAGRAPH_BYTES = 300  # of web text, the mean
+NORMALIZED_BYTES_PER_SECOND = 100e6  # of paragraphs that are compared
+WINDOW_BYTES = 10  # of memory, a byte of text
+REPEATS_BYTES_PER_SECOND = 20e6  # that are looked up, one core
+HASHED_BYTES_PER_SECOND = 500e6  # that are passed over in a part they do not fall to, one core
+FEATURES = 768  # of an embedding
+EMBEDDED_BYTES_PER_SECOND = 2e4  # one core, a model of 124M
 DOCUMENTS_PER_SECOND = 8000.0  # that MinHash signs, one core, 1.5 kB each; measured by benchmarks/end_to_end
 TEXT_BYTES_PER_SECOND = 60e6  # of another pass over documents
 
@@ -78,9 +86,7 @@ def _expected(recipe: Recipe, works: Sequence[Work], sample: Sample, build: Buil
     yield f"disk     {size * (1 + len(recipe.dedup)) / 1e6:,.1f} MB for the documents of every stage"
 
 
-def _cost(
-    config: Documents | Lines | MinHash, documents: float, size: float, one_pass: float
-) -> tuple[float, float, float]:
+def _cost(config: AnyDedup | Semantic, documents: float, size: float, one_pass: float) -> tuple[float, float, float]:
     """(bytes of memory, bytes of disk, seconds)."""
     if isinstance(config, Documents):
         return DOCUMENT_BYTES * documents, 0.0, 2 * one_pass
@@ -88,9 +94,19 @@ def _cost(
         lines = size / LINE_BYTES
         parts = max(1.0, -(-lines * TABLE_BYTES // config.max_memory))
         return min(lines * TABLE_BYTES, config.max_memory) + lines, 0.0, (2 + 2 * parts) * one_pass
-    signatures = 4.0 * config.num_hashes * documents
-    return (
-        DOCUMENT_BYTES * documents,
-        signatures,
-        2 * one_pass + documents / DOCUMENTS_PER_SECOND * config.num_hashes / 128,
-    )
+    if isinstance(config, Paragraphs):
+        paragraphs = size / PARAGRAPH_BYTES
+        parts = max(1.0, -(-paragraphs * TABLE_BYTES // config.max_memory))
+        memory = min(paragraphs * TABLE_BYTES, config.max_memory) + paragraphs
+        passes = 1 + parts * (1 if config.keep == "first" else 2)
+        return memory, 0.0, passes * (one_pass + size / NORMALIZED_BYTES_PER_SECOND) + one_pass
+    if isinstance(config, Substrings):
+        symbols = size if config.tokenizer is None else size / BYTES_PER_TOKEN
+        parts = max(1.0, -(-symbols * WINDOW_BYTES // config.max_memory))
+        took = symbols / REPEATS_BYTES_PER_SECOND + (parts - 1) * symbols / HASHED_BYTES_PER_SECOND
+        return min(symbols * WINDOW_BYTES, config.max_memory) + symbols / 8, size, 2 * one_pass + took
+    if isinstance(config, MinHash):
+        signatures = 4.0 * config.num_hashes * documents
+        signed = documents / DOCUMENTS_PER_SECOND * config.num_hashes / 128
+        return DOCUMENT_BYTES * documents, signatures, 2 * one_pass + signed
+    return DOCUMENT_BYTES * documents, 4.0 * FEATURES * documents, 2 * one_pass + size / EMBEDDED_BYTES_PER_SECOND

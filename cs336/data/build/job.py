@@ -46,6 +46,7 @@ Engine = Literal["local", "ray"]
 VERSION = 1  # of what the outputs of a unit are: another one makes them anew
 EXTRACT, TOKENIZER, TOKENS, PACKED = "1-extract", "tokenizer.json", "tokens", "packed"
 WORKER_LOCK, SEEN = ".workers.lock", ".sources.json"
+PARTS = ("lines", "paragraphs")  # of documents, that deduplication counts
 ORPHAN_SECONDS = 60.0  # that a worker of a killed build may take to see that it is alone
 
 
@@ -83,7 +84,7 @@ class Build:
 
     def check(self) -> None:
         """Raises ValueError or OSError for a step that could not be built, or a tokenizer that could not be used."""
-        for step in self.recipe.steps:
+        for step in (*self.recipe.steps, *self.recipe.dedup):
             if isinstance(step, Checked):
                 step.check()
         config = self.recipe.tokenize
@@ -165,15 +166,18 @@ class Build:
         purpose = {
             "documents": "drop documents that equal others",
             "lines": "drop lines that others have",
+            "paragraphs": "drop paragraphs that others have",
+            "substrings": "cut out passages that were there before",
             "minhash": "drop documents that are like others",
+            "semantic": "drop documents that mean the same as others",
         }
         return Stage(
             target,
             purpose[config.kind],
             lambda: self.dedup(config, source, target),
             outputs=(f"{target}/index.json",),
-            inputs=(self.output / source / "index.json",),
-            settings={**to_table(config), **shared, "seed": self.recipe.seed},
+            inputs=(self.output / source / "index.json", *_paths(config)),
+            settings={**_values(config), **shared, "seed": self.recipe.seed},
         )
 
     def _token_stages(self, config: Tokenize, source: str) -> Iterator[Stage]:
@@ -249,8 +253,14 @@ class Build:
             seed=self.recipe.seed,
         )
         index = read_index(self.output / target)
-        lines = f", {index['lines_dropped']:,} of {index['lines']:,} lines dropped" if "lines" in index else ""
-        return Outcome(f"{index['documents']:,} of {passed.documents:,} documents are left{lines}")
+        said = f"{index['documents']:,} of {passed.documents:,} documents are left"
+        for part in PARTS:
+            if part in index:
+                said += f", {index[f'{part}_dropped']:,} of {index[part]:,} {part} dropped"
+        if "repeats" in index:
+            repeats = index["repeats"]
+            said += f", {repeats['cut_bytes']:,} of {repeats['text_bytes']:,} bytes cut"
+        return Outcome(said)
 
     def tokenizer(self, config: Tokenize, source: str) -> Outcome:
         store = self._left(source)
@@ -328,8 +338,10 @@ class Build:
             facts["folders"].append(folder)
             stages.append(index["passed"])
             documents, size = index["documents"], index["bytes"]
-            if "lines" in index:
-                facts["lines"], facts["lines_dropped"] = index["lines"], index["lines_dropped"]
+            counted = [name for part in PARTS for name in (part, f"{part}_dropped") if name in index]
+            facts = _added(facts, {name: index[name] for name in counted})
+            if "repeats" in index:
+                facts["repeats"] = _added(facts.get("repeats", {}), index["repeats"])
         table = counts.to_json() | {"stages": stages, "documents": documents, "bytes": size} | facts
         write_text(self.output / "recipe.toml", dumps(self.recipe))
         write_json(self.output / "build.json", table, indent=1)
@@ -344,6 +356,17 @@ def _paths(step: Any) -> Iterator[pathlib.Path]:
         yield from (
             path for path in (value if isinstance(value, tuple) else (value,)) if isinstance(path, pathlib.Path)
         )
+
+
+def _values(step: Any) -> dict[str, Any]:
+    """Its settings but for paths: what is there decides, and not how it is called."""
+    values = to_table(step)
+    return {name: values[name] for name in values if not isinstance(getattr(step, name), pathlib.Path)}
+
+
+def _added(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Numbers add up and lists join, over stages of one kind."""
+    return facts | {name: facts[name] + value if name in facts else value for name, value in more.items()}
 
 
 def _digest(value: Any) -> str:

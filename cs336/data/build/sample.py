@@ -12,7 +12,7 @@ from cs336.data.build.store import read_file
 from cs336.data.build.supervisor import Supervisor
 from cs336.data.build.unit import Work
 from cs336.data.corpus import in_validation
-from cs336.data.recipe import Lines, Recipe
+from cs336.data.recipe import Lines, Paragraphs, Recipe, Substrings
 from cs336.utils.documents import Document
 
 SAMPLE_UNITS, SAMPLE_RECORDS = 8, 200  # of each source
@@ -71,7 +71,8 @@ def warning(recipe: Recipe, sample: Sample) -> str | None:
         return None
     advice = "give more documents, another tokenize.val_fraction, or 0 to hold none out"
     documents, held_out = round(sample.documents), sample.held_out
-    certain = sample.whole and not any(isinstance(config, Lines) for config in recipe.dedup)  # lines change texts
+    changes_texts = any(isinstance(config, Lines | Paragraphs | Substrings) for config in recipe.dedup)
+    certain = sample.whole and not changes_texts
     if certain and documents and held_out in (0, documents):
         side = "training" if held_out else "validation"
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Duplicates: equal lines, equal documents, near duplicates; a Bloom filter."""
+"""Duplicates: equal lines, paragraphs, passages, documents; near duplicates; texts of one meaning; a Bloom filter."""

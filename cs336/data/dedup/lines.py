@@ -5,7 +5,7 @@ import hashlib
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +88,32 @@ def dedup_documents(files: Paths, out_dir: str | os.PathLike) -> DedupReport:
             copy(source, target)
         seen.add(digest)
     return DedupReport(len(pairs), len(pairs) - len(seen))
+
+
+class RepeatedLines:
+    """Which lines of many texts others have: known before anything is written. A byte a line, and the table of a part.
+
+    texts: gives the texts, in order, as often as it is called. keep, max_memory: as dedup_lines has them.
+    """
+
+    def __init__(self, texts: Callable[[], Iterable[bytes]], keep: Literal["none", "first"], max_memory: int):
+        self._begins_D = np.cumsum([0, *(_text.count_lines(text) for text in texts())])
+        self._drop_L = np.zeros(int(self._begins_D[-1]), np.uint8)
+        parts = max(1, -(-len(self._drop_L) * TABLE_BYTES // max_memory))
+        for part in range(parts):
+            lines = _text.LineDedup(part, parts, 1)
+            if keep == "none":
+                for text in texts():
+                    lines.count(text)
+            for index, text in enumerate(texts()):
+                lines.drop_repeated(text, keep == "first", self.of(index), None)
+
+    def __len__(self) -> int:
+        return len(self._drop_L)
+
+    def of(self, index: int) -> np.ndarray:
+        """(lines of a text,) uint8: 1 for those that go."""
+        return self._drop_L[self._begins_D[index] : self._begins_D[index + 1]]
 
 
 @contextlib.contextmanager

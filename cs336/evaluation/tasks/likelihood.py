@@ -30,9 +30,10 @@ def loglikelihoods(model: Model, pairs: Sequence[tuple[str, str]]) -> list[Score
     wholes = model.encode([p + c for p, c in moved])
     prompts, ends, most = [], [], model.engine.max_len - 1
     for (p, c), head, whole in zip(moved, heads, wholes, strict=True):
-        start, end = (whole[: len(head)], whole[len(head) :]) if p else (head, whole)
+        cut = len(head) if p else len(model.tokenizer.begin_ids)
+        start, end = (whole[:cut] or head, whole[cut:])
         if not end:  # it became a part of the prompt's last token
-            start, end = head, model.encode([c])[0]
+            start, end = head, model.tokenizer.encode(c, "all", behind=head)
         if len(end) >= most:
             raise ValueError(f"a continuation has {len(end)} tokens, which leaves no room in a sequence of {most + 1}")
         prompts.append(start[len(end) - most :] if len(start) + len(end) > most else start)
@@ -52,6 +53,7 @@ def rolling(model: Model, texts: Sequence[str]) -> list[float]:
     ends: list[list[int]] = []
     owners: list[int] = []
     for number, ids in enumerate(model.encode(texts)):
+        ids = ids[len(model.tokenizer.begin_ids) :]
         for at in range(0, len(ids), window):
             heads.append(ids[at - 1 : at] or begin)
             ends.append(ids[at : at + window])

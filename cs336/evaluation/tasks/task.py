@@ -18,6 +18,8 @@ class Model(Protocol):
     def score(self, prompts: Sequence[Any], continuations: Sequence[Any], top: int = 0) -> list[list[Token]]: ...
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
     @property
+    def tokenizer(self) -> Any: ...  # of which encode and begin_ids
+    @property
     def engine(self) -> Any: ...  # of which max_len, the longest sequence
     @property
     def chat_template(self) -> Any: ...  # of which render(messages), the text that a chat is

@@ -118,8 +118,8 @@ def _folds(block: TransformerBlock, inputs: list[Inputs]) -> Iterator[_Fold]:
             continue
         readers = [each for each in inputs if each.norm is norm]
         names = [name for each in readers for name in each.layers]
-        routers = (moe.router for at, moe in mixtures.items() if any(name.startswith(f"{at}.") for name in names))
-        yield _Fold(norm, readers, tuple(routers))
+        read_by = [moe for at, moe in mixtures.items() if any(name.startswith(f"{at}.") for name in names)]
+        yield _Fold(norm, readers, tuple(router for moe in read_by for router in moe.routers))
     for at, module in block.named_modules():
         if isinstance(module, Attention) and module.num_heads == module.num_kv_heads:
             yield _Fold(module.v_proj, [read[f"{at}.o_proj"]])

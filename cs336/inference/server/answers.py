@@ -8,6 +8,7 @@ from typing import Any
 from cs336.inference.engine import Request, Sample
 from cs336.inference.outputs import Token
 from cs336.inference.server.protocol import ChatRequest, CompletionRequest
+from cs336.inference.tool_parser import ToolParser, call_of, read_answer
 
 Json = dict[str, Any]
 
@@ -80,13 +81,13 @@ class Answers:
 
     # ---- /v1/chat/completions ----
 
-    def chat(self, asked: ChatRequest, request: Request) -> list[Json]:
-        """The choices of a request that has finished."""
+    def chat(self, asked: ChatRequest, request: Request, parsers: Sequence[ToolParser | None]) -> list[Json]:
+        """The choices of a request that has finished; parsers of them, if tools may be called."""
         choices = []
-        for sample in request.samples:
-            message = {"role": "assistant", "content": "".join(sample.pieces)}
+        for sample, parser in zip(request.samples, parsers, strict=True):
+            message, reason = read_answer("".join(sample.pieces), sample.finish_reason or "cancelled", parser)
             logprobs = self.chat_logprobs(sample.tokens) if asked.logprobs else None
-            choices.append(choice(sample.index, sample.finish_reason, message=message, logprobs=logprobs))
+            choices.append(choice(sample.index, reason, message=message, logprobs=logprobs))
         return choices
 
     def chat_logprobs(self, tokens: Sequence[Token]) -> Json:
@@ -102,6 +103,27 @@ class Answers:
                 entry(t.id, t.logprob) | {"top_logprobs": [entry(id, logprob) for id, logprob in t.top]} for t in tokens
             ]
         }
+
+
+def deltas(parser: ToolParser | None, text: str, finish_reason: str | None) -> tuple[list[Json], str | None]:
+    """What a text adds to a streamed answer, and why the answer ends, if it does. A call that went wrong after it was
+    announced stays as it is."""
+    if parser is None:
+        return [{"content": text}] if text else [], finish_reason
+    events = parser.push(text)
+    if finish_reason is not None:
+        events += parser.close(cut=finish_reason == "length")
+        finish_reason = parser.finish_reason(finish_reason)
+    found: list[Json] = []
+    for event in events:
+        match event.kind:
+            case "content":
+                found.append({"content": event.text})
+            case "call":
+                found.append({"tool_calls": [{"index": event.number} | call_of(event)]})
+            case "arguments":
+                found.append({"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})
+    return found, finish_reason
 
 
 def least(logprob: float) -> float:
@@ -127,5 +149,5 @@ def usage(requests: Sequence[Request], *, echo_alone: bool = False) -> Json:
     }
 
 
-def error(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Json:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def error(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -29,9 +30,11 @@ from cs336.inference.server.protocol import (
     TokenizeRequest,
 )
 from cs336.inference.server.worker import EngineFailed, Message, Ticket, Worker
+from cs336.inference.tools import Tools
 from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
+FIELD = re.compile(r"(tools|tool_choice|messages)\b[\w.$-]*")  # that an error begins with
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -152,7 +155,10 @@ class Server:
         ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
         room = llm.engine.max_len
         group = Group(self, [(i, asked.params(room - len(i))) for i in ids])
-        shown = [llm.decode(i) for i in ids] if asked.echo else [""] * len(ids)
+        shown = [""] * len(ids)
+        if asked.echo:
+            begin = len(llm.tokenizer.begin_ids)  # of a prompt of text, and not in it
+            shown = [llm.decode(i[begin:] if isinstance(p, str) else i) for p, i in zip(prompts, ids, strict=True)]
         id = f"cmpl-{uuid.uuid4().hex}"
 
         def whole() -> dict[str, Any]:
@@ -184,15 +190,18 @@ class Server:
 
     async def _chat(self, asked: ChatRequest, http: Request) -> Response:
         self._check_model(asked)
-        llm = self.llm
-        (ids,) = llm.encode([llm.chat_template.render(asked.messages, extra=asked.chat_template_kwargs)])
-        room = llm.engine.max_len - len(ids)
-        group = Group(self, [(ids, asked.params(room, llm.chat_template.stop))])
+        llm, tools = self.llm, Tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
+        extra = asked.chat_template_kwargs
+        (ids,) = llm.encode([llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)])
+        params = asked.params(llm.engine.max_len - len(ids), llm.chat_template.stop)
+        params = await asyncio.to_thread(llm.calling, params, tools) if tools.must else llm.calling(params, tools)
+        group = Group(self, [(ids, params)])
+        parsers = [llm.tool_parser(tools) for _ in range(asked.n)]
         id, object = f"chatcmpl-{uuid.uuid4().hex}", "chat.completion"
 
         def whole() -> dict[str, Any]:
             (request,) = group.requests
-            return self.answers.envelope(id, object, self.answers.chat(asked, request), usage=used())
+            return self.answers.envelope(id, object, self.answers.chat(asked, request, parsers), usage=used())
 
         def used() -> dict[str, Any]:
             return answers.usage(group.requests)
@@ -204,10 +213,14 @@ class Server:
                 begun.add(sample.index)
                 found.append(choice(sample.index, None, delta={"role": "assistant", "content": ""}))
             logprobs = self.answers.chat_logprobs([token]) if asked.logprobs and token else None
-            if update.text or logprobs:
-                found.append(choice(sample.index, None, delta={"content": update.text}, logprobs=logprobs))
-            if update.finish_reason:
-                found.append(choice(sample.index, update.finish_reason, delta={}))
+            deltas, reason = answers.deltas(parsers[sample.index], update.text, update.finish_reason)
+            if logprobs and not deltas:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                found.append(choice(sample.index, None, delta=delta, logprobs=logprobs))
+                logprobs = None  # they are told once
+            if reason:
+                found.append(choice(sample.index, reason, delta={}))
             return [self.answers.envelope(id, f"{object}.chunk", [c]) for c in found]
 
         last = functools.partial(self._last, id, f"{object}.chunk", used)
@@ -273,8 +286,10 @@ class Server:
         self._check_model(asked)
         if (asked.prompt is None) == (asked.messages is None):
             raise ValueError("give either a prompt or messages")
-        text = asked.prompt if asked.messages is None else self.llm.chat_template.render(asked.messages)
-        ids = self.llm.tokenizer.encode(text, allowed_special="all")
+        text = asked.prompt
+        if asked.messages is not None:
+            text = self.llm.chat_template.render(asked.messages, tools=Tools(asked.tools).offered)
+        ids = self.llm.tokenizer.encode_prompt(text)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.llm.engine.max_len})
 
     async def _detokenize(self, asked: DetokenizeRequest) -> Response:
@@ -332,7 +347,7 @@ async def _invalid(http: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    return JSONResponse(answers.error(message), 400)
+    return JSONResponse(answers.error(message, param=where or None), 400)
 
 
 def _problem(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
@@ -346,7 +361,8 @@ async def _http_error(http: Request, error: Any) -> Response:
 
 
 async def _value_error(http: Request, error: Exception) -> Response:
-    return _json(answers.error(str(error)), 400)
+    field = FIELD.match(str(error))
+    return _json(answers.error(str(error), param=field and field[0]), 400)
 
 
 async def _failed(http: Request, error: Exception) -> Response:

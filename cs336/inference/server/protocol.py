@@ -14,8 +14,8 @@ MOST_STOPS = 256  # strings, each of which is looked for in every token's text
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = list[TokenId]
-PASSED_OVER = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "tool_choice"}
-PASSED_OVER |= {"parallel_tool_calls", "prompt_cache_retention", "function_call"}
+PASSED_OVER = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
+PASSED_OVER |= {"prompt_cache_retention", "function_call"}
 
 
 class StreamOptions(BaseModel):
@@ -187,10 +187,13 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
     def params(self, room: int, stop: tuple[str, ...]) -> SamplingParams:
         """For a prompt after which there is room for so many tokens. stop: the template's."""
-        self.refuse(tools=[], functions=[], audio=None, modalities=["text"])
+        self.refuse(functions=[], audio=None, modalities=["text"])
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs takes logprobs = true")
         max_tokens = _within(room, self.max_completion_tokens or self.max_tokens or max(1, room))
@@ -212,6 +215,7 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
     model: str | None = None
 
 

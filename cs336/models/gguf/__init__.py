@@ -1,4 +1,4 @@
-"""GGUF, the one-file format of llama.cpp: read a Llama and its tokenizer, quantized or not, as float weights."""
+"""GGUF, the one-file format of llama.cpp: read a model and its tokenizer, quantized or not, as float weights."""
 
 from cs336.models.gguf.model import from_gguf as from_gguf
 from cs336.models.gguf.reader import GGUF as GGUF

@@ -1,31 +1,20 @@
-"""A Llama in a GGUF file as a Transformer. llama.cpp rotates neighbouring features, so its query and key rows are in
-that order."""
+"""A model in a GGUF file as a Transformer."""
 
+import dataclasses
 import os
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from cs336.models.config import TransformerConfig
+from cs336.models.gguf.architectures import ARCHITECTURES, Architecture, sizes
 from cs336.models.gguf.reader import GGUF
-from cs336.models.huggingface.family import renamed
 from cs336.models.huggingface.fields import Fields
 from cs336.models.transformer import Transformer
+from cs336.nn import Llama3Scaling, RopeConfig
+from cs336.ops.rope_tables import inverse_frequencies
 
-NAMES = {
-    ".attention_norm.": "blk.{layer}.attn_norm.",
-    ".attention.q_proj.": "blk.{layer}.attn_q.",
-    ".attention.k_proj.": "blk.{layer}.attn_k.",
-    ".attention.v_proj.": "blk.{layer}.attn_v.",
-    ".attention.o_proj.": "blk.{layer}.attn_output.",
-    ".mlp_norm.": "blk.{layer}.ffn_norm.",
-    ".mlp.gate_proj.": "blk.{layer}.ffn_gate.",
-    ".mlp.up_proj.": "blk.{layer}.ffn_up.",
-    ".mlp.down_proj.": "blk.{layer}.ffn_down.",
-    "embedding.": "token_embd.",
-    "norm.": "output_norm.",
-    "head.": "output.",
-}
+FACTORS, LLAMA3_LENGTH = "rope_freqs.weight", 8192  # what the frequencies are divided by; Llama 3's context
 
 
 def from_gguf(
@@ -33,24 +22,13 @@ def from_gguf(
 ) -> Transformer:
     """The model in a GGUF file, its weights dequantized: float32 if dtype is None. In eval mode.
 
-    Raises FileNotFoundError where there is no file, ValueError for one that is damaged, and for a model that is no
-    Llama or does what a Transformer does not, naming the key of its metadata.
+    Raises FileNotFoundError where there is no file, ValueError for one that is damaged, and for a model of
+    another architecture, or one that does what a Transformer does not, naming the key of its metadata.
     """
     file = GGUF(path)
-    config = _config(file)
+    config, architecture = _config(file)
     model = Transformer(config, device="meta").eval()
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    place = {rule.ours[0]: rule.theirs[0] for rule in renamed(shapes, NAMES)}
-    if missing := set(place.values()) - file.tensors.keys():
-        raise ValueError(f"{path} lacks weights: {', '.join(sorted(missing))}")
-    if unknown := file.tensors.keys() - set(place.values()):
-        raise ValueError(f"{path} has unknown weights: {', '.join(sorted(unknown))}")
-    for name, theirs in place.items():
-        if file.tensors[theirs].shape != shapes[name]:
-            found, expected = file.tensors[theirs].shape, tuple(shapes[name])
-            raise ValueError(f"{path}: {theirs} has shape {found}, the metadata mean {expected}")
-    weights = {name: file.tensor(theirs).to(device, dtype) for name, theirs in place.items()}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(_weights(file, model, architecture, device, dtype), assign=True)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (i := file.get(f"tokenizer.ggml.{theirs}_token_id", int)) is not None:
             model.special_ids[f"{ours}_token_id"] = i
@@ -60,39 +38,63 @@ def from_gguf(
 
 def config_of_gguf(path: str | os.PathLike) -> TransformerConfig:
     """The configuration alone. Errors: as from_gguf's."""
-    return _config(GGUF(path))
+    return _config(GGUF(path))[0]
 
 
-def _config(file: GGUF) -> TransformerConfig:
-    architecture = file.get("general.architecture", str)
-    if architecture != "llama":
-        raise ValueError(f"{file.path} has general.architecture {architecture!r}: only 'llama' is read")
-    table = {k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")}
-    fields = Fields(table, above="llama.", source=str(file.path))
-    sizes = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    fields.require(*sizes, "attention.layer_norm_rms_epsilon")
+def _weights(
+    file: GGUF,
+    model: Transformer,
+    architecture: Architecture,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    rules = architecture.rules(shapes)
+    expected = {name for rule in rules for name in rule.theirs}
+    derived = {FACTORS} if any(getattr(block.positions, "scaling", None) for block in model.config.blocks) else set()
+    if missing := expected - file.tensors.keys():
+        raise ValueError(f"{file.path} lacks weights: {', '.join(sorted(missing))}")
+    if unknown := file.tensors.keys() - expected - derived:
+        raise ValueError(f"{file.path} has unknown weights: {', '.join(sorted(unknown))}")
+    for rule in rules:
+        found = [file.tensors[name].shape for name in rule.theirs]
+        means = [tuple(t.shape) for t in rule.write([torch.empty(shapes[name], device="meta") for name in rule.ours])]
+        for name, has, mean in zip(rule.theirs, found, means, strict=True):
+            if has != mean:
+                raise ValueError(f"{file.path}: {name} has shape {has}, the metadata mean {mean}")
+    weights: dict[str, Tensor] = {}
+    for rule in rules:
+        read = rule.read([file.tensor(name).to(device, dtype) for name in rule.theirs])
+        weights |= zip(rule.ours, read, strict=True)
+    return weights
+
+
+def _stretched(file: GGUF, config: TransformerConfig) -> TransformerConfig:
+    """With the positions of Llama 3.1, whose files divide each pair's frequency by a factor instead of saying how."""
+    (block,) = set(config.blocks)
+    assert isinstance(block.positions, RopeConfig)
+    said = file.tensor(FACTORS).double()
+    D, theta = block.mixer.rope_dim(config.d_model), block.positions.theta
+    scaling = Llama3Scaling(max(1.0, round(said.max().item(), 4)), LLAMA3_LENGTH)
+    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta)[0]
+    if said.shape != factors.shape or not torch.allclose(said, factors, rtol=1e-4):
+        raise ValueError(f"{file.path} has {FACTORS} that are not Llama 3.1's: other stretched positions are not read")
+    positions = dataclasses.replace(block.positions, scaling=scaling)
+    return config.with_blocks((dataclasses.replace(block, positions=positions),) * config.num_layers)
+
+
+def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
+    name = file.get("general.architecture", str)
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{file.path} has general.architecture {name!r}: read are {known}")
     if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
         raise ValueError(f"{file.path} lacks weights: token_embd.weight, of two dims")
+    table = {k.removeprefix(f"{name}."): v for k, v in file.metadata.items() if k.startswith(f"{name}.")}
+    fields = Fields(table, above=f"{name}.", source=str(file.path))
     rows = file.tensors["token_embd.weight"].shape[0]
-    fields.only("vocab_size", rows)
-    layers, length, d_model, d_ff, heads = (fields.take(name) for name in sizes)
-    options: dict[str, Any] = {"head_dim": fields.take("attention.key_length")}
-    fields.only("attention.value_length", options["head_dim"])
-    fields.only("rope.scaling.type", "none")
-    config = TransformerConfig(
-        vocab_size=rows,
-        context_length=length,
-        num_layers=layers,
-        d_model=d_model,
-        num_heads=heads,
-        num_kv_heads=fields.take("attention.head_count_kv", heads),
-        d_ff=d_ff,
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=fields.number("rope.freq_base", 10000.0),
-        rope_interleaved=True,
-        tie_embeddings="output.weight" not in file.tensors,
-        **options,
-    )
-    fields.only("rope.dimension_count", config.blocks[0].mixer.rope_dim(d_model))
+    config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
     fields.finish()
-    return config
+    if name == "llama" and FACTORS in file.tensors:
+        config = _stretched(file, config)
+    return config.short_form() or config, ARCHITECTURES[name]

@@ -81,9 +81,8 @@ def decoder(
 ) -> TransformerConfig:
     """eps, theta: where they are left out."""
     norm = RMSNormConfig(fields.number("rms_norm_eps", eps))
-    return TransformerConfig(
-        **sizes(fields), layers=(BlockConfig(mixer, mlp, norm, read_rope(fields, theta), **block),)
-    )
+    positions = block.pop("positions", None) or read_rope(fields, theta)
+    return TransformerConfig(**sizes(fields), layers=(BlockConfig(mixer, mlp, norm, positions, **block),))
 
 
 def no_window(fields: Fields) -> None:
@@ -121,5 +120,5 @@ def written(config: TransformerConfig) -> dict[str, Any] | None:
     } | rope
     if isinstance(block.mlp, SwiGLUConfig | GELUConfig | MLPConfig):
         fields["intermediate_size"] = block.mlp.width(config.d_model)
-        fields["hidden_act"] = THEIR_ACTIVATIONS[block.mlp.activation]
+        fields["hidden_act"] = THEIR_ACTIVATIONS.get(block.mlp.activation)  # None: theirs have none like it
     return fields

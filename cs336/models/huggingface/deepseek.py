@@ -27,7 +27,6 @@ NAMES = {
     ".mlp.shared.": "model.layers.{layer}.mlp.shared_experts.",
     ".mlp.balance_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
 }
-EXPERTS = {name: name for name in ("gate_proj", "down_proj", "up_proj")}
 OF_TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size", "router_aux_loss_coef")
 
 
@@ -162,7 +161,7 @@ def _written(config: TransformerConfig, router: Literal["softmax", "sigmoid"]) -
         "rms_norm_eps": last.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "hidden_act": decoder.THEIR_ACTIVATIONS[mlp.activation],
+        "hidden_act": decoder.THEIR_ACTIVATIONS.get(mlp.activation),
         "intermediate_size": first.mlp.width(config.d_model),
         "first_k_dense_replace": len(dense),
         "n_routed_experts": mlp.num_experts,
@@ -180,7 +179,7 @@ def _written(config: TransformerConfig, router: Literal["softmax", "sigmoid"]) -
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
     of_latent = any(".q_a_proj." in name for name in shapes)
     queries = {".attention.q_proj.": "model.layers.{layer}.self_attn.q_b_proj."} if of_latent else {}
-    return experts.rules(shapes, "mlp", EXPERTS, NAMES | queries)
+    return experts.rules(shapes, "mlp", experts.NAMES, NAMES | queries)
 
 
 DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, rules, keeps_pairs=True)

@@ -17,22 +17,30 @@ from torch import Tensor
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.adapter import add_adapter, base_of, is_adapter, write_adapter
+from cs336.models.huggingface.cohere import COHERE, COHERE2
 from cs336.models.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cs336.models.huggingface.family import Family, Rule
 from cs336.models.huggingface.fields import read_json
+from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
 from cs336.models.huggingface.gpt2 import GPT2
+from cs336.models.huggingface.gpt_oss import GPT_OSS, without_mxfp4
+from cs336.models.huggingface.granite import GRANITE
 from cs336.models.huggingface.llama import LLAMA
 from cs336.models.huggingface.mamba2 import MAMBA2
 from cs336.models.huggingface.mistral import MISTRAL
 from cs336.models.huggingface.mixtral import MIXTRAL
 from cs336.models.huggingface.olmo2 import OLMO2
 from cs336.models.huggingface.olmo3 import OLMO3
+from cs336.models.huggingface.olmoe import OLMOE
+from cs336.models.huggingface.phi3 import PHI3
 from cs336.models.huggingface.quantized import read_quantized, write_quantized
 from cs336.models.huggingface.qwen2 import QWEN2
+from cs336.models.huggingface.qwen2_moe import QWEN2_MOE
 from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
+from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
 from cs336.nn import QuantizedLinear, RopeConfig
 from cs336.utils.config import parse, to_table
@@ -44,7 +52,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
-        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2, GPT_OSS),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
@@ -175,6 +183,8 @@ def from_pretrained(
     if is_adapter(given):
         add_adapter(given, found, transposed=family is GPT2)
     said = theirs.get(QUANTIZATION)
+    if family is GPT_OSS and isinstance(said, dict) and said.get("quant_method") == "mxfp4":
+        found, said = without_mxfp4(found), None
     quantized = set() if said is None else read_quantized(model, said, found, family)
     state = model.state_dict()
     shapes = {name: t.shape for name, t in state.items() if name not in quantized}
@@ -310,13 +320,16 @@ def _as_it_is(name: str, t: Tensor) -> Tensor:
 
 def _half_split(name: str, t: Tensor, config: TransformerConfig, family: Family) -> Tensor:
     """Rows of a query or key weight from interleaved rotary pairs to half-split ones: the same attention scores."""
-    block = config.blocks[0]  # of a family: all are alike
-    if family.keeps_pairs or not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
+    place = re.match(r"layers\.(\d+)\.attention\.[qk]_(proj|norm)\.", name)
+    if family.keeps_pairs or place is None:
         return t
-    if not re.search(r"\.[qk]_(proj|norm)\.", name):
+    block = config.blocks[int(place[1])]
+    if not (isinstance(block.positions, RopeConfig) and block.positions.interleaved):
         return t
-    pairs = t.unflatten(0, (-1, block.mixer.rope_dim(config.d_model) // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+    D = block.mixer.rope_dim(config.d_model)
+    turned, rest = t.unflatten(0, (-1, D)).tensor_split([block.positions.rotary_dim(D)], 1)
+    pairs = turned.unflatten(1, (-1, 2))
+    return torch.cat((pairs.transpose(1, 2).flatten(1, 2), rest), 1).flatten(0, 1)
 
 
 def _chat_template(directory: pathlib.Path) -> str | None:

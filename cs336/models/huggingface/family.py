@@ -91,7 +91,7 @@ def resolved(config: TransformerConfig) -> TransformerConfig:
     their rows reordered, are the same. Dropout and the routers' losses, of which a
     family may have no field, are left out: no logit knows them."""
     plain = {f.name: f.default for f in dataclasses.fields(TransformerConfig) if f.default is not dataclasses.MISSING}
-    kept = ("logit_softcap", "tie_embeddings", "init_std", "position_embedding", "embedding_scale")
+    kept = ("logit_softcap", "tie_embeddings", "init_std", "position_embedding", "embedding_scale", "logit_scale")
     changes = plain | {name: getattr(config, name) for name in kept}
     layers = tuple(_resolved(block, config.d_model) for block in config.blocks)
     return dataclasses.replace(config, **changes | {"layers": layers, "pattern": None})

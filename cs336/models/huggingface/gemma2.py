@@ -11,6 +11,7 @@ from cs336.models.config import MOST_LAYERS, TransformerConfig
 from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, renamed
 from cs336.models.huggingface.fields import Fields
+from cs336.models.huggingface.gemma import stored_less_one
 from cs336.models.huggingface.rotary import FULL, WINDOW, read_rope
 from cs336.nn import AttentionConfig, MLPConfig, RMSNormConfig, RopeConfig
 
@@ -102,13 +103,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
 
 
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
-    found = renamed(shapes, NAMES | {k: v for k, v in decoder.NAMES.items() if k not in NAMES})
-    return [
-        Rule(rule.ours, rule.theirs, lambda t: [t[0] + 1], lambda t: [t[0] - 1])
-        if rule.ours[0].endswith("norm.weight")
-        else rule
-        for rule in found
-    ]
+    return stored_less_one(renamed(shapes, NAMES | {k: v for k, v in decoder.NAMES.items() if k not in NAMES}))
 
 
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read, write, rules)

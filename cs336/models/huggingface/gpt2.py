@@ -65,7 +65,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
         "n_embd": config.d_model,
         "n_head": block.mixer.num_heads,
         "n_inner": block.mlp.width(config.d_model),
-        "activation_function": THEIR_ACTIVATIONS[block.mlp.activation],
+        "activation_function": THEIR_ACTIVATIONS.get(block.mlp.activation),
         "layer_norm_epsilon": block.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,

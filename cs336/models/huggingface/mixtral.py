@@ -35,7 +35,7 @@ def write(config: TransformerConfig) -> dict[str, Any] | None:
         return None
     return fields | {
         "intermediate_size": mlp.width(config.d_model),
-        "hidden_act": decoder.THEIR_ACTIVATIONS[mlp.activation],
+        "hidden_act": decoder.THEIR_ACTIVATIONS.get(mlp.activation),
         "num_local_experts": mlp.num_experts,
         "num_experts_per_tok": mlp.top_k,
         "router_aux_loss_coef": experts.coefficient(config, mlp),

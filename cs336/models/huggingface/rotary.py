@@ -12,17 +12,17 @@ from cs336.nn.rope_scaling import RopeScaling
 WINDOW, FULL = "sliding_attention", "full_attention"  # layer_types
 
 
-def read_rope(fields: Fields, default_theta: float = 10000.0) -> RopeConfig:
-    """Raises ValueError for a kind of scaling, or a field of it, that is not known."""
+def read_rope(fields: Fields, default_theta: float = 10000.0, **options: Any) -> RopeConfig:
+    """Raises ValueError for a kind of scaling, or a field of it, that is not known. options: of RopeConfig."""
     theta = fields.number("rope_theta", default_theta)
-    fields.only("partial_rotary_factor", 1.0)
+    fields.only("partial_rotary_factor", options.get("fraction", 1.0))
     table: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.take(name, {})
         if not isinstance(value, dict):
             raise ValueError(f"config.json has {name} = {value!r}: expected a table")
         table |= value
-    return rope_of(table, fields, theta)
+    return rope_of(table, fields, theta, **options)
 
 
 def read_ropes(fields: Fields, local: float, theta: float) -> tuple[RopeConfig, RopeConfig]:
@@ -66,7 +66,7 @@ def rope_of(table: dict[str, Any], fields: Fields, theta: float, **options: Any)
     """Of a table like rope_parameters, whose model has these fields; theta where it has none."""
     rope = Fields(table, above="rope_parameters.")
     theta = rope.number("rope_theta", theta)
-    rope.only("partial_rotary_factor", 1.0)
+    rope.only("partial_rotary_factor", options.get("fraction", 1.0))
     scaling = _read_scaling(rope, fields)
     rope.finish()
     return RopeConfig(theta, scaling=scaling, **options)

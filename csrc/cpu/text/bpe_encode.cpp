@@ -1,8 +1,10 @@
 #include "cpu/text/bpe_encode.h"
 
 #include <algorithm>
+#include <cstring>
 #include <span>
 #include <stdexcept>
+#include <string>
 
 namespace cs336::text {
 Encoder::Lease::Lease(const Encoder& encoder) : encoder_(encoder) {
@@ -24,14 +26,15 @@ Encoder::Lease::~Lease() {
   }
 }
 
-Encoder::Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const std::array<uint32_t, 256>& byte_ids,
-                 const std::vector<Merge>& merges, bool any_split, std::vector<std::string> specials,
-                 std::vector<uint32_t> special_ids, Splitter splitter)
+Encoder::Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const Alphabet& alphabet,
+                 const std::vector<Merge>& merges, bool any_split, SpecialTokens specials,
+                 std::vector<uint32_t> special_ids, Splitter splitter, FrontSpace front)
     : tokens_(tokens),
       specials_(std::move(specials)),
       special_ids_(std::move(special_ids)),
       splitter_(std::move(splitter)),
-      merger_(any_split ? Merger(tokens_, byte_ids, ordinary) : Merger(tokens_, byte_ids, merges)),
+      front_(front),
+      merger_(any_split ? Merger(tokens_, alphabet, ordinary) : Merger(tokens_, alphabet, merges)),
       rows_(tokens_.size()) {
   std::vector<uint32_t> ids;
   for (const uint32_t id : ordinary) {
@@ -127,14 +130,39 @@ void Encoder::encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id
   });
 }
 
+// Spaces may be written as marks: then `text` becomes that of `copy`, which has spaces for them.
+std::string Encoder::take_first(std::string_view& text, After after, std::string& copy) const {
+  if (memmem(text.data(), text.size(), kSpaceMarkUtf8.data(), kSpaceMarkUtf8.size()) != nullptr) {
+    for (size_t at = 0; at < text.size();) {
+      const size_t mark = std::min(text.find(kSpaceMarkUtf8, at), text.size());
+      copy.append(text, at, mark - at);
+      if (mark < text.size()) copy += ' ';
+      at = mark + kSpaceMarkUtf8.size();
+    }
+    text = copy;
+  }
+  const bool begins = after == After::kNothing || (after == After::kSpecial && front_.prefix == Prefix::kEach);
+  if (!begins || front_.prefix == Prefix::kNone || (text[0] == ' ' && !front_.doubled)) return {};
+  size_t end;
+  splitter_.joints()->split(text, 0, &end, 1);
+  std::string first = " ";
+  first.append(text, 0, end);
+  text.remove_prefix(end);
+  return first;
+}
+
 template <class Id>
 void Encoder::encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const {
   if (segment.special != kNotFound) {
     *out.room(1) = static_cast<Id>(special_ids_[segment.special]);
     out.advance(1);
-  } else {
-    encode_ordinary(cache, text.substr(segment.begin, segment.end - segment.begin), out);
+    return;
   }
+  std::string_view rest = text.substr(segment.begin, segment.end - segment.begin);
+  std::string first, copy;
+  if (splitter_.joints() != nullptr) first = take_first(rest, segment.after, copy);
+  const std::array<std::string_view, 2> parts = {first, rest};
+  for (size_t i = first.empty() ? 1 : 0; i < parts.size(); ++i) encode_ordinary(cache, parts[i], out);
 }
 
 template <class Id>

@@ -1,4 +1,4 @@
-// Byte-level BPE: text to token ids and back.
+// BPE: text to token ids and back.
 #pragma once
 #include <array>
 #include <atomic>
@@ -18,16 +18,22 @@
 
 namespace cs336::text {
 
+// Where a space goes that the text does not have: before its start alone, or after each special token too.
+enum class Prefix : uint8_t { kNone, kFirst, kEach };
+struct FrontSpace {
+  Prefix prefix = Prefix::kNone;
+  bool doubled = false;  // also before a text that begins with one
+};
+
 class Encoder {
  public:
   // tokens: id and bytes of each, special tokens too.
   // ordinary: the ids of those that text may merge to, ascending.
-  // byte_ids: the token of each byte, or kNoId.
   // any_split: merge any two tokens that together are a token, and take the id for the rank (tiktoken's rule);
   // `merges` is then empty. A whole piece that is a token is then that token, whatever its merges say.
-  Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const std::array<uint32_t, 256>& byte_ids,
-          const std::vector<Merge>& merges, bool any_split, std::vector<std::string> specials,
-          std::vector<uint32_t> special_ids, Splitter splitter);
+  Encoder(const Tokens& tokens, const std::vector<uint32_t>& ordinary, const Alphabet& alphabet,
+          const std::vector<Merge>& merges, bool any_split, SpecialTokens specials, std::vector<uint32_t> special_ids,
+          Splitter splitter, FrontSpace front = {});
   ~Encoder();
 
   // A cache of words for one thread, taken out of those at rest, or made where all are in use. A thread keeps it for as
@@ -77,6 +83,8 @@ class Encoder {
   };
   template <class Id>
   void encode_segment(WordCache& cache, std::string_view text, const Segment& segment, Buffer<Id>& out) const;
+  // By characters: takes the first piece off a text that a space goes before, and returns both together.
+  std::string take_first(std::string_view& text, After after, std::string& copy) const;
   template <class Id>
   void encode_ordinary(WordCache& cache, std::string_view text, Buffer<Id>& out) const;
   template <class Id>
@@ -86,6 +94,7 @@ class Encoder {
   SpecialTokens specials_;
   std::vector<uint32_t> special_ids_;
   Splitter splitter_;
+  FrontSpace front_;
   Merger merger_;
   WordCache whole_words_;  // what each cache begins with: the pieces that are one token
   std::unordered_map<std::string_view, uint32_t> very_long_;  // those with more bytes than a cache keeps

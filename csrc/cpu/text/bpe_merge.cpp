@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "cpu/text/interrupt.h"
+#include "cpu/text/utf8.h"
 
 namespace cs336::text {
 namespace {
@@ -86,17 +87,16 @@ void MergeTable::put(uint64_t mixed, uint32_t rank) {
   put(mixed, rank);
 }
 
-Merger::Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges)
-    : byte_ids_(byte_ids), byte_ranks_(1 << 16, kNoRank), ranks_(merges.size()) {
+Merger::Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<Merge>& merges)
+    : alphabet_(alphabet), byte_ranks_(1 << 16, kNoRank), ranks_(merges.size()) {
   for (const Merge& merge : merges) add(tokens, merge);
 }
 
 // What a stretch of text merges to depends on its bytes alone, as long as no merge goes across its ends. So a token is
 // only ever made of the two that its own bytes come to last: of all its splits the table needs that one. It is found by
 // the merges of lower ranks.
-Merger::Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids,
-               const std::vector<uint32_t>& ordinary)
-    : byte_ids_(byte_ids), byte_ranks_(1 << 16, kNoRank), ranks_(ordinary.size()) {
+Merger::Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<uint32_t>& ordinary)
+    : alphabet_(alphabet), byte_ranks_(1 << 16, kNoRank), ranks_(ordinary.size()) {
   std::vector<uint32_t> ids, unmade;
   const auto comes_to_two = [&](uint32_t id, uint32_t below) {
     ids.resize(tokens[id].size());
@@ -120,17 +120,22 @@ void Merger::add(const TokenBytes& tokens, const Merge& m) {
   ranks_.add(m.left, m.right, m.rank);
   if (m.rank >= results_.size()) results_.resize(m.rank + 1, kNoId);
   results_[m.rank] = m.result;
+  if (m.order != kNoRank) {
+    orders_.resize(results_.size());
+    orders_[m.rank] = m.order;
+  }
   const std::string_view left = tokens[m.left], right = tokens[m.right];
   if (left.size() != 1 || right.size() != 1) return;
   byte_ranks_[static_cast<uint8_t>(left[0]) << 8 | static_cast<uint8_t>(right[0])] = ranks_.find(m.left, m.right);
 }
 
 bool Merger::has_bytes(std::string_view piece) const {
-  return std::all_of(piece.begin(), piece.end(), [&](char c) { return byte_ids_[static_cast<uint8_t>(c)] != kNoId; });
+  const auto has = [&](char c) { return alphabet_.byte_ids[static_cast<uint8_t>(c)] != kNoId; };
+  return std::all_of(piece.begin(), piece.end(), has);
 }
 
 uint32_t Merger::byte_id(uint8_t byte) const {
-  const uint32_t id = byte_ids_[byte];
+  const uint32_t id = alphabet_.byte_ids[byte];
   if (id == kNoId) {
     char message[96];
     std::snprintf(message, sizeof(message), "the byte 0x%02X of the text is not in the vocabulary", byte);
@@ -139,24 +144,61 @@ uint32_t Merger::byte_id(uint8_t byte) const {
   return id;
 }
 
+template <class Begun>
+void Merger::begin(const uint8_t* piece, size_t size, Begun&& begun) const {
+  if (!alphabet_.by_chars()) {
+    for (size_t i = 0; i < size; ++i) begun(i, byte_id(piece[i]));
+    return;
+  }
+  const uint8_t* const end = piece + size;
+  bool was_unknown = false;
+  for (const uint8_t* p = piece; p < end;) {
+    uint32_t id = alphabet_.byte_ids[*p];
+    size_t bytes = 1;
+    if (*p >= 0x80) {
+      const CodePoint c = decode_multibyte(p, end);
+      const bool is_token = c.size > 0 && c.code < alphabet_.char_ids.size() && alphabet_.char_ids[c.code] != kNoId;
+      if (is_token) id = alphabet_.char_ids[c.code];
+      if (is_token || (c.size > 0 && id == alphabet_.unknown)) bytes = c.size;
+    }
+    const bool is_unknown = id == alphabet_.unknown;
+    if (!(is_unknown && was_unknown && alphabet_.fuses_unknown)) begun(static_cast<size_t>(p - piece), id);
+    was_unknown = is_unknown;
+    p += bytes;
+  }
+}
+
 size_t Merger::merge(std::string_view piece, uint32_t below, uint32_t* out) const {
   const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
   return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
                               : merge_many(bytes, piece.size(), below, out);
 }
 
-// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the rank of the merge of a token
-// and the next, then its place: the smallest is the merge to do, the leftmost of equals. Keys of 64 bits, since the
-// compiler would find the smallest of shorter ones in vectors, which wait for the keys just written.
+// Tokens lie at the place of their first byte, `alive` has a bit for each. A key is the order of the merge of a token
+// and the next, its place, and its rank: the smallest is the merge to do, the leftmost of equals. Keys of 64 bits,
+// since the compiler would find the smallest of shorter ones in vectors, which wait for the keys just written.
 size_t Merger::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const {
-  constexpr int kPlaceBits = 8;
+  constexpr int kPlaceBits = 8, kRankBits = 24;
   std::array<uint64_t, kFew> keys;
   const auto set = [&](size_t i, uint32_t rank) {
-    keys[i] = rank < below ? uint64_t{rank} << kPlaceBits | i : UINT64_MAX;
+    keys[i] = rank < below ? (uint64_t{order_of(rank)} << kPlaceBits | i) << kRankBits | rank : UINT64_MAX;
   };
-  for (size_t i = 0; i < size; ++i) out[i] = byte_id(piece[i]);
-  for (size_t i = 0; i + 1 < size; ++i) set(i, byte_ranks_[piece[i] << 8 | piece[i + 1]]);
-  for (uint64_t alive = ~uint64_t{0} >> (kFew - size);;) {
+  uint64_t alive = 0;
+  begin(piece, size, [&](size_t i, uint32_t id) {
+    out[i] = id;
+    alive |= uint64_t{1} << i;
+  });
+  if (alive == ~uint64_t{0} >> (kFew - size)) {  // each is a byte
+    for (size_t i = 0; i + 1 < size; ++i) set(i, byte_ranks_[piece[i] << 8 | piece[i + 1]]);
+  } else {
+    std::fill_n(keys.begin(), size, UINT64_MAX);
+    for (uint64_t left = alive; (left & (left - 1)) != 0;) {
+      const int i = std::countr_zero(left);
+      left &= left - 1;
+      set(i, ranks_.find(out[i], out[std::countr_zero(left)]));
+    }
+  }
+  for (;;) {
     uint64_t best = UINT64_MAX;
     for (size_t i = 0; i + 1 < size; ++i) best = std::min(best, keys[i]);
     if (best == UINT64_MAX) {
@@ -164,8 +206,8 @@ size_t Merger::merge_few(const uint8_t* piece, size_t size, uint32_t below, uint
       for (; alive != 0; alive &= alive - 1) out[count++] = out[std::countr_zero(alive)];
       return count;
     }
-    const size_t i = best & (kFew - 1);
-    out[i] = results_[best >> kPlaceBits];
+    const size_t i = best >> kRankBits & (kFew - 1);
+    out[i] = results_[best & kMaxId];
     uint64_t later = alive & ~uint64_t{1} << i;
     const int gone = std::countr_zero(later);
     later &= later - 1;
@@ -187,8 +229,8 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
     uint32_t rank;  // of the merge with the next
   };
   struct Candidate {
-    uint32_t rank, position;
-    bool operator>(const Candidate& o) const { return rank != o.rank ? rank > o.rank : position > o.position; }
+    uint32_t order, position;
+    bool operator>(const Candidate& o) const { return order != o.order ? order > o.order : position > o.position; }
   };
   std::vector<Node> nodes(size);
   std::vector<Candidate> candidates;
@@ -196,24 +238,28 @@ size_t Merger::merge_many(const uint8_t* piece, size_t size, uint32_t below, uin
   std::priority_queue queue(std::greater<Candidate>{}, std::move(candidates));
   const auto last = static_cast<uint32_t>(size - 1);
   PollEvery<1 << 12> poll;
-  for (uint32_t i = 0; i <= last; ++i, poll()) nodes[i] = {byte_id(piece[i]), i - 1, i + 1, kNoRank};
-  for (uint32_t i = 0; i < last; ++i, poll()) {
-    nodes[i].rank = byte_ranks_[piece[i] << 8 | piece[i + 1]];
-    if (nodes[i].rank < below) queue.push({nodes[i].rank, i});
-  }
+  uint32_t previous = 0;
+  begin(piece, size, [&](size_t place, uint32_t id) {
+    const auto i = static_cast<uint32_t>(place);
+    nodes[i] = {id, previous, last + 1, kNoRank};
+    if (i > 0) nodes[previous].next = i;
+    previous = i;
+    poll();
+  });
   const auto update = [&](uint32_t i) {
     Node& node = nodes[i];
     node.rank = node.next <= last ? ranks_.find(node.id, nodes[node.next].id) : kNoRank;
-    if (node.rank < below) queue.push({node.rank, i});
+    if (node.rank < below) queue.push({order_of(node.rank), i});
   };
+  for (uint32_t i = 0; i < last; i = nodes[i].next, poll()) update(i);
   for (; !queue.empty(); poll()) {
     const Candidate top = queue.top();
     queue.pop();
     Node& node = nodes[top.position];
-    if (node.rank != top.rank) continue;  // one of the two has been merged since
+    if (node.rank == kNoRank || order_of(node.rank) != top.order) continue;  // one of the two has been merged since
     Node& gone = nodes[node.next];
     gone.rank = kNoRank;
-    node.id = results_[top.rank];
+    node.id = results_[node.rank];
     node.next = gone.next;
     if (node.next <= last) nodes[node.next].previous = top.position;
     update(top.position);

@@ -1,4 +1,4 @@
-// Byte-level BPE of one piece of text.
+// BPE of one piece of text, of its bytes or of its characters.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -33,8 +33,22 @@ class TokenBytes {
   std::vector<uint32_t> offsets_;
 };
 
+// The tokens that merges begin with.
+struct Alphabet {
+  // Of each byte, or kNoId. By characters: of those of ASCII, and for the others what stands for a byte of a character
+  // that is no token.
+  std::array<uint32_t, 256> byte_ids;
+  std::vector<uint32_t> char_ids;  // by code point, or kNoId; empty where text is bytes
+  uint32_t unknown = kNoId;        // what stands for such a character whole, where nothing stands for its bytes
+  bool fuses_unknown = false;      // one stands for several in a row
+
+  bool by_chars() const { return !char_ids.empty(); }
+};
+
 struct Merge {
-  uint32_t left, right, result, rank;
+  uint32_t left, right, result;
+  uint32_t rank;             // one result has each
+  uint32_t order = kNoRank;  // of merges that go by place where several ranks share it; else the rank
 };
 
 // (left, right) -> rank, in eight bytes a merge: what is not in a processor's cache costs more than all else.
@@ -77,11 +91,10 @@ class MergeTable {
 // What a piece of text merges to.
 class Merger {
  public:
-  // byte_ids: the token of each byte, or kNoId.
-  Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<Merge>& merges);
+  Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<Merge>& merges);
   // Merges any two tokens that together are a token, and takes the id for the rank (tiktoken's rule). ordinary: the ids
   // of all but the special ones, ascending.
-  Merger(const TokenBytes& tokens, const std::array<uint32_t, 256>& byte_ids, const std::vector<uint32_t>& ordinary);
+  Merger(const TokenBytes& tokens, const Alphabet& alphabet, const std::vector<uint32_t>& ordinary);
 
   // Writes the ids of a piece by merges of a rank lower than `below` alone, and returns how many; out has room for
   // piece.size(). Throws std::invalid_argument for a byte that has no token.
@@ -92,12 +105,18 @@ class Merger {
   size_t merge_few(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   size_t merge_many(const uint8_t* piece, size_t size, uint32_t below, uint32_t* out) const;
   uint32_t byte_id(uint8_t byte) const;
+  // begun(place, id) for each token that the merges of a piece begin with.
+  template <class Begun>
+  void begin(const uint8_t* piece, size_t size, Begun&& begun) const;
   void add(const TokenBytes& tokens, const Merge& merge);
 
-  std::array<uint32_t, 256> byte_ids_;
+  Alphabet alphabet_;
   std::vector<uint32_t> byte_ranks_;  // of the merge of each two bytes, left * 256 + right
   MergeTable ranks_;
+  uint32_t order_of(uint32_t rank) const { return orders_.empty() ? rank : orders_[rank]; }
+
   std::vector<uint32_t> results_;  // by rank
+  std::vector<uint32_t> orders_;   // by rank, or none
 };
 
 }  // namespace cs336::text

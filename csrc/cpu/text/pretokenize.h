@@ -4,12 +4,14 @@
 #include <array>
 #include <cstddef>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "cpu/text/interrupt.h"
+#include "cpu/text/joints.h"
 
 namespace cs336::text {
 
@@ -27,13 +29,14 @@ size_t split(Pattern pattern, std::string_view text, size_t begin, size_t* ends,
 // Zero if there is none: text is then one piece, a run of white space or a run of letters.
 size_t stable_prefix(Pattern pattern, std::string_view text);
 
-// One of the patterns, or any function from a text to the ends of its pieces.
+// One of the patterns, any function from a text to the ends of its pieces, or the joints of a vocabulary.
 class Splitter {
  public:
   using Function = std::function<std::vector<size_t>(std::string_view)>;
 
   explicit Splitter(Pattern pattern) : pattern_(pattern) {}
   explicit Splitter(Function function) : function_(std::move(function)) {}
+  explicit Splitter(std::shared_ptr<const Joints> joints) : joints_(std::move(joints)) {}
 
   static constexpr size_t kBatch = 128;
 
@@ -52,18 +55,29 @@ class Splitter {
     std::array<size_t, kBatch> ends;
     for (size_t begin = 0; begin < text.size();) {
       poll();
-      const size_t count = split(pattern_, text, begin, ends.data(), ends.size());
+      size_t count;
+      if (joints_ == nullptr) [[likely]] {
+        count = split(pattern_, text, begin, ends.data(), ends.size());
+      } else {
+        count = joints_->split(text, begin, ends.data(), ends.size());
+      }
       batch(begin, static_cast<const size_t*>(ends.data()), count);
       begin = ends[count - 1];
     }
   }
 
   // Nothing is known of a function, so it sees the whole of a text.
-  size_t stable_prefix(std::string_view text) const { return function_ ? 0 : text::stable_prefix(pattern_, text); }
+  size_t stable_prefix(std::string_view text) const {
+    if (joints_) return joints_->stable_prefix(text);
+    return function_ ? 0 : text::stable_prefix(pattern_, text);
+  }
+  // Null but for the joints of a vocabulary.
+  const Joints* joints() const { return joints_.get(); }
 
  private:
   Pattern pattern_ = Pattern::kGpt2;
   Function function_;
+  std::shared_ptr<const Joints> joints_;
 };
 
 }  // namespace cs336::text

@@ -23,12 +23,23 @@ struct SpecialMatch {
   size_t begin = kNotFound, end = kNotFound, index = 0;
 };
 
+// Whether a special token takes the white space before it, and after it, with it.
+struct Strips {
+  bool left = false, right = false;
+};
+
 class SpecialTokens {
  public:
-  explicit SpecialTokens(std::vector<std::string> texts);
+  // strips: of each token, or none.
+  explicit SpecialTokens(std::vector<std::string> texts, std::vector<Strips> strips = {});
 
   // The first occurrence at or after `begin` of a token of `set`; of several that start there, the longest.
   SpecialMatch find(std::string_view text, size_t begin, const TokenSet& set) const;
+
+  // A match with the white space that goes with it, of what is at `done` or later.
+  SpecialMatch widened(const SpecialMatch& match, std::string_view text, size_t done) const;
+  Strips strips(size_t index) const { return strips_.empty() ? Strips{} : strips_[index]; }
+  bool strips_left() const { return strips_left_; }
 
   const std::vector<std::string>& texts() const { return texts_; }
   size_t longest() const { return longest_; }
@@ -39,15 +50,21 @@ class SpecialTokens {
     size_t token = kNotFound;
   };
   std::vector<std::string> texts_;
+  std::vector<Strips> strips_;
   std::vector<Node> nodes_;
   std::array<bool, 256> starts_{};
   int only_start_ = -1;  // the first byte, if all tokens share it
   size_t longest_ = 0;
+  bool strips_left_ = false;  // some token does
 };
+
+// What is before a segment: more ordinary text, a special token, or nothing.
+enum class After : uint8_t { kText, kSpecial, kNothing };
 
 struct Segment {
   size_t begin, end;
   size_t special;  // which special token this is, or kNotFound: ordinary text
+  After after = After::kText;
 };
 
 // Cuts text into segments: special tokens of `set`, and ordinary text in parts of about `part_size` bytes that no piece

@@ -105,8 +105,8 @@ void WordCounter::count(const std::vector<Part>& parts) {
     if (parts[i].segment.special != kNotFound) return;
     if (!recent[worker]) recent[worker] = std::make_unique<Recent>(*this);
     Recent& counts = *recent[worker];
-    const auto [begin_of, end_of, special] = parts[i].segment;
-    const std::string_view text = parts[i].text.substr(begin_of, end_of - begin_of);
+    const Segment& segment = parts[i].segment;
+    const std::string_view text = parts[i].text.substr(segment.begin, segment.end - segment.begin);
     const char* limit = text.data() + text.size();
     splitter_.for_each_batch(text, [&](size_t begin, const size_t* ends, size_t count) {
       for (size_t k = 0; k < count; begin = ends[k++]) {

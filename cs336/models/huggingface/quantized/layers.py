@@ -39,6 +39,12 @@ def read_quantized(model: Transformer, said: Any, found: dict[str, Tensor], fami
     form = FORMATS[kind].of(said)
     places = layer_places(model, family)
     stems = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] == form.mark}
+    for stem, parts in _joined(model, family).items():
+        if stem in stems:
+            raise ValueError(
+                f"{stem} is quantised, and it is {len(parts)} layers here, {', '.join(parts)}: read are files that "
+                "keep such matrices as they are, or the model before it was quantised"
+            )
     wanted = {name: stem for name, stem in places.items() if stem in stems}
     if not wanted:
         raise ValueError(f"quantization_config is of {kind!r}, and no layer of the file has a {form.mark}")
@@ -98,10 +104,21 @@ def write_quantized(
 
 def layer_places(model: Transformer, family: Family | None) -> dict[str, str]:
     """Our name of each linear layer of the blocks -> its name in a file, of those that are one by one there."""
-    with torch.device("meta"):
-        shapes = {n: t.shape for n, t in Transformer(model.config).state_dict().items() if n.startswith("layers.")}
+    shapes = _shapes(model)
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
     return dict(_places(rules, shapes))
+
+
+def _joined(model: Transformer, family: Family | None) -> dict[str, list[str]]:
+    """The names in a file of matrices that are several layers of ours, and which."""
+    rules = [] if family is None else [rule for rule in family.rules(_shapes(model)) if len(rule.ours) > 1]
+    return {rule.theirs[0].removesuffix(".weight"): [n.removesuffix(".weight") for n in rule.ours] for rule in rules}
+
+
+def _shapes(model: Transformer) -> dict[str, torch.Size]:
+    """Of the weights of the blocks, before any was quantised."""
+    with torch.device("meta"):
+        return {n: t.shape for n, t in Transformer(model.config).state_dict().items() if n.startswith("layers.")}
 
 
 def _places(rules: list[Rule], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, str]]:
@@ -109,6 +126,8 @@ def _places(rules: list[Rule], shapes: Mapping[str, torch.Size]) -> Iterator[tup
         if len(rule.ours) > 1:
             continue
         (name,) = rule.ours
+        if ".mlp.experts." in name and len(rule.theirs) < shapes[name][0] and rule.theirs != rule.ours:
+            continue  # one stack of them, as gpt-oss has it
         if ".mlp.experts." in name:
             for e in range(shapes[name][0]):
                 yield (
