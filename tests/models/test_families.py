@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import torch
+from inference.block_kinds import MIXERS
 from safetensors.torch import save_file
 from test_transformer import make
 
@@ -279,6 +280,16 @@ def test_every_variant_is_saved_whole(tmp_path, name):
     torch.testing.assert_close(again(x), ours(x), atol=1e-5, rtol=1e-5)
     if json.loads((tmp_path / "config.json").read_text())["model_type"] == "cs336":
         assert again.config == VARIANTS[name]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_model_of_one_mixer_is_saved_whole(tmp_path, name):
+    """No family's form is tried where its layers could not be ours."""
+    config = TransformerConfig(97, 96, 2, 32, layers=(MIXERS[name],))
+    ours = randomised(Transformer(config))
+    save_pretrained(ours, tmp_path)
+    again, x = from_pretrained(tmp_path), torch.randint(97, (2, 20))
+    torch.testing.assert_close(again(x), ours(x), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_are_reordered_in_those_layers_that_turn_them(tmp_path):

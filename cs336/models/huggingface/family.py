@@ -76,13 +76,13 @@ class Family:
 
     def table(self, config: TransformerConfig) -> dict[str, Any] | None:
         """config.json of the model; None where the family has none like it."""
-        table = self.write(config)
-        if table is None:
-            return None
-        table = {"architectures": [self.architecture], "model_type": self.model_type} | table
         try:
+            table = self.write(config)
+            if table is None:
+                return None
+            table = {"architectures": [self.architecture], "model_type": self.model_type} | table
             return table if resolved(self.config(table)) == resolved(config) else None
-        except ValueError:
+        except ValueError:  # no config of ours can be what the family would make of it
             return None
 
 
