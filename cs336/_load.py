@@ -22,7 +22,7 @@ def missing(device_type: str) -> str | None:
         return f"there are no native kernels for {device_type} tensors"
     path = HERE / f"{LIBRARIES[device_type]}.so"
     if not path.exists():
-        hint = " where nvcc is on PATH" if device_type == "cuda" else ""
+        hint = " where nvcc is on PATH and CUDACXX is not none" if device_type == "cuda" else ""
         return f"{path.name} is not built: run `pip install --no-build-isolation -e .`{hint}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"

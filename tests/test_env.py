@@ -61,7 +61,8 @@ def test_no_gpu_is_said():
 
 def test_a_library_that_is_not_built_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(env, "HERE", tmp_path)
-    not_built = "_C_cuda.so is not built: run `pip install --no-build-isolation -e .` where nvcc is on PATH"
+    install = "pip install --no-build-isolation -e ."
+    not_built = f"_C_cuda.so is not built: run `{install}` where nvcc is on PATH and CUDACXX is not none"
     monkeypatch.setattr(_load, "missing", lambda kind: not_built if kind == "cuda" else None)
     monkeypatch.setattr(env.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "cs336._text", None)

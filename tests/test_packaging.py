@@ -148,4 +148,4 @@ def test_the_changelog_states_the_formats():
     stated = " ".join((ROOT / "CHANGELOG.md").read_text().split())
     assert f"token shards {TokenMeta.format} (" in stated
     assert f"checkpoints {checkpoint.FORMAT} (" in stated
-    assert f"`tokenizer.json` {formats.FORMAT}," in stated
+    assert f"`tokenizer.json` {formats.FORMAT} ({formats.OF_CHARACTERS} for " in stated

@@ -77,9 +77,10 @@ def encode_chat(
         ends = [place for place, token in enumerate(answer) if token in end_ids]
         if not ends:
             raise ValueError(
-                f"no token ends message {i}, the assistant's: expected one of {sorted(end_ids)} in {answer[-8:]}; a "
-                "model that learns this never stops. Name special tokens that the template writes as end_tokens, or "
-                "give a chat_template that writes one of these"
+                f"no token ends message {i}, the assistant's: expected "
+                f"{' or '.join(repr(tokenizer.decode([end])) for end in sorted(end_ids))} at the end of "
+                f"{tokenizer.decode(answer[-8:])!r}; a model that learns this never stops. Name special tokens that "
+                "the template writes as end_tokens, or give a chat_template that writes one of these"
             )
         token_ids += before + answer
         mask += [False] * len(before) + [place <= ends[-1] for place in range(len(answer))]

@@ -217,7 +217,10 @@ def test_a_run_goes_on_as_itself_alone(tmp_path, model):
     ("template", "message"),
     [
         (TEMPLATE.replace("={{ m.content }}<|endoftext|>", ""), "drops or rewrites message 1"),
-        (TEMPLATE.replace("<|endoftext|>", ""), "no token ends message 1"),
+        (
+            TEMPLATE.replace("<|endoftext|>", ""),
+            r"no token ends message 1, the assistant's: expected '<\|endoftext\|>' at the end of '",
+        ),
     ],
 )
 def test_templates_that_teach_nothing_good(tmp_path, model, template, message):

@@ -255,6 +255,8 @@ def test_bad_chats(served, body, message):
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} | body
     status, answer = post(served, body, "/v1/chat/completions")
     assert (status, message in answer["error"]["message"]) == (400, True)
+    if message.endswith(" is not supported"):
+        assert answer["error"]["param"] == message.split()[0]
     assert served[0].under_way == 0
 
 

@@ -34,7 +34,9 @@ from cs336.inference.tools import Tools
 from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
-FIELD = re.compile(r"(tools|tool_choice|messages)\b[\w.$-]*")  # that an error begins with
+FIELD = re.compile(
+    r"(tools|tool_choice|messages|best_of|suffix|functions|audio|modalities)\b[\w.$-]*"
+)  # that an error begins with
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
