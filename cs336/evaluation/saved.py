@@ -39,7 +39,7 @@ def evaluate_saved(
     data = TrainConfig.from_toml(run / "config.toml").data if trained else None
     place = run if of_run and find_model(run) == found else found if found.is_dir() else found.parent
     if documents is None and (data is None or data.val is None):
-        raise ValueError(f"{path} has no validation data of its own: give text to measure it on")
+        raise ValueError(f"{path} has no validation data of its own: give text to measure it on, --text FILE")
     encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
     model = load_model(found, device)
     train = data.train if data is not None and data.train.is_dir() else None

@@ -6,6 +6,7 @@ tokens over what it could compute.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ import random
 import statistics
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -167,7 +169,7 @@ def offline(
     """
     llm = LLM(model, draft=draft, device=device, tensor_parallel=True, **vars(engine))
     _warm_up(llm)
-    _tell("offline", run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
+    _tell("offline", run_engine(llm, _requests(load, llm)))
 
 
 def latency(
@@ -200,13 +202,16 @@ def latency(
     found = []
     for seed in range(repeats):
         load = Load(batch_size, (input_len, input_len), (output_len, output_len), seed=seed)
-        found.append(run_engine(llm, _fitted(load, llm).requests(llm.model.config.vocab_size)))
+        found.append(run_engine(llm, _requests(load, llm)))
     found.sort(key=lambda row: row["seconds"])
     _tell("latency", found[len(found) // 2])
 
 
-def _fitted(load: Load, llm: LLM) -> Load:
-    context = llm.model.config.context_length
+def _requests(load: Load, llm: LLM) -> list[tuple[list[int], SamplingParams]]:
+    return _fitted(load, llm.model.config.context_length).requests(llm.model.config.vocab_size)
+
+
+def _fitted(load: Load, context: int) -> Load:
     fitted = load.within(context)
     if fitted != load and rank() == 0:
         print(f"to fit the context of {context}: prompts of {fitted.input_len} tokens, answers of {fitted.output_len}")
@@ -234,10 +239,24 @@ def serve(
         api_key: if it wants one.
         vocab_size: prompts are made of the tokens below this.
     """
+    if context := _context_of(url, api_key):
+        load = _fitted(load, context)
     times, seconds, failed = asyncio.run(_ask_all(url, concurrency, api_key, load.requests(vocab_size)))
     if failed:
         raise ValueError(f"{len(failed)} of {load.num_requests} requests failed, the first with: {failed[0]}")
     _tell("serve", summary(times, seconds) | {"concurrency": concurrency})
+
+
+def _context_of(url: str, api_key: str | None) -> int | None:
+    """The max_model_len that cs336's servers and vLLM's tell; None where it is not told."""
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    asked = urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=headers)
+    with (
+        contextlib.suppress(OSError, ValueError, LookupError, TypeError),
+        urllib.request.urlopen(asked, timeout=60) as answer,
+    ):
+        return int(json.load(answer)["data"][0]["max_model_len"])
+    return None
 
 
 async def _ask_all(url: str, concurrency: int, api_key: str | None, requests):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import sys
 
@@ -83,7 +84,9 @@ def test_a_server_from_outside(capsys):
         found = last_line(capsys)
         assert (found["bench"], found["requests"], found["concurrency"]) == ("serve", 6, 3)
         assert 0 < found["ttft_p50_ms"] <= found["ttft_p99_ms"]
-        assert main(["bench", "serve", f"http://127.0.0.1:{port}", *LOAD, "--input-len", "500", "500"]) == 2
+        assert main(["bench", "serve", f"http://127.0.0.1:{port}", *LOAD, "--input-len", "500", "500"]) == 0
+        assert re.match(r"to fit the context of (\d+): prompts of \((\d+), \2\) tokens", capsys.readouterr().out)
+        assert main(["bench", "serve", f"http://127.0.0.1:{port}", *LOAD, "--vocab-size", "1000000"]) == 2
         assert "6 of 6 requests failed, the first with: HTTP/1.1 400" in capsys.readouterr().err
 
 
