@@ -11,25 +11,16 @@ import argparse
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks import results
+from benchmarks.end_to_end.bench_dedup import seconds
 from cs336 import _text
 
-LENGTH, REPEATS, MOST_MEMORY = 200, 3, 1 << 40
-
-
-def seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
+LENGTH, MOST_MEMORY = 200, 1 << 40
 
 
 def suffixes(corpus: np.ndarray) -> None:
