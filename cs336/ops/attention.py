@@ -56,8 +56,8 @@ def attention(
             from torch's generator, and made again by the backward.
         sinks: (Hq,) floating point, one more score a head, whose value is zero: a share that goes nowhere, as in
             gpt-oss (arXiv:2508.10925). Differentiable.
-        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key, sinks
-            included. Its gradient is taken into account.
+        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32 (float64 of float64), -inf where a query
+            sees no key, sinks included. Its gradient is taken into account.
 
     Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros.
     Raises ValueError for shapes, dtypes or devices that do not fit.
@@ -65,7 +65,8 @@ def attention(
     On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
     scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
     (softcap, ALiBi, our dropout, sinks, lse, a float32 mask beside 16-bit tensors). Second derivatives and torch.func's
-    transforms are plain torch's, with all scores in memory. Autocast casts as it does for torch's.
+    transforms are plain torch's, with all scores in memory; torch's kernel on a CPU has no second one: "ref" has, and
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH). Autocast casts as it does for torch's.
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)

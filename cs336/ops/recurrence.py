@@ -4,6 +4,7 @@ NAME_fwd(*tensors, scale) -> (o, last)
 NAME_bwd(do, dstate, *tensors, scale) -> a gradient of each tensor but the segments, the last of them
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -67,6 +68,8 @@ def check(q, k, v, g, state, segments, scale) -> None:
     for name, x, shape in (("g", g, (B, H, T)), ("state", state, (B, H, K, V))):
         if x is not None and (x.shape != shape or x.dtype != stat or x.device != q.device):
             raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {like(x)}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     if segments is not None and (
         segments.shape != (B, T) or segments.dtype.is_floating_point or segments.device != q.device
     ):
