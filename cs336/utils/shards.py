@@ -250,6 +250,16 @@ class ShardWriter:
         self._file, self._filled = None, 0
 
 
+def shards_are_whole(directory: str | os.PathLike) -> bool:
+    """Whether the files that a directory's sidecar names are there."""
+    try:
+        meta = read_meta(directory)
+    except (OSError, ValueError):
+        return False
+    names = [*meta.shards, *([meta.tokenizer_file] if meta.tokenizer_file else [])]
+    return all((pathlib.Path(directory) / name).exists() for name in names)
+
+
 def read_meta(directory: str | os.PathLike) -> TokenMeta:
     """The sidecar of a directory of shards. Raises ValueError if it is missing, damaged or of another version."""
     path = pathlib.Path(directory) / META
