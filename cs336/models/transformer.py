@@ -115,6 +115,8 @@ class Transformer(nn.Module):
         state: DecodingState | PagedState | None = None,
         targets: Tensor | None = None,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         return_routing: bool = False,
     ) -> Any:
         """Logits (B, S, V) of the next token after each; with targets the sum of their cross-entropy.
@@ -128,6 +130,8 @@ class Transformer(nn.Module):
             state: the tokens before these, of which these become part.
             targets: (B, S) int64 or int32, each in [0, vocab_size) or ignore_index, which counts for nothing. The
                 logits are then never kept whole: see ops.linear_cross_entropy.
+            label_smoothing, z_loss: of ops.cross_entropy. With either two sums are returned in place of one: what is
+                minimised, and the cross-entropy alone, without a gradient.
             return_routing: return (logits or sum, Routing) of a model with mixtures of experts: what their routers add
                 to a loss, and the load of the experts. (logits or sum, None) of another.
 
@@ -136,7 +140,10 @@ class Transformer(nn.Module):
         """
         stream = self._layers(token_ids_BS, positions, segments, state)
         features_BSM = self._normed(stream)
-        out = self.logits(features_BSM) if targets is None else self.loss(features_BSM, targets, ignore_index)
+        if targets is None:
+            out: Any = self.logits(features_BSM)
+        else:
+            out = self.loss(features_BSM, targets, ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
         return (out, stream.routing) if return_routing else out
 
     def features(
@@ -232,13 +239,23 @@ class Transformer(nn.Module):
             return logits_BSV
         return cap * torch.tanh(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / cap)
 
-    def loss(self, features_BSM: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        features_BSM: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Any:
         """The sum of the cross-entropy of features (..., M) as `features` returns them; the rest as forward's."""
         head = self.embedding if self.head is None else self.head
-        return ops.linear_cross_entropy(
-            features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
-            reduction="sum",
-        )  # fmt: skip
+        layer, cap = (features_BSM, head.weight, targets), self.config.logit_softcap
+        if label_smoothing or z_loss:
+            return ops.linear_loss_sums(
+                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
+            )
+        return ops.linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
 
     @property
     def end_ids(self) -> tuple[int, ...]:

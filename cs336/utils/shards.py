@@ -266,6 +266,10 @@ def read_meta(directory: str | os.PathLike) -> TokenMeta:
     if not path.exists():
         inside = sorted(str(found.parent) for found in pathlib.Path(directory).glob(f"*/{META}"))
         advice = f"did you mean {' or '.join(inside)}?" if inside else "tokenize the corpus again"
+        if not os.path.exists(directory):
+            raise ValueError(
+                f"{directory} has no {META}, for it does not exist: `cs336 tokenizer encode --shards` makes it"
+            )
         raise ValueError(f"{directory} has no {META}: it is unfinished or holds no tokens; {advice}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -28,13 +28,14 @@ PLAIN = TransformerConfig(tiny_run.VOCAB, 8, 3, 16, 2)  # stages of one layer an
 HYENA = TransformerConfig(tiny_run.VOCAB, 8, 2, 16, layers=(BlockConfig(HyenaConfig(8)),))
 NATIVE = ParallelConfig(zero=1, native_step=True)
 STEPS = 4
+SMOOTHED = NextToken(label_smoothing=0.1, z_loss=1e-2)
 ALONE = {
     "dense": {"model": MODEL, "gradient_checkpointing": "full"},
     "moe": {"model": MOE, "micro_batch_size": 1},
     "plain": {"model": PLAIN, "gradient_checkpointing": "selective"},
-    "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3)},
+    "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3), "objective": SMOOTHED},
     "low": {"model": MODEL, "precision": "bf16_weights"},
-    "capped": {"model": replace(MODEL, logit_softcap=5.0)},  # whose head and loss are one
+    "capped": {"model": replace(MODEL, logit_softcap=5.0), "objective": SMOOTHED},  # whose head and loss are one
     "autocast": {"model": PLAIN, "precision": "bf16"},
     "autocast moe": {"model": MOE, "precision": "bf16", "gradient_checkpointing": "full"},
     "autocast hyena": {"model": HYENA, "precision": "bf16"},
@@ -279,7 +280,7 @@ def layout(**sizes):
         ({"pipeline": 3}, {}, "2 layers cannot be 3 stages"),
         ({"pipeline": 2}, {"parallel": ParallelConfig(zero=2)}, "goes with zero = 0 or 1"),
         ({"pipeline": 2}, {"model": MOE}, "stays on their stage"),
-        ({"pipeline": 2}, {"objective": NextToken(z_loss=1e-4)}, "leave label_smoothing and z_loss at 0"),
+        ({"pipeline": 2}, {"objective": NextToken(z_loss=1e-4)}, None),
         ({"pipeline": 2, "context": 2}, {}, "do not go together"),
         ({"data": 2}, {"optimizer": MuonConfig(), "parallel": ParallelConfig(zero=2)}, "use zero = 1"),
         ({"data": 2}, {"parallel": ParallelConfig(native_step=True)}, "which is zero = 1, and zero is 0"),
