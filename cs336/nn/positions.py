@@ -7,9 +7,9 @@ from torch import Tensor
 from cs336 import ops
 from cs336.nn.checks import check_flags, check_positive
 from cs336.nn.derived import Derived
-from cs336.nn.embedding import look_up
 from cs336.nn.rope_scaling import RopeScaling
 from cs336.ops import rope_tables
+from cs336.ops.ref.embedding import look_up
 
 
 class RotaryEmbedding(Derived):

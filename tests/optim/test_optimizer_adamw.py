@@ -408,6 +408,7 @@ def test_learning_rate_in_a_tensor(device):
     [
         ("lr must not be negative", {"lr": -1.0}),
         ("lr must not be negative, got nan", {"lr": math.nan}),
+        ("lr must be finite, got inf", {"lr": math.inf}),
         ("eps must not be negative", {"eps": -1.0}),
         ("weight_decay must not be negative", {"weight_decay": -1.0}),
         ("betas must be two numbers in", {"betas": (0.9, 1.0)}),
