@@ -247,8 +247,18 @@ def flash_attn_with_kvcache(
         k, v, cu_seqlens_k = _gathered(k_cache, v_cache, table, lens, cache_leftpad)
         cu_seqlens_q = torch.arange(B + 1, dtype=torch.int32, device=q.device) * S
         packing = cu_seqlens_q, cu_seqlens_k, S, table.shape[1] * k_cache.shape[1]
-        seen = softmax_scale, causal, window_size, softcap, alibi_slopes, False, True  # not deterministic, lse too
-        out, lse, _ = flash_attn_varlen_func(q.flatten(0, 1), k, v, *packing, 0.0, *seen)
+        out, lse, _ = flash_attn_varlen_func(
+            q.flatten(0, 1),
+            k,
+            v,
+            *packing,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            return_attn_probs=True,
+        )
         out, lse = out.unflatten(0, (B, S)), lse.unflatten(1, (B, S)).transpose(0, 1)
         return (out, lse) if return_softmax_lse else out
     options = _paged_options(softmax_scale, left, softcap)
