@@ -45,14 +45,21 @@ def int4(model: Model, out: Path, group: Group = 128, asymmetric: Asymmetric = F
     _quantized(model, out, "int4", group, asymmetric=asymmetric, format=format)
 
 
-def fp8(model: Model, out: Path, group: Group = -1, format: Literal["cs336", "compressed-tensors"] = "cs336") -> None:
+def fp8(
+    model: Model,
+    out: Path,
+    group: Group = -1,
+    activations: bool = False,
+    format: Literal["cs336", "compressed-tensors"] = "cs336",
+) -> None:
     """Weights as floats of 8 bits (e4m3), rounded to the nearest.
 
     Args:
         out: the directory to write, new or empty.
+        activations: round what the layers read too, as the model runs, with a scale a token.
         format: of the files: ours, or compressed-tensors', which transformers and vLLM read too.
     """
-    _quantized(model, out, "fp8", group, format=format)
+    _quantized(model, out, "fp8", group, activations=activations, format=format)
 
 
 def gptq(

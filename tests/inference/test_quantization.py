@@ -1,5 +1,6 @@
 """Quantised models: what they lose, the directories that hold them, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -123,6 +124,33 @@ def test_other_blocks(block, plain, tmp_path):
     save_pretrained(model, tmp_path / "out")
     with torch.inference_mode():
         assert torch.equal(load_model(tmp_path / "out")(ids), after)
+
+
+def test_rounded_activations(trained, directory, tmp_path):
+    """What the engine's joined products say is what the layers say one by one; gradients pass the rounding."""
+    compress(directory, tmp_path / "small", "fp8", None, activations=True)
+    model = load_model(tmp_path / "small")
+    assert perplexity(trained) / 1.05 < perplexity(model) < perplexity(trained) * 1.05
+    quantised = quantize_(copy.deepcopy(trained), "fp8", None)
+    assert perplexity(model) != perplexity(quantised)
+    ids = list(TEXT[:24])
+    (out,) = LLM(model, TOKENIZER, quiet=True).generate([ids], SamplingParams(temperature=0, max_tokens=12))
+    for token in out.token_ids:
+        with torch.no_grad():
+            assert model(torch.tensor([ids]))[0, -1].argmax() == token
+        ids.append(token)
+    layer = model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+    layer.x_group = None
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), quantised.layers[0].mlp.up_proj(x))
+    for method in ("int8", "gptq"):
+        with pytest.raises(ValueError, match=f"beside weights in fp8, got {method}"):
+            compress(directory, tmp_path / "other", method, activations=True)
+    with pytest.raises(ValueError, match="these are int8: leave out x_group"):
+        QuantizedLinear(8, 8, "int8", None, x_group=-1)
 
 
 def change(path, name, tensor):

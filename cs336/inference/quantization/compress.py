@@ -44,6 +44,7 @@ def compress(
     samples: int = 128,
     act_order: bool = False,
     asymmetric: bool = False,
+    activations: bool = False,
     device: str = "auto",
     format: Format = "cs336",
 ) -> Compressed:
@@ -58,12 +59,15 @@ def compress(
         samples: windows of text that are read, each of the model's context or 2048 tokens.
         act_order: gptq rounds the features with the largest inputs first.
         asymmetric: a group has a zero besides its scale.
+        activations: fp8 rounds what the layers read too, as the model runs, with a scale a token.
         device: auto (a GPU if there is one), cpu, cuda: where the blocks of a calibrated method take turns.
         format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
 
     Raises FileExistsError, ValueError with a calibrated method, for a directory that holds something else;
     FileNotFoundError where there is no model or text; ValueError for what cannot be quantised.
     """
+    if activations and method != "fp8":
+        raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     out, found = pathlib.Path(out), find_model(model)
     if method in BLOCK_METHODS:
         if calibrate is None:
@@ -88,7 +92,7 @@ def compress(
         tokenizer = None
     network = load_model(found, "cpu")
     before = nbytes(network)
-    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric)
+    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric, activations=activations)
     save_pretrained(network, out, tokenizer, quantized_as=format)
     return Compressed(before, nbytes(network))
 
