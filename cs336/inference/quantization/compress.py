@@ -5,10 +5,11 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from cs336.inference.load import find_model, load_model, load_tokenizer
-from cs336.inference.quantization.calibrated import BLOCK_METHODS, Calibrated
+from cs336.inference.load import find_model, load_model, load_tokenizer, read_config
+from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
+from cs336.models.huggingface import check_quantized_as
 from cs336.nn import QuantMethod
 from cs336.nn.quantized import METHODS
 
@@ -70,6 +71,8 @@ def compress(
         raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     out, found = pathlib.Path(out), find_model(model)
     if method in BLOCK_METHODS:
+        if bits in METHOD_OF_BITS:
+            check_quantized_as(read_config(found), format, METHOD_OF_BITS[bits], group, order=act_order)
         if calibrate is None:
             raise ValueError(f"{method} reads calibration text: name one with calibrate (--calibrate TEXT)")
         options: dict[str, Any] = {
@@ -86,6 +89,7 @@ def compress(
         raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq or awq")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is there already and holds something: name another directory")
+    check_quantized_as(read_config(found), format, cast(QuantMethod, method), group)
     try:
         tokenizer = load_tokenizer(found)
     except FileNotFoundError:
