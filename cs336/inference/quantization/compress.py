@@ -1,17 +1,22 @@
 """A model's directory in, a smaller one out, which every verb takes that took the first."""
 
+import json
 import os
 import pathlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
+from rich.console import Console
+
 from cs336.inference.load import find_model, load_model, load_tokenizer, read_config
-from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, Calibrated
+from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, RESULT, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
 from cs336.models.huggingface import check_quantized_as
 from cs336.nn import QuantMethod
 from cs336.nn.quantized import METHODS
+from cs336.utils.files import write_json
+from cs336.utils.stages import Outcome, Stage, run_stages
 
 Method = Literal["int8", "int4", "fp8", "gptq", "awq"]
 Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
@@ -52,7 +57,7 @@ def compress(
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
     Args:
-        method: int8, int4 and fp8 round to the nearest. gptq and awq read text; the same call goes on where one that
+        method: int8, int4 and fp8 round to the nearest. gptq and awq read text. The same call goes on where one that
             was killed stopped, and does not repeat one that is finished.
         group: neighbours in a row of a weight that share a scale; None: the whole row.
         calibrate: of gptq and awq: text, JSON lines, parquet or a directory of them. A tenth is held out to measure.
@@ -64,8 +69,8 @@ def compress(
         device: auto (a GPU if there is one), cpu, cuda: where the blocks of a calibrated method take turns.
         format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
 
-    Raises FileExistsError, ValueError with a calibrated method, for a directory that holds something else;
-    FileNotFoundError where there is no model or text; ValueError for what cannot be quantised.
+    Raises ValueError for a directory that holds another model, and for what cannot be quantised; FileNotFoundError
+    where there is no model or text.
     """
     if activations and method != "fp8":
         raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
@@ -87,18 +92,26 @@ def compress(
         raise ValueError(f"method must be one of {', '.join((*METHODS, *BLOCK_METHODS))}, got {method!r}")
     if calibrate is not None or act_order:
         raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq or awq")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is there already and holds something: name another directory")
     check_quantized_as(read_config(found), format, cast(QuantMethod, method), group)
-    try:
-        tokenizer = load_tokenizer(found)
-    except FileNotFoundError:
-        tokenizer = None
-    network = load_model(found, "cpu")
-    before = nbytes(network)
-    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric, activations=activations)
-    save_pretrained(network, out, tokenizer, quantized_as=format)
-    return Compressed(before, nbytes(network))
+
+    def quantise() -> Outcome:
+        try:
+            tokenizer = load_tokenizer(found)
+        except FileNotFoundError:
+            tokenizer = None
+        network = load_model(found, "cpu")
+        before = nbytes(network)
+        quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric, activations=activations)
+        save_pretrained(network, out, tokenizer, quantized_as=format)
+        result = Compressed(before, nbytes(network))
+        write_json(out / RESULT, asdict(result), indent=2)
+        return Outcome(str(result))
+
+    settings = {"method": method, "group": group, "asymmetric": asymmetric, "activations": activations}
+    made = ("config.json", "model.safetensors", RESULT)
+    stage = Stage("quantise", method, quantise, (RESULT,), (found,), settings | {"format": format}, kept=made)
+    run_stages(out, [stage], Console(quiet=True))
+    return Compressed(**json.loads((out / RESULT).read_text(encoding="utf-8")))
 
 
 def nbytes(model: Transformer) -> int:
