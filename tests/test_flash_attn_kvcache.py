@@ -4,6 +4,7 @@ from close import assert_close_to_ref
 from ops.attentions import BF16, CUDA, F32, F64, definition
 
 import cs336
+from cs336 import flash_attn
 
 DTYPE, D = (BF16, 64) if CUDA else (F32, 16)
 
@@ -243,3 +244,21 @@ def test_no_gradient(device):
     q = torch.randn(1, 2, 4, D, device=device).to(DTYPE).requires_grad_()
     out = cs336.flash_attn_with_kvcache(q, k, v, q[:, :, :2], q[:, :, :2], cache_seqlens=20)
     assert not any(x.requires_grad for x in (out, k, v))
+
+
+def test_what_is_copied_where_lengths_are_not_read(device, monkeypatch):
+    """As on a GPU: as many rows as the table has room for, of which those of the sequences are the same."""
+    lengths, begins = [20, 37, 0, 48], [3, 16, 0, 0]
+    _, (k, v), table = cache(device, True, lengths)
+    lens, left = (torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, begins))
+    for b, n in enumerate(lengths):
+        table[b, -(-n // 16) :] = -7 if b % 2 else 2**31 - 1  # looked at by nobody
+    monkeypatch.setattr(flash_attn, "readable", lambda *_: True)
+    read = flash_attn._gathered(*(x.cpu() for x in (k, v, table, lens, left)))
+    monkeypatch.setattr(flash_attn, "readable", lambda *_: False)
+    unread = flash_attn._gathered(k, v, table, lens, left)
+    assert len(unread[0]) == 4 * 3 * 16
+    assert unread[2].tolist() == read[2].tolist() == [0, 17, 38, 38, 86]
+    for whole, part in zip(unread[:2], read[:2], strict=True):
+        assert torch.equal(whole[:86].cpu(), part)
+        assert part.isfinite().all()
