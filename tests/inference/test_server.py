@@ -184,6 +184,8 @@ def test_tokens_and_models(served):
     assert post(served, {"tokens": answer["tokens"]}, "/detokenize") == (200, {"prompt": "hé<|endoftext|>"})
     _, answer = post(served, {"messages": [{"role": "user", "content": "a"}]}, "/tokenize")
     assert TOKENIZER.decode(answer["tokens"]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    _, answer = post(served, {"prompt": [97]}, "/tokenize")  # which takes one text
+    assert answer["error"]["message"] == "prompt: Input should be a valid string"
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
         assert post(served, body | {"model": "cs336"}, path)[0] == 200
         assert post(served, body | {"model": "other"}, path)[0] == 404

@@ -363,7 +363,7 @@ async def _invalid(http: Request, error: Any) -> Response:
         return JSONResponse(answers.error(f"the body is not JSON: {first['ctx']['error']}"), 400)
     if first["type"] == "missing" and first["loc"] == ("body",):
         return JSONResponse(answers.error("the body is empty: expected a JSON object"), 400)
-    if (field := next(iter(first["loc"][1:]), None)) in EITHER:
+    if len(first["loc"]) > 2 and (field := first["loc"][1]) in EITHER:
         return JSONResponse(answers.error(f"{field} must be {EITHER[field]}", param=field), 400)
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
