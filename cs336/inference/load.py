@@ -16,6 +16,17 @@ from cs336.training.weights import model_config
 from cs336.utils.config import parse, read_table
 from cs336.utils.device import pick
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own, got {dtype!r}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
 
 def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
     """The model at `path`, an export, an adapter of one, a checkpoint or a GGUF file, for inference.

@@ -1,5 +1,6 @@
 """A model with its engine, as programs use it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,12 @@ def test_params_of_each_prompt_and_ids(llm):
     for ids in (torch.tensor([*b"hello"]), torch.tensor([[*b"hello"]]), torch.tensor([[*b"hello"]]).numpy()):
         (e,) = llm.generate(ids, long)
         assert e.token_ids == b.token_ids
+    for prompts in (np.array([*b"hello"]), [*np.array([*b"hello"])], [torch.tensor([*b"hello"])], (*b"hello",)):
+        (f,) = llm.generate(prompts, long)
+        assert f.token_ids == b.token_ids
+    for prompts in (None, 5, 1.5, [1.5], [None, "a"], b"hello", [b"hello"], torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="a prompt is a text or a list of token ids, got"):
+            llm.generate(prompts, short)
     with pytest.raises(ValueError, match="got one number"):
         llm.generate(torch.tensor(5))
     with pytest.raises(ValueError, match="params must be SamplingParams, got"):
@@ -100,6 +107,10 @@ def test_from_a_directory(tmp_path, model, llm, capsys):
     half = LLM(tmp_path, tmp_path / "tokenizer.json", device="cpu", dtype=torch.bfloat16, quiet=True, max_seqs=1)
     assert half.model.embedding.weight.dtype == torch.bfloat16
     assert capsys.readouterr().err == ""
+    for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        assert LLM(tmp_path, dtype=name, quiet=True, max_seqs=1).model.embedding.weight.dtype == dtype
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, bfloat16, float16, .* got 'int8'"):
+        LLM(tmp_path, dtype="int8", quiet=True)
 
 
 def test_chat(tmp_path, model, llm):

@@ -42,7 +42,7 @@ from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, RopeConfig
+from cs336.nn import QuantizedLinear, QuantMethod, RopeConfig, replace_linears
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -120,6 +120,16 @@ def save_pretrained(
             save_tensors(part, file.name, {"format": "pt"})
     if len(shards) > 1:  # a whole file would be read before them
         (directory / WEIGHTS).unlink(missing_ok=True)
+
+
+def check_quantized_as(
+    config: TransformerConfig, form: str, method: QuantMethod, group: int | None, *, order: bool = False
+) -> None:
+    """Raises ValueError where a model, quantised so, could not be written in this format: before it is quantised."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        replace_linears(model.layers, method, group, order=order)
+    _in_layout(model, form)
 
 
 def save_adapter(

@@ -57,7 +57,8 @@ def read_quantized(model: Transformer, said: Any, found: dict[str, Tensor], fami
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear)
         weight = form.read(Tensors(found, stem, form.scheme.method), old.out_features, old.in_features)
-        options = {"zeros": weight.zeros is not None, "order": weight.order is not None}
+        options: dict[str, Any] = {"zeros": weight.zeros is not None, "order": weight.order is not None}
+        options |= {"x_group": form.scheme.x_group}
         new = QuantizedLinear.like(old, form.scheme.method, form.scheme.group, **options)
         new.fill(weight)
         parent, _, last = name.rpartition(".")
