@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cs336.inference import LLM, SamplingParams, generate
-from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.inference.load import load_model
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
+from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 from cs336.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
@@ -34,6 +36,26 @@ def test_texts_are_those_of_generate(model, llm):
         for output in got:
             assert "".join(llm.stream(output.prompt, params)) == output.text
     assert llm.engine.cache.in_use == 0
+
+
+def test_longrope_is_chosen_by_max_len(tmp_path):
+    """Before as after the original context, with whatever is drafted and kept in pages."""
+    torch.manual_seed(6)
+    scaling = LongRopeScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 4.0, 6.0), 24, 4.0)
+    block = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(100.0, scaling=scaling))
+    save_pretrained(Transformer(TransformerConfig(272, 96, 2, 32, init_std=0.3, layers=(block,))), tmp_path, TOKENIZER)
+    long, short = load_model(tmp_path, "cpu"), load_model(tmp_path, "cpu", max_len=24)
+    assert (long.config.context_length, short.config.context_length) == (96, 24)
+    texts = []
+    for model, options in ((long, {}), (long, {"max_len": 25}), (short, {"max_len": 24})):
+        params = SamplingParams(temperature=0, max_tokens=min(40, options.get("max_len", 96) - 9))
+        want = generate(model, TOKENIZER, ["text, two"], params)[0].token_ids
+        for drafting in ({}, {"draft": tmp_path}):
+            llm = LLM(tmp_path, device="cpu", quiet=True, page_size=8, max_seqs=2, **options, **drafting)
+            assert llm.generate("text, two", params)[0].token_ids == want
+        texts.append(want)
+    assert texts[1] == texts[0][: len(texts[1])]
+    assert texts[2] != texts[1][: len(texts[2])]
 
 
 def test_params_of_each_prompt_and_ids(llm):

@@ -18,16 +18,21 @@ FACTORS, LLAMA3_LENGTH = "rope_freqs.weight", 8192  # what the frequencies are d
 
 
 def from_gguf(
-    path: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_len: int | None = None,
 ) -> Transformer:
     """The model in a GGUF file, its weights dequantized: float32 if dtype is None. In eval mode.
 
+    max_len: tokens of the longest text, see TransformerConfig.within.
     Raises FileNotFoundError where there is no file, ValueError for one that is damaged, and for a model of
     another architecture, or one that does what a Transformer does not, naming the key of its metadata.
     """
     file = GGUF(path)
     config, architecture = _config(file)
-    model = Transformer(config, device="meta").eval()
+    model = Transformer(config.within(max_len), device="meta").eval()
     model.load_state_dict(_weights(file, model, architecture, device, dtype), assign=True)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (i := file.get(f"tokenizer.ggml.{theirs}_token_id", int)) is not None:
@@ -76,7 +81,7 @@ def _stretched(file: GGUF, config: TransformerConfig) -> TransformerConfig:
     said = file.tensor(FACTORS).double()
     D, theta = block.mixer.rope_dim(config.d_model), block.positions.theta
     scaling = Llama3Scaling(max(1.0, round(said.max().item(), 4)), LLAMA3_LENGTH)
-    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta)[0]
+    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta, config.context_length)[0]
     if said.shape != factors.shape or not torch.allclose(said, factors, rtol=1e-4):
         raise ValueError(f"{file.path} has {FACTORS} that are not Llama 3.1's: other stretched positions are not read")
     positions = dataclasses.replace(block.positions, scaling=scaling)

@@ -157,12 +157,17 @@ def save_adapter(
 
 
 def from_pretrained(
-    directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    directory: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_len: int | None = None,
 ) -> Transformer:
     """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout; or of a LoRA in
     PEFT's layout the base model that it names, with the adapter merged into its weights.
 
     dtype: of the weights; as they are stored if None. The model is in eval mode, as one of transformers.
+    max_len: tokens of the longest text, see TransformerConfig.within.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind, naming the field of
     config.json that says so, and for damaged files.
     """
@@ -170,7 +175,7 @@ def from_pretrained(
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
-    model = Transformer(config, device="meta").eval()
+    model = Transformer(config.within(max_len), device="meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
