@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from cs336.models.config import TransformerConfig
-from cs336.models.gguf.architectures import ARCHITECTURES, Architecture, sizes
+from cs336.models.gguf.architectures import ARCHITECTURES, LONG, SHORT, Architecture, sizes
 from cs336.models.gguf.reader import GGUF
 from cs336.models.huggingface.fields import Fields
 from cs336.models.transformer import Transformer
-from cs336.nn import Llama3Scaling, RopeConfig
+from cs336.nn import Llama3Scaling, LongRopeScaling, RopeConfig
 from cs336.ops.rope_tables import inverse_frequencies
 
 FACTORS, LLAMA3_LENGTH = "rope_freqs.weight", 8192  # what the frequencies are divided by; Llama 3's context
@@ -56,7 +56,9 @@ def _weights(
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     rules = architecture.rules(shapes)
     expected = {name for rule in rules for name in rule.theirs}
-    derived = {FACTORS} if any(getattr(block.positions, "scaling", None) for block in model.config.blocks) else set()
+    scalings = {getattr(block.positions, "scaling", None) for block in model.config.blocks}
+    derived = {FACTORS} if any(isinstance(scaling, Llama3Scaling) for scaling in scalings) else set()
+    derived |= {SHORT, LONG} if any(isinstance(scaling, LongRopeScaling) for scaling in scalings) else set()
     if missing := expected - file.tensors.keys():
         raise ValueError(f"{file.path} lacks weights: {', '.join(sorted(missing))}")
     if unknown := file.tensors.keys() - expected - derived:
@@ -88,6 +90,11 @@ def _stretched(file: GGUF, config: TransformerConfig) -> TransformerConfig:
     return config.with_blocks((dataclasses.replace(block, positions=positions),) * config.num_layers)
 
 
+def _numbers(t: Tensor) -> tuple[float, ...]:
+    """1.1 of what is 1.1 in float32, as it was meant."""
+    return tuple(float(str(value)) for value in t.flatten().numpy())
+
+
 def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -96,6 +103,7 @@ def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
         raise ValueError(f"{file.path} lacks weights: token_embd.weight, of two dims")
     table = {k.removeprefix(f"{name}."): v for k, v in file.metadata.items() if k.startswith(f"{name}.")}
+    table |= {name: _numbers(file.tensor(name)) for name in (SHORT, LONG) if name in file.tensors}
     fields = Fields(table, above=f"{name}.", source=str(file.path))
     rows = file.tensors["token_embd.weight"].shape[0]
     config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
