@@ -85,6 +85,8 @@ def one_above_the_other(
         found += renamed(own, names)
         for name, several in fused.items() if layer else ():
             ours = tuple(f"layers.{layer}.{part}.weight" for part in several)
+            if not shapes.keys() & set(ours):
+                continue  # of quantised layers
             found.append(_joined(ours, place.format(layer=layer, name=name), [shapes[each][0] for each in ours]))
     return found
 
@@ -93,7 +95,7 @@ def _joined(ours: tuple[str, ...], theirs: str, rows: list[int]) -> Rule:
     def read(tensors: list[Tensor]) -> list[Tensor]:
         return list(tensors[0].split(rows))
 
-    return Rule(ours, (theirs,), read, lambda tensors: [torch.cat(tensors)])
+    return Rule(ours, (theirs,), read, lambda tensors: [torch.cat(tensors)], stacked=True)
 
 
 PHI3 = Family("phi3", "Phi3ForCausalLM", read, write, rules)
