@@ -65,6 +65,7 @@ LONG_FACTORS = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1
 LONG_FACTORS |= {"long_factor": [1.0, 2.0, 4.0]}
 LONGROPE = {"rope_parameters": LONG_FACTORS, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}
 OTHER_LONGROPE = LONG_FACTORS | {"factor": 4.0, "attention_factor": 1.2, "original_max_position_embeddings": 8}
+GLM = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75}, "head_dim": 16}
 SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 0, 1], "attention_bias": True, "mlp_bias": True}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}
 GRANITE = MULTIPLIERS | {"logits_scaling": 1.3, "attention_bias": True, "tie_word_embeddings": True}
@@ -149,6 +150,10 @@ THEIRS = {
     "cohere2, untied": ("Cohere2", SIZES | COHERE2),
     "gpt_oss": ("GptOss", SIZES | GPT_OSS),
     "gpt_oss, plain rope": ("GptOss", SIZES | GPT_OSS | PLAIN),
+    "glm": ("Glm", SIZES | {"head_dim": 8}),
+    "glm, said": ("Glm", SIZES | GLM),
+    "glm4": ("Glm4", SIZES | {"head_dim": 8}),
+    "glm4, tied": ("Glm4", SIZES | GLM | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
@@ -232,7 +237,9 @@ def test_longrope_is_chosen_by_the_longest_text(tmp_path):
 
 
 NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2", "gpt_oss")
+NEWER += ("glm", "glm4")
 COHERE = {"norm": LayerNormConfig(bias=False), "positions": RopeConfig(interleaved=True), "parallel": True}
+HALF = RopeConfig(50.0, interleaved=True, fraction=0.5)
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
@@ -271,6 +278,8 @@ OURS = {
     "phi3, interleaved": ("phi3", {"positions": RopeConfig(50.0, interleaved=True, fraction=0.5)}),
     "phi3, dropped out": ("phi3", {"positions": RopeConfig(fraction=0.75), "dropout": 0.1}),
     "granite": ("granite", {"residual_scale": 0.7, "embedding_scale": 2.0, "logit_scale": 0.3}),
+    "glm": ("glm", {"mixer": AttentionConfig(4, 2, qkv_bias=True), "positions": HALF}),
+    "glm4": ("glm4", {"mixer": AttentionConfig(4, 2, qkv_bias=True), "positions": HALF, "placement": "sandwich"}),
     "cohere": ("cohere", COHERE | {"logit_scale": 0.3}),
     "cohere, logits as they are": ("cohere", COHERE),
     "granite, scaled scores": ("granite", {"mixer": AttentionConfig(4, 1, scale=0.2)}),

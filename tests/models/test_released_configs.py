@@ -53,6 +53,11 @@ RELEASED = {
         "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"} | FACTORS, "sliding_window": 262144,
         "tie_word_embeddings": True,
     }),
+    "GLM-4 9B 0414": ("glm4", 9.400, sizes(4096, 13696, 151552, 40, 32, 2, 32768) | {
+        "attention_bias": True, "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu",
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "pad_token_id": 151329,
+    }),
     "SmolLM3 3B": ("smollm3", 3.075, sizes(2048, 11008, 128256, 36, 16, 4, 65536) | {
         "attention_bias": False, "hidden_act": "silu", "layer_types": ["full_attention"] * 36, "mlp_bias": False,
         "max_window_layers": 28, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2,

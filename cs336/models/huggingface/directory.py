@@ -24,6 +24,7 @@ from cs336.models.huggingface.fields import read_json
 from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
+from cs336.models.huggingface.glm import GLM, GLM4
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.gpt_oss import GPT_OSS, without_mxfp4
 from cs336.models.huggingface.granite import GRANITE
@@ -53,6 +54,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
         *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2, GPT_OSS),
+        *(GLM, GLM4),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig

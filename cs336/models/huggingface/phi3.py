@@ -15,7 +15,7 @@ from cs336.models.config import TransformerConfig
 from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, layer_names, renamed
 from cs336.models.huggingface.fields import Fields
-from cs336.models.huggingface.rotary import read_rope
+from cs336.models.huggingface.rotary import read_fraction, read_rope
 from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 
 # What releases say of themselves and transformers does not read.
@@ -34,7 +34,10 @@ def read(fields: Fields) -> TransformerConfig:
     mixer = AttentionConfig(**heads, window=fields.take("sliding_window"))
     _check_scaling(fields)
     original = fields.count(ORIGINAL, ORIGINAL_LENGTH)
-    rope, dropout = read_rope(fields, original=original, fraction=_fraction(fields)), fields.number("resid_pdrop", 0.0)
+    rope, dropout = (
+        read_rope(fields, original=original, fraction=read_fraction(fields)),
+        fields.number("resid_pdrop", 0.0),
+    )
     config = decoder.decoder(fields, mixer, decoder.gated_mlp(fields), eps=1e-5, positions=rope, dropout=dropout)
     return dataclasses.replace(config, embedding_dropout=fields.number("embd_pdrop", 0.0))
 
@@ -46,12 +49,6 @@ def _check_scaling(fields: Fields) -> None:
         if isinstance(table := fields.table.get(name), dict):
             for kind in ("rope_type", "type"):
                 Fields(table, above=f"{name}.").only(kind, "default", "longrope", "su")
-
-
-def _fraction(fields: Fields) -> Any:
-    """Of a head that is rotated, which files say by itself or in rope_parameters."""
-    table, said = fields.table.get("rope_parameters"), fields.take("partial_rotary_factor", 1.0)
-    return table.get("partial_rotary_factor", said) if isinstance(table, dict) else said
 
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:

@@ -39,6 +39,12 @@ def read_rope(
     return rope_of(table, fields, theta, original=original, **options)
 
 
+def read_fraction(fields: Fields, default: float = 1.0) -> Any:
+    """Of a head that is rotated, which files say by itself or in rope_parameters."""
+    table, said = fields.table.get("rope_parameters"), fields.take("partial_rotary_factor", default)
+    return table.get("partial_rotary_factor", said) if isinstance(table, dict) else said
+
+
 def read_ropes(fields: Fields, local: float, theta: float) -> tuple[RopeConfig, RopeConfig]:
     """Of layers with a window, and of those without: a table each in rope_parameters; rope_scaling is of the latter.
 
