@@ -31,6 +31,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 SANDWICHED = NAMES | {"post_attention_layernorm": "post_attention_norm"}
+NAMES |= {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}  # of GLM-4
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 GEMMA3 = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "num_hidden_layers": 6}
 ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -44,6 +45,7 @@ THEIRS = {
     "phi3, partial, window": ("Phi3", SIZES | {"sliding_window": 9, "rope_parameters": PARTIAL}),
     "llama, yarn": ("Llama", SIZES | {"rope_parameters": YARN, "head_dim": 8}),
     "qwen3, yarn": ("Qwen3", SIZES | {"head_dim": 12, "rope_parameters": YARN}),
+    "glm4": ("Glm4", SIZES | {"head_dim": 16}),
     "gemma": ("Gemma", SIZES | {"head_dim": 12}),
     "gemma2": ("Gemma2", SIZES | {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12}),
     "gemma3": ("Gemma3Text", SIZES | GEMMA3 | {"rope_parameters": ROPES}),
@@ -81,6 +83,8 @@ def pairs_of(config):
         turned = int(config.hidden_size // config.num_attention_heads * ropes["partial_rotary_factor"])
         pairs |= {"rope.dimension_count": turned, "rope.scaling.original_context_length": 4096}
         pairs["attention.sliding_window"] = config.sliding_window or 0
+    if arch == "glm4":
+        pairs["rope.dimension_count"] = int(head_dim * ropes["partial_rotary_factor"])
     if ropes.get("rope_type") == "yarn":
         pairs |= {"rope.scaling.type": "yarn", "rope.scaling.factor": ropes["factor"]}
         pairs["rope.scaling.original_context_length"] = ropes["original_max_position_embeddings"]
@@ -121,7 +125,7 @@ def test_logits_and_tokens_are_those_of_transformers(tmp_path, name):
     assert_same_greedy(from_gguf(converted(tmp_path, theirs)), theirs)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "glm4", "gemma2", "gemma3"])
 def test_names_are_those_of_the_package_gguf(name):
     gguf = pytest.importorskip("gguf")
     arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)

@@ -1,7 +1,7 @@
 """Models that GGUF files hold, by general.architecture: how their metadata are read, and how their weights are named.
 
-llama.cpp rotates neighbouring features in a Llama, whose query and key rows are in that order, and the halves of a head
-in the others, as Hugging Face does. It adds the 1 to Gemma's norms that Hugging Face's files leave out.
+llama.cpp rotates neighbouring features in a Llama, whose query and key rows are in that order, and in GLM-4; and the
+halves of a head in the others, as Hugging Face does. It adds the 1 to Gemma's norms that their files leave out there.
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ NAMES = {
 }
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # LongRoPE's, weights that are read as metadata
 PHI3_FUSED = dict(zip(("attn_qkv", "ffn_up"), phi3.FUSED.values(), strict=True))
+GLM4_FUSED = {"ffn_up": PHI3_FUSED["ffn_up"]}
 
 
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
@@ -57,6 +58,10 @@ def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
 
 def phi3_rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
     return phi3.one_above_the_other(shapes, PHI3_FUSED, "blk.{layer}.{name}.weight", NAMES)
+
+
+def glm4_rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
+    return phi3.one_above_the_other(shapes, GLM4_FUSED, "blk.{layer}.{name}.weight", NAMES)
 
 
 @dataclass(frozen=True)
@@ -154,20 +159,32 @@ def read_qwen3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
 def read_phi3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
     fields.take("rope.scaling.original_context_length")  # which files without LongRoPE have as well
     mixer = attention(fields, window=fields.take("attention.sliding_window") or None)
-    D = mixer.head_size(sizes["d_model"])
-    turned = fields.count("rope.dimension_count", D)
-    if turned > D or int(D * (turned / D)) != turned:
-        fields.refuse("rope.dimension_count")
-    return _like_llama(fields, sizes, mixer, turned, fraction=turned / D, kinds=("longrope",))
+    return _like_llama(fields, sizes, mixer, partial=True, kinds=("longrope",))
+
+
+def read_glm4(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
+    options: dict[str, Any] = {"interleaved": True, "kinds": ("linear", "yarn"), "placement": "sandwich"}
+    return _like_llama(fields, sizes, attention(fields, qkv_bias=True), partial=True, **options)
 
 
 def _like_llama(
-    fields: Fields, sizes: dict[str, Any], mixer: AttentionConfig, turned: int | None = None, **options: Any
+    fields: Fields,
+    sizes: dict[str, Any],
+    mixer: AttentionConfig,
+    *,
+    partial: bool = False,
+    placement: Placement = "pre",
+    **options: Any,
 ) -> TransformerConfig:
-    """turned: features of a head that are rotated; all if None. options: of `rope`."""
-    positions = rope(fields, mixer.head_size(sizes["d_model"]) if turned is None else turned, **options)
-    block = BlockConfig(mixer, SwiGLUConfig(fields.take("feed_forward_length")), norm(fields), positions)
-    return TransformerConfig(**sizes, layers=(block,))
+    """partial: a part of each head may be rotated. options: of `rope`."""
+    turned = D = mixer.head_size(sizes["d_model"])
+    if partial:
+        turned = fields.count("rope.dimension_count", D)
+        if turned > D or int(D * (turned / D)) != turned:
+            fields.refuse("rope.dimension_count")
+        options["fraction"] = turned / D
+    mlp, positions = SwiGLUConfig(fields.take("feed_forward_length")), rope(fields, turned, **options)
+    return TransformerConfig(**sizes, layers=(BlockConfig(mixer, mlp, norm(fields), positions, placement),))
 
 
 def read_gemma(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
@@ -239,6 +256,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(read_qwen2),
     "qwen3": Architecture(read_qwen3),
     "phi3": Architecture(read_phi3, phi3_rules),
+    "glm4": Architecture(read_glm4, glm4_rules),
     "gemma": Architecture(read_gemma),
     "gemma2": Architecture(read_gemma2),
     "gemma3": Architecture(read_gemma3),
