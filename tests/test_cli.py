@@ -485,35 +485,6 @@ def test_samples_of_a_seed(data, tokenizer, capsys):
     assert texts(3, 2) == texts(3, 1) + "\n" + texts(4, 1)
 
 
-def test_generate_reads_a_longrope_for_what_it_writes(tmp_path, capsys):
-    """With its short factors where prompt and answer fit the original context, drafted or not."""
-    import torch
-
-    from cs336.inference import SamplingParams
-    from cs336.inference import generate as continued
-    from cs336.inference.load import load_model
-    from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
-    from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
-    from cs336.tokenizer import Tokenizer
-
-    scaling = LongRopeScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 4.0, 6.0), 24, 4.0)
-    block = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(100.0, scaling=scaling))
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
-    torch.manual_seed(6)
-    model = Transformer(TransformerConfig(272, 96, 2, 32, init_std=0.3, layers=(block,)))
-    save_pretrained(model, tmp_path, tokenizer)
-    command = ["generate", str(tmp_path), "--prompt", "text, two", "--temperature", "0", "--ignore-eos"]
-    for tokens, max_len in ((15, 24), (16, 25)):
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        (want,) = continued(load_model(tmp_path, "cpu", max_len=max_len), tokenizer, ["text, two"], params)
-        (other,) = continued(load_model(tmp_path, "cpu", max_len=49 - max_len), tokenizer, ["text, two"], params)
-        assert want.text != other.text
-        for drafting in ([], ["--draft", str(tmp_path)]):
-            capsys.readouterr()
-            assert main([*command, "--max-tokens", str(tokens), "--device", "cpu", *drafting]) == 0
-            assert want.text in capsys.readouterr().out
-
-
 def test_generate_with_a_draft(data, tokenizer, capsys):
     """Its text is the model's own; with several samples too."""
     assert main(["train", *train_arguments(data), "--tokenizer", tokenizer]) == 0

@@ -162,6 +162,10 @@ def test_the_factors_of_llama_3_are_its_scaling(tmp_path):
     assert 1 < factors[8] < 8  # one is between
     more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
     assert_same_greedy(from_gguf(converted(tmp_path, theirs, more=more)), theirs)
+    with pytest.raises(ValueError, match=r"unknown weights: rope_freqs\.weight"):
+        from_gguf(
+            converted(tmp_path, theirs, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, more)
+        )
     factors[8] = 2.0
     more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
     with pytest.raises(ValueError, match=r"rope_freqs\.weight that are not Llama 3\.1's"):

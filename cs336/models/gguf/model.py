@@ -108,6 +108,6 @@ def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     rows = file.tensors["token_embd.weight"].shape[0]
     config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
     fields.finish()
-    if name == "llama" and FACTORS in file.tensors:
+    if name == "llama" and FACTORS in file.tensors and getattr(config.blocks[0].positions, "scaling", None) is None:
         config = _stretched(file, config)
     return config.short_form() or config, ARCHITECTURES[name]
