@@ -51,17 +51,13 @@ def longrope(tmp_path):
 
 
 def test_longrope_is_chosen_by_max_len(longrope):
-    """Not by the length of a text, with whatever is drafted and kept in pages."""
+    """Not by the length of a text."""
     long, short = load_model(longrope, "cpu"), load_model(longrope, "cpu", max_len=24)
     assert (long.config.context_length, short.config.context_length) == (96, 24)
     params, texts = SamplingParams(temperature=0, max_tokens=15), []
-    for model, options in (
-        (long, {"max_len": 25}),
-        (short, {"max_len": 24}),
-        (short, {"max_len": 24, "draft": longrope}),
-    ):
+    for model, max_len in ((long, 25), (short, 24)):
         texts.append(generate(model, TOKENIZER, ["text, two"], params)[0].token_ids)
-        llm = LLM(longrope, device="cpu", quiet=True, page_size=8, max_seqs=2, **options)
+        llm = LLM(longrope, device="cpu", quiet=True, page_size=8, max_seqs=2, max_len=max_len)
         assert llm.generate("text, two", params)[0].token_ids == texts[-1]
     assert texts[0] != texts[1]
 
