@@ -41,8 +41,15 @@ class QuantizedWeight(NamedTuple):
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
         """So many rows each, in memory of their own."""
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
-        parts = zip(self.q.split(rows), self.scales.split(rows), zeros, strict=True)
-        return [QuantizedWeight(*(None if t is None else t.clone() for t in (*part, self.order))) for part in parts]
+        return [
+            QuantizedWeight(
+                q.clone(),
+                scales.clone(),
+                None if zero is None else zero.clone(),
+                None if self.order is None else self.order.clone(),
+            )
+            for q, scales, zero in zip(self.q.split(rows), self.scales.split(rows), zeros, strict=True)
+        ]
 
     @staticmethod
     def stack(parts: list["QuantizedWeight"]) -> "QuantizedWeight":

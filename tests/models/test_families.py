@@ -471,6 +471,7 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation = 'relu'"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("phi3", {"rope_parameters": {"type": "su", "short_factor": [1.0]}}, r"lacks rope_parameters\.long_factor"),
+        ("phi3", {"rope_parameters": LONG_FACTORS, "max_position_embeddings": None}, "lacks max_position_embeddings"),
         ("phi3", {"rope_parameters": LONG_FACTORS}, "short_factors must have 48 numbers, one a rotated pair, got 3"),
         (
             "phi3",

@@ -33,11 +33,8 @@ def read(fields: Fields) -> TransformerConfig:
     heads = decoder.heads(fields, num_kv_heads=fields.count("num_attention_heads"))
     mixer = AttentionConfig(**heads, window=fields.take("sliding_window"))
     _check_scaling(fields)
-    original = fields.count(ORIGINAL, ORIGINAL_LENGTH)
-    rope, dropout = (
-        read_rope(fields, original=original, fraction=read_fraction(fields)),
-        fields.number("resid_pdrop", 0.0),
-    )
+    rope = read_rope(fields, original=fields.count(ORIGINAL, ORIGINAL_LENGTH), fraction=read_fraction(fields))
+    dropout = fields.number("resid_pdrop", 0.0)
     config = decoder.decoder(fields, mixer, decoder.gated_mlp(fields), eps=1e-5, positions=rope, dropout=dropout)
     return dataclasses.replace(config, embedding_dropout=fields.number("embd_pdrop", 0.0))
 

@@ -144,6 +144,7 @@ def _read_scaling(rope: Fields, fields: Fields, original: int | None) -> RopeSca
 def _read_longrope(rope: Fields, fields: Fields, original: int | None) -> LongRopeScaling:
     """original: see `read_rope`."""
     rope.require("short_factor", "long_factor")
+    fields.require("max_position_embeddings")
     length = fields.count("max_position_embeddings")
     said = rope.count("original_max_position_embeddings", length)
     original = said if original is None else original
