@@ -234,6 +234,12 @@ def test_other_models_are_refused(tmp_path, change, message):
         from_gguf(path)
 
 
+@pytest.mark.parametrize("pre", ["llama-bpe", "dbrx", "glm4", "chatglm-bpe"])
+def test_those_that_cut_texts_as_llama_3_does(tmp_path, pre):
+    path, _ = written(tmp_path, pairs=metadata() | {"tokenizer.ggml.pre": pre})
+    assert tokenizer_from_gguf(path).pattern == "llama3"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
