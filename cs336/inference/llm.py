@@ -88,13 +88,13 @@ class LLM:
                 print(f"reading {found}", file=sys.stderr)
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
             read = ranks.load_part if tensor_parallel else load_model
-            model = read(found, device, dtype)
+            model = read(found, device, dtype, options.get("max_len"))
             self.chat_template = ChatTemplate.find(found)
         if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
             self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer
         if draft is not None and not isinstance(draft, Transformer):
-            draft = _load_draft(find_model(draft), tokenizer, model)
+            draft = _load_draft(find_model(draft), tokenizer, model, options.get("max_len"))
         self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options), draft=draft)
         if not quiet:
             print(f"memory: {self.engine.memory}", file=sys.stderr)
@@ -320,12 +320,12 @@ class LLM:
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
 
 
-def _load_draft(path: pathlib.Path, tokenizer, model: Transformer) -> Transformer:
+def _load_draft(path: pathlib.Path, tokenizer, model: Transformer, max_len: int | None) -> Transformer:
     """In the model's dtype, where it is; its tokenizer, if it has one, must be the model's."""
     if tokenizer is not None:
         with contextlib.suppress(FileNotFoundError):
             check_same_tokens(tokenizer, load_tokenizer(path), str(path))
-    return load_model(path, str(model.device), model.embedding.weight.dtype)
+    return load_model(path, str(model.device), model.embedding.weight.dtype, max_len)
 
 
 def _template_of(model: Transformer, tokenizer) -> ChatTemplate:

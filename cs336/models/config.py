@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cs336.models.block import BlockConfig, Norm
-from cs336.nn import AttentionConfig, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn import AttentionConfig, LongRopeScaling, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
 from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
 
 MOST_LAYERS = 1 << 16  # more are a damaged file's
@@ -176,6 +176,18 @@ class TransformerConfig:
         """The same model of these blocks instead."""
         short: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in SHORT}
         return dataclasses.replace(self, num_layers=len(blocks), layers=blocks, pattern=None, **short)
+
+    def within(self, max_len: int | None) -> "TransformerConfig":
+        """The same model for texts of at most max_len tokens: a LongRoPE whose original context they do not leave has
+        its short factors, for a context_length of no more than that. Any other model as it is; None: as it is.
+
+        Raises ValueError for a max_len that is no positive integer.
+        """
+        check_counts(optional=True, max_len=max_len)
+        scalings = (block.positions.scaling for block in self.blocks if isinstance(block.positions, RopeConfig))
+        short = [s.original_context_length for s in scalings if isinstance(s, LongRopeScaling)]
+        enough = [length for length in short if max_len is not None and max_len <= length]
+        return dataclasses.replace(self, context_length=min([self.context_length, *enough]))
 
     @property
     def kv_heads(self) -> int:

@@ -40,6 +40,36 @@ class QuantizedWeight(NamedTuple):
     order: Tensor | None = None
     """(K,) int64: which feature each column reads; None: its own."""
 
+    def split(self, rows: list[int]) -> list["QuantizedWeight"]:
+        """So many rows each, in memory of their own."""
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
+        return [
+            QuantizedWeight(
+                q.clone(),
+                scales.clone(),
+                None if zero is None else zero.clone(),
+                None if self.order is None else self.order.clone(),
+            )
+            for q, scales, zero in zip(self.q.split(rows), self.scales.split(rows), zeros, strict=True)
+        ]
+
+    @staticmethod
+    def stack(parts: list["QuantizedWeight"]) -> "QuantizedWeight":
+        """One above the other. Raises ValueError for other orders of features."""
+        orders = [torch.arange(part.q.shape[1]) if part.order is None else part.order.cpu() for part in parts]
+        if not all(torch.equal(order, orders[0]) for order in orders):
+            raise ValueError(
+                "they are one matrix in the file, and their features are in other orders: quantise without act_order"
+            )
+        zeros = None
+        if any(part.zeros is not None for part in parts):
+            zeros = torch.cat(
+                [torch.zeros_like(p.scales, dtype=torch.int16) if p.zeros is None else p.zeros for p in parts]
+            )
+        return QuantizedWeight(
+            torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts]), zeros, parts[0].order
+        )
+
     def dequantized(self, group: int) -> Tensor:
         """(N, K), float32 or as wide as the scales."""
         return _in_place(dequantize_int8(self.q, self.scales, group, self.zeros), self.order)

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from cs336.cli import main
 from cs336.inference import LLM, SamplingParams, generate
-from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.inference.load import load_model
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
+from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 from cs336.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
@@ -35,6 +38,43 @@ def test_texts_are_those_of_generate(model, llm):
         for output in got:
             assert "".join(llm.stream(output.prompt, params)) == output.text
     assert llm.engine.cache.in_use == 0
+
+
+@pytest.fixture
+def longrope(tmp_path):
+    """A model in a directory whose original context is of 24 tokens."""
+    torch.manual_seed(6)
+    scaling = LongRopeScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 4.0, 6.0), 24, 4.0)
+    block = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(100.0, scaling=scaling))
+    config = TransformerConfig(272, 96, 2, 32, init_std=0.3, layers=(block,))
+    save_pretrained(Transformer(config), tmp_path, TOKENIZER)
+    return tmp_path
+
+
+def test_longrope_is_chosen_by_max_len(longrope):
+    """Not by the length of a text."""
+    long, short = load_model(longrope, "cpu"), load_model(longrope, "cpu", max_len=24)
+    assert (long.config.context_length, short.config.context_length) == (96, 24)
+    params, texts = SamplingParams(temperature=0, max_tokens=15), []
+    for model, max_len in ((long, 25), (short, 24)):
+        texts.append(generate(model, TOKENIZER, ["text, two"], params)[0].token_ids)
+        llm = LLM(longrope, device="cpu", quiet=True, page_size=8, max_seqs=2, max_len=max_len)
+        assert llm.generate("text, two", params)[0].token_ids == texts[-1]
+    assert texts[0] != texts[1]
+
+
+def test_generate_reads_a_longrope_for_what_it_writes(longrope, capsys):
+    """The verb: with its short factors where prompt and answer fit the original context, drafted or not."""
+    command = ["generate", str(longrope), "--prompt", "text, two", "--temperature", "0", "--ignore-eos"]
+    for tokens, max_len in ((15, 24), (16, 25)):
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        (want,) = generate(load_model(longrope, "cpu", max_len=max_len), TOKENIZER, ["text, two"], params)
+        (other,) = generate(load_model(longrope, "cpu", max_len=49 - max_len), TOKENIZER, ["text, two"], params)
+        assert want.text != other.text
+        for drafting in ([], ["--draft", str(longrope)]):
+            capsys.readouterr()
+            assert main([*command, "--max-tokens", str(tokens), "--device", "cpu", *drafting]) == 0
+            assert want.text in capsys.readouterr().out
 
 
 def test_params_of_each_prompt_and_ids(llm):

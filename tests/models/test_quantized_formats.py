@@ -9,7 +9,18 @@ from safetensors.torch import load_file, save_file
 from cs336.inference.quantization import gptq, quantize_
 from cs336.inference.quantization.rounding import nearest
 from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
-from cs336.nn import AttentionConfig, MoEConfig, QuantizedLinear, RopeConfig
+from cs336.models.huggingface.quantized import FORMATS
+from cs336.models.huggingface.quantized.tensors import Tensors
+from cs336.nn import (
+    AttentionConfig,
+    LayerNormConfig,
+    Linear,
+    MLPConfig,
+    MoEConfig,
+    NoPositionsConfig,
+    QuantizedLinear,
+    RopeConfig,
+)
 from cs336.nn.quantized import rounded
 
 ROPE = RopeConfig(interleaved=True)  # whose rows are in another order in a file
@@ -25,7 +36,7 @@ def make(method="int4", group=16, asymmetric=False, order=False, block=BLOCK, ac
     quantize_(model, method, group, asymmetric=asymmetric, activations=activations)
     for name, module in model.named_modules():
         if order and isinstance(module, QuantizedLinear):
-            x = torch.randn(100, module.in_features)
+            x = torch.randn(100, module.in_features, generator=torch.Generator().manual_seed(1))  # q, k and v read one
             bits = {"bits": 4 if method == "int4" else 8, "asymmetric": asymmetric}
             module.fill(gptq(plain[name], x.t() @ x, group=module.group, act_order=True, **bits))
     return model
@@ -394,17 +405,78 @@ def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(t
     check_both_ways(FloatQuantizationCompressor, state, scheme, tmp_path)
 
 
-def test_a_quantised_matrix_that_is_several_layers_here_is_refused_by_its_name(tmp_path):
-    """As files of Phi-3 have it."""
+STACKED = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(interleaved=True, fraction=0.5))
+FUSED = {"self_attn.qkv_proj": ("attention", "qkv"), "mlp.gate_up_proj": ("mlp", ("gate", "up"))}
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "group", "asymmetric", "order"),
+    [
+        ("awq", "int4", 16, True, False),
+        ("gptq", "int4", 16, False, True),
+        ("gptq", "int8", None, True, False),
+        ("compressed-tensors", "int8", 32, True, False),
+        ("compressed-tensors", "fp8", None, False, False),
+    ],
+)
+def test_matrices_of_several_layers_are_read_and_written(form, method, group, asymmetric, order, tmp_path):
+    """As files of Phi-3 have q, k and v, and gate and up: what is read is the rows of the matrix dequantised, and
+    transformers makes the same of that."""
+    transformers = pytest.importorskip("transformers")
+    save_pretrained(make(method, group, asymmetric, order, block=STACKED), tmp_path, quantized_as=form)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    said = config.pop("quantization_config")
+    reader, width = FORMATS[form].of(said), group or 64
+    plain, wide = {}, {"qkv_proj": (128, 64), "o_proj": (64, 64), "gate_up_proj": (2 * 192, 64), "down_proj": (64, 192)}
+    for stem in {n.rpartition(".")[0] for n in tensors if n.endswith((reader.mark, "weight_scale"))}:
+        shape = wide[stem.rpartition(".")[2]]
+        weight = reader.read(Tensors(tensors, stem, method), *shape)
+        plain[f"{stem}.weight"] = weight.dequantized(shape[1] if group is None else width)
+    again = from_pretrained(tmp_path)
+    for layer in range(2):
+        for name, (module, parts) in FUSED.items():
+            found = [again.get_submodule(f"layers.{layer}.{module}.{part}_proj") for part in parts]
+            assert all(isinstance(part, QuantizedLinear) for part in found)
+            whole = torch.cat([part.weight for part in found])
+            torch.testing.assert_close(whole, plain[f"model.layers.{layer}.{name}.weight"], rtol=0, atol=0)
+    assert len(plain) == 8
+    (tmp_path / "float").mkdir()
+    save_file(tensors | plain, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config))
+    theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "float").eval()
+    with torch.inference_mode():
+        want = theirs(torch.arange(60).view(2, 30)).logits
+    torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)
+    save_pretrained(again, tmp_path / "again", quantized_as=form)
+    first, second = (load_file(d / "model.safetensors") for d in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t.float(), second[name].float()) for name, t in first.items())
+
+
+def test_matrices_of_several_layers_that_do_not_fit_together_are_refused(tmp_path):
+    model = make("int4", 16, order=True, block=STACKED)
+    v = model.layers[0].attention.v_proj
+    v.order = v.order.flip(0)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.q_proj, .*v_proj: .* features are in other orders"):
+        save_pretrained(model, tmp_path, quantized_as="gptq")
+    model.layers[0].attention.v_proj = Linear(64, 32)
+    with pytest.raises(ValueError, match=r"v_proj is not quantised, and in a file of 'gptq' it is one matrix with "):
+        save_pretrained(model, tmp_path, quantized_as="gptq")
+
+
+def test_a_quantised_matrix_that_is_woven_of_layers_is_refused_by_its_name(tmp_path):
+    """GPT-2's is transposed, q, k and v side by side."""
     save_pretrained(make(), tmp_path / "llama", quantized_as="gptq")
     said = json.loads((tmp_path / "llama" / "config.json").read_text())["quantization_config"]
-    halves = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(fraction=0.5))
-    save_pretrained(Transformer(TransformerConfig(64, 32, 2, 64, layers=(halves,))), tmp_path / "phi3")
-    weights = load_file(tmp_path / "phi3" / "model.safetensors")
-    weights["model.layers.0.self_attn.qkv_proj.qweight"] = torch.zeros(8, 128, dtype=torch.int32)
-    save_file(weights, tmp_path / "phi3" / "model.safetensors")
-    config = json.loads((tmp_path / "phi3" / "config.json").read_text()) | {"quantization_config": said}
-    (tmp_path / "phi3" / "config.json").write_text(json.dumps(config))
-    message = r"layers\.0\.self_attn\.qkv_proj is quantised, and it is 3 layers here, layers\.0\.attention\.q_proj, "
+    parts = {"mixer": AttentionConfig(4, qkv_bias=True, out_bias=True), "mlp": MLPConfig("gelu", bias=True)}
+    block = BlockConfig(**parts, norm=LayerNormConfig(), positions=NoPositionsConfig())
+    config = TransformerConfig(64, 32, 2, 64, layers=(block,), position_embedding="learned")
+    save_pretrained(Transformer(config), tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2" / "model.safetensors")
+    weights["transformer.h.0.attn.c_attn.qweight"] = torch.zeros(8, 192, dtype=torch.int32)
+    save_file(weights, tmp_path / "gpt2" / "model.safetensors")
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text()) | {"quantization_config": said}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    message = r"h\.0\.attn\.c_attn is quantised, and it is 3 layers here, layers\.0\.attention\.q_proj, "
     with pytest.raises(ValueError, match=message):
-        from_pretrained(tmp_path / "phi3")
+        from_pretrained(tmp_path / "gpt2")

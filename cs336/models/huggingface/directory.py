@@ -24,6 +24,7 @@ from cs336.models.huggingface.fields import read_json
 from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
+from cs336.models.huggingface.glm import GLM, GLM4
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.gpt_oss import GPT_OSS, without_mxfp4
 from cs336.models.huggingface.granite import GRANITE
@@ -53,6 +54,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
         *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2, GPT_OSS),
+        *(GLM, GLM4),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
@@ -167,12 +169,17 @@ def save_adapter(
 
 
 def from_pretrained(
-    directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    directory: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_len: int | None = None,
 ) -> Transformer:
     """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout; or of a LoRA in
     PEFT's layout the base model that it names, with the adapter merged into its weights.
 
     dtype: of the weights; as they are stored if None. The model is in eval mode, as one of transformers.
+    max_len: tokens of the longest text, see TransformerConfig.within.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind, naming the field of
     config.json that says so, and for damaged files.
     """
@@ -180,7 +187,7 @@ def from_pretrained(
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
-    model = Transformer(config, device="meta").eval()
+    model = Transformer(config.within(max_len), device="meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:

@@ -45,6 +45,8 @@ class Rule:
     """Theirs -> ours."""
     write: Convert = _same
     """Ours -> theirs."""
+    stacked: bool = False
+    """Ours, one above the other, are the rows of theirs."""
 
     @property
     def renames(self) -> bool:
