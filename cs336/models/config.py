@@ -72,7 +72,7 @@ class TransformerConfig:
     embedding_dropout: float = 0.0
     """Share of the embedding's features that is dropped in training."""
     float32_norms: bool = False
-    """The norms' weights are float32 in a model of 16 bits too: Gemma's are 1 + what files hold, which 16 bits round."""
+    """The norms' weights are float32 in 16-bit models too: Gemma's are 1 + what files hold, which 16 bits round."""
     layers: tuple[BlockConfig, ...] | None = None
     """The blocks, which repeat up to num_layers. None: the short form."""
     pattern: str | None = None

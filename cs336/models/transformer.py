@@ -259,7 +259,7 @@ class Transformer(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, LayerNorm | RMSNorm)}
 
     def dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Of its parameters by name, in a model of this dtype: of all but norms that are kept in float32 it is theirs."""
+        """Of its parameters by name, in a model of this dtype: only norms that are kept in float32 may have another."""
         wide = {f"{name}.{part}" for name, norm in self._norms().items() if norm.float32 for part in norm._parameters}
         widened = torch.promote_types(dtype, torch.float32)
         return {name: widened if name in wide else dtype for name, _ in self.named_parameters()}

@@ -34,6 +34,7 @@ ALONE = {
     "plain": {"model": PLAIN, "gradient_checkpointing": "selective"},
     "muon": {"model": PLAIN, "optimizer": MuonConfig(max_grad_norm=0.3)},
     "low": {"model": MODEL, "precision": "bf16_weights"},
+    "low but norms": {"model": replace(MODEL, float32_norms=True), "precision": "bf16_weights"},
     "capped": {"model": replace(MODEL, logit_softcap=5.0)},  # whose head and loss are one
     "autocast": {"model": PLAIN, "precision": "bf16"},
     "autocast moe": {"model": MOE, "precision": "bf16", "gradient_checkpointing": "full"},
@@ -55,6 +56,9 @@ RUNS = {  # processes -> name -> (the same in one process, layout, what else is 
         "native step": ("dense", {"zero": 1, "native_step": True}),
         "native step compiled": ("dense", {"zero": 1, "native_step": True}, {"compile": True}),
         "native step bf16": ("low", {"zero": 1, "native_step": True}),
+        "tensor but norms": ("low but norms", {"tensor": 2}),
+        "1f1b but norms": ("low but norms", {"pipeline": 2}),
+        "ZeRO-3 but norms": ("low but norms", {"zero": 3}),
         "gpipe": ("muon", {"pipeline": 2, "schedule": "gpipe"}),
     },
     4: {
@@ -170,7 +174,7 @@ def check_same(root, name, of):
     """Losses, clipped norms, validation, samples and weights, but for the order of sums."""
     found, wanted = (tiny_run.rows(root / run) for run in (name, of))
     assert [row.keys() for row in found] == [row.keys() for row in wanted]
-    close = 2e-2 if of == "low" else 1e-5
+    close = 2e-2 if of in ("low", "low but norms") else 1e-5
     for row, want in zip(found, wanted, strict=True):
         assert row == pytest.approx(want, rel=close, abs=close), (row, want)
     drawn, want = (json.loads((root / run / "samples.jsonl").read_text()) for run in (name, of))
