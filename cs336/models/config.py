@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from cs336.models.block import BlockConfig, Norm
 from cs336.nn import AttentionConfig, LongRopeScaling, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
-from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
+from cs336.nn.checks import check_choice, check_counts, check_flags, check_positive, check_probabilities
 
 MOST_LAYERS = 1 << 16  # more are a damaged file's
 # The fields that the short form alone reads.
@@ -71,6 +71,8 @@ class TransformerConfig:
     """What the logits are multiplied by, before they are bounded: as in Cohere's models, and in Granite."""
     embedding_dropout: float = 0.0
     """Share of the embedding's features that is dropped in training."""
+    float32_norms: bool = False
+    """The norms' weights are float32 in 16-bit models too: Gemma's are 1 + what files hold, which 16 bits round."""
     layers: tuple[BlockConfig, ...] | None = None
     """The blocks, which repeat up to num_layers. None: the short form."""
     pattern: str | None = None
@@ -88,6 +90,7 @@ class TransformerConfig:
         check_positive(optional=True, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
         check_positive(optional=True, embedding_scale=self.embedding_scale)
         check_probabilities(embedding_dropout=self.embedding_dropout)
+        check_flags(float32_norms=self.float32_norms)
         if self.position_embedding is not None:
             check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))
         if self.layers is not None:

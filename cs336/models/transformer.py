@@ -21,12 +21,14 @@ from cs336.nn import (
     Context,
     Embedding,
     Hyena,
+    LayerNorm,
     LearnedPositions,
     Linear,
     LinearAttention,
     Mamba2,
     MoE,
     PagedKeyValues,
+    RMSNorm,
     SinusoidalPositions,
     Slotted,
 )
@@ -78,6 +80,9 @@ class Transformer(nn.Module):
         )
         self.norm = config.final_norm.build(d_model, **place) if config.final_norm else None
         self.head = None if config.tie_embeddings else Linear(d_model, config.vocab_size, **place)
+        if config.float32_norms:
+            for norm in self._norms().values():
+                norm.keep_float32()
         self.register_load_state_dict_post_hook(_place_derived)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
@@ -266,6 +271,15 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    def _norms(self) -> dict[str, LayerNorm | RMSNorm]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, LayerNorm | RMSNorm)}
+
+    def dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of its parameters by name, in a model of this dtype: only norms that are kept in float32 may have another."""
+        wide = {f"{name}.{part}" for name, norm in self._norms().items() if norm.float32 for part in norm._parameters}
+        widened = torch.promote_types(dtype, torch.float32)
+        return {name: widened if name in wide else dtype for name, _ in self.named_parameters()}
 
     @property
     def compute_dtype(self) -> torch.dtype:

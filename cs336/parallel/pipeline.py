@@ -108,7 +108,9 @@ class Stage(Transformer):
     @property
     def compute_dtype(self) -> torch.dtype:
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(self.parameters()).dtype
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return next(p for p in self.parameters() if p.dim() > 1).dtype  # norms may be wider
 
     def hidden_shape(self, B: int, S: int) -> tuple[int, int, int]:
         """Of what one stage sends to the next."""

@@ -227,7 +227,8 @@ def _gemma(
         if isinstance(every, int):
             every = [i % every != 0 for i in range(1, sizes["num_layers"] + 1)]
         layers = tuple(sliding if windowed else full for windowed in every)
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=cap, layers=layers)
+    sizes = sizes | {"embedding_scale": sizes["d_model"] ** 0.5, "float32_norms": True}
+    return TransformerConfig(**sizes, logit_softcap=cap, layers=layers)
 
 
 def _pattern(fields: Fields, depth: int) -> int | list[bool]:

@@ -70,9 +70,10 @@ def _weights(
             if has != mean:
                 raise ValueError(f"{file.path}: {name} has shape {has}, the metadata mean {mean}")
     weights: dict[str, Tensor] = {}
+    dtypes = model.dtypes(dtype or torch.float32)
     for rule in rules:
-        read = rule.read([file.tensor(name).to(device, dtype) for name in rule.theirs])
-        weights |= zip(rule.ours, read, strict=True)
+        read = rule.read([file.tensor(name).to(device) for name in rule.theirs])
+        weights |= {name: t.to(dtypes[name]) for name, t in zip(rule.ours, read, strict=True)}
     return weights
 
 

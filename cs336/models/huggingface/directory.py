@@ -207,7 +207,8 @@ def from_pretrained(
     shapes = {name: t.shape for name, t in state.items() if name not in quantized}
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
-    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
+    dtypes = model.dtypes(dtype)
+    dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
     read = {n: state[n] if n in quantized else weights[n].to(dtypes.get(n, dtype)) for n in state}
     model.load_state_dict(read, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
@@ -255,6 +256,8 @@ def _their_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in family.rules({name: t.shape for name, t in weights.items()}):
         written = rule.write([_half_split(name, weights[name], config, family) for name in rule.ours])
+        if config.float32_norms:  # ours alone: files have one dtype
+            written = [t.to(weights["embedding.weight"].dtype) for t in written]
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
 

@@ -56,7 +56,8 @@ def model(
     """every: how often a layer is full, where layer_types does not say it."""
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
     layers = in_turns(fields, sizes["num_layers"], sliding, full, every)
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=softcap, layers=layers)
+    sizes |= {"embedding_scale": sizes["d_model"] ** 0.5, "float32_norms": True}
+    return TransformerConfig(**sizes, logit_softcap=softcap, layers=layers)
 
 
 def in_turns(
