@@ -139,6 +139,9 @@ def test_no_further_than_is_kept(name):
         state.truncate([10, 9])
     assert state.lengths.tolist() == [10, 11]
     close(model(x[:, 10:11], state=state.select([0]).select([0, 0]))[0], model(x[:1, :11])[0, 10:])
+    for rows, room in ((-1, 4), (1, -4)):
+        with pytest.raises(ValueError, match=f"got batch_size {rows}, max_len {room}"):
+            model.new_state(rows, room)
     with pytest.raises(ValueError, match="rollback must be 0 or more tokens, got -1"):
         model.new_state(1, rollback=-1)
 
