@@ -67,6 +67,14 @@ def test_a_sum_over_no_rows_has_gradients(variant, lead, device):
     assert turned.grad.shape == (8, 0)
 
 
+@pytest.mark.parametrize("op", [ops.rms_norm, ops.layer_norm])
+def test_norms_name_what_is_no_tensor(op):
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    for args, message in (((x, None), "weight must be a tensor, got None"), (([1.0], weight), "x must be a tensor")):
+        with pytest.raises(TypeError, match=message):
+            op(*args)
+
+
 def test_lengths_of_packed_sequences_are_checked():
     for longest in (-1, 5):
         with pytest.raises(ValueError, match="must"):
