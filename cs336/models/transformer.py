@@ -292,10 +292,12 @@ class Transformer(nn.Module):
         """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.
 
         rollback: how many tokens a row may go back in layers whose memory is bounded; in others it may go back to any.
-        Raises ValueError for more than context_length.
+        Raises ValueError for more than context_length, and for a negative number of rows or tokens.
         """
         limit = self.config.context_length
         max_len = limit if max_len is None else max_len
+        if batch_size < 0 or max_len < 0:
+            raise ValueError(f"a state is of 0 or more rows and tokens, got batch_size {batch_size}, max_len {max_len}")
         if max_len > limit:
             raise ValueError(f"{max_len} tokens do not fit the model's context_length of {limit}")
         device, dtype = self.device, self.compute_dtype

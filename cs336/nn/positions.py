@@ -1,11 +1,11 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cs336 import ops
-from cs336.nn.checks import check_flags, check_positive
+from cs336.nn.checks import check_flags, check_kind, check_positive
 from cs336.nn.derived import Derived
 from cs336.nn.rope_scaling import LongRopeScaling, RopeScaling
 from cs336.ops import rope_tables
@@ -123,6 +123,7 @@ class RopeConfig:
     def __post_init__(self):
         check_positive(theta=self.theta, fraction=self.fraction)
         check_flags(interleaved=self.interleaved)
+        check_kind("scaling", self.scaling, *get_args(get_args(RopeScaling)[0]), optional=True)
         if self.fraction > 1:
             raise ValueError(f"fraction must be at most 1, got {self.fraction}")
 

@@ -471,7 +471,11 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
-        yield directory
+        try:
+            yield directory
+        except ValueError as error:  # names where it was unpacked
+            kind = DamagedError if isinstance(error, DamagedError) else ValueError
+            raise kind(str(error).replace(directory, str(what))) from None
 
 
 def _is_archive(path: pathlib.Path) -> bool:

@@ -88,6 +88,8 @@ PLAIN |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attent
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3}
+OTHER_TURNS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 THEIRS = {
     "gpt2": ("GPT2", GPT2),
@@ -105,6 +107,8 @@ THEIRS = {
     "qwen2, yarn": ("Qwen2", SIZES | {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen2, yarn's mscale": ("Qwen2", SIZES | {"rope_parameters": YARN | MSCALE}),
     "qwen3": ("Qwen3", SIZES | {"head_dim": 12}),
+    "qwen2 with windows": ("Qwen2", SIZES | QWEN_WINDOWS),
+    "qwen3 with windows": ("Qwen3", SIZES | QWEN_WINDOWS | {"head_dim": 8} | OTHER_TURNS),
     "qwen3 with biases": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
     "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 4}),
     "olmo2 grouped": ("Olmo2", SIZES | {"rms_norm_eps": 1e-3}),
@@ -445,6 +449,24 @@ def test_an_old_mamba2_says_that_it_has_a_norm():
         FAMILIES["mamba2"].config(config | {"rms_norm": False})
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_an_old_qwen_says_where_its_windows_begin(kind):
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | QWEN_WINDOWS)).to_dict()
+    family = FAMILIES[config["model_type"]]
+    want = family.config(config)
+    assert [block.mixer.window for block in want.blocks] == [None, 7, 7]
+    del config["layer_types"]
+    assert family.config(config) == want
+    config["max_window_layers"] = 0
+    assert {block.mixer.window for block in family.config(config).blocks} == {7}
+    for full in ({"max_window_layers": 3}, {"use_sliding_window": False}):
+        assert family.config(config | full) == family.config(config | {"use_sliding_window": False})
+    with pytest.raises(ValueError, match="use_sliding_window = True"):
+        family.config(config | {"sliding_window": None})
+    with pytest.raises(ValueError, match="layer_types = "):
+        family.config(config | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3})
+
+
 def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
     config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 4, "layer_types": None}).to_dict()
     for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
@@ -483,6 +505,7 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("smollm3", {"no_rope_layers": [1, 2] * 18}, "no_rope_layers = "),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = "),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 5000}, "shared_expert_intermediate_size = 5000"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import resource
+import zipfile
 
 import pytest
 import torch
@@ -65,9 +66,29 @@ def test_file_objects(tmp_path, place):
         file.seek(0)
         assert load_checkpoint(file, other, resumed) == 3
         assert step(other, resumed, 1) == step(net, optimizer, 1)
+        with pytest.raises(ValueError, match=r"^checkpoint the file object does not fit the model"):
+            load_checkpoint(file, model(width=9))
         file.truncate(100)
         with pytest.raises(ValueError, match="the file object holds no checkpoint"):
             load_checkpoint(file, other)
+
+
+def test_errors_name_the_archive(tmp_path):
+    """Not where it was unpacked."""
+    file = tmp_path / "c.pt"
+    with open(file, "wb") as archive:
+        save_checkpoint(model(), None, 3, archive)
+    with pytest.raises(ValueError, match=rf"^checkpoint {file} does not fit the model"):
+        load_checkpoint(file, model(width=9))
+    with pytest.raises(ValueError, match=rf"^checkpoint {file} was saved without an optimizer"):
+        load_checkpoint(file, None, AdamW(model().parameters()))
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data[:-1] if name == MODEL else data)
+    with pytest.raises(checkpoint.DamagedError, match=rf"^checkpoint {file} is damaged: {MODEL}"):
+        load_checkpoint(file, model())
 
 
 def test_weights_alone(tmp_path):

@@ -60,6 +60,7 @@ FAMILIES = {
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 QUANTIZATION = "quantization_config"
 MUP = "mup_base_width"  # ours in a family's config.json: changes no logit, but how the model is trained further
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -77,12 +78,13 @@ def save_pretrained(
 ) -> None:
     """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
 
-    Each file replaces its predecessor once all are written. The family is the first that has such a model; one with
-    interleaved rotary positions is written with its query and key rows reordered for the half-split ones of this
-    layout, and dropout is written where the family has a field for it. What no family has (a soft-cap on a Llama;
-    qk_norm with the biases of Qwen2; blocks of several kinds) is written as our own kind of model, with our
-    configuration and names, for `from_pretrained` alone. Special ids, generation_config.json and the chat template are
-    those that the model was read with; without any ids, the tokenizer's <|endoftext|> begins and ends a text.
+    Each file replaces its predecessor once all are written; other weights that an earlier save left there are removed
+    then. The family is the first that has such a model; one with interleaved rotary positions is written with its query
+    and key rows reordered for the half-split ones of this layout, and dropout is written where the family has a field
+    for it. What no family has (a soft-cap on a Llama; qk_norm with the biases of Qwen2; blocks of several kinds) is
+    written as our own kind of model, with our configuration and names, for `from_pretrained` alone. Special ids,
+    generation_config.json and the chat template are those that the model was read with; without any ids, the
+    tokenizer's <|endoftext|> begins and ends a text.
 
     step: of training; `read_step` finds it.
     max_shard_bytes: of a file of weights; more than it holds are written as shards with an index.
@@ -120,8 +122,9 @@ def save_pretrained(
         for name, part in shards.items():
             file = renames.enter_context(replacing(directory / name, "wb"))
             save_tensors(part, file.name, {"format": "pt"})
-    if len(shards) > 1:  # a whole file would be read before them
-        (directory / WEIGHTS).unlink(missing_ok=True)
+    for name in os.listdir(directory):  # what an earlier save left, which some readers would take for this one's
+        if (name in (WEIGHTS, INDEX) or SHARD.fullmatch(name)) and name not in shards and name not in files:
+            (directory / name).unlink()
 
 
 def check_quantized_as(
