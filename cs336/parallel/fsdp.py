@@ -48,8 +48,8 @@ class FSDP(nn.Module):
             parameters from one step to the next (ZeRO-2).
         group: of processes; None is the default one.
 
-    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, and for
-    `computed` without compute_dtype.
+    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, for a
+    compute_dtype that is no floating one, and for `computed` without it.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class FSDP(nn.Module):
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
         device = named[0][1].device if named else torch.device("cpu")
+        if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+            raise ValueError(f"compute_dtype must be a floating torch.dtype or None, got {compute_dtype!r}")
         if computed is not None and compute_dtype is None:
             raise ValueError("computed says of which parameters compute_dtype is: give that too")
         some = None if computed is None else set(computed)
@@ -161,8 +163,7 @@ class FSDP(nn.Module):
         for later in reversed(self._units[i + 1 :]):  # the engine is through with them
             self._leave(later)
         unit = self._units[i]
-        if unit.left:
-            return
+        unit.left = False  # it may have been: by a second forward of this backward, or a layer that runs twice
         unit.start()
         unit.wait()
         if i:
