@@ -64,7 +64,8 @@ class FSDP(nn.Module):
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
         device = named[0][1].device if named else torch.device("cpu")
-        if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+        floating = isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+        if compute_dtype is not None and not floating:
             raise ValueError(f"compute_dtype must be a floating torch.dtype or None, got {compute_dtype!r}")
         if computed is not None and compute_dtype is None:
             raise ValueError("computed says of which parameters compute_dtype is: give that too")
