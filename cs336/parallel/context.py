@@ -32,7 +32,7 @@ Kind = Literal["ring", "all_to_all"]
 def own_tokens(x: Tensor, group: Group = None, *, dim: int = 1, kind: Kind = "ring") -> Tensor:
     """This rank's part of a tensor of all tokens along dim: two chunks in zig-zag for a ring, for all_to_all one.
 
-    kind: that of the model. Raises ValueError for another, and for tokens that do not divide: by 2N for a ring, else by N.
+    kind: that of the model. Raises ValueError for another, and for tokens that do not divide: by 2N for a ring, else N.
     """
     _check_kind(kind)
     N, rank = dist.get_world_size(group), dist.get_rank(group)
