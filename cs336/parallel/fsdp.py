@@ -25,6 +25,12 @@ from cs336.parallel.pieces import Piece, bounds
 from cs336.parallel.unit import Unit
 
 
+NOT_WHOLE = (
+    "whole parameters are not kept: take full_state_dict(), local_state() of this rank's pieces, or the module's own "
+    "inside gathered()"
+)
+
+
 class FSDP(nn.Module):
     """A module whose parameters are split among the ranks.
 
@@ -98,6 +104,7 @@ class FSDP(nn.Module):
             part.register_forward_hook(functools.partial(self._after_forward, i))
         module.register_forward_pre_hook(self._before_all)
         module.register_forward_hook(self._after_all)
+        module.register_state_dict_pre_hook(self._check_whole)
         for unit in self._all():
             unit.split()
 
@@ -269,9 +276,12 @@ class FSDP(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `full_state_dict` and `local_state`."""
-        raise RuntimeError(
-            "whole parameters are not kept: take full_state_dict(), or local_state() of this rank's pieces"
-        )
+        raise RuntimeError(NOT_WHOLE)
+
+    def _check_whole(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Names and shapes may be read of what has no memory now, values not."""
+        if not (self._whole or keep_vars):
+            raise RuntimeError(NOT_WHOLE)
 
     def full_state_dict(self, to: int | None = 0) -> dict[str, Tensor] | None:
         """The module's state_dict in the masters' dtype, on the CPU of rank `to`, of all if None; None on the others.

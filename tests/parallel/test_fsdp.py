@@ -184,6 +184,7 @@ def on_a_rank(rank):
     results["no float"] = [error_of(lambda dtype=dtype: FSDP(net, dtype)) for dtype in ("bfloat16", torch.int8)]
     results["no dtype"] = error_of(lambda: FSDP(net, computed=net.parameters()))
     results["state_dict"] = error_of(model.state_dict)
+    results["module's state_dict"] = error_of(model.module.state_dict)
     results["fit"] = error_of(lambda: model.load_whole({"embed.weight": torch.zeros(13, 7)}))
     dist.barrier()
     return results
@@ -299,4 +300,5 @@ def test_mistakes(ranks):
         assert [error.partition(", got ")[2] for error in found["no float"]] == ["'bfloat16'", "torch.int8"]
         assert "give that too" in found["no dtype"]
         assert "full_state_dict()" in found["state_dict"]
+        assert found["module's state_dict"] == found["state_dict"]
         assert "missing ['offset', 'layers.0.unused'" in found["fit"]
