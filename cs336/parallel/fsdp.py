@@ -24,7 +24,6 @@ from cs336.parallel.collectives import all_gather, all_reduce, broadcast_all, ch
 from cs336.parallel.pieces import Piece, bounds
 from cs336.parallel.unit import Unit
 
-
 NOT_WHOLE = (
     "whole parameters are not kept: take full_state_dict(), local_state() of this rank's pieces, or the module's own "
     "inside gathered()"
