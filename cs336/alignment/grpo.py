@@ -221,7 +221,7 @@ def grpo_step(
 
     Args:
         llm: with a tokenizer, of the model whose parameters `optimizer` steps; its engine goes on with the new weights.
-        optimizer: of cs336.optim, whose step takes grad_scale.
+        optimizer: of cs336.optim or torch.optim.
         answers: one a prompt, given to `reward` with each response to it.
         seed: of the responses; num_generations x prompts of them from there on are used.
         reference: the model to stay near to, if config.beta > 0.

@@ -5,6 +5,7 @@ B = rows of a batch.
 
 import contextlib
 import hashlib
+import inspect
 import math
 import pathlib
 import sys
@@ -287,6 +288,8 @@ def step_on(
 ) -> dict[str, float]:
     """Step on gradients of sums that have been added up. totals: their count, then the sums by their names.
 
+    An optimizer whose step takes no grad_scale, such as torch's, finds gradients that have been scaled.
+
     Raises FloatingPointError, before anything is changed, for a loss or gradient that is not finite.
     """
     count, *sums = totals
@@ -300,6 +303,11 @@ def step_on(
             f"{' and '.join(bad)} not finite ({', '.join(str(values[name]) for name in bad)}): a lower optimizer.lr in "
             "a new run_dir may avoid it"
         )
-    optimizer.step(grad_scale=scale * clip_scale(norm, max_grad_norm))
+    scale = scale * clip_scale(norm, max_grad_norm)
+    if "grad_scale" in inspect.signature(type(optimizer).step).parameters:
+        optimizer.step(grad_scale=scale)
+    else:  # torch's
+        torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], scale)
+        optimizer.step()
     optimizer.zero_grad()
     return values

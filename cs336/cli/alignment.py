@@ -1,6 +1,7 @@
 """`cs336 sft`, `dpo`, `grpo` and their kin: the keys of a stage's configuration as options."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -216,6 +217,8 @@ def _verb(
         if own.print_config:
             print(configs.dumps(settings), end="")
             return
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ValueError(f"{verb} is one process, and torchrun started {processes}: start it without torchrun")
         if plans and own.plan:
             print(stage(settings).plan())
             return

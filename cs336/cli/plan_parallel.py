@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def parallel(
     model: Path,
     gpus: int,
-    batch_size: int,
+    batch_size: int | None = None,
     gpu: str = "H200",
     context_length: int | None = None,
     network: str | None = None,
@@ -31,7 +31,7 @@ def parallel(
     Args:
         model: a TOML file with [model] or its fields, an export, a checkpoint or a run directory.
         gpus: how many there are.
-        batch_size: sequences of a step, of all GPUs.
+        batch_size: sequences of a step, of all GPUs; if left out that of the run's TOML file, or one a GPU.
         gpu: A100, H100, H200 or B200.
         context_length: tokens of a sequence; the model's if left out.
         network: RANKS:GB/s[:us] for each tier, nearest first, in place of the GPU's: "8:360 1024:40".
@@ -61,6 +61,9 @@ def parallel(
     if write is not None and write.exists():
         raise ValueError(f"{write} exists: remove it, or write elsewhere")
     config = read_config(model)
+    if batch_size is None:
+        batch_size, whose = _batch_size(model, gpus)
+        print(f"{batch_size:,} sequences a step, {whose}; --batch-size says others")
     plans = plan(
         config,
         gpus,
@@ -83,6 +86,15 @@ def parallel(
         write.write_text(_text(ready, with_model=True), encoding="utf-8")
     print(f"\n{_command(gpus, device.tiers[0].ranks, write or Path('run.toml'))}")
     print("with" if write is None else f"{write} has", end=f"\n\n{_text(ready, with_model=False)}")
+
+
+def _batch_size(model: Path, gpus: int) -> tuple[int, str]:
+    """Sequences of a step where none are given, and whose number that is."""
+    from cs336.utils.config import read_table
+
+    run = model if model.suffix == ".toml" else model / "config.toml"
+    given = read_table(run).get("batch_size") if run.is_file() else None
+    return (given, f"as {run} has them") if isinstance(given, int) else (gpus, "one a GPU")
 
 
 def _first_trained(

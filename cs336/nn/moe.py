@@ -206,7 +206,8 @@ class MoE(nn.Module):
         order = expert_NK.flatten().argsort(stable=True)  # choices, by expert
         y_sorted = self.experts(x_NM, order // config.top_k, routing.load_E[0])
         y_NKM = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
-        y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1)
+        # A GPU's autocast would sum in float32, and give that, unless told.
+        y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1, dtype=y_NKM.dtype)
         y = y_NM.view(x.shape)
         if self.shared is None:
             return y, routing

@@ -39,7 +39,9 @@ def has_kernel(name: str, *args: Any) -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """x with its last dim contiguous; copies only where it is not."""
-    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor's strides as they are
 
 
 def matrix(x: Tensor) -> Tensor:

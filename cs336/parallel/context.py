@@ -13,7 +13,7 @@ backward needs no more than the merged lse and o: each part's gradient is attent
 """
 
 import functools
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,16 +30,22 @@ Kind = Literal["ring", "all_to_all"]
 
 
 def own_tokens(x: Tensor, group: Group = None, *, dim: int = 1, kind: Kind = "ring") -> Tensor:
-    """This rank's part of a tensor of all tokens along dim: two chunks in zig-zag for a ring, else one.
+    """This rank's part of a tensor of all tokens along dim: two chunks in zig-zag for a ring, for all_to_all one.
 
-    Raises ValueError for tokens that do not divide: by 2N for a ring, else by N.
+    kind: that of the model. Raises ValueError for another, and for tokens that do not divide: by 2N for a ring, else N.
     """
+    _check_kind(kind)
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     if kind == "all_to_all":
         return own_part(x, dim, group)
     check_parts(x.shape[dim], 2 * N, f"two chunks a rank: {x.shape[dim]} tokens")
     chunks = x.chunk(2 * N, dim)
     return torch.cat((chunks[rank], chunks[2 * N - 1 - rank]), dim)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be 'ring' or 'all_to_all', got {kind!r}")
 
 
 def own_positions(s: int, group: Group = None, *, kind: Kind = "ring", device=None) -> Tensor:
@@ -208,8 +214,7 @@ def context_parallel(model: Transformer, group: Group = None, kind: Kind = "ring
     Raises ValueError, and leaves the model as it was, for other mixers than attention; for a ring with windows, ALiBi,
     sinks or dropout of attention; and for heads that all_to_all cannot divide.
     """
-    if kind not in ("ring", "all_to_all"):
-        raise ValueError(f"kind must be 'ring' or 'all_to_all', got {kind!r}")
+    _check_kind(kind)
     N = dist.get_world_size(group)
     if reason := why_not(model, N, kind):
         raise ValueError(f"the tokens cannot be divided among {N} ranks: {reason}")

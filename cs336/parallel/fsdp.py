@@ -24,6 +24,11 @@ from cs336.parallel.collectives import all_gather, all_reduce, broadcast_all, ch
 from cs336.parallel.pieces import Piece, bounds
 from cs336.parallel.unit import Unit
 
+NOT_WHOLE = (
+    "whole parameters are not kept: take full_state_dict(), local_state() of this rank's pieces, or the module's own "
+    "inside gathered()"
+)
+
 
 class FSDP(nn.Module):
     """A module whose parameters are split among the ranks.
@@ -48,8 +53,8 @@ class FSDP(nn.Module):
             parameters from one step to the next (ZeRO-2).
         group: of processes; None is the default one.
 
-    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, and for
-    `computed` without compute_dtype.
+    Raises ValueError, on every rank, naming the first parameter, buffer or option that is not alike on all, for a
+    compute_dtype that is no floating one, and for `computed` without it.
     """
 
     def __init__(
@@ -64,6 +69,9 @@ class FSDP(nn.Module):
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
         device = named[0][1].device if named else torch.device("cpu")
+        floating = isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+        if compute_dtype is not None and not floating:
+            raise ValueError(f"compute_dtype must be a floating torch.dtype or None, got {compute_dtype!r}")
         if computed is not None and compute_dtype is None:
             raise ValueError("computed says of which parameters compute_dtype is: give that too")
         some = None if computed is None else set(computed)
@@ -95,6 +103,7 @@ class FSDP(nn.Module):
             part.register_forward_hook(functools.partial(self._after_forward, i))
         module.register_forward_pre_hook(self._before_all)
         module.register_forward_hook(self._after_all)
+        module.register_state_dict_pre_hook(self._check_whole)
         for unit in self._all():
             unit.split()
 
@@ -161,8 +170,7 @@ class FSDP(nn.Module):
         for later in reversed(self._units[i + 1 :]):  # the engine is through with them
             self._leave(later)
         unit = self._units[i]
-        if unit.left:
-            return
+        unit.left = False  # it may have been: by a second forward of this backward, or a layer that runs twice
         unit.start()
         unit.wait()
         if i:
@@ -267,9 +275,12 @@ class FSDP(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `full_state_dict` and `local_state`."""
-        raise RuntimeError(
-            "whole parameters are not kept: take full_state_dict(), or local_state() of this rank's pieces"
-        )
+        raise RuntimeError(NOT_WHOLE)
+
+    def _check_whole(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Names and shapes may be read of what has no memory now, values not."""
+        if not (self._whole or keep_vars):
+            raise RuntimeError(NOT_WHOLE)
 
     def full_state_dict(self, to: int | None = 0) -> dict[str, Tensor] | None:
         """The module's state_dict in the masters' dtype, on the CPU of rank `to`, of all if None; None on the others.

@@ -82,7 +82,7 @@ class ShardedOptimizer(Divided):
         group: of processes; None is the default one.
         kwargs: of optimizer_cls.
 
-    Raises ValueError, on every rank, naming the first parameter that is not alike on all.
+    Raises ValueError, on every rank, naming the first parameter that is not alike on all, and for LBFGS.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class ShardedOptimizer(Divided):
         **kwargs: Any,
     ) -> None:
         self._inner = optimizer_cls(params, **kwargs)  # of all, so that it refuses the same on every rank
+        if isinstance(self._inner, torch.optim.LBFGS):
+            raise ValueError("LBFGS looks at all gradients at once, and here each rank steps a share: take another one")
         self._group = group
         self._shares: list[list[Tensor]] = [[] for _ in range(dist.get_world_size(group))]
         self._loads = [0] * len(self._shares)  # what their steps cost

@@ -32,6 +32,7 @@ import pydantic
 T = TypeVar("T")
 Table = dict[str, Any]
 TAG = "kind"
+ELSEWHERE = "elsewhere"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -114,17 +115,18 @@ def _pairs(options: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield key, values
 
 
-def _set(kind: Any, table: Any, path: tuple[str, ...], words: list[str]) -> None:
+def _set(kind: type, table: Any, path: tuple[str, ...], words: list[str]) -> None:
     *parents, last = path
-    hint, place, above = kind, table, ""
+    hint: Any = kind
+    place, above = table, ""
     for name in parents:
-        hint = _member(hint, place, name, above)
+        hint = _member(hint, place, name, above, kind)
         above += f"{name}."
         if isinstance(place, list):
             place = place[_index(place, name, above[:-1])]
         else:
             place = place.setdefault(name, {})
-    value = _value(_member(hint, place, last, above), words, ".".join(path))
+    value = _value(_member(hint, place, last, above, kind), words, ".".join(path))
     if isinstance(place, list):
         place[_index(place, last, f"{above}{last}")] = value
         return
@@ -142,8 +144,8 @@ def _index(place: list, name: str, path: str) -> int:
     raise ValueError(f"{path}: expected a place in a list of {len(place)}")
 
 
-def _member(hint: Any, table: Any, name: str, above: str) -> Any:
-    """The type that stands at `name` in a table of type `hint`."""
+def _member(hint: Any, table: Any, name: str, above: str, root: type) -> Any:
+    """The type that stands at `name` in a table of type `hint`, within one of type `root`."""
     hint = _plain(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if not _classes(hint) and origin not in (tuple, list, dict):
@@ -156,7 +158,7 @@ def _member(hint: Any, table: Any, name: str, above: str) -> Any:
         return args[1]
     classes = [c for c in _classes(hint) if name in _hints(c)]
     if not classes:
-        raise ValueError(_unknown(_classes(hint), name, above))
+        raise ValueError(_unknown(_classes(hint), name, above, root))
     tag = _tag(hint, table)
     chosen = [c for c in classes if name == TAG or tag is None or _tag_of(c) == tag]
     if not chosen:
@@ -173,6 +175,9 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
         return [_value(typing.get_args(hint)[0], [word], key) for word in words]
     if not words:
         return True
+    or_list = str in typing.get_args(hint)  # a text, or a list of them
+    if or_list and len(words) > 1:
+        return words
     if len(words) > 1:
         raise ValueError(f"--{key} takes one value, got {' '.join(words)}")
     (word,) = words
@@ -182,9 +187,8 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
         raise ValueError(f"--{key} is empty: name a path; . is this directory")
     if not word.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in word):
         raise ValueError(f"--{key} must be UTF-8, which a configuration is written in, got {word!r}")
-    if hint in (str, pathlib.Path) or (
-        typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
-    ):
+    literal = typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
+    if hint in (str, pathlib.Path) or literal or (or_list and not word.startswith("[")):
         return word
     try:
         return tomllib.loads(f"value = {word.lower() if word in ('True', 'False') else word}")["value"]
@@ -216,7 +220,8 @@ class Key:
 
 
 def keys(kind: type) -> list[Key]:
-    """Every key of a configuration in order, for a list of options; those in lists and dicts excepted."""
+    """Every key of a configuration in order, for a list of options; those in lists and dicts excepted, and those of a
+    part that the whole has in another place, which the field's metadata names: {ELSEWHERE: names}."""
     return list(_keys(kind, "", "", {}))
 
 
@@ -232,7 +237,8 @@ def _keys(kind: type, prefix: str, of: str, begins: Table) -> Iterator[Key]:
             default = _toml_value(begins[field.name]) if field.name in begins else _default_text(field)
             yield Key(name, _name(hint), default, docs.get(field.name, ""), of)
         elif len(classes) == 1:
-            yield from _keys(classes[0], f"{name}.", of, {})
+            there = [f"{name}.{key}" for key in field.metadata.get(ELSEWHERE, ())]
+            yield from (key for key in _keys(classes[0], f"{name}.", of, {}) if key.name not in there)
         else:
             tags = " | ".join(repr(_tag_of(c)) for c in classes)
             begins_with = _default_table(field)
@@ -411,16 +417,18 @@ def _locate(kind: type, table: Any, loc: Iterable[Any]) -> tuple[str, Any]:
     return ".".join(path), hint
 
 
-def _unknown(classes: Sequence[type], name: str, above: str, root: type | None = None) -> str:
-    """The known key that looks most like an unknown one, of its own table or of any other."""
+def _unknown(classes: Sequence[type], name: str, above: str, root: type) -> str:
+    """The known key that looks most like an unknown one, of its own table or of any other; first one of its name."""
     own = list(dict.fromkeys(key for c in classes for key in _hints(c)))
     text = f"unknown key {above}{name}"
+    known = keys(root)
+    elsewhere = {key.name.rpartition(".")[2]: key.name for key in reversed(known)}
+    if not above and "." in elsewhere.get(name, ""):
+        return f"{text}; did you mean {elsewhere[name]}?"
     if near := difflib.get_close_matches(name, own, 1, 0.7):
         return f"{text}; did you mean {above}{near[0]}?"
-    known = keys(root) if root else []
     if other := next((key.of for key in known if key.name == above + name), ""):
         return f"{text} of this {TAG}: it goes with {other}"
-    elsewhere = {key.name.rpartition(".")[2]: key.name for key in known}
     if near := difflib.get_close_matches(name, elsewhere, 1, 0.7):
         return f"{text}; did you mean {elsewhere[near[0]]}?"
     return f"{text}: known are {', '.join(above + key for key in own)}"

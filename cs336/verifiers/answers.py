@@ -152,8 +152,11 @@ def verify_math(response: str, expected: str) -> Verdict:
     """Score 1 where the response's answer equals the expected one, 0 where it does not or there is none.
 
     expected: an answer, or a whole solution with a \\boxed{} or ####.
-    Raises ValueError where `expected` is a solution without an answer.
+    Raises ValueError where `expected` is a solution without an answer, and for what is no text.
     """
+    for name, given in (("response", response), ("expected", expected)):
+        if not isinstance(given, str):
+            raise ValueError(f"{name} must be text, got {given!r:.60}: a number is given as str(number)")
     if "\\boxed" in expected or "####" in expected:
         solution, found = expected, extract_answer(expected)
         if found is None:

@@ -10,7 +10,7 @@ from tiny_policy import Recorder
 from cs336.alignment import GRPOConfig, Verdict, grpo, grpo_step, rollout, sequence_log_probs, train_grpo
 from cs336.inference import LLM, SamplingParams
 from cs336.models import Transformer, TransformerConfig
-from cs336.optim import AdamWConfig
+from cs336.optim import SGD, AdamWConfig
 from cs336.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({i: bytes([c]) for i, c in enumerate(b"0123456789=")}, [], ["<|endoftext|>"])
@@ -52,6 +52,20 @@ def test_a_model_learns_to_copy_a_digit():
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-5  # the engine has the new weights
     greedy = llm.generate([prompt for prompt, _ in DIGITS], SamplingParams(0, max_tokens=1))
     assert [output.text for output in greedy] == [answer for _, answer in DIGITS]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, math.inf])
+def test_torchs_optimizers_take_the_same_steps(max_grad_norm):
+    llms = llm_of(0.3), llm_of(0.3)
+    kinds, options = (SGD, torch.optim.SGD), {"lr": 0.1, "momentum": 0.9}
+    optimizers = [kind(llm.model.parameters(), **options) for kind, llm in zip(kinds, llms, strict=True)]
+    config = GRPOConfig(8, prompts_per_step=2, max_tokens=2, num_iterations=3, max_grad_norm=max_grad_norm)
+    before = [p.detach().clone() for p in llms[0].model.parameters()]
+    for llm, optimizer in zip(llms, optimizers, strict=True):
+        grpo_step(llm, optimizer, PROMPTS, ANSWERS, length, config)
+    for p, ours, torchs in zip(before, *(llm.model.parameters() for llm in llms), strict=True):
+        assert not torch.equal(ours, p)
+        torch.testing.assert_close(torchs - p, ours - p, rtol=1e-3, atol=1e-7)
 
 
 def test_equal_seeds_give_equal_runs():

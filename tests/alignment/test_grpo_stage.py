@@ -317,6 +317,24 @@ def test_a_plan_says_memory_and_time_and_writes_nothing(tmp_path, model, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_options_are_what_is_taken(capsys):
+    assert main(["grpo", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert "--grpo.max-tokens" in listed
+    assert not any(f"--grpo.{name}" in listed for name in ("seed", "micro-batch-size", "max-grad-norm"))
+    assert main(["grpo", "--max-tokens", "8"]) == 2
+    assert "unknown key max_tokens; did you mean grpo.max_tokens?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "reward", "ppo", "grpo"])
+def test_several_processes_are_refused(tmp_path, model, monkeypatch, capsys, verb):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = ["--init-from", str(model), "--data.train", "none.jsonl", "--run-dir", str(tmp_path / "run")]
+    assert main([verb, *run, "--budget", "1steps"]) == 2
+    assert "one process, and torchrun started 2: start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_rewards_as_options(tmp_path, model, capsys):
     assert main(["grpo", "--help"]) == 0
     listed = " ".join(capsys.readouterr().out.split())
@@ -340,7 +358,8 @@ def test_rewards_as_options(tmp_path, model, capsys):
     [
         ({"rewards": [{"kind": "exact", "weight": 0.0}]}, "nothing to learn from"),
         ({"rewards": [{"kind": "maths"}]}, "did you mean 'math'"),
-        ({"grpo": {"seed": 1}}, r"outside \[grpo\]"),
+        ({"grpo": {"seed": 1}}, r"grpo.seed stands outside \[grpo\] in a run: give seed = 1 instead"),
+        ({"grpo": {"max_grad_norm": 2.0}}, "give optimizer.max_grad_norm = 2.0 instead"),
         ({"max_seqs": 0}, "max_seqs must be at least 1"),
     ],
 )

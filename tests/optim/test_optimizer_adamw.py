@@ -460,6 +460,13 @@ def test_other_algorithms_are_refused(flag):
         AdamW([{"params": [p], flag: True}])
 
 
+def test_an_option_that_there_is_not_is_named():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="AdamW has no option weigth_decay"):
+        AdamW([p], weigth_decay=0.1)
+    AdamW([p], fused=True, foreach=False, amsgrad=False)  # torch's, which change nothing
+
+
 def test_state_that_does_not_fit_changes_nothing():
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)

@@ -91,6 +91,7 @@ def mistakes():
         error_of(lambda: net(torch.zeros(1, 6, dtype=torch.long))),
         error_of(lambda: own_tokens(torch.zeros(1, 9))),
         error_of(lambda: ring_attention(q, q, q)),
+        error_of(lambda: own_tokens(ids, kind="rings")),
     ]
 
 
@@ -156,11 +157,12 @@ def test_a_transformer_over_the_tokens_of_all_ranks(ranks, kind, name):
 
 def test_what_cannot_be_divided_is_refused(ranks):
     for found in (r[2] for r in ranks):
-        heads, window, linear, kind, segments, state, tokens, odd, uneven = found
+        heads, window, linear, kind, segments, state, tokens, odd, uneven, dealt = found
         assert "num_kv_heads 2 / 3 = 0.666667; a ring takes any" in heads
         assert "a ring has no window; all_to_all has" in window
         assert "LinearAttention, not Attention" in linear
-        assert "kind must be" in kind
+        assert "kind must be 'ring' or 'all_to_all', got 'rings'" in kind
+        assert dealt == kind
         assert "no segments" in segments
         assert "state" in state
         assert "18 tokens do not fit the model's context_length of 12" in tokens

@@ -32,9 +32,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A tied head, frozen and unused parameters, and one that only rank 0 uses."""
 
-    def __init__(self, recompute=False):
+    def __init__(self, recompute=False, rounds=1):
         super().__init__()
         torch.manual_seed(3)
+        self.rounds = rounds
         self.embed = nn.Embedding(13, 7)
         self.layers = nn.ModuleList(Block() for _ in range(4))
         self.head = nn.Linear(7, 13, bias=False)
@@ -44,7 +45,7 @@ class Net(nn.Module):
 
     def forward(self, ids, rare=False):
         x = self.embed(ids) + self.offset.to(self.embed.weight.dtype)
-        for layer in self.layers:
+        for layer in [*self.layers] * self.rounds:
             x = checkpoint(layer, x, rare, use_reentrant=False) if self.recompute else layer(x, rare)
         return self.head(x)
 
@@ -54,11 +55,16 @@ def loss_of(net, step, rows, rare=False):
     return nn.functional.cross_entropy(net(ids[0], rare).flatten(0, 1), ids[1].flatten())
 
 
-def train(net, params, parts, finish=lambda: None, unsynced=None):
+def train(net, params, parts, finish=lambda: None, unsynced=None, together=False):
     optimizer = torch.optim.AdamW(params, lr=0.01)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
+        if together:
+            sum(loss_of(net, step, rows, rare) / len(parts) for rows, rare in parts).backward()
+            finish()
+            optimizer.step()
+            continue
         for i, (rows, rare) in enumerate(parts):
             loss = loss_of(net, step, rows, rare) / len(parts)
             if unsynced is not None and i < len(parts) - 1:
@@ -79,8 +85,8 @@ def part(rank, half=None):
     return slice(rank * size + half * size // 2, rank * size + (half + 1) * size // 2)
 
 
-def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, **options):
-    net = Net(recompute)
+def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, together=False, rounds=1, **options):
+    net = Net(recompute, rounds)
     if rank:
         nn.init.zeros_(net.embed.weight)  # rank 0's is taken
     if cast:
@@ -89,7 +95,7 @@ def sharded(rank, parts, *, recompute=False, unsynced=False, cast=False, **optio
     model = FSDP(net, **options)
     finish, no_sync = model.finish_gradient_synchronization, model.no_sync if unsynced else None
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        train(model, model.parameters(), parts, finish, no_sync)
+        train(model, model.parameters(), parts, finish, no_sync, together)
     with model.gathered() as whole:
         gathered = {name: t.detach().clone() for name, t in whole.state_dict().items()}
     everywhere, of_zero = model.full_state_dict(None), model.full_state_dict()
@@ -146,6 +152,12 @@ def on_a_rank(rank):
         "rare": sharded(rank, [(part(rank), rank == 0)]),
         "zero2 accumulated": sharded(rank, halves, reshard=False),
         "zero2 no_sync": sharded(rank, halves, unsynced=True, reshard=False),
+        "two forwards": sharded(rank, halves, together=True),
+        "two forwards zero2": sharded(rank, halves, together=True, reshard=False),
+        "two forwards recomputed": sharded(rank, halves, together=True, recompute=True),
+        "twice": sharded(rank, mine, rounds=2),
+        "twice zero2": sharded(rank, mine, rounds=2, reshard=False),
+        "twice recomputed": sharded(rank, mine, rounds=2, recompute=True),
         "bf16": sharded(rank, mine, compute_dtype=torch.bfloat16),
         "bf16 zero2": sharded(rank, mine, compute_dtype=torch.bfloat16, reshard=False),
         "bf16 recomputed": sharded(rank, mine, compute_dtype=torch.bfloat16, recompute=True),
@@ -169,8 +181,10 @@ def on_a_rank(rank):
     results["shape"] = error_of(lambda: FSDP(wide))
     net = Net()
     results["computed"] = error_of(lambda: FSDP(net, torch.bfloat16, computed=list(net.layers[rank].parameters())))
+    results["no float"] = [error_of(lambda dtype=dtype: FSDP(net, dtype)) for dtype in ("bfloat16", torch.int8)]
     results["no dtype"] = error_of(lambda: FSDP(net, computed=net.parameters()))
     results["state_dict"] = error_of(model.state_dict)
+    results["module's state_dict"] = error_of(model.module.state_dict)
     results["fit"] = error_of(lambda: model.load_whole({"embed.weight": torch.zeros(13, 7)}))
     dist.barrier()
     return results
@@ -181,18 +195,19 @@ def ranks(tmp_path_factory):
     return on_ranks(on_a_rank, tmp_path_factory.mktemp("gloo"), RANKS)
 
 
-def alone(rare=(False,) * RANKS):
-    net = Net()
+def alone(rare=(False,) * RANKS, rounds=1):
+    net = Net(rounds=rounds)
     train(net, net.parameters(), [(part(rank), rare[rank]) for rank in range(RANKS)])
     return net.state_dict()
 
 
 ALIKE = ["zero3", "zero2", "recomputed", "accumulated", "no_sync", "zero2 accumulated", "zero2 no_sync", "rare"]
+ALIKE += [f"{name}{kind}" for name in ("two forwards", "twice") for kind in ("", " zero2", " recomputed")]
 
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_three_ranks_train_as_one_process(ranks, name):
-    want = alone((True, False, False) if name == "rare" else (False,) * RANKS)
+    want = alone((True, False, False) if name == "rare" else (False,) * RANKS, 2 if "twice" in name else 1)
     for found in ranks:
         for ours in found[name]:
             assert ours.keys() == want.keys()
@@ -282,6 +297,8 @@ def test_mistakes(ranks):
     for found in ranks:
         assert "rank 0 has weight: float32 [2, 2], trained; rank 1 has weight: float32 [3, 2]" in found["shape"]
         assert "rank 0 has layers.0.unused: float32 [2], trained, computed in bfloat16; rank 1" in found["computed"]
+        assert [error.partition(", got ")[2] for error in found["no float"]] == ["'bfloat16'", "torch.int8"]
         assert "give that too" in found["no dtype"]
         assert "full_state_dict()" in found["state_dict"]
+        assert found["module's state_dict"] == found["state_dict"]
         assert "missing ['offset', 'layers.0.unused'" in found["fit"]

@@ -224,6 +224,26 @@ def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
     assert "the network reaches 8 ranks, 1024 are needed" in capsys.readouterr().err
 
 
+def test_a_batch_that_is_not_given_is_that_of_the_run_or_one_a_gpu(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    model = "model = {vocab_size = 64, context_length = 8, num_layers = 2, d_model = 8, num_heads = 2}\n"
+    (run / "config.toml").write_text("batch_size = 12\n" + model)
+    (run / "model.toml").write_text(model)
+
+    def planned(path, *options):
+        assert program.main(["plan", "parallel", "--model", str(path), "--gpus", "4", *options]) == 0
+        first, _, rest = capsys.readouterr().out.partition("\n")
+        return first, rest
+
+    for path, size in ((run / "config.toml", 12), (run / "model.toml", 4)):
+        said, plans = planned(path)
+        assert said.startswith(f"{size} sequences a step, ")
+        first, rest = planned(path, "--batch-size", str(size))
+        assert plans == f"{first}\n{rest}"
+        assert f"batch_size = {size}\n" in rest
+
+
 def test_of_equal_times_the_simplest_is_first():
     slow = dataclasses.replace(H200, flops=1e30, bandwidth=1e30, tiers=(hardware.Tier(8, 1e30, 0.1),))
     best = plan(GPT, 2, gpu=slow, batch_size=16, data_only=True)[0].layout  # all wait for the network alone

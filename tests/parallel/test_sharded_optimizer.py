@@ -161,6 +161,7 @@ def mistakes(rank):
         "shape": error_of(lambda: ShardedOptimizer(sizes, torch.optim.SGD)),
         "dtype": error_of(lambda: ShardedOptimizer(named, torch.optim.SGD)),
         "integers": error_of(lambda: ShardedOptimizer([torch.ones(3, dtype=torch.int32)], AdamW)),
+        "lbfgs": error_of(lambda: ShardedOptimizer([nn.Parameter(torch.ones(3))], torch.optim.LBFGS)),
         "share": error_of(other_share),
         "groups": error_of(other_groups),
         "later": later_group(),
@@ -254,6 +255,7 @@ def test_mistakes_are_named_on_every_rank(ranks):
         want = "rank 0 has parameter 1 of group 0: float32 [5]; rank 1 has parameter 1 of group 0: float32 [6]"
         assert want in found["shape"]
         assert "rank 0 has b of group 0: float32 [2]; rank 1 has b of group 0: bfloat16 [2]" in found["dtype"]
+        assert "LBFGS looks at all gradients at once" in found["lbfgs"]
         assert found["integers"].startswith("ValueError: parameters must be float32")
         assert f"this is the share of rank {1 - i} of 2, loaded on rank {i} of 2" in found["share"]
         assert "the saved groups have [1] parameters, this optimizer's [2]" in found["groups"]

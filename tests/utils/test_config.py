@@ -188,6 +188,7 @@ def test_options(options, table):
     ("options", "message"),
     [
         ("--mlp.widht 3", "unknown key mlp.widht; did you mean mlp.width?"),
+        ("--width 3", "unknown key width; did you mean mlp.width?"),
         ("--layers.1.mlp.width 3", "layers.1: expected a place in a list of 1"),
         ("--mlp.count 3", "unknown key mlp.count of kind 'dense'; it is of kind 'experts'"),
         ("--mode a b", "--mode takes one value, got a b"),

@@ -92,6 +92,8 @@ def test_verify_math_says_why():
     assert verify_math(r"the answer is $\frac{3}{4}$", "4").score == 0  # the denominator alone is no answer
     assert verify_math("the chance is 50%", "1/2").score == 1
     assert verify_math("#### 18 dollars", "18").score == 1
+    with pytest.raises(ValueError, match="expected must be text, got 4"):
+        verify_math("4", 4)
     with pytest.raises(ValueError, match="holds no answer"):
         verify_math("7", r"\boxed{")
 

@@ -11,24 +11,28 @@ from cs336.alignment.stage import Policy
 from cs336.alignment.stages.answering import AnsweringConfig, AnsweringStage
 from cs336.models.memory import decoding_memory, training_memory
 from cs336.training import Budget
+from cs336.utils.config import ELSEWHERE
 from cs336.utils.duration import duration
 
 GIB = 2**30
+OUTSIDE = {"seed": "seed", "micro_batch_size": "micro_batch_size", "max_grad_norm": "optimizer.max_grad_norm"}
+"""Of GRPOConfig: the key of the run that it takes them from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOStageConfig(AnsweringConfig):
     """Everything that decides what `cs336 grpo` computes, and where it is written."""
 
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig, metadata={ELSEWHERE: tuple(OUTSIDE)})
     invariant: bool = False
     """Run engine and training inside cs336.invariant(): their log-probabilities are then the same bits. Slower."""
 
     def __post_init__(self):
         super().__post_init__()
         Rewards(self.rewards)
-        if self.grpo.seed or self.grpo.micro_batch_size or self.grpo.max_grad_norm != 1:
-            raise ValueError("seed, micro_batch_size and optimizer.max_grad_norm stand outside [grpo] here")
+        for name, outside in OUTSIDE.items():
+            if (given := getattr(self.grpo, name)) != getattr(GRPOConfig, name):
+                raise ValueError(f"grpo.{name} stands outside [grpo] in a run: give {outside} = {given} instead")
 
 
 class GRPOStage(AnsweringStage):
