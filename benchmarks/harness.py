@@ -10,6 +10,7 @@ ratios within one run mean anything. Data is random, never zeros: zeros switch f
 import functools
 import itertools
 import math
+import random
 import statistics
 import time
 from collections import deque
@@ -173,15 +174,19 @@ def measure(calls: list[Call], device: torch.device, graph: bool = True) -> Timi
 
 
 def measure_in_turns(batches: dict[str, Batch], device: torch.device) -> dict[str, Timing]:
-    """Time the batches in MIN_SAMPLES turns, each time a few samples of every one behind one that does not count."""
+    """Time the batches in MIN_SAMPLES turns, each time a few samples of every one behind one that does not count. In a
+    new order each turn: at a GPU's power limit the clock is higher for a while behind what took less power.
+    """
     counts = {
         name: max(1, math.ceil(SAMPLING / MIN_SAMPLES / warm_up(batch, device))) for name, batch in batches.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in batches}
+    names, orders = list(batches), random.Random(0)
     for _ in range(MIN_SAMPLES):
-        for name, batch in batches.items():
-            batch.run()
-            samples[name] += sample(batch, device, counts[name])
+        orders.shuffle(names)
+        for name in names:
+            batches[name].run()
+            samples[name] += sample(batches[name], device, counts[name])
     return {name: summary(samples[name], batch.calls, batch.method) for name, batch in batches.items()}
 
 

@@ -26,7 +26,7 @@ from cs336.report import write_build_report
 from cs336.tokenizer import Tokenizer
 from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
 from cs336.utils.files import replacing, write_json, write_json_lines, write_text
-from cs336.utils.shards import read_meta
+from cs336.utils.shards import read_meta, shards_are_whole
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 
 CONTEXT, BATCH = 128, 8
@@ -97,6 +97,7 @@ class _Job:
                 outputs=("curated/build.json", "curated/tokens/meta.json"),
                 inputs=(self.crawl,),
                 settings={"vocab_size": settings.vocab_size, "languages": _knows_languages()},
+                is_whole=lambda: shards_are_whole(self.run_dir / "curated" / "tokens"),
             ),
             *models,
             Stage(
@@ -118,6 +119,7 @@ class _Job:
                 lambda: self.build("raw", self.raw()),
                 outputs=("raw/build.json", "raw/tokens/meta.json"),
                 inputs=(self.crawl, self.tokenizer),
+                is_whole=lambda: shards_are_whole(shards[1]),
             ),
             Stage(
                 "train",

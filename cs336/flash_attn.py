@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, is_integer, new_seed
-from cs336.ops.paged_attention import MAX_DECODE_QUERIES, paged_attention, paged_prefill
+from cs336.ops.checks import like
+from cs336.ops.paged_attention import (
+    MAX_DECODE_QUERIES,
+    check_caches,
+    check_pages,
+    check_table,
+    paged_attention,
+    paged_prefill,
+    readable,
+)
 from cs336.ops.paged_cache import append_kv_
 
 
@@ -94,18 +103,27 @@ def flash_attn_varlen_func(
         q: (Tq, Hq, D); k: (Tk, Hkv, D); v: (Tk, Hkv, E): the tokens of all sequences.
         cu_seqlens_q, cu_seqlens_k: (N + 1,) int32, where sequences start, and where the last ends.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        block_table: of a paged cache; not supported.
+        block_table: (N, M) int32 pages of each sequence, in order, of k and v (P, page, Hkv, D or E): of a sequence
+            the first cu_seqlens_k[i + 1] - cu_seqlens_k[i] tokens count.
 
-    Returns out (Tq, Hq, E), or (out, lse (Hq, Tq) float32, None). Raises ValueError for arguments that do not fit,
-    NotImplementedError for a block_table.
+    Returns out (Tq, Hq, E), or (out, lse (Hq, Tq) float32, None). Raises ValueError for arguments that do not fit.
     """
-    if block_table is not None:
-        raise NotImplementedError("cs336.flash_attn_varlen_func does not support block_table, of a paged cache")
-    _check(q, k, v, "(tokens, heads, features)", 3)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor):
             raise ValueError(f"{name} must be a tensor (N + 1,) int32, where sequences start, got {cu!r}")
+    if block_table is None:
+        _check(q, k, v, "(tokens, heads, features)", 3)
     q, k, v = autocast(q, k, v)
+    if block_table is not None:
+        lens = cu_seqlens_k.diff()
+        left, right = _window(window_size)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if (causal or right == 0) and alibi_slopes is None and dropout_p == 0.0 and not differentiable:
+            args = q, k, v, block_table, lens, cu_seqlens_q
+            paged = _paged_options(softmax_scale, left, softcap)
+            out, lse = paged_prefill(*args, max_seqlen_q=int(max_seqlen_q), **paged, return_lse=True)
+            return (out, lse, None) if return_attn_probs else out
+        k, v, cu_seqlens_k = _gathered(k, v, block_table, lens)
     packing = cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k)
     options = _options(q, softmax_scale, causal, window_size, softcap)
     if alibi_slopes is None and dropout_p == 0.0:
@@ -172,16 +190,18 @@ def flash_attn_with_kvcache(
         cache_seqlens: tokens in the cache before the call, (B,) int32 or one number; all T if None.
         cache_batch_idx: (B,) int32, the row of the cache of each sequence; the first B if None.
         block_table: (B, M) int32 pages of each sequence, in order.
-        softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
+        cache_leftpad: (B,) int32, the place in its cache where a sequence begins: what stands before is not seen. 0 if
+            None.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
         rotary_interleaved: rotates features 2i and 2i + 1 together, not i and i + R / 2.
         num_splits: ours depends on a sequence's length alone, whatever is asked for.
         return_softmax_lse: return (out, lse (B, H, S) float32).
 
-    Returns out (B, S, H, D). cache_seqlens stays as it is. Raises ValueError for arguments that do not fit,
-    NotImplementedError for cache_leftpad, alibi_slopes, and a window that is not causal with S > 1.
+    Kernels of paged_attention.py read the cache where it lies. With cache_leftpad, alibi_slopes, or a window of several
+    queries that is not causal, what is seen of it is copied together first.
+
+    Returns out (B, S, H, D). cache_seqlens stays as it is. Raises ValueError for arguments that do not fit.
     """
-    if cache_leftpad is not None or alibi_slopes is not None:
-        raise NotImplementedError("cs336.flash_attn_with_kvcache supports neither cache_leftpad nor alibi_slopes")
     left, right = _window(window_size)
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(f"q and k_cache must have 4 dims, got shapes {tuple(q.shape)} and {tuple(k_cache.shape)}")
@@ -193,8 +213,7 @@ def flash_attn_with_kvcache(
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dim() != 4 or x.shape[0] != B):
             raise ValueError(f"{name} must be new tokens of q's {B} sequences, (B, N, Hkv, D), got {tuple(x.shape)}")
-    if not causal and (left, right) != (-1, -1) and (S > 1 or right > 0):
-        raise NotImplementedError("cs336.flash_attn_with_kvcache supports a window where causal=True or S = 1")
+    is_local, causal = (left, right) != (-1, -1), causal or right == 0
     table = _pages(B, cache_batch_idx, q.device) if block_table is None else block_table
     lens = _lengths(cache_seqlens, B, table.shape[-1] * k_cache.shape[1], q.device)
     if (rotary_cos is None) != (rotary_sin is None):
@@ -212,7 +231,7 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 f"rotary_cos of {rotary_cos.shape[1]} columns rotates twice as many features, and q has {q.shape[-1]}"
             )
-        steps = torch.arange(S if causal or left >= 0 else 1, device=q.device)
+        steps = torch.arange(S if causal or is_local else 1, device=q.device)
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
         steps = torch.arange(k.shape[1], device=q.device)
         k = _rotated(k, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
@@ -224,11 +243,25 @@ def flash_attn_with_kvcache(
         lens = lens + len(new)
     elif (k is None) != (v is None):
         raise ValueError("k and v must be given together")
-    options: dict[str, Any] = {
-        "scale": softmax_scale,
-        "window": left if left >= 0 else None,
-        "softcap": softcap or None,
-    }
+    if cache_leftpad is not None or alibi_slopes is not None or (is_local and S > 1 and not causal):
+        k, v, cu_seqlens_k = _gathered(k_cache, v_cache, table, lens, cache_leftpad)
+        cu_seqlens_q = torch.arange(B + 1, dtype=torch.int32, device=q.device) * S
+        packing = cu_seqlens_q, cu_seqlens_k, S, table.shape[1] * k_cache.shape[1]
+        out, lse, _ = flash_attn_varlen_func(
+            q.flatten(0, 1),
+            k,
+            v,
+            *packing,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            return_attn_probs=True,
+        )
+        out, lse = out.unflatten(0, (B, S)), lse.unflatten(1, (B, S)).transpose(0, 1)
+        return (out, lse) if return_softmax_lse else out
+    options = _paged_options(softmax_scale, left, softcap)
     if not causal and S > 1:  # every query sees all keys: as the only one of a sequence of its own
         table, lens = table.repeat_interleave(S, 0), lens.repeat_interleave(S)
         alone = q.reshape(B * S, 1, *q.shape[2:])
@@ -242,6 +275,40 @@ def flash_attn_with_kvcache(
         out, lse = paged_prefill(*args, max_seqlen_q=S, **options, return_lse=True)
         out, lse = out.view(B, S, *out.shape[1:]), lse.view(-1, B, S).transpose(0, 1)
     return (out, lse) if return_softmax_lse else out
+
+
+def _paged_options(scale: float | None, left: int, softcap: float) -> dict[str, Any]:
+    return {"scale": scale, "window": left if left >= 0 else None, "softcap": softcap or None}
+
+
+def _gathered(
+    k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor, begins: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of all sequences behind each other, from where each begins to its length, and where they start.
+
+    On a GPU, where their number would have to be waited for, there are rows behind the last for all that the table has.
+    """
+    check_caches(k_cache, v_cache)
+    check_table(table, k_cache)
+    (B, M), (P, page) = table.shape, k_cache.shape[:2]
+    if lens.shape != (B,):
+        raise ValueError(f"there must be as many lengths as rows of pages, {B}, got {tuple(lens.shape)}")
+    if begins is not None and (begins.shape != (B,) or begins.is_floating_point() or begins.device != lens.device):
+        raise ValueError(f"cache_leftpad must be ({B},) torch.int32 on {lens.device}, got {like(begins)}")
+    begins = torch.zeros_like(lens) if begins is None else begins.to(torch.int32)
+    seen = readable(table, lens, begins)
+    if seen:
+        check_pages(k_cache, table, lens)
+        if ((begins < 0) | (begins > lens)).any():
+            raise ValueError(f"cache_leftpad must be from 0 to the length {lens.tolist()}, got {begins.tolist()}")
+    cu_seqlens = torch.nn.functional.pad((lens - begins).cumsum(0, dtype=torch.int32), (1, 0))
+    row = torch.arange(int(cu_seqlens[-1]) if seen else B * M * page, device=table.device, dtype=torch.int32)
+    if not row.numel():
+        return k_cache[:0, 0], v_cache[:0, 0], cu_seqlens
+    b = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=B - 1)
+    place = (row - cu_seqlens[b] + begins[b]).clamp(0, M * page - 1).long()
+    at = table[b, place // page].long().clamp(0, P - 1), place % page
+    return k_cache[at], v_cache[at], cu_seqlens
 
 
 def _pages(B: int, cache_batch_idx: Tensor | None, device: torch.device) -> Tensor:

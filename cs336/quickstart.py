@@ -31,6 +31,7 @@ from cs336.training import AdamWConfig, DataConfig, TrainConfig, Trainer
 from cs336.utils.device import peak_flops, pick
 from cs336.utils.documents import TEXT_FIELD
 from cs336.utils.files import replacing, write_json_lines
+from cs336.utils.shards import shards_are_whole
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Interrupted, Outcome, Stage, run_stages
 from cs336.utils.terminal import visible
@@ -176,6 +177,7 @@ class Job:
                 self.tokenize,
                 outputs=("tokens/train/meta.json", "tokens/val/meta.json"),
                 inputs=(*texts, tokenizer),
+                is_whole=lambda: all(shards_are_whole(self.run_dir / "tokens" / side) for side in ("train", "val")),
             ),
             Stage(
                 "pretrain",

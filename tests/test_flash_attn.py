@@ -110,7 +110,7 @@ def test_flash_attns_own_order_and_defaults():
 def test_refusals(device):
     q = torch.zeros(1, 4, 2, 8, device=device)
     cu = torch.tensor([0, 4], dtype=torch.int32, device=device)
-    with pytest.raises(NotImplementedError, match="block_table"):
+    with pytest.raises(ValueError, match=r"k_cache must be \(P, page, Hkv, D\)"):
         cs336.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, 4, block_table=cu)
     with pytest.raises(ValueError, match=r"window_size must be .* got \(-2, 0\)"):
         cs336.flash_attn_func(q, q, q, window_size=(-2, 0))

@@ -13,6 +13,7 @@ from cs336.nn import (
     LinearAttentionConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     Mamba2Config,
     MLPConfig,
     MoEConfig,
@@ -67,6 +68,7 @@ POSITIONS = {
     "RoPE, NTK": block(positions=RopeConfig(scaling=NtkScaling(4.0))),
     "RoPE, YaRN": block(positions=RopeConfig(scaling=YarnScaling(4.0, 8))),
     "RoPE, Llama 3": block(positions=RopeConfig(scaling=Llama3Scaling(8.0, 16))),
+    "RoPE, LongRoPE": block(positions=RopeConfig(scaling=LongRopeScaling((1.0,) * 4, (1.0, 1.5, 2.5, 4.0), 8, 4.0))),
     "RoPE of half a head": block(positions=RopeConfig(fraction=0.5)),
     "ALiBi": block(AttentionConfig(6, 3, head_dim=8), positions=AlibiConfig()),
 }

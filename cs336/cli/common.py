@@ -64,9 +64,9 @@ class OwnOptions(Late):
 
 def weight_dtype(name: WeightType) -> Any:
     """torch's, or None: as the weights were saved."""
-    import torch
+    from cs336.inference import load
 
-    return None if name == "auto" else getattr(torch, name)
+    return load.weight_dtype(name)
 
 
 class Stopped(Exception):

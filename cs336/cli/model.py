@@ -73,22 +73,23 @@ def generate(arguments: list[str]) -> Run:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
             raise ValueError(f"--beams keeps the likeliest texts and draws none: leave out {named}")
         found, kind = find_model(model), weight_dtype(dtype)
+        draft = None if draft is None else find_model(draft)  # before the model is read, not after it
         loaded = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
         prompt = sys.stdin.read() if prompt == "-" else prompt
         torch.seed()  # without --seed every run is another
 
         def samples() -> Iterator[Iterator[str]]:
             """The pieces of each."""
+            longest = max(1, len(loaded.encode_prompt(prompt))) + sampling.max_tokens
+            network = load_model(found, device, kind, longest)
             if draft is not None or sampling.grammar is not None:
-                many = max(1, num_samples)
-                llm = LLM(found, loaded, draft=draft, device=device, dtype=kind, quiet=True, max_seqs=many)
+                llm = LLM(network, loaded, draft=draft, quiet=True, max_seqs=max(1, num_samples))
                 if num_samples == 1:
                     yield llm.stream(prompt, sampling)
                     return
                 (output,) = llm.generate(prompt, dataclasses.replace(sampling, n=num_samples))
                 yield from texts(output.outputs, llm.engine.max_len)
                 return
-            network = load_model(found, device, kind)
             if search is None and num_samples == 1:
                 yield stream(network, loaded, prompt, sampling)
                 return

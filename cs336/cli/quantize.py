@@ -22,7 +22,7 @@ Format = Annotated[
 
 def int8(
     model: Model,
-    out: Path,
+    out: OutDir,
     group: Group = 128,
     asymmetric: Asymmetric = False,
     format: FormatName = "cs336",
@@ -30,29 +30,32 @@ def int8(
     """Weights in 8 bits, rounded to the nearest.
 
     Args:
-        out: the directory to write, new or empty.
         format: of the files: ours, or compressed-tensors' or GPTQ's, which transformers and vLLM read too.
     """
     _quantized(model, out, "int8", group, asymmetric=asymmetric, format=format)
 
 
-def int4(model: Model, out: Path, group: Group = 128, asymmetric: Asymmetric = False, format: Format = "cs336") -> None:
-    """Weights in 4 bits, rounded to the nearest.
-
-    Args:
-        out: the directory to write, new or empty.
-    """
+def int4(
+    model: Model, out: OutDir, group: Group = 128, asymmetric: Asymmetric = False, format: Format = "cs336"
+) -> None:
+    """Weights in 4 bits, rounded to the nearest."""
     _quantized(model, out, "int4", group, asymmetric=asymmetric, format=format)
 
 
-def fp8(model: Model, out: Path, group: Group = -1, format: Literal["cs336", "compressed-tensors"] = "cs336") -> None:
+def fp8(
+    model: Model,
+    out: OutDir,
+    group: Group = -1,
+    activations: bool = False,
+    format: Literal["cs336", "compressed-tensors"] = "cs336",
+) -> None:
     """Weights as floats of 8 bits (e4m3), rounded to the nearest.
 
     Args:
-        out: the directory to write, new or empty.
+        activations: round what the layers read too, as the model runs, with a scale a token.
         format: of the files: ours, or compressed-tensors', which transformers and vLLM read too.
     """
-    _quantized(model, out, "fp8", group, format=format)
+    _quantized(model, out, "fp8", group, activations=activations, format=format)
 
 
 def gptq(

@@ -70,13 +70,17 @@ def chat(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
+        max_len: int | None = None,
         sampling: Annotated[SamplingParams, arg(name="")] = SamplingParams(temperature=0.7, max_tokens=512),  # noqa: B008
     ) -> None:
         """
         Args:
             system: what the model is told first.
+            max_len: tokens of what is said altogether; the model's context_length, or what fits of it, if left out. A
+                LongRoPE has its short factors where this is no more than its original context.
         """
-        llm = LLM(model, tokenizer, draft=draft, device=device, dtype=weight_dtype(dtype), max_seqs=1)
+        read = {"draft": draft, "device": device, "dtype": weight_dtype(dtype)}
+        llm = LLM(model, tokenizer, max_seqs=1, max_len=max_len, **read)
         talk = Talk(llm, sampling, system)
         shown = visible if sys.stdout.isatty() else str
         prompt = "> " if sys.stdin.isatty() else ""

@@ -96,7 +96,10 @@ class TokenLoader:
         return {"step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position. Raises ValueError if seed, batch or data are not those of the saved run."""
+        """Continue from a saved position. Raises ValueError if seed, batch or data are not those of the saved run, and
+        for what no state_dict() is."""
+        if lacks := self.state_dict().keys() - state.keys():
+            raise ValueError(f"the saved data position lacks {', '.join(sorted(lacks))}: give a loader's state_dict()")
         for name, mine in self._identity().items():
             if state[name] != mine:
                 raise ValueError(f"the saved data position has {name} = {state[name]}, this run has {mine}")

@@ -23,7 +23,8 @@ import pydantic
 
 from cs336.data.decontaminate import Decontaminate
 from cs336.data.dedup import paragraphs, substrings
-from cs336.data.dedup.minhash import check_minhash
+from cs336.data.dedup.lines import check_repeats
+from cs336.data.dedup.minhash import check_minhash, check_seed
 from cs336.data.extract.record import Extract
 from cs336.data.filter import steps as filters
 from cs336.data.filter.classifier import ClassifierFilter
@@ -74,8 +75,7 @@ class Lines:
     kind: Literal["lines"] = "lines"
 
     def __post_init__(self):
-        if self.max_memory < 1:
-            raise ValueError(f"max_memory is bytes, 1 or more, got {self.max_memory}")
+        check_repeats(self.keep, self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Paragraphs:
     kind: Literal["paragraphs"] = "paragraphs"
 
     def __post_init__(self):
-        if self.max_memory < 1:
-            raise ValueError(f"max_memory is bytes, 1 or more, got {self.max_memory}")
+        check_repeats(self.keep, self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -218,6 +217,7 @@ class Recipe:
     def __post_init__(self):
         if not self.sources:
             raise ValueError("the recipe has no source: add a table [[sources]]")
+        check_seed(self.seed)
         names = {source.name for source in self.sources}
         if self.mix is not None and names != set(self.mix.weights):
             raise ValueError(

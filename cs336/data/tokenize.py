@@ -138,6 +138,8 @@ class Encoding:
 
     def run(self, documents: Iterable[Document | str], side: Callable[[str], str]) -> None:
         """Encode each document into the writer that `side` names."""
+        if isinstance(documents, str | bytes | os.PathLike):
+            raise ValueError(f"expected a list of documents, got one text or path: {type(documents).__name__}")
         texts_of = map(text_of, documents)
         self._continue(texts_of)
         saved = time.monotonic()

@@ -29,7 +29,8 @@ def evaluate_saved(
         text: names the documents.
         tokenizer: tokenizer.json, ours or Hugging Face's; None: the one that is where the model is.
 
-    Raises FileNotFoundError where there is no model or tokenizer, ValueError for text that cannot be measured.
+    Raises FileNotFoundError where there is no model, tokenizer or validation data, ValueError for text that cannot be
+    measured.
     """
     found = find_model(path).resolve()
     checkpoint = not (found / "config.json").exists()
@@ -40,6 +41,11 @@ def evaluate_saved(
     place = run if of_run and find_model(run) == found else found if found.is_dir() else found.parent
     if documents is None and (data is None or data.val is None):
         raise ValueError(f"{path} has no validation data of its own: give text to measure it on, --text FILE")
+    if documents is None and data is not None and data.val is not None and not data.val.exists():
+        raise FileNotFoundError(
+            f"the validation data of {path}, {data.val}, is not here: call this where the run was started, or give "
+            "text to measure it on, --text FILE"
+        )
     encoder = load_tokenizer(found) if tokenizer is None else convert.load(tokenizer)
     model = load_model(found, device)
     train = data.train if data is not None and data.train.is_dir() else None

@@ -44,6 +44,10 @@ class Load:
     seed: int = 0
 
     def __post_init__(self):
+        if self.num_requests < 1:
+            raise ValueError(f"num_requests must be 1 or more, got {self.num_requests}")
+        if self.shared_prefix < 0:
+            raise ValueError(f"shared_prefix must be 0 tokens or more, got {self.shared_prefix}")
         for name in ("input_len", "output_len"):
             least, most = getattr(self, name)
             if not 1 <= least <= most:
@@ -195,14 +199,14 @@ def latency(
         draft: draft by this smaller model.
         exit_layer: draft by the first so many layers.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    loads = [Load(batch_size, (input_len, input_len), (output_len, output_len), seed=seed) for seed in range(repeats)]
     drafting: dict[str, Any] = {"speculation": None if speculation == "none" else speculation}
     drafting |= {"draft": draft, "exit_layer": exit_layer}
     llm = LLM(model, device=device, max_seqs=batch_size, prefix_cache=False, **drafting)
     _warm_up(llm)
-    found = []
-    for seed in range(repeats):
-        load = Load(batch_size, (input_len, input_len), (output_len, output_len), seed=seed)
-        found.append(run_engine(llm, _requests(load, llm)))
+    found = [run_engine(llm, _requests(load, llm)) for load in loads]
     found.sort(key=lambda row: row["seconds"])
     _tell("latency", found[len(found) // 2])
 
@@ -239,6 +243,9 @@ def serve(
         api_key: if it wants one.
         vocab_size: prompts are made of the tokens below this.
     """
+    for name, value in (("concurrency", concurrency), ("vocab_size", vocab_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
     if context := _context_of(url, api_key):
         load = _fitted(load, context)
     times, seconds, failed = asyncio.run(_ask_all(url, concurrency, api_key, load.requests(vocab_size)))

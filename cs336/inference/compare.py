@@ -61,7 +61,8 @@ def compare_huggingface(
 
     Args:
         directory: config.json, weights and tokenizer.json of a Llama, Mistral, Qwen2 or Qwen3.
-        text: cut to the model's context; its first half is what both continue, for up to new_tokens.
+        text: cut to the model's context; its first half is what both continue, for up to new_tokens. A LongRoPE is
+            read for a text of its length, and stays so while both continue.
         device: "auto" is a GPU if there is one.
         dtype: that both compute in.
 
@@ -80,11 +81,11 @@ def compare_huggingface(
         )
     if read_kind(directory) == OURS:
         raise ValueError(f"{directory} holds a model that no family of transformers has: see save_pretrained")
-    ours = from_pretrained(directory, where, dtype).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     ids, their_ids = load_tokenizer(directory).encode(text), their_tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give one of two at least")
+    ours = from_pretrained(directory, where, dtype, max_len=len(ids)).eval()
     read = ids[: ours.config.context_length]
     theirs: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     theirs = theirs.to(where, dtype).eval()

@@ -48,7 +48,8 @@ class EngineConfig:
     max_seqs: int = 64
     """That run at once; the others wait."""
     max_len: int | None = None
-    """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it."""
+    """Tokens of a sequence, its prompt included. None: the model's context_length, or what fits of it. A LongRoPE that
+    is read has its short factors where this is no more than its original context."""
     max_step_tokens: int | None = None
     """Computed in a step: long prompts come in chunks. None: 16384 on a GPU, 512 on a CPU."""
     page_size: int = 64

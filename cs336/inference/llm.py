@@ -10,7 +10,8 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cs336.inference import ranks
 from cs336.inference.beams import Beam, BeamParams, beam_search_ids
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
-from cs336.inference.load import find_model, load_model, load_tokenizer
+from cs336.inference.load import find_model, load_model, load_tokenizer, weight_dtype
 from cs336.inference.outputs import CompletionOutput, RequestOutput, Token, warn_if_cut
 from cs336.inference.sampling import SamplingParams
 from cs336.inference.tool_parser import FORMATS, ToolFormat, ToolParser, read_answer
@@ -42,7 +43,8 @@ class LLM:
             one takes and gives ids alone.
         draft: a smaller model of the same tokenizer, given as `model` is, which drafts what the model then verifies:
             texts stay what they are.
-        device, dtype: of a model that is read: "auto" is a GPU if there is one; the dtype is that of the files if None.
+        device, dtype: of a model that is read: "auto" is a GPU if there is one; torch's dtype or its name, that of the
+            files if None or "auto".
         tensor_parallel: divide a model that is read among the processes that torchrun started, if it did; each makes an
             LLM, and all are asked the same, in the same order.
         tool_parser: how the model writes calls of tools, hermes, llama3_json or mistral; as its chat template shows if
@@ -60,7 +62,7 @@ class LLM:
         tokenizer: Any = None,
         *,
         device: str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         draft: str | os.PathLike | Transformer | None = None,
         tensor_parallel: bool = False,
         tool_parser: str | None = None,
@@ -68,6 +70,7 @@ class LLM:
         **options: Any,
     ):
         self.chat_template, self.name = ChatTemplate(), "cs336"
+        dtype = weight_dtype(dtype)
         if tool_parser not in (None, *FORMATS):
             raise ValueError(f"tool_parser must be one of {', '.join(FORMATS)}, got {tool_parser!r:.80}")
         self._tool_parser = tool_parser
@@ -85,13 +88,13 @@ class LLM:
                 print(f"reading {found}", file=sys.stderr)
             tokenizer = load_tokenizer(found) if tokenizer is None else tokenizer
             read = ranks.load_part if tensor_parallel else load_model
-            model = read(found, device, dtype)
+            model = read(found, device, dtype, options.get("max_len"))
             self.chat_template = ChatTemplate.find(found)
         if self.chat_template.is_default and model.chat_template is not None:  # of a GGUF file, or of the caller
             self.chat_template = _template_of(model, tokenizer)
         self.tokenizer = tokenizer
         if draft is not None and not isinstance(draft, Transformer):
-            draft = _load_draft(find_model(draft), tokenizer, model)
+            draft = _load_draft(find_model(draft), tokenizer, model, options.get("max_len"))
         self.engine = Engine(model.eval(), tokenizer, EngineConfig(**options), draft=draft)
         if not quiet:
             print(f"memory: {self.engine.memory}", file=sys.stderr)
@@ -295,8 +298,15 @@ class LLM:
             if not prompts.ndim:
                 raise ValueError("a prompt is a list of ids, got one number")
             prompts = prompts.tolist()
-        one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
-        listed: list[Any] = [prompts] if one else list(prompts)
+        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+            raise ValueError(f"a prompt is a text or a list of token ids, got {prompts!r:.80}")
+        listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if listed and isinstance(listed[0], Integral):
+            listed = [listed]
+        listed = [p.tolist() if isinstance(p, Tensor | np.ndarray) else p for p in listed]
+        for prompt in listed:
+            if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+                raise ValueError(f"a prompt is a text or a list of token ids, got {prompt!r:.80}")
         texts = [prompt for prompt in listed if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: give LLM one, or lists of ids")
@@ -310,12 +320,12 @@ class LLM:
         return [(p, next(ids)) if isinstance(p, str) else (None, list(p)) for p in listed]
 
 
-def _load_draft(path: pathlib.Path, tokenizer, model: Transformer) -> Transformer:
+def _load_draft(path: pathlib.Path, tokenizer, model: Transformer, max_len: int | None) -> Transformer:
     """In the model's dtype, where it is; its tokenizer, if it has one, must be the model's."""
     if tokenizer is not None:
         with contextlib.suppress(FileNotFoundError):
             check_same_tokens(tokenizer, load_tokenizer(path), str(path))
-    return load_model(path, str(model.device), model.embedding.weight.dtype)
+    return load_model(path, str(model.device), model.embedding.weight.dtype, max_len)
 
 
 def _template_of(model: Transformer, tokenizer) -> ChatTemplate:

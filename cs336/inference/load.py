@@ -16,18 +16,32 @@ from cs336.training.weights import model_config
 from cs336.utils.config import parse, read_table
 from cs336.utils.device import pick
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
+
+def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own, got {dtype!r}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def load_model(
+    path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None, max_len: int | None = None
+) -> Transformer:
     """The model at `path`, an export, an adapter of one, a checkpoint or a GGUF file, for inference.
 
-    device: "auto" is a GPU if there is one. dtype: of the weights; as they are stored if None.
+    device: "auto" is a GPU if there is one. dtype: of the weights; as they are stored if None. max_len: tokens of the
+    longest text, see TransformerConfig.within.
     Raises FileNotFoundError where a file is missing, ValueError for damaged files.
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
-        return from_gguf(path, pick(device), dtype)
+        return from_gguf(path, pick(device), dtype, max_len=max_len)
     if not ((path / STATE).exists() or path.is_file()):
-        return from_pretrained(path, pick(device), dtype).eval()
+        return from_pretrained(path, pick(device), dtype, max_len=max_len).eval()
     config = read_model_config(path, TransformerConfig)
     if config is None:  # the first release left it to the run directory
         described = path.resolve().parent.parent / "config.toml"
@@ -36,7 +50,7 @@ def load_model(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype
                 f"{path} is a checkpoint outside its run directory: {described}, which describes it, is not there"
             )
         config = TrainConfig.from_toml(described).model
-    model = Transformer(config, device=pick(device))
+    model = Transformer(config.within(max_len), device=pick(device))
     load_checkpoint(path, model)
     return model.to(dtype).eval()
 

@@ -39,7 +39,9 @@ def size(model: Transformer) -> int:
     return model.region.size if isinstance(model, TensorParallelTransformer) else 1
 
 
-def load_part(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
+def load_part(
+    path: str | os.PathLike, device: str = "auto", dtype: torch.dtype | None = None, max_len: int | None = None
+) -> Transformer:
     """This rank's part of the model at `path`, for inference: read on the CPU, divided among the processes of
     torchrun, and moved to this one's device. One process has all of it.
 
@@ -47,8 +49,8 @@ def load_part(path: str | os.PathLike, device: str = "auto", dtype: torch.dtype 
     """
     here = connect(device)
     if world_size() == 1:
-        return load_model(path, str(here), dtype)
-    return together(lambda: tensor_parallel(load_model(path, "cpu", dtype)).to(here))
+        return load_model(path, str(here), dtype, max_len)
+    return together(lambda: tensor_parallel(load_model(path, "cpu", dtype, max_len)).to(here))
 
 
 def least(value: int, model: Transformer) -> int:

@@ -38,7 +38,7 @@ from cs336.nn import (
     Slotted,
     SwiGLUConfig,
 )
-from cs336.nn.checks import check_choice, check_flags, check_positive, check_probabilities
+from cs336.nn.checks import check_choice, check_flags, check_kind, check_positive, check_probabilities
 
 Mixer = Annotated[
     AttentionConfig | LatentAttentionConfig | LinearAttentionConfig | Mamba2Config | HyenaConfig,
@@ -74,6 +74,8 @@ class BlockConfig:
     """What a pattern calls this block."""
 
     def __post_init__(self):
+        for name, union in (("mixer", Mixer), ("mlp", MLP), ("norm", Norm), ("positions", Positions)):
+            check_kind(name, getattr(self, name), *get_args(get_args(union)[0]))
         check_choice("placement", self.placement, get_args(Placement))
         check_flags(parallel=self.parallel)
         check_positive(residual_scale=self.residual_scale)

@@ -1,10 +1,18 @@
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cs336.models.block import BlockConfig, Norm
-from cs336.nn import AttentionConfig, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
-from cs336.nn.checks import check_choice, check_counts, check_positive, check_probabilities
+from cs336.nn import AttentionConfig, LongRopeScaling, NoPositionsConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn.checks import (
+    check_choice,
+    check_counts,
+    check_flags,
+    check_kind,
+    check_positive,
+    check_probabilities,
+)
 
 MOST_LAYERS = 1 << 16  # more are a damaged file's
 # The fields that the short form alone reads.
@@ -24,8 +32,8 @@ class TransformerConfig:
         mlp = {kind = "gelu"}
 
     A `pattern` says in which order layers that have a `name` follow each other: "SSSL" where names are letters, else
-    names with spaces between them. Either way the model is made of `blocks`. Raises ValueError for values that do not
-    fit together.
+    names with spaces between them, or a list of names, kept as such a text. Either way the model is made of `blocks`.
+    Raises ValueError for values that do not fit together.
     """
 
     vocab_size: int
@@ -71,10 +79,12 @@ class TransformerConfig:
     """What the logits are multiplied by, before they are bounded: as in Cohere's models, and in Granite."""
     embedding_dropout: float = 0.0
     """Share of the embedding's features that is dropped in training."""
+    float32_norms: bool = False
+    """The norms' weights are float32 in 16-bit models too: Gemma's are 1 + what files hold, which 16 bits round."""
     layers: tuple[BlockConfig, ...] | None = None
     """The blocks, which repeat up to num_layers. None: the short form."""
-    pattern: str | None = None
-    """The names of layers in order, which repeat up to num_layers: "SSSL", or "sliding sliding full"."""
+    pattern: str | tuple[str, ...] | None = None
+    """The names of layers in order, which repeat up to num_layers: "SSSL", "sliding sliding full", or a list."""
 
     def __post_init__(self):
         check_counts(vocab_size=self.vocab_size, context_length=self.context_length)
@@ -88,9 +98,17 @@ class TransformerConfig:
         check_positive(optional=True, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
         check_positive(optional=True, embedding_scale=self.embedding_scale)
         check_probabilities(embedding_dropout=self.embedding_dropout)
+        check_flags(float32_norms=self.float32_norms)
         if self.position_embedding is not None:
             check_choice("position_embedding", self.position_embedding, ("learned", "sinusoidal"))
+        if isinstance(self.pattern, list | tuple):
+            object.__setattr__(self, "pattern", _as_text(self.pattern))
+        check_kind("pattern", self.pattern, str, optional=True)
+        check_kind("layers", self.layers, list, tuple, optional=True)
         if self.layers is not None:
+            for i, block in enumerate(self.layers):
+                check_kind(f"layers[{i}]", block, BlockConfig)
+            object.__setattr__(self, "layers", tuple(self.layers))
             self._check_layers(self.layers)
         elif self.pattern is not None:
             raise ValueError(f"pattern {self.pattern!r} orders layers by their names: describe them in layers")
@@ -128,6 +146,7 @@ class TransformerConfig:
         """Once through the pattern."""
         if self.pattern is None:
             return layers
+        assert isinstance(self.pattern, str)  # __post_init__ has made one of a list
         named = {block.name: block for block in layers}
         if len(named) < len(layers) or "" in named or any(len(name.split()) != 1 for name in named):
             raise ValueError("a pattern needs layers with names, each another and one word")
@@ -176,6 +195,18 @@ class TransformerConfig:
         """The same model of these blocks instead."""
         short: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in SHORT}
         return dataclasses.replace(self, num_layers=len(blocks), layers=blocks, pattern=None, **short)
+
+    def within(self, max_len: int | None) -> "TransformerConfig":
+        """The same model for texts of at most max_len tokens: a LongRoPE whose original context they do not leave has
+        its short factors, for a context_length of no more than that. Any other model as it is; None: as it is.
+
+        Raises ValueError for a max_len that is no positive integer.
+        """
+        check_counts(optional=True, max_len=max_len)
+        scalings = (block.positions.scaling for block in self.blocks if isinstance(block.positions, RopeConfig))
+        short = [s.original_context_length for s in scalings if isinstance(s, LongRopeScaling)]
+        enough = [length for length in short if max_len is not None and max_len <= length]
+        return dataclasses.replace(self, context_length=min([self.context_length, *enough]))
 
     @property
     def kv_heads(self) -> int:
@@ -241,3 +272,11 @@ class TransformerConfig:
         go back `rollback` tokens."""
         max_len = self.context_length if max_len is None else max_len
         return sum(block.state_bytes(self.d_model, max_len, width, rollback) for block in self.blocks)
+
+
+def _as_text(names: Sequence[str]) -> str:
+    """A list of layers' names as the text that says the same."""
+    for name in names:
+        if not isinstance(name, str) or len(name.split()) != 1:
+            raise ValueError(f"a list for a pattern holds layers' names, each one word, got {name!r}")
+    return ("" if all(len(name) == 1 for name in names) else " ").join(names)

@@ -21,12 +21,14 @@ from cs336.nn import (
     Context,
     Embedding,
     Hyena,
+    LayerNorm,
     LearnedPositions,
     Linear,
     LinearAttention,
     Mamba2,
     MoE,
     PagedKeyValues,
+    RMSNorm,
     SinusoidalPositions,
     Slotted,
 )
@@ -78,6 +80,9 @@ class Transformer(nn.Module):
         )
         self.norm = config.final_norm.build(d_model, **place) if config.final_norm else None
         self.head = None if config.tie_embeddings else Linear(d_model, config.vocab_size, **place)
+        if config.float32_norms:
+            for norm in self._norms().values():
+                norm.keep_float32()
         self.register_load_state_dict_post_hook(_place_derived)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
@@ -115,6 +120,8 @@ class Transformer(nn.Module):
         state: DecodingState | PagedState | None = None,
         targets: Tensor | None = None,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         return_routing: bool = False,
     ) -> Any:
         """Logits (B, S, V) of the next token after each; with targets the sum of their cross-entropy.
@@ -128,6 +135,8 @@ class Transformer(nn.Module):
             state: the tokens before these, of which these become part.
             targets: (B, S) int64 or int32, each in [0, vocab_size) or ignore_index, which counts for nothing. The
                 logits are then never kept whole: see ops.linear_cross_entropy.
+            label_smoothing, z_loss: of ops.cross_entropy. With either two sums are returned in place of one: what is
+                minimised, and the cross-entropy alone, without a gradient.
             return_routing: return (logits or sum, Routing) of a model with mixtures of experts: what their routers add
                 to a loss, and the load of the experts. (logits or sum, None) of another.
 
@@ -136,7 +145,10 @@ class Transformer(nn.Module):
         """
         stream = self._layers(token_ids_BS, positions, segments, state)
         features_BSM = self._normed(stream)
-        out = self.logits(features_BSM) if targets is None else self.loss(features_BSM, targets, ignore_index)
+        if targets is None:
+            out: Any = self.logits(features_BSM)
+        else:
+            out = self.loss(features_BSM, targets, ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
         return (out, stream.routing) if return_routing else out
 
     def features(
@@ -232,13 +244,23 @@ class Transformer(nn.Module):
             return logits_BSV
         return cap * torch.tanh(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / cap)
 
-    def loss(self, features_BSM: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        features_BSM: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Any:
         """The sum of the cross-entropy of features (..., M) as `features` returns them; the rest as forward's."""
         head = self.embedding if self.head is None else self.head
-        return ops.linear_cross_entropy(
-            features_BSM, head.weight, targets, ignore_index=ignore_index, softcap=self.config.logit_softcap,
-            reduction="sum",
-        )  # fmt: skip
+        layer, cap = (features_BSM, head.weight, targets), self.config.logit_softcap
+        if label_smoothing or z_loss:
+            return ops.linear_loss_sums(
+                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
+            )
+        return ops.linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -249,6 +271,15 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    def _norms(self) -> dict[str, LayerNorm | RMSNorm]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, LayerNorm | RMSNorm)}
+
+    def dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of its parameters by name, in a model of this dtype: only norms that are kept in float32 may have another."""
+        wide = {f"{name}.{part}" for name, norm in self._norms().items() if norm.float32 for part in norm._parameters}
+        widened = torch.promote_types(dtype, torch.float32)
+        return {name: widened if name in wide else dtype for name, _ in self.named_parameters()}
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -261,10 +292,12 @@ class Transformer(nn.Module):
         """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.
 
         rollback: how many tokens a row may go back in layers whose memory is bounded; in others it may go back to any.
-        Raises ValueError for more than context_length.
+        Raises ValueError for more than context_length, and for a negative number of rows or tokens.
         """
         limit = self.config.context_length
         max_len = limit if max_len is None else max_len
+        if batch_size < 0 or max_len < 0:
+            raise ValueError(f"a state is of 0 or more rows and tokens, got batch_size {batch_size}, max_len {max_len}")
         if max_len > limit:
             raise ValueError(f"{max_len} tokens do not fit the model's context_length of {limit}")
         device, dtype = self.device, self.compute_dtype

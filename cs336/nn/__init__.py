@@ -46,6 +46,7 @@ from cs336.nn.quantized import QuantMethod as QuantMethod
 from cs336.nn.quantized import replace_linears as replace_linears
 from cs336.nn.rope_scaling import LinearScaling as LinearScaling
 from cs336.nn.rope_scaling import Llama3Scaling as Llama3Scaling
+from cs336.nn.rope_scaling import LongRopeScaling as LongRopeScaling
 from cs336.nn.rope_scaling import NtkScaling as NtkScaling
 from cs336.nn.rope_scaling import YarnScaling as YarnScaling
 from cs336.nn.slotted import Slotted as Slotted

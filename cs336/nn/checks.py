@@ -42,6 +42,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
 
 
+def check_kind(name: str, value: Any, *classes: type, optional: bool = False) -> None:
+    """Raises ValueError for a value of none of the classes; an optional one may be None."""
+    if not (isinstance(value, classes) or (optional and value is None)):
+        raise ValueError(f"{name} must be a {' or '.join(c.__name__ for c in classes)}, got {value!r}")
+
+
 def check_tokens(x: Tensor, d_model: int) -> None:
     """Raises ValueError for what is not (batch, tokens, d_model)."""
     if x.dim() != 3 or x.shape[-1] != d_model:

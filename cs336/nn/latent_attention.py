@@ -168,7 +168,7 @@ class LatentAttention(nn.Module):
         q_BHSQ, (latents_BTF,) = self._absorbed(q_BHSD, q_BHSR), state.entries
         (B, _, S, _), L = q_BHSQ.shape, self.config.kv_rank
         differentiable = torch.is_grad_enabled() and q_BHSQ.requires_grad
-        if differentiable or registry.kernels("paged_prefill", q_BHSQ.device)[0] == "ref":
+        if differentiable or S == 0 or registry.kernels("paged_prefill", q_BHSQ.device)[0] == "ref":
             kv_B1TF = latents_BTF[:, None, : context.reach]
             mask = state.visible(S, context)
             return self._values(ops.attention(q_BHSQ, kv_B1TF, kv_B1TF[..., :L], mask, scale=self._scale))
@@ -217,9 +217,9 @@ class LatentAttention(nn.Module):
 
 def _by_head(x_BHSD: Tensor, weight_HDL: Tensor) -> Tensor:
     """x @ weight, for which the weight is read once, whatever B is."""
-    B, H, S, _ = x_BHSD.shape
-    y_HTL = x_BHSD.transpose(0, 1).reshape(H, B * S, -1) @ weight_HDL
-    return y_HTL.unflatten(1, (B, S)).transpose(0, 1)
+    B, H, S, D = x_BHSD.shape
+    y_HTL = x_BHSD.transpose(0, 1).reshape(H, B * S, D) @ weight_HDL
+    return y_HTL.view(H, B, S, y_HTL.shape[-1]).transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,9 @@ def join(layers: Sequence[nn.Module]) -> None:
     """
     for parts in _alike(layers) or ():
         if not _lie_together(parts):
-            for part, data in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
-                part.data = data
+            with torch.inference_mode(parts[0].is_inference()):  # else those made in it could not be viewed any more
+                for part, data in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                    part.data = data
 
 
 def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:

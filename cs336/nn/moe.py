@@ -32,6 +32,7 @@ from cs336 import ops
 from cs336.nn.checks import check_choice, check_counts, check_flags, check_positive
 from cs336.nn.linear import Linear
 from cs336.nn.mlp import ACTIVATIONS, Activation, MLPConfig, gate, kept
+from cs336.ops.dispatch import transformed
 from cs336.ops.expert_swiglu import pays as expert_swiglu_pays
 
 
@@ -137,11 +138,30 @@ def grouped_matmul(x_NK: Tensor, w_EOK: Tensor, load_E: Tensor) -> Tensor:
     matmul an expert, for which the host waits.
     """
     w_EOK = w_EOK.to(x_NK.dtype)
+    if transformed() and _is_batched(load_E):
+        return _every_expert(x_NK, w_EOK, load_E)
     if _has_grouped_mm(x_NK, w_EOK):
         ends_E = load_E.cumsum(0, dtype=torch.int32)
         return torch._grouped_mm(x_NK, w_EOK.transpose(-2, -1), offs=ends_E)
     parts = x_NK.split(load_E.tolist())
     return torch.cat([F.linear(part, w) for part, w in zip(parts, w_EOK.unbind(), strict=True)])
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether vmap holds a batch of x, under whatever other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
+
+
+def _every_expert(x_NK: Tensor, w_EOK: Tensor, load_E: Tensor) -> Tensor:
+    """grouped_matmul where vmap hides load_E from the host: all rows by each w[e], of which a row keeps its own."""
+    row_N1, first_E = torch.arange(len(x_NK), device=x_NK.device)[:, None], load_E.cumsum(0) - load_E
+    y_NO = F.linear(x_NK, w_EOK[0])
+    for w_OK, first in zip(w_EOK[1:], first_E[1:], strict=True):
+        y_NO = torch.where(row_N1 < first, y_NO, F.linear(x_NK, w_OK))
+    return y_NO
 
 
 def _has_grouped_mm(x: Tensor, w: Tensor) -> bool:
@@ -186,7 +206,8 @@ class MoE(nn.Module):
         order = expert_NK.flatten().argsort(stable=True)  # choices, by expert
         y_sorted = self.experts(x_NM, order // config.top_k, routing.load_E[0])
         y_NKM = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
-        y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1)
+        # A GPU's autocast would sum in float32, and give that, unless told.
+        y_NM = (weight_NK[..., None].to(y_NKM.dtype) * y_NKM).sum(1, dtype=y_NKM.dtype)
         y = y_NM.view(x.shape)
         if self.shared is None:
             return y, routing

@@ -16,6 +16,8 @@ class _Norm(Derived):
     """
 
     weight: Tensor
+    float32 = False
+    """Whether no cast makes what is learned narrower: see `keep_float32`."""
 
     def __init__(self, dim: int, eps: float, weight: bool, bias: bool, device, dtype):
         super().__init__()
@@ -34,6 +36,18 @@ class _Norm(Derived):
 
     def reset_buffers(self) -> None:
         nn.init.ones_(self.weight)
+
+    def keep_float32(self) -> None:
+        """Have weights of float32 at least from now on, whatever the model is cast to."""
+        self.float32 = True
+        self.float()
+
+    def _apply(self, fn, recurse=True):
+        def kept(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(kept if self.float32 else fn, recurse)
 
     @property
     def learned(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336.nn.derived import Derived
-from cs336.nn.embedding import look_up
+from cs336.ops.ref.embedding import look_up
 
 
 class LearnedPositions(nn.Module):

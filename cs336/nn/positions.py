@@ -1,15 +1,15 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cs336 import ops
-from cs336.nn.checks import check_flags, check_positive
+from cs336.nn.checks import check_flags, check_kind, check_positive
 from cs336.nn.derived import Derived
-from cs336.nn.embedding import look_up
-from cs336.nn.rope_scaling import RopeScaling
+from cs336.nn.rope_scaling import LongRopeScaling, RopeScaling
 from cs336.ops import rope_tables
+from cs336.ops.ref.embedding import look_up
 
 
 class RotaryEmbedding(Derived):
@@ -49,7 +49,7 @@ class RotaryEmbedding(Derived):
     def reset_buffers(self) -> None:
         frequencies, scale = rope_tables.inverse_frequencies(self.rotary_dim, self.theta), 1.0
         if self.scaling is not None:
-            frequencies, scale = self.scaling.frequencies(self.rotary_dim, self.theta)
+            frequencies, scale = self.scaling.frequencies(self.rotary_dim, self.theta, self.max_seq_len)
         self.cos, self.sin = rope_tables.tables(frequencies, self.max_seq_len, scale, device=self.cos.device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -117,12 +117,13 @@ class RopeConfig:
     fraction: float = 1.0
     """How much of a head is rotated, its first features, and the rest left as it is: GPT-NeoX's, arXiv:2204.06745."""
     scaling: RopeScaling | None = None
-    """To a longer context: linear, ntk, yarn or llama3."""
+    """To a longer context: linear, ntk, yarn, llama3 or longrope."""
     kind: Literal["rope"] = "rope"
 
     def __post_init__(self):
         check_positive(theta=self.theta, fraction=self.fraction)
         check_flags(interleaved=self.interleaved)
+        check_kind("scaling", self.scaling, *get_args(get_args(RopeScaling)[0]), optional=True)
         if self.fraction > 1:
             raise ValueError(f"fraction must be at most 1, got {self.fraction}")
 
@@ -137,6 +138,8 @@ class RopeConfig:
                 f"fraction {self.fraction} of head_dim {head_dim} rotates {self.rotary_dim(head_dim)} features: "
                 "they must be an even number, at least 2"
             )
+        if isinstance(self.scaling, LongRopeScaling):
+            self.scaling.check(self.rotary_dim(head_dim))
 
     def build(self, head_dim: int, max_seq_len: int, *, device=None) -> RotaryEmbedding:
         return RotaryEmbedding(

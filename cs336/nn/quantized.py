@@ -8,6 +8,7 @@ from collections.abc import Collection, Hashable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336 import ops
@@ -22,6 +23,7 @@ QuantMethod = Literal["int8", "int4", "fp8"]
 METHODS = ("int8", "int4", "fp8")
 BITS = {"int8": 8, "int4": 4}  # of whole numbers
 FP8 = torch.float8_e4m3fn
+TOKEN = -1  # x_group of tokens with a scale each
 KEPT = ("router", "shared_gate", "kv_b_proj")
 # A wrong expert costs more than bytes; latent attention takes this weight apart.
 
@@ -38,15 +40,76 @@ class QuantizedWeight(NamedTuple):
     order: Tensor | None = None
     """(K,) int64: which feature each column reads; None: its own."""
 
+    def split(self, rows: list[int]) -> list["QuantizedWeight"]:
+        """So many rows each, in memory of their own."""
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
+        return [
+            QuantizedWeight(
+                q.clone(),
+                scales.clone(),
+                None if zero is None else zero.clone(),
+                None if self.order is None else self.order.clone(),
+            )
+            for q, scales, zero in zip(self.q.split(rows), self.scales.split(rows), zeros, strict=True)
+        ]
+
+    @staticmethod
+    def stack(parts: list["QuantizedWeight"]) -> "QuantizedWeight":
+        """One above the other. Raises ValueError for other orders of features."""
+        orders = [torch.arange(part.q.shape[1]) if part.order is None else part.order.cpu() for part in parts]
+        if not all(torch.equal(order, orders[0]) for order in orders):
+            raise ValueError(
+                "they are one matrix in the file, and their features are in other orders: quantise without act_order"
+            )
+        zeros = None
+        if any(part.zeros is not None for part in parts):
+            zeros = torch.cat(
+                [torch.zeros_like(p.scales, dtype=torch.int16) if p.zeros is None else p.zeros for p in parts]
+            )
+        return QuantizedWeight(
+            torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts]), zeros, parts[0].order
+        )
+
     def dequantized(self, group: int) -> Tensor:
         """(N, K), float32 or as wide as the scales."""
         return _in_place(dequantize_int8(self.q, self.scales, group, self.zeros), self.order)
 
 
+class _Rounded(torch.autograd.Function):
+    """Gradients pass as if nothing were rounded (arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: int) -> Tensor:
+        return _rounded(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dx, None
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """x (..., K) with each number the nearest float8_e4m3fn times the scale of its group of features, which brings the
+    group's largest to 448; group TOKEN: all K. Each token by itself, so that it does not depend on the batch."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rounded.apply(x, group)
+    return _rounded(x, group)
+
+
+def _rounded(x: Tensor, group: int) -> Tensor:
+    K, most = x.shape[-1], torch.finfo(FP8).max
+    group = K if group == TOKEN else min(group, K)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    groups = F.pad(wide, (0, -K % group)).unflatten(-1, (-1, group))
+    scales = (groups.abs().amax(-1, keepdim=True) / most).clamp(torch.finfo(torch.float32).tiny)
+    q = (groups / scales).clamp(-most, most).to(FP8)
+    return (q.to(wide.dtype) * scales).flatten(-2)[..., :K].to(x.dtype)
+
+
 class QuantizedLinear(nn.Module):
     """y = x w^T + b with w in int8, int4 or fp8: buffers `packed` and `scales`, see ops.linear_int8, linear_int4 and
     linear_fp8, and `zeros` and `order` where they are asked for, see QuantizedWeight. group None: a row shares one
-    scale. Floats of eight bits are kept as uint8, which `.to(dtype)` leaves alone.
+    scale. Floats of eight bits are kept as uint8, which `.to(dtype)` leaves alone. x_group: beside fp8, x is rounded to
+    it too, see `rounded`; None: it is not.
 
     x (..., in_features) -> (..., out_features) like x. `weight` is made anew each time that it is asked for.
     """
@@ -67,10 +130,16 @@ class QuantizedLinear(nn.Module):
         zeros: bool = False,
         order: bool = False,
         bias: bool = False,
+        x_group: int | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        if x_group is not None and method != "fp8":
+            raise ValueError(f"x is rounded to fp8 beside weights in fp8, and these are {method}: leave out x_group")
+        if x_group is not None and x_group != TOKEN:
+            check_counts(x_group=x_group)
+        self.x_group = x_group
         self.in_features, self.out_features, self.method = in_features, out_features, method
         self.group = in_features if group is None else group
         columns = in_features // 2 if method == "int4" else in_features
@@ -84,11 +153,18 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def like(
-        cls, layer: nn.Linear, method: QuantMethod, group: int | None, *, zeros: bool = False, order: bool = False
+        cls,
+        layer: nn.Linear,
+        method: QuantMethod,
+        group: int | None,
+        *,
+        zeros: bool = False,
+        order: bool = False,
+        x_group: int | None = None,
     ) -> "QuantizedLinear":
         """With the shape of a layer, and no values yet."""
         place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "zeros": zeros}
-        place |= {"order": order, "bias": layer.bias is not None}
+        place |= {"order": order, "bias": layer.bias is not None, "x_group": x_group}
         return cls(layer.in_features, layer.out_features, method, group, **place)
 
     def fill(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -124,7 +200,7 @@ class QuantizedLinear(nn.Module):
         if self.order is not None or not is_bare(self):
             return None
         parts = [self.packed, self.scales] if self.zeros is None else [self.packed, self.scales, self.zeros]
-        return (self.method, self.group, self.scales.dtype, len(parts)), parts
+        return (self.method, self.group, self.scales.dtype, self.x_group, len(parts)), parts
 
     def product(
         self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None
@@ -133,13 +209,16 @@ class QuantizedLinear(nn.Module):
         if registry.is_invariant():
             raise ValueError("quantised weights have no sums in one order: cs336.invariant() takes the model before")
         constant = keeps_weights(x)
+        if self.x_group is not None:
+            x = rounded(x, self.x_group)
         if self.method == "fp8":
             return ops.linear_fp8(x, packed.view(FP8), scales, bias, group=self.group, constant=constant)
         op = ops.linear_int8 if self.method == "int8" else ops.linear_int4
         return op(x, packed, scales, bias, group=self.group, zeros=zeros, constant=constant)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}"
+        more = "" if self.x_group is None else f", x_group={self.x_group}"
+        return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}{more}"
 
 
 def _in_place(w_NK: Tensor, order_K: Tensor | None) -> Tensor:
@@ -162,6 +241,7 @@ def replace_linears(
     *,
     zeros: bool = False,
     order: bool = False,
+    x_group: int | None = None,
     names: Collection[str] | None = None,
 ) -> dict[str, tuple[Linear, QuantizedLinear]]:
     """Put a QuantizedLinear, without values, in the place of each layer that may be quantised; (old, new) by name.
@@ -187,6 +267,6 @@ def replace_linears(
         if method == "int4" and (old.in_features % 2 or wide % 2):
             raise ValueError(f"{name}: int4 wants even in_features and group, got {old.in_features} and {wide}")
         parent, _, last = name.rpartition(".")
-        pairs[name] = old, QuantizedLinear.like(old, method, group, zeros=zeros, order=order)
+        pairs[name] = old, QuantizedLinear.like(old, method, group, zeros=zeros, order=order, x_group=x_group)
         setattr(layers.get_submodule(parent), last, pairs[name][1])
     return pairs

@@ -19,6 +19,7 @@ from cs336.ops.layer_norm import layer_norm as layer_norm
 from cs336.ops.linear_attention import linear_attention as linear_attention
 from cs336.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from cs336.ops.linear_cross_entropy import linear_log_probs as linear_log_probs
+from cs336.ops.linear_cross_entropy import linear_loss_sums as linear_loss_sums
 from cs336.ops.linear_few_rows import linear_few_rows as linear_few_rows
 from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.linear_quantized import linear_fp8 as linear_fp8

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention  # torch's, also where cs336.enable() has replaced it
 
 from cs336.ops import registry
@@ -55,8 +56,8 @@ def attention(
             from torch's generator, and made again by the backward.
         sinks: (Hq,) floating point, one more score a head, whose value is zero: a share that goes nowhere, as in
             gpt-oss (arXiv:2508.10925). Differentiable.
-        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32, -inf where a query sees no key, sinks
-            included. Its gradient is taken into account.
+        return_lse: return the scores' log-sum-exp too: (..., Hq, S) float32 (float64 of float64), -inf where a query
+            sees no key, sinks included. Its gradient is taken into account.
 
     Returns o (..., Hq, S, E) like q, or (o, lse). A query that may attend to nothing gives zeros.
     Raises ValueError for shapes, dtypes or devices that do not fit.
@@ -64,7 +65,8 @@ def attention(
     On a GPU the native kernel, then Triton's. Where neither takes the arguments, on a CPU and with a mask, torch's
     scaled_dot_product_attention, unless "ref" is forced; the reference, in plain torch, for what that does not know
     (softcap, ALiBi, our dropout, sinks, lse, a float32 mask beside 16-bit tensors). Second derivatives and torch.func's
-    transforms are plain torch's, with all scores in memory. Autocast casts as it does for torch's.
+    transforms are plain torch's, with all scores in memory; torch's kernel on a CPU has no second one: "ref" has, and
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH). Autocast casts as it does for torch's.
     """
     q, k, v = autocast(q, k, v)
     left, right = limits(window)
@@ -100,6 +102,7 @@ def attention(
         and sinks is None
         and registry.forced() is None
         and scale > 0  # torch's CPU kernel scales after it masks: others would give NaN
+        and forward_ad._current_level < 0  # which that kernel does not know
         and (mask is None or mask.dtype in (torch.bool, q.dtype))
     ):
         o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)

@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-import cs336.ops.attention_raw  # noqa: F401 (defines the ops)
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run, turn
+from cs336.ops.attention_raw import CHECKS
+from cs336.ops.dispatch import rows, run, transformed, turn
 from cs336.ops.ref import attention as ref
 
 PLAIN = {"attention": ref.fwd, "attention_varlen": ref.varlen_fwd, "attention_general": ref.general_fwd}
@@ -63,11 +62,13 @@ def _differentiable(name: str, do: Tensor | None, dlse: Tensor | None, q: Tensor
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest, deterministic: bool = False) -> tuple[Tensor, Tensor]:
     """o and lse of `name`_fwd for these arguments, differentiable; deterministic whether torch is or not."""
     q, k, v = rows(q), rows(k), rows(v)
+    if transformed():
+        CHECKS[name](q, k, v, *rest)
+        return PLAIN[name](q, k, v, *rest)
     if torch.compiler.is_compiling():  # which takes no tensor twice: q is k, or both cu_seqlens are one
         k, v = k.view_as(k), v.view_as(v)
         rest = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in rest)
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if wanted or forward_ad._current_level >= 0:  # which _Attention refuses
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         o, lse = _Attention.apply(name, deterministic, turn(q), turn(k), turn(v), *rest)
         return turn(o), lse
     return run(f"{name}_fwd", q, k, v, *rest)

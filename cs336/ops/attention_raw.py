@@ -10,6 +10,7 @@ soft-cap is none at -1 or 0.0; causal is aligned at the last query and the last 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -188,13 +189,24 @@ def _packing(args: tuple):
     return None if args[0] is None else args[:4]
 
 
+def _check_general_fwd(q, k, v, *rest):
+    packing = _packing(rest)
+    check(q, k, v, packing, *rest[4:9])
+    check_extras(q, packing, *rest[9:])
+
+
+CHECKS: dict[str, Callable[..., None]] = {  # of the forwards
+    "attention": lambda q, k, v, *options: check(q, k, v, None, *options),
+    "attention_varlen": lambda q, k, v, *rest: check(q, k, v, rest[:4], *rest[4:]),
+    "attention_general": _check_general_fwd,
+}
 registry.define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: _fake_fwd(q, k, v, packed=False),
     ref=ref.fwd,
     triton="attention.fwd",
     capabilities=HOPPER,
-    check=lambda q, k, v, *options: check(q, k, v, None, *options),
+    check=CHECKS["attention"],
     supports={
         "native": lambda q, k, v, *rest: _native_refuses("forward", q, k, v, scale=rest[-5], softcap=rest[-1]),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
@@ -222,7 +234,7 @@ registry.define(
     ref=ref.varlen_fwd,
     triton="attention.varlen_fwd",
     capabilities=HOPPER,
-    check=lambda q, k, v, *rest: check(q, k, v, rest[:4], *rest[4:]),
+    check=CHECKS["attention_varlen"],
     supports={
         "native": lambda q, k, v, *rest: _native_refuses("forward", q, k, v, scale=rest[-5], softcap=rest[-1]),
         "triton": lambda q, k, v, *_: _triton_refuses(q, v),
@@ -245,12 +257,6 @@ registry.define(
 )
 
 
-def _check_general_fwd(q, k, v, *rest):
-    packing = _packing(rest)
-    check(q, k, v, packing, *rest[4:9])
-    check_extras(q, packing, *rest[9:])
-
-
 def _check_general_bwd(do, dlse, q, k, v, o, lse, *rest):
     packing = _packing(rest)
     _check_bwd(do, dlse, q, k, v, o, lse, packing, *rest[4:9])
@@ -265,7 +271,7 @@ registry.define(
     fake=lambda q, k, v, cu_seqlens_q, *_: _fake_fwd(q, k, v, packed=cu_seqlens_q is not None),
     ref=ref.general_fwd,
     triton="attention.general_fwd",
-    check=_check_general_fwd,
+    check=CHECKS["attention_general"],
     supports={"native": lambda *_: NO_NATIVE, "triton": lambda q, k, v, *_: _triton_refuses(q, v)},
 )
 registry.define(

@@ -7,6 +7,7 @@ probabilities are kept. N = rows, V = vocabulary. Bytes that must move, in eleme
 2NV; both at once, in place, 2NV.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -251,10 +252,10 @@ def check_targets(targets_N: Tensor, V: int, ignore_index: int) -> None:
 
 
 def check_options(softcap: float | None, z_loss: float, label_smoothing: float) -> None:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 

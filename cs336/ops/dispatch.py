@@ -19,12 +19,17 @@ def run(name: str, *args: Any) -> Any:
     return registry.OPS[name].overloads["ref"](*args)
 
 
+def transformed() -> bool:
+    """Whether functorch transforms what runs, or forward mode follows it: plain torch alone knows how to take that."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def has_kernel(name: str, *args: Any) -> bool:
     """Whether `run` would take a kernel: a forced variant that is one, or a compiled one that accepts the arguments.
 
-    Not under functorch's transforms or in forward mode, which plain torch alone knows how to take.
+    Not where the call is transformed.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transformed():
         return False
     if registry.forced() is not None:
         return registry.forced() != "ref"
@@ -34,7 +39,9 @@ def has_kernel(name: str, *args: Any) -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """x with its last dim contiguous; copies only where it is not."""
-    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor's strides as they are
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def turn(x: Tensor) -> Tensor:
 
 
 def recomputed(function: Callable, *args: Any) -> Any:
-    """Keeps the arguments alone for the backward."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    """Keeps the arguments alone for the backward; all under functorch, which takes no hooks."""
+    if not transformed() and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)

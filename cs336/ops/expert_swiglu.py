@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import has_kernel, run
+from cs336.ops.dispatch import has_kernel, rows, run
 from cs336.ops.ref import expert_swiglu as ref
 
 MOST_ROWS = 256  # of an expert, on average, for which the kernel has been the faster on an H200
@@ -31,7 +31,7 @@ def expert_swiglu(x: Tensor, token: Tensor, load: Tensor, gate: Tensor, up: Tens
 
     On a GPU by Triton, which does not wait for load; elsewhere plain torch.
     """
-    x = x if x.dim() != 2 or x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    x = rows(x)
     _check(x, token, load, gate, up)
     with torch.no_grad():
         return run("expert_swiglu", x, token, load, gate, up)

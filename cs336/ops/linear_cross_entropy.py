@@ -136,10 +136,19 @@ def _gradient(x, weight, bias, targets, scale, ignore_index, softcap, z_loss, la
     gradients = _Gradients(logits, wanted, _sum_dtype(x, len(chunks)))
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
-            logits_CV = logits[chunk]
-            parts.append(dispatch.run("cross_entropy_gradient_", logits_CV, targets[chunk], scale, *options))
+            logits_CV, targets_C = logits[chunk], targets[chunk]
+            hit_C = _at(logits_CV, targets_C, softcap) if z_loss or label_smoothing else None  # before they are gone
+            loss_C, lse_C = dispatch.run("cross_entropy_gradient_", logits_CV, targets_C, scale, *options)
+            plain_C = lse_C[:0] if hit_C is None else (lse_C - hit_C).masked_fill(targets_C == ignore_index, 0.0)
+            parts.append((loss_C, lse_C, plain_C))
             gradients.add(chunk, logits_CV)
-    return *_joined(parts, x, 2), *gradients.result()
+    return *_joined(parts, x, 3), *gradients.result()
+
+
+def _at(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> Tensor:
+    """The logit of each target, soft-capped; of some other where a target is none of them."""
+    hit_C = logits_CV.gather(1, targets_C.clamp(0, logits_CV.shape[1] - 1)[:, None])[:, 0].to(_wide(logits_CV))
+    return hit_C if softcap is None else softcap * torch.tanh(hit_C / softcap)
 
 
 def _backward(
@@ -187,8 +196,9 @@ def _fake_gradients(x, weight, chunk_size, wanted):
 
 
 def _fake_gradient(x, weight, bias, targets, scale, *options):
-    wide = _wide(x)
-    return *(x.new_empty(x.shape[0], dtype=wide) for _ in range(2)), *_fake_gradients(x, weight, *options[-2:])
+    wide, N, (z_loss, label_smoothing) = _wide(x), x.shape[0], options[2:4]
+    counts = N, N, N if z_loss or label_smoothing else 0
+    return *(x.new_empty(count, dtype=wide) for count in counts), *_fake_gradients(x, weight, *options[-2:])
 
 
 def _define(signature: str, implementation: Callable, fake: Callable) -> Callable:
@@ -209,7 +219,7 @@ _forward_op = _define(
 )
 _gradient_op = _define(
     f"linear_cross_entropy_gradient({_LAYER}, Tensor scale, {OPTIONS}, int chunk_size, bool[] wanted) "
-    "-> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight, Tensor dbias)",
+    "-> (Tensor loss, Tensor lse, Tensor plain, Tensor dx, Tensor dweight, Tensor dbias)",
     _gradient,
     _fake_gradient,
 )
@@ -225,7 +235,8 @@ _backward_op = _define(
 
 
 class _Reduced(torch.autograd.Function):
-    """The sum of scale * loss; its gradients are made in the forward, and scaled in the backward."""
+    """The sum of scale * loss; its gradients are made in the forward, and scaled in the backward. And each token's loss
+    without smoothing and z-loss, if there are any: without a gradient."""
 
     @staticmethod
     def forward(ctx, x_NH, weight_VH, bias_V, targets_N, scale, dtype, options, chunk_size):
@@ -233,14 +244,18 @@ class _Reduced(torch.autograd.Function):
         # float16 would lose what a mean leaves of a probability: there the scale waits for the end
         now, later = (torch.ones_like(scale), scale) if dtype == torch.float16 else (scale, None)
         wanted = ctx.needs_input_grad[:3]
-        loss_N, _, *gradients = _gradient_op(*layer, targets_N, now, *options, chunk_size, wanted)
+        loss_N, _, plain_N, *gradients = _gradient_op(*layer, targets_N, now, *options, chunk_size, wanted)
         ctx.save_for_backward(later, *gradients)
+        ctx.mark_non_differentiable(plain_N)
+        ctx.set_materialize_grads(False)
         ctx.spent = False
         ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (x_NH, weight_VH, bias_V)]
-        return loss_N.sum() * scale
+        return loss_N.sum() * scale, plain_N
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 8
         _refuse_second_derivatives()
         if ctx.spent:
             raise RuntimeError(
@@ -352,12 +367,40 @@ def linear_cross_entropy(
         scale = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
         if reduction == "mean":
             scale = scale / (targets_N != ignore_index).sum().clamp(min=1)
-        return _Reduced.apply(*layer, targets_N, scale, dtype, options, size)
+        return _Reduced.apply(*layer, targets_N, scale, dtype, options, size)[0]
     loss_N, *stats = _PerToken.apply(*layer, targets_N, dtype, options, return_entropy, size)
     loss = reduced(loss_N, targets, ignore_index, reduction)
     if not any(extra):
         return loss
     return loss, *(t.view(targets.shape) for t, wanted in zip(stats, extra, strict=True) if wanted)
+
+
+def linear_loss_sums(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy(..., reduction="sum")`, and the sum of the cross-entropy alone, which has no gradient.
+
+    What a run minimises and what it reports, of one pass: three matmuls, forward and backward. Arguments and errors:
+    see linear_cross_entropy.
+    """
+    _check(x, weight, targets, None, chunk_size)
+    check_options(softcap, z_loss, label_smoothing)
+    targets_N, x_NH = targets.reshape(-1).long(), x.reshape(-1, x.shape[-1])
+    check_targets(targets_N, weight.shape[0], ignore_index)
+    dtype = _compute_dtype(x)
+    size = chunk_size or default_chunk_size(x_NH.shape[0], weight.shape[0], dtype.itemsize, x.device.type)
+    options = ignore_index, softcap, float(z_loss), float(label_smoothing)
+    scale = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+    loss, plain_N = _Reduced.apply(x_NH, weight, None, targets_N, scale, dtype, options, size)
+    return loss, plain_N.sum() if z_loss or label_smoothing else loss.detach()
 
 
 def linear_log_probs(

@@ -16,7 +16,8 @@ def long_conv(x: Tensor, filter: Tensor, segments: Tensor | None = None) -> Tens
 
     Args:
         x: (B, T, C) floating point.
-        filter: (L, C) floating point, the token's own tap first; what is further back than L - 1 tokens does not count.
+        filter: (L, C) floating point, the token's own tap first, L >= 1 unless T is 0; what is further back than L - 1
+            tokens does not count.
         segments: (B, T) integers, equal ones side by side: tokens with different ones are strangers. How many there
             are, the host waits for.
 
@@ -25,7 +26,7 @@ def long_conv(x: Tensor, filter: Tensor, segments: Tensor | None = None) -> Tens
     """
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be (B, T, C), floating point, got {tuple(x.shape)} {x.dtype}")
-    if filter.dim() != 2 or filter.shape[1] != x.shape[2] or filter.shape[0] == 0:
+    if filter.dim() != 2 or filter.shape[1] != x.shape[2] or (filter.shape[0] == 0 and x.shape[1] != 0):
         raise ValueError(f"filter must be (L, {x.shape[2]}) to fit x {tuple(x.shape)}, got {tuple(filter.shape)}")
     if segments is not None and segments.shape != x.shape[:2]:
         raise ValueError(f"segments must be {tuple(x.shape[:2])} to fit x, got {tuple(segments.shape)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cs336.ops import registry
+from cs336.ops import dispatch, registry
 from cs336.ops.checks import like
 from cs336.ops.ref import layer_norm, rms_norm
 
@@ -77,7 +77,7 @@ def norm(
     """The public functions' body: y, or (y, sum) with a residual, shaped like x. `bias` is () or (bias,)."""
     try:
         return _norm(name, x, residual, eps, weight, bias)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, AttributeError):
         check(
             x, weight, *bias, residual=residual
         )  # the op has checked the same for itself: here it costs 1 us of a call's 15
@@ -108,9 +108,7 @@ def _norm(name, x, residual, eps, weight, bias):
 
 def rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) rows with the last dim contiguous; copies only where the strides do not allow a view."""
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    return dispatch.rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def contract(*names: str) -> Callable[..., None]:
@@ -136,6 +134,9 @@ def contract(*names: str) -> Callable[..., None]:
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, **like_x: Tensor | None) -> None:
     """What the public functions and the raw ops both ask of their arguments."""
+    for name, given in (("x", x), ("weight", weight)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {given!r:.80}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., N) with N >= 1, got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:

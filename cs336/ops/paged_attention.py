@@ -179,10 +179,10 @@ def _check(q, k_cache, v_cache, page_table, seq_lens, scale, window, softcap, si
     if sinks is not None and not sinks.is_contiguous():
         raise ValueError(f"sinks must be contiguous, got stride {sinks.stride()}")
     if readable(seq_lens, page_table):
-        _check_pages(k_cache, page_table, seq_lens)
+        check_pages(k_cache, page_table, seq_lens)
 
 
-def _check_pages(k_cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> None:
+def check_pages(k_cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> None:
     (P, page), M = k_cache.shape[:2], page_table.shape[1]
     if ((seq_lens < 0) | (seq_lens > M * page)).any():
         raise ValueError(f"seq_lens must be from 0 to {M} pages of {page} tokens, got {seq_lens.tolist()}")

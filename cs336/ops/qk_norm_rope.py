@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.dispatch import rows, run
+from cs336.ops.dispatch import rows, run, transformed
 from cs336.ops.ref import qk_norm_rope as ref
 from cs336.ops.rope import _check_public, _tables, check_heads, check_tables, kernels_refuse
 
@@ -75,14 +75,18 @@ class _QkNormRope(torch.autograd.Function):
         tables = cos, sin, positions
         q_out, k_out, *rstds = run("qk_norm_rope_fwd", q, k, q_weight, k_weight, *tables, interleaved, eps)
         ctx.save_for_backward(q, k, q_weight, k_weight, *rstds, *tables)
-        ctx.interleaved = interleaved
+        ctx.interleaved, ctx.eps = interleaved, eps
         return q_out, k_out
 
     @staticmethod
     def backward(ctx, dq, dk):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("qk_norm_rope is differentiable once")
-        grads = run("qk_norm_rope_bwd", rows(dq), rows(dk), *ctx.saved_tensors, ctx.interleaved)
+        q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, positions = ctx.saved_tensors
+        qk, tables = (q, k, q_weight, k_weight), (cos, sin, positions)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: in plain torch, from q and k
+            _, _, q_rstd, k_rstd = ref.fwd(*qk, *tables, ctx.interleaved, ctx.eps)
+            grads = ref.bwd(dq, dk, *qk, q_rstd, k_rstd, *tables, ctx.interleaved)
+        else:
+            grads = run("qk_norm_rope_bwd", rows(dq), rows(dk), *qk, q_rstd, k_rstd, *tables, ctx.interleaved)
         return *grads, None, None, None, None, None
 
 
@@ -106,12 +110,14 @@ def qk_norm_rope(
         cos, sin, positions, interleaved: as in `rope`; the tables are float32.
         eps: added to the mean square.
 
-    Returns tensors like q and k. Differentiable once, but for the tables.
+    Returns tensors like q and k. Differentiable, but for the tables; any transform of torch.func takes it.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     q, k = rows(q), rows(k)
     check_heads("q", q, q)
     _check_public(q, cos, sin, positions)
-    return _QkNormRope.apply(
-        q, k, q_weight.contiguous(), k_weight.contiguous(), *_tables(q, cos, sin, positions), interleaved, eps
-    )
+    args = q, k, q_weight.contiguous(), k_weight.contiguous(), *_tables(q, cos, sin, positions), interleaved, eps
+    if transformed():
+        _check(*args)
+        return ref.plain(*args)
+    return _QkNormRope.apply(*args)

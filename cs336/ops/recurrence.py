@@ -4,6 +4,7 @@ NAME_fwd(*tensors, scale) -> (o, last)
 NAME_bwd(do, dstate, *tensors, scale) -> a gradient of each tensor but the segments, the last of them
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.checks import check_last_dims, like
-from cs336.ops.dispatch import rows
+from cs336.ops.dispatch import rows, transformed
 from cs336.ops.ref import linear_attention as ref
 from cs336.ops.ref.wide import wide
 
@@ -67,6 +68,8 @@ def check(q, k, v, g, state, segments, scale) -> None:
     for name, x, shape in (("g", g, (B, H, T)), ("state", state, (B, H, K, V))):
         if x is not None and (x.shape != shape or x.dtype != stat or x.device != q.device):
             raise ValueError(f"{name} must be {shape} {stat} on {q.device}, got {like(x)}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     if segments is not None and (
         segments.shape != (B, T) or segments.dtype.is_floating_point or segments.device != q.device
     ):
@@ -116,7 +119,9 @@ def apply(
 
 def bounded(g: Tensor | None) -> Tensor | None:
     """Log-decays that can be added up and taken off again; the least one's exponential is 0 all the same."""
-    return None if g is None else _Bounded.apply(wide(g))
+    if g is None:
+        return None
+    return wide(g).clamp(min=_least(g.dtype)) if transformed() else _Bounded.apply(wide(g))
 
 
 def first_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None):
@@ -126,14 +131,17 @@ def first_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
     return q[:, :, 0], k[:, :, 0], wide(v[:, :, 0]), None if g is None else g[:, :, 0], state
 
 
+def _least(dtype: torch.dtype) -> float:
+    return -746.0 if dtype == torch.float64 else -104.0  # FORGETS in triton/linear_attention.py
+
+
 class _Bounded(torch.autograd.Function):
     """A gradient passes as it is: where g is bounded its exponential, and what comes back, is 0. Nothing is kept."""
 
     @staticmethod
     def forward(ctx, g):
-        least = -746.0 if g.dtype == torch.float64 else -104.0  # FORGETS in triton/linear_attention.py
         one = g[tuple(slice(0, 1) if step == 0 else slice(None) for step in g.stride())]  # what is expanded stays so
-        return one.clamp(min=least).expand_as(g)
+        return one.clamp(min=_least(g.dtype)).expand_as(g)
 
     @staticmethod
     def backward(ctx, dg):

@@ -14,6 +14,7 @@ from cs336.ops import registry
 from cs336.ops.checks import check_last_dims, like, no_float64
 from cs336.ops.dispatch import has_kernel, rows, turn
 from cs336.ops.ref import rope as ref
+from cs336.ops.ref.embedding import look_up
 
 
 def check_tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
@@ -148,7 +149,7 @@ def _broadcast(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tens
     """Tables that broadcast to x (..., H, S, D)."""
     if positions is None:
         return cos, sin
-    cos, sin = cos[positions], sin[positions]
+    cos, sin = (look_up(table, positions, "positions") for table in (cos, sin))
     return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(-3), sin.unsqueeze(-3))
 
 

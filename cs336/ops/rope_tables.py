@@ -1,12 +1,13 @@
 """Frequencies of rotary positions, how to stretch them to longer contexts, and the tables cos and sin.
 
-    inverse_frequencies -> linear | ntk | yarn | llama3 -> tables
+    inverse_frequencies -> linear | ntk | yarn | llama3 | longrope -> tables
 
 Pair i of P turns by position * theta^(-i / P). All in float64 on the CPU, whatever the default device: in float32 an
 angle is off by 1e-7 of the position.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -75,10 +76,17 @@ def llama3(
     return torch.lerp(frequencies / _at_least_one(factor), frequencies, kept)
 
 
+def longrope(frequencies: Tensor, factors: Sequence[float]) -> Tensor:
+    """LongRoPE, Ding et al. 2024, arXiv:2402.13753: each pair is stretched by its own factor, which a search found."""
+    if len(factors) != len(frequencies):
+        raise ValueError(f"longrope has a factor for each of {len(frequencies)} pairs, got {len(factors)}")
+    return frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
+
+
 def tables(
     frequencies: Tensor, max_len: int, scale: float = 1.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (max_len, P) float32, times scale (YaRN's attention factor)."""
+    """cos and sin (max_len, P) float32, times scale (the attention factor of YaRN and LongRoPE)."""
     angles = torch.outer(torch.arange(max_len, dtype=torch.float64, device="cpu"), frequencies.double().cpu())
     return tuple((scale * t).to(device, torch.float32) for t in (angles.cos(), angles.sin()))  # type: ignore[return-value]
 

@@ -63,8 +63,12 @@ class AdamW(Optimizer):
         rounding: of bfloat16 parameters. "remainder" keeps the other 16 bits of a float32 weight in the state, so that
             a step is that of float32 weights; "stochastic" keeps nothing. See cs336.optim.rounding.
 
-    Raises ValueError for numbers or dtypes that do not fit, and for a group with amsgrad or maximize.
+    Raises ValueError for numbers or dtypes that do not fit, and for a group with amsgrad or maximize. Other options of
+    torch.optim.AdamW (fused, foreach, ...) change nothing; what neither has is a TypeError.
     """
+
+    own_options: frozenset[str] = frozenset()
+    """What a subclass keeps in its groups beside them."""
 
     def __init__(
         self,
@@ -78,6 +82,8 @@ class AdamW(Optimizer):
         rounding: Rounding = "nearest",
         **others: Any,
     ) -> None:
+        if unknown := sorted(others.keys() - TORCH_ONLY - self.own_options):
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | others
         if state_dtype != torch.float32:  # groups are torch.optim.AdamW's where they can be
             defaults["state_dtype"] = str(state_dtype).removeprefix("torch.")

@@ -49,7 +49,13 @@ def orthogonalize(x: Tensor, steps: int = 5, method: Orthogonalization = "newton
         steps: of the iteration, each three matrix products, two of them symmetric: see ops.gram.
         method: "newton_schulz" leaves singular values between 0.68 and 1.21, "polar_express" nearer to 1.
         eps: added to the norm, so that zeros stay zeros.
+
+    Raises ValueError for what is no matrix, and for a method that there is not.
     """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (..., rows, columns), floating point, got {x.dtype} {tuple(x.shape)}")
+    if not x.numel():
+        return x.clone()
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, steps, method, eps).mT
     shape, safety = x.shape, SAFETY if method == "polar_express" else 1.0
@@ -121,6 +127,8 @@ class Muon(AdamW):
 
     Raises ValueError for numbers or dtypes that do not fit.
     """
+
+    own_options = frozenset({"use_muon", "momentum", "nesterov", "method", "ns_steps", "ns_dtype"})
 
     def __init__(
         self,

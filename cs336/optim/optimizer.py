@@ -1,5 +1,6 @@
 """What the optimizers share: torch.optim.Optimizer, with a step that scales gradients on their way."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,10 +78,11 @@ def gradient(p: Tensor) -> Tensor | None:
 
 
 def check_group(group: dict[str, Any], *, not_negative: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError for negative numbers and parameters of other dtypes."""
+    """Raises ValueError for negative or infinite numbers and parameters of other dtypes."""
     for name in not_negative:
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
+        value = group[name]
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must {'be finite' if value > 0 else 'not be negative'}, got {value}")
     for p in group["params"]:
         if p.dtype not in dtypes:
             raise ValueError(

@@ -40,6 +40,8 @@ class SOAP(AdamW):
 
     capturable = False  # it counts on the host
 
+    own_options = frozenset({"use_muon", "frequency", "max_dim"})
+
     def __init__(
         self,
         params: Any,

@@ -68,14 +68,16 @@ class Stage(Transformer):
     """A run of a Transformer's layers, with the embedding if it is the first and the head if it is the last.
 
     Its parameters are named as those of the whole. forward(x, targets): x is token_ids (B, S) for the first stage, else
-    (B, S, d_model); it returns (B, S, d_model), or the last the sum of the losses; and what its routers add to the
-    loss a token, if it has mixtures of experts, else None.
+    (B, S, d_model); it returns (B, S, d_model), or the last what the whole model's `loss` does, whose options are
+    `options`; and what its routers add to the loss a token, if it has mixtures of experts, else None.
     """
 
     first: bool
     last: bool
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, ignore_index: int = -100, **options: float
+    ) -> Any:
         context = Context()
         stream = Stream(self._embed(x, context) if self.first else x, None)
         for layer in cast(nn.ModuleDict, self.layers).values():
@@ -91,7 +93,7 @@ class Stage(Transformer):
         if not self.last:
             return stream.value, added
         assert targets is not None
-        return self.loss(self._normed(stream), targets, ignore_index), added
+        return self.loss(self._normed(stream), targets, ignore_index, **options), added
 
     @property
     def tied(self) -> nn.Parameter | None:
@@ -106,7 +108,9 @@ class Stage(Transformer):
     @property
     def compute_dtype(self) -> torch.dtype:
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(self.parameters()).dtype
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return next(p for p in self.parameters() if p.dim() > 1).dtype  # norms may be wider
 
     def hidden_shape(self, B: int, S: int) -> tuple[int, int, int]:
         """Of what one stage sends to the next."""
@@ -166,25 +170,38 @@ class Pipeline:
         # Gradients have a communicator of their own: two neighbours that send first would wait for each other in one.
         self._forward, self._back = _Messages(group), _Messages(_second(group or dist.group.WORLD))
 
-    def step(self, token_ids_BS: Tensor, targets_BS: Tensor, *, scale: float = 1.0, ignore_index: int = -100) -> Tensor:
-        """Add the gradients of scale * (sum of the losses) to .grad; return that sum, unscaled, on every rank.
+    def step(
+        self,
+        token_ids_BS: Tensor,
+        targets_BS: Tensor,
+        *,
+        scale: float = 1.0,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Any:
+        """Add the gradients of scale * (sum of the losses) to .grad; return that sum, unscaled, on every rank: two sums
+        where the whole model returns two.
 
         Under torch.no_grad() the losses alone. Every rank is given the batch, (B, S) int64; the first stage reads the
         tokens and the last the targets. Raises ValueError where B does not divide by the micro-batches.
         """
+        more = {"label_smoothing": label_smoothing, "z_loss": z_loss} if label_smoothing or z_loss else {}
         B, m = token_ids_BS.shape[0], self.num_microbatches
         if B % m != 0:
             raise ValueError(f"{B} sequences do not divide into {m} micro-batches: {B} / {m} = {B / m:g}")
         micro = [(ids, targets) for ids, targets in zip(token_ids_BS.chunk(m), targets_BS.chunk(m), strict=True)]
-        total = torch.zeros((), device=token_ids_BS.device)
+        total = torch.zeros(2 if more else 1, device=token_ids_BS.device)
         training, kept = torch.is_grad_enabled(), dict[int, tuple[Any, Any, Any]]()
         quiet = self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
         with quiet, _TiedGradient(self, training):
             for kind, i in self.actions:
                 if kind == "forward":
-                    x, out, added = self._run(*micro[i], ignore_index)
+                    x, out, added = self._run(*micro[i], ignore_index, more)
                     if self.stage.last:
-                        total += out.detach()
+                        sums = out if more else (out,)
+                        total += torch.stack(sums).detach()
+                        out = sums[0]
                     if training:
                         count = (micro[i][1] != ignore_index).sum()
                         kept[i] = x, out, None if added is None else scale * count * added
@@ -193,16 +210,18 @@ class Pipeline:
         self._forward.finish()
         self._back.finish()
         broadcast(total, self.num_stages - 1, self.group)
-        return total
+        return total.unbind() if more else total[0]
 
-    def _run(self, ids_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(
+        self, ids_BS: Tensor, targets_BS: Tensor, ignore_index: int, more: dict[str, float]
+    ) -> tuple[Tensor, Any, Tensor | None]:
         """The forward of a micro-batch: what came in, what goes out, and what the routers add."""
         stage, x = self.stage, ids_BS
         if not stage.first:
             x = torch.empty(stage.hidden_shape(*ids_BS.shape), dtype=stage.compute_dtype, device=ids_BS.device)
             receive(x, self.rank - 1, self._forward.group)
             x.requires_grad_(torch.is_grad_enabled())
-        out, added = self.module(x, targets_BS, ignore_index)
+        out, added = self.module(x, targets_BS, ignore_index, **more)
         if not stage.last:
             self._forward.send(out.detach(), self.rank + 1)
         return x, out, added

@@ -24,7 +24,11 @@ from cs336.nn import MLP, Attention, LayerNorm, Linear, QuantizedLinear, RMSNorm
 from cs336.nn.positions import AlibiSlopes
 from cs336.parallel import differentiable
 from cs336.parallel.differentiable import Group, check_parts, gathered, own_part
-from cs336.parallel.vocabulary import VocabularyEmbedding, vocabulary_linear_cross_entropy
+from cs336.parallel.vocabulary import (
+    VocabularyEmbedding,
+    vocabulary_linear_cross_entropy,
+    vocabulary_linear_loss_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -169,17 +173,22 @@ class TensorParallelTransformer(Transformer):
         group = self.region.group
         return differentiable.whole(super().logits(differentiable.copy(features_BSM, group)), -1, group)
 
-    def loss(self, features_BSM: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-        head = self.embedding if self.head is None else self.head
-        return vocabulary_linear_cross_entropy(
-            differentiable.copy(features_BSM, self.region.group),
-            head.weight,
-            targets,
-            self.region.group,
-            ignore_index=ignore_index,
-            softcap=self.config.logit_softcap,
-            reduction="sum",
-        )
+    def loss(
+        self,
+        features_BSM: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Any:
+        head, group = self.embedding if self.head is None else self.head, self.region.group
+        layer, cap = (differentiable.copy(features_BSM, group), head.weight, targets, group), self.config.logit_softcap
+        if label_smoothing or z_loss:
+            return vocabulary_linear_loss_sums(
+                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
+            )
+        return vocabulary_linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
 
 
 def tensor_parallel(model: Transformer, group: Group = None, *, sequence: bool = False) -> TensorParallelTransformer:

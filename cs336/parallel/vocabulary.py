@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cs336.nn import Embedding
-from cs336.ops.cross_entropy import check_reduction, check_targets, reduced
+from cs336.ops.cross_entropy import check_options, check_reduction, check_targets, reduced
 from cs336.parallel.collectives import all_reduce
 from cs336.parallel.differentiable import Group, check_parts, own_part, sum_
 
@@ -73,7 +73,7 @@ def vocabulary_cross_entropy(
     """
     C = logits.shape[-1]
     targets_n = _checked(logits, targets, C, group, ignore_index, reduction)
-    loss_n = _Loss.apply(logits.reshape(-1, C), None, targets_n, group, ignore_index, softcap)
+    loss_n, _ = _Loss.apply(logits.reshape(-1, C), None, targets_n, group, ignore_index, softcap)
     return reduced(loss_n, targets, ignore_index, reduction)
 
 
@@ -93,11 +93,35 @@ def vocabulary_linear_cross_entropy(
     `differentiable.copy(x, group)` to have it summed. Logits are made in chunks of tokens, again in the backward.
     """
     targets_n = _checked(x, targets, weight.shape[0], group, ignore_index, reduction)
+    loss_n, _ = _Loss.apply(*_layer(x, weight), targets_n, group, ignore_index, softcap)
+    return reduced(loss_n, targets, ignore_index, reduction)
+
+
+def vocabulary_linear_loss_sums(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: Group = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """ops.linear_loss_sums, of such a weight: what is minimised, and the cross-entropy alone, without a gradient."""
+    check_options(softcap, z_loss, label_smoothing)
+    targets_n = _checked(x, targets, weight.shape[0], group, ignore_index, "sum")
+    options = ignore_index, softcap, label_smoothing, z_loss
+    loss_n, plain_n = _Loss.apply(*_layer(x, weight), targets_n, group, *options)
+    return loss_n.sum(), plain_n.sum()
+
+
+def _layer(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, M) and weight as a linear layer takes them."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    loss_n = _Loss.apply(x.reshape(-1, x.shape[-1]), weight, targets_n, group, ignore_index, softcap)
-    return reduced(loss_n, targets, ignore_index, reduction)
+    return x.reshape(-1, x.shape[-1]), weight
 
 
 def vocabulary_loss_bytes(tokens: int, C: int, M: int, width: int, *, capped: bool) -> int:
@@ -118,31 +142,48 @@ def _checked(x: Tensor, targets: Tensor, C: int, group: Group, ignore_index: int
 
 
 class _Loss(torch.autograd.Function):
-    """Losses (n,) in float32 or wider. x (n, M) with a weight (C, M), or logits (n, C) with None."""
+    """Losses (n,) in float32 or wider, and the cross-entropy alone, which has no gradient. x (n, M) with a weight
+    (C, M), or logits (n, C) with None.
+
+        loss = (1 - s) (lse - z_target) + s (lse - mean z) + zeta lse^2         s label_smoothing, zeta z_loss
+        dloss / dz = (1 + 2 zeta lse) softmax(z) - (1 - s) [target] - s / V
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_nM, weight_CM, targets_n, group, ignore_index, softcap):
+    def forward(ctx: Any, x_nM, weight_CM, targets_n, group, ignore_index, softcap, label_smoothing=0.0, z_loss=0.0):
         C = x_nM.shape[1] if weight_CM is None else weight_CM.shape[0]
         local_n, mine_n = _local(targets_n, C, group)
         wide = torch.promote_types(x_nM.dtype, torch.float32)
-        lse_n, hit_n = (x_nM.new_zeros(len(x_nM), dtype=wide) for _ in range(2))
+        lse_n, hit_n, mean_n = (x_nM.new_zeros(len(x_nM), dtype=wide) for _ in range(3))
+        share = label_smoothing / (C * dist.get_world_size(group))  # of each token of the vocabulary
         for rows in _chunks(len(x_nM), C):
             z_nC = _logits(x_nM[rows], weight_CM, softcap)[0]
             lse_n[rows] = z_nC.logsumexp(-1)
             hit_n[rows] = z_nC.gather(-1, local_n[rows, None])[:, 0].masked_fill(~mine_n[rows], 0.0)
+            if label_smoothing:
+                mean_n[rows] = z_nC.sum(-1) * share
         most_n = lse_n.clone()
         dist.all_reduce(most_n, dist.ReduceOp.MAX, group=group)
-        both_2n = torch.stack(((lse_n - most_n).exp(), hit_n))
-        all_reduce(both_2n, group)
-        lse_n, hit_n = both_2n[0].log() + most_n, both_2n[1]
+        sums = torch.stack(((lse_n - most_n).exp(), hit_n, *((mean_n,) if label_smoothing else ())))
+        all_reduce(sums, group)
+        lse_n, hit_n = sums[0].log() + most_n, sums[1]
         counts_n = targets_n != ignore_index
         ctx.save_for_backward(x_nM, weight_CM, local_n, mine_n & counts_n, counts_n, lse_n)
-        ctx.softcap = softcap
-        return (lse_n - hit_n).masked_fill(~counts_n, 0.0)
+        ctx.softcap, ctx.label_smoothing, ctx.z_loss, ctx.share = softcap, label_smoothing, z_loss, share
+        plain_n = (lse_n - hit_n).masked_fill(~counts_n, 0.0)
+        loss_n = plain_n.clone()
+        if label_smoothing or z_loss:
+            loss_n = lse_n - (1 - label_smoothing) * hit_n + z_loss * lse_n.square()
+            loss_n = (loss_n - sums[2] if label_smoothing else loss_n).masked_fill(~counts_n, 0.0)
+        ctx.mark_non_differentiable(plain_n)
+        ctx.set_materialize_grads(False)
+        return loss_n, plain_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss_n):
+    def backward(ctx: Any, dloss_n, _):
+        if dloss_n is None:
+            return (None,) * 8
         x_nM, weight_CM, local_n, mine_n, counts_n, lse_n = ctx.saved_tensors
         C = x_nM.shape[1] if weight_CM is None else weight_CM.shape[0]
         dloss_n = dloss_n.masked_fill(~counts_n, 0.0)
@@ -150,14 +191,17 @@ class _Loss(torch.autograd.Function):
         if weight_CM is not None:
             dw_CM = torch.zeros_like(weight_CM, dtype=torch.promote_types(weight_CM.dtype, torch.float32))
         for rows in _chunks(len(x_nM), C):
-            hit_n = torch.where(mine_n[rows], -dloss_n[rows], 0.0)
-            place = lse_n[rows], dloss_n[rows], hit_n, local_n[rows]
+            given_n = dloss_n[rows]
+            hit_n = torch.where(mine_n[rows], -(1 - ctx.label_smoothing) * given_n, 0.0)
+            soft_n = given_n * (1 + 2 * ctx.z_loss * lse_n[rows]) if ctx.z_loss else given_n
+            even_n = ctx.share * given_n if ctx.share else None
+            place = lse_n[rows], soft_n, hit_n, local_n[rows], even_n
             dz_nC = _gradient(x_nM[rows], weight_CM, ctx.softcap, *place).to(x_nM.dtype)
             dx_nM[rows] = dz_nC if weight_CM is None else dz_nC @ weight_CM
             if dw_CM is not None:
                 dw_CM += dz_nC.T @ x_nM[rows]
             del dz_nC  # before the next chunk is there
-        return dx_nM, None if dw_CM is None else dw_CM.to(weight_CM.dtype), None, None, None, None
+        return dx_nM, None if dw_CM is None else dw_CM.to(weight_CM.dtype), *[None] * 6
 
 
 def _logits(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -171,11 +215,15 @@ def _logits(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None) -> tu
     return z_nC.mul_(softcap), slope_nC
 
 
-def _gradient(x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None, lse_n, dloss_n, hit_n, local_n) -> Tensor:
-    """Of a chunk's logits."""
+def _gradient(
+    x_nM: Tensor, weight_CM: Tensor | None, softcap: float | None, lse_n, soft_n, hit_n, local_n, even_n
+) -> Tensor:
+    """Of a chunk's logits: soft times the softmax, hit at the target, less what is even over the vocabulary."""
     z_nC, slope_nC = _logits(x_nM, weight_CM, softcap)
-    dz_nC = (z_nC - lse_n[:, None]).exp_().mul_(dloss_n[:, None])
+    dz_nC = (z_nC - lse_n[:, None]).exp_().mul_(soft_n[:, None])
     dz_nC.scatter_add_(-1, local_n[:, None], hit_n[:, None])
+    if even_n is not None:
+        dz_nC.sub_(even_n[:, None])
     return dz_nC if slope_nC is None else dz_nC.mul_(slope_nC)
 
 

@@ -35,8 +35,8 @@ class Forecast:
     """As the law counts them; None of a law of parameters and tokens."""
 
     def __post_init__(self):
-        if not isinstance(self.name, str):
-            raise ValueError(f"name must be text, got {self.name!r}")
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name must be text by which the run is graded later, got {self.name!r}")
         numbers = {name: getattr(self, name) for name in ("parameters", "tokens", "loss", "low", "high", "confidence")}
         numbers |= {name: getattr(self, name) for name in ("measured", "flops") if getattr(self, name) is not None}
         for name, value in numbers.items():

@@ -91,7 +91,7 @@ class Points:
 
 def check_all_positive(name: str, values: np.ndarray) -> None:
     if bad := np.flatnonzero(~(np.isfinite(values) & (values > 0))).tolist():
-        raise ValueError(f"{name} must be positive and finite; run {bad[0]} has {values[bad[0]]}")
+        raise ValueError(f"{name} must be positive and finite; run {bad[0] + 1} of {len(values)} has {values[bad[0]]}")
 
 
 def read_points(path: str | os.PathLike, counting: Counting = COUNTING) -> Points:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cs336.tokenizer.patterns import PATTERNS
+from cs336.tokenizer.patterns import PATTERNS, is_portable
 from cs336.tokenizer.sentencepiece import SentencePiece
 from cs336.utils.files import replacing
 
@@ -118,6 +118,8 @@ def write_json(path: str | os.PathLike, parts: Parts, merges: list[tuple[bytes, 
     cut = {"type": "Split", "pattern": {"Regex": PATTERNS.get(parts.pattern, parts.pattern)}, "behavior": "Isolated"}
     if parts.pattern == "gpt2":  # ByteLevel has this one built in
         pre_tokenizer = bytes_of_chars | {"use_regex": True}
+    elif not is_portable(parts.pattern):  # another engine would read it in another way: no one else knows this type
+        pre_tokenizer = {"type": "regex", "pattern": parts.pattern}
     else:
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [cut | {"invert": False}, bytes_of_chars]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from cs336.tokenizer.formats import spell
+from cs336.tokenizer.patterns import portable
 from cs336.tokenizer.sentencepiece import MARK, SentencePiece
 
 MAX_ID = (1 << 24) - 1
@@ -10,6 +11,8 @@ MAX_SPECIAL = 1024
 
 
 def checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
+    if not isinstance(vocab, dict):
+        raise TypeError(f"vocab must be a dict of ids and tokens, got {type(vocab).__name__}")
     for i, token in vocab.items():
         if type(i) is not int or not 0 <= i <= MAX_ID:
             raise ValueError(f"ids must be integers from 0 to {MAX_ID}, got {i!r}")
@@ -20,13 +23,24 @@ def checked_vocab(vocab: dict[int, bytes]) -> dict[int, bytes]:
 
 def checked_merges(merges: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     pairs: dict[tuple[bytes, bytes], None] = {}
-    for left, right in merges:
-        if not (isinstance(left, bytes) and isinstance(right, bytes)):
-            raise ValueError(f"a merge must be a pair of bytes, got {(left, right)!r}")
+    for merge in merges:
+        if len(merge) != 2 or not all(isinstance(token, bytes) for token in merge):
+            raise ValueError(f"a merge must be a pair of bytes, got {merge!r}")
+        left, right = merge
         if (left, right) in pairs:
             raise ValueError(f"the merge {(left, right)!r} is listed twice")
         pairs[left, right] = None
     return list(pairs)
+
+
+def check_others_read(what: str, pattern: str, kind: SentencePiece | None) -> None:
+    """Raises ValueError if other programs could not read a text as this tokenizer does by what a file tells them."""
+    if kind is not None:
+        raise ValueError(f"{what} cannot tell how a tokenizer of SentencePiece's kind reads text: save it as json")
+    try:
+        portable(pattern)
+    except ValueError as error:
+        raise ValueError(f"{what} would give others other ids: {error}") from None
 
 
 def checked_specials(special_tokens: Iterable[str]) -> list[str]:

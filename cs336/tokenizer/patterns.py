@@ -1,8 +1,9 @@
 """Pre-tokenization: how text falls into the pieces that merges never cross.
 
 The named patterns are scanned by csrc/cpu/text/pretokenize.cpp, which gives what these expressions give. Any other
-expression that all engines read alike (cs336/tokenizer/dialect.py) runs in the `regex` package: slower, and with the
-whole of a text between two special tokens in memory.
+expression runs in the `regex` package: slower, and with the whole of a text between two special tokens in memory. One
+that all engines read alike (cs336/tokenizer/dialect.py) means what it means to them; the rest is what `regex` makes of
+it, and cannot be handed to another engine.
 """
 
 import itertools
@@ -91,9 +92,18 @@ _NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_
 def canonical(pattern: str) -> str:
     """The name of a pattern that has one, else the regular expression itself, which is checked.
 
-    Raises ValueError for what is neither a name nor a regular expression that all engines read alike; a bare word is a
-    name.
+    Raises ValueError for what is neither a name nor a regular expression; a bare word is a name.
     """
+    return _checked(pattern, lambda expression: regex.compile(_for_regex(expression)), "a regular expression")
+
+
+def portable(pattern: str) -> str:
+    """`canonical`, of what all engines read alike. Raises ValueError for any other pattern too."""
+    alike = "a regular expression that tiktoken and Hugging Face's tokenizers read alike"
+    return _checked(pattern, translate, alike)
+
+
+def _checked(pattern: str, check: Callable[[str], object], what: str) -> str:
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a str, got {type(pattern).__name__}")
     name = _NAME_OF.get(pattern, pattern)
@@ -101,13 +111,28 @@ def canonical(pattern: str) -> str:
         if regex.fullmatch(r"[\w-]+", name):
             raise ValueError(f"there is no pattern {pattern!r}: give {', '.join(PATTERNS)} or a regular expression")
         try:
-            translate(name)
-        except (ValueError, RecursionError) as error:
+            check(name)
+        except (regex.error, ValueError, RecursionError) as error:
             raise ValueError(
-                f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression that tiktoken "
-                f"and Hugging Face's tokenizers read alike: {error}"
+                f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor {what}: {error}"
             ) from None
     return name
+
+
+def is_portable(pattern: str) -> bool:
+    try:
+        portable(pattern)
+    except ValueError:
+        return False
+    return True
+
+
+def _for_regex(expression: str) -> str:
+    """What `regex` is given for an expression: its translation, or itself where engines do not read it alike."""
+    try:
+        return translate(expression)
+    except (ValueError, RecursionError):
+        return expression
 
 
 def of_sequence(expressions: tuple[str, ...]) -> str | None:
@@ -122,7 +147,7 @@ def for_core(pattern: str) -> str | Callable[[bytes], list[int]]:
     """What the core takes for a canonical pattern: its name, or a function from a text to the ends of its pieces."""
     if pattern in PATTERNS:
         return pattern
-    find = regex.compile(translate(pattern)).finditer
+    find = regex.compile(_for_regex(pattern)).finditer
 
     def split(data: bytes) -> list[int]:
         # A byte that is not UTF-8 is a character of its own. What the expression leaves out becomes a piece too.

@@ -14,6 +14,7 @@ from cs336.tokenizer import formats, sentencepiece_json, sentencepiece_model
 from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
 from cs336.tokenizer.parts import (
+    check_others_read,
     checked_merges,
     checked_specials,
     checked_vocab,
@@ -21,7 +22,7 @@ from cs336.tokenizer.parts import (
     place_characters,
     place_specials,
 )
-from cs336.tokenizer.patterns import canonical, for_core
+from cs336.tokenizer.patterns import canonical, for_core, portable
 from cs336.tokenizer.sentencepiece import NAME, SentencePiece
 from cs336.tokenizer.text_stream import TextStream
 from cs336.tokenizer.training import Source, train
@@ -52,8 +53,8 @@ class Tokenizer:
             does not have, or has only as an ordinary token, gets the next id after the largest. Ordinary text never
             encodes to a special token, but to one that a dict gives the id of the ordinary token that merges make of
             the same text: that one is both.
-        pattern: a name in cs336.tokenizer.PATTERNS, or a regular expression that all engines read alike
-            (cs336/tokenizer/dialect.py).
+        pattern: a name in cs336.tokenizer.PATTERNS, or a regular expression of the `regex` package. Where other engines
+            read one in other ways (cs336/tokenizer/dialect.py), no file of another's format is read or written with it.
         allowed_special: the special tokens that text is searched for, "all" or a set of them, where a call does not
             say; not saved.
         sentencepiece: what makes it one of SentencePiece's kind (cs336/tokenizer/sentencepiece.py): tokens are then
@@ -177,7 +178,7 @@ class Tokenizer:
         specials = None if special_tokens is None else checked_specials(special_tokens)
         vocab, merges, given, *_ = formats.read_gpt2(vocab_json, merges_txt, specials)
         with formats.naming(vocab_json):
-            return cls(vocab, merges, given if specials is None else specials, pattern, allowed_special)
+            return cls(vocab, merges, given if specials is None else specials, portable(pattern), allowed_special)
 
     @classmethod
     def from_tiktoken(
@@ -190,7 +191,7 @@ class Tokenizer:
         """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
         vocab = formats.read_tiktoken(ranks)
         with formats.naming(ranks):
-            return cls(vocab, None, special_tokens, pattern, allowed_special)
+            return cls(vocab, None, special_tokens, portable(pattern), allowed_special)
 
     @classmethod
     def from_huggingface(
@@ -241,7 +242,8 @@ class Tokenizer:
         return Parts(self._vocab, self._listed_merges, self._specials, self._pattern, self._kind)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py)."""
+        """Write a tokenizer.json, which Hugging Face's tokenizers reads too (see cs336/tokenizer/formats.py), but for a
+        pattern that it would read in another way: it refuses that file."""
         parts = self._parts()
         if self._kind is not None:
             sentencepiece_json.write_json(path, parts, self.fingerprint)
@@ -254,7 +256,7 @@ class Tokenizer:
 
         Raises ValueError if ids are ranks and some token is not made by merges: the files could not say so.
         """
-        self._refuse_characters("vocab.json and merges.txt")
+        check_others_read("vocab.json and merges.txt", self._pattern, self._kind)
         merges = self.merges
         if self._listed_merges is None and (token := self._unmade_token()):
             raise ValueError(f"no merge of two others makes the token {token!r}: vocab.json and merges.txt cannot tell")
@@ -265,17 +267,13 @@ class Tokenizer:
 
         Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
         """
-        self._refuse_characters("a file of ranks")
+        check_others_read("a file of ranks", self._pattern, self._kind)
         if self._listed_merges is not None:
             if token := self._unmade_token():
                 raise ValueError(f"no merge makes the token {token!r}, which would be found as a rank")
             if Tokenizer(self._vocab, None, self._specials, self._pattern).merges != self._listed_merges:
                 raise ValueError("the merges are not in the order of the ids, which is all that ranks can tell")
         formats.write_tiktoken(path, self._ordinary_tokens())
-
-    def _refuse_characters(self, what: str) -> None:
-        if self._kind is not None:
-            raise ValueError(f"{what} cannot tell how a tokenizer of SentencePiece's kind reads text: save it as json")
 
     # ---- encoding ----
 

@@ -25,6 +25,7 @@ from cs336.utils.documents import (
 
 Source = str | os.PathLike | Iterable[str | bytes | os.PathLike]
 BLOCK = 8 << 20  # bytes of text in memory at a time
+MOST_MERGES = 1 << 24  # ids go no further
 SUFFIXES = {".txt", ".parquet", *JSON_LINES, *COMPRESSED}  # of what can only be the name of a file
 _PATH = re.compile(r"(\S*/)?[\w-]+\.[A-Za-z]\w{0,7}|(/|\./|\.\./|~/)\S+")  # and of what looks like one
 
@@ -45,7 +46,7 @@ def train(
         for size in _count(counter, source):
             count += size
             show(f"read {count / 1e6:,.0f} MB", 0, None)
-        merges = counter.train(num_merges, lambda done: show(f"{done:,} merges", done, num_merges))
+        merges = counter.train(min(num_merges, MOST_MERGES), lambda done: show(f"{done:,} merges", done, num_merges))
     if len(merges) < num_merges:
         warnings.warn(
             f"no pair is left to merge after {len(merges)} merges: the vocabulary has "

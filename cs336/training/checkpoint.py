@@ -68,10 +68,17 @@ def save_checkpoint(
             object gets.
         extra: JSON values to keep beside it; `read_extra` returns them.
 
+    Raises ValueError for an iteration that is no whole number or negative, TypeError for what is not JSON.
     Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
-    return write_snapshot(snapshot(model, optimizer, iteration, extra=extra), path)
+    if isinstance(iteration, float) or not iteration >= 0:
+        raise ValueError(f"iteration must be a whole number, 0 or more: steps that are done; got {iteration!r}")
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"extra must be JSON values: {error}") from None
+    return write_snapshot(snapshot(model, optimizer, int(iteration), extra=extra), path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,29 +243,31 @@ def load_checkpoint(
     not what was written, ValueError if it does not fit.
     """
     with _directory(path) as directory:
-        return _load(directory, model, optimizer, parts)
+        return _load(directory, _archive_called(path), model, optimizer, parts)
 
 
 def _load(
     directory: str | os.PathLike,
+    archive: str | None,
     model: nn.Module | None,
     optimizer: torch.optim.Optimizer | None,
     parts: Parts | None,
 ) -> int:
-    path, state = _read_state(directory)
+    path, state = _read_state(directory, archive)
+    called = archive or str(path)
     shards = {kind: _shards(state, kind) for kind, wanted in (("model", model), ("optimizer", optimizer)) if wanted}
     names = [shard["file"] for files in shards.values() for shard in files]
-    _verify(path, {name: digest for name, digest in state.get("checksums", {}).items() if name in names})
+    _verify(path, {n: digest for n, digest in state.get("checksums", {}).items() if n in names}, called)
     if model is not None:
         try:
             load_whole(model, Tensors(path, shards["model"]), parts, state["tied"])
         except RuntimeError as error:
-            raise ValueError(f"checkpoint {path} does not fit the model: {error}") from None
+            raise ValueError(f"checkpoint {called} does not fit the model: {error}") from None
     if optimizer is not None:
         if state["optimizer"] is None:
-            raise ValueError(f"checkpoint {path} was saved without an optimizer")
+            raise ValueError(f"checkpoint {called} was saved without an optimizer")
         saved = state["optimizer"] if parts is None else parts.own_state(state["optimizer"])
-        _load_optimizer(optimizer, saved, Tensors(path, shards["optimizer"]), path, parts, model)
+        _load_optimizer(optimizer, saved, Tensors(path, shards["optimizer"]), called, parts, model)
     return state["iteration"]
 
 
@@ -287,7 +296,7 @@ def _shards(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def read_extra(path: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
     """What the caller of save_checkpoint added."""
     with _directory(path) as directory:
-        return _read_state(directory)[1]["extra"]
+        return _read_state(directory, _archive_called(path))[1]["extra"]
 
 
 def read_model_config(path: str | os.PathLike | IO[bytes], kind: type[Config]) -> Config | None:
@@ -296,7 +305,7 @@ def read_model_config(path: str | os.PathLike | IO[bytes], kind: type[Config]) -
     Raises ValueError, naming the key, for that of another class.
     """
     with _directory(path) as directory:
-        table = _read_state(directory)[1].get("model")
+        table = _read_state(directory, _archive_called(path))[1].get("model")
     return None if table is None else parse(kind, table)
 
 
@@ -462,7 +471,11 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
-        yield directory
+        try:
+            yield directory
+        except ValueError as error:  # names where it was unpacked
+            kind = DamagedError if isinstance(error, DamagedError) else ValueError
+            raise kind(str(error).replace(directory, str(what))) from None
 
 
 def _is_archive(path: pathlib.Path) -> bool:
@@ -472,15 +485,22 @@ def _is_archive(path: pathlib.Path) -> bool:
         return STATE in archive.namelist()
 
 
-def _verify(path: pathlib.Path, checksums: dict[str, str]) -> None:
+def _archive_called(path: str | os.PathLike | IO[bytes]) -> str | None:
+    """What errors call an archive, which is unpacked elsewhere; None of a directory."""
+    if isinstance(path, str | os.PathLike):
+        return os.path.abspath(path) if os.path.isfile(path) else None
+    return "in the file object"
+
+
+def _verify(path: pathlib.Path, checksums: dict[str, str], called: str) -> None:
     for name, digest in checksums.items():
         if not (path / name).exists():
-            raise DamagedError(f"checkpoint {path} is damaged: {name} is not there")
+            raise DamagedError(f"checkpoint {called} is damaged: {name} is not there")
         if _digest(path / name) != digest:
-            raise DamagedError(f"checkpoint {path} is damaged: {name} is not what was written (its checksum differs)")
+            raise DamagedError(f"checkpoint {called} is damaged: {name} is not what was written (its checksum differs)")
 
 
-def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
+def _read_state(path: str | os.PathLike, archive: str | None) -> tuple[pathlib.Path, dict[str, Any]]:
     path = pathlib.Path(os.path.abspath(path))
     found = next((p for p in (path, _previous(path)) if (p / STATE).exists()), None)
     if found is None:
@@ -494,7 +514,7 @@ def _read_state(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
         if "checksums" in state and state["checksums"].get(STATE) != _text_digest(state):
             raise ValueError("it is not what was written (its checksum differs)")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"checkpoint {found} cannot be read: {STATE}: {error}") from None
+        raise DamagedError(f"checkpoint {archive or found} cannot be read: {STATE}: {error}") from None
     return found, state
 
 
@@ -502,7 +522,7 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any],
     tensors: Tensors,
-    path: pathlib.Path,
+    called: str,
     parts: Parts | None,
     model: nn.Module | None,
 ) -> None:
@@ -524,7 +544,7 @@ def _load_optimizer(
     try:
         optimizer.load_state_dict(mine | {"state": state, "param_groups": groups})
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} does not fit the optimizer: {error}") from None
+        raise ValueError(f"checkpoint {called} does not fit the optimizer: {error}") from None
 
 
 def _like(mine: Any, saved: Any) -> Any:

@@ -314,7 +314,7 @@ def compile_layer(layer: nn.Module) -> None:
 
 
 class _Piped(nn.Module):
-    """A stage as the whole model is called, with targets: the sum of the losses, on every rank of the pipeline.
+    """A stage as the whole model is called, with targets: the sums of the losses, on every rank of the pipeline.
 
     Where gradients are wanted they are there when it returns: the backward of a micro-batch comes before the forward of
     another.
@@ -327,9 +327,9 @@ class _Piped(nn.Module):
         self._training = Pipeline(module, group, num_microbatches=count, schedule=config.parallel.schedule)
         self._evaluating = Pipeline(module, group, num_microbatches=1)
 
-    def forward(self, token_ids_BS: Tensor, *, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    def forward(self, token_ids_BS: Tensor, *, targets: Tensor, ignore_index: int = -100, **more: float) -> Any:
         pipeline = self._training if torch.is_grad_enabled() else self._evaluating
-        return pipeline.step(token_ids_BS, targets, ignore_index=ignore_index)
+        return pipeline.step(token_ids_BS, targets, ignore_index=ignore_index, **more)
 
 
 def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
@@ -405,6 +405,6 @@ def _why_no_pipeline(config: TrainConfig, sizes: dict[str, int], N: int) -> str 
         )
     if any(isinstance(block.mlp, MoEConfig) for block in config.model.blocks):
         return f"pipeline = {N}: what the routers of a mixture of experts measure stays on their stage"
-    if not isinstance(objective, NextToken) or objective.label_smoothing or objective.z_loss:
-        return f"pipeline = {N}: the last stage gives the cross-entropy alone: leave label_smoothing and z_loss at 0"
+    if not isinstance(objective, NextToken):
+        return f"pipeline = {N}: the last stage gives the loss of next tokens, and this objective has another"
     return None

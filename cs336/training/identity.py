@@ -87,10 +87,12 @@ def check_budget(budget: Budget, total_steps: int | None, step: int, seconds: fl
 
 
 def kept_tokenizer(data: pathlib.Path) -> "Tokenizer | None":
-    """The tokenizer that lies beside token shards, if one does."""
+    """The tokenizer that lies beside token shards, if one does. Raises FileNotFoundError for one that did."""
     path = tokenizer_of(data)
     if path is None:
         return None
+    if not path.exists():
+        raise FileNotFoundError(f"{path}, which made these shards, is gone: put it back, or give --tokenizer FILE")
     from cs336.tokenizer import Tokenizer
 
     return Tokenizer.load(path)

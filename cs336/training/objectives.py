@@ -59,26 +59,29 @@ class NextToken:
             raise ValueError(f"label_smoothing must be a number from 0 to below 1, got {self.label_smoothing!r}")
         if not 0 <= self.z_loss < float("inf"):
             raise ValueError(f"z_loss must be a finite number, 0 or more, got {self.z_loss!r}")
-        if self.fused_head and (self.label_smoothing or self.z_loss):
-            raise ValueError("fused_head gives the cross-entropy alone: leave label_smoothing and z_loss at 0 with it")
 
     def of(self, config: TransformerConfig) -> "NextToken":
         """Of a model like that: with fused_head said."""
-        capped = config.logit_softcap is not None and not (self.label_smoothing or self.z_loss)
+        capped = config.logit_softcap is not None
         return dataclasses.replace(self, fused_head=capped) if self.fused_head is None else self
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         token_ids_BS, targets_BS = batch
         count = (targets_BS != self.ignore_index).sum()
         metrics: dict[str, Tensor] = {}
+        options: dict[str, float] = {}  # of a loss that is more than the cross-entropy
+        if self.label_smoothing or self.z_loss:
+            options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         if self.fused_head:
-            loss, routing = with_routing(model, token_ids_BS, targets=targets_BS, ignore_index=self.ignore_index)
+            named = {"targets": targets_BS, "ignore_index": self.ignore_index}
+            loss, routing = with_routing(model, token_ids_BS, **named, **options)
+            if options:
+                loss, metrics["cross_entropy"] = loss
         else:
             logits_BSV, routing = with_routing(model, token_ids_BS)
-            if self.label_smoothing or self.z_loss:
+            if options:
                 metrics["cross_entropy"] = self._sum(logits_BSV.detach(), targets_BS)
             # Last: on a GPU the logits become their gradient.
-            options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
             loss = self._sum(logits_BSV, targets_BS, in_place=True, **options)
         if routing is not None:
             metrics = {"cross_entropy": loss} | metrics
@@ -93,7 +96,7 @@ class NextToken:
         return loss
 
 
-def with_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing | None]:
+def with_routing(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Routing | None]:
     """model(...), and what its mixtures of experts add to the loss: None where it has none. Wrapped or not."""
     if next(experts_of(model), None) is None:
         return model(*args, **kwargs), None

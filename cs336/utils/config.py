@@ -175,6 +175,9 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
         return [_value(typing.get_args(hint)[0], [word], key) for word in words]
     if not words:
         return True
+    or_list = str in typing.get_args(hint)  # a text, or a list of them
+    if or_list and len(words) > 1:
+        return words
     if len(words) > 1:
         raise ValueError(f"--{key} takes one value, got {' '.join(words)}")
     (word,) = words
@@ -184,9 +187,8 @@ def _value(hint: Any, words: list[str], key: str) -> Any:
         raise ValueError(f"--{key} is empty: name a path; . is this directory")
     if not word.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in word):
         raise ValueError(f"--{key} must be UTF-8, which a configuration is written in, got {word!r}")
-    if hint in (str, pathlib.Path) or (
-        typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
-    ):
+    literal = typing.get_origin(hint) is Literal and isinstance(typing.get_args(hint)[0], str)
+    if hint in (str, pathlib.Path) or literal or (or_list and not word.startswith("[")):
         return word
     try:
         return tomllib.loads(f"value = {word.lower() if word in ('True', 'False') else word}")["value"]

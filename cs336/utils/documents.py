@@ -44,7 +44,11 @@ class Document:
 
 
 def text_of(document: Document | str) -> str:
-    return document if isinstance(document, str) else document.text
+    if isinstance(document, Document):
+        return document.text
+    if not isinstance(document, str):
+        raise TypeError(f"a document must be a str or a Document, got {type(document).__name__}")
+    return document
 
 
 def holds_documents(path: str | os.PathLike, text_field: str = TEXT_FIELD) -> bool:

@@ -250,12 +250,26 @@ class ShardWriter:
         self._file, self._filled = None, 0
 
 
+def shards_are_whole(directory: str | os.PathLike) -> bool:
+    """Whether the files that a directory's sidecar names are there."""
+    try:
+        meta = read_meta(directory)
+    except (OSError, ValueError):
+        return False
+    names = [*meta.shards, *([meta.tokenizer_file] if meta.tokenizer_file else [])]
+    return all((pathlib.Path(directory) / name).exists() for name in names)
+
+
 def read_meta(directory: str | os.PathLike) -> TokenMeta:
     """The sidecar of a directory of shards. Raises ValueError if it is missing, damaged or of another version."""
     path = pathlib.Path(directory) / META
     if not path.exists():
         inside = sorted(str(found.parent) for found in pathlib.Path(directory).glob(f"*/{META}"))
         advice = f"did you mean {' or '.join(inside)}?" if inside else "tokenize the corpus again"
+        if not os.path.exists(directory):
+            raise ValueError(
+                f"{directory} has no {META}, for it does not exist: `cs336 tokenizer encode --shards` makes it"
+            )
         raise ValueError(f"{directory} has no {META}: it is unfinished or holds no tokens; {advice}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -62,6 +62,8 @@ class Stage:
     """JSON values that decide the outputs."""
     kept: tuple[str, ...] = ()
     """Files and folders that took long, or that `run` continues: set aside, not written over, for other inputs."""
+    is_whole: Callable[[], bool] = lambda: True
+    """Whether the files that the outputs name are there too; asked where all outputs are."""
 
 
 def run_stages(directory: str | os.PathLike, stages: Sequence[Stage], console: Console | None = None) -> None:
@@ -98,7 +100,8 @@ class _Job:
             entry = self._record().get(stage.name, {})
             head = Text.assemble((f"{number}/{len(self.stages)} {stage.name:<9}", "bold"), f"  {stage.purpose}")
             changed = _changes(entry, made_from)
-            if not changed and "seconds" in entry and all((self.directory / name).exists() for name in stage.outputs):
+            is_there = all((self.directory / name).exists() for name in stage.outputs) and stage.is_whole()
+            if not changed and "seconds" in entry and is_there:
                 self.console.print(head.append(" (done before)", "dim"))
                 self._say(entry["summary"])
                 continue

@@ -16,11 +16,7 @@ py::str html_to_text(py::handle html, bool main, bool markdown) {
   {
     const py::gil_scoped_release release;
     const Page page = parse_html(text.view());
-    std::vector<bool> keep = main ? main_content(page) : std::vector<bool>();
-    if (!main) {
-      for (const Block& block : page.blocks) keep.push_back(!page.elements[block.element].hidden);
-    }
-    rendered = render(page, keep, markdown);
+    rendered = render(page, main ? main_content(page) : visible_blocks(page), markdown);
   }
   return str_of(rendered);
 }

@@ -17,7 +17,8 @@ from cs336.alignment.stages.sft import SFTConfig, SFTStage
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
-from cs336.models import Transformer
+from cs336.models import BlockConfig, Transformer
+from cs336.nn import AttentionConfig, MoEConfig
 from cs336.training import decisions
 from cs336.training.run_dir import RunDir
 from cs336.utils import config as configs
@@ -88,6 +89,16 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path, model, batching):
     assert {sample["step"] for sample in samples} >= {0, 60}
     assert samples[-1]["prompt"] == "3="
     assert samples[-1]["text"] == "3"
+
+
+def test_validation_is_without_what_routers_add(tmp_path):
+    block = BlockConfig(AttentionConfig(2), MoEConfig(4, 2, balance_loss=0.5))
+    stage = SFTStage(config(tmp_path, save_model(tmp_path / "model", num_heads=None, layers=(block,)), sample_tokens=1))
+    token_ids_BS, targets_BS, segments_BS = pad_examples(stage.val)
+    with torch.no_grad():
+        logits_BSV = stage.policy.model.eval()(token_ids_BS, segments=segments_BS)
+    want = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+    assert stage.evaluate().metrics["val/loss"] == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_its_run_directory_is_evaluated_on_text(tmp_path, model, capsys):

@@ -433,6 +433,10 @@ class TestWhatFailsAtTheEndIsToldAtTheStart:
         with pytest.raises(ValueError, match=message):
             list(estimate(Build(recipe)))
 
+    def test_a_seed_that_a_stage_would_refuse_is_refused(self, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match=r"seed must be in 0\.\.2\^63-1, got -1"):
+            self.recipe(tmp_path, monkeypatch, 3, seed=-1)
+
     def test_a_small_split_is_said(self, tmp_path, monkeypatch, capsys):
         recipe = self.recipe(tmp_path, monkeypatch, 199)
         said = "warning: too few documents to hold some out: the steps leave about 199, of which val_fraction = 0.01"

@@ -150,6 +150,11 @@ class TestTraining:
         with pytest.raises(ValueError, match=message):
             Classifier.train(pairs, features=SMALL, **options)
 
+    @pytest.mark.parametrize("pair", ["ab", ("a", "b", "c")])
+    def test_refuses_what_is_no_pair(self, pair):
+        with pytest.raises(TypeError, match="an example is a pair of text and label, got"):
+            Classifier.train([*examples(4), pair], features=SMALL)
+
     @pytest.mark.parametrize("options", [{"word_ngrams": 0}, {"char_ngrams": (5, 3)}, {"bucket_bits": 40}])
     def test_refuses_features_that_cannot_be(self, options):
         with pytest.raises(ValueError, match="expected word_ngrams"):

@@ -96,6 +96,8 @@ class TestLines:
             dedup_lines(tmp_path / "a", tmp_path / "out")
         with pytest.raises(ValueError, match="keep is"):
             dedup_lines(files[:1], tmp_path / "out", keep="last")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="max_memory is bytes, 1 or more, got 0"):
+            dedup_lines(files[:1], tmp_path / "out", max_memory=0)
         assert not (tmp_path / "out").exists()
 
 
@@ -250,6 +252,12 @@ def test_edges_and_arguments():
     assert near_duplicates(["a b", "A  b!"]) == [0, 0]
     with pytest.raises(ValueError, match="multiple of num_bands"):
         near_duplicates([], num_hashes=100, num_bands=16)
+    with pytest.raises(ValueError, match="num_hashes must be at most 65536"):
+        near_duplicates([], num_hashes=1 << 40)
+    with pytest.raises(ValueError, match="seed must be in"):
+        minhash([], seed=-1)
+    with pytest.raises(ValueError, match="seed must be in"):
+        near_duplicates([], seed=1 << 64)
     with pytest.raises(ValueError, match="ngram must be"):
         minhash([], ngram=0)
     with pytest.raises(ValueError, match="threshold is"):

@@ -36,6 +36,19 @@ def test_main_content_is_the_article_alone():
         assert noise in html_to_text(PAGE, mode="full") or noise == "color: red"
 
 
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<div>Hello world</div>", "Hello world"),
+        ("<div>One</div><div>two<div hidden>three</div></div>", "One\n\ntwo"),
+        ("<div>" * 2000 + "deep", "deep"),
+        ("<div hidden>nothing</div><script>x</script>", ""),
+    ],
+)
+def test_a_short_page_without_an_article_is_its_own_content(html, text):
+    assert html_to_text(html) == html_to_text(html, mode="full") == text
+
+
 def test_markdown_keeps_structure():
     html = """<h2>Head <b>line</b></h2><p>One <a href="/a b?x=1&amp;y=2">link <i>here</i></a>, <b>two</b>.</p>
     <ul><li>a<li>b<ul><li>b1</ul><li>c<p>more</ul><ol start=3><li>x<li>y</ol>

@@ -16,6 +16,7 @@ from cs336.data import (
     mask_secrets,
 )
 from cs336.data.filter.pii import is_card
+from cs336.data.filter.steps import GopherQuality, Language, Length
 
 PROSE = (
     "The river rises in the hills and runs to the sea, and the people of the valley have lived with it for a thousand "
@@ -51,6 +52,15 @@ class TestLanguage:
         with pytest.raises(TypeError, match="expected str, got bytes"):
             identify_language(b"hello")  # type: ignore[arg-type]
 
+    def test_a_lone_surrogate_is_no_language(self):
+        assert identify_language(PROSE[:100] + "\ud800" + PROSE[100:])[0] == "en"
+
+    @pytest.mark.parametrize(("code", "hint"), [("english", "; did you mean 'en'"), ("EN", "'en'"), ("chinese", "zh$")])
+    def test_a_code_that_no_language_has_is_refused(self, code, hint):
+        with pytest.raises(ValueError, match=f"keep has '{code}', which is no language's code.*{hint}"):
+            Language(keep=("fr", code)).check()
+        Language(keep=("en", "zh", "und")).check()
+
     def test_the_end_of_a_long_text_costs_nothing(self):
         assert identify_language(PROSE * 100 + "река " * 100_000)[0] == "en"
 
@@ -71,6 +81,25 @@ EMAIL, PHONE, IP = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS||
 )
 def test_emails(text, masked, count):
     assert mask_emails(text) == (masked, count)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text", "masked", "count"),
+    [
+        (mask_emails, "?from=a@b.org&to=c@d.org", f"{EMAIL}&{EMAIL}", 2),
+        (mask_emails, "a@b.org+c@d.org+e@f.org", f"{EMAIL}+{EMAIL}+{EMAIL}", 3),
+        (mask_phone_numbers, "(555) 123-4567(555) 123-4568", PHONE + PHONE, 2),
+        (mask_phone_numbers, "555-123-4567+44 20 7946 0958", PHONE + PHONE, 2),
+        (mask_ip_addresses, "192.0.2.1::1", IP + IP, 2),
+    ],
+)
+def test_one_behind_another_is_masked_too(mask, text, masked, count):
+    assert mask(text) == (masked, count)
+    assert mask(masked) == (masked, 0)
+
+
+def test_many_behind_each_other_take_linear_time():
+    assert mask_emails("a@b.org+" * 50_000)[1] == 50_000  # 0.1 s; by slices of all that is left, minutes
 
 
 @pytest.mark.parametrize(
@@ -322,3 +351,14 @@ class TestC4:
     )
     def test_documents_are_dropped(self, text, reason):
         assert c4_quality(text).reason == reason
+
+
+def test_bounds_that_nothing_is_within_are_refused():
+    with pytest.raises(ValueError, match="expected min_chars <= max_chars, got 30 and 3"):
+        Length(min_chars=30, max_chars=3)
+    with pytest.raises(ValueError, match="expected min_words <= max_words"):
+        GopherQuality(min_words=60, max_words=50)
+    with pytest.raises(ValueError, match="expected min_word_length <= max_word_length"):
+        GopherQuality(max_word_length=2)
+    with pytest.raises(ValueError, match="min_score is a probability"):
+        Language(min_score=65)

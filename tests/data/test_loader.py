@@ -88,6 +88,14 @@ def test_resume_refuses_other_data(dataset, tmp_path):
         TokenLoader(TokenDataset(tmp_path, 3), 8).load_state_dict(TokenLoader(dataset, 8).state_dict())
 
 
+def test_resume_refuses_what_no_loader_said(dataset):
+    loader = TokenLoader(dataset, 8)
+    for name in loader.state_dict():
+        rest = {key: value for key, value in loader.state_dict().items() if key != name}
+        with pytest.raises(ValueError, match=rf"the saved data position lacks {name}: give a loader's state_dict"):
+            loader.load_state_dict(rest)
+
+
 def test_seed_changes_the_order(dataset):
     a, b = (TokenLoader(dataset, 97, seed=s).indices(0) for s in (0, 1))
     assert (a != b).any()

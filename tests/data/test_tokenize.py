@@ -75,6 +75,10 @@ def test_empty_corpora_are_refused(tmp_path):
         tokenize_corpus(["a", "b", "c"], Bytes(), tmp_path / "b", val_fraction=0)
     with pytest.raises(ValueError, match="no training document"):
         tokenize_corpus(["a"], Bytes(), tmp_path / "b", val_fraction=1)
+    with pytest.raises(ValueError, match="expected a list of documents, got one text or path: str"):
+        tokenize_documents("a text", Bytes(), tmp_path / "c")
+    with pytest.raises(TypeError, match="a document must be a str or a Document, got int"):
+        tokenize_corpus(["a", 5], Bytes(), tmp_path / "d")  # type: ignore[list-item]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
 
 

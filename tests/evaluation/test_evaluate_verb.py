@@ -1,6 +1,7 @@
 """`cs336 evaluate`, with tasks."""
 
 import json
+import pathlib
 
 import pytest
 import torch
@@ -59,3 +60,10 @@ def test_what_is_refused(exported, tmp_path, capsys):
     assert "cs336: --chat, --output: of tasks alone: name --tasks, or leave it out" in capsys.readouterr().err
     assert main(["evaluate", str(exported), "--samples", "4", "--limit", "0"]) == 2
     assert "cs336: --limit, --samples: of tasks alone" in capsys.readouterr().err
+
+
+def test_a_run_that_is_called_from_elsewhere(capsys):
+    """Its configuration names data/val from where it was started."""
+    run = pathlib.Path(__file__).parent.parent / "fixtures" / "run"
+    assert main(["evaluate", str(run)]) == 2
+    assert "data/val, is not here: call this where the run was started" in " ".join(capsys.readouterr().err.split())

@@ -9,7 +9,8 @@ import torch
 from cs336 import ops
 from cs336.data import ShardWriter, TokenDataset
 from cs336.evaluation import baselines, bits_per_byte, evaluate, mean_loss
-from cs336.models import Transformer, TransformerConfig
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AttentionConfig, MoEConfig
 
 
 def write(directory, documents, vocab_size=257):
@@ -24,6 +25,15 @@ def write(directory, documents, vocab_size=257):
 def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary():
     assert bits_per_byte(math.log(256), tokens=100, num_bytes=100) == pytest.approx(8)
     assert bits_per_byte(math.log(256), tokens=100, num_bytes=400) == pytest.approx(2)
+
+
+def test_mean_loss_is_without_what_routers_add(tmp_path):
+    torch.manual_seed(0)
+    data = TokenDataset(write(tmp_path / "t", ["how do you train the best model?"]), 16)
+    block = BlockConfig(AttentionConfig(2), MoEConfig(4, 2, balance_loss=0.5, z_loss=0.5))
+    model = Transformer(TransformerConfig(257, 16, 1, 32, layers=(block,)))
+    x_BS, y_BS = (torch.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True))
+    assert mean_loss(model, data) == pytest.approx(ops.cross_entropy(model(x_BS), y_BS).item(), rel=1e-5)
 
 
 def test_mean_loss_is_over_every_window(tmp_path):

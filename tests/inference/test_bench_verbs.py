@@ -76,6 +76,39 @@ def test_offline_and_latency(directory, capsys):
     assert main(["bench", "offline", directory, "--input-len", "5", "2"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "value", "message"),
+    [
+        ("latency", "--repeats", "0", "repeats must be 1 or more, got 0"),
+        ("latency", "--batch-size", "0", "num_requests must be 1 or more, got 0"),
+        ("latency", "--input-len", "0", "input_len must be 1 <= fewest <= most, got 0 and 0"),
+        ("offline", "--num-requests", "0", "num_requests must be 1 or more, got 0"),
+        ("offline", "--shared-prefix", "-1", "shared_prefix must be 0 tokens or more, got -1"),
+        ("serve", "--concurrency", "0", "concurrency must be 1 or more, got 0"),
+        ("serve", "--vocab-size", "0", "vocab_size must be 1 or more, got 0"),
+    ],
+)
+def test_nothing_to_time_is_refused_before_a_model_is_read(capsys, verb, option, value, message):
+    assert main(["bench", verb, "no-model", option, value]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-requests", "0", "max_requests must be 1 or more, got 0"),
+        ("--max-body-bytes", "-1", "max_body_bytes must be 1 or more, got -1"),
+        ("--timeout", "0", "timeout must be above 0 seconds, got 0.0"),
+        ("--timeout", "nan", "timeout must be above 0 seconds, got nan"),
+        ("--drain", "-1", "drain must be 0 seconds or more, got -1.0"),
+        ("--api-key", "", "api_key is empty, which no client can send"),
+    ],
+)
+def test_a_server_that_could_serve_nobody_is_refused(capsys, option, value, message):
+    assert main(["serve", "no-model", "--port", "0", option, value]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_server_from_outside(capsys):
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(package)

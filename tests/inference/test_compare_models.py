@@ -7,7 +7,8 @@ import torch
 
 from cs336.inference import compare
 from cs336.inference.compare import compare_huggingface
-from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
+from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 from cs336.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat, and the dog did not: naïve café. " * 3
@@ -36,11 +37,25 @@ def test_the_same_model(directory, capsys):
     assert f"worst difference {got.worst_difference:.2g}" in str(got)
 
 
+@pytest.mark.parametrize("original", [200, 40])
+def test_a_longrope_is_read_for_the_text(directory, original):
+    """With its short factors or the long ones, as transformers has them for this text."""
+    torch.manual_seed(6)
+    scaling = LongRopeScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 4.0, 6.0), original, 4.0)
+    block = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(100.0, scaling=scaling))
+    save_pretrained(
+        Transformer(TransformerConfig(272, 400, 2, 32, init_std=0.2, layers=(block,))), directory, TOKENIZER
+    )
+    got = compare_huggingface(directory, TEXT, "cpu", new_tokens=20)
+    assert got.worst_difference < 1e-4
+    assert (got.new_tokens, got.same_new_tokens) == (20, 20)
+
+
 def test_a_difference_is_seen(directory, monkeypatch):
     original = compare.from_pretrained
 
-    def damaged(*args):
-        model = original(*args)
+    def damaged(*args, **options):
+        model = original(*args, **options)
         model.layers[1].mlp.down_proj.weight.data[0] += 1.0
         model.norm.weight.data *= 3.0
         return model

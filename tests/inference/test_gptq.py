@@ -243,6 +243,16 @@ def test_what_it_cannot_do_is_said(place, tmp_path, capsys):
         compress(model, tmp_path / "a", "gptq", calibrate=text, bits=3)
     with pytest.raises(FileNotFoundError, match=r"nothing.txt does not exist"):
         compress(model, tmp_path / "a", "gptq", calibrate=tmp_path / "nothing.txt")
+    for form, group, options, message in (  # before the text is read, and nothing is written
+        ("awq", 32, {"act_order": True}, "AWQ's format has no order of features"),
+        ("awq", 32, {"bits": 8}, "AWQ's format holds int4 weights, got int8"),
+        ("compressed-tensors", 24, {}, "q_proj: compressed-tensors has whole groups"),
+        ("zip", 32, {}, "the format must be one of cs336, compressed-tensors, gptq, awq, got 'zip'"),
+        ("cs336", 999, {}, "nothing to quantise in groups of 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(model, tmp_path / "a", "gptq", group, calibrate=text, format=form, **options)
+    assert not (tmp_path / "a").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     assert run(place, tmp_path / "mine") == 2

@@ -1,10 +1,14 @@
 """A model with its engine, as programs use it."""
 
+import numpy as np
 import pytest
 import torch
 
+from cs336.cli import main
 from cs336.inference import LLM, SamplingParams, generate
-from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.inference.load import load_model
+from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretrained
+from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 from cs336.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
@@ -36,6 +40,43 @@ def test_texts_are_those_of_generate(model, llm):
     assert llm.engine.cache.in_use == 0
 
 
+@pytest.fixture
+def longrope(tmp_path):
+    """A model in a directory whose original context is of 24 tokens."""
+    torch.manual_seed(6)
+    scaling = LongRopeScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 4.0, 6.0), 24, 4.0)
+    block = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(100.0, scaling=scaling))
+    config = TransformerConfig(272, 96, 2, 32, init_std=0.3, layers=(block,))
+    save_pretrained(Transformer(config), tmp_path, TOKENIZER)
+    return tmp_path
+
+
+def test_longrope_is_chosen_by_max_len(longrope):
+    """Not by the length of a text."""
+    long, short = load_model(longrope, "cpu"), load_model(longrope, "cpu", max_len=24)
+    assert (long.config.context_length, short.config.context_length) == (96, 24)
+    params, texts = SamplingParams(temperature=0, max_tokens=15), []
+    for model, max_len in ((long, 25), (short, 24)):
+        texts.append(generate(model, TOKENIZER, ["text, two"], params)[0].token_ids)
+        llm = LLM(longrope, device="cpu", quiet=True, page_size=8, max_seqs=2, max_len=max_len)
+        assert llm.generate("text, two", params)[0].token_ids == texts[-1]
+    assert texts[0] != texts[1]
+
+
+def test_generate_reads_a_longrope_for_what_it_writes(longrope, capsys):
+    """The verb: with its short factors where prompt and answer fit the original context, drafted or not."""
+    command = ["generate", str(longrope), "--prompt", "text, two", "--temperature", "0", "--ignore-eos"]
+    for tokens, max_len in ((15, 24), (16, 25)):
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        (want,) = generate(load_model(longrope, "cpu", max_len=max_len), TOKENIZER, ["text, two"], params)
+        (other,) = generate(load_model(longrope, "cpu", max_len=49 - max_len), TOKENIZER, ["text, two"], params)
+        assert want.text != other.text
+        for drafting in ([], ["--draft", str(longrope)]):
+            capsys.readouterr()
+            assert main([*command, "--max-tokens", str(tokens), "--device", "cpu", *drafting]) == 0
+            assert want.text in capsys.readouterr().out
+
+
 def test_params_of_each_prompt_and_ids(llm):
     short, long = SamplingParams(temperature=0, max_tokens=2), GREEDY
     a, b = llm.generate(["hello", [*b"hello"]], [short, long])
@@ -51,6 +92,12 @@ def test_params_of_each_prompt_and_ids(llm):
     for ids in (torch.tensor([*b"hello"]), torch.tensor([[*b"hello"]]), torch.tensor([[*b"hello"]]).numpy()):
         (e,) = llm.generate(ids, long)
         assert e.token_ids == b.token_ids
+    for prompts in (np.array([*b"hello"]), [*np.array([*b"hello"])], [torch.tensor([*b"hello"])], (*b"hello",)):
+        (f,) = llm.generate(prompts, long)
+        assert f.token_ids == b.token_ids
+    for prompts in (None, 5, 1.5, [1.5], [None, "a"], b"hello", [b"hello"], torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="a prompt is a text or a list of token ids, got"):
+            llm.generate(prompts, short)
     with pytest.raises(ValueError, match="got one number"):
         llm.generate(torch.tensor(5))
     with pytest.raises(ValueError, match="params must be SamplingParams, got"):
@@ -100,6 +147,10 @@ def test_from_a_directory(tmp_path, model, llm, capsys):
     half = LLM(tmp_path, tmp_path / "tokenizer.json", device="cpu", dtype=torch.bfloat16, quiet=True, max_seqs=1)
     assert half.model.embedding.weight.dtype == torch.bfloat16
     assert capsys.readouterr().err == ""
+    for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        assert LLM(tmp_path, dtype=name, quiet=True, max_seqs=1).model.embedding.weight.dtype == dtype
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, bfloat16, float16, .* got 'int8'"):
+        LLM(tmp_path, dtype="int8", quiet=True)
 
 
 def test_chat(tmp_path, model, llm):

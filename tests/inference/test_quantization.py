@@ -1,5 +1,7 @@
 """Quantised models: what they lose, the directories that hold them, and what is refused."""
 
+import copy
+import importlib
 import json
 
 import pytest
@@ -16,6 +18,7 @@ from cs336.models import BlockConfig, Transformer, TransformerConfig, save_pretr
 from cs336.nn import AttentionConfig, GELUConfig, LatentAttentionConfig, MoEConfig, QuantizedLinear
 from cs336.tokenizer import Tokenizer
 
+module = importlib.import_module("cs336.inference.quantization.compress")  # whose name is its function's as well
 CONFIG = TransformerConfig(257, 64, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2)
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
 TEXT = (b"the cat sat on the mat, and the dog lay by the door; " * 40)[:2048]
@@ -97,8 +100,31 @@ def test_verbs_take_it(directory, tmp_path, capsys, form):
     text = capsys.readouterr().out
     llm = LLM(out, quiet=True, speculation="ngram")
     assert text.strip() == "the c" + llm.generate("the c", SamplingParams(temperature=0, max_tokens=8))[0].text
-    assert main(["compress", str(directory), "--out", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert main(["compress", str(directory), "--out", str(directory)]) == 2
+    assert "which this job did not make" in capsys.readouterr().err
+
+
+def test_rounding_goes_on_where_it_was_killed_and_repeats_nothing(directory, tmp_path, monkeypatch):
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / ".model.safetensors.left").write_bytes(b"of a process that was killed")
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(directory, out, "int8", 16)
+    found = compress(directory, out, "int8", 16)
+    first = (out / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_model", stop)
+        assert compress(directory, out, "int8", 16) == found
+    compress(directory, out, "int4", 16)
+    assert (out / "earlier" / "quantise-1" / "model.safetensors").read_bytes() == first
+    assert load_model(out).layers[0].mlp.up_proj.method == "int4"
+    assert load_model(out / "earlier" / "quantise-1").layers[0].mlp.up_proj.method == "int8"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +149,33 @@ def test_other_blocks(block, plain, tmp_path):
     save_pretrained(model, tmp_path / "out")
     with torch.inference_mode():
         assert torch.equal(load_model(tmp_path / "out")(ids), after)
+
+
+def test_rounded_activations(trained, directory, tmp_path):
+    """What the engine's joined products say is what the layers say one by one; gradients pass the rounding."""
+    compress(directory, tmp_path / "small", "fp8", None, activations=True)
+    model = load_model(tmp_path / "small")
+    assert perplexity(trained) / 1.05 < perplexity(model) < perplexity(trained) * 1.05
+    quantised = quantize_(copy.deepcopy(trained), "fp8", None)
+    assert perplexity(model) != perplexity(quantised)
+    ids = list(TEXT[:24])
+    (out,) = LLM(model, TOKENIZER, quiet=True).generate([ids], SamplingParams(temperature=0, max_tokens=12))
+    for token in out.token_ids:
+        with torch.no_grad():
+            assert model(torch.tensor([ids]))[0, -1].argmax() == token
+        ids.append(token)
+    layer = model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+    layer.x_group = None
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), quantised.layers[0].mlp.up_proj(x))
+    for method in ("int8", "gptq"):
+        with pytest.raises(ValueError, match=f"beside weights in fp8, got {method}"):
+            compress(directory, tmp_path / "other", method, activations=True)
+    with pytest.raises(ValueError, match="these are int8: leave out x_group"):
+        QuantizedLinear(8, 8, "int8", None, x_group=-1)
 
 
 def change(path, name, tensor):

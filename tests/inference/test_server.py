@@ -184,6 +184,8 @@ def test_tokens_and_models(served):
     assert post(served, {"tokens": answer["tokens"]}, "/detokenize") == (200, {"prompt": "hé<|endoftext|>"})
     _, answer = post(served, {"messages": [{"role": "user", "content": "a"}]}, "/tokenize")
     assert TOKENIZER.decode(answer["tokens"]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    _, answer = post(served, {"prompt": [97]}, "/tokenize")  # which takes one text
+    assert answer["error"]["message"] == "prompt: Input should be a valid string"
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
         assert post(served, body | {"model": "cs336"}, path)[0] == 200
         assert post(served, body | {"model": "other"}, path)[0] == 404
@@ -211,7 +213,9 @@ def test_what_changes_no_answer_is_passed_over(served):
         ({"prompt": []}, 400, "prompt must be 1 to 1024 prompts"),
         ({"prompt": [[]]}, 400, "the prompt is empty"),
         ({"prompt": [[1, 999]]}, 400, "there is no token 999"),
-        ({"prompt": [-4]}, 400, "prompt"),
+        ({"prompt": [-4]}, 400, "prompt must be a text, token ids, or a list of either"),
+        ({"prompt": {"a": 1}}, 400, "prompt must be a text, token ids, or a list of either"),
+        ({"stop": 5}, 400, "stop must be a text, or a list of at most 256 texts"),
         ({"prompt": "a" * 128}, 400, "128 tokens, which leaves no room in a sequence of 128"),
         ({"prompt": "a" * 25_000}, 413, "no more than 20000 bytes"),
         ({"n": 17}, 400, "17 continuations were asked for at once, 16 is the most"),
@@ -225,10 +229,10 @@ def test_what_changes_no_answer_is_passed_over(served):
         ({"logit_bias": {"3": 1000}}, 400, "logit_bias of token 3 must be in"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"model": "other"}, 404, "there is no model 'other' here, but 'cs336'"),
-        (b"{", 400, "JSON decode error"),
+        (b"{", 400, "the body is not JSON"),
         (b"[" * 15_000, 400, "error parsing the body"),
         (b"\xff\xfe", 400, ""),
-        (b"", 400, "Field required"),
+        (b"", 400, "the body is empty: expected a JSON object"),
         (b"null", 400, ""),
     ],
 )
@@ -237,6 +241,29 @@ def test_bad_requests(served, body, status, message):
     assert got == status, answer
     assert message in answer["error"]["message"]
     assert served[0].under_way == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"prompt": 5}, "prompt", None),
+        ({"prompt": []}, "prompt", None),
+        ({"max_tokens": -1}, "max_tokens", None),
+        ({"max_tokens": 500}, "max_tokens", None),
+        ({"min_tokens": 99, "max_tokens": 9}, "min_tokens", None),
+        ({"stop": [""]}, "stop", None),
+        ({"stop_token_ids": "a"}, "stop_token_ids", None),
+        ({"logit_bias": {"3": 1000}}, "logit_bias", None),
+        ({"min_p": 2}, "min_p", None),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None),
+        ({"best_of": 4}, "best_of", None),
+        ({"model": "other"}, "model", "model_not_found"),
+        ({"unknown": 1}, None, None),
+    ],
+)
+def test_errors_say_which_field_they_are_of(served, body, param, code):
+    _, answer = post(served, {"prompt": "a"} | body)
+    assert (answer["error"]["param"], answer["error"]["code"]) == (param, code)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +284,8 @@ def test_bad_chats(served, body, message):
     assert (status, message in answer["error"]["message"]) == (400, True)
     if message.endswith(" is not supported"):
         assert answer["error"]["param"] == message.split()[0]
+    if message.startswith("message 0"):
+        assert answer["error"]["param"] == "messages.0"
     assert served[0].under_way == 0
 
 
@@ -355,7 +384,12 @@ def test_metrics_health_and_the_page(served):
         with urllib.request.urlopen(f"http://127.0.0.1:{served[1]}{path}") as answer:
             return answer.read().decode(), answer.headers
 
-    rows = dict(line.rsplit(" ", 1) for line in get("/metrics")[0].splitlines() if not line.startswith("#"))
+    lines = get("/metrics")[0].splitlines()
+    kinds = dict(line.split()[2:] for line in lines if line.startswith("# TYPE"))
+    counts = {name for name, kind in kinds.items() if kind == "counter"}
+    assert counts == {name for name in kinds if name.endswith("_total")}
+    assert {"cs336_prompt_tokens_total", "cs336_drafted_tokens_total", "cs336_requests_total"} < counts
+    rows = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(rows["cs336_time_to_first_token_seconds_count"]) >= 2
     assert float(rows["cs336_inter_token_latency_seconds_count"]) >= 6
     assert float(rows["cs336_prefix_cached_tokens_total"]) >= 16

@@ -170,7 +170,7 @@ def test_tool_choice_none(served):
             "tools.0.function.parameters cannot be followed: ",
         ),
         ({"tool_choice": "sometimes"}, "tool_choice must be "),
-        ({"tool_choice": 3}, "tool_choice."),
+        ({"tool_choice": 3}, "tool_choice must be a text, or "),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name is 'g'"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice asks for a call, and there are no tools"),
         ({"parallel_tool_calls": "perhaps"}, "parallel_tool_calls: "),

@@ -20,6 +20,7 @@ from cs336.nn import (
     LayerNormConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     MLPConfig,
     MoEConfig,
     NoMLPConfig,
@@ -93,6 +94,9 @@ class Definition:
             case "llama3":
                 factors = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor
                 frequencies = rope_tables.llama3(frequencies, *factors, scaling.original_context_length)
+            case "longrope":
+                frequencies = frequencies / torch.tensor(scaling.long_factors).double()
+                rate = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_context_length))
         turn = rate * torch.exp(1j * torch.outer(torch.arange(S).double(), frequencies))
         turned = torch.complex(*x[..., :r].chunk(2, -1)) * turn
         return torch.cat((turned.real, turned.imag, x[..., r:]), -1)
@@ -347,6 +351,12 @@ REFUSED = [
     (lambda: LinearScaling(0.5), "factor must be at least 1, got 0.5"),
     (lambda: YarnScaling(2.0, 0), "original_context_length must be a positive integer"),
     (lambda: Llama3Scaling(2.0, 8, 4.0, 4.0), "high_freq_factor must exceed low_freq_factor 4.0, got 4.0"),
+    (lambda: LongRopeScaling((1.0,), (0.0,), 8, 2.0), r"long_factors\[0\] must be a positive, finite number, got 0.0"),
+    (lambda: LongRopeScaling((1.0,), (1.0,), 1, 2.0), "original_context_length must be at least 2"),
+    (
+        lambda: block(positions=RopeConfig(scaling=LongRopeScaling((1.0,) * 4, (1.0,) * 3, 8, 2.0))),
+        "long_factors must have 4 numbers, one a rotated pair, got 3",
+    ),
     (lambda: model(PLAIN, position_embedding="learned"), "'learned' beside 'rope' positions"),
     (lambda: model(ALIBI, position_embedding="sinusoidal"), "'sinusoidal' beside 'alibi' positions"),
     (lambda: model(PLAIN, position_embedding="rotary"), "position_embedding must be 'learned' or 'sinusoidal', got"),

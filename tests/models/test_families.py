@@ -1,6 +1,7 @@
 """Each family of transformers, tiny and random: equal greedy tokens and distributions, both ways."""
 
 import contextlib
+import copy
 import json
 import math
 import pathlib
@@ -23,6 +24,7 @@ from cs336.nn import (
     LayerNormConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     MLPConfig,
     NoPositionsConfig,
     RMSNormConfig,
@@ -59,6 +61,11 @@ PHI3 |= {
     "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75},
     "rms_norm_eps": 1e-3,
 }
+LONG_FACTORS = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.3]}
+LONG_FACTORS |= {"long_factor": [1.0, 2.0, 4.0]}
+LONGROPE = {"rope_parameters": LONG_FACTORS, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+OTHER_LONGROPE = LONG_FACTORS | {"factor": 4.0, "attention_factor": 1.2, "original_max_position_embeddings": 8}
+GLM = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75}, "head_dim": 16}
 SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 0, 1], "attention_bias": True, "mlp_bias": True}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}
 GRANITE = MULTIPLIERS | {"logits_scaling": 1.3, "attention_bias": True, "tie_word_embeddings": True}
@@ -81,6 +88,8 @@ PLAIN |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attent
 TWO_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 TWO_ROPES |= {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
 OLMO3 = {"sliding_window": 7, "num_hidden_layers": 5}  # full is the fourth
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3}
+OTHER_TURNS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CAPLESS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 THEIRS = {
     "gpt2": ("GPT2", GPT2),
@@ -98,6 +107,8 @@ THEIRS = {
     "qwen2, yarn": ("Qwen2", SIZES | {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen2, yarn's mscale": ("Qwen2", SIZES | {"rope_parameters": YARN | MSCALE}),
     "qwen3": ("Qwen3", SIZES | {"head_dim": 12}),
+    "qwen2 with windows": ("Qwen2", SIZES | QWEN_WINDOWS),
+    "qwen3 with windows": ("Qwen3", SIZES | QWEN_WINDOWS | {"head_dim": 8} | OTHER_TURNS),
     "qwen3 with biases": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
     "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 4}),
     "olmo2 grouped": ("Olmo2", SIZES | {"rms_norm_eps": 1e-3}),
@@ -128,6 +139,8 @@ THEIRS = {
     "gemma, untied, with biases": ("Gemma", SIZES | GEMMA),
     "phi3": ("Phi3", SIZES | {"sliding_window": None}),
     "phi3, partial": ("Phi3", SIZES | PHI3),
+    "phi3, longrope": ("Phi3", SIZES | LONGROPE | {"original_max_position_embeddings": 8}),
+    "llama, longrope": ("Llama", SIZES | {"rope_parameters": OTHER_LONGROPE, "head_dim": 6}),
     "smollm3": ("SmolLM3", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}),
     "smollm3, said": ("SmolLM3", SIZES | SMOLLM3 | {"tie_word_embeddings": False}),
     "granite": ("Granite", SIZES | GRANITE),
@@ -141,6 +154,10 @@ THEIRS = {
     "cohere2, untied": ("Cohere2", SIZES | COHERE2),
     "gpt_oss": ("GptOss", SIZES | GPT_OSS),
     "gpt_oss, plain rope": ("GptOss", SIZES | GPT_OSS | PLAIN),
+    "glm": ("Glm", SIZES | {"head_dim": 8}),
+    "glm, said": ("Glm", SIZES | GLM),
+    "glm4": ("Glm4", SIZES | {"head_dim": 8}),
+    "glm4, tied": ("Glm4", SIZES | GLM | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "granite, plain logits": ("Granite", SIZES | MULTIPLIERS | {"mlp_bias": True}),
 }
 
@@ -148,7 +165,7 @@ THEIRS = {
 def made(name):
     """A model of transformers whose every weight counts."""
     family, options = THEIRS[name]
-    config = getattr(transformers, f"{family}Config")(**options)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(options))  # which it changes
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family.removesuffix('Text')}ForCausalLM"
     return randomised(getattr(transformers, head)(config))
 
@@ -204,13 +221,46 @@ def test_there_and_back(tmp_path, name):
     assert resolved(from_pretrained(tmp_path / "ours").config) == resolved(ours.config)
 
 
+def test_longrope_is_chosen_by_the_longest_text(tmp_path):
+    """transformers takes the factors by the length of a text, and so reads it anew where that passes the original one;
+    here a model for longer texts has the long ones from the first token on."""
+    torch.manual_seed(0)
+    options = SIZES | copy.deepcopy(LONGROPE) | {"original_max_position_embeddings": 90, "max_position_embeddings": 192}
+    theirs = randomised(transformers.Phi3ForCausalLM(transformers.Phi3Config(**options)))
+    theirs.save_pretrained(tmp_path)
+    short, long = from_pretrained(tmp_path, max_len=90), from_pretrained(tmp_path, max_len=91)
+    assert (short.config.context_length, long.config.context_length) == (90, 192)
+    assert_same_greedy(short, theirs)
+    ids = torch.randint(97, (2, 110))
+    assert_same(long, theirs, ids)
+    assert_same(short, theirs, ids[:, :90])
+    assert (long(ids[:, :90]) - short(ids[:, :90])).abs().max() > 0.1
+    save_pretrained(short, tmp_path / "short")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    assert_same_greedy(short, again)
+
+
 NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2", "gpt_oss")
+NEWER += ("glm", "glm4")
 COHERE = {"norm": LayerNormConfig(bias=False), "positions": RopeConfig(interleaved=True), "parallel": True}
+HALF = RopeConfig(50.0, interleaved=True, fraction=0.5)
 ROPE, SCALES = RopeConfig(50.0), ("embedding_scale", "logit_scale")
 OURS = {
     "llama 3": ("llama", {"positions": RopeConfig(scaling=Llama3Scaling(4.0, 24, 1.0, 3.0))}),
     "linear, interleaved": ("llama", {"positions": RopeConfig(scaling=LinearScaling(2.0), interleaved=True)}),
     "yarn": ("llama", {"positions": RopeConfig(scaling=YarnScaling(4.0, 24, truncate=False, attention_factor=1.2))}),
+    "longrope": (
+        "llama",
+        {"positions": RopeConfig(scaling=LongRopeScaling((1.0,) * 4, (1.0, 1.5, 2.0, 4.0), 24, 4.0))},
+    ),
+    "phi3, longrope, interleaved": (
+        "phi3",
+        {
+            "positions": RopeConfig(
+                interleaved=True, fraction=0.5, scaling=LongRopeScaling((1.0, 1.2), (1.5, 2.0), 24, 4.0, 1.3)
+            )
+        },
+    ),
     "geglu with biases": ("llama", {"mlp": MLPConfig("gelu_tanh", gated=True, d_ff=40, bias=True)}),
     "attention biases": ("llama", {"mixer": AttentionConfig(4, 2, qkv_bias=True, out_bias=True)}),
     "dropped out": ("llama", {"mixer": AttentionConfig(4, dropout=0.1), "dropout": 0.1}),
@@ -232,6 +282,8 @@ OURS = {
     "phi3, interleaved": ("phi3", {"positions": RopeConfig(50.0, interleaved=True, fraction=0.5)}),
     "phi3, dropped out": ("phi3", {"positions": RopeConfig(fraction=0.75), "dropout": 0.1}),
     "granite": ("granite", {"residual_scale": 0.7, "embedding_scale": 2.0, "logit_scale": 0.3}),
+    "glm": ("glm", {"mixer": AttentionConfig(4, 2, qkv_bias=True), "positions": HALF}),
+    "glm4": ("glm4", {"mixer": AttentionConfig(4, 2, qkv_bias=True), "positions": HALF, "placement": "sandwich"}),
     "cohere": ("cohere", COHERE | {"logit_scale": 0.3}),
     "cohere, logits as they are": ("cohere", COHERE),
     "granite, scaled scores": ("granite", {"mixer": AttentionConfig(4, 1, scale=0.2)}),
@@ -397,6 +449,24 @@ def test_an_old_mamba2_says_that_it_has_a_norm():
         FAMILIES["mamba2"].config(config | {"rms_norm": False})
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_an_old_qwen_says_where_its_windows_begin(kind):
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | QWEN_WINDOWS)).to_dict()
+    family = FAMILIES[config["model_type"]]
+    want = family.config(config)
+    assert [block.mixer.window for block in want.blocks] == [None, 7, 7]
+    del config["layer_types"]
+    assert family.config(config) == want
+    config["max_window_layers"] = 0
+    assert {block.mixer.window for block in family.config(config).blocks} == {7}
+    for full in ({"max_window_layers": 3}, {"use_sliding_window": False}):
+        assert family.config(config | full) == family.config(config | {"use_sliding_window": False})
+    with pytest.raises(ValueError, match="use_sliding_window = True"):
+        family.config(config | {"sliding_window": None})
+    with pytest.raises(ValueError, match="layer_types = "):
+        family.config(config | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3})
+
+
 def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
     config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 4, "layer_types": None}).to_dict()
     for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
@@ -422,11 +492,20 @@ def test_an_old_gemma3_says_its_pattern_and_bases_by_themselves():
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation = 'relu'"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, r"rope_scaling\.type = 'su'"),
+        ("phi3", {"rope_parameters": {"type": "su", "short_factor": [1.0]}}, r"lacks rope_parameters\.long_factor"),
+        ("phi3", {"rope_parameters": LONG_FACTORS, "max_position_embeddings": None}, "lacks max_position_embeddings"),
+        ("phi3", {"rope_parameters": LONG_FACTORS}, "short_factors must have 48 numbers, one a rotated pair, got 3"),
+        (
+            "phi3",
+            {"rope_parameters": LONG_FACTORS | {"short_factor": 1.0}},
+            "short_factor = 1.0: expected a list of num",
+        ),
+        ("phi3", {"rope_parameters": LONG_FACTORS | {"short_mscale": 1.1}}, r"rope_parameters\.short_mscale = 1\.1"),
         ("phi3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling\.rope_type = 'yarn'"),
         ("smollm3", {"no_rope_layers": [1, 2] * 18}, "no_rope_layers = "),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = "),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 5000}, "shared_expert_intermediate_size = 5000"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),

@@ -1,5 +1,6 @@
 """What runs a model runs those of each family too: the engine, its counts, `cs336 model info`, and ranks or why not."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -21,7 +22,7 @@ PROMPTS = [[5, 6, 7], [28], list(range(30)), [9] * 11]
 
 def made(name):
     family, options = THEIRS[name]
-    theirs = getattr(transformers, f"{family}Config")(**options).to_dict()
+    theirs = getattr(transformers, f"{family}Config")(**copy.deepcopy(options)).to_dict()  # which it changes
     return randomised(Transformer(FAMILIES[theirs["model_type"]].config(theirs)))
 
 

@@ -216,7 +216,8 @@ def test_conversations_are_written_by_the_template_of_the_file(tmp_path):
     [
         ({"general.architecture": "mamba"}, "general.architecture 'mamba': read are llama, qwen2, .*gemma3"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8, which cs336"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
+        ({"llama.rope.scaling.type": "yarn"}, "lacks llama.rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "ntk"}, "llama.rope.scaling.type = 'ntk'"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4"),
         ({"llama.block_count": 3}, r"lacks weights: blk\.2"),
         ({"llama.block_count": 1}, r"has unknown weights: blk\.1"),
@@ -231,6 +232,12 @@ def test_other_models_are_refused(tmp_path, change, message):
     path, _ = written(tmp_path, pairs=pairs)
     with pytest.raises(ValueError, match=message):
         from_gguf(path)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "dbrx", "glm4", "chatglm-bpe"])
+def test_those_that_cut_texts_as_llama_3_does(tmp_path, pre):
+    path, _ = written(tmp_path, pairs=metadata() | {"tokenizer.ggml.pre": pre})
+    assert tokenizer_from_gguf(path).pattern == "llama3"
 
 
 @pytest.mark.parametrize(

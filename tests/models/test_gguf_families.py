@@ -1,14 +1,15 @@
 """Models of transformers, written as llama.cpp's converter writes them: read from GGUF they give the same logits."""
 
+import copy
 import math
 
 import pytest
 import torch
-from test_families import CAPLESS, SIZES, assert_same_greedy, randomised
+from test_families import CAPLESS, LONG_FACTORS, SIZES, YARN, assert_same, assert_same_greedy, randomised
 from test_gguf import F32, metadata, pack, write
 
 from cs336.models import from_gguf
-from cs336.nn import LinearScaling, RopeConfig
+from cs336.nn import LinearScaling, RopeConfig, YarnScaling
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,6 +31,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 SANDWICHED = NAMES | {"post_attention_layernorm": "post_attention_norm"}
+NAMES |= {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}  # of GLM-4
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 GEMMA3 = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "num_hidden_layers": 6}
 ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -41,6 +43,9 @@ THEIRS = {
     "qwen3": ("Qwen3", SIZES | {"head_dim": 12}),
     "phi3": ("Phi3", SIZES | {"sliding_window": None}),
     "phi3, partial, window": ("Phi3", SIZES | {"sliding_window": 9, "rope_parameters": PARTIAL}),
+    "llama, yarn": ("Llama", SIZES | {"rope_parameters": YARN, "head_dim": 8}),
+    "qwen3, yarn": ("Qwen3", SIZES | {"head_dim": 12, "rope_parameters": YARN}),
+    "glm4": ("Glm4", SIZES | {"head_dim": 16}),
     "gemma": ("Gemma", SIZES | {"head_dim": 12}),
     "gemma2": ("Gemma2", SIZES | {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12}),
     "gemma3": ("Gemma3Text", SIZES | GEMMA3 | {"rope_parameters": ROPES}),
@@ -49,7 +54,7 @@ THEIRS = {
 
 def made(name):
     family, options = THEIRS[name]
-    config = getattr(transformers, f"{family}Config")(**options)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(options))  # which it changes
     return randomised(getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config))
 
 
@@ -78,6 +83,11 @@ def pairs_of(config):
         turned = int(config.hidden_size // config.num_attention_heads * ropes["partial_rotary_factor"])
         pairs |= {"rope.dimension_count": turned, "rope.scaling.original_context_length": 4096}
         pairs["attention.sliding_window"] = config.sliding_window or 0
+    if arch == "glm4":
+        pairs["rope.dimension_count"] = int(head_dim * ropes["partial_rotary_factor"])
+    if ropes.get("rope_type") == "yarn":
+        pairs |= {"rope.scaling.type": "yarn", "rope.scaling.factor": ropes["factor"]}
+        pairs["rope.scaling.original_context_length"] = ropes["original_max_position_embeddings"]
     if arch in ("gemma2", "gemma3"):
         pairs["attention.sliding_window"] = config.sliding_window
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -115,7 +125,7 @@ def test_logits_and_tokens_are_those_of_transformers(tmp_path, name):
     assert_same_greedy(from_gguf(converted(tmp_path, theirs)), theirs)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "glm4", "gemma2", "gemma3"])
 def test_names_are_those_of_the_package_gguf(name):
     gguf = pytest.importorskip("gguf")
     arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
@@ -152,6 +162,10 @@ def test_the_factors_of_llama_3_are_its_scaling(tmp_path):
     assert 1 < factors[8] < 8  # one is between
     more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
     assert_same_greedy(from_gguf(converted(tmp_path, theirs, more=more)), theirs)
+    with pytest.raises(ValueError, match=r"unknown weights: rope_freqs\.weight"):
+        from_gguf(
+            converted(tmp_path, theirs, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, more)
+        )
     factors[8] = 2.0
     more = {"rope_freqs.weight": ((16,), F32, pack(factors, F32)[0])}
     with pytest.raises(ValueError, match=r"rope_freqs\.weight that are not Llama 3\.1's"):
@@ -180,7 +194,11 @@ def test_the_largest_gemmas_scale_their_scores_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("qwen2", {"qwen2.rope.scaling.type": "yarn"}, "qwen2.rope.scaling.type = 'yarn'"),
+        ("qwen2", {"qwen2.rope.scaling.type": "longrope"}, "qwen2.rope.scaling.type = 'longrope'"),
+        ("qwen2", {"qwen2.rope.scaling.type": "yarn"}, "lacks qwen2.rope.scaling.factor"),
+        ("qwen3, yarn", {"qwen3.rope.scaling.yarn_log_multiplier": 0.1}, "rope.scaling.yarn_log_multiplier = 0.1"),
+        ("qwen3, yarn", {"qwen3.rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor = 0.5"),
+        ("phi3", {"phi3.rope.scaling.type": "longrope"}, r"lacks phi3\.rope_factors_short\.weight, phi3"),
         ("qwen2", {"qwen2.block_count": 10**9}, "qwen2.block_count = 1000000000"),
         ("qwen3", {"qwen3.attention.head_count": 2}, r"attn_q\.weight has .* the metadata mean \(24, 32\)"),
         ("qwen3", {"qwen3.attention.value_length": 4}, "qwen3.attention.value_length = 4"),
@@ -201,8 +219,64 @@ def test_what_a_file_cannot_be_is_named(tmp_path, name, changes, message):
         from_gguf(path)
 
 
-def test_longrope_is_refused_by_its_factors(tmp_path):
-    factors = {f"rope_factors_{kind}.weight": ((4,), F32, bytes(16)) for kind in ("long", "short")}
-    path = converted(tmp_path, made("phi3"), more=factors)
-    with pytest.raises(ValueError, match=r"unknown weights: rope_factors_long\.weight, rope_factors_short\.weight"):
-        from_gguf(path)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_positions_may_be_stretched_as_the_file_says(tmp_path, name):
+    """Linear, and YaRN with all that a file can say of it."""
+    theirs = made(f"{name}, yarn" if f"{name}, yarn" in THEIRS else name)
+    linear = {f"{name}.rope.scaling.{key}": None for key in ("original_context_length", "finetuned")}
+    linear |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": 2.0}
+    assert read_positions(converted(tmp_path, theirs, linear)).scaling == LinearScaling(2.0)
+    said = {"type": "yarn", "factor": 4.0, "original_context_length": 24, "attn_factor": 1.25, "finetuned": True}
+    said |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0}
+    scaling = read_positions(
+        converted(tmp_path, theirs, {f"{name}.rope.scaling.{key}": value for key, value in said.items()})
+    ).scaling
+    assert scaling == YarnScaling(4.0, 24, 16.0, 2.0, attention_factor=1.25 * (0.1 * math.log(4.0) + 1))
+
+
+def read_positions(path):
+    (block,) = set(from_gguf(path).config.blocks)
+    return block.positions
+
+
+def with_longrope(path, family, **options):
+    """As llama.cpp's converter writes it: an attention factor, and the factors of the pairs as weights."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"sliding_window": None} | options)
+    theirs, name = randomised(getattr(transformers, f"{family}ForCausalLM")(config)), family.lower()
+    ropes = config.rope_parameters
+    original = ropes["original_max_position_embeddings"]
+    more = {f"rope_factors_{kind}.weight": ((3,), F32, pack(torch.tensor(ropes[f"{kind}_factor"]), F32)[0])
+            for kind in ("long", "short")}  # fmt: skip
+    share = math.sqrt(1 + math.log(config.max_position_embeddings / original) / math.log(original))
+    said = {f"{name}.rope.scaling.attn_factor": share, f"{name}.rope.scaling.original_context_length": original}
+    said |= {f"{name}.rope.scaling.type": "longrope"} if family == "Llama" else {}
+    return theirs, converted(path, theirs, said, more)
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Llama"])
+def test_longrope_before_and_beyond_the_original_context(tmp_path, family):
+    ropes = LONG_FACTORS | {"original_max_position_embeddings": 90}
+    sizes = {"max_position_embeddings": 192, "num_hidden_layers": 2}
+    sizes |= (
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 90} if family == "Phi3" else {"head_dim": 6}
+    )
+    theirs, path = with_longrope(tmp_path, family, rope_parameters=ropes, **sizes)
+    assert_same_greedy(from_gguf(path, max_len=90), theirs)
+    ids = torch.randint(97, (2, 110))
+    assert_same(from_gguf(path), theirs, ids)
+    scaling = read_positions(path).scaling
+    assert (scaling.short_factors, scaling.long_factors) == ((1.0, 1.1, 1.3), (1.0, 2.0, 4.0))
+
+
+def test_factors_that_an_architecture_has_not_are_refused(tmp_path):
+    factors = {f"rope_factors_{kind}.weight": ((4,), F32, pack(torch.ones(4), F32)[0]) for kind in ("long", "short")}
+    with pytest.raises(ValueError, match=r"qwen2\.rope_factors_short\.weight = "):
+        from_gguf(converted(tmp_path, made("qwen2"), more=factors))
+    with pytest.raises(ValueError, match="short_factors must have 4 numbers, one a rotated pair, got 3"):
+        from_gguf(
+            converted(
+                tmp_path,
+                made("phi3"),
+                more={name: ((3,), kind, data[:12]) for name, (_, kind, data) in factors.items()},
+            )
+        )

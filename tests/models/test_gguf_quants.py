@@ -1,14 +1,15 @@
-"""GGUF's K formats: every number of a block of random bytes, by where its bits lie, and as gguf reads them."""
+"""GGUF's formats of K and of five bits: every number of a block of random bytes, by where its bits lie, and as gguf
+reads them."""
 
 import numpy as np
 import pytest
 import torch
 from test_gguf import metadata, write
 
-from cs336.models.gguf.quants import FORMATS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, dequantize
+from cs336.models.gguf.quants import FORMATS, Q2_K, Q3_K, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, dequantize
 from cs336.models.gguf.reader import GGUF
 
-HALVES = {Q2_K: (80, 82), Q3_K: (108,), Q4_K: (0, 2), Q5_K: (0, 2), Q6_K: (208,)}
+HALVES = {Q2_K: (80, 82), Q3_K: (108,), Q4_K: (0, 2), Q5_K: (0, 2), Q6_K: (208,), Q5_0: (0,), Q5_1: (0, 2)}
 
 
 def blocks(kind, count=5):
@@ -30,6 +31,10 @@ def six_bits(b, j):
 def element(kind, b, i):
     """Number i of a block b, a list of bytes."""
     d, *m = (float(np.array(b[at : at + 2], np.uint8).view("<f2")[0]) for at in HALVES[kind])
+    if kind in (Q5_0, Q5_1):
+        high, low = b[-20:-16], b[-16:]
+        q = low[i % 16] >> 4 * (i // 16) & 15 | (high[i // 8] >> i % 8 & 1) << 4
+        return d * (q - 16) if kind == Q5_0 else d * q + m[0]
     half, in_half, run = i // 128, i % 128, i // 16
     if kind == Q2_K:
         q = b[16 + 32 * half + i % 32] >> 2 * (in_half // 32) & 3
@@ -54,8 +59,9 @@ def element(kind, b, i):
 @pytest.mark.parametrize("kind", HALVES, ids=lambda kind: FORMATS[kind].name)
 def test_each_number_of_a_block(kind):
     found = blocks(kind)
-    want = [[element(kind, block, i) for i in range(256)] for block in found.tolist()]
-    got = dequantize(memoryview(found.tobytes()), kind).reshape(-1, 256)
+    elements = FORMATS[kind].elements
+    want = [[element(kind, block, i) for i in range(elements)] for block in found.tolist()]
+    got = dequantize(memoryview(found.tobytes()), kind).reshape(-1, elements)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 

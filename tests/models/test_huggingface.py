@@ -116,6 +116,23 @@ def test_a_fresh_export_wins_over_old_shards(tmp_path):
     assert torch.equal(from_pretrained(tmp_path)(X), model(X))
 
 
+def test_no_weights_of_an_earlier_save_are_left(tmp_path):
+    """Whoever reads all *.safetensors, or the index first, would take them for this model's."""
+    (tmp_path / "adapter_model.safetensors").write_text("another's")
+    for most in (20_000, 50_000, 10**9, 50_000):
+        model = make()
+        save_pretrained(model, tmp_path, max_shard_bytes=most)
+        files = {path.name for path in tmp_path.glob("model*")}
+        if most == 10**9:
+            assert files == {"model.safetensors"}
+        else:
+            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            assert len(files) > 2
+            assert files == {"model.safetensors.index.json", *index["weight_map"].values()}
+        assert torch.equal(from_pretrained(tmp_path)(X), model(X))
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_dtype(tmp_path):
     model = make().bfloat16()
     save_pretrained(model, tmp_path)

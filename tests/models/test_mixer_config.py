@@ -1,5 +1,6 @@
 """Mixers and patterns in configurations: TOML there and back, options, and what does not go together."""
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from cs336.nn import (
     Mamba2Config,
     NoPositionsConfig,
     RopeConfig,
+    SwiGLUConfig,
 )
 from cs336.utils.config import dumps, override, parse
 
@@ -67,6 +69,34 @@ def test_a_pattern():
     words = PATTERN.replace('"SSSM"', '"sliding sliding mamba"').replace("= 8", "= 6")
     words = words.replace('"S"', '"sliding"').replace('"M"', '"mamba"')
     assert parse(Whole, tomllib.loads(words)).model.blocks == (sliding, sliding, mamba) * 2
+
+
+def test_a_pattern_is_a_list_of_names_too():
+    text = parse(Whole, tomllib.loads(PATTERN)).model
+    listed = PATTERN.replace('"SSSM"', '["S", "S", "S", "M"]')
+    assert parse(Whole, tomllib.loads(listed)).model == text
+    assert dataclasses.replace(text, pattern=("S", "S", "S", "M")) == text
+    words = listed.replace('"S"', '"local"').replace('"M"', '"M"')
+    read = parse(Whole, tomllib.loads(words)).model
+    assert read.pattern == "local local local M"
+    assert read.blocks == text.blocks
+    assert parse(Whole, tomllib.loads(dumps(Whole(read)))).model == read
+    for options in (["--model.pattern", "S", "S", "S", "M"], ['--model.pattern=["S", "S", "S", "M"]']):
+        assert parse(Whole, override(Whole, tomllib.loads(PATTERN), options)).model == text
+    numbers = PATTERN.replace('"SSSM"', '"1112"').replace('"S"', '"1"').replace('"M"', '"2"')
+    assert parse(Whole, override(Whole, tomllib.loads(numbers), ["--model.pattern", "12"])).model.pattern == "12"
+    with pytest.raises(ValueError, match="orders layers by their names"):
+        config("attention", layers=None, num_heads=4, pattern=["S", "S"])
+    for bad in (["S", "M M"], ["S", ""], ["S", 1]):
+        with pytest.raises(ValueError, match="a list for a pattern holds layers' names, each one word"):
+            dataclasses.replace(text, pattern=bad)
+
+
+def test_layers_may_come_as_a_list():
+    text = parse(Whole, tomllib.loads(PATTERN)).model
+    listed = dataclasses.replace(text, layers=list(text.layers))
+    assert listed == text
+    assert hash(listed) == hash(text)
 
 
 def test_options_change_layers():
@@ -120,6 +150,15 @@ def test_what_does_not_fit(old, new, message):
             lambda: BlockConfig(Mamba2Config(), positions=RopeConfig(500.0)),
             "a mamba2 mixer takes positions of kind 'none', got 'rope'",
         ),
+        (lambda: BlockConfig("attention"), "mixer must be a AttentionConfig or .* got 'attention'"),
+        (lambda: BlockConfig(SwiGLUConfig()), r"mixer must be a .* or HyenaConfig, got SwiGLUConfig"),
+        (lambda: BlockConfig(Mamba2Config(), "swiglu"), "mlp must be a SwiGLUConfig or .* got 'swiglu'"),
+        (lambda: BlockConfig(Mamba2Config(), norm=None), "norm must be a RMSNormConfig or LayerNormConfig, got None"),
+        (lambda: BlockConfig(Mamba2Config(), positions="none"), "positions must be a RopeConfig or .* got 'none'"),
+        (lambda: RopeConfig(scaling="yarn"), "scaling must be a LinearScaling or .* got 'yarn'"),
+        (lambda: config("attention", layers=("S",)), r"layers\[0\] must be a BlockConfig, got 'S'"),
+        (lambda: config("attention", layers=BlockConfig(Mamba2Config())), "layers must be a list or tuple, got Block"),
+        (lambda: config("attention", pattern=3), "pattern must be a str, got 3"),
         (
             lambda: Attention(32, 4, causal=False, window=4),
             "a window counts the tokens before: it needs causal attention",

@@ -38,6 +38,21 @@ def test_prefill_and_steps_equal_the_parallel_form(name, cuts, rollback):
     assert state.lengths.tolist() == [24, 24]
 
 
+def test_no_tokens_and_no_rows(name):
+    model, x = make(name), ids(2, 9)
+    none = model(x[:, :0], segments=x[:, :0])
+    assert none.shape == (2, 0, 97)
+    none.sum().backward()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            state = model.new_state(2, 24)
+            for a, b in ((0, 0), (0, 5), (5, 5), (5, 6), (6, 9)):
+                close(model(x[:, a:b], state=state), model(x)[:, a:b])
+            assert state.lengths.tolist() == [9, 9]
+            nobody = model.new_state(0, 24)
+            assert [model(x[:0, :n], state=nobody).shape for n in (9, 1)] == [(0, 9, 97), (0, 1, 97)]
+
+
 @pytest.mark.parametrize("rollback", [0, 2])
 def test_rows_of_different_lengths(name, rollback):
     model, x, lengths = make(name), ids(4, 12), torch.tensor([12, 6, 1, 3])
@@ -139,6 +154,9 @@ def test_no_further_than_is_kept(name):
         state.truncate([10, 9])
     assert state.lengths.tolist() == [10, 11]
     close(model(x[:, 10:11], state=state.select([0]).select([0, 0]))[0], model(x[:1, :11])[0, 10:])
+    for rows, room in ((-1, 4), (1, -4)):
+        with pytest.raises(ValueError, match=f"got batch_size {rows}, max_len {room}"):
+            model.new_state(rows, room)
     with pytest.raises(ValueError, match="rollback must be 0 or more tokens, got -1"):
         model.new_state(1, rollback=-1)
 

@@ -9,22 +9,34 @@ from safetensors.torch import load_file, save_file
 from cs336.inference.quantization import gptq, quantize_
 from cs336.inference.quantization.rounding import nearest
 from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
-from cs336.nn import AttentionConfig, MoEConfig, QuantizedLinear, RopeConfig
+from cs336.models.huggingface.quantized import FORMATS
+from cs336.models.huggingface.quantized.tensors import Tensors
+from cs336.nn import (
+    AttentionConfig,
+    LayerNormConfig,
+    Linear,
+    MLPConfig,
+    MoEConfig,
+    NoPositionsConfig,
+    QuantizedLinear,
+    RopeConfig,
+)
+from cs336.nn.quantized import rounded
 
 ROPE = RopeConfig(interleaved=True)  # whose rows are in another order in a file
 BLOCK = BlockConfig(AttentionConfig(4, 2), positions=ROPE)
 NAME = "model.layers.1.mlp.up_proj"
 
 
-def make(method="int4", group=16, asymmetric=False, order=False, block=BLOCK):
+def make(method="int4", group=16, asymmetric=False, order=False, block=BLOCK, activations=False):
     """A model whose layers have zeros, and orders if asked for, as GPTQ leaves them."""
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(64, 32, 2, 64, init_std=0.1, tie_embeddings=False, layers=(block,))).eval()
     plain = {name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    quantize_(model, method, group, asymmetric=asymmetric)
+    quantize_(model, method, group, asymmetric=asymmetric, activations=activations)
     for name, module in model.named_modules():
         if order and isinstance(module, QuantizedLinear):
-            x = torch.randn(100, module.in_features)
+            x = torch.randn(100, module.in_features, generator=torch.Generator().manual_seed(1))  # q, k and v read one
             bits = {"bits": 4 if method == "int4" else 8, "asymmetric": asymmetric}
             module.fill(gptq(plain[name], x.t() @ x, group=module.group, act_order=True, **bits))
     return model
@@ -166,6 +178,9 @@ FLOATS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channe
 NAN = torch.full((192, 64), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
+DYNAMIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
 def fp8_group(read=None, **changes):
     only = {"targets": ["Linear"], "weights": FLOATS | changes, "input_activations": read}
     return {"config_groups": {"group_0": only}}
@@ -186,6 +201,14 @@ def fp8_group(read=None, **changes):
         ({}, fp8_group(strategy="group", group_size=16), "weights.strategy = "),
         ({}, fp8_group(num_bits=4), "symmetric floats of 8 bits"),
         ({}, fp8_group({"num_bits": 8, "dynamic": False}), "input_activations = "),
+        ({}, fp8_group(DYNAMIC | {"num_bits": 4}), "input_activations = .*symmetric floats of 8 bits"),
+        ({}, fp8_group(DYNAMIC | {"type": "int"}), "input_activations = .*symmetric floats of 8 bits"),
+        ({}, fp8_group(DYNAMIC | {"strategy": "channel"}), r"input_activations.strategy = \('channel', None\)"),
+        (
+            {},
+            fp8_group(DYNAMIC | {"strategy": "group", "group_size": 0}),
+            r"input_activations.strategy = \('group', 0\)",
+        ),
     ],
 )
 def test_fp8_that_does_not_fit_is_refused_by_name(change, said, message, tmp_path):
@@ -206,12 +229,54 @@ def test_fp8_scales_of_a_tensor_and_of_blocks_are_read(strategy, rows, columns, 
     for name in names:
         N, K = weights[name.removesuffix("_scale")].shape
         change[name] = torch.rand(1 if rows is None else (-(-N // rows), -(-K // columns))) + 1
-    dynamic = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
-    edited(tmp_path, change, **fp8_group(dynamic, strategy=strategy, block_structure=[rows, columns]))
+    edited(tmp_path, change, **fp8_group(DYNAMIC, strategy=strategy, block_structure=[rows, columns]))
     q, scale = weights[f"{NAME}.weight"].float(), change[f"{NAME}.weight_scale"]
     if rows is not None:
         scale = scale.repeat_interleave(min(rows, 192), 0)[:192].repeat_interleave(min(columns, 64), 1)[:, :64]
     torch.testing.assert_close(from_pretrained(tmp_path).layers[1].mlp.up_proj.weight, q * scale)
+
+
+@pytest.mark.parametrize(
+    ("read", "x_group"),
+    [
+        (None, None),
+        (DYNAMIC, -1),
+        (DYNAMIC | {"strategy": "tensor"}, -1),
+        (DYNAMIC | {"strategy": "group", "group_size": 16}, 16),
+    ],
+)
+def test_what_a_file_rounds_as_it_runs_is_rounded(read, x_group, tmp_path):
+    """Each layer multiplies its weights with the nearest fp8 of what it reads: a scale a token or group of features."""
+    save_pretrained(make("fp8", None), tmp_path, quantized_as="compressed-tensors")
+    edited(tmp_path, **fp8_group(read))
+    layer = from_pretrained(tmp_path).layers[1].mlp.up_proj
+    assert layer.x_group == x_group
+    x = torch.randn(7, 64) * torch.logspace(-9, 4, 7)[:, None]
+    x[0] = 0
+    wanted = x.double()
+    if read is not None:
+        groups = wanted.view(7, -1, 64 if x_group == -1 else x_group)
+        scales = groups.abs().amax(-1, keepdim=True).clamp(1e-30).float() / 448
+        wanted = ((groups.float() / scales).to(torch.float8_e4m3fn).double() * scales).view(7, 64)
+        assert 0.01 < ((wanted - x).norm(dim=1) / x.norm(dim=1))[1:].max() < 0.05
+    wanted = wanted @ layer.weight.double().T
+    rows = wanted.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    assert ((layer(x) - wanted) / rows).abs().max() < 2e-6
+    if read is not None:  # whatever stands in the batch beside a token
+        assert torch.equal(rounded(x, x_group)[3], rounded(x[3], x_group))
+
+
+@pytest.mark.parametrize("form", ["cs336", "compressed-tensors"])
+def test_rounded_activations_are_written_and_read(form, tmp_path):
+    model, plain = make("fp8", None, activations=True), make("fp8", None)
+    assert (logits(model) - logits(plain)).abs().max() > 1e-3
+    save_pretrained(model, tmp_path, quantized_as=form)
+    again = from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert {m.x_group for m in again.modules() if isinstance(m, QuantizedLinear)} == {-1}
+    save_pretrained(again, tmp_path / "again", quantized_as=form)
+    said = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (tmp_path, tmp_path / "again")]
+    assert said[0] == said[1]
 
 
 PACKED, SCALE = f"{NAME}.weight_packed", f"{NAME}.weight_scale"
@@ -290,11 +355,14 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path):
         save_pretrained(quantize_(soft, "int4", 16), tmp_path, quantized_as="awq")
 
 
-@pytest.mark.parametrize(("method", "group"), [("int4", 16), ("int8", 32), ("int8", None), ("fp8", None)])
-def test_transformers_loads_ours_with_compressed_tensors(method, group, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "group", "activations"),
+    [("int4", 16, False), ("int8", 32, False), ("int8", None, False), ("fp8", None, False), ("fp8", None, True)],
+)
+def test_transformers_loads_ours_with_compressed_tensors(method, group, activations, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = make(method, group)
+    model = make(method, group, activations=activations)
     save_pretrained(model, tmp_path, quantized_as="compressed-tensors")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -337,17 +405,78 @@ def test_compressed_tensors_reads_fp8_as_it_is_written_and_the_other_way_round(t
     check_both_ways(FloatQuantizationCompressor, state, scheme, tmp_path)
 
 
-def test_a_quantised_matrix_that_is_several_layers_here_is_refused_by_its_name(tmp_path):
-    """As files of Phi-3 have it."""
+STACKED = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(interleaved=True, fraction=0.5))
+FUSED = {"self_attn.qkv_proj": ("attention", "qkv"), "mlp.gate_up_proj": ("mlp", ("gate", "up"))}
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "group", "asymmetric", "order"),
+    [
+        ("awq", "int4", 16, True, False),
+        ("gptq", "int4", 16, False, True),
+        ("gptq", "int8", None, True, False),
+        ("compressed-tensors", "int8", 32, True, False),
+        ("compressed-tensors", "fp8", None, False, False),
+    ],
+)
+def test_matrices_of_several_layers_are_read_and_written(form, method, group, asymmetric, order, tmp_path):
+    """As files of Phi-3 have q, k and v, and gate and up: what is read is the rows of the matrix dequantised, and
+    transformers makes the same of that."""
+    transformers = pytest.importorskip("transformers")
+    save_pretrained(make(method, group, asymmetric, order, block=STACKED), tmp_path, quantized_as=form)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    said = config.pop("quantization_config")
+    reader, width = FORMATS[form].of(said), group or 64
+    plain, wide = {}, {"qkv_proj": (128, 64), "o_proj": (64, 64), "gate_up_proj": (2 * 192, 64), "down_proj": (64, 192)}
+    for stem in {n.rpartition(".")[0] for n in tensors if n.endswith((reader.mark, "weight_scale"))}:
+        shape = wide[stem.rpartition(".")[2]]
+        weight = reader.read(Tensors(tensors, stem, method), *shape)
+        plain[f"{stem}.weight"] = weight.dequantized(shape[1] if group is None else width)
+    again = from_pretrained(tmp_path)
+    for layer in range(2):
+        for name, (module, parts) in FUSED.items():
+            found = [again.get_submodule(f"layers.{layer}.{module}.{part}_proj") for part in parts]
+            assert all(isinstance(part, QuantizedLinear) for part in found)
+            whole = torch.cat([part.weight for part in found])
+            torch.testing.assert_close(whole, plain[f"model.layers.{layer}.{name}.weight"], rtol=0, atol=0)
+    assert len(plain) == 8
+    (tmp_path / "float").mkdir()
+    save_file(tensors | plain, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config))
+    theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "float").eval()
+    with torch.inference_mode():
+        want = theirs(torch.arange(60).view(2, 30)).logits
+    torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)
+    save_pretrained(again, tmp_path / "again", quantized_as=form)
+    first, second = (load_file(d / "model.safetensors") for d in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t.float(), second[name].float()) for name, t in first.items())
+
+
+def test_matrices_of_several_layers_that_do_not_fit_together_are_refused(tmp_path):
+    model = make("int4", 16, order=True, block=STACKED)
+    v = model.layers[0].attention.v_proj
+    v.order = v.order.flip(0)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.q_proj, .*v_proj: .* features are in other orders"):
+        save_pretrained(model, tmp_path, quantized_as="gptq")
+    model.layers[0].attention.v_proj = Linear(64, 32)
+    with pytest.raises(ValueError, match=r"v_proj is not quantised, and in a file of 'gptq' it is one matrix with "):
+        save_pretrained(model, tmp_path, quantized_as="gptq")
+
+
+def test_a_quantised_matrix_that_is_woven_of_layers_is_refused_by_its_name(tmp_path):
+    """GPT-2's is transposed, q, k and v side by side."""
     save_pretrained(make(), tmp_path / "llama", quantized_as="gptq")
     said = json.loads((tmp_path / "llama" / "config.json").read_text())["quantization_config"]
-    halves = BlockConfig(AttentionConfig(4, 2), positions=RopeConfig(fraction=0.5))
-    save_pretrained(Transformer(TransformerConfig(64, 32, 2, 64, layers=(halves,))), tmp_path / "phi3")
-    weights = load_file(tmp_path / "phi3" / "model.safetensors")
-    weights["model.layers.0.self_attn.qkv_proj.qweight"] = torch.zeros(8, 128, dtype=torch.int32)
-    save_file(weights, tmp_path / "phi3" / "model.safetensors")
-    config = json.loads((tmp_path / "phi3" / "config.json").read_text()) | {"quantization_config": said}
-    (tmp_path / "phi3" / "config.json").write_text(json.dumps(config))
-    message = r"layers\.0\.self_attn\.qkv_proj is quantised, and it is 3 layers here, layers\.0\.attention\.q_proj, "
+    parts = {"mixer": AttentionConfig(4, qkv_bias=True, out_bias=True), "mlp": MLPConfig("gelu", bias=True)}
+    block = BlockConfig(**parts, norm=LayerNormConfig(), positions=NoPositionsConfig())
+    config = TransformerConfig(64, 32, 2, 64, layers=(block,), position_embedding="learned")
+    save_pretrained(Transformer(config), tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2" / "model.safetensors")
+    weights["transformer.h.0.attn.c_attn.qweight"] = torch.zeros(8, 192, dtype=torch.int32)
+    save_file(weights, tmp_path / "gpt2" / "model.safetensors")
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text()) | {"quantization_config": said}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    message = r"h\.0\.attn\.c_attn is quantised, and it is 3 layers here, layers\.0\.attention\.q_proj, "
     with pytest.raises(ValueError, match=message):
-        from_pretrained(tmp_path / "phi3")
+        from_pretrained(tmp_path / "gpt2")

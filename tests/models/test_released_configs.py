@@ -29,6 +29,8 @@ SAID |= {"use_parallel_embedding": False, "use_qk_norm": False, "cache_implement
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 YARN |= {"original_max_position_embeddings": 4096}
+FACTORS = {"long_factor": [1.0 + i / 2 for i in range(48)], "short_factor": [1 + i / 100 for i in range(48)]}
+LONG = {"original_max_position_embeddings": 4096, "rope_theta": 10000.0}
 RELEASED = {
     "Gemma 2B": ("gemma", 2.506, sizes(2048, 16384, 256000, 18, 8, 1, 8192) | {
         "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
@@ -39,6 +41,22 @@ RELEASED = {
     }),
     "Phi-4": ("phi3", 14.660, sizes(5120, 17920, 100352, 40, 40, 10, 16384) | PHI | {
         "original_max_position_embeddings": 16384, "rope_theta": 250000, "sliding_window": None,
+    }),
+    "Phi-3 mini 128k": ("phi3", 3.821, sizes(3072, 8192, 32064, 32, 32, 32, 131072) | PHI | LONG | {
+        "rope_scaling": {"type": "su"} | FACTORS, "sliding_window": 262144,
+    }),
+    "Phi-3.5 mini": ("phi3", 3.821, sizes(3072, 8192, 32064, 32, 32, 32, 131072) | PHI | LONG | {
+        "rope_scaling": {"type": "longrope"} | FACTORS, "sliding_window": 262144,
+    }),
+    "Phi-4 mini": ("phi3", 3.836, sizes(3072, 8192, 200064, 32, 24, 8, 131072) | PHI | LONG | {
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
+        "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"} | FACTORS, "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    }),
+    "GLM-4 9B 0414": ("glm4", 9.400, sizes(4096, 13696, 151552, 40, 32, 2, 32768) | {
+        "attention_bias": True, "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu",
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "pad_token_id": 151329,
     }),
     "SmolLM3 3B": ("smollm3", 3.075, sizes(2048, 11008, 128256, 36, 16, 4, 65536) | {
         "attention_bias": False, "hidden_act": "silu", "layer_types": ["full_attention"] * 36, "mlp_bias": False,
@@ -91,10 +109,12 @@ def test_what_is_written_is_read_as_the_same(name):
     assert FAMILIES[family].table(config) is not None
 
 
-def test_phi_4_mini_is_refused_by_its_longrope():
-    factors = {"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48}
-    said = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
-    table = sizes(3072, 8192, 200064, 32, 24, 8, 131072) | PHI | said | {"rope_scaling": factors}
-    table |= {"original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144}
-    with pytest.raises(ValueError, match=r"rope_scaling\.type = 'longrope', which"):
-        FAMILIES["phi3"].config(table)
+@pytest.mark.parametrize("name", ["Phi-3 mini 128k", "Phi-3.5 mini", "Phi-4 mini"])
+def test_longrope_of_phi(name):
+    """Whose attention factor goes with 128k tokens of 4k, whichever of the factors are taken."""
+    config = FAMILIES["phi3"].config(RELEASED[name][2])
+    (block,) = set(config.blocks)
+    scaling, rotary = block.positions.scaling, block.positions.rotary_dim(block.mixer.head_size(config.d_model))
+    assert (rotary, scaling.original_context_length, scaling.factor) == (96, 4096, 32.0)
+    assert scaling.frequencies(rotary, 1e4, 131072)[1] == scaling.frequencies(rotary, 1e4, 4096)[1]
+    assert scaling.frequencies(rotary, 1e4, 4096)[1] == pytest.approx(1.19024, abs=1e-5)

@@ -1,10 +1,13 @@
 """torch.func over a whole model: what works on torch's modules works on ours."""
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, vmap
+from mixers import MIXERS
+from torch.func import functional_call, grad, jvp, vmap
 
-from cs336.models import Transformer, TransformerConfig
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AttentionConfig, MoEConfig, SwiGLUConfig
 
 CONFIG = TransformerConfig(97, 24, num_layers=2, d_model=32, num_heads=4, init_std=0.15)
 
@@ -14,8 +17,16 @@ def test_vmap_over_the_forward(device):
     torch.testing.assert_close(vmap(model)(ids), torch.stack([model(batch) for batch in ids]))
 
 
-def test_gradients_of_each_sample(device):
-    model, ids = Transformer(CONFIG).to(device), torch.randint(97, (3, 10), device=device)
+BLOCKS = {name: BlockConfig(mixer, SwiGLUConfig(16)) for name, mixer in MIXERS.items()} | {
+    "experts": BlockConfig(AttentionConfig(4, sinks=True), MoEConfig(4, 2, d_ff=16, num_shared=1, bias=True))
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_of_each_sample(name, device):
+    model = Transformer(TransformerConfig(97, 48, 1, 32, layers=(BLOCKS[name],), init_std=0.15)).to(device)
+    ids = torch.randint(97, (3, 10), device=device)
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(params, ids_S):
@@ -23,8 +34,13 @@ def test_gradients_of_each_sample(device):
         return F.cross_entropy(logits_SV, ids_S[1:])
 
     per_sample = vmap(grad(loss), in_dims=(None, 0))(params, ids)
+    _, slope = jvp(lambda params: loss(params, ids[0]), (params,), (params,))
     for i, ids_S in enumerate(ids):
         model.zero_grad()
-        F.cross_entropy(model(ids_S[None, :-1])[0], ids_S[1:]).backward()
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(per_sample[name][i], p.grad, msg=name)
+        loss(dict(model.named_parameters()), ids_S).backward()
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        for name, expected in grads.items():
+            torch.testing.assert_close(per_sample[name][i], expected, msg=name, atol=1e-5, rtol=1e-4)
+        if i == 0:
+            expected = sum((params[name] * g).sum() for name, g in grads.items())
+            torch.testing.assert_close(slope, expected, atol=1e-4, rtol=1e-4)

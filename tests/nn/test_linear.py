@@ -65,6 +65,18 @@ def test_joined_layers_are_what_they_were():
     assert layers[0].weight.grad is None
 
 
+def test_layers_made_in_inference_mode_are_joined():
+    with torch.inference_mode():
+        layers = [Linear(8, n) for n in (4, 6)]
+        x = torch.randn(3, 8)
+        want = [layer(x) for layer in layers]
+    join(layers)
+    with torch.inference_mode():
+        assert layers[0].weight.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
+        for found, right in zip(joined(x, layers), want, strict=True):
+            assert torch.allclose(found, right, atol=1e-6)
+
+
 @torch.no_grad()
 def test_what_is_not_side_by_side_is_computed_by_itself():
     torch.manual_seed(0)

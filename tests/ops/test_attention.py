@@ -284,3 +284,33 @@ KV = torch.zeros(2, 2, 5, 8)
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         ops.attention(**({"q": Q, "k": KV, "v": KV} | change))
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q_THD: ops.attention(*[q_THD.transpose(0, 1)] * 3, causal=True),
+        lambda q_THD: ops.attention_varlen(q_THD, q_THD, q_THD, torch.tensor([0, 2, 5], dtype=torch.int32)),
+        lambda q_THD: flash_attn_func(*[q_THD[None]] * 3, alibi_slopes=torch.tensor([0.5, 0.25])),
+    ],
+    ids=["batch", "packed", "flash_attn"],
+)
+def test_torch_func_takes_what_no_variant_is_forced_for(attend):
+    q = torch.randn(2, 5, 2, 8)
+
+    def loss(q):
+        return attend(q).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss))(q)
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(map(loss, leaf)), leaf)
+    torch.testing.assert_close(grads, expected, atol=1e-5, rtol=1e-5)
+    _, slope = torch.func.jvp(loss, (q[0],), (q[1],))
+    torch.testing.assert_close(slope, (expected[0] * q[1]).sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_packs_are_checked_under_torch_func_too():
+    q, cu = torch.randn(5, 2, 8), torch.tensor([0, 3, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to q's 5 tokens"):
+        torch.func.grad(lambda q: ops.attention_varlen(q, q, q, cu).sum())(q)

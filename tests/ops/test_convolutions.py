@@ -92,6 +92,14 @@ def test_nothing(kind, shape):
     assert call(kind, torch.zeros(shape), torch.zeros(2, 4)).shape == shape
 
 
+def test_no_tokens_need_no_taps():
+    x = torch.zeros(2, 0, 3, requires_grad=True)
+    ops.long_conv(x, torch.zeros(0, 3)).sum().backward()
+    assert x.grad.shape == x.shape
+    with pytest.raises(ValueError, match=r"filter must be \(L, 3\) to fit x \(2, 1, 3\), got \(0, 3\)"):
+        ops.long_conv(torch.zeros(2, 1, 3), torch.zeros(0, 3))
+
+
 def test_what_does_not_fit():
     x = torch.zeros(2, 5, 3)
     with pytest.raises(ValueError, match=r"weight must be \(3, K\) to fit x \(2, 5, 3\), got \(4, 2\)"):

@@ -256,6 +256,15 @@ def test_raw_ops_refuse_bad_tensors(variant, device):
                     pytest.fail(f"{name}'s argument {i} with {how} was taken: {overload(*bad)}")
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    q, beta = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2)
+    with pytest.raises(ValueError, match="scale must be finite, got"):
+        ops.linear_attention(q, q, q, scale=scale)
+    with pytest.raises(ValueError, match="scale must be finite, got"):
+        ops.gated_delta_rule(q, q, q, beta, scale=scale)
+
+
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 def test_a_decay_to_nothing(variant, device, op):
     """exp(-inf) = 0: what was before is forgotten, and nothing else changes."""

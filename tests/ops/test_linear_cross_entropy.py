@@ -101,6 +101,29 @@ def test_terms(variant, device, chunk_size, options):
     check(leaves, targets, chunk_size, **options)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 1e-2}, {"label_smoothing": 0.2}, TERMS[0] | {"label_smoothing": 0.2}]
+)
+@pytest.mark.parametrize("chunk_size", [5, None])
+def test_what_is_minimised_and_the_cross_entropy(variant, device, chunk_size, options, dtype):
+    leaves, targets = leaves_of((2, 9), 24, 50, dtype, device, bias=False), torch.randint(0, 50, (2, 9), device=device)
+    targets[0, 2:5] = -100
+    loss, alone = ops.linear_loss_sums(*leaves, targets, chunk_size=chunk_size, **options)
+    assert not alone.requires_grad
+    same = ops.linear_cross_entropy(*leaves, targets, chunk_size=chunk_size, reduction="sum", **options)
+    both = [(out, *torch.autograd.grad(out, leaves)) for out in (loss, same)]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    softcap = options.get("softcap")
+    with registry.use("ref"):
+        want = ops.linear_cross_entropy(
+            *(t.detach().double() for t in leaves), targets, softcap=softcap, reduction="sum"
+        )
+    assert alone.item() == pytest.approx(want.item(), rel=1e-6 if dtype == F32 else 1e-2)
+    with torch.no_grad():
+        assert ops.linear_loss_sums(*leaves, targets, chunk_size=chunk_size, **options)[1] == alone
+
+
 def test_log_probs(variant, device):
     x, weight = leaves_of((2, 9), 24, 50, F32, device, bias=False)
     targets = torch.randint(0, 50, (2, 9), device=device)
@@ -305,6 +328,7 @@ def test_opcheck(device):
         (_forward_op, (x, weight, bias, targets, *options, True, 4)),
         (_gradient_op, (x, weight, bias, targets, scale, *options, 4, wanted)),
         (_gradient_op, (x, weight, None, targets, scale, *options, 8, wanted)),
+        (_gradient_op, (x, weight, None, targets, scale, -100, 2.0, 1e-2, 0.1, 4, wanted)),
         (_backward_op, (x, weight, bias, targets, stat, stat, stat, None, stat, *options, 4, wanted)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -1,5 +1,7 @@
 """Arguments that nobody means and somebody gives: no dims, no features, other dtypes, scales that are not positive."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -31,6 +33,46 @@ def test_tensors_without_dims_or_features_are_refused(op, args, place):
     for bad in (SCALAR.to(good.dtype), good.to(torch.complex64), *none):
         with pytest.raises(ValueError, match=r"must|fit"):
             op(*args[:place], bad, *args[place + 1 :])
+
+
+@pytest.mark.parametrize("variant", ["triton", "ref", None])
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
+def test_a_sum_over_no_rows_has_gradients(variant, lead, device):
+    """Its gradient is one number, spread out by strides of 0, which contiguous() leaves as they are."""
+
+    def leaf(*shape):
+        return torch.ones(shape, device=device, requires_grad=True)
+
+    def table():
+        return torch.ones(lead[-1], 4, device=device)
+
+    x, weight, bias = leaf(*lead, 8), leaf(8), leaf(8)
+    with registry.use(variant) if variant else contextlib.nullcontext():
+        for y in (
+            ops.rms_norm(x, weight),
+            sum(ops.rms_norm(x, weight, residual=x)),
+            ops.layer_norm(x, weight, bias),
+            sum(ops.layer_norm(x, weight, bias, residual=x)),
+            *(op(x, x) for op in (ops.swiglu, ops.geglu)),
+            ops.relu2(x),
+            ops.rope(x, table(), table()),
+            ops.attention(*[leaf(1, 2, 0, 8) for _ in range(3)], causal=True),
+        ):
+            y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+    turned = leaf(8, 0)
+    ops.rms_norm(turned.t(), weight).sum().backward()
+    assert turned.grad.shape == (8, 0)
+
+
+@pytest.mark.parametrize("op", [ops.rms_norm, ops.layer_norm])
+def test_norms_name_what_is_no_tensor(op):
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    for args, message in (((x, None), "weight must be a tensor, got None"), (([1.0], weight), "x must be a tensor")):
+        with pytest.raises(TypeError, match=message):
+            op(*args)
 
 
 def test_lengths_of_packed_sequences_are_checked():

@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
+from cs336.nn import LongRopeScaling
 from cs336.ops import rope_tables
 
 THETA = 500000.0
 
 
-def of_transformers(kind, **options):
+def of_transformers(kind, seq_len=None, **options):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -18,7 +19,7 @@ def of_transformers(kind, **options):
         max_position_embeddings=8192,
         rope_parameters={"rope_type": kind, "rope_theta": THETA, **options},
     )
-    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len)
 
 
 def close(ours, theirs):
@@ -54,6 +55,21 @@ def test_yarn(factor, truncate):
     assert scale == pytest.approx(their_scale)
 
 
+@pytest.mark.parametrize("scale", [{}, {"factor": 8.0}, {"attention_factor": 1.3}])
+@pytest.mark.parametrize(("original", "context_length"), [(4096, 8192), (8192, 8192), (8192, 4096)])
+def test_longrope(original, context_length, scale):
+    """Of a model whose context is longer than the original one, or not."""
+    factors = {"short_factor": [1 + i / 40 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}
+    options = factors | scale | {"original_max_position_embeddings": original}
+    theirs, their_scale = of_transformers("longrope", **options, seq_len=context_length)
+    scaling = LongRopeScaling(
+        *map(tuple, factors.values()), original, scale.get("factor", 8192 / original), scale.get("attention_factor")
+    )
+    ours, our_scale = scaling.frequencies(64, THETA, context_length)
+    close(ours, theirs)
+    assert our_scale == pytest.approx(their_scale)
+
+
 def test_ntk_stretches_the_slowest_pair_alone():
     plain, stretched = rope_tables.inverse_frequencies(64, THETA), rope_tables.ntk(64, THETA, 4.0)
     assert stretched[0] == plain[0]
@@ -74,6 +90,7 @@ def test_far_positions_keep_their_angle():
         (lambda: rope_tables.linear(torch.ones(2), 0.5), "factor must be at least 1, got 0.5"),
         (lambda: rope_tables.ntk(2, 10.0, 2.0), "rotary_dim must be at least 4"),
         (lambda: rope_tables.llama3(torch.ones(2), 8.0, 4.0, 1.0, 10), "high_freq_factor must exceed"),
+        (lambda: rope_tables.longrope(torch.ones(2), [1.0]), "longrope has a factor for each of 2 pairs, got 1"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -85,7 +102,12 @@ def test_the_default_device_does_not_matter():
     def made():
         frequencies, scale = rope_tables.yarn(8, 100.0, 4.0, 16)
         stretched = rope_tables.llama3(frequencies, 8.0, 1.0, 4.0, 64)
-        return *rope_tables.tables(frequencies, 5, scale, device="cpu"), *rope_tables.tables(stretched, 5)
+        own = rope_tables.longrope(frequencies, [1.0, 1.5, 2.0, 3.0])
+        made = (
+            rope_tables.tables(frequencies, 5, scale, device="cpu"),
+            *(rope_tables.tables(f, 5) for f in (stretched, own)),
+        )
+        return [table for pair in made for table in pair]
 
     want = made()
     with torch.device("meta"):

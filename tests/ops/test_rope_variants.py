@@ -173,18 +173,43 @@ def compiles_whole(both, q, k):
         torch.testing.assert_close(g, expected)
 
 
-def test_positions_outside_the_tables(variant, device):
+@pytest.mark.parametrize("outside", [9, -1])
+def test_positions_outside_the_tables(variant, device, outside):
     """An error where the host sees them, else NaN: never what lies beside the tables in memory."""
     x, (cos, sin) = torch.ones(1, 1, 2, 8, device=device), tables(9, 4, device)
-    positions = torch.tensor([[3, 9]], device=device)
+    positions = torch.tensor([[3, outside]], device=device)
     if variant == "ref":
         if device == "cpu":
-            with pytest.raises(IndexError):
-                ops.rope(x, cos[:9], sin[:9], positions=positions)
+            w = torch.ones(8)
+            for call in (
+                lambda: ops.rope(x, cos, sin, positions=positions),
+                lambda: ops.rope_qk(x, x, cos, sin, positions=positions),
+                lambda: ops.qk_norm_rope(x, x, w, w, cos, sin, positions=positions),
+                lambda: registry.call("rope_fwd", [x], cos, sin, positions, False, False),
+            ):
+                with pytest.raises(IndexError, match="positions must be 0 to 8, got some from"):
+                    call()
         return
     y = ops.rope(x, cos, sin, positions=positions)
     assert y[0, 0, 0].isfinite().all()
     assert y[0, 0, 1].isnan().all()
+
+
+def test_qk_norm_rope_is_differentiable_again():
+    q, k = (torch.randn(1, heads, 2, 4, dtype=F64, requires_grad=True) for heads in (2, 1))
+    cos, sin = tables(2, 1, "cpu")
+    inputs = q, k, torch.rand(2, 4, dtype=F64, requires_grad=True)
+
+    def turned(q, k, weights):
+        return ops.qk_norm_rope(q, k, *weights, cos, sin, eps=1e-3)
+
+    assert torch.autograd.gradcheck(turned, inputs)
+    assert torch.autograd.gradgradcheck(turned, inputs)
+    _, slopes = torch.func.jvp(turned, inputs, inputs)
+    for n, slope in enumerate(slopes):
+        dy = torch.randn_like(slope)
+        grads = torch.autograd.grad(turned(*inputs)[n], inputs, dy, materialize_grads=True)
+        torch.testing.assert_close((slope * dy).sum(), sum((g * x).sum() for g, x in zip(grads, inputs, strict=True)))
 
 
 def test_the_raw_op_refuses(variant, device):

@@ -78,6 +78,13 @@ def test_zeros_stay_zeros_and_scale_does_not_matter(device):
     torch.testing.assert_close(orthogonalize(1e-4 * x), orthogonalize(1e4 * x), rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_no_matrix_is_refused():
+    for x in (torch.ones(3), torch.ones(2, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"x must be \(\.\.\., rows, columns\)"):
+            orthogonalize(x)
+    assert orthogonalize(torch.ones(0, 3, 2)).shape == (0, 3, 2)
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match="newton_schulz or polar_express, got 'svd'"):
         orthogonalize(torch.eye(2), method="svd")

@@ -408,6 +408,7 @@ def test_learning_rate_in_a_tensor(device):
     [
         ("lr must not be negative", {"lr": -1.0}),
         ("lr must not be negative, got nan", {"lr": math.nan}),
+        ("lr must be finite, got inf", {"lr": math.inf}),
         ("eps must not be negative", {"eps": -1.0}),
         ("weight_decay must not be negative", {"weight_decay": -1.0}),
         ("betas must be two numbers in", {"betas": (0.9, 1.0)}),
@@ -457,6 +458,13 @@ def test_other_algorithms_are_refused(flag):
         AdamW([p]).load_state_dict(theirs.state_dict())
     with pytest.raises(ValueError, match=f"a group has {flag}=True"):
         AdamW([{"params": [p], flag: True}])
+
+
+def test_an_option_that_there_is_not_is_named():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="AdamW has no option weigth_decay"):
+        AdamW([p], weigth_decay=0.1)
+    AdamW([p], fused=True, foreach=False, amsgrad=False)  # torch's, which change nothing
 
 
 def test_state_that_does_not_fit_changes_nothing():

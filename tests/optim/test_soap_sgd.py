@@ -224,6 +224,7 @@ def test_goes_on_bit_for_bit(make, dtype):
         (lambda p: SGD([p], momentum=1.0), "momentum must be in"),
         (lambda p: SGD([p], nesterov=True), "nesterov looks ahead along the momentum, and momentum is 0"),
         (lambda p: SGD([p], lr=-1), "lr must not be negative"),
+        (lambda p: SGD([p], lr=float("inf")), "lr must be finite, got inf"),
         (lambda p: Lion([p], betas=(0.9, 1.0)), "betas must be two numbers"),
         (lambda p: Lion([p], weight_decay=-1), "weight_decay must not be negative"),
         (lambda p: SOAP([p], frequency=0), "frequency must be at least 1"),

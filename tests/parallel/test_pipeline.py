@@ -39,17 +39,21 @@ def gradients(net):
     return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
 
-def piped(name, schedule, checkpointing=False):
+MORE = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+def piped(name, schedule, checkpointing=False, **more):
     """Losses and gradients of two steps that add up."""
     stage = pipeline_stage(model(name, checkpointing))
     pipeline = Pipeline(stage, num_microbatches=MICRO, schedule=schedule)
     with count_traffic() as traffic:
-        losses = [pipeline.step(*batch(step), scale=0.1) for step in range(2)]
+        losses = [pipeline.step(*batch(step), scale=0.1, **more) for step in range(2)]
     found = gradients(stage)
     with torch.no_grad():
-        losses.append(pipeline.step(*batch(2)))
+        losses.append(pipeline.step(*batch(2), **more))
     assert gradients(stage).keys() == found.keys()
     names = list(dict(stage.named_parameters()))
+    losses = [torch.stack(sums) for sums in losses] if more else losses
     return torch.stack(losses), found, names, dict(traffic.bytes)
 
 
@@ -67,6 +71,7 @@ def mistakes():
 def case(rank):
     results = {(name, how): piped(name, how) for name, how in itertools.product(CONFIGS, ("gpipe", "1f1b"))}
     results["tied", "checkpointed"] = piped("tied", "1f1b", checkpointing=True)
+    results["untied", "smoothed"] = piped("untied", "1f1b", **MORE)
     return results, mistakes()
 
 
@@ -75,14 +80,15 @@ def ranks(tmp_path_factory):
     return on_ranks(case, tmp_path_factory.mktemp("pipeline"), WORLD)
 
 
-def alone(name):
+def alone(name, **more):
     """The same in one process, a micro-batch at a time."""
     net, losses = model(name), []
     for step in range(3):
-        total = torch.zeros(())
+        total = torch.zeros(2) if more else torch.zeros(())
         for ids, targets in zip(*(x.chunk(MICRO) for x in batch(step)), strict=True):
-            loss, routing = net(ids, targets=targets, return_routing=True)
-            total += loss.detach()
+            loss, routing = net(ids, targets=targets, return_routing=True, **more)
+            total += torch.stack(loss).detach() if more else loss.detach()
+            loss = loss[0] if more else loss
             if step < 2:
                 added = 0 if routing is None else (targets != -100).sum() * (routing.balance + routing.z)
                 (0.1 * (loss + added)).backward()
@@ -90,9 +96,12 @@ def alone(name):
     return torch.stack(losses), gradients(net), list(dict(net.named_parameters()))
 
 
-@pytest.mark.parametrize(("name", "how"), [*itertools.product(CONFIGS, ("gpipe", "1f1b")), ("tied", "checkpointed")])
+OTHERS = ("tied", "checkpointed"), ("untied", "smoothed")
+
+
+@pytest.mark.parametrize(("name", "how"), [*itertools.product(CONFIGS, ("gpipe", "1f1b")), *OTHERS])
 def test_stages_equal_one_process_bit_for_bit(ranks, name, how):
-    losses, grads, names = alone(name)
+    losses, grads, names = alone(name, **(MORE if how == "smoothed" else {}))
     seen = set()
     for got_losses, got, got_names, _ in (r[0][name, how] for r in ranks):
         assert torch.equal(got_losses, losses)

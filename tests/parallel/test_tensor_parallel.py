@@ -12,10 +12,16 @@ from cs336.nn import AlibiConfig, AttentionConfig, GELUConfig, LayerNormConfig, 
 from cs336.parallel import Mesh, count_traffic, tensor_parallel
 from cs336.parallel.mesh import resolve
 from cs336.parallel.tensor import ColumnLinear, Region, RowLinear, whole_state_dict
-from cs336.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entropy, vocabulary_linear_cross_entropy
+from cs336.parallel.vocabulary import (
+    VocabularyEmbedding,
+    vocabulary_cross_entropy,
+    vocabulary_linear_cross_entropy,
+    vocabulary_linear_loss_sums,
+)
 
 WORLD = 2
 V, S, M = 48, 8, 32
+MORE = {"z_loss": 0.1}, {"label_smoothing": 0.2}, {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 3.0}
 ALIBI = BlockConfig(AttentionConfig(4, qkv_bias=True, out_bias=True), GELUConfig(40), LayerNormConfig(), AlibiConfig())
 SANDWICH = BlockConfig(
     AttentionConfig(4, 2, qk_norm=True, window=5, sinks=True), MLPConfig("gelu", bias=True), placement="sandwich"
@@ -109,6 +115,12 @@ def the_pieces(rank):
     grad = leaf.grad.clone()
     dist.all_reduce(grad)
     results["linear_cross_entropy"] = losses.detach(), grad, weight.grad
+    for i, options in enumerate(MORE):
+        leaf, own = x.clone().requires_grad_(), weight.detach().clone().requires_grad_()
+        loss, alone = vocabulary_linear_loss_sums(leaf, own, targets, **options)
+        loss.backward()
+        dist.all_reduce(leaf.grad)
+        results["sums", i] = loss.detach(), alone, leaf.grad, own.grad
     return results
 
 
@@ -196,6 +208,13 @@ def test_pieces(ranks):
             found["linear_cross_entropy"], (losses, leaf.grad, weight.grad.chunk(2)[rank]), strict=True
         ):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for i, options in enumerate(MORE):
+        leaf, weight = (t.detach().requires_grad_() for t in (x, table.weight))
+        loss, alone = ops.linear_loss_sums(leaf, weight, targets, **options)
+        loss.backward()
+        for rank, found in enumerate(r[1] for r in ranks):
+            want = loss.detach(), alone, leaf.grad, weight.grad.chunk(2)[rank]
+            torch.testing.assert_close(found["sums", i], want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_no_division_is_refused_with_the_arithmetic(ranks):

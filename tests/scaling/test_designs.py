@@ -218,7 +218,7 @@ def test_the_verb_writes_a_study_of_trunks(tokens, tmp_path, capsys):
         (["isoflop", "--vocab-size", "64"], "isoflop takes --budgets, and no --sizes or --ratios"),
         (["wsd", "--vocab-size", "64", "--sizes", "1e5"], "wsd takes --sizes and --ratios, and no --budgets"),
         (["best", "--vocab-size", "64", "--budgets", "1e12", "--write", "x.toml"], "a study needs --data"),
-        (["ladder", "--data", "nowhere", "--sizes", "1e5", "--ratios", "10"], "has no meta.json"),
+        (["ladder", "--data", "nowhere", "--sizes", "1e5", "--ratios", "10"], "for it does not exist"),
     ],
 )
 def test_the_verb_refuses(arguments, message, capsys):

@@ -60,6 +60,7 @@ def test_what_is_refused_leaves_the_log(tmp_path, capsys):
     ("change", "message"),
     [({"loss": "2"}, "loss must be"), ({"loss": 0}, "loss must be"), ({"low": math.nan}, "low must be"),
      ({"high": None}, "high must be"), ({"tokens": True}, "tokens must be"), ({"name": 5}, "name must be text"),
+     ({"name": " "}, "by which the run is graded later"),
      ({"measured": "x"}, "measured must be"), ({"more": 1}, "more"), ({"confidence": 7}, "confidence must be below 1"),
      ({"low": 2.7}, "low must be at most high")],
 )  # fmt: skip

@@ -48,7 +48,7 @@ def test_what_cannot_be_told_apart_is_refused():
         fit_power(N, {"parameters": N, "tokens": 20 * N * (1 + 1e-9 * np.array([1, -1, 2, 0, -2]))})
     with pytest.raises(ValueError, match="want at least 3 runs, whose tokens differ; got 2"):
         fit_power(N[:2], {"tokens": N[:2]})
-    with pytest.raises(ValueError, match="y must be positive and finite; run 1"):
+    with pytest.raises(ValueError, match="y must be positive and finite; run 2 of 3 has -1"):
         fit_power([1.0, -1.0, 2.0], {"tokens": N[:3]})
     with pytest.raises(ValueError, match="bootstrap > 0"):
         fit_power(N, {"tokens": N}, bootstrap=0).interval("tokens")

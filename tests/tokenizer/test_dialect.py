@@ -126,7 +126,7 @@ def test_refused_by_name(expression, named):
     with pytest.raises(ValueError, match=named):
         translate(expression)
     with pytest.raises(ValueError, match=named):
-        Tokenizer(BYTES, None, pattern=expression)
+        patterns.portable(expression)
 
 
 def random_set(rng, depth=0):

@@ -238,6 +238,7 @@ def test_tokenizers_that_would_encode_otherwise(saved, where, value, message, tm
         (({0: b"a", 1: b"ab"}, [(b"a", b"b")]), "needs the token b'b'"),
         (({**BYTES, 256: b"ab"}, [(b"a", b"b"), (b"a", b"b")]), "is listed twice"),
         (({**BYTES, 256: b"ab"}, [("a", "b")]), "a merge must be a pair of bytes"),
+        (({**BYTES, 256: b"ab"}, [(b"a", b"b", b"c")]), "a merge must be a pair of bytes"),
         ((BYTES, [], ["<e>", "<e>"]), "a special token is listed twice"),
         ((BYTES, [], [""]), "must be a str, not empty"),
         ((BYTES, [], "<e>"), "special_tokens must be a list"),

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cs336 import _text
-from cs336.tokenizer import PATTERNS, patterns
+from cs336.tokenizer import PATTERNS, Tokenizer, patterns
 from cs336.tokenizer.dialect import translate
 
 TABLE = pathlib.Path(__file__).parents[2] / "csrc/cpu/text/unicode_table.h"
@@ -175,3 +175,61 @@ def test_bad_pattern(bad):
 )
 def test_names_of_tiktoken(theirs, ours):
     assert patterns.canonical(theirs) == ours
+
+
+# ---- expressions that engines read in different ways: what the regex package makes of them ----
+
+OF_REGEX_ALONE = [
+    r"\w+|[^\w\s]+|\s+",
+    r"\b\w+\b|\W",
+    r"(?i)[a-m]+|[\s\S]",
+    r"^\s*\S+|\S+$|[\s\S]",
+    r"(?P<word>\S)(?P=word)*|\s+",
+    r"\X",
+    r"(?=[A-Z])",  # cuts, and matches nothing
+]
+
+
+@pytest.mark.parametrize("expression", OF_REGEX_ALONE)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+def test_any_other_expression_is_that_of_regex(expression, text):
+    cuts = {0, len(text)}
+    for match in regex.finditer(expression, text):
+        cuts.update(match.span())
+    ends = [len(text[:cut].encode()) for cut in sorted(cuts)][1:]
+    assert patterns.for_core(patterns.canonical(expression))(text.encode()) == ends
+
+
+@pytest.mark.parametrize("expression", OF_REGEX_ALONE)
+def test_it_trains_encodes_and_comes_back(expression, tmp_path):
+    texts = ["The cat sat, the cat ran; THE END_1 aaa", " caf\u00e9 \u4e2d\u6587 A1B2\n", ""]
+    tokenizer = Tokenizer.train(texts * 3, 262, ["<|e|>"], pattern=expression)
+    assert tokenizer == Tokenizer.train(iter(texts * 3), 262, ["<|e|>"], pattern=expression, num_threads=3)
+    tokenizer.save(tmp_path / "t.json")
+    loaded = Tokenizer.load(tmp_path / "t.json")
+    assert loaded.pattern == expression
+    for text in texts:
+        ids = loaded.encode(text)
+        assert loaded.decode(ids) == text
+        assert list(loaded.encode_iterable(text)) == ids == tokenizer.encode_batch([text], num_threads=2)[0]
+
+
+def test_it_is_not_handed_to_those_who_read_it_in_another_way(tmp_path):
+    tokenizer = Tokenizer.train(["the cat"], 258, pattern=r"\w+|\W+")
+    tokenizer.save(tmp_path / "t.json")
+    with pytest.raises(ValueError, match=r"t\.json"):
+        Tokenizer.from_huggingface(tmp_path / "t.json")
+    for write in (tokenizer.to_tiktoken, lambda path: tokenizer.to_gpt2(path, tmp_path / "merges.txt")):
+        with pytest.raises(ValueError, match=r"would give others other ids: .*has an escape, '\\\\w'"):
+            write(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="read alike"):
+        Tokenizer.from_tiktoken(ranks_file(tmp_path), r"\w+|\W+")
+    tokenizers = pytest.importorskip("tokenizers")
+    with pytest.raises(Exception, match=r"pre_tokenizer|PreTokenizer|variant|untagged"):
+        tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+
+
+def ranks_file(directory):
+    Tokenizer({i: bytes([i]) for i in range(256)}, None).to_tiktoken(directory / "r.tiktoken")
+    return directory / "r.tiktoken"

@@ -2,7 +2,9 @@ import io
 import json
 import os
 import pathlib
+import re
 import resource
+import zipfile
 
 import pytest
 import torch
@@ -64,9 +66,29 @@ def test_file_objects(tmp_path, place):
         file.seek(0)
         assert load_checkpoint(file, other, resumed) == 3
         assert step(other, resumed, 1) == step(net, optimizer, 1)
+        with pytest.raises(ValueError, match=r"^checkpoint the file object does not fit the model"):
+            load_checkpoint(file, model(width=9))
         file.truncate(100)
         with pytest.raises(ValueError, match="the file object holds no checkpoint"):
             load_checkpoint(file, other)
+
+
+def test_errors_name_the_archive(tmp_path):
+    """Not where it was unpacked."""
+    file = tmp_path / "c.pt"
+    with open(file, "wb") as archive:
+        save_checkpoint(model(), None, 3, archive)
+    with pytest.raises(ValueError, match=rf"^checkpoint {file} does not fit the model"):
+        load_checkpoint(file, model(width=9))
+    with pytest.raises(ValueError, match=rf"^checkpoint {file} was saved without an optimizer"):
+        load_checkpoint(file, None, AdamW(model().parameters()))
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data[:-1] if name == MODEL else data)
+    with pytest.raises(checkpoint.DamagedError, match=rf"^checkpoint {file} is damaged: {MODEL}"):
+        load_checkpoint(file, model())
 
 
 def test_weights_alone(tmp_path):
@@ -275,6 +297,26 @@ def test_files_and_paths_are_one_thing(tmp_path):
         save_checkpoint(net, optimizer, 3, tmp_path / "mine.pt")
     with pytest.raises(ValueError, match=r"mine\.pt holds no checkpoint"):
         load_checkpoint(tmp_path / "mine.pt")
+
+
+def test_errors_name_the_archive_and_not_where_it_is_unpacked(tmp_path):
+    net = model()
+    path = save_checkpoint(net, None, 1, tmp_path / "c.pt")
+    for wanted, name in ((path, re.escape(str(path))), (io.BytesIO(path.read_bytes()), "in the file object")):
+        with pytest.raises(ValueError, match=f"checkpoint {name} does not fit the model"):
+            load_checkpoint(wanted, model(width=64))
+        with pytest.raises(ValueError, match=f"checkpoint {name} was saved without an optimizer"):
+            load_checkpoint(wanted, net, AdamW(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("iteration", "extra", "error"),
+    [(-1, {}, "iteration must be a whole number"), (1.5, {}, "iteration"), (1, {"a": object()}, "extra must be JSON")],
+)
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path, iteration, extra, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        save_checkpoint(model(), None, iteration, tmp_path / "c", extra=extra)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damage_that_leaves_the_form_whole_is_found(tmp_path):

@@ -434,6 +434,11 @@ def test_the_tokenizer_beside_the_shards_is_exported(tmp_path):
     assert "no tokenizer" not in display
     assert Tokenizer.load(result.export / "tokenizer.json").fingerprint == tokenizer.fingerprint
 
+    (tmp_path / "tokens/train/tokenizer.json").rename(tmp_path / "kept.json")
+    with pytest.raises(FileNotFoundError, match=r"tokens/train/tokenizer.json, which made these shards, is gone: put"):
+        Trainer(tiny_run.config(tmp_path, "other", data=data, model=model, budget="2steps"))
+    assert not (tmp_path / "other").exists()
+
 
 def test_an_export_without_a_tokenizer_is_said_at_the_start(tmp_path):
     _, display = train(tiny_run.config(tmp_path, budget="2steps"))

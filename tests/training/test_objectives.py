@@ -11,13 +11,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cs336.models import Transformer
+from cs336.models import BlockConfig, Transformer, TransformerConfig
+from cs336.nn import AttentionConfig, MoEConfig
 from cs336.optim import grad_norm
 from cs336.training.decisions import agreed
 from cs336.training.learner import Learner
 from cs336.training.objectives import NextToken, gradient_scale, micro_batches
 
 MODEL = dataclasses.replace(tiny_run.MODEL, d_model=8, vocab_size=31)  # 31: nothing divides evenly
+EXPERTS = TransformerConfig(31, 8, 1, 8, layers=(BlockConfig(AttentionConfig(2), MoEConfig(4, 2, balance_loss=0.5)),))
 
 
 def batch():
@@ -65,18 +67,25 @@ def test_ignored_targets_weigh_the_same_in_every_micro_batch_size(tmp_path):
         assert values["grad_norm"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_fused_head_trains_the_same(tmp_path):
+MORE = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01}, MORE])
+@pytest.mark.parametrize("model", [MODEL, EXPERTS, dataclasses.replace(MODEL, logit_softcap=3.0)])
+def test_a_fused_head_trains_the_same(tmp_path, model, options):
     found = []
     for fused in (False, True):
-        objective = NextToken(fused_head=fused)
-        learner = Learner(tiny_run.config(tmp_path, model=MODEL, batch_size=4, micro_batch_size=2, objective=objective))
+        settings = {"model": model, "batch_size": 4, "objective": NextToken(fused_head=fused, **options)}
+        learner = Learner(tiny_run.config(tmp_path, micro_batch_size=2, **settings))
         values = learner.update(batch(), lr=1e-2)
-        found.append([values["loss"], values["grad_norm"], *(p.detach() for p in learner.model.parameters())])
-    for plain, fused in zip(*found, strict=True):
+        assert ("cross_entropy" in values) == bool(options or model is EXPERTS)
+        found.append([*values.items(), *learner.model.state_dict().items()])
+    for (name, plain), (fused_name, fused) in zip(*found, strict=True):
+        assert name == fused_name
         torch.testing.assert_close(fused, plain)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}])
+@pytest.mark.parametrize("options", [{}, MORE])
 def test_a_loss_in_place_of_the_logits_trains_the_same(tmp_path, monkeypatch, options):
     """As on a GPU; what is reported beside the loss is read before."""
     op, found = importlib.import_module("cs336.ops.cross_entropy"), []  # the package has a function of that name
@@ -95,9 +104,9 @@ def test_a_soft_cap_fuses_the_head(tmp_path, monkeypatch):
     assert not NextToken().of(MODEL).fused_head
     assert NextToken().of(capped).fused_head
     assert not NextToken(fused_head=False).of(capped).fused_head
-    assert not NextToken(z_loss=1e-4).of(capped).fused_head
+    assert NextToken(z_loss=1e-4).of(capped).fused_head
     assert NextToken(fused_head=True).of(MODEL).fused_head
-    learner = Learner(tiny_run.config(tmp_path, model=capped))
+    learner = Learner(tiny_run.config(tmp_path, model=capped, objective=NextToken(z_loss=1e-4)))
     monkeypatch.setattr(learner.model, "logits", None)  # never made whole, by the search for what is not finite either
     learner.update(batch(), lr=1e-3)
     assert learner.first_non_finite(batch()) is None

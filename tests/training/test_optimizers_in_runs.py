@@ -1,5 +1,6 @@
 """Every optimizer, precision and schedule as a run has them: from a table, resumed, and landing."""
 
+import dataclasses
 import io
 import json
 
@@ -39,6 +40,10 @@ RUNS = {
     "sgd": {"optimizer": SGDConfig()},
     "bf16 moments": {"optimizer": AdamWConfig(state_dtype="bfloat16")},
     "bf16 weights": {"optimizer": AdamWConfig(lr=0.01), "precision": "bf16_weights"},
+    "bf16 weights, float32 norms": {
+        "model": dataclasses.replace(tiny_run.MODEL, float32_norms=True, qk_norm=True),
+        "precision": "bf16_weights",
+    },
     "muon, bf16 weights": {"optimizer": MuonConfig(), "precision": "bf16_weights"},
     "stochastic": {"optimizer": AdamWConfig(rounding="stochastic"), "precision": "bf16_weights"},
 }

@@ -429,11 +429,16 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, monkeypatch):
     assert tiny_run.rows(tiny.run_dir) == tiny_run.rows(whole.run_dir)
 
 
-def test_validation_reads_whole_batches_spread_over_the_set(tmp_path):
+@pytest.mark.parametrize("objective", [NextToken(), NextToken(label_smoothing=0.1, z_loss=0.1, fused_head=True)])
+def test_validation_reads_whole_batches_spread_over_the_set(tmp_path, objective):
     with ShardWriter(tmp_path / "data", vocab_size=tiny_run.VOCAB, tokenizer="t", eot_id=0) as writer:
         writer.write(np.arange(8 * 10 + 1) % tiny_run.VOCAB)
     tiny = tiny_run.config(
-        tmp_path, eval_tokens=50, batch_size=2, data=DataConfig(tmp_path / "data", tmp_path / "data")
+        tmp_path,
+        eval_tokens=50,
+        batch_size=2,
+        data=DataConfig(tmp_path / "data", tmp_path / "data"),
+        objective=objective,
     )
     trainer = Trainer(tiny, display=tiny_run.quiet())
     read = []

@@ -54,6 +54,24 @@ class Job:
         return self.ran
 
 
+def test_a_stage_whose_output_names_what_is_gone_runs_again(tmp_path):
+    runs = []
+
+    def make():
+        runs.append(1)
+        for name in ("index", "part"):
+            (tmp_path / name).touch()
+        return Outcome("made")
+
+    stage = Stage("make", "make", make, ("index",), is_whole=(tmp_path / "part").exists)
+    run_stages(tmp_path, [stage], Console(file=io.StringIO()))
+    run_stages(tmp_path, [stage], Console(file=io.StringIO()))
+    assert len(runs) == 1
+    (tmp_path / "part").unlink()
+    run_stages(tmp_path, [stage], Console(file=io.StringIO()))
+    assert len(runs) == 2
+
+
 @pytest.fixture
 def job(tmp_path):
     (tmp_path / "text.txt").write_text("how do you train")

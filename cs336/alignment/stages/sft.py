@@ -100,7 +100,9 @@ class SFTStage(Stage):
         order = sorted(self.val, key=lambda example: len(example.token_ids))
         with self.policy.judging():
             for start in range(0, len(order), self.config.batch_size):
-                loss, counted, _ = SFT()(self.policy.model, self._padded(order[start : start + self.config.batch_size]))
+                part = self._padded(order[start : start + self.config.batch_size])
+                loss, counted, metrics = SFT()(self.policy.model, part)
+                loss = metrics.get("cross_entropy", loss)  # without what routers add
                 total, count = total + loss.item(), count + counted.item()
             answers = self._answers()
         mean = total / count

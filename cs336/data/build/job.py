@@ -26,7 +26,7 @@ from cs336.data.build.dedup import run_dedup
 from cs336.data.build.engines import run_local, run_ray
 from cs336.data.build.progress import Progress
 from cs336.data.build.sample import LEAST_HELD_OUT, take_sample, warning
-from cs336.data.build.store import Store, Texts, counts_of, read_index, write_index
+from cs336.data.build.store import Store, Texts, counts_of, is_whole, read_index, write_index
 from cs336.data.build.unit import Work
 from cs336.data.mix import mixture_epochs, times
 from cs336.data.pack import pack_shards
@@ -39,6 +39,7 @@ from cs336.utils.config import dumps, to_table
 from cs336.utils.contents import Contents
 from cs336.utils.documents import Document
 from cs336.utils.files import write_json, write_text
+from cs336.utils.shards import shards_are_whole
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.stages import Outcome, Stage, run_stages
 
@@ -141,6 +142,7 @@ class Build:
                 lambda: self.extract(works),
                 outputs=(f"{EXTRACT}/index.json",),
                 settings={"units": _digest([work.key for work in works])},
+                is_whole=lambda: is_whole(self.output / EXTRACT) and all(work.done for work in works),
             )
         ]
         source = EXTRACT
@@ -178,6 +180,7 @@ class Build:
             outputs=(f"{target}/index.json",),
             inputs=(self.output / source / "index.json", *_paths(config)),
             settings={**_values(config), **shared, "seed": self.recipe.seed},
+            is_whole=lambda: is_whole(self.output / target),
         )
 
     def _token_stages(self, config: Tokenize, source: str) -> Iterator[Stage]:
@@ -201,6 +204,7 @@ class Build:
             inputs=(documents, tokenizer),
             settings={name: getattr(config, name) for name in ("val_fraction", "shuffle", "shard_tokens")}
             | {"seed": self.recipe.seed, "mix": to_table(self.recipe.mix)},
+            is_whole=lambda: all(shards_are_whole(self.output / TOKENS / side) for side in sides),
         )
         if config.pack is not None:
             yield Stage(
@@ -210,6 +214,7 @@ class Build:
                 outputs=(f"{PACKED}/meta.json",),
                 inputs=(self.output / TOKENS,),
                 settings={"pack": config.pack, "shard_tokens": config.shard_tokens, "seed": self.recipe.seed},
+                is_whole=lambda: shards_are_whole(self.output / PACKED),
             )
 
     @property

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -15,15 +16,31 @@ from cs336.utils.files import write_json
 
 INDEX = "index.json"
 BLOCK = 1 << 22
+_UNIT = re.compile(r"\d{5,}\.jsonl?")
 
 
 def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, Any]) -> None:
-    """DIRECTORY/index.json: the files of the stage's documents with their digests, and what was counted."""
+    """DIRECTORY/index.json: the files of the stage's documents with their digests, and what was counted.
+
+    What an earlier build of more units left in the stage's folders goes.
+    """
+    stems = {pathlib.Path(name).stem for name in names}
+    for path in directory.glob("*/[0-9]*.json*"):
+        if _UNIT.fullmatch(path.name) and path.stem not in stems:
+            path.unlink()
     files = []
     for name in names:
         with (directory / "documents" / name).open("rb") as file:
             files.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
     write_json(directory / INDEX, {"files": files, **facts}, indent=1)
+
+
+def is_whole(directory: pathlib.Path) -> bool:
+    """Whether the files that a stage's index names are there."""
+    try:
+        return all((directory / "documents" / name).exists() for name, _ in read_index(directory)["files"])
+    except ValueError:
+        return False
 
 
 def read_index(directory: pathlib.Path) -> dict[str, Any]:

@@ -55,7 +55,10 @@ class Work:
     def done(self) -> bool:
         """Whether the outputs are there and made from the same."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return json.loads(self.path("counts").read_text(encoding="utf-8")).get("key") == self.key
+            return (
+                all(self.path(folder).exists() for folder in FOLDERS)
+                and json.loads(self.path("counts").read_text(encoding="utf-8")).get("key") == self.key
+            )
         return False
 
     def counts(self) -> Counts:

@@ -48,8 +48,7 @@ def dedup_lines(
     A line is the bytes before "\\n"; empty lines are lines too. Lines are compared by 64-bit hashes: among n different
     ones a pair is taken for equal with a chance of n^2 / 2^65 (1e-3 at 2e8). The files may be larger than memory.
     """
-    if keep not in ("none", "first"):
-        raise ValueError(f'keep is "none" (drop every copy) or "first", got {keep!r}')
+    check_repeats(keep, max_memory)
     threads, first = thread_count(num_threads), keep == "first"
     pairs = plan_outputs(files, out_dir)
     drops: list[np.ndarray | None] = [None] * len(pairs)
@@ -88,6 +87,14 @@ def dedup_documents(files: Paths, out_dir: str | os.PathLike) -> DedupReport:
             copy(source, target)
         seen.add(digest)
     return DedupReport(len(pairs), len(pairs) - len(seen))
+
+
+def check_repeats(keep: str, max_memory: int) -> None:
+    """Raises ValueError for what makes no sense."""
+    if keep not in ("none", "first"):
+        raise ValueError(f'keep is "none" (drop every copy) or "first", got {keep!r}')
+    if max_memory < 1:
+        raise ValueError(f"max_memory is bytes, 1 or more, got {max_memory}")
 
 
 class RepeatedLines:

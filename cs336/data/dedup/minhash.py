@@ -20,6 +20,7 @@ from cs336.utils.files import Paths
 
 Unit = Literal["word", "char"]
 BATCH = 64  # texts in memory while they are signed
+MOST_HASHES = 1 << 16  # an estimate of similarity is then off by 0.004
 CACHED_SHINGLES = 256  # texts whose shingles are kept while pairs are verified
 
 
@@ -32,6 +33,7 @@ def minhash(
     4294967295 everywhere.
     """
     check_minhash(num_hashes, 1, ngram, 1.0)
+    check_seed(seed)
     _check_several(texts)
     return _text.MinHash(num_hashes, seed).sign(list(texts), ngram, unit)
 
@@ -54,6 +56,7 @@ def near_duplicates(
     Raises ValueError for arguments that make no sense, with what would.
     """
     check_minhash(num_hashes, num_bands, ngram, threshold)
+    check_seed(seed)
     _check_several(texts)
     with tempfile.TemporaryFile() as file:
         signatures_NH = _sign(texts, num_hashes, ngram, unit, seed, file)
@@ -126,10 +129,18 @@ def check_minhash(num_hashes: int, num_bands: int, ngram: int, threshold: float)
             f"num_hashes must be a multiple of num_bands, both 1 or more, got {num_hashes} and {num_bands}: "
             f"try num_hashes={max(1, num_hashes // max(num_bands, 1)) * max(num_bands, 1)}"
         )
+    if num_hashes > MOST_HASHES:
+        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}")
     if ngram < 1:
         raise ValueError(f"ngram must be 1 or more, got {ngram}")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a Jaccard similarity above 0 and at most 1, got {threshold}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a number that a seed cannot be."""
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be in 0..2^63-1, got {seed}")
 
 
 def _check_several(texts: Iterable[str | bytes]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from cs336 import _text
-from cs336.data.dedup.lines import DedupReport, RepeatedLines
+from cs336.data.dedup.lines import DedupReport, RepeatedLines, check_repeats
 from cs336.data.dedup.outputs import plan_outputs
 from cs336.utils.files import Paths, replacing
 
@@ -60,10 +60,7 @@ def dedup_paragraphs(
 
     The report counts paragraphs. They are compared by 64-bit hashes, as dedup_lines compares lines.
     """
-    if keep not in ("none", "first"):
-        raise ValueError(f'keep is "none" (drop every copy) or "first", got {keep!r}')
-    if max_memory < 1:
-        raise ValueError(f"max_memory is bytes, 1 or more, got {max_memory}")
+    check_repeats(keep, max_memory)
     pairs = plan_outputs(files, out_dir)
 
     def keys() -> Iterator[bytes]:

@@ -18,7 +18,8 @@ def html_to_text(html: bytes | str, mode: Mode = "main", format: Format = "text"
     format: `"text"` parts paragraphs by an empty line, list items by a line end, cells by a tab; `"markdown"` keeps
         headings, lists, tables, quotes, code, emphasis and links.
 
-    Returns "" where a page shows nothing. Raises ValueError for an unknown mode or format, and from 2 GB on.
+    Returns "" where a page shows nothing, and in "main" where a long one is navigation alone.
+    Raises ValueError for an unknown mode or format, and from 2 GB on.
     """
     if mode not in ("main", "full"):
         raise ValueError(f'mode is "main" or "full", got {mode!r}')

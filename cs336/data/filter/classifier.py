@@ -229,7 +229,10 @@ class ClassifierFilter:
 
 def _batches(examples: Examples) -> Iterator[tuple[list[str], list[str]]]:
     texts, labels, waiting = [], [], 0
-    for text, label in examples:
+    for example in examples:
+        if isinstance(example, str) or len(example) != 2:
+            raise TypeError(f"an example is a pair of text and label, got {example!r:.200}")
+        text, label = example
         texts.append(text)
         labels.append(label)
         waiting += len(text) + 64

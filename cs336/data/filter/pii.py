@@ -10,7 +10,7 @@ import ipaddress
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EMAIL_MASK = "|||EMAIL_ADDRESS|||"
 PHONE_MASK = "|||PHONE_NUMBER|||"
@@ -72,12 +72,13 @@ ASSIGNED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 ASSIGNED_WORDS = ("key", "token", "secret", "passw")  # one of them is in each name: looked for first, 10 times faster
+NEIGHBOUR = 512  # characters, at most, of one that stands directly behind another
 LEAST_BITS = 3.0  # a character, of an assigned secret: words and placeholders have fewer
 
 
 def mask_emails(text: str, mask: str = EMAIL_MASK) -> tuple[str, int]:
     """Replace e-mail addresses. Returns the text and how many there were."""
-    return _mask(text, mask, EMAIL)
+    return _mask(text, mask, EMAIL, behind=(1, 0))
 
 
 def mask_phone_numbers(text: str, mask: str = PHONE_MASK) -> tuple[str, int]:
@@ -85,16 +86,15 @@ def mask_phone_numbers(text: str, mask: str = PHONE_MASK) -> tuple[str, int]:
 
     Dates, American social security numbers, decimals and parts of longer numbers are not telephone numbers.
     """
-    return _mask(
-        text, mask, PHONE, lambda found: not DATE.fullmatch(found) and 7 <= sum(c.isdigit() for c in found) <= 15
-    )
+    return _mask(text, mask, PHONE, _is_phone_number, behind=(0,))
 
 
 def mask_ip_addresses(text: str, mask: str = IP_MASK) -> tuple[str, int]:
     """Replace addresses of both versions of IP; version numbers such as 1.2.3.4.5 are none."""
     text, six = _mask(text, mask, IPV6, _is_ipv6)  # first: they may end in one of version 4
     text, four = _mask(text, mask, IPV4)
-    return text, four + six
+    text, last = _mask(text, mask, IPV6, _is_ipv6) if four else (text, 0)  # ::1 directly behind one of version 4
+    return text, six + four + last
 
 
 def mask_cards(text: str, mask: str = CARD_MASK) -> tuple[str, int]:
@@ -126,22 +126,67 @@ def is_card(number: str) -> bool:
     return digits[0] in (1, 2, 3, 4, 5, 6) and len(set(digits)) > 1 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
 
 
-def _mask(text: str, mask: str, pattern: re.Pattern, accept: Callable[[str], bool] = lambda _: True) -> tuple[str, int]:
+def _mask(
+    text: str,
+    mask: str,
+    pattern: re.Pattern,
+    accept: Callable[[str], bool] = lambda _: True,
+    behind: tuple[int, ...] = (),
+) -> tuple[str, int]:
     """Replace what matches and is accepted, between masks that are there already."""
     if not mask:
         raise ValueError("the mask is empty: expected a text that shows that something was here, such as " + EMAIL_MASK)
     if not isinstance(text, str):
         raise TypeError(f"expected str, got {type(text).__name__}")
-    total = 0
+    total, parts = 0, []
+    for part in text.split(mask):
+        kept, end = [], 0
+        for begin, stop in _spans(part, pattern, accept, behind):
+            kept.append(part[end:begin])
+            end = stop
+        total += len(kept)
+        parts.append(mask.join([*kept, part[end:]]))
+    return mask.join(parts), total
 
-    def replace(match: re.Match) -> str:
-        nonlocal total
-        if not accept(match[0]):
-            return match[0]
-        total += 1
-        return mask
 
-    return mask.join([pattern.sub(replace, part) for part in text.split(mask)]), total
+def _spans(
+    text: str, pattern: re.Pattern, accept: Callable[[str], bool], behind: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
+    """What matches and is accepted, from left to right.
+
+    behind: how far behind the end of one the next may begin whatever stands before it, as it may behind a mask:
+        both of a@b.org&c@d.org, and of (555) 123-4567(555) 123-4568.
+    """
+    place, is_behind = 0, False
+    while True:
+        span = _neighbour(text, place, pattern, accept, behind) if is_behind else None
+        is_behind = span is not None
+        if span is None:
+            match = pattern.search(text, place)
+            if match is None:
+                return
+            span = match.span()
+            is_behind = accept(match[0])
+        if is_behind:
+            yield span
+        place = span[1]
+
+
+def _neighbour(
+    text: str, place: int, pattern: re.Pattern, accept: Callable[[str], bool], behind: tuple[int, ...]
+) -> tuple[int, int] | None:
+    for skip in behind:
+        begin = place + skip
+        near = text[begin : begin + NEIGHBOUR]
+        match = pattern.match(near)
+        is_whole = match is not None and (match.end() + 2 <= len(near) or begin + len(near) == len(text))
+        if match is not None and is_whole and accept(match[0]):
+            return begin, begin + match.end()
+    return None
+
+
+def _is_phone_number(found: str) -> bool:
+    return not DATE.fullmatch(found) and 7 <= sum(c.isdigit() for c in found) <= 15
 
 
 def _is_ipv6(found: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cs336.data.filter import pii, rules
-from cs336.data.filter.language import UNKNOWN, identify_language
+from cs336.data.filter.language import UNKNOWN, identify_language, known_languages
 from cs336.data.step import Apply, Removed
 from cs336.utils.documents import Document
 
@@ -28,6 +28,9 @@ class Length:
     max_chars: int = 10_000_000
     kind: Literal["length"] = "length"
 
+    def __post_init__(self):
+        _check_order(self, "min_chars", "max_chars")
+
     def build(self) -> Apply:
         def step(document: Document) -> Document | Removed:
             size = len(document.text)
@@ -47,6 +50,17 @@ class Language:
     min_score: float = 0.65
     """Of the model's probability: below it the language is uncertain."""
     kind: Literal["language"] = "language"
+
+    def __post_init__(self):
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"min_score is a probability in 0..1, got {self.min_score}")
+
+    def check(self) -> None:
+        for code in self.keep:
+            if code not in known_languages():
+                near = code.lower()[:2]
+                hint = f"; did you mean {near!r}?" if near in known_languages() else ""
+                raise ValueError(f"keep has {code!r}, which is no language's code: expected such as en, fr, zh{hint}")
 
     def build(self) -> Apply:
         identify_language("a")  # loads the model, or says what to install
@@ -76,6 +90,10 @@ class GopherQuality:
     min_letter_words: float = 0.8
     min_stop_words: int = 2
     kind: Literal["gopher_quality"] = "gopher_quality"
+
+    def __post_init__(self):
+        _check_order(self, "min_words", "max_words")
+        _check_order(self, "min_word_length", "max_word_length")
 
     def build(self) -> Apply:
         return _ruled(rules.gopher_quality, self)
@@ -140,6 +158,13 @@ class MaskPii:
             return replace(document, text=text, metadata={**document.metadata, "masked": total}) if total else document
 
         return step
+
+
+def _check_order(config: Any, low: str, high: str) -> None:
+    if not getattr(config, low) <= getattr(config, high):
+        raise ValueError(
+            f"expected {low} <= {high}, got {getattr(config, low)} and {getattr(config, high)}: no document would stay"
+        )
 
 
 def _ruled(rule: Callable[..., rules.Verdict], config: Any) -> Apply:

@@ -1,16 +1,22 @@
 """A model's directory in, a smaller one out, which every verb takes that took the first."""
 
+import json
 import os
 import pathlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from cs336.inference.load import find_model, load_model, load_tokenizer
-from cs336.inference.quantization.calibrated import BLOCK_METHODS, Calibrated
+from rich.console import Console
+
+from cs336.inference.load import find_model, load_model, load_tokenizer, read_config
+from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, RESULT, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
+from cs336.models.huggingface import check_quantized_as
 from cs336.nn import QuantMethod
 from cs336.nn.quantized import METHODS
+from cs336.utils.files import write_json
+from cs336.utils.stages import Outcome, Stage, run_stages
 
 Method = Literal["int8", "int4", "fp8", "gptq", "awq"]
 Format = Literal["cs336", "compressed-tensors", "gptq", "awq"]
@@ -44,13 +50,14 @@ def compress(
     samples: int = 128,
     act_order: bool = False,
     asymmetric: bool = False,
+    activations: bool = False,
     device: str = "auto",
     format: Format = "cs336",
 ) -> Compressed:
     """Write the model at `model` (an export, a checkpoint, a run directory or a GGUF file) with quantised weights.
 
     Args:
-        method: int8, int4 and fp8 round to the nearest. gptq and awq read text; the same call goes on where one that
+        method: int8, int4 and fp8 round to the nearest. gptq and awq read text. The same call goes on where one that
             was killed stopped, and does not repeat one that is finished.
         group: neighbours in a row of a weight that share a scale; None: the whole row.
         calibrate: of gptq and awq: text, JSON lines, parquet or a directory of them. A tenth is held out to measure.
@@ -58,14 +65,19 @@ def compress(
         samples: windows of text that are read, each of the model's context or 2048 tokens.
         act_order: gptq rounds the features with the largest inputs first.
         asymmetric: a group has a zero besides its scale.
+        activations: fp8 rounds what the layers read too, as the model runs, with a scale a token.
         device: auto (a GPU if there is one), cpu, cuda: where the blocks of a calibrated method take turns.
         format: of the files: ours, or compressed-tensors', GPTQ's or AWQ's, which transformers and vLLM read too.
 
-    Raises FileExistsError, ValueError with a calibrated method, for a directory that holds something else;
-    FileNotFoundError where there is no model or text; ValueError for what cannot be quantised.
+    Raises ValueError for a directory that holds another model, and for what cannot be quantised; FileNotFoundError
+    where there is no model or text.
     """
+    if activations and method != "fp8":
+        raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     out, found = pathlib.Path(out), find_model(model)
     if method in BLOCK_METHODS:
+        if bits in METHOD_OF_BITS:
+            check_quantized_as(read_config(found), format, METHOD_OF_BITS[bits], group, order=act_order)
         if calibrate is None:
             raise ValueError(f"{method} reads calibration text: name one with calibrate (--calibrate TEXT)")
         options: dict[str, Any] = {
@@ -80,17 +92,26 @@ def compress(
         raise ValueError(f"method must be one of {', '.join((*METHODS, *BLOCK_METHODS))}, got {method!r}")
     if calibrate is not None or act_order:
         raise ValueError(f"{method} rounds to the nearest and reads no text: leave it out, or take gptq or awq")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is there already and holds something: name another directory")
-    try:
-        tokenizer = load_tokenizer(found)
-    except FileNotFoundError:
-        tokenizer = None
-    network = load_model(found, "cpu")
-    before = nbytes(network)
-    quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric)
-    save_pretrained(network, out, tokenizer, quantized_as=format)
-    return Compressed(before, nbytes(network))
+    check_quantized_as(read_config(found), format, cast(QuantMethod, method), group)
+
+    def quantise() -> Outcome:
+        try:
+            tokenizer = load_tokenizer(found)
+        except FileNotFoundError:
+            tokenizer = None
+        network = load_model(found, "cpu")
+        before = nbytes(network)
+        quantize_(network, cast(QuantMethod, method), group, asymmetric=asymmetric, activations=activations)
+        save_pretrained(network, out, tokenizer, quantized_as=format)
+        result = Compressed(before, nbytes(network))
+        write_json(out / RESULT, asdict(result), indent=2)
+        return Outcome(str(result))
+
+    settings = {"method": method, "group": group, "asymmetric": asymmetric, "activations": activations}
+    made = ("config.json", "model.safetensors", RESULT)
+    stage = Stage("quantise", method, quantise, (RESULT,), (found,), settings | {"format": format}, kept=made)
+    run_stages(out, [stage], Console(quiet=True))
+    return Compressed(**json.loads((out / RESULT).read_text(encoding="utf-8")))
 
 
 def nbytes(model: Transformer) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.nn import QuantizedWeight, QuantMethod, replace_linears
-from cs336.nn.quantized import BITS, FP8
+from cs336.nn.quantized import BITS, FP8, TOKEN
 from cs336.ops.ref.linear_quantized import pack_int4
 
 
@@ -81,16 +81,25 @@ def round_to_nearest(weight_NK: Tensor, method: QuantMethod, group: int) -> tupl
 
 @torch.no_grad()
 def quantize_(
-    model: Transformer, method: QuantMethod, group: int | None = 128, *, asymmetric: bool = False
+    model: Transformer,
+    method: QuantMethod,
+    group: int | None = 128,
+    *,
+    asymmetric: bool = False,
+    activations: bool = False,
 ) -> Transformer:
     """Round the weights of the model's layers, in place: of all linear ones, a mixture's experts among them, but
     routers, latent attention's kv_b_proj and Hyena's filters. Embedding and head stay as they are.
 
     group: neighbours in a row that share a scale; None: the whole row. asymmetric: a grid has a zero besides.
+    activations: of fp8, what the layers read is rounded to it too, as it comes, with a scale a token.
     Returns the model. Raises ValueError for an unknown method, a group that fits no layer, and a weight that is not
     finite, by its name.
     """
-    for name, (old, new) in replace_linears(model.layers, method, group, zeros=asymmetric).items():
+    if activations and method != "fp8":
+        raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
+    x_group = TOKEN if activations else None
+    for name, (old, new) in replace_linears(model.layers, method, group, zeros=asymmetric, x_group=x_group).items():
         try:
             if method == "fp8":
                 new.fill(nearest_fp8(old.weight, new.group), old.bias)

@@ -23,6 +23,7 @@ from cs336.inference.server.answers import Answers, choice
 from cs336.inference.server.config import ServerConfig
 from cs336.inference.server.gate import admission
 from cs336.inference.server.protocol import (
+    MOST_STOPS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -34,10 +35,20 @@ from cs336.inference.tools import Tools
 from cs336.utils.http_server import PAGE_POLICY, Gate
 
 Call = Callable[..., Awaitable[Response]]
-FIELD = re.compile(
-    r"(tools|tool_choice|messages|best_of|suffix|functions|audio|modalities)\b[\w.$-]*"
-)  # that an error begins with
+# What an error begins with: the field that it is of.
+NAMES = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *TokenizeRequest.model_fields}
+NAMES |= {"best_of", "suffix", "functions", "audio", "modalities"}
+FIELD = re.compile(rf"({'|'.join(sorted(NAMES))})\b[\w.$-]*")
+EITHER = {  # fields of several types, of which pydantic names only the first that does not fit
+    "prompt": "a text, token ids, or a list of either",
+    "stop": f"a text, or a list of at most {MOST_STOPS} texts",
+    "tool_choice": 'a text, or {"type": "function", "function": {"name": ...}}',
+}
 PAGE = pathlib.Path(__file__).with_name("page.html")
+
+
+class UnknownModel(HTTPException):
+    pass
 
 
 class Group:
@@ -126,6 +137,7 @@ class Server:
         self.app.add_middleware(Gate, admit=admit, problem=_problem, max_body_bytes=most)
         for kind, handler in (
             (RequestValidationError, _invalid),
+            (UnknownModel, _unknown_model),
             (HTTPException, _http_error),
             (ValueError, _value_error),
             (EngineFailed, _failed),
@@ -257,7 +269,7 @@ class Server:
 
     def _check_name(self, model: str) -> None:
         if model != self.answers.name:
-            raise HTTPException(404, f"there is no model {model!r:.80} here, but {self.answers.name!r}")
+            raise UnknownModel(404, f"there is no model {model!r:.80} here, but {self.answers.name!r}")
 
     # ---- the rest ----
 
@@ -347,6 +359,12 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 async def _invalid(http: Request, error: Any) -> Response:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return JSONResponse(answers.error(f"the body is not JSON: {first['ctx']['error']}"), 400)
+    if first["type"] == "missing" and first["loc"] == ("body",):
+        return JSONResponse(answers.error("the body is empty: expected a JSON object"), 400)
+    if len(first["loc"]) > 2 and (field := first["loc"][1]) in EITHER:
+        return JSONResponse(answers.error(f"{field} must be {EITHER[field]}", param=field), 400)
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return JSONResponse(answers.error(message, param=where or None), 400)
@@ -358,13 +376,18 @@ def _problem(status: int, message: str, headers: Mapping[str, str] | None) -> Re
     return JSONResponse(content, status, headers)
 
 
+async def _unknown_model(http: Request, error: Any) -> Response:
+    return JSONResponse(answers.error(error.detail, "not_found_error", "model_not_found", "model"), 404)
+
+
 async def _http_error(http: Request, error: Any) -> Response:
     return _problem(error.status_code, str(error.detail), error.headers)
 
 
 async def _value_error(http: Request, error: Exception) -> Response:
-    field = FIELD.match(str(error))
-    return _json(answers.error(str(error), param=field and field[0]), 400)
+    field, message = FIELD.match(str(error)), re.match(r"message (\d+)\b", str(error))
+    param = field[0] if field else f"messages.{message[1]}" if message else None
+    return _json(answers.error(str(error), param=param), 400)
 
 
 async def _failed(http: Request, error: Exception) -> Response:

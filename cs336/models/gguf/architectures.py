@@ -1,10 +1,11 @@
 """Models that GGUF files hold, by general.architecture: how their metadata are read, and how their weights are named.
 
-llama.cpp rotates neighbouring features in a Llama, whose query and key rows are in that order, and the halves of a head
-in the others, as Hugging Face does. It adds the 1 to Gemma's norms that Hugging Face's files leave out.
+llama.cpp rotates neighbouring features in a Llama, whose query and key rows are in that order, and in GLM-4; and the
+halves of a head in the others, as Hugging Face does. It adds the 1 to Gemma's norms that their files leave out there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,17 @@ from cs336.models.config import MOST_LAYERS, TransformerConfig
 from cs336.models.huggingface import phi3
 from cs336.models.huggingface.family import Rule, renamed
 from cs336.models.huggingface.fields import Fields
-from cs336.nn import AttentionConfig, LinearScaling, MLPConfig, RMSNormConfig, RopeConfig, SwiGLUConfig
+from cs336.nn import (
+    AttentionConfig,
+    LinearScaling,
+    LongRopeScaling,
+    MLPConfig,
+    RMSNormConfig,
+    RopeConfig,
+    SwiGLUConfig,
+    YarnScaling,
+)
+from cs336.nn.rope_scaling import RopeScaling
 
 NAMES = {
     ".attention_norm.": "blk.{layer}.attn_norm.",
@@ -36,7 +47,9 @@ NAMES = {
     "norm.": "output_norm.",
     "head.": "output.",
 }
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # LongRoPE's, weights that are read as metadata
 PHI3_FUSED = dict(zip(("attn_qkv", "ffn_up"), phi3.FUSED.values(), strict=True))
+GLM4_FUSED = {"ffn_up": PHI3_FUSED["ffn_up"]}
 
 
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
@@ -45,6 +58,10 @@ def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
 
 def phi3_rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
     return phi3.one_above_the_other(shapes, PHI3_FUSED, "blk.{layer}.{name}.weight", NAMES)
+
+
+def glm4_rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:
+    return phi3.one_above_the_other(shapes, GLM4_FUSED, "blk.{layer}.{name}.weight", NAMES)
 
 
 @dataclass(frozen=True)
@@ -80,45 +97,94 @@ def norm(fields: Fields) -> RMSNormConfig:
     return RMSNormConfig(fields.number("attention.layer_norm_rms_epsilon"))
 
 
-def rope(fields: Fields, head_dim: int, theta: float = 10000.0, *, scales: bool = False, **options: Any) -> RopeConfig:
-    """theta: where it is left out; scales: linear scaling is known."""
+def rope(
+    fields: Fields, head_dim: int, theta: float = 10000.0, *, kinds: tuple[str, ...] = (), **options: Any
+) -> RopeConfig:
+    """theta: where it is left out; kinds: of scaling that llama.cpp does, and this reads."""
     fields.only("rope.dimension_count", head_dim)
-    fields.only("rope.scaling.type", "none", *(["linear"] if scales else []))
-    if fields.table.get("rope.scaling.type") == "linear":
-        fields.require("rope.scaling.factor")
-        options["scaling"] = LinearScaling(fields.number("rope.scaling.factor"))
+    fields.only("rope.scaling.type", "none", *kinds)
+    fields.take("rope.scaling.finetuned")
+    kind = fields.table.get("rope.scaling.type", "none")
+    if "longrope" in kinds and SHORT in fields.table:
+        kind = "longrope"  # which Phi-3's files do not say
+    if kind != "none":
+        options["scaling"] = SCALINGS[kind](fields)
     return RopeConfig(fields.number("rope.freq_base", theta), **options)
 
 
+def _linear(fields: Fields) -> LinearScaling:
+    fields.require("rope.scaling.factor")
+    return LinearScaling(fields.number("rope.scaling.factor"))
+
+
+def _yarn(fields: Fields) -> YarnScaling:
+    """llama.cpp multiplies the attention factor of the paper by a file's own."""
+    fields.require("rope.scaling.factor")
+    fields.only("rope.scaling.yarn_ext_factor", 1.0)
+    fields.only("rope.scaling.yarn_attn_factor", 1.0)
+    fields.only("rope.scaling.yarn_log_multiplier", 0.0)
+    factor, share = fields.number("rope.scaling.factor"), fields.number("rope.scaling.attn_factor", 1.0)
+    betas = fields.number("rope.scaling.yarn_beta_fast", 32.0), fields.number("rope.scaling.yarn_beta_slow", 1.0)
+    plain = YarnScaling(factor, _original(fields), *betas)
+    return plain if share == 1 else dataclasses.replace(plain, attention_factor=share * (0.1 * math.log(factor) + 1))
+
+
+def _longrope(fields: Fields) -> LongRopeScaling:
+    """The factors are weights, and how many times longer the context becomes is not said: the attention factor is."""
+    fields.require(SHORT, LONG)
+    original, short, long = _original(fields), fields.take(SHORT), fields.take(LONG)
+    factor, scale = max(1.0, fields.count("context_length") / original), fields.number("rope.scaling.attn_factor", 1.0)
+    return LongRopeScaling(short, long, original, factor, scale)
+
+
+def _original(fields: Fields) -> int:
+    return fields.count("rope.scaling.original_context_length", fields.count("context_length"))
+
+
+SCALINGS: dict[str, Callable[[Fields], RopeScaling]] = {"linear": _linear, "yarn": _yarn, "longrope": _longrope}
+
+
 def read_llama(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
-    return _like_llama(fields, sizes, attention(fields), interleaved=True)
+    return _like_llama(fields, sizes, attention(fields), interleaved=True, kinds=("linear", "yarn", "longrope"))
 
 
 def read_qwen2(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
-    return _like_llama(fields, sizes, attention(fields, qkv_bias=True))
+    return _like_llama(fields, sizes, attention(fields, qkv_bias=True), kinds=("linear", "yarn"))
 
 
 def read_qwen3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
-    return _like_llama(fields, sizes, attention(fields, qk_norm=True))
+    return _like_llama(fields, sizes, attention(fields, qk_norm=True), kinds=("linear", "yarn"))
 
 
 def read_phi3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
-    fields.take("rope.scaling.original_context_length")  # of longrope, whose factors would be weights
+    fields.take("rope.scaling.original_context_length")  # which files without LongRoPE have as well
     mixer = attention(fields, window=fields.take("attention.sliding_window") or None)
-    D = mixer.head_size(sizes["d_model"])
-    turned = fields.count("rope.dimension_count", D)
-    if turned > D or int(D * (turned / D)) != turned:
-        fields.refuse("rope.dimension_count")
-    return _like_llama(fields, sizes, mixer, turned, fraction=turned / D)
+    return _like_llama(fields, sizes, mixer, partial=True, kinds=("longrope",))
+
+
+def read_glm4(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
+    options: dict[str, Any] = {"interleaved": True, "kinds": ("linear", "yarn"), "placement": "sandwich"}
+    return _like_llama(fields, sizes, attention(fields, qkv_bias=True), partial=True, **options)
 
 
 def _like_llama(
-    fields: Fields, sizes: dict[str, Any], mixer: AttentionConfig, turned: int | None = None, **options: Any
+    fields: Fields,
+    sizes: dict[str, Any],
+    mixer: AttentionConfig,
+    *,
+    partial: bool = False,
+    placement: Placement = "pre",
+    **options: Any,
 ) -> TransformerConfig:
-    """turned: features of a head that are rotated; all if None. options: of RopeConfig."""
-    positions = rope(fields, mixer.head_size(sizes["d_model"]) if turned is None else turned, **options)
-    block = BlockConfig(mixer, SwiGLUConfig(fields.take("feed_forward_length")), norm(fields), positions)
-    return TransformerConfig(**sizes, layers=(block,))
+    """partial: a part of each head may be rotated. options: of `rope`."""
+    turned = D = mixer.head_size(sizes["d_model"])
+    if partial:
+        turned = fields.count("rope.dimension_count", D)
+        if turned > D or int(D * (turned / D)) != turned:
+            fields.refuse("rope.dimension_count")
+        options["fraction"] = turned / D
+    mlp, positions = SwiGLUConfig(fields.take("feed_forward_length")), rope(fields, turned, **options)
+    return TransformerConfig(**sizes, layers=(BlockConfig(mixer, mlp, norm(fields), positions, placement),))
 
 
 def read_gemma(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
@@ -134,7 +200,7 @@ def read_gemma2(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
 
 def read_gemma3(fields: Fields, sizes: dict[str, Any]) -> TransformerConfig:
     mixer = attention(fields, scale=_scale(fields, sizes, 62), qk_norm=True)
-    everywhere = rope(fields, _head_dim(fields, sizes), 1e6, scales=True)
+    everywhere = rope(fields, _head_dim(fields, sizes), 1e6, kinds=("linear",))
     local, cap = RopeConfig(fields.number("rope.freq_base_swa", 10000.0)), fields.number("final_logit_softcapping")
     window = fields.count("attention.sliding_window")
     turns = None if window is None else (window, local, _pattern(fields, sizes["num_layers"]))
@@ -161,7 +227,8 @@ def _gemma(
         if isinstance(every, int):
             every = [i % every != 0 for i in range(1, sizes["num_layers"] + 1)]
         layers = tuple(sliding if windowed else full for windowed in every)
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=cap, layers=layers)
+    sizes = sizes | {"embedding_scale": sizes["d_model"] ** 0.5, "float32_norms": True}
+    return TransformerConfig(**sizes, logit_softcap=cap, layers=layers)
 
 
 def _pattern(fields: Fields, depth: int) -> int | list[bool]:
@@ -190,6 +257,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(read_qwen2),
     "qwen3": Architecture(read_qwen3),
     "phi3": Architecture(read_phi3, phi3_rules),
+    "glm4": Architecture(read_glm4, glm4_rules),
     "gemma": Architecture(read_gemma),
     "gemma2": Architecture(read_gemma2),
     "gemma3": Architecture(read_gemma3),

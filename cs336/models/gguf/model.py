@@ -7,27 +7,32 @@ import torch
 from torch import Tensor
 
 from cs336.models.config import TransformerConfig
-from cs336.models.gguf.architectures import ARCHITECTURES, Architecture, sizes
+from cs336.models.gguf.architectures import ARCHITECTURES, LONG, SHORT, Architecture, sizes
 from cs336.models.gguf.reader import GGUF
 from cs336.models.huggingface.fields import Fields
 from cs336.models.transformer import Transformer
-from cs336.nn import Llama3Scaling, RopeConfig
+from cs336.nn import Llama3Scaling, LongRopeScaling, RopeConfig
 from cs336.ops.rope_tables import inverse_frequencies
 
 FACTORS, LLAMA3_LENGTH = "rope_freqs.weight", 8192  # what the frequencies are divided by; Llama 3's context
 
 
 def from_gguf(
-    path: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_len: int | None = None,
 ) -> Transformer:
     """The model in a GGUF file, its weights dequantized: float32 if dtype is None. In eval mode.
 
+    max_len: tokens of the longest text, see TransformerConfig.within.
     Raises FileNotFoundError where there is no file, ValueError for one that is damaged, and for a model of
     another architecture, or one that does what a Transformer does not, naming the key of its metadata.
     """
     file = GGUF(path)
     config, architecture = _config(file)
-    model = Transformer(config, device="meta").eval()
+    model = Transformer(config.within(max_len), device="meta").eval()
     model.load_state_dict(_weights(file, model, architecture, device, dtype), assign=True)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (i := file.get(f"tokenizer.ggml.{theirs}_token_id", int)) is not None:
@@ -51,7 +56,9 @@ def _weights(
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     rules = architecture.rules(shapes)
     expected = {name for rule in rules for name in rule.theirs}
-    derived = {FACTORS} if any(getattr(block.positions, "scaling", None) for block in model.config.blocks) else set()
+    scalings = {getattr(block.positions, "scaling", None) for block in model.config.blocks}
+    derived = {FACTORS} if any(isinstance(scaling, Llama3Scaling) for scaling in scalings) else set()
+    derived |= {SHORT, LONG} if any(isinstance(scaling, LongRopeScaling) for scaling in scalings) else set()
     if missing := expected - file.tensors.keys():
         raise ValueError(f"{file.path} lacks weights: {', '.join(sorted(missing))}")
     if unknown := file.tensors.keys() - expected - derived:
@@ -63,9 +70,10 @@ def _weights(
             if has != mean:
                 raise ValueError(f"{file.path}: {name} has shape {has}, the metadata mean {mean}")
     weights: dict[str, Tensor] = {}
+    dtypes = model.dtypes(dtype or torch.float32)
     for rule in rules:
-        read = rule.read([file.tensor(name).to(device, dtype) for name in rule.theirs])
-        weights |= zip(rule.ours, read, strict=True)
+        read = rule.read([file.tensor(name).to(device) for name in rule.theirs])
+        weights |= {name: t.to(dtypes[name]) for name, t in zip(rule.ours, read, strict=True)}
     return weights
 
 
@@ -76,11 +84,16 @@ def _stretched(file: GGUF, config: TransformerConfig) -> TransformerConfig:
     said = file.tensor(FACTORS).double()
     D, theta = block.mixer.rope_dim(config.d_model), block.positions.theta
     scaling = Llama3Scaling(max(1.0, round(said.max().item(), 4)), LLAMA3_LENGTH)
-    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta)[0]
+    factors = inverse_frequencies(D, theta) / scaling.frequencies(D, theta, config.context_length)[0]
     if said.shape != factors.shape or not torch.allclose(said, factors, rtol=1e-4):
         raise ValueError(f"{file.path} has {FACTORS} that are not Llama 3.1's: other stretched positions are not read")
     positions = dataclasses.replace(block.positions, scaling=scaling)
     return config.with_blocks((dataclasses.replace(block, positions=positions),) * config.num_layers)
+
+
+def _numbers(t: Tensor) -> tuple[float, ...]:
+    """1.1 of what is 1.1 in float32, as it was meant."""
+    return tuple(float(str(value)) for value in t.flatten().numpy())
 
 
 def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
@@ -91,10 +104,11 @@ def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
         raise ValueError(f"{file.path} lacks weights: token_embd.weight, of two dims")
     table = {k.removeprefix(f"{name}."): v for k, v in file.metadata.items() if k.startswith(f"{name}.")}
+    table |= {name: _numbers(file.tensor(name)) for name in (SHORT, LONG) if name in file.tensors}
     fields = Fields(table, above=f"{name}.", source=str(file.path))
     rows = file.tensors["token_embd.weight"].shape[0]
     config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
     fields.finish()
-    if name == "llama" and FACTORS in file.tensors:
+    if name == "llama" and FACTORS in file.tensors and getattr(config.blocks[0].positions, "scaling", None) is None:
         config = _stretched(file, config)
     return config.short_form() or config, ARCHITECTURES[name]

@@ -4,8 +4,11 @@
     Q8_0    d, 32 q of int8                              x = d q
     Q4_0    d, 32 q of 4 bits                            x = d (q - 8)
     Q4_1    d, m, 32 q of 4 bits                         x = d q + m
+    Q5_0    d, 32 high bits, 32 q of 4 bits              x = d (q - 16)
+    Q5_1    d, m, 32 high bits, 32 q of 4 bits           x = d q + m
 
-d and m are float16. Of two 4-bit numbers in byte i the low one is element i, the high one element i + 16.
+d and m are float16. Of two 4-bit numbers in byte i the low one is element i, the high one element i + 16. Files of K
+formats have Q5_0 and Q5_1 where a row is no multiple of 256.
 
 A block of a K format is 256 numbers in groups, each with a scale s of its own, and in some a least value n:
 
@@ -33,7 +36,7 @@ class Format:
     """Of a block."""
 
 
-F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
+F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16 = 0, 1, 2, 3, 6, 7, 8, 30
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = 10, 11, 12, 13, 14
 FORMATS = {
     F32: Format("F32", 1, 4),
@@ -41,6 +44,8 @@ FORMATS = {
     BF16: Format("BF16", 1, 2),
     Q4_0: Format("Q4_0", 32, 18),
     Q4_1: Format("Q4_1", 32, 20),
+    Q5_0: Format("Q5_0", 32, 22),
+    Q5_1: Format("Q5_1", 32, 24),
     Q8_0: Format("Q8_0", 32, 34),
     Q2_K: Format("Q2_K", 256, 84),
     Q3_K: Format("Q3_K", 256, 110),
@@ -64,9 +69,13 @@ def dequantize(data: memoryview, kind: int) -> np.ndarray:
     d = _half(blocks, 0)
     if kind == Q8_0:
         return (d * blocks[:, 2:].view(np.int8)).reshape(-1)
-    packed = blocks[:, 2:] if kind == Q4_0 else blocks[:, 4:]
-    q = np.concatenate((packed & 15, packed >> 4), axis=1).astype(np.float32)
-    return (d * (q - 8) if kind == Q4_0 else d * q + _half(blocks, 2)).reshape(-1)
+    packed = blocks[:, -16:]
+    q = np.concatenate((packed & 15, packed >> 4), axis=1)
+    if kind in (Q5_0, Q5_1):
+        q |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
+    if kind in (Q4_0, Q5_0):
+        return (d * (q.astype(np.float32) - (8 if kind == Q4_0 else 16))).reshape(-1)
+    return (d * q + _half(blocks, 2)).reshape(-1)
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from cs336.tokenizer.sentencepiece_model import Piece, parts_of_pieces
 # their name of a pre-tokenizer -> our pattern
 PATTERNS = {"gpt-2": "gpt2", "smollm": "gpt2_digits", "starcoder": "gpt2_digits", "llama-bpe": "llama3"}
 PATTERNS |= {"qwen2": "qwen2", "gpt-4o": "o200k", "tekken": "tekken"}
+PATTERNS |= dict.fromkeys(("dbrx", "glm4", "chatglm-bpe"), "llama3")  # of Phi-4 and GLM-4
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are special
 
 

@@ -8,6 +8,7 @@ PEFT's layout stands for its base model with the adapter merged. Nothing is ever
 from cs336.models.huggingface.adapter import base_of as base_of
 from cs336.models.huggingface.adapter import is_adapter as is_adapter
 from cs336.models.huggingface.directory import OURS as OURS
+from cs336.models.huggingface.directory import check_quantized_as as check_quantized_as
 from cs336.models.huggingface.directory import from_pretrained as from_pretrained
 from cs336.models.huggingface.directory import read_config as read_config
 from cs336.models.huggingface.directory import read_kind as read_kind

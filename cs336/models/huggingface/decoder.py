@@ -95,13 +95,16 @@ def no_window(fields: Fields) -> None:
         fields.refuse("layer_types")
 
 
-def written(config: TransformerConfig) -> dict[str, Any] | None:
-    """The fields that they share; None for a model whose blocks differ or are of other kinds."""
+def written(config: TransformerConfig, *, partial: bool = False) -> dict[str, Any] | None:
+    """The fields that they share; None for a model whose blocks differ or are of other kinds.
+
+    partial: see `write_rope`.
+    """
     block = config.blocks[0]
     mixer, positions, eps = block.mixer, block.positions, block.norm.eps
     if len(set(config.blocks)) > 1 or not (isinstance(mixer, AttentionConfig) and isinstance(positions, RopeConfig)):
         return None
-    rope = write_rope(positions)
+    rope = write_rope(positions, partial=partial)
     if rope is None:
         return None
     fields = {

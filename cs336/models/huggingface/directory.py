@@ -24,6 +24,7 @@ from cs336.models.huggingface.fields import read_json
 from cs336.models.huggingface.gemma import GEMMA
 from cs336.models.huggingface.gemma2 import GEMMA2
 from cs336.models.huggingface.gemma3 import GEMMA3
+from cs336.models.huggingface.glm import GLM, GLM4
 from cs336.models.huggingface.gpt2 import GPT2
 from cs336.models.huggingface.gpt_oss import GPT_OSS, without_mxfp4
 from cs336.models.huggingface.granite import GRANITE
@@ -42,7 +43,7 @@ from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, RopeConfig
+from cs336.nn import QuantizedLinear, QuantMethod, RopeConfig, replace_linears
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -53,11 +54,13 @@ FAMILIES = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2, MIXTRAL, QWEN3_MOE, GEMMA2, GEMMA3),  # the first that fits
         *(DEEPSEEK_V2, DEEPSEEK_V3, MAMBA2, GEMMA, PHI3, SMOLLM3, GRANITE, OLMOE, QWEN2_MOE, COHERE, COHERE2, GPT_OSS),
+        *(GLM, GLM4),
     )
 }
 OURS = "cs336"  # model_type of what no family of theirs has; "config" beside it is a TransformerConfig
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # each an id or (of ends) a list of ids
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 QUANTIZATION = "quantization_config"
 MUP = "mup_base_width"  # ours in a family's config.json: changes no logit, but how the model is trained further
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -75,12 +78,13 @@ def save_pretrained(
 ) -> None:
     """Write the model, and the tokenizer if given, so that transformers and `from_pretrained` load equal logits.
 
-    Each file replaces its predecessor once all are written. The family is the first that has such a model; one with
-    interleaved rotary positions is written with its query and key rows reordered for the half-split ones of this
-    layout, and dropout is written where the family has a field for it. What no family has (a soft-cap on a Llama;
-    qk_norm with the biases of Qwen2; blocks of several kinds) is written as our own kind of model, with our
-    configuration and names, for `from_pretrained` alone. Special ids, generation_config.json and the chat template are
-    those that the model was read with; without any ids, the tokenizer's <|endoftext|> begins and ends a text.
+    Each file replaces its predecessor once all are written; other weights that an earlier save left there are removed
+    then. The family is the first that has such a model; one with interleaved rotary positions is written with its query
+    and key rows reordered for the half-split ones of this layout, and dropout is written where the family has a field
+    for it. What no family has (a soft-cap on a Llama; qk_norm with the biases of Qwen2; blocks of several kinds) is
+    written as our own kind of model, with our configuration and names, for `from_pretrained` alone. Special ids,
+    generation_config.json and the chat template are those that the model was read with; without any ids, the
+    tokenizer's <|endoftext|> begins and ends a text.
 
     step: of training; `read_step` finds it.
     max_shard_bytes: of a file of weights; more than it holds are written as shards with an index.
@@ -118,8 +122,19 @@ def save_pretrained(
         for name, part in shards.items():
             file = renames.enter_context(replacing(directory / name, "wb"))
             save_tensors(part, file.name, {"format": "pt"})
-    if len(shards) > 1:  # a whole file would be read before them
-        (directory / WEIGHTS).unlink(missing_ok=True)
+    for name in os.listdir(directory):  # what an earlier save left, which some readers would take for this one's
+        if (name in (WEIGHTS, INDEX) or SHARD.fullmatch(name)) and name not in shards and name not in files:
+            (directory / name).unlink()
+
+
+def check_quantized_as(
+    config: TransformerConfig, form: str, method: QuantMethod, group: int | None, *, order: bool = False
+) -> None:
+    """Raises ValueError where a model, quantised so, could not be written in this format: before it is quantised."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        replace_linears(model.layers, method, group, order=order)
+    _in_layout(model, form)
 
 
 def save_adapter(
@@ -157,12 +172,17 @@ def save_adapter(
 
 
 def from_pretrained(
-    directory: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    directory: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_len: int | None = None,
 ) -> Transformer:
     """Read a model of ours, or of one of the FAMILIES, from a directory in the Hugging Face layout; or of a LoRA in
     PEFT's layout the base model that it names, with the adapter merged into its weights.
 
     dtype: of the weights; as they are stored if None. The model is in eval mode, as one of transformers.
+    max_len: tokens of the longest text, see TransformerConfig.within.
     Raises FileNotFoundError where a file is missing, ValueError for a model of another kind, naming the field of
     config.json that says so, and for damaged files.
     """
@@ -170,7 +190,7 @@ def from_pretrained(
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
-    model = Transformer(config, device="meta").eval()
+    model = Transformer(config.within(max_len), device="meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
@@ -190,7 +210,8 @@ def from_pretrained(
     shapes = {name: t.shape for name, t in state.items() if name not in quantized}
     weights = _our_weights(directory, found, shapes, family)
     dtype = weights["embedding.weight"].dtype if dtype is None else dtype
-    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
+    dtypes = model.dtypes(dtype)
+    dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers()}  # no weights: what balances experts
     read = {n: state[n] if n in quantized else weights[n].to(dtypes.get(n, dtype)) for n in state}
     model.load_state_dict(read, assign=True)
     model.special_ids = {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None}
@@ -238,6 +259,8 @@ def _their_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in family.rules({name: t.shape for name, t in weights.items()}):
         written = rule.write([_half_split(name, weights[name], config, family) for name in rule.ours])
+        if config.float32_norms:  # ours alone: files have one dtype
+            written = [t.to(weights["embedding.weight"].dtype) for t in written]
         yield from zip(rule.theirs, (t.contiguous() for t in written), strict=True)
 
 

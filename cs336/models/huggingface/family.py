@@ -45,6 +45,8 @@ class Rule:
     """Theirs -> ours."""
     write: Convert = _same
     """Ours -> theirs."""
+    stacked: bool = False
+    """Ours, one above the other, are the rows of theirs."""
 
     @property
     def renames(self) -> bool:
@@ -81,7 +83,9 @@ class Family:
             if table is None:
                 return None
             table = {"architectures": [self.architecture], "model_type": self.model_type} | table
-            return table if resolved(self.config(table)) == resolved(config) else None
+            again = self.config(table)
+            loses = config.float32_norms and not again.float32_norms
+            return table if resolved(again) == resolved(config) and not loses else None
         except ValueError:  # no config of ours can be what the family would make of it
             return None
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cs336.models.block import BlockConfig
 from cs336.models.config import TransformerConfig
@@ -25,7 +26,7 @@ def read(fields: Fields) -> TransformerConfig:
         read_rope(fields),
     )
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, layers=(block,))
+    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, float32_norms=True, layers=(block,))
 
 
 def _activation(fields: Fields) -> Any:
@@ -38,13 +39,19 @@ def _activation(fields: Fields) -> Any:
 
 
 def stored_less_one(rules: list[Rule]) -> list[Rule]:
-    """The same rules, but the norms' weights are stored less 1."""
+    """The same rules, but the norms' weights are stored less 1.
+
+    1 + w of 16 bits would lose the low ones of w: it is float32, as transformers adds them, and there and back w is the
+    same bits from 2^-16 on.
+    """
     return [
-        Rule(rule.ours, rule.theirs, lambda t: [t[0] + 1], lambda t: [t[0] - 1])
-        if rule.ours[0].endswith("norm.weight")
-        else rule
+        Rule(rule.ours, rule.theirs, _one_more, lambda t: [t[0] - 1]) if rule.ours[0].endswith("norm.weight") else rule
         for rule in rules
     ]
+
+
+def _one_more(tensors: list[Tensor]) -> list[Tensor]:
+    return [1 + t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def rules(shapes: Mapping[str, torch.Size]) -> list[Rule]:

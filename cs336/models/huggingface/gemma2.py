@@ -56,7 +56,8 @@ def model(
     """every: how often a layer is full, where layer_types does not say it."""
     sizes = decoder.sizes(fields) | {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
     layers = in_turns(fields, sizes["num_layers"], sliding, full, every)
-    return TransformerConfig(**sizes, embedding_scale=sizes["d_model"] ** 0.5, logit_softcap=softcap, layers=layers)
+    sizes |= {"embedding_scale": sizes["d_model"] ** 0.5, "float32_norms": True}
+    return TransformerConfig(**sizes, logit_softcap=softcap, layers=layers)
 
 
 def in_turns(
@@ -65,7 +66,12 @@ def in_turns(
     """So many layers, of which layer_types says which are full; where it is left out, each `every`-th is."""
     if depth > MOST_LAYERS:
         fields.refuse("num_hidden_layers")
-    kinds = fields.take("layer_types", [WINDOW if i % every else FULL for i in range(1, depth + 1)])
+    return by_kinds(fields, sliding, full, [WINDOW if i % every else FULL for i in range(1, depth + 1)])
+
+
+def by_kinds(fields: Fields, sliding: BlockConfig, full: BlockConfig, default: list[str]) -> tuple[BlockConfig, ...]:
+    """A layer for each of the default's kinds, which layer_types overrules."""
+    depth, kinds = len(default), fields.take("layer_types", default)
     if not isinstance(kinds, list) or len(kinds) < depth or any(kind not in (WINDOW, FULL) for kind in kinds):
         fields.refuse("layer_types")
     return tuple(sliding if kind == WINDOW else full for kind in kinds[:depth])

@@ -1,6 +1,7 @@
 """Phi-3 and Phi-4: Llama with one matrix for q, k and v, one for gate and up, and a part of each head rotated.
 
-The factors of longrope depend on how long a text will have become, which no cache of keys can follow: it is refused.
+Their longer contexts are LongRoPE's, as which transformers takes several names: see LongRopeScaling for its two sets of
+factors. Phi-3's original length stands outside of rope_scaling.
 """
 
 import dataclasses
@@ -14,11 +15,12 @@ from cs336.models.config import TransformerConfig
 from cs336.models.huggingface import decoder
 from cs336.models.huggingface.family import Family, Rule, layer_names, renamed
 from cs336.models.huggingface.fields import Fields
-from cs336.models.huggingface.rotary import read_rope
-from cs336.nn import AttentionConfig, RopeConfig
+from cs336.models.huggingface.rotary import read_fraction, read_rope
+from cs336.nn import AttentionConfig, LongRopeScaling, RopeConfig
 
 # What releases say of themselves and transformers does not read.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
+ORIGINAL, ORIGINAL_LENGTH = "original_max_position_embeddings", 4096  # where it is left out
 FUSED = {
     "self_attn.qkv_proj": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -26,39 +28,33 @@ FUSED = {
 
 
 def read(fields: Fields) -> TransformerConfig:
-    fields.take("original_max_position_embeddings")  # of longrope
     for name, value in PLAIN.items():
         fields.only(name, value)
     heads = decoder.heads(fields, num_kv_heads=fields.count("num_attention_heads"))
     mixer = AttentionConfig(**heads, window=fields.take("sliding_window"))
     _check_scaling(fields)
-    rest = {"positions": read_rope(fields, fraction=_fraction(fields)), "dropout": fields.number("resid_pdrop", 0.0)}
-    config = decoder.decoder(fields, mixer, decoder.gated_mlp(fields), eps=1e-5, **rest)
+    rope = read_rope(fields, original=fields.count(ORIGINAL, ORIGINAL_LENGTH), fraction=read_fraction(fields))
+    dropout = fields.number("resid_pdrop", 0.0)
+    config = decoder.decoder(fields, mixer, decoder.gated_mlp(fields), eps=1e-5, positions=rope, dropout=dropout)
     return dataclasses.replace(config, embedding_dropout=fields.number("embd_pdrop", 0.0))
 
 
 def _check_scaling(fields: Fields) -> None:
-    """Raises ValueError, naming its kind: all that transformers has here, under several names, is longrope."""
+    """Raises ValueError, naming its kind, for what is not LongRoPE: "yarn" of old files was computed otherwise than
+    transformers now does."""
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(table := fields.table.get(name), dict):
             for kind in ("rope_type", "type"):
-                Fields(table, above=f"{name}.").only(kind, "default")
-
-
-def _fraction(fields: Fields) -> Any:
-    """Of a head that is rotated, which files say by itself or in rope_parameters."""
-    table, said = fields.table.get("rope_parameters"), fields.take("partial_rotary_factor", 1.0)
-    return table.get("partial_rotary_factor", said) if isinstance(table, dict) else said
+                Fields(table, above=f"{name}.").only(kind, "default", "longrope", "su")
 
 
 def write(config: TransformerConfig) -> dict[str, Any] | None:
     block = config.blocks[0]
-    if len(set(config.blocks)) > 1 or not isinstance(block.positions, RopeConfig):
+    fields = decoder.written(config, partial=True)
+    if fields is None or fields.pop("attention_bias") or not isinstance(block.positions, RopeConfig):
         return None
-    whole = dataclasses.replace(block, positions=dataclasses.replace(block.positions, fraction=1.0))
-    fields = decoder.written(config.with_blocks((whole,) * config.num_layers))
-    if fields is None or fields.pop("attention_bias"):
-        return None
+    if isinstance(scaling := block.positions.scaling, LongRopeScaling):
+        fields[ORIGINAL] = scaling.original_context_length
     return fields | {
         "pad_token_id": None,  # left out it is 32000, which a smaller vocabulary lacks
         "partial_rotary_factor": block.positions.fraction,
@@ -83,6 +79,8 @@ def one_above_the_other(
         found += renamed(own, names)
         for name, several in fused.items() if layer else ():
             ours = tuple(f"layers.{layer}.{part}.weight" for part in several)
+            if not shapes.keys() & set(ours):
+                continue  # of quantised layers
             found.append(_joined(ours, place.format(layer=layer, name=name), [shapes[each][0] for each in ours]))
     return found
 
@@ -91,7 +89,7 @@ def _joined(ours: tuple[str, ...], theirs: str, rows: list[int]) -> Rule:
     def read(tensors: list[Tensor]) -> list[Tensor]:
         return list(tensors[0].split(rows))
 
-    return Rule(ours, (theirs,), read, lambda tensors: [torch.cat(tensors)])
+    return Rule(ours, (theirs,), read, lambda tensors: [torch.cat(tensors)], stacked=True)
 
 
 PHI3 = Family("phi3", "Phi3ForCausalLM", read, write, rules)

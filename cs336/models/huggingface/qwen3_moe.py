@@ -20,6 +20,7 @@ def read(fields: Fields) -> TransformerConfig:
     mlp = experts.mixture(
         fields, fields.take("moe_intermediate_size"), fields.take("num_local_experts", num_experts), top_k
     )
+    decoder.no_window(fields)
     return decoder.decoder(fields, qwen3.attention(fields, 4, None), mlp)
 
 

@@ -6,14 +6,28 @@ from typing import Any
 
 from cs336.models.config import TransformerConfig
 from cs336.models.huggingface.fields import Fields
-from cs336.nn import AttentionConfig, LinearScaling, Llama3Scaling, NtkScaling, RopeConfig, YarnScaling
+from cs336.nn import (
+    AttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from cs336.nn.rope_scaling import RopeScaling
 
 WINDOW, FULL = "sliding_attention", "full_attention"  # layer_types
+FACTORS = ("short_factors", "long_factors")  # of LongRoPE, which transformers names in the singular
 
 
-def read_rope(fields: Fields, default_theta: float = 10000.0, **options: Any) -> RopeConfig:
-    """Raises ValueError for a kind of scaling, or a field of it, that is not known. options: of RopeConfig."""
+def read_rope(
+    fields: Fields, default_theta: float = 10000.0, *, original: int | None = None, **options: Any
+) -> RopeConfig:
+    """Raises ValueError for a kind of scaling, or a field of it, that is not known. options: of RopeConfig.
+
+    original: the context that LongRoPE stretched, of a family that says it outside of the table.
+    """
     theta = fields.number("rope_theta", default_theta)
     fields.only("partial_rotary_factor", options.get("fraction", 1.0))
     table: dict[str, Any] = {}
@@ -22,7 +36,13 @@ def read_rope(fields: Fields, default_theta: float = 10000.0, **options: Any) ->
         if not isinstance(value, dict):
             raise ValueError(f"config.json has {name} = {value!r}: expected a table")
         table |= value
-    return rope_of(table, fields, theta, **options)
+    return rope_of(table, fields, theta, original=original, **options)
+
+
+def read_fraction(fields: Fields, default: float = 1.0) -> Any:
+    """Of a head that is rotated, which files say by itself or in rope_parameters."""
+    table, said = fields.table.get("rope_parameters"), fields.take("partial_rotary_factor", default)
+    return table.get("partial_rotary_factor", said) if isinstance(table, dict) else said
 
 
 def read_ropes(fields: Fields, local: float, theta: float) -> tuple[RopeConfig, RopeConfig]:
@@ -62,19 +82,21 @@ def write_ropes(local: RopeConfig, full: RopeConfig) -> dict[str, Any] | None:
     return written[1] | {"rope_parameters": dict(zip((WINDOW, FULL), tables, strict=True))}
 
 
-def rope_of(table: dict[str, Any], fields: Fields, theta: float, **options: Any) -> RopeConfig:
+def rope_of(
+    table: dict[str, Any], fields: Fields, theta: float, *, original: int | None = None, **options: Any
+) -> RopeConfig:
     """Of a table like rope_parameters, whose model has these fields; theta where it has none."""
     rope = Fields(table, above="rope_parameters.")
     theta = rope.number("rope_theta", theta)
     rope.only("partial_rotary_factor", options.get("fraction", 1.0))
-    scaling = _read_scaling(rope, fields)
+    scaling = _read_scaling(rope, fields, original)
     rope.finish()
     return RopeConfig(theta, scaling=scaling, **options)
 
 
-def write_rope(rope: RopeConfig) -> dict[str, Any] | None:
-    """None for what transformers has not."""
-    if rope.fraction != 1 or isinstance(rope.scaling, NtkScaling):
+def write_rope(rope: RopeConfig, *, partial: bool = False) -> dict[str, Any] | None:
+    """None for what transformers has not. partial: the family says by itself how much of a head is rotated."""
+    if (rope.fraction != 1 and not partial) or isinstance(rope.scaling, NtkScaling):
         return None
     written: dict[str, Any] = {"rope_theta": rope.theta}
     if rope.scaling is None:
@@ -83,13 +105,18 @@ def write_rope(rope: RopeConfig) -> dict[str, Any] | None:
     table["rope_type"] = table.pop("kind")
     if "original_context_length" in table:
         table["original_max_position_embeddings"] = table.pop("original_context_length")
+    for name in FACTORS:
+        if name in table:
+            table[name.removesuffix("s")] = list(table.pop(name))
     return written | {"rope_scaling": table}
 
 
-def _read_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
+def _read_scaling(rope: Fields, fields: Fields, original: int | None) -> RopeScaling | None:
     kind = rope.take("rope_type", rope.take("type", "default"))
     if kind == "default":
         return None
+    if kind in ("longrope", "su"):
+        return _read_longrope(rope, fields, original)
     if kind not in ("linear", "llama3", "yarn"):
         rope.refuse("rope_type" if "rope_type" in rope.table else "type")
     if kind != "yarn":
@@ -112,6 +139,27 @@ def _read_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
         rope.flag("truncate", True),
         _attention_factor(rope, factor),
     )
+
+
+def _read_longrope(rope: Fields, fields: Fields, original: int | None) -> LongRopeScaling:
+    """original: see `read_rope`."""
+    rope.require("short_factor", "long_factor")
+    fields.require("max_position_embeddings")
+    length = fields.count("max_position_embeddings")
+    said = rope.count("original_max_position_embeddings", length)
+    original = said if original is None else original
+    factor = rope.number("factor")
+    if factor is None:
+        factor = max(1.0, length / original)
+    short, long = (_numbers(rope, name) for name in ("short_factor", "long_factor"))
+    return LongRopeScaling(short, long, original, factor, rope.number("attention_factor"))
+
+
+def _numbers(rope: Fields, name: str) -> tuple[float, ...]:
+    values = rope.take(name)
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{rope.source} has {rope.above}{name} = {values!r:.80}: expected a list of numbers")
+    return tuple(map(float, values))
 
 
 def _attention_factor(rope: Fields, factor: float) -> float | None:

@@ -1,9 +1,25 @@
-"""The gradient of an embedding's table in plain torch, fp32 inside, any device."""
+"""Rows of a table, and its gradient in fp32, in plain torch, any device."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cs336.ops.ref.wide import wide
+
+
+def look_up(table: Tensor, ids: Tensor, name: str) -> Tensor:
+    """Rows of table (N, D) at ids (...), int64 or int32 in [0, N): (..., D). Errors call the ids `name`.
+
+    Raises ValueError for another dtype, IndexError for ids out of range; on a GPU those end the process's CUDA context.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 or int32, got {ids.dtype}")
+    try:
+        return F.embedding(ids, table)
+    except IndexError:
+        raise IndexError(
+            f"{name} must be 0 to {len(table) - 1}, got some from {ids.min().item()} to {ids.max().item()}"
+        ) from None
 
 
 def bwd(dy_ND: Tensor, ids_N: Tensor, num_rows: int) -> Tensor:

@@ -21,12 +21,35 @@ def fwd(
     cos, sin = rope.at(cos, positions), rope.at(sin, positions)
     ys, rstds = [], []
     for x_BHSD, w_D in ((q_BHSD, q_weight_D), (k_BHSD, k_weight_D)):
-        x = wide(x_BHSD)
-        rstd_BHS = (x.square().mean(-1) + eps).rsqrt()
-        y = rope.fwd(x * rstd_BHS[..., None] * wide(w_D), cos, sin, interleaved)
+        y, rstd_BHS = _turned(x_BHSD, w_D, cos, sin, interleaved, eps)
         ys.append(torch.empty_like(x_BHSD).copy_(y))
         rstds.append(rstd_BHS.contiguous())
     return ys[0], ys[1], rstds[0], rstds[1]
+
+
+def plain(
+    q_BHSD: Tensor,
+    k_BHSD: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The first two of fwd's, which nothing is copied into: what functorch and forward mode can transform."""
+    tables = rope.at(cos, positions), rope.at(sin, positions), interleaved
+    q_turned, _ = _turned(q_BHSD, q_weight_D, *tables, eps)
+    k_turned, _ = _turned(k_BHSD, k_weight_D, *tables, eps)
+    return q_turned.to(q_BHSD.dtype), k_turned.to(k_BHSD.dtype)
+
+
+def _turned(x_BHSD: Tensor, w_D: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, eps: float):
+    """y, wide, and rstd (B, H, S)."""
+    x = wide(x_BHSD)
+    rstd_BHS = (x.square().mean(-1) + eps).rsqrt()
+    return rope.fwd(x * rstd_BHS[..., None] * wide(w_D), cos, sin, interleaved), rstd_BHS
 
 
 def bwd(

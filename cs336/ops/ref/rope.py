@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cs336.ops.ref.embedding import look_up
+
 
 def fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (..., D); cos and sin (..., P) broadcast. The first 2 P features turn, the others are copied."""
@@ -20,7 +22,7 @@ def fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def at(table: Tensor, positions: Tensor | None) -> Tensor:
     """The rows of a table (L, P) at positions (1 or B, S), or a table (1 or B, S, P): (1 or B, 1, S, P)."""
-    return (table if positions is None else table[positions])[:, None]
+    return (table if positions is None else look_up(table, positions, "positions"))[:, None]
 
 
 def many(

@@ -36,7 +36,8 @@ Features block_features(const Page& page, const HintWeights& hints);
 // scores: the first, one a block.
 Features context_features(const Page& page, std::span<const float> scores);
 
-// Which blocks to keep.
+// Which blocks to keep: those that are shown, and of them the main content.
+std::vector<bool> visible_blocks(const Page& page);
 std::vector<bool> main_content(const Page& page);
 
 }  // namespace cs336::text

@@ -9,7 +9,8 @@
 namespace cs336::text {
 namespace {
 
-constexpr float kClip = 4;  // standard deviations: what is further out says no more
+constexpr size_t kShortPage = 1000;  // bytes of text
+constexpr float kClip = 4;           // standard deviations: what is further out says no more
 
 // hidden += standardised features times weights (F, H), which begin at feature `first`.
 CS336_WIDEST void add_features(const ContentNet& net, size_t first, const float* values, size_t count, float* hidden) {
@@ -38,6 +39,12 @@ float run_net(const ContentNet& net, std::initializer_list<std::span<const float
   return score;
 }
 
+bool is_short(const Page& page) {
+  size_t size = 0;
+  for (const Run& run : page.runs) size += run.text.size();
+  return size < kShortPage;
+}
+
 }  // namespace
 
 const HintWeights& trained_hints() {
@@ -49,6 +56,12 @@ const HintWeights& trained_hints() {
   return kWeights;
 }
 
+std::vector<bool> visible_blocks(const Page& page) {
+  std::vector<bool> keep;
+  for (const Block& block : page.blocks) keep.push_back(!page.elements[block.element].hidden);
+  return keep;
+}
+
 std::vector<bool> main_content(const Page& page) {
   const Features features = block_features(page, trained_hints());
   std::vector<float> first;
@@ -58,6 +71,8 @@ std::vector<bool> main_content(const Page& page) {
   for (size_t b = 0; b < page.blocks.size(); ++b) {
     keep.push_back(run_net(kSecondNet, {features.row(b), context.row(b)}) > 0);
   }
+  // A short page has no surroundings that its content could be told from: what it shows, rather than nothing.
+  if (std::find(keep.begin(), keep.end(), true) == keep.end() && is_short(page)) return visible_blocks(page);
   return keep;
 }
 

@@ -9,9 +9,10 @@ namespace cs336::attention {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArgs args) {
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
+  auto* teams = reinterpret_cast<typename Tile::Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < Tile::kTeams) {
+    auto& shared = teams[threadIdx.x];
     constexpr int kWarps = 4 * Tile::kGroups;
     for (int i = 0; i < Tile::kQStages; i++)
       for (int g = 0; g < Tile::kGroups; g++) {
@@ -28,10 +29,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_fwd_kernel(const 
   __syncthreads();
   if (warp < 4) {
     decrease_registers<Tile::kProducerRegisters>();
-    if (warp == 0 && elect_one()) fwd_produce<Tile>(args, shared);
+    const int team = Tile::kTeams == 1 ? 0 : warp;
+    if (warp < Tile::kTeams && elect_one()) fwd_produce<Tile>(args, teams[team], team);
   } else {
     increase_registers<Tile::kConsumerRegisters>();
-    FwdConsumer<Tile>(args, shared, warp / 4 - 1).run();
+    const int group = warp / 4 - 1, team = Tile::kTeams == 1 ? 0 : group / Tile::kGroups;
+    FwdConsumer<Tile>(args, teams[team], team, group - team * Tile::kGroups).run();
   }
 }
 
@@ -96,7 +99,7 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
     if constexpr (kWindow && kMask == Mask::kWindow && !kCap)
       if (p.window_right >= 0 && p.window_left + p.window_right <= kAttentionFwdWindow)
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kWindow->groups, kWindow->keys, kWindow->stages,
-                                  kWindow->q_stages, kMask, kCap, false>>(params, stream);
+                                  kWindow->q_stages, kMask, kCap, false, true, kWindow->teams>>(params, stream);
     if constexpr (kShort && kMask != Mask::kWindow)
       if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,

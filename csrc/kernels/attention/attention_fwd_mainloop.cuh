@@ -28,11 +28,12 @@ struct FwdWork {
 };
 
 template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
-          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true>
+          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true, int kTeams_ = 1>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
-  static constexpr int kGroups = kGroups_;    // consumer warpgroups
+  static constexpr int kTeams = kTeams_;      // that a block works on tiles with, each one of its own
+  static constexpr int kGroups = kGroups_;    // consumer warpgroups of a team
   static constexpr int kKeys = kKeys_;        // of a block
   static constexpr int kStages = kStages_;    // blocks of K, and of V, in flight
   static constexpr int kQStages = kQStages_;  // tiles of Q in flight
@@ -41,9 +42,10 @@ struct FwdTile {
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
   static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else, equally long, they are dealt in advance
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 112;
+  static constexpr int kAllGroups = kTeams * kGroups;
+  static constexpr int kThreads = 128 * (kAllGroups + 1);
+  static constexpr int kProducerRegisters = kAllGroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kAllGroups == 2 ? 232 : kAllGroups == 3 ? 160 : 112;
   // Tiles are panels of 64 columns, one behind the other; elements of one, and bytes.
   static constexpr int kQ = 64 * kPanel * num_panels(kHeadDim), kQBytes = 2 * kQ;  // of one warpgroup
   static constexpr int kK = kKeys * kPanel * num_panels(kHeadDim), kKBytes = 2 * kK;
@@ -51,10 +53,11 @@ struct FwdTile {
   static constexpr int kO = 64 * kPanel * num_panels(kValueDim);
   // The output leaves through shared memory: its own where there is room, else Q's.
   static constexpr bool kOwnOutput =
-      kGroups * (kQStages * kQBytes + 2 * kO) + kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
+      kAllGroups * (kQStages * kQBytes + 2 * kO) + kTeams * kStages * (kKBytes + kVBytes) + 2048 <= 227 * 1024;
+  static_assert(kTeams == 1 || !kInTurns);
   static_assert(kOwnOutput || (kO <= kQ && kQStages == 1));
 
-  struct Shared {
+  struct Shared {  // of a team
     alignas(1024) T q[kQStages][kGroups][kQ];
     alignas(1024) T k[kStages][kK];
     alignas(1024) T v[kStages][kV];
@@ -65,7 +68,8 @@ struct FwdTile {
     uint64_t work_full[2], work_empty[2];
     FwdWork work[2];
   };
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // dynamic shared memory is aligned to less than 1024
+  static constexpr int kSharedBytes = kTeams * sizeof(Shared) + 1024;  // dynamic: aligned to less than 1024
+  static_assert(kSharedBytes <= 227 * 1024);
 };
 
 struct FwdArgs {
@@ -119,13 +123,14 @@ __device__ __forceinline__ void load_block(const CUtensorMap& map, void* ring, u
 }
 
 template <class Tile>
-__device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Shared& shared) {
+__device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Shared& shared, int team) {
   constexpr int kKPanels = num_panels(Tile::kHeadDim), kVPanels = num_panels(Tile::kValueDim);
   prefetch_map(&a.q), prefetch_map(&a.k), prefetch_map(&a.v), prefetch_map(&a.o);
   // For the whole block: all that it writes follows from what is loaded here.
   wait_for_predecessor(), allow_successor();
+  const int teams = gridDim.x * Tile::kTeams;
   int count = 0;  // blocks of K and V asked for
-  int tile = blockIdx.x;
+  int tile = blockIdx.x + team * gridDim.x;
   for (int round = 0;; round++) {
     FwdWork& w = shared.work[round % 2];
     barrier_wait(&shared.work_empty[round % 2], (round / 2 & 1) ^ 1);
@@ -135,7 +140,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
       drawn = Tile::kDrawn ? atomicAdd(a.counter, 1) : tile;
       w = fwd_work<Tile>(a, tile);
       if (w.head >= 0) break;
-      tile = gridDim.x + drawn;  // packed sequences have gaps between their tiles
+      tile = teams + drawn;  // packed sequences have gaps between their tiles
     }
     barrier_arrive(&shared.work_full[round % 2]);
     if (w.head < 0) break;
@@ -163,7 +168,7 @@ __device__ __forceinline__ void fwd_produce(const FwdArgs& a, typename Tile::Sha
 #pragma unroll 1  // the producer has few registers
     for (const int first = w.blocks.first; j > first; j--, count++) load_k(count + 1, j - 1), load_v(count, j);
     load_v(count++, j);
-    tile = gridDim.x + drawn;
+    tile = teams + drawn;
   }
 }
 
@@ -177,7 +182,7 @@ struct FwdConsumer {
 
   const FwdArgs& a;
   typename Tile::Shared& shared;
-  const int group, thread, lane, warp;
+  const int team, group, thread, lane, warp;
   const uint64_t q_tile, k_tile, v_tile;  // descriptors
 
   float o[kValueDim / 2], s[kKeys / 2];
@@ -186,9 +191,10 @@ struct FwdConsumer {
   Ring<Tile::kStages> ring;
   int q_stage;
 
-  __device__ __forceinline__ FwdConsumer(const FwdArgs& a, typename Tile::Shared& shared, int group)
+  __device__ __forceinline__ FwdConsumer(const FwdArgs& a, typename Tile::Shared& shared, int team, int group)
       : a(a),
         shared(shared),
+        team(team),
         group(group),
         thread(threadIdx.x % 128),
         lane(threadIdx.x % 32),
@@ -351,7 +357,7 @@ struct FwdConsumer {
     T* out = Tile::kOwnOutput ? shared.o[group] : shared.q[0][group];
     if (Tile::kOwnOutput) {
       if (thread == 0) wait_out_read();  // of the tile before
-      named_sync(kStore + group, 128);
+      named_sync(kStore + team * Tile::kGroups + group, 128);
     }
 #pragma unroll
     for (int c = 0; c < kValueDim / 8; c += 2) {  // two columns of 8 x 8 matrices
@@ -363,7 +369,7 @@ struct FwdConsumer {
                                pack<T>(x[4] * f[0], x[5] * f[0]), pack<T>(x[6] * f[1], x[7] * f[1])});
     }
     fence_async_proxy();
-    named_sync(kStore + group, 128);
+    named_sync(kStore + team * Tile::kGroups + group, 128);
     if (thread == 0) {
       const Rows rows = a.sequences.q_rows(w.sequence);
       if (first_row < w.sequence.q_length)

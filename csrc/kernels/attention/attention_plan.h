@@ -7,10 +7,11 @@
 
 namespace cs336 {
 
-// Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight, tiles of Q in flight;
-// the fastest measured of those that fit the registers (H200; docs/attention.md).
+// Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight, tiles of Q in flight,
+// tiles that a multiprocessor works on at a time; the fastest measured of those that fit the registers (H200;
+// docs/attention.md).
 struct AttentionFwdShape {
-  int head_dim, value_dim, groups, keys, stages, q_stages;
+  int head_dim, value_dim, groups, keys, stages, q_stages, teams = 1;
 };
 inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
     {64, 64, 3, 128, 4, 1},  {96, 96, 3, 80, 2, 1},   {128, 128, 3, 80, 2, 1},
@@ -25,8 +26,9 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 // Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
 // earlier: blocks as wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be
 // at blocks of their own, and nobody waits for a turn. 1024 keys of 16k: D = 128 577 for 546 TFLOP/s, D = 64 418 for
-// 406; 4096 keys: 631 for 650, 497 for 502.
-inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 4, 64, 6, 2}, {128, 128, 3, 64, 4, 1}};
+// 406; 4096 keys: 631 for 650, 497 for 502. D = 64: two teams of two warpgroups, each with tiles of its own, so that
+// one has the multiprocessor while the other is between two tiles.
+inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 2, 64, 4, 2, 2}, {128, 128, 3, 64, 4, 1}};
 inline constexpr int kAttentionFwdWindow = 2048;
 
 // Queries of a backward tile and keys of a block.
@@ -138,7 +140,9 @@ constexpr QueryTiles tiles_that_see(int key0, int last_key, int offset, int q_le
 // Ints: the counter that deals out tiles, and for packed sequences the sequence and the row of each tile.
 inline int64_t attention_fwd_workspace(const AttentionProblem& p) {
   const AttentionFwdShape* shape = find_attention_shape(kAttentionFwdShapes, p.head_dim, p.value_dim);
-  return p.cu_q ? 2 + 2 * attention_tiles(p, p.q_tokens, 64 * shape->groups) : 2;
+  const AttentionFwdShape* window = find_attention_shape(kAttentionFwdWindowShapes, p.head_dim, p.value_dim);
+  const int groups = window ? std::min(shape->groups, window->groups) : shape->groups;
+  return p.cu_q ? 2 + 2 * attention_tiles(p, p.q_tokens, 64 * groups) : 2;
 }
 
 // Query heads that one block of the backward walks: all that share a key head, or a half, a quarter, ... of them where

@@ -10,7 +10,9 @@ so that w[n, k] = weight_scale[n, g] * (q - zero): the format "pack-quantized". 
     weight             (N, K) float8_e4m3fn
     weight_scale       (N, 1), or (1,) for all rows, or (ceil(N / n), ceil(K / k)) for blocks of n x k
 
-which is written with a scale a row. Features that such a model rounds as it runs, "dynamic", are not rounded here.
+which is written with a scale a row. Beside it x may be rounded to fp8 as the model runs, "dynamic": each token with a
+scale, or a group of its features. Where a file wants one scale for all tokens of a batch, each token has its own here:
+a text would depend on the others otherwise.
 """
 
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from cs336.models.huggingface.quantized.packing import pack, unpack
 from cs336.models.huggingface.quantized.scheme import BITS, Scheme, refuse
 from cs336.models.huggingface.quantized.tensors import Tensors
 from cs336.nn import QuantizedWeight
+from cs336.nn.quantized import TOKEN
 
 PACKED, FLOATS = "pack-quantized", "float-quantized"
 
@@ -55,11 +58,26 @@ class CompressedTensors:
         weights, read, made = (only.get(name) for name in ("weights", "input_activations", "output_activations"))
         if made or (read and (kind == PACKED or not isinstance(read, dict) or read.get("dynamic") is not True)):
             raise refuse("input_activations", read or made, f"none, or dynamic ones with {FLOATS!r}")
+        x_group = cls._x_group(read) if read else None
         if not isinstance(weights, dict):
             raise refuse("weights", weights, "a table")
         if weights.get("dynamic"):
             raise refuse("weights.dynamic", weights["dynamic"], "false")
-        return cls._of_floats(weights) if kind == FLOATS else cls._of_numbers(weights)
+        return cls._of_floats(weights, x_group) if kind == FLOATS else cls._of_numbers(weights)
+
+    @classmethod
+    def _x_group(cls, read: Mapping[str, Any]) -> int:
+        """Features of x that share a scale."""
+        if (read.get("num_bits"), read.get("type"), read.get("symmetric", True)) != (8, "float", True):
+            raise refuse("input_activations", read, "symmetric floats of 8 bits")
+        strategy, group = read.get("strategy"), read.get("group_size")
+        if strategy in ("token", "tensor"):
+            return TOKEN
+        if strategy != "group" or type(group) is not int or group < 1:
+            raise refuse(
+                "input_activations.strategy", (strategy, group), "'token', or 'group' with a positive group_size"
+            )
+        return group
 
     @classmethod
     def _of_numbers(cls, weights: Mapping[str, Any]) -> "CompressedTensors":
@@ -78,12 +96,12 @@ class CompressedTensors:
         return cls(Scheme(BITS[bits], group, zeros=not symmetric))
 
     @classmethod
-    def _of_floats(cls, weights: Mapping[str, Any]) -> "CompressedTensors":
+    def _of_floats(cls, weights: Mapping[str, Any], x_group: int | None) -> "CompressedTensors":
         if (weights.get("num_bits"), weights.get("type"), weights.get("symmetric", True)) != (8, "float", True):
             raise refuse("weights", weights, "symmetric floats of 8 bits")
         strategy, block = weights.get("strategy"), weights.get("block_structure")
         if strategy in ("channel", "tensor"):
-            return cls(Scheme("fp8", None), 1 if strategy == "channel" else None)
+            return cls(Scheme("fp8", None, x_group=x_group), 1 if strategy == "channel" else None)
         if (
             strategy != "block"
             or not isinstance(block, list)
@@ -93,7 +111,7 @@ class CompressedTensors:
             raise refuse(
                 "weights.strategy", (strategy, block), "'channel', 'tensor', or 'block' with a block_structure"
             )
-        return cls(Scheme("fp8", block[1]), block[0])
+        return cls(Scheme("fp8", block[1], x_group=x_group), block[0])
 
     @classmethod
     def like(cls, scheme: Scheme) -> "CompressedTensors":
@@ -109,7 +127,15 @@ class CompressedTensors:
         weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": not scheme.zeros}
         weights |= {"strategy": "channel" if scheme.group is None else "group", "group_size": scheme.group}
         weights |= {"actorder": None, "dynamic": False, "block_structure": None}
-        only = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        read = None
+        if (group := scheme.x_group) is not None:
+            read = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "block_structure": None}
+            read |= (
+                {"strategy": "token", "group_size": None}
+                if group == TOKEN
+                else {"strategy": "group", "group_size": group}
+            )
+        only = {"targets": ["Linear"], "weights": weights, "input_activations": read, "output_activations": None}
         said = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
         return said | {"config_groups": {"group_0": only}, "ignore": unquantized, "kv_cache_scheme": None}
 

@@ -77,7 +77,7 @@ class GPTQ:
         if N % many or K % many:
             raise ValueError(f"GPTQ packs {many} features in a word: {N} by {K} features do not fit")
         zeros = torch.zeros_like(weight.scales, dtype=torch.int16) if weight.zeros is None else weight.zeros
-        if self.shift and (zeros == -half).any():
+        if self.shift and weight.zeros is not None and (zeros == -half).any():
             raise ValueError("GPTQ's first format has no zero below 1, and a group has 0: choose another format")
         group_K, q_NK = torch.arange(K, device=weight.q.device) // group, weight.q
         if weight.order is not None:

@@ -37,32 +37,36 @@ def read_quantized(model: Transformer, said: Any, found: dict[str, Tensor], fami
         allowed = OURS if family is None else ", ".join(name for name in FORMATS if name != OURS)
         raise ValueError(f"quantization_config is of {kind!r}: of this model_type {allowed} can be read")
     form = FORMATS[kind].of(said)
-    places = layer_places(model, family)
+    places = _stacks(model, family)
     stems = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] == form.mark}
-    for stem, parts in _joined(model, family).items():
+    for stem, parts in _woven(model, family).items():
         if stem in stems:
             raise ValueError(
                 f"{stem} is quantised, and it is {len(parts)} layers here, {', '.join(parts)}: read are files that "
                 "keep such matrices as they are, or the model before it was quantised"
             )
-    wanted = {name: stem for name, stem in places.items() if stem in stems}
+    wanted = {stem: names for stem, names in places.items() if stem in stems}
     if not wanted:
         raise ValueError(f"quantization_config is of {kind!r}, and no layer of the file has a {form.mark}")
-    for mixture in {name.partition(".experts.")[0] for name in wanted if ".experts." in name}:
-        if left := [places[n] for n in places if n.startswith(f"{mixture}.experts.") and n not in wanted]:
+    for mixture in {name.partition(".experts.")[0] for (name, *_) in wanted.values() if ".experts." in name}:
+        if left := [
+            s for s, (name, *_) in places.items() if name.startswith(f"{mixture}.experts.") and s not in wanted
+        ]:
             raise ValueError(f"{left[0]}.{form.mark} is missing, and other experts of its layer are quantised")
         unstack_experts(model.get_submodule(mixture))
     buffers = set()
-    for name, stem in wanted.items():
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        weight = form.read(Tensors(found, stem, form.scheme.method), old.out_features, old.in_features)
-        options = {"zeros": weight.zeros is not None, "order": weight.order is not None}
-        new = QuantizedLinear.like(old, form.scheme.method, form.scheme.group, **options)
-        new.fill(weight)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-        buffers |= {f"{name}.{part}" for part, t in new.named_buffers() if part != "bias" and t is not None}
+    for stem, names in wanted.items():
+        layers = [layer for layer in map(model.get_submodule, names) if isinstance(layer, nn.Linear)]
+        rows, width = [layer.out_features for layer in layers], layers[0].in_features
+        whole = form.read(Tensors(found, stem, form.scheme.method), sum(rows), width)
+        for name, old, weight in zip(names, layers, whole.split(rows), strict=True):
+            options: dict[str, Any] = {"zeros": weight.zeros is not None, "order": weight.order is not None}
+            options |= {"x_group": form.scheme.x_group}
+            new = QuantizedLinear.like(old, form.scheme.method, form.scheme.group, **options)
+            new.fill(weight)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+            buffers |= {f"{name}.{part}" for part, t in new.named_buffers() if part != "bias" and t is not None}
     return buffers
 
 
@@ -83,36 +87,54 @@ def write_quantized(
     if family is None and form != OURS:
         raise ValueError(f"no family of Hugging Face has this model: choose the format {OURS!r}, not {form!r}")
     writer = FORMATS[form].like(scheme_of(layers))
-    places = layer_places(model, family)
+    places = _stacks(model, family)
+    stems = {name: stem for stem, names in places.items() for name in names}
+    if homeless := [name for name in layers if name not in stems]:
+        raise ValueError(f"{homeless[0]} has no place in a file of {form!r}: choose the format {OURS!r}")
     weights: dict[str, Tensor] = {}
     buffers: set[str] = set()
-    for name, layer in layers.items():
-        q, scales, zeros, order = layer.quantized
-        zeros = None if zeros is None else rows(f"{name}.", zeros)
-        moved = QuantizedWeight(rows(f"{name}.", q), rows(f"{name}.", scales), zeros, order)
+    for stem in dict.fromkeys(stems[name] for name in layers):
+        names = places[stem]
+        if left := [name for name in names if name not in layers]:
+            raise ValueError(
+                f"{left[0]} is not quantised, and in a file of {form!r} it is one matrix with {', '.join(names)}: "
+                f"quantise all of these or none, or choose the format {OURS!r}"
+            )
         try:
-            tensors = writer.write(moved, layer.group)
+            whole = QuantizedWeight.stack([_moved(layers[name].quantized, name, rows) for name in names])
+            tensors = writer.write(whole, layers[names[0]].group)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if name not in places:
-            raise ValueError(f"{name} has no place in a file of {form!r}: choose the format {OURS!r}")
-        weights |= {f"{places[name]}.{last}": t for last, t in tensors.items()}
-        buffers |= {f"{name}.{part}" for part, _ in layer.named_buffers() if part != "bias"}
-    plain = [places.get(n, n) for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, Linear)]
-    return {"quantization_config": writer.config(["lm_head", *plain])}, weights, buffers
+            raise ValueError(f"{', '.join(names)}: {error}") from None
+        weights |= {f"{stem}.{last}": t for last, t in tensors.items()}
+        buffers |= {f"{n}.{part}" for n in names for part, _ in layers[n].named_buffers() if part != "bias"}
+    plain = [stems.get(n, n) for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, Linear)]
+    return {"quantization_config": writer.config(list(dict.fromkeys(["lm_head", *plain])))}, weights, buffers
 
 
-def layer_places(model: Transformer, family: Family | None) -> dict[str, str]:
-    """Our name of each linear layer of the blocks -> its name in a file, of those that are one by one there."""
+def _moved(weight: QuantizedWeight, name: str, rows: Any) -> QuantizedWeight:
+    q, scales, zeros, order = weight
+    zeros = None if zeros is None else rows(f"{name}.", zeros)
+    return QuantizedWeight(rows(f"{name}.", q), rows(f"{name}.", scales), zeros, order)
+
+
+def _stacks(model: Transformer, family: Family | None) -> dict[str, tuple[str, ...]]:
+    """The name in a file of each matrix of the blocks that may be quantised there, and ours of the linear layers whose
+    rows it holds, one above the other."""
     shapes = _shapes(model)
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
-    return dict(_places(rules, shapes))
+    alone = {stem: (name,) for name, stem in _places(rules, shapes)}
+    several = {_stem(rule.theirs[0]): tuple(map(_stem, rule.ours)) for rule in rules if rule.stacked}
+    return alone | several
 
 
-def _joined(model: Transformer, family: Family | None) -> dict[str, list[str]]:
-    """The names in a file of matrices that are several layers of ours, and which."""
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _woven(model: Transformer, family: Family | None) -> dict[str, list[str]]:
+    """The names in a file of matrices that several layers of ours make up otherwise than by rows, and which."""
     rules = [] if family is None else [rule for rule in family.rules(_shapes(model)) if len(rule.ours) > 1]
-    return {rule.theirs[0].removesuffix(".weight"): [n.removesuffix(".weight") for n in rule.ours] for rule in rules}
+    return {_stem(rule.theirs[0]): list(map(_stem, rule.ours)) for rule in rules if not rule.stacked}
 
 
 def _shapes(model: Transformer) -> dict[str, torch.Size]:

@@ -21,13 +21,13 @@ class Own:
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> "Own":
-        if said.keys() != {"quant_method", "method", "group"}:
+        if said.keys() - {"x_group"} != {"quant_method", "method", "group"}:
             shown = ", ".join(sorted(said))
             raise ValueError(f"quantization_config must have quant_method, method and group, got {shown}")
         if said["method"] not in METHODS:
             raise ValueError(f"quantization_config: method must be {' or '.join(METHODS)}, got {said['method']!r}")
         try:
-            return cls(Scheme(said["method"], said["group"]))
+            return cls(Scheme(said["method"], said["group"], x_group=said.get("x_group")))
         except ValueError as error:
             raise ValueError(f"quantization_config: {error}") from None
 
@@ -36,7 +36,8 @@ class Own:
         return cls(scheme)
 
     def config(self, unquantized: list[str]) -> dict[str, Any]:
-        return {"quant_method": "cs336", "method": self.scheme.method, "group": self.scheme.group}
+        said = {"quant_method": "cs336", "method": self.scheme.method, "group": self.scheme.group}
+        return said if self.scheme.x_group is None else said | {"x_group": self.scheme.x_group}
 
     def read(self, tensors: Tensors, out_features: int, in_features: int) -> QuantizedWeight:
         N, K, G, int4 = out_features, in_features, self.scheme.groups(in_features), self.scheme.method == "int4"

@@ -9,6 +9,7 @@ from torch import Tensor
 from cs336.models.huggingface.quantized.tensors import Tensors
 from cs336.nn import QuantizedLinear, QuantizedWeight, QuantMethod
 from cs336.nn.checks import check_counts
+from cs336.nn.quantized import TOKEN
 
 BITS: dict[Any, QuantMethod] = {4: "int4", 8: "int8"}
 
@@ -22,9 +23,15 @@ class Scheme:
     """None: the whole row."""
     zeros: bool = False
     order: bool = False
+    x_group: int | None = None
+    """Of fp8: features of x that share a scale as it is rounded too, TOKEN for all; None: it is not."""
 
     def __post_init__(self):
         check_counts(optional=True, group=self.group)
+        if self.x_group is not None and self.method != "fp8":
+            raise ValueError(f"x_group is of fp8, got it with {self.method}")
+        if self.x_group != TOKEN:
+            check_counts(optional=True, x_group=self.x_group)
 
     @property
     def bits(self) -> int:
@@ -36,10 +43,10 @@ class Scheme:
 
 def scheme_of(layers: Mapping[str, QuantizedLinear]) -> Scheme:
     """What the layers have in common. Raises ValueError where they differ."""
-    found = {Scheme(m.method, m.group, m.zeros is not None, m.order is not None) for m in layers.values()}
+    found = {Scheme(m.method, m.group, m.zeros is not None, m.order is not None, m.x_group) for m in layers.values()}
     if all(m.group == m.in_features for m in layers.values()):
         found = {replace(scheme, group=None) for scheme in found}
-    if len({(scheme.method, scheme.group) for scheme in found}) > 1:
+    if len({(scheme.method, scheme.group, scheme.x_group) for scheme in found}) > 1:
         shown = ", ".join(sorted(f"{scheme.method} in groups of {scheme.group}" for scheme in found))
         raise ValueError(f"one directory holds layers of one kind, got {shown}")
     first = found.pop()
