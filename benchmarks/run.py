@@ -123,8 +123,7 @@ def distributed(name: str, *argv: str) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.processes < 1:
         raise SystemExit(f"--processes must be 1 or more, got {options.processes}")
-    if "--help" in rest:  # once
-        importlib.import_module(f"benchmarks.end_to_end.bench_{name}").parse(rest)
+    importlib.import_module(f"benchmarks.end_to_end.bench_{name}").parse(rest)  # --help and mistakes, once
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     found = os.pathsep.join(filter(None, [str(results.ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": found}  # from any working directory

@@ -9,6 +9,7 @@ the next. The time is that of the slowest rank. NCCL where there is a GPU for ea
 
 import argparse
 import datetime
+import importlib.util
 import os
 import pathlib
 import time
@@ -20,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import harness, results
+from cs336.cli.common import check_output
 from cs336.parallel import collectives as c
+from cs336.tokenizer.compare import plot_format
 
 MB = 2**20
 BLOCKS = 5
@@ -144,6 +147,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"no collective {', '.join(unknown)}: expected some of {', '.join(COLLECTIVES)}")
     if not 0 < options.from_mb <= options.to_mb:
         parser.error(f"sizes must rise from above 0, got {options.from_mb} to {options.to_mb}")
+    try:
+        for path in (options.out, options.plot):
+            check_output(path)
+        if options.plot:
+            plot_format(options.plot)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'cs336[plot]'")
     return options
 
 

@@ -32,6 +32,7 @@ from benchmarks.end_to_end.equivalence import differences, steps_apart
 from benchmarks.end_to_end.parallel_runs import forget, row, timed
 from benchmarks.end_to_end.parallel_trace import traced
 from cs336 import ops
+from cs336.cli.common import check_output
 from cs336.optim import AdamW
 from cs336.parallel import DDP, ShardedAdamW, ShardedOptimizer, all_to_all_attention, nccl, own_tokens, ring_attention
 
@@ -235,6 +236,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if unknown := [name for name in options.names if name not in SECTIONS]:
         parser.error(f"no section {', '.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    try:
+        check_output(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

@@ -304,7 +304,7 @@ def step_on(
             "a new run_dir may avoid it"
         )
     scale = scale * clip_scale(norm, max_grad_norm)
-    if "grad_scale" in inspect.signature(type(optimizer).step).parameters:
+    if "grad_scale" in inspect.signature(optimizer.step).parameters:
         optimizer.step(grad_scale=scale)
     else:  # torch's
         torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], scale)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import run
 from benchmarks.end_to_end import bench_collectives, bench_parallel, parallel_trace
@@ -57,10 +56,18 @@ def test_sizes_and_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [["collectives", "all_reduces"], ["collectives", "--from-mb", "2", "--to-mb", "1"], ["parallel", "zeros"]]
+    ("argv", "message"),
+    [
+        (["collectives", "all_reduces"], "no collective all_reduces"),
+        (["collectives", "--from-mb", "2", "--to-mb", "1"], "sizes must rise"),
+        (["collectives", "--plot", "bus.txt"], "a plot is a .png, .svg or .pdf file"),
+        (["collectives", "--plot", "no/bus.png"], "there is no directory no"),
+        (["parallel", "zeros"], "no section zeros"),
+        (["parallel", "--out", "no/rows.json"], "there is no directory no"),
+    ],
 )
-def test_unknown_names_are_refused_before_processes_start(argv):
-    module = {"collectives": bench_collectives, "parallel": bench_parallel}[argv[0]]
+def test_mistakes_are_told_before_processes_start(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr("subprocess.run", lambda *args, **options: pytest.fail("processes were started"))
     with pytest.raises(SystemExit):
-        module.parse(argv[1:])
-    assert torch.distributed.is_available()
+        run.main([*argv, "--processes", "2"])
+    assert message in capsys.readouterr().err
