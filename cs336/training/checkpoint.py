@@ -471,11 +471,7 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
                 archive.extractall(directory)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
-        try:
-            yield directory
-        except ValueError as error:  # names where it was unpacked
-            kind = DamagedError if isinstance(error, DamagedError) else ValueError
-            raise kind(str(error).replace(directory, str(what))) from None
+        yield directory
 
 
 def _is_archive(path: pathlib.Path) -> bool:
@@ -489,7 +485,7 @@ def _archive_called(path: str | os.PathLike | IO[bytes]) -> str | None:
     """What errors call an archive, which is unpacked elsewhere; None of a directory."""
     if isinstance(path, str | os.PathLike):
         return os.path.abspath(path) if os.path.isfile(path) else None
-    return "in the file object"
+    return "the file object"
 
 
 def _verify(path: pathlib.Path, checksums: dict[str, str], called: str) -> None:

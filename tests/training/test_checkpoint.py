@@ -302,7 +302,7 @@ def test_files_and_paths_are_one_thing(tmp_path):
 def test_errors_name_the_archive_and_not_where_it_is_unpacked(tmp_path):
     net = model()
     path = save_checkpoint(net, None, 1, tmp_path / "c.pt")
-    for wanted, name in ((path, re.escape(str(path))), (io.BytesIO(path.read_bytes()), "in the file object")):
+    for wanted, name in ((path, re.escape(str(path))), (io.BytesIO(path.read_bytes()), "the file object")):
         with pytest.raises(ValueError, match=f"checkpoint {name} does not fit the model"):
             load_checkpoint(wanted, model(width=64))
         with pytest.raises(ValueError, match=f"checkpoint {name} was saved without an optimizer"):
