@@ -296,19 +296,27 @@ def _gathered(
     if begins is not None and (begins.shape != (B,) or begins.is_floating_point() or begins.device != lens.device):
         raise ValueError(f"cache_leftpad must be ({B},) torch.int32 on {lens.device}, got {like(begins)}")
     begins = torch.zeros_like(lens) if begins is None else begins.to(torch.int32)
-    seen = readable(table, lens, begins)
-    if seen:
+    if readable(table, lens, begins):
         check_pages(k_cache, table, lens)
         if ((begins < 0) | (begins > lens)).any():
             raise ValueError(f"cache_leftpad must be from 0 to the length {lens.tolist()}, got {begins.tolist()}")
     cu_seqlens = torch.nn.functional.pad((lens - begins).cumsum(0, dtype=torch.int32), (1, 0))
-    row = torch.arange(int(cu_seqlens[-1]) if seen else B * M * page, device=table.device, dtype=torch.int32)
+    count = int(cu_seqlens[-1]) if _counts(table) else B * M * page
+    row = torch.arange(count, device=table.device, dtype=torch.int32)
     if not row.numel():
         return k_cache[:0, 0], v_cache[:0, 0], cu_seqlens
     b = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=B - 1)
     place = (row - cu_seqlens[b] + begins[b]).clamp(0, M * page - 1).long()
     at = table[b, place // page].long().clamp(0, P - 1), place % page
-    return k_cache[at], v_cache[at], cu_seqlens
+    if _counts(table):
+        return k_cache[at], v_cache[at], cu_seqlens
+    held = (row < cu_seqlens[-1])[:, None, None]  # a gradient of what lies behind need not have been written
+    return torch.where(held, k_cache[at], 0), torch.where(held, v_cache[at], 0), cu_seqlens
+
+
+def _counts(table: Tensor) -> bool:
+    """Whether how many rows there are is asked for: on a GPU the host would wait."""
+    return table.device.type == "cpu"
 
 
 def _pages(B: int, cache_batch_idx: Tensor | None, device: torch.device) -> Tensor:

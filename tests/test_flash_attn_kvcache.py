@@ -247,18 +247,41 @@ def test_no_gradient(device):
 
 
 def test_what_is_copied_where_lengths_are_not_read(device, monkeypatch):
-    """As on a GPU: as many rows as the table has room for, of which those of the sequences are the same."""
+    """As on a GPU: as many rows as the table has room for, of which those of the sequences are the same. Gradients of
+    the others are nobody's, whatever stands there."""
     lengths, begins = [20, 37, 0, 48], [3, 16, 0, 0]
     _, (k, v), table = cache(device, True, lengths)
     lens, left = (torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, begins))
     for b, n in enumerate(lengths):
         table[b, -(-n // 16) :] = -7 if b % 2 else 2**31 - 1  # looked at by nobody
-    monkeypatch.setattr(flash_attn, "readable", lambda *_: True)
-    read = flash_attn._gathered(*(x.cpu() for x in (k, v, table, lens, left)))
-    monkeypatch.setattr(flash_attn, "readable", lambda *_: False)
-    unread = flash_attn._gathered(k, v, table, lens, left)
+    found = []
+    for counts in (True, False):
+        monkeypatch.setattr(flash_attn, "readable", lambda *_, counts=counts: counts)
+        monkeypatch.setattr(flash_attn, "_counts", lambda _, counts=counts: counts)
+        of = [x.cpu() if counts else x for x in (k, v, table, lens, left)]
+        caches = [x.clone().requires_grad_() for x in of[:2]]
+        *rows, starts = flash_attn._gathered(*caches, *of[2:])
+        assert starts.tolist() == [0, 17, 38, 38, 86]
+        given = [torch.full_like(x, torch.nan) for x in rows]
+        for x in given:
+            x[:86] = torch.arange(86, device=x.device)[:, None, None]
+        found.append((*(x.detach() for x in rows), *torch.autograd.grad(rows, caches, given)))
+    read, unread = found
     assert len(unread[0]) == 4 * 3 * 16
-    assert unread[2].tolist() == read[2].tolist() == [0, 17, 38, 38, 86]
     for whole, part in zip(unread[:2], read[:2], strict=True):
         assert torch.equal(whole[:86].cpu(), part)
         assert part.isfinite().all()
+    for whole, part in zip(unread[2:], read[2:], strict=True):
+        assert torch.equal(whole.cpu(), part)
+        assert part.isfinite().all()
+
+
+def test_padding_compiles():
+    _, (k, v), _ = cache(torch.device("cpu"), False, [48, 30])
+    q, left = torch.randn(2, 3, 4, D), torch.tensor([4, 0], dtype=torch.int32)
+    lens = torch.tensor([48, 30], dtype=torch.int32)
+
+    def call(q):
+        return cs336.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, cache_leftpad=left, causal=True)
+
+    torch.testing.assert_close(torch.compile(call, backend="eager")(q), call(q))

@@ -55,9 +55,10 @@ class QuantizedWeight(NamedTuple):
 
     @staticmethod
     def stack(parts: list["QuantizedWeight"]) -> "QuantizedWeight":
-        """One above the other. Raises ValueError for other orders of features."""
-        orders = [torch.arange(part.q.shape[1]) if part.order is None else part.order.cpu() for part in parts]
-        if not all(torch.equal(order, orders[0]) for order in orders):
+        """One above the other. Raises ValueError for other orders of features, unless they are on meta."""
+        orders = [torch.arange(part.q.shape[1]) if part.order is None else part.order for part in parts]
+        has_values = not any(order.is_meta for order in orders)
+        if has_values and not all(torch.equal(order.cpu(), orders[0].cpu()) for order in orders):
             raise ValueError(
                 "they are one matrix in the file, and their features are in other orders: quantise without act_order"
             )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from cs336.ops import dispatch, registry
 from cs336.ops.checks import like
@@ -352,7 +351,7 @@ def linear_cross_entropy(
     check_options(softcap, z_loss, label_smoothing)
     check_reduction(reduction)
     extra = return_lse, return_entropy
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if dispatch.transformed():
         return cross_entropy(
             F.linear(x, weight, bias), targets, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss,
             label_smoothing=label_smoothing, reduction=reduction, return_lse=return_lse, return_entropy=return_entropy,
@@ -388,11 +387,21 @@ def linear_loss_sums(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy(..., reduction="sum")`, and the sum of the cross-entropy alone, which has no gradient.
 
-    What a run minimises and what it reports, of one pass: three matmuls, forward and backward. Arguments and errors:
-    see linear_cross_entropy.
+    What a run minimises and what it reports: of one pass where something learns, three matmuls, forward and backward.
+    Arguments and errors: see linear_cross_entropy.
     """
     _check(x, weight, targets, None, chunk_size)
     check_options(softcap, z_loss, label_smoothing)
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not learns or dispatch.transformed():
+
+        def total(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+            return linear_cross_entropy(
+                x, weight, targets, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss,
+                label_smoothing=label_smoothing, reduction="sum", chunk_size=chunk_size,
+            )  # fmt: skip
+
+        return total(z_loss, label_smoothing), total().detach()
     targets_N, x_NH = targets.reshape(-1).long(), x.reshape(-1, x.shape[-1])
     check_targets(targets_N, weight.shape[0], ignore_index)
     dtype = _compute_dtype(x)

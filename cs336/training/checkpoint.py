@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import shutil
@@ -72,13 +73,15 @@ def save_checkpoint(
     Raises OSError if it cannot be written, a full disk too: nothing is left of it then, and what was at `path` and
     beside it is untouched. Raises FileExistsError if something else than a checkpoint is at `path`.
     """
-    if isinstance(iteration, float) or not iteration >= 0:
+    with contextlib.suppress(TypeError):
+        iteration = operator.index(iteration)
+    if not isinstance(iteration, int) or iteration < 0:
         raise ValueError(f"iteration must be a whole number, 0 or more: steps that are done; got {iteration!r}")
     try:
         json.dumps(extra)
     except (TypeError, ValueError) as error:
         raise TypeError(f"extra must be JSON values: {error}") from None
-    return write_snapshot(snapshot(model, optimizer, int(iteration), extra=extra), path)
+    return write_snapshot(snapshot(model, optimizer, iteration, extra=extra), path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -423,7 +423,7 @@ def _unknown(classes: Sequence[type], name: str, above: str, root: type) -> str:
     text = f"unknown key {above}{name}"
     known = keys(root)
     elsewhere = {key.name.rpartition(".")[2]: key.name for key in reversed(known)}
-    if not above and "." in elsewhere.get(name, ""):
+    if not above and "." in elsewhere.get(name, "") and not difflib.get_close_matches(name, own, 1, 0.85):
         return f"{text}; did you mean {elsewhere[name]}?"
     if near := difflib.get_close_matches(name, own, 1, 0.7):
         return f"{text}; did you mean {above}{near[0]}?"

@@ -106,7 +106,7 @@ def test_terms(variant, device, chunk_size, options):
     "options", [{}, {"z_loss": 1e-2}, {"label_smoothing": 0.2}, TERMS[0] | {"label_smoothing": 0.2}]
 )
 @pytest.mark.parametrize("chunk_size", [5, None])
-def test_what_is_minimised_and_the_cross_entropy(variant, device, chunk_size, options, dtype):
+def test_what_is_minimised_and_the_cross_entropy(variant, device, monkeypatch, chunk_size, options, dtype):
     leaves, targets = leaves_of((2, 9), 24, 50, dtype, device, bias=False), torch.randint(0, 50, (2, 9), device=device)
     targets[0, 2:5] = -100
     loss, alone = ops.linear_loss_sums(*leaves, targets, chunk_size=chunk_size, **options)
@@ -120,8 +120,25 @@ def test_what_is_minimised_and_the_cross_entropy(variant, device, chunk_size, op
             *(t.detach().double() for t in leaves), targets, softcap=softcap, reduction="sum"
         )
     assert alone.item() == pytest.approx(want.item(), rel=1e-6 if dtype == F32 else 1e-2)
+
+    def refuses(*_):
+        raise AssertionError("gradients of what learns nothing")
+
+    monkeypatch.setitem(ops.linear_loss_sums.__globals__, "_gradient_op", refuses)
     with torch.no_grad():
-        assert ops.linear_loss_sums(*leaves, targets, chunk_size=chunk_size, **options)[1] == alone
+        again = ops.linear_loss_sums(*leaves, targets, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(again, (loss.detach(), alone), rtol=1e-6, atol=0)
+
+
+def test_sums_under_a_transform(device):
+    x, weight = leaves_of((2, 9), 24, 50, F32, device, bias=False)
+    targets, options = torch.randint(0, 50, (2, 9), device=device), {"z_loss": 1e-2, "label_smoothing": 0.1}
+
+    def total(x):
+        return ops.linear_loss_sums(x, weight, targets, **options)[0]
+
+    want = torch.autograd.grad(total(x), x)[0]
+    torch.testing.assert_close(torch.func.grad(total)(x.detach()), want)
 
 
 def test_log_probs(variant, device):
