@@ -235,6 +235,8 @@ def flash_attn_with_kvcache(
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
         steps = torch.arange(k.shape[1], device=q.device)
         k = _rotated(k, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
+    if cache_leftpad is not None:  # before anything is written
+        cache_leftpad = _leftpad(cache_leftpad, lens if k is None else lens + k.shape[1])
     if k is not None and v is not None:
         new = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
         sequences = torch.arange(B, dtype=torch.int32, device=q.device).repeat_interleave(len(new))
@@ -293,13 +295,9 @@ def _gathered(
     (B, M), (P, page) = table.shape, k_cache.shape[:2]
     if lens.shape != (B,):
         raise ValueError(f"there must be as many lengths as rows of pages, {B}, got {tuple(lens.shape)}")
-    if begins is not None and (begins.shape != (B,) or begins.is_floating_point() or begins.device != lens.device):
-        raise ValueError(f"cache_leftpad must be ({B},) torch.int32 on {lens.device}, got {like(begins)}")
-    begins = torch.zeros_like(lens) if begins is None else begins.to(torch.int32)
-    if readable(table, lens, begins):
+    begins = torch.zeros_like(lens) if begins is None else begins
+    if readable(table, lens):
         check_pages(k_cache, table, lens)
-        if ((begins < 0) | (begins > lens)).any():
-            raise ValueError(f"cache_leftpad must be from 0 to the length {lens.tolist()}, got {begins.tolist()}")
     cu_seqlens = torch.nn.functional.pad((lens - begins).cumsum(0, dtype=torch.int32), (1, 0))
     count = int(cu_seqlens[-1]) if _counts(table) else B * M * page
     row = torch.arange(count, device=table.device, dtype=torch.int32)
@@ -312,6 +310,17 @@ def _gathered(
         return k_cache[at], v_cache[at], cu_seqlens
     held = (row < cu_seqlens[-1])[:, None, None]  # a gradient of what lies behind need not have been written
     return torch.where(held, k_cache[at], 0), torch.where(held, v_cache[at], 0), cu_seqlens
+
+
+def _leftpad(begins: Tensor, lens: Tensor) -> Tensor:
+    """Where sequences of these lengths begin, checked: (B,) int32."""
+    if not isinstance(begins, Tensor):
+        raise ValueError(f"cache_leftpad must be a tensor {tuple(lens.shape)} int32, got {begins!r}")
+    if begins.shape != lens.shape or begins.is_floating_point() or begins.device != lens.device:
+        raise ValueError(f"cache_leftpad must be {tuple(lens.shape)} torch.int32 on {lens.device}, got {like(begins)}")
+    if readable(begins, lens) and ((begins < 0) | (begins > lens)).any():
+        raise ValueError(f"cache_leftpad must be from 0 to the length {lens.tolist()}, got {begins.tolist()}")
+    return begins.to(torch.int32)
 
 
 def _counts(table: Tensor) -> bool:

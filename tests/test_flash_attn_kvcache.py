@@ -218,6 +218,7 @@ def test_refusals(device):
             r"cache_leftpad must be \(1,\)",
             {"cache_leftpad": torch.zeros(2, dtype=torch.int32, device=device)},
         ),
+        (ValueError, "must be a tensor", {"cache_leftpad": [1]}),
         (ValueError, "window_size", {"window_size": (-2, 0)}),
         (ValueError, "together", {"k": q[:, :, :2]}),
         (ValueError, "rotary_cos", {"rotary_cos": q[0, :, 0], "rotary_sin": q[0, :, 0]}),
@@ -274,6 +275,16 @@ def test_what_is_copied_where_lengths_are_not_read(device, monkeypatch):
     for whole, part in zip(unread[2:], read[2:], strict=True):
         assert torch.equal(whole.cpu(), part)
         assert part.isfinite().all()
+
+
+def test_padding_is_checked_before_anything_is_written():
+    _, (k, v), _ = cache(torch.device("cpu"), False, [48])
+    before, new = (k.clone(), v.clone()), torch.randn(1, 2, 2, D)
+    q, left = torch.randn(1, 2, 4, D), torch.tensor([23], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"from 0 to the length \[22\], got \[23\]"):
+        cs336.flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=20, cache_leftpad=left)
+    assert torch.equal(k, before[0])
+    assert torch.equal(v, before[1])
 
 
 def test_padding_compiles():

@@ -263,7 +263,8 @@ class Tokenizer:
         formats.write_gpt2(vocab_json, merges_txt, Parts(self._vocab, merges, self._specials, self._pattern))
 
     def to_tiktoken(self, path: str | os.PathLike) -> None:
-        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens.
+        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens. tiktoken leaves out what its
+        pattern does not match, which is a piece here: give it one that matches everything.
 
         Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
         """

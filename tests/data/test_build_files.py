@@ -36,7 +36,13 @@ def built(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["1-extract/unread/00001.jsonl", "2-documents/documents/00002.jsonl", "tokens/train/00000.bin", "packed/00000.bin"],
+    [
+        "1-extract/unread/00001.jsonl",
+        "2-documents/documents/00002.jsonl",
+        "2-documents/removed/00001.jsonl",
+        "tokens/train/00000.bin",
+        "packed/00000.bin",
+    ],
 )
 def test_what_was_deleted_comes_back(built, name):
     pathlib.Path("out", name).unlink()

@@ -36,9 +36,10 @@ def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, 
 
 
 def is_whole(directory: pathlib.Path) -> bool:
-    """Whether the files that a stage's index names are there."""
+    """Whether the files that a stage's index names are there: what it left, and what it removed."""
     try:
-        return all((directory / "documents" / name).exists() for name, _ in read_index(directory)["files"])
+        names = [name for name, _ in read_index(directory)["files"]]
+        return all((directory / folder / name).exists() for folder in ("documents", "removed") for name in names)
     except ValueError:
         return False
 
