@@ -289,7 +289,7 @@ def test_padding_is_checked_before_anything_is_written():
 
 def test_padding_compiles():
     _, (k, v), _ = cache(torch.device("cpu"), False, [48, 30])
-    q, left = torch.randn(2, 3, 4, D), torch.tensor([4, 0], dtype=torch.int32)
+    q, left = torch.randn(2, 3, 4, D).to(DTYPE), torch.tensor([4, 0], dtype=torch.int32)
     lens = torch.tensor([48, 30], dtype=torch.int32)
 
     def call(q):

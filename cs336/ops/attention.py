@@ -103,6 +103,7 @@ def attention(
         and registry.forced() is None
         and scale > 0  # torch's CPU kernel scales after it masks: others would give NaN
         and forward_ad._current_level < 0  # which that kernel does not know
+        and not (q.is_cuda and torch._C._are_functorch_transforms_active())  # nor the GPU's a mask under vmap
         and (mask is None or mask.dtype in (torch.bool, q.dtype))
     ):
         o_BHSE = _torchs(q_BHSD, k_BHTD, v_BHTE, *options[:4], mask)
