@@ -16,6 +16,8 @@ from cs336.inference.load import load_tokenizer
 from cs336.inference.sampling import SamplingParams
 from cs336.models import Transformer, from_pretrained
 from cs336.models.huggingface import OURS, read_kind
+from cs336.tokenizer import sentencepiece
+from cs336.tokenizer.patterns import is_portable
 from cs336.utils.device import pick
 
 
@@ -81,8 +83,14 @@ def compare_huggingface(
         )
     if read_kind(directory) == OURS:
         raise ValueError(f"{directory} holds a model that no family of transformers has: see save_pretrained")
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.pattern != sentencepiece.NAME and not is_portable(tokenizer.pattern):
+        raise ValueError(
+            f"{directory / 'tokenizer.json'} cuts texts by {tokenizer.pattern!r}, which no other program reads as this "
+            "one does: there is nothing to compare"
+        )
     their_tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    ids, their_ids = load_tokenizer(directory).encode(text), their_tokenizer.encode(text, add_special_tokens=False)
+    ids, their_ids = tokenizer.encode(text), their_tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give one of two at least")
     ours = from_pretrained(directory, where, dtype, max_len=len(ids)).eval()

@@ -101,3 +101,10 @@ def test_a_kind_of_our_own_is_refused(directory):
     save_pretrained(Transformer(dataclasses.replace(CONFIG, logit_softcap=30.0)), directory, TOKENIZER)
     with pytest.raises(ValueError, match="no family of transformers has"):
         compare_huggingface(directory, TEXT, "cpu")
+
+
+def test_a_tokenizer_of_our_own_is_refused(directory):
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], [], pattern=r"\w+|\W+")
+    save_pretrained(Transformer(dataclasses.replace(CONFIG, vocab_size=256)), directory, tokenizer)
+    with pytest.raises(ValueError, match=r"cuts texts by .*, which no other program reads"):
+        compare_huggingface(directory, TEXT, "cpu")
