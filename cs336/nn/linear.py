@@ -35,6 +35,9 @@ class Linear(nn.Linear):
     variance 2 / (in + out) (Glorot & Bengio 2010) cut at 3 standard deviations, bias as 0.
     """
 
+    fp8 = False
+    """Whether a training step multiplies in floats of 8 bits, by ops.linear_scaled: quantized.train_in_fp8 sets it."""
+
     def __init__(
         self,
         in_features: int,
@@ -53,6 +56,8 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled() and not registry.is_invariant():
+            return ops.linear_scaled(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
     def parts(self) -> tuple[Hashable, list[Tensor]] | None:
@@ -127,7 +132,7 @@ def _trained_together(layers: Sequence[nn.Module]) -> bool:
         return False
     if _alike(layers) is None:
         return False
-    return all(type(layer) is Linear and layer.weight.requires_grad for layer in layers)
+    return all(type(layer) is Linear and not layer.fp8 and layer.weight.requires_grad for layer in layers)
 
 
 def is_bare(layer: nn.Module) -> bool:

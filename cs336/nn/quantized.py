@@ -17,6 +17,7 @@ from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear, is_bare
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import keeps_weights
+from cs336.ops.linear_scaled import MULTIPLE
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
 
 QuantMethod = Literal["int8", "int4", "fp8"]
@@ -24,6 +25,7 @@ METHODS = ("int8", "int4", "fp8")
 BITS = {"int8": 8, "int4": 4}  # of whole numbers
 FP8 = torch.float8_e4m3fn
 TOKEN = -1  # x_group of tokens with a scale each
+FP8_FEATURES = 128  # of a layer's sides, from which on a training step's products may be in floats of 8 bits
 KEPT = ("router", "shared_gate", "kv_b_proj")
 # A wrong expert costs more than bytes; latent attention takes this weight apart.
 
@@ -233,6 +235,19 @@ def quantizable(layers: nn.Module, names: Collection[str] | None = None) -> dict
     if names is not None:
         return {name: module for name, module in found.items() if name in names}
     return {n: m for n, m in found.items() if n.rpartition(".")[2] not in KEPT and "filter" not in n.split(".")}
+
+
+def train_in_fp8(layers: nn.Module) -> int:
+    """Let training steps multiply in floats of 8 bits in the linear layers below a module that may be quantised and
+    are as large as pays: FP8_FEATURES and more on both sides, in multiples of 16. How many there are."""
+    found = [layer for layer in quantizable(layers).values() if _pays_in_fp8(layer)]
+    for layer in found:
+        layer.fp8 = True
+    return len(found)
+
+
+def _pays_in_fp8(layer: Linear) -> bool:
+    return all(size >= FP8_FEATURES and size % MULTIPLE == 0 for size in layer.weight.shape)
 
 
 def replace_linears(

@@ -25,6 +25,7 @@ from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.linear_quantized import linear_fp8 as linear_fp8
 from cs336.ops.linear_quantized import linear_int4 as linear_int4
 from cs336.ops.linear_quantized import linear_int8 as linear_int8
+from cs336.ops.linear_scaled import linear_scaled as linear_scaled
 from cs336.ops.linears import linears as linears
 from cs336.ops.long_conv import long_conv as long_conv
 from cs336.ops.paged_attention import paged_attention as paged_attention
