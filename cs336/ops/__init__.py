@@ -13,6 +13,7 @@ from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.dropout import dropout as dropout
 from cs336.ops.embedding import embedding as embedding
 from cs336.ops.expert_swiglu import expert_swiglu as expert_swiglu
+from cs336.ops.fp8_copies import fp8_copies as fp8_copies
 from cs336.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
 from cs336.ops.gram import gram as gram
 from cs336.ops.layer_norm import layer_norm as layer_norm

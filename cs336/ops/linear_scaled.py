@@ -1,22 +1,22 @@
 """y = x W^T whose three products are of floats of 8 bits, for training (Micikevicius et al., arXiv 2209.05433).
 
 x and W are rounded to e4m3 and dy to e5m2, each divided by one scale that takes its largest magnitude to the format's;
-sums and scales are float32, and what is kept for the backward is x and W as they are:
+sums and scales are float32:
 
     y = (x / a) (W / b)^T a b        dx = (dy / c) (W / b) c b        dW = (dy / c)^T (x / a) c a
 
-Tensor cores multiply floats of 8 bits twice as fast as bfloat16. In memory both sides of a product run along what is
-added up, so the backward rounds x, W and dy into transposed copies. N = rows, K = features of x, M = of y.
+Tensor cores multiply floats of 8 bits twice as fast as bfloat16, where both sides run along what is added up: so all
+three are rounded into two copies (ops.fp8_copies), and the backward keeps the transposed ones of x and W, a byte an
+element. N = rows, K = features of x, M = of y.
 """
 
 import torch
 from torch import Tensor
 
 from cs336.ops.dispatch import matrix
+from cs336.ops.fp8_copies import fp8_copies
 
-X, DY = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # that N, K and M are of
-_LEAST = 1e-12  # a largest magnitude: a tensor of zeros has a scale
 
 
 def linear_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,36 +48,23 @@ def linear_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 class _LinearScaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        x_NK = matrix(x)
-        a, b = _scale(x_NK, X), _scale(weight, X)
-        ctx.save_for_backward(x, weight, a, b)
-        y_NM = _product(_rounded(x_NK, a, X), _rounded(weight, b, X), a, b, x.dtype, fast=True)
-        return y_NM.view(*x.shape[:-1], len(weight))
+        x8_NK, x8_KN, a = fp8_copies(matrix(x))
+        w8_MK, w8_KM, b = fp8_copies(weight)
+        ctx.save_for_backward(x8_KN, w8_KM, a, b)
+        ctx.dtypes = x.dtype, weight.dtype
+        return _product(x8_NK, w8_MK, a, b, x.dtype, fast=True).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, a, b = ctx.saved_tensors
-        dy_NM, dx, dw = matrix(dy), None, None
-        c = _scale(dy_NM, DY)
-        dy8_NM = _rounded(dy_NM, c, DY)
+        x8_KN, w8_KM, a, b = ctx.saved_tensors
+        (dtype, weight_dtype), dx, dw = ctx.dtypes, None, None
+        dy8_NM, dy8_MN, c = fp8_copies(matrix(dy), torch.float8_e5m2)
         if ctx.needs_input_grad[0]:
-            w8_KM = _rounded(weight, b, X).t().contiguous()
-            dx = _product(dy8_NM, w8_KM, c, b, x.dtype).view(x.shape)
+            dx = _product(dy8_NM, w8_KM, c, b, dtype).view(*dy.shape[:-1], len(w8_KM))
         if ctx.needs_input_grad[1]:
-            x8_KN = _rounded(matrix(x), a, X).t().contiguous()
-            dw = _product(dy8_NM.t().contiguous(), x8_KN, c, a, x.dtype).to(weight.dtype)
+            dw = _product(dy8_MN, x8_KN, c, a, dtype).to(weight_dtype)
         return dx, dw
-
-
-def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What x is to be divided by: float32 ()."""
-    return x.abs().amax().float().clamp_min(_LEAST) / torch.finfo(dtype).max
-
-
-def _rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    most = torch.finfo(dtype).max
-    return (x.float() / scale).clamp(-most, most).to(dtype)  # beyond the largest there is only NaN
 
 
 def _product(
