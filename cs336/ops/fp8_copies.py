@@ -8,48 +8,54 @@ before the first element can be rounded, and a byte an element for each copy.
 import torch
 from torch import Tensor
 
-from cs336.ops import dispatch, registry
-from cs336.ops.checks import check_last_dims
+from cs336.ops import registry
 from cs336.ops.ref import fp8_copies as ref
 
-FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+NATIVE_SIDE = 16  # that the native kernel's rows and columns are multiples of
 
 
-def fp8_copies(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor, Tensor]:
-    """(x / scale, its transpose, scale) rounded to float8_e4m3fn or float8_e5m2, to nearest even.
+def fp8_copies(x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(x / scale, its transpose, scale), rounded to nearest even to float8_e4m3fn; a gradient to float8_e5m2, which has
+    a bit less of mantissa and reaches further down.
 
     x (N, K) bfloat16, float16 or float32 -> (N, K) and (K, N), contiguous, and float32 (): max |x| over the largest
     number of the format, 448 or 57344. A NaN or infinity in x makes what is multiplied by these NaN. There is no gradient.
     Raises ValueError for other shapes, TypeError for other dtypes.
     """
-    x = dispatch.rows(x.detach())
-    _check(x, dtype)
-    return dispatch.run("fp8_copies", x, dtype)
+    x = x.detach().contiguous()
+    _check(x, gradient)
+    return registry.call("fp8_copies", x, gradient)
 
 
-def _check(x: Tensor, dtype: torch.dtype) -> None:
+def _check(x: Tensor, gradient: bool) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be (N, K), got {tuple(x.shape)}")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
-    if dtype not in FORMATS:
-        raise TypeError(f"dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
 
 
-def _check_raw(x: Tensor, dtype: torch.dtype) -> None:
-    _check(x, dtype)
-    check_last_dims(x=x)
+def _check_raw(x: Tensor, gradient: bool) -> None:
+    _check(x, gradient)
+    if not x.is_contiguous():
+        raise ValueError(f"x must be contiguous, got strides {x.stride()}")
 
 
-def _fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    N, K = x.shape
+def _fake(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (N, K), dtype = x.shape, torch.float8_e5m2 if gradient else torch.float8_e4m3fn
     return x.new_empty(N, K, dtype=dtype), x.new_empty(K, N, dtype=dtype), x.new_empty((), dtype=torch.float32)
 
 
+def _native_refuses(x: Tensor, gradient: bool) -> str | None:
+    N, K = x.shape
+    if not x.numel() or N % NATIVE_SIDE or K % NATIVE_SIDE:
+        return f"the native kernel takes rows and columns in multiples of {NATIVE_SIDE}, got {N} x {K}"
+    return None
+
+
 registry.define(
-    "fp8_copies(Tensor x, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "fp8_copies(Tensor x, bool gradient) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     ref=ref.fp8_copies,
-    triton="fp8_copies.fp8_copies",
     check=_check_raw,
+    supports={"native": _native_refuses},
 )

@@ -59,7 +59,7 @@ class _LinearScaled(torch.autograd.Function):
     def backward(ctx, dy):
         x8_KN, w8_KM, a, b = ctx.saved_tensors
         (dtype, weight_dtype), dx, dw = ctx.dtypes, None, None
-        dy8_NM, dy8_MN, c = fp8_copies(matrix(dy), torch.float8_e5m2)
+        dy8_NM, dy8_MN, c = fp8_copies(matrix(dy), gradient=True)
         if ctx.needs_input_grad[0]:
             dx = _product(dy8_NM, w8_KM, c, b, dtype).view(*dy.shape[:-1], len(w8_KM))
         if ctx.needs_input_grad[1]:

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-LEAST = 1e-12  # the largest magnitude of a tensor of zeros, as good as any
+LEAST = 1e-12  # what takes the place of a smaller largest magnitude
 
 
-def fp8_copies(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    most = torch.finfo(dtype).max
-    amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-    amax = torch.where(amax < LEAST, LEAST, amax)  # and NaN stays
-    rounded = (x.float() * (most / amax)).clamp(-most, most).to(dtype)  # above most there is only NaN
-    return rounded, rounded.t().contiguous(), amax / most
+def fp8_copies(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
+    largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    largest = torch.where(largest < LEAST, LEAST, largest)  # and NaN stays
+    most = torch.full_like(largest, torch.finfo(dtype).max)  # a number would be divided by as its reciprocal is multiplied
+    rounded = (x.float() * (most / largest)).clamp(-most, most).to(dtype)  # above most there is only NaN
+    return rounded, rounded.t().contiguous(), largest / most
