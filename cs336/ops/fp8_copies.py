@@ -12,6 +12,7 @@ from cs336.ops import registry
 from cs336.ops.ref import fp8_copies as ref
 
 NATIVE_SIDE = 16  # that the native kernel's rows and columns are multiples of
+NATIVE_ROWS = 65535 * 128  # at most: csrc/kernels/fp8_copies.h
 
 
 def fp8_copies(x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,8 +48,8 @@ def _fake(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _native_refuses(x: Tensor, gradient: bool) -> str | None:
     N, K = x.shape
-    if not x.numel() or N % NATIVE_SIDE or K % NATIVE_SIDE:
-        return f"the native kernel takes rows and columns in multiples of {NATIVE_SIDE}, got {N} x {K}"
+    if not N or not K or N % NATIVE_SIDE or K % NATIVE_SIDE or N > NATIVE_ROWS:
+        return f"the native kernel takes rows, up to {NATIVE_ROWS:,}, and columns in multiples of {NATIVE_SIDE}, got {N} x {K}"
     return None
 
 

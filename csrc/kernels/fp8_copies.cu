@@ -13,9 +13,9 @@
 namespace cs336::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kLoads = 4;        // of 16 bytes that a thread has under way
-constexpr int kBlocksPerSM = 4;  // of those that look for the largest
+constexpr int kBlocksPerSM = 2;  // 1024 threads of each kernel
 constexpr int kTile = 128;       // rows and columns
 constexpr int kPitch = kTile / 4 + 1;
 constexpr float kLeast = 1e-12f;  // what takes the place of a smaller largest magnitude
@@ -33,9 +33,10 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kThreads) largest_kernel(const X* x, int64_t vectors, uint32_t* largest) {
-  allow_successor();
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    largest_kernel(const X* x, int64_t vectors, uint32_t* largest) {
   wait_for_predecessor();
+  allow_successor();  // who reads x at once: it is there when all blocks have come so far
   uint32_t found = 0;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x; first < vectors; first += kLoads * step) {
@@ -86,15 +87,14 @@ __device__ __forceinline__ void rotate(uint32_t (&t)[4], int by) {
 
 // A thread rounds four rows by four columns at a time: four words of a row each, which memory gets at once, and, with
 // their bytes exchanged, four words of a column each, which it gets by way of shared memory. A warp has the columns of
-// a tile side by side.
+// a tile side by side. The last rows come first: L2 has seen them last.
 template <typename X, __nv_fp8_interpretation_t kFormat>
-__global__ void __launch_bounds__(kThreads) copies_kernel(const Fp8CopiesParams p, int parts, float most) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    copies_kernel(const Fp8CopiesParams p, int parts, float most) {
   __shared__ uint32_t columns[kTile][kPitch];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row0 = int64_t{blockIdx.y} * kTile, column0 = int64_t{blockIdx.x} * kTile;
+  const int64_t row0 = int64_t{gridDim.y - 1 - blockIdx.y} * kTile, column0 = int64_t{blockIdx.x} * kTile;
   const int64_t column = column0 + 4 * lane;
-  allow_successor();
-  wait_for_predecessor();
   float x[kTile / 4 / kWarps][4][4] = {};
 #pragma unroll
   for (int i = 0; i < kTile / 4 / kWarps; i++)
@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(kThreads) copies_kernel(const Fp8CopiesParams 
       const int64_t row = row0 + 4 * (warp + i * kWarps) + r;
       if (row < p.rows && column < p.columns) load_four(x[i][r], static_cast<const X*>(p.x) + row * p.columns + column);
     }
+  wait_for_predecessor();
+  allow_successor();
   uint32_t found = 0;
   for (int i = threadIdx.x; i < parts; i += kThreads) found = max(found, p.largest[i]);
   float largest = __uint_as_float(block_max(found));

@@ -7,8 +7,9 @@
 
 namespace cs336::cuda {
 
-inline constexpr int kFp8Side = 16;     // rows and columns are multiples of it
-inline constexpr int kFp8Parts = 1024;  // the most whose largest magnitudes are kept apart
+inline constexpr int kFp8Side = 16;           // rows and columns are multiples of it
+inline constexpr int kFp8Rows = 65535 * 128;  // at most: a grid has so many tiles of rows
+inline constexpr int kFp8Parts = 1024;        // the most whose largest magnitudes are kept apart
 
 struct Fp8CopiesParams {
   const void* x;           // (rows, columns), contiguous, at a multiple of 16 bytes

@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> fp8_copies(Tensor x, bool gradient) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be (N, K), contiguous");
   const int64_t N = x.size(0), K = x.size(1);
   STD_TORCH_CHECK(N % cuda::kFp8Side == 0 && K % cuda::kFp8Side == 0, "N and K must be multiples of 16");
+  STD_TORCH_CHECK(N > 0 && K > 0 && N <= cuda::kFp8Rows, "N and K must be positive, and N at most ", cuda::kFp8Rows);
   const ScalarType format = gradient ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16) x = torch::stable::clone(x);
