@@ -19,8 +19,8 @@ def fp8_copies(x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor, Te
     """(x / scale, its transpose, scale), rounded to nearest even to float8_e4m3fn; a gradient to float8_e5m2, which has
     a bit less of mantissa and reaches further down.
 
-    x (N, K) bfloat16, float16 or float32 -> (N, K) and (K, N), contiguous, and float32 (): max |x| over the largest
-    number of the format, 448 or 57344. A NaN or infinity in x makes what is multiplied by these NaN. There is no gradient.
+    x (N, K) floating point -> (N, K) and (K, N), contiguous, and float32 (): max |x| over the largest number of the
+    format, 448 or 57344. A NaN or infinity in x makes what is multiplied by these NaN. There is no gradient.
     Raises ValueError for other shapes, TypeError for other dtypes.
     """
     x = x.detach().contiguous()
@@ -31,8 +31,8 @@ def fp8_copies(x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor, Te
 def _check(x: Tensor, gradient: bool) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be (N, K), got {tuple(x.shape)}")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
+    if not x.is_floating_point() or x.itemsize == 1:
+        raise TypeError(f"x must be floating point, of more than 8 bits, got {x.dtype}")
 
 
 def _check_raw(x: Tensor, gradient: bool) -> None:
@@ -48,6 +48,8 @@ def _fake(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _native_refuses(x: Tensor, gradient: bool) -> str | None:
     N, K = x.shape
+    if x.dtype == torch.float64:
+        return "the native kernel takes bfloat16, float16 and float32, not float64"
     if not N or not K or N % NATIVE_SIDE or K % NATIVE_SIDE or N > NATIVE_ROWS:
         return f"the native kernel takes rows, up to {NATIVE_ROWS:,}, and columns in multiples of {NATIVE_SIDE}, got {N} x {K}"
     return None
