@@ -51,7 +51,7 @@ def _native_refuses(x: Tensor, gradient: bool) -> str | None:
     if x.dtype == torch.float64:
         return "the native kernel takes bfloat16, float16 and float32, not float64"
     if not N or not K or N % NATIVE_SIDE or K % NATIVE_SIDE or N > NATIVE_ROWS:
-        return f"the native kernel takes rows, up to {NATIVE_ROWS:,}, and columns in multiples of {NATIVE_SIDE}, got {N} x {K}"
+        return f"the native kernel takes up to {NATIVE_ROWS:,} rows, and both sides in {NATIVE_SIDE}s, got {N} x {K}"
     return None
 
 

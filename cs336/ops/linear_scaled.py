@@ -25,7 +25,7 @@ def linear_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     The result has x's dtype, or autocast's where it is on; the gradients those of what they are of. Rounding to 3 bits
     of mantissa, gradients to 2, makes y differ by 4 % of its size, dx and dW by 6 %, where all is normal.
 
-    Raises ValueError where x's rows, K or M are no multiples of 16, TypeError for x that is not bfloat16 or float32, and
+    Raises ValueError where x's rows, K or M are no multiples of 16, TypeError for x that is not bfloat16 or float32,
     RuntimeError on a GPU before compute capability 8.9.
     """
     kind = x.device.type
