@@ -15,7 +15,8 @@ def fwd(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, segments_BS: Te
     if bias_C is not None:
         y_BSC = y_BSC + wide(bias_C)
     for k, tap_C, seen in itertools.islice(_taps(x_BSC, weight_CK, segments_BS), 1, None):
-        y_BSC[:, k:] += _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
+        seen_BSC = _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
+        y_BSC = torch.cat((y_BSC[:, :k], y_BSC[:, k:] + seen_BSC), 1)  # not in place: vmap may batch the segments alone
     return y_BSC.to(x_BSC.dtype)
 
 
