@@ -96,7 +96,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:  # type: ignore[override]
-        return dx.clone()
+        return dx.clone(memory_format=torch.contiguous_format)
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
