@@ -240,6 +240,15 @@ def test_a_file_cut_short_and_one_without_its_config_are_refused(directory, tmp_
         load_model(tmp_path / "small")
 
 
+@pytest.mark.parametrize("name", ["asymmetric", "activations", "act_order"])
+def test_what_is_no_flag_is_refused(directory, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be true or false, got 'yes'"):
+        compress(directory, tmp_path / "small", "fp8", None, **{name: "yes"})
+    if name != "act_order":
+        with pytest.raises(ValueError, match=f"{name} must be true or false, got 1"):
+            quantize_(Transformer(TransformerConfig(64, 16, 1, 32, 4)), "fp8", None, **{name: 1})
+
+
 def test_what_cannot_be_quantised_is_refused(trained, directory, tmp_path):
     model = load_model(directory)
     with pytest.raises(ValueError, match=r"in groups of 4096: layers have at most \d+ features"):

@@ -218,9 +218,7 @@ def test_a_record_that_is_gone_or_damaged_says_how_to_go_on(job, left):
     record.unlink()
     if left is not None:
         record.write_text(left)
-    with pytest.raises(
-        ValueError, match=r"stages\.json, which says what .*model\.txt.* put it back, or move"
-    ):
+    with pytest.raises(ValueError, match=r"stages\.json, which says what .*model\.txt.* put it back, or move"):
         job.run()
     assert (job.directory / "model.txt").exists()
     record.write_text(whole)
