@@ -132,6 +132,7 @@ def test_rounding_goes_on_where_it_was_killed_and_repeats_nothing(directory, tmp
     [
         (BlockConfig(LatentAttentionConfig(2, 16, 16, rope_head_dim=8)), {"kv_b_proj"}),
         (BlockConfig(AttentionConfig(4, qkv_bias=True), MoEConfig(4, 2)), {"router"}),
+        (BlockConfig(AttentionConfig(4, sinks=True), MoEConfig(4, 2, 48, 1, "clamped_gelu", bias=True)), {"router"}),
         (BlockConfig(AttentionConfig(4), GELUConfig()), set()),
     ],
 )
