@@ -259,11 +259,14 @@ class Transformer(nn.Module):
         """The sum of the cross-entropy of features (..., M) as `features` returns them; the rest as forward's."""
         head = self.embedding if self.head is None else self.head
         layer, cap = (features_BSM, head.weight, targets), self.config.logit_softcap
+        sums, entropy = self._fused_losses()
         if label_smoothing or z_loss:
-            return ops.linear_loss_sums(
-                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
-            )
-        return ops.linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+            return sums(*layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss)
+        return entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+
+    def _fused_losses(self) -> tuple[Callable, Callable]:
+        """linear_loss_sums and linear_cross_entropy of this model's head."""
+        return ops.linear_loss_sums, ops.linear_cross_entropy
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 from cs336 import ops
 
 WITHOUT = {  # made for inference, or in place
-    "adamw_", "append_kv_", "causal_conv1d_step_", "copy_pages_", "expert_swiglu", "linear_few_rows", "paged_attention",
+    "adamw_", "append_kv_", "causal_conv1d_step_", "copy_pages_", "expert_swiglu", "paged_attention",
     "paged_prefill", "qk_norm_rope_append_", "recurrent_step_", "sample", "sharded_adamw_reduce_",
     "sharded_adamw_step_", "sharded_adamw_total_", "sharded_adamw_wait_",
 }  # fmt: skip
@@ -42,6 +42,7 @@ CASES = {  # x, and the op as a function of it
     "layer_norm": (some(3, 4), lambda x: ops.layer_norm(x, some(4))),
     "linear_attention": (HEADS[0], lambda q: ops.linear_attention(q, *HEADS[1:])),
     "linear_cross_entropy": (some(5, 4), lambda x: ops.linear_cross_entropy(x, WEIGHT, IDS)),
+    "linear_few_rows": (some(3, 4), lambda x: ops.linear_few_rows(x, WEIGHT, some(6))),
     "linear_fp8": (
         some(3, 4).float(),
         lambda x: ops.linear_fp8(x, WEIGHT.to(torch.float8_e4m3fn), SCALES, group=2),
