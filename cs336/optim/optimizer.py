@@ -24,18 +24,11 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_names(self.param_groups[-1])
+            check_names(self, self.param_groups[-1], self.group_options)
             self._check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _check_names(self, group: dict[str, Any]) -> None:
-        """Raises TypeError for an option misspelt. Others that it has not are the caller's own, as in torch's."""
-        known = self.defaults.keys() | self.group_options
-        for name in group.keys() - known - {"params"}:
-            if near := difflib.get_close_matches(name, known, 1, 0.85):
-                raise TypeError(f"{type(self).__name__} has no option {name}, which a group has: is {near[0]} meant?")
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -87,6 +80,15 @@ def gradient(p: Tensor) -> Tensor | None:
     if not (g.is_contiguous() and p.is_contiguous()) and g.stride() != p.stride():
         g = torch.empty_like(p, dtype=g.dtype).copy_(g)
     return g
+
+
+def check_names(optimizer: torch.optim.Optimizer, group: dict[str, Any], more: frozenset[str]) -> None:
+    """Raises TypeError for an option misspelt, of the defaults or more. Others are the caller's own, as in torch's."""
+    known = optimizer.defaults.keys() | more
+    for name in sorted(group.keys() - known - {"params"}):
+        if near := difflib.get_close_matches(name, known, 1, 0.85):
+            kind = type(optimizer).__name__
+            raise TypeError(f"{kind} has no option {name}, which a group has: is {near[0]} meant?")
 
 
 def check_group(group: dict[str, Any], *, not_negative: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
