@@ -19,6 +19,7 @@ from cs336.ops import registry
 from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
+from cs336.ops.ref.wide import narrow
 
 QuantMethod = Literal["int8", "int4", "fp8"]
 METHODS = ("int8", "int4", "fp8")
@@ -78,7 +79,19 @@ class QuantizedWeight(NamedTuple):
 
 
 class _Rounded(torch.autograd.Function):
-    """Gradients pass as if nothing were rounded (arXiv:1308.3432), in transforms of torch.func too."""
+    """Gradients pass as if nothing were rounded (arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: int) -> Tensor:
+        return _rounded(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dx, None
+
+
+class _RoundedInTransforms(torch.autograd.Function):
+    """The same for torch.func and forward mode. torch.compile knows no such function, and they no other."""
 
     generate_vmap_rule = True
 
@@ -102,7 +115,9 @@ class _Rounded(torch.autograd.Function):
 def rounded(x: Tensor, group: int) -> Tensor:
     """x (..., K) with each number the nearest float8_e4m3fn times the scale of its group of features, which brings the
     group's largest to 448; group TOKEN: all K. Each token by itself, so that it does not depend on the batch."""
-    if transformed() or (torch.is_grad_enabled() and x.requires_grad):
+    if transformed():
+        return _RoundedInTransforms.apply(x, group)
+    if torch.is_grad_enabled() and x.requires_grad:
         return _Rounded.apply(x, group)
     return _rounded(x, group)
 
@@ -114,7 +129,7 @@ def _rounded(x: Tensor, group: int) -> Tensor:
     groups = F.pad(wide, (0, -K % group)).unflatten(-1, (-1, group))
     scales = (groups.abs().amax(-1, keepdim=True) / most).clamp(torch.finfo(torch.float32).tiny)
     q = (groups / scales).clamp(-most, most).to(FP8)
-    return (q.to(wide.dtype) * scales).flatten(-2)[..., :K].to(x.dtype)
+    return narrow((q.to(wide.dtype) * scales).flatten(-2)[..., :K], x)
 
 
 class QuantizedLinear(nn.Module):

@@ -214,7 +214,7 @@ def test_what_the_few_row_kernel_is_not_asked_for():
 
 
 @pytest.mark.parametrize("x_group", [TOKEN, 8])
-def test_gradients_pass_rounding_in_transforms_too(x_group):
+def test_gradients_pass_rounding_compiled_and_in_transforms_too(x_group):
     x = torch.randn(3, 20)
     slope = torch.randn_like(x)
 
@@ -224,6 +224,8 @@ def test_gradients_pass_rounding_in_transforms_too(x_group):
     leaf = x.clone().requires_grad_()
     loss(leaf).backward()
     assert torch.equal(leaf.grad, slope)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], slope)
     assert torch.equal(torch.func.grad(loss)(x), slope)
     assert torch.equal(torch.vmap(lambda x: rounded(x, x_group))(x), rounded(x, x_group))
     assert torch.equal(torch.func.jvp(lambda x: rounded(x, x_group), (x,), (slope,))[1], slope)
