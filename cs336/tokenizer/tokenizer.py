@@ -189,8 +189,8 @@ class Tokenizer:
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         allowed_special: Specials = (),
     ) -> "Tokenizer":
-        """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens. What the
-        pattern does not match, and tiktoken drops, is a piece here."""
+        """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens. What
+        the pattern does not match, and tiktoken drops, is a piece here."""
         vocab = formats.read_tiktoken(ranks)
         with formats.naming(ranks):
             return cls(vocab, None, special_tokens, portable(pattern), allowed_special)
