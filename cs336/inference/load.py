@@ -50,7 +50,7 @@ def load_model(
                 f"{path} is a checkpoint outside its run directory: {described}, which describes it, is not there"
             )
         config = TrainConfig.from_toml(described).model
-    model = Transformer(config.within(max_len), device=pick(device))
+    model = Transformer.within(config, max_len, pick(device))
     load_checkpoint(path, model)
     return model.to(dtype).eval()
 

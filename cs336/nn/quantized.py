@@ -16,9 +16,11 @@ from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear, is_bare
 from cs336.ops import registry
+from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights
 from cs336.ops.linear_scaled import MULTIPLE
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
+from cs336.ops.ref.wide import narrow
 
 QuantMethod = Literal["int8", "int4", "fp8"]
 METHODS = ("int8", "int4", "fp8")
@@ -90,9 +92,33 @@ class _Rounded(torch.autograd.Function):
         return dx, None
 
 
+class _RoundedInTransforms(torch.autograd.Function):
+    """The same for torch.func and forward mode. torch.compile knows no such function, and they no other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, group: int) -> Tensor:
+        return _rounded(x, group).contiguous()  # forward mode wants the memory order of its tangent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dx, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return dx.clone(memory_format=torch.contiguous_format)
+
+
 def rounded(x: Tensor, group: int) -> Tensor:
     """x (..., K) with each number the nearest float8_e4m3fn times the scale of its group of features, which brings the
     group's largest to 448; group TOKEN: all K. Each token by itself, so that it does not depend on the batch."""
+    if transformed():
+        return _RoundedInTransforms.apply(x, group)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rounded.apply(x, group)
     return _rounded(x, group)
@@ -105,7 +131,7 @@ def _rounded(x: Tensor, group: int) -> Tensor:
     groups = F.pad(wide, (0, -K % group)).unflatten(-1, (-1, group))
     scales = (groups.abs().amax(-1, keepdim=True) / most).clamp(torch.finfo(torch.float32).tiny)
     q = (groups / scales).clamp(-most, most).to(FP8)
-    return (q.to(wide.dtype) * scales).flatten(-2)[..., :K].to(x.dtype)
+    return narrow((q.to(wide.dtype) * scales).flatten(-2)[..., :K], x)
 
 
 class QuantizedLinear(nn.Module):

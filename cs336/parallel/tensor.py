@@ -9,6 +9,7 @@ has all tokens, or with `sequence` its part of them, and a sum becomes an all-ga
 as many bytes, with 1/N of the activations there. The vocabulary is divided too: see vocabulary.py.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -173,22 +174,13 @@ class TensorParallelTransformer(Transformer):
         group = self.region.group
         return differentiable.whole(super().logits(differentiable.copy(features_BSM, group)), -1, group)
 
-    def loss(
-        self,
-        features_BSM: Tensor,
-        targets: Tensor,
-        ignore_index: int = -100,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-    ) -> Any:
-        head, group = self.embedding if self.head is None else self.head, self.region.group
-        layer, cap = (differentiable.copy(features_BSM, group), head.weight, targets, group), self.config.logit_softcap
-        if label_smoothing or z_loss:
-            return vocabulary_linear_loss_sums(
-                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
-            )
-        return vocabulary_linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+    def loss(self, features_BSM: Tensor, *args: Any, **options: Any) -> Any:
+        return super().loss(differentiable.copy(features_BSM, self.region.group), *args, **options)
+
+    def _fused_losses(self) -> tuple[Callable, Callable]:
+        group = self.region.group
+        sums = functools.partial(vocabulary_linear_loss_sums, group=group)
+        return sums, functools.partial(vocabulary_linear_cross_entropy, group=group)
 
 
 def tensor_parallel(model: Transformer, group: Group = None, *, sequence: bool = False) -> TensorParallelTransformer:

@@ -1,11 +1,15 @@
 """torch.func over a whole model: what works on torch's modules works on ours."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mixers import MIXERS
 from torch.func import functional_call, grad, jvp, vmap
 
+import cs336
+from cs336.inference.quantization import quantize_
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig, SwiGLUConfig
 
@@ -44,3 +48,24 @@ def test_gradients_of_each_sample(name, device):
         if i == 0:
             expected = sum((params[name] * g).sum() for name, g in grads.items())
             torch.testing.assert_close(slope, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["invariant", "int8", "fp8 of activations too"])
+def test_gradients_of_what_serves(how):
+    """Of a model whose sums have one order, and of quantised ones: forward and reverse mode are one slope."""
+    model, ids = Transformer(CONFIG), torch.randint(97, (9,))
+    if how != "invariant":
+        quantize_(model, how[:4].strip(), None, activations=how.endswith("too"))
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params):
+        return F.cross_entropy(functional_call(model, params, (ids[None, :-1],))[0], ids[1:])
+
+    with cs336.invariant() if how == "invariant" else contextlib.nullcontext():
+        found = grad(loss)(params)
+        _, slope = jvp(loss, (params,), (params,))
+        loss(dict(model.named_parameters())).backward()
+    want = sum((params[name] * g).sum() for name, g in found.items())
+    torch.testing.assert_close(slope, want, atol=1e-4, rtol=1e-3)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name, atol=1e-4, rtol=1e-3)

@@ -14,6 +14,7 @@ from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
 from cs336.models.huggingface import check_quantized_as
 from cs336.nn import QuantMethod
+from cs336.nn.checks import check_flags
 from cs336.nn.quantized import METHODS
 from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
@@ -72,6 +73,7 @@ def compress(
     Raises ValueError for a directory that holds another model, and for what cannot be quantised; FileNotFoundError
     where there is no model or text.
     """
+    check_flags(act_order=act_order, asymmetric=asymmetric, activations=activations)
     if activations and method != "fp8":
         raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     out, found = pathlib.Path(out), find_model(model)

@@ -104,7 +104,7 @@ def save_pretrained(
     config |= {} if model.config.mup_base_width is None else {MUP: model.config.mup_base_width}
     files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
     if tokenizer is not None:
-        files[TOKENIZER] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
+        files[TOKENIZER] = _tokenizer_config(model.saved_config, special_ids, tokenizer.special_tokens)
     shards = _shards(weights, max_shard_bytes)
     if len(shards) > 1:
         total = sum(t.nbytes for t in weights.values())
@@ -151,7 +151,7 @@ def save_adapter(
     base: the directory of the model that they adapt. alpha: the products' weight is alpha / r.
     Raises ValueError for a layer that the family lays out together with others, as GPT-2 does queries, keys and values.
     """
-    config = model.config
+    config = model.saved_config
     family = next((f for f in FAMILIES.values() if f.table(config) is not None), None)
     shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
     shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
@@ -190,7 +190,7 @@ def from_pretrained(
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
-    model = Transformer(config.within(max_len), device="meta").eval()
+    model = Transformer.within(config, max_len, "meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
@@ -240,7 +240,7 @@ def read_kind(directory: str | os.PathLike) -> str | None:
 
 def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
-    config, weights = model.config, model.state_dict()
+    config, weights = model.saved_config, model.state_dict()
     tables = ((family, family.table(config)) for family in FAMILIES.values())
     family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
     if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
