@@ -16,6 +16,7 @@ from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear, is_bare
 from cs336.ops import registry
+from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
 
@@ -79,19 +80,29 @@ class QuantizedWeight(NamedTuple):
 class _Rounded(torch.autograd.Function):
     """Gradients pass as if nothing were rounded (arXiv:1308.3432)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: int) -> Tensor:
+    def forward(x: Tensor, group: int) -> Tensor:
         return _rounded(x, group)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dx, None
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return dx.clone()  # torch takes no view of it
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
     """x (..., K) with each number the nearest float8_e4m3fn times the scale of its group of features, which brings the
     group's largest to 448; group TOKEN: all K. Each token by itself, so that it does not depend on the batch."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if transformed() or (torch.is_grad_enabled() and x.requires_grad):
         return _Rounded.apply(x, group)
     return _rounded(x, group)
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mixers import MIXERS
 from torch.func import functional_call, grad, jvp, vmap
 
+from cs336.inference.quantization import quantize_
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, MoEConfig, SwiGLUConfig
 
@@ -44,3 +45,21 @@ def test_gradients_of_each_sample(name, device):
         if i == 0:
             expected = sum((params[name] * g).sum() for name, g in grads.items())
             torch.testing.assert_close(slope, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8", "fp8 and what it reads"])
+def test_quantised_layers_pass_on_what_goes_through_them(method, device):
+    model = quantize_(Transformer(CONFIG).to(device), method[:4].strip(), 8, activations=" " in method)
+    ids = torch.randint(97, (3, 10), device=device)
+    table = model.embedding.weight.detach()
+
+    def loss(table, ids_S):
+        logits_SV = functional_call(model, {"embedding.weight": table}, (ids_S[None, :-1],))[0]
+        return F.cross_entropy(logits_SV, ids_S[1:])
+
+    expected = [torch.autograd.grad(loss(x := table.clone().requires_grad_(), ids_S), x)[0] for ids_S in ids]
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(table, ids)
+    torch.testing.assert_close(per_sample, torch.stack(expected), atol=1e-5, rtol=1e-4)
+    _, slope = jvp(lambda table: loss(table, ids[0]), (table,), (table,))
+    torch.testing.assert_close(slope, (table * expected[0]).sum(), atol=1e-4, rtol=1e-4)
