@@ -169,6 +169,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(saved, tmp_path, monkey
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "cut")]) == 0
     assert capsys.readouterr().out.count("(done before)") == 4
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 0
+    again = from_pretrained(tmp_path / "cut").state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_nothing_is_learned_again_when_it_stops_behind_the_export(saved, tmp_path, monkeypatch):

@@ -372,6 +372,14 @@ def _chat_template(directory: pathlib.Path) -> str | None:
     return template
 
 
+def has_weights(directory: str | os.PathLike) -> bool:
+    """Whether all files of a model's weights are there."""
+    try:
+        return bool(_weight_files(pathlib.Path(directory)))
+    except (OSError, ValueError):
+        return False
+
+
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     names = [WEIGHTS]
