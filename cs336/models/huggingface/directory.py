@@ -43,7 +43,7 @@ from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, QuantMethod, RopeConfig, replace_linears
+from cs336.nn import QuantMethod, RopeConfig, is_quantized, replace_linears
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -243,7 +243,7 @@ def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], d
     config, weights = model.config, model.state_dict()
     tables = ((family, family.table(config)) for family in FAMILIES.values())
     family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
+    if is_quantized(model) and quantized_as == OURS:
         family = table = None
     rows = _as_it_is if family is None else functools.partial(_half_split, config=config, family=family)
     said, quantized, buffers = write_quantized(model, quantized_as, family, rows)
