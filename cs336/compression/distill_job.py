@@ -19,6 +19,7 @@ from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.inference.vocabulary import check_same_tokens
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.models.huggingface import has_weights
+from cs336.nn import is_quantized
 from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import load_checkpoint, save_checkpoint
 from cs336.utils.device import pick
@@ -147,6 +148,8 @@ class _Job:
     def _learn(self) -> Outcome:
         config, windows, tops = self.config, self._windows, TopLogits(self.out / TOPS)
         student, read = self._load(self.student).train(), windows.read(config.samples)
+        if is_quantized(student):
+            raise ValueError(f"{self.student} is quantised, and would not learn: give the model that it was made of")
         optimizer = AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
         objective, path, step = Distill(config.divergence, config.cross_entropy), self.out / CHECKPOINT, 0
         if path.exists():
