@@ -17,7 +17,9 @@ MAY_DIFFER = {
     "init_std",
     "mup_base_width",
     "float32_norms",
-}  # no weight has their shape, and no result at the same positions changes but by rounding
+}
+"""No weight has their shape, and no result at the same positions changes but by rounding, or where context_length gives a
+LongRoPE its other factors."""
 
 
 def find_model(path: str | os.PathLike) -> pathlib.Path:
