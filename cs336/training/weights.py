@@ -18,8 +18,8 @@ MAY_DIFFER = {
     "mup_base_width",
     "float32_norms",
 }
-"""No weight has their shape, and no result at the same positions changes but by rounding, or where context_length gives a
-LongRoPE its other factors."""
+"""No weight has their shape, and no result at the same positions changes but by rounding, or where a LongRoPE has its
+other factors in another context_length."""
 
 
 def find_model(path: str | os.PathLike) -> pathlib.Path:
