@@ -148,11 +148,11 @@ def save_adapter(
     """Write a LoRA as PEFT and `from_pretrained` read it: A (r, in) and B (out, r) by the names of the model's layers,
     and the model's generation_config and chat template.
 
-    base: the directory of the model that they adapt. alpha: the products' weight is alpha / r.
-    Raises ValueError for a layer that the family lays out together with others, as GPT-2 does queries, keys and values.
+    base: the directory of the model that they adapt, whose family names the layers. alpha: the products' weight is
+    alpha / r. Raises FileNotFoundError where there is no base, ValueError for a layer that its family lays out together
+    with others, as GPT-2 and Phi-3 do queries, keys and values.
     """
-    config = model.config
-    family = next((f for f in FAMILIES.values() if f.table(config) is not None), None)
+    config, (_, family) = model.config, _our_config(read_json(pathlib.Path(base) / CONFIG))
     shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
     shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
