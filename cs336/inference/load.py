@@ -20,11 +20,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another name."""
-    if dtype is None or isinstance(dtype, torch.dtype):
+    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return dtype
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own, got {dtype!r}")
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own of these, got {dtype!r}")
     return None if dtype == "auto" else getattr(torch, dtype)
 
 

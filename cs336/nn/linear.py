@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.ops import registry
+from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights, pays
 
 
@@ -62,7 +63,7 @@ class Linear(nn.Linear):
 
     def in_fp8(self) -> bool:
         """Whether the next product is of floats of 8 bits."""
-        return self.fp8 and torch.is_grad_enabled() and not registry.is_invariant()
+        return self.fp8 and torch.is_grad_enabled() and not (registry.is_invariant() or transformed())
 
     def parts(self) -> tuple[Hashable, list[Tensor]] | None:
         """What one product with several layers reads, row by row, and what these must have in common; None if this

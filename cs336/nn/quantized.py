@@ -250,6 +250,11 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}{more}"
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether some of its layers are quantised, whose weights do not learn."""
+    return any(isinstance(layer, QuantizedLinear) for layer in module.modules())
+
+
 def _in_place(w_NK: Tensor, order_K: Tensor | None) -> Tensor:
     return w_NK if order_K is None else w_NK[:, order_K.argsort()]
 
@@ -299,7 +304,7 @@ def replace_linears(
     unstack_experts(layers)
     found = quantizable(layers, names)
     most = max((module.in_features for module in found.values()), default=0)
-    if not found and any(isinstance(module, QuantizedLinear) for module in layers.modules()):
+    if not found and is_quantized(layers):
         raise ValueError("the layers are quantised already: quantise the model that they were made of")
     if not found or (group is not None and group > most):
         raise ValueError(f"there is nothing to quantise in groups of {group}: layers have at most {most} features")

@@ -25,11 +25,8 @@ def gram(x: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float 
     has none, and what calls it has others. Raises ValueError for arguments that do not fit.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, c))
-    if (
-        learns
-        or dispatch.transformed()
-        or (registry.forced() == "native" and registry.missing("gram", "native", x.device))
-    ):
+    learns = learns or dispatch.transformed()
+    if learns or (registry.forced() == "native" and registry.missing("gram", "native", x.device)):
         _check(x, c, alpha, beta)
         return ref.gram(x, c, alpha, beta)
     x, c = dispatch.rows(x), None if c is None else dispatch.rows(c)

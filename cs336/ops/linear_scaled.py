@@ -13,7 +13,7 @@ element. N = rows, K = features of x, M = of y.
 import torch
 from torch import Tensor
 
-from cs336.ops.dispatch import matrix
+from cs336.ops.dispatch import matrix, transformed
 from cs336.ops.fp8_copies import fp8_copies
 
 MULTIPLE = 16  # that N, K and M are of
@@ -26,8 +26,10 @@ def linear_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     of mantissa, gradients to 2, makes y differ by 4 % of its size, dx and dW by 6 %, where all is normal.
 
     Raises ValueError where x's rows, K or M are no multiples of 16, TypeError for x that is not bfloat16 or float32,
-    RuntimeError on a GPU before compute capability 8.9.
+    RuntimeError on a GPU before compute capability 8.9, and inside torch.func and forward mode.
     """
+    if transformed():
+        raise RuntimeError("linear_scaled has gradients for backward() alone: use torch.nn.functional.linear here")
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.models import Transformer, TransformerBlock
-from cs336.nn import MLP, Attention, LayerNorm, Linear, QuantizedLinear, RMSNorm
+from cs336.nn import MLP, Attention, LayerNorm, Linear, RMSNorm, is_quantized
 from cs336.nn.positions import AlibiSlopes
 from cs336.parallel import differentiable
 from cs336.parallel.differentiable import Group, check_parts, gathered, own_part
@@ -221,7 +221,7 @@ def why_not(model: Transformer, N: int) -> str | None:
     vocabulary = model.config.vocab_size
     if isinstance(model, TensorParallelTransformer):
         return "it has been divided before"
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if is_quantized(model):
         return "its weights are quantised: give the model that they were made of"
     if vocabulary % N != 0:
         return f"vocab_size {vocabulary} / {N} = {vocabulary / N:g}: pad it to {-(-vocabulary // N) * N}"

@@ -114,6 +114,7 @@ def _checked(pattern: str, check: Callable[[str], object], what: str) -> str:
         if regex.fullmatch(r"[\w-]+", name):
             raise ValueError(f"there is no pattern {pattern!r}: give {', '.join(PATTERNS)} or a regular expression")
         try:
+            name.encode()  # as files hold it
             check(name)
         except (regex.error, ValueError, RecursionError) as error:
             raise ValueError(

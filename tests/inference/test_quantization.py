@@ -121,6 +121,9 @@ def test_rounding_goes_on_where_it_was_killed_and_repeats_nothing(directory, tmp
     with monkeypatch.context() as patched:
         patched.setattr(module, "load_model", stop)
         assert compress(directory, out, "int8", 16) == found
+    (out / "model.safetensors").unlink()
+    assert compress(directory, out, "int8", 16) == found
+    assert (out / "model.safetensors").read_bytes() == first
     compress(directory, out, "int4", 16)
     assert (out / "earlier" / "quantise-1" / "model.safetensors").read_bytes() == first
     assert load_model(out).layers[0].mlp.up_proj.method == "int4"

@@ -87,4 +87,6 @@ def test_bad_input(device):
         ops.linear_scaled(x, weight.t())
     with pytest.raises(TypeError, match="float16"):
         ops.linear_scaled(x.to(F16), weight)
+    with pytest.raises(RuntimeError, match="backward"):
+        torch.func.vmap(ops.linear_scaled, in_dims=(0, None))(x[None], weight)
     assert F.linear(x[:15], weight).shape == (15, 48)  # what the message says

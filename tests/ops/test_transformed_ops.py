@@ -9,9 +9,9 @@ from torch.func import grad, jvp, vmap
 
 from cs336 import ops
 
-WITHOUT = {  # made for inference, or in place
-    "adamw_", "append_kv_", "causal_conv1d_step_", "copy_pages_", "expert_swiglu", "paged_attention",
-    "paged_prefill", "qk_norm_rope_append_", "recurrent_step_", "sample", "sharded_adamw_reduce_",
+WITHOUT = {  # made for inference or a training step, or in place
+    "adamw_", "append_kv_", "causal_conv1d_step_", "copy_pages_", "expert_swiglu", "fp8_copies", "linear_scaled",
+    "paged_attention", "paged_prefill", "qk_norm_rope_append_", "recurrent_step_", "sample", "sharded_adamw_reduce_",
     "sharded_adamw_step_", "sharded_adamw_total_", "sharded_adamw_wait_",
 }  # fmt: skip
 

@@ -43,6 +43,7 @@ def test_only_training_steps_round(monkeypatch):
         assert torch.equal(mlp(x), want)
     with registry.invariant():
         mlp(x)
+    torch.func.vmap(mlp)(x[None])
     assert len(calls) == 2
 
 

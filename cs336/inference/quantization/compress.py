@@ -1,5 +1,6 @@
 """A model's directory in, a smaller one out, which every verb takes that took the first."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ from cs336.inference.load import find_model, load_model, load_tokenizer, read_co
 from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, RESULT, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
-from cs336.models.huggingface import check_quantized_as
+from cs336.models.huggingface import check_quantized_as, has_weights
 from cs336.nn import QuantMethod
 from cs336.nn.checks import check_flags
 from cs336.nn.quantized import METHODS
@@ -111,7 +112,8 @@ def compress(
 
     settings = {"method": method, "group": group, "asymmetric": asymmetric, "activations": activations}
     made = ("config.json", "model.safetensors", RESULT)
-    stage = Stage("quantise", method, quantise, (RESULT,), (found,), settings | {"format": format}, kept=made)
+    source, whole = ((found,), settings | {"format": format}), functools.partial(has_weights, out)
+    stage = Stage("quantise", method, quantise, (RESULT,), *source, kept=made, is_whole=whole)
     run_stages(out, [stage], Console(quiet=True))
     return Compressed(**json.loads((out / RESULT).read_text(encoding="utf-8")))
 
