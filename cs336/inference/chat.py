@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cs336.inference.template_sandbox import Sandbox
 from cs336.inference.tool_parser import ToolFormat, format_of
 
 CHATML = (
@@ -23,18 +22,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_STOP = ("<|im_end|>",)
-LONGEST = 1 << 22  # characters of a conversation: a template that loops forever ends there
-
-
-class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}, which marks what an assistant said, stands for its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (as in jinja2)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 class ChatTemplate:
@@ -52,9 +39,7 @@ class ChatTemplate:
     ):
         self.is_default = template is None
         self._special_tokens = dict(special_tokens or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = self._environment = Sandbox()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
@@ -64,8 +49,8 @@ class ChatTemplate:
             self._template = environment.from_string(self._source)
             self._with_tools = environment.from_string(self._source_with_tools)
             names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not Jinja: {error}") from None
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template is not Jinja: {error or 'it nests too deep'}") from None
         self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
 
     @property
@@ -132,15 +117,13 @@ class ChatTemplate:
             "documents": None,
         }  # as in transformers: many templates ask no more than "is not none"
         known = self._special_tokens | nothing | dict(extra or {}) | own
-        pieces, length = [], 0
+        template = self._with_tools if tools or with_calls else self._template
         try:
-            for piece in (self._with_tools if tools or with_calls else self._template).generate(known):
-                pieces.append(piece)
-                if (length := length + len(piece)) > LONGEST:
-                    raise ValueError(f"the chat template writes more than {LONGEST} characters")
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            return self._environment.write(template, known)
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return "".join(pieces)
+        except (RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template takes too much for these messages: {error}") from None
 
 
 def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
