@@ -16,6 +16,8 @@ import jinja2
 
 from cs336.inference.template_sandbox import Sandbox
 from cs336.inference.tool_parser import ToolFormat, format_of
+from cs336.models.huggingface.fields import read_json
+from cs336.utils.files import read_text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -68,16 +70,15 @@ class ChatTemplate:
         """The one of a model's directory: chat_template.jinja, or in tokenizer_config.json; the default without any."""
         config: dict[str, Any] = {}
         if (file := directory / "tokenizer_config.json").exists():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is not JSON: {error}") from None
+            config = read_json(file)
         template, with_tools = config.get("chat_template"), None
         if isinstance(template, list):  # several, by their names
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template, with_tools = named.get("default"), named.get("tool_use")
         if (file := directory / "chat_template.jinja").exists():
-            template = with_tools = file.read_text(encoding="utf-8")
+            template = with_tools = read_text(file)
+        if bad := [t for t in (template, with_tools) if not isinstance(t, str | None)]:
+            raise ValueError(f"{directory / 'tokenizer_config.json'} has the chat template {bad[0]!r:.80}, no text")
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)}, with_tools)
 

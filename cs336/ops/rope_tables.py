@@ -19,7 +19,7 @@ def inverse_frequencies(rotary_dim: int, theta: float = 10000.0) -> Tensor:
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}")
     if not theta > 0:
         raise ValueError(f"theta must be positive, got {theta}")
-    return theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
+    return float(theta) ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
 
 
 def linear(frequencies: Tensor, factor: float) -> Tensor:

@@ -46,6 +46,14 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync(path.parent)
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A text file. Raises ValueError, naming it, for one that is not UTF-8."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """A text, in the place of what was there."""
     with replacing(path) as file:
@@ -62,6 +70,17 @@ def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     """A JSON value a line, in the place of what was there."""
     with replacing(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def is_name(name: Any) -> bool:
+    """Whether it is the name of a file within a directory: no path, and one that a file can have."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_special(path: pathlib.Path) -> bool:

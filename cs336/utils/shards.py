@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from cs336.utils.files import Paths, path_list, replacing, write_json
+from cs336.utils.files import Paths, is_name, path_list, replacing, write_json
 
 HEADER = 256  # int32
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
@@ -275,9 +275,26 @@ def read_meta(directory: str | os.PathLike) -> TokenMeta:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("format") != TokenMeta.format:
             raise ValueError(f"format {found.get('format')!r}, expected {TokenMeta.format}")
-        return TokenMeta(**(found | {"shards": tuple(found["shards"])}))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not isinstance(found["shards"], list):
+            raise ValueError(f"shards must be a list of names, got {found['shards']!r:.80}")
+        meta = TokenMeta(**(found | {"shards": tuple(found["shards"])}))
+        _check_meta(meta)
+        return meta
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used ({error}); tokenize the corpus again") from None
+
+
+def _check_meta(meta: TokenMeta) -> None:
+    """Raises ValueError for a field of another kind, and for a file that is not in the directory itself."""
+    for name in ("vocab_size", "eot_id", "documents", "tokens", "text_bytes"):
+        value = getattr(meta, name)
+        if type(value) is not int or value < (name == "vocab_size"):
+            raise ValueError(f"{name} must be a whole number that counts, got {value!r:.80}")
+    if not isinstance(meta.tokenizer, str):
+        raise ValueError(f"tokenizer must be a fingerprint, got {meta.tokenizer!r:.80}")
+    for file in (*meta.shards, *([] if meta.tokenizer_file is None else [meta.tokenizer_file])):
+        if not is_name(file):
+            raise ValueError(f"it names {file!r:.80}, which is no file of its directory")
 
 
 def open_tokens(paths: Paths) -> tuple[list[np.ndarray], TokenMeta | None]:

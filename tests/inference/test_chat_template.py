@@ -61,6 +61,11 @@ def test_found_in_a_directory(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         ChatTemplate.find(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for wrong, message in (("[]", "must hold a JSON object"), ('{"chat_template": 5}', "chat template 5, no text")):
+        (tmp_path / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            ChatTemplate.find(tmp_path)
 
 
 @pytest.mark.parametrize(

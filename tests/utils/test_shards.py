@@ -126,6 +126,33 @@ def test_damaged_sidecar_is_named(tmp_path, text):
         open_tokens(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shards": ["../a/00000.bin"]},
+        {"shards": ["/etc/passwd"]},
+        {"shards": [{}]},
+        {"shards": ["\0"]},
+        {"shards": ["\ud800"]},
+        {"shards": "00000.bin"},
+        {"tokenizer_file": "../tokenizer.json"},
+        {"tokens": "20"},
+        {"vocab_size": 0},
+        {"documents": -1},
+        {"text_bytes": True},
+        {"tokenizer": ["t"]},
+    ],
+    ids=repr,
+)
+def test_a_sidecar_that_names_other_files_or_says_nonsense_is_refused(tmp_path, wrong):
+    write(tmp_path / "a", range(20))
+    found = json.loads((tmp_path / "a" / shards.META).read_text())
+    (tmp_path / "a" / shards.META).write_text(json.dumps(found | wrong))
+    with pytest.raises(ValueError, match=rf"meta\.json cannot be used \(.*{next(iter(wrong))[:4]}|no file of its dir"):
+        open_tokens(tmp_path / "a")
+    assert not shards.shards_are_whole(tmp_path / "a")
+
+
 def test_sidecar_and_shards_must_agree(tmp_path):
     write(tmp_path, range(20))
     write_shard(tmp_path / "00000.bin", np.arange(5, dtype=np.uint16))
