@@ -6,12 +6,13 @@
 Everything is little-endian. Tokens are uint16 where the vocabulary fits, else uint32.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -150,14 +151,11 @@ class ShardWriter:
         rest = np.ascontiguousarray(ids, self.dtype)
         while len(rest):
             head, rest = np.split(rest, [self.shard_tokens - self._filled])
-            try:
+            with self._named():
                 self._begin_shard().write(head.data)
-            except OSError as error:
-                error.filename = error.filename or os.fspath(self.directory)  # a full disk names no file
-                raise
-            self._filled += len(head)
-            if self._filled == self.shard_tokens:
-                self._finish_shard()
+                self._filled += len(head)
+                if self._filled == self.shard_tokens:
+                    self._finish_shard()
         self.meta = dataclasses.replace(
             self.meta,
             documents=self.meta.documents + documents,
@@ -169,7 +167,8 @@ class ShardWriter:
         """Finish the last shard, put all in their place, and write meta.json."""
         self._begin()
         if self._file is not None:
-            self._finish_shard()
+            with self._named():
+                self._finish_shard()
         (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
         for path in self.directory.glob("*.bin"):
             if path.stem.isdecimal():  # not another's 2024-01.bin
@@ -191,7 +190,8 @@ class ShardWriter:
             self.close()
             return
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of what was to be written still, where that was what failed
+                self._file.close()
         if self._begun and not self._kept:
             shutil.rmtree(self._unfinished)
 
@@ -199,8 +199,9 @@ class ShardWriter:
         """How far the shards are, as JSON values. What is written so far is on the disk when this returns."""
         self._begin()
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._named():
+                self._file.flush()
+                os.fsync(self._file.fileno())
         self._kept = True
         return {"meta": dataclasses.asdict(self.meta), "filled": self._filled}
 
@@ -223,6 +224,15 @@ class ShardWriter:
             self._file.truncate(sizes[-1])
             self._file.seek(sizes[-1])
         return True
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk names no file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or os.fspath(self.directory)
+            raise
 
     def _begin(self) -> None:
         if not self._begun:

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -100,6 +101,22 @@ def test_a_source_that_fails_costs_no_tokens(tmp_path, ids):
         write_and_fail(tmp_path, ids)
     assert [int(token) for shard in open_tokens(tmp_path)[0] for token in shard] == list(range(20))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("count", [5, 50_000])  # that are written as the shard ends, and before
+def test_a_disk_that_is_full_is_named(tmp_path, count):
+    write(tmp_path, range(20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write(tmp_path, [1] * count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path)
+    assert [int(token) for shard in open_tokens(tmp_path)[0] for token in shard] == list(range(20))
+    write(tmp_path, range(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.bin", shards.META]
 
 
 def test_a_process_that_died_costs_no_tokens(tmp_path):
