@@ -74,9 +74,8 @@ def _own(path: pathlib.Path, mode: str) -> IO:
 
 def _is_temporary(name: Any, path: pathlib.Path) -> bool:
     """Whether an error is of a file that is written for `path`, or of none."""
-    return (
-        name is None or re.fullmatch(rf"{re.escape(f'.{path.name}.')}(\d+\.)?tmp", os.path.basename(name)) is not None
-    )
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.(\d+\.)?tmp")
+    return name is None or bool(temporary.fullmatch(os.path.basename(os.fsdecode(name))))
 
 
 def _untouched(name: str, flags: int) -> int:

@@ -86,7 +86,7 @@ def test_a_writer_that_cannot_begin_leaves_anothers_file(tmp_path, monkeypatch):
     with replacing(path) as first:
         first.write("first")
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_own", lambda *_: open(tmp_path / "none" / ".a.txt.tmp"))
+            patch.setattr(files, "_own", lambda *_: (tmp_path / "none" / ".a.txt.tmp").open())
             with pytest.raises(FileNotFoundError) as raised, replacing(path):
                 raise AssertionError("it was opened")
         assert raised.value.filename == str(path)
