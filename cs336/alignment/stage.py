@@ -32,6 +32,7 @@ from cs336.training.evaluators import Finding
 from cs336.training.loggers import LoggerName
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches
 from cs336.utils.device import pick
+from cs336.utils.files import read_text
 
 DEFAULT_LR = 1e-5
 SMALL = 50_000_000  # parameters
@@ -131,7 +132,7 @@ class Policy:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.tokenizer: Tokenizer = _tokenizer(found, config.tokenizer, self.model)
         if config.chat_template is not None:
-            self.model.chat_template = config.chat_template.read_text(encoding="utf-8")
+            self.model.chat_template = read_text(config.chat_template)
         special = {i: text for text, i in self.tokenizer.special_tokens.items()}
         named = {name: special[i] for name, i in self.model.special_ids.items() if isinstance(i, int) and i in special}
         tokens = {name.removesuffix("_id"): text for name, text in named.items()}

@@ -13,28 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cs336.inference.template_sandbox import Sandbox
 from cs336.inference.tool_parser import ToolFormat, format_of
+from cs336.models.huggingface.fields import read_json
+from cs336.utils.files import read_text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_STOP = ("<|im_end|>",)
-LONGEST = 1 << 22  # characters of a conversation: a template that loops forever ends there
-
-
-class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}, which marks what an assistant said, stands for its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (as in jinja2)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 class ChatTemplate:
@@ -52,9 +41,7 @@ class ChatTemplate:
     ):
         self.is_default = template is None
         self._special_tokens = dict(special_tokens or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = self._environment = Sandbox()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
@@ -64,8 +51,8 @@ class ChatTemplate:
             self._template = environment.from_string(self._source)
             self._with_tools = environment.from_string(self._source_with_tools)
             names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not Jinja: {error}") from None
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template is not Jinja: {error or 'it nests too deep'}") from None
         self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
 
     @property
@@ -83,16 +70,15 @@ class ChatTemplate:
         """The one of a model's directory: chat_template.jinja, or in tokenizer_config.json; the default without any."""
         config: dict[str, Any] = {}
         if (file := directory / "tokenizer_config.json").exists():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is not JSON: {error}") from None
+            config = read_json(file)
         template, with_tools = config.get("chat_template"), None
         if isinstance(template, list):  # several, by their names
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template, with_tools = named.get("default"), named.get("tool_use")
         if (file := directory / "chat_template.jinja").exists():
-            template = with_tools = file.read_text(encoding="utf-8")
+            template = with_tools = read_text(file)
+        if bad := [t for t in (template, with_tools) if not isinstance(t, str | None)]:
+            raise ValueError(f"{directory / 'tokenizer_config.json'} has the chat template {bad[0]!r:.80}, no text")
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)}, with_tools)
 
@@ -132,15 +118,13 @@ class ChatTemplate:
             "documents": None,
         }  # as in transformers: many templates ask no more than "is not none"
         known = self._special_tokens | nothing | dict(extra or {}) | own
-        pieces, length = [], 0
+        template = self._with_tools if tools or with_calls else self._template
         try:
-            for piece in (self._with_tools if tools or with_calls else self._template).generate(known):
-                pieces.append(piece)
-                if (length := length + len(piece)) > LONGEST:
-                    raise ValueError(f"the chat template writes more than {LONGEST} characters")
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            return self._environment.write(template, known)
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return "".join(pieces)
+        except (RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template takes too much for these messages: {error}") from None
 
 
 def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def test_frequencies_by_hand():
     assert sin[2].tolist() == pytest.approx([2 * math.sin(2), 2 * math.sin(0.2)])
 
 
+def test_what_no_memory_holds_is_refused():
+    frequencies = rope_tables.inverse_frequencies(4, 10**30)  # a whole number that torch does not take
+    with pytest.raises(ValueError, match="tables of 1,000,000,000 positions would have 2,000,000,000 angles"):
+        rope_tables.tables(frequencies, 10**9)
+
+
 def test_linear():
     close(rope_tables.linear(rope_tables.inverse_frequencies(64, THETA), 4.0), of_transformers("linear", factor=4.0)[0])
 

@@ -45,7 +45,7 @@ from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
 from cs336.nn import QuantMethod, RopeConfig, is_quantized, replace_linears
 from cs336.utils.config import parse, to_table
-from cs336.utils.files import replacing, write_text
+from cs336.utils.files import is_name, read_text, replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.tensor_file import save_tensors
 
@@ -152,7 +152,8 @@ def save_adapter(
     alpha / r. Raises FileNotFoundError where there is no base, ValueError for a layer that its family lays out together
     with others, as GPT-2 and Phi-3 do queries, keys and values.
     """
-    config, (_, family) = model.config, _our_config(read_json(pathlib.Path(base) / CONFIG))
+    base = pathlib.Path(base)
+    config, (_, family) = model.saved_config, _our_config(read_json(base / CONFIG), base)
     shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
     shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
@@ -189,7 +190,7 @@ def from_pretrained(
     given = pathlib.Path(directory)
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
-    config, family = _our_config(theirs)
+    config, family = _our_config(theirs, directory)
     model = Transformer.within(config, max_len, "meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
@@ -225,7 +226,8 @@ def from_pretrained(
 
 def read_config(directory: str | os.PathLike) -> TransformerConfig:
     """The configuration of the model in a directory, without its weights. Errors: as from_pretrained's."""
-    return _our_config(read_json(base_of(directory) / CONFIG))[0]
+    base = base_of(directory)
+    return _our_config(read_json(base / CONFIG), base)[0]
 
 
 def read_step(directory: str | os.PathLike) -> int | None:
@@ -294,15 +296,19 @@ def _check_ends(directory: pathlib.Path, model: Transformer) -> None:
         raise ValueError(f"{directory} has eos_token_id {bad[0]!r}: expected a token's id, or a list of them")
 
 
-def _our_config(theirs: dict[str, Any]) -> tuple[TransformerConfig, Family | None]:
+def _our_config(theirs: dict[str, Any], directory: pathlib.Path) -> tuple[TransformerConfig, Family | None]:
     """And the family that its weights are laid out as; None for ours."""
     kind = theirs.get("model_type")
-    if kind == OURS:
-        return parse(TransformerConfig, theirs.get("config", {})), None
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
-    plain = {name: value for name, value in theirs.items() if name not in (QUANTIZATION, MUP)}
-    return dataclasses.replace(FAMILIES[kind].config(plain), mup_base_width=theirs.get(MUP)), FAMILIES[kind]
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    try:
+        if kind == OURS:
+            return parse(TransformerConfig, theirs.get("config", {})), None
+        if family is None:
+            raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
+        plain = {name: value for name, value in theirs.items() if name not in (QUANTIZATION, MUP)}
+        return dataclasses.replace(family.config(plain), mup_base_width=theirs.get(MUP)), family
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from None
 
 
 def _our_weights(
@@ -358,7 +364,7 @@ def _half_split(name: str, t: Tensor, config: TransformerConfig, family: Family)
 def _chat_template(directory: pathlib.Path) -> str | None:
     """In a file of its own, or in tokenizer_config.json; of several there the default, and a warning."""
     if (directory / TEMPLATE).exists():
-        return (directory / TEMPLATE).read_text(encoding="utf-8")
+        return read_text(directory / TEMPLATE)
     if not (directory / TOKENIZER).exists():
         return None
     template = read_json(directory / TOKENIZER).get("chat_template")
@@ -388,7 +394,7 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index} must have a weight_map, a table of weights and names of files")
         names = sorted(set(places.values()))
-        if bad := [name for name in names if name in ("", "..") or pathlib.PurePath(name).name != name]:
+        if bad := [name for name in names if not is_name(name)]:
             raise ValueError(f"{index} names files outside its directory: {', '.join(map(repr, bad))}")
     if missing := [name for name in names if not (directory / name).exists()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")
