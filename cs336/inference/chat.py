@@ -16,7 +16,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cs336.inference.tool_parser import ToolFormat, format_of
+from cs336.inference.reasoning import ReasoningFormat, reasoning_of
+from cs336.inference.tool_formats import ToolFormat, format_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -78,6 +79,11 @@ class ChatTemplate:
         """How the model writes calls of tools, where the template shows it."""
         return format_of(self._source_with_tools)
 
+    @functools.cached_property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """How the model writes what it thinks before it answers, where the template shows it."""
+        return reasoning_of(self._source_with_tools)
+
     @classmethod
     def find(cls, directory: pathlib.Path) -> "ChatTemplate":
         """The one of a model's directory: chat_template.jinja, or in tokenizer_config.json; the default without any."""
@@ -123,7 +129,11 @@ class ChatTemplate:
             )
         with_calls = any("tool_calls" in message for message in plain)
         if with_calls and "tool_calls" not in self._source_with_tools:
-            raise ValueError("this model's chat template has no place for tool_calls: take a model whose template has")
+            if self.tool_format is None:
+                raise ValueError(
+                    "this model's chat template has no place for tool_calls: take a model whose template has"
+                )
+            plain = [_with_written_calls(message, self.tool_format) for message in plain]
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
         if tools:
             own["tools"] = [dict(tool) for tool in tools]
@@ -132,15 +142,26 @@ class ChatTemplate:
             "documents": None,
         }  # as in transformers: many templates ask no more than "is not none"
         known = self._special_tokens | nothing | dict(extra or {}) | own
-        pieces, length = [], 0
+        template = self._with_tools if tools or with_calls else self._template
         try:
-            for piece in (self._with_tools if tools or with_calls else self._template).generate(known):
-                pieces.append(piece)
-                if (length := length + len(piece)) > LONGEST:
-                    raise ValueError(f"the chat template writes more than {LONGEST} characters")
+            try:
+                return _written(template, known)
+            except TypeError:  # DeepSeek's join the text of arguments to others
+                if not with_calls:
+                    raise
+                return _written(template, known | {"messages": [_with_texts(message) for message in plain]})
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return "".join(pieces)
+
+
+def _written(template: jinja2.Template, known: Mapping[str, Any]) -> str:
+    """Raises ValueError for more than LONGEST characters."""
+    pieces, length = [], 0
+    for piece in template.generate(known):
+        pieces.append(piece)
+        if (length := length + len(piece)) > LONGEST:
+            raise ValueError(f"the chat template writes more than {LONGEST} characters")
+    return "".join(pieces)
 
 
 def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +178,11 @@ def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {**message, "content": content or ""}
     if calls := plain.pop("tool_calls", None):
         plain["tool_calls"] = _plain_calls(f"messages.{i}.tool_calls", calls)
+    thought = message.get("reasoning_content")
+    if not isinstance(thought, str | None):
+        raise ValueError(f"messages.{i}.reasoning_content must be a text, got {thought!r:.80}")
+    if thought and not (calls and content):  # gpt-oss's name of it, whose template takes one of both beside calls
+        plain["thinking"] = thought
     return plain
 
 
@@ -183,6 +209,23 @@ def _plain_calls(at: str, calls: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{at}.{i}.function.arguments must be an object, as JSON, got {arguments!r:.80}")
         plain.append({**call, "function": {**function, "arguments": arguments}})
     return plain
+
+
+def _with_written_calls(message: Mapping[str, Any], format: ToolFormat) -> dict[str, Any]:
+    """With calls in its content, as the model wrote them."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    calls = [(function["name"], function["arguments"]) for function in functions]
+    written = message["content"] + (format.write(calls) if calls else "")
+    return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": written}
+
+
+def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """With arguments of calls as texts of JSON."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else {**message}
 
 
 def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:

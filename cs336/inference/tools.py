@@ -1,18 +1,22 @@
 """Which tools a conversation may call, and which it must: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cs336.inference.grammar import SPACE, check_schema
-from cs336.inference.tool_parser import ToolFormat
+from cs336.inference.grammar import check_schema
+from cs336.inference.reasoning import Place, ReasoningFormat
+from cs336.inference.tool_formats import ToolFormat
+from cs336.inference.tool_formats.format import SPACE_RULE, symbols_of
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 LISTS = ("enum", "anyOf", "oneOf", "allOf")  # in JSON schemas; all but the first of schemas
 OBJECTS = ("properties", "$defs", "definitions")
 DEEPEST = 100
+ANY_ARGUMENTS = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}'
 CHOICE = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
@@ -30,11 +34,14 @@ class Tools:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence | None):
             raise ValueError(f"tools must be a list of {TOOL}, got {tools!r:.80}")
         self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._strict: set[str] = set()
         for i, tool in enumerate(tools or ()):
             name, schema = _checked(f"tools.{i}", tool)
             if name in self._schemas:
                 raise ValueError(f"tools.{i}.function.name is {name!r}, as is another tool's: give it another name")
             self._schemas[name] = schema
+            if tool["function"].get("strict"):
+                self._strict.add(name)
         must = _names("auto" if choice is None else choice, [*self._schemas])
         self.must = must or ()
         """The names of the tools of which one must be called."""
@@ -43,31 +50,49 @@ class Tools:
         self.parallel = parallel and not isinstance(choice, Mapping)
 
     @property
-    def names(self) -> list[str]:
-        """Of the tools that may be called."""
-        return [*self._schemas] if self.offered else []
+    def schemas(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of the arguments of the tools that may be called."""
+        return self._schemas if self.offered else {}
 
-    def grammar(self, format: ToolFormat, special_tokens: Mapping[str, int]) -> str:
-        """llguidance's of an answer that calls one of `must`, each call by the schema of its tool. A mark that is a
-        special token is that token.
+    @property
+    def strict(self) -> bool:
+        """Whether calls that nobody asks for follow a schema too."""
+        return bool(self.offered and self._strict)
+
+    def grammar(
+        self,
+        format: ToolFormat,
+        special_tokens: Mapping[str, int],
+        reasoning: ReasoningFormat | None = None,
+        place: Place = "behind",
+    ) -> str:
+        """llguidance's of an answer that calls one of `must`, each call by the schema of its tool; where none must be
+        called, of text, where what begins as a call is one, and by the schema of a strict tool. A mark that is a
+        special token is that token. reasoning: what may come before calls that must be, where the answer begins there.
 
         Raises ValueError for schemas that llguidance does not know, and where it is not installed.
         """
-        before, between, behind = (_symbols(text, special_tokens) for text in format.written)
-        if format.opening:  # behind a space or not, as the tokenizers of a family differ
-            mark = _symbols(format.written[0].removesuffix(format.opening), special_tokens)
-            before = f'{mark} " "? {json.dumps(format.opening)}'
-        calls = [f"call{i}" for i in range(len(self.must))]
-        lines = [f"start: {before} call {f'({between} call)*' if self.parallel else ''} {behind}"]
+        symbols = functools.partial(symbols_of, special_tokens=special_tokens)
+        names = self.must or [*self._schemas]
+        followed = set(names) if self.must else self._strict
+        calls = [f"call{i}" for i in range(len(names))]
+        if not self.must:
+            lines = ["start: answer", *format.text_and_calls(self.parallel, symbols, sorted(special_tokens.values()))]
+        elif reasoning is not None and place != "behind":
+            lines = [
+                "start: lead SPACE calls",
+                SPACE_RULE,
+                *reasoning.rules(place, symbols),
+                *format.only_calls(self.parallel, symbols),
+            ]
+        else:
+            lines = ["start: calls", *format.only_calls(self.parallel, symbols)]
         lines.append(f"call: {' | '.join(calls)}")
         places = [*self._schemas]
-        for call, name in zip(calls, self.must, strict=True):
-            schema = self._schemas[name]
+        for call, name in zip(calls, names, strict=True):
+            schema = self._schemas[name] if name in followed else ANY_ARGUMENTS
             check_schema(schema, f"tools.{places.index(name)}.function.parameters")
-            head = json.dumps(f'{{"name": "{name}", "{format.arguments}": ')
-            lines.append(f'{call}: {head} {call}_arguments "}}"')
-            spaced = {**schema, "x-guidance": {"whitespace_pattern": SPACE}}
-            lines.append(f"{call}_arguments: %json {json.dumps(spaced)}")
+            lines += format.rules(call, name, schema, symbols)
         return "\n".join(lines)
 
 
@@ -145,14 +170,3 @@ def _names(choice: Any, names: list[str]) -> list[str] | None:
 def _refuse_others(at: str, given: Mapping[str, Any], known: set[str]) -> None:
     if unknown := sorted(map(str, given.keys() - known)):
         raise ValueError(f"{at} has {', '.join(unknown)}, and the fields are {', '.join(sorted(known))}")
-
-
-def _symbols(text: str, special_tokens: Mapping[str, int]) -> str:
-    """In llguidance's Lark: special tokens by their ids, and the text between."""
-    found = [mark for mark in special_tokens if mark and mark in text]
-    if not found:
-        return json.dumps(text) if text else ""
-    mark = max(found, key=len)
-    before, _, behind = text.partition(mark)
-    symbols = [_symbols(before, special_tokens), f"<[{special_tokens[mark]}]>", _symbols(behind, special_tokens)]
-    return " ".join(filter(None, symbols))

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 
 import torch
 
 from cs336.inference import LLM
 from cs336.inference.chat import ChatTemplate
+from cs336.inference.tool_formats import FORMATS
 from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
 
@@ -85,18 +85,16 @@ ASK = [{"role": "user", "content": "Is it warm in Łódź?"}]
 
 def written(kind, *calls):
     """Calls, (name, arguments), as the family writes them."""
-    from cs336.inference.tool_parser import FORMATS
-
-    format = FORMATS[kind]
-    before, between, behind = format.written
-    texts = [json.dumps({"name": name, format.arguments: arguments}, ensure_ascii=False) for name, arguments in calls]
-    return before + between.join(texts) + behind
+    return FORMATS[kind].write(calls)
 
 
 def tool_llm(kind="hermes"):
     torch.manual_seed(5)
-    llm = LLM(Transformer(CONFIG).eval(), TOKENIZER, quiet=True, page_size=16, max_seqs=8, max_step_tokens=512)
-    llm.chat_template = ChatTemplate(TEMPLATES[kind])
+    options = {"quiet": True, "page_size": 16, "max_seqs": 8, "max_step_tokens": 512}
+    if kind not in TEMPLATES:
+        options["tool_parser"] = kind
+    llm = LLM(Transformer(CONFIG).eval(), TOKENIZER, **options)
+    llm.chat_template = ChatTemplate(TEMPLATES.get(kind, HERMES))
     return llm
 
 
@@ -105,8 +103,8 @@ def saying(llm, *texts):
     """Its answers are these, one after the other."""
     left, usual = list(texts), llm.calling
 
-    def calling(params, tools):
-        return dataclasses.replace(usual(params, tools), choice=(left.pop(0),))
+    def calling(params, tools, prompt):
+        return dataclasses.replace(usual(params, tools, prompt), lark=None, choice=(left.pop(0),))
 
     llm.calling = calling
     try:

@@ -17,7 +17,8 @@ from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.grammar import Grammars
-from cs336.inference.tool_parser import FORMATS
+from cs336.inference.reasoning import REASONING
+from cs336.inference.tool_formats import FORMATS
 from cs336.inference.tools import Tools
 
 llm_of = functools.cache(tool_llm)
@@ -93,7 +94,7 @@ def test_templates_without_a_place():
             template.render(CALLED)
     llm = tool_llm()
     llm.chat_template = ChatTemplate("{{ tools | tojson if tools }}{{ messages[0].content }}")
-    with pytest.raises(ValueError, match=r"does not show how calls .* give tool_parser .*hermes, llama3_json, mistral"):
+    with pytest.raises(ValueError, match=r"does not show how calls .* give tool_parser .*hermes, qwen3_coder, glm45"):
         llm.chat(ASK, tools=TOOLS)
     assert (
         llm.chat(ASK, SamplingParams(max_tokens=2), tools=TOOLS, tool_choice="none")[0].message["content"] is not None
@@ -197,7 +198,7 @@ def test_what_must_be_called():
     assert (Tools(TOOLS).offered, [*Tools(TOOLS).must]) == (TOOLS, [])
     assert Tools(TOOLS, "required").must == ["weather", "square", "now"]
     named = Tools(TOOLS, {"type": "function", "function": {"name": "now"}})
-    assert (named.must, named.parallel, named.names) == (["now"], False, ["weather", "square", "now"])
+    assert (named.must, named.parallel, [*named.schemas]) == (["now"], False, ["weather", "square", "now"])
 
 
 def accepts(grammars, lark, text):
@@ -216,7 +217,8 @@ def test_the_grammar_of_calls(kind):
     grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
     weather, square, now = ("weather", {"city": 'Ł"}', "days": 30}), ("square", {"n": 3}), ("now", {})
     several = Tools(TOOLS, "required").grammar(FORMATS[kind], SPECIAL)
-    for calls in ([weather], [square], [now], [now, weather, square], [weather, weather]):
+    together = [[now, weather, square], [weather, weather]] if kind != "gpt_oss" else []  # which ends with its call
+    for calls in ([weather], [square], [now], *together):
         assert accepts(grammars, several, written(kind, *calls))
     if kind == "mistral":
         assert accepts(grammars, several, written(kind, now, square).replace("[TOOL_CALLS][", "[TOOL_CALLS] ["))
@@ -258,7 +260,7 @@ def test_a_random_model_that_must_call(kind, name):
     assert len({c["id"] for o in output.outputs for c in o.message["tool_calls"]}) == 3
     prompt = llm.chat_template.render(ASK, tools=TOOLS)
     assert output.prompt == prompt
-    begun = {"hermes": 258, "mistral": 260, "llama3_json": ord("{")}[kind]
+    begun = TOKENIZER.encode(FORMATS[kind].write([(name, {})]), allowed_special="all")[0]
     assert output.token_ids[0] == begun  # the mark as the model was taught it, one token
 
 
@@ -300,7 +302,9 @@ def test_what_leaves_no_room_for_calls(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llguidance" else found(name))
     with pytest.raises(ValueError, match=r"need llguidance: pip install 'cs336\[structured\]'"):
         llm.chat(ASK, tools=TOOLS, tool_choice="required")
-    llm.chat(ASK, SamplingParams(max_tokens=2), tools=TOOLS)
+    with pytest.raises(ValueError, match=r"need llguidance: pip install 'cs336\[structured\]'"):
+        llm.chat(ASK, tools=TOOLS)  # one of which is strict
+    llm.chat(ASK, SamplingParams(max_tokens=2), tools=[TOOLS[0], TOOLS[2]])
 
 
 def test_lark():
@@ -315,4 +319,6 @@ def test_lark():
 def test_the_verb_knows_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out
+    shown = re.sub(r"[\s│|]", "", capsys.readouterr().out)
+    assert "{" + ",".join(FORMATS) + "}" in shown
+    assert "{" + ",".join([*REASONING, "none"]) + "}" in shown

@@ -206,16 +206,17 @@ class Server:
         self._check_model(asked)
         llm, tools = self.llm, Tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
         extra = asked.chat_template_kwargs
-        (ids,) = llm.encode([llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)])
+        prompt = llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)
+        (ids,) = llm.encode([prompt])
         params = asked.params(llm.engine.max_len - len(ids), llm.chat_template.stop)
-        params = await asyncio.to_thread(llm.calling, params, tools) if tools.must else llm.calling(params, tools)
+        params = await asyncio.to_thread(llm.calling, params, tools, prompt)  # a grammar may take seconds to write
         group = Group(self, [(ids, params)])
-        parsers = [llm.tool_parser(tools) for _ in range(asked.n)]
+        readers = [llm.reader(tools, prompt) for _ in range(asked.n)]
         id, object = f"chatcmpl-{uuid.uuid4().hex}", "chat.completion"
 
         def whole() -> dict[str, Any]:
             (request,) = group.requests
-            return self.answers.envelope(id, object, self.answers.chat(asked, request, parsers), usage=used())
+            return self.answers.envelope(id, object, self.answers.chat(asked, request, readers), usage=used())
 
         def used() -> dict[str, Any]:
             return answers.usage(group.requests)
@@ -227,7 +228,7 @@ class Server:
                 begun.add(sample.index)
                 found.append(choice(sample.index, None, delta={"role": "assistant", "content": ""}))
             logprobs = self.answers.chat_logprobs([token]) if asked.logprobs and token else None
-            deltas, reason = answers.deltas(parsers[sample.index], update.text, update.finish_reason)
+            deltas, reason = answers.deltas(readers[sample.index], update.text, update.finish_reason)
             if logprobs and not deltas:
                 deltas = [{"content": ""}]
             for delta in deltas:
