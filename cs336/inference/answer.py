@@ -58,13 +58,12 @@ class AnswerReader:
 
 def new_reader(tools: Tools, format: ToolFormat | None, reasoning: ReasoningFormat | None, place: Place) -> Reader:
     """For one answer. format: of calls, where tools are offered. place: where the answer begins."""
-    options = {"parallel": tools.parallel, "forced": bool(tools.must)}
     if isinstance(format, HarmonyFormat) or isinstance(reasoning, ChannelFormat):
-        return HarmonyReader(tools.schemas, **options)
-    return AnswerReader(
-        None if reasoning is None else ReasoningParser(reasoning, place),
-        None if format is None else ToolParser(format, tools.schemas, **options),
-    )
+        return HarmonyReader(tools.schemas, parallel=tools.parallel)
+    parser = None
+    if format is not None:
+        parser = ToolParser(format, tools.schemas, parallel=tools.parallel, forced=bool(tools.must))
+    return AnswerReader(None if reasoning is None else ReasoningParser(reasoning, place), parser)
 
 
 def read_answer(text: str, finish_reason: str, reader: Reader) -> tuple[dict[str, Any], str]:

@@ -1,6 +1,5 @@
 """Calls are found in what models write, however it comes in pieces; what is no call stays text."""
 
-import functools
 import json
 import random
 
@@ -19,7 +18,9 @@ def call(name, arguments, key="arguments", **dumped):
 
 
 def parser_of(kind, **options):
-    return (HarmonyReader if kind == "gpt_oss" else functools.partial(ToolParser, FORMATS[kind]))(NAMES, **options)
+    if kind == "gpt_oss":  # whose marks are never text, whether a call must come or not
+        return HarmonyReader(NAMES, parallel=options.get("parallel", True))
+    return ToolParser(FORMATS[kind], NAMES, **options)
 
 
 def read(kind, pieces, *, cut=False, parallel=True):
@@ -212,7 +213,9 @@ def test_any_text_is_read_alike_in_any_pieces():
         own = [format.begin, format.opening, *format.closing, *format.written]
         own += [format.text("f", {}), format.text("get-weather_2", {"a": "b\n", "c": [1]}), format.text("g", {})]
         own += [format.text("f", {"a": "b"})[:-1], format.write([("f", NESTED)])]
-        text = "".join(rng.choices([*own, *own, *marks, "f", "</"], k=rng.randint(1, 9)))
+        own[-1] += "<|call|>" * (kind == "gpt_oss")
+        pieces = rng.choices([*own, *own, *marks, "f", "</"], k=rng.randint(1, 9))
+        text = "".join([own[-1] if rng.random() < 0.2 else "", *pieces])
         want = read(kind, [text], cut=cut)
         at = rng.randint(0, len(text))
         assert read(kind, text, cut=cut) == read(kind, [text[:at], text[at:]], cut=cut) == want, text

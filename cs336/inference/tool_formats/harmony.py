@@ -46,8 +46,8 @@ class HarmonyFormat(ToolFormat):
 class HarmonyReader:
     """Reads one answer, as AnswerReader does. Of several messages of a kind, each begins on a line of its own."""
 
-    def __init__(self, schemas: Mapping[str, Schema], *, parallel: bool = True, forced: bool = False):
-        self._schemas, self._parallel, self._forced = schemas, parallel, forced
+    def __init__(self, schemas: Mapping[str, Schema], *, parallel: bool = True):
+        self._schemas, self._parallel = schemas, parallel
         self._held = ""
         self._within: str | None = None
         """content, reasoning or call; None in a header."""
@@ -70,7 +70,7 @@ class HarmonyReader:
         held, self._held = self._held, ""
         if self._within == "call":
             self._arguments(held)
-            if not (cut and (self._announced or self._forced)):
+            if not cut:
                 self._call_ended()
         elif self._within is not None:
             self._say(self._within, held)

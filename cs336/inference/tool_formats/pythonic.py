@@ -30,7 +30,11 @@ class PythonicFormat(ToolFormat):
             lines.append(f"{rule}_first{i}: {json.dumps(key + '=')} {value} {then}{left_out}")
             left_out = "" if key in required else f" | {then}"
             lines.append(f"{rule}_more{i}: {json.dumps(', ' + key + '=')} {value} {then}{left_out}")
-        return [*lines, f'{rule}_first{len(properties)}: ""', f'{rule}_more{len(properties)}: ""']
+        last = '""'
+        if not properties and schema.get("additionalProperties", True) is not False:  # of a tool that is not strict
+            last = f'({rule}_any (", " {rule}_any)*)?'
+            lines += [f"{rule}_any: /[a-zA-Z_][a-zA-Z0-9_]*=/ {rule}_value", json_rule(f"{rule}_value", {})]
+        return [*lines, f"{rule}_first{len(properties)}: {last}", f'{rule}_more{len(properties)}: ""']
 
     def text(self, name: str, arguments: Mapping[str, Any]) -> str:
         given = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
