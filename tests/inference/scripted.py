@@ -12,11 +12,11 @@ from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
 
 SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257, "<tool_call>": 258, "</tool_call>": 259, "[TOOL_CALLS]": 260}
-SPECIAL |= {"<|python_tag|>": 261, "<|endoftext|>": 262}
+SPECIAL |= {"<|python_tag|>": 261, "<|endoftext|>": 262, "<think>": 263, "</think>": 264}
 TOKENIZER = Tokenizer(
     {i: bytes([i]) for i in range(256)} | {i: text.encode() for text, i in SPECIAL.items()}, [], [*SPECIAL]
 )
-CONFIG = TransformerConfig(263, 2048, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+CONFIG = TransformerConfig(265, 2048, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
 
 # As their families' are, in short.
 HERMES = """
@@ -61,6 +61,17 @@ MISTRAL = """
 {%- elif message.role == 'tool' %}[TOOL_RESULTS]{{ message.tool_call_id }} {{ message.content }}
 {%- else %}[{{ message.role }}] {{ message.content }}{% endif %}
 {%- endfor %}"""
+THINKING = """
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined %}<think>
+{{ '' if enable_thinking else '\n</think>\n\n' }}{% endif %}{% endif %}"""
 TEMPLATES = {"hermes": HERMES, "llama3_json": LLAMA, "mistral": MISTRAL}
 
 CITY = {

@@ -1,17 +1,33 @@
 """What a model thinks is told apart from its answer, however it comes in pieces; grammars are of the answer."""
 
+import asyncio
+import functools
 import json
 import random
+import re
 
 import pytest
-from inference.test_tool_formats import SCHEMAS
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("llguidance")
+pytest.importorskip("jsonschema")
+
+from inference.scripted import ASK, DIGIT, SPECIAL, THINKING, TOKENIZER, TOOLS, saying, tool_llm, written
+from inference.serving import ask, listening
+from inference.test_tool_formats import SCHEMAS
+from inference.test_tools import accepts
+
+from cs336.inference import LLM, SamplingParams
 from cs336.inference.answer import AnswerReader, read_answer
 from cs336.inference.answer_events import joined, message_of
+from cs336.inference.chat import ChatTemplate
+from cs336.inference.grammar import Grammars
 from cs336.inference.reasoning import REASONING, ReasoningParser, reasoning_of
 from cs336.inference.tool_formats import FORMATS
 from cs336.inference.tool_formats.harmony import HarmonyReader
 from cs336.inference.tool_parser import ToolParser
+from cs336.inference.tools import Tools
 
 ASIDE = "<|channel|>analysis<|message|>Hm.\n<|end|><|start|>assistant"
 CALL = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"i": 1}'
@@ -131,3 +147,117 @@ def test_formats_are_known_by_their_templates():
     assert reasoning_of("[THINK]{{ thought }}[/THINK]") is REASONING["mistral"]
     assert reasoning_of("<|START_THINKING|>") is REASONING["cohere"]
     assert reasoning_of("<|channel|>analysis<|message|>") is REASONING["gpt_oss"]
+
+
+@functools.cache
+def thinking_llm():
+    llm = tool_llm()
+    llm.chat_template = ChatTemplate(THINKING + "{{ tools | tojson if tools }}")
+    return llm
+
+
+def test_messages_of_a_model_that_thinks():
+    llm, call = thinking_llm(), written("hermes", ("now", {}))
+    llm._tool_parser = "hermes"
+    with saying(llm, "<think>\nHm.\n</think>\n\nYes.", f"<think>{call}</think>{call}", "Yes."):
+        (answer,) = llm.chat(ASK)
+        (called,) = llm.chat(ASK, SamplingParams(max_tokens=300), tools=TOOLS)
+        (plain,) = llm.chat(ASK)
+    assert answer.text == "<think>\nHm.\n</think>\n\nYes."
+    assert answer.message == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+    assert (called.message["reasoning_content"], called.finish_reason) == (call, "tool_calls")
+    assert [c["function"]["name"] for c in called.message["tool_calls"]] == ["now"]
+    assert plain.message == {"role": "assistant", "content": "Yes."}
+    prompt = llm.chat_template.render([*ASK, answer.message], add_generation_prompt=False)
+    assert prompt.endswith("assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>\n")
+    with pytest.raises(ValueError, match=r"messages\.1\.reasoning_content must be a text, got 3"):
+        llm.chat_template.render([*ASK, {"role": "assistant", "content": "", "reasoning_content": 3}])
+
+
+def test_the_parser_that_is_named():
+    llm = tool_llm()
+    options = {"quiet": True, "page_size": 16, "max_seqs": 8, "max_step_tokens": 512}
+    with pytest.raises(
+        ValueError, match="reasoning_parser must be one of gpt_oss, think, granite, mistral, cohere, none"
+    ):
+        LLM(llm.model, TOKENIZER, reasoning_parser="qwen3", **options)
+    for named, content in ((None, "<think>a</think>b"), ("think", "b"), ("none", "<think>a</think>b")):
+        llm = LLM(llm.model, TOKENIZER, reasoning_parser=named, **options)
+        with saying(llm, "<think>a</think>b"):
+            assert llm.chat(ASK)[0].message["content"] == content
+
+
+@pytest.mark.parametrize("specials", [SPECIAL, {}])
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ({"json_schema": DIGIT}, '{"n": 3}', '{"n": 10}'),
+        ({"regex": "/[ab]{3}"}, "/aba", "/ab"),
+        ({"choice": ("yes", 'n"o')}, 'n"o', "no"),
+    ],
+)
+def test_a_grammar_is_of_the_answer(kind, good, bad, specials):
+    grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
+    think, params = REASONING["think"], SamplingParams(**kind)
+    optional = think.behind(params, "before", specials).lark
+    must = think.behind(params, "within", specials).lark
+    within = f"Hm <\n{{</think>\n\n{good}"
+    for lark, text, want in (
+        (optional, f"<think>{within}", True),
+        (optional, good, True),
+        (optional, bad, False),
+        (optional, f"<think>a</think>{bad}", False),
+        (optional, f"a</think>{good}", False),
+        (must, within, True),
+        (must, good, False),
+        (must, f"a</think>{bad}", False),
+    ):
+        assert accepts(grammars, lark, text, special=bool(specials)) == want, (lark, text)
+    assert think.behind(params, "behind", specials) is params
+    assert think.behind(SamplingParams(), "before", specials) == SamplingParams()
+
+
+def test_a_random_model_thinks_before_a_grammar():
+    llm = thinking_llm()
+    params = SamplingParams(json_schema=DIGIT, max_tokens=300, seed=2)
+    extra = {"enable_thinking": False}
+    (output,) = llm.chat(ASK, params)
+    assert output.message["content"] is None or re.fullmatch(r'\s*\{\s*"n"\s*:\s*\d\s*\}', output.message["content"])
+    prompt = llm.chat_template.render(ASK, extra=extra)
+    assert llm.calling(params, Tools(None), prompt) is params
+
+
+@pytest.mark.parametrize("kind", ["hermes", "qwen3_coder", "gpt_oss"])
+def test_a_model_that_must_call_may_think_first(kind):
+    grammars, tools = Grammars(TOKENIZER, len(TOKENIZER.vocab)), Tools(TOOLS, "required")
+    reasoning = REASONING["gpt_oss" if kind == "gpt_oss" else "think"]
+    call, thought = FORMATS[kind].write([("now", {})]), f"{reasoning.begin}Hm.{reasoning.end}"
+    lark = tools.grammar(FORMATS[kind], SPECIAL, reasoning, "before")
+    for text, want in ((call, True), (thought + call, True), (thought, False), (f"{thought}Yes.", False)):
+        assert accepts(grammars, lark, text) == want, text
+    lark = tools.grammar(FORMATS[kind], SPECIAL, reasoning, "within")
+    assert accepts(grammars, lark, thought.removeprefix(reasoning.begin) + call)
+    assert not accepts(grammars, lark, call)
+    assert not accepts(grammars, tools.grammar(FORMATS[kind], SPECIAL, reasoning, "behind"), thought + call)
+
+
+def test_a_stream_of_thoughts():
+    text = "<think>\nHm <b>.\n</think>\n\nYes."
+    llm = thinking_llm()
+    with listening(llm) as (_, port):
+
+        def post(**body):
+            status, found = asyncio.run(ask(port, {"messages": ASK} | body, path="/v1/chat/completions"))
+            assert status == 200, found
+            return found
+
+        with saying(llm, text, text, text.removeprefix("<think>\n")):
+            whole = json.loads(post()[0])["choices"][0]
+            events = [json.loads(event)["choices"] for event in post(stream=True)[:-1]]
+            begun = json.loads(post(chat_template_kwargs={"enable_thinking": True})[0])["choices"][0]
+    want = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm <b>."}
+    assert (whole["message"], begun["message"], whole["finish_reason"]) == (want, want, "stop")
+    deltas = [choice["delta"] for choices in events for choice in choices]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm <b>."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    assert len([delta for delta in deltas if delta.get("reasoning_content")]) > 3  # as they come

@@ -75,6 +75,34 @@ def test_what_the_model_wrote_is_what_it_reads_in_the_next_turn():
     assert after == before + text + "<|im_end|>\n"
 
 
+def test_calls_where_the_template_has_no_place_for_them():
+    """They are written as the model wrote them."""
+    granite = ChatTemplate(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools }} respond with <|tool_call|> [...]"
+    )
+    call = '<|tool_call|>[{"name": "weather", "arguments": {"city": "Łódź", "x": [1, {"a": null}]}}]'
+    assert granite.render(CALLED).startswith(f"[user]{ASK[0]['content']}[assistant]{call}[tool]warm")
+
+
+def test_templates_that_take_arguments_as_text():
+    deepseek = ChatTemplate(
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '\\n' + c.function.arguments }}"
+        "{% endfor %}{% endfor %}"
+    )
+    for messages in (CALLED, as_objects(CALLED)):
+        assert deepseek.render(messages) == 'weather\n{"city": "Łódź", "x": [1, {"a": null}]}'
+    with pytest.raises(ValueError, match="the chat template refuses these messages: can only concatenate str"):
+        ChatTemplate("{{ 'a' + 1 }} tool_calls").render(CALLED)
+
+
+def test_what_was_thought_is_gpt_oss_thinking():
+    template = ChatTemplate("{% for m in messages %}{{ m.thinking }}|{% endfor %} tool_calls")
+    thought = {"reasoning_content": "Hm."}
+    assert template.render([*ASK, CALLED[1] | thought]) == "|Hm.| tool_calls"
+    assert template.render([*ASK, {"role": "assistant", "content": "a"} | thought]) == "|Hm.| tool_calls"
+    assert template.render([*ASK, CALLED[1] | thought | {"content": "I look."}]) == "|| tool_calls"
+
+
 def test_a_template_of_its_own_for_tools(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": TEMPLATES["hermes"]}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
@@ -201,11 +229,11 @@ def test_what_must_be_called():
     assert (named.must, named.parallel, [*named.schemas]) == (["now"], False, ["weather", "square", "now"])
 
 
-def accepts(grammars, lark, text):
+def accepts(grammars, lark, text, special=True):
     """Whether the grammar lets each token of the text come, and then its end."""
     end = SPECIAL["<|endoftext|>"]
     guide = grammars.guide(SamplingParams(lark=lark), [end])
-    for token in TOKENIZER.encode(text, allowed_special="all"):
+    for token in TOKENIZER.encode(text, allowed_special="all" if special else (), disallowed_special=()):
         if not guide.allowed[token >> 3] >> (token & 7) & 1:
             return False
         guide.advance(token)
@@ -242,6 +270,35 @@ def test_the_grammar_of_calls(kind):
     assert not accepts(grammars, named, written(kind, now, now))
     without = {text: i for text, i in SPECIAL.items() if text == "<|endoftext|>"}  # then marks are texts
     assert f"<[{SPECIAL['<tool_call>']}]>" not in Tools(TOOLS, "required").grammar(FORMATS[kind], without)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("specials", [SPECIAL, {}])
+def test_calls_of_strict_tools_that_nobody_asks_for(kind, specials):
+    """Text is free, and where a call begins it is one, by its schema if its tool is strict."""
+    format, grammars = FORMATS[kind], Grammars(TOKENIZER, len(TOKENIZER.vocab))
+    tools = Tools([TOOLS[1], tool("now")])
+    assert (tools.strict, Tools([tool("now")]).strict, Tools(TOOLS, "none").strict) == (True, False, False)
+    follows = functools.partial(accepts, grammars, tools.grammar(format, specials), special=bool(specials))
+    three, ten = (format.write([("square", {"n": n})]) for n in (3, 10))
+    assert follows(three)
+    assert follows(format.write([("now", {"n": 3, "s": "a"})]))
+    assert not follows(ten)
+    assert not follows(format.write([("then", {})]))
+    if kind == "gpt_oss":  # whose answers have a mark as well
+        aside = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+        assert follows(f"{aside}<|channel|>final<|message|>No {{ <tool_call.")
+        assert follows(f"{aside}{aside}{three}")
+        assert not follows(f"{aside}{ten}")
+        return
+    assert follows("")
+    assert follows("No { <tool_call.")
+    if not format.bare:
+        assert follows(f"<think>a</think>So:\n{three} and\n{three}.")
+        assert not follows(f"So:\n{ten}")
+        assert not follows(f"{three}{ten}")
+        once = Tools([TOOLS[1]], parallel=False).grammar(format, specials)
+        assert accepts(grammars, once, f"So: {three}!", special=bool(specials))
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -62,30 +62,37 @@ class ToolFormat:
 
     def only_calls(self, parallel: bool, symbols: Symbols) -> list[str]:
         """Lark of an answer that is nothing but calls, of the rule `call`."""
-        before, between, behind = map(symbols, self.written)
-        if self.opening and self.written[0] == self.begin + self.opening:  # as the tokenizers of a family differ
-            before = f'{symbols(self.begin)} " "? {symbols(self.opening)}'
-        return [f"calls: {before} call {f'({between} call)*' if parallel else ''} {behind}"]
+        return [f"calls: {symbols(self._mark)} {self._behind_mark(parallel, symbols)}"]
 
     def text_and_calls(self, parallel: bool, symbols: Symbols, marks: Sequence[int]) -> list[str]:
         """Lark of an answer that is text, where what begins as calls is some. marks: the special tokens of a text."""
-        many = "*" if parallel else "?"
         if self.bare:
             return [f"answer: calls | /[^{re.escape(self.bare)}](.|\\n)*/ | /()/", *self.only_calls(parallel, symbols)]
-        (calls,) = self.only_calls(parallel, symbols)
-        begin = symbols(self.begin)
-        assert calls.startswith(f"calls: {begin}")
-        others = f"<[{','.join(str(i) for i in marks if f'<[{i}]>' != begin)}]>"
-        calls = "calls:" + calls.removeprefix(f"calls: {begin}")
-        lines = [f"answer: (free calls){many} text", f"text: TEXT ({others} TEXT)*", "TEXT: /(.|\\n)*/", calls]
+        begin = symbols(self._mark)
+        others = ",".join(str(i) for i in marks if f"<[{i}]>" != begin)
+        text = f"TEXT (<[{others}]> TEXT)*" if others else "TEXT"
+        lines = [f"answer: (before {self._behind_mark(parallel, symbols)}){'*' if parallel else '?'} text"]
+        lines += [f"text: {text}", "TEXT: /(.|\\n)*/"]
         if begin.startswith("<["):
-            return [*lines, f"free: text {begin}"]
-        return [*lines, f"free: (TEXT {others})* begin", f"begin[lazy]: TEXT {begin}"]
+            return [*lines, f"before: text {begin}"]
+        skipped = f"(TEXT <[{others}]>)*" if others else ""
+        return [*lines, f"before: {skipped} begin", f"begin[lazy]: TEXT {begin}"]
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Calls, (name, arguments), as the model writes them."""
         before, between, behind = self.written
         return before + between.join(self.text(name, arguments) for name, arguments in calls) + behind
+
+    @property
+    def _mark(self) -> str:
+        """What is written first."""
+        return self.begin if self.written[0].startswith(self.begin) else ""
+
+    def _behind_mark(self, parallel: bool, symbols: Symbols) -> str:
+        between, behind = map(symbols, self.written[1:])
+        before = self.written[0].removeprefix(self._mark)
+        space = '" "?' if before and before == self.opening else ""  # as the tokenizers of a family differ
+        return f"{space} {symbols(before)} call {f'({between} call)*' if parallel else ''} {behind}"
 
 
 class GeneratedReader:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cs336.inference.answer_events import Event, new_call_id
-from cs336.inference.tool_formats.format import SPACE, Schema, Symbols, ToolFormat, json_rule, overlap
+from cs336.inference.tool_formats.format import SPACE, Schema, Symbols, ToolFormat, json_rule, overlap, until_rules
 from cs336.inference.tool_formats.json_object import JsonObject
 
 MESSAGE = "<|message|>"
@@ -34,11 +34,11 @@ class HarmonyFormat(ToolFormat):
         return ["calls: call"]
 
     def text_and_calls(self, parallel: bool, symbols: Symbols, marks: Sequence[int]) -> list[str]:
-        final, behind = symbols(f"<|channel|>final{MESSAGE}"), symbols(MESSAGE)
-        channel, next = symbols("<|channel|>"), symbols(NEXT)
+        final, channel, message = map(symbols, (f"<|channel|>final{MESSAGE}", "<|channel|>", MESSAGE))
         return [
             f"answer: aside* ({final} TEXT | call)",
-            f'aside: {channel} ("analysis" | "commentary") {behind} TEXT {next}',
+            f'aside: {channel} ("analysis" | "commentary") {message} aside_text',
+            *until_rules("aside_text", NEXT, symbols),
             "TEXT: /(.|\\n)*/",
         ]
 
