@@ -64,10 +64,11 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(self._source)
             self._with_tools = environment.from_string(self._source_with_tools)
-            names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
+            names = [*environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)]
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not Jinja: {error}") from None
-        self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
+        self._names = {node.name for node in names if node.ctx == "load"}
+        self.takes_tools = "tools" in self._names
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -83,6 +84,14 @@ class ChatTemplate:
     def reasoning_format(self) -> ReasoningFormat | None:
         """How the model writes what it thinks before it answers, where the template shows it."""
         return reasoning_of(self._source_with_tools)
+
+    def of_effort(self, effort: str) -> dict[str, Any]:
+        """What the template may know of OpenAI's `reasoning_effort`. Raises ValueError where it takes nothing of it."""
+        if "reasoning_effort" in self._names:
+            return {"reasoning_effort": effort}
+        if effort == "none" and "enable_thinking" in self._names:
+            return {"enable_thinking": False}
+        raise ValueError(f"reasoning_effort {effort!r} is nothing that this model's chat template takes: leave it out")
 
     @classmethod
     def find(cls, directory: pathlib.Path) -> "ChatTemplate":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cs336.inference import ranks
 from cs336.inference.answer import Reader, new_reader, read_answer
+from cs336.inference.answer_grammar import constrained
 from cs336.inference.beams import Beam, BeamParams, beam_search_ids
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
@@ -184,28 +185,13 @@ class LLM:
         ]
 
     def calling(self, params: SamplingParams, tools: Tools, prompt: str) -> SamplingParams:
-        """For an answer that may call tools: where it must, it can be nothing but calls, behind what it thinks; calls
-        of strict tools follow their schemas. Other grammars are of what comes behind reasoning.
+        """For an answer that may call tools, by the grammar of answer_grammar.constrained.
 
-        Raises ValueError where it must be something else, for schemas that cannot be followed, and where it is not
-        known how the model writes calls.
+        Raises ValueError where that does, and where it is not known how the model writes calls.
         """
-        reasoning, place = self._reasoning(prompt)
+        format = self._tool_format if tools.offered else None
         specials = {} if self.tokenizer is None else self.tokenizer.special_tokens
-        if not tools.offered:
-            return params if reasoning is None else reasoning.behind(params, place, specials)
-        if params.grammar is not None:
-            raise ValueError(
-                f"{params.grammar[0]} says what the text must be, which leaves no room for calls of tools: leave out "
-                'one of them, or give tool_choice "none"'
-            )
-        format = self._tool_format
-        if not (tools.must or tools.strict):
-            return params
-        if params.min_tokens:
-            what = "tool_choice" if tools.must else "a strict tool"
-            raise ValueError(f"{what} says where a text may end, and min_tokens does: give one of them")
-        return dataclasses.replace(params, lark=tools.grammar(format, specials, reasoning, place))
+        return constrained(params, tools, format, *self._reasoning(prompt), specials)
 
     def reader(self, tools: Tools, prompt: str) -> Reader:
         """For one answer to this prompt."""

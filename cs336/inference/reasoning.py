@@ -1,24 +1,10 @@
 """What a model thinks before it answers, between the marks that it was taught, apart from the answer."""
 
-import dataclasses
-import functools
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from cs336.inference.answer_events import Event
-from cs336.inference.grammar import check_schema
-from cs336.inference.sampling import SamplingParams
-from cs336.inference.tool_formats.format import (
-    SPACE,
-    SPACE_RULE,
-    Symbols,
-    json_rule,
-    overlap,
-    symbols_of,
-    until_rules,
-)
+from cs336.inference.tool_formats.format import SPACE, Symbols, overlap, until_rules
 from cs336.inference.tool_formats.harmony import MESSAGE, NEXT
 
 Place = Literal["before", "within", "behind"]
@@ -44,22 +30,6 @@ class ReasoningFormat:
         """Lark of what may come before an answer or calls, as the rule `lead`."""
         begin, option = ("", "") if place == "within" else (symbols(self.begin), "?")
         return [f"lead: ({begin} thought){option}", *until_rules("thought", self.end, symbols)]
-
-    def behind(self, params: SamplingParams, place: Place, special_tokens: Mapping[str, int]) -> SamplingParams:
-        """With a grammar that is of the answer, and lets the model think before it. One of Lark stays what it is."""
-        if params.grammar is None or place == "behind" or params.lark is not None:
-            return params
-        kind, text = params.grammar
-        if kind == "json_schema":
-            check_schema(json.loads(text), "json_schema")
-            answer = json_rule("answer", json.loads(text))
-        elif kind == "regex":
-            answer = f"answer: /{text.replace('/', chr(92) + '/')}/"
-        else:
-            answer = f"answer: {' | '.join(json.dumps(one, ensure_ascii=False) for one in json.loads(text))}"
-        symbols = functools.partial(symbols_of, special_tokens=special_tokens)
-        lines = [f"start: lead SPACE {symbols(self.final)} answer", SPACE_RULE, *self.rules(place, symbols), answer]
-        return dataclasses.replace(params, json_schema=None, regex=None, choice=(), lark="\n".join(lines))
 
 
 class ChannelFormat(ReasoningFormat):

@@ -1,15 +1,13 @@
 """Which tools a conversation may call, and which it must: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`."""
 
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cs336.inference.grammar import check_schema
-from cs336.inference.reasoning import Place, ReasoningFormat
 from cs336.inference.tool_formats import ToolFormat
-from cs336.inference.tool_formats.format import SPACE_RULE, symbols_of
+from cs336.inference.tool_formats.format import Symbols
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
@@ -19,7 +17,9 @@ DEEPEST = 100
 ANY_ARGUMENTS = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}'
-CHOICE = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
+FUNCTION = '{"type": "function", "function": {"name": ...}}'
+CHOICE = f'"none", "auto", "required", {FUNCTION}, or {{"type": "allowed_tools", "allowed_tools": ...}}'
+ALLOWED = f'{{"mode": "auto" or "required", "tools": a list of {FUNCTION}}}'
 
 
 class Tools:
@@ -42,58 +42,41 @@ class Tools:
             self._schemas[name] = schema
             if tool["function"].get("strict"):
                 self._strict.add(name)
-        must = _names("auto" if choice is None else choice, [*self._schemas])
+        self._allowed = [*self._schemas]
+        choice = "auto" if choice is None else choice
+        named = isinstance(choice, Mapping)
+        if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+            choice, self._allowed = _allowed(choice, self._allowed)
+            named = False
+        must = _names(choice, self._allowed)
         self.must = must or ()
         """The names of the tools of which one must be called."""
         self.offered = [] if must is None else [dict(tool) for tool in tools or ()]
         """As chat templates take them."""
-        self.parallel = parallel and not isinstance(choice, Mapping)
+        self.parallel = parallel and not named
 
     @property
     def schemas(self) -> Mapping[str, Mapping[str, Any]]:
         """Of the arguments of the tools that may be called."""
-        return self._schemas if self.offered else {}
+        return {name: self._schemas[name] for name in self._allowed} if self.offered else {}
 
     @property
     def strict(self) -> bool:
         """Whether calls that nobody asks for follow a schema too."""
-        return bool(self.offered and self._strict)
+        return not self._strict.isdisjoint(self.schemas)
 
-    def grammar(
-        self,
-        format: ToolFormat,
-        special_tokens: Mapping[str, int],
-        reasoning: ReasoningFormat | None = None,
-        place: Place = "behind",
-    ) -> str:
-        """llguidance's of an answer that calls one of `must`, each call by the schema of its tool; where none must be
-        called, of text, where what begins as a call is one, and by the schema of a strict tool. A mark that is a
-        special token is that token. reasoning: what may come before calls that must be, where the answer begins there.
-
-        Raises ValueError for schemas that llguidance does not know, and where it is not installed.
-        """
-        symbols = functools.partial(symbols_of, special_tokens=special_tokens)
-        names = self.must or [*self._schemas]
-        followed = set(names) if self.must else self._strict
-        calls = [f"call{i}" for i in range(len(names))]
-        if not self.must:
-            lines = ["start: answer", *format.text_and_calls(self.parallel, symbols, sorted(special_tokens.values()))]
-        elif reasoning is not None and place != "behind":
-            lines = [
-                "start: lead SPACE calls",
-                SPACE_RULE,
-                *reasoning.rules(place, symbols),
-                *format.only_calls(self.parallel, symbols),
-            ]
-        else:
-            lines = ["start: calls", *format.only_calls(self.parallel, symbols)]
-        lines.append(f"call: {' | '.join(calls)}")
-        places = [*self._schemas]
+    def rules(self, format: ToolFormat, symbols: Symbols) -> list[str]:
+        """Lark of the rule `call`: of one of `must`, or of any where none must be called, then by the schemas of strict
+        tools alone. Raises ValueError for schemas that llguidance does not know, and where it is not installed."""
+        names = self.must or [*self.schemas]
+        followed = names if self.must else self._strict
+        calls, places = [f"call{i}" for i in range(len(names))], [*self._schemas]
+        lines = [f"call: {' | '.join(calls)}"]
         for call, name in zip(calls, names, strict=True):
             schema = self._schemas[name] if name in followed else ANY_ARGUMENTS
             check_schema(schema, f"tools.{places.index(name)}.function.parameters")
             lines += format.rules(call, name, schema, symbols)
-        return "\n".join(lines)
+        return lines
 
 
 def _checked(at: str, tool: Any) -> tuple[str, Mapping[str, Any]]:
@@ -150,13 +133,7 @@ def _names(choice: Any, names: list[str]) -> list[str] | None:
         return None
     if choice == "auto":
         return []
-    if choice != "required" and not (
-        isinstance(choice, Mapping)
-        and choice.keys() == {"type", "function"}
-        and choice["type"] == "function"
-        and isinstance(choice["function"], Mapping)
-        and choice["function"].keys() == {"name"}
-    ):
+    if choice != "required" and not _is_function(choice):
         raise ValueError(f"tool_choice must be {CHOICE}, got {choice!r:.80}")
     if not names:
         raise ValueError("tool_choice asks for a call, and there are no tools: give some")
@@ -165,6 +142,29 @@ def _names(choice: Any, names: list[str]) -> list[str] | None:
     if (name := choice["function"]["name"]) not in names:
         raise ValueError(f"tool_choice.function.name is {name!r:.80}, and the tools are {', '.join(names)}")
     return [name]
+
+
+def _allowed(choice: Mapping[str, Any], names: list[str]) -> tuple[str, list[str]]:
+    """OpenAI's choice among some of the tools: "auto" or "required", and their names."""
+    given, at = choice.get("allowed_tools"), "tool_choice.allowed_tools"
+    mode, tools = (given.get("mode"), given.get("tools")) if isinstance(given, Mapping) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(tools, list) or not all(map(_is_function, tools)):
+        raise ValueError(f"{at} must be {ALLOWED}, got {given!r:.80}")
+    allowed = [tool["function"]["name"] for tool in tools]
+    if unknown := [name for name in allowed if name not in names]:
+        raise ValueError(f"{at} has {unknown[0]!r:.80}, and the tools are {', '.join(names) or 'none'}")
+    return mode, [name for name in names if name in allowed]
+
+
+def _is_function(choice: Any) -> bool:
+    """Whether it names one."""
+    return (
+        isinstance(choice, Mapping)
+        and choice.keys() == {"type", "function"}
+        and choice["type"] == "function"
+        and isinstance(choice["function"], Mapping)
+        and choice["function"].keys() == {"name"}
+    )
 
 
 def _refuse_others(at: str, given: Mapping[str, Any], known: set[str]) -> None:

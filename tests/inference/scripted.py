@@ -5,7 +5,8 @@ import dataclasses
 
 import torch
 
-from cs336.inference import LLM
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.answer_grammar import constrained
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.tool_formats import FORMATS
 from cs336.models import Transformer, TransformerConfig
@@ -97,6 +98,11 @@ ASK = [{"role": "user", "content": "Is it warm in Łódź?"}]
 def written(kind, *calls):
     """Calls, (name, arguments), as the family writes them."""
     return FORMATS[kind].write(calls)
+
+
+def lark_of(tools, kind, specials=SPECIAL, reasoning=None, place="behind", **wanted):
+    """Of an answer of a model that writes calls as this family does."""
+    return constrained(SamplingParams(**wanted), tools, FORMATS.get(kind), reasoning, place, specials).lark
 
 
 def tool_llm(kind="hermes"):

@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
 
-from inference.scripted import ASK, DIGIT, SPECIAL, THINKING, TOKENIZER, TOOLS, saying, tool_llm, written
+from inference.scripted import ASK, DIGIT, SPECIAL, THINKING, TOKENIZER, TOOLS, lark_of, saying, tool_llm, written
 from inference.serving import ask, listening
 from inference.test_tool_formats import SCHEMAS
 from inference.test_tools import accepts
@@ -198,9 +198,9 @@ def test_the_parser_that_is_named():
 )
 def test_a_grammar_is_of_the_answer(kind, good, bad, specials):
     grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
-    think, params = REASONING["think"], SamplingParams(**kind)
-    optional = think.behind(params, "before", specials).lark
-    must = think.behind(params, "within", specials).lark
+    think = REASONING["think"]
+    optional = lark_of(Tools(None), None, specials, think, "before", **kind)
+    must = lark_of(Tools(None), None, specials, think, "within", **kind)
     within = f"Hm <\n{{</think>\n\n{good}"
     for lark, text, want in (
         (optional, f"<think>{within}", True),
@@ -213,8 +213,8 @@ def test_a_grammar_is_of_the_answer(kind, good, bad, specials):
         (must, f"a</think>{bad}", False),
     ):
         assert accepts(grammars, lark, text, special=bool(specials)) == want, (lark, text)
-    assert think.behind(params, "behind", specials) is params
-    assert think.behind(SamplingParams(), "before", specials) == SamplingParams()
+    assert lark_of(Tools(None), None, specials, think, "behind", **kind) is None
+    assert lark_of(Tools(None), None, specials, think, "before") is None
 
 
 def test_a_random_model_thinks_before_a_grammar():
@@ -232,13 +232,13 @@ def test_a_model_that_must_call_may_think_first(kind):
     grammars, tools = Grammars(TOKENIZER, len(TOKENIZER.vocab)), Tools(TOOLS, "required")
     reasoning = REASONING["gpt_oss" if kind == "gpt_oss" else "think"]
     call, thought = FORMATS[kind].write([("now", {})]), f"{reasoning.begin}Hm.{reasoning.end}"
-    lark = tools.grammar(FORMATS[kind], SPECIAL, reasoning, "before")
+    lark = lark_of(tools, kind, SPECIAL, reasoning, "before")
     for text, want in ((call, True), (thought + call, True), (thought, False), (f"{thought}Yes.", False)):
         assert accepts(grammars, lark, text) == want, text
-    lark = tools.grammar(FORMATS[kind], SPECIAL, reasoning, "within")
+    lark = lark_of(tools, kind, SPECIAL, reasoning, "within")
     assert accepts(grammars, lark, thought.removeprefix(reasoning.begin) + call)
     assert not accepts(grammars, lark, call)
-    assert not accepts(grammars, tools.grammar(FORMATS[kind], SPECIAL, reasoning, "behind"), thought + call)
+    assert not accepts(grammars, lark_of(tools, kind, SPECIAL, reasoning, "behind"), thought + call)
 
 
 def test_a_stream_of_thoughts():

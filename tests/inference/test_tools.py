@@ -11,7 +11,19 @@ pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
 
 import jsonschema
-from inference.scripted import ASK, SCHEMAS, SPECIAL, TEMPLATES, TOKENIZER, TOOLS, saying, tool, tool_llm, written
+from inference.scripted import (
+    ASK,
+    SCHEMAS,
+    SPECIAL,
+    TEMPLATES,
+    TOKENIZER,
+    TOOLS,
+    lark_of,
+    saying,
+    tool,
+    tool_llm,
+    written,
+)
 
 from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
@@ -173,6 +185,11 @@ def test_calls_without_what_may_be_left_out():
         )
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def changed(**function):
     return [{"type": "function", "function": {"name": "f"} | function}]
 
@@ -207,11 +224,15 @@ def changed(**function):
                 ({"items": {"additionalProperties": {"$defs": {"c": 3}}}}, ".items.additionalProperties.$defs.c must"),
             )
         ),
-        (TOOLS, "any", 'tool_choice must be "none", "auto", "required", or '),
+        (TOOLS, "any", 'tool_choice must be "none", "auto", "required", {"type": "function"'),
         (TOOLS, {"type": "function", "name": "now"}, "tool_choice must be"),
         (TOOLS, {"type": "function", "function": {"name": "then"}}, "tool_choice.function.name is 'then', and"),
         (TOOLS, {"type": "function", "function": {"name": []}}, "tool_choice.function.name is []"),
         (None, "required", "tool_choice asks for a call, and there are no tools"),
+        (TOOLS, allowed("none"), 'tool_choice.allowed_tools must be {"mode": "auto" or "required", "tools": '),
+        (TOOLS, {"type": "allowed_tools"}, "tool_choice.allowed_tools must be "),
+        (TOOLS, allowed("auto", "now", "then"), "tool_choice.allowed_tools has 'then', and the tools are weather, "),
+        (TOOLS, allowed("required"), "tool_choice asks for a call, and there are no tools"),
         ([], {"type": "function", "function": {"name": "now"}}, "tool_choice asks for a call, and there are no tools"),
     ],
 )  # fmt: skip
@@ -229,6 +250,43 @@ def test_what_must_be_called():
     assert (named.must, named.parallel, [*named.schemas]) == (["now"], False, ["weather", "square", "now"])
 
 
+def test_some_of_the_tools_are_allowed():
+    """The template tells of all of them."""
+    required = Tools(TOOLS, allowed("required", "now", "weather"))
+    assert (required.must, [*required.schemas]) == (["weather", "now"], ["weather", "now"])
+    assert (required.offered, required.parallel, required.strict) == (TOOLS, True, False)
+    auto = Tools(TOOLS, allowed("auto", "square"))
+    assert ([*auto.must], [*auto.schemas], auto.strict) == ([], ["square"], True)
+    llm, text = llm_of("hermes"), written("hermes", ("now", {}))
+    with saying(llm, text, text):
+        (refused,) = llm.chat(ASK, tools=TOOLS, tool_choice=allowed("auto", "square"))
+        (called,) = llm.chat(ASK, tools=TOOLS, tool_choice=allowed("auto", "now"))
+    assert (refused.message["content"], refused.finish_reason) == (text, "stop")
+    assert called.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_calls_or_a_text_of_a_grammar(kind):
+    """As with OpenAI: what is no call is of the schema; where a call must be there is no text."""
+    grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
+    final = "<|channel|>final<|message|>" if kind == "gpt_oss" else ""
+    reasoning = REASONING["gpt_oss"] if kind == "gpt_oss" else None
+    one = {"json_schema": {"properties": {"n": {"const": 1}}, "required": ["n"], "additionalProperties": False}}
+    call, ten = (FORMATS[kind].write([("square", {"n": n})]) for n in (3, 10))
+    lark = lark_of(Tools(TOOLS), kind, reasoning=reasoning, **one)
+    for text, want in (
+        (call, True),
+        (f'{final}{{"n":1}}', True),
+        (ten, False),
+        (f'{final}{{"n":2}}', False),
+        ("", False),
+    ):
+        assert accepts(grammars, lark, text) == want, text
+    must = lark_of(Tools(TOOLS, "required"), kind, reasoning=reasoning, **one)
+    assert accepts(grammars, must, call)
+    assert not accepts(grammars, must, good)
+
+
 def accepts(grammars, lark, text, special=True):
     """Whether the grammar lets each token of the text come, and then its end."""
     end = SPECIAL["<|endoftext|>"]
@@ -244,7 +302,7 @@ def accepts(grammars, lark, text, special=True):
 def test_the_grammar_of_calls(kind):
     grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
     weather, square, now = ("weather", {"city": 'Ł"}', "days": 30}), ("square", {"n": 3}), ("now", {})
-    several = Tools(TOOLS, "required").grammar(FORMATS[kind], SPECIAL)
+    several = lark_of(Tools(TOOLS, "required"), kind, SPECIAL)
     together = [[now, weather, square], [weather, weather]] if kind != "gpt_oss" else []  # which ends with its call
     for calls in ([weather], [square], [now], *together):
         assert accepts(grammars, several, written(kind, *calls))
@@ -261,15 +319,15 @@ def test_the_grammar_of_calls(kind):
         assert not accepts(grammars, several, written(kind, call))
     assert not accepts(grammars, several, "")
     assert not accepts(grammars, several, f"so: {written(kind, now)}")
-    one = Tools(TOOLS, "required", parallel=False).grammar(FORMATS[kind], SPECIAL)
+    one = lark_of(Tools(TOOLS, "required", parallel=False), kind, SPECIAL)
     assert accepts(grammars, one, written(kind, square))
     assert not accepts(grammars, one, written(kind, square, now))
-    named = Tools(TOOLS, {"type": "function", "function": {"name": "now"}}).grammar(FORMATS[kind], SPECIAL)
+    named = lark_of(Tools(TOOLS, {"type": "function", "function": {"name": "now"}}), kind, SPECIAL)
     assert accepts(grammars, named, written(kind, now))
     assert not accepts(grammars, named, written(kind, square))
     assert not accepts(grammars, named, written(kind, now, now))
     without = {text: i for text, i in SPECIAL.items() if text == "<|endoftext|>"}  # then marks are texts
-    assert f"<[{SPECIAL['<tool_call>']}]>" not in Tools(TOOLS, "required").grammar(FORMATS[kind], without)
+    assert f"<[{SPECIAL['<tool_call>']}]>" not in lark_of(Tools(TOOLS, "required"), kind, without)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -279,7 +337,7 @@ def test_calls_of_strict_tools_that_nobody_asks_for(kind, specials):
     format, grammars = FORMATS[kind], Grammars(TOKENIZER, len(TOKENIZER.vocab))
     tools = Tools([TOOLS[1], tool("now")])
     assert (tools.strict, Tools([tool("now")]).strict, Tools(TOOLS, "none").strict) == (True, False, False)
-    follows = functools.partial(accepts, grammars, tools.grammar(format, specials), special=bool(specials))
+    follows = functools.partial(accepts, grammars, lark_of(tools, kind, specials), special=bool(specials))
     three, ten = (format.write([("square", {"n": n})]) for n in (3, 10))
     assert follows(three)
     assert follows(format.write([("now", {"n": 3, "s": "a"})]))
@@ -297,7 +355,7 @@ def test_calls_of_strict_tools_that_nobody_asks_for(kind, specials):
         assert follows(f"<think>a</think>So:\n{three} and\n{three}.")
         assert not follows(f"So:\n{ten}")
         assert not follows(f"{three}{ten}")
-        once = Tools([TOOLS[1]], parallel=False).grammar(format, specials)
+        once = lark_of(Tools([TOOLS[1]], parallel=False), kind, specials)
         assert accepts(grammars, once, f"So: {three}!", special=bool(specials))
 
 
@@ -346,8 +404,8 @@ def test_answers_with_and_without_calls():
 
 def test_what_leaves_no_room_for_calls(monkeypatch):
     llm = llm_of("hermes")
-    with pytest.raises(ValueError, match="regex says what the text must be, which leaves no room for calls"):
-        llm.chat(ASK, SamplingParams(regex="a"), tools=TOOLS)
+    with pytest.raises(ValueError, match="lark says what the text must be, which leaves no room for calls"):
+        llm.chat(ASK, SamplingParams(lark='start: "a"'), tools=TOOLS)
     assert llm.chat(ASK, SamplingParams(regex="a"), tools=TOOLS, tool_choice="none")[0].text == "a"
     with pytest.raises(ValueError, match="tool_choice says where a text may end, and min_tokens does"):
         llm.chat(ASK, SamplingParams(min_tokens=2), tools=TOOLS, tool_choice="required")

@@ -42,7 +42,7 @@ FIELD = re.compile(rf"({'|'.join(sorted(NAMES))})\b[\w.$-]*")
 EITHER = {  # fields of several types, of which pydantic names only the first that does not fit
     "prompt": "a text, token ids, or a list of either",
     "stop": f"a text, or a list of at most {MOST_STOPS} texts",
-    "tool_choice": 'a text, or {"type": "function", "function": {"name": ...}}',
+    "tool_choice": 'a text, or {"type": "function" or "allowed_tools", ...}',
 }
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
@@ -205,7 +205,9 @@ class Server:
     async def _chat(self, asked: ChatRequest, http: Request) -> Response:
         self._check_model(asked)
         llm, tools = self.llm, Tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-        extra = asked.chat_template_kwargs
+        extra = dict(asked.chat_template_kwargs)
+        if asked.reasoning_effort is not None:
+            extra = llm.chat_template.of_effort(asked.reasoning_effort) | extra
         prompt = llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)
         (ids,) = llm.encode([prompt])
         params = asked.params(llm.engine.max_len - len(ids), llm.chat_template.stop)

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from cs336.inference.grammar import SPACE as GRAMMAR_SPACE
 
 SPACE = " \t\r\n"
-SPACE_RULE = "SPACE: /[ \\n]*/"
 Schema = Mapping[str, Any]
 Symbols = Callable[[str], str]
 """A text in llguidance's Lark, where marks that are special tokens are these."""
