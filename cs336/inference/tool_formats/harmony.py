@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cs336.inference.answer_events import Event, new_call_id
+from cs336.inference.answer_events import Event, joined, new_call_id
 from cs336.inference.tool_formats.format import SPACE, Schema, Symbols, ToolFormat, json_rule, overlap, until_rules
 from cs336.inference.tool_formats.json_object import JsonObject
 
@@ -51,7 +51,7 @@ class HarmonyReader:
         self._held = ""
         self._within: str | None = None
         """content, reasoning or call; None in a header."""
-        self._raw = ""  # of a call and its header
+        self._raw: list[str] = []  # of a call and its header
         self._object = JsonObject()
         self._announced = False
         self._number = 0
@@ -83,7 +83,7 @@ class HarmonyReader:
 
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []
-        return events
+        return joined(events)
 
     def _header(self) -> bool:
         """Whether to go on."""
@@ -98,7 +98,7 @@ class HarmonyReader:
         channel = re.search(r"<\|channel\|>\s*(\w+)", header)
         to = re.search(r"\bto=functions\.([\w-]+)", header)
         if to and to[1] in self._schemas:
-            self._within, self._raw, self._object, self._announced = "call", header + MESSAGE, JsonObject(), False
+            self._within, self._raw, self._object, self._announced = "call", [header, MESSAGE], JsonObject(), False
             self._name = to[1]
         else:
             self._within, self._first = "reasoning" if channel and channel[1] == "analysis" else "content", True
@@ -125,7 +125,7 @@ class HarmonyReader:
 
     def _arguments(self, text: str) -> None:
         for i, char in enumerate(text):
-            self._raw += char
+            self._raw.append(char)
             if self._within != "call":
                 self._say("content", text[i:])
                 return
@@ -158,10 +158,10 @@ class HarmonyReader:
     def _broken(self) -> None:
         """What was read of the call is text, and so is what follows."""
         if self._announced:
-            self._events.append(Event("broken", self._raw, self._number))
+            self._events.append(Event("broken", "".join(self._raw), self._number))
             self._number += 1
         else:
-            self._say("content", self._raw)
+            self._say("content", "".join(self._raw))
         self._within, self._first = "content", False
 
     @property
