@@ -103,7 +103,7 @@ class HarmonyReader:
         else:
             self._within, self._first = "reasoning" if channel and channel[1] == "analysis" else "content", True
             if "to=" in header:  # to what is no tool
-                self._say("content", header + MESSAGE)
+                self._say(self._within, header + MESSAGE)
         return True
 
     def _body(self) -> bool:

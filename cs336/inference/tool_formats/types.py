@@ -1,6 +1,7 @@
 """Values that models write as text, as JSON: by the types of a JSON schema, and of Python's literals."""
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -56,10 +57,9 @@ def kind_of(value: Any) -> str:
 
 def json_of_literal(text: str) -> str:
     """JSON of a literal of Python's, or of JSON itself. Raises ValueError for anything else."""
-    try:
-        return json.dumps(json.loads(text, parse_constant=_refuse), ensure_ascii=False)
-    except (ValueError, RecursionError):
-        pass
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text, parse_constant=_refuse)
+        return text.strip()
     escaped = re.sub(r"(?s)\\(.)", lambda found: found[0] if found[1] in ESCAPES else "\\" + found[0], text)
     try:
         return json.dumps(_plain(ast.parse(escaped.strip(), mode="eval").body), ensure_ascii=False, allow_nan=False)
