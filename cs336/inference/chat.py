@@ -68,7 +68,8 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not Jinja: {error}") from None
         self._names = {node.name for node in names if node.ctx == "load"}
-        self.takes_tools = "tools" in self._names
+        self._tools_name = next((name for name in ("tools", "xml_tools") if name in self._names), None)  # SmolLM3's
+        self.takes_tools = self._tools_name is not None
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -144,8 +145,8 @@ class ChatTemplate:
                 )
             plain = [_with_written_calls(message, self.tool_format) for message in plain]
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
-        if tools:
-            own["tools"] = [dict(tool) for tool in tools]
+        if tools and self._tools_name is not None:
+            own[self._tools_name] = [dict(tool) for tool in tools]
         nothing = {
             "tools": None,
             "documents": None,

@@ -24,7 +24,7 @@ class ToolParser:
         self._mark = ""  # what may become a mark
         self._raw: list[str] = []  # of the call that is read
         self._call_reader: CallReader | None = None
-        self._opened = self._announced = False
+        self._opened = self._announced = self._marked = False
         self._number = 0
         self._closed = 0  # marks of closing that were there
         self._fresh, self._after_call = True, False
@@ -74,7 +74,12 @@ class ToolParser:
         if text == begin:
             self._begin(begin, opened=not self._format.opening)
             return
-        keep = overlap(text, begin)
+        if text == self._format.unmarked:
+            self._begin("", opened=True, marked=False)
+            for again in text:
+                self._step(again)
+            return
+        keep = max(overlap(text, begin), overlap(text, self._format.unmarked))
         self._mark, text = text[len(text) - keep :], text[: len(text) - keep]
         if text.strip(SPACE):
             self._say("".join(self._space) + text.rstrip(SPACE))
@@ -140,7 +145,7 @@ class ToolParser:
             self._completed()
             self._begin("", opened=True)
             self._open(char)
-        elif closing and not self._closed:
+        elif closing and not self._closed and self._marked:
             self._mark = ""
             self._malformed(text)
         else:
@@ -152,9 +157,9 @@ class ToolParser:
 
     # ---- what they have in common ----
 
-    def _begin(self, written: str, *, opened: bool) -> None:
+    def _begin(self, written: str, *, opened: bool, marked: bool = True) -> None:
         self._raw = [*self._space, written]
-        self._space, self._mark, self._opened, self._announced = [], "", opened, False
+        self._space, self._mark, self._opened, self._marked, self._announced = [], "", opened, marked, False
         self._step = self._open
 
     @property

@@ -84,6 +84,11 @@ ANSWERS = {
         "<tool_call>\n<function=f>\n<parameter=s>\n\n  a\n\n</para\n</parameter>\n</function>\n</tool_call>",
         (None, [("f", {"s": "\n  a\n\n</para"})]),
     ),
+    "coder, without the first mark": (
+        "qwen3_coder",
+        "So:\n<function=g>\n</function>\n</tool_call>\n<function=g>\n</function> a <function=h>\n</function>",
+        ("So: a <function=h>\n</function>", [("g", {}), ("g", {})]),
+    ),
     "glm": (
         "glm45",
         "Hm.<tool_call>f\n<arg_key>i</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>1</arg_value>\n"

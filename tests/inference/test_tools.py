@@ -96,6 +96,12 @@ def test_calls_where_the_template_has_no_place_for_them():
     assert granite.render(CALLED).startswith(f"[user]{ASK[0]['content']}[assistant]{call}[tool]warm")
 
 
+def test_a_template_with_another_name_for_tools():
+    template = ChatTemplate("{% if xml_tools %}{{ xml_tools | tojson }}{% endif %}{{ messages[0].content }}")
+    assert json.loads(template.render([{"role": "user", "content": ""}], tools=TOOLS)) == TOOLS
+    assert template.render([{"role": "user", "content": "a"}]) == "a"
+
+
 def test_templates_that_take_arguments_as_text():
     deepseek = ChatTemplate(
         "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '\\n' + c.function.arguments }}"

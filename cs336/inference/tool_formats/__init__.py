@@ -39,6 +39,7 @@ FORMATS: dict[str, ToolFormat] = {
     "qwen3_coder": TaggedFormat(
         begin="<tool_call>",
         head="<function=",
+        unmarked="<function=",
         behind_name=">\n",
         key="<parameter=",
         value=">",

@@ -40,6 +40,8 @@ class ToolFormat:
     closing: tuple[str, ...] = ()
     adjacent: bool = False
     """Another call may follow without a separator."""
+    unmarked: str = ""
+    """What a call begins with where the model leaves out `begin`, and with it perhaps `closing`."""
     bare: str = ""
     """What a text begins with that is calls without `begin`."""
     written: tuple[str, str, str]
