@@ -96,6 +96,8 @@ BAD = [
     "<tool_call>",
     "<tool_call>weather",
     "<tool_call>[]</tool_call>",
+    '<tool_call>"f", {}</tool_call>',
+    "<tool_call>3, {}</tool_call>",
     '<tool_call>{"name": "f"}</tool_call>',
     '<tool_call>{"name": "h", "arguments": {}}</tool_call>',
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',

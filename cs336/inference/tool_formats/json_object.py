@@ -48,6 +48,8 @@ class ObjectReader:
 
     def push(self, char: str) -> str:
         found = self._object
+        if not found.chars and char != "{":
+            raise ValueError("no object")
         found.push(char)
         spans = [found.spans[key] for key in ARGUMENTS if key in found.spans]
         if len(spans) > 1:
