@@ -66,6 +66,12 @@ ANSWERS = {
         (None, None, [("f", {"i": 1})]),
     ),
     "gpt-oss, text alone": ("gpt_oss", "before", " <b> Yes.", (" <b> Yes.", None, [])),
+    "gpt-oss, a header without an end": (
+        "gpt_oss",
+        "before",
+        f"<|channel|>{'x' * 1100}",
+        (f"<|channel|>{'x' * 1100}", None, []),
+    ),
     "gpt-oss, no arguments": (
         "gpt_oss",
         "before",

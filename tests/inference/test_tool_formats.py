@@ -96,6 +96,7 @@ ANSWERS = {
         ("Hm.", [*ONE, ("g", {})]),
     ),
     "pythonic": ("pythonic", "[f(i=1, s='1'), g()]", (None, [*ONE, ("g", {})])),
+    "pythonic, with a name that Python has not": ("pythonic", "[f( s-1 = 2 )]", (None, [("f", {"s-1": 2})])),
     "pythonic, of Python's words": (
         "pythonic",
         "[f(b=True, maybe=None, any=[False, (1, -2.5e1)], s='it\\'s \\d \"),(\" ]', map={'a': {}})]",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from cs336.inference.grammar import SPACE as GRAMMAR_SPACE
 
 SPACE = " \t\r\n"
+LONGEST = 256  # characters of a name, with white space around it
 Schema = Mapping[str, Any]
 Symbols = Callable[[str], str]
 """A text in llguidance's Lark, where marks that are special tokens are these."""
@@ -122,7 +123,7 @@ class GeneratedReader:
         text = ""
         while (char := (yield)) != mark:
             text += char
-            if not any(name.startswith(text.strip(SPACE)) for name in self._schemas):
+            if len(text) > LONGEST or not any(name.startswith(text.strip(SPACE)) for name in self._schemas):
                 raise ValueError("there is no such tool")
         self.name = text.strip(SPACE)
         if self.name not in self._schemas:

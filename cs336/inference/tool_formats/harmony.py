@@ -15,6 +15,7 @@ from cs336.inference.tool_formats.json_object import JsonObject
 MESSAGE = "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 BEGINS = ("<|channel|>", "<|start|>", "to=")
+LONGEST = 1000  # characters of a header
 NEXT = "<|end|><|start|>assistant"
 
 
@@ -88,13 +89,14 @@ class HarmonyReader:
     def _header(self) -> bool:
         """Whether to go on."""
         begun = self._held.lstrip(SPACE)
-        if not any(begun.startswith(mark) or mark.startswith(begun) for mark in BEGINS):
+        at = begun.find(MESSAGE, 0, LONGEST)
+        likely = any(begun.startswith(mark) or mark.startswith(begun) for mark in BEGINS)
+        if not likely or (at < 0 and len(begun) >= LONGEST):
             self._within, self._first = "content", True  # no message: all of it is text
             return True
-        header, found, behind = begun.partition(MESSAGE)
-        if not found:
+        if at < 0:
             return False
-        self._held = behind
+        header, self._held = begun[:at], begun[at + len(MESSAGE) :]
         channel = re.search(r"<\|channel\|>\s*(\w+)", header)
         to = re.search(r"\bto=functions\.([\w-]+)", header)
         if to and to[1] in self._schemas:

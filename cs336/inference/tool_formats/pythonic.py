@@ -1,13 +1,24 @@
 """Calls as Python writes them, f(a=1, b="x"), with literals for arguments: Llama's where it is asked so, OLMo 3's."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cs336.inference.tool_formats.format import SPACE, GeneratedReader, Reading, Schema, Symbols, ToolFormat, json_rule
+from cs336.inference.tool_formats.format import (
+    LONGEST,
+    SPACE,
+    GeneratedReader,
+    Reading,
+    Schema,
+    Symbols,
+    ToolFormat,
+    json_rule,
+)
 from cs336.inference.tool_formats.types import json_of_literal
 
+KEY = re.compile(r"\s*[\w-]*\s*")  # of schemas too, which have names that Python has not
 CLOSED = {")": "(", "]": "[", "}": "{"}
 
 
@@ -49,14 +60,14 @@ class PythonicReader(GeneratedReader):
             key = ""
             while (char := (yield)) not in "=)":
                 key += char
-                if not key.strip(SPACE).replace("_", "a").isalnum() and key.strip(SPACE):
+                if len(key) > LONGEST or not KEY.fullmatch(key):
                     raise ValueError("no name of an argument")
             key = key.strip(SPACE)
             if char == ")":
                 if key:
                     raise ValueError("an argument without a name")
                 break
-            if not key.isidentifier() or key in keys:
+            if not key or key in keys:
                 raise ValueError("no name of an argument, or one that is there twice")
             text, end = yield from _literal()
             self._said += f"{', ' if keys else '{'}{json.dumps(key, ensure_ascii=False)}: {json_of_literal(text)}"

@@ -46,7 +46,8 @@ class TaggedFormat(ToolFormat):
             texts = inner.get("enum", ()) if isinstance(inner, Mapping) else ()
             value = f"{place}_value"
             if texts and all(isinstance(text, str) for text in texts):
-                lines.append(f"{value}: ({' | '.join(map(json.dumps, texts))}) {symbols(behind)}")
+                choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+                lines.append(f"{value}: ({choices}) {symbols(behind)}")
             elif "string" in (types_of(inner, schema) or {"string"}):
                 lines += until_rules(value, behind, symbols, _count(inner))
             else:
