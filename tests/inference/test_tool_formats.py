@@ -111,7 +111,7 @@ ANSWERS = {
         "deepseek_v3",
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
         '{"i": 1, "s": "1"}\n```<｜tool▁call▁end｜>\n'
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```\n<｜tool▁call▁end｜>\n<｜tool▁calls▁end｜>",
         (None, [*ONE, ("g", {})]),
     ),
     "deepseek 3.1": (

@@ -16,14 +16,14 @@ def _array(begin: str, closing: tuple[str, ...] = ("]",), **more) -> ObjectForma
     return ObjectFormat(begin=begin, opening="[", separator=",", closing=closing, written=written, **more)
 
 
-def _deepseek(before: str, between: str, behind: str, separator: str) -> HeadedFormat:
+def _deepseek(before: str, between: str, behind: tuple[str, ...], separator: str) -> HeadedFormat:
     begin, opening, end, closing = DEEPSEEK
     return HeadedFormat(
         begin=begin,
         opening=opening,
         before=before,
         between=between,
-        behind=behind + end,
+        behind=(*behind, end),
         separator=opening,
         closing=(closing,),
         written=(begin + opening, separator + opening, closing),
@@ -78,8 +78,8 @@ FORMATS: dict[str, ToolFormat] = {
         written=("[TOOL_CALLS]", "[TOOL_CALLS]", ""),
         id_length=9,
     ),
-    "deepseek_v3": _deepseek("function<｜tool▁sep｜>", "\n```json\n", "\n```", "\n"),
-    "deepseek_v31": _deepseek("", "<｜tool▁sep｜>", "", ""),
+    "deepseek_v3": _deepseek("function<｜tool▁sep｜>", "\n```json\n", ("\n```",), "\n"),
+    "deepseek_v31": _deepseek("", "<｜tool▁sep｜>", (), ""),
     "granite": _array("<|tool_call|>"),
     "cohere": _array(
         "<|START_ACTION|>", ("]", "<|END_ACTION|>"), name="tool_name", arguments="parameters", numbered=True

@@ -25,7 +25,7 @@ class HeadedFormat(ToolFormat):
 
     before: str = ""
     between: str
-    behind: str = ""
+    behind: tuple[str, ...] = ()
     call_id: str = ""
     """A mark behind the name and before an id of the model's own, up to `between`."""
 
@@ -33,11 +33,11 @@ class HeadedFormat(ToolFormat):
         return HeadedReader(self, schemas)
 
     def rules(self, rule: str, name: str, schema: Schema, symbols: Symbols) -> list[str]:
-        head, behind = symbols(self.before + name + self.between), symbols(self.behind)
+        head, behind = symbols(self.before + name + self.between), symbols("".join(self.behind))
         return [f"{rule}: {head} {rule}_arguments {behind}", json_rule(f"{rule}_arguments", schema)]
 
     def text(self, name: str, arguments: Mapping[str, Any]) -> str:
-        return self.before + name + self.between + json.dumps(arguments, ensure_ascii=False) + self.behind
+        return self.before + name + self.between + json.dumps(arguments, ensure_ascii=False) + "".join(self.behind)
 
 
 class HeadedReader(GeneratedReader):
@@ -66,5 +66,5 @@ class HeadedReader(GeneratedReader):
             if found.done:
                 break
             char = yield
-        for mark in format.behind.split():
-            yield from mark_of(mark)
+        for mark in format.behind:
+            yield from mark_of(mark.strip(SPACE))
