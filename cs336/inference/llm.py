@@ -166,18 +166,23 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: lists of {"role": ..., "content": ...}, written by the chat template.
 
         tools, tool_choice, parallel_tool_calls: OpenAI's. `text` is what the model wrote, `message` has its calls, and
             apart from its answer what it thought.
+        chat_template_kwargs: what else the template may know, {"enable_thinking": False} and the like.
         Raises ValueError where the chat template has no place for tools, or does not show how calls are written.
         """
         asked = Tools(tools, tool_choice, parallel_tool_calls)
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
         given = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
         ending = [dataclasses.replace(p, stop=(*p.stop, *self.chat_template.stop)) for p in given]
-        prompts = [self.chat_template.render(m, tools=asked.offered) for m in several]  # type: ignore[arg-type]
+        prompts = [
+            self.chat_template.render(m, tools=asked.offered, extra=chat_template_kwargs)  # type: ignore[arg-type]
+            for m in several
+        ]
         outputs = self.generate(prompts, [self.calling(p, asked, t) for p, t in zip(ending, prompts, strict=True)])
         return [
             dataclasses.replace(output, outputs=[self._read(one, asked, prompt) for one in output.outputs])

@@ -226,11 +226,14 @@ def test_a_grammar_is_of_the_answer(kind, good, bad, specials):
 def test_a_random_model_thinks_before_a_grammar():
     llm = thinking_llm()
     params = SamplingParams(json_schema=DIGIT, max_tokens=300, seed=2)
-    extra = {"enable_thinking": False}
-    (output,) = llm.chat(ASK, params)
-    assert output.message["content"] is None or re.fullmatch(r'\s*\{\s*"n"\s*:\s*\d\s*\}', output.message["content"])
-    prompt = llm.chat_template.render(ASK, extra=extra)
-    assert llm.calling(params, Tools(None), prompt) is params
+    number = r'\s*\{\s*"n"\s*:\s*\d\s*\}'
+    (free,) = llm.chat(ASK, params)
+    assert free.message["content"] is None or re.fullmatch(number, free.message["content"])
+    (begun,) = llm.chat(ASK, params, chat_template_kwargs={"enable_thinking": True})
+    assert begun.message["content"] is None or re.fullmatch(number, begun.message["content"])
+    (without,) = llm.chat(ASK, params, chat_template_kwargs={"enable_thinking": False})
+    assert without.prompt.endswith("</think>\n\n")
+    assert re.fullmatch(number, without.text)
 
 
 @pytest.mark.parametrize("kind", ["hermes", "qwen3_coder", "gpt_oss"])
