@@ -180,6 +180,7 @@ struct FwdConsumer {
   using Products = Wgmma<T, Tile::kKeys>;
   static constexpr int kKeys = Tile::kKeys, kValueDim = Tile::kValueDim;
   static constexpr int kTurn = 1, kStore = kTurn + Tile::kGroups;  // named barriers, one per warpgroup each
+  static_assert(kStore + Tile::kAllGroups <= 16, "a block has 16 named barriers");
 
   const FwdArgs& a;
   typename Tile::Shared& shared;

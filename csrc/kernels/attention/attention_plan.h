@@ -26,10 +26,11 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 
 // Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
 // earlier: blocks as wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be
-// at blocks of their own, and nobody waits for a turn. 1024 keys of 16k: D = 128 577 for 546 TFLOP/s, D = 64 418 for
-// 406; 4096 keys: 631 for 650, 497 for 502. D = 64 in two teams of two warpgroups, each with tiles of its own, so that
-// one has the multiprocessor while the other is between two tiles: 3-5 % less time. Products of 64 queries by 64 keys
-// read as much of Q as of K, as fast as shared memory gives it; held, 64 features of 128 take 3-4 % off, 16 of 64 1-2 %.
+// at blocks of their own, and nobody waits for a turn. In one team, 1024 keys of 16k: D = 128 577 for 546 TFLOP/s,
+// D = 64 418 for 406; 4096 keys: 631 for 650, 497 for 502. D = 64 then in two teams of two warpgroups, each with tiles
+// of its own, so that one has the multiprocessor while the other is between two tiles: 3-5 % less time than in one.
+// Products of 64 queries by 64 keys read as much of Q as of K, as fast as shared memory gives it; held, 64 features of
+// 128 take 3-4 % off, 16 of 64 1-2 %.
 inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 2, 64, 4, 2, 2, 16},
                                                                   {128, 128, 3, 64, 4, 1, 1, 64}};
 inline constexpr int kAttentionFwdWindow = 2048;
