@@ -14,8 +14,9 @@ from typing import Any
 
 import jinja2
 
+from cs336.inference.reasoning import ReasoningFormat, reasoning_of
 from cs336.inference.template_sandbox import Sandbox
-from cs336.inference.tool_parser import ToolFormat, format_of
+from cs336.inference.tool_formats import ToolFormat, format_of
 from cs336.models.huggingface.fields import read_json
 from cs336.utils.files import read_text
 
@@ -50,10 +51,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(self._source)
             self._with_tools = environment.from_string(self._source_with_tools)
-            names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
+            names = [*environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)]
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"the chat template is not Jinja: {error or 'it nests too deep'}") from None
-        self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
+        self._names = {node.name for node in names if node.ctx == "load"}
+        self._tools_name = next((name for name in ("tools", "xml_tools") if name in self._names), None)  # SmolLM3's
+        self.takes_tools = self._tools_name is not None
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -64,6 +67,19 @@ class ChatTemplate:
     def tool_format(self) -> ToolFormat | None:
         """How the model writes calls of tools, where the template shows it."""
         return format_of(self._source_with_tools)
+
+    @functools.cached_property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """How the model writes what it thinks before it answers, where the template shows it."""
+        return reasoning_of(self._source_with_tools)
+
+    def of_effort(self, effort: str) -> dict[str, Any]:
+        """What the template may know of OpenAI's `reasoning_effort`. Raises ValueError where it takes nothing of it."""
+        if "reasoning_effort" in self._names:
+            return {"reasoning_effort": effort}
+        if effort == "none" and "enable_thinking" in self._names:
+            return {"enable_thinking": False}
+        raise ValueError(f"reasoning_effort {effort!r} is nothing that this model's chat template takes: leave it out")
 
     @classmethod
     def find(cls, directory: pathlib.Path) -> "ChatTemplate":
@@ -109,10 +125,14 @@ class ChatTemplate:
             )
         with_calls = any("tool_calls" in message for message in plain)
         if with_calls and "tool_calls" not in self._source_with_tools:
-            raise ValueError("this model's chat template has no place for tool_calls: take a model whose template has")
+            if self.tool_format is None:
+                raise ValueError(
+                    "this model's chat template has no place for tool_calls: take a model whose template has"
+                )
+            plain = [_with_written_calls(message, self.tool_format) for message in plain]
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
-        if tools:
-            own["tools"] = [dict(tool) for tool in tools]
+        if tools and self._tools_name is not None:
+            own[self._tools_name] = [dict(tool) for tool in tools]
         nothing = {
             "tools": None,
             "documents": None,
@@ -120,7 +140,13 @@ class ChatTemplate:
         known = self._special_tokens | nothing | dict(extra or {}) | own
         template = self._with_tools if tools or with_calls else self._template
         try:
-            return self._environment.write(template, known)
+            try:
+                return self._environment.write(template, known)
+            except TypeError:  # DeepSeek's join the text of arguments to others
+                if not with_calls:
+                    raise
+                texts = known | {"messages": [_with_texts(message) for message in plain]}
+                return self._environment.write(template, texts)
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
         except (RecursionError, MemoryError) as error:
@@ -141,6 +167,11 @@ def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {**message, "content": content or ""}
     if calls := plain.pop("tool_calls", None):
         plain["tool_calls"] = _plain_calls(f"messages.{i}.tool_calls", calls)
+    thought = message.get("reasoning_content")
+    if not isinstance(thought, str | None):
+        raise ValueError(f"messages.{i}.reasoning_content must be a text, got {thought!r:.80}")
+    if thought and not (calls and content):  # gpt-oss's name of it, whose template takes one of both beside calls
+        plain["thinking"] = thought
     return plain
 
 
@@ -167,6 +198,23 @@ def _plain_calls(at: str, calls: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{at}.{i}.function.arguments must be an object, as JSON, got {arguments!r:.80}")
         plain.append({**call, "function": {**function, "arguments": arguments}})
     return plain
+
+
+def _with_written_calls(message: Mapping[str, Any], format: ToolFormat) -> dict[str, Any]:
+    """With calls in its content, as the model wrote them."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    calls = [(function["name"], function["arguments"]) for function in functions]
+    written = message["content"] + (format.write(calls) if calls else "")
+    return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": written}
+
+
+def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """With arguments of calls as texts of JSON."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else {**message}
 
 
 def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
