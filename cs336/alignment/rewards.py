@@ -4,11 +4,12 @@ A reward of weight 0 is measured and not learned from: one that the policy canno
 """
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, SupportsFloat
 
 import pydantic
 
@@ -107,11 +108,22 @@ class PythonReward:
             sys.path[:] = before
         if not callable(function):
             raise ValueError(f"the reward {self.function!r} is no function")
+        try:
+            inspect.signature(function).bind("response", "answer")
+        except TypeError as error:
+            raise ValueError(
+                f"the reward {self.function!r} is called with (response, answer), which it does not take: {error}"
+            ) from None
         return function
 
     def __call__(self, response: str, answer: Any) -> float:
         found = self.load()(response, answer)
-        return float(found.score if isinstance(found, Verdict) else found)
+        score = found.score if isinstance(found, Verdict) else found
+        if not isinstance(score, SupportsFloat) or not math.isfinite(float(score)):
+            raise ValueError(
+                f"the reward {self.function!r} returned {score!r:.80} for {response!r:.80}: expected a finite number"
+            )
+        return float(score)
 
 
 RewardConfig = Annotated[
