@@ -16,6 +16,14 @@ import pydantic
 from cs336.verifiers import Verdict, verify_countdown, verify_format, verify_math
 
 
+def score_of(found: Any, response: str, reward: str = "the reward") -> float:
+    """What a function that scores returned, a number or a Verdict's. Raises ValueError for what is no finite number."""
+    score = found.score if isinstance(found, Verdict) else found
+    if not isinstance(score, SupportsFloat) or not math.isfinite(float(score)):
+        raise ValueError(f"{reward} of {response!r:.80} is {score!r:.80}: expected a finite number")
+    return float(score)
+
+
 @dataclass(frozen=True)
 class MathReward:
     """1 where the response's last number or \\boxed{} equals the answer: see verify_math."""
@@ -117,13 +125,7 @@ class PythonReward:
         return function
 
     def __call__(self, response: str, answer: Any) -> float:
-        found = self.load()(response, answer)
-        score = found.score if isinstance(found, Verdict) else found
-        if not isinstance(score, SupportsFloat) or not math.isfinite(float(score)):
-            raise ValueError(
-                f"the reward {self.function!r} returned {score!r:.80} for {response!r:.80}: expected a finite number"
-            )
-        return float(score)
+        return score_of(self.load()(response, answer), response, f"the reward {self.function!r}")
 
 
 RewardConfig = Annotated[

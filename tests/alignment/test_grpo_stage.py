@@ -11,7 +11,7 @@ from tiny_policy import rows_of, save_model, tokenizer, write_rows
 from cs336.alignment import GRPOConfig, LoRAConfig, group_advantages, grpo_step, train_grpo
 from cs336.alignment.grpo import collect, importance_weights, learn
 from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward, PythonReward, Rewards
-from cs336.alignment.rollouts import Order
+from cs336.alignment.rollouts import Order, scores
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.cli.program import main
@@ -322,8 +322,10 @@ def test_a_reward_of_ones_own_returns_a_finite_number(tmp_path, monkeypatch):
     reward = PythonReward("own_reward_as_told:score")
     assert [reward("", worth) for worth in (2, True, torch.tensor(0.5), Verdict(0.25, "so"))] == [2, 1, 0.5, 0.25]
     for worth in (None, "1", [1.0], math.nan, math.inf, Verdict(math.nan, "no")):
-        with pytest.raises(ValueError, match=r"own_reward_as_told:score' returned .* for 'a text': expected a finite"):
+        with pytest.raises(ValueError, match=r"own_reward_as_told:score' of 'a text' is .*: expected a finite number"):
             reward("a text", worth)
+        with pytest.raises(ValueError, match=r"the reward of 'a text' is .*: expected a finite number"):
+            scores(["a text"], [worth], lambda response, answer: answer)
 
 
 def test_a_plan_says_memory_and_time_and_writes_nothing(tmp_path, model, capsys):
