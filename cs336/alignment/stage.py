@@ -23,6 +23,7 @@ from cs336.inference.load import find_model, find_tokenizer, load_model, load_to
 from cs336.inference.vocabulary import ends_of
 from cs336.models import Transformer, save_pretrained
 from cs336.models.huggingface import save_adapter
+from cs336.nn import is_quantized
 from cs336.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig, clip_scale, grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.tokenizer import Tokenizer, convert
@@ -114,7 +115,7 @@ class Policy:
     """The model that learns, with what makes texts of its tokens.
 
     Raises FileNotFoundError where there is no model or tokenizer, ValueError where they are not of one another, for a
-    template that is none, and for end_tokens that the tokenizer does not have.
+    quantised model, a template that is none, and end_tokens that the tokenizer does not have.
     """
 
     def __init__(self, config: StageConfig):
@@ -123,6 +124,10 @@ class Policy:
         self.config, self.base = config, find_model(config.init_from)
         found = self.base
         self.model = load_model(found, str(self.device), torch.float32)
+        if is_quantized(self.model):
+            raise ValueError(
+                f"{found} is quantised, and its weights would not learn: give the model that it was made of"
+            )
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.tokenizer: Tokenizer = _tokenizer(found, config.tokenizer, self.model)
         if config.chat_template is not None:

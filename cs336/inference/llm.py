@@ -298,7 +298,7 @@ class LLM:
             if not prompts.ndim:
                 raise ValueError("a prompt is a list of ids, got one number")
             prompts = prompts.tolist()
-        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
             raise ValueError(f"a prompt is a text or a list of token ids, got {prompts!r:.80}")
         listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if listed and isinstance(listed[0], Integral):

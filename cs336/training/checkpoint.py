@@ -129,7 +129,7 @@ def snapshot(
         tensors[kind], said = divided(found)
         if split[kind]:
             pieces[kind] = said
-    config = getattr(_unwrapped(model), "config", None)
+    config = getattr(_unwrapped(model), "saved_config", getattr(_unwrapped(model), "config", None))
     state = {
         "format": FORMAT,
         "iteration": iteration,

@@ -62,9 +62,9 @@ def test_longrope(original, context_length, scale):
     factors = {"short_factor": [1 + i / 40 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}
     options = factors | scale | {"original_max_position_embeddings": original}
     theirs, their_scale = of_transformers("longrope", **options, seq_len=context_length)
-    scaling = LongRopeScaling(
-        *map(tuple, factors.values()), original, scale.get("factor", 8192 / original), scale.get("attention_factor")
-    )
+    said = original, scale.get("factor", 8192 / original), scale.get("attention_factor")
+    scaling = LongRopeScaling(*map(tuple, factors.values()), *said)
+    assert {scaling} == {LongRopeScaling(*factors.values(), *said)}  # lists are as good
     ours, our_scale = scaling.frequencies(64, THETA, context_length)
     close(ours, theirs)
     assert our_scale == pytest.approx(their_scale)

@@ -311,7 +311,12 @@ def test_errors_name_the_archive_and_not_where_it_is_unpacked(tmp_path):
 
 @pytest.mark.parametrize(
     ("iteration", "extra", "error"),
-    [(-1, {}, "iteration must be a whole number"), (1.5, {}, "iteration"), (1, {"a": object()}, "extra must be JSON")],
+    [
+        (-1, {}, "iteration must be a whole number"),
+        (1.5, {}, "iteration"),
+        (None, {}, "iteration must"),
+        (1, {"a": object()}, "extra must be JSON"),
+    ],
 )
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path, iteration, extra, error):
     with pytest.raises((ValueError, TypeError), match=error):

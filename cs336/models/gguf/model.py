@@ -32,7 +32,7 @@ def from_gguf(
     """
     file = GGUF(path)
     config, architecture = _config(file)
-    model = Transformer(config.within(max_len), device="meta").eval()
+    model = Transformer.within(config, max_len, "meta").eval()
     model.load_state_dict(_weights(file, model, architecture, device, dtype), assign=True)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (i := file.get(f"tokenizer.ggml.{theirs}_token_id", int)) is not None:

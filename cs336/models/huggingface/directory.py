@@ -43,7 +43,7 @@ from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, QuantMethod, RopeConfig, replace_linears
+from cs336.nn import QuantMethod, RopeConfig, is_quantized, replace_linears
 from cs336.utils.config import parse, to_table
 from cs336.utils.files import replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
@@ -104,7 +104,7 @@ def save_pretrained(
     config |= {} if model.config.mup_base_width is None else {MUP: model.config.mup_base_width}
     files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
     if tokenizer is not None:
-        files[TOKENIZER] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
+        files[TOKENIZER] = _tokenizer_config(model.saved_config, special_ids, tokenizer.special_tokens)
     shards = _shards(weights, max_shard_bytes)
     if len(shards) > 1:
         total = sum(t.nbytes for t in weights.values())
@@ -148,11 +148,11 @@ def save_adapter(
     """Write a LoRA as PEFT and `from_pretrained` read it: A (r, in) and B (out, r) by the names of the model's layers,
     and the model's generation_config and chat template.
 
-    base: the directory of the model that they adapt. alpha: the products' weight is alpha / r.
-    Raises ValueError for a layer that the family lays out together with others, as GPT-2 does queries, keys and values.
+    base: the directory of the model that they adapt, whose family names the layers. alpha: the products' weight is
+    alpha / r. Raises FileNotFoundError where there is no base, ValueError for a layer that its family lays out together
+    with others, as GPT-2 and Phi-3 do queries, keys and values.
     """
-    config = model.config
-    family = next((f for f in FAMILIES.values() if f.table(config) is not None), None)
+    config, (_, family) = model.config, _our_config(read_json(pathlib.Path(base) / CONFIG))
     shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
     shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
@@ -190,7 +190,7 @@ def from_pretrained(
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
     config, family = _our_config(theirs)
-    model = Transformer(config.within(max_len), device="meta").eval()
+    model = Transformer.within(config, max_len, "meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
@@ -240,10 +240,10 @@ def read_kind(directory: str | os.PathLike) -> str | None:
 
 def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
-    config, weights = model.config, model.state_dict()
+    config, weights = model.saved_config, model.state_dict()
     tables = ((family, family.table(config)) for family in FAMILIES.values())
     family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
+    if is_quantized(model) and quantized_as == OURS:
         family = table = None
     rows = _as_it_is if family is None else functools.partial(_half_split, config=config, family=family)
     said, quantized, buffers = write_quantized(model, quantized_as, family, rows)
@@ -370,6 +370,14 @@ def _chat_template(directory: pathlib.Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{directory / TOKENIZER} has chat_template = {template!r}: expected a text")
     return template
+
+
+def has_weights(directory: str | os.PathLike) -> bool:
+    """Whether all files of a model's weights are there."""
+    try:
+        return bool(_weight_files(pathlib.Path(directory)))
+    except (OSError, ValueError):
+        return False
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
