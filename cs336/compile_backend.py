@@ -145,10 +145,11 @@ def _gated(activation: Callable, op: Callable) -> Callable:
 
 def _alike(*nodes) -> bool:
     """Whether all have one shape, device and dtype, one that our kernels take."""
-    values = [_value(x) for x in nodes]
-    if not all(isinstance(v, Tensor) and v.dtype in FLOATS for v in values):
+    first, *others = (_value(x) for x in nodes)
+    if not (isinstance(first, Tensor) and first.dtype in FLOATS):
         return False
-    return len({(v.shape, v.dtype, v.device) for v in values}) == 1
+    kind = first.shape, first.dtype, first.device  # sizes may be symbols: to be compared, not hashed
+    return all(isinstance(v, Tensor) and (v.shape, v.dtype, v.device) == kind for v in others)
 
 
 def _relu2(node: Node):

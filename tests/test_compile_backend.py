@@ -262,6 +262,17 @@ def test_an_mlp_and_its_loss(counts, backend, dtype):
     assert counts == [{"swiglu": 1, "geglu": 1, "relu2": 2, "linear_cross_entropy": 1}]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_lengths_that_change(counts, backend, dynamic):
+    """dynamic=None: sizes are numbers at first, symbols from the second length on."""
+    head, every = torch.randn(11, 8), {"swiglu": 1, "geglu": 1, "relu2": 2, "linear_cross_entropy": 1}
+    compiled = torch.compile(mlp_and_loss, backend=backend, fullgraph=True, dynamic=dynamic)
+    for length in (6, 4, 9):
+        x, targets = torch.randn(2, length, 16), torch.randint(4, 11, (2, length))
+        torch.testing.assert_close(compiled(x, head, targets), mlp_and_loss(x, head, targets))
+    assert counts == [every] * (1 if dynamic else 2)
+
+
 def test_a_loss_under_autocast(counts, backend):
     """The weight is float32 there, and x and the logits are not."""
     x = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)

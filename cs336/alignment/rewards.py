@@ -4,15 +4,24 @@ A reward of weight 0 is measured and not learned from: one that the policy canno
 """
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, SupportsFloat
 
 import pydantic
 
 from cs336.verifiers import Verdict, verify_countdown, verify_format, verify_math
+
+
+def score_of(found: Any, response: str, reward: str = "the reward") -> float:
+    """What a function that scores returned, a number or a Verdict's. Raises ValueError for what is no finite number."""
+    score = found.score if isinstance(found, Verdict) else found
+    if not isinstance(score, SupportsFloat) or not math.isfinite(float(score)):
+        raise ValueError(f"{reward} of {response!r:.80} is {score!r:.80}: expected a finite number")
+    return float(score)
 
 
 @dataclass(frozen=True)
@@ -107,11 +116,16 @@ class PythonReward:
             sys.path[:] = before
         if not callable(function):
             raise ValueError(f"the reward {self.function!r} is no function")
+        try:
+            inspect.signature(function).bind("response", "answer")
+        except TypeError as error:
+            raise ValueError(
+                f"the reward {self.function!r} is called with (response, answer), which it does not take: {error}"
+            ) from None
         return function
 
     def __call__(self, response: str, answer: Any) -> float:
-        found = self.load()(response, answer)
-        return float(found.score if isinstance(found, Verdict) else found)
+        return score_of(self.load()(response, answer), response, f"the reward {self.function!r}")
 
 
 RewardConfig = Annotated[

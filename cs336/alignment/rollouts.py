@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.alignment.functions import response_mask
+from cs336.alignment.rewards import score_of
 from cs336.data.loader import permute
 from cs336.inference import LLM, SamplingParams
 from cs336.verifiers import Verdict
@@ -118,13 +119,9 @@ def by_length(mask_BT: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def scores(texts: Sequence[str], answers: Sequence[Any], reward: Reward) -> Tensor:
-    """(B,) float32. Raises ValueError for a score that is not finite."""
-    found = [reward(text, answer) for text, answer in zip(texts, answers, strict=True)]
-    rewards_B = torch.tensor([float(x.score if isinstance(x, Verdict) else x) for x in found])
-    if not rewards_B.isfinite().all():
-        i = int((~rewards_B.isfinite()).nonzero()[0])
-        raise ValueError(f"the reward of {texts[i]!r:.80} is {rewards_B[i]}: expected a finite number")
-    return rewards_B
+    """(B,) float32. Raises ValueError for a score that is no finite number."""
+    each = zip(texts, answers, strict=True)
+    return torch.tensor([score_of(reward(text, answer), text) for text, answer in each], dtype=torch.float32)
 
 
 class Order(Generic[Item]):

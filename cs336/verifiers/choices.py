@@ -10,12 +10,14 @@ _MACRO = r"\\(?:text|textbf|mathrm|mathbf)\{"
 _BETWEEN = rf"(?:{_MARKS}|{_MACRO}|\\\(|(?i:is|was|would|should|must|be|option|choice|letter)\b)*+"
 _SAID = (r"(?i:\b(?:answer|choose|pick|select)\b)", r"(?i:\b(?:choice|option)\b[*_`]*+ ?(?:is\b|[:：]))")
 _THE = "(?:the )?(?:correct |right |best )?"
+_GIVEN = rf"(?i:{_THE}(?:answer|choice|option)\b|(?:correct|right)(?=\W*+$|[.;:!)*_`\n]| because| since| as\b))"
 _GOES_ON = re.compile(r" (?!(?:because|since|as|by|for|and|which|with|due)\b)[a-z]")
 
 
 def extract_choice(response: str, letters: str = "ABCD") -> str | None:
     """The letter in the last \\boxed{}, else behind the last "answer is", "Answer:", "choose", else behind "choice is",
-    "option:", else before "is the answer", else the one that the response begins with: "B", "(B)", "**B.** because".
+    "option:", else before "is the answer", "is correct", else the one that the response begins with: "B", "(B)",
+    "**B.** because".
 
     None if there is none of `letters`. In "the answer is A dog" A is an article.
     """
@@ -32,7 +34,7 @@ def extract_choice(response: str, letters: str = "ABCD") -> str | None:
                 said = match[1]
         if said:
             return said
-    if behind := last(re.compile(rf"\b{one}\W{{0,4}} is (?i:{_THE}(?:answer|choice|option)\b)"), response):
+    if behind := last(re.compile(rf"\b{one}\W{{0,4}} is {_GIVEN}"), response):
         return behind[1]
     begun = re.match(rf"[#*_`(\[\"' ]*+(?:(?i:option|choice) )?[*_`(\[\"']*+{one}(?:[)\].:,*_`\]]|$|\n)", response)
     return begun[1] if begun else None

@@ -11,7 +11,7 @@ from tiny_policy import rows_of, save_model, tokenizer, write_rows
 from cs336.alignment import GRPOConfig, LoRAConfig, group_advantages, grpo_step, train_grpo
 from cs336.alignment.grpo import collect, importance_weights, learn
 from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward, PythonReward, Rewards
-from cs336.alignment.rollouts import Order
+from cs336.alignment.rollouts import Order, scores
 from cs336.alignment.run import StageRun
 from cs336.alignment.stages.grpo import GRPOStage, GRPOStageConfig
 from cs336.cli.program import main
@@ -19,6 +19,7 @@ from cs336.inference import LLM, SamplingParams
 from cs336.models import Transformer, TransformerConfig
 from cs336.optim import AdamWConfig
 from cs336.utils import config as configs
+from cs336.verifiers import Verdict
 
 
 @pytest.fixture
@@ -304,6 +305,27 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for name in ("own_reward_file:other", "no_such_module:score", "own_reward_file"):
         with pytest.raises(ValueError, match="no module:function"):
             PythonReward(name)
+
+
+@pytest.mark.parametrize("parameters", ["response", "prompt, response, answer", "response, *, answer"])
+def test_a_reward_of_ones_own_takes_a_response_and_an_answer(tmp_path, monkeypatch, parameters):
+    monkeypatch.chdir(tmp_path)
+    name = "own_reward_of_" + "_".join(parameters.split(", ")).replace("*", "star")
+    (tmp_path / f"{name}.py").write_text(f"def score({parameters}):\n    return 1.0\n")
+    with pytest.raises(ValueError, match=r"is called with \(response, answer\), which it does not take"):
+        PythonReward(f"{name}:score")
+
+
+def test_a_reward_of_ones_own_returns_a_finite_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_reward_as_told.py").write_text("def score(response, answer, scale=1):\n    return answer\n")
+    reward = PythonReward("own_reward_as_told:score")
+    assert [reward("", worth) for worth in (2, True, torch.tensor(0.5), Verdict(0.25, "so"))] == [2, 1, 0.5, 0.25]
+    for worth in (None, "1", [1.0], math.nan, math.inf, Verdict(math.nan, "no")):
+        with pytest.raises(ValueError, match=r"own_reward_as_told:score' of 'a text' is .*: expected a finite number"):
+            reward("a text", worth)
+        with pytest.raises(ValueError, match=r"the reward of 'a text' is .*: expected a finite number"):
+            scores(["a text"], [worth], lambda response, answer: answer)
 
 
 def test_a_plan_says_memory_and_time_and_writes_nothing(tmp_path, model, capsys):

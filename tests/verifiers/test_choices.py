@@ -23,6 +23,9 @@ from cs336.verifiers import extract_choice, verify_choice
         ("The correct choice is B", "B"), ("The right option is **(C)**", "C"), ("My choice is (B)", "B"),
         ("Choice: B", "B"),
         ("Option: B", "B"), ("B is the answer", "B"), ("So (C) is the correct option.", "C"),
+        ("B is correct.", "B"), ("Option C is right because it rains", "C"), ("So **(D)** is correct", "D"),
+        ("B is not correct.", None), ("A is correct, no: B is the answer", "B"), ("B is right about it", None),
+        ("If B is correct, then 2 = 3", None),
         ("The answer, I think, is C", None),
         ("E", None), ("", None),
         ("The answer is Denmark", None), ("I think it may be C", None), ("Answer: \\text{D}", "D"),
@@ -48,7 +51,7 @@ def test_verify_choice():
     "hostile",
     ["answer " * 10**5, "answer" + " " * 60000 + "x", "answer is" + "*" * 60000 + "x", "*" * 60000 + "x",
      "\\boxed{" * 10**5, "\\boxed{" + "-" * 60000 + "x}", "\\boxed{" + "A" + "-" * 60000 + "x}",
-     " \n" * 10**6, "answer is be is " * 4000],
+     " \n" * 10**6, "answer is be is " * 4000, "E is correct" * 20000, "E is right" + "*" * 60000 + "x"],
 )  # fmt: skip
 def test_hostile_responses_take_little_time(hostile):
     start = time.process_time()
